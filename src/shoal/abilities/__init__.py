@@ -1,0 +1,31 @@
+"""Retrieval, knowledge and reasoning items: seeded, with a training and an evaluation split that share no content.
+
+One generator feeds both the evaluation tasks and the distillation text, so a cut model is taught exactly the kinds of
+prompts on which it is scored, and never an item of the scoring itself. What decides the split is a hash of content
+(`shoal.abilities.item.split_of`), not a position in a shuffled list, hence no seed or size can mix the two.
+"""
+
+from shoal.abilities.item import SPLITS, Item, Value
+from shoal.abilities.knowledge import knowledge_items
+from shoal.abilities.reasoning import reasoning_items
+from shoal.abilities.retrieval import retrieval_items
+from shoal.abilities.texts import training_texts
+
+__all__ = ["GENERATORS", "SPLITS", "Item", "items", "training_texts"]
+
+GENERATORS = {"retrieval": retrieval_items, "knowledge": knowledge_items, "reasoning": reasoning_items}
+
+
+def items(task: str, *, split: str, num_items: int, seed: int, **params: Value) -> list[Item]:
+    """`num_items` different items of one ability; equal arguments give equal items.
+
+    Raises:
+        ValueError: for an unknown task, split or parameter, or when the generator cannot make that many.
+    """
+    if task not in GENERATORS:
+        raise ValueError(f"unknown ability task {task!r}; choose one of {', '.join(GENERATORS)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r} of {task}; choose one of {', '.join(SPLITS)}")
+    if num_items < 1:
+        raise ValueError(f"num_items is {num_items} for {task}; it must be at least 1")
+    return GENERATORS[task](split=split, num_items=num_items, seed=seed, **params)

@@ -1,0 +1,88 @@
+"""One multiple-choice item, and the rule that decides which split a piece of content belongs to."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Value = int | str | None
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt with one right continuation among wrong ones of the same kind."""
+
+    task: str
+    """retrieval, knowledge or reasoning."""
+
+    id: str
+    """Hash of the content: equal items have equal ids in every run."""
+
+    context: str
+    """What the model reads; ends without a space."""
+
+    options: tuple[str, ...]
+    """Full continuations; each starts with the character that follows the context."""
+
+    answer: int
+    """Index of the right option."""
+
+    question: str
+    """The bare question, from which a lettered prompt can be built."""
+
+    params: dict[str, int | str]
+    """What the item was made with, and `final`: the short answer that generated text has to contain."""
+
+    @property
+    def gold(self) -> str:
+        """The right option."""
+        return self.options[self.answer]
+
+
+def digest(*content: object) -> str:
+    """Hexadecimal SHA-256 of the content, the same in every process."""
+    return hashlib.sha256("\x1f".join(map(str, content)).encode()).hexdigest()
+
+
+def split_of(*content: object) -> str:
+    """The only split in which this content may appear: two fifths of all content is for training."""
+    return "train" if int(digest(*content)[:8], 16) % 5 < 2 else "eval"
+
+
+def words_in(split: str, kind: str, words: Iterable[str]) -> list[str]:
+    """The words of a table that belong to the split."""
+    return [word for word in words if split_of(kind, word) == split]
+
+
+def build_item(
+    task: str,
+    context: str,
+    *,
+    gold: str,
+    wrong: Sequence[str],
+    position: int,
+    question: str,
+    params: dict[str, int | str],
+) -> Item:
+    """An Item with the right option at `position` modulo the number of options."""
+    answer = position % (len(wrong) + 1)
+    options = (*wrong[:answer], gold, *wrong[answer:])
+    return Item(task, digest(task, context, *options)[:16], context, options, answer, question, params)
+
+
+def generator(task: str, split: str, seed: int, **params: Value) -> random.Random:
+    """A random generator that depends on everything asked for, so that changing one setting changes all items."""
+    return random.Random(digest(task, split, seed, sorted((name, str(value)) for name, value in params.items())))
+
+
+def check_choice(name: str, value: Value, choices: Iterable[str]) -> None:
+    """Refuse a value that is not among the choices."""
+    if value not in (choices := tuple(choices)):
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def check_range(name: str, value: Value, lowest: int, highest: int) -> None:
+    """Refuse anything but an integer between lowest and highest, both included."""
+    if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value <= highest:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number from {lowest} to {highest}")

@@ -1,0 +1,273 @@
+"""What a stage hands on: typed JSON with a schema number and the provenance of what made it.
+
+Every artifact carries `provenance.inputs`, a flat mapping of everything that shaped it (fingerprints and settings). Two runs
+are the same run exactly when these mappings are equal, and a refusal can name the field that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from shoal.errors import UserError, explained_disk_errors
+from shoal.runtime import environment
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Provenance:
+    inputs: dict[str, Json]
+    """Flat: `model`, `data`, `prune.drop`, ... to a fingerprint or a setting."""
+    environment: dict[str, Json] = field(default_factory=environment)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.inputs)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A JSON file of the run directory. Subclasses are frozen dataclasses whose fields are the file's keys."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+    FILE: ClassVar[str] = ""
+    SCHEMA: ClassVar[int] = 1
+
+    provenance: Provenance
+
+    def write(self, path: Path) -> None:
+        body = TypeAdapter(type(self)).dump_python(self, mode="json")
+        body = {"schema": self.SCHEMA, **body}
+        write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The artifact at ``path``.
+
+        Raises:
+            UserError: missing, not JSON, of another schema, or with wrong fields.
+        """
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such file; run the stage that makes it first") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: is not valid JSON ({error}); delete it and run its stage again") from error
+        schema = body.pop("schema", None) if isinstance(body, dict) else None
+        if schema != cls.SCHEMA:
+            raise UserError(
+                f"{path}: has schema {schema}, this version reads {cls.SCHEMA}; delete it and run its stage again"
+            )
+        try:
+            return TypeAdapter(cls).validate_python(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{path}: {where}: {first['msg']}; delete it and run its stage again") from error
+
+
+@dataclass(frozen=True)
+class Importance(Artifact):
+    """importance.json: what every layer is worth. Higher = keep."""
+
+    FILE: ClassVar[str] = "importance.json"
+
+    num_layers: int
+    num_tokens: int
+    """Real (unpadded) tokens that were averaged over."""
+    layers: dict[str, tuple[float, ...]]
+    """Metric name -> one score per layer."""
+    runs: dict[str, tuple[tuple[float, ...], ...]]
+    """Metric name -> scores[n - 1][l] of the run of n layers that starts at layer l; row n-1 has num_layers - n + 1 entries."""
+
+
+@dataclass(frozen=True)
+class PruningPlan(Artifact):
+    """plan.json: which of the teacher's layers go. Indices are 0-based and the teacher's."""
+
+    FILE: ClassVar[str] = "plan.json"
+
+    num_layers: int
+    """Layers of the teacher."""
+    drop: tuple[int, ...]
+    """Strictly increasing."""
+    reason: str
+    """How the layers were chosen, in words for a reader."""
+
+    @property
+    def keep(self) -> tuple[int, ...]:
+        dropped = set(self.drop)
+        return tuple(layer for layer in range(self.num_layers) if layer not in dropped)
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """One evaluated item under one protocol."""
+
+    id: str
+    score: float
+    """1/0 for accuracy-like metrics; nats per token for likelihood metrics."""
+    prediction: str = ""
+    """What the model chose or wrote."""
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    task: str
+    """lm-eval task name."""
+    ability: str
+    """retrieval, knowledge, reasoning, language, or the task's own group."""
+    protocol: str
+    """loglikelihood, continuation, generation, or rolling (perplexity)."""
+    metric: str
+    score: float
+    ci_low: float
+    ci_high: float
+    """95 % interval of the score."""
+    n: int
+    chance: float
+    higher_is_better: bool
+    version: str
+    """Task version: prompt and matching rules."""
+    num_fewshot: int
+    items: tuple[ItemScore, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation(Artifact):
+    """eval/<role>.json: the abilities of one model."""
+
+    role: str
+    """teacher, pruned or distilled."""
+    tasks: tuple[TaskScore, ...]
+    num_parameters: int
+    num_layers: int
+    num_bytes: int
+    """Of the checkpoint's weights on disk."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SpeedScore:
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    samples: dict[str, tuple[float, ...]]
+    """All repeats, so that a reader sees the noise."""
+
+
+@dataclass(frozen=True)
+class Speed(Artifact):
+    """eval/speed.json: the roles' speeds, measured interleaved in one process."""
+
+    FILE: ClassVar[str] = "eval/speed.json"
+
+    roles: dict[str, SpeedScore]
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Training(Artifact):
+    """distill.json: how the student was trained; written when distilled/ is complete."""
+
+    FILE: ClassVar[str] = "distill.json"
+
+    num_steps: int
+    num_tokens: int
+    """Tokens the student was trained on, over all ranks."""
+    seconds: float
+    history: tuple[dict[str, float], ...]
+    """Logged values by step: `step`, `loss`, each loss term, `learning_rate`, `grad_norm`, ..."""
+    settings: dict[str, Json]
+    """Resolved training arguments and DeepSpeed configuration."""
+    data: dict[str, Json]
+    """Documents, tokens, truncations and drops by source."""
+    peak_memory_bytes: int
+    """Of the largest rank."""
+
+
+def fingerprint(value: Json) -> str:
+    """A short content hash of any JSON-ready value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(expected: dict[str, Json], found: dict[str, Json]) -> list[str]:
+    """`field: X here, Y there` for every field in which two sets of inputs differ."""
+    missing = "absent"
+    return [
+        f"{key} is {expected.get(key, missing)!r} in this recipe but {found.get(key, missing)!r} there"
+        for key in sorted(expected.keys() | found.keys())
+        if _plain(expected.get(key, missing)) != _plain(found.get(key, missing))
+    ]
+
+
+def require_same_run(expected: dict[str, Json], found: Provenance, path: Path, *, remedy: str) -> None:
+    """Refuse an artifact that belongs to another run.
+
+    Only the fields of ``expected`` are compared, so that a stage can ask for what matters to it.
+
+    Raises:
+        UserError: naming the file, the fields and both values, and ``remedy``.
+    """
+    asked = {key: found.inputs[key] for key in expected if key in found.inputs}
+    differing = differences(expected, asked)
+    if differing:
+        raise UserError(f"{path}: belongs to another run: {'; '.join(differing)}. {remedy}")
+
+
+def _plain(value: Json) -> Json:
+    return json.loads(json.dumps(value, default=str))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to the disk, rename: readers see the old or the new file, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained_disk_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(path: Path) -> Iterator[Path]:
+    """A temporary sibling folder that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    An existing ``path`` is replaced only then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(stale)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained_disk_errors(path):
+        try:
+            temporary.mkdir()
+            yield temporary
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)

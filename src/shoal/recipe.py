@@ -1,0 +1,341 @@
+"""What a run is: every setting a frozen dataclass, read from YAML and `section.key=value` overrides.
+
+Pydantic validates at the border only; inside, sections are plain frozen dataclasses, and a function is given its own
+section or plain arguments, never the whole recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from shoal.errors import UserError
+
+Protocol = Literal["loglikelihood", "continuation", "generation"]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section:
+    """Refuses unknown keys: without this TypeAdapter would ignore a misspelt one and train with the default."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
+
+
+@dataclass(frozen=True)
+class DataSource(Section):
+    path: str
+    """A bundled name (see shoal.data.BUNDLED), a local .jsonl/.json/.txt/.parquet file or folder, or a Hub data set id."""
+    column: str = "text"
+    """The column that holds the text."""
+    split: str = "train"
+    name: str | None = None
+    """Configuration name of a Hub data set."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the token budget, relative to the other sources."""
+
+
+def _as_sources(value: Any) -> Any:
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in listed]
+
+
+Data = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+"""One source or a list of them; a plain string is short for {path: string}."""
+
+
+@dataclass(frozen=True)
+class Measure(Section):
+    data: Data = (DataSource("python_docs"),)
+    num_tokens: Positive = 20_000
+    sequence_length: Positive = 512
+    batch_size: Positive = 4
+    """Sequences per rank and forward."""
+    metrics: tuple[str, ...] = ("block_influence", "angular")
+
+
+@dataclass(frozen=True)
+class Prune(Section):
+    drop: tuple[int, ...] | None = None
+    """Explicit 0-based teacher layers to drop; excludes metric, num_drop, ratio and contiguous."""
+    metric: str | None = None
+    """Which column of importance.json chooses; None = block_influence, or angular when contiguous."""
+    num_drop: Positive | None = None
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the layers to drop, rounded down; give this or num_drop."""
+    contiguous: bool = False
+    """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
+    protect: tuple[int, ...] = (0, -1)
+    """Layers never dropped; negative counts from the end."""
+
+
+@dataclass(frozen=True)
+class LossTerm(Section):
+    kind: Literal["forward_kl", "cross_entropy"]
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Softens teacher and student alike; the term is scaled by its square. Must stay 1 for cross_entropy."""
+
+
+@dataclass(frozen=True)
+class Distill(Section):
+    data: Data = (DataSource("python_docs"),)
+    num_tokens: Positive = 200_000
+    """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
+    sequence_length: Positive = 512
+    losses: tuple[LossTerm, ...] = (LossTerm("forward_kl"),)
+    train_layers: Literal["all", "from_first_cut"] = "all"
+    """What is trained: everything, or only the layers from the first cut up with the final norm (what lies below is still the
+    teacher, so it is computed once for both and needs no backward pass)."""
+    train_embeddings: bool = True
+    """Whether token embeddings and output head are trained."""
+    head_chunk: Positive = 512
+    """Tokens whose full-vocabulary logits exist at one time."""
+    teacher_text_tokens: Positive = 10_000
+    """How many tokens the teacher writes where data names the source `teacher_text`."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Handed to transformers.TrainingArguments untouched."""
+    deepspeed: str | dict[str, Any] | None = "deepspeed/zero2.json"
+    """DeepSpeed configuration: a path, a name under configs/, or the mapping itself."""
+    num_ranks: Positive | None = None
+    """Processes that `shoal run` and `shoal distill` start on this machine; None = one per GPU, one on CPU."""
+    timeout_s: Positive = 1800
+    """Seconds a collective may wait for a late rank before the job ends."""
+
+
+@dataclass(frozen=True)
+class Eval(Section):
+    tasks: tuple[str, ...] = ("retrieval_continuation", "knowledge_continuation", "reasoning_continuation")
+    """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
+    limit: Positive | None = 200
+    """Items per task; None = all."""
+    batch_size: Positive = 16
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """None = each task's own default."""
+    include_path: str | None = None
+    """A further folder of task YAMLs."""
+    perplexity_data: Data = (DataSource("python_docs_heldout"),)
+    perplexity_tokens: Positive = 10_000
+    sequence_length: Positive = 512
+    """Window of the perplexity measurement, in tokens."""
+    speed: bool = True
+    """Measure prefill and decode tokens per second of teacher, pruned and distilled, interleaved."""
+
+
+@dataclass(frozen=True)
+class Track(Section):
+    wandb: Literal["online", "offline", "off"] | None = None
+    """None = online where an API key is found, else offline."""
+    project: str = "shoal"
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Export(Section):
+    hub_repo: str | None = None
+    """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
+    private: bool = True
+    gguf: bool = False
+    """Not available yet: true is refused."""
+
+
+@dataclass(frozen=True)
+class Recipe(Section):
+    model: str
+    """Hub id, local path or demo:<name>."""
+    run_dir: str
+    seed: int = 0
+    revision: str | None = None
+    """Hub revision of the model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision in which models are measured, evaluated and used as a frozen teacher; auto = as stored."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+    measure: Measure = Measure()
+    prune: Prune = Prune()
+    distill: Distill = Distill()
+    eval: Eval = Eval()
+    track: Track = Track()
+    export: Export = Export()
+
+
+CONFIGS_DIR = Path(__file__).parent / "configs"
+if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
+    CONFIGS_DIR = Path(__file__).parents[2] / "configs"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML alone reads 2e-5 as a string. Duplicate keys are refused."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
+
+
+_Loader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
+    lambda loader, node: _mapping_without_duplicates(loader, node, deep=True),
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The validated recipe at ``path`` with ``section.key=value`` overrides applied.
+
+    A name that is no file is looked up among the shipped recipes, so that `quickstart.yaml` works from any folder.
+
+    Raises:
+        UserError: naming every problem at once as ``file: key.path: message (got value)``.
+    """
+    file = _find_recipe(Path(path))
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: must be a mapping of settings, got {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_recipe(raw, source=str(file))
+
+
+def parse_recipe(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
+    """The recipe that a plain mapping describes; problems are reported as in load_recipe."""
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(raw)
+    except ValidationError as error:
+        lines = [_explain(problem, raw) for problem in error.errors()]
+        raise UserError("\n".join(f"{source}: {line}" for line in lines)) from error
+    problems = _contradictions(recipe)
+    if problems:
+        raise UserError("\n".join(f"{source}: {line}" for line in problems))
+    return recipe
+
+
+def as_dict(section: Any) -> dict[str, Any]:
+    """A section (or the recipe) as plain JSON-ready values."""
+    return TypeAdapter(type(section)).dump_python(section, mode="json")
+
+
+def _find_recipe(path: Path) -> Path:
+    if path.is_file():
+        return path
+    shipped = CONFIGS_DIR / path.name
+    if path.parent in (Path(), Path("configs")) and shipped.is_file():
+        return shipped
+    names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
+    raise UserError(f"{path}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}")
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: must have the form section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node = raw
+    *sections, leaf = key.split(".")
+    for name in sections:
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {name!r} is {child!r}, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _explain(problem: Any, raw: dict[str, Any]) -> str:
+    location = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = _known_keys(problem["loc"][:-1])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+        return f"{location}: unknown key; {hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{location}: is required"
+    value = problem["input"]
+    return f"{location}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {value!r})"
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at ``location``, by walking the dataclasses along it."""
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        hint = get_type_hints(section).get(str(part))
+        found = _dataclass_in(hint)
+        if found is None:
+            return []
+        section = found
+    return [f.name for f in dataclasses.fields(section)]
+
+
+def _dataclass_in(hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return hint
+    for argument in getattr(hint, "__args__", ()):
+        if (found := _dataclass_in(argument)) is not None:
+            return found
+    return None
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """Rules between settings that single fields cannot express."""
+    prune, problems = recipe.prune, []
+    if prune.drop is not None:
+        for name in ("metric", "num_drop", "ratio"):
+            if getattr(prune, name) is not None:
+                problems.append(f"prune.{name}: has no effect beside prune.drop; give one of them")
+        if prune.contiguous:
+            problems.append("prune.contiguous: has no effect beside prune.drop; give one of them")
+    elif prune.num_drop is not None and prune.ratio is not None:
+        problems.append("prune.ratio: prune.num_drop is given too; give one of them")
+    for index, term in enumerate(recipe.distill.losses):
+        if term.kind == "cross_entropy" and term.temperature != 1.0:
+            problems.append(
+                f"distill.losses.{index}.temperature: cross_entropy has none; leave it at 1 (got {term.temperature})"
+            )
+    if not any(term.weight > 0 for term in recipe.distill.losses):
+        problems.append("distill.losses: every weight is 0, nothing would be trained; give one a weight above 0")
+    for key in ("output_dir", "deepspeed", "seed", "run_name", "resume_from_checkpoint"):
+        if key in recipe.distill.trainer:
+            where = {
+                "output_dir": "run_dir",
+                "deepspeed": "distill.deepspeed",
+                "seed": "seed",
+                "run_name": "track.name",
+            }
+            problems.append(
+                f"distill.trainer.{key}: is set by shoal; use {where.get(key, 'the same command again')} instead"
+            )
+    if recipe.export.gguf:
+        problems.append(
+            "export.gguf: is not available yet; set it to false and convert distilled/ with llama.cpp's tools"
+        )
+    if recipe.export.hub_repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.export.hub_repo):
+        problems.append(f"export.hub_repo: must have the form owner/name (got {recipe.export.hub_repo!r})")
+    return problems
