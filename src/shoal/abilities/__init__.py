@@ -5,6 +5,8 @@ prompts on which it is scored, and never an item of the scoring itself. What dec
 (`shoal.abilities.item.split_of`), not a position in a shuffled list, hence no seed or size can mix the two.
 """
 
+import inspect
+
 from shoal.abilities.item import SPLITS, Item, Value
 from shoal.abilities.knowledge import knowledge_items
 from shoal.abilities.reasoning import reasoning_items
@@ -28,4 +30,10 @@ def items(task: str, *, split: str, num_items: int, seed: int, **params: Value) 
         raise ValueError(f"unknown split {split!r} of {task}; choose one of {', '.join(SPLITS)}")
     if num_items < 1:
         raise ValueError(f"num_items is {num_items} for {task}; it must be at least 1")
+    known = [
+        name for name in inspect.signature(GENERATORS[task]).parameters if name not in ("split", "num_items", "seed")
+    ]
+    for name in params:
+        if name not in known:
+            raise ValueError(f"{task} has no parameter {name!r}; it takes {', '.join(known)}")
     return GENERATORS[task](split=split, num_items=num_items, seed=seed, **params)

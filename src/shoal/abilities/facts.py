@@ -1,7 +1,7 @@
 """A hand-written table of well-known facts: relations, their prompts, and subject-to-object pairs.
 
-Kept to facts that are settled and have one short answer. Opposites and the like are listed in one direction only, so that
-a pair cannot be in the training split one way round and in the evaluation split the other.
+Kept to facts that are settled and have one short answer. Opposites and the like are listed in one direction only, so
+that a pair cannot be in the training split one way round and in the evaluation split the other.
 """
 
 from dataclasses import dataclass
@@ -20,12 +20,15 @@ class Relation:
     pairs: tuple[tuple[str, str], ...]
     """(subject, object), each subject once."""
 
+    answer: str = "{}"
+    """How the object is written: words about words stand in quotation marks."""
 
-def relation(prompt: str, question: str, table: str) -> Relation:
+
+def relation(prompt: str, question: str, table: str, *, answer: str = "{}") -> Relation:
     """A Relation from lines of "subject: object; subject: object"."""
     entries = [entry.strip() for entry in table.replace("\n", " ").split(";") if entry.strip()]
     pairs = [entry.split(": ", 1) for entry in entries]
-    return Relation(prompt, question, tuple((subject.strip(), target.strip()) for subject, target in pairs))
+    return Relation(prompt, question, tuple((subject.strip(), target.strip()) for subject, target in pairs), answer)
 
 
 RELATIONS: dict[str, Relation] = {
@@ -48,8 +51,8 @@ RELATIONS: dict[str, Relation] = {
         """,
     ),
     "us_state_capital": relation(
-        "The capital of the US state of {} is",
-        "What is the capital of the US state of {}?",
+        "The capital city of the state of {} is",
+        "What is the capital city of the state of {}?",
         """
         Texas: Austin; California: Sacramento; Georgia: Atlanta; Colorado: Denver; Massachusetts: Boston;
         Arizona: Phoenix; Hawaii: Honolulu; Tennessee: Nashville; Ohio: Columbus; Indiana: Indianapolis;
@@ -89,8 +92,8 @@ RELATIONS: dict[str, Relation] = {
         """,
     ),
     "opposite": relation(
-        "The opposite of {} is",
-        "What is the opposite of {}?",
+        'The opposite of "{}" is',
+        'What is the opposite of "{}"?',
         """
         hot: cold; big: small; up: down; left: right; day: night; black: white; good: bad; fast: slow; open: closed;
         happy: sad; rich: poor; full: empty; strong: weak; hard: soft; wet: dry; young: old; tall: short;
@@ -101,10 +104,11 @@ RELATIONS: dict[str, Relation] = {
         maximum: minimum; near: far; positive: negative; possible: impossible; question: answer;
         remember: forget; safe: dangerous; simple: complex; sweet: sour; victory: defeat; yes: no
         """,
+        answer='"{}"',
     ),
     "past_tense": relation(
-        "The past tense of {} is",
-        "What is the past tense of {}?",
+        'The past tense of "{}" is',
+        'What is the past tense of "{}"?',
         """
         go: went; eat: ate; see: saw; take: took; give: gave; come: came; run: ran; write: wrote; speak: spoke;
         break: broke; drive: drove; ride: rode; fly: flew; know: knew; grow: grew; throw: threw; draw: drew;
@@ -114,21 +118,23 @@ RELATIONS: dict[str, Relation] = {
         say: said; pay: paid; build: built; send: sent; spend: spent; lose: lost; win: won; sit: sat; forget: forgot;
         choose: chose; freeze: froze; steal: stole; wake: woke; wear: wore; fall: fell; hide: hid; shake: shook
         """,
+        answer='"{}"',
     ),
     "plural": relation(
-        "The plural of {} is",
-        "What is the plural of {}?",
+        'The plural of "{}" is',
+        'What is the plural of "{}"?',
         """
         child: children; man: men; woman: women; foot: feet; tooth: teeth; mouse: mice; goose: geese; ox: oxen;
-        leaf: leaves; knife: knives; wife: wives; wolf: wolves; half: halves; shelf: shelves; loaf: loaves; thief: thieves;
-        city: cities; baby: babies; party: parties; berry: berries; box: boxes; church: churches; dish: dishes;
-        bus: buses; hero: heroes; potato: potatoes; tomato: tomatoes; crisis: crises; analysis: analyses;
+        leaf: leaves; knife: knives; wife: wives; wolf: wolves; half: halves; shelf: shelves; loaf: loaves;
+        thief: thieves; city: cities; baby: babies; party: parties; berry: berries; box: boxes; church: churches;
+        dish: dishes; bus: buses; hero: heroes; potato: potatoes; tomato: tomatoes; crisis: crises; analysis: analyses;
         phenomenon: phenomena; bacterium: bacteria; criterion: criteria
         """,
+        answer='"{}"',
     ),
     "young_animal": relation(
-        "A young {} is called a",
-        "What is a young {} called?",
+        "A baby {} is called a",
+        "What is a baby {} called?",
         """
         dog: puppy; cat: kitten; cow: calf; horse: foal; sheep: lamb; goat: kid; pig: piglet; bear: cub; deer: fawn;
         kangaroo: joey; duck: duckling; goose: gosling; hen: chick; swan: cygnet; frog: tadpole; butterfly: caterpillar
@@ -160,10 +166,11 @@ RELATIONS: dict[str, Relation] = {
         "The scientific study of {} is called",
         "What is the scientific study of {} called?",
         """
-        living things: biology; plants: botany; animals: zoology; the mind: psychology; rocks: geology; insects: entomology;
-        stars and planets: astronomy; weather: meteorology; fossils: paleontology; birds: ornithology; heredity: genetics;
-        earthquakes: seismology; fungi: mycology; language: linguistics; human societies: sociology;
-        the oceans: oceanography; the nervous system: neuroscience; crime: criminology; viruses: virology
+        living things: biology; plants: botany; animals: zoology; the mind: psychology; rocks: geology;
+        insects: entomology; stars and planets: astronomy; weather: meteorology; fossils: paleontology;
+        birds: ornithology; heredity: genetics; earthquakes: seismology; fungi: mycology; language: linguistics;
+        human societies: sociology; the oceans: oceanography; the nervous system: neuroscience;
+        crime: criminology; viruses: virology
         """,
     ),
     "landmark": relation(
@@ -182,17 +189,19 @@ RELATIONS: dict[str, Relation] = {
         "On which continent does {} lie?",
         """
         France: Europe; Poland: Europe; Sweden: Europe; Kenya: Africa; Nigeria: Africa; Ghana: Africa; Morocco: Africa;
-        Japan: Asia; India: Asia; Vietnam: Asia; Nepal: Asia; Mongolia: Asia; Canada: North America; Mexico: North America;
-        Honduras: North America; Brazil: South America; Peru: South America; Chile: South America; Bolivia: South America
+        Japan: Asia; India: Asia; Vietnam: Asia; Nepal: Asia; Mongolia: Asia; Canada: North America;
+        Mexico: North America; Honduras: North America; Brazil: South America; Peru: South America;
+        Chile: South America; Bolivia: South America
         """,
     ),
     "female": relation(
-        "The female counterpart of {} is",
-        "What is the female counterpart of {}?",
+        'The female counterpart of "{}" is',
+        'What is the female counterpart of "{}"?',
         """
         king: queen; prince: princess; husband: wife; father: mother; son: daughter; brother: sister; uncle: aunt;
         nephew: niece; actor: actress; waiter: waitress; boy: girl; grandfather: grandmother; bull: cow; rooster: hen;
         stallion: mare; duke: duchess; hero: heroine; widower: widow; groom: bride; lord: lady
         """,
+        answer='"{}"',
     ),
 }

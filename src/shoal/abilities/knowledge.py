@@ -14,8 +14,8 @@ def facts_in(split: str, relation: str) -> list[tuple[str, str]]:
 def knowledge_items(*, split: str, num_items: int, seed: int, relation: Value = None) -> list[Item]:
     """Fact items of one relation, or of all in a mixed order; the seed decides which and in what order.
 
-    The wrong options of a fact depend on the fact alone, and come from its own split: an object that was seen in training
-    is never offered beside one that was not.
+    The wrong options of a fact depend on the fact alone, and come from its own split: an object that was seen in
+    training is never offered beside one that was not.
 
     Raises:
         ValueError: for an unknown relation, or when there are fewer facts than items asked for.
@@ -38,8 +38,8 @@ def make_fact(split: str, relation: str, subject: str, target: str) -> Item:
     return build_item(
         "knowledge",
         prompt,
-        gold=f" {target}",
-        wrong=[f" {other}" for other in others[: NUM_OPTIONS - 1]],
+        gold=f" {form.answer.format(target)}",
+        wrong=[f" {form.answer.format(other)}" for other in others[: NUM_OPTIONS - 1]],
         position=int(digest("position", relation, subject)[:8], 16),
         question=form.question.format(subject),
         params={"relation": relation, "subject": subject, "final": target},

@@ -1,12 +1,13 @@
 """Multi-step problems with a worked answer, and wrong twins of that answer that look the same.
 
-A twin keeps the wording and the length. It goes wrong at one step and carries the error through, or works rightly up to a
-wrong last step, so nothing but following the steps tells it from the right answer.
+A twin keeps the wording and the length. It goes wrong at one step and carries the error through, or works rightly up to
+a wrong last step, so nothing but following the steps tells it from the right answer.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from shoal.abilities import words
 from shoal.abilities.item import Item, Value, build_item, check_choice, check_range, generator, split_of, words_in
@@ -111,12 +112,10 @@ def order(rng: random.Random, split: str, num_steps: int) -> Problem:
     ranking = rng.sample(words_in(split, "name", words.NAMES), num_steps + 1)
     comparative, top, bottom = rng.choice(words.COMPARISONS)
     ask_top = rng.random() < 0.5
-    facts = [f"{high} is {comparative} than {low}." for high, low in zip(ranking, ranking[1:], strict=False)]
+    facts = [f"{high} is {comparative} than {low}." for high, low in pairwise(ranking)]
 
     def work(ranking: Sequence[str], final: str) -> str:
-        chain = " ".join(
-            f"{high} is {comparative} than {low}." for high, low in zip(ranking, ranking[1:], strict=False)
-        )
+        chain = " ".join(f"{high} is {comparative} than {low}." for high, low in pairwise(ranking))
         return f"{chain} So the order is {', '.join(ranking)}. The {top if ask_top else bottom} is {final}."
 
     def end_of(ranking: Sequence[str]) -> str:
@@ -132,7 +131,7 @@ def order(rng: random.Random, split: str, num_steps: int) -> Problem:
     swaps.append(work(ranking[::-1], final))
     wrong_end = [work(ranking, name) for name in ranking if name != final]
     question = f"{' '.join(rng.sample(facts, len(facts)))} Who is the {top if ask_top else bottom}?"
-    return Problem(question, work(ranking, final), [*rng.sample(swaps, min(2, len(swaps))), *wrong_end], final)
+    return Problem(question, work(ranking, final), [*rng.sample(list(dict.fromkeys(swaps)), 2), *wrong_end], final)
 
 
 def state(rng: random.Random, split: str, num_steps: int) -> Problem:

@@ -53,7 +53,7 @@ def make_lookup(rng: random.Random, split: str, kind: str, num_pairs: int, *, po
     wrong = rng.sample(wrong, num_wrong)
     return build_item(
         "retrieval",
-        f"{show_pairs(pairs)}\n{ask(key)}",
+        f"{show_pairs(pairs)}\n\nAnswer:\n{ask(key)}",
         gold=f' "{value}"',
         wrong=[f' "{other}"' for other in wrong],
         position=rng.randrange(num_wrong + 1),
@@ -78,9 +78,9 @@ def draw_pairs(rng: random.Random, split: str, kind: str, num_pairs: int) -> lis
 
 def show_pairs(pairs: list[tuple[str, str]]) -> str:
     """The JSON object, as a data block of the prompt."""
-    return f"JSON data:\n{json.dumps(dict(pairs))}\n"
+    return f"JSON data:\n{json.dumps(dict(pairs))}"
 
 
 def ask(key: str) -> str:
     """The lookup, cut off right before the value."""
-    return f'The value of "{key}" is'
+    return f'"{key}":'

@@ -1,4 +1,4 @@
-"""Distillation text made of training-split items: the prompts of the evaluation, with their answers and other content."""
+"""Distillation text made of training-split items: the prompts of the evaluation with answers, and other content."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ def write_lookups(rng: random.Random) -> str:
     """One JSON object and several lookups in it."""
     pairs = draw_pairs(rng, "train", rng.choice(("word", "word", "word", "uuid")), rng.randint(4, 12))
     asked = rng.sample(pairs, min(len(pairs), rng.randint(2, 6)))
-    return f"{show_pairs(pairs)}\n" + "\n".join(f'{ask(key)} "{value}"' for key, value in asked)
+    return f"{show_pairs(pairs)}\n\nAnswer:\n" + "\n".join(f'{ask(key)} "{value}"' for key, value in asked)
 
 
 def write_facts(rng: random.Random) -> str:

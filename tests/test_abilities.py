@@ -1,0 +1,278 @@
+"""The generated items are right, repeatable, and their two splits share no content."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from shoal.abilities import GENERATORS, Item, items, training_texts, words
+from shoal.abilities.facts import RELATIONS
+from shoal.abilities.item import split_of, words_in
+from shoal.abilities.knowledge import facts_in
+
+SETTINGS = [
+    ("retrieval", {}),
+    ("retrieval", {"kind": "uuid", "num_pairs": 5}),
+    ("retrieval", {"num_pairs": 6, "num_options": "all", "gold_position": 2}),
+    ("knowledge", {}),
+    ("knowledge", {"relation": "capital"}),
+    *[
+        ("reasoning", {"kind": kind, "num_steps": steps})
+        for kind in ("arithmetic", "order", "state")
+        for steps in (1, 2, 4)
+    ],
+]
+
+
+def first_match(pattern: str, text: str) -> str:
+    """The first group of the first match, which has to be there."""
+    found = re.search(pattern, text)
+    assert found, f"{pattern} not in {text}"
+    return found[1]
+
+
+def content_of(item: Item) -> set[str]:
+    """What an item is made of, found in its text by this test itself."""
+    text = item.context + "".join(item.options)
+    if item.task == "retrieval":
+        return set(re.findall(r'"([^"]+)"', text))
+    if item.task == "knowledge":
+        return {f"{item.params['relation']}: {item.params['subject']}"}
+    if item.params["kind"] == "arithmetic":
+        return {" ".join(re.findall(r"\d+|buys|finds|gets|gives|loses|sells", item.question)), item.question.split()[0]}
+    if item.params["kind"] == "order":
+        return set(re.findall(r"(\w+) is \w+ than (\w+)", item.question)[0])
+    return set(re.findall(r"the (\w+)", text.lower()))
+
+
+@pytest.mark.parametrize(("task", "params"), SETTINGS)
+def test_same_arguments_give_same_items_and_another_seed_gives_others(task: str, params: dict) -> None:
+    first = items(task, split="eval", num_items=12, seed=3, **params)
+    assert first == items(task, split="eval", num_items=12, seed=3, **params)
+    assert first != items(task, split="eval", num_items=12, seed=4, **params)
+    assert len({item.id for item in first}) == 12
+
+
+@pytest.mark.parametrize(("task", "params"), SETTINGS)
+def test_items_are_well_formed(task: str, params: dict) -> None:
+    for item in items(task, split="train", num_items=10, seed=0, **params):
+        assert item.task == task
+        assert item.context == item.context.strip()
+        assert len(set(item.options)) == len(item.options) >= 4
+        assert all(option.startswith(" ") and option == option.rstrip() for option in item.options)
+        assert str(item.params["final"]) in item.gold
+
+
+@pytest.mark.parametrize(("task", "params"), SETTINGS)
+def test_splits_share_no_content(task: str, params: dict) -> None:
+    size = {"knowledge": 20}.get(task, 60)
+    found = [
+        set().union(
+            *(
+                content_of(item)
+                for seed in (0, 1)
+                for item in items(task, split=split, num_items=size, seed=seed, **params)
+            )
+        )
+        for split in ("train", "eval")
+    ]
+    assert found[0]
+    assert found[1]
+    assert not found[0] & found[1]
+
+
+def test_every_word_and_fact_is_in_exactly_one_split() -> None:
+    for kind in ("KEYS", "NAMES", "THINGS", "OBJECTS", "PLACES"):
+        table = getattr(words, kind)
+        assert len(set(table)) == len(table)
+        train, evaluation = (words_in(split, kind, table) for split in ("train", "eval"))
+        assert sorted(train + evaluation) == sorted(table)
+    for relation, form in RELATIONS.items():
+        assert set(facts_in("train", relation)) ^ set(facts_in("eval", relation)) == set(form.pairs)
+
+
+def test_split_does_not_depend_on_the_process() -> None:
+    code = "from shoal.abilities.item import split_of; print([split_of('x', n) for n in range(40)])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == str(
+        [split_of("x", n) for n in range(40)]
+    )
+
+
+def test_importing_abilities_loads_nothing_heavy() -> None:
+    code = "import sys, shoal.abilities; print({'torch', 'transformers', 'lm_eval', 'shoal.eval'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize("kind", ["word", "uuid"])
+@pytest.mark.parametrize("num_pairs", [4, 20])
+def test_lookup_gold_is_the_value_of_the_key(kind: str, num_pairs: int) -> None:
+    for item in items("retrieval", split="eval", num_items=20, seed=0, kind=kind, num_pairs=num_pairs):
+        data = json.loads(first_match(r"(\{.*\})", item.context))
+        key = first_match(r'"([^"]+)":$', item.context)
+        assert len(data) == len(set(data.values())) == num_pairs
+        assert json.loads(item.gold) == data[key] == item.params["final"]
+        assert list(data).index(key) == item.params["gold_position"]
+        assert {json.loads(option) for option in item.options} <= set(data.values())
+
+
+def test_lookup_positions_are_spread_evenly_or_fixed() -> None:
+    spread = Counter(item.params["gold_position"] for item in items("retrieval", split="eval", num_items=40, seed=0))
+    assert spread == dict.fromkeys(range(8), 5)
+    fixed = items("retrieval", split="eval", num_items=10, seed=0, num_pairs=8, gold_position=7)
+    assert {item.params["gold_position"] for item in fixed} == {7}
+
+
+@pytest.mark.parametrize(("task", "params"), [setting for setting in SETTINGS if setting[1].get("relation") is None])
+def test_right_option_is_at_every_place(task: str, params: dict) -> None:
+    made = items(task, split="eval", num_items=120, seed=0, **params)
+    places = Counter(item.answer for item in made)
+    even = len(made) / len(made[0].options)
+    assert set(places) == set(range(len(made[0].options)))
+    assert all(0.4 * even < count < 1.8 * even for count in places.values())
+
+
+def test_table_is_large_and_has_no_duplicates() -> None:
+    assert sum(len(form.pairs) for form in RELATIONS.values()) >= 320
+    assert sum(len(facts_in("eval", relation)) for relation in RELATIONS) >= 200
+    for form in RELATIONS.values():
+        subjects = [subject for subject, _ in form.pairs]
+        assert len(set(subjects)) == len(subjects)
+        assert not {(target, subject) for subject, target in form.pairs} & set(form.pairs)
+        assert form.prompt.count("{}") == form.question.count("{}") == 1
+        assert form.question.endswith("?")
+        assert all(subject and target and "{" not in subject + target for subject, target in form.pairs)
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_wrong_objects_are_of_the_same_relation_and_split(split: str) -> None:
+    total = sum(len(facts_in(split, relation)) for relation in RELATIONS)
+    for item in items("knowledge", split=split, num_items=total, seed=0):
+        relation, subject = str(item.params["relation"]), str(item.params["subject"])
+        assert item.gold.strip(' "') == dict(RELATIONS[relation].pairs)[subject]
+        assert {option.strip(' "') for option in item.options} <= {target for _, target in facts_in(split, relation)}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 6])
+def test_only_the_gold_arithmetic_follows_the_story(num_steps: int) -> None:
+    for item in items("reasoning", split="eval", num_items=30, seed=0, kind="arithmetic", num_steps=num_steps):
+        start = int(first_match(r"has (\d+)", item.question))
+        signs = {"buys": 1, "finds": 1, "gets": 1, "gives": -1, "loses": -1, "sells": -1}
+        changes = [
+            signs[verb] * int(n)
+            for verb, n in re.findall(r"(buys|finds|gets|gives|loses|sells)\D+(\d+)", item.question)
+        ]
+        assert len(changes) == num_steps
+        assert item.params["final"] == str(start + sum(changes))
+
+        def follows(option: str, start: int = start, changes: list[int] = changes) -> bool:
+            steps = re.findall(r"(\d+) ([+-]) (\d+) = (\d+)\.", option)
+            total, right = start, len(steps) == len(changes)
+            for (left, sign, amount, result), change in zip(steps, changes, strict=True):
+                right &= int(left) == total and int(f"{sign}{amount}") == change and int(result) == total + change
+                total = int(result)
+            return right and option.endswith(f"The answer is {start + sum(changes)}.")
+
+        assert [follows(option) for option in item.options] == [i == item.answer for i in range(4)]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 6])
+def test_only_the_gold_order_follows_the_comparisons(num_steps: int) -> None:
+    for item in items("reasoning", split="eval", num_items=30, seed=0, kind="order", num_steps=num_steps):
+        above = dict(re.findall(r"(\w+) is \w+ than (\w+)\.", item.question))
+        ranking = [next(iter(set(above) - set(above.values())))]
+        while ranking[-1] in above:
+            ranking.append(above[ranking[-1]])
+        top = any(
+            word in item.question for word in ("tallest", "oldest", "fastest", "strongest", "richest", "heaviest")
+        )
+        final = ranking[0] if top else ranking[-1]
+        assert len(ranking) == num_steps + 1
+        assert item.params["final"] == final
+
+        def follows(option: str, ranking: list[str] = ranking, above: dict = above, final: str = final) -> bool:
+            stated = re.findall(r"(\w+) is \w+ than (\w+)\.", option)
+            order = first_match(r"order is ([^.]+)\.", option).split(", ")
+            return dict(stated) == above and order == ranking and option.endswith(f" is {final}.")
+
+        assert [follows(option) for option in item.options] == [i == item.answer for i in range(4)]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 6])
+def test_only_the_gold_trace_follows_the_moves(num_steps: int) -> None:
+    for item in items("reasoning", split="eval", num_items=30, seed=0, kind="state", num_steps=num_steps):
+        where = dict(re.findall(r"[Tt]he (\w+) is in the (\w+)", item.question.split(".")[0]))
+        lines = []
+        for mover, place in re.findall(r"the (\w+) is moved to the (\w+)", item.question):
+            where[mover] = place
+            lines.append("Now " + " and ".join(f"the {thing} is in the {spot}" for thing, spot in where.items()) + ".")
+        asked = first_match(r"Where is the (\w+)\?", item.question)
+        worked = f" {' '.join(lines)} So the {asked} is in the {where[asked]}."
+        assert len(lines) == num_steps
+        assert item.params["final"] == where[asked]
+        assert [option == worked for option in item.options] == [i == item.answer for i in range(4)]
+
+
+def test_twins_have_the_length_of_the_worked_answer() -> None:
+    for item in items("reasoning", split="eval", num_items=60, seed=0, num_steps=3):
+        assert len({len(option.split()) for option in item.options}) == 1
+
+
+def test_training_texts_hold_only_content_of_the_training_split() -> None:
+    texts = training_texts(num_texts=150, seed=0)
+    assert texts == training_texts(num_texts=150, seed=0)
+    assert texts != training_texts(num_texts=150, seed=1)
+    assert len(set(texts)) > 140
+    text = "\n".join(texts)
+    prompts = {item.context for task in GENERATORS for item in items(task, split="eval", num_items=200, seed=0)}
+    assert not [prompt for prompt in prompts if f"{prompt} " in text]
+    assert all(split_of("number", number) == "train" for number in re.findall(r'"(\d{4})"', text))
+    facts = [RELATIONS[name].prompt.format(subject) for name in RELATIONS for subject, _ in facts_in("train", name)]
+    assert sum(prompt in text for prompt in facts) > len(facts) * 0.8
+
+
+def test_training_texts_follow_the_mix() -> None:
+    assert all(
+        "JSON" in text for text in training_texts(num_texts=10, seed=0, mix={"retrieval": 1.0, "knowledge": 0.0})
+    )
+    assert all("Answer:" in text for text in training_texts(num_texts=10, seed=0, mix={"reasoning": 2.0}))
+
+
+@pytest.mark.parametrize(
+    ("task", "params", "message"),
+    [
+        ("poetry", {}, "unknown ability task 'poetry'; choose one of retrieval, knowledge, reasoning"),
+        ("retrieval", {"kind": "colour"}, "retrieval kind is 'colour'; choose one of word, uuid"),
+        ("retrieval", {"num_pairs": 1}, "retrieval num_pairs is 1; it must be a whole number from 2 to"),
+        ("retrieval", {"num_pairs": 5000}, "retrieval num_pairs is 5000"),
+        ("retrieval", {"num_pairs": 4, "gold_position": 4}, "retrieval gold_position is 4; .* from 0 to 3"),
+        ("retrieval", {"num_pairs": 4, "num_options": 5}, "retrieval num_options is 5; .* from 2 to 4"),
+        ("knowledge", {"relation": "rivers"}, "knowledge relation is 'rivers'; choose one of capital"),
+        ("knowledge", {"num_items": 5000}, r"knowledge num_items \(split eval\) is 5000; .* from 1 to"),
+        ("reasoning", {"num_steps": 0}, "reasoning num_steps is 0; it must be a whole number from 1 to 8"),
+        ("reasoning", {"num_steps": "two"}, "reasoning num_steps is 'two'"),
+        ("reasoning", {"kind": "chess"}, "reasoning kind is 'chess'; choose one of arithmetic, order, state"),
+        ("reasoning", {"num_items": 0}, "num_items is 0 for reasoning; it must be at least 1"),
+        ("reasoning", {"split": "test"}, "unknown split 'test' of reasoning; choose one of train, eval"),
+        ("reasoning", {"steps": 2}, "reasoning has no parameter 'steps'; it takes num_steps, kind"),
+    ],
+)
+def test_bad_parameters_are_refused(task: str, params: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        items(task, **({"split": "eval", "num_items": 4, "seed": 0} | params))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"num_texts": 0}, "num_texts is 0; it must be at least 1"),
+        ({"mix": {"poetry": 1}}, "unknown ability 'poetry' in mix; choose from retrieval, knowledge, reasoning"),
+        ({"mix": {"retrieval": 0}}, "one must be above zero"),
+        ({"mix": {"retrieval": 2, "knowledge": -1}}, "weights must not be negative"),
+    ],
+)
+def test_bad_mixes_are_refused(params: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_texts(num_texts=params.get("num_texts", 3), seed=0, mix=params.get("mix", {"retrieval": 1.0}))
