@@ -122,6 +122,8 @@ class ItemScore:
     prediction: str = ""
     """What the model chose or wrote."""
     target: str = ""
+    weight: float = 1.0
+    """Share of this item in the task's mean: 1, or the tokens of a perplexity window."""
 
 
 @dataclass(frozen=True)
