@@ -233,6 +233,11 @@ def require_same_run(expected: dict[str, Json], found: Provenance, path: Path, *
         raise UserError(f"{path}: belongs to another run: {'; '.join(differing)}. {remedy}")
 
 
+def write_json(path: Path, value: Json) -> None:
+    """Write plain JSON as write_text does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
 def _plain(value: Json) -> Json:
     return json.loads(json.dumps(value, default=str))
 

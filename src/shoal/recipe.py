@@ -32,7 +32,8 @@ class Section:
 @dataclass(frozen=True)
 class DataSource(Section):
     path: str
-    """A bundled name (see shoal.data.BUNDLED), a local .jsonl/.json/.txt/.parquet file or folder, or a Hub data set id."""
+    """A bundled name (see shoal.data.BUNDLED), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or
+    a Hub data set id."""
     column: str = "text"
     """The column that holds the text."""
     split: str = "train"
@@ -91,11 +92,12 @@ class Distill(Section):
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
     sequence_length: Positive = 512
     losses: tuple[LossTerm, ...] = (LossTerm("forward_kl"),)
-    train_layers: Literal["all", "from_first_cut"] = "all"
-    """What is trained: everything, or only the layers from the first cut up with the final norm (what lies below is still the
-    teacher, so it is computed once for both and needs no backward pass)."""
-    train_embeddings: bool = True
-    """Whether token embeddings and output head are trained."""
+    trainable: Literal["all", "layers", "from_first_cut"] = "all"
+    """What is trained: everything; all but embeddings and head; or only the layers from the first cut up, with the
+    final norm. What lies below the first cut is still the teacher, so there it is computed once for both and needs
+    neither a backward pass nor optimizer state."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """bfloat16 = fp32 weights under bf16 autocast. None = what the DeepSpeed configuration says, else bfloat16."""
     head_chunk: Positive = 512
     """Tokens whose full-vocabulary logits exist at one time."""
     teacher_text_tokens: Positive = 10_000

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import logging
 import os
 import platform
 import random
-import signal
+import socket
 import sys
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+
+from shoal.errors import UserError
 
 STAMPED_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "datasets", "lm_eval")
 
@@ -66,20 +69,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends (Linux; elsewhere nothing happens).
-
-    A killed launcher otherwise leaves its ranks training as orphans that hold the run directory and the devices.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    parent_before = os.getppid()
-    pr_set_pdeathsig = 1
-    ctypes.CDLL("libc.so.6", use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_before:  # it died between the two calls
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def environment() -> dict[str, Any]:
     """Versions and machine facts that a reader needs to repeat a figure."""
     packages = {name: importlib.metadata.version(name) for name in STAMPED_PACKAGES}
@@ -91,3 +80,44 @@ def environment() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "world_size": world_size(),
     }
+
+
+def set_up_distributed(timeout_s: int) -> None:
+    """Join the other ranks where a launcher started several processes, or be a world of one.
+
+    DeepSpeed and the Trainer need an initialised process group before TrainingArguments exist: otherwise the world size
+    is taken as 1 while the configuration is resolved. Torch's own timeout is the one that ends a hang.
+
+    Raises:
+        UserError: the port is taken, or the other ranks cannot be reached.
+    """
+    if dist.is_initialized():
+        return
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
+    here = device()
+    if here.type != "cpu":
+        torch.accelerator.set_device_index(here.index)
+    backend = "gloo" if here.type == "cpu" else "nccl"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if "EADDRINUSE" in str(error) or "in use" in str(error):
+            reason = "the port is in use by another process"
+        raise UserError(
+            f"rank {rank()} cannot join the other ranks at {address}: {reason}; "
+            "choose another port with --master_port, and check that every node reaches that address"
+        ) from error
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

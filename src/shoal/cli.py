@@ -1,0 +1,151 @@
+"""`shoal measure | prune | distill | eval | report | run --config RECIPE [section.key=value ...]`"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from shoal import __version__
+from shoal.errors import EXIT_USER_ERROR, UserError
+from shoal.recipe import Recipe, load_recipe
+
+log = logging.getLogger("shoal")
+
+EXIT_STOPPED = 128 + signal.SIGTERM
+VERBS = {
+    "measure": "measure what every layer is worth: importance.json",
+    "prune": "choose layers and cut them out: plan.json, student/",
+    "distill": "train the cut model on the full one: distilled/",
+    "eval": "score teacher, pruned and distilled: eval/*.json",
+    "report": "report.html, report.md, and the Hub push where the recipe asks for it",
+    "run": "all of it, skipping what is done and unchanged",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `shoal` and of the scripts under launch/. Exits with 2 on wrong input, 143 on a clean stop."""
+    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    sys.exit(run_verb(arguments.verb, arguments.config, arguments.overrides))
+
+
+def run_verb(verb: str, config: str, overrides: Sequence[str]) -> int:
+    """Run one verb; returns the exit code."""
+    from shoal.runtime import is_main, set_up_logging
+
+    set_up_logging()
+    try:
+        _dispatch(verb, load_recipe(config, overrides), config, overrides)
+    except UserError as error:
+        if not is_main():
+            time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
+        print(f"shoal: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("shoal: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
+    from shoal import pipeline, runtime
+
+    launched = "LOCAL_RANK" in os.environ
+    run = pipeline.Run(recipe)
+    if verb == "run" and launched:
+        raise UserError("`shoal run` starts its own launcher for distill; under one, call distill, measure or eval")
+    in_group = launched or verb == "distill"
+    if verb in ("distill", "run") and not launched:
+        from shoal.train.arguments import deepspeed_config
+
+        deepspeed_config(recipe.distill)  # refuse now rather than after measuring and cutting
+    if verb == "distill" and not launched:
+        _launch_distill(recipe, config, overrides)
+        return
+    if in_group:
+        runtime.set_up_distributed(recipe.distill.timeout_s)
+    with pipeline.locked(run) if runtime.is_main() else contextlib.nullcontext():
+        if verb == "run":
+            pipeline.run_all(run, lambda: _launch_distill(recipe, config, overrides))
+        elif verb == "distill":
+            _distill(run)
+        else:
+            stages = {
+                "measure": pipeline.measure,
+                "prune": pipeline.prune,
+                "eval": pipeline.evaluate,
+                "report": pipeline.report,
+            }
+            stages[verb](run)
+
+
+def _distill(run) -> None:  # noqa: ANN001
+    from shoal import pipeline
+    from shoal.train.distill import Stopped
+
+    try:
+        pipeline.distill(run)
+    except Stopped as stopped:
+        log.warning("%s; the same command goes on from there", stopped)
+        sys.exit(EXIT_STOPPED)
+
+
+def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
+    """Run the distill verb under the DeepSpeed launcher, on this machine, and wait for it."""
+    import torch
+
+    from shoal.runtime import free_port
+
+    on_gpu = torch.accelerator.is_available()
+    ranks = recipe.distill.num_ranks or (torch.accelerator.device_count() if on_gpu else 1)
+    environment = dict(os.environ)
+    if not on_gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "shoal.cli"]
+    command += ["distill", "--config", config, *overrides]
+    log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code == EXIT_USER_ERROR:
+        raise UserError("distill was refused, for the reason above")
+    if code != 0:
+        log.error(
+            "distill ended with exit code %d; its message is above, and the same command goes on from the last checkpoint",
+            code,
+        )
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="shoal", description="Make large language models shallower and get their abilities back."
+    )
+    parser.add_argument("--version", action="version", version=f"shoal {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in VERBS.items():
+        sub = verbs.add_parser(verb, help=text, description=text)
+        sub.add_argument("--config", required=True, help="recipe (YAML): a path, or the name of a shipped one")
+        sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
+        sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a recipe setting")
+    return parser.parse_intermixed_args(argv) if False else _parse_mixed(parser, argv)
+
+
+def _parse_mixed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """Overrides may stand before, between and after options; argparse alone takes them in one block only."""
+    known, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    known.overrides = [*known.overrides, *rest]
+    return known
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""TrainingArguments and the DeepSpeed configuration that a recipe means, checked before any weight is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from shoal.errors import UserError
+from shoal.recipe import CONFIGS_DIR, Distill
+from shoal.runtime import world_size
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 1,
+    "logging_steps": 1,
+    "save_steps": 0.25,
+}
+"""What differs from transformers' own defaults; `distill.trainer` overrides each."""
+
+
+def num_rows(settings: Distill) -> int:
+    """Rows of the token budget, rounded up to whole optimizer steps of all ranks.
+
+    A last step of another size would be padded with repeated rows, differently for every number of ranks.
+    """
+    trainer = DEFAULTS | settings.trainer
+    per_step = (
+        int(trainer["per_device_train_batch_size"]) * int(trainer.get("gradient_accumulation_steps", 1)) * world_size()
+    )
+    return math.ceil(settings.num_tokens / settings.sequence_length / per_step) * per_step
+
+
+def training_arguments(
+    settings: Distill, *, output_dir: Path, seed: int, report_to: list[str]
+) -> tuple[TrainingArguments, int]:
+    """The Trainer's arguments, and how many checkpoints to keep.
+
+    Raises:
+        UserError: unknown or contradictory arguments, or a precision that is known to train wrongly.
+    """
+    values = DEFAULTS | settings.trainer
+    known = inspect.signature(TrainingArguments.__init__).parameters
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
+        raise UserError(f"distill.trainer.{unknown[0]}: no such training argument; {hint}")
+    # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
+    keep = max(2, values.pop("save_total_limit", None) or 2)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(output_dir),
+            deepspeed=deepspeed_config(settings),
+            seed=seed,
+            use_cpu=not torch.accelerator.is_available(),
+            remove_unused_columns=False,
+            report_to=report_to,
+            label_names=["labels"],
+            **values,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"distill.trainer: {str(error).strip()}") from error
+    return arguments, keep
+
+
+def deepspeed_config(settings: Distill) -> dict[str, Any]:
+    """The DeepSpeed configuration with what the recipe decides filled in.
+
+    Raises:
+        UserError: a file that is missing or no JSON, or settings that shoal knows to be wrong.
+    """
+    config = _read(settings.deepspeed)
+    stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {stage!r})")
+    if "scheduler" in config:
+        raise UserError("distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer")
+    named = [key for key in ("bf16", "fp16", "torch_autocast") if config.get(key, {}).get("enabled")]
+    if settings.precision is not None and named:
+        raise UserError(
+            f"distill.precision: {settings.precision} contradicts `{named[0]}` in the DeepSpeed configuration; "
+            "leave one of them out"
+        )
+    if settings.precision != "float32" and not named:
+        # fp32 weights: a plain bf16 weight does not move at usual learning rates, its rounding is coarser than a step
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if "bf16" in named and stage == 0:
+        raise UserError(
+            "distill.deepspeed: bf16 with ZeRO stage 0 starts Adam one step late; use stage 1 to 3, or "
+            "distill.precision: bfloat16 (autocast), which is exact at every stage"
+        )
+    if "fp16" in named and not torch.accelerator.is_available():
+        raise UserError("distill.deepspeed: fp16 does not train on a CPU; use distill.precision: bfloat16")
+    if stage == 3:
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ):
+        config.setdefault(key, "auto")
+    return config
+
+
+def _read(source: str | dict[str, Any] | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    if isinstance(source, dict):
+        return json.loads(json.dumps(source))
+    candidates = [Path(source), CONFIGS_DIR / source, CONFIGS_DIR.parent / source]
+    if source.startswith("configs/"):
+        candidates.append(CONFIGS_DIR / source.removeprefix("configs/"))
+    for file in candidates:
+        if file.is_file():
+            try:
+                return json.loads(file.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}: is not valid JSON ({error})") from error
+    shipped = ", ".join(sorted(f"deepspeed/{file.name}" for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
+    raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")

@@ -1,0 +1,271 @@
+"""The distill stage: teacher/ and student/ in, distilled/ and distill.json out."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from shoal.artifact import Provenance, Training, fingerprint, written_folder
+from shoal.data import PackedRows, sources_fingerprint
+from shoal.errors import UserError
+from shoal.models import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
+from shoal.recipe import Distill, Track, as_dict
+from shoal.runtime import device, is_main, world_size
+
+from . import tracking
+from .arguments import num_rows, training_arguments
+from .checkpoint import last_complete
+from .progress import Progress
+from .stop import StopRequest
+from .student import SharedPrefix, install_objective, set_trainable
+from .text import training_rows, wants_teacher_text, written_by_teacher
+from .trainer import DistillTrainer
+
+log = logging.getLogger(__name__)
+
+NOT_IDENTITY = ("num_ranks", "timeout_s")
+"""Settings that change how the work is done but not its result."""
+
+
+class Stopped(Exception):
+    """Training was asked to stop and has saved; the same command goes on."""
+
+
+def distill_inputs(settings: Distill, *, teacher: str, drop: tuple[int, ...], seed: int, dtype: str) -> dict[str, Any]:
+    """Everything that shapes distilled/: the stage's identity."""
+    section = {f"distill.{key}": value for key, value in as_dict(settings).items() if key not in NOT_IDENTITY}
+    return {
+        "model": teacher,
+        "prune.drop": list(drop),
+        "data": sources_fingerprint(settings.data),
+        "seed": seed,
+        "dtype": dtype,
+        **section,
+    }
+
+
+def check_distillable(teacher: Path, student: Path, settings: Distill, *, trust_remote_code: bool) -> None:
+    """What can be refused before weights are loaded.
+
+    Raises:
+        UserError: different vocabularies or tokenizers, or rows longer than the models' positions.
+    """
+    configs = [text_config(load_config(f, trust_remote_code=trust_remote_code)) for f in (teacher, student)]
+    sizes = [config.vocab_size for config in configs]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"teacher {teacher} has {sizes[0]:,} vocabulary entries and student {student} has {sizes[1]:,}; "
+            "distillation compares next-token distributions, so cut the student from this teacher"
+        )
+    if tokenizer_fingerprint(teacher) != tokenizer_fingerprint(student):
+        raise UserError(
+            f"teacher {teacher} and student {student} have different tokenizers; "
+            "distillation compares next-token distributions, so cut the student from this teacher"
+        )
+    longest = getattr(configs[0], "max_position_embeddings", None)
+    if longest is not None and settings.sequence_length > longest:
+        raise UserError(
+            f"distill.sequence_length: {settings.sequence_length} is more than the {longest} positions of {teacher}"
+        )
+
+
+def distill(
+    teacher_dir: Path,
+    student_dir: Path,
+    *,
+    run_dir: Path,
+    drop: tuple[int, ...],
+    settings: Distill,
+    track: Track,
+    inputs: dict[str, Any],
+    recipe: dict[str, Any],
+    seed: int,
+    dtype: str,
+    attention: str,
+    trust_remote_code: bool,
+) -> None:
+    """Train the student in ``student_dir`` on the teacher's distributions; write distilled/ and distill.json.
+
+    Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
+    same run, if there is one.
+
+    Raises:
+        Stopped: on SIGTERM or when the launcher is gone, after saving.
+        UserError: input that cannot work.
+    """
+    check_distillable(teacher_dir, student_dir, settings, trust_remote_code=trust_remote_code)
+    checkpoints = run_dir / "checkpoints"
+    # the optimizer's shards are cut by rank count, so a checkpoint belongs to one
+    resume = last_complete(checkpoints, {**inputs, "world_size": world_size()})
+    tokenizer = load_tokenizer(teacher_dir, trust_remote_code=trust_remote_code)
+    load = {"attention": attention, "trust_remote_code": trust_remote_code}
+    texts: list[str] = []
+    if wants_teacher_text(settings.data):
+        texts = _teacher_text(
+            teacher_dir, tokenizer, settings, run_dir, inputs=inputs, seed=seed, dtype=dtype, load=load
+        )
+    rows = training_rows(settings, tokenizer, num_rows=num_rows(settings), seed=seed, teacher_text=texts)
+
+    report_to = tracking.start(track, run_dir, recipe)
+    # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
+    arguments, keep = training_arguments(settings, output_dir=checkpoints, seed=seed, report_to=report_to)
+    teacher = load_model(teacher_dir, dtype=dtype, **load).requires_grad_(False)
+    student = load_model(student_dir, dtype="float32", **load)
+    first_cut = min(drop)
+    set_trainable(student, settings.trainable, first_cut=first_cut)
+    undo = install_objective(student, teacher, terms=settings.losses, chunk=settings.head_chunk)
+    shares = settings.trainable == "from_first_cut" and first_cut > 0
+    stop = StopRequest()
+    trainer = DistillTrainer(
+        model=student,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=_stack,
+        teacher=teacher,
+        prefix=SharedPrefix(student, teacher, first_cut=first_cut) if shares else None,
+        terms=settings.losses,
+        inputs={**inputs, "world_size": world_size()},
+        keep_checkpoints=keep,
+        stop=stop,
+        callbacks=[Progress(tokens_per_step=_tokens_per_step(arguments, settings))],
+    )
+    trainer.remove_callback(PrinterCallback)
+    _place_teacher(teacher, trainer)
+    stop.listen()
+    _announce(student, rows, trainer, settings, resume)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if trainer.state.global_step < trainer.state.max_steps:
+        tracking.finish()
+        raise Stopped(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved"
+        )
+    undo()
+    _write_results(
+        trainer, student, student_dir, tokenizer, rows, run_dir, inputs, settings, time.monotonic() - started
+    )
+    tracking.finish()
+
+
+def _teacher_text(
+    teacher_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Distill,
+    run_dir: Path,
+    *,
+    inputs: dict[str, Any],
+    seed: int,
+    dtype: str,
+    load: dict[str, Any],
+) -> list[str]:
+    """Rank 0 writes, all read. The writer is a copy of the teacher of its own, freed before training."""
+    texts: list[Any] = [None]
+    if is_main():
+        writer = load_model(teacher_dir, dtype=dtype, device=device(), **load)
+        texts[0] = written_by_teacher(
+            writer,
+            tokenizer,
+            settings,
+            file=run_dir / "teacher_text.json",
+            inputs={key: inputs[key] for key in ("model", "data", "seed", "distill.teacher_text_tokens")},
+            seed=seed,
+        )
+    dist.broadcast_object_list(texts, src=0)
+    return texts[0]
+
+
+def _place_teacher(teacher: PreTrainedModel, trainer: DistillTrainer) -> None:
+    """Under ZeRO-3 the teacher is an inference engine of its own, sharded like the student; else it sits on the device."""
+    config = trainer.args.hf_deepspeed_config.config  # pyright: ignore[reportAttributeAccessIssue]
+    if config["zero_optimization"]["stage"] == 3:
+        from trl.models.utils import prepare_deepspeed
+
+        prepare_deepspeed(teacher, trainer.accelerator)
+    else:
+        teacher.to(trainer.args.device)  # pyright: ignore[reportArgumentType]
+    teacher.eval()
+
+
+def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _tokens_per_step(arguments: TrainingArguments, settings: Distill) -> int:
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size()
+    return rows * settings.sequence_length
+
+
+def _announce(
+    student: PreTrainedModel, rows: PackedRows, trainer: DistillTrainer, settings: Distill, resume: Path | None
+) -> None:
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in student.parameters()]
+    trained, total = sum(n for n, wanted in sizes if wanted), sum(n for n, _ in sizes)
+    log.info(
+        "training %.1f of %.1f million parameters on %s tokens (%d rows of %d), %d rank(s), ZeRO %d",
+        trained / 1e6,
+        total / 1e6,
+        f"{rows.input_ids_NS.numel():,}",
+        len(rows),
+        settings.sequence_length,
+        world_size(),
+        trainer.args.hf_deepspeed_config.config["zero_optimization"]["stage"],  # pyright: ignore[reportAttributeAccessIssue]
+    )
+    for name, count in rows.counts.items():
+        log.info("  %s: %s", name, ", ".join(f"{value:,} {key}" for key, value in count.items()))
+    if resume is not None:
+        log.info("going on from %s", resume)
+
+
+def _write_results(
+    trainer: DistillTrainer,
+    student: PreTrainedModel,
+    student_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: PackedRows,
+    run_dir: Path,
+    inputs: dict[str, Any],
+    settings: Distill,
+    seconds: float,
+) -> None:
+    state = trainer.student_state()
+    peak = torch.tensor(float(_peak_memory_bytes()), device=device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    if is_main():
+        assert state is not None
+        stored = getattr(torch, str(load_config(student_dir).dtype or "float32").removeprefix("torch."))
+        student.config.use_cache = True  # the Trainer turned it off
+        student.config.dtype = stored
+        with written_folder(run_dir / "distilled") as folder:
+            student.save_pretrained(folder, state_dict={k: v.to(stored) for k, v in state.items()})
+            tokenizer.save_pretrained(folder)
+        history = [row for row in trainer.state.log_history if "loss" in row]
+        Training(
+            provenance=Provenance(inputs),
+            num_steps=trainer.state.global_step,
+            num_tokens=trainer.state.global_step * _tokens_per_step(trainer.args, settings),
+            seconds=seconds,
+            history=tuple({key: float(value) for key, value in row.items()} for row in history),
+            settings={
+                "trainer": trainer.args.to_sanitized_dict(),
+                "deepspeed": trainer.args.hf_deepspeed_config.config,  # pyright: ignore[reportAttributeAccessIssue]
+                "world_size": world_size(),
+                "rows": fingerprint(rows.fingerprint),
+            },
+            data=rows.counts,
+            peak_memory_bytes=int(peak.item()),
+        ).write(run_dir / Training.FILE)
+    dist.barrier()
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,80 @@
+"""Stopping cleanly: on a scheduler's SIGTERM, and when the launcher that started the ranks is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from shoal.runtime import device
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 120
+"""How long an orphaned rank may take to finish its step and save before it ends itself."""
+
+
+class StopRequest:
+    """Set by a signal or by the watchdog on any rank, agreed on by all of them."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def ask(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop; every rank calls this once per step."""
+        if not dist.is_initialized():
+            return self.reason is not None
+        flag = torch.tensor(float(self.reason is not None), device=device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if flag.item() > 0:
+            self.ask("another rank was asked to stop")
+        return flag.item() > 0
+
+    def listen(self) -> None:
+        """Take SIGTERM, and watch the launcher: a killed one leaves its ranks training as orphans that hold the run
+        directory and the devices."""
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        launcher = _launcher_processes()
+        if launcher:
+            threading.Thread(target=self._watch, args=(launcher,), daemon=True).start()
+
+    def _on_sigterm(self, _number: int, _frame: FrameType | None) -> None:
+        self.ask("SIGTERM")
+
+    def _watch(self, launcher: list[psutil.Process]) -> None:
+        while all(_alive(process) for process in launcher):
+            time.sleep(0.5)
+        self.ask("the launcher is gone")
+        time.sleep(GRACE_S)
+        os._exit(1)  # stuck in a collective whose other side is gone
+
+
+def _launcher_processes() -> list[psutil.Process]:
+    """The chain of launcher processes above this one: `deepspeed` starts a second launcher, which starts the ranks."""
+    if "LOCAL_RANK" not in os.environ:
+        return []
+    chain = []
+    for process in psutil.Process().parents():
+        command = " ".join(process.cmdline())
+        if not any(name in command for name in ("deepspeed", "torchrun", "torch.distributed", "accelerate")):
+            break
+        chain.append(process)
+    return chain
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
