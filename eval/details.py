@@ -1,0 +1,240 @@
+"""The report's sections on how it was done: the cut, training, speed and size, settings, versions, how to repeat it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from shoal.artifact import Json
+
+from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
+from .findings import ROLES, Run
+from .wording import DASH, bytes_text, count_text, duration_text, layers_text, redacted
+
+TERMS = (
+    ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),
+    ("Teacher", "The intact model."),
+    ("Pruned", "The teacher without the cut layers, before any training."),
+    ("Distilled", "The pruned model after it was trained to predict what the teacher predicts."),
+    ("Importance", "How much a layer changes what passes through it. Higher means: keep."),
+    ("Block influence", "One minus the cosine similarity between what enters a layer and what leaves it."),
+    (
+        "Angular distance",
+        "The angle between what enters a run of layers and what leaves it, from 0 (same) to 1 (opposite).",
+    ),
+    ("Chance", "The score that guessing reaches."),
+    ("Retention", "The share of the teacher's score above chance that is kept."),
+    (
+        "Nats and perplexity",
+        "Nats per token say how badly text is predicted; perplexity is exp(nats). Lower is better.",
+    ),
+    ("Paired difference", "The change between two models over the same items, which takes out the luck of the draw."),
+)
+
+
+def cut_section(run: Run, picture: Picture | None) -> Section:
+    blocks: list[Block] = []
+    if run.plan is None:
+        blocks.append(Paragraph("No plan has been made yet: `shoal prune` fills this section."))
+    else:
+        drop = run.plan.drop
+        blocks.append(
+            Paragraph(f"Cut: {layers_text(drop)}. Kept: {layers_text(run.plan.keep)}. (Of {run.plan.num_layers}.)")
+        )
+        blocks.append(Paragraph(f"How they were chosen: {run.plan.reason}"))
+    if run.importance is None:
+        blocks.append(Paragraph("Importance was not measured in this run, so there is no figure of it."))
+        return Section("Which layers were cut, and why", tuple(blocks))
+    if picture:
+        blocks.append(picture)
+    if run.importance.layers:
+        dropped = set(run.plan.drop) if run.plan else set()
+        metrics = tuple(run.importance.layers)
+        rows = tuple(
+            (
+                str(layer),
+                *(f"{run.importance.layers[metric][layer]:.4f}" for metric in metrics),
+                "cut" if layer in dropped else "kept",
+            )
+            for layer in range(run.importance.num_layers)
+        )
+        caption = f"Importance of every layer over {run.importance.num_tokens:,} tokens"
+        columns = ("Layer", *(metric.replace("_", " ") for metric in metrics), "Plan")
+        blocks.append(Table(caption, columns, rows, frozenset({0, len(metrics) + 1}), folded=True))
+    return Section("Which layers were cut, and why", tuple(blocks))
+
+
+def training_section(run: Run, picture: Picture | None) -> Section:
+    training = run.training
+    if training is None:
+        return Section("Training", (Paragraph("The cut model was not distilled in this run."),))
+    rate = training.num_tokens / training.seconds if training.seconds > 0 else 0.0
+    blocks: list[Block] = [
+        Paragraph(
+            f"{training.num_steps:,} optimizer steps over {training.num_tokens:,} tokens in "
+            f"{duration_text(training.seconds)} ({rate:,.0f} tokens/s); peak memory "
+            f"{bytes_text(training.peak_memory_bytes)} in the largest process."
+        )
+    ]
+    if picture:
+        blocks.append(picture)
+    blocks += _data_blocks(training.data)
+    return Section("Training", tuple(blocks))
+
+
+def speed_section(run: Run) -> Section:
+    blocks: list[Block] = []
+    evaluations = {role: run.evaluations[role] for role in ROLES if role in run.evaluations}
+    if evaluations:
+        teacher = evaluations.get("teacher")
+        rows = []
+        for role, found in evaluations.items():
+            share = DASH if teacher is None else f"{100 * found.num_parameters / teacher.num_parameters:.1f} %"
+            row = (role, str(found.num_layers), count_text(found.num_parameters), share, bytes_text(found.num_bytes))
+            rows.append((*row, duration_text(found.seconds)))
+        columns = ("Model", "Layers", "Parameters", "Of the teacher", "Weights on disk", "Time to evaluate")
+        blocks.append(Table("Size", columns, tuple(rows)))
+    if run.speed:
+        blocks += _speed_blocks(run)
+    else:
+        blocks.append(Paragraph("Speed was not measured in this run (`eval.speed` in the recipe)."))
+    return Section("Speed and size", tuple(blocks))
+
+
+def terms_section() -> Section:
+    return Section("Words used here", (Terms(TERMS),))
+
+
+def settings_section(run: Run) -> Section:
+    blocks: list[Block] = []
+    if run.recipe is None:
+        blocks.append(Paragraph("run.json, which holds the recipe, is not in the run directory."))
+    else:
+        text = yaml.safe_dump(redacted(run.recipe), sort_keys=False, allow_unicode=True, width=100)
+        blocks.append(Code(text, "yaml", "The recipe, with every default filled in"))
+    if run.training and run.training.settings:
+        text = yaml.safe_dump(redacted(run.training.settings), sort_keys=False, allow_unicode=True, width=100)
+        blocks.append(Code(text, "yaml", "Training arguments and DeepSpeed configuration, as resolved"))
+    blocks += _environment_blocks(run)
+    return Section("Exact settings and versions", tuple(blocks))
+
+
+def reproduce_section(run: Run) -> Section:
+    lines = [
+        "Save the recipe above as recipe.yaml (hidden values filled in, if there are any).",
+        "Run `shoal run --config recipe.yaml run_dir=NEW_FOLDER` with the versions above.",
+        "Each stage prints its progress; the new report lies in NEW_FOLDER/report.html.",
+        "On another machine or other versions the last digits of the scores may differ; the intervals should overlap.",
+    ]
+    return Section("How to repeat this", (Bullets(tuple(lines)),))
+
+
+def missing_section(run: Run) -> Section | None:
+    """What this report could not show because a stage has not run; None where all ran."""
+    parts = [
+        ("importance.json (shoal measure)", run.importance),
+        ("plan.json (shoal prune)", run.plan),
+        ("distill.json (shoal distill)", run.training),
+        *((f"eval/{role}.json (shoal eval)", run.evaluations.get(role)) for role in ROLES),
+        ("eval/speed.json (shoal eval with eval.speed: true)", run.speed),
+    ]
+    absent = tuple(name for name, part in parts if part is None)
+    if not absent:
+        return None
+    return Section(
+        "Not in this report", (Paragraph("These results do not exist in the run directory:"), Bullets(absent))
+    )
+
+
+def _speed_blocks(run: Run) -> list[Block]:
+    assert run.speed is not None
+    teacher = run.speed.roles.get("teacher")
+    rows = []
+    for role, speed in run.speed.roles.items():
+        cells = [role]
+        for kind in ("prefill", "decode"):
+            rate = getattr(speed, f"{kind}_tokens_per_s")
+            samples = [value for name, values in speed.samples.items() if name.startswith(kind) for value in values]
+            cells.append(f"{rate:,.1f}" + (f" [{min(samples):,.1f}, {max(samples):,.1f}]" if samples else ""))
+            cells.append(DASH if teacher is None else f"{rate / getattr(teacher, f'{kind}_tokens_per_s'):.2f} ×")
+        rows.append(tuple(cells))
+    caption = (
+        f"Tokens per second at batch size {run.speed.batch_size}, prompt of {run.speed.prompt_tokens} tokens, "
+        f"{run.speed.new_tokens} new tokens, {run.speed.dtype}"
+    )
+    columns = ("Model", "Reading the prompt", "Ratio", "Writing", "Ratio")
+    machine = run.speed.provenance.environment
+    where = ", ".join(f"{key.replace('_', ' ')} {machine[key]}" for key in ("device", "cpu_threads") if key in machine)
+    return [
+        Table(caption, columns, tuple(rows)),
+        Paragraph(
+            "The models were timed in turns in one process, so that a busy moment of the machine hits all of them. "
+            f"Brackets hold the slowest and fastest repeat. Machine: {where or 'not recorded'}."
+        ),
+    ]
+
+
+def _data_blocks(data: dict[str, Json]) -> list[Block]:
+    """Counts by source as a table; everything else that training recorded about its data as a line of its own."""
+    sources = {name: counts for name, counts in data.items() if isinstance(counts, dict)}
+    nested = data.get("sources")
+    if isinstance(nested, dict) and all(isinstance(counts, dict) for counts in nested.values()):
+        sources = nested
+    sources = {name: {k: v for k, v in counts.items() if _is_plain(v)} for name, counts in sources.items()}
+    blocks: list[Block] = []
+    if sources:
+        fields = list(dict.fromkeys(field for counts in sources.values() for field in counts))
+        rows = tuple((name, *(_count(counts.get(field)) for field in fields)) for name, counts in sources.items())
+        blocks.append(Table("Training text by source", ("Source", *(f.replace("_", " ") for f in fields)), rows))
+    others = tuple(
+        f"{name.replace('_', ' ')}: {_count(value)}"
+        for name, value in data.items()
+        if _is_plain(value) or name == "overlap"
+    )
+    if others:
+        blocks.append(Bullets(others))
+    if not any("disjoint" in name or "overlap" in name for name in data):
+        blocks.append(
+            Paragraph("This run recorded no check that training and evaluation items are disjoint.", warning=True)
+        )
+    return blocks
+
+
+def _environment_blocks(run: Run) -> list[Block]:
+    artifacts: dict[str, Any] = {
+        "importance.json": run.importance,
+        "plan.json": run.plan,
+        "distill.json": run.training,
+        **{f"eval/{role}.json": evaluation for role, evaluation in run.evaluations.items()},
+        "eval/speed.json": run.speed,
+    }
+    found = {name: artifact.provenance for name, artifact in artifacts.items() if artifact is not None}
+    fields = list(dict.fromkeys(field for provenance in found.values() for field in provenance.environment))
+    rows = []
+    for field in fields:
+        values = {name: str(p.environment[field]) for name, p in found.items() if field in p.environment}
+        distinct = dict.fromkeys(values.values())
+        cell = (
+            next(iter(distinct))
+            if len(distinct) == 1
+            else "; ".join(f"{value} ({', '.join(n for n, v in values.items() if v == value)})" for value in distinct)
+        )
+        rows.append((field.replace("_", " "), cell))
+    stamps = tuple((name, p.created, p.fingerprint) for name, p in found.items())
+    return [
+        Table("Versions and machine", ("What", "Value"), tuple(rows), frozenset({0, 1})),
+        Table("Results this report was made from", ("File", "Made", "Fingerprint"), stamps, frozenset({0, 1, 2})),
+    ]
+
+
+def _is_plain(value: Json) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _count(value: Json) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return DASH if value is None else str(value)

@@ -1,0 +1,218 @@
+"""What a run directory holds and what may be concluded from it: comparisons, flips, sentences for the headline.
+
+Only numbers here; how they are worded in full and shown is sections.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal.artifact import Artifact, Evaluation, Importance, ItemScore, PruningPlan, Speed, TaskScore, Training
+from shoal.errors import UserError
+
+from .statistics import PairedDifference, Retention, holm, is_binary, paired, retention, z_above_chance
+
+ROLES = ("teacher", "pruned", "distilled")
+SIGNAL_SIGMAS = 3.0
+"""A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
+LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
+
+A = TypeVar("A", bound=Artifact)
+Key = tuple[str, str, str]
+"""Task, protocol, metric."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run directory holds; None or absent = that stage has not run."""
+
+    folder: Path
+    recipe: dict[str, Any] | None
+    stages: dict[str, Any]
+    importance: Importance | None
+    plan: PruningPlan | None
+    training: Training | None
+    evaluations: dict[str, Evaluation]
+    speed: Speed | None
+
+    @property
+    def model(self) -> str:
+        """What the recipe calls the model, else what is known instead."""
+        name = (self.recipe or {}).get("model")
+        return name if isinstance(name, str) else "the model"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task under one protocol, over the roles that were evaluated on it with equal settings."""
+
+    key: Key
+    ability: str
+    scores: dict[str, TaskScore]
+    differences: dict[tuple[str, str], PairedDifference]
+    """(before role, after role) -> paired difference."""
+    retained: dict[str, Retention]
+    """Role -> share of the teacher's score above chance that it keeps."""
+    teacher_sigmas: float | None
+    """Standard errors of the teacher above chance; None where chance means nothing or there is no teacher."""
+    adjusted_p: dict[tuple[str, str], float]
+    """p-values of the differences after Holm's correction over all tasks."""
+
+    @property
+    def any_score(self) -> TaskScore:
+        return next(iter(self.scores.values()))
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.any_score.higher_is_better
+
+    @property
+    def has_signal(self) -> bool:
+        """False where the intact teacher does not stand clear of chance (lower-is-better metrics have none)."""
+        return self.teacher_sigmas is None or self.teacher_sigmas > SIGNAL_SIGMAS
+
+    def verdict(self, before: str, after: str) -> str | None:
+        """`better`, `worse` or `unclear` (the 95 % interval holds zero); None = not both evaluated."""
+        found = self.differences.get((before, after))
+        if found is None:
+            return None
+        if found.ci_low <= 0 <= found.ci_high:
+            return "unclear"
+        return "better" if (found.difference > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    rows: tuple[Row, ...]
+    refused: tuple[str, ...]
+    """Why a role's score was left out of a row: it was measured with other settings."""
+
+
+def read_run(folder: Path) -> Run:
+    """The artifacts of a run directory, whichever exist.
+
+    Raises:
+        UserError: no such folder, nothing of a run in it, or an artifact that cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run directory; run a stage of the recipe first")
+    evaluations = {
+        role: evaluation
+        for role in ROLES
+        if (evaluation := _read(Evaluation, folder / "eval" / f"{role}.json")) is not None
+    }
+    run_file = _read_json(folder / "run.json")
+    run = Run(
+        folder=folder,
+        recipe=run_file.get("recipe"),
+        stages=run_file.get("stages") or {},
+        importance=_read(Importance, folder / Importance.FILE),
+        plan=_read(PruningPlan, folder / PruningPlan.FILE),
+        training=_read(Training, folder / Training.FILE),
+        evaluations=evaluations,
+        speed=_read(Speed, folder / Speed.FILE),
+    )
+    parts = (run.importance, run.plan, run.training, run.speed)
+    if all(part is None for part in parts) and not evaluations:
+        raise UserError(f"{folder}: holds no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
+    return run
+
+
+def compare(run: Run) -> Comparison:
+    """Every task with its paired differences; a role measured with other settings is refused, never shown beside."""
+    refused: list[str] = []
+    rows = []
+    keys = dict.fromkeys(_key(task) for evaluation in run.evaluations.values() for task in evaluation.tasks)
+    for key in keys:
+        scores: dict[str, TaskScore] = {}
+        for role, evaluation in run.evaluations.items():
+            task = next((task for task in evaluation.tasks if _key(task) == key), None)
+            if task is None:
+                continue
+            try:
+                if scores:
+                    paired(next(iter(scores.values())), task)
+            except UserError as error:
+                refused.append(f"{role}: {error}")
+            else:
+                scores[role] = task
+        rows.append(_row(key, scores))
+    return Comparison(_with_adjusted_p(rows), tuple(refused))
+
+
+def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, ItemScore]], ...]:
+    """Items won and items lost from ``before`` to ``after``; empty for scores that are not right or wrong."""
+    if not (is_binary(before) and is_binary(after)):
+        return [], []
+    later = {item.id: item for item in after.items}
+    pairs = [(item, later[item.id]) for item in before.items if item.id in later]
+    return [p for p in pairs if p[0].score < p[1].score], [p for p in pairs if p[0].score > p[1].score]
+
+
+def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, float]]:
+    """(likelihood row, generation row, gap in retention) for each ability ``role`` was asked about in both ways."""
+    usable = [row for row in rows if (kept := row.retained.get(role)) is not None and kept.value is not None]
+    gaps = []
+    for likely in (row for row in usable if row.key[1] in LIKELIHOOD_PROTOCOLS):
+        for written in (row for row in usable if row.key[1] == "generation" and row.ability == likely.ability):
+            one, other = likely.retained[role].value, written.retained[role].value
+            assert one is not None
+            assert other is not None
+            gaps.append((likely, written, one - other))
+    return gaps
+
+
+def measured_in_nats(score: TaskScore) -> bool:
+    """Whether exp(score) is a perplexity: a mean negative log-likelihood in nats."""
+    return not score.higher_is_better and "bit" not in score.metric
+
+
+def is_share(score: TaskScore) -> bool:
+    """Whether the score is a share of items, to be written in percent."""
+    return score.higher_is_better and score.ci_low >= 0 and score.ci_high <= 1
+
+
+def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
+    pairs = [(a, b) for i, a in enumerate(ROLES) for b in ROLES[i + 1 :] if a in scores and b in scores]
+    teacher = scores.get("teacher")
+    return Row(
+        key=key,
+        ability=next(iter(scores.values())).ability,
+        scores=scores,
+        differences={pair: paired(scores[pair[0]], scores[pair[1]]) for pair in pairs},
+        retained={role: retention(teacher, score) for role, score in scores.items() if teacher and role != "teacher"},
+        teacher_sigmas=z_above_chance(teacher) if teacher else None,
+        adjusted_p={},
+    )
+
+
+def _with_adjusted_p(rows: list[Row]) -> tuple[Row, ...]:
+    adjusted: list[dict[tuple[str, str], float]] = [{} for _ in rows]
+    for pair in dict.fromkeys(pair for row in rows for pair in row.differences):
+        holders = [index for index, row in enumerate(rows) if pair in row.differences]
+        values = holm([rows[index].differences[pair].p_value for index in holders])
+        for index, value in zip(holders, values, strict=True):
+            adjusted[index][pair] = value
+    return tuple(replace(row, adjusted_p=found) for row, found in zip(rows, adjusted, strict=True))
+
+
+def _key(task: TaskScore) -> Key:
+    return task.task, task.protocol, task.metric
+
+
+def _read(kind: type[A], path: Path) -> A | None:
+    return kind.read(path) if path.is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); delete it and run a stage again") from error
+    return body if isinstance(body, dict) else {}

@@ -1,0 +1,343 @@
+"""The three figures of a run: what layers are worth, how training went, what was lost and came back.
+
+Colours keep a contrast of 3:1 or more on white and on near-black and differ for every common kind of colour blindness;
+marks differ in shape too, so that nothing is said by colour alone. Text stays text in SVG; equal input, equal bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+from shoal.artifact import Evaluation, Importance, TaskScore, Training
+from shoal.errors import UserError, explained_disk_errors
+from shoal.recipe import LossTerm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1f2430"
+"""Text and axes; becomes the reader's own text colour in inline SVG."""
+FAINT = "#8a919e"
+ROLE_STYLE = {"teacher": ("#7d8590", "s"), "pruned": ("#d55e00", "v"), "distilled": ("#1f86c8", "o")}
+"""Role -> colour and marker."""
+SERIES_COLOURS = ("#1f86c8", "#d55e00", "#0f9d75", "#b4699a", "#b08900")
+KEPT, DROPPED = "#1f86c8", "#d55e00"
+WIDTH_INCHES = 5.2
+"""A phone shows this width nearly unscaled, so that the text below stays readable."""
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial", "sans-serif"],
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.labelcolor": INK,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": FAINT,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": FAINT,
+    "grid.alpha": 0.35,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "shoal",
+    "savefig.dpi": 200,
+}
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
+
+def clean(text: str) -> str:
+    """Text without the characters that neither XML nor UTF-8 can carry; each becomes the replacement mark."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+def importance_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
+    """One panel of bars per layer metric and one heat map (start by length) per run metric, the dropped layers marked.
+
+    Raises:
+        UserError: the artifact holds no metric, or a dropped layer is none of its layers.
+    """
+    if not importance.layers and not importance.runs:
+        raise UserError("importance.json: holds no metric to draw; run `shoal measure` again")
+    outside = [layer for layer in drop if not 0 <= layer < importance.num_layers]
+    if outside:
+        raise UserError(f"importance.json: has {importance.num_layers} layers, so layer {outside[0]} cannot be dropped")
+    heights = [1.9] * len(importance.layers) + [3.6] * len(importance.runs)
+    figure, axes = _panels(heights)
+    with _style():
+        for ax, (metric, scores) in zip(axes, importance.layers.items(), strict=False):
+            _draw_layers(ax, metric, scores, drop)
+        for ax, (metric, rows) in zip(axes[len(importance.layers) :], importance.runs.items(), strict=True):
+            _draw_runs(figure, ax, metric, rows, drop)
+    return figure
+
+
+def training_figure(training: Training) -> Figure:
+    """The loss with each of its terms by step, and the learning rate below.
+
+    Raises:
+        UserError: the history holds no loss.
+    """
+    series = loss_series(training)
+    if not series:
+        raise UserError("distill.json: its history holds no loss to draw; run `shoal distill` again")
+    rate = _series(training, "learning_rate")
+    figure, axes = _panels([2.8, 1.5] if rate[0] else [2.8])
+    with _style():
+        _draw_losses(axes[0], series)
+        if rate[0]:
+            axes[1].plot(*rate, color=FAINT, marker="." if len(rate[0]) < 3 else "")
+            axes[1].set_title("Learning rate")
+            axes[1].set_ylim(bottom=0)
+            axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+            axes[1].grid(axis="y")
+        axes[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
+    """Every task's score with its 95 % interval for each role, one panel per ability, chance as a dashed tick.
+
+    Raises:
+        UserError: no role has a task.
+    """
+    keys = list(dict.fromkeys(_key(task) for evaluation in evaluations for task in evaluation.tasks))
+    if not keys:
+        raise UserError("eval: no evaluated task to draw; name some in eval.tasks")
+    panels: dict[tuple[str, bool], list[tuple[str, str, str]]] = {}
+    for key in keys:
+        task = next(t for e in evaluations for t in e.tasks if _key(t) == key)
+        panels.setdefault((task.ability, task.higher_is_better), []).append(key)
+    ordered = sorted(panels.items(), key=lambda item: not item[0][1])
+    figure, axes = _panels([0.75 + 0.62 * len(rows) for _, rows in ordered])
+    with _style():
+        for ax, ((ability, higher), rows) in zip(axes, ordered, strict=True):
+            _draw_ability(ax, ability, higher, rows, evaluations)
+        handles = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        if "chance" in handles:
+            handles["chance"] = handles.pop("chance")
+        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), columnspacing=1.2)
+    return figure
+
+
+def loss_series(training: Training) -> dict[str, tuple[list[float], list[float]]]:
+    """Name -> steps and finite values of the total loss and of every loss term in the history."""
+    kinds = get_args(get_type_hints(LossTerm)["kind"])
+    names = dict.fromkeys(name for row in training.history for name in row)
+    wanted = [name for name in names if name == "loss" or any(kind in name for kind in kinds)]
+    series = {name: _series(training, name) for name in wanted}
+    return {name: points for name, points in series.items() if points[0]}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write the figure as SVG or PNG (by suffix) on white; readers see the old or the new file, never half.
+
+    Raises:
+        UserError: another suffix, or a full or read-only disk.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".svg", ".png"):
+        raise UserError(f"{path}: figures are written as .svg or .png; choose one of these suffixes")
+    content = _rendered(figure, suffix[1:], facecolor="white")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained_disk_errors(path):
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def inline_svg(figure: Figure, name: str, *, title: str, description: str) -> str:
+    """The figure as an <svg> element for a page: transparent, in the page's text colour, with title and description.
+
+    Matplotlib numbers ids from one in every figure, so all ids get ``name`` in front: several figures share one page.
+    """
+    markup = _rendered(figure, "svg", facecolor="none").decode()
+    markup = markup[markup.index("<svg") :]
+    markup = re.sub(r'\bid="', f'id="{name}-', markup)
+    markup = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", markup)
+    markup = markup.replace(INK, "currentColor")
+    # Matplotlib's style sheet says `*`, which would reach out of the picture into the page.
+    markup = re.sub(r"<style.*?</style>", "", markup, flags=re.DOTALL)
+    opening, rest = markup.split(">", 1)
+    view = re.search(r'viewBox="[^"]+"', opening)
+    assert view is not None
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    label = f'role="img" aria-labelledby="{name}-title {name}-desc"'
+    heading = f'<title id="{name}-title">{escape(clean(title))}</title>'
+    body = f'<desc id="{name}-desc">{escape(clean(description))}</desc>{rest}'
+    return f'<svg {spaces} {view.group()} stroke-linejoin="round" {label}>{heading}{body}'
+
+
+def _rendered(figure: Figure, kind: str, *, facecolor: str) -> bytes:
+    buffer = io.BytesIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": None}
+    with _style():
+        figure.savefig(buffer, format=kind, facecolor=facecolor, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _style() -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(STYLE)  # pyright: ignore[reportArgumentType]
+
+
+def _panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """A figure of stacked panels, made without pyplot: no display, no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
+    return figure, list(grid[:, 0])
+
+
+def _draw_layers(ax: Axes, metric: str, scores: Sequence[float], drop: Sequence[int]) -> None:
+    dropped = set(drop)
+    for layer, score in enumerate(scores):
+        out = layer in dropped
+        ax.bar(
+            layer, score, width=0.72, color=DROPPED if out else KEPT, hatch="////" if out else None, ec="white", lw=0
+        )
+    if drop:
+        # A tick under the axis shows dropped layers even where the score is too small for a visible bar.
+        low = ax.get_xaxis_transform()
+        ax.plot(list(drop), [-0.045] * len(drop), "^", color=DROPPED, ms=5, transform=low, clip_on=False)
+        ax.text(1, 1.0, "▨ dropped", color=DROPPED, transform=ax.transAxes, ha="right", va="bottom", fontsize=10)
+    ax.tick_params(axis="x", pad=7)
+    ax.set_title(_words(metric))
+    ax.set_xlabel("layer")
+    ax.set_ylabel("importance")
+    ax.set_xlim(-0.8, len(scores) - 0.2)
+    ax.grid(axis="y")
+    ax.set_axisbelow(True)
+    if scores and max(scores) > 12 * sorted(scores)[len(scores) // 2] > 0 and min(scores) > 0:
+        ax.set_yscale("log")  # one outlying layer would flatten all others
+
+
+def _draw_runs(figure: Figure, ax: Axes, metric: str, rows: Sequence[Sequence[float]], drop: Sequence[int]) -> None:
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    width = max(len(row) for row in rows)
+    grid = np.full((len(rows), width), math.nan)
+    for index, row in enumerate(rows):
+        grid[index, : len(row)] = row
+    # interpolation="none" keeps the raw cells in the SVG; any other choice stores a blurred picture
+    image = ax.imshow(
+        grid,
+        origin="lower",
+        aspect="auto",
+        cmap="cividis",
+        interpolation="none",
+        extent=(-0.5, width - 0.5, 0.5, len(rows) + 0.5),
+    )
+    bar = figure.colorbar(image, ax=ax, label="importance of the run", pad=0.02)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    if drop and list(drop) == list(range(drop[0], drop[-1] + 1)) and len(drop) <= len(rows):
+        ax.add_patch(Rectangle((drop[0] - 0.5, len(drop) - 0.5), 1, 1, fill=False, ec=DROPPED, lw=2.5))
+        ax.annotate(
+            "the cut",
+            (drop[0], len(drop)),
+            xytext=(0.97, 0.95),
+            textcoords="axes fraction",
+            ha="right",
+            va="top",
+            color=DROPPED,
+            arrowprops={"arrowstyle": "-", "color": DROPPED},
+        )
+    ax.set_title(_words(metric))
+    ax.set_xlabel("first layer of the run")
+    ax.set_ylabel("layers in the run")
+
+
+def _draw_losses(ax: Axes, series: dict[str, tuple[list[float], list[float]]]) -> None:
+    names = [name for name in series if name != "loss"]
+    if "loss" in series and len(names) != 1:  # with one term the total says the same twice, unless weighted
+        names.insert(0, "loss")
+    for index, name in enumerate(names):
+        steps, values = series[name]
+        style = ("-", "--", "-.", ":")[index % 4]
+        marker = "o" if len(steps) < 3 else ""
+        ax.plot(steps, values, style, color=SERIES_COLOURS[index % 5], marker=marker, lw=1.6, label=_words(name))
+    ax.set_title("Training loss, nats per token")
+    ax.grid(axis="y")
+    ax.legend(loc="upper right")
+
+
+def _draw_ability(
+    ax: Axes, ability: str, higher: bool, keys: Sequence[tuple[str, str, str]], evaluations: Sequence[Evaluation]
+) -> None:
+    count = len(evaluations)
+    for row, key in enumerate(keys):
+        for position, evaluation in enumerate(evaluations):
+            task = next((task for task in evaluation.tasks if _key(task) == key), None)
+            if task is None:
+                continue
+            colour, marker = ROLE_STYLE.get(evaluation.role, (INK, "D"))
+            y = row + 0.1 + 0.2 * (position - (count - 1) / 2)
+            ax.plot([task.ci_low, task.ci_high], [y, y], color=colour, lw=2, alpha=0.75, solid_capstyle="round")
+            ax.plot([task.score], [y], marker, color=colour, ms=6, label=clean(evaluation.role), ls="")
+            if higher and position == 0:
+                line = ([task.chance] * 2, [row - 0.14, row + 0.42])
+                ax.plot(*line, color=INK, lw=1.2, ls=(0, (3, 2)), label="chance")
+        ax.text(0, row - 0.3, _short(_row_label(key)), transform=ax.get_yaxis_transform(), fontsize=10, va="center")
+    ax.set_ylim(len(keys) - 0.45, -0.55)
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x")
+    if higher:
+        low, high = ax.get_xlim()
+        if low > -0.5 and high < 1.5:  # shares; other scores keep the range of their data
+            ax.set_xlim(-0.02, 1.02)
+        ax.set_title(_short(_words(ability)), weight="bold")
+    else:
+        ax.set_title(_short(f"{_words(ability)}: nats per token, lower is better"), weight="bold")
+
+
+def _row_label(key: tuple[str, str, str]) -> str:
+    task, protocol, _ = key
+    return task if protocol in task else f"{task} · {protocol}"
+
+
+def _key(task: TaskScore) -> tuple[str, str, str]:
+    return task.task, task.protocol, task.metric
+
+
+def _series(training: Training, name: str) -> tuple[list[float], list[float]]:
+    points = [(row["step"], row[name]) for row in training.history if name in row and "step" in row]
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
+
+
+def _words(name: str) -> str:
+    text = clean(name).replace("_", " ").strip()
+    return text[:1].upper() + text[1:]
+
+
+def _short(text: str, limit: int = 52) -> str:
+    text = " ".join(clean(text).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
