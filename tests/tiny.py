@@ -68,12 +68,13 @@ def tiny_model(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(kind, **overrides), attn_implementation="sdpa")
+        config = tiny_config(kind, **overrides)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def tiny_tokenizer(*, pad_token: bool = True) -> PreTrainedTokenizerFast:

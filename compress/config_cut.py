@@ -1,0 +1,240 @@
+"""The student's configuration, made from the teacher's.
+
+A depth cut touches more of a configuration than `num_hidden_layers`: lists with one entry per layer, thresholds, lists
+of layer indices, and rules such as "every sixth layer". RULES knows the fields that transformers 5.24 uses. What a cut
+cannot express is refused; surgery.py then proves on the built model that every kept layer is still what it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from shoal.errors import UserError
+
+log = logging.getLogger(__name__)
+
+KEPT_LAYERS = "shoal_kept_layers"
+"""Configuration key that names, for every layer, the layer of the uncut model it was."""
+
+Rule = Callable[[str, Any, Sequence[int]], Any]
+"""(field, the teacher's value, kept teacher indices in order) -> the student's value."""
+
+
+def keep_entries(field: str, value: Any, keep: Sequence[int]) -> Any:
+    """One entry per layer (a list, or a string with one letter per layer): the kept layers' entries."""
+    if isinstance(value, str):
+        return "".join(value[layer] for layer in keep)
+    if isinstance(value, list):
+        return [value[layer] for layer in keep]
+    return keep_step(field, value, keep)
+
+
+def recount(_: str, value: Any, keep: Sequence[int]) -> int:
+    """A threshold "layers below this index": how many of them stay."""
+    return sum(layer < value for layer in keep)
+
+
+def renumber(_: str, value: Any, keep: Sequence[int]) -> list[int]:
+    """A list of layer indices: those kept, under their new numbers."""
+    new_index = {old: new for new, old in enumerate(keep)}
+    return [new_index[layer] for layer in value if layer in new_index]
+
+
+def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
+    """A rule "every n-th layer": true of the student only where every kept layer moved by a multiple of n."""
+    if value in (0, 1) or all((old - new) % value == 0 for new, old in enumerate(keep)):
+        return value
+    raise UserError(
+        f"config.{field}={value}: says that every {value}th layer is special, which these cuts would shift; "
+        f"drop layers in aligned groups of {value}"
+    )
+
+
+def refuse(field: str, value: Any, _: Sequence[int]) -> Any:
+    raise UserError(f"config.{field}={value!r}: ties layers to each other in a way shoal cannot cut yet")
+
+
+def drop_mtp(field: str, value: Any, _: Sequence[int]) -> int:
+    """Multi-token-prediction layers come after the last layer and only speed decoding up: the student has none."""
+    log.warning("config.%s=%s: the student is saved without multi-token-prediction layers", field, value)
+    return 0
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        (
+            "layer_types",
+            "mlp_layer_types",
+            "layers_block_type",
+            "no_rope_layers",
+            "indexer_types",
+            "moe_layer_freq",
+            "layer_rope_theta",
+            "num_attention_heads_per_layer",
+            "hybrid_override_pattern",
+        ),
+        keep_entries,
+    ),
+    **dict.fromkeys(("max_window_layers", "first_k_dense_replace"), recount),
+    **dict.fromkeys(
+        (
+            "mlp_only_layers",
+            "moe_layers",
+            "attn_layer_indices",
+            "full_attn_idxs",
+            "local_layer_ids",
+            "cross_attention_layers",
+        ),
+        renumber,
+    ),
+    **dict.fromkeys(
+        (
+            "decoder_sparse_step",
+            "moe_layer_interval",
+            "interleave_moe_layer_step",
+            "attn_layer_period",
+            "expert_layer_period",
+            "full_attention_interval",
+            "global_attn_every_n_layers",
+            "no_rope_layer_interval",
+            "sliding_window_pattern",
+        ),
+        keep_step,
+    ),
+    **dict.fromkeys(
+        ("per_layer_config", "num_kv_shared_layers", "hidden_size_per_layer_input", "deepstack_visual_indexes"),
+        refuse,
+    ),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), drop_mtp),
+}
+"""Configuration field -> what a depth cut does to it. Unset and empty values stay as they are."""
+
+SPELT_OUT_BY: dict[str, str] = {
+    "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+    "interleave_moe_layer_step": "moe_layers",
+}
+"""A step rule -> the list that transformers makes from it and obeys once it is there."""
+
+NOT_PER_LAYER = {
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "keys_to_ignore_at_inference",
+    "id2label",
+    KEPT_LAYERS,
+}
+"""Lists whose length may equal the number of layers by accident."""
+
+
+def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
+    """A new configuration for the layers ``keep`` (teacher indices, increasing) of ``config``, which stays unchanged.
+
+    Raises:
+        UserError: a field that the cut cannot express, or a list with one entry per layer that shoal does not know.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError("config.quantization_config: quantised weights cannot be cut; give the full-precision model")
+    student = copy.deepcopy(config)
+    text = student.get_text_config(decoder=True)
+    values = _explicit_values(text)
+    num_layers = text.num_hidden_layers
+    _refuse_unknown_lists(values, num_layers)
+    changes = _changes(values, keep)
+    rebuilt = _rebuild(text, {**values, **changes, "num_hidden_layers": len(keep)}, without=_obsolete(values, changes))
+    if student is text:
+        student = rebuilt
+    else:
+        for name in student.sub_configs:
+            part = getattr(student, name)
+            if part is text:
+                setattr(student, name, rebuilt)
+            elif indexes := getattr(part, "deepstack_visual_indexes", None):  # fed into the first text layers
+                refuse(f"{name}.deepstack_visual_indexes", indexes, keep)
+    setattr(student, KEPT_LAYERS, [_origin(config, num_layers)[layer] for layer in keep])
+    _check_round_trip(config, student, keep)
+    return student
+
+
+def _explicit_values(text: PreTrainedConfig) -> dict[str, Any]:
+    """Everything that configuration says; lists that a class derives from rules are there already."""
+    return {key: value for key, value in text.to_dict().items() if key not in ("transformers_version", "model_type")}
+
+
+def _changes(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for field, rule in RULES.items():
+        value = values.get(field)
+        spelt_out = SPELT_OUT_BY.get(field)
+        if value in (None, 0, [], {}, "") or (spelt_out is not None and values.get(spelt_out)):
+            continue
+        changes[field] = rule(field, value, keep)
+    return changes
+
+
+def _obsolete(values: dict[str, Any], changes: dict[str, Any]) -> set[str]:
+    """Step rules that a list replaces: left in the file they would mislead whoever reads the rule and not the list."""
+    return {field for field, spelt_out in SPELT_OUT_BY.items() if field in values and spelt_out in changes}
+
+
+def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str]) -> PreTrainedConfig:
+    declared = type(text).default_config_fields()
+    kept = {key: value for key, value in values.items() if key not in without or key in declared}
+    rebuilt = type(text).from_dict(kept)
+    # loading details that are no part of the saved file
+    rebuilt._attn_implementation = text._attn_implementation
+    rebuilt._name_or_path = text._name_or_path
+    return rebuilt
+
+
+def _origin(config: PreTrainedConfig, num_layers: int) -> list[int]:
+    """Indices in the uncut model, so that a second cut still names the first teacher's layers."""
+    recorded = getattr(config, KEPT_LAYERS, None)
+    if recorded is None:
+        return list(range(num_layers))
+    if len(recorded) != num_layers:
+        raise UserError(
+            f"config.{KEPT_LAYERS}: names {len(recorded)} layers but the model has {num_layers}; "
+            "the configuration was edited after the cut"
+        )
+    return list(recorded)
+
+
+def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
+    for field, value in values.items():
+        per_layer = isinstance(value, list | tuple) and len(value) == num_layers and num_layers > 1
+        if per_layer and field not in RULES and field not in NOT_PER_LAYER:
+            raise UserError(
+                f"config.{field}: has one entry per layer ({num_layers}) but shoal does not know what it means; "
+                "add a rule for it to RULES in compress/config_cut.py"
+            )
+
+
+def _check_round_trip(config: PreTrainedConfig, student: PreTrainedConfig, keep: Sequence[int]) -> None:
+    """Assert that saving and loading keeps the cut: no rule of the class may overwrite a list we cut.
+
+    Per-layer lists that a class computes (properties) must come out as the kept entries too.
+    """
+    reloaded = type(student).from_dict(student.to_diff_dict())
+    before, after = config.get_text_config(decoder=True), reloaded.get_text_config(decoder=True)
+    if after.num_hidden_layers != len(keep):
+        raise UserError(
+            f"config.num_hidden_layers: reads {after.num_hidden_layers} after a reload instead of {len(keep)}; "
+            f"shoal cannot cut the {config.model_type} family yet"
+        )
+    for field in (name for name, rule in RULES.items() if rule is keep_entries):
+        old, new = getattr(before, field, None), getattr(after, field, None)
+        if isinstance(old, list | tuple) and len(old) > 0 and list(new or ()) != [old[layer] for layer in keep]:
+            raise UserError(
+                f"config.{field}: reads {new} after a reload, which is not what the kept layers had; "
+                f"shoal cannot cut these layers of the {config.model_type} family"
+            )

@@ -1,0 +1,340 @@
+"""Contract 1: cutting on disk equals skipping in memory, bit for bit, for every supported family."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import KINDS, NUM_LAYERS, SLIDING_WINDOW, tiny_checkpoint, tiny_config, tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from shoal.artifact import Provenance, PruningPlan
+from shoal.compress import surgery
+from shoal.compress.config_cut import KEPT_LAYERS, cut_config
+from shoal.compress.surgery import apply_plan, cut_model, skipped
+from shoal.errors import UserError
+from shoal.models import decoder_layers, tokenizer_fingerprint
+
+SINGLE_DROPS = [(layer,) for layer in range(NUM_LAYERS)]
+_generator = random.Random(0)
+MULTI_DROPS = sorted(
+    {tuple(sorted(_generator.sample(range(NUM_LAYERS), _generator.randint(2, 5)))) for _ in range(40)}
+)[:20]
+SHARP = 0.3
+"""Initializer range at which greedy text varies, so that equal texts mean something."""
+
+
+def test_there_are_twenty_multi_drops() -> None:
+    assert len(MULTI_DROPS) == 20
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    """Logits of random rows three times as long as the sliding window."""
+    input_ids = torch.randint(0, 256, (2, 3 * SLIDING_WINDOW), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model(input_ids=input_ids, use_cache=False).logits
+
+
+def greedy_text(model: PreTrainedModel, *, use_cache: bool) -> list[list[int]]:
+    """Greedy continuation, past the sliding window, of a batch whose second row is padded on the left."""
+    input_ids = torch.randint(0, 256, (2, SLIDING_WINDOW + 3), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(input_ids)
+    mask[1, :5] = 0
+    text = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=input_ids,
+        attention_mask=mask,
+        use_cache=use_cache,
+        do_sample=False,
+        max_new_tokens=6,
+        eos_token_id=-1,
+    )
+    return text.tolist()
+
+
+def assert_same_model(reference: PreTrainedModel, drop: tuple[int, ...], student: PreTrainedModel) -> None:
+    with skipped(reference, drop):
+        assert torch.equal(logits(reference), logits(student))
+        expected = greedy_text(reference, use_cache=True)
+        assert greedy_text(reference, use_cache=False) == expected
+    assert greedy_text(student, use_cache=True) == expected
+    assert greedy_text(student, use_cache=False) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("drop", SINGLE_DROPS + MULTI_DROPS, ids=str)
+def test_cut_in_memory_and_on_disk_equal_skipping(kind: str, drop: tuple[int, ...], tmp_path: Path) -> None:
+    teacher = tiny_model(kind, initializer_range=SHARP)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = cut_model(teacher, drop)
+    assert_same_model(teacher, drop, student)
+
+    student.save_pretrained(tmp_path / "first")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert torch.equal(logits(reloaded), logits(student))
+    if len(drop) == 1:
+        assert greedy_text(reloaded, use_cache=True) == greedy_text(student, use_cache=True)
+    reloaded.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "first/config.json").read_text() == (tmp_path / "second/config.json").read_text()
+
+    assert len(decoder_layers(teacher)) == NUM_LAYERS
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropping_nothing_changes_no_bit(kind: str) -> None:
+    teacher = tiny_model(kind)
+    student = cut_model(teacher, ())
+    assert torch.equal(logits(teacher), logits(student))
+    assert student.config.num_hidden_layers == NUM_LAYERS
+
+
+def test_skipping_is_undone_at_the_end_and_after_an_error() -> None:
+    model = tiny_model("llama")
+    intact = logits(model)
+    with skipped(model, (1,)):
+        assert not torch.equal(intact, logits(model))
+    assert torch.equal(intact, logits(model))
+    with pytest.raises(KeyError), skipped(model, (1,)):
+        raise KeyError
+    assert torch.equal(intact, logits(model))
+
+
+def test_student_shares_no_storage_with_its_teacher_unless_asked() -> None:
+    teacher = tiny_model("qwen3")
+    pointers = {tensor.data_ptr() for tensor in teacher.state_dict().values()}
+    assert not any(tensor.data_ptr() in pointers for tensor in cut_model(teacher, (2,)).state_dict().values())
+    assert all(tensor.data_ptr() in pointers for tensor in cut_model(teacher, (2,), share=True).state_dict().values())
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "gemma3"])
+def test_tied_embeddings_stay_one_tensor(kind: str, tmp_path: Path) -> None:
+    student = cut_model(tiny_model(kind), (1,))
+    assert student.get_parameter("lm_head.weight") is student.get_parameter("model.embed_tokens.weight")
+    student.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert reloaded.get_parameter("lm_head.weight") is reloaded.get_parameter("model.embed_tokens.weight")
+
+
+def test_bfloat16_teacher_gives_a_bfloat16_student() -> None:
+    teacher = tiny_model("gemma3", dtype=torch.bfloat16)
+    student = cut_model(teacher, (0, 4))
+    with skipped(teacher, (0, 4)):
+        assert torch.equal(logits(teacher), logits(student))
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert student.config.dtype == torch.bfloat16
+
+
+def test_a_teacher_cast_as_a_whole_gives_an_equal_student() -> None:
+    teacher = tiny_model("llama").bfloat16()  # RoPE frequencies become bfloat16 too
+    student = cut_model(teacher, (3,))
+    with skipped(teacher, (3,)):
+        assert torch.equal(logits(teacher), logits(student))
+
+
+def test_generation_settings_are_kept() -> None:
+    teacher = tiny_model("llama")
+    assert teacher.generation_config is not None
+    teacher.generation_config.repetition_penalty = 1.25
+    student = cut_model(teacher, (3,))
+    assert student.generation_config is not None
+    assert student.generation_config.repetition_penalty == 1.25
+    assert not student.training
+
+
+def test_every_kept_layer_keeps_its_attention_kind() -> None:
+    config = cut_config(tiny_model("gemma3").config, (1, 2, 4))
+    assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert "sliding_window_pattern" not in config.to_dict()
+    config = cut_config(tiny_model("qwen2").config, (0, 3, 5))
+    assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert config.max_window_layers == 1
+
+
+def test_config_names_the_layers_of_the_first_teacher_after_two_cuts() -> None:
+    once = cut_config(tiny_config("llama"), (0, 2, 3, 5))
+    assert getattr(cut_config(once, (1, 3)), KEPT_LAYERS) == [2, 5]
+
+
+def test_cutting_a_config_leaves_the_teachers_alone() -> None:
+    config = tiny_config("gemma3")
+    before = config.to_dict()
+    cut_config(config, (0, 5))
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "keep", "expected"),
+    [
+        ("first_k_dense_replace", 2, (0, 2, 3), 1),
+        ("mlp_only_layers", [0, 2, 5], (0, 1, 5), [0, 2]),
+        ("moe_layer_freq", [0, 1, 1, 0, 1, 1], (0, 3, 4), [0, 0, 1]),
+        ("moe_layer_freq", 2, (0, 1, 4, 5), 2),
+        ("hybrid_override_pattern", "MEM*ME", (0, 3, 5), "M*E"),
+        ("decoder_sparse_step", 2, (2, 3, 4, 5), 2),
+        ("num_nextn_predict_layers", 1, (0, 1), 0),
+        ("num_kv_shared_layers", 0, (0, 1), 0),
+    ],
+)
+def test_rule_of_a_field(field: str, value: Any, keep: tuple[int, ...], expected: Any) -> None:
+    assert getattr(cut_config(tiny_config("llama", **{field: value}), keep), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("decoder_sparse_step", 2, r"decoder_sparse_step=2: says that every 2th layer"),
+        ("num_kv_shared_layers", 2, r"num_kv_shared_layers=2: ties layers to each other"),
+        ("flavours", list("abcdef"), r"config.flavours: has one entry per layer \(6\)"),
+        ("quantization_config", {"quant_method": "fp8"}, r"quantised weights cannot be cut"),
+        (KEPT_LAYERS, [0, 1], r"names 2 layers but the model has 6"),
+    ],
+)
+def test_config_that_a_cut_cannot_express_is_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cut_config(tiny_config("llama", **{field: value}), (0, 2, 3, 4, 5))
+
+
+def test_deepstack_vision_features_are_refused() -> None:
+    from transformers import Gemma3Config
+
+    config = Gemma3Config(text_config=tiny_config("gemma3").to_dict())
+    assert cut_config(config, (0, 1)).get_text_config().num_hidden_layers == 2
+    setattr(config.vision_config, "deepstack_visual_indexes", [1, 2])  # noqa: B010
+    with pytest.raises(UserError, match=r"vision_config.deepstack_visual_indexes"):
+        cut_config(config, (0, 1))
+
+
+class AlternatingConfig(LlamaConfig):
+    """Attention kinds computed from the index: no cut can carry them over."""
+
+    model_type = "alternating"
+
+    @property
+    def layer_types(self) -> list[str]:
+        kinds = ("full_attention", "sliding_attention")
+        return [kinds[layer % 2] for layer in range(self.num_hidden_layers)]
+
+
+class StubbornConfig(LlamaConfig):
+    model_type = "stubborn"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.num_hidden_layers = 6
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AlternatingConfig(num_hidden_layers=6), r"config.layer_types: reads .* after a reload"),
+        (StubbornConfig(num_hidden_layers=6), r"num_hidden_layers: reads 6 after a reload instead of 5"),
+    ],
+)
+def test_config_that_does_not_survive_a_reload_is_refused(config: LlamaConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cut_config(config, (0, 2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("function", [cut_model, lambda model, drop: skipped(model, drop).__enter__()])
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [((6,), r"6 is no layer of this model; its layers are 0..5"), (range(6), r"names all 6 layers; keep at least one")],
+)
+def test_drops_outside_the_model_are_refused(function: Any, drop: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        function(tiny_model("llama"), drop)
+
+
+def test_tensor_that_would_be_lost_is_refused() -> None:
+    teacher = tiny_model("llama")
+    decoder_layers(teacher)[2].register_parameter("gate", nn.Parameter(torch.ones(1)))
+    cut_model(teacher, (2,))
+    with pytest.raises(UserError, match=r"layers.2.gate: a tensor that would be lost in the cut"):
+        cut_model(teacher, (1,))
+
+
+def test_tensor_that_the_teacher_lacks_is_refused() -> None:
+    teacher = tiny_model("llama")
+    del decoder_layers(teacher)[2].get_submodule("input_layernorm")._parameters["weight"]
+    with pytest.raises(UserError, match=r"layers.2.input_layernorm.weight: a tensor that the student needs"):
+        cut_model(teacher, (1,))
+
+
+def test_tensor_of_another_shape_is_refused() -> None:
+    teacher = tiny_model("llama")
+    norm = decoder_layers(teacher)[2].get_submodule("input_layernorm")
+    norm._parameters["weight"] = nn.Parameter(torch.ones(3))
+    with pytest.raises(UserError, match=r"input_layernorm.weight: has shape \(3,\) but the student needs \(32,\)"):
+        cut_model(teacher, (1,))
+
+
+def test_layer_that_would_change_its_kind_is_refused() -> None:
+    teacher = tiny_model("gemma3")
+    setattr(decoder_layers(teacher)[2].get_submodule("self_attn"), "sliding_window", 4)  # noqa: B010
+    with pytest.raises(UserError, match=r"layer 2: its self_attn.sliding_window is 4 but would become None as layer 1"):
+        cut_model(teacher, (0,))
+
+
+def plan(drop: tuple[int, ...], num_layers: int = NUM_LAYERS) -> PruningPlan:
+    return PruningPlan(Provenance({}), num_layers, drop, "named by the test")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plan_makes_a_plain_checkpoint_with_its_tokenizer(kind: str, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, kind, dtype=torch.bfloat16)
+    (folder / "LICENSE").write_text("do as you like")
+    apply_plan(folder, plan((1, 4)), tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with skipped(teacher, (1, 4)):
+        assert torch.equal(logits(teacher), logits(student))
+    assert student.dtype == torch.bfloat16
+    assert tokenizer_fingerprint(tmp_path / "student") == tokenizer_fingerprint(folder)
+    assert json.loads((tmp_path / "student/config.json").read_text())[KEPT_LAYERS] == [0, 2, 3, 5]
+    names = {file.name for file in (tmp_path / "student").iterdir()}
+    assert {"model.safetensors", "generation_config.json", "LICENSE"} <= names
+    assert {name for name in names if name.endswith((".bin", ".pt", ".py"))} == set()
+
+
+def test_plan_for_another_model_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    with pytest.raises(UserError, match=r"plan: is for a model of 30 layers, but .* has 6"):
+        apply_plan(folder, plan((1,), num_layers=30), tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_student_in_the_teachers_own_folder_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    with pytest.raises(UserError, match=r"is the teacher's own folder"):
+        apply_plan(folder, plan((1,)), folder)
+
+
+def test_student_that_differs_on_disk_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(model: PreTrainedModel, drop: tuple[int, ...], **_: Any) -> PreTrainedModel:
+        student = cut_model(model, drop)
+        with torch.no_grad():
+            next(decoder_layers(student)[0].parameters()).add_(0.1)
+        return student
+
+    folder = tiny_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(surgery, "cut_model", spoilt)
+    with pytest.raises(UserError, match=r"logits differ from the teacher's with layers \[1\] skipped"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+def test_architecture_that_needs_its_own_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class RemoteForCausalLM(LlamaForCausalLM):
+        pass
+
+    folder = tiny_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(surgery, "load_model", lambda folder, **_: RemoteForCausalLM.from_pretrained(folder))
+    with pytest.raises(UserError, match=r"is built by code that came with it"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
