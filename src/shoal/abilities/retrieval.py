@@ -3,6 +3,7 @@
 import json
 import random
 import uuid
+from functools import cache
 
 from shoal.abilities import words
 from shoal.abilities.item import Item, Value, build_item, check_choice, check_range, generator, split_of, words_in
@@ -66,14 +67,19 @@ def draw_pairs(rng: random.Random, split: str, kind: str, num_pairs: int) -> lis
     """Pairs whose keys and values are all different and all belong to the split."""
     if kind == "word":
         keys = rng.sample(words_in(split, "key", words.KEYS), num_pairs)
-        numbers = [str(number) for number in range(1000, 10000) if split_of("number", number) == split]
-        return list(zip(keys, rng.sample(numbers, num_pairs), strict=True))
+        return list(zip(keys, rng.sample(numbers_in(split), num_pairs), strict=True))
     drawn: list[str] = []
     while len(drawn) < 2 * num_pairs:
         candidate = str(uuid.UUID(int=rng.getrandbits(128), version=4))
         if split_of("uuid", candidate) == split:
             drawn.append(candidate)
     return list(zip(drawn[:num_pairs], drawn[num_pairs:], strict=True))
+
+
+@cache
+def numbers_in(split: str) -> list[str]:
+    """The four-digit numbers of the split; kept, since finding them takes longer than everything else about an item."""
+    return [str(number) for number in range(1000, 10000) if split_of("number", number) == split]
 
 
 def show_pairs(pairs: list[tuple[str, str]]) -> str:
