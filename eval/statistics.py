@@ -1,7 +1,8 @@
 """Intervals, paired tests and retention: what a before/after table may claim.
 
-Two roles answer the same items, so every comparison is per item: the noise of which items were drawn cancels. Letters: N items,
-R bootstrap resamples.
+Two roles answer the same items, so every comparison is per item: the noise of which items were drawn cancels.
+
+N items, R bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ Array = NDArray[np.float64]
 Z95 = float(stats.norm.ppf(0.975))
 NUM_RESAMPLES = 4000
 RESAMPLE_SEED = 20251002
-SAME_MEASUREMENT = ("task", "ability", "protocol", "metric", "chance", "higher_is_better", "version", "num_fewshot", "n")
+SAME_MEASUREMENT = (
+    "task",
+    "ability",
+    "protocol",
+    "metric",
+    "chance",
+    "higher_is_better",
+    "version",
+    "num_fewshot",
+    "n",
+)
 """Fields that must agree before two scores are compared."""
 
 
@@ -72,7 +83,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
 def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
     """95 % interval of the (weighted) mean by resampling items, seeded.
 
-    The percentiles are widened by sqrt(n / (n - 1)): resampling with replacement underestimates the spread by that factor.
+    The percentiles are widened by sqrt(n / (n - 1)), the factor by which resampling underestimates the spread.
     """
     values_N = np.asarray(values, dtype=np.float64)
     weights_N = np.ones_like(values_N) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -96,8 +107,8 @@ def is_binary(task: TaskScore) -> bool:
 def paired(before: TaskScore, after: TaskScore) -> PairedDifference:
     """The change from ``before`` to ``after``, item by item.
 
-    0/1 scores: exact McNemar test, and Newcombe's interval for paired proportions (1998, Statistics in Medicine 17:2635, method
-    10), whose coverage holds near 0 and 1 and with few discordant items. Others: paired bootstrap.
+    0/1 scores: exact McNemar test, and Newcombe's interval for paired proportions (1998, Stat. in Medicine 17:2635,
+    method 10), whose coverage holds near 0 and 1 and with few discordant items. Others: paired bootstrap.
 
     Raises:
         UserError: the scores were measured with different settings or over different items; names the field.
@@ -109,7 +120,10 @@ def paired(before: TaskScore, after: TaskScore) -> PairedDifference:
     difference = float(np.average(after_N - before_N, weights=weights_N))
     if is_binary(before) and is_binary(after):
         low, high = newcombe_paired(
-            both=int((before_N * after_N).sum()), won=won, lost=lost, neither=int(((1 - before_N) * (1 - after_N)).sum())
+            both=int((before_N * after_N).sum()),
+            won=won,
+            lost=lost,
+            neither=int(((1 - before_N) * (1 - after_N)).sum()),
         )
         return PairedDifference(before.n, difference, low, high, mcnemar(won, lost), "mcnemar-exact", won, lost)
     means_R = _resampled_means(after_N - before_N, weights_N)
@@ -188,8 +202,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def retention(before: TaskScore, after: TaskScore) -> Retention:
     """Which share of the teacher's score above chance is kept, with a paired bootstrap interval.
 
-    Defined for higher-is-better metrics whose teacher lies above chance with its whole interval. Nats per token have no chance
-    level, and a ratio over a teacher that is at chance is noise over noise.
+    Defined for higher-is-better metrics whose teacher lies above chance with its whole interval. Nats per token have no
+    chance level, and a ratio over a teacher that is at chance is noise over noise.
     """
     require_same_measurement(before, after)
     if not before.higher_is_better:
@@ -215,8 +229,8 @@ def retention(before: TaskScore, after: TaskScore) -> Retention:
 def z_above_chance(task: TaskScore) -> float | None:
     """How many standard errors a higher-is-better score lies above chance; None for lower-is-better ones.
 
-    The standard error is that of a guesser (score test) where chance is inside (0, 1). At chance 0 a guesser has no spread, so
-    the score's own is taken, with two successes and two failures added (Agresti and Coull 1998) to keep it above zero.
+    The standard error is that of a guesser (score test) where chance is inside (0, 1). At chance 0 a guesser has no
+    spread, so the score's own is taken, with two successes and two failures added (Agresti and Coull 1998).
     """
     if not task.higher_is_better:
         return None
@@ -232,7 +246,7 @@ def z_above_chance(task: TaskScore) -> float | None:
 def minimal_detectable_difference(before: TaskScore, after: TaskScore, *, power: float = 0.8) -> float:
     """The smallest true difference that ``n`` items would show at the 5 % level with this power, in the metric's unit.
 
-    For 0/1 scores from the share of discordant items (Connor 1987), at least three of them; 1 where no difference can be shown.
+    For 0/1 scores from the share of discordant items (Connor 1987), at least three of them; 1 where none can be shown.
     """
     before_N, after_N, _ = _aligned(before, after)
     z_power, n = float(stats.norm.ppf(power)), before.n

@@ -1,0 +1,118 @@
+"""What the task files in this folder refer to: shoal's own items as lm-eval documents, and how answers are matched."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Any
+
+from datasets import Dataset
+
+from shoal.abilities import Item, items, words
+
+NUM_ITEMS = {"retrieval": 500, "reasoning": 501}
+"""Every kind of reasoning equally often. Knowledge: all facts there are."""
+NUM_EXAMPLES = 30
+"""Items of the training split that few-shot prompts draw from."""
+LETTERS = string.ascii_uppercase
+ANSWERS = {"order": frozenset(words.NAMES), "state": frozenset(words.PLACES)}
+"""Reasoning kind -> words one of which is the final answer; arithmetic ends in a number."""
+
+
+def retrieval(**settings: Any) -> dict[str, Dataset]:
+    return _splits("retrieval", **settings)
+
+
+def knowledge(**settings: Any) -> dict[str, Dataset]:
+    return _splits("knowledge", **settings)
+
+
+def reasoning(**settings: Any) -> dict[str, Dataset]:
+    return _splits("reasoning", **settings)
+
+
+def lettered_text(doc: dict[str, Any]) -> str:
+    """The question with its options under letters."""
+    options = [f"{letter}. {option.strip()}" for letter, option in zip(LETTERS, doc["options"], strict=False)]
+    return "\n".join([doc["question"], *options, "Answer:"])
+
+
+def letters(doc: dict[str, Any]) -> list[str]:
+    return [f" {letter}" for letter in LETTERS[: len(doc["options"])]]
+
+
+def first_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """1 if the first line starts with the right answer as a whole word, case and punctuation ignored.
+
+    A model goes on after the value ("Paris, which is"), so the whole line cannot be compared; what stands before it counts.
+    """
+    line, final = _plain(first_line(results[0])), _plain(doc["final"])
+    return {"match": float(f"{line} ".startswith(f"{final} "))}
+
+
+def final_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """1 if the last number (arithmetic), name (order) or place (state) in the first line is the right one."""
+    line = first_line(results[0])
+    if doc["kind"] == "arithmetic":
+        found = re.findall(r"-?\d+", line)
+    else:
+        found = [word for word in re.findall(r"\w+", line) if word in ANSWERS[doc["kind"]]]
+    return {"match": float(bool(found) and found[-1] == doc["final"])}
+
+
+def worked_answer(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, float]:
+    """Nats of the whole worked answer; shoal.eval divides them by its tokens."""
+    return {"nats": -results[0][0]}
+
+
+def first_line(text: str) -> str:
+    """The first line that holds anything."""
+    return text.strip().split("\n")[0].strip()
+
+
+def _plain(text: str) -> str:
+    kept = "".join(" " if character in string.punctuation else character for character in text.casefold())
+    return " ".join(kept.split())
+
+
+def _splits(
+    task: str,
+    *,
+    version: str,
+    ability: str,
+    protocol: str,
+    chance: float,
+    metric: str,
+    config_source: str = "",
+    num_items: int | None = None,
+    seed: int = 0,
+    **params: Any,
+) -> dict[str, Dataset]:
+    """The evaluation items and, for few-shot prompts, training ones; lm-eval hands over metadata and dataset_kwargs alike."""
+    wanted = num_items or NUM_ITEMS.get(task) or _num_facts(**params)
+    evaluated = items(task, split="eval", num_items=wanted, seed=seed, **params)
+    examples = items(task, split="train", num_items=NUM_EXAMPLES, seed=seed, **params)
+    return {"eval": _dataset(evaluated), "train": _dataset(examples)}
+
+
+def _num_facts(relation: str | None = None) -> int:
+    from shoal.abilities.knowledge import RELATIONS, facts_in
+
+    return sum(len(facts_in("eval", name)) for name in ([relation] if relation else RELATIONS))
+
+
+def _dataset(made: list[Item]) -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "id": item.id,
+                "context": item.context,
+                "options": list(item.options),
+                "answer": item.answer,
+                "gold": item.gold,
+                "question": item.question,
+                **item.params,
+            }
+            for item in made
+        ]
+    )

@@ -1,0 +1,113 @@
+"""What scoring and generation need of a model: hidden states, logits where wanted, and a cache whose rows branch.
+
+B batch, S sequence, D hidden, V vocabulary, N positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from shoal.errors import UserError
+from shoal.models import logits_from_hidden, text_config
+
+LOGIT_ELEMENTS = 2**26
+"""Largest number of fp32 logits held at one time (256 MiB)."""
+
+
+class Decoder:
+    """A causal language model, taken apart at its final hidden states.
+
+    Raises:
+        UserError: for an architecture whose head shoal would apply in another way than the model itself.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.device = model.device
+        self._body: Any = model.get_decoder()
+        self._head: Any = model.get_output_embeddings()
+        self._to_logits = logits_from_hidden(model)
+        parameters = inspect.signature(self._body.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        # transformers renames this argument from one minor version to the next
+        self._cache_name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+        self.can_branch = self._cache_name is not None and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers
+        )
+        """Whether rows of the cache are keys and values that can be copied; recurrent models get full forwards."""
+        self._check_head()
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    @torch.no_grad()
+    def hidden(
+        self,
+        input_ids_BS: Tensor,
+        *,
+        mask: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, S, D); ``cache`` is extended, ``mask`` covers what it holds and the new tokens."""
+        arguments: dict[str, Any] = {"input_ids": input_ids_BS, "use_cache": cache is not None}
+        if cache is not None:
+            assert self._cache_name is not None, "a model that takes no cache was given one"
+            arguments[self._cache_name] = cache
+        if mask is not None and not bool(mask.all()):
+            arguments["attention_mask"] = mask
+        if position_ids_BS is not None and self._takes_positions:
+            arguments["position_ids"] = position_ids_BS
+        return self._body(**arguments).last_hidden_state
+
+    @torch.no_grad()
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 logits (N, V), scaled and capped as the model does it."""
+        return self._to_logits(hidden_ND, self._head).float()
+
+    def positions_at_once(self) -> int:
+        """How many positions' logits fit into LOGIT_ELEMENTS."""
+        return max(1, LOGIT_ELEMENTS // text_config(self.model.config).vocab_size)
+
+    def left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, mask and position ids (B, S) of rows that end together, as a cache that goes on needs them.
+
+        A sliding window counts cache slots, so no padding may lie between a row's tokens.
+        """
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def right_padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids (B, S); what follows a row cannot be seen by it, so neither mask nor positions are needed."""
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+
+    def _check_head(self) -> None:
+        """Compare our way to the logits with the model's own, once, on a few tokens."""
+        ids = torch.arange(8, device=self.device).unsqueeze(0) % text_config(self.model.config).vocab_size
+        with torch.no_grad():
+            expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        found = self.logits(self.hidden(ids))
+        if not torch.allclose(found, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
+            raise UserError(
+                f"{type(self.model).__name__}: shoal does not know how this architecture turns hidden states into "
+                "logits; it cannot be evaluated yet"
+            )
+
+
+def branched(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A new cache with the given ``rows`` of ``cache``, each as often as it is named; ``cache`` stays as it is."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    branch.batch_select_indices(rows)
+    return branch

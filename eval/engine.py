@@ -1,0 +1,299 @@
+"""lm-eval's model interface over a transformers model in memory.
+
+Requests are tokenised exactly as lm-eval's own transformers class (HFLM) does it and get the same values; what differs
+is the work behind them: see scoring.py and generation.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.errors import UserError
+
+from .decoder import Decoder
+from .generation import Finish, generate_greedily
+from .scoring import Score, batches, score
+
+log = logging.getLogger(__name__)
+
+GREEDY_SETTINGS = {"do_sample", "temperature", "top_p", "top_k"}
+"""Settings of a generation configuration that change nothing about greedy text."""
+NEUTRAL_SETTINGS = GREEDY_SETTINGS | {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_length",
+    "max_new_tokens",
+    "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+    "_from_model_config",
+}
+
+
+class CausalLM(TemplateLM):
+    """A transformers model as lm-eval asks for it; lm-eval deals its documents out by `rank` and `world_size`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 16,
+        *,
+        branch: bool = True,
+        progress: bool = False,
+    ) -> None:
+        """``branch`` False scores every continuation by a forward of its own: same values, slower."""
+        super().__init__()
+        self.tokenizer: Any = tokenizer
+        self.batch_size = batch_size
+        self.num_truncated = 0
+        """Requests so far whose context lost its beginning because the model has too few positions."""
+        self._model = model
+        self._decoder = Decoder(model)
+        self._branch = branch
+        self._device = model.device
+        together = dist.is_available() and dist.is_initialized()
+        self._rank = dist.get_rank() if together else 0
+        self._world_size = dist.get_world_size() if together else 1
+        self._progress = progress and self._rank == 0
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        start = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if start is None else start
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model has."""
+        return resolve_max_length(self._model.config, self.tokenizer)
+
+    @property
+    def max_gen_toks(self) -> int:
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; no second start token where the text has one already."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+            add_special_tokens = False
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **chosen)
+
+    def count_tokens(self, context: str, continuation: str) -> int:
+        """How many tokens of (context, continuation) are scored."""
+        if context == "":
+            return len(self.tok_encode(continuation, add_special_tokens=False))
+        return len(self._encode_pair(context, continuation)[1])
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Score]:
+        fitted = [self._fit(context, continuation) for _, context, continuation in requests]
+        self._report_truncation(sum(cut for _, _, cut in fitted), len(fitted), "context")
+        with self._bar(len(requests), "scored") as bar:
+            scores = score(
+                self._decoder,
+                [(context, continuation) for context, continuation, _ in fitted],
+                batch_size=self.batch_size,
+                branch=self._branch,
+                progress=bar.update,
+            )
+        for (key, _, _), answer in zip(requests, scores, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return scores
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+        """Both as the model can take them, and whether the context had to lose its beginning."""
+        if not continuation:
+            raise UserError("a task asks for the likelihood of an empty continuation; check its doc_to_choice")
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"an answer option has {len(continuation)} tokens, but the model has {self.max_length} positions; "
+                "leave this task out of eval.tasks"
+            )
+        whole = (*context, *continuation)[-(self.max_length + 1) :]
+        kept = whole[: len(whole) - len(continuation)]
+        return kept, tuple(continuation), len(kept) < len(context)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text in nats, in windows as long as the model allows, every token once."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        by_settings: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        texts = [""] * len(requests)
+        with self._bar(len(requests), "generated") as bar:
+            for indices in by_settings.values():
+                prompts = [requests[index].args[0] for index in indices]
+                answers = self._generate(prompts, copy.deepcopy(requests[indices[0]].args[1]), bar)
+                for index, text in zip(indices, answers, strict=True):
+                    texts[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return texts
+
+    def _generate(self, prompts: list[str], settings: dict[str, Any], bar: tqdm[Any]) -> list[str]:
+        """Texts of prompts that share their generation settings."""
+        wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        stop = handle_stop_sequences(wanted.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id]))
+        max_new_tokens = wanted.pop("max_gen_toks")
+        room = self.max_length - max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"a task asks for {max_new_tokens} new tokens (max_gen_toks), but the model has {self.max_length} "
+                "positions; leave this task out of eval.tasks"
+            )
+        encoded = [self._encode_prompt(prompt) for prompt in prompts]
+        self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
+        encoded = [ids[-room:] for ids in encoded]
+        texts = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
+        for batch in batches(order, self.batch_size):
+            rows = [encoded[index] for index in batch]
+            if self._decoder.can_branch and self._is_plain_greedy(wanted):
+                finish = Finish(self.tokenizer, self._end_ids(), stop)
+                written = generate_greedily(self._decoder, rows, max_new_tokens=max_new_tokens, is_finished=finish)
+            else:
+                written = self._generate_with_transformers(rows, max_new_tokens, stop, wanted)
+            for index, tokens in zip(batch, written, strict=True):
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                texts[index] = postprocess_generated_text(text, stop, None)
+            bar.update(len(batch))
+        return texts
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        has_start = has_bos_prefix(prompt, getattr(self.tokenizer, "bos_token", None))
+        return self.tokenizer(prompt, **({"add_special_tokens": False} if has_start else {}))["input_ids"]
+
+    def _end_ids(self) -> set[int]:
+        """What ends a text: the tokenizer's end token and those of the model's generation configuration."""
+        ends = getattr(self._model.generation_config, "eos_token_id", None)
+        return {self.eot_token_id, *([ends] if isinstance(ends, int) else ends or [])}
+
+    def _is_plain_greedy(self, wanted: dict[str, Any]) -> bool:
+        """Whether text comes from the first choice alone: nothing sampled, nothing penalised by task or model."""
+        config = self._model.generation_config
+        model_settings = set() if config is None else config.to_diff_dict().keys() - NEUTRAL_SETTINGS
+        return not wanted.get("do_sample") and not wanted.keys() - GREEDY_SETTINGS and not model_settings
+
+    def _generate_with_transformers(
+        self, rows: Sequence[list[int]], max_new_tokens: int, stop: list[str], wanted: dict[str, Any]
+    ) -> list[list[int]]:
+        """Sampling, beams, penalties and models with a recurrent state are left to transformers."""
+        if not wanted.get("do_sample"):
+            wanted = {key: value for key, value in wanted.items() if key not in GREEDY_SETTINGS} | {"do_sample": False}
+        ids, mask, _ = self._decoder.left_padded(rows)
+        model: Any = self._model
+        with torch.no_grad():
+            written = model.generate(
+                input_ids=ids.masked_fill(mask == 0, self.tokenizer.pad_token_id),
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, ids.shape[1], len(rows)),
+                pad_token_id=self.tokenizer.pad_token_id,
+                **wanted,
+            )
+        return written[:, ids.shape[1] :].tolist()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the model's own template writes it; without the system turn if the template has none."""
+        arguments = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, **arguments)
+        except jinja2.exceptions.TemplateError:
+            log.warning("the chat template takes no system turn; it is left out")
+            without = [turn for turn in chat_history if turn["role"] != "system"]
+            return self.tokenizer.apply_chat_template(without, **arguments)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return tensor
+        gathered = [torch.zeros_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return torch.stack(gathered) if tensor.ndim == 0 else torch.cat(gathered)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, gathered, dst=dst)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _report_truncation(self, num_truncated: int, num_requests: int, what: str) -> None:
+        self.num_truncated += num_truncated
+        if num_truncated:
+            log.warning(
+                "%d of %d requests are longer than the model's %d positions; the beginning of their %s was cut off",
+                num_truncated,
+                num_requests,
+                self.max_length,
+                what,
+            )
+
+    def _bar(self, total: int, verb: str) -> tqdm[Any]:
+        return tqdm(total=total, desc=verb, disable=not self._progress, leave=False, mininterval=1)
+
+
+def connect_ranks(device: torch.device) -> None:
+    """Let the ranks that a launcher started talk to each other, unless they already do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

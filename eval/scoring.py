@@ -1,0 +1,171 @@
+"""Log-likelihoods of continuations: the options of one question share one pass over their context.
+
+B batch, S sequence, T tail (a continuation without its last token), D hidden, N scored positions, M scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .decoder import Decoder, branched
+
+Tokens = tuple[int, ...]
+Score = tuple[float, bool]
+"""Sum of log-probabilities in nats, and whether every token is the model's first choice."""
+
+T = TypeVar("T")
+
+WORTH_BRANCHING = 0.25
+"""Share of the tokens that branching has to save: the windows of a rolling text share a context of only one token."""
+
+
+@dataclass
+class Question:
+    """One context and the continuations asked for, each with the requests it answers."""
+
+    context: Tokens
+    requests: dict[Tokens, list[int]] = field(default_factory=dict)
+
+    @property
+    def tails(self) -> list[Tokens]:
+        """What has to be fed after the context: continuations without their last token, longest first, each once."""
+        return sorted({continuation[:-1] for continuation in self.requests}, key=lambda tail: (-len(tail), tail))
+
+    def is_worth_branching(self) -> bool:
+        tails = self.tails
+        saved = (len(tails) - 1) * len(self.context)
+        return saved > WORTH_BRANCHING * sum(len(self.context) + len(tail) for tail in tails)
+
+
+class Positions:
+    """Hidden states whose next token is scored, and which requests each scored token belongs to."""
+
+    def __init__(self) -> None:
+        self.hidden: list[Tensor] = []
+        self.count = 0
+        self.wanted: list[tuple[int, int]] = []
+        """(position, token)"""
+        self.owners: list[list[int]] = []
+
+    def add_hidden(self, hidden_ND: Tensor) -> int:
+        """Where these rows start."""
+        self.hidden.append(hidden_ND)
+        self.count += len(hidden_ND)
+        return self.count - len(hidden_ND)
+
+    def want(self, positions: Sequence[int], tokens: Tokens, owners: list[int]) -> None:
+        self.wanted += zip(positions, tokens, strict=True)
+        self.owners += [owners] * len(tokens)
+
+
+def score(
+    decoder: Decoder,
+    requests: Sequence[tuple[Tokens, Tokens]],
+    *,
+    batch_size: int,
+    branch: bool = True,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[Score]:
+    """The score of every (context, continuation), in order.
+
+    ``branch`` False gives every continuation a forward of its own, which a model whose cache cannot branch gets anyway:
+    same values at another cost. ``progress`` is told how many requests were answered.
+    """
+    questions: dict[Tokens, Question] = {}
+    for index, (context, continuation) in enumerate(requests):
+        question = questions.setdefault(context, Question(context))
+        question.requests.setdefault(continuation, []).append(index)
+    answers: list[Score] = [(0.0, True)] * len(requests)
+    branching = [q for q in questions.values() if branch and decoder.can_branch and q.is_worth_branching()]
+    chosen = {question.context for question in branching}
+    whole = [(q, tail) for q in questions.values() if q.context not in chosen for tail in q.tails]
+    branching.sort(key=lambda q: (-len(q.context), q.context))
+    whole.sort(key=lambda pair: -len(pair[0].context) - len(pair[1]))
+    for batch in batches(branching, batch_size):
+        progress(_settle(decoder, _branched_positions(decoder, batch, batch_size), answers))
+    for batch in batches(whole, batch_size):
+        progress(_settle(decoder, _whole_positions(decoder, batch), answers))
+    return answers
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive runs of at most ``size``."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _whole_positions(decoder: Decoder, batch: Sequence[tuple[Question, Tokens]]) -> Positions:
+    """One forward over context and tail together; every continuation with this tail reads its scores from it."""
+    hidden_BSD = decoder.hidden(decoder.right_padded([(*question.context, *tail) for question, tail in batch]))
+    positions = Positions()
+    for row, (question, tail) in enumerate(batch):
+        first = len(question.context) - 1
+        start = positions.add_hidden(hidden_BSD[row, first : first + len(tail) + 1])
+        for continuation, owners in question.requests.items():
+            if continuation[:-1] == tail:
+                positions.want(range(start, start + len(continuation)), continuation, owners)
+    return positions
+
+
+def _branched_positions(decoder: Decoder, batch: Sequence[Question], batch_size: int) -> Positions:
+    """One forward over the contexts, then one over every ``batch_size`` tails on copies of the contexts' cache rows."""
+    positions = Positions()
+    ids, mask_BS, position_ids = decoder.left_padded([question.context for question in batch])
+    cache = decoder.new_cache()
+    hidden_BSD = decoder.hidden(ids, mask=mask_BS, position_ids_BS=position_ids, cache=cache)
+    positions.add_hidden(hidden_BSD[:, -1])
+    fed = sorted(
+        ((row, tail) for row, question in enumerate(batch) for tail in question.tails if tail), key=lambda p: -len(p[1])
+    )
+    starts: dict[tuple[int, Tokens], int] = {}
+    for chunk in batches(fed, batch_size):
+        rows = torch.tensor([row for row, _ in chunk], device=decoder.device)
+        ids_BT = decoder.right_padded([tail for _, tail in chunk])
+        offsets = torch.tensor([[len(batch[row].context)] for row, _ in chunk], device=decoder.device)
+        hidden_BTD = decoder.hidden(
+            ids_BT,
+            mask=torch.cat([mask_BS[rows], torch.ones_like(ids_BT)], dim=1),
+            position_ids_BS=offsets + torch.arange(ids_BT.shape[1], device=decoder.device),
+            cache=branched(cache, rows),
+        )
+        for index, (row, tail) in enumerate(chunk):
+            starts[row, tail] = positions.add_hidden(hidden_BTD[index, : len(tail)])
+    for row, question in enumerate(batch):
+        for continuation, owners in question.requests.items():
+            start = starts.get((row, continuation[:-1]), 0)
+            rest = range(start, start + len(continuation) - 1)
+            positions.want((row, *rest), continuation, owners)
+    return positions
+
+
+def _settle(decoder: Decoder, positions: Positions, answers: list[Score]) -> int:
+    """Add up the wanted tokens' scores into ``answers``; how many requests that answered."""
+    log_probs, first_choice = token_scores(decoder, torch.cat(positions.hidden), positions.wanted)
+    for owners, log_prob, is_first in zip(positions.owners, log_probs.tolist(), first_choice.tolist(), strict=True):
+        for owner in owners:
+            total, greedy = answers[owner]
+            answers[owner] = (total + log_prob, greedy and is_first)
+    return len({owner for owners in positions.owners for owner in owners})
+
+
+def token_scores(decoder: Decoder, hidden_ND: Tensor, wanted: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """Log-probability (M,) in nats of every wanted (position, token), and whether it is the first choice there.
+
+    In fp32, and never more logits at one time than LOGIT_ELEMENTS.
+    """
+    wanted_M2 = torch.tensor(wanted, device=decoder.device)
+    index_M, token_M = wanted_M2[:, 0], wanted_M2[:, 1]
+    log_prob_M = torch.zeros(len(wanted), dtype=torch.float32, device=decoder.device)
+    first_choice_M = torch.zeros(len(wanted), dtype=torch.bool, device=decoder.device)
+    size = decoder.positions_at_once()
+    for start in range(0, len(hidden_ND), size):
+        logits_NV = decoder.logits(hidden_ND[start : start + size])
+        here = ((index_M >= start) & (index_M < start + size)).nonzero().squeeze(1)
+        rows, tokens = index_M[here] - start, token_M[here]
+        log_prob_M[here] = logits_NV[rows, tokens] - logits_NV.logsumexp(dim=-1)[rows]
+        first_choice_M[here] = logits_NV.argmax(dim=-1)[rows] == tokens
+    return log_prob_M, first_choice_M

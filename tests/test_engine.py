@@ -1,0 +1,257 @@
+"""The engine gives the values of lm-eval's own transformers class, whatever way it takes to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tiny import tiny_model, tiny_tokenizer
+from transformers import LlamaConfig
+
+from shoal.errors import UserError
+from shoal.eval.decoder import Decoder, branched
+from shoal.eval.engine import CausalLM
+
+KINDS = ("llama", "qwen2", "qwen3", "gemma3")
+CONTEXTS = [
+    "Question: which of these is a fruit?\nAnswer:",
+    "The capital of France is",
+    "A context that ends with spaces  ",
+    "x",
+    "",
+    "<s>Already with its start token:",
+]
+OPTIONS = [" apple", " a stone", " b", " Übergröße", "!"]
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]  # pyright: ignore[reportArgumentType]
+
+
+def choices() -> list[Instance]:
+    pairs = [(context, option) for context in CONTEXTS for option in OPTIONS]
+    return instances("loglikelihood", [*pairs, *pairs[:3], ("single continuation", " only once")])
+
+
+def hflm(model: Any, batch_size: int = 3) -> Any:
+    """lm-eval's own class over a model in memory; its decorator hides its type."""
+    make: Any = HFLM
+    return make(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=batch_size)
+
+
+def reference(kind: str, **overrides: Any) -> Any:
+    return hflm(tiny_model(kind, **overrides))
+
+
+def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    torch.testing.assert_close([value for value, _ in found], [value for value, _ in expected], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_loglikelihood_equals_lm_evals_own(kind: str, batch_size: int) -> None:
+    found = CausalLM(tiny_model(kind), tiny_tokenizer(), batch_size).loglikelihood(choices())
+    assert_same(found, reference(kind).loglikelihood(choices(), disable_tqdm=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_branching_changes_no_value(kind: str) -> None:
+    branching = CausalLM(tiny_model(kind), tiny_tokenizer(), 4)
+    assert branching._decoder.can_branch
+    whole = CausalLM(tiny_model(kind), tiny_tokenizer(), 5, branch=False)
+    assert_same(branching.loglikelihood(choices()), whole.loglikelihood(choices()))
+
+
+def test_greedy_continuation_is_recognised() -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
+    (text,) = lm.generate_until(instances("generate_until", [("abcdefgh", {"until": [], "max_gen_toks": 1})]))
+    text = text or "a"
+    found = lm.loglikelihood(instances("loglikelihood", [("abcdefgh", text), ("abcdefgh", "q"), ("abcdefgh", "zz")]))
+    assert [greedy for _, greedy in found].count(True) <= 1
+    assert_same(
+        found,
+        reference("llama").loglikelihood(
+            instances("loglikelihood", [("abcdefgh", text), ("abcdefgh", "q"), ("abcdefgh", "zz")]), disable_tqdm=True
+        ),
+    )
+
+
+def test_contexts_are_read_once_for_all_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
+    fed: list[int] = []
+    original = Decoder.hidden
+
+    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
+        fed.append(input_ids_BS.numel())
+        return original(self, input_ids_BS, **settings)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    lm.loglikelihood(instances("loglikelihood", [("c" * 100, " " + letter) for letter in "abcd"]))
+    assert sum(fed) <= 100 + 4 * 2
+
+
+def test_one_token_options_share_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
+    shapes: list[tuple[int, ...]] = []
+    original = Decoder.hidden
+
+    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
+        shapes.append(tuple(input_ids_BS.shape))
+        return original(self, input_ids_BS, **settings)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    lm.loglikelihood(instances("loglikelihood", [("context", letter) for letter in "abcd"]))
+    assert shapes == [(1, 7)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_rolling_equals_lm_evals_own_over_several_windows(kind: str) -> None:
+    texts = [("A text longer than the model's positions. " * 4,), ("short",), ("Größe und Maß",)]
+    lm = CausalLM(tiny_model(kind, max_position_embeddings=32), tiny_tokenizer(), 4)
+    found = lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+    hf = reference(kind, max_position_embeddings=32)
+    expected = hf.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert lm.num_truncated == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_text_equals_lm_evals_own(kind: str) -> None:
+    prompts = ["Once upon a time", "x", "A much longer prompt than the others, of many words", "<s>start", "1 2 3 4"]
+    settings = [{"until": ["e", "\n\n"], "max_gen_toks": 24}, {"until": ["\n"], "max_gen_toks": 9}]
+    requests = instances(
+        "generate_until", [(prompt, chosen) for chosen in settings for prompt in prompts[:3] + prompts[4:]]
+    )
+    lm = CausalLM(tiny_model(kind), tiny_tokenizer(), 4)
+    assert lm._is_plain_greedy({"do_sample": False})
+    found = lm.generate_until(requests)
+    assert found == reference(kind).generate_until(requests, disable_tqdm=True)
+    assert any(found)
+
+
+def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
+    prompts = ["Once upon", "abc", "hello there", "1 2 3"]
+    free = lm.generate_until(instances("generate_until", [(p, {"until": [], "max_gen_toks": 12}) for p in prompts]))
+    stop = next(text[2] for text in free if len(text) > 3)
+    sizes: list[int] = []
+    original = Decoder.hidden
+
+    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
+        sizes.append(len(input_ids_BS))
+        return original(self, input_ids_BS, **settings)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    stopped = lm.generate_until(
+        instances("generate_until", [(p, {"until": [stop], "max_gen_toks": 12}) for p in prompts])
+    )
+    assert sizes[0] == 4
+    assert sizes[-1] < 4
+    assert stopped == [text.split(stop)[0] for text in free]
+
+
+def test_penalties_of_the_model_are_left_to_transformers() -> None:
+    model, hf = tiny_model("llama"), reference("llama")
+    for settings in (model.generation_config, hf.model.generation_config):
+        assert settings is not None
+        settings.repetition_penalty = 1.5
+    requests = instances(
+        "generate_until", [("abcabcabc", {"until": [], "max_gen_toks": 16}), ("x", {"until": [], "max_gen_toks": 16})]
+    )
+    lm = CausalLM(model, tiny_tokenizer(), 2)
+    assert not lm._is_plain_greedy({"do_sample": False, "temperature": 0.0})
+    assert lm.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
+
+
+def test_long_contexts_are_cut_from_the_left_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    pairs = [("c" * length, option) for length in (10, 60, 80) for option in (" yes", " maybe")]
+    lm = CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 4)
+    found = lm.loglikelihood(instances("loglikelihood", pairs))
+    hf = reference("llama", max_position_embeddings=32)
+    assert_same(found, hf.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True))
+    assert lm.num_truncated == 4
+    assert "4 of 6 requests are longer than the model's 32 positions" in caplog.text
+
+
+def test_long_prompts_are_cut_from_the_left_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    requests = instances(
+        "generate_until", [("p" * 70 + "q", {"until": [], "max_gen_toks": 8}), ("x", {"until": [], "max_gen_toks": 8})]
+    )
+    lm = CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 2)
+    found = lm.generate_until(requests)
+    assert found == reference("llama", max_position_embeddings=32).generate_until(requests, disable_tqdm=True)
+    assert lm.num_truncated == 1
+    assert "the beginning of their prompt was cut off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda lm: lm.loglikelihood(instances("loglikelihood", [("c", "o" * 40)])), "an answer option has 40 tokens"),
+        (lambda lm: lm.loglikelihood(instances("loglikelihood", [("c", "")])), "empty continuation"),
+        (
+            lambda lm: lm.generate_until(instances("generate_until", [("c", {"until": [], "max_gen_toks": 32})])),
+            "asks for 32 new tokens",
+        ),
+    ],
+)
+def test_what_the_model_cannot_hold_is_refused(run: Any, message: str) -> None:
+    lm = CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 4)
+    with pytest.raises(UserError, match=message):
+        run(lm)
+
+
+def test_an_unknown_head_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.logit_scale = 3.0  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError, match="LlamaForCausalLM: shoal does not know how this architecture"):
+        Decoder(model)
+
+
+def test_branched_cache_leaves_the_original_as_it_was() -> None:
+    decoder = Decoder(tiny_model("gemma3"))
+    cache = decoder.new_cache()
+    decoder.hidden(torch.arange(24).reshape(2, 12), cache=cache)
+    layers: list[Any] = cache.layers
+    before = [layer.keys.clone() for layer in layers]
+    branch = branched(cache, torch.tensor([1, 1, 0]))
+    decoder.hidden(torch.tensor([[5], [6], [7]]), cache=branch)
+    assert cache.get_seq_length() == 12
+    assert branch.get_seq_length() == 13
+    for layer, keys in zip(layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+
+
+def test_recurrent_models_get_full_forwards() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=272, hidden_size=16, num_hidden_layers=2, state_size=4, bos_token_id=256, eos_token_id=257
+    )
+    model = MambaForCausalLM(config).eval()
+    lm = CausalLM(model, tiny_tokenizer(), 4)
+    assert not lm._decoder.can_branch
+    hf = hflm(model, batch_size=1)
+    requests = choices()[:6]
+    assert_same(lm.loglikelihood(requests), hf.loglikelihood(requests, disable_tqdm=True))
+
+
+def test_chat_template_drops_a_system_turn_that_the_template_refuses() -> None:
+    tokenizer = tiny_tokenizer()
+    refuse = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{refuse}{{{{ m.content }}}}{{% endfor %}}"
+    lm = CausalLM(tiny_model("llama"), tokenizer, 1)
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    assert lm.apply_chat_template(turns) == "U"
+    assert CausalLM(tiny_model("llama"), tiny_tokenizer(), 1).apply_chat_template(turns[1:]) == "user: U\nassistant: "
+
+
+def test_llama_config_is_what_the_reference_reads() -> None:
+    """Guards the two tests above that rely on max_position_embeddings."""
+    assert isinstance(tiny_model("llama", max_position_embeddings=32).config, LlamaConfig)
+    assert CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 1).max_length == 32
