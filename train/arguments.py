@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 1,
     "logging_steps": 1,
     "save_steps": 0.25,
+    "disable_tqdm": True,
 }
 """What differs from transformers' own defaults; `distill.trainer` overrides each."""
 

@@ -115,6 +115,7 @@ def distill(
     rows = training_rows(settings, tokenizer, num_rows=num_rows(settings), seed=seed, teacher_text=texts)
 
     report_to = tracking.start(track, run_dir, recipe)
+    _use_plain_gloo_on_cpu()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
     arguments, keep = training_arguments(settings, output_dir=checkpoints, seed=seed, report_to=report_to)
     teacher = load_model(teacher_dir, dtype=dtype, **load).requires_grad_(False)
@@ -182,8 +183,22 @@ def _teacher_text(
     return texts[0]
 
 
+def _use_plain_gloo_on_cpu() -> None:
+    """Tell DeepSpeed that its shared-memory collectives are not available on a CPU.
+
+    It would compile them at the first run, which takes minutes and fails without a C++ compiler; gloo does their work.
+    """
+    if device().type == "cpu":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def _place_teacher(teacher: PreTrainedModel, trainer: DistillTrainer) -> None:
-    """Under ZeRO-3 the teacher is an inference engine of its own, sharded like the student; else it sits on the device."""
+    """Under ZeRO-3 the teacher is an inference engine of its own, sharded like the student; else it sits on the device.
+
+    The engine's wrapper is not kept: sharded parameters gather themselves wherever the teacher's modules are called.
+    """
     config = trainer.args.hf_deepspeed_config.config  # pyright: ignore[reportAttributeAccessIssue]
     if config["zero_optimization"]["stage"] == 3:
         from trl.models.utils import prepare_deepspeed

@@ -48,6 +48,8 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over
+        self.model_accepts_loss_kwargs = True
         self._teacher = teacher
         self._prefix = prefix
         self._terms = terms

@@ -11,10 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from shoal import __version__
 from shoal.errors import EXIT_USER_ERROR, UserError
 from shoal.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from shoal.pipeline import Run
 
 log = logging.getLogger("shoal")
 
@@ -85,7 +89,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
             stages[verb](run)
 
 
-def _distill(run) -> None:  # noqa: ANN001
+def _distill(run: Run) -> None:
     from shoal import pipeline
     from shoal.train.distill import Stopped
 
@@ -109,7 +113,17 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "shoal.cli"]
+    command += [
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+        "--no_local_rank",
+        "--log_level",
+        "error",
+        "--module",
+        "shoal.cli",
+    ]
     command += ["distill", "--config", config, *overrides]
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
     code = subprocess.run(command, env=environment, check=False).returncode
@@ -134,11 +148,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--config", required=True, help="recipe (YAML): a path, or the name of a shipped one")
         sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a recipe setting")
-    return parser.parse_intermixed_args(argv) if False else _parse_mixed(parser, argv)
-
-
-def _parse_mixed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """Overrides may stand before, between and after options; argparse alone takes them in one block only."""
+    # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:

@@ -175,9 +175,16 @@ if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: PyYAML alone reads 2e-5 as a string. Duplicate keys are refused."""
+    """YAML 1.2 scalars: PyYAML alone reads 2e-5 as a string, and `off` and `no` as false. Duplicate keys are refused."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$"),

@@ -57,7 +57,23 @@ def set_up_logging(level: int = logging.INFO) -> None:
         stream=sys.stderr,
         force=True,
     )
-    for noisy in ("httpx", "httpcore", "filelock", "fsspec", "matplotlib", "datasets", "lm_eval", "urllib3", "absl"):
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import where it has to guess
+    for noisy in (
+        "httpx",
+        "httpcore",
+        "filelock",
+        "fsspec",
+        "matplotlib",
+        "datasets",
+        "lm_eval",
+        "urllib3",
+        "absl",
+        "DeepSpeed",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -93,8 +109,6 @@ def set_up_distributed(timeout_s: int) -> None:
     """
     if dist.is_initialized():
         return
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
