@@ -84,7 +84,7 @@ def arithmetic(rng: random.Random, split: str, num_steps: int) -> Problem:
     twins = [work(wrong, [0] * num_steps) for wrong in flipped if lowest_total(start, wrong) >= 0]
     early = rng.randrange(max(1, num_steps - 1))
     twins += [work(changes, slipping(early, slip)) for slip in rng.sample((-2, -1, 1, 2), 2)]
-    twins += [work(changes, slipping(num_steps - 1, slip)) for slip in rng.sample((-10, -3, 3, 10), 2)]
+    twins += [work(changes, slipping(num_steps - 1, slip)) for slip in rng.sample((-4, -3, 3, 4), 2)]
     return Problem(
         f"{' '.join(story)} How many {things} does {name} have now?",
         work(changes, [0] * num_steps),
@@ -94,11 +94,11 @@ def arithmetic(rng: random.Random, split: str, num_steps: int) -> Problem:
 
 
 def draw_numbers(rng: random.Random, split: str, num_steps: int) -> tuple[int, list[int]]:
-    """A start and signed changes that stay above 10 (so that no slip is negative) and belong to the split together."""
+    """A small start and signed changes that belong to the split together; totals of 5 and more keep every slip positive."""
     while True:
-        start = rng.randint(20, 60)
-        changes = [rng.choice((-1, 1)) * rng.randint(2, 9) for _ in range(num_steps)]
-        if lowest_total(start, changes) > 10 and split_of("numbers", start, *changes) == split:
+        start = rng.randint(6, 20)
+        changes = [rng.choice((-1, 1)) * rng.randint(1, 5) for _ in range(num_steps)]
+        if lowest_total(start, changes) >= 5 and split_of("numbers", start, *changes) == split:
             return start, changes
 
 
