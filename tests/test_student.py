@@ -1,0 +1,174 @@
+"""The student during training: the objective inside its forward, what is frozen, what is shared with the teacher."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch.nn import functional
+
+from shoal.data import IGNORED
+from shoal.errors import UserError
+from shoal.models import decoder_layers
+from shoal.recipe import LossTerm
+from shoal.train.losses import forward_kl
+from shoal.train.student import SharedPrefix, final_hidden, install_objective, output_head, set_trainable
+
+TERMS = (LossTerm("forward_kl"),)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 250, (2, 12), generator=generator)
+    position_ids = torch.cat([torch.arange(7), torch.arange(5)]).repeat(2, 1)
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "labels": input_ids.masked_fill(position_ids == 0, IGNORED),
+    }
+
+
+def objective(student, teacher, terms=TERMS):
+    undo = install_objective(student, teacher, terms=terms, chunk=5)
+    rows = batch()
+    with torch.no_grad():
+        hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
+    loss, term_sums = student(**rows, teacher_hidden_BSD=hidden)
+    undo()
+    return loss, term_sums
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3", "gemma3"])
+def test_objective_equals_the_loss_on_the_models_own_logits(kind):
+    student, teacher = tiny_model(kind, seed=1), tiny_model(kind, seed=2)
+    loss, _ = objective(student, teacher)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+
+    rows = batch()
+    inputs = {"input_ids": rows["input_ids"], "position_ids": rows["position_ids"], "use_cache": False}
+    student_logits = student(**inputs).logits[:, :-1]
+    with torch.no_grad():
+        teacher_logits = teacher(**inputs).logits[:, :-1]
+    targets = rows["labels"][:, 1:]
+    kept = targets != IGNORED
+    assert kept.sum() == 2 * (6 + 4)  # each document predicts all its tokens but the first
+    expected = forward_kl(student_logits[kept], teacher_logits[kept], targets[kept]).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_cohere_and_gemma2_logits_keep_their_scale_and_soft_cap():
+    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+
+    shape = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    configs = [
+        CohereConfig(**shape, logit_scale=0.25),
+        Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5),
+    ]
+    for config in configs:
+        torch.manual_seed(0)
+        student = AutoModelForCausalLM.from_config(config).eval()
+        torch.manual_seed(1)
+        teacher = AutoModelForCausalLM.from_config(config).eval()
+        loss, _ = objective(student, teacher)
+        rows = batch()
+        inputs = {"input_ids": rows["input_ids"], "position_ids": rows["position_ids"], "use_cache": False}
+        kept = rows["labels"][:, 1:] != IGNORED
+        expected = forward_kl(
+            student(**inputs).logits[:, :-1][kept], teacher(**inputs).logits[:, :-1][kept], rows["labels"][:, 1:][kept]
+        ).sum()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_as_its_own_student_has_zero_loss_and_zero_gradient():
+    student, teacher = tiny_model("llama"), tiny_model("llama")
+    loss, _ = objective(student, teacher)
+    loss.backward()
+    assert abs(loss.item()) < 1e-5
+    assert max(p.grad.abs().max().item() for p in student.parameters()) < 1e-5
+
+
+def test_cross_entropy_term_equals_the_models_own_loss():
+    student = tiny_model("llama", seed=1)
+    loss, _ = objective(student, tiny_model("llama"), terms=(LossTerm("cross_entropy"),))
+    rows = batch()
+    logits = student(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
+    expected = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_undoing_the_objective_gives_the_model_back():
+    student = tiny_model("llama")
+    before = student(input_ids=batch()["input_ids"]).logits
+    objective(student, tiny_model("llama", seed=1))
+    assert torch.equal(student(input_ids=batch()["input_ids"]).logits, before)
+
+
+def trained_names(student):
+    return {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+
+
+def test_trainable_names_what_is_trained():
+    student = tiny_model("llama")
+    everything = {name for name, _ in student.named_parameters()}
+    set_trainable(student, "layers", first_cut=2)
+    assert everything - trained_names(student) == {"model.embed_tokens.weight", "lm_head.weight"}
+    set_trainable(student, "from_first_cut", first_cut=2)
+    frozen = everything - trained_names(student)
+    assert {name for name in frozen if ".layers." in name} == {
+        n for n in everything if n.startswith(("model.layers.0.", "model.layers.1."))
+    }
+    assert "model.norm.weight" in trained_names(student)
+    set_trainable(student, "all", first_cut=2)
+    assert trained_names(student) == everything
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "gemma3"])
+def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
+    teacher, first_cut = tiny_model(kind), 3
+    results = []
+    for shared in (False, True):
+        student = tiny_model(kind)  # the same weights: below the cut a frozen student is the teacher
+        with torch.no_grad():
+            for layer in decoder_layers(student)[first_cut:]:
+                for parameter in layer.parameters():
+                    parameter.add_(0.05 * torch.ones_like(parameter))
+        set_trainable(student, "from_first_cut", first_cut=first_cut)
+        undo = install_objective(student, teacher, terms=TERMS, chunk=5)
+        prefix = SharedPrefix(student, teacher, first_cut=first_cut)
+        rows = batch()
+        calls = []
+        decoder_layers(student)[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad(), prefix.recording():
+            hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
+        if shared:
+            with prefix.replaying(torch.float32):
+                loss, _ = student(**rows, teacher_hidden_BSD=hidden)
+        else:
+            loss, _ = student(**rows, teacher_hidden_BSD=hidden)
+        loss.backward()
+        undo()
+        assert bool(calls) != shared, "shared layers must not run a second time"
+        results.append((loss.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Identity()
+    with pytest.raises(UserError, match=r"output head is Identity, distillation needs nn\.Linear"):
+        output_head(model)
