@@ -7,11 +7,15 @@ from typing import Any
 import yaml
 
 from shoal.artifact import Json
+from shoal.data import BUNDLED, TEACHER_TEXT
+from shoal.recipe import CONFIGS_DIR
 
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
 from .findings import ROLES, Run
-from .wording import DASH, bytes_text, count_text, duration_text, layers_text, redacted
+from .wording import DASH, bytes_text, count_text, duration_text, layers_text, listed, redacted
 
+HELD_OUT = "python_docs_heldout"
+"""The bundled source that belongs to evaluation."""
 TERMS = (
     ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),
     ("Teacher", "The intact model."),
@@ -39,9 +43,7 @@ def cut_section(run: Run, picture: Picture | None) -> Section:
         blocks.append(Paragraph("No plan has been made yet: `shoal prune` fills this section."))
     else:
         drop = run.plan.drop
-        blocks.append(
-            Paragraph(f"Cut: {layers_text(drop)}. Kept: {layers_text(run.plan.keep)}. (Of {run.plan.num_layers}.)")
-        )
+        blocks.append(Paragraph(f"Cut: layers {layers_text(drop)}. Kept: layers {layers_text(run.plan.keep)}."))
         blocks.append(Paragraph(f"How they were chosen: {run.plan.reason}"))
     if run.importance is None:
         blocks.append(Paragraph("Importance was not measured in this run, so there is no figure of it."))
@@ -79,7 +81,7 @@ def training_section(run: Run, picture: Picture | None) -> Section:
     ]
     if picture:
         blocks.append(picture)
-    blocks += _data_blocks(training.data)
+    blocks += [*_data_blocks(training.data), _disjointness(run)]
     return Section("Training", tuple(blocks))
 
 
@@ -187,18 +189,36 @@ def _data_blocks(data: dict[str, Json]) -> list[Block]:
         fields = list(dict.fromkeys(field for counts in sources.values() for field in counts))
         rows = tuple((name, *(_count(counts.get(field)) for field in fields)) for name, counts in sources.items())
         blocks.append(Table("Training text by source", ("Source", *(f.replace("_", " ") for f in fields)), rows))
-    others = tuple(
-        f"{name.replace('_', ' ')}: {_count(value)}"
-        for name, value in data.items()
-        if _is_plain(value) or name == "overlap"
-    )
+    others = tuple(f"{name.replace('_', ' ')}: {_count(value)}" for name, value in data.items() if _is_plain(value))
     if others:
         blocks.append(Bullets(others))
-    if not any("disjoint" in name or "overlap" in name for name in data):
-        blocks.append(
-            Paragraph("This run recorded no check that training and evaluation items are disjoint.", warning=True)
-        )
     return blocks
+
+
+def _disjointness(run: Run) -> Paragraph:
+    """Whether training text and evaluation items can share content: known for shoal's own, not for others'."""
+    assert run.training is not None
+    sources = [name for name, counts in run.training.data.items() if isinstance(counts, dict)]
+    tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
+    perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
+    held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
+    foreign = [name for name in sources if name not in (*BUNDLED, TEACHER_TEXT)]
+    foreign += [
+        name
+        for name, task in tasks.items()
+        if not (held_out if task.protocol == "rolling" else (CONFIGS_DIR / "tasks" / f"{name}.yaml").is_file())
+    ]
+    if HELD_OUT in sources:
+        text = f"Training read {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
+        return Paragraph(text, warning=True)
+    if foreign:
+        text = f"It was not checked whether training text and evaluation items overlap for: {listed(foreign)}."
+        return Paragraph(text, warning=True)
+    return Paragraph(
+        "Training and evaluation items are disjoint: a hash of its content puts every fact, word and documentation "
+        "topic into one of two splits; training draws from the one, evaluation from the other. What the teacher wrote "
+        "itself starts from training documents."
+    )
 
 
 def _environment_blocks(run: Run) -> list[Block]:

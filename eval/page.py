@@ -29,8 +29,8 @@ def _template() -> Template:
         finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters["code"] = _with_code
+    environment.filters["breakable"] = _breakable
     environment.filters["figure"] = _with_interval
-    environment.tests["folded"] = lambda block: getattr(block, "folded", False)
     environment.filters["kind"] = lambda block: type(block).__name__
     return environment.get_template("report.html")
 
@@ -44,4 +44,15 @@ def _with_code(text: str) -> Markup:
 def _with_interval(text: str) -> Markup:
     """A cell's figure escaped, with its interval on a line of its own below."""
     escaped = str(Markup.escape(clean(text)))
-    return Markup(re.sub(r" (\[[^\]]*\])(?:, (.*))?$", r'<span class="ci">\1 \2</span>', escaped))
+    return Markup(
+        re.sub(
+            r" (\[[^\]]*\])(?:, (.*))?$",
+            lambda found: "".join(f' <span class="ci">{part}</span>' for part in found.groups() if part),
+            escaped,
+        )
+    )
+
+
+def _breakable(text: str) -> Markup:
+    """The text escaped, with leave to break after an underscore: task names are long and phones narrow."""
+    return Markup(str(Markup.escape(clean(text))).replace("_", "_<wbr>"))

@@ -42,8 +42,8 @@ def scores_section(run: Run, comparison: Comparison, picture: Picture | None) ->
     if picture:
         blocks.append(picture)
     blocks += [
-        _score_table(run, comparison.rows),
-        *_difference_blocks(run, comparison.rows),
+        score_table(run, comparison.rows),
+        *_difference_blocks(comparison.rows),
         *_warnings(run, comparison),
     ]
     return Section("Before and after", tuple(blocks))
@@ -140,59 +140,60 @@ def flips_section(run: Run, comparison: Comparison) -> Section | None:
     return Section("Items that changed sides", (intro, *blocks))
 
 
-def _score_table(run: Run, rows: Sequence[Row]) -> Table:
+def score_table(run: Run, rows: Sequence[Row]) -> Table:
+    """Every task's scores with what they mean; the scores come first, because a phone shows the first columns."""
     roles = [role for role in ROLES if role in run.evaluations]
     body = []
     for row in rows:
         task, protocol, metric = row.key
         first = row.any_score
+        scores = [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
         direction = "" if row.higher_is_better else " (lower is better)"
-        cells = [task, row.ability, protocol, metric + direction, f"{first.n:,}", chance_text(first)]
-        cells += [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
-        cells.append(f"{first.version}, {first.num_fewshot}-shot")
-        body.append(tuple(cells))
-    columns = ("Task", "Ability", "Protocol", "Metric", "Items", "Chance", *map(str.capitalize, roles), "Version")
-    return Table("Scores with 95 % intervals", columns, tuple(body), frozenset({0, 1, 2, 3, len(columns) - 1}))
+        words = [row.ability, protocol, metric + direction, f"{first.version}, {first.num_fewshot} shots"]
+        body.append((task, *scores, chance_text(first), f"{first.n:,}", *words))
+    titles = [role.capitalize() for role in roles]
+    columns = ("Task", *titles, "Chance", "Items", "Ability", "Protocol", "Metric", "Version")
+    return Table(
+        "Scores with 95 % intervals", columns, tuple(body), frozenset({0, *range(len(columns) - 4, len(columns))})
+    )
 
 
-def _difference_blocks(run: Run, rows: Sequence[Row]) -> list[Block]:
-    wanted = (("teacher", "pruned"), ("pruned", "distilled"), ("teacher", "distilled"))
-    pairs = [pair for pair in wanted if any(pair in row.differences for row in rows)]
-    if not pairs:
-        return [Paragraph("There is one model only so far, so there is nothing to compare it with.")]
-    names = {
+def difference_table(rows: Sequence[Row], before: str, after: str, caption: str) -> Table:
+    """Paired differences between two roles, with the retention of ``after`` where no other table shows it."""
+    pair = (before, after)
+    with_retention = pair != ("teacher", "distilled") and any(after in row.retained for row in rows)
+    body = []
+    for row in rows:
+        if pair in row.differences:
+            found = row.differences[pair]
+            cells = [task_name(row), difference_text(found, row.any_score), VERDICT_WORDS[row.verdict(*pair)]]
+            cells += [p_text(found.p_value), p_text(row.adjusted_p.get(pair)), f"{found.won} / {found.lost}"]
+            body.append((*cells, *([retention_text(row.retained.get(after))] if with_retention else [])))
+    columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")
+    columns += (f"Retention, {after}",) if with_retention else ()
+    return Table(caption, columns, tuple(body), frozenset({0, 2}))
+
+
+def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
+    wanted = {
         ("teacher", "pruned"): "What the cut cost: pruned minus teacher",
         ("pruned", "distilled"): "What distilling brought back: distilled minus pruned",
         ("teacher", "distilled"): "What is still missing: distilled minus teacher",
     }
-    blocks: list[Block] = []
-    for pair in pairs:
-        body = []
-        for row in rows:
-            if pair not in row.differences:
-                continue
-            found = row.differences[pair]
-            cells = [task_name(row), difference_text(found, row.any_score), VERDICT_WORDS[row.verdict(*pair)]]
-            cells += [p_text(found.p_value), p_text(row.adjusted_p.get(pair)), f"{found.won} / {found.lost}"]
-            if "teacher" in run.evaluations:
-                cells.append(retention_text(row.retained.get(pair[1])))
-            body.append(tuple(cells))
-        columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")
-        columns += (f"Retention, {pair[1]}",) if "teacher" in run.evaluations else ()
-        blocks.append(Table(names[pair], columns, tuple(body), frozenset({0, 2})))
+    pairs = [pair for pair in wanted if any(pair in row.differences for row in rows)]
+    if not pairs:
+        return [Paragraph("There is one model only so far, so there is nothing to compare it with.")]
     tests = {row.differences[pair].test for row in rows for pair in row.differences}
     used = {
         "mcnemar-exact": "the exact McNemar test for right-or-wrong items",
         "paired-bootstrap": "a paired bootstrap",
     }
-    blocks.append(
-        Paragraph(
-            "“Better” and “worse” are said only where the 95 % interval of the paired difference excludes zero. p is "
-            f"from {listed(used[test] for test in sorted(tests))}; p (Holm) allows for having looked at several tasks "
-            "at once. Retention is (score − chance) / (teacher − chance): 100 % is the teacher, 0 % is guessing."
-        )
+    legend = Paragraph(
+        "“Better” and “worse” are said only where the 95 % interval of the paired difference excludes zero. p is from "
+        f"{listed(used[test] for test in sorted(tests))}; p (Holm) allows for having looked at several tasks at once. "
+        "Retention is (score − chance) / (teacher − chance): 100 % is the teacher, 0 % is guessing."
     )
-    return blocks
+    return [*(difference_table(rows, *pair, wanted[pair]) for pair in pairs), legend]
 
 
 def _warnings(run: Run, comparison: Comparison) -> list[Block]:

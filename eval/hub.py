@@ -1,0 +1,121 @@
+"""The push to the Hugging Face Hub: first the local export is made whole, then it goes up in one resumable call."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, whichever this version stands on
+)
+
+from shoal.artifact import write_text
+from shoal.errors import UserError, explained_disk_errors
+
+log = logging.getLogger(__name__)
+
+FIGURES_DIR = "figures"
+REMEDIES = {
+    401: "the Hub does not accept the token; run `hf auth login` with one that may write",
+    403: "the token may not write there; run `hf auth login` with one that may, or choose another export.hub_repo",
+    404: "no such account or organisation; check the spelling of export.hub_repo",
+}
+
+
+def push(
+    folder: Path,
+    card: str,
+    repo: str,
+    *,
+    private: bool,
+    endpoint: str | None = None,
+    figures: Path | None = None,
+) -> str:
+    """The URL of the Hub repository that now holds checkpoint, card and figures.
+
+    Card and figures are written into ``folder`` before anything is sent, so that a failed push leaves a complete
+    export. ``figures`` None = the folder figures/ beside ``folder``, where a run keeps them. After a failure, what is
+    already on the Hub is not sent a second time: unchanged files are skipped, and large ones are stored by content.
+
+    Raises:
+        UserError: no token, a refusal, an unreachable Hub or a failed upload; with the command that goes on from there.
+    """
+    complete_export(folder, card, figures or folder.parent / FIGURES_DIR)
+    token = get_token()
+    if token is None:
+        reason = "no Hugging Face token was found; run `hf auth login`"
+        raise UserError(_failure(folder, repo, reason, private=private, endpoint=endpoint))
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        log.info("pushing %s to %s", folder, repo)
+        url = str(api.create_repo(repo, private=private, exist_ok=True))
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="Checkpoint, model card and figures from shoal",
+            ignore_patterns=["*.tmp", "*.old"],
+        )
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: what huggingface_hub and hf_xet raise for a failed transfer; ValueError: a refused name or card
+        reason = _reason(error).replace(token, "(hidden)")
+        raise UserError(_failure(folder, repo, reason, private=private, endpoint=endpoint)) from error
+    return url
+
+
+def complete_export(folder: Path, card: str, figures: Path) -> None:
+    """Put the card and the figures it shows next to the checkpoint; each file appears whole or not at all.
+
+    Raises:
+        UserError: ``folder`` holds no checkpoint, or the disk is full.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json, so there is no checkpoint to export; run `shoal distill` first")
+    write_text(folder / "README.md", card)
+    for figure in sorted([*figures.glob("*.png"), *figures.glob("*.svg")]):
+        target = folder / FIGURES_DIR / figure.name
+        temporary = target.with_name(f".{figure.name}.{os.getpid()}.tmp")
+        with explained_disk_errors(target):
+            target.parent.mkdir(exist_ok=True)
+            try:
+                shutil.copyfile(figure, temporary)
+                temporary.replace(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def retry_command(folder: Path, repo: str, *, private: bool, endpoint: str | None = None) -> str:
+    """The command that pushes the export without shoal."""
+    words = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
+    prefix = f"HF_ENDPOINT={shlex.quote(endpoint)} " if endpoint else ""
+    return prefix + shlex.join(words)
+
+
+def _failure(folder: Path, repo: str, reason: str, *, private: bool, endpoint: str | None) -> str:
+    command = retry_command(folder, repo, private=private, endpoint=endpoint)
+    return (
+        f"export to {repo}: {reason}. The local export is complete at {folder}; push it again with the same shoal "
+        f"command or with: {command}"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in one line, from the deepest HTTP answer in the chain of causes."""
+    status, text = None, ""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+        text = str(cause).strip().split("\n")[0] or type(cause).__name__
+        cause = cause.__cause__
+    if status in REMEDIES:
+        return REMEDIES[status]
+    if status is not None:
+        return f"the Hub answered with HTTP status {status}"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return f"the Hub cannot be reached ({text[:200]})"
+    return f"{text[:300]}"
