@@ -94,7 +94,7 @@ def arithmetic(rng: random.Random, split: str, num_steps: int) -> Problem:
 
 
 def draw_numbers(rng: random.Random, split: str, num_steps: int) -> tuple[int, list[int]]:
-    """A small start and signed changes that belong to the split together; totals of 5 and more keep every slip positive."""
+    """A small start and signed changes that belong to the split together; totals from 5 up keep slips positive."""
     while True:
         start = rng.randint(6, 20)
         changes = [rng.choice((-1, 1)) * rng.randint(1, 5) for _ in range(num_steps)]
