@@ -115,7 +115,7 @@ def distill(
     rows = training_rows(settings, tokenizer, num_rows=num_rows(settings), seed=seed, teacher_text=texts)
 
     report_to = tracking.start(track, run_dir, recipe)
-    _use_plain_gloo_on_cpu()
+    _join_deepspeed()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
     arguments, keep = training_arguments(settings, output_dir=checkpoints, seed=seed, report_to=report_to)
     teacher = load_model(teacher_dir, dtype=dtype, **load).requires_grad_(False)
@@ -183,15 +183,18 @@ def _teacher_text(
     return texts[0]
 
 
-def _use_plain_gloo_on_cpu() -> None:
-    """Tell DeepSpeed that its shared-memory collectives are not available on a CPU.
+def _join_deepspeed() -> None:
+    """Let DeepSpeed know the process group; otherwise ZeRO-3 takes the world size as 1 while it loads models.
 
-    It would compile them at the first run, which takes minutes and fails without a C++ compiler; gloo does their work.
+    On a CPU it would first compile shared-memory collectives, which takes minutes and fails without a C++ compiler;
+    gloo does their work.
     """
-    if device().type == "cpu":
-        import deepspeed.ops
+    import deepspeed
+    import deepspeed.ops
 
+    if device().type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 def _place_teacher(teacher: PreTrainedModel, trainer: DistillTrainer) -> None:

@@ -1,0 +1,319 @@
+"""The distill stage as a user starts it: subprocesses, one and two ranks, every ZeRO stage, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+from shoal.artifact import Training
+from shoal.runtime import free_port
+
+ROOT = Path(__file__).parents[1]
+DROP = [2, 3]
+STEPS = 8
+pytestmark = pytest.mark.slow
+
+
+def recipe(folder: Path, teacher: Path, **distill) -> Path:
+    """A recipe whose training is small, exact and long enough to be interrupted."""
+    settings = {
+        "model": str(teacher),
+        "run_dir": str(folder / "run"),
+        "dtype": "float32",
+        "prune": {"drop": DROP},
+        "track": {"wandb": "off"},
+        "distill": {
+            "data": "python_docs",
+            "num_tokens": 64 * 4 * STEPS,
+            "sequence_length": 64,
+            "precision": "float32",
+            "deepspeed": "deepspeed/zero0.json",
+            "trainer": {
+                "per_device_train_batch_size": 4,
+                "learning_rate": 1e-3,
+                "save_steps": 2,
+            },
+            **distill,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
+
+
+def one_rank(**more: str) -> dict[str, str]:
+    """What a launcher sets for a world of one: the rank is started directly, which saves the launcher's own start."""
+    return environment(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **{"MASTER_PORT": str(free_port()), **more}
+    )
+
+
+def distill(path: Path, *overrides: str, ranks: int = 1, launcher: bool = False, env: dict[str, str] | None = None):
+    """Run launch/distill.py to its end; `launcher` or several ranks go through the `deepspeed` program."""
+    script = [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]
+    if launcher or ranks > 1:
+        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+        command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), *script]
+        env = env or environment()
+    else:
+        command = [sys.executable, *script]
+        env = env or one_rank()
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=path.parent, check=False)
+
+
+def finished(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
+
+
+def curve(path: Path) -> list[float]:
+    history = Training.read(path.parent / "run" / Training.FILE).history
+    assert [row["step"] for row in history] == list(range(1, STEPS + 1))
+    assert all(abs(row["loss"] - row["forward_kl"]) < 1e-5 for row in history), "the only term is the loss"
+    return [row["loss"] for row in history]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama_tied")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """One rank, ZeRO 0, fp32, never interrupted, started exactly as the README says."""
+    path = recipe(tmp_path_factory.mktemp("reference"), teacher)
+    finished(distill(path, launcher=True))
+    return path
+
+
+def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(reference: Path):
+    losses = curve(reference)
+    assert losses[-1] < 0.6 * losses[0]
+    distilled = reference.parent / "run" / "distilled"
+    model = AutoModelForCausalLM.from_pretrained(distilled)
+    assert model.config.num_hidden_layers == 4
+    assert model.config.use_cache
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    student = AutoModelForCausalLM.from_pretrained(reference.parent / "run" / "student")
+    assert not torch.equal(model.model.norm.weight, student.model.norm.weight)
+    assert {file.suffix for file in distilled.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
+def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(reference, teacher, tmp_path, stage, ranks):
+    path = recipe(tmp_path, teacher)
+    finished(
+        distill(
+            path,
+            f"distill.deepspeed=deepspeed/zero{stage}.json",
+            f"distill.trainer.per_device_train_batch_size={4 // ranks}",
+            "distill.trainer.save_strategy=no",
+            ranks=ranks,
+        )
+    )
+    assert curve(path) == pytest.approx(curve(reference), abs=1e-5)
+    expected = load_file(reference.parent / "run" / "distilled" / "model.safetensors")
+    found = load_file(path.parent / "run" / "distilled" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_gradient_accumulation_gives_the_curve_of_the_whole_batch(reference, teacher, tmp_path):
+    path = recipe(tmp_path, teacher)
+    finished(
+        distill(
+            path,
+            "distill.trainer.per_device_train_batch_size=1",
+            "distill.trainer.gradient_accumulation_steps=4",
+            "distill.trainer.save_strategy=no",
+            "distill.head_chunk=7",
+        )
+    )
+    assert curve(path) == pytest.approx(curve(reference), abs=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2)])
+def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teacher, tmp_path, stage, ranks):
+    path = recipe(tmp_path, teacher)
+    finished(
+        distill(
+            path,
+            f"distill.deepspeed=deepspeed/zero{stage}.json",
+            f"distill.trainer.per_device_train_batch_size={4 // ranks}",
+            "distill.trainer.save_strategy=no",
+            "distill.precision=bfloat16",
+            ranks=ranks,
+        )
+    )
+    assert curve(path) == pytest.approx(curve(reference), abs=5e-3)
+
+
+def start(path: Path, *overrides: str, ranks: int) -> subprocess.Popen[str]:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    script = [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), *script]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(condition, what: str, timeout_s: float = 120):
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return found
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [child for child in children if any("distill.py" in word for word in child.cmdline()[:4])]
+
+
+@pytest.mark.parametrize("victim", ["rank", "launcher"])
+def test_a_killed_run_goes_on_with_the_same_curve(reference, teacher, tmp_path, victim):
+    path = recipe(tmp_path, teacher)
+    ranks = 2 if victim == "rank" else 1
+    per_rank = f"distill.trainer.per_device_train_batch_size={4 // ranks}"
+    launcher = start(path, per_rank, ranks=ranks)
+    checkpoints = path.parent / "run" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+    processes = ranks_of(launcher)
+    assert len(processes) == ranks
+    os.kill(processes[-1].pid if victim == "rank" else launcher.pid, signal.SIGKILL)
+    launcher.wait(timeout=120)
+    assert launcher.returncode != 0
+    wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in processes), "the ranks to end")
+    assert not (path.parent / "run" / "distilled").exists()
+
+    log = finished(distill(path, per_rank, ranks=ranks, launcher=True))
+    assert "going on from" in log
+    assert curve(path) == pytest.approx(curve(reference), abs=1e-5)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(reference, teacher, tmp_path):
+    path = recipe(tmp_path, teacher)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "distill.py"), "--config", str(path)],
+        env=one_rank(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = path.parent / "run" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 143, log[-2000:]
+    assert re.search(r"stopped at step \d of 8 \(SIGTERM\), saved; the same command goes on", log)
+    finished(distill(path))
+    assert curve(path) == curve(reference)
+    ours, theirs = (load_file(p.parent / "run" / "distilled" / "model.safetensors") for p in (path, reference))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def unfinished_copy(reference: Path, folder: Path) -> Path:
+    """The reference run as if it had been killed after its last checkpoint."""
+    shutil.copytree(reference.parent, folder, dirs_exist_ok=True)
+    path = folder / "recipe.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["run_dir"] = str(folder / "run")
+    path.write_text(yaml.safe_dump(settings))
+    shutil.rmtree(folder / "run" / "distilled")
+    (folder / "run" / Training.FILE).unlink()
+    return path
+
+
+def test_a_truncated_checkpoint_is_skipped_and_the_curve_stays(reference, tmp_path):
+    path = unfinished_copy(reference, tmp_path / "copy")
+    newest = path.parent / "run" / "checkpoints" / f"checkpoint-{STEPS}"
+    largest = max(newest.rglob("*.pt"), key=lambda file: file.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    log = finished(distill(path))
+    assert re.search(rf"checkpoint-{STEPS}: .* bytes instead of .*; going back to the checkpoint before it", log)
+    assert f"going on from {path.parent / 'run' / 'checkpoints'}/checkpoint-{STEPS - 2}" in log
+    assert curve(path) == curve(reference)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, tmp_path):
+    path = unfinished_copy(reference, tmp_path / "copy")
+    result = distill(path, "distill.trainer.learning_rate=0.5")
+    assert result.returncode == 2
+    assert "belongs to another run: distill.trainer is" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_named(teacher, tmp_path):
+    path = recipe(tmp_path, teacher)
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        result = distill(path, env=one_rank(MASTER_PORT=port))
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert f"cannot join the other ranks at 127.0.0.1:{port}: the port is in use" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(teacher, tmp_path):
+    path = recipe(tmp_path, teacher)
+    run_dir = path.parent / "run"
+    run_dir.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(run_dir)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("cannot mount a small tmpfs here (needs root)")
+    try:
+        result = distill(path)
+        assert result.returncode == 2, result.stderr[-2000:]
+        assert "the disk is full" in result.stderr
+        assert "run the same command again" in result.stderr
+        assert not list((run_dir / "checkpoints").glob("checkpoint-*"))
+    finally:
+        subprocess.run(["umount", str(run_dir)], check=True)
+
+
+def test_wandb_offline_keeps_one_run_id_over_a_resume(reference, tmp_path):
+    path = unfinished_copy(reference, tmp_path / "copy")
+    ids = []
+    for _ in range(2):
+        finished(distill(path, "track.wandb=offline", env=one_rank(WANDB_MODE="offline")))
+        run_dir = path.parent / "run"
+        ids.append((run_dir / "wandb_run_id").read_text().strip())
+        (run_dir / Training.FILE).unlink()
+    assert ids[0] == ids[1]
+    runs = list((path.parent / "run" / "wandb").glob("offline-run-*"))
+    assert {run.name.rsplit("-", 1)[1] for run in runs} == {ids[0]}
+    assert list(runs[0].glob("*.wandb"))
+
+
+def test_teacher_text_is_written_once_and_trained_on(teacher, tmp_path):
+    sources = [{"path": "python_docs"}, {"path": "teacher_text"}]
+    path = recipe(tmp_path, teacher, data=sources, teacher_text_tokens=300)
+    log = finished(distill(path, "distill.trainer.max_steps=1"))
+    assert "the teacher writes 2 documents" in log
+    written = json.loads((path.parent / "run" / "teacher_text.json").read_text())
+    assert len(written["texts"]) == 2
+    training = Training.read(path.parent / "run" / Training.FILE)
+    assert training.data["teacher_text"]["tokens"] > 0
