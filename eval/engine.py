@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,6 +120,10 @@ class CausalLM(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         return super().loglikelihood(requests, disable_tqdm=True)
+
+    def log_likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
+        """Scores of (context, continuation) that are tokens already."""
+        return self._loglikelihood_tokens([(None, context, continuation) for context, continuation in pairs])
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -288,7 +293,13 @@ class CausalLM(TemplateLM):
             )
 
     def _bar(self, total: int, verb: str) -> tqdm[Any]:
-        return tqdm(total=total, desc=verb, disable=not self._progress, leave=False, mininterval=1)
+        return tqdm(
+            total=total,
+            desc=verb,
+            disable=not self._progress,
+            leave=False,
+            mininterval=1 if sys.stderr.isatty() else 30,
+        )
 
 
 def connect_ranks(device: torch.device) -> None:

@@ -21,8 +21,8 @@ def load_tasks(
 ) -> dict[str, Any]:
     """Task name -> lm-eval task, groups expanded, in the order asked for.
 
-    ``num_fewshot`` None leaves every task its own number. lm-eval's whole collection is read only where a name is not ours:
-    that takes ten seconds, reading ours a tenth of one.
+    ``num_fewshot`` None leaves every task its own number. lm-eval's whole collection is read only where a name is not
+    ours: that takes ten seconds, reading ours a tenth of one.
 
     Raises:
         UserError: an unknown name (with the closest known one), no such folder, or data that cannot be had.
@@ -62,7 +62,7 @@ def _manager_that_knows(names: Sequence[str], folders: list[Path]) -> Any:
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
-    """The tasks behind a name, sorted: lm-eval keeps a tag's tasks in a set, whose order would differ between ranks."""
+    """The tasks behind a name, sorted: lm-eval keeps a tag's tasks in a set, whose order differs between ranks."""
     if _is_ours(manager, name):
         return dict(sorted(manager.load([name])["tasks"].items()))
     try:
@@ -76,17 +76,19 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
 
 
 def _is_ours(manager: Any, name: str) -> bool:
-    """Whether every file behind the name is one of shoal's; if one of those fails to load the defect is ours to see."""
+    """Whether every file behind the name is one of shoal's; if one of those fails to load, the defect is ours."""
     entry = manager.task_index[name]
     files = [entry.yaml_path, *(manager.task_index[tagged].yaml_path for tagged in entry.tags if not entry.yaml_path)]
     return all(TASKS_DIR.resolve() in file.resolve().parents for file in files if file is not None)
 
 
 def _set_fewshot(name: str, task: Any, num_fewshot: int | None, seed: int) -> None:
-    """As lm-eval's command line does it, except that a task without examples of its own shows none of its test items."""
+    """As lm-eval's command line does it, but a task without examples is refused, not given its own test items."""
     chosen = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
     task.set_config(key="num_fewshot", value=chosen or 0)
-    if chosen and not (hasattr(task, "sampler") and task.config.fewshot_split != task.config.test_split):
+    given = task.fewshot_cfg.split is not None or task.fewshot_cfg.samples is not None
+    apart = task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs())
+    if chosen and not given and not apart:
         raise UserError(
             f"eval.num_fewshot: {name!r} has no examples beside the items it is scored on; set it to 0 (got {chosen})"
         )

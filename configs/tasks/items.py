@@ -44,7 +44,7 @@ def letters(doc: dict[str, Any]) -> list[str]:
 def first_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """1 if the first line starts with the right answer as a whole word, case and punctuation ignored.
 
-    A model goes on after the value ("Paris, which is"), so the whole line cannot be compared; what stands before it counts.
+    A model goes on after the value ("Paris, which is"), so the whole line cannot be compared.
     """
     line, final = _plain(first_line(results[0])), _plain(doc["final"])
     return {"match": float(f"{line} ".startswith(f"{final} "))}
@@ -88,7 +88,7 @@ def _splits(
     seed: int = 0,
     **params: Any,
 ) -> dict[str, Dataset]:
-    """The evaluation items and, for few-shot prompts, training ones; lm-eval hands over metadata and dataset_kwargs alike."""
+    """Evaluation items, and training ones for few-shot prompts; lm-eval passes metadata and dataset_kwargs alike."""
     wanted = num_items or NUM_ITEMS.get(task) or _num_facts(**params)
     evaluated = items(task, split="eval", num_items=wanted, seed=seed, **params)
     examples = items(task, split="train", num_items=NUM_EXAMPLES, seed=seed, **params)

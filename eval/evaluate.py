@@ -1,0 +1,139 @@
+"""What one model can do: lm-eval runs the tasks over our engine, and every item's score is kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.artifact import Evaluation, Json, Provenance, TaskScore
+from shoal.errors import UserError
+from shoal.models import checkpoint_bytes, num_parameters, text_config
+from shoal.recipe import Eval
+from shoal.runtime import seed_everything
+
+from .engine import CausalLM, connect_ranks
+from .perplexity import perplexity
+from .samples import task_score
+from .tasks import load_tasks
+
+log = logging.getLogger(__name__)
+
+
+def role_evaluation(
+    role: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Eval,
+    *,
+    folder: Path,
+    inputs: dict[str, Json],
+    seed: int,
+) -> Evaluation:
+    """The artifact of one role: its scores, parameters, layers and the size of its weights in ``folder``.
+
+    All ranks take part and all get it; ``inputs`` is its provenance.
+    """
+    started = time.monotonic()
+    tasks = evaluate(model, tokenizer, settings, seed=seed)
+    return Evaluation(
+        provenance=Provenance(inputs),
+        role=role,
+        tasks=tasks,
+        num_parameters=num_parameters(model),
+        num_layers=text_config(model.config).num_hidden_layers,
+        num_bytes=checkpoint_bytes(folder),
+        seconds=time.monotonic() - started,
+    )
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Eval, *, seed: int
+) -> tuple[TaskScore, ...]:
+    """The scores of ``settings.tasks`` and the perplexity, on every rank.
+
+    The items are the tasks' first ``settings.limit``, the same for every model and every seed; the seed decides only
+    what lm-eval draws at random, such as few-shot examples.
+
+    Raises:
+        UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
+    """
+    connect_ranks(model.device)
+    lm = CausalLM(model, tokenizer, settings.batch_size, progress=True)
+    tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot, seed=seed)
+    seed_everything(seed)
+    scores: list[Any] = [_scores(lm, tasks, settings.limit)] if tasks else [()]
+    if lm.world_size > 1:
+        dist.broadcast_object_list(scores, src=0, device=None if model.device.type == "cpu" else model.device)
+    scores = [*scores[0], perplexity(lm, settings)]
+    for score in scores:
+        log.info(
+            "eval: %s %s %.3f [%.3f, %.3f], n = %d",
+            score.task,
+            score.metric,
+            score.score,
+            score.ci_low,
+            score.ci_high,
+            score.n,
+        )
+    return tuple(scores)
+
+
+def _scores(lm: CausalLM, tasks: dict[str, Any], limit: int | None) -> tuple[TaskScore, ...]:
+    """One score per task; on ranks other than 0 nothing, because lm-eval gathers there."""
+    from lm_eval import evaluator
+
+    _check_runnable(tasks, lm.world_size)
+    log.info("eval: %s", ", ".join(f"{name} ({_num_items(task, limit)} items)" for name, task in tasks.items()))
+    with _without_request_bars():
+        # its bootstrap is left out: intervals are ours, paired over the kept items
+        results: Any = evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0)
+    if results is None:
+        return ()
+    return tuple(
+        task_score(
+            name,
+            task,
+            results["samples"][name],
+            num_fewshot=int(task.get_config("num_fewshot") or 0),
+            count_tokens=lm.count_tokens,
+        )
+        for name, task in tasks.items()
+    )
+
+
+def _check_runnable(tasks: dict[str, Any], num_ranks: int) -> None:
+    """What lm-eval would refuse with a traceback, or silently do in another way on several ranks."""
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(
+                f"eval.tasks: {name!r} runs code that the model writes, which shoal does not do; leave it out"
+            )
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"eval.tasks: {name!r} needs images or sound; shoal evaluates text models, leave it out")
+        sampler = type(getattr(task, "sampler", None)).__name__
+        if num_ranks > 1 and task.get_config("num_fewshot") and sampler == "ContextSampler":
+            log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
+
+
+def _num_items(task: Any, limit: int | None) -> int:
+    return len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
+
+
+@contextmanager
+def _without_request_bars() -> Iterator[None]:
+    """Keep lm-eval from drawing one bar per task for the milliseconds that making its prompts takes."""
+    from lm_eval.api import task as module
+
+    bar = module.tqdm
+    module.tqdm = lambda items, **_: items  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        module.tqdm = bar
