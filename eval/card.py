@@ -36,8 +36,8 @@ class License:
 def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
     """README.md for the distilled checkpoint of a run: YAML metadata with model-index, then Markdown.
 
-    ``base_folder`` is the teacher's checkpoint, whose README.md names the license; None = found from the recipe's model:
-    a local folder, or what the Hub's cache holds of it.
+    ``base_folder`` is the teacher's checkpoint, whose README.md names the license; None = from the recipe's model: a
+    local folder, or what the Hub's cache holds of it.
 
     Raises:
         UserError: the run has no plan, so there is nothing a card could describe.

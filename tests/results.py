@@ -1,0 +1,120 @@
+"""A run directory's artifacts with small, made-up results, for everything that reads them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from shoal.artifact import (
+    Evaluation,
+    Importance,
+    ItemScore,
+    Provenance,
+    PruningPlan,
+    Speed,
+    SpeedScore,
+    TaskScore,
+    Training,
+)
+from shoal.eval.statistics import interval
+from shoal.recipe import as_dict, parse_recipe
+
+NUM_LAYERS = 8
+DROP = (3, 4, 5)
+SKILL = {"teacher": 1.0, "pruned": 0.2, "distilled": 0.7}
+"""How far each role lies between chance and the teacher."""
+
+
+def provenance() -> Provenance:
+    environment = {"shoal": "0.1.0", "torch": "2.13.0", "device": "cpu", "cpu_threads": 1}
+    return Provenance({"model": "abc"}, environment, "2025-01-01T00:00:00+00:00")
+
+
+def importance() -> Importance:
+    layers = {"block_influence": tuple(0.1 + 0.01 * abs(layer - 4) for layer in range(NUM_LAYERS))}
+    runs = {"angular": tuple(tuple(0.05 * n for _ in range(NUM_LAYERS - n + 1)) for n in range(1, NUM_LAYERS))}
+    return Importance(provenance(), NUM_LAYERS, 20_000, layers, runs)
+
+
+def plan(drop: tuple[int, ...] = DROP) -> PruningPlan:
+    return PruningPlan(provenance(), NUM_LAYERS, drop, "the run of 3 layers with the lowest angular distance")
+
+
+def training() -> Training:
+    history = tuple(
+        {"step": float(s), "loss": 3 / s, "forward_kl": 2 / s, "cross_entropy": 5 / s, "learning_rate": 1e-4 / s}
+        for s in range(1, 21)
+    )
+    settings = {"trainer": {"learning_rate": 1e-4, "hub_token": "hf_" + "a" * 34}, "deepspeed": {"stage": 2}}
+    data = {"python_docs": {"documents": 80, "tokens": 1234, "split": 7}}
+    return Training(provenance(), 20, 4000, 8.0, history, settings, data, 10**9)
+
+
+def choice(role: str, name: str, ability: str, protocol: str, **changes: Any) -> TaskScore:
+    """A right-or-wrong task of 100 items; ``share`` = the teacher's share of right answers."""
+    chance, share, n = changes.pop("chance", 0.25), changes.pop("share", 0.9), changes.pop("n", 100)
+    reached = chance + (share - chance) * SKILL[role]
+    luck = random.Random(name)
+    right = [luck.random() < reached for _ in range(n)]
+    items = tuple(
+        ItemScore(f"{name}-{i}", float(ok), "the gold answer" if ok else f"{role} said so", "the gold answer")
+        for i, ok in enumerate(right)
+    )
+    score = sum(right) / n
+    fields = {"version": "1", "num_fewshot": 0} | changes
+    draft = TaskScore(name, ability, protocol, "acc", score, 0, 0, n, chance, True, items=items, **fields)
+    return _with_interval(draft)
+
+
+def nats(role: str, n: int = 60) -> TaskScore:
+    noise = random.Random(1)
+    items = tuple(ItemScore(f"w{i}", 4.0 - 2 * SKILL[role] + noise.random() * 0.1) for i in range(n))
+    score = sum(item.score for item in items) / n
+    draft = TaskScore(
+        "python_docs_heldout", "language", "rolling", "nats_per_token", score, 0, 0, n, 0.0, False, "1", 0, items
+    )
+    return _with_interval(draft)
+
+
+def evaluation(role: str, tasks: tuple[TaskScore, ...] | None = None) -> Evaluation:
+    own = (
+        nats(role),
+        choice(role, "retrieval_continuation", "retrieval", "continuation"),
+        choice(role, "retrieval_generation", "retrieval", "generation", chance=0.0, share=0.8),
+        choice(role, "reasoning_generation", "reasoning", "generation", chance=0.0, share=0.0),
+    )
+    layers = NUM_LAYERS if role == "teacher" else NUM_LAYERS - len(DROP)
+    return Evaluation(
+        provenance(), role, own if tasks is None else tasks, layers * 10**6, layers, layers * 4 * 10**6, 9.0
+    )
+
+
+def speed() -> Speed:
+    def score(factor: float) -> SpeedScore:
+        return SpeedScore(
+            1000 * factor, 20 * factor, {"prefill": (990 * factor,), "decode": (19 * factor, 21 * factor)}
+        )
+
+    roles = {"teacher": score(1.0), "pruned": score(1.5), "distilled": score(1.5)}
+    return Speed(provenance(), roles, 1, 128, 32, "float32")
+
+
+def write_run(folder: Path, *, recipe: dict[str, Any] | None = None) -> Path:
+    """A complete run directory at ``folder``."""
+    importance().write(folder / "importance.json")
+    plan().write(folder / "plan.json")
+    training().write(folder / "distill.json")
+    for role in SKILL:
+        evaluation(role).write(folder / "eval" / f"{role}.json")
+    speed().write(folder / "eval" / "speed.json")
+    raw = {"model": "demo:smollm2-135m", "run_dir": "runs/test"} | (recipe or {})
+    story = {"recipe": as_dict(parse_recipe(raw)), "stages": {}}
+    (folder / "run.json").write_text(json.dumps(story))
+    return folder
+
+
+def _with_interval(task: TaskScore) -> TaskScore:
+    low, high = interval(task)
+    return TaskScore(**{**task.__dict__, "ci_low": low, "ci_high": high})

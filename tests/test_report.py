@@ -1,0 +1,381 @@
+"""The report says what the results allow and no more, works after any stage, and is safe to pass on."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from results import DROP, SKILL, choice, evaluation, importance, plan, training, write_run
+
+from shoal.artifact import ItemScore, TaskScore
+from shoal.errors import UserError
+from shoal.eval.document import Code, Paragraph, Table, block_markdown, inline
+from shoal.eval.findings import Run, compare, protocol_gaps, read_run
+from shoal.eval.headline import headline
+from shoal.eval.report import write_report
+from shoal.eval.statistics import holm, paired
+from shoal.eval.wording import layers_text, redacted, signed
+
+VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
+ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>'--><style>*{display:none}</style>\x00\u202e"
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, the text, and whether tags close in order."""
+
+    def __init__(self, markup: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.crossed: list[str] = []
+        self.feed(markup)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.crossed.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str, Path]:
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text()), (folder / "report.md").read_text(), folder
+
+
+def planted(text: str) -> tuple[TaskScore, TaskScore]:
+    """The same two items before and after, one lost, with hostile names and answers."""
+    before = choice("teacher", text, text, "generation", n=2)
+    before = replace(before, items=tuple(ItemScore(f"{text}{i}", 1.0, text, text) for i in range(2)), metric=text)
+    after = replace(before, items=(ItemScore(f"{text}0", 0.0, text, text), before.items[1]))
+    return before, after
+
+
+def test_page_is_well_formed_and_self_contained(report: tuple[Page, str, Path]) -> None:
+    page, _, _ = report
+    assert page.crossed == []
+    assert page.open == []
+    assert not page.all("script")
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href", "action", "srcset", "data"):
+                assert value is not None
+                assert value.startswith(("#", "data:image/png")), (tag, value)
+    assert not page.all("link")
+    styles = " ".join(text for text in page.text if "{" in text)
+    assert "url(" not in styles
+    assert "@import" not in styles
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_page_is_accessible(report: tuple[Page, str, Path]) -> None:
+    page, _, _ = report
+    assert page.all("html")[0]["lang"] == "en"
+    assert len(page.all("h1")) == 1
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for attributes in page.all("a"):
+        assert (attributes["href"] or "")[1:] in ids
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all("scope" in attributes for attributes in page.all("th"))
+    for svg in page.all("svg"):
+        assert svg["role"] == "img"
+        assert set((svg["aria-labelledby"] or "").split()) <= set(ids)
+    assert len(page.all("svg")) == 3
+    assert any("prefers-color-scheme: dark" in text for text in page.text)
+
+
+def test_both_outputs_tell_the_same_numbers(report: tuple[Page, str, Path]) -> None:
+    page, markdown, folder = report
+    run = read_run(folder)
+    row = next(row for row in compare(run).rows if row.key[0] == "retrieval_continuation")
+    for role in SKILL:
+        number = f"{100 * row.scores[role].score:.1f} %"
+        assert number in page.words
+        assert number in markdown
+    found = paired(row.scores["pruned"], row.scores["distilled"])
+    for text in (f"{100 * found.difference:+.1f} points", "layers 3 to 5", "the run of 3 layers with the lowest"):
+        assert text in page.words
+        assert text in markdown
+    for name in ("before_after", "importance", "training"):
+        assert f"(figures/{name}.png)" in markdown
+        assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
+        assert (folder / "figures" / f"{name}.svg").stat().st_size > 1000
+
+
+def test_headline_claims_only_what_the_intervals_show(report: tuple[Page, str, Path]) -> None:
+    run = read_run(report[2])
+    text = " ".join(headline(run, compare(run)))
+    assert "3 of the 8 decoder layers" in text
+    assert "Cutting made all 3 scores worse" in text
+    assert "Distilling made the cut model better on all 3 of them" in text
+    assert "One task is left out" in text
+
+
+def test_a_change_within_its_interval_is_no_change(tmp_path: Path) -> None:
+    pruned = choice("pruned", "retrieval_continuation", "retrieval", "continuation")
+    flipped = next(i for i, item in enumerate(pruned.items) if item.score == 0)
+    items = tuple(replace(item, score=1.0) if i == flipped else item for i, item in enumerate(pruned.items))
+    for role, task in (("pruned", pruned), ("distilled", replace(pruned, items=items, score=pruned.score + 0.01))):
+        evaluation(role, tasks=(task,)).write(tmp_path / "eval" / f"{role}.json")
+    run = read_run(tmp_path)
+    text = " ".join(headline(run, compare(run)))
+    assert "no score clearly better" in text
+    assert "no clear change on retrieval_continuation" in text
+    write_report(tmp_path)
+    assert "a true change of" in (tmp_path / "report.md").read_text()
+
+
+def test_worse_is_said_for_rising_nats_and_better_for_falling(report: tuple[Page, str, Path]) -> None:
+    row = next(row for row in compare(read_run(report[2])).rows if row.ability == "language")
+    assert row.differences["teacher", "pruned"].difference > 0
+    assert row.verdict("teacher", "pruned") == "worse"
+    assert row.verdict("pruned", "distilled") == "better"
+    assert "perplexity" in report[1]
+
+
+def test_p_values_are_corrected_over_tasks(report: tuple[Page, str, Path]) -> None:
+    rows = compare(read_run(report[2])).rows
+    pair = ("pruned", "distilled")
+    expected = holm([row.differences[pair].p_value for row in rows])
+    assert [row.adjusted_p[pair] for row in rows] == expected
+
+
+def test_tasks_at_chance_are_listed_and_not_hidden(report: tuple[Page, str, Path]) -> None:
+    page, markdown, _ = report
+    section = markdown.split("## No signal here")[1].split("\n## ")[0]
+    assert "reasoning_generation" in section
+    assert "retrieval_continuation" not in section
+    assert "reasoning_generation" in markdown.split("## No signal here")[0]
+    assert "No signal here" in page.words
+
+
+def test_protocol_gap_is_retention_by_likelihood_minus_generation(report: tuple[Page, str, Path]) -> None:
+    rows = compare(read_run(report[2])).rows
+    ((likely, written, gap),) = protocol_gaps(rows, "pruned")
+    first, second = likely.retained["pruned"].value, written.retained["pruned"].value
+    assert first is not None
+    assert second is not None
+    assert (likely.key[1], written.key[1]) == ("continuation", "generation")
+    assert gap == pytest.approx(first - second)
+
+
+def test_flips_show_both_texts_and_are_capped(report: tuple[Page, str, Path]) -> None:
+    page, _, folder = report
+    row = next(row for row in compare(read_run(folder)).rows if row.key[0] == "retrieval_continuation")
+    won = paired(row.scores["pruned"], row.scores["distilled"]).won
+    assert won > 8
+    assert f"retrieval_continuation: {won} items won back by distilling, 8 shown" in page.words
+    assert "pruned said so" in page.words
+    assert len(page.all("details")) > 3
+
+
+def test_hostile_text_from_models_and_data_stays_text(tmp_path: Path) -> None:
+    before, after = planted(ATTACK)
+    evaluation("teacher", tasks=(before,)).write(tmp_path / "eval" / "teacher.json")
+    evaluation("pruned", tasks=(after,)).write(tmp_path / "eval" / "pruned.json")
+    replace(plan(), reason=ATTACK).write(tmp_path / "plan.json")
+    replace(training(), data={ATTACK: {ATTACK: 1}, "note": ATTACK}).write(tmp_path / "distill.json")
+    replace(importance(), layers={ATTACK: importance().layers["block_influence"]}).write(tmp_path / "importance.json")
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {"model": ATTACK, "note": ATTACK}}))
+    page = Page(write_report(tmp_path).read_text())
+    assert page.crossed == []
+    assert not page.all("script")
+    assert not page.all("img")
+    assert len(page.all("style")) == 1
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "<script>alert('x')</script>" in page.words
+    assert "\x00" not in page.words
+    markdown = (tmp_path / "report.md").read_text()
+    for outside in re.split(r"^```.*?^```$", markdown, flags=re.DOTALL | re.MULTILINE):
+        assert "<script" not in outside
+        assert "<img" not in outside
+
+
+def test_no_secret_of_settings_or_environment_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hf_" + "s" * 34
+    monkeypatch.setenv("HF_TOKEN", secret)
+    monkeypatch.setenv("SOME_PASSWORD", "pass-in-environment")
+    trainer = {"hub_token": secret, "note": f"use {secret}", "per_device_train_batch_size": 2}
+    write_run(tmp_path, recipe={"distill": {"num_tokens": 4321, "trainer": trainer}})
+    write_report(tmp_path)
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text()
+        assert secret not in text
+        assert "hf_aaaa" not in text
+        assert "pass-in-environment" not in text
+        assert "num_tokens: 4321" in text
+        assert "per_device_train_batch_size: 2" in text
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ("importance.json", "No plan has been made yet"),
+        ("plan.json", "Importance was not measured in this run"),
+        ("distill.json", "Nothing has been evaluated yet"),
+        ("eval/pruned.json", "nothing to compare it with"),
+        ("eval/speed.json", "The cut model was not distilled in this run"),
+    ],
+)
+def test_report_works_after_any_single_stage(tmp_path: Path, kept: str, said: str) -> None:
+    write_run(tmp_path / "whole")
+    target = tmp_path / "part" / kept
+    target.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "whole" / kept, target)
+    page = Page(write_report(tmp_path / "part").read_text())
+    assert page.crossed == []
+    assert said in page.words
+    assert "Not in this report" in page.words
+
+
+def test_report_refuses_a_folder_without_results(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such run directory"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds no result to report"):
+        write_report(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match=r"run\.json: is not valid JSON"):
+        write_report(tmp_path)
+
+
+def test_scores_of_other_settings_are_left_out_by_name(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    other = choice("distilled", "retrieval_continuation", "retrieval", "continuation", num_fewshot=5)
+    evaluation("distilled", tasks=(other,)).write(tmp_path / "eval" / "distilled.json")
+    run = read_run(tmp_path)
+    comparison = compare(run)
+    row = next(row for row in comparison.rows if row.key[0] == "retrieval_continuation")
+    assert "distilled" not in row.scores
+    assert "num_fewshot is 0 in one evaluation and 5 in the other" in comparison.refused[0]
+    write_report(tmp_path)
+    assert "because settings differ" in (tmp_path / "report.md").read_text()
+
+
+def test_an_evaluation_of_another_plan_is_pointed_out(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    plan(DROP[:1]).write(tmp_path / "plan.json")
+    write_report(tmp_path)
+    assert "it belongs to another plan" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("data", "tasks", "said"),
+    [
+        ({"python_docs": {"tokens": 1}}, None, "Training and evaluation items are disjoint"),
+        ({"my.jsonl": {"tokens": 1}}, None, "It was not checked whether training text and evaluation items overlap"),
+        ({"python_docs_heldout": {"tokens": 1}}, None, "which is evaluation text"),
+        ({"python_docs": {"tokens": 1}}, "mmlu", "overlap for: mmlu"),
+    ],
+)
+def test_overlap_of_training_and_evaluation_is_stated(
+    tmp_path: Path, data: dict, tasks: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("retrieval_continuation", "retrieval_generation", "reasoning_generation"):
+        (tmp_path / "tasks").mkdir(exist_ok=True)
+        (tmp_path / "tasks" / f"{name}.yaml").touch()
+    monkeypatch.setattr("shoal.eval.details.CONFIGS_DIR", tmp_path)
+    write_run(tmp_path)
+    replace(training(), data=data).write(tmp_path / "distill.json")
+    if tasks:
+        own = (choice("teacher", tasks, "knowledge", "continuation"),)
+        evaluation("teacher", tasks=own).write(tmp_path / "eval" / "teacher.json")
+    write_report(tmp_path)
+    assert said in (tmp_path / "report.md").read_text()
+
+
+def test_report_repeats_byte_for_byte(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("a|b", r"a\|b"),
+        ("two\nlines", "two ⏎ lines"),
+        ("<b> & [x](y)", r"&lt;b&gt; &amp; \[x\](y)"),
+        ("task_name *bold* _it_", r"task_name \*bold\* \_it\_"),
+        ("https://x.y", "https:&#47;/x.y"),
+    ],
+)
+def test_markdown_escapes_what_could_be_markup(text: str, escaped: str) -> None:
+    assert inline(text) == escaped
+
+
+def test_markdown_blocks_cannot_be_broken_out_of() -> None:
+    assert block_markdown(Code("a\n````\nb", "yaml")).startswith("`````yaml")
+    assert block_markdown(Paragraph("x", warning=True)) == "> **Note.** x"
+    lines = block_markdown(Table("c", ("a", "b"), (("1|2", "3"),))).split("\n")
+    assert lines[-1] == r"| 1\|2 | 3 |"
+    assert lines[-2] == "|:--|--:|"
+
+
+def test_wording_of_numbers_and_layers() -> None:
+    assert layers_text((3, 13, 14, 20, 21, 22)) == "3, 13, 14, 20 to 22"
+    assert [signed(value, 1) for value in (0.04, -0.04, 1.26, -1.26)] == ["0.0", "0.0", "+1.3", "−1.3"]
+    assert redacted({"num_tokens": 5, "API_KEY": "x", "a": [{"password": "y"}], "url": "https://u:p@h/"}) == {
+        "num_tokens": 5,
+        "API_KEY": "(hidden)",
+        "a": [{"password": "(hidden)"}],
+        "url": "https://(hidden)@h/",
+    }
+
+
+def test_headline_of_a_plan_alone(tmp_path: Path) -> None:
+    plan((2,)).write(tmp_path / "plan.json")
+    run = read_run(tmp_path)
+    assert isinstance(run, Run)
+    assert headline(run, compare(run)) == (
+        "1 of the 8 decoder layers of the model was cut out (layer 2, counted from 0).",
+        "No ability has been evaluated yet, so nothing is said here about what was lost.",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed (Debian package chromium)")
+def test_page_fits_a_phone_and_asks_for_nothing(report: tuple[Page, str, Path], tmp_path: Path) -> None:
+    page = report[2] / "report.html"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --hide-scrollbars --user-data-dir={tmp_path / 'profile'}"
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<body style="margin:0"><iframe src="{page.as_uri()}" style="width:375px;height:900px;border:0"></iframe>'
+        "<pre id=out></pre><script>onload=()=>{const d=document.querySelector('iframe').contentDocument;"
+        "out.textContent='width '+d.documentElement.scrollWidth+' requests '+"
+        "document.querySelector('iframe').contentWindow.performance.getEntriesByType('resource')"
+        ".filter(e=>!e.name.startsWith('data:')).length}</script>"
+    )
+    command = ["chromium", *flags.split(), "--allow-file-access-from-files", "--disable-web-security", "--dump-dom"]
+    done = subprocess.run([*command, frame.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert re.search(r'<pre id="out">width 375 requests 0</pre>', done.stdout), done.stdout[-300:]
