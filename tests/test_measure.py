@@ -122,13 +122,17 @@ def test_padding_changes_no_score(kind: str, side: str) -> None:
     model = tiny_model(kind)
     width, padding = ROWS.input_ids_NS.shape[1], 6
     amounts = torch.tensor([0, 2, 6, 3, 1])
-    ids = torch.full((len(ROWS), width + padding), 258)
+    ids = torch.full(
+        (len(ROWS), width + padding), 5
+    )  # no padding token: its states are all zero and hide a forgotten mask
     positions = torch.full_like(ids, 17)
     mask = torch.zeros_like(ids)
     for row, amount in enumerate(amounts.tolist()):
         start = amount if side == "left" else 0
         ids[row, start : start + width] = ROWS.input_ids_NS[row]
         positions[row, start : start + width] = ROWS.position_ids_NS[row]
+        if side == "right":  # the padding looks like more of the last document
+            positions[row, width:] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(padding)
         mask[row, start : start + width] = 1
     scores = measure(model, PackedRows(ids, positions, ids), attention_mask_NS=mask)
     assert_close(measure(model), scores, 1e-6)
