@@ -9,18 +9,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shoal.errors import UserError
+from shoal.strict_yaml import YAMLError, read_yaml
 
 Protocol = Literal["loglikelihood", "continuation", "generation"]
 Positive = Annotated[int, Field(gt=0)]
+RowLength = Annotated[int, Field(ge=2)]
+"""Tokens of one row; a row of one token holds nothing to predict."""
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Section:
@@ -31,7 +35,7 @@ class Section:
 
 @dataclass(frozen=True)
 class DataSource(Section):
-    path: str
+    path: Text
     """A bundled name (see shoal.data.BUNDLED), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or
     a Hub data set id."""
     column: str = "text"
@@ -39,7 +43,7 @@ class DataSource(Section):
     split: str = "train"
     name: str | None = None
     """Configuration name of a Hub data set."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of the token budget, relative to the other sources."""
 
 
@@ -56,7 +60,7 @@ Data = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources), Field(min
 class Measure(Section):
     data: Data = (DataSource("python_docs"),)
     num_tokens: Positive = 20_000
-    sequence_length: Positive = 512
+    sequence_length: RowLength = 512
     batch_size: Positive = 4
     """Sequences per rank and forward."""
     metrics: tuple[str, ...] = ("block_influence", "angular")
@@ -80,8 +84,8 @@ class Prune(Section):
 @dataclass(frozen=True)
 class LossTerm(Section):
     kind: Literal["forward_kl", "cross_entropy"]
-    weight: Annotated[float, Field(ge=0)] = 1.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Softens teacher and student alike; the term is scaled by its square. Must stay 1 for cross_entropy."""
 
 
@@ -90,7 +94,7 @@ class Distill(Section):
     data: Data = (DataSource("python_docs"),)
     num_tokens: Positive = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
-    sequence_length: Positive = 512
+    sequence_length: RowLength = 512
     losses: tuple[LossTerm, ...] = (LossTerm("forward_kl"),)
     trainable: Literal["all", "layers", "from_first_cut"] = "all"
     """What is trained: everything; all but embeddings and head; or only the layers from the first cut up, with the
@@ -125,7 +129,7 @@ class Eval(Section):
     """A further folder of task YAMLs."""
     perplexity_data: Data = (DataSource("python_docs_heldout"),)
     perplexity_tokens: Positive = 10_000
-    sequence_length: Positive = 512
+    sequence_length: RowLength = 512
     """Window of the perplexity measurement, in tokens."""
     speed: bool = True
     """Measure prefill and decode tokens per second of teacher, pruned and distilled, interleaved."""
@@ -151,10 +155,10 @@ class Export(Section):
 
 @dataclass(frozen=True)
 class Recipe(Section):
-    model: str
+    model: Text
     """Hub id, local path or demo:<name>."""
-    run_dir: str
-    seed: int = 0
+    run_dir: Text
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     revision: str | None = None
     """Hub revision of the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -174,40 +178,6 @@ if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
     CONFIGS_DIR = Path(__file__).parents[2] / "configs"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: PyYAML alone reads 2e-5 as a string, and `off` and `no` as false. Duplicate keys are refused."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$|^[-+]?(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
-
-
-_Loader.add_constructor(
-    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
-    lambda loader, node: _mapping_without_duplicates(loader, node, deep=True),
-)
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The validated recipe at ``path`` with ``section.key=value`` overrides applied.
 
@@ -218,9 +188,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = _find_recipe(Path(path))
     try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = read_yaml(file.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: is not valid YAML: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); choose a file you may read") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file}: must be a mapping of settings, got {type(raw).__name__}")
     for override in overrides:
@@ -233,8 +205,7 @@ def parse_recipe(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
     try:
         recipe = TypeAdapter(Recipe).validate_python(raw)
     except ValidationError as error:
-        lines = [_explain(problem, raw) for problem in error.errors()]
-        raise UserError("\n".join(f"{source}: {line}" for line in lines)) from error
+        raise UserError("\n".join(f"{source}: {line}" for line in _explain(error.errors()))) from error
     problems = _contradictions(recipe)
     if problems:
         raise UserError("\n".join(f"{source}: {line}" for line in problems))
@@ -258,48 +229,91 @@ def _find_recipe(path: Path) -> Path:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    *sections, leaf = key.split(".")
+    if not equals or not all([*sections, leaf]):
         raise UserError(f"override {override!r}: must have the form section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    node = raw
-    *sections, leaf = key.split(".")
+    node: Any = raw
     for name in sections:
-        child = node.setdefault(name, {})
+        child = _entry(node, name, override)
         if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
+            child = {}
+            node[int(name) if isinstance(node, list) else name] = child
+        if not isinstance(child, dict | list):
             raise UserError(f"override {override!r}: {name!r} is {child!r}, not a section")
         node = child
-    node[leaf] = value
+    _entry(node, leaf, override)
+    node[int(leaf) if isinstance(node, list) else leaf] = value
 
 
-def _explain(problem: Any, raw: dict[str, Any]) -> str:
-    location = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = _known_keys(problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
-        return f"{location}: unknown key; {hint}"
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"{location}: is required"
-    value = problem["input"]
-    return f"{location}: {problem['msg'][0].lower()}{problem['msg'][1:]} (got {value!r})"
+def _entry(node: dict[str, Any] | list[Any], name: str, override: str) -> Any:
+    """What ``node`` holds under ``name``, for a list a position in it; None where a mapping has no such key."""
+    if isinstance(node, dict):
+        return node.get(name)
+    if not name.isdecimal() or int(name) >= len(node):
+        raise UserError(
+            f"override {override!r}: {name!r} is no position in a list of {len(node)} (counted from 0); "
+            "give the whole list instead"
+        )
+    return node[int(name)]
+
+
+def _explain(problems: Sequence[Any]) -> list[str]:
+    """One line per place; the branches of a choice between types are joined with `or`."""
+    places: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
+    for problem in problems:
+        location, unknown = problem["loc"], problem["type"] == "unexpected_keyword_argument"
+        if not unknown:
+            location = _real_location(location)
+        place = ".".join(map(str, location))
+        if unknown:
+            known = _known_keys(location[:-1])
+            close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+            message = "unknown key; " + (
+                f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+            )
+        elif problem["type"] in ("missing", "missing_argument"):
+            message = f"is required; add it to the file, or to the command as {place}=VALUE"
+        else:
+            message = _in_our_words(problem["msg"])
+            got[place] = f" (got {reprlib.repr(problem['input'])})"
+        places.setdefault(place, []).append(message)
+    return [f"{place}: {' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()]
+
+
+def _in_our_words(message: str) -> str:
+    """Pydantic's message in the words of YAML: its user never heard of a tuple or an instance."""
+    message = re.sub(r"^(Input|Value|[Tt]uple|String) should ", "must ", message)
+    message = re.sub(r"dictionary or an instance of \w+|valid dictionary", "mapping of settings", message)
+    message = re.sub(r" after validation, not 0", "", message)
+    message = re.sub(r", unable to (interpret|parse).*", "", message)
+    return message.replace("valid tuple", "list").replace("a valid integer", "a whole number").replace("valid ", "")
+
+
+def _real_location(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """``location`` without the names of type branches that pydantic puts into it."""
+    section: Any = Recipe
+    real: list[int | str] = []
+    for part in location:
+        if isinstance(part, str):
+            hint = get_type_hints(section).get(part) if section is not None else None
+            if hint is None:
+                continue
+            section = _dataclass_in(hint)
+        real.append(part)
+    return tuple(real)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Field names of the section at ``location``, by walking the dataclasses along it."""
     section: Any = Recipe
     for part in location:
-        if isinstance(part, int):
-            continue
-        hint = get_type_hints(section).get(str(part))
-        found = _dataclass_in(hint)
-        if found is None:
-            return []
-        section = found
+        if isinstance(part, str):
+            section = _dataclass_in(get_type_hints(section)[part])
     return [f.name for f in dataclasses.fields(section)]
 
 

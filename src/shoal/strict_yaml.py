@@ -1,0 +1,71 @@
+"""YAML as people expect it: version 1.2 scalars, and no key twice."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+from yaml import YAMLError
+
+__all__ = ["YAMLError", "read_yaml"]
+
+
+def read_yaml(text: str) -> Any:
+    """What the YAML ``text`` says, as plain Python values.
+
+    Raises:
+        YAMLError: it is not YAML, or a mapping holds a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:  # `!!int x`, ten thousand brackets, ...
+        raise YAMLError(f"{error}; leave out explicit !!tags and deep nesting") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars (with `_` between digits), and no key twice.
+
+    PyYAML alone speaks YAML 1.1: 2e-5 is a string to it, `off` and `no` are false, 010 is 8, 1:30 is 90, and 2024-01-31
+    is a date.
+    """
+
+
+_SCALARS = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?\d[\d_]*|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\d[\d_]*\.?[eE][-+]?\d+|(\d[\d_]*\.\d*|\.\d+)([eE][-+]?\d+)?|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+}
+"""Kind -> how all of it looks, and the characters it may start with."""
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, (_pattern, _starts) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_starts))
+
+
+def _whole_number(loader: Any, node: Any) -> int:
+    text = loader.construct_scalar(node).replace("_", "")
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+def _mapping_without_duplicates(loader: Any, node: Any) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        key = key_node.value
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key_node.start_mark)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", key_node.start_mark)
+        seen.add(key)
+    return {str(key): value for key, value in yaml.SafeLoader.construct_mapping(loader, node, deep=True).items()}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
