@@ -122,15 +122,15 @@ def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
     keys = list(dict.fromkeys(_key(task) for evaluation in evaluations for task in evaluation.tasks))
     if not keys:
         raise UserError("eval: no evaluated task to draw; name some in eval.tasks")
-    panels: dict[tuple[str, bool], list[tuple[str, str, str]]] = {}
+    panels: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
     for key in keys:
         task = next(t for e in evaluations for t in e.tasks if _key(t) == key)
-        panels.setdefault((task.ability, task.higher_is_better), []).append(key)
-    ordered = sorted(panels.items(), key=lambda item: not item[0][1])
+        panels.setdefault((task.ability, "" if task.higher_is_better else task.metric), []).append(key)
+    ordered = sorted(panels.items(), key=lambda item: bool(item[0][1]))
     figure, axes = _panels([0.75 + 0.62 * len(rows) for _, rows in ordered])
     with _style():
-        for ax, ((ability, higher), rows) in zip(axes, ordered, strict=True):
-            _draw_ability(ax, ability, higher, rows, evaluations)
+        for ax, ((ability, unit), rows) in zip(axes, ordered, strict=True):
+            _draw_ability(ax, ability, unit, rows, evaluations)
         handles = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         if "chance" in handles:
             handles["chance"] = handles.pop("chance")
@@ -289,9 +289,13 @@ def _draw_losses(ax: Axes, series: dict[str, tuple[list[float], list[float]]]) -
 
 
 def _draw_ability(
-    ax: Axes, ability: str, higher: bool, keys: Sequence[tuple[str, str, str]], evaluations: Sequence[Evaluation]
+    ax: Axes,
+    ability: str,
+    lower_is_better_unit: str,
+    keys: Sequence[tuple[str, str, str]],
+    evaluations: Sequence[Evaluation],
 ) -> None:
-    count = len(evaluations)
+    count, higher = len(evaluations), not lower_is_better_unit
     for row, key in enumerate(keys):
         for position, evaluation in enumerate(evaluations):
             task = next((task for task in evaluation.tasks if _key(task) == key), None)
@@ -315,7 +319,9 @@ def _draw_ability(
             ax.set_xlim(-0.02, 1.02)
         ax.set_title(_short(_words(ability)), weight="bold")
     else:
-        ax.set_title(_short(f"{_words(ability)}: nats per token, lower is better"), weight="bold")
+        ax.set_title(
+            _short(f"{_words(ability)}: {lower_is_better_unit.replace('_', ' ')}, lower is better"), weight="bold"
+        )
 
 
 def _row_label(key: tuple[str, str, str]) -> str:
