@@ -1,15 +1,20 @@
 """What a stage hands on: typed JSON with a schema number and the provenance of what made it.
 
-Every artifact carries `provenance.inputs`, a flat mapping of everything that shaped it (fingerprints and settings). Two runs
-are the same run exactly when these mappings are equal, and a refusal can name the field that differs.
+Every artifact carries `provenance.inputs`, a flat mapping of everything that shaped it (fingerprints and settings). Two
+runs are the same run exactly when these mappings are equal, and a refusal can name the field that differs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +32,8 @@ Json = Any
 
 @dataclass(frozen=True)
 class Provenance:
+    """What made an artifact, where and when."""
+
     inputs: dict[str, Json]
     """Flat: `model`, `data`, `prune.drop`, ... to a fingerprint or a setting."""
     environment: dict[str, Json] = field(default_factory=environment)
@@ -34,6 +41,7 @@ class Provenance:
 
     @property
     def fingerprint(self) -> str:
+        """A short hash of the inputs."""
         return fingerprint(self.inputs)
 
 
@@ -48,6 +56,7 @@ class Artifact:
     provenance: Provenance
 
     def write(self, path: Path) -> None:
+        """Write the file at ``path``, whole or not at all."""
         body = TypeAdapter(type(self)).dump_python(self, mode="json")
         body = {"schema": self.SCHEMA, **body}
         write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
@@ -65,6 +74,8 @@ class Artifact:
             raise UserError(f"{path}: no such file; run the stage that makes it first") from error
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: is not valid JSON ({error}); delete it and run its stage again") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable or delete it") from error
         schema = body.pop("schema", None) if isinstance(body, dict) else None
         if schema != cls.SCHEMA:
             raise UserError(
@@ -90,7 +101,8 @@ class Importance(Artifact):
     layers: dict[str, tuple[float, ...]]
     """Metric name -> one score per layer."""
     runs: dict[str, tuple[tuple[float, ...], ...]]
-    """Metric name -> scores[n - 1][l] of the run of n layers that starts at layer l; row n-1 has num_layers - n + 1 entries."""
+    """Metric name -> scores[n - 1][l] of the run of n layers that starts at layer l; row n - 1 has num_layers - n + 1
+    entries."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,7 @@ class PruningPlan(Artifact):
 
     @property
     def keep(self) -> tuple[int, ...]:
+        """The teacher's layers that stay, increasing."""
         dropped = set(self.drop)
         return tuple(layer for layer in range(self.num_layers) if layer not in dropped)
 
@@ -128,6 +141,8 @@ class ItemScore:
 
 @dataclass(frozen=True)
 class TaskScore:
+    """One task's mean under one protocol, with its interval and its items."""
+
     task: str
     """lm-eval task name."""
     ability: str
@@ -164,6 +179,8 @@ class Evaluation(Artifact):
 
 @dataclass(frozen=True)
 class SpeedScore:
+    """Median speeds of one role."""
+
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     samples: dict[str, tuple[float, ...]]
@@ -243,10 +260,10 @@ def _plain(value: Json) -> Json:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to the disk, rename: readers see the old or the new file, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file under a temporary name, flush it to the disk, rename: readers see the old or the new, never half."""
     with explained_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -261,20 +278,72 @@ def write_text(path: Path, text: str) -> None:
 def written_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling folder that becomes ``path`` when the block ends well, and vanishes when it does not.
 
-    An existing ``path`` is replaced only then.
+    An existing ``path`` is replaced only then. Several processes may do this at once: the last one to finish wins, and
+    each removes only the leftovers of dead ones.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
-        shutil.rmtree(stale)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        temporary, lock = _locked_folder(path)
         try:
-            temporary.mkdir()
             yield temporary
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
+            _put_in_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new temporary sibling of ``path`` and the descriptor that holds its lock.
+
+    The operating system lets go of the lock when the process dies, however it dies; a process number in the name would
+    say nothing to another machine or container on the same disk.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        temporary.mkdir()
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process took it for a leftover
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)  # it is just being removed, for the same reason
+            continue
+        except OSError:
+            return temporary, descriptor  # NFS cannot lock a folder: then nobody removes it, dead or alive
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        try:
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue  # gone meanwhile, or no folder
+        with contextlib.suppress(OSError):  # a living process holds it, or this disk cannot lock
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Rename ``temporary`` to ``path``, moving aside what is there, as often as others put something there."""
+    aside = temporary.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if aside.exists():
+                    aside.rename(path)
+                raise
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        shutil.rmtree(aside, ignore_errors=True)

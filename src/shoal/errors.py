@@ -18,6 +18,15 @@ class UserError(ValueError):
     """
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXTS = (
+    *(f"os error {number}" for number in _FULL),  # safetensors
+    *(os.strerror(number) for number in _FULL),
+    "PytorchStreamWriter failed",
+    "inline_container",  # torch.save: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
+)
+
+
 @contextmanager
 def explained_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn a full or read-only disk under ``path`` into a UserError.
@@ -26,14 +35,18 @@ def explained_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         text = str(error)
         number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text:
+        if number in _FULL or any(known in text for known in _FULL_TEXTS):
             raise UserError(
-                f"{path}: the disk is full; nothing was left half-written there. "
-                "Free some space or set run_dir to another disk, then run the same command again"
+                f"{path}: the disk is full, or your quota or file size limit is reached; nothing was left half-written "
+                "there. Free some space or set run_dir to another disk, then run the same command again"
             ) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written ({text}); set run_dir to a folder you may write to") from error
+        if number in (errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{path}: a file is in the way ({text}); set run_dir to another folder") from error
         raise
