@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def start(track: Track, run_dir: Path, config: dict[str, Any]) -> list[str]:
 
     id_file = run_dir / RUN_ID_FILE
     if not id_file.is_file():
-        write_text(id_file, wandb.util.generate_id() + "\n")
+        write_text(id_file, secrets.token_hex(4) + "\n")
     os.environ.setdefault("WANDB_SILENT", "true")
     run = wandb.init(
         project=track.project,
@@ -68,7 +69,7 @@ def finish() -> None:
         import wandb
 
         if wandb.run is not None:
-            wandb.finish(quiet=True)
+            wandb.finish()
 
 
 def _has_key() -> bool:

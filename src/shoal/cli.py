@@ -35,6 +35,8 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `shoal` and of the scripts under launch/. Exits with 2 on wrong input, 143 on a clean stop."""
+    # idle OpenMP threads that spin make every other process on the machine several times slower; read when torch loads
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
     sys.exit(run_verb(arguments.verb, arguments.config, arguments.overrides))
 
@@ -74,10 +76,11 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         return
     if in_group:
         runtime.set_up_distributed(recipe.distill.timeout_s)
+    if verb == "run":
+        pipeline.run_all(run, lambda: _launch_distill(recipe, config, overrides))
+        return
     with pipeline.locked(run) if runtime.is_main() else contextlib.nullcontext():
-        if verb == "run":
-            pipeline.run_all(run, lambda: _launch_distill(recipe, config, overrides))
-        elif verb == "distill":
+        if verb == "distill":
             _distill(run)
         else:
             stages = {

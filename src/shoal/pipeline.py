@@ -379,14 +379,20 @@ def export(run: Run) -> None:
 
 
 def run_all(run: Run, launch_distill: Callable[[], None]) -> None:
-    """Every stage that is not done; ``launch_distill`` runs the distill stage under the DeepSpeed launcher."""
-    _write_story(run)
-    measure(run)
-    prune(run)
-    if not distill_is_done(run):
+    """Every stage that is not done; ``launch_distill`` runs the distill stage under the DeepSpeed launcher.
+
+    The run directory is let go while the launched ranks hold it.
+    """
+    with locked(run):
+        _write_story(run)
+        measure(run)
+        prune(run)
+        distilled = distill_is_done(run)
+    if not distilled:
         launch_distill()
-    evaluate(run)
-    report(run)
+    with locked(run):
+        evaluate(run)
+        report(run)
 
 
 def check_length(run: Run, sequence_length: int, setting: str) -> None:

@@ -102,7 +102,7 @@ class Distill(Section):
     neither a backward pass nor optimizer state."""
     precision: Literal["float32", "bfloat16"] | None = None
     """bfloat16 = fp32 weights under bf16 autocast. None = what the DeepSpeed configuration says, else bfloat16."""
-    head_chunk: Positive = 512
+    head_chunk: Positive = 256
     """Tokens whose full-vocabulary logits exist at one time."""
     teacher_text_tokens: Positive = 10_000
     """How many tokens the teacher writes where data names the source `teacher_text`."""
