@@ -45,12 +45,17 @@ def renumber(_: str, value: Any, keep: Sequence[int]) -> list[int]:
     return [new_index[layer] for layer in value if layer in new_index]
 
 
+def renumber_keys(_: str, value: Any, keep: Sequence[int]) -> dict[str, Any]:
+    """A mapping from layer index to settings: those of kept layers, under their new numbers."""
+    return {str(new): value[str(old)] for new, old in enumerate(keep) if str(old) in value}
+
+
 def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
     """A rule "every n-th layer": true of the student only where every kept layer moved by a multiple of n."""
     if value in (0, 1) or all((old - new) % value == 0 for new, old in enumerate(keep)):
         return value
     raise UserError(
-        f"config.{field}={value}: says that every {value}th layer is special, which these cuts would shift; "
+        f"config.{field}={value}: says that one layer in {value} is special, and these cuts would shift which one; "
         f"drop layers in aligned groups of {value}"
     )
 
@@ -106,10 +111,8 @@ RULES: dict[str, Rule] = {
         ),
         keep_step,
     ),
-    **dict.fromkeys(
-        ("per_layer_config", "num_kv_shared_layers", "hidden_size_per_layer_input", "deepstack_visual_indexes"),
-        refuse,
-    ),
+    "per_layer_config": renumber_keys,
+    **dict.fromkeys(("num_kv_shared_layers", "hidden_size_per_layer_input", "deepstack_visual_indexes"), refuse),
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), drop_mtp),
 }
 """Configuration field -> what a depth cut does to it. Unset and empty values stay as they are."""
@@ -123,6 +126,9 @@ SPELT_OUT_BY: dict[str, str] = {
     "interleave_moe_layer_step": "moe_layers",
 }
 """A step rule -> the list that transformers makes from it and obeys once it is there."""
+
+WITHOUT_KV_CACHE = {"linear_attention", "conv", "mamba", "mlp", "moe", "dense", "sparse"}
+"""Layer kinds by which a cache cannot tell how long the sequence is."""
 
 NOT_PER_LAYER = {
     "architectures",
@@ -162,6 +168,7 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
                 refuse(f"{name}.deepstack_visual_indexes", indexes, keep)
     setattr(student, KEPT_LAYERS, [_origin(config, num_layers)[layer] for layer in keep])
     _check_round_trip(config, student, keep)
+    _refuse_without_attention(config, student)
     return student
 
 
@@ -217,6 +224,18 @@ def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
                 f"config.{field}: has one entry per layer ({num_layers}) but shoal does not know what it means; "
                 "add a rule for it to RULES in compress/config_cut.py"
             )
+
+
+def _refuse_without_attention(config: PreTrainedConfig, student: PreTrainedConfig) -> None:
+    """A hybrid model cut down to its recurrent layers would load and then fail at the first cached token."""
+    before, after = (
+        set(getattr(part.get_text_config(decoder=True), "layer_types", None) or ()) for part in (config, student)
+    )
+    if before - WITHOUT_KV_CACHE and not after - WITHOUT_KV_CACHE:
+        raise UserError(
+            f"drop: leaves only {' and '.join(sorted(after))} layers; transformers cannot generate with a cache then: "
+            f"keep one layer of {' or '.join(sorted(before - WITHOUT_KV_CACHE))}"
+        )
 
 
 def _check_round_trip(config: PreTrainedConfig, student: PreTrainedConfig, keep: Sequence[int]) -> None:

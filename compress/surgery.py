@@ -234,6 +234,7 @@ def _prove(student: PreTrainedModel, teacher: PreTrainedModel, drop: Sequence[in
     input_ids = torch.randint(0, vocabulary, (1, PROOF_TOKENS), generator=generator)
     with skipped(teacher, drop):
         expected = teacher(input_ids=input_ids, use_cache=False).logits
+        expected_text = _greedy(teacher, input_ids)
     found = student(input_ids=input_ids, use_cache=False).logits
     if not torch.equal(expected, found):
         difference = (expected.double() - found.double()).abs().max().item()
@@ -241,3 +242,19 @@ def _prove(student: PreTrainedModel, teacher: PreTrainedModel, drop: Sequence[in
             f"the saved student's logits differ from the teacher's with layers {list(drop)} skipped by up to "
             f"{difference:.3g}; shoal cannot cut the {teacher.config.model_type} family exactly"
         )
+    if not torch.equal(expected_text, _greedy(student, input_ids)):
+        raise UserError(
+            f"the saved student writes other text with a KV cache than the teacher with layers {list(drop)} skipped; "
+            f"shoal cannot cut the {teacher.config.model_type} family exactly"
+        )
+
+
+def _greedy(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """A few greedy tokens with the KV cache, whose slots follow the layers' indices."""
+    return model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=3,
+    )

