@@ -18,8 +18,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from shoal.errors import UserError
 from shoal.models import logits_from_hidden, text_config
 
-LOGIT_ELEMENTS = 2**26
-"""Largest number of fp32 logits held at one time (256 MiB)."""
+LOGIT_ELEMENTS = 2**25
+"""Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""
 
 
 class Decoder:

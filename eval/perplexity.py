@@ -28,8 +28,8 @@ Window = tuple[str, list[int], list[int]]
 def perplexity(lm: CausalLM, settings: Eval) -> TaskScore:
     """Mean negative log-likelihood per token of ``settings.perplexity_data``; exp of it is the perplexity.
 
-    A window never reaches over a document's end; every token is scored once, the first of a window after the start token
-    or the token before it. Items are windows, weighted by their tokens. Ranks share the windows.
+    A window never reaches over a document's end; every token is scored once, a window's first one after the start token
+    or its predecessor. Items are windows, weighted by their tokens. Ranks share the windows.
 
     Raises:
         UserError: a window longer than the model's positions, or text that cannot be read.

@@ -35,7 +35,7 @@ def measure_speed(
 ) -> Speed:
     """Median tokens per second of every role, over ``repeats`` rounds in which each role takes one turn.
 
-    Folders are loaded here and all kept in memory at once: reloading between turns would measure a cold model. The first
+    Folders are loaded here and kept in memory together: reloading between turns would measure a cold model. The first
     round warms up and is not counted. Random tokens: speed does not depend on what is read.
 
     Raises:

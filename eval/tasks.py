@@ -70,8 +70,8 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     except Exception as error:  # data sets, task code and lm-eval raise a dozen unrelated types here
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         raise UserError(
-            f"eval.tasks: {name!r} cannot be loaded ({reason}). Its data may need the Hugging Face Hub: check the network "
-            "or the paths in its task file, or choose from shoal's own tasks, which need neither"
+            f"eval.tasks: {name!r} cannot be loaded ({reason}). Its data may need the Hugging Face Hub: check the "
+            "network or the paths in its task file, or choose from shoal's own tasks, which need neither"
         ) from error
 
 

@@ -63,7 +63,7 @@ def test_newcombes_interval_equals_his_printed_example() -> None:
 
 @pytest.mark.parametrize(("base", "win", "loss"), [(0.5, 0.1, 0.2), (0.05, 0.02, 0.01), (0.9, 0.03, 0.05)])
 def test_paired_proportion_interval_covers(base: float, win: float, loss: float) -> None:
-    """Simulated share of intervals that hold the true difference, 40 items; with rare changes it errs to the safe side."""
+    """Simulated share of intervals that hold the true difference; with rare changes they err to the safe side."""
     rng = np.random.default_rng(0)
     shares = [base - loss, loss, win, 1 - base - win]
     covered, total = 0, 2000
