@@ -236,7 +236,8 @@ def write_when_told(path: Path, writing: Event, told: Event) -> None:
 def test_leftover_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
     path, told = tmp_path / "student", FORK.Event()
     started = [FORK.Event(), FORK.Event()]
-    dead, living = (FORK.Process(target=write_when_told, args=(path, writing, told)) for writing in started)
+    dead = FORK.Process(target=write_when_told, args=(path, started[0], FORK.Event()))
+    living = FORK.Process(target=write_when_told, args=(path, started[1], told))
     dead.start()
     living.start()
     assert all(writing.wait(60) for writing in started)
