@@ -31,8 +31,12 @@ from .trainer import DistillTrainer
 
 log = logging.getLogger(__name__)
 
-NOT_IDENTITY = ("num_ranks", "timeout_s")
-"""Settings that change how the work is done but not its result."""
+NOT_IDENTITY = {
+    *("distill.num_ranks", "distill.timeout_s"),
+    *(f"distill.trainer.{key}" for key in ("save_steps", "save_strategy", "save_total_limit")),
+    *(f"distill.trainer.{key}" for key in ("logging_steps", "disable_tqdm", "dataloader_num_workers")),
+}
+"""Settings that change how the work is done but not its result: a run may go on with others."""
 
 
 class Stopped(Exception):
@@ -41,14 +45,15 @@ class Stopped(Exception):
 
 def distill_inputs(settings: Distill, *, teacher: str, drop: tuple[int, ...], seed: int, dtype: str) -> dict[str, Any]:
     """Everything that shapes distilled/: the stage's identity."""
-    section = {f"distill.{key}": value for key, value in as_dict(settings).items() if key not in NOT_IDENTITY}
+    section = {f"distill.{key}": value for key, value in as_dict(settings).items() if key != "trainer"}
+    trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items()}
     return {
         "model": teacher,
         "prune.drop": list(drop),
         "data": sources_fingerprint(settings.data),
         "seed": seed,
         "dtype": dtype,
-        **section,
+        **{key: value for key, value in (section | trainer).items() if key not in NOT_IDENTITY},
     }
 
 
@@ -112,7 +117,15 @@ def distill(
         texts = _teacher_text(
             teacher_dir, tokenizer, settings, run_dir, inputs=inputs, seed=seed, dtype=dtype, load=load
         )
-    rows = training_rows(settings, tokenizer, num_rows=num_rows(settings), seed=seed, teacher_text=texts)
+    rows = training_rows(
+        settings,
+        tokenizer,
+        num_rows=num_rows(settings),
+        seed=seed,
+        teacher_text=texts,
+        folder=run_dir / "text",
+        inputs=inputs,
+    )
 
     report_to = tracking.start(track, run_dir, recipe)
     _join_deepspeed()
@@ -175,7 +188,7 @@ def _teacher_text(
             writer,
             tokenizer,
             settings,
-            file=run_dir / "teacher_text.json",
+            file=run_dir / "text" / "teacher_text.json",
             inputs={key: inputs[key] for key in ("model", "data", "seed", "distill.teacher_text_tokens")},
             seed=seed,
         )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,30 +152,35 @@ def texts_fingerprint(texts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of exactly S tokens, made once, cut into batches by whoever uses them. N rows, S sequence."""
+    """Rows of exactly S tokens. N rows, S sequence. 32-bit, and possibly memory-mapped: a token costs eight bytes."""
 
     input_ids_NS: Tensor
     position_ids_NS: Tensor
-    labels_NS: Tensor
-    """The token itself where it may be predicted from the ones before it, IGNORED at every document's first token."""
+    """Restart at 0 with every document."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per source: documents, tokens, split (documents cut at a row's end), unused tokens."""
+    """Per source: documents, tokens, split (documents cut at a row's end)."""
 
     def __len__(self) -> int:
         return len(self.input_ids_NS)
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {
-            "input_ids": self.input_ids_NS[row],
-            "position_ids": self.position_ids_NS[row],
-            "labels": self.labels_NS[row],
-        }
+        input_ids, position_ids = self.input_ids_NS[row].long(), self.position_ids_NS[row].long()
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": _labels(input_ids, position_ids)}
+
+    @property
+    def labels_NS(self) -> Tensor:
+        """The token itself where it may be predicted from the ones before it, IGNORED at every document's start."""
+        return _labels(self.input_ids_NS.long(), self.position_ids_NS)
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.input_ids_NS.numpy().tobytes())
         digest.update(self.position_ids_NS.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _labels(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    return input_ids.masked_fill(position_ids == 0, IGNORED)
 
 
 def pack(
@@ -187,55 +193,56 @@ def pack(
 ) -> PackedRows:
     """``num_tokens`` tokens of text (rounded up to whole rows), in the sources' weights, as rows of ``sequence_length``.
 
-    Documents are drawn in a seeded order; one that does not fit a row's rest goes on in the next row as a document of its own.
-    A source that runs out starts again in a new order: small data is repeated, never silently shortened.
+    Documents are drawn in a seeded order; one that does not fit a row's rest goes on in the next row as a document of
+    its own. A source that runs out starts again in a new order: small data is repeated, never silently shortened.
 
     Raises:
         UserError: a source that tokenises to nothing.
     """
     num_rows = -(-num_tokens // sequence_length)
+    total = num_rows * sequence_length
+    ids, positions = np.empty(total, np.int32), np.empty(total, np.int32)
     total_weight = sum(source.weight for source, _ in sources)
-    streams = {index: _documents(texts, tokenizer, seed=seed + index) for index, (_, texts) in enumerate(sources)}
-    counts = {source.path: {"documents": 0, "tokens": 0, "split": 0} for source, _ in sources}
-    spent = [0.0] * len(sources)
-    rows_ids: list[list[int]] = []
-    rows_positions: list[list[int]] = []
-    ids: list[int] = []
-    positions: list[int] = []
-    while len(rows_ids) < num_rows:
+    streams = [_documents(texts, tokenizer, seed=seed + index) for index, (_, texts) in enumerate(sources)]
+    counts = [{"documents": 0, "tokens": 0, "split": 0} for _ in sources]
+    filled = 0
+    while filled < total:
         # the source that is furthest behind its share goes next: exact weights at every length, no randomness
-        turn = min(range(len(sources)), key=lambda i: spent[i] * total_weight / sources[i][0].weight)
+        turn = min(range(len(sources)), key=lambda i: counts[i]["tokens"] * total_weight / sources[i][0].weight)
         document = next(streams[turn])
-        count = counts[sources[turn][0].path]
-        count["documents"] += 1
-        count["tokens"] += len(document)
-        spent[turn] += len(document)
-        while document and len(rows_ids) < num_rows:
-            part, document = document[: sequence_length - len(ids)], document[sequence_length - len(ids) :]
-            ids += part
-            positions += range(len(part))
-            count["split"] += bool(document)
-            if len(ids) == sequence_length:
-                rows_ids.append(ids)
-                rows_positions.append(positions)
-                ids, positions = [], []
-    input_ids = torch.tensor(rows_ids)
-    position_ids = torch.tensor(rows_positions)
-    return PackedRows(input_ids, position_ids, input_ids.masked_fill(position_ids == 0, IGNORED), counts)
+        counts[turn]["documents"] += 1
+        start = 0
+        while start < len(document) and filled < total:
+            room = sequence_length - filled % sequence_length
+            part = document[start : start + room]
+            ids[filled : filled + len(part)] = part
+            positions[filled : filled + len(part)] = np.arange(len(part))
+            start += len(part)
+            filled += len(part)
+            counts[turn]["split"] += start < len(document)
+        counts[turn]["tokens"] += start
+    shape = (num_rows, sequence_length)
+    return PackedRows(
+        torch.from_numpy(ids.reshape(shape)),
+        torch.from_numpy(positions.reshape(shape)),
+        {source.path: count for (source, _), count in zip(sources, counts, strict=True)},
+    )
 
 
 def _documents(texts: Sequence[str], tokenizer: Any, *, seed: int) -> Iterator[list[int]]:
     """Token lists with start (where the model has one it adds) and end token, endless, reshuffled every epoch."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    at_once = 256  # fast tokenizers work through a list with all cores
     for epoch in itertools.count():
         order = list(range(len(texts)))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         empty = True
-        for index in order:
-            ids = tokenizer(texts[index])["input_ids"]
-            if ids:
-                empty = False
-                yield ids + end
+        for start in range(0, len(order), at_once):
+            batch = [texts[index] for index in order[start : start + at_once]]
+            for document in tokenizer(batch)["input_ids"]:
+                if document:
+                    empty = False
+                    yield document + end
         if empty:
             raise UserError("data: every document tokenises to nothing; name a source that holds text")
 
