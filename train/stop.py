@@ -54,7 +54,7 @@ class StopRequest:
 
     def _watch(self, launcher: list[psutil.Process]) -> None:
         while all(_alive(process) for process in launcher):
-            time.sleep(0.5)
+            time.sleep(0.2)
         self.ask("the launcher is gone")
         time.sleep(GRACE_S)
         os._exit(1)  # stuck in a collective whose other side is gone
