@@ -4,8 +4,11 @@ The map of the house. The floor (this folder) imports no room:
 
     errors      what a user can fix, and how it is said
     recipe      what a run is: every setting a frozen dataclass; load_recipe()
+    strict_yaml YAML 1.2 scalars, no key twice
     artifact    what a stage hands on: typed JSON with provenance
-    models      load and save causal language models; where their decoder layers live; the bundled demo model
+    models      load and save causal language models; where their decoder layers live
+    checkpoint  checkpoint folders as files: whole or damaged, and what identifies them
+    demo        the bundled demo model, converted once
     data        text sources, tokenised and packed
     abilities   seeded items for retrieval, knowledge and reasoning
     runtime     ranks, logging, seeding, environment stamp

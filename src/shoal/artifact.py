@@ -275,13 +275,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def written_folder(path: Path) -> Iterator[Path]:
+def written_folder(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
     """A temporary sibling folder that becomes ``path`` when the block ends well, and vanishes when it does not.
 
-    An existing ``path`` is replaced only then. Several processes may do this at once: the last one to finish wins, and
-    each removes only the leftovers of dead ones.
+    An existing ``path`` is replaced only then; ``setting`` is what a user can set to write elsewhere. Several processes
+    may do this at once: the last one to finish wins, and each removes only the leftovers of dead ones.
     """
-    with explained_disk_errors(path):
+    with explained_disk_errors(path, setting=setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         temporary, lock = _locked_folder(path)

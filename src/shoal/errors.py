@@ -28,8 +28,8 @@ _FULL_TEXTS = (
 
 
 @contextmanager
-def explained_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a full or read-only disk under ``path`` into a UserError.
+def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_dir") -> Iterator[None]:
+    """Turn a full or read-only disk under ``path`` into a UserError that says to change ``setting``.
 
     safetensors and torch wrap the operating system's error in types of their own, so the text is looked at as well.
     """
@@ -43,10 +43,12 @@ def explained_disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         if number in _FULL or any(known in text for known in _FULL_TEXTS):
             raise UserError(
                 f"{path}: the disk is full, or your quota or file size limit is reached; nothing was left half-written "
-                "there. Free some space or set run_dir to another disk, then run the same command again"
+                f"there. Free some space or set {setting} to another disk, then run the same command again"
             ) from error
         if number in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot be written ({text}); set run_dir to a folder you may write to") from error
+            raise UserError(
+                f"{path}: cannot be written ({text}); set {setting} to a folder you may write to"
+            ) from error
         if number in (errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: a file is in the way ({text}); set run_dir to another folder") from error
+            raise UserError(f"{path}: a file is in the way ({text}); set {setting} to another folder") from error
         raise
