@@ -165,17 +165,21 @@ def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, nn.Module], 
     itself and forgets this is silently wrong (Cohere's and Granite's scale, Gemma 2's soft-cap).
     """
     config = text_config(model.config)
-    scale = 1.0
+    scale = divisor = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= getattr(config, name, None) or 1.0
-    granite_scale = getattr(config, "logits_scaling", None) or 1.0
-    scale *= granite_scale if config.model_type.startswith("hyperclovax") else 1 / granite_scale
+    if config.model_type.startswith("hyperclovax"):
+        scale *= config.logits_scaling
+    else:
+        divisor = getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "output_logit_soft_cap", None)
 
     def logits(hidden: Tensor, head: nn.Module) -> Tensor:
         raw = head(hidden)
         if scale != 1.0:
             raw = raw * scale
+        if divisor != 1.0:
+            raw = raw / divisor
         return raw if cap is None else cap * torch.tanh(raw / cap)
 
     return logits
