@@ -1,16 +1,19 @@
 """Text sources, and how text becomes rows of tokens.
 
 A packed row holds several documents back to back. `position_ids` start again at every document, and transformers' mask
-functions read that as a border no attention crosses; the label at a border is ignored, since no document can know the next.
+functions read that as a border no attention crosses; the label at a border is ignored, since no document can know the
+next.
 """
 
 from __future__ import annotations
 
+import difflib
+import functools
 import hashlib
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +36,8 @@ HELD_OUT_SHARE = 8
 def python_docs(*, held_out: bool) -> list[str]:
     """Python's documentation topics, split into training and held-out documents that share no paragraph.
 
-    Topics quote each other (`compound` contains `if`), so the split is by topic first, and then every paragraph that a held-out
-    document contains is taken out of the training documents.
+    Topics quote each other (`compound` contains `if`), so the split is by topic first, and then every paragraph that a
+    held-out document contains is taken out of the training documents.
     """
     from pydoc_data.topics import topics
 
@@ -75,6 +78,8 @@ BUNDLED: dict[str, Callable[[], list[str]]] = {
 }
 TEACHER_TEXT = "teacher_text"
 """Name of the source that the teacher writes itself before training starts."""
+READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
+"""File ending -> its reader in `datasets`; a .txt file is one document, which `datasets` would cut into lines."""
 
 
 def load_texts(source: DataSource, *, max_characters: int | None = None) -> list[str]:
@@ -98,48 +103,86 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
 
 def _iterate(source: DataSource) -> Iterator[str]:
     if source.path in BUNDLED:
-        return iter(BUNDLED[source.path]())
-    return _read_dataset(source)
-
-
-def _read_dataset(source: DataSource) -> Iterator[str]:
-    from datasets import load_dataset
-
-    path = Path(source.path).expanduser()
-    kinds = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in kinds)
-        preferred = [file for file in files if file.stem == source.split] or files
-        if not preferred:
-            raise UserError(f"data {source.path!r}: the folder holds no {', '.join(kinds)} file")
-        path = preferred[0]
-    if path.is_file():
-        if path.suffix not in kinds:
-            raise UserError(f"data {source.path!r}: cannot read {path.suffix!r} files; use one of {', '.join(kinds)}")
-        if path.stat().st_size == 0:
-            raise UserError(f"data {source.path!r}: the file is empty; name a source that holds text")
-        arguments: dict[str, Any] = {"path": kinds[path.suffix], "data_files": str(path), "split": "train"}
-    elif source.path.startswith((".", "/", "~")) or path.suffix in kinds:
+        yield from BUNDLED[source.path]()
+        return
+    if source.path == TEACHER_TEXT:
         raise UserError(
-            f"data {source.path!r}: no such file or folder; bundled sources are {', '.join([*BUNDLED, TEACHER_TEXT])}"
+            f"data {TEACHER_TEXT!r}: is written while distilling, for distill.data only; name another source"
         )
-    else:
-        arguments = {"path": source.path, "name": source.name, "split": source.split}
     try:
-        rows = load_dataset(streaming=True, **arguments)
-        for row in rows:
-            if source.column not in row:
-                columns = ", ".join(map(str, row))
-                raise UserError(f"data {source.path!r}: has no column {source.column!r}; it has {columns}")
-            yield str(row[source.column])
+        files = _local_files(source)
+        if files is None:
+            yield from _column(source, _hub_rows(source), source.path)
+        for file in files or ():
+            yield from _read_file(source, file)
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not readable"
-        known = ", ".join([*BUNDLED, TEACHER_TEXT])
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
-            f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); bundled sources are {known}"
+            f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); {_known_sources(source.path)}"
         ) from error
+
+
+def _local_files(source: DataSource) -> list[Path] | None:
+    """The files of a local source; None where the path can only be a Hub id.
+
+    Of a folder those that are named after the split (`train.jsonl`, `train-00000-of-00002.parquet`), else all.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS)
+        if not files:
+            raise UserError(f"data {source.path!r}: the folder holds no {', '.join(READERS)} file; name one that does")
+        of_split = [file for file in files if file.stem == source.split or file.stem.startswith(f"{source.split}-")]
+        return of_split or files
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"data {source.path!r}: cannot read {path.suffix!r} files; use one of {', '.join(READERS)}")
+        return [path]
+    if source.path.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
+        raise UserError(f"data {source.path!r}: no such file or folder; {_known_sources(source.path)}")
+    return None
+
+
+def _read_file(source: DataSource, file: Path) -> Iterator[str]:
+    if file.stat().st_size == 0:
+        raise UserError(f"data {str(file)!r}: the file is empty; name a source that holds text")
+    reader = READERS[file.suffix.lower()]
+    if reader == "text":
+        rows: Iterable[dict[str, Any]] = [{"text": file.read_text(encoding="utf-8")}]
+    else:
+        from datasets import load_dataset
+
+        rows = load_dataset(reader, data_files=str(file), split="train", streaming=True)
+    yield from _column(source, rows, str(file))
+
+
+def _hub_rows(source: DataSource) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+    from huggingface_hub import HfApi, constants
+
+    if not constants.HF_HUB_OFFLINE:
+        HfApi().dataset_info(source.path, timeout=10)  # load_dataset alone tries an unreachable Hub for half a minute
+    return load_dataset(source.path, source.name, split=source.split, streaming=True)
+
+
+def _column(source: DataSource, rows: Iterable[dict[str, Any]], where: str) -> Iterator[str]:
+    for row in rows:
+        if source.column not in row:
+            raise UserError(f"data {where!r}: has no column {source.column!r}; it has {', '.join(map(str, row))}")
+        text = row[source.column]
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"data {where!r}: column {source.column!r} holds {type(text).__name__}, not text; name a column of text"
+            )
+        yield text or ""
+
+
+def _known_sources(name: str) -> str:
+    known = [*BUNDLED, TEACHER_TEXT]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"bundled sources are {', '.join(known)}"
 
 
 def texts_fingerprint(texts: Sequence[str]) -> str:
@@ -191,7 +234,7 @@ def pack(
     num_tokens: int,
     seed: int,
 ) -> PackedRows:
-    """``num_tokens`` tokens of text (rounded up to whole rows), in the sources' weights, as rows of ``sequence_length``.
+    """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
 
     Documents are drawn in a seeded order; one that does not fit a row's rest goes on in the next row as a document of
     its own. A source that runs out starts again in a new order: small data is repeated, never silently shortened.
@@ -242,21 +285,29 @@ def _documents(texts: Sequence[str], tokenizer: Any, *, seed: int) -> Iterator[l
             for document in tokenizer(batch)["input_ids"]:
                 if document:
                     empty = False
-                    yield document + end
+                    yield document if document[-1:] == end else document + end
         if empty:
             raise UserError("data: every document tokenises to nothing; name a source that holds text")
 
 
 def sources_fingerprint(sources: Sequence[DataSource]) -> str:
-    """Content hash for bundled and local sources, the description for Hub ones (their revision is in the cache, not here)."""
+    """Hash of what bundled and local sources hold; of Hub sources only the description, their revision is not known."""
     parts = []
     for source in sources:
-        path = Path(source.path).expanduser()
         content: Any = None
         if source.path in BUNDLED:
-            content = texts_fingerprint(BUNDLED[source.path]())
-        elif path.is_file():
-            with path.open("rb") as handle:
-                content = hashlib.file_digest(handle, "sha256").hexdigest()
+            content = _bundled_fingerprint(source.path)
+        elif source.path != TEACHER_TEXT:
+            content = [[file.name, _file_hash(file)] for file in _local_files(source) or ()]
         parts.append([source.path, source.column, source.split, source.name, source.weight, content])
     return fingerprint(parts)
+
+
+@functools.cache
+def _bundled_fingerprint(name: str) -> str:
+    return texts_fingerprint(BUNDLED[name]())
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -22,6 +22,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = (
     *(f"os error {number}" for number in _FULL),  # safetensors
     *(os.strerror(number) for number in _FULL),
+    "requested and",  # numpy: "102400 requested and 57344 written"
     "PytorchStreamWriter failed",
     "inline_container",  # torch.save: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
 )

@@ -37,7 +37,8 @@ class Section:
 class DataSource(Section):
     path: Text
     """A bundled name (see shoal.data.BUNDLED), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or
-    a Hub data set id."""
+    a Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``,
+    else all."""
     column: str = "text"
     """The column that holds the text."""
     split: str = "train"
