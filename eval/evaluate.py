@@ -58,8 +58,8 @@ def evaluate(
 ) -> tuple[TaskScore, ...]:
     """The scores of ``settings.tasks`` and the perplexity, on every rank.
 
-    The items are the tasks' first ``settings.limit``, the same for every model and every seed; the seed decides only
-    what lm-eval draws at random, such as few-shot examples.
+    The items are the tasks' first ``settings.limit`` (or ``settings.limits`` of that task), the same for every model
+    and every seed; the seed decides only what lm-eval draws at random, such as few-shot examples.
 
     Raises:
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
@@ -68,7 +68,7 @@ def evaluate(
     lm = CausalLM(model, tokenizer, settings.batch_size, progress=True)
     tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot, seed=seed)
     seed_everything(seed)
-    scores: list[Any] = [_scores(lm, tasks, settings.limit)] if tasks else [()]
+    scores: list[Any] = [_scores(lm, tasks, _num_items(tasks, settings))] if tasks else [()]
     if lm.world_size > 1:
         dist.broadcast_object_list(scores, src=0, device=None if model.device.type == "cpu" else model.device)
     scores = [*scores[0], perplexity(lm, settings)]
@@ -85,15 +85,16 @@ def evaluate(
     return tuple(scores)
 
 
-def _scores(lm: CausalLM, tasks: dict[str, Any], limit: int | None) -> tuple[TaskScore, ...]:
-    """One score per task; on ranks other than 0 nothing, because lm-eval gathers there."""
+def _scores(lm: CausalLM, tasks: dict[str, Any], num_items: dict[str, int]) -> tuple[TaskScore, ...]:
+    """One score per task over its first ``num_items``; on ranks other than 0 nothing, because lm-eval gathers there."""
     from lm_eval import evaluator
 
     _check_runnable(tasks, lm.world_size)
-    log.info("eval: %s", ", ".join(f"{name} ({_num_items(task, limit)} items)" for name, task in tasks.items()))
+    log.info("eval: %s", ", ".join(f"{name} ({count} items)" for name, count in num_items.items()))
     with _without_request_bars():
         # its bootstrap is left out: intervals are ours, paired over the kept items
-        results: Any = evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, limit=limit, bootstrap_iters=0)
+        first = {name: list(range(count)) for name, count in num_items.items()}
+        results: Any = evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, samples=first, bootstrap_iters=0)
     if results is None:
         return ()
     return tuple(
@@ -122,8 +123,13 @@ def _check_runnable(tasks: dict[str, Any], num_ranks: int) -> None:
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
 
 
-def _num_items(task: Any, limit: int | None) -> int:
-    return len(task.eval_docs) if limit is None else min(limit, len(task.eval_docs))
+def _num_items(tasks: dict[str, Any], settings: Eval) -> dict[str, int]:
+    unknown = sorted(set(settings.limits) - set(tasks))
+    if unknown:
+        raise UserError(f"eval.limits: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}")
+    wanted = {name: settings.limits.get(name, settings.limit) for name in tasks}
+    available = {name: len(task.eval_docs) for name, task in tasks.items()}
+    return {name: min(wanted[name] or available[name], available[name]) for name in tasks}
 
 
 @contextmanager

@@ -297,3 +297,15 @@ def test_speed_of_every_role_is_measured_in_turns(tmp_path: Path, monkeypatch: p
 def test_speed_refuses_a_prompt_longer_than_the_model() -> None:
     with pytest.raises(UserError, match="make 288, but teacher has 64 positions"):
         measure_speed({"teacher": tiny_model("llama", max_position_embeddings=64)}, provenance=Provenance({}))
+
+
+def test_one_task_may_get_a_number_of_items_of_its_own():
+    scores = run(tasks=("knowledge_continuation", "reasoning_worked"), limit=5, limits={"reasoning_worked": 2})
+    assert [score.n for score in scores[:2]] == [5, 2]
+    whole = run(tasks=("reasoning_worked",), limit=5)
+    assert scores[1].items == whole[0].items[:2], "the first items of the same list"
+
+
+def test_a_limit_for_a_task_that_is_not_evaluated_is_refused():
+    with pytest.raises(UserError, match="eval.limits: 'gsm8k' is not among the evaluated tasks, which are knowledge"):
+        run(tasks=("knowledge_continuation",), limits={"gsm8k": 3})

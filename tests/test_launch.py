@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from shoal.artifact import Training
+from shoal.artifact import Evaluation, Importance, Training
 from shoal.runtime import free_port
 
 ROOT = Path(__file__).parents[1]
@@ -330,3 +330,50 @@ def test_teacher_text_is_written_once_and_trained_on(teacher, tmp_path):
     assert len(written["texts"]) == 2
     training = Training.read(path.parent / "run" / Training.FILE)
     assert training.data["teacher_text"]["tokens"] > 0
+
+
+def stage(script: str, path: Path, *overrides: str, ranks: int) -> None:
+    """Run launch/measure.py or launch/eval.py under the DeepSpeed launcher."""
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / "launch" / script)]
+    command += ["--config", str(path), *overrides]
+    finished(subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False))
+
+
+def test_two_ranks_measure_the_numbers_of_one(teacher, tmp_path):
+    found = []
+    for ranks in (1, 2):
+        path = recipe(tmp_path / str(ranks), teacher)
+        stage("measure.py", path, "measure.num_tokens=700", "measure.sequence_length=100", ranks=ranks)
+        found.append(Importance.read(path.parent / "run" / Importance.FILE))
+    assert found[0].num_tokens == found[1].num_tokens
+    for name, scores in found[0].layers.items():
+        assert found[1].layers[name] == pytest.approx(scores, abs=1e-9)
+    for name, rows in found[0].runs.items():
+        for row, other in zip(rows, found[1].runs[name], strict=True):
+            assert other == pytest.approx(row, abs=1e-9)
+
+
+def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
+    found = []
+    small = ["eval.limit=7", "eval.perplexity_tokens=700", "eval.sequence_length=256", "eval.batch_size=4"]
+    tasks = "eval.tasks=[knowledge_continuation, retrieval_generation]"
+    for ranks in (1, 2):
+        path = recipe(tmp_path / str(ranks), teacher)
+        stage("eval.py", path, *small, tasks, "eval.speed=false", ranks=ranks)
+        found.append(Evaluation.read(path.parent / "run" / "eval" / "teacher.json"))
+    for one, two in zip(found[0].tasks, found[1].tasks, strict=True):
+        assert (one.task, one.n) == (two.task, two.n)
+        assert two.score == pytest.approx(one.score, abs=1e-5)
+        assert [(item.id, item.prediction) for item in one.items] == [(item.id, item.prediction) for item in two.items]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_gpu_gives_the_curve_of_the_cpu(reference, teacher, tmp_path, zero):
+    path = recipe(tmp_path, teacher)
+    env = one_rank()
+    del env["DS_ACCELERATOR"]
+    finished(distill(path, f"distill.deepspeed=deepspeed/zero{zero}.json", env=env))
+    assert curve(path) == pytest.approx(curve(reference), abs=1e-3)

@@ -123,6 +123,8 @@ class Eval(Section):
     """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
     limit: Positive | None = 200
     """Items per task; None = all."""
+    limits: dict[str, Positive] = field(default_factory=dict)
+    """Items of single tasks that get another number, by task name."""
     batch_size: Positive = 16
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """None = each task's own default."""
