@@ -57,8 +57,11 @@ def _without_repeats(documents: Any) -> list[str]:
     seen: set[str] = set()
     joined = []
     for paragraphs in documents:
-        fresh = [p for p in paragraphs if p.strip() and p.strip() not in seen]
-        seen.update(p.strip() for p in fresh)
+        fresh = []
+        for paragraph in paragraphs:
+            if paragraph.strip() and paragraph.strip() not in seen:
+                seen.add(paragraph.strip())
+                fresh.append(paragraph)
         if fresh:
             joined.append("\n\n".join(fresh))
     return joined
@@ -103,7 +106,7 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
 
 def _iterate(source: DataSource) -> Iterator[str]:
     if source.path in BUNDLED:
-        yield from BUNDLED[source.path]()
+        yield from _bundled(source.path)
         return
     if source.path == TEACHER_TEXT:
         raise UserError(
@@ -122,6 +125,11 @@ def _iterate(source: DataSource) -> Iterator[str]:
         raise UserError(
             f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); {_known_sources(source.path)}"
         ) from error
+
+
+@functools.cache
+def _bundled(name: str) -> tuple[str, ...]:
+    return tuple(BUNDLED[name]())
 
 
 def _local_files(source: DataSource) -> list[Path] | None:
@@ -296,16 +304,11 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
     for source in sources:
         content: Any = None
         if source.path in BUNDLED:
-            content = _bundled_fingerprint(source.path)
+            content = texts_fingerprint(_bundled(source.path))
         elif source.path != TEACHER_TEXT:
             content = [[file.name, _file_hash(file)] for file in _local_files(source) or ()]
         parts.append([source.path, source.column, source.split, source.name, source.weight, content])
     return fingerprint(parts)
-
-
-@functools.cache
-def _bundled_fingerprint(name: str) -> str:
-    return texts_fingerprint(BUNDLED[name]())
 
 
 def _file_hash(file: Path) -> str:
