@@ -134,7 +134,8 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
         raise UserError("distill was refused, for the reason above")
     if code != 0:
         log.error(
-            "distill ended with exit code %d; its message is above, and the same command goes on from the last checkpoint",
+            "distill ended with exit code %d; its message is above, "
+            "and the same command goes on from the last checkpoint",
             code,
         )
         sys.exit(code if code > 0 else 128 - code)

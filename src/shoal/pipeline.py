@@ -126,6 +126,7 @@ def locked(run: Run) -> Iterator[None]:
 
 
 def measure_inputs(run: Run) -> dict[str, Any]:
+    """What identifies importance.json; the batch size changes no number."""
     section = as_dict(run.recipe.measure)
     return {
         "model": run.teacher_fingerprint,
@@ -178,6 +179,7 @@ def measure(run: Run) -> None:
 
 
 def plan_inputs(run: Run) -> dict[str, Any]:
+    """What identifies plan.json, the importance it was chosen by included."""
     section = {f"prune.{key}": value for key, value in as_dict(run.recipe.prune).items()}
     inputs = {"model": run.teacher_fingerprint, **section}
     if run.recipe.prune.drop is None:
@@ -220,7 +222,8 @@ def prune(run: Run) -> None:
 def _refuse_stale_training(run: Run) -> None:
     if any((run.dir / "checkpoints").glob("checkpoint-*")) and (run.dir / PruningPlan.FILE).is_file():
         raise UserError(
-            f"{run.dir}: holds checkpoints trained on another cut ({'; '.join(_plan_changes(run)) or 'student/ is gone'}). "
+            f"{run.dir}: holds checkpoints trained on another cut "
+            f"({'; '.join(_plan_changes(run)) or 'student/ is gone'}). "
             "Set the recipe back, choose another run_dir, or delete its checkpoints folder"
         )
 
@@ -301,6 +304,7 @@ def roles(run: Run) -> dict[str, Path]:
 
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
+    """What identifies the evaluation of the model in ``folder``."""
     section = {f"eval.{key}": value for key, value in as_dict(run.recipe.eval).items() if key != "speed"}
     return {
         "model": model_fingerprint(folder),

@@ -35,6 +35,8 @@ class Section:
 
 @dataclass(frozen=True)
 class DataSource(Section):
+    """Where text comes from, and how much of it."""
+
     path: Text
     """A bundled name (see shoal.data.BUNDLED), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or
     a Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``,
@@ -59,6 +61,8 @@ Data = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources), Field(min
 
 @dataclass(frozen=True)
 class Measure(Section):
+    """How layer importance is measured."""
+
     data: Data = (DataSource("python_docs"),)
     num_tokens: Positive = 20_000
     sequence_length: RowLength = 512
@@ -69,6 +73,8 @@ class Measure(Section):
 
 @dataclass(frozen=True)
 class Prune(Section):
+    """Which layers go: an explicit list, or how many by which metric."""
+
     drop: tuple[int, ...] | None = None
     """Explicit 0-based teacher layers to drop; excludes metric, num_drop, ratio and contiguous."""
     metric: str | None = None
@@ -84,6 +90,8 @@ class Prune(Section):
 
 @dataclass(frozen=True)
 class LossTerm(Section):
+    """One term of the distillation loss."""
+
     kind: Literal["forward_kl", "cross_entropy"]
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -92,6 +100,8 @@ class LossTerm(Section):
 
 @dataclass(frozen=True)
 class Distill(Section):
+    """How the cut model is trained on the full one."""
+
     data: Data = (DataSource("python_docs"),)
     num_tokens: Positive = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
@@ -119,6 +129,8 @@ class Distill(Section):
 
 @dataclass(frozen=True)
 class Eval(Section):
+    """What the models are scored on."""
+
     tasks: tuple[str, ...] = ("retrieval_continuation", "knowledge_continuation", "reasoning_continuation")
     """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
     limit: Positive | None = 200
@@ -140,6 +152,8 @@ class Eval(Section):
 
 @dataclass(frozen=True)
 class Track(Section):
+    """Where training curves go: Weights & Biases."""
+
     wandb: Literal["online", "offline", "off"] | None = None
     """None = online where an API key is found, else offline."""
     project: str = "shoal"
@@ -149,6 +163,8 @@ class Track(Section):
 
 @dataclass(frozen=True)
 class Export(Section):
+    """Where the result is published."""
+
     hub_repo: str | None = None
     """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
     private: bool = True
@@ -158,6 +174,8 @@ class Export(Section):
 
 @dataclass(frozen=True)
 class Recipe(Section):
+    """Everything one run is made of."""
+
     model: Text
     """Hub id, local path or demo:<name>."""
     run_dir: Text

@@ -27,6 +27,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
+    """Processes over all nodes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
