@@ -20,18 +20,19 @@ from shoal.recipe import LossTerm
 
 class TokenLoss(Protocol):
     def __call__(
-        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor, *, temperature: float
+        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, *, temperature: float
     ) -> Tensor: ...
 
 
 def forward_kl(
-    student_logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor, *, temperature: float = 1.0
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
     """KL(teacher || student) of every token, (N,), in nats, times temperature**2.
 
     The square keeps the gradient's size as the targets soften (Hinton et al. 2015, arXiv:1503.02531, section 2). The
     constant entropy of the teacher is kept, so that a student equal to its teacher has a loss of 0.
     """
+    assert teacher_logits_NV is not None
     teacher_NV = functional.log_softmax(teacher_logits_NV.float() / temperature, dim=-1)
     student_NV = functional.log_softmax(student_logits_NV.float() / temperature, dim=-1)
     # kl_div's own kernel saves one (N, V) tensor for backward where exp-subtract-multiply-sum would save three
@@ -40,7 +41,7 @@ def forward_kl(
 
 
 def cross_entropy(
-    student_logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor, *, temperature: float = 1.0
+    student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
     """-log q(label) of every token, (N,), in nats: learning from the text itself. The teacher is not looked at."""
     return functional.cross_entropy(student_logits_NV.float(), labels_N, reduction="none")
@@ -132,7 +133,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _grad_terms):
+    def backward(ctx, grad_loss, _grad_terms):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_grad_ND, *parameter_grads = ctx.saved_tensors
         scaled = [None if grad is None else grad.mul_(grad_loss) for grad in (hidden_grad_ND, *parameter_grads)]
         return (scaled[0], None, None, None, None, None, None, *scaled[1:])

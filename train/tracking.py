@@ -6,7 +6,7 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shoal.artifact import write_text
 from shoal.errors import UserError
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 RUN_ID_FILE = "wandb_run_id"
 
 
-def wandb_mode(track: Track) -> str:
+def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
     """online, offline or off.
 
     Raises:

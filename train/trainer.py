@@ -104,13 +104,13 @@ class DistillTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it
-        return SequentialSampler(train_dataset or self.train_dataset)
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # pyright: ignore[reportArgumentType]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Nothing inside checkpoints: DeepSpeed's files hold the weights; `distilled/` is written once, at the end."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main() and folder.exists():  # an unfinished or damaged one of an earlier life
             shutil.rmtree(folder)
         if dist.is_initialized():
@@ -133,7 +133,7 @@ class DistillTrainer(Trainer):
 
     def student_state(self) -> dict[str, Tensor] | None:
         """The student's whole state dict on rank 0's CPU, None elsewhere; every rank calls this (ZeRO-3 gathers)."""
-        state = self.accelerator.get_state_dict(self.model_wrapped)
+        state: Any = self.accelerator.get_state_dict(self.model_wrapped)
         return state if is_main() else None
 
 

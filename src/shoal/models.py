@@ -158,8 +158,8 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, nn.Module], Tensor]:
-    """The model's own way from final hidden states (..., D) to logits (..., V), given the head module.
+def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:
+    """The model's own way from final hidden states (..., D) to logits (..., V), given the head (its module, or its linear map).
 
     Some families scale or soft-cap what the head returns; a loss or score that takes hidden states to the head by
     itself and forgets this is silently wrong (Cohere's and Granite's scale, Gemma 2's soft-cap).
@@ -174,7 +174,7 @@ def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, nn.Module], 
         divisor = getattr(config, "logits_scaling", None) or 1.0
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "output_logit_soft_cap", None)
 
-    def logits(hidden: Tensor, head: nn.Module) -> Tensor:
+    def logits(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         raw = head(hidden)
         if scale != 1.0:
             raw = raw * scale
