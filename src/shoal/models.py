@@ -159,7 +159,7 @@ def text_config(config: Any) -> Any:
 
 
 def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:
-    """The model's own way from final hidden states (..., D) to logits (..., V), given the head (its module, or its linear map).
+    """The model's own way from final hidden states (..., D) to logits (..., V), given the head or its linear map.
 
     Some families scale or soft-cap what the head returns; a loss or score that takes hidden states to the head by
     itself and forgets this is silently wrong (Cohere's and Granite's scale, Gemma 2's soft-cap).
