@@ -1,0 +1,264 @@
+"""The stages: each made once, made again when its settings change, never mixed up, never by two at a time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import socket
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+from shoal import pipeline
+from shoal.artifact import Importance, PruningPlan
+from shoal.errors import UserError
+from shoal.pipeline import Run
+from shoal.recipe import parse_recipe
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama checkpoint of six layers."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+
+
+@pytest.fixture
+def make_run(teacher: Path, tmp_path: Path) -> Any:
+    """A run in this test's directory that drops layers 1 and 3, with other settings where a test gives them."""
+
+    def make(**settings: Any) -> Run:
+        raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}, **settings}
+        return Run(parse_recipe(raw))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="shoal")
+
+
+MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_prune_with_explicit_layers_writes_plan_and_student_without_measuring(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "measure", lambda _: pytest.fail("measured"))
+    run = make_run()
+    pipeline.prune(run)
+    assert sorted(file.name for file in run.dir.iterdir()) == ["plan.json", "student"]
+    plan = PruningPlan.read(run.dir / "plan.json")
+    assert (plan.num_layers, plan.drop, plan.keep) == (6, (1, 3), (0, 2, 4, 5))
+    assert plan.provenance.inputs["model"] == run.teacher_fingerprint
+    student = AutoModelForCausalLM.from_pretrained(run.dir / "student")
+    assert student.config.num_hidden_layers == 4
+    whole = load_file(run.teacher / "model.safetensors")
+    for new, old in enumerate(plan.keep):
+        name = "model.layers.{}.self_attn.q_proj.weight"
+        assert torch.equal(student.get_parameter(name.format(new)), whole[name.format(old)])
+
+
+def test_what_is_done_is_not_made_again(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline.prune(make_run())
+    folder = make_run().dir / "student"
+    before, inode = contents(folder), folder.stat().st_ino
+    pipeline.prune(make_run(eval={"limit": 3}))
+    assert "prune: done already" in caplog.text
+    assert folder.stat().st_ino == inode
+    assert contents(folder) == before
+
+
+def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pipeline.prune(make_run())
+    pipeline.prune(make_run(prune={"drop": [2]}))
+    assert (
+        "plan.json is out of date (prune.drop is [2] in this recipe but [1, 3] there), making it again" in caplog.text
+    )
+    run = make_run()
+    assert PruningPlan.read(run.dir / "plan.json").drop == (2,)
+    assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 5
+
+
+def test_changed_model_makes_it_again_and_says_so(
+    make_run: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    pipeline.prune(make_run())
+    other = tiny_checkpoint(tmp_path, "llama", seed=1)
+    pipeline.prune(make_run(model=str(other)))
+    assert "plan.json is out of date (model is '" in caplog.text
+
+
+def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path: Path) -> None:
+    pipeline.prune(make_run())
+    other = make_run(model=str(tiny_checkpoint(tmp_path, "llama", seed=1)))
+    with pytest.raises(UserError) as refused:
+        pipeline.read_plan(other)
+    here, there = other.teacher_fingerprint, make_run().teacher_fingerprint
+    assert str(refused.value) == (
+        f"{other.dir}/plan.json: belongs to another run: model is {here!r} in this recipe but {there!r} there. "
+        "Run `shoal prune` again, or set run_dir to another folder"
+    )
+
+
+def test_plan_of_other_settings_is_refused_with_the_field(make_run: Any) -> None:
+    pipeline.prune(make_run())
+    with pytest.raises(UserError, match=r"prune.drop is \[2\] in this recipe but \[1, 3\] there"):
+        pipeline.read_plan(make_run(prune={"drop": [2]}))
+
+
+def test_missing_plan_is_made_first_and_the_log_says_so(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert pipeline.read_plan(make_run()).drop == (1, 3)
+    assert "needs plan.json, pruning first" in caplog.text
+
+
+def test_damaged_plan_is_refused_with_the_remedy(make_run: Any) -> None:
+    run = make_run()
+    pipeline.prune(run)
+    (run.dir / "plan.json").write_text("{")
+    with pytest.raises(UserError, match=r"plan.json: is not valid JSON .*; delete it and run its stage again"):
+        pipeline.prune(make_run())
+
+
+def test_lost_student_is_made_again(make_run: Any) -> None:
+    run = make_run()
+    pipeline.prune(run)
+    (run.dir / "student" / "config.json").unlink()
+    pipeline.prune(make_run())
+    assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 4
+
+
+def test_failed_cut_leaves_no_plan_behind(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoal.compress import surgery
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    pipeline.prune(make_run())
+    monkeypatch.setattr(surgery, "apply_plan", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.prune(make_run(prune={"drop": [2]}))
+    assert not (make_run().dir / "plan.json").exists(), "the old student would count as the new plan's"
+
+
+def test_another_cut_under_trained_checkpoints_is_refused(make_run: Any) -> None:
+    run = make_run()
+    pipeline.prune(run)
+    (run.dir / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    pipeline.prune(make_run())
+    with pytest.raises(UserError, match=r"checkpoints trained on another cut \(prune.drop is \[2\] in this recipe"):
+        pipeline.prune(make_run(prune={"drop": [2]}))
+    assert PruningPlan.read(run.dir / "plan.json").drop == (1, 3)
+
+
+def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
+    make_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"measure": MEASURE, "prune": {"num_drop": 2}}
+    run = make_run(**settings)
+    pipeline.prune(run)
+    assert "prune: needs importance.json, measuring first" in caplog.text
+    importance = Importance.read(run.dir / "importance.json")
+    scores = importance.layers["block_influence"]
+    assert PruningPlan.read(run.dir / "plan.json").drop == tuple(
+        sorted(sorted(range(1, 5), key=scores.__getitem__)[:2])
+    )
+    caplog.clear()
+    pipeline.measure(make_run(**settings))
+    assert "measure: done already" in caplog.text
+    with pytest.raises(UserError, match=r"importance.json: belongs to another run: measure.num_tokens is 96 in this"):
+        pipeline.prune(make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2}))
+
+
+def test_batch_size_of_measuring_is_no_other_run(make_run: Any) -> None:
+    settings: dict[str, Any] = {"measure": MEASURE, "prune": {"num_drop": 2}}
+    pipeline.measure(make_run(**settings))
+    settings["measure"] = {**MEASURE, "batch_size": 1}
+    pipeline.prune(make_run(**settings))
+
+
+def test_rows_longer_than_the_model_are_refused_before_it_is_loaded(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    run = make_run(measure={**MEASURE, "sequence_length": 1025})
+    with pytest.raises(UserError, match=r"measure.sequence_length: 1025 is more than the 1024 positions of /"):
+        pipeline.measure(run)
+
+
+def test_run_json_tells_the_story(make_run: Any) -> None:
+    run = make_run()
+    pipeline.prune(run)
+    pipeline._write_story(run)
+    story = json.loads((run.dir / "run.json").read_text())
+    assert parse_recipe(story["recipe"]) == run.recipe
+    assert story["environment"]["torch"] == torch.__version__
+    plan = PruningPlan.read(run.dir / "plan.json").provenance
+    assert story["stages"] == {"plan.json": {"fingerprint": plan.fingerprint, "created": plan.created}}
+
+
+def test_roles_are_the_models_that_exist(make_run: Any) -> None:
+    run = make_run()
+    assert list(pipeline.roles(run)) == ["teacher"]
+    pipeline.prune(run)
+    assert list(pipeline.roles(run)) == ["teacher", "pruned"]
+
+
+def hold(run: Run, holding: Event, release: Event) -> None:
+    with pipeline.locked(run):
+        holding.set()
+        release.wait(60)
+
+
+def test_second_process_in_a_run_dir_is_refused_and_told_who_is_there(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "LOCK_WAIT_S", -1)
+    run, holding, release = make_run(), FORK.Event(), FORK.Event()
+    holder = FORK.Process(target=hold, args=(run, holding, release))
+    holder.start()
+    assert holding.wait(60)
+    who = f"process {holder.pid} on {socket.gethostname()}"
+    with pytest.raises(UserError) as refused, pipeline.locked(run):
+        pass
+    assert str(refused.value) == (
+        f"run_dir {run.dir}: is in use by {who}; wait for it, stop it, or choose another run_dir"
+    )
+    release.set()
+    holder.join(60)
+    with pipeline.locked(run):
+        assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_lock_of_a_killed_process_is_free(make_run: Any) -> None:
+    run, holding = make_run(), FORK.Event()
+    holder = FORK.Process(target=hold, args=(run, holding, FORK.Event()))
+    holder.start()
+    assert holding.wait(60)
+    holder.kill()
+    holder.join(60)
+    with pipeline.locked(run):
+        pass
+
+
+def test_run_dir_that_cannot_be_made_is_refused(make_run: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"file/run: cannot be created \(Not a directory\); choose another folder"),
+        pipeline.locked(make_run(run_dir=str(tmp_path / "file" / "run"))),
+    ):
+        pass
