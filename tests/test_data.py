@@ -160,6 +160,7 @@ def test_teacher_text_outside_of_distilling_is_refused() -> None:
 @pytest.mark.parametrize(("setting", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
 def test_unreachable_hub_is_explained_within_seconds(monkeypatch: pytest.MonkeyPatch, setting: str, value: Any) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", setting == "HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(f"huggingface_hub.constants.{setting}", value)
     start = time.monotonic()
     with pytest.raises(UserError, match=r"data 'python_doc': cannot be read .*; did you mean 'python_docs'\?"):

@@ -300,6 +300,7 @@ def test_unreachable_hub_is_explained_within_seconds(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, value: Any
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(f"huggingface_hub.constants.{setting}", value)
     start = time.monotonic()
     with pytest.raises(
