@@ -1,0 +1,171 @@
+"""What the distill stage refuses before it loads weights: arguments, DeepSpeed settings, models that do not match."""
+
+import json
+
+import pytest
+from tiny import tiny_checkpoint, tiny_tokenizer
+
+from shoal.errors import UserError
+from shoal.recipe import DataSource, Distill, Track
+from shoal.train.arguments import deepspeed_config, num_rows, training_arguments
+from shoal.train.distill import check_distillable, distill_inputs
+from shoal.train.text import training_rows, written_by_teacher
+from shoal.train.tracking import wandb_mode
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+
+
+def check(teacher, student, **settings):
+    check_distillable(teacher, student, Distill(**settings), trust_remote_code=False)
+
+
+def test_different_vocabularies_are_refused(teacher, tmp_path):
+    student = tiny_checkpoint(tmp_path, "llama", vocab_size=300)
+    with pytest.raises(
+        UserError, match=r"has 272 vocabulary entries and student .* has 300; .*cut the student from this"
+    ):
+        check(teacher, student)
+
+
+def test_different_tokenizers_of_one_size_are_refused(teacher, tmp_path):
+    student = tiny_checkpoint(tmp_path, "llama")
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="have different tokenizers"):
+        check(teacher, student)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(teacher):
+    with pytest.raises(UserError, match=r"distill\.sequence_length: 2000 is more than the 1024 positions"):
+        check(teacher, teacher, sequence_length=2000)
+
+
+def arguments(tmp_path, **trainer):
+    return training_arguments(Distill(trainer=trainer), output_dir=tmp_path, seed=0, report_to=[])
+
+
+def test_an_unknown_training_argument_gets_a_suggestion(tmp_path):
+    with pytest.raises(
+        UserError, match=r"distill\.trainer\.learning_rat: no such training argument; did you mean 'lear"
+    ):
+        arguments(tmp_path, learning_rat=1e-3)
+
+
+def test_a_training_argument_that_transformers_refuses_is_said_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"distill\.trainer: .*is not a valid SchedulerType"):
+        arguments(tmp_path, lr_scheduler_type="zigzag")
+
+
+def test_at_least_two_checkpoints_are_kept(tmp_path):
+    assert arguments(tmp_path, save_total_limit=1)[1] == 2
+    assert arguments(tmp_path, save_total_limit=5)[1] == 5
+    assert arguments(tmp_path)[0].save_total_limit is None, "rotation before the commit could delete the last good one"
+
+
+def test_rows_fill_whole_optimizer_steps():
+    settings = Distill(
+        num_tokens=1000,
+        sequence_length=10,
+        trainer={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+    )
+    assert num_rows(settings) == 128  # 100 rows, rounded up to steps of 32
+
+
+def test_the_shipped_deepspeed_files_are_found_by_every_spelling():
+    for spelling in ("deepspeed/zero3.json", "configs/deepspeed/zero3.json"):
+        assert deepspeed_config(Distill(deepspeed=spelling))["zero_optimization"]["stage"] == 3
+
+
+def test_precision_defaults_to_autocast_over_fp32_weights():
+    assert deepspeed_config(Distill())["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "torch_autocast" not in deepspeed_config(Distill(precision="float32"))
+    own = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    assert "torch_autocast" not in deepspeed_config(Distill(deepspeed=own))
+
+
+def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
+    own = {"zero_optimization": {"stage": 1}}
+    deepspeed_config(Distill(deepspeed=own))
+    assert own == {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deepspeed": "nowhere.json"}, r"no file 'nowhere\.json'; shipped ones are deepspeed/zero0\.json"),
+        ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"stage must be 0, 1, 2 or 3 \(got 4\)"),
+        ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "leave `scheduler` out; set lr_scheduler_type"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16 with ZeRO stage 0 starts Adam one step late"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16 does not train on a CPU"),
+        (
+            {"deepspeed": {"bf16": {"enabled": True}}, "precision": "float32"},
+            "float32 contradicts `bf16` in the DeepSpeed configuration",
+        ),
+    ],
+)
+def test_deepspeed_settings_known_to_be_wrong_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        deepspeed_config(Distill(**settings))
+
+
+def test_a_broken_deepspeed_file_is_named(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"ds\.json: is not valid JSON"):
+        deepspeed_config(Distill(deepspeed=str(file)))
+
+
+def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
+    def inputs(**settings):
+        return distill_inputs(Distill(**settings), teacher="t", drop=(1,), seed=0, dtype="auto")
+
+    assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})
+    assert inputs() != inputs(trainer={"learning_rate": 1.0})
+    assert inputs() != inputs(num_tokens=7)
+
+
+def test_wandb_needs_a_key_only_where_online_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(Track()) == "offline"
+    assert wandb_mode(Track(wandb="off")) == "off"
+    with pytest.raises(UserError, match=r"track\.wandb: online needs an API key; run `wandb login`"):
+        wandb_mode(Track(wandb="online"))
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_mode(Track()) == "online"
+    assert wandb_mode(Track(wandb="offline")) == "offline"
+
+
+def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
+    settings = Distill(num_tokens=640, sequence_length=64)
+
+    def rows():
+        return training_rows(
+            settings, tiny_tokenizer(), num_rows=10, seed=0, teacher_text=[], folder=tmp_path, inputs={"a": 1}
+        )
+
+    first = rows()
+    monkeypatch.setattr("shoal.train.text.pack", None)  # a second packing would fail
+    second = rows()
+    assert first.fingerprint == second.fingerprint
+    assert first.counts == second.counts
+    assert len(first) == 10
+
+
+def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
+    settings = Distill(data=(DataSource("teacher_text"),))
+    with pytest.raises(UserError, match="'teacher_text' needs another source beside it"):
+        written_by_teacher(
+            None,  # pyright: ignore[reportArgumentType]
+            tiny_tokenizer(),
+            settings,
+            file=tmp_path / "text.json",
+            inputs={},
+            seed=0,
+        )
