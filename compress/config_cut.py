@@ -61,6 +61,7 @@ def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
 
 
 def refuse(field: str, value: Any, _: Sequence[int]) -> Any:
+    """Raise the UserError that says what a cut cannot express and why."""
     raise UserError(f"config.{field}={value!r}: ties layers to each other in a way shoal cannot cut yet")
 
 

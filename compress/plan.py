@@ -48,6 +48,19 @@ def choose_layers(prune: Prune, *, num_layers: int, importance: Importance | Non
     return _lowest(prune, count, protected, importance)
 
 
+def check_choice(prune: Prune, *, num_layers: int) -> None:
+    """Refuse what no measurement could make possible, before anything is measured.
+
+    Raises:
+        UserError: as choose_layers does, as far as it needs no scores.
+    """
+    if prune.drop is not None:
+        _explicit(prune, prune.drop, num_layers)
+        return
+    _count(prune, num_layers)
+    _protected(prune.protect, num_layers)
+
+
 def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], str]:
     if not drop:
         raise UserError("prune.drop: is empty, so nothing would be dropped; name at least one layer")

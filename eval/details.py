@@ -38,6 +38,7 @@ TERMS = (
 
 
 def cut_section(run: Run, picture: Picture | None) -> Section:
+    """Which layers were dropped, why, and the importance figure."""
     blocks: list[Block] = []
     if run.plan is None:
         blocks.append(Paragraph("No plan has been made yet: `shoal prune` fills this section."))
@@ -68,6 +69,7 @@ def cut_section(run: Run, picture: Picture | None) -> Section:
 
 
 def training_section(run: Run, picture: Picture | None) -> Section:
+    """Loss curves, text and cost of the distillation."""
     training = run.training
     if training is None:
         return Section("Training", (Paragraph("The cut model was not distilled in this run."),))
@@ -86,6 +88,7 @@ def training_section(run: Run, picture: Picture | None) -> Section:
 
 
 def speed_section(run: Run) -> Section:
+    """Parameters, size, prefill and decode speed of every role."""
     blocks: list[Block] = []
     evaluations = {role: run.evaluations[role] for role in ROLES if role in run.evaluations}
     if evaluations:
@@ -105,10 +108,12 @@ def speed_section(run: Run) -> Section:
 
 
 def terms_section() -> Section:
+    """The words of the report, a sentence each."""
     return Section("Words used here", (Terms(TERMS),))
 
 
 def settings_section(run: Run) -> Section:
+    """The exact recipe, secrets hidden, and the versions it ran with."""
     blocks: list[Block] = []
     if run.recipe is None:
         blocks.append(Paragraph("run.json, which holds the recipe, is not in the run directory."))
@@ -123,6 +128,7 @@ def settings_section(run: Run) -> Section:
 
 
 def reproduce_section(run: Run) -> Section:
+    """The commands that make this report again."""
     lines = [
         "Save the recipe above as recipe.yaml (hidden values filled in, if there are any).",
         "Run `shoal run --config recipe.yaml run_dir=NEW_FOLDER` with the versions above.",

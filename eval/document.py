@@ -15,12 +15,16 @@ from shoal.figures import clean
 
 @dataclass(frozen=True)
 class Paragraph:
+    """Running text."""
+
     text: str
     warning: bool = False
 
 
 @dataclass(frozen=True)
 class Bullets:
+    """An unordered list."""
+
     items: tuple[str, ...]
 
 
@@ -34,12 +38,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Terms:
+    """A list of terms with their explanations."""
+
     items: tuple[tuple[str, str], ...]
     """Word and its meaning."""
 
 
 @dataclass(frozen=True)
 class Table:
+    """A captioned table; the first column names its row."""
+
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -51,6 +59,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
+    """A figure with its title and a description for those who cannot see it."""
+
     file: str
     """Path of the PNG, relative to the run directory."""
     svg: str
@@ -61,6 +71,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
+    """Text to be copied as it is."""
+
     text: str
     language: str
     summary: str | None = None
@@ -79,6 +91,8 @@ class Flip:
 
 @dataclass(frozen=True)
 class Flips:
+    """Items that one role has right and another wrong."""
+
     caption: str
     before: str
     """Role whose text stands on the left."""
@@ -91,6 +105,8 @@ Block = Paragraph | Bullets | Facts | Terms | Table | Picture | Code | Flips
 
 @dataclass(frozen=True)
 class Section:
+    """A heading and the blocks under it."""
+
     title: str
     blocks: tuple[Block, ...]
 
@@ -101,6 +117,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
+    """The whole report, independent of HTML and Markdown."""
+
     title: str
     headline: tuple[str, ...]
     sections: tuple[Section, ...]
@@ -116,6 +134,7 @@ def to_markdown(document: Document) -> str:
 
 
 def block_markdown(block: Block) -> str:
+    """One block as Markdown."""
     match block:
         case Paragraph():
             return ("> **Note.** " if block.warning else "") + inline(block.text)

@@ -87,6 +87,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
+    """Every task with the scores of all roles that can be compared, and what had to be left out."""
+
     rows: tuple[Row, ...]
     refused: tuple[str, ...]
     """Why a role's score was left out of a row: it was measured with other settings."""

@@ -28,6 +28,7 @@ VERDICT_WORDS = {"better": "better", "worse": "worse", "unclear": "no clear chan
 
 
 def scores_section(run: Run, comparison: Comparison, picture: Picture | None) -> Section:
+    """The before/after tables with intervals, differences and retention."""
     if not run.evaluations:
         return Section(
             "Before and after", (Paragraph("Nothing has been evaluated yet: `shoal eval` fills this section."),)

@@ -39,18 +39,21 @@ def difference_text(found: PairedDifference | None, score: TaskScore) -> str:
 
 
 def retention_text(found: Retention | None) -> str:
+    """Retention with its interval, or why there is none."""
     if found is None or found.value is None or found.ci_low is None or found.ci_high is None:
         return DASH
     return f"{100 * found.value:.0f} % [{100 * found.ci_low:.0f}, {100 * found.ci_high:.0f}]".replace("-", "−")
 
 
 def chance_text(score: TaskScore) -> str:
+    """The chance level, or a dash where a metric has none."""
     if not score.higher_is_better:
         return DASH
     return f"{100 * score.chance:.1f} %" if is_share(score) else f"{score.chance:g}"
 
 
 def p_text(value: float | None) -> str:
+    """A p value to two digits, or a bound where it is tiny."""
     if value is None:
         return DASH
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
@@ -88,6 +91,7 @@ def layers_text(layers: Sequence[int]) -> str:
 
 
 def bytes_text(count: float) -> str:
+    """A size in the unit a reader thinks in."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -104,6 +108,7 @@ def count_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
+    """Seconds as minutes and hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -51,13 +51,8 @@ def training_arguments(
     Raises:
         UserError: unknown or contradictory arguments, or a precision that is known to train wrongly.
     """
+    check_names(settings)
     values = DEFAULTS | settings.trainer
-    known = inspect.signature(TrainingArguments.__init__).parameters
-    unknown = [name for name in values if name not in known]
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
-        raise UserError(f"distill.trainer.{unknown[0]}: no such training argument; {hint}")
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     keep = max(2, values.pop("save_total_limit", None) or 2)
     try:
@@ -74,6 +69,20 @@ def training_arguments(
     except (ValueError, TypeError) as error:
         raise UserError(f"distill.trainer: {str(error).strip()}") from error
     return arguments, keep
+
+
+def check_names(settings: Distill) -> None:
+    """Refuse a training argument that transformers does not have, without building the arguments.
+
+    Raises:
+        UserError: naming it and the closest one there is.
+    """
+    known = inspect.signature(TrainingArguments.__init__).parameters
+    unknown = [name for name in settings.trainer if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
+        raise UserError(f"distill.trainer.{unknown[0]}: no such training argument; {hint}")
 
 
 def deepspeed_config(settings: Distill) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from shoal.recipe import LossTerm
 
 
 class TokenLoss(Protocol):
+    """Student logits (N, V), teacher logits (N, V) or None, labels (N,) in; one value per token (N,) out."""
+
     def __call__(
         self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, *, temperature: float
     ) -> Tensor: ...
@@ -60,6 +62,7 @@ def term_names(terms: tuple[LossTerm, ...]) -> list[str]:
 
 
 def needs_teacher(terms: tuple[LossTerm, ...]) -> bool:
+    """Whether any term that counts looks at the teacher's logits."""
     return any(term.kind != "cross_entropy" and term.weight > 0 for term in terms)
 
 

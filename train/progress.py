@@ -17,6 +17,8 @@ EVERY_S = 10.0
 
 
 class Progress(TrainerCallback):
+    """Logs loss, tokens per second over all ranks and the time left."""
+
     def __init__(self, *, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
         self._started = (0, time.monotonic())

@@ -83,6 +83,7 @@ def _packed(
 
 
 def wants_teacher_text(data: Sequence[DataSource]) -> bool:
+    """Whether the teacher has to write before training."""
     return any(source.path == TEACHER_TEXT for source in data)
 
 

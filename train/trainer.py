@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from shoal.errors import explained_disk_errors
+from shoal.errors import UserError, explained_disk_errors
 from shoal.recipe import LossTerm
 from shoal.runtime import is_main, world_size
 
@@ -98,6 +99,7 @@ class DistillTrainer(Trainer):
             if dist.is_initialized():
                 dist.all_reduce(sums)
             logs |= {name: value / steps for name, value in zip(term_names(self._terms), sums.tolist(), strict=True)}
+            _refuse_non_finite(logs, self.state.global_step)
             self._term_sums.zero_()
             self._steps_logged = self.state.global_step
         super().log(logs, start_time)
@@ -132,9 +134,25 @@ class DistillTrainer(Trainer):
         self._steps_logged = self.state.global_step
 
     def student_state(self) -> dict[str, Tensor] | None:
-        """The student's whole state dict on rank 0's CPU, None elsewhere; every rank calls this (ZeRO-3 gathers)."""
+        """The student's whole state dict on rank 0's CPU, None elsewhere; every rank calls this (ZeRO-3 gathers).
+
+        Without the second name of a tied weight: gathering makes copies, which would be saved twice.
+        """
         state: Any = self.accelerator.get_state_dict(self.model_wrapped)
-        return state if is_main() else None
+        if not is_main():
+            return None
+        student: Any = self.model
+        return {name: weight for name, weight in state.items() if name not in student.all_tied_weights_keys}
+
+
+def _refuse_non_finite(logs: dict[str, float], step: int) -> None:
+    """A NaN never heals: later steps only spread it into every weight and every checkpoint."""
+    broken = [name for name, value in logs.items() if not math.isfinite(value)]
+    if broken:
+        raise UserError(
+            f"step {step}: {broken[0]} is {logs[broken[0]]}; lower distill.trainer.learning_rate or set max_grad_norm, "
+            "then start again in another run_dir"
+        )
 
 
 class _StopWhenAsked(TrainerCallback):

@@ -67,10 +67,6 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     if verb == "run" and launched:
         raise UserError("`shoal run` starts its own launcher for distill; under one, call distill, measure or eval")
     in_group = launched or verb == "distill"
-    if verb in ("distill", "run") and not launched:
-        from shoal.train.arguments import deepspeed_config
-
-        deepspeed_config(recipe.distill)  # refuse now rather than after measuring and cutting
     if verb == "distill" and not launched:
         _launch_distill(recipe, config, overrides)
         return
@@ -131,7 +127,7 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
     code = subprocess.run(command, env=environment, check=False).returncode
     if code == EXIT_USER_ERROR:
-        raise UserError("distill was refused, for the reason above")
+        sys.exit(code)  # the rank has said why
     if code != 0:
         log.error(
             "distill ended with exit code %d; its message is above, "

@@ -33,7 +33,7 @@ from shoal.artifact import (
     require_same_run,
     write_json,
 )
-from shoal.data import load_texts, pack, sources_fingerprint
+from shoal.data import TEACHER_TEXT, load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models import (
     load_config,
@@ -382,12 +382,37 @@ def export(run: Run) -> None:
     log.info("export: %s", url)
 
 
+def preflight(run: Run) -> None:
+    """Refuse within seconds what a later stage would refuse after hours: layers, data, tasks, training arguments.
+
+    Raises:
+        UserError: as the stages do.
+    """
+    from shoal.compress.plan import check_choice
+    from shoal.eval.tasks import load_tasks
+    from shoal.train.arguments import check_names, deepspeed_config
+    from shoal.train.tracking import wandb_mode
+
+    recipe = run.recipe
+    check_choice(recipe.prune, num_layers=run.num_layers)
+    for name in ("measure", "distill", "eval"):
+        check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
+    check_names(recipe.distill)
+    deepspeed_config(recipe.distill)
+    wandb_mode(recipe.track)
+    for source in {*recipe.measure.data, *recipe.distill.data, *recipe.eval.perplexity_data}:
+        if source.path != TEACHER_TEXT:
+            load_texts(source, max_characters=1)
+    load_tasks(recipe.eval.tasks, include_path=recipe.eval.include_path, num_fewshot=recipe.eval.num_fewshot)
+
+
 def run_all(run: Run, launch_distill: Callable[[], None]) -> None:
     """Every stage that is not done; ``launch_distill`` runs the distill stage under the DeepSpeed launcher.
 
     The run directory is let go while the launched ranks hold it.
     """
     with locked(run):
+        preflight(run)
         _write_story(run)
         measure(run)
         prune(run)
