@@ -27,7 +27,7 @@ def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0) -> PackedRows:
     """Rows of random tokens; every row is given as the lengths of its documents."""
     positions = torch.tensor([[position for length in row for position in range(length)] for row in lengths])
     ids = torch.randint(0, 256, positions.shape, generator=torch.Generator().manual_seed(seed))
-    return PackedRows(ids, positions, ids)
+    return PackedRows(ids, positions)
 
 
 ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
@@ -134,7 +134,7 @@ def test_padding_changes_no_score(kind: str, side: str) -> None:
         if side == "right":  # the padding looks like more of the last document
             positions[row, width:] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(padding)
         mask[row, start : start + width] = 1
-    scores = measure(model, PackedRows(ids, positions, ids), attention_mask_NS=mask)
+    scores = measure(model, PackedRows(ids, positions), attention_mask_NS=mask)
     assert_close(measure(model), scores, 1e-6)
 
 
@@ -181,7 +181,7 @@ def test_one_metric_alone_gives_the_same_scores() -> None:
 
 
 def first_rows(count: int) -> PackedRows:
-    return PackedRows(ROWS.input_ids_NS[:count], ROWS.position_ids_NS[:count], ROWS.labels_NS[:count])
+    return PackedRows(ROWS.input_ids_NS[:count], ROWS.position_ids_NS[:count])
 
 
 def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
@@ -215,7 +215,7 @@ def test_unknown_metrics_are_refused(metrics: list[str], message: str) -> None:
 def test_rows_without_a_token_are_refused() -> None:
     empty = torch.zeros(0, 4, dtype=torch.long)
     with pytest.raises(UserError, match=r"there is no token to measure on"):
-        measure(tiny_model("llama"), PackedRows(empty, empty, empty))
+        measure(tiny_model("llama"), PackedRows(empty, empty))
     with pytest.raises(UserError, match=r"there is no token to measure on"):
         measure(tiny_model("llama"), attention_mask_NS=torch.zeros_like(ROWS.input_ids_NS))
 
