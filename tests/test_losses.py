@@ -224,5 +224,28 @@ def test_terms_of_one_kind_get_curves_of_their_own():
 
 
 def test_a_pure_text_loss_needs_no_teacher():
-    assert not needs_teacher((LossTerm("cross_entropy"), LossTerm("forward_kl", weight=0.0)))
+    assert not needs_teacher((LossTerm("cross_entropy"),))
     assert needs_teacher((LossTerm("forward_kl"),))
+
+
+def test_a_term_of_weight_zero_is_computed_for_its_curve_and_trains_nothing():
+    student_hidden, teacher_hidden, weight, _, teacher_weight = setting()
+    watched = (LossTerm("cross_entropy"), LossTerm("forward_kl", weight=0.0))
+    assert needs_teacher(watched), "without the teacher's states the zero-weight term fails"
+    gradients = []
+    for terms in (watched, watched[:1]):
+        leaf = student_hidden.clone().requires_grad_()
+        loss, sums = chunked_head_loss(
+            leaf,
+            teacher_hidden if needs_teacher(terms) else None,
+            LABELS,
+            student_head=head,
+            student_parameters=(weight,),
+            teacher_head=lambda h: head(h, teacher_weight),
+            terms=terms,
+            chunk=3,
+        )
+        loss.backward()
+        gradients.append(leaf.grad)
+        assert loss.item() == pytest.approx(sums[0].item())
+    torch.testing.assert_close(gradients[0], gradients[1])

@@ -62,8 +62,8 @@ def term_names(terms: tuple[LossTerm, ...]) -> list[str]:
 
 
 def needs_teacher(terms: tuple[LossTerm, ...]) -> bool:
-    """Whether any term that counts looks at the teacher's logits."""
-    return any(term.kind != "cross_entropy" and term.weight > 0 for term in terms)
+    """Whether any term looks at the teacher's logits; one of weight 0 does too, its curve is logged."""
+    return any(term.kind != "cross_entropy" for term in terms)
 
 
 def chunked_head_loss(
