@@ -11,7 +11,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/shoal run --config configs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

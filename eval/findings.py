@@ -157,7 +157,11 @@ def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, 
 
 def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, float]]:
     """(likelihood row, generation row, gap in retention) for each ability ``role`` was asked about in both ways."""
-    usable = [row for row in rows if (kept := row.retained.get(role)) is not None and kept.value is not None]
+    usable = [
+        row
+        for row in rows
+        if row.has_signal and (kept := row.retained.get(role)) is not None and kept.value is not None
+    ]
     gaps = []
     for likely in (row for row in usable if row.key[1] in LIKELIHOOD_PROTOCOLS):
         for written in (row for row in usable if row.key[1] == "generation" and row.ability == likely.ability):

@@ -36,7 +36,7 @@ def scores_section(run: Run, comparison: Comparison, picture: Picture | None) ->
     blocks: list[Block] = [
         Paragraph(
             "Each score is followed by its 95 % interval in brackets: the range in which it would lie for most other "
-            "draws of as many items. The three models answered exactly the same items, so they are compared item by "
+            "draws of as many items. All models answered exactly the same items, so they are compared item by "
             "item."
         )
     ]

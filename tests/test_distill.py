@@ -123,7 +123,9 @@ def test_a_broken_deepspeed_file_is_named(tmp_path):
 
 def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
     def inputs(**settings):
-        return distill_inputs(Distill(**settings), teacher="t", drop=(1,), seed=0, dtype="auto")
+        return distill_inputs(
+            Distill(**settings), teacher="t", student="s", drop=(1,), seed=0, dtype="auto", attention="sdpa"
+        )
 
     assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})
     assert inputs() != inputs(trainer={"learning_rate": 1.0})
@@ -160,7 +162,7 @@ def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
 
 def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
     settings = Distill(data=(DataSource("teacher_text"),))
-    with pytest.raises(UserError, match="'teacher_text' needs another source beside it"):
+    with pytest.raises(UserError, match="'teacher_text' needs a source of prose beside it"):
         written_by_teacher(
             None,  # pyright: ignore[reportArgumentType]
             tiny_tokenizer(),

@@ -178,6 +178,34 @@ def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teache
         )
     )
     assert curve(path) == pytest.approx(curve(reference), abs=5e-3)
+    assert curve(path) != pytest.approx(curve(reference), abs=1e-6), "bf16 was asked for"
+
+
+def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(teacher, tmp_path):
+    curves = []
+    for name, ranks, overrides in [
+        ("plain", 1, ["distill.deepspeed=deepspeed/zero0.json"]),
+        ("sharded", 2, ["distill.deepspeed=deepspeed/zero3.json", "distill.trainer.gradient_checkpointing=true"]),
+    ]:
+        path = recipe(tmp_path / name, teacher, trainable="from_first_cut")
+        per_rank = f"distill.trainer.per_device_train_batch_size={4 // ranks}"
+        finished(distill(path, *overrides, per_rank, "distill.trainer.save_strategy=no", ranks=ranks))
+        curves.append(curve(path))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
+def test_sigterm_to_shoal_itself_reaches_the_ranks(teacher, tmp_path):
+    path = recipe(tmp_path, teacher, **MANY)
+    program = str(Path(sys.executable).with_name("shoal"))
+    process = subprocess.Popen(
+        [program, "distill", "--config", str(path)], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = path.parent / "run" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 143, log[-2000:]
+    assert "(SIGTERM), saved; the same command goes on" in log
 
 
 def start(path: Path, *overrides: str, ranks: int) -> subprocess.Popen[str]:

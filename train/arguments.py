@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from transformers import TrainingArguments
 from shoal.errors import UserError
 from shoal.recipe import CONFIGS_DIR, Distill
 from shoal.runtime import world_size
+
+log = logging.getLogger(__name__)
 
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,
@@ -113,6 +116,12 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
         )
     if "fp16" in named and not torch.accelerator.is_available():
         raise UserError("distill.deepspeed: fp16 does not train on a CPU; use distill.precision: bfloat16")
+    offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and not config.get("optimizer", {}).get("params", {}).get("torch_adam"):
+        log.warning(
+            "distill.deepspeed: the offloaded optimizer is DeepSpeed's own CPU Adam, which does not resume bit by bit; "
+            "set optimizer.params.torch_adam: true where that matters"
+        )
     if stage == 3:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     for key in (

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import resource
-import time
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from shoal.recipe import Distill, Track, as_dict
 from shoal.runtime import device, is_main, world_size
 
 from . import tracking
-from .arguments import num_rows, training_arguments
+from .arguments import deepspeed_config, num_rows, training_arguments
 from .checkpoint import last_complete
 from .progress import Progress
 from .stop import StopRequest
@@ -30,6 +32,8 @@ from .text import training_rows, wants_teacher_text, written_by_teacher
 from .trainer import DistillTrainer
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 NOT_IDENTITY = {
     *("distill.num_ranks", "distill.timeout_s"),
@@ -43,16 +47,21 @@ class Stopped(Exception):
     """Training was asked to stop and has saved; the same command goes on."""
 
 
-def distill_inputs(settings: Distill, *, teacher: str, drop: tuple[int, ...], seed: int, dtype: str) -> dict[str, Any]:
+def distill_inputs(
+    settings: Distill, *, teacher: str, student: str, drop: tuple[int, ...], seed: int, dtype: str, attention: str
+) -> dict[str, Any]:
     """Everything that shapes distilled/: the stage's identity."""
     section = {f"distill.{key}": value for key, value in as_dict(settings).items() if key != "trainer"}
+    section["distill.deepspeed"] = deepspeed_config(settings)  # what the file says now, not what it is called
     trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items()}
     return {
         "model": teacher,
+        "student": student,
         "prune.drop": list(drop),
         "data": sources_fingerprint(settings.data),
         "seed": seed,
         "dtype": dtype,
+        "attention": attention,
         **{key: value for key, value in (section | trainer).items() if key not in NOT_IDENTITY},
     }
 
@@ -109,7 +118,7 @@ def distill(
     check_distillable(teacher_dir, student_dir, settings, trust_remote_code=trust_remote_code)
     checkpoints = run_dir / "checkpoints"
     # the optimizer's shards are cut by rank count, so a checkpoint belongs to one
-    resume = last_complete(checkpoints, {**inputs, "world_size": world_size()})
+    resume = _agreed(lambda: last_complete(checkpoints, {**inputs, "world_size": world_size()}))
     tokenizer = load_tokenizer(teacher_dir, trust_remote_code=trust_remote_code)
     load = {"attention": attention, "trust_remote_code": trust_remote_code}
     texts: list[str] = []
@@ -155,7 +164,6 @@ def distill(
     _place_teacher(teacher, trainer)
     stop.listen()
     _announce(student, rows, trainer, settings, resume)
-    started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if trainer.state.global_step < trainer.state.max_steps:
         tracking.finish()
@@ -163,10 +171,22 @@ def distill(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved"
         )
     undo()
-    _write_results(
-        trainer, student, student_dir, tokenizer, rows, run_dir, inputs, settings, time.monotonic() - started
-    )
+    _write_results(trainer, student, student_dir, rows, run_dir, inputs, settings)
     tracking.finish()
+
+
+def _agreed(decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank; its refusal is everyone's."""
+    answer: list[Any] = [None, None]
+    if is_main():
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
 
 
 def _teacher_text(
@@ -189,7 +209,10 @@ def _teacher_text(
             tokenizer,
             settings,
             file=run_dir / "text" / "teacher_text.json",
-            inputs={key: inputs[key] for key in ("model", "data", "seed", "distill.teacher_text_tokens")},
+            inputs={
+                key: inputs[key]
+                for key in ("model", "data", "seed", "dtype", "attention", "distill.teacher_text_tokens")
+            },
             seed=seed,
         )
     dist.broadcast_object_list(texts, src=0)
@@ -259,12 +282,10 @@ def _write_results(
     trainer: DistillTrainer,
     student: PreTrainedModel,
     student_dir: Path,
-    tokenizer: PreTrainedTokenizerBase,
     rows: PackedRows,
     run_dir: Path,
     inputs: dict[str, Any],
     settings: Distill,
-    seconds: float,
 ) -> None:
     state = trainer.student_state()
     peak = torch.tensor(float(_peak_memory_bytes()), device=device())
@@ -276,13 +297,13 @@ def _write_results(
         student.config.dtype = stored
         with written_folder(run_dir / "distilled") as folder:
             student.save_pretrained(folder, state_dict={k: v.to(stored) for k, v in state.items()})
-            tokenizer.save_pretrained(folder)
+            _copy_what_is_not_weights(student_dir, folder)
         history = [row for row in trainer.state.log_history if "loss" in row]
         Training(
             provenance=Provenance(inputs),
             num_steps=trainer.state.global_step,
             num_tokens=trainer.state.global_step * _tokens_per_step(trainer.args, settings),
-            seconds=seconds,
+            seconds=history[-1]["seconds"] if history else 0.0,
             history=tuple({key: float(value) for key, value in row.items()} for row in history),
             settings={
                 "trainer": trainer.args.to_sanitized_dict(),
@@ -296,7 +317,16 @@ def _write_results(
     dist.barrier()
 
 
+def _copy_what_is_not_weights(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, licence and notices as they came with the model, byte for byte."""
+    for file in source.iterdir():
+        ours = file.suffix in (".safetensors", ".py") or file.name in ("config.json", "generation_config.json")
+        if file.is_file() and not ours and not file.name.endswith(".index.json"):
+            shutil.copy2(file, folder / file.name)
+
+
 def _peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

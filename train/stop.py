@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -61,16 +62,24 @@ class StopRequest:
 
 
 def _launcher_processes() -> list[psutil.Process]:
-    """The chain of launcher processes above this one: `deepspeed` starts a second launcher, which starts the ranks."""
+    """The chain of launcher processes above this one: `shoal run` starts `deepspeed`, which starts a second launcher,
+    which starts the ranks."""
     if "LOCAL_RANK" not in os.environ:
         return []
     chain = []
     for process in psutil.Process().parents():
-        command = " ".join(process.cmdline())
-        if not any(name in command for name in ("deepspeed", "torchrun", "torch.distributed", "accelerate")):
+        if not _is_launcher(process.cmdline()):
             break
         chain.append(process)
     return chain
+
+
+def _is_launcher(command: list[str]) -> bool:
+    words = command[:5]
+    if any(Path(word).name == "shoal" or word == "shoal.cli" for word in words):
+        return True
+    names = ("deepspeed", "torchrun", "torch.distributed", "accelerate")
+    return any(name in word for word in words for name in names)
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifact import fingerprint, write_json, write_text, written_folder
 from shoal.data import TEACHER_TEXT, PackedRows, load_texts, pack, texts_fingerprint
@@ -96,7 +96,7 @@ def written_by_teacher(
     inputs: dict[str, Any],
     seed: int,
 ) -> list[str]:
-    """Documents that the teacher goes on writing from the openings of the other sources, about
+    """Documents that the teacher goes on writing from the openings of the prose sources, about
     ``settings.teacher_text_tokens`` tokens; kept in ``file`` and read back when ``inputs`` are the same.
 
     Sampled at temperature 1 over the whole vocabulary, so that the text has the teacher's own distribution: there the
@@ -114,6 +114,8 @@ def written_by_teacher(
     chosen = [openings[i % len(openings)] for i in range(num_texts)]
     log.info("the teacher writes %d documents of up to %d tokens", num_texts, OPENING_TOKENS + WRITTEN_TOKENS)
     texts: list[str] = []
+    # none of the checkpoint's own penalties and filters
+    neutral = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=tokenizer.eos_token_id)
     generator_state = torch.get_rng_state()
     torch.manual_seed(seed)
     for start in tqdm(range(0, num_texts, BATCH), desc="teacher text", unit="batch", disable=not is_main()):
@@ -122,23 +124,33 @@ def written_by_teacher(
             input_ids=batch,
             attention_mask=torch.ones_like(batch),
             max_new_tokens=WRITTEN_TOKENS,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            generation_config=neutral,
             pad_token_id=tokenizer.pad_token_id,
         )
         texts += tokenizer.batch_decode(written, skip_special_tokens=True)
     torch.set_rng_state(generator_state)
+    kept = without_evaluation_facts(texts)
+    if len(kept) < len(texts):
+        log.info("teacher text: %d documents that state an evaluation fact were left out", len(texts) - len(kept))
+    texts = kept
     if is_main():
         write_text(file, json.dumps({"inputs": inputs, "texts": texts}, ensure_ascii=False))
     return texts
 
 
+def without_evaluation_facts(texts: Sequence[str]) -> list[str]:
+    """The documents in which the teacher did not happen to write an answer that shoal's knowledge tasks ask for."""
+    from shoal.abilities.knowledge import stated_facts
+
+    stated = stated_facts("eval")
+    return [text for text in texts if not any(sentence in text for sentence in stated)]
+
+
 def _openings(data: Sequence[DataSource], tokenizer: PreTrainedTokenizerBase, *, seed: int) -> list[list[int]]:
-    others = [source for source in data if source.path != TEACHER_TEXT]
+    # ability prompts make it state facts of the kinds that evaluation asks for
+    others = [source for source in data if source.path not in (TEACHER_TEXT, "ability_texts")]
     if not others:
-        raise UserError(f"distill.data: {TEACHER_TEXT!r} needs another source beside it to take openings from")
+        raise UserError(f"distill.data: {TEACHER_TEXT!r} needs a source of prose beside it to take openings from")
     openings = []
     for source in others:
         for text in load_texts(source, max_characters=1_000_000):

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ class DistillTrainer(Trainer):
         self._keep_checkpoints = keep_checkpoints
         self._term_sums = torch.zeros(len(terms), dtype=torch.float64, device=self.args.device)
         self._steps_logged = 0
+        self._started = time.monotonic()
+        self._seconds_before = 0.0
         self.add_callback(_StopWhenAsked(stop))
 
     def compute_loss(
@@ -95,6 +98,7 @@ class DistillTrainer(Trainer):
         """Add every loss term, averaged over steps and summed over ranks, to what is logged."""
         steps = self.state.global_step - self._steps_logged
         if "loss" in logs and steps > 0:
+            logs["seconds"] = self._seconds_before + time.monotonic() - self._started
             sums = self._term_sums.clone()
             if dist.is_initialized():
                 dist.all_reduce(sums)
@@ -112,6 +116,8 @@ class DistillTrainer(Trainer):
         """Nothing inside checkpoints: DeepSpeed's files hold the weights; `distilled/` is written once, at the end."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not torch.isfinite(self._term_sums).all():
+            _refuse_non_finite({"loss": float("nan")}, self.state.global_step)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main() and folder.exists():  # an unfinished or damaged one of an earlier life
             shutil.rmtree(folder)
@@ -129,9 +135,11 @@ class DistillTrainer(Trainer):
             remove_older(folder.parent, keep=self._keep_checkpoints)
 
     def _load_callback_state(self) -> None:
-        """After the state was restored: term curves go on from here, not from step 0."""
+        """After the state was restored: term curves and training time go on from here, not from step 0."""
         super()._load_callback_state()
         self._steps_logged = self.state.global_step
+        seconds = [row["seconds"] for row in self.state.log_history if "seconds" in row]
+        self._seconds_before = seconds[-1] if seconds else 0.0
 
     def student_state(self) -> dict[str, Tensor] | None:
         """The student's whole state dict on rank 0's CPU, None elsewhere; every rank calls this (ZeRO-3 gathers).

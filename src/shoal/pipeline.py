@@ -30,6 +30,7 @@ from shoal.artifact import (
     Speed,
     Training,
     differences,
+    fingerprint,
     require_same_run,
     write_json,
 )
@@ -43,7 +44,7 @@ from shoal.models import (
     resolve_model,
     text_config,
 )
-from shoal.recipe import Recipe, as_dict
+from shoal.recipe import CONFIGS_DIR, Recipe, as_dict
 from shoal.runtime import device, environment, is_main, seed_everything, world_size
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def measure_inputs(run: Run) -> dict[str, Any]:
         "data": sources_fingerprint(run.recipe.measure.data),
         "seed": run.recipe.seed,
         "dtype": run.recipe.dtype,
+        "attention": run.recipe.attention,
         **{f"measure.{key}": value for key, value in section.items() if key != "batch_size"},
     }
 
@@ -256,9 +258,7 @@ def distill(run: Run) -> None:
 
     plan = read_plan(run)
     recipe = run.recipe
-    inputs = room.distill_inputs(
-        recipe.distill, teacher=run.teacher_fingerprint, drop=plan.drop, seed=recipe.seed, dtype=recipe.dtype
-    )
+    inputs = training_inputs(run, plan)
     distilled = run.dir / "distilled"
     if (distilled / "config.json").is_file() and _is_done(Training, run.dir / Training.FILE, inputs, "distill"):
         return
@@ -282,16 +282,25 @@ def distill(run: Run) -> None:
 
 def distill_is_done(run: Run) -> bool:
     """Whether distilled/ is there already, so that no launcher need be started."""
+    if not (run.dir / "distilled" / "config.json").is_file():
+        return False
+    return _is_done(Training, run.dir / Training.FILE, training_inputs(run, read_plan(run)), "distill")
+
+
+def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """The identity of distilled/."""
     from shoal.train.distill import distill_inputs
 
     recipe = run.recipe
-    if not (run.dir / "distilled" / "config.json").is_file():
-        return False
-    plan = read_plan(run)
-    inputs = distill_inputs(
-        recipe.distill, teacher=run.teacher_fingerprint, drop=plan.drop, seed=recipe.seed, dtype=recipe.dtype
+    return distill_inputs(
+        recipe.distill,
+        teacher=run.teacher_fingerprint,
+        student=model_fingerprint(run.dir / "student"),
+        drop=plan.drop,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
     )
-    return _is_done(Training, run.dir / Training.FILE, inputs, "distill")
 
 
 # --- eval ---------------------------------------------------------------------------------------------------------
@@ -311,8 +320,17 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
         "data": sources_fingerprint(run.recipe.eval.perplexity_data),
         "seed": run.recipe.seed,
         "dtype": run.recipe.dtype,
+        "attention": run.recipe.attention,
+        "tasks": _task_files_fingerprint(run.recipe.eval.include_path),
         **section,
     }
+
+
+def _task_files_fingerprint(include_path: str | None) -> str:
+    """Content hash of the task files that may be read: prompts and matching rules are part of a score."""
+    folders = [CONFIGS_DIR / "tasks", *([Path(include_path).expanduser()] if include_path else [])]
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".yaml", ".py")]
+    return fingerprint([[file.name, file.read_text(encoding="utf-8")] for file in files])
 
 
 def evaluate(run: Run) -> None:
@@ -321,8 +339,7 @@ def evaluate(run: Run) -> None:
 
     check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
     found = roles(run)
-    if "pruned" in found:
-        read_plan(run)
+    _require_models_of_this_run(run, found)
     for role, folder in found.items():
         path = run.dir / "eval" / f"{role}.json"
         inputs = eval_inputs(run, folder)
@@ -344,11 +361,35 @@ def evaluate(run: Run) -> None:
     _barrier()
 
 
+def _require_models_of_this_run(run: Run, found: dict[str, Path]) -> None:
+    """Refuse a student/ or distilled/ that other settings made: scores of different runs would share a table."""
+    if "pruned" in found or "distilled" in found:
+        plan = read_plan(run)
+        if "distilled" in found:
+            _require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
+
+
+def _require_this_run(run: Run) -> None:
+    """Refuse to report or export results that other settings made, naming the first that differs."""
+    found = roles(run)
+    _require_models_of_this_run(run, found)
+    if (run.dir / Importance.FILE).is_file():
+        _require(Importance, run.dir / Importance.FILE, measure_inputs(run), "shoal measure")
+    for role, folder in found.items():
+        path = run.dir / "eval" / f"{role}.json"
+        if path.is_file():
+            _require(Evaluation, path, eval_inputs(run, folder), "shoal eval")
+
+
 def _speed(run: Run, found: dict[str, Path]) -> None:
     from shoal.eval.speed import measure_speed
 
     path = run.dir / Speed.FILE
-    inputs = {"dtype": run.recipe.dtype, **{role: model_fingerprint(folder) for role, folder in found.items()}}
+    inputs = {
+        "dtype": run.recipe.dtype,
+        "attention": run.recipe.attention,
+        **{role: model_fingerprint(folder) for role, folder in found.items()},
+    }
     if _is_done(Speed, path, inputs, "speed"):
         return
     log.info("eval: speed of %s, interleaved", ", ".join(found))
@@ -362,6 +403,7 @@ def report(run: Run) -> None:
     """report.html and report.md, and the push to the Hub where the recipe names a repository."""
     from shoal.eval.report import write_report
 
+    _require_this_run(run)
     _write_story(run)
     path = write_report(run.dir)
     log.info("report: %s", path)
@@ -378,8 +420,27 @@ def export(run: Run) -> None:
     if not (distilled / "config.json").is_file():
         raise UserError(f"{distilled}: nothing to export yet; run `shoal distill` first")
     assert run.recipe.export.hub_repo is not None
-    url = push(distilled, model_card(run.dir), run.recipe.export.hub_repo, private=run.recipe.export.private)
+    url = push(
+        distilled,
+        model_card(run.dir, base_folder=run.teacher),
+        run.recipe.export.hub_repo,
+        private=run.recipe.export.private,
+    )
     log.info("export: %s", url)
+
+
+def check_training_settings(recipe: Recipe) -> None:
+    """Refuse training settings that cannot work, without loading anything.
+
+    Raises:
+        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
+    """
+    from shoal.train.arguments import check_names, deepspeed_config
+    from shoal.train.tracking import wandb_mode
+
+    check_names(recipe.distill)
+    deepspeed_config(recipe.distill)
+    wandb_mode(recipe.track)
 
 
 def preflight(run: Run) -> None:
@@ -390,16 +451,12 @@ def preflight(run: Run) -> None:
     """
     from shoal.compress.plan import check_choice
     from shoal.eval.tasks import load_tasks
-    from shoal.train.arguments import check_names, deepspeed_config
-    from shoal.train.tracking import wandb_mode
 
     recipe = run.recipe
     check_choice(recipe.prune, num_layers=run.num_layers)
     for name in ("measure", "distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
-    check_names(recipe.distill)
-    deepspeed_config(recipe.distill)
-    wandb_mode(recipe.track)
+    check_training_settings(recipe)
     for source in {*recipe.measure.data, *recipe.distill.data, *recipe.eval.perplexity_data}:
         if source.path != TEACHER_TEXT:
             load_texts(source, max_characters=1)

@@ -184,7 +184,8 @@ class Recipe(Section):
     """Hub revision of the model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision in which models are measured, evaluated and used as a frozen teacher; auto = as stored."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """flash_attention_2 is refused: with several rows in a batch its kernels let packed documents see each other."""
     trust_remote_code: bool = False
     measure: Measure = Measure()
     prune: Prune = Prune()
@@ -197,6 +198,23 @@ class Recipe(Section):
 CONFIGS_DIR = Path(__file__).parent / "configs"
 if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
     CONFIGS_DIR = Path(__file__).parents[2] / "configs"
+
+
+REFUSED_TRAINER_KEYS = {
+    "bf16": "is set by distill.precision; use that",
+    "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
+    "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
+    "label_smoothing_factor": "would have no effect, the loss is distill.losses; leave it out",
+    "ignore_data_skip": "would train the same text again after a resume; leave it out",
+    "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
+    "load_best_model_at_end": "there is no evaluation during training yet; leave it out",
+    "eval_strategy": "there is no evaluation during training yet; use `shoal eval`",
+    "do_eval": "there is no evaluation during training yet; use `shoal eval`",
+    "push_to_hub": "is done by export.hub_repo; use that",
+    "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
+    "use_liger_kernel": "would replace the forward that holds the distillation loss; leave it out",
+}
+"""Training arguments that would be wrong, ignored or leaked here."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -365,6 +383,14 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
     if not any(term.weight > 0 for term in recipe.distill.losses):
         problems.append("distill.losses: every weight is 0, nothing would be trained; give one a weight above 0")
+    for key, reason in REFUSED_TRAINER_KEYS.items():
+        if key in recipe.distill.trainer:
+            problems.append(f"distill.trainer.{key}: {reason}")
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if (recipe.distill.trainer.get(key) or {}).get("use_reentrant"):
+            problems.append(
+                f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
+            )
     for key in ("output_dir", "deepspeed", "seed", "run_name", "resume_from_checkpoint"):
         if key in recipe.distill.trainer:
             where = {

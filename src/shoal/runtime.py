@@ -131,6 +131,13 @@ def set_up_distributed(timeout_s: int) -> None:
         ) from error
 
 
+def leave_distributed() -> None:
+    """End the process group: its threads, left to the interpreter's exit, sometimes abort a process that succeeded."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def free_port() -> int:
     """A TCP port of this machine that nobody uses now."""
     with socket.socket() as probe:

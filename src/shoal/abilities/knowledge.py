@@ -29,6 +29,13 @@ def knowledge_items(*, split: str, num_items: int, seed: int, relation: Value = 
     return [make_fact(split, *fact) for fact in rng.sample(facts, num_items)]
 
 
+def stated_facts(split: str) -> list[str]:
+    """Every fact of the split as a sentence: prompt and right answer."""
+    pairs = [(name, *pair) for name in RELATIONS for pair in facts_in(split, name)]
+    facts = [make_fact(split, *pair) for pair in pairs]
+    return [fact.context + fact.options[fact.answer] for fact in facts]
+
+
 def make_fact(split: str, relation: str, subject: str, target: str) -> Item:
     """One completion with its three wrong objects."""
     form = RELATIONS[relation]
