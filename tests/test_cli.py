@@ -182,18 +182,31 @@ def test_defect_of_ours_keeps_its_traceback(recipe: str, monkeypatch: pytest.Mon
         run_verb("prune", recipe, [])
 
 
-def test_refused_distill_ends_with_code_2(
+class Launcher:
+    """Stands in for the DeepSpeed launcher: remembers its command and ends with a code."""
+
+    pid = 0
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str], **_: object) -> Launcher:
+        self.commands.append(command)
+        return self
+
+    def wait(self) -> int:
+        return self.code
+
+
+def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said(
     capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commands: list[list[str]] = []
-
-    def launch(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 2)
-
-    monkeypatch.setattr(cli.subprocess, "run", launch)
-    assert "distill was refused, for the reason above" in refusal(capsys, "distill", recipe, "distill.num_ranks=2")
-    (command,) = commands
+    launcher = Launcher(2)
+    monkeypatch.setattr(cli.subprocess, "Popen", launcher)
+    assert run_verb("distill", recipe, ["distill.num_ranks=2"]) == 2
+    assert "error" not in capsys.readouterr().err
+    (command,) = launcher.commands
     assert command[command.index("--num_gpus") + 1] == "2"
     assert command[-4:] == ["distill", "--config", recipe, "distill.num_ranks=2"]
 
@@ -202,10 +215,8 @@ def test_refused_distill_ends_with_code_2(
 def test_failed_distill_passes_its_exit_code_on(
     recipe: str, monkeypatch: pytest.MonkeyPatch, code: int, exit_code: int
 ) -> None:
-    monkeypatch.setattr(cli.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
-    with pytest.raises(SystemExit) as ended:
-        run_verb("distill", recipe, [])
-    assert ended.value.code == exit_code
+    monkeypatch.setattr(cli.subprocess, "Popen", Launcher(code))
+    assert run_verb("distill", recipe, []) == exit_code
 
 
 @pytest.mark.slow
