@@ -7,7 +7,7 @@ from tiny import tiny_checkpoint, tiny_tokenizer
 
 from shoal.errors import UserError
 from shoal.recipe import DataSource, Distill, Track
-from shoal.train.arguments import deepspeed_config, num_rows, training_arguments
+from shoal.train.arguments import check_names, deepspeed_config, num_rows, training_arguments
 from shoal.train.distill import check_distillable, distill_inputs
 from shoal.train.text import training_rows, written_by_teacher
 from shoal.train.tracking import wandb_mode
@@ -55,6 +55,12 @@ def test_an_unknown_training_argument_gets_a_suggestion(tmp_path):
         UserError, match=r"distill\.trainer\.learning_rat: no such training argument; did you mean 'lear"
     ):
         arguments(tmp_path, learning_rat=1e-3)
+
+
+@pytest.mark.parametrize("value", ["four", 0, 1.5, True])
+def test_a_batch_that_is_no_whole_number_is_refused(value):
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps: must be a whole number of at least 1 \(got"):
+        check_names(Distill(trainer={"gradient_accumulation_steps": value}))
 
 
 def test_a_training_argument_that_transformers_refuses_is_said_in_one_line(tmp_path):

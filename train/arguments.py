@@ -75,10 +75,10 @@ def training_arguments(
 
 
 def check_names(settings: Distill) -> None:
-    """Refuse a training argument that transformers does not have, without building the arguments.
+    """Refuse a training argument that transformers does not have, or a batch that is none, before anything is built.
 
     Raises:
-        UserError: naming it and the closest one there is.
+        UserError: naming it and the closest one there is, or the value.
     """
     known = inspect.signature(TrainingArguments.__init__).parameters
     unknown = [name for name in settings.trainer if name not in known]
@@ -86,6 +86,10 @@ def check_names(settings: Distill) -> None:
         close = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
         raise UserError(f"distill.trainer.{unknown[0]}: no such training argument; {hint}")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = settings.trainer.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"distill.trainer.{name}: must be a whole number of at least 1 (got {value!r})")
 
 
 def deepspeed_config(settings: Distill) -> dict[str, Any]:

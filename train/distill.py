@@ -23,7 +23,7 @@ from shoal.recipe import Distill, Track, as_dict
 from shoal.runtime import device, is_main, world_size
 
 from . import tracking
-from .arguments import deepspeed_config, num_rows, training_arguments
+from .arguments import check_names, deepspeed_config, num_rows, training_arguments
 from .checkpoint import last_complete
 from .progress import Progress
 from .stop import StopRequest
@@ -115,6 +115,7 @@ def distill(
         Stopped: on SIGTERM or when the launcher is gone, after saving.
         UserError: input that cannot work.
     """
+    check_names(settings)
     check_distillable(teacher_dir, student_dir, settings, trust_remote_code=trust_remote_code)
     checkpoints = run_dir / "checkpoints"
     # the optimizer's shards are cut by rank count, so a checkpoint belongs to one

@@ -206,6 +206,7 @@ REFUSED_TRAINER_KEYS = {
     "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
     "label_smoothing_factor": "would have no effect, the loss is distill.losses; leave it out",
     "ignore_data_skip": "would train the same text again after a resume; leave it out",
+    "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
     "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
     "load_best_model_at_end": "there is no evaluation during training yet; leave it out",
     "eval_strategy": "there is no evaluation during training yet; use `shoal eval`",
