@@ -29,7 +29,6 @@ from shoal.models import (
     logits_from_hidden,
     num_parameters,
     resolve_model,
-    save_checkpoint,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -80,7 +79,8 @@ def test_precision_is_as_stored_or_as_asked(tmp_path: Path, dtype: str, expected
 
 
 def test_saved_checkpoint_appears_whole_and_loads_without_us(whole: Path, tmp_path: Path) -> None:
-    save_checkpoint(load_model(whole), load_tokenizer(whole), tmp_path / "again")
+    load_model(whole).save_pretrained(tmp_path / "again")
+    load_tokenizer(whole).save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again.lm_head.weight, load_model(whole).lm_head.weight)
     assert [file.name for file in tmp_path.iterdir()] == ["again"]
@@ -316,7 +316,8 @@ def test_unreachable_hub_is_explained_within_seconds(
 def test_fingerprint_ignores_place_sharding_and_resaving(whole: Path, folder: Path, tmp_path: Path) -> None:
     expected = model_fingerprint(whole)
     assert model_fingerprint(folder) == expected
-    save_checkpoint(load_model(folder), load_tokenizer(folder), tmp_path / "again")
+    load_model(folder).save_pretrained(tmp_path / "again")
+    load_tokenizer(folder).save_pretrained(tmp_path / "again")
     assert model_fingerprint(tmp_path / "again") == expected
     set_json(folder / "config.json", _name_or_path="/elsewhere", transformers_version="0")
     (folder / "README.md").write_text("changed")

@@ -12,7 +12,6 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifact import written_folder
 from shoal.checkpoint import DOWNLOAD_AGAIN, check_checkpoint
 from shoal.checkpoint import checkpoint_bytes as checkpoint_bytes
 from shoal.checkpoint import model_fingerprint as model_fingerprint
@@ -130,13 +129,6 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 f"{folder}: this transformers does not know the architecture: {_first_line(error)}"
             ) from error
         raise UserError(f"{folder}: config.json cannot be used: {' '.join(str(error).split())}") from error
-
-
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write a plain Hugging Face checkpoint that appears under ``path`` only when it is complete."""
-    with written_folder(path) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
