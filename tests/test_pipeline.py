@@ -143,13 +143,13 @@ def test_lost_student_is_made_again(make_run: Any) -> None:
 
 
 def test_failed_cut_leaves_no_plan_behind(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.compress import surgery
+    from shoal.compress import apply
 
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     pipeline.prune(make_run())
-    monkeypatch.setattr(surgery, "apply_plan", fail)
+    monkeypatch.setattr(apply, "apply_plan", fail)
     with pytest.raises(KeyboardInterrupt):
         pipeline.prune(make_run(prune={"drop": [2]}))
     assert not (make_run().dir / "plan.json").exists(), "the old student would count as the new plan's"

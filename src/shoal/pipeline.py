@@ -212,7 +212,7 @@ def prune(run: Run) -> None:
     plan = PruningPlan(provenance=Provenance(inputs), num_layers=run.num_layers, drop=drop, reason=reason)
     log.info("prune: dropping %d of %d layers: %s", len(drop), plan.num_layers, ", ".join(map(str, drop)))
     if is_main():
-        from shoal.compress.surgery import apply_plan
+        from shoal.compress.apply import apply_plan
 
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
         apply_plan(run.teacher, plan, student, trust_remote_code=run.recipe.trust_remote_code)
