@@ -24,7 +24,8 @@ from torch.nn import functional
 from shoal.compress.surgery import cut_model
 from shoal.data import load_texts, pack
 from shoal.models import load_model, load_tokenizer, resolve_model
-from shoal.recipe import DataSource, LossTerm
+from shoal.recipe import LossTerm
+from shoal.section import DataSource
 from shoal.train.student import final_hidden, install_objective, output_head
 
 DROP = (3, 13, 14, 17, 25, 26)

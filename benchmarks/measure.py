@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from shoal.compress.measure import measure_importance
 from shoal.data import PackedRows, load_texts, pack
 from shoal.models import load_model, load_tokenizer, resolve_model
-from shoal.recipe import DataSource
 from shoal.runtime import device
+from shoal.section import DataSource
 
 TARGET = 1.15
 

@@ -13,7 +13,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from shoal.artifact import ItemScore, TaskScore
 from shoal.data import load_texts
 from shoal.errors import UserError
-from shoal.recipe import DataSource, Eval
+from shoal.recipe import Eval
+from shoal.section import DataSource
 
 from .engine import CausalLM
 from .samples import with_interval

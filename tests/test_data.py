@@ -25,7 +25,7 @@ from shoal.data import (
     texts_fingerprint,
 )
 from shoal.errors import UserError
-from shoal.recipe import DataSource
+from shoal.section import DataSource
 
 TEXTS = ["Erste Zeile.\nZweite.", "Ein zweites Dokument mit Ümläuten.", "3"]
 EOS = 257

@@ -6,7 +6,8 @@ import pytest
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 from shoal.errors import UserError
-from shoal.recipe import DataSource, Distill, Track
+from shoal.recipe import Distill, Track
+from shoal.section import DataSource
 from shoal.train.arguments import check_names, deepspeed_config, num_rows, training_arguments
 from shoal.train.distill import check_distillable, distill_inputs
 from shoal.train.text import training_rows, written_by_teacher

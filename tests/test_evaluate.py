@@ -24,7 +24,8 @@ from shoal.eval.perplexity import perplexity, windows
 from shoal.eval.samples import item_ids, task_score
 from shoal.eval.speed import measure_speed
 from shoal.eval.statistics import paired
-from shoal.recipe import DataSource, Eval
+from shoal.recipe import Eval
+from shoal.section import DataSource
 
 TASKS = ("knowledge_continuation", "knowledge_loglikelihood", "retrieval_generation", "reasoning_worked")
 SETTINGS = Eval(tasks=TASKS, limit=6, batch_size=5, perplexity_tokens=1500, sequence_length=256)

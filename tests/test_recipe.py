@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from shoal.errors import UserError
-from shoal.recipe import CONFIGS_DIR, DataSource, LossTerm, Recipe, as_dict, load_recipe, parse_recipe
+from shoal.recipe import CONFIGS_DIR, LossTerm, Recipe, as_dict, load_recipe, parse_recipe
+from shoal.section import DataSource
 
 BASE: dict[str, Any] = {"model": "m", "run_dir": "r"}
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))

@@ -19,8 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from shoal.artifact import fingerprint, write_json, write_text, written_folder
 from shoal.data import TEACHER_TEXT, PackedRows, load_texts, pack, texts_fingerprint
 from shoal.errors import UserError
-from shoal.recipe import DataSource, Distill
+from shoal.recipe import Distill
 from shoal.runtime import is_main
+from shoal.section import DataSource
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shoal.artifact import fingerprint
 from shoal.errors import UserError
-from shoal.recipe import DataSource
+from shoal.section import DataSource
 
 log = logging.getLogger(__name__)
 

@@ -13,50 +13,14 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from shoal.edits import Edits, contradictions
 from shoal.errors import UserError
+from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
-
-Protocol = Literal["loglikelihood", "continuation", "generation"]
-Positive = Annotated[int, Field(gt=0)]
-RowLength = Annotated[int, Field(ge=2)]
-"""Tokens of one row; a row of one token holds nothing to predict."""
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section:
-    """Refuses unknown keys: without this TypeAdapter would ignore a misspelt one and train with the default."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
-
-
-@dataclass(frozen=True)
-class DataSource(Section):
-    """Where text comes from, and how much of it."""
-
-    path: Text
-    """A bundled name (see shoal.data.BUNDLED), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or
-    a Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``,
-    else all."""
-    column: str = "text"
-    """The column that holds the text."""
-    split: str = "train"
-    name: str | None = None
-    """Configuration name of a Hub data set."""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Share of the token budget, relative to the other sources."""
-
-
-def _as_sources(value: Any) -> Any:
-    listed = value if isinstance(value, list | tuple) else [value]
-    return [{"path": item} if isinstance(item, str) else item for item in listed]
-
-
-Data = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources), Field(min_length=1)]
-"""One source or a list of them; a plain string is short for {path: string}."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +50,11 @@ class Prune(Section):
     """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
     protect: tuple[int, ...] = (0, -1)
     """Layers never dropped; negative counts from the end."""
+    edits: Edits = ()
+    """What else is done to the teacher's layers, see shoal.edits; a list may stand beside or instead of a drop."""
+    proof: Literal["auto", "run", "files"] = "auto"
+    """How the written student is proven: by running it against the teacher, or by comparing files and layers only,
+    which needs no memory; auto = run wherever the model fits into memory and can run here."""
 
 
 @dataclass(frozen=True)
@@ -306,21 +275,28 @@ def _explain(problems: Sequence[Any]) -> list[str]:
     places: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for problem in problems:
-        location, unknown = problem["loc"], problem["type"] == "unexpected_keyword_argument"
-        if not unknown:
-            location = _real_location(location)
-        place = ".".join(map(str, location))
-        if unknown:
-            known = _known_keys(location[:-1])
-            close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        *parents, last = problem["loc"]
+        if problem["type"] == "unexpected_keyword_argument":
+            real, sections = _walk(parents)
+            place = ".".join(map(str, [*real, last]))
+            known = [f.name for section in sections for f in dataclasses.fields(section)]
+            close = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
             message = "unknown key; " + (
                 f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
             )
-        elif problem["type"] in ("missing", "missing_argument"):
-            message = f"is required; add it to the file, or to the command as {place}=VALUE"
         else:
-            message = _in_our_words(problem["msg"])
-            got[place] = f" (got {reprlib.repr(problem['input'])})"
+            place = ".".join(map(str, _walk(problem["loc"])[0]))
+            if problem["type"] in ("missing", "missing_argument"):
+                message = f"is required; add it to the file, or to the command as {place}=VALUE"
+            elif problem["type"] == "union_tag_not_found":
+                message = "needs a kind, as every edit does"
+            elif problem["type"] == "union_tag_invalid":
+                place += ".kind"
+                message = f"must be one of {problem['ctx']['expected_tags']}"
+                got[place] = f" (got {problem['ctx']['tag']!r})"
+            else:
+                message = _in_our_words(problem["msg"])
+                got[place] = f" (got {reprlib.repr(problem['input'])})"
         places.setdefault(place, []).append(message)
     return [f"{place}: {' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()]
 
@@ -334,36 +310,28 @@ def _in_our_words(message: str) -> str:
     return message.replace("valid tuple", "list").replace("a valid integer", "a whole number").replace("valid ", "")
 
 
-def _real_location(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """``location`` without the names of type branches that pydantic puts into it."""
-    section: Any = Recipe
+def _walk(location: Sequence[int | str]) -> tuple[list[int | str], list[Any]]:
+    """``location`` without the names of type branches that pydantic puts into it, and the sections it may end in."""
+    sections: list[Any] = [Recipe]
     real: list[int | str] = []
     for part in location:
-        if isinstance(part, str):
-            hint = get_type_hints(section).get(part) if section is not None else None
-            if hint is None:
-                continue
-            section = _dataclass_in(hint)
-        real.append(part)
-    return tuple(real)
+        if isinstance(part, int):
+            real.append(part)
+            continue
+        hints = [get_type_hints(section, include_extras=True) for section in sections]
+        tagged = [section for section, hint in zip(sections, hints, strict=True) if part in get_args(hint.get("kind"))]
+        if len(sections) > 1 and tagged:
+            sections = tagged
+        elif found := [hint[part] for hint in hints if part in hint]:
+            real.append(part)
+            sections = [section for hint in found for section in _dataclasses_in(hint)]
+    return real, sections
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at ``location``, by walking the dataclasses along it."""
-    section: Any = Recipe
-    for part in location:
-        if isinstance(part, str):
-            section = _dataclass_in(get_type_hints(section)[part])
-    return [f.name for f in dataclasses.fields(section)]
-
-
-def _dataclass_in(hint: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return hint
-    for argument in getattr(hint, "__args__", ()):
-        if (found := _dataclass_in(argument)) is not None:
-            return found
-    return None
+def _dataclasses_in(hint: Any) -> list[Any]:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return [hint]
+    return [section for argument in get_args(hint) for section in _dataclasses_in(argument)]
 
 
 def _contradictions(recipe: Recipe) -> list[str]:
@@ -377,6 +345,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
             problems.append("prune.contiguous: has no effect beside prune.drop; give one of them")
     elif prune.num_drop is not None and prune.ratio is not None:
         problems.append("prune.ratio: prune.num_drop is given too; give one of them")
+    problems += [f"prune.edits.{problem}" for problem in contradictions(prune.edits, prune.drop or ())]
     for index, term in enumerate(recipe.distill.losses):
         if term.kind == "cross_entropy" and term.temperature != 1.0:
             problems.append(
