@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from shoal.artifact import Importance
+from shoal.edits import Edit, edited_layers, in_words, removed_layers
 from shoal.errors import UserError
 from shoal.recipe import Prune
 
@@ -24,14 +25,48 @@ DEFAULT_RUN_METRIC = "angular"
 def choose_layers(prune: Prune, *, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], str]:
     """The layers to drop, increasing, and how they were chosen in words for a reader.
 
+    Among them are the layers that edits merge or replace; layers that edits name are never chosen automatically.
+
     An explicit ``prune.drop`` is the user's wish and overrides the default of ``prune.protect``, which guards automatic
     choices; it may not contradict a protect list that differs from the default, since then the user has said both.
 
     Raises:
         UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
     """
+    _check_edits(prune.edits, num_layers)
+    drop, reason = _choose(prune, num_layers, importance)
+    removed = removed_layers(prune.edits)
+    if len(drop) + len(removed) == num_layers:
+        raise UserError(f"prune: drop and edits together remove all {num_layers} layers; keep at least one")
+    return tuple(sorted({*drop, *removed})), "; ".join(filter(None, [reason, *map(in_words, prune.edits)]))
+
+
+def check_choice(prune: Prune, *, num_layers: int) -> None:
+    """Refuse what no measurement could make possible, before anything is measured.
+
+    Raises:
+        UserError: as choose_layers does, as far as it needs no scores.
+    """
+    _check_edits(prune.edits, num_layers)
+    if prune.drop is not None:
+        _explicit(prune, prune.drop, num_layers)
+    elif is_automatic(prune):
+        _count(prune, num_layers)
+        _protected(prune.protect, num_layers)
+
+
+def is_automatic(prune: Prune) -> bool:
+    """Whether layers are to be chosen by scores, so that importance.json is needed."""
+    edits_only = prune.edits and prune.num_drop is None and prune.ratio is None
+    return prune.drop is None and not edits_only
+
+
+def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], str]:
+    """What is dropped besides what edits remove."""
     if prune.drop is not None:
         return _explicit(prune, prune.drop, num_layers)
+    if not is_automatic(prune):
+        return (), ""
     count = _count(prune, num_layers)
     protected = _protected(prune.protect, num_layers)
     if importance is None:
@@ -43,25 +78,24 @@ def choose_layers(prune: Prune, *, num_layers: int, importance: Importance | Non
             f"importance.json: was measured on a model of {importance.num_layers} layers, this one has {num_layers}; "
             "run `shoal measure` again for this model"
         )
+    protected |= {layer for edit in prune.edits for layer in edited_layers(edit)}
     if prune.contiguous:
         return _best_run(prune, count, protected, importance)
     return _lowest(prune, count, protected, importance)
 
 
-def check_choice(prune: Prune, *, num_layers: int) -> None:
-    """Refuse what no measurement could make possible, before anything is measured.
-
-    Raises:
-        UserError: as choose_layers does, as far as it needs no scores.
-    """
-    if prune.drop is not None:
-        _explicit(prune, prune.drop, num_layers)
-        return
-    _count(prune, num_layers)
-    _protected(prune.protect, num_layers)
+def _check_edits(edits: Sequence[Edit], num_layers: int) -> None:
+    for index, edit in enumerate(edits):
+        for layer in edited_layers(edit):
+            if layer >= num_layers:
+                raise UserError(
+                    f"prune.edits.{index}: {layer} is no layer of this model; its layers are 0..{num_layers - 1}"
+                )
 
 
 def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> tuple[tuple[int, ...], str]:
+    if not drop and prune.edits:
+        return (), ""
     if not drop:
         raise UserError("prune.drop: is empty, so nothing would be dropped; name at least one layer")
     for layer in drop:
@@ -92,7 +126,9 @@ def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> tuple[tuple
 
 def _count(prune: Prune, num_layers: int) -> int:
     if prune.num_drop is None and prune.ratio is None:
-        raise UserError("prune: says neither what nor how much to drop; give prune.drop, prune.num_drop or prune.ratio")
+        raise UserError(
+            "prune: says neither what nor how much to drop; give prune.drop, prune.num_drop, prune.ratio or prune.edits"
+        )
     if prune.num_drop is not None:
         key, count = f"prune.num_drop={prune.num_drop}", prune.num_drop
     else:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from shoal.artifact import Importance, Provenance
-from shoal.compress.plan import choose_layers
+from shoal.compress.plan import check_choice, choose_layers
+from shoal.edits import Merge, SkipAttention
 from shoal.errors import UserError
 from shoal.recipe import Prune
 
@@ -95,7 +96,7 @@ def test_importance_read_from_disk_gives_the_same_choice(tmp_path: Path) -> None
         ({"drop": tuple(range(6))}, r"prune.drop: names all 6 layers; keep at least one"),
         ({"drop": (1, 2), "protect": (2,)}, r"names layer 2, which prune.protect=\[2\] forbids"),
         ({"protect": (9,), "num_drop": 1}, r"prune.protect: 9 is no layer of this model"),
-        ({}, r"give prune.drop, prune.num_drop or prune.ratio"),
+        ({}, r"give prune.drop, prune.num_drop, prune.ratio or prune.edits"),
         ({"ratio": 0.1}, r"prune.ratio=0.1: is less than one of 6 layers; give at least 0.167"),
         ({"num_drop": 6}, r"prune.num_drop=6: would drop all 6 layers; drop at most 5"),
         ({"num_drop": 5}, r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\]\)"),
@@ -124,3 +125,41 @@ def test_automatic_choice_without_importance_is_refused() -> None:
 def test_importance_of_another_model_is_refused() -> None:
     with pytest.raises(UserError, match=r"was measured on a model of 4 layers, this one has 6"):
         choose(importance(4), num_drop=1)
+
+
+MERGE = Merge("merge", (2, 3))
+SKIP = SkipAttention("skip_attention", (1,))
+
+
+def test_layers_that_a_merge_takes_in_are_dropped_and_told() -> None:
+    assert choose(edits=(MERGE, SKIP)) == (
+        (3,),
+        "layers 2, 3 merged into one (laco); attention of layer 1 zeroed",
+    )
+    drop, reason = choose(drop=(5,), edits=(MERGE,))
+    assert drop == (3, 5)
+    assert (
+        reason
+        == "1 of 6 layers named in the recipe, among them layer 5, which an automatic choice would protect"
+        + ("; layers 2, 3 merged into one (laco)")
+    )
+
+
+def test_edited_layers_are_not_chosen_automatically() -> None:
+    assert choose(importance(), num_drop=2)[0] == (2, 4)
+    assert choose(importance(), num_drop=2, edits=(SkipAttention("skip_attention", (2,)),))[0] == (1, 4)
+    assert choose(importance(), num_drop=1, contiguous=True, edits=(MERGE,))[0] == (1, 3)
+
+
+def test_empty_drop_list_is_no_mistake_beside_edits() -> None:
+    assert choose(drop=(), edits=(SKIP,)) == ((), "attention of layer 1 zeroed")
+
+
+def test_edits_that_this_model_cannot_take_are_refused() -> None:
+    with pytest.raises(UserError, match=r"prune.edits.1: 6 is no layer of this model; its layers are 0..5"):
+        choose(edits=(SKIP, SkipAttention("skip_attention", (6,))))
+    with pytest.raises(UserError, match=r"drop and edits together remove all 6 layers"):
+        choose(drop=(0, 1, 2, 3, 4), edits=(Merge("merge", (4, 5)),))
+    check_choice(Prune(edits=(SKIP,)), num_layers=NUM_LAYERS)
+    with pytest.raises(UserError, match=r"1 is no layer"):
+        check_choice(Prune(edits=(SKIP,)), num_layers=1)

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from shoal.edits import Edits, first_change
 from shoal.errors import UserError, explained_disk_errors
 from shoal.runtime import environment
 
@@ -117,6 +118,13 @@ class PruningPlan(Artifact):
     """Strictly increasing."""
     reason: str
     """How the layers were chosen, in words for a reader."""
+    edits: Edits = ()
+    """What was done to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
+
+    @property
+    def first_change(self) -> int:
+        """The lowest layer at which the student is not the teacher any more."""
+        return first_change(self.drop, self.edits)
 
     @property
     def keep(self) -> tuple[int, ...]:
