@@ -27,7 +27,7 @@ from .arguments import check_names, deepspeed_config, num_rows, training_argumen
 from .checkpoint import last_complete
 from .progress import Progress
 from .stop import StopRequest
-from .student import SharedPrefix, install_objective, set_trainable
+from .student import SharedPrefix, install_objective, keep_zeros, set_trainable
 from .text import training_rows, wants_teacher_text, written_by_teacher
 from .trainer import DistillTrainer
 
@@ -96,7 +96,7 @@ def distill(
     student_dir: Path,
     *,
     run_dir: Path,
-    drop: tuple[int, ...],
+    first_change: int,
     settings: Distill,
     track: Track,
     inputs: dict[str, Any],
@@ -109,7 +109,7 @@ def distill(
     """Train the student in ``student_dir`` on the teacher's distributions; write distilled/ and distill.json.
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
-    same run, if there is one.
+    same run, if there is one. ``first_change`` is the lowest layer at which the student is not the teacher.
 
     Raises:
         Stopped: on SIGTERM or when the launcher is gone, after saving.
@@ -143,10 +143,10 @@ def distill(
     arguments, keep = training_arguments(settings, output_dir=checkpoints, seed=seed, report_to=report_to)
     teacher = load_model(teacher_dir, dtype=dtype, **load).requires_grad_(False)
     student = load_model(student_dir, dtype="float32", **load)
-    first_cut = min(drop)
-    set_trainable(student, settings.trainable, first_cut=first_cut)
+    set_trainable(student, settings.trainable, first_change=first_change)
+    keep_zeros(student)
     undo = install_objective(student, teacher, terms=settings.losses, chunk=settings.head_chunk)
-    shares = settings.trainable == "from_first_cut" and first_cut > 0
+    shares = settings.trainable == "from_first_cut" and first_change > 0
     stop = StopRequest()
     trainer = DistillTrainer(
         model=student,
@@ -154,7 +154,7 @@ def distill(
         train_dataset=rows,
         data_collator=_stack,
         teacher=teacher,
-        prefix=SharedPrefix(student, teacher, first_cut=first_cut) if shares else None,
+        prefix=SharedPrefix(student, teacher, first_change=first_change) if shares else None,
         terms=settings.losses,
         inputs={**inputs, "world_size": world_size()},
         keep_checkpoints=keep,

@@ -14,6 +14,9 @@ from pydantic import Field
 
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 
+ZEROED_WEIGHTS = "shoal_zeroed_weights"
+"""Configuration key that names the student's parameters in which an edit zeroed entries."""
+
 Index = Annotated[int, Field(ge=0)]
 Indices = Annotated[tuple[Index, ...], Field(min_length=1)]
 Run = Annotated[tuple[Index, ...], Field(min_length=2)]

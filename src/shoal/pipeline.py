@@ -267,7 +267,7 @@ def distill(run: Run) -> None:
         run.teacher,
         run.dir / "student",
         run_dir=run.dir,
-        drop=plan.drop,
+        first_change=plan.first_change,
         settings=recipe.distill,
         track=recipe.track,
         inputs=inputs,
