@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from shoal.edits import Edits, first_change
+from shoal.edits import Edits, first_change, in_words
 from shoal.errors import UserError, explained_disk_errors
 from shoal.runtime import environment
 
@@ -120,6 +120,11 @@ class PruningPlan(Artifact):
     """How the layers were chosen, in words for a reader."""
     edits: Edits = ()
     """What was done to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
+
+    def in_words(self) -> str:
+        """What is done to the teacher, in one line."""
+        gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
+        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits)])
 
     @property
     def first_change(self) -> int:
@@ -291,11 +296,11 @@ def written_folder(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
     """
     with explained_disk_errors(path, setting=setting):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        remove_leftovers(path)
         temporary, lock = _locked_folder(path)
         try:
             yield temporary
-            _put_in_place(temporary, path)
+            put_in_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             os.close(lock)
@@ -326,7 +331,8 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
         os.close(descriptor)
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_leftovers(path: Path) -> None:
+    """Delete the temporary siblings of ``path`` that dead processes left."""
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         try:
             descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
@@ -338,7 +344,7 @@ def _remove_leftovers(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
     """Rename ``temporary`` to ``path``, moving aside what is there, as often as others put something there."""
     aside = temporary.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     while True:

@@ -35,6 +35,7 @@ from shoal.artifact import (
     write_json,
 )
 from shoal.data import TEACHER_TEXT, load_texts, pack, sources_fingerprint
+from shoal.edits import Replace, Swap
 from shoal.errors import UserError
 from shoal.models import (
     load_config,
@@ -64,13 +65,18 @@ class Run:
 
     @cached_property
     def teacher(self) -> Path:
-        """The teacher's local folder. Rank 0 resolves it first: a download or conversion happens once per machine."""
-        if dist.is_initialized() and not is_main():
-            dist.barrier()
-        folder = resolve_model(self.recipe.model, revision=self.recipe.revision)
-        if dist.is_initialized() and is_main():
-            dist.barrier()
-        return folder
+        """The teacher's local folder."""
+        return _resolved(self.recipe.model, self.recipe.revision)
+
+    @cached_property
+    def donors(self) -> dict[int, Path]:
+        """The local folders of the models that swaps take layers from, by index in prune.edits."""
+        edits = enumerate(self.recipe.prune.edits)
+        return {index: _resolved(edit.donor, edit.donor_revision) for index, edit in edits if isinstance(edit, Swap)}
+
+    @cached_property
+    def donor_fingerprints(self) -> dict[int, str]:
+        return {index: model_fingerprint(folder) for index, folder in self.donors.items()}
 
     @cached_property
     def teacher_fingerprint(self) -> str:
@@ -88,6 +94,16 @@ class Run:
             "attention": recipe.attention,
             "trust_remote_code": recipe.trust_remote_code,
         }
+
+
+def _resolved(model: str, revision: str | None) -> Path:
+    """The model's local folder. Rank 0 resolves it first: a download or conversion happens once per machine."""
+    if dist.is_initialized() and not is_main():
+        dist.barrier()
+    folder = resolve_model(model, revision=revision)
+    if dist.is_initialized() and is_main():
+        dist.barrier()
+    return folder
 
 
 @contextmanager
@@ -181,21 +197,30 @@ def measure(run: Run) -> None:
 
 
 def plan_inputs(run: Run) -> dict[str, Any]:
-    """What identifies plan.json, the importance it was chosen by included."""
-    section = {f"prune.{key}": value for key, value in as_dict(run.recipe.prune).items()}
+    """What identifies plan.json and student/: the importance layers were chosen by and what edits read included."""
+    from shoal.compress.plan import is_automatic
+
+    prune = run.recipe.prune
+    section = {f"prune.{key}": value for key, value in as_dict(prune).items() if key not in ("proof", "edits")}
     inputs = {"model": run.teacher_fingerprint, **section}
-    if run.recipe.prune.drop is None:
+    if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
-    return inputs
+    for index, edit in enumerate(prune.edits):
+        inputs[f"prune.edits.{index}"] = as_dict(edit)
+        if isinstance(edit, Replace):
+            inputs[f"prune.edits.{index}.data"] = sources_fingerprint(edit.data)
+            inputs |= {"seed": run.recipe.seed, "dtype": run.recipe.dtype, "attention": run.recipe.attention}
+    donors = run.donor_fingerprints.items()
+    return {**inputs, **{f"prune.edits.{index}.donor": found for index, found in donors}}
 
 
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
-    from shoal.compress.plan import choose_layers
+    from shoal.compress.plan import choose_layers, is_automatic
 
     settings = run.recipe.prune
     importance = None
-    if settings.drop is None:
+    if is_automatic(settings):
         path = run.dir / Importance.FILE
         if path.is_file():
             _require(Importance, path, measure_inputs(run), "shoal measure")
@@ -209,8 +234,8 @@ def prune(run: Run) -> None:
         return
     _refuse_stale_training(run)
     drop, reason = choose_layers(settings, num_layers=run.num_layers, importance=importance)
-    plan = PruningPlan(provenance=Provenance(inputs), num_layers=run.num_layers, drop=drop, reason=reason)
-    log.info("prune: dropping %d of %d layers: %s", len(drop), plan.num_layers, ", ".join(map(str, drop)))
+    plan = PruningPlan(Provenance(inputs), run.num_layers, drop, reason, settings.edits)
+    log.info("prune: %s", plan.in_words())
     if is_main():
         from shoal.compress.apply import apply_plan
 
