@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
+from shoal.edits import in_words
 from shoal.errors import UserError
 from shoal.models import DEMO_PREFIX
 
@@ -127,13 +128,12 @@ def _body(run: Run, comparison: Comparison, base: str | None, found: License) ->
 
 def _cut_lines(run: Run, base: str | None) -> list[Block]:
     assert run.plan is not None
-    drop = layers_text(run.plan.drop)
-    lines = [
-        f"Base model: {base or 'a local checkpoint'}, {run.plan.num_layers} decoder layers",
-        f"Dropped layers (of the base model, counted from 0): {drop}",
-        f"Kept: {layers_text(run.plan.keep)}",
-        f"How they were chosen: {run.plan.reason}",
-    ]
+    lines = [f"Base model: {base or 'a local checkpoint'}, {run.plan.num_layers} decoder layers"]
+    if run.plan.drop:
+        lines.append(f"Dropped layers (of the base model, counted from 0): {layers_text(run.plan.drop)}")
+        lines.append(f"Kept: {layers_text(run.plan.keep)}")
+    lines += [f"Edited: {in_words(edit)}" for edit in run.plan.edits]
+    lines.append(f"How they were chosen: {run.plan.reason}")
     if run.training:
         lines.append(f"Distilled from the base model on {run.training.num_tokens:,} tokens")
     return [Bullets(tuple(lines))]

@@ -8,6 +8,7 @@ import yaml
 
 from shoal.artifact import Json
 from shoal.data import BUNDLED, TEACHER_TEXT
+from shoal.edits import in_words
 from shoal.recipe import CONFIGS_DIR
 
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
@@ -44,7 +45,10 @@ def cut_section(run: Run, picture: Picture | None) -> Section:
         blocks.append(Paragraph("No plan has been made yet: `shoal prune` fills this section."))
     else:
         drop = run.plan.drop
-        blocks.append(Paragraph(f"Cut: layers {layers_text(drop)}. Kept: layers {layers_text(run.plan.keep)}."))
+        if drop:
+            blocks.append(Paragraph(f"Cut: layers {layers_text(drop)}. Kept: layers {layers_text(run.plan.keep)}."))
+        if run.plan.edits:
+            blocks.append(Paragraph(f"Edited: {listed(map(in_words, run.plan.edits))}."))
         blocks.append(Paragraph(f"How they were chosen: {run.plan.reason}"))
     if run.importance is None:
         blocks.append(Paragraph("Importance was not measured in this run, so there is no figure of it."))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from shoal.edits import in_words
+
 from .findings import Comparison, Row, Run
 from .wording import count_text, layers_text, listed, signed, task_name
 
@@ -33,8 +35,10 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
 def facts(run: Run) -> tuple[tuple[str, str], ...]:
     """Figures to take in at a glance: value and what it is."""
     found: list[tuple[str, str]] = []
-    if run.plan:
+    if run.plan and (run.plan.drop or not run.plan.edits):
         found.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers cut"))
+    if run.plan and run.plan.edits:
+        found.append((str(len(run.plan.edits)), "edits of layers" if len(run.plan.edits) > 1 else "edit of layers"))
     small, teacher = _smallest(run), run.evaluations.get("teacher")
     if teacher and small:
         change = 100 * (run.evaluations[small].num_parameters / teacher.num_parameters - 1)
@@ -52,7 +56,7 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
 def _cut(run: Run) -> str:
     if run.plan is None:
         return f"No layer of {run.model} has been cut yet."
-    drop = run.plan.drop
+    drop, edits = run.plan.drop, run.plan.edits
     what = f"{len(drop)} of the {run.plan.num_layers} decoder layers of {run.model}"
     which = f"({'layer' if len(drop) == 1 else 'layers'} {layers_text(drop)}, counted from 0)"
     sentence = f"{what} {'was' if len(drop) == 1 else 'were'} cut out {which}"
@@ -60,7 +64,8 @@ def _cut(run: Run) -> str:
     if teacher and small:
         before, after = teacher.num_parameters, run.evaluations[small].num_parameters
         sentence += f", which takes the model from {count_text(before)} to {count_text(after)} parameters"
-    return sentence + "."
+    changed = f"Edited{'' if drop else f' in {run.model}'}: {listed(map(in_words, edits))}." if edits else ""
+    return " ".join([*([f"{sentence}."] if drop or not edits else []), *([changed] if changed else [])])
 
 
 def _lost(rows: Sequence[Row]) -> str:

@@ -18,6 +18,7 @@ from shoal.artifact import (
     TaskScore,
     Training,
 )
+from shoal.edits import Edits
 from shoal.eval.statistics import interval
 from shoal.recipe import as_dict, parse_recipe
 
@@ -38,8 +39,8 @@ def importance() -> Importance:
     return Importance(provenance(), NUM_LAYERS, 20_000, layers, runs)
 
 
-def plan(drop: tuple[int, ...] = DROP) -> PruningPlan:
-    return PruningPlan(provenance(), NUM_LAYERS, drop, "the run of 3 layers with the lowest angular distance")
+def plan(drop: tuple[int, ...] = DROP, edits: Edits = ()) -> PruningPlan:
+    return PruningPlan(provenance(), NUM_LAYERS, drop, "the run of 3 layers with the lowest angular distance", edits)
 
 
 def training() -> Training:

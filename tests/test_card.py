@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from results import evaluation, plan, write_run
 
+from shoal.edits import SkipMlp, Swap
 from shoal.errors import UserError
 from shoal.eval.card import model_card
 from shoal.eval.report import draw_figures, read_run
@@ -114,6 +115,16 @@ def test_card_of_a_cut_model_without_evaluation_says_so(tmp_path: Path) -> None:
     assert "Nothing was evaluated" in card
     assert "It was not trained after the cut" in card
     assert metadata(card).eval_results is None
+
+
+def test_card_tells_edits_and_no_path_of_a_donor(tmp_path: Path) -> None:
+    edits = (SkipMlp("skip_mlp", (3,)), Swap("swap", (5,), f"{tmp_path}/donor"))
+    plan((), edits).write(tmp_path / "plan.json")
+    card = model_card(tmp_path)
+    assert "Edited: MLP of layer 3 zeroed" in card
+    assert "Edited: layer 5 swapped with donor at weight 1" in card
+    assert "Dropped layers" not in card
+    assert str(tmp_path) not in card
 
 
 def test_card_needs_a_plan(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from results import DROP, SKILL, choice, evaluation, importance, plan, training, write_run
 
 from shoal.artifact import ItemScore, TaskScore
+from shoal.edits import SkipAttention, Swap
 from shoal.errors import UserError
 from shoal.eval.document import Code, Paragraph, Table, block_markdown, inline
 from shoal.eval.findings import Run, compare, protocol_gaps, read_run
@@ -360,6 +361,27 @@ def test_headline_of_a_plan_alone(tmp_path: Path) -> None:
         "1 of the 8 decoder layers of the model was cut out (layer 2, counted from 0).",
         "No ability has been evaluated yet, so nothing is said here about what was lost.",
     )
+
+
+@pytest.mark.parametrize(
+    ("drop", "said"),
+    [
+        ((), "Edited in the model: attention of layer 3 zeroed and layer 5 swapped with donor at weight 1."),
+        (
+            (2,),
+            "1 of the 8 decoder layers of the model was cut out (layer 2, counted from 0). "
+            "Edited: attention of layer 3 zeroed and layer 5 swapped with donor at weight 1.",
+        ),
+    ],
+)
+def test_edits_are_told_without_paths(tmp_path: Path, drop: tuple[int, ...], said: str) -> None:
+    edits = (SkipAttention("skip_attention", (3,)), Swap("swap", (5,), f"{tmp_path}/donor"))
+    plan(drop, edits).write(tmp_path / "plan.json")
+    run = read_run(tmp_path)
+    assert headline(run, compare(run))[0] == said
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "attention of layer 3 zeroed" in page
+    assert ("Cut: layers" in page) == bool(drop)
 
 
 @pytest.mark.slow

@@ -169,7 +169,9 @@ def in_words(edit: Edit) -> str:
             return f"key-value groups {', '.join(map(str, edit.groups))} of {layers} zeroed"
         case Swap():
             parts = "".join(f" and {part}" for part in edit.parts)
-            return f"{layers}{parts} swapped with {edit.donor} at weight {edit.weight:g}"
+            local = edit.donor.startswith((".", "/", "~"))  # a card is read by strangers: no paths of one disk
+            donor = edit.donor.rstrip("/").rpartition("/")[2] if local else edit.donor
+            return f"{layers}{parts} swapped with {donor} at weight {edit.weight:g}"
         case Merge():
             return f"{layers} merged into one ({edit.method})"
         case Replace():
