@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -168,6 +170,8 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
             elif indexes := getattr(part, "deepstack_visual_indexes", None):  # fed into the first text layers
                 refuse(f"{name}.deepstack_visual_indexes", indexes, keep)
     setattr(student, KEPT_LAYERS, [_origin(config, num_layers)[layer] for layer in keep])
+    if zeroed := getattr(config, ZEROED_WEIGHTS, None):
+        setattr(student, ZEROED_WEIGHTS, _renumbered_names(zeroed, keep))
     _check_round_trip(config, student, keep)
     _refuse_without_attention(config, student)
     return student
@@ -215,6 +219,16 @@ def _origin(config: PreTrainedConfig, num_layers: int) -> list[int]:
             "the configuration was edited after the cut"
         )
     return list(recorded)
+
+
+def _renumbered_names(names: Sequence[str], keep: Sequence[int]) -> list[str]:
+    """Parameter names of kept layers under their new numbers; the first number in a name is the layer's."""
+    renamed = []
+    for name in names:
+        before, layer, after = re.split(r"(?<=\.)(\d+)(?=\.)", name, maxsplit=1)
+        if int(layer) in keep:
+            renamed.append(f"{before}{list(keep).index(int(layer))}{after}")
+    return renamed
 
 
 def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
