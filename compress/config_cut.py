@@ -141,6 +141,7 @@ NOT_PER_LAYER = {
     "keys_to_ignore_at_inference",
     "id2label",
     KEPT_LAYERS,
+    ZEROED_WEIGHTS,
 }
 """Lists whose length may equal the number of layers by accident."""
 
