@@ -32,13 +32,13 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int], *, share: bool = Fals
     Raises:
         UserError: an index that is no layer, all layers, or a cut the architecture cannot express.
     """
-    keep = _kept(len(decoder_layers(model)), drop)
+    keep = kept_layers(len(decoder_layers(model)), drop)
     config = cut_config(model.config, keep)
     with init_empty_weights(include_buffers=False), no_init_weights():
         student = type(model)._from_config(config, dtype=model.dtype)
     _fill(student, model, keep, share=share)
     student.tie_weights()
-    _refuse_changed_layers(model, student, keep)
+    refuse_changed_layers(model, student, keep)
     if model.generation_config is not None:
         student.generation_config = copy.deepcopy(model.generation_config)
     return student.eval()
@@ -55,7 +55,7 @@ def skipped(model: PreTrainedModel, drop: Sequence[int]) -> Iterator[PreTrainedM
         UserError: an index that is no layer, or all layers.
     """
     layers = decoder_layers(model)
-    _kept(len(layers), drop)
+    kept_layers(len(layers), drop)
     handles = [layers[layer].register_forward_hook(_pass_input_on, with_kwargs=True) for layer in drop]
     try:
         yield model
@@ -64,7 +64,12 @@ def skipped(model: PreTrainedModel, drop: Sequence[int]) -> Iterator[PreTrainedM
             handle.remove()
 
 
-def _kept(num_layers: int, drop: Sequence[int]) -> tuple[int, ...]:
+def kept_layers(num_layers: int, drop: Sequence[int]) -> tuple[int, ...]:
+    """The layers that stay, increasing.
+
+    Raises:
+        UserError: ``drop`` names an index that is no layer, or all layers.
+    """
     dropped = set(drop)
     outside = sorted(layer for layer in dropped if not 0 <= layer < num_layers)
     if outside:
@@ -139,7 +144,7 @@ def _refuse_unmatched(
             )
 
 
-def _refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, keep: Sequence[int]) -> None:
+def refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, keep: Sequence[int]) -> None:
     """Compare every kept layer's plain attributes (attention kind, window, RoPE or not, ...) with the teacher's.
 
     Logits on a short input would not show a window of 4,096 tokens that has become full attention.
