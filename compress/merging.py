@@ -1,0 +1,231 @@
+"""Merge neighbouring decoder layers into one; put new tensors into the layers of a student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shoal.errors import UserError
+from shoal.models import decoder_layers
+
+from .surgery import _traits, cut_model
+
+Method = Literal["laco", "weighted"]
+
+
+def merge_run(
+    model: PreTrainedModel,
+    start: int,
+    length: int,
+    *,
+    method: Method = "laco",
+    weights: Sequence[float] | None = None,
+) -> PreTrainedModel:
+    """A new model in which one layer, in the place of layer ``start``, stands for ``length`` layers from there on.
+
+    Several merges and drops at once are `with_layers(model, drop, {start: merged_layer(model, start, length), ...})`:
+    every merge then sees the intact model.
+
+    Raises:
+        UserError: as merged_layer and cut_model do.
+    """
+    merged = merged_layer(model, start, length, method=method, weights=weights)
+    return with_layers(model, range(start + 1, start + length), {start: merged})
+
+
+@torch.no_grad()
+def merged_layer(
+    model: PreTrainedModel,
+    start: int,
+    length: int,
+    *,
+    method: Method = "laco",
+    weights: Sequence[float] | None = None,
+) -> dict[str, Tensor]:
+    """Every parameter and every stored buffer of the layer that stands for ``length`` layers from ``start`` on.
+
+    `laco` is the first layer plus the differences of all others to it (Yang et al. 2024, arXiv:2402.11187, equation 1):
+    theta* = theta_l + sum_{k=1..m} (theta_{l+k} - theta_l), m = length - 1. The authors' code subtracts the running sum
+    instead, which keeps nothing but the last layer. `weighted` is sum_k w_k theta_{l+k}; without ``weights`` the mean.
+    Both are linear, so they are one sum in float64, rounded to the stored dtype at its end. Experts are matched by
+    their index. What a family keeps per layer outside its layers (Gemma 3n's embeddings) stays the first layer's.
+
+    Raises:
+        UserError: a run outside the model, layers of different kinds or shapes, tensors shared with other layers or not
+            of floating point, weights that do not fit or do not add up to 1, an overflow.
+    """
+    factors = _factors(length, method, weights)
+    run = check_run(model, start, length)
+    refuse_different_kinds(model, run)
+    tensors = [layer_tensors(model, layer) for layer in run]
+    merged = {name: _combined([own[name] for own in tensors], factors) for name in tensors[0]}
+    if overflown := [name for name, tensor in merged.items() if not tensor.isfinite().all()]:
+        raise UserError(
+            f"merge of layers {start}..{run[-1]}: {overflown[0]} is not finite in {merged[overflown[0]].dtype}; "
+            "merge fewer layers, or load the model with dtype: float32"
+        )
+    return merged
+
+
+def with_layers(
+    model: PreTrainedModel,
+    drop: Sequence[int],
+    layers: Mapping[int, Mapping[str, Tensor]],
+    *,
+    share: bool = False,
+) -> PreTrainedModel:
+    """A new model without the layers ``drop``, in which the named ``layers`` have the given tensors.
+
+    All indices are those of ``model``, which stays as it is; ``share`` is that of cut_model, and the given tensors are
+    never copied.
+
+    Raises:
+        UserError: a cut that cut_model refuses; a layer that is dropped as well; tensors that have no place in it.
+    """
+    dropped = set(drop)
+    if gone := sorted(layers.keys() & dropped):
+        raise UserError(f"layer {gone[0]}: is dropped and given new tensors at once; do one of them")
+    for layer in layers:
+        check_run(model, layer, 1)
+        refuse_shared_parameters(model, layer)
+    student = cut_model(model, drop, share=share)
+    keep = [layer for layer in range(len(decoder_layers(model))) if layer not in dropped]
+    for layer, tensors in layers.items():
+        put_tensors(decoder_layers(student)[keep.index(layer)], tensors, where=f"layer {layer}")
+    return student
+
+
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Make ``tensors`` the parameters and buffers of ``module`` that have their names, without a copy.
+
+    Raises:
+        UserError: a name, shape or dtype that the module has not; the message begins with ``where``.
+    """
+    places = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, tensor in tensors.items():
+        old = places.get(name)
+        if old is None:
+            raise UserError(f"{where}: has no tensor {name}; these tensors are another layer's")
+        if (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+            raise UserError(
+                f"{where}: {name} is {old.dtype} {tuple(old.shape)}, but {tensor.dtype} {tuple(tensor.shape)} is to "
+                "take its place; these tensors are another layer's"
+            )
+        owner, _, leaf = name.rpartition(".")
+        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        setattr(module.get_submodule(owner), leaf, new)
+
+
+def check_run(model: PreTrainedModel, start: int, length: int) -> range:
+    """The indices of ``length`` layers from ``start`` on.
+
+    Raises:
+        UserError: some of them are no layers of the model.
+    """
+    last = len(decoder_layers(model)) - 1
+    if length < 1 or start < 0 or start + length - 1 > last:
+        raise UserError(f"layers {start}..{start + length - 1}: this model's layers are 0..{last}")
+    return range(start, start + length)
+
+
+def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Compare classes and plain attributes (attention kind, window, experts or not, ...) of layers, and their shapes.
+
+    Raises:
+        UserError: one that is not the same in all of them.
+    """
+    first, *others = layers
+    expected = _kind(model, first)
+    for layer in others:
+        found = _kind(model, layer)
+        for trait in sorted(expected.keys() | found.keys(), key=lambda name: (name.count("."), name)):
+            if expected.get(trait) != found.get(trait):
+                raise UserError(
+                    f"layers {first} and {layer} are of different kinds: {trait} is {expected.get(trait)!r} in one and "
+                    f"{found.get(trait)!r} in the other; only layers of one kind can stand for each other"
+                )
+        computed = _computed(model, layer)
+        for name, buffer in _computed(model, first).items():
+            if not torch.equal(buffer, computed[name]):
+                raise UserError(
+                    f"layers {first} and {layer} are of different kinds: their computed {name} differs; "
+                    "only layers of one kind can stand for each other"
+                )
+
+
+def layer_tensors(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
+    """Parameters and stored buffers of one decoder layer by their names in it; the model's own storage.
+
+    Raises:
+        UserError: one that other layers use too, or that is not of floating point.
+    """
+    refuse_shared_parameters(model, layer)
+    module = decoder_layers(model)[layer]
+    tensors = {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
+    if fixed := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(
+            f"layer {layer}: {fixed[0]} is {tensors[fixed[0]].dtype}, not floating point; give the full-precision model"
+        )
+    return tensors
+
+
+def refuse_shared_parameters(model: PreTrainedModel, layer: int) -> None:
+    """Refuse a layer with a parameter that the model uses elsewhere too: new tensors would change other layers.
+
+    Raises:
+        UserError: there is one.
+    """
+    own = {id(parameter) for parameter in decoder_layers(model)[layer].parameters()}
+    total = sum(id(parameter) in own for _, parameter in model.named_parameters(remove_duplicate=False))
+    inside = len(list(decoder_layers(model)[layer].named_parameters(remove_duplicate=False)))
+    if total > inside:
+        raise UserError(
+            f"layer {layer}: shares parameters with other layers of this {model.config.model_type} model, "
+            "so it cannot get tensors of its own; choose other layers"
+        )
+
+
+def _kind(model: PreTrainedModel, layer: int) -> dict[str, object]:
+    module = decoder_layers(model)[layer]
+    shapes = {f"shape of {name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    return {**_traits(module, layer), **shapes}
+
+
+def _computed(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
+    """Buffers that no checkpoint stores: made from the configuration, so that they are part of a layer's kind."""
+    module = decoder_layers(model)[layer]
+    stored = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name not in stored}
+
+
+def _factors(length: int, method: Method, weights: Sequence[float] | None) -> tuple[float, ...]:
+    """What each layer of the run counts for; they add up to 1."""
+    if length < 2:
+        raise UserError(f"merge of {length} layers: takes at least two")
+    if method == "laco":
+        if weights is not None:
+            raise UserError("merge: weights have no effect on laco; leave them out, or choose method weighted")
+        return (2.0 - length, *[1.0] * (length - 1))
+    if method != "weighted":
+        raise UserError(f"merge: {method!r} is no method; there is laco and weighted")
+    if weights is None:
+        return (1 / length,) * length
+    if len(weights) != length:
+        raise UserError(f"merge: has {len(weights)} weights for {length} layers; give one per layer")
+    if not math.isclose(sum(weights), 1, abs_tol=1e-6):  # NaN and infinity are not close either
+        raise UserError(f"merge: weights add up to {sum(weights):g}; let them add up to 1")
+    return tuple(weights)
+
+
+def _combined(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+    # a factor of 0 is left out rather than multiplied: the merge of two by LaCo is then the second bit by bit
+    (factor, tensor), *others = [pair for pair in zip(factors, tensors, strict=True) if pair[0] != 0]
+    total = factor * tensor.double()
+    for factor, tensor in others:
+        total.add_(tensor.double(), alpha=factor)
+    return total.to(tensors[0].dtype)
