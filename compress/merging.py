@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
@@ -100,8 +101,27 @@ def with_layers(
     return student
 
 
-def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+@contextmanager
+def tensors_in_place(model: PreTrainedModel, layers: Mapping[int, Mapping[str, Tensor]]) -> Iterator[PreTrainedModel]:
+    """``model`` with the given tensors in the named layers until the block ends, when it has its own parameters back.
+
+    Raises:
+        UserError: tensors that have no place in their layer, a layer that shares parameters with others.
+    """
+    with ExitStack() as stack:
+        for layer, tensors in layers.items():
+            check_run(model, layer, 1)
+            refuse_shared_parameters(model, layer)
+            module, where = decoder_layers(model)[layer], f"layer {layer}"
+            own = put_tensors(module, tensors, where=where)
+            stack.callback(put_tensors, module, own, where=where)
+        yield model
+
+
+def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:
     """Make ``tensors`` the parameters and buffers of ``module`` that have their names, without a copy.
+
+    Returns those that were there. What is a parameter already is put as it is.
 
     Raises:
         UserError: a name, shape or dtype that the module has not; the message begins with ``where``.
@@ -116,9 +136,12 @@ def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str)
                 f"{where}: {name} is {old.dtype} {tuple(old.shape)}, but {tensor.dtype} {tuple(tensor.shape)} is to "
                 "take its place; these tensors are another layer's"
             )
-        owner, _, leaf = name.rpartition(".")
-        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        setattr(module.get_submodule(owner), leaf, new)
+    for name, tensor in tensors.items():
+        old, (owner, _, leaf) = places[name], name.rpartition(".")
+        if isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        setattr(module.get_submodule(owner), leaf, tensor)
+    return {name: places[name] for name in tensors}
 
 
 def check_run(model: PreTrainedModel, start: int, length: int) -> range:

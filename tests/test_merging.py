@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BambaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from shoal.compress.config_cut import KEPT_LAYERS
-from shoal.compress.merging import layer_tensors, merge_run, merged_layer, with_layers
-from shoal.compress.surgery import cut_model
+from shoal.compress.merging import layer_tensors, merge_run, merged_layer, tensors_in_place, with_layers
+from shoal.compress.surgery import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 
@@ -286,3 +286,28 @@ def test_own_tensors_of_a_layer_put_back_change_no_bit() -> None:
     model = tiny_model("qwen2")
     student = with_layers(model, (), {layer: layer_tensors(model, layer) for layer in range(NUM_LAYERS)})
     assert torch.equal(logits(student), logits(model))
+
+
+def test_tensors_in_place_are_the_student_with_layers_skipped_and_leave_the_teacher_as_it_was() -> None:
+    model = tiny_model("gemma3")
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    intact = logits(model)
+    made = {3: merged_layer(model, 3, 2)}
+    with tensors_in_place(model, made), skipped(model, (4,)):
+        assert torch.equal(logits(model), logits(merge_run(tiny_model("gemma3"), 3, 2)))
+    assert torch.equal(logits(model), intact)
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]  # an optimizer would find its own parameters
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_a_refused_tensor_leaves_every_layer_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    half_right = {"input_layernorm.weight": torch.ones(32), "mlp.up_proj.weight": torch.ones(3)}
+    with (
+        pytest.raises(UserError, match=r"layer 3: mlp.up_proj.weight is torch.float32 \(48, 32\), but"),
+        tensors_in_place(model, {1: layer_tensors(model, 2), 3: half_right}),
+    ):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
