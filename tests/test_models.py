@@ -465,8 +465,7 @@ def fake_demo(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
 
     def convert(source: Path, folder: Path) -> None:
         conversions.append(source.name)
-        with demo.written_folder(folder) as temporary:
-            shutil.copytree(whole, temporary, dirs_exist_ok=True)
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
 
     package = tmp_path / "fake_demo_package"
     package.mkdir()
@@ -506,9 +505,7 @@ def test_interrupted_conversion_is_made_again(
     real = demo._convert_gguf
 
     def die_in_the_middle(_: Path, folder: Path) -> None:
-        half = folder.with_name(f".{folder.name}.123.tmp")
-        half.mkdir()
-        (half / "config.json").write_text("{}")
+        (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "_convert_gguf", die_in_the_middle)

