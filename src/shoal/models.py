@@ -1,9 +1,9 @@
-"""Load and save causal language models; where their decoder layers live."""
+"""Load and save causal language models."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.anatomy import decoder_layers as decoder_layers
+from shoal.anatomy import text_config as text_config
 from shoal.checkpoint import DOWNLOAD_AGAIN, check_checkpoint
 from shoal.checkpoint import checkpoint_bytes as checkpoint_bytes
 from shoal.checkpoint import model_fingerprint as model_fingerprint
@@ -101,20 +103,33 @@ def load_model(
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise UserError(
-            f"{folder}: the weights do not have the shapes that config.json says; {DOWNLOAD_AGAIN}"
-        ) from error
+        raise _wrong_shapes(folder) from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{folder}: the weights of {missing[0]} are missing ({len(missing)} tensors in all, for the "
-            f"{model.config.model_type} architecture that config.json names); {DOWNLOAD_AGAIN}"
-        )
+    refuse_incomplete(folder, model.config.model_type, report["missing_keys"])
     if unused := sorted(report["unexpected_keys"]):
         log.warning(
             "%s: %d tensors have no place in the model and are ignored (%s, ...)", folder, len(unused), unused[0]
         )
     return model.to(device).eval()
+
+
+def refuse_incomplete(folder: Path, family: str, missing: Collection[str], mismatched: Collection[str] = ()) -> None:
+    """Refuse weights that lack tensors or have them in other shapes than config.json says.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    if missing:
+        raise UserError(
+            f"{folder}: the weights of {min(missing)} are missing ({len(missing)} tensors in all, for the "
+            f"{family} architecture that config.json names); {DOWNLOAD_AGAIN}"
+        )
+    if mismatched:
+        raise _wrong_shapes(folder)
+
+
+def _wrong_shapes(folder: Path) -> UserError:
+    return UserError(f"{folder}: the weights do not have the shapes that config.json says; {DOWNLOAD_AGAIN}")
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
@@ -129,25 +144,6 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 f"{folder}: this transformers does not know the architecture: {_first_line(error)}"
             ) from error
         raise UserError(f"{folder}: config.json cannot be used: {' '.join(str(error).split())}") from error
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order.
-
-    Raises:
-        UserError: for an architecture whose layers are not one ModuleList under its decoder.
-    """
-    decoder = model.get_decoder()
-    for name in ("layers", "h", "blocks"):
-        layers = getattr(decoder, name, None)
-        if isinstance(layers, nn.ModuleList) and len(layers) == text_config(model.config).num_hidden_layers:
-            return layers
-    raise UserError(f"{type(model).__name__}: shoal does not know where this architecture keeps its decoder layers")
-
-
-def text_config(config: Any) -> Any:
-    """The part of a configuration that describes the text decoder; the whole of it for text-only models."""
-    return config.get_text_config(decoder=True)
 
 
 def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:

@@ -1,0 +1,105 @@
+"""Where a causal language model keeps its decoder layers, final norm, embeddings and head.
+
+One generic rule finds them: the decoder that transformers names, a list of as many modules as the configuration has
+layers, the norm beside that list. EXCEPTIONS holds what the rule cannot know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from shoal.errors import UserError
+
+LAYER_LISTS = ("layers", "h", "blocks", "block")
+"""What families call the list of their decoder layers."""
+FINAL_NORMS = (
+    "norm",
+    "ln_f",
+    "norm_f",
+    "final_layernorm",
+    "final_layer_norm",
+    "final_norm",
+    "layer_norm",
+    "layernorm",
+    "output_layernorm",
+    "ln_out",
+    "out_norm",
+    "embedding_norm",  # LFM2 norms its output with it, not the embeddings
+)
+"""What families call the norm between the last layer and the head; it stands beside the list of layers."""
+EXCEPTIONS: dict[str, str] = {"modernbert-decoder": "model.layers"}
+"""Model type -> path of the list of layers in the whole model, where the decoder is not where transformers says."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Modules of one model, each with its name in ``named_modules``; a part that the model lacks is None and ""."""
+
+    layers: nn.ModuleList
+    layers_name: str
+    final_norm: nn.Module | None
+    final_norm_name: str
+    embeddings: nn.Module | None
+    embeddings_name: str
+    head: nn.Module | None
+    head_name: str
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    """The parts of ``model``.
+
+    Raises:
+        UserError: an architecture whose decoder layers are not one list of ``num_hidden_layers`` modules.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    owner, layers = _layers(model)
+    norm = next((part for name in FINAL_NORMS if isinstance(part := getattr(owner, name, None), nn.Module)), None)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return Anatomy(
+        layers,
+        names[id(layers)],
+        norm,
+        names.get(id(norm), ""),
+        embeddings,
+        names.get(id(embeddings), ""),
+        head,
+        names.get(id(head), ""),
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a causal language model, in order.
+
+    Raises:
+        UserError: an architecture whose decoder layers are not one list of ``num_hidden_layers`` modules.
+    """
+    return _layers(model)[1]
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the text decoder; the whole of it for text-only models."""
+    return config.get_text_config(decoder=True)
+
+
+def _layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that owns the list of decoder layers, and the list."""
+    config = text_config(model.config)
+    if path := EXCEPTIONS.get(config.model_type):
+        owner_name, _, leaf = path.rpartition(".")
+        owners, names = [model.get_submodule(owner_name)], (leaf,)
+    else:
+        decoder = model.get_decoder()
+        owners, names = [decoder, getattr(decoder, "model", None)], LAYER_LISTS  # Llama 4 names itself
+    for owner in owners:
+        for name in names:
+            layers = getattr(owner, name, None)
+            if isinstance(layers, nn.ModuleList) and len(layers) == getattr(config, "num_hidden_layers", None):
+                return owner, layers
+    raise UserError(
+        f"{type(model).__name__}: shoal does not know where this architecture keeps its decoder layers; "
+        "it looks for one list of num_hidden_layers modules"
+    )

@@ -1,0 +1,176 @@
+"""Contract 1 on one tiny model: what a cut gives in memory and on disk is what the teacher gives with layers skipped.
+
+test_architectures.py calls `examine` for every row of architectures.py; `python tests/exactness.py` writes what it found
+to docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from architectures import ARCHITECTURES, SLIDING_WINDOW, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shoal.anatomy import anatomy, decoder_layers, text_config
+from shoal.compress.surgery import cut_model, skipped
+from shoal.errors import UserError
+
+LENGTH = 3 * SLIDING_WINDOW
+PROMPT = SLIDING_WINDOW + 3
+NEW_TOKENS = 6
+NUM_MULTI_DROPS = 4
+PLAIN, LEFT, RIGHT = range(3)
+"""Rows of every batch: without padding, padded on the left, padded on the right."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one model says: equal for two models exactly when contract 1 holds between them."""
+
+    logits: Tensor
+    """(tokens, vocabulary), of a batch three times as long as the sliding window, without the padding."""
+    cached: list[list[int]]
+    """Greedy text past the sliding window, one list per row of the batch, with a KV cache."""
+    uncached: list[list[int]]
+
+    def assert_equal(self, other: Outputs) -> None:
+        assert torch.equal(self.logits, other.logits), (self.logits - other.logits).abs().max()
+        assert self.cached == other.cached
+        assert self.uncached == other.uncached
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `examine` found, as docs/architectures.md reports it."""
+
+    num_exact: int
+    num_refused: int
+    refusal: str
+    """The first refusal's message; empty if there was none."""
+    fields: tuple[str, ...]
+    """Configuration fields that the cuts changed, besides the number of layers."""
+    kinds: tuple[str, ...]
+    """Kinds of layers in the tiny model."""
+
+
+def batch(length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random token ids (3, length) and the attention mask of a plain, a left-padded and a right-padded row."""
+    input_ids = torch.randint(0, 90, (3, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(input_ids)
+    mask[LEFT, :5] = 0
+    mask[RIGHT, -4:] = 0
+    return input_ids, mask
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> Tensor:
+    """Logits of all tokens that are no padding."""
+    input_ids, mask = batch(LENGTH, seed=1)
+    return model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+
+def greedy_text(model: PreTrainedModel, *, use_cache: bool) -> list[list[int]]:
+    input_ids, mask = batch(PROMPT, seed=2)
+    text: Any = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=input_ids,
+        attention_mask=mask,
+        use_cache=use_cache,
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=-1,
+    )
+    return text[:, PROMPT:].tolist()
+
+
+def outputs(model: PreTrainedModel) -> Outputs:
+    return Outputs(logits(model), greedy_text(model, use_cache=True), greedy_text(model, use_cache=False))
+
+
+def drops(name: str, num_layers: int) -> list[tuple[int, ...]]:
+    """Every single layer, a few random sets of layers, and those the row asks for."""
+    generator = random.Random(name)
+    multi = [
+        tuple(sorted(generator.sample(range(num_layers), generator.randint(2, num_layers - 2))))
+        for _ in range(NUM_MULTI_DROPS)
+    ]
+    return list(dict.fromkeys([*((layer,) for layer in range(num_layers)), *multi, *ARCHITECTURES[name].drops]))
+
+
+@cache
+def examine(name: str) -> Finding:
+    """Cut the tiny model of row ``name`` in many ways and assert contract 1 for each.
+
+    Raises:
+        AssertionError: a cut that is not exact, or is refused though the row does not say so.
+    """
+    row = ARCHITECTURES[name]
+    teacher = tiny_model(name)
+    before, config = {key: value.clone() for key, value in teacher.state_dict().items()}, teacher.config.to_dict()
+    intact = outputs(teacher)
+    assert len({token for line in intact.cached for token in line}) > NEW_TOKENS, "text too dull to compare"
+    exact: list[tuple[int, ...]] = []
+    refusals: list[str] = []
+    fields: set[str] = set()
+    for drop in drops(name, len(decoder_layers(teacher))):
+        try:
+            student = cut_model(teacher, drop)
+        except UserError as error:
+            assert row.refuses, f"{drop}: {error}"
+            assert re.search(row.refuses, str(error)), f"{drop}: {error}"
+            refusals.append(str(error))
+            continue
+        with skipped(teacher, drop):
+            expected = outputs(teacher)
+        assert not torch.equal(expected.logits, intact.logits), drop
+        outputs(student).assert_equal(expected)
+        _assert_cache_is_right(name, expected)
+        fields |= _changed(teacher, student)
+        if (len(drop) > 1) not in {len(one) > 1 for one in exact}:
+            _assert_survives_disk(student, expected)
+        exact.append(drop)
+    assert bool(refusals) == bool(row.refuses), f"no cut is refused: {row.refuses}"
+    assert teacher.config.to_dict() == config
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    return Finding(len(exact), len(refusals), next(iter(refusals), ""), tuple(sorted(fields)), _kinds(teacher))
+
+
+def _assert_cache_is_right(name: str, text: Outputs) -> None:
+    row = ARCHITECTURES[name]
+    rows = [] if row.cache else [PLAIN] if row.padding else [PLAIN, LEFT, RIGHT]
+    assert [text.cached[line] for line in rows] == [text.uncached[line] for line in rows]
+
+
+def _assert_survives_disk(student: PreTrainedModel, expected: Outputs) -> None:
+    with TemporaryDirectory() as folder:
+        first, second = Path(folder, "first"), Path(folder, "second")
+        student.save_pretrained(first)
+        reloaded = AutoModelForCausalLM.from_pretrained(first)
+        outputs(reloaded).assert_equal(expected)
+        reloaded.save_pretrained(second)
+        assert (first / "config.json").read_text() == (second / "config.json").read_text()
+    assert is_tied(reloaded) == is_tied(student)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embeddings and head are one parameter."""
+    parts = anatomy(model)
+    weights = [getattr(part, "weight", None) for part in (parts.embeddings, parts.head)]
+    return weights[0] is not None and weights[0] is weights[1]
+
+
+def _changed(teacher: PreTrainedModel, student: PreTrainedModel) -> set[str]:
+    old, new = (text_config(model.config).to_dict() for model in (teacher, student))
+    changed = {field for field in old.keys() | new.keys() if old.get(field) != new.get(field)}
+    return changed - {"num_hidden_layers", "shoal_kept_layers", "architectures"}
+
+
+def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
+    return ()
