@@ -18,7 +18,12 @@ from shoal.models import text_config
 VERSION = "0.33.0"
 """Of vLLM, whose registry and model code these rules were read from."""
 
-NATIVE = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+NATIVE = _names(
     """
     AXK1ForCausalLM AfmoeForCausalLM ApertusForCausalLM BeamForCausalLM BloomForCausalLM Cohere2ForCausalLM
     Cohere2MoeForCausalLM CohereForCausalLM DbrxForCausalLM DeepseekV2ForCausalLM DeepseekV32ForCausalLM
@@ -37,7 +42,7 @@ NATIVE = frozenset(
     OlmoHybridForCausalLM OlmoeForCausalLM Phi3ForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen3ForCausalLM
     Qwen3MoeForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM Qwen4ExpForCausalLM
     StableLmForCausalLM Zamba2ForCausalLM
-    """.split()
+    """
 )
 """Architectures of its registry that AutoModelForCausalLM can load."""
 
@@ -55,13 +60,13 @@ TOO_NEW = frozenset(
 )
 """Model types that neither that transformers nor vLLM itself knows."""
 
-LISTED = frozenset(
+LISTED = _names(
     """
     ArceeForCausalLM CwmForCausalLM FlexOlmoForCausalLM GPTBigCodeForCausalLM GPTNeoXForCausalLM GlmForCausalLM
     HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM Jais2ForCausalLM Kolibri1ForCausalLM MellumForCausalLM
     Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM PhiForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM
     Starcoder2ForCausalLM VaultGemmaForCausalLM
-    """.split()
+    """
 )
 """Architectures that its registry sends to its Transformers backend: transformers' layers with vLLM's attention."""
 
@@ -104,8 +109,9 @@ def _through_transformers(architecture: str, text: Any) -> tuple[Literal["yes", 
     model_class = getattr(transformers, architecture, None)
     if model_class is None or not (model_class.is_backend_compatible() or model_class._can_set_attn_implementation()):
         return "no", f"has no code for {architecture or text.model_type} and cannot run transformers' either"
-    if others := set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        return "no", f"has no code for {architecture}, and its Transformers backend none for {_kinds(others)} layers"
+    if others := sorted({*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}):
+        kinds = " and ".join(others)
+        return "no", f"has no code for {architecture}, and its Transformers backend none for {kinds} layers"
     if architecture in LISTED:
         return "yes", f"runs transformers' code for {architecture} (its Transformers backend)"
     return "unknown", f"has no code for {architecture}; its Transformers backend may run it, but does not list it"
@@ -219,10 +225,6 @@ def _indexers(text: Any) -> str | None:
     return _unless("goes by index_topk_pattern or index_topk_freq, whatever indexer_types says", shared, actual)
 
 
-def _kinds(kinds: set[str]) -> str:
-    return " and ".join(sorted(kinds))
-
-
 RULES: dict[str, tuple[Rule, ...]] = {
     "deepseek_v2": (_dense_first,),
     "deepseek_v3": (_dense_first,),
@@ -242,14 +244,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "qwen2_moe": (_no_single_window,),
     "qwen3": (_no_mixed_window,),
 }
-"""Model type of the text decoder -> rules. Families without one get every layer's kind from the fields that transformers
-obeys: layer_types, no_rope_layers, num_dense_layers, mlp_only_layers, moe_layer_*_index and the like."""
+"""Model type of the text decoder -> rules. Families without one get every layer's kind from the fields that
+transformers obeys: layer_types, no_rope_layers, num_dense_layers, mlp_only_layers, moe_layer_*_index and the like."""
 
-HYBRID = frozenset(
+HYBRID = _names(
     """
     FalconH1ForCausalLM GraniteMoeHybridForCausalLM JambaForCausalLM KimiLinearForCausalLM Lfm2ForCausalLM
     Lfm2MoeForCausalLM NemotronHForCausalLM OlmoHybridForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM
     Qwen3_5MoeForCausalLM Zamba2ForCausalLM
-    """.split()
+    """
 )
 """Architectures that vLLM gives a cache of states beside that of keys and values."""

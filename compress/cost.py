@@ -1,0 +1,210 @@
+"""What a model costs to keep and to run, told from its configuration alone: no weight is loaded.
+
+The model is built without data, and a few tokens without data run through it. Shapes of parameters and of the cache
+come out as they would with data, so that they are transformers' own and not a table's. What running takes is a stated
+expectation: see decode_bytes and prefill_flops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers.initialization import no_init_weights
+
+from shoal.errors import UserError
+from shoal.models import num_parameters, text_config
+
+PROBE_TOKENS = (2, 3)
+"""Lengths of two inputs whose caches are compared: what has grown grows with every token."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one slot of the cache keeps of one sequence."""
+
+    token_bytes: int
+    """For every token: keys and values, or the latent in their place that transformers and vLLM keep of multi-head
+    latent attention; with it the keys of an indexer."""
+    max_tokens: int | None
+    """How many tokens at most, where a window bounds it."""
+    state_bytes: int
+    """Whatever the length: states of convolutions, linear attention and state spaces."""
+    pair_flops: int
+    """Floating point operations of attention for one token and one token that it sees, all heads."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One model's size. Counts are exact."""
+
+    num_layers: int
+    num_parameters: int
+    """Tied ones counted once."""
+    active_parameters: int
+    """Read to write one token of text: of routed experts those that a token is sent to, of embeddings nothing (single
+    rows), weights that several layers share once per layer, and the head."""
+    head_parameters: int
+    """Of these, the map to the vocabulary."""
+    cache: tuple[LayerCache, ...] | None
+    """By slot; None where transformers cannot run this family without data, or keeps another kind of cache."""
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """What the cache of one sequence of ``num_tokens`` takes."""
+        assert self.cache is not None
+        return sum(
+            slot.state_bytes + slot.token_bytes * min(num_tokens, slot.max_tokens or num_tokens) for slot in self.cache
+        )
+
+
+def model_without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of ``config`` on the meta device."""
+    with torch.device("meta"), no_init_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def model_cost(config: PreTrainedConfig, dtype: torch.dtype) -> Cost:
+    """The cost of a model of ``config`` whose weights and cache are kept in ``dtype``.
+
+    Raises:
+        UserError: a mixture of experts of which it is not known how many a token is sent to.
+    """
+    model = model_without_data(config, dtype)
+    head = model.get_output_embeddings()
+    head_parameters = sum(parameter.numel() for parameter in head.parameters()) if head is not None else 0
+    return Cost(
+        num_layers=text_config(config).num_hidden_layers,
+        num_parameters=num_parameters(model),
+        active_parameters=_active_parameters(model.get_decoder()) + head_parameters,
+        head_parameters=head_parameters,
+        cache=_cache(model),
+    )
+
+
+def decode_bytes(cost: Cost, *, bytes_per_parameter: float, num_tokens: int) -> float:
+    """Bytes read from memory to write one token after ``num_tokens`` others, one sequence at a time.
+
+    There every weight is used once per token, so that reading them, and the cache, is what takes the time.
+    """
+    return cost.active_parameters * bytes_per_parameter + (cost.cache_bytes(num_tokens) if cost.cache else 0)
+
+
+def prefill_flops(cost: Cost, num_tokens: int) -> int:
+    """Floating point operations to read ``num_tokens``: two per active weight and token, the head for the last token
+    only, and attention, which grows with the square of the length up to its window.
+
+    Left out: what linear attention and state spaces do besides their weights, and everything element by element.
+    """
+    weights = 2 * (cost.active_parameters - cost.head_parameters) * num_tokens + 2 * cost.head_parameters
+    return weights + sum(slot.pair_flops * _num_pairs(num_tokens, slot.max_tokens) for slot in cost.cache or ())
+
+
+def _num_pairs(num_tokens: int, most_kept: int | None) -> int:
+    """Pairs of a token and one that it sees, itself among them; a window of W tokens keeps W - 1 others."""
+    window = num_tokens if most_kept is None else min(num_tokens, most_kept + 1)
+    return window * (window + 1) // 2 + (num_tokens - window) * window
+
+
+def _active_parameters(decoder: nn.Module) -> int:
+    # by module and with repetition: what several layers share is read by each of them
+    modules = dict(decoder.named_modules(remove_duplicate=False))
+    return sum(
+        parameter.numel() if experts is None or parameter.dim() < 2 else _of_chosen_experts(parameter, *experts)
+        for name, module in modules.items()
+        if not isinstance(module, nn.Embedding)
+        for experts in [_enclosing_experts(name, modules)]
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _of_chosen_experts(parameter: Tensor, per_token: int, num_experts: int | None) -> int:
+    """Weights of all routed experts lie in one tensor, one expert after the other."""
+    return parameter.numel() // (num_experts or parameter.shape[0]) * per_token
+
+
+def _enclosing_experts(name: str, modules: dict[str, nn.Module]) -> tuple[int, int | None] | None:
+    """(experts per token, experts) of the mixture that the module ``name`` belongs to, None outside of one.
+
+    Transformers 5 keeps a mixture's routed experts in one module called `experts`, beside a router that knows top_k.
+    """
+    parts = name.split(".")
+    if "experts" not in parts:
+        return None
+    depth = parts.index("experts")
+    experts, block = modules[".".join(parts[: depth + 1])], modules[".".join(parts[:depth])]
+    for module in (block, *block.children()):
+        if isinstance(top_k := getattr(module, "top_k", None), int):
+            return top_k, getattr(experts, "num_experts", None)
+    raise UserError(f"{name}: shoal does not know how many of these experts a token is sent to")
+
+
+def _cache(model: PreTrainedModel) -> tuple[LayerCache, ...] | None:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            module.forward = _same_shape  # routing reads numbers, and there are none
+    short, long = PROBE_TOKENS
+    try:
+        before, after = (_slots(model, num_tokens) for num_tokens in PROBE_TOKENS)
+    except RuntimeError:  # an operation that reads numbers
+        return None
+    if before is None or after is None:
+        return None
+    found = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        token_bytes = (_num_bytes(new) - _num_bytes(old)) // (long - short)
+        window = getattr(new, "sliding_window", None)
+        found.append(
+            LayerCache(
+                token_bytes=token_bytes,
+                max_tokens=window - 1 if window else None,  # what is kept between two tokens
+                state_bytes=_num_bytes(old) - short * token_bytes,
+                pair_flops=_pair_flops(new, _layer_config(text_config(model.config), index)),
+            )
+        )
+    return tuple(found)
+
+
+def _same_shape(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+@torch.no_grad()
+def _slots(model: PreTrainedModel, num_tokens: int) -> list[Any] | None:
+    with torch.device("meta"):
+        input_ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        output: Any = model.get_decoder()(input_ids=input_ids, use_cache=True)
+    cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+    slots = getattr(cache, "layers", None)
+    # a family's own kind of slot may compress what it keeps, and then tokens do not cost the same
+    known = slots and all(type(slot).__module__ == cache_utils.__name__ for slot in slots)
+    return list(slots) if slots and known else None
+
+
+def _num_bytes(slot: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(slot))
+
+
+def _tensors(slot: Any) -> Iterator[Tensor]:
+    for value in vars(slot).values():
+        for tensor in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+            if isinstance(tensor, Tensor) and tensor.dim() > 2:
+                yield tensor
+
+
+def _layer_config(text: Any, layer: int) -> Any:
+    """Where layers differ in their dimensions, transformers answers for one of them only."""
+    return text.per_layer_config[layer] if getattr(text, "is_heterogeneous", False) else text
+
+
+def _pair_flops(slot: Any, text: Any) -> int:
+    keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+        return 0
+    width = keys.shape[-1] + values.shape[-1]
+    if getattr(text, "kv_lora_rank", None):  # the latent is spread over the heads before they attend
+        width = text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
+    return 2 * text.num_attention_heads * width
