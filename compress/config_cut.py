@@ -13,10 +13,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
+
+from .special_cuts import GROUP_RULES, refuse_other_last_layer
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,11 @@ def keep_entries(field: str, value: Any, keep: Sequence[int]) -> Any:
     return keep_step(field, value, keep)
 
 
+def keep_entries_or_value(_: str, value: Any, keep: Sequence[int]) -> Any:
+    """Either one entry per layer, or one value that holds for all of them and stays."""
+    return [value[layer] for layer in keep] if isinstance(value, list) else value
+
+
 def recount(_: str, value: Any, keep: Sequence[int]) -> int:
     """A threshold "layers below this index": how many of them stay."""
     return sum(layer < value for layer in keep)
@@ -47,9 +55,21 @@ def renumber(_: str, value: Any, keep: Sequence[int]) -> list[int]:
     return [new_index[layer] for layer in value if layer in new_index]
 
 
+def renumber_from_one(field: str, value: Any, keep: Sequence[int]) -> list[int]:
+    """A list of layer numbers that start at 1: those kept, under their new numbers."""
+    return [layer + 1 for layer in renumber(field, [number - 1 for number in value], keep)]
+
+
+def spell_out_groups(_: str, value: Any, keep: Sequence[int]) -> list[Any]:
+    """GPT-Neo's groups [[kinds in turn, times], ...]: one group of the kept layers' kinds."""
+    kinds = [kind for group, times in value for kind in list(group) * times]
+    return [[[kinds[layer] for layer in keep], 1]]
+
+
 def renumber_keys(_: str, value: Any, keep: Sequence[int]) -> dict[str, Any]:
     """A mapping from layer index to settings: those of kept layers, under their new numbers."""
-    return {str(new): value[str(old)] for new, old in enumerate(keep) if str(old) in value}
+    settings = {int(layer): setting for layer, setting in value.items()}  # saved as "05" where there are ten or more
+    return {str(new): settings[old] for new, old in enumerate(keep) if old in settings}
 
 
 def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
@@ -78,6 +98,7 @@ RULES: dict[str, Rule] = {
         (
             "layer_types",
             "mlp_layer_types",
+            "attention_layers",
             "layers_block_type",
             "no_rope_layers",
             "indexer_types",
@@ -88,7 +109,8 @@ RULES: dict[str, Rule] = {
         ),
         keep_entries,
     ),
-    **dict.fromkeys(("max_window_layers", "first_k_dense_replace"), recount),
+    **dict.fromkeys(("intermediate_size", "activation_sparsity_pattern"), keep_entries_or_value),
+    **dict.fromkeys(("max_window_layers", "first_k_dense_replace", "num_dense_layers"), recount),
     **dict.fromkeys(
         (
             "mlp_only_layers",
@@ -97,6 +119,7 @@ RULES: dict[str, Rule] = {
             "full_attn_idxs",
             "local_layer_ids",
             "cross_attention_layers",
+            "hybrid_layer_ids",
         ),
         renumber,
     ),
@@ -114,8 +137,10 @@ RULES: dict[str, Rule] = {
         ),
         keep_step,
     ),
+    "ple_layer_ids": renumber_from_one,
+    "attention_types": spell_out_groups,
     "per_layer_config": renumber_keys,
-    **dict.fromkeys(("num_kv_shared_layers", "hidden_size_per_layer_input", "deepstack_visual_indexes"), refuse),
+    **dict.fromkeys(("num_kv_shared_layers", "deepstack_visual_indexes", "n_recurrent_layers"), refuse),
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), drop_mtp),
 }
 """Configuration field -> what a depth cut does to it. Unset and empty values stay as they are."""
@@ -124,9 +149,12 @@ SPELT_OUT_BY: dict[str, str] = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
     "full_attention_interval": "layer_types",
+    "layer_group_size": "layer_types",
     "global_attn_every_n_layers": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
     "interleave_moe_layer_step": "moe_layers",
+    "attn_layer_period": "layers_block_type",
+    **dict.fromkeys(("index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"), "indexer_types"),
 }
 """A step rule -> the list that transformers makes from it and obeys once it is there."""
 
@@ -139,11 +167,15 @@ NOT_PER_LAYER = {
     "eos_token_id",
     "pad_token_id",
     "keys_to_ignore_at_inference",
+    "mtp_layers_block_type",
+    "mtp_layer_types",
+    "mtp_mlp_layer_types",
+    "mtp_local_layer_ids",
     "id2label",
     KEPT_LAYERS,
     ZEROED_WEIGHTS,
 }
-"""Lists whose length may equal the number of layers by accident."""
+"""Lists that are not about the decoder layers, whatever their length and name."""
 
 
 def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
@@ -159,6 +191,7 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     values = _explicit_values(text)
     num_layers = text.num_hidden_layers
     _refuse_unknown_lists(values, num_layers)
+    refuse_other_last_layer(text.model_type, values, keep)
     changes = _changes(values, keep)
     rebuilt = _rebuild(text, {**values, **changes, "num_hidden_layers": len(keep)}, without=_obsolete(values, changes))
     if student is text:
@@ -185,13 +218,19 @@ def _explicit_values(text: PreTrainedConfig) -> dict[str, Any]:
 
 def _changes(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
+    for fields, group_rule in GROUP_RULES.items():
+        if all(field in values for field in fields) and _is_obeyed(fields[0], values):
+            changes |= group_rule(values, keep)
     for field, rule in RULES.items():
-        value = values.get(field)
-        spelt_out = SPELT_OUT_BY.get(field)
-        if value in (None, 0, [], {}, "") or (spelt_out is not None and values.get(spelt_out)):
-            continue
-        changes[field] = rule(field, value, keep)
+        if field not in changes and _is_obeyed(field, values):
+            changes[field] = rule(field, values[field], keep)
     return changes
+
+
+def _is_obeyed(field: str, values: dict[str, Any]) -> bool:
+    """Whether ``field`` is set and no list says the same layer by layer."""
+    spelt_out = SPELT_OUT_BY.get(field)
+    return values.get(field) not in (None, 0, [], {}, "") and (spelt_out is None or values.get(spelt_out) is None)
 
 
 def _obsolete(values: dict[str, Any], changes: dict[str, Any]) -> set[str]:
@@ -202,7 +241,12 @@ def _obsolete(values: dict[str, Any], changes: dict[str, Any]) -> set[str]:
 def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str]) -> PreTrainedConfig:
     declared = type(text).default_config_fields()
     kept = {key: value for key, value in values.items() if key not in without or key in declared}
-    rebuilt = type(text).from_dict(kept)
+    try:
+        rebuilt = type(text).from_dict(kept)
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(
+            f"config: {text.model_type} does not allow what these cuts would leave: {' '.join(str(error).split())}"
+        ) from error
     # loading details that are no part of the saved file
     rebuilt._attn_implementation = text._attn_implementation
     rebuilt._name_or_path = text._name_or_path
@@ -234,11 +278,17 @@ def _renumbered_names(names: Sequence[str], keep: Sequence[int]) -> list[str]:
 
 def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
     for field, value in values.items():
-        per_layer = isinstance(value, list | tuple) and len(value) == num_layers and num_layers > 1
-        if per_layer and field not in RULES and field not in NOT_PER_LAYER:
+        is_list = isinstance(value, list | tuple) and len(value) > 0
+        if is_list and RULES.get(field) is keep_entries and len(value) != num_layers:
             raise UserError(
-                f"config.{field}: has one entry per layer ({num_layers}) but shoal does not know what it means; "
-                "add a rule for it to RULES in compress/config_cut.py"
+                f"config.{field}: has {len(value)} entries for {num_layers} layers; shoal cuts it only where there is "
+                "one per layer"
+            )
+        about_layers = is_list and (len(value) == num_layers > 1 or "layer" in field)
+        if about_layers and field not in RULES and field not in NOT_PER_LAYER:
+            raise UserError(
+                f"config.{field}: is a list about layers ({len(value)} entries, {num_layers} layers) but shoal does not "
+                "know what it means; add a rule for it to RULES in compress/config_cut.py"
             )
 
 

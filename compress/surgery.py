@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from shoal.errors import UserError
-from shoal.models import decoder_layers
+from shoal.models import decoder_layers, text_config
 
 from .config_cut import cut_config
+from .special_cuts import MAY_DIFFER, goes_with_a_dropped_layer, kept_part, teacher_leaf
 
 
 def cut_model(model: PreTrainedModel, drop: Sequence[int], *, share: bool = False) -> PreTrainedModel:
@@ -81,7 +82,7 @@ def kept_layers(num_layers: int, drop: Sequence[int]) -> tuple[int, ...]:
 
 def _pass_input_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
 
 
 def _layers_prefix(model: PreTrainedModel) -> str:
@@ -89,15 +90,15 @@ def _layers_prefix(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if module is layers) + "."
 
 
-def _teacher_names(student: PreTrainedModel, names: Sequence[str], keep: Sequence[int]) -> dict[str, str]:
+def _teacher_names(teacher: PreTrainedModel, names: Sequence[str], keep: Sequence[int]) -> dict[str, str]:
     """Student tensor name -> the name of the teacher's tensor that it copies."""
-    prefix = _layers_prefix(student)
+    prefix, config = _layers_prefix(teacher), text_config(teacher.config)
 
     def rename(name: str) -> str:
         if not name.startswith(prefix):
             return name
         index, rest = name.removeprefix(prefix).split(".", 1)
-        return f"{prefix}{keep[int(index)]}.{rest}"
+        return f"{prefix}{keep[int(index)]}.{teacher_leaf(config, rest, keep)}"
 
     return {name: rename(name) for name in names}
 
@@ -106,12 +107,12 @@ def _fill(student: PreTrainedModel, teacher: PreTrainedModel, keep: Sequence[int
     """Give every parameter and buffer of the student the teacher's tensor; account for every tensor of the teacher."""
     source = {**dict(teacher.named_parameters(remove_duplicate=False)), **dict(teacher.named_buffers())}
     wanted = [name for name, _ in (*student.named_parameters(remove_duplicate=False), *student.named_buffers())]
-    names = _teacher_names(student, wanted, keep)
+    names = _teacher_names(teacher, wanted, keep)
     _refuse_unmatched(names, teacher, source, keep)
     for name, teacher_name in names.items():
         owner, _, leaf = name.rpartition(".")
         module = student.get_submodule(owner)
-        old = source[teacher_name].detach()
+        old = kept_part(name, source[teacher_name].detach(), keep, len(decoder_layers(teacher)))
         shape = getattr(module, leaf).shape
         if old.shape != shape:
             raise UserError(
@@ -134,7 +135,10 @@ def _refuse_unmatched(
     kept = tuple(f"{prefix}{layer}." for layer in keep)
     stored = teacher.state_dict().keys()  # computed buffers of an attention kind that is gone need no place
     unused = sorted(
-        name for name in stored - set(names.values()) if not name.startswith(prefix) or name.startswith(kept)
+        name
+        for name in stored - set(names.values())
+        if not name.startswith(prefix)
+        or (name.startswith(kept) and not goes_with_a_dropped_layer(text_config(teacher.config), name, keep))
     )
     for found, text in ((missing, "the student needs but the teacher lacks"), (unused, "would be lost in the cut")):
         if found:
@@ -150,11 +154,12 @@ def refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, ke
     Logits on a short input would not show a window of 4,096 tokens that has become full attention.
     """
     old_layers, new_layers = decoder_layers(teacher), decoder_layers(student)
+    may_differ = MAY_DIFFER.get(text_config(teacher.config).model_type)
     for new_index, old_index in enumerate(keep):
         old = _traits(old_layers[old_index], old_index)
         new = _traits(new_layers[new_index], new_index)
         for trait in sorted(old.keys() | new.keys()):
-            if old.get(trait) != new.get(trait):
+            if old.get(trait) != new.get(trait) and not (may_differ and may_differ.fullmatch(trait)):
                 raise UserError(
                     f"layer {old_index}: its {trait} is {old.get(trait)!r} but would become {new.get(trait)!r} as "
                     f"layer {new_index} of the student; this architecture cannot express the cut, choose other layers"
@@ -170,5 +175,6 @@ def _traits(layer: nn.Module, index: int) -> dict[str, Any]:
             plain = isinstance(value, bool | int | float | str | type(None))
             if plain and key not in ("training", "_is_hf_initialized") and not key.startswith("_"):
                 is_index = key in ("layer_idx", "layer_id", "layer_number")
-                traits[f"{name}.{key}"] = value - index if is_index and isinstance(value, int) else value
+                own = is_index and isinstance(value, int) and value >= 0  # -1: a block that several layers share
+                traits[f"{name}.{key}"] = value - index if own else value
     return traits

@@ -1,0 +1,203 @@
+"""What a depth cut does where one field or one whole tensor per layer is not the whole story.
+
+Some families say only with several fields together which layers are special, let late layers read the keys and values
+of an earlier one, or keep a table for all layers in one tensor. Every rule here either says of the kept layers exactly
+what was said of them before, or refuses and names cuts that would work.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from shoal.errors import UserError
+
+GroupRule = Callable[[dict[str, Any], Sequence[int]], dict[str, Any]]
+"""(the teacher's configuration as a dictionary, kept teacher indices in order) -> values of fields of the student."""
+
+
+def _refit_attention_period(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    return _refit_period("attn_layer_period", "attn_layer_offset", values, keep)
+
+
+def _refit_expert_period(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    return _refit_period("expert_layer_period", "expert_layer_offset", values, keep)
+
+
+def _refit_period(period_field: str, offset_field: str, values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Jamba: layer i is special where i % period == offset. Another pair may say so of the kept layers."""
+    period, offset = values[period_field], values[offset_field]
+    special = [new for new, old in enumerate(keep) if old % period == offset]
+    # the teacher's own period first; one above the number of layers says that at most one is special
+    for candidate in (period, *range(1, len(keep) + 2)):
+        start = special[0] if special else candidate - 1
+        if start < candidate and list(range(start, len(keep), candidate)) == special:
+            return {period_field: candidate, offset_field: start}
+    raise UserError(
+        f"config.{period_field}={period}, {offset_field}={offset}: says that one layer in {period} is special, but of "
+        f"the kept ones these would be: {special}; drop layers at either end, or {period} neighbouring ones at a time"
+    )
+
+
+def _refit_interval(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """ERNIE 4.5: every n-th layer between a first and a last one is a mixture of experts."""
+    fields = ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index")
+    interval, first, last = (values[field] for field in fields)
+
+    def sparse(layers: Sequence[int], interval: int, first: int, last: int) -> list[int]:
+        return [new for new, old in enumerate(layers) if (old + 1) % interval == 0 and first <= old <= last]
+
+    wanted = sparse(keep, interval, first, last)
+    start, end = (wanted[0], wanted[-1]) if wanted else (len(keep), len(keep))
+    student = range(len(keep))
+    for candidate in (interval, *range(1, len(keep) + 1)):
+        if sparse(student, candidate, start, end) == wanted:
+            return dict(zip(fields, (candidate, start, end), strict=True))
+    raise UserError(
+        f"config.moe_layer_interval={interval}: says that every {interval}th layer is a mixture of experts, but of the "
+        f"kept ones these would be: {wanted}; drop layers at either end, or {interval} neighbouring ones at a time"
+    )
+
+
+def _list_dense_layers(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Qwen's mixtures: every n-th layer is sparse unless listed as dense; the list alone can say it of any cut."""
+    step, listed = values["decoder_sparse_step"], values["mlp_only_layers"] or ()
+    dense = [new for new, old in enumerate(keep) if old in listed or (old + 1) % step != 0]
+    if all((new in dense) == ((new + 1) % step != 0) for new, old in enumerate(keep) if old not in listed):
+        return {"mlp_only_layers": [new for new, old in enumerate(keep) if old in listed], "decoder_sparse_step": step}
+    return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def _recount_shared_layers(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Gemma 3n and 4: the last n layers use the keys and values of the last earlier layer of their attention kind."""
+    kinds: list[str] = values["layer_types"]
+    first_shared = len(kinds) - values["num_kv_shared_layers"]
+    donors = {kind: layer for layer, kind in enumerate(kinds[:first_shared])}
+    for kind, donor in donors.items():
+        users = [layer for layer in keep if layer >= first_shared and kinds[layer] == kind]
+        if users and donor not in keep:
+            raise UserError(
+                f"config.num_kv_shared_layers={values['num_kv_shared_layers']}: layers {users} have no keys and values "
+                f"of their own but use those of layer {donor} ({kind}), which these cuts drop; keep layer {donor}, or "
+                "drop those layers too"
+            )
+    return {"num_kv_shared_layers": sum(layer >= first_shared for layer in keep)}
+
+
+def _keep_indexers(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Sparse attention: a "shared" layer attends to the tokens that the last "full" layer before it chose."""
+    kinds: list[str] = values["indexer_types"]
+    for layer in keep:
+        chooser = max(index for index in range(layer + 1) if kinds[index] == "full" or index == 0)
+        if kinds[layer] == "shared" and chooser not in keep:
+            users = [user for user in keep if user > chooser and "full" not in kinds[chooser + 1 : user + 1]]
+            raise UserError(
+                f"config.indexer_types: layers {users} attend to the tokens that layer {chooser} chooses, which these "
+                f"cuts drop; keep layer {chooser}, or drop those layers too"
+            )
+    return {"indexer_types": [kinds[layer] for layer in keep]}
+
+
+def _spell_out_cycle(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """RecurrentGemma repeats a short list of kinds; a list as long as the student says it of any cut."""
+    cycle = values["block_types"]
+    return {"block_types": [cycle[layer % len(cycle)] for layer in keep]}
+
+
+def _recount_shared_blocks(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """Zamba 2: the k-th hybrid layer runs block k % num_mem_blocks, whose weights are shared."""
+    num_blocks = values["num_mem_blocks"]
+    ranks = _kept_ranks(values["layers_block_type"], keep)
+    blocks = [rank % num_blocks for rank in ranks]
+    for candidate in range(1, num_blocks + 1):
+        if all(block == blocks[new % candidate] for new, block in enumerate(blocks)):
+            return {"num_mem_blocks": candidate}
+    hybrid = [layer for layer in keep if values["layers_block_type"][layer] == "hybrid"]
+    raise UserError(
+        f"config.num_mem_blocks={num_blocks}: the hybrid layers share blocks in turn, but the kept ones {hybrid} would "
+        f"use blocks {blocks}; drop {num_blocks} neighbouring hybrid layers at a time, or those at either end"
+    )
+
+
+def _kept_ranks(kinds: Sequence[str], keep: Sequence[int]) -> list[int]:
+    """Which of the teacher's hybrid layers, counted among themselves, stay."""
+    hybrid = [layer for layer, kind in enumerate(kinds) if kind == "hybrid"]
+    return [rank for rank, layer in enumerate(hybrid) if layer in keep]
+
+
+GROUP_RULES: dict[tuple[str, ...], GroupRule] = {
+    ("attn_layer_period", "attn_layer_offset"): _refit_attention_period,
+    ("expert_layer_period", "expert_layer_offset"): _refit_expert_period,
+    ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"): _refit_interval,
+    ("decoder_sparse_step", "mlp_only_layers"): _list_dense_layers,
+    ("num_kv_shared_layers", "layer_types"): _recount_shared_layers,
+    ("indexer_types",): _keep_indexers,
+    ("block_types",): _spell_out_cycle,
+    ("num_mem_blocks", "layers_block_type"): _recount_shared_blocks,
+}
+"""Fields that only together say which layers are special -> their rule. The first field must be set."""
+
+_STORES_KV = re.compile(r"self_attn\.store_full_length_kv")  # _recount_shared_layers checks that the read ones store
+MAY_DIFFER: dict[str, re.Pattern[str]] = {
+    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _STORES_KV),
+    # decides decay rates that are buffers of the checkpoint
+    "minimax": re.compile(r"self_attn\.num_hidden_layers"),
+    # which block and adapters a layer shares: _recount_shared_blocks and teacher_leaf see to them
+    "zamba2": re.compile(r".*\.(block_id|num_fwd_mem_blocks)|.*_adapter_list\..*"),
+}
+"""Model type -> attributes of a layer's modules that a cut may change without changing what the layer computes."""
+
+ENDS_WITH_FULL_ATTENTION = ("gemma4_text", "gemma4_unified_text")
+"""Families that make their last layer a full-attention one, whatever the configuration says."""
+
+LAYERS_SIDE_BY_SIDE: dict[str, int] = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+"""End of a tensor's name -> the dimension (num_layers x size per layer) in which it holds a part for every layer."""
+
+
+def refuse_other_last_layer(model_type: str, values: dict[str, Any], keep: Sequence[int]) -> None:
+    """Raise the UserError where a kept layer would become another kind of layer just by being the last."""
+    kinds = values.get("layer_types")
+    if model_type in ENDS_WITH_FULL_ATTENTION and kinds and kinds[keep[-1]] != "full_attention":
+        last = max((layer for layer in range(keep[-1]) if kinds[layer] == "full_attention"), default=None)
+        above = [layer for layer in range(keep[-1], len(kinds)) if kinds[layer] == "full_attention"]
+        remedy = f"keep one of layers {above}" + ("" if last is None else f", or drop everything above layer {last}")
+        raise UserError(
+            f"config.layer_types: layer {keep[-1]} ({kinds[keep[-1]]}) would be the student's last, and {model_type} "
+            f"gives its last layer full attention; {remedy}"
+        )
+
+
+def side_by_side_dim(name: str) -> int | None:
+    """The dimension of tensor ``name`` in which every layer has its part, or None for all other tensors."""
+    return next((dim for end, dim in LAYERS_SIDE_BY_SIDE.items() if name.endswith(end)), None)
+
+
+def kept_part(name: str, tensor: Tensor, keep: Sequence[int], num_layers: int) -> Tensor:
+    """``tensor`` itself, or a copy of the kept layers' parts where ``name`` holds a part for every layer."""
+    dim = side_by_side_dim(name)
+    if dim is None:
+        return tensor
+    parts = tensor.unflatten(dim, (num_layers, -1))
+    return parts.index_select(dim, tensor.new_tensor(keep, dtype=int)).flatten(dim, dim + 1)
+
+
+_ADAPTER = re.compile(r"(?<=_adapter_list\.)\d+(?=\.)")
+"""Zamba 2 keeps in every shared block one adapter for each hybrid layer that runs it, numbered among hybrid layers."""
+
+
+def teacher_leaf(config: PreTrainedConfig, leaf: str, keep: Sequence[int]) -> str:
+    """Name within its layer of the teacher's tensor that the student's tensor ``leaf`` copies; mostly the same."""
+    if config.model_type != "zamba2":
+        return leaf
+    ranks = _kept_ranks(config.layers_block_type, keep)
+    return _ADAPTER.sub(lambda match: str(ranks[int(match[0])]), leaf)
+
+
+def goes_with_a_dropped_layer(config: PreTrainedConfig, name: str, keep: Sequence[int]) -> bool:
+    """Whether the teacher's tensor ``name`` serves only dropped layers though a kept one holds it."""
+    adapter = _ADAPTER.search(name) if config.model_type == "zamba2" else None
+    return adapter is not None and int(adapter[0]) not in _kept_ranks(config.layers_block_type, keep)
