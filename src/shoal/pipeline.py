@@ -201,7 +201,7 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     from shoal.compress.plan import is_automatic
 
     prune = run.recipe.prune
-    section = {f"prune.{key}": value for key, value in as_dict(prune).items() if key not in ("proof", "edits")}
+    section = {f"prune.{key}": value for key, value in as_dict(prune).items() if key not in ("proof", "targets", "edits")}
     inputs = {"model": run.teacher_fingerprint, **section}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint

@@ -23,6 +23,10 @@ from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
 
 
+Target = Literal["transformers", "vllm", "llama_cpp"]
+"""What a student can be asked to load in."""
+
+
 @dataclass(frozen=True)
 class Measure(Section):
     """How layer importance is measured."""
@@ -55,6 +59,9 @@ class Prune(Section):
     proof: Literal["auto", "run", "files"] = "auto"
     """How the written student is proven: by running it against the teacher, or by comparing files and layers only,
     which needs no memory; auto = run wherever the model fits into memory and can run here."""
+    targets: tuple[Target, ...] = ()
+    """Where the student must load and be the same model; a plan for which one of them would not is refused. Without
+    any, what each of them would do is logged."""
 
 
 @dataclass(frozen=True)
