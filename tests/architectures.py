@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SLIDING_WINDOW = 8
@@ -93,10 +93,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arcee": Architecture(),
     "aria_text": Architecture(),
     "axk1": Architecture(),
-    "axk2": Architecture(),
-    "bailing_hybrid": Architecture(),
+    "axk2": Architecture(cache="its indexer chooses among equal scores, by rounding"),
+    "bailing_hybrid": Architecture(
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+        },
+        refuses="leaves only",
+        drops=((1, 4),),
+    ),
     "bamba": Architecture({"attn_layer_indices": [1, 4]}),
-    "beam": Architecture(),
+    "beam": Architecture(refuses="attn_residual_add_idx"),
     "biogpt": Architecture(),
     "bitnet": Architecture(),
     "bloom": Architecture(),
@@ -104,18 +113,51 @@ ARCHITECTURES: dict[str, Architecture] = {
     "cohere": Architecture(),
     "cohere2": Architecture(),
     "cohere2_moe": Architecture(),
-    "cohere_compass_text": Architecture({"layer_types": ["sliding_attention", "full_attention"] * 3, "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+    "cohere_compass_text": Architecture(
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        }
+    ),
+    "cpmant": Architecture(
+        {
+            "dim_head": 8,
+            "dim_ff": 48,
+            "vocab_size": 96,
+            "prompt_length": 4,
+            "segment_types": 4,
+            "prompt_types": 4,
+            "position_bias_num_buckets": 8,
+            "position_bias_max_distance": 32,
+        }
+    ),
     "ctrl": Architecture(),
     "cwm": Architecture(),
-    "dbrx": Architecture({"ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}}),
+    "dbrx": Architecture(
+        {
+            "attn_config": {"kv_n_heads": 2},
+            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        }
+    ),
     "deepseek_v2": Architecture({"first_k_dense_replace": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
     "deepseek_v3": Architecture({"first_k_dense_replace": 2}),
-    "deepseek_v32": Architecture(),
+    "deepseek_v32": Architecture(cache="its indexer chooses among equal scores, by rounding"),
     "deepseek_v4": Architecture(),
     "diffllama": Architecture(),
     "doge": Architecture(),
-    "dory": Architecture({"n_input_layers": 2, "n_output_layers": 2}),
-    "dots1": Architecture({"first_k_dense_replace": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "max_window_layers": 3}),
+    "dory": Architecture({"n_input_layers": 2, "n_output_layers": 2}, refuses="entries for|ties layers"),
+    "dots1": Architecture(
+        {
+            "first_k_dense_replace": 2,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "max_window_layers": 3,
+        }
+    ),
     "dots3_note_text": Architecture(),
     "ernie4_5": Architecture(),
     "ernie4_5_moe": Architecture({"moe_num_experts": 4, "moe_k": 2}),
@@ -130,24 +172,46 @@ ARCHITECTURES: dict[str, Architecture] = {
     "flint": Architecture(),
     "gemma": Architecture(),
     "gemma2": Architecture(),
-    "gemma3": Architecture({"text_config": {"sliding_window_pattern": 3, "query_pre_attn_scalar": 8}}),
+    "gemma3": Architecture(
+        {
+            "text_config": {"sliding_window_pattern": 3, "query_pre_attn_scalar": 8},
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 16,
+            },
+        }
+    ),
     "gemma3_text": Architecture({"sliding_window_pattern": 3, "query_pre_attn_scalar": 8}),
     "gemma3n": Architecture(),
     "gemma3n_text": Architecture(),
-    "gemma4_text": Architecture({"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "global_head_dim": 16}),
+    "gemma4_text": Architecture(
+        {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "global_head_dim": 16}
+    ),
     "gemma4_unified_text": Architecture(),
     "glm": Architecture(),
     "glm4": Architecture(),
     "glm4_moe": Architecture({"first_k_dense_replace": 2}),
     "glm4_moe_lite": Architecture(),
-    "glm_moe_dsa": Architecture(),
+    "glm_moe_dsa": Architecture(cache="its indexer chooses among equal scores, by rounding"),
     "gpt-sw3": Architecture(),
     "gpt2": Architecture(),
-    "gpt2_inverse_scale": Architecture({"scale_attn_by_inverse_layer_idx": True}, model_type="gpt2"),
+    "gpt2_inverse_scale": Architecture(
+        {"scale_attn_by_inverse_layer_idx": True},
+        "gpt2",
+        refuses="attn.scaling is .* but would become",
+        drops=((4, 5),),
+    ),
     "gpt_bigcode": Architecture(),
-    "gpt_neo": Architecture({"num_layers": 6, "attention_types": [[["global", "local"], 3]], "window_size": SLIDING_WINDOW}),
+    "gpt_neo": Architecture(
+        {"num_layers": 6, "attention_types": [[["global", "local"], 3]], "window_size": SLIDING_WINDOW}
+    ),
     "gpt_neox": Architecture(),
-    "gpt_neox_japanese": Architecture(),
+    "gpt_neox_japanese": Architecture(refuses="dense_bias: a tensor that the student needs but the teacher lacks"),
     "gpt_oss": Architecture(),
     "gptj": Architecture({"rotary_dim": 4}),
     "granite": Architecture(),
@@ -157,30 +221,94 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granitemoehybrid": Architecture({"layer_types": ["mamba", "attention", "mamba"] * 2}),
     "granitemoeshared": Architecture(),
     "helium": Architecture(),
-    "hrm_text": Architecture(),
+    "hrm_text": Architecture(refuses="does not know where this architecture keeps its decoder layers"),
     "hunyuan_v1_dense": Architecture({"head_dim": 8}),
-    "hunyuan_v1_moe": Architecture({"head_dim": 8, "num_experts": [2, 4] * 3, "moe_topk": [1, 2] * 3}),
+    "hunyuan_v1_moe": Architecture({"head_dim": 8, "moe_topk": 2}),
     "hy_v3": Architecture(),
-    "hy_v4": Architecture(),
+    "hy_v4": Architecture(cache="its indexer chooses among equal scores, by rounding"),
     "hyperclovax": Architecture(),
-    "inkling2_loop_text": Architecture({"loop_layer_index_start": 2, "loop_layer_index_end": 4}),
-    "inkling2_text": Architecture(),
-    "inkling_text": Architecture(),
+    "inkling2_loop_text": Architecture(
+        {
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": SLIDING_WINDOW,
+            "d_rel": 4,
+            "rel_extent": 16,
+            "unpadded_vocab_size": 96,
+            "log_scaling_n_floor": 16,
+            "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2,
+            "loop_layer_index_start": 2,
+            "loop_layer_index_end": 4,
+            "loop_gate_rank": 8,
+            "n_layers_per_attn_res_block": 2,
+        },
+        refuses="TODO",
+    ),
+    "inkling2_text": Architecture(
+        {
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": SLIDING_WINDOW,
+            "d_rel": 4,
+            "rel_extent": 16,
+            "unpadded_vocab_size": 96,
+            "log_scaling_n_floor": 16,
+            "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2,
+            "n_layers_per_attn_res_block": 2,
+        },
+        refuses="TODO",
+    ),
+    "inkling_text": Architecture(
+        {
+            "swa_num_attention_heads": 4,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 8,
+            "sliding_window_size": SLIDING_WINDOW,
+            "d_rel": 4,
+            "rel_extent": 16,
+            "unpadded_vocab_size": 96,
+            "log_scaling_n_floor": 16,
+            "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2,
+        }
+    ),
     "internlm3": Architecture(),
     "iquestcoder": Architecture(),
     "jais2": Architecture(),
     "jamba": Architecture({"attn_layer_period": 3, "attn_layer_offset": 1}),
     "jetmoe": Architecture(),
-    "kimi_linear": Architecture(),
+    "kimi_linear": Architecture(
+        {
+            "num_local_experts": 4,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2,
+        },
+        refuses="leaves only",
+        drops=((1, 4),),
+    ),
     "kolibri1": Architecture(),
     "laguna": Architecture({"layer_types": ["full_attention", "sliding_attention", "sliding_attention"] * 2}),
     "lara_mini": Architecture(),
-    "lfm2": Architecture({"full_attn_idxs": [1, 4]}),
-    "lfm2_moe": Architecture({"layer_types": ["conv", "full_attention", "conv"] * 2}),
+    "lfm2": Architecture({"full_attn_idxs": [1, 4]}, refuses="leaves only", drops=((1, 4),)),
+    "lfm2_moe": Architecture(
+        {"layer_types": ["conv", "full_attention", "conv"] * 2}, refuses="leaves only", drops=((1, 4),)
+    ),
     "lfm3": Architecture(),
     "llama": Architecture(),
     "llama4_text": Architecture(),
-    "longcat_flash": Architecture(),
+    "longcat_flash": Architecture(
+        {
+            "num_layers": 6,
+            "ffn_hidden_size": 48,
+            "expert_ffn_hidden_size": 16,
+            "zero_expert_num": 2,
+            "moe_topk": 2,
+            "qk_head_dim": 16,
+        },
+        refuses="does not know where",
+    ),
     "mamba": Architecture(),
     "mamba2": Architecture({"num_heads": 8, "head_dim": 8, "n_groups": 2}),
     "mellum": Architecture({"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}),
@@ -197,11 +325,34 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpt": Architecture({"expansion_ratio": 2}),
     "nanochat": Architecture(),
     "nemotron": Architecture({"head_dim": 8, "num_key_value_heads": 2}),
-    "nemotron_h": Architecture(),
+    "nemotron_h": Architecture(
+        {
+            "layer_types": None,
+            "layers_block_type": [
+                "linear_attention",
+                "moe",
+                "full_attention",
+                "mlp",
+                "linear_attention",
+                "full_attention",
+            ],
+            "ssm_state_size": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 1,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+        refuses="leaves only",
+        drops=((2, 5),),
+    ),
     "olmo": Architecture(),
     "olmo2": Architecture(),
     "olmo3": Architecture(),
-    "olmo_hybrid": Architecture(),
+    "olmo_hybrid": Architecture(
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
+        refuses="leaves only|at least one attention layer",
+        drops=((1, 4),),
+    ),
     "olmoe": Architecture(),
     "openai-gpt": Architecture(),
     "opt": Architecture(),
@@ -212,13 +363,41 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": Architecture({"use_sliding_window": True, "max_window_layers": 3, "head_dim": None}),
     "qwen2_moe": Architecture({"use_sliding_window": True, "max_window_layers": 3, "mlp_only_layers": [1, 4]}),
     "qwen3": Architecture({"use_sliding_window": True, "max_window_layers": 3}),
-    "qwen3_5_moe_text": Architecture(),
-    "qwen3_5_text": Architecture(),
+    "qwen3_5_moe_text": Architecture(
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
+        refuses="leaves only",
+        drops=((1, 4),),
+    ),
+    "qwen3_5_text": Architecture(
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
+        refuses="leaves only",
+        drops=((1, 4),),
+    ),
     "qwen3_moe": Architecture({"mlp_only_layers": [0, 3]}),
-    "qwen3_next": Architecture(),
-    "qwen4_exp_text": Architecture(),
+    "qwen3_next": Architecture(
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
+        refuses="leaves only",
+        drops=((1, 4),),
+    ),
+    "qwen4_exp_text": Architecture(
+        {
+            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"] * 2,
+            "hc_count": 2,
+            "hc_lowrank": 8,
+            "ple_layer_ids": [1, 4],
+            "ngram_vocab_size_base": 50,
+            "make_ngram_vocab_size_divisible_by": 2,
+            "heads_per_ngram": 2,
+            "split_ngram_parts": 2,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        }
+    ),
     "recurrent_gemma": Architecture(),
-    "rwkv": Architecture(),
+    "rwkv": Architecture(refuses="rescale_every=6: ties layers"),
     "sarvam_mla": Architecture({"first_k_dense_replace": 2}),
     "sarvam_moe": Architecture({"first_k_dense_replace": 2}),
     "seed_oss": Architecture(),
@@ -232,7 +411,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "youtu": Architecture(),
     "zamba": Architecture(),
     "zamba2": Architecture({"layers_block_type": ["mamba", "hybrid", "mamba"] * 2}),
-    "zaya": Architecture({"num_experts_per_tok": 1}),
+    "zaya": Architecture({"num_experts_per_tok": 1}, refuses="reads the state of the router before it"),
 }
 """Alphabetical."""
 
@@ -287,7 +466,10 @@ def _toy(family: Any, settings: dict[str, Any]) -> PreTrainedConfig:
         values["num_key_value_heads"] = values["num_attention_heads"]
     values |= settings
     for part, part_family in family.sub_configs.items():
-        values[part] = _toy(part_family, values.get(part, {}))
+        part_settings = dict(values.get(part, {}))
+        if part_family is AutoConfig:
+            part_family = CONFIG_MAPPING[part_settings.pop("model_type")]
+        values[part] = _toy(part_family, part_settings)
     return family(**{key: value for key, value in values.items() if value is not None})
 
 

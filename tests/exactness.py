@@ -20,31 +20,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_layers, text_config
+from shoal.compress.config_cut import KEPT_LAYERS
 from shoal.compress.surgery import cut_model, skipped
 from shoal.errors import UserError
 
 LENGTH = 3 * SLIDING_WINDOW
 PROMPT = SLIDING_WINDOW + 3
-NEW_TOKENS = 6
+NEW_TOKENS = 4
 NUM_MULTI_DROPS = 4
 PLAIN, LEFT, RIGHT = range(3)
 """Rows of every batch: without padding, padded on the left, padded on the right."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What one model says: equal for two models exactly when contract 1 holds between them."""
-
-    logits: Tensor
-    """(tokens, vocabulary), of a batch three times as long as the sliding window, without the padding."""
-    cached: list[list[int]]
-    """Greedy text past the sliding window, one list per row of the batch, with a KV cache."""
-    uncached: list[list[int]]
-
-    def assert_equal(self, other: Outputs) -> None:
-        assert torch.equal(self.logits, other.logits), (self.logits - other.logits).abs().max()
-        assert self.cached == other.cached
-        assert self.uncached == other.uncached
 
 
 @dataclass(frozen=True)
@@ -86,12 +71,26 @@ def greedy_text(model: PreTrainedModel, *, use_cache: bool) -> list[list[int]]:
         do_sample=False,
         max_new_tokens=NEW_TOKENS,
         eos_token_id=-1,
+        no_repeat_ngram_size=1,  # random weights like to say one token again and again, and equal dull texts mean little
     )
     return text[:, PROMPT:].tolist()
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What one model says; equal for two models exactly when contract 1 holds between them."""
+
+    logits: Tensor
+    cached: list[list[int]]
+    """Greedy text with a KV cache, one list per row of the batch."""
+
+    def assert_equal(self, other: Outputs) -> None:
+        assert torch.equal(self.logits, other.logits), (self.logits - other.logits).abs().max()
+        assert self.cached == other.cached
+
+
 def outputs(model: PreTrainedModel) -> Outputs:
-    return Outputs(logits(model), greedy_text(model, use_cache=True), greedy_text(model, use_cache=False))
+    return Outputs(logits(model), greedy_text(model, use_cache=True))
 
 
 def drops(name: str, num_layers: int) -> list[tuple[int, ...]]:
@@ -109,43 +108,43 @@ def examine(name: str) -> Finding:
     """Cut the tiny model of row ``name`` in many ways and assert contract 1 for each.
 
     Raises:
-        AssertionError: a cut that is not exact, or is refused though the row does not say so.
+        AssertionError: a cut that is not exact, or is refused though the row does not say so, or the other way round.
     """
     row = ARCHITECTURES[name]
     teacher = tiny_model(name)
     before, config = {key: value.clone() for key, value in teacher.state_dict().items()}, teacher.config.to_dict()
-    intact = outputs(teacher)
-    assert len({token for line in intact.cached for token in line}) > NEW_TOKENS, "text too dull to compare"
-    exact: list[tuple[int, ...]] = []
+    exact: dict[tuple[int, ...], Outputs] = {}
     refusals: list[str] = []
     fields: set[str] = set()
-    for drop in drops(name, len(decoder_layers(teacher))):
+    for drop in drops(name, text_config(teacher.config).num_hidden_layers):
         try:
             student = cut_model(teacher, drop)
         except UserError as error:
-            assert row.refuses, f"{drop}: {error}"
-            assert re.search(row.refuses, str(error)), f"{drop}: {error}"
+            assert row.refuses and re.search(row.refuses, str(error)), f"{drop}: {error}"
             refusals.append(str(error))
             continue
         with skipped(teacher, drop):
             expected = outputs(teacher)
-        assert not torch.equal(expected.logits, intact.logits), drop
+            uncached = greedy_text(teacher, use_cache=False) if row.padding or row.cache else expected.cached
         outputs(student).assert_equal(expected)
-        _assert_cache_is_right(name, expected)
-        fields |= _changed(teacher, student)
-        if (len(drop) > 1) not in {len(one) > 1 for one in exact}:
+        assert greedy_text(student, use_cache=False) == uncached
+        if (len(drop) > 1) not in {len(other) > 1 for other in exact}:
             _assert_survives_disk(student, expected)
-        exact.append(drop)
+        exact[drop] = expected
+        fields |= _changed(teacher, student)
     assert bool(refusals) == bool(row.refuses), f"no cut is refused: {row.refuses}"
+    _assert_different(list(exact.values()))
     assert teacher.config.to_dict() == config
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
-    return Finding(len(exact), len(refusals), next(iter(refusals), ""), tuple(sorted(fields)), _kinds(teacher))
+    return Finding(
+        len(exact), len(refusals), next(iter(refusals), ""), tuple(sorted(fields)), _kinds(teacher) if exact else ()
+    )
 
 
-def _assert_cache_is_right(name: str, text: Outputs) -> None:
-    row = ARCHITECTURES[name]
-    rows = [] if row.cache else [PLAIN] if row.padding else [PLAIN, LEFT, RIGHT]
-    assert [text.cached[line] for line in rows] == [text.uncached[line] for line in rows]
+def _assert_different(found: list[Outputs]) -> None:
+    """Outputs that no cut changes would prove nothing by being equal."""
+    assert len({one.logits.double().sum().item() for one in found}) == len(found)
+    assert 2 * len({str(one.cached) for one in found}) >= len(found)
 
 
 def _assert_survives_disk(student: PreTrainedModel, expected: Outputs) -> None:
@@ -167,10 +166,22 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def _changed(teacher: PreTrainedModel, student: PreTrainedModel) -> set[str]:
+    """Names of the settings in which the two differ, as they are saved."""
     old, new = (text_config(model.config).to_dict() for model in (teacher, student))
     changed = {field for field in old.keys() | new.keys() if old.get(field) != new.get(field)}
-    return changed - {"num_hidden_layers", "shoal_kept_layers", "architectures"}
+    return changed - {KEPT_LAYERS, "dtype"}
 
 
 def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
-    return ()
+    """What the layers of ``model`` are, one phrase per kind, in order of appearance."""
+    config, layers = text_config(model.config), decoder_layers(model)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    phrases = []
+    for layer, kind in zip(layers, types, strict=True):
+        sparse = any("expert" in name for name, _ in layer.named_modules())
+        phrases.append(kind.replace("_", " ") + (", experts" if sparse else ""))
+    return tuple(dict.fromkeys(phrases))
+
+
+if __name__ == "__main__":
+    pass
