@@ -201,7 +201,8 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     from shoal.compress.plan import is_automatic
 
     prune = run.recipe.prune
-    section = {f"prune.{key}": value for key, value in as_dict(prune).items() if key not in ("proof", "targets", "edits")}
+    other = ("proof", "targets", "edits")
+    section = {f"prune.{key}": value for key, value in as_dict(prune).items() if key not in other}
     inputs = {"model": run.teacher_fingerprint, **section}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint

@@ -22,7 +22,6 @@ from shoal.errors import UserError
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
 
-
 Target = Literal["transformers", "vllm", "llama_cpp"]
 """What a student can be asked to load in."""
 
