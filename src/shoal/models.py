@@ -23,6 +23,7 @@ from shoal.errors import UserError
 
 log = logging.getLogger(__name__)
 
+ADAPTER_CONFIG = "adapter_config.json"
 NEEDS_CONSENT = (
     "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the recipe if you trust it"
 )
@@ -31,14 +32,21 @@ NEEDS_CONSENT = (
 def resolve_model(name: str, *, revision: str | None = None) -> Path:
     """The local folder of model ``name``: a path, `demo:<name>` (converted on first use) or a Hub id (downloaded).
 
+    Of a LoRA adapter it is that of the model it makes of its base, merged on first use.
+
     Raises:
-        UserError: nothing of that name; no network; pickled weights only; missing or torn weight files.
+        UserError: nothing of that name; no network; pickled weights only; missing or torn weight files; an adapter that
+            cannot be merged.
     """
     if name.startswith(DEMO_PREFIX):
         return resolve_demo(name.removeprefix(DEMO_PREFIX))
     folder = Path(name).expanduser()
     if not folder.exists():
         folder = _download(name, revision)
+    if (folder / ADAPTER_CONFIG).is_file():
+        from shoal.adapters import merged_adapter  # which loads models itself
+
+        return merged_adapter(folder)
     check_checkpoint(folder)
     return folder
 
