@@ -1,21 +1,43 @@
-"""Write the student of a plan to a folder that appears only when it is complete and proven."""
+"""Write the student of a plan to a folder that appears only when it is complete and proven.
+
+Two routes lead there. Where only layers go, the stored tensors are copied file by file under their new names, and no
+model is built: any size, any dtype, any quantisation. Where tensors themselves must change, the student is made in
+memory. Both are proven in the same ways.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from shoal.artifact import PruningPlan, written_folder
+from shoal.artifact import PruningPlan, fingerprint, write_json
+from shoal.checkpoint import Shard, read_shards
 from shoal.errors import UserError
-from shoal.models import decoder_layers, load_model, load_tokenizer, text_config
+from shoal.models import decoder_layers, load_config, load_model, load_tokenizer, refuse_incomplete, text_config
 
-from .surgery import cut_model, skipped
+from ..eval.wording import bytes_text
+from .edit import NOTHING_MADE, Materials, edited, edited_student, materials
+from .proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
+from .quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
+from .shards import NewShard, compare_shards, new_shards, shards_fingerprint, write_shards
+from .staging import copy_beside, only_writer, resumable_folder
+from .stored_names import (
+    Loading,
+    NotByCopy,
+    find_layers,
+    layers_path,
+    load_without_data,
+    modules_inside,
+    other_towers,
+    student_names,
+)
+from .surgery import kept_layers, refuse_changed_layers
 
 log = logging.getLogger(__name__)
 
@@ -27,78 +49,219 @@ COPIED_FILES = (
     "added_tokens.json",
     "chat_template*",
     "additional_chat_templates",
+    "*processor_config.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
 )
 """What goes from the teacher's folder to the student's byte for byte: a cut changes no token and no licence."""
-PROOF_TOKENS = 24
-"""Length of the random input on which a saved student must equal its teacher with layers skipped."""
+GENERATION_FILE = "generation_config.json"
+
+Proof = Literal["auto", "run", "files"]
 
 
-def apply_plan(teacher_folder: Path, plan: PruningPlan, out: Path, *, trust_remote_code: bool = False) -> None:
+@dataclass(frozen=True)
+class Teacher:
+    """A checkpoint folder and what can be said of it without its weights."""
+
+    folder: Path
+    config: PreTrainedConfig
+    shards: list[Shard]
+    trust_remote_code: bool
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all stored tensors."""
+        return {name: tensor.shape for shard in self.shards for name, tensor in shard.tensors.items()}
+
+    def load(self) -> PreTrainedModel:
+        """The model itself."""
+        return load_model(self.folder, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A student that can be written without building it."""
+
+    teacher: Teacher
+    config: PreTrainedConfig
+    """The student's."""
+    shards: list[NewShard]
+    side_files: dict[str, object]
+    """Settings of the quantisation that lie beside config.json: file name -> content."""
+
+
+def apply_plan(
+    teacher_folder: Path,
+    plan: PruningPlan,
+    out: Path,
+    *,
+    donors: Mapping[int, Path] | None = None,
+    seed: int = 0,
+    proof: Proof = "auto",
+    trust_remote_code: bool = False,
+) -> None:
     """Write the student of ``plan`` to the folder ``out``, which appears only when it is complete and proven.
 
-    Proven: the saved folder is loaded again and gives, bit for bit, the logits of the teacher with the layers skipped.
+    A plan that only drops layers is carried out by copying bytes, with a few megabytes of memory; a copy that was
+    interrupted goes on where it stopped. Edits are carried out in memory; ``donors`` are the folders that swaps take
+    from, by index of the edit, and ``seed`` is for replacements. ``proof``:
+
+    - `run`: the saved folder is loaded and gives, bit for bit, the logits and greedy text of the teacher with the
+      layers skipped and the edits in force. One of the two is in memory at a time.
+    - `files`: headers, samples of every tensor's bytes, and every layer's kind and settings are what they were.
+    - `auto`: `files`, and `run` too where the model can run here.
 
     Raises:
-        UserError: a plan for another model, ``out`` being the teacher's folder, an architecture that cannot be cut, a
-            full disk.
+        UserError: a plan for another model, ``out`` being the teacher's folder or being written by another process, an
+            architecture or a quantisation that cannot be cut, a damaged checkpoint, a full disk.
     """
-    if out.resolve() == teacher_folder.resolve():
-        raise UserError(f"{out}: is the teacher's own folder; choose another one for the student")
-    load_tokenizer(teacher_folder, trust_remote_code=trust_remote_code)
-    teacher = load_model(teacher_folder, trust_remote_code=trust_remote_code)
-    if not type(teacher).__module__.startswith("transformers."):
-        raise UserError(
-            f"{teacher_folder}: is built by code that came with it ({type(teacher).__module__}); "
-            "the cut could not be loaded without that code, so shoal cuts only architectures that transformers has"
-        )
-    num_layers = len(decoder_layers(teacher))
-    if plan.num_layers != num_layers:
-        raise UserError(
-            f"plan: is for a model of {plan.num_layers} layers, but {teacher_folder} has {num_layers}; "
-            "make the plan for this model"
-        )
-    with written_folder(out) as folder:
-        student = cut_model(teacher, plan.drop, share=True)
-        student.save_pretrained(folder)
-        del student
+    teacher = _read_teacher(teacher_folder, out, plan, trust_remote_code=trust_remote_code)
+    keep = kept_layers(plan.num_layers, plan.drop)
+    runs = _shall_run(teacher, proof)
+    skeleton, copy = _route(teacher, plan, keep)
+    key = shards_fingerprint(copy.shards) if copy else fingerprint([str(teacher_folder.resolve()), asdict(plan)])
+    with only_writer(out), resumable_folder(out, key) as folder:
+        if copy:
+            expected = _write_copy(copy, folder)
+        else:
+            expected = _write_from_memory(teacher, plan, folder, donors=donors or {}, seed=seed, runs=runs)
         for pattern in COPIED_FILES:
             for file in sorted(teacher_folder.glob(pattern)):
-                copier = shutil.copytree if file.is_dir() else shutil.copyfile
-                copier(file, folder / file.name)
-        _prove(load_model(folder), teacher, plan.drop)
+                copy_beside(file, folder / file.name)
+        prove_by_files(folder, skeleton, keep)
+        if runs:
+            log.info("prune: running the teacher with %s, then the student", plan.in_words())
+            expected = expected or _planned_behaviour(teacher.load(), plan, NOTHING_MADE)
+            prove_by_run(folder, expected, reference=f"the teacher with {plan.in_words()}")
 
 
-@torch.inference_mode()
-def _prove(student: PreTrainedModel, teacher: PreTrainedModel, drop: Sequence[int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = text_config(teacher.config).vocab_size
-    input_ids = torch.randint(0, vocabulary, (1, PROOF_TOKENS), generator=generator)
-    with skipped(teacher, drop):
-        expected = teacher(input_ids=input_ids, use_cache=False).logits
-        expected_text = _greedy(teacher, input_ids)
-    found = student(input_ids=input_ids, use_cache=False).logits
-    if not torch.equal(expected, found):
-        difference = (expected.double() - found.double()).abs().max().item()
+def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: bool) -> Teacher:
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out}: is the teacher's own folder, or holds it; choose another one for the student")
+    load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    module = type(config).__module__
+    if trust_remote_code:  # without consent the class of that name in transformers is taken
+        module = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", module)
+    if not module.startswith("transformers."):
         raise UserError(
-            f"the saved student's logits differ from the teacher's with layers {list(drop)} skipped by up to "
-            f"{difference:.3g}; shoal cannot cut the {teacher.config.model_type} family exactly"
+            f"{folder}: is built by code that came with it ({module}); the cut could not be loaded without that "
+            "code, so shoal cuts only architectures that transformers has"
         )
-    if not torch.equal(expected_text, _greedy(student, input_ids)):
+    num_layers = text_config(config).num_hidden_layers
+    if plan.num_layers != num_layers:
         raise UserError(
-            f"the saved student writes other text with a KV cache than the teacher with layers {list(drop)} skipped; "
-            f"shoal cannot cut the {teacher.config.model_type} family exactly"
+            f"plan: is for a model of {plan.num_layers} layers, but {folder} has {num_layers}; "
+            "make the plan for this model"
         )
+    shards = read_shards(folder)
+    if inside := [shard.file for shard in shards if shard.file.resolve().is_relative_to(out.resolve())]:
+        raise UserError(f"{out}: holds {inside[0].name} of the teacher; choose another folder for the student")
+    return Teacher(folder, config, shards, trust_remote_code)
 
 
-def _greedy(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """A few greedy tokens with the KV cache, whose slots follow the layers' indices."""
-    return model.generate(  # pyright: ignore[reportCallIssue]
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        do_sample=False,
-        use_cache=True,
-        max_new_tokens=3,
+def _shall_run(teacher: Teacher, proof: Proof) -> bool:
+    if proof == "files":
+        return False
+    if reason := why_not_run(teacher.config, teacher.shards):
+        if proof == "run":
+            raise UserError(f"prune.proof: run is not possible: {reason}; set prune.proof: files")
+        log.warning(
+            "prune: proven by its files and layers, not by running it: %s. Run it where it can run before you trust it",
+            reason,
+        )
+        return False
+    if shortage := memory_shortage(teacher.shards):
+        log.warning(
+            "prune: %s; %s",
+            shortage,
+            "trying all the same"
+            if proof == "run"
+            else "so it is proven by its files and layers, not by its logits (prune.proof: run forces that)",
+        )
+        return proof == "run"
+    return True
+
+
+def _route(teacher: Teacher, plan: PruningPlan, keep: Sequence[int]) -> tuple[PreTrainedModel, Copy | None]:
+    """The teacher without its weights, and what there is to copy; None where the student must be made in memory."""
+    plain, quantisation = without_quantization(teacher.config)
+    skeleton, loading = load_without_data(plain, teacher.shapes)
+    if not quantisation:
+        refuse_incomplete(teacher.folder, plain.model_type, loading.missing, loading.mismatched)
+    try:
+        if plan.edits:
+            raise NotByCopy("the plan changes layers that stay")
+        return skeleton, _planned_copy(teacher, skeleton, loading, keep)
+    except NotByCopy as reason:
+        if quantisation:
+            raise UserError(
+                f"{teacher.folder}: is quantised, and its tensors cannot be copied as they are: {reason}; "
+                "give the full-precision model"
+            ) from reason
+        log.info("prune: making the student in memory: %s", reason)
+        return skeleton, None
+
+
+def _planned_copy(teacher: Teacher, skeleton: PreTrainedModel, loading: Loading, keep: Sequence[int]) -> Copy:
+    """Raises: NotByCopy, or the UserErrors of cut_config."""
+    prefix, model_prefix = find_layers(teacher.shapes, skeleton), f"{layers_path(skeleton)}."
+    names = student_names(teacher.shapes, prefix=prefix, num_layers=len(decoder_layers(skeleton)), keep=keep)
+    said = LayerNames(
+        prefixes=tuple({prefix, model_prefix}),
+        others=frozenset(other_towers(teacher.shapes, prefix)),
+        modules=tuple(
+            sorted(modules_inside(teacher.shapes, prefix) | modules_inside(skeleton.state_dict(), model_prefix))
+        ),
     )
+    config = cut_stored_config(teacher.config, keep, said)
+    config.architectures = config.architectures or [type(skeleton).__name__]
+    shapes = {names[name]: shape for name, shape in teacher.shapes.items() if name in names}
+    student, found = load_without_data(without_quantization(config)[0], shapes)
+    if difference := found.difference(loading.renumbered((model_prefix, prefix), keep)):
+        raise NotByCopy(f"of the stored tensors, {difference} in the student")
+    refuse_changed_layers(skeleton, student, keep)
+    side_files = {
+        file.name: renumbered(json.loads(file.read_text(encoding="utf-8")), keep, said, where=file.name)
+        for file in (teacher.folder / name for name in SIDE_FILES)
+        if file.is_file()
+    }
+    shards = new_shards(teacher.shards, names)
+    log.info(
+        "prune: copying %s of %s as they are stored, without building the model",
+        *(bytes_text(sum(shard.num_bytes for shard in some)) for some in (shards, teacher.shards)),
+    )
+    return Copy(teacher, config, shards, side_files)
+
+
+def _write_copy(copy: Copy, folder: Path) -> None:
+    write_shards(copy.shards, folder)
+    compare_shards(copy.shards, folder)
+    copy.config.save_pretrained(folder)
+    for name, content in copy.side_files.items():
+        write_json(folder / name, content)
+    generation = copy.teacher.folder / GENERATION_FILE
+    if generation.is_file():
+        copy_beside(generation, folder / GENERATION_FILE)
+    else:  # what transformers does where the settings are still in config.json
+        GenerationConfig.from_pretrained(
+            copy.teacher.folder, config_file_name="config.json", _from_model_config=True
+        ).save_pretrained(folder)
+
+
+def _write_from_memory(
+    teacher: Teacher, plan: PruningPlan, folder: Path, *, donors: Mapping[int, Path], seed: int, runs: bool
+) -> Behaviour | None:
+    """Returns what the teacher as planned answers where that is asked for, because it is in memory now."""
+    model = teacher.load()
+    loaded = {path: load_model(path, trust_remote_code=teacher.trust_remote_code) for path in set(donors.values())}
+    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
+    made = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
+    edited_student(model, plan, made).save_pretrained(folder)
+    return _planned_behaviour(model, plan, made) if runs else None
+
+
+def _planned_behaviour(model: PreTrainedModel, plan: PruningPlan, made: Materials) -> Behaviour:
+    with edited(model, plan, made):
+        return behaviour(model)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,47 @@ SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "unk_token")
 """What of tokenizer_config.json shapes tokens; the rest are paths, versions, and the pad token, which shoal masks."""
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors library itself accepts."""
+DTYPE_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+"""Bits of one number by the format's dtype names (safetensors 0.8)."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    """As the format spells it, `BF16` for instance."""
+    shape: tuple[int, ...]
+    start: int
+    """First byte, counted from the beginning of the file."""
+    end: int
+    """One past the last byte."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The header of a safetensors file, checked."""
+
+    file: Path
+    tensors: dict[str, StoredTensor]
+    """In the order of their bytes, without gap from the header to the end of the file."""
+    metadata: dict[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file."""
+        return self.file.stat().st_size
 
 
 def checkpoint_bytes(folder: Path) -> int:
@@ -29,15 +72,10 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: neither is there, or the index is damaged.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [folder / name for name in sorted(names)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    if (folder / INDEX_FILE).is_file():
+        return [folder / name for name in sorted(set(read_index(folder)["weight_map"].values()))]
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     pickled = [name for name in others if not name.endswith(".safetensors")]
     if not others:
@@ -45,8 +83,58 @@ def weight_files(folder: Path) -> list[Path]:
     elif pickled == others:
         found = f"only pickled weights ({', '.join(pickled)}), which shoal never opens"
     else:
-        found = f"neither model.safetensors nor model.safetensors.index.json, only {', '.join(others)}"
+        found = f"neither {SINGLE_FILE} nor {INDEX_FILE}, only {', '.join(others)}"
     raise UserError(f"{folder}: has {found}; give a complete checkpoint in safetensors")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a checkpoint in several files: `weight_map` (tensor name -> file name) and `metadata`.
+
+    Raises:
+        UserError: it is damaged, or names a file outside the folder.
+    """
+    index = folder / INDEX_FILE
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names = {str(name) for name in content["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
+    if elsewhere := sorted(name for name in names if Path(name).name != name):
+        raise UserError(f"{index}: names {elsewhere[0]!r}, which is no file of this folder; {DOWNLOAD_AGAIN}")
+    return content
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The headers of all weight files, in the order of their names.
+
+    Raises:
+        UserError: a file is missing or damaged, or index and files disagree on which tensors there are.
+    """
+    shards = [read_header(file) for file in weight_files(folder)]
+    holders: dict[str, str] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in holders:
+                raise UserError(
+                    f"{folder}: {name} lies in both {holders[name]} and {shard.file.name}; {DOWNLOAD_AGAIN}"
+                )
+            holders[name] = shard.file.name
+    if (folder / INDEX_FILE).is_file():
+        _refuse_wrong_index(folder, holders)
+    return shards
+
+
+def _refuse_wrong_index(folder: Path, holders: dict[str, str]) -> None:
+    listed: dict[str, str] = read_index(folder)["weight_map"]
+    for name in sorted(listed.keys() | holders.keys()):
+        said, found = listed.get(name), holders.get(name)
+        if said == found:
+            continue
+        if said is None:
+            problem = f"does not name {name}, which lies in {found}"
+        else:
+            problem = f"says that {name} lies in {said}, but it lies in {found or 'no file'}"
+        raise UserError(f"{folder / INDEX_FILE}: {problem}; {DOWNLOAD_AGAIN}")
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -58,8 +146,7 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(
             f"{folder}: has no config.json, so it is no Hugging Face checkpoint; give the folder that holds one"
         )
-    for file in weight_files(folder):
-        _safetensors_header(file)
+    read_shards(folder)
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -82,19 +169,20 @@ def model_fingerprint(folder: Path) -> str:
 
 def _samples(file: Path) -> Iterator[tuple[str, bytes]]:
     """Name and hash of every tensor in a safetensors file."""
-    header, data_start = _safetensors_header(file)
     with file.open("rb") as handle:
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
-            if end - start > 4 * SAMPLE_BYTES:
-                offsets = [start + (end - SAMPLE_BYTES - start) * quarter // 3 for quarter in range(4)]
-            else:
-                offsets = range(start, end, SAMPLE_BYTES)
-            for offset in offsets:
-                handle.seek(data_start + offset)
-                digest.update(handle.read(min(SAMPLE_BYTES, end - offset)))
+        for name, tensor in read_header(file).tensors.items():
+            digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+            for offset, size in sampled_ranges(tensor.start, tensor.end):
+                handle.seek(offset)
+                digest.update(handle.read(size))
             yield name, digest.digest()
+
+
+def sampled_ranges(start: int, end: int) -> list[tuple[int, int]]:
+    """(offset, size) of what stands for the bytes ``start`` to ``end``: all of 256 KiB, else four blocks of 64 KiB."""
+    if end - start > 4 * SAMPLE_BYTES:
+        return [(start + (end - SAMPLE_BYTES - start) * quarter // 3, SAMPLE_BYTES) for quarter in range(4)]
+    return [(offset, min(SAMPLE_BYTES, end - offset)) for offset in range(start, end, SAMPLE_BYTES)]
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -124,27 +212,55 @@ def _json_or_empty(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: is not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
 
 
-def _safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Tensor name -> dtype, shape and data_offsets, and where the data start.
+def read_header(file: Path) -> Shard:
+    """What lies where in a safetensors file.
 
     Raises:
-        UserError: no such file, or another size than the header says.
+        UserError: no such file, another size than the header says, or a header that contradicts itself.
     """
     if not file.is_file():
         raise UserError(f"{file}: is named by the checkpoint's index but missing; download the checkpoint again")
     size = file.stat().st_size
-    wanted = "a valid header"
     with file.open("rb") as handle:
         prefix = handle.read(8)
         header_bytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size + 1
-        try:
-            header: Any = json.loads(handle.read(header_bytes)) if header_bytes <= size else None
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            expected = 8 + header_bytes + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            pass
-        else:
-            if size == expected:
-                return tensors, 8 + header_bytes
-            wanted = f"{expected:,} bytes"
-    raise UserError(f"{file}: is damaged: {size:,} bytes where {wanted} should be; {DOWNLOAD_AGAIN}")
+        readable = header_bytes <= min(size, MAX_HEADER_BYTES)
+        text = handle.read(header_bytes) if readable else b""
+    data_start = 8 + header_bytes
+    try:
+        header: Any = json.loads(text)
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        found = {name: _stored(entry, data_start) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(file, f"{size:,} bytes where a valid header should be") from error
+    tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
+    expected = max((tensor.end for tensor in tensors.values()), default=data_start)
+    if size != expected:
+        raise _damaged(file, f"{size:,} bytes where {expected:,} bytes should be")
+    _refuse_contradictions(file, tensors, data_start)
+    return Shard(file, tensors, metadata)
+
+
+def _stored(entry: dict[str, Any], data_start: int) -> StoredTensor:
+    start, end = (int(offset) for offset in entry["data_offsets"])
+    return StoredTensor(
+        str(entry["dtype"]), tuple(int(size) for size in entry["shape"]), data_start + start, data_start + end
+    )
+
+
+def _refuse_contradictions(file: Path, tensors: dict[str, StoredTensor], position: int) -> None:
+    for name, tensor in tensors.items():
+        if tensor.start != position or tensor.end < tensor.start:
+            kind = "overlap others" if tensor.start < position else "leave a gap before them"
+            raise _damaged(file, f"the header puts {name} at bytes that {kind}")
+        position = tensor.end
+        bits = DTYPE_BITS.get(tensor.dtype)  # of a dtype younger than this list only the offsets are checked
+        size = tensor.end - tensor.start
+        wrong_size = bits is not None and math.prod(tensor.shape) * bits != 8 * size
+        if wrong_size or min(tensor.shape, default=0) < 0:
+            shape = list(tensor.shape)
+            raise _damaged(file, f"the header gives {name} ({tensor.dtype}, shape {shape}) {size:,} bytes")
+
+
+def _damaged(file: Path, problem: str) -> UserError:
+    return UserError(f"{file}: is damaged: {problem}; {DOWNLOAD_AGAIN}")

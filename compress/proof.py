@@ -1,0 +1,147 @@
+"""Proof that a saved student is the teacher as planned: by running both, or by their files and layers alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from shoal.checkpoint import Shard, read_shards
+from shoal.errors import UserError
+from shoal.models import load_config, load_model, text_config
+
+from ..eval.wording import bytes_text
+from .quantised import without_quantization
+from .stored_names import NotByCopy, load_without_data
+from .surgery import refuse_changed_layers
+
+log = logging.getLogger(__name__)
+
+PROOF_TOKENS = 24
+"""Length of the random input on which a saved student must equal its teacher as planned."""
+PROOF_NEW_TOKENS = 3
+MEMORY_MARGIN = 1.2
+"""Memory that a run needs, as a multiple of the weights."""
+RUNNABLE = {"F64", "F32", "F16", "BF16"}
+"""Number formats that torch calculates in by itself."""
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a model answers to the proof's fixed random input of S tokens, vocabulary V."""
+
+    logits_1SV: Tensor
+    text_1S: Tensor
+    """The input and a few greedy tokens, with the KV cache."""
+
+
+@torch.inference_mode()
+def behaviour(model: PreTrainedModel) -> Behaviour:
+    """What ``model`` answers; compare it with another's by prove_by_run."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, text_config(model.config).vocab_size, (1, PROOF_TOKENS), generator=generator)
+    input_ids = input_ids.to(model.device)
+    return Behaviour(model(input_ids=input_ids, use_cache=False).logits, _greedy(model, input_ids))
+
+
+def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str) -> None:
+    """Load the saved student and compare its answers, bit for bit, with ``expected``, those of ``reference``.
+
+    ``reference`` reads like `the teacher with layers [3] skipped`; its model need not be in memory any more.
+
+    Raises:
+        UserError: they differ.
+    """
+    student = load_model(student_folder)
+    found = behaviour(student)
+    family = student.config.model_type
+    if not torch.equal(expected.logits_1SV, found.logits_1SV):
+        difference = (expected.logits_1SV.double() - found.logits_1SV.double()).abs().max().item()
+        raise UserError(
+            f"the saved student's logits differ from those of {reference} by up to {difference:.3g}; "
+            f"shoal cannot cut the {family} family exactly"
+        )
+    if not torch.equal(expected.text_1S, found.text_1S):
+        raise UserError(
+            f"the saved student writes other text with a KV cache than {reference}; "
+            f"shoal cannot cut the {family} family exactly"
+        )
+
+
+def prove_by_files(student_folder: Path, teacher: PreTrainedModel, keep: Sequence[int]) -> None:
+    """Read the saved student's configuration and headers back, build it without weights, and compare it with
+    ``teacher`` (which may be on the meta device): every tensor has its place, and every layer is what it was.
+
+    Raises:
+        UserError: tensors without a place, places without a tensor, or a layer that has changed.
+    """
+    config, quantisation = without_quantization(load_config(student_folder))
+    shapes = {name: tensor.shape for shard in read_shards(student_folder) for name, tensor in shard.tensors.items()}
+    try:
+        student, loading = load_without_data(config, shapes)
+    except NotByCopy as error:
+        raise UserError(f"{student_folder}: {error}") from error
+    if not quantisation and (wrong := sorted(loading.missing | loading.mismatched)):
+        raise UserError(
+            f"the saved student has no {wrong[0]} of the right shape ({len(wrong)} such tensors in all); "
+            f"shoal cannot cut the {teacher.config.model_type} family exactly"
+        )
+    refuse_changed_layers(teacher, student, keep)
+
+
+def why_not_run(config: PreTrainedConfig, shards: Sequence[Shard]) -> str:
+    """Why the model of these files cannot run on this machine; empty where nothing speaks against it."""
+    quantisation = without_quantization(config)[1]
+    if quantisation and torch.accelerator.is_available():
+        return "its quantised weights run on the accelerator, and proofs run on the CPU"
+    for settings in quantisation.values():
+        try:
+            AutoHfQuantizer.from_config(dict(settings)).validate_environment(device_map=None)
+        except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return f"its quantised weights cannot run here ({str(error).strip().splitlines()[0]})"
+    found = {tensor.dtype for shard in shards for tensor in shard.tensors.values()}
+    strange = sorted({dtype for dtype in found if dtype.startswith(("F", "BF"))} - RUNNABLE)
+    if strange and not quantisation:
+        return f"its weights are {strange[0]}, in which torch cannot calculate"
+    return ""
+
+
+def memory_shortage(shards: Sequence[Shard]) -> str:
+    """Why the model of these files does not fit into memory; empty where it does."""
+    tensors = [tensor for shard in shards for tensor in shard.tensors.values()]
+    # transformers turns FP8 into BF16 where there is no hardware for it
+    unpacked = sum((tensor.end - tensor.start) * (2 if tensor.dtype.startswith("F8") else 1) for tensor in tensors)
+    needed, available = int(MEMORY_MARGIN * unpacked), available_memory()
+    if needed <= available:
+        return ""
+    return f"running the model takes {bytes_text(needed)} of memory and {bytes_text(available)} are free"
+
+
+def available_memory() -> int:
+    """Bytes that this process can still get: free in the machine and, in a container, below its limit."""
+    available = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    limit, used = group / "memory.max", group / "memory.current"
+    if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
+        available = min(available, int(maximum) - int(used.read_text()))
+    return available
+
+
+def _greedy(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """With the KV cache, whose slots follow the layers' indices."""
+    generate: Any = model.generate
+    return generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        do_sample=False,
+        use_cache=True,
+        max_new_tokens=PROOF_NEW_TOKENS,
+    )

@@ -1,0 +1,158 @@
+"""Settings of a quantised checkpoint that name layers by number, made right for the student.
+
+The weights themselves are copied as they are: every common format keeps what belongs to a layer under the layer's name.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from shoal.errors import UserError
+
+from .config_cut import cut_config
+from .stored_names import is_mtp
+
+FIELDS = ("quantization_config", "compression_config")
+SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Where AutoGPTQ, AutoAWQ and ModelOpt put the same settings beside config.json."""
+REGEX_MARKS = set("\\^$+?()[]{}|")
+REGEX_PREFIXES = ("re:", "+:", "-:")
+"""compressed-tensors; GPTQModel's `dynamic`."""
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """What a list of module names can mean by a layer's number."""
+
+    prefixes: tuple[str, ...]
+    """Of the decoder layers, in the files and in the model: `model.layers.`."""
+    others: frozenset[str]
+    """Of numbered layers that end with the same word and are no decoder layers, in a vision tower for instance."""
+    modules: tuple[str, ...]
+    """Modules inside a layer: `self_attn.q_proj`."""
+
+    @property
+    def word(self) -> str:
+        """`layers`, `h` or `blocks`."""
+        return self.prefixes[0][:-1].rpartition(".")[2]
+
+
+def without_quantization(config: PreTrainedConfig) -> tuple[PreTrainedConfig, dict[tuple[str, str], dict[str, Any]]]:
+    """A copy of ``config`` as if the weights were plain, and what was taken out: (part, field) -> settings.
+
+    The part is the name of a sub-configuration, or empty.
+    """
+    plain = copy.deepcopy(config)
+    removed: dict[tuple[str, str], dict[str, Any]] = {}
+    for part in ("", *plain.sub_configs):
+        owner = getattr(plain, part, None) if part else plain
+        for field in FIELDS:
+            value = getattr(owner, field, None)
+            if value is not None:
+                removed[part, field] = value if isinstance(value, dict) else value.to_dict()
+                delattr(owner, field)
+    return plain, removed
+
+
+def cut_stored_config(config: PreTrainedConfig, keep: Sequence[int], names: LayerNames) -> PreTrainedConfig:
+    """cut_config for weights that stay as they are stored, quantised ones too.
+
+    Raises:
+        UserError: what cut_config and renumbered refuse.
+    """
+    plain, settings = without_quantization(config)
+    student = cut_config(plain, keep)
+    for (part, field), value in settings.items():
+        new = renumbered(value, keep, names, where=f"config.{part}{'.' if part else ''}{field}")
+        setattr(getattr(student, part) if part else student, field, new)
+    return student
+
+
+def renumbered(value: Any, keep: Sequence[int], names: LayerNames, *, where: str) -> Any:
+    """``value`` (JSON) with every layer under its new number and the names of dropped layers gone.
+
+    Names are list entries or keys. A pattern stays where it says the same of every kept layer under its new number.
+
+    Raises:
+        UserError: a pattern that would mean other layers in the student, or a name of which it is not clear whether it
+            is a decoder layer's.
+    """
+    if isinstance(value, dict):
+        renamed = {key: _renamed(key, keep, names, where) for key in value}
+        return {
+            renamed[key]: renumbered(inner, keep, names, where=f"{where}.{key}")
+            for key, inner in value.items()
+            if renamed[key] is not None
+        }
+    if isinstance(value, list):
+        entries = [renumbered(entry, keep, names, where=where) for entry in value]
+        return [entry for entry, old in zip(entries, value, strict=True) if entry is not None or old is None]
+    return _renamed(value, keep, names, where) if isinstance(value, str) else value
+
+
+def _renamed(text: Any, keep: Sequence[int], names: LayerNames, where: str) -> Any:
+    """The name or pattern ``text`` for the student; None where its layer is gone."""
+    if not isinstance(text, str):
+        return text
+    if is_mtp(text):
+        return None
+    is_regex = text.startswith(REGEX_PREFIXES) or not REGEX_MARKS.isdisjoint(text)
+    match = None if is_regex else re.search(rf"(?:^|\.){names.word}\.(\d+)(?=\.|$)", text)
+    if match is None:
+        if is_regex or "*" in text:
+            _refuse_other_meaning(text, keep, names, where)
+        return text
+    if not _is_decoder(text[: match.start(1)], names, text, where):
+        return text
+    old = int(match[1])
+    return f"{text[: match.start(1)]}{keep.index(old)}{text[match.end(1) :]}" if old in keep else None
+
+
+def _is_decoder(prefix: str, names: LayerNames, text: str, where: str) -> bool:
+    def among(prefixes: Collection[str]) -> bool:
+        return any(known == prefix or known.endswith(f".{prefix}") for known in prefixes)
+
+    decoder, other = among(names.prefixes), among(names.others)
+    if decoder == other and names.others:
+        raise UserError(
+            f"{where}: names {text!r}, and shoal cannot tell whether that is a layer of the text decoder; "
+            "write its full name"
+        )
+    return not other
+
+
+def _refuse_other_meaning(text: str, keep: Sequence[int], names: LayerNames, where: str) -> None:
+    """Compare what a pattern matches in every kept layer with what it matches under the layer's new number."""
+    tests = _tests(text)
+    for new, old in enumerate(keep):
+        for prefix in names.prefixes:
+            for module in ("", *names.modules):
+                before, after = (f"{prefix}{layer}{'.' if module else ''}{module}" for layer in (old, new))
+                if any(test(before) != test(after) for test in tests):
+                    raise UserError(
+                        f"{where}: the pattern {text!r} names layers by number: it treats {before} otherwise than "
+                        f"{after}, which that module would become. Spell the modules out one by one, and cut again"
+                    )
+
+
+def _tests(text: str) -> list[Callable[[str], bool]]:
+    """Every way in which the formats may use a pattern: as a regular expression or with shell wildcards."""
+    pattern = text[len(REGEX_PREFIXES[0]) :] if text.startswith(REGEX_PREFIXES[0]) else text
+    pattern = pattern[2:] if pattern.startswith(REGEX_PREFIXES[1:]) else pattern
+    tests: list[Callable[[str], bool]] = []
+    try:
+        expression = re.compile(pattern)
+    except re.error:
+        pass  # `*.mlp` is a wildcard and no regular expression
+    else:
+        tests += [lambda name: bool(expression.match(name)), lambda name: bool(expression.search(name))]
+    if "*" in pattern and not text.startswith(REGEX_PREFIXES):
+        tests.append(lambda name: fnmatch.fnmatchcase(name, pattern))
+    return tests

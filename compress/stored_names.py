@@ -1,0 +1,210 @@
+"""Which stored tensors a cut keeps, and under which names, decided by the names in the files alone.
+
+Names in a file are often not those in the model: transformers merges experts, adds and removes prefixes and renames
+while it loads. The files' own names are kept, because vLLM and llama.cpp read those.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from shoal.models import decoder_layers
+
+log = logging.getLogger(__name__)
+
+
+class NotByCopy(Exception):
+    """Why stored tensors cannot just be copied. The cut may still be possible in memory."""
+
+
+def is_mtp(name: str) -> bool:
+    """Whether a tensor or module belongs to multi-token prediction, which transformers never runs."""
+    return any(part.startswith("mtp") for part in name.split("."))
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Where the decoder layers are in ``model``, `model.layers` for instance."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Tensors that did not find each other when a checkpoint was loaded, by their names in the model."""
+
+    missing: frozenset[str]
+    """The model has them and the files do not."""
+    unexpected: frozenset[str]
+    """The files have them and the model does not."""
+    mismatched: frozenset[str]
+    """Both have them, in other shapes."""
+
+    def renumbered(self, prefixes: Collection[str], keep: Sequence[int]) -> Loading:
+        """What loading the student must say where this is said of the teacher."""
+        new_index = {old: new for new, old in enumerate(keep)}
+
+        def renamed(names: Iterable[str]) -> Iterator[str]:
+            for name in names:
+                prefix = next((prefix for prefix in prefixes if _layer(name, prefix)[0] is not None), "")
+                layer, rest = _layer(name, prefix)
+                if layer in new_index:
+                    yield f"{prefix}{new_index[layer]}.{rest}"
+                elif layer is None and not is_mtp(name):
+                    yield name
+
+        return Loading(*(frozenset(renamed(names)) for names in (self.missing, self.unexpected, self.mismatched)))
+
+    def difference(self, other: Loading) -> str:
+        """The first tensor about which the two say different things, and what; empty where they agree."""
+        for what, mine, others in (
+            ("missing", self.missing, other.missing),
+            ("without a place", self.unexpected, other.unexpected),
+            ("of the wrong shape", self.mismatched, other.mismatched),
+        ):
+            if differing := sorted(mine ^ others):
+                return f"{differing[0]} would {'' if differing[0] in mine else 'not '}be {what}"
+        return ""
+
+
+def find_layers(names: Iterable[str], model: PreTrainedModel) -> str:
+    """What the stored names of the decoder layers start with before the layer's number: `model.layers.`.
+
+    The last part is that of the path in ``model`` (which needs no weights), and every layer of it is there. Where a
+    vision tower has as many layers under the same word, the one whose tensors are called like the model's is meant.
+
+    Raises:
+        NotByCopy: no names, or two kinds of names, fit.
+    """
+    path = layers_path(model)
+    leaf = path.rpartition(".")[2]
+    num_layers = len(decoder_layers(model))
+    found = _numbered(names, leaf)
+    complete = {prefix: rests for prefix, rests in found.items() if set(range(num_layers)) <= rests.keys()}
+    wanted = _spellings(_numbered(model.state_dict(), leaf)[f"{path}."])
+    likeness = {prefix: _likeness(_spellings(rests), wanted) for prefix, rests in complete.items()}
+    best = [prefix for prefix in likeness if likeness[prefix] == max(likeness.values()) > 0]
+    if len(best) != 1:
+        kinds = " and ".join(f"{prefix}0" for prefix in best) or "none"
+        raise NotByCopy(f"of the stored names, {kinds} could be those of {path}.0 to {path}.{num_layers - 1}")
+    return best[0]
+
+
+def other_towers(names: Iterable[str], prefix: str) -> set[str]:
+    """Prefixes of numbered layers in ``names`` that end with the same word as ``prefix`` and are not it."""
+    return set(_numbered(names, prefix[:-1].rpartition(".")[2])) - {prefix}
+
+
+def modules_inside(names: Iterable[str], prefix: str) -> set[str]:
+    """Modules that own tensors in the layers under ``prefix``: `self_attn.q_proj`."""
+    rests = (_layer(name, prefix)[1] for name in names)
+    return {module for rest in rests if (module := rest.rpartition(".")[0])}
+
+
+def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: Sequence[int]) -> dict[str, str]:
+    """Stored name -> its name in the student, for every tensor that stays.
+
+    Layers behind the last one, and tensors named mtp, predict further tokens of the uncut model from its states and
+    are never run by transformers; they are left out.
+    """
+    new_index = {old: new for new, old in enumerate(keep)}
+    kept: dict[str, str] = {}
+    extra: list[str] = []
+    for name in names:
+        layer, rest = _layer(name, prefix)
+        if is_mtp(name) or (layer is not None and layer >= num_layers):
+            extra.append(name)
+        elif layer is None:
+            kept[name] = name
+        elif layer in new_index:
+            kept[name] = f"{prefix}{new_index[layer]}.{rest}"
+    if extra:
+        log.warning(
+            "prune: %d tensors behind the last layer (%s, ...) are left out: they guess further tokens from the uncut "
+            "model's states",
+            len(extra),
+            extra[0],
+        )
+    return kept
+
+
+def load_without_data(
+    config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[PreTrainedModel, Loading]:
+    """The model of ``config`` on the meta device, and what transformers says when it loads ``shapes`` into it.
+
+    ``shapes``: stored name -> shape. The loading is the real one, with all its renaming, merging and tying, but for the
+    numbers: it needs neither the weights nor memory for them.
+
+    Raises:
+        NotByCopy: transformers cannot merge or split the tensors.
+    """
+    with torch.device("meta"):
+        empty: Any = AutoModelForCausalLM.from_config(config)
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+    try:
+        with _quiet_transformers():
+            model, report = type(empty).from_pretrained(
+                None,
+                config=empty.config,
+                state_dict=tensors,
+                dtype=torch.bfloat16,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        raise NotByCopy(
+            f"transformers cannot load tensors of these names ({str(error).strip().splitlines()[0]})"
+        ) from error
+    mismatched = frozenset(name for name, *_ in report["mismatched_keys"])
+    return model, Loading(frozenset(report["missing_keys"]), frozenset(report["unexpected_keys"]), mismatched)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the table of tensors that do not fit: here they are what is asked for."""
+    logger = logging.getLogger("transformers")
+    level, bar = logger.level, transformers_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _layer(name: str, prefix: str) -> tuple[int | None, str]:
+    """The number after ``prefix`` and what follows it; (None, "") where there is none."""
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    return (int(number), rest) if prefix and name.startswith(prefix) and number.isdigit() else (None, "")
+
+
+def _numbered(names: Iterable[str], leaf: str) -> dict[str, dict[int, set[str]]]:
+    """Prefix ending with ``leaf`` and a dot -> number -> what follows it."""
+    pattern = re.compile(rf"((?:.*?\.)?{re.escape(leaf)}\.)(\d+)\.(.+)")
+    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if match := pattern.fullmatch(name):
+            found[match[1]][int(match[2])].add(match[3])
+    return found
+
+
+def _spellings(rests: dict[int, set[str]]) -> set[str]:
+    """Names inside a layer, whatever its number and that of an expert."""
+    return {re.sub(r"\d+", "#", rest) for layer in rests.values() for rest in layer}
+
+
+def _likeness(found: set[str], wanted: set[str]) -> float:
+    return len(found & wanted) / len(found | wanted)
