@@ -62,22 +62,23 @@ class Cost:
 
 
 def model_without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of ``config`` on the meta device."""
+    """The causal language model of ``config`` on the meta device; its cache would be kept in ``dtype`` too."""
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # is part of the initialisation that was left out
+    return model.eval()
 
 
-def model_cost(config: PreTrainedConfig, dtype: torch.dtype) -> Cost:
-    """The cost of a model of ``config`` whose weights and cache are kept in ``dtype``.
+def model_cost(model: PreTrainedModel) -> Cost:
+    """The cost of ``model``, which model_without_data made and which cannot be run afterwards.
 
     Raises:
         UserError: a mixture of experts of which it is not known how many a token is sent to.
     """
-    model = model_without_data(config, dtype)
     head = model.get_output_embeddings()
     head_parameters = sum(parameter.numel() for parameter in head.parameters()) if head is not None else 0
     return Cost(
-        num_layers=text_config(config).num_hidden_layers,
+        num_layers=text_config(model.config).num_hidden_layers,
         num_parameters=num_parameters(model),
         active_parameters=_active_parameters(model.get_decoder()) + head_parameters,
         head_parameters=head_parameters,

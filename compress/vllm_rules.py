@@ -73,8 +73,7 @@ LISTED = _names(
 RECURRENT = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
 
 Rule = Callable[[Any], str | None]
-"""The text decoder's configuration -> what vLLM would do to it that is wrong, as a clause after "vLLM"; None = nothing.
-"""
+"""The text decoder's configuration -> what vLLM would do to it that is wrong; None = nothing."""
 
 
 def vllm_loads(config: Any) -> tuple[Literal["yes", "no", "unknown"], str]:
@@ -85,18 +84,18 @@ def vllm_loads(config: Any) -> tuple[Literal["yes", "no", "unknown"], str]:
     text = text_config(config)
     architecture = _architecture(config)
     if text.model_type in TOO_NEW:
-        return "no", f"works with transformers up to {NEWEST_TRANSFORMERS}, which does not know {text.model_type}"
+        return "no", f"it works with transformers up to {NEWEST_TRANSFORMERS}, which does not know {text.model_type}"
     if architecture not in NATIVE:
         return _through_transformers(architecture, text)
     if text.model_type in OWN_CONFIGURATION:
-        return "unknown", f"reads {text.model_type} by field names of its own, which shoal has not compared"
+        return "unknown", f"it reads {text.model_type} by field names of its own, which shoal has not compared"
     for rule in RULES.get(text.model_type, ()):
         if wrong := rule(text):
             return "no", wrong
     kinds = set(getattr(text, "layer_types", None) or ())
     if architecture in HYBRID and not kinds & RECURRENT and kinds - {"full_attention"}:
-        return "unknown", "expects recurrent layers in this family, and none is left"
-    return "yes", f"has its own code for {architecture}"
+        return "unknown", "it expects recurrent layers in this family, and none is left"
+    return "yes", f"it has its own code for {architecture}"
 
 
 def _architecture(config: Any) -> str:
@@ -108,13 +107,13 @@ def _architecture(config: Any) -> str:
 def _through_transformers(architecture: str, text: Any) -> tuple[Literal["yes", "no", "unknown"], str]:
     model_class = getattr(transformers, architecture, None)
     if model_class is None or not (model_class.is_backend_compatible() or model_class._can_set_attn_implementation()):
-        return "no", f"has no code for {architecture or text.model_type} and cannot run transformers' either"
+        return "no", f"it has no code for {architecture or text.model_type} and cannot run transformers' either"
     if others := sorted({*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}):
         kinds = " and ".join(others)
-        return "no", f"has no code for {architecture}, and its Transformers backend none for {kinds} layers"
+        return "no", f"it has no code for {architecture}, and its Transformers backend none for {kinds} layers"
     if architecture in LISTED:
-        return "yes", f"runs transformers' code for {architecture} (its Transformers backend)"
-    return "unknown", f"has no code for {architecture}; its Transformers backend may run it, but does not list it"
+        return "yes", f"it runs transformers' code for {architecture} (its Transformers backend)"
+    return "unknown", f"it has no code for {architecture}; its Transformers backend may run it, but does not list it"
 
 
 def _sliding(text: Any) -> list[bool]:
@@ -144,38 +143,38 @@ def _alternating_window(text: Any) -> str | None:
     sliding = _sliding(text)
     # a layer without a window of its own gets the model's, which is set only where all layers slide
     assumed = [layer % 2 == 0 or all(sliding) for layer in range(len(sliding))]
-    return _unless("lets every second layer slide, layer 0 first, whatever layer_types says", assumed, sliding)
+    return _unless("it lets every second layer slide, layer 0 first, whatever layer_types says", assumed, sliding)
 
 
 def _no_mixed_window(text: Any) -> str | None:
     if len(set(text.layer_types)) == 1:
         return None
-    return "refuses models of this family in which some layers slide and others do not"
+    return "it refuses models of this family in which some layers slide and others do not"
 
 
 def _no_single_window(text: Any) -> str | None:
     sliding = _sliding(text)
-    return _unless("lets all layers of this family slide or none", [all(sliding)] * len(sliding), sliding)
+    return _unless("it lets all layers of this family slide or none", [all(sliding)] * len(sliding), sliding)
 
 
 def _rope_without_sliding(text: Any) -> str | None:
     if any(_sliding(text)) or text.sliding_window is None:
         return None
-    return "turns RoPE on in full-attention layers once no sliding layer is left"
+    return "it turns RoPE on in full-attention layers once no sliding layer is left"
 
 
 def _dense_first(text: Any) -> str | None:
     first, every = getattr(text, "first_k_dense_replace", None), getattr(text, "moe_layer_freq", 1)
     if first is None:
-        return "needs first_k_dense_replace, which this configuration does not have"
+        return "it needs first_k_dense_replace, which this configuration does not have"
     assumed = [layer >= first and layer % every == 0 for layer in range(text.num_hidden_layers)]
-    return _unless(f"goes by first_k_dense_replace={first} and moe_layer_freq={every}", assumed, _sparse(text))
+    return _unless(f"it goes by first_k_dense_replace={first} and moe_layer_freq={every}", assumed, _sparse(text))
 
 
 def _experts_by_step(text: Any) -> str | None:
     step, layers = text.interleave_moe_layer_step, range(text.num_hidden_layers)
     assumed = [step > 0 and (layer + 1) % step == 0 for layer in layers]
-    claim = f"finds mixtures of experts by interleave_moe_layer_step={step}, whatever moe_layers says"
+    claim = f"it finds mixtures of experts by interleave_moe_layer_step={step}, whatever moe_layers says"
     return _unless(claim, assumed, [layer in text.moe_layers for layer in layers])
 
 
@@ -185,9 +184,7 @@ def _shared_cache(text: Any) -> str | None:
     for kind in sorted(set(kinds[first:])):
         expected = first - (2 if kind == "sliding_attention" else 1)
         if max((layer for layer in range(first) if kinds[layer] == kind), default=None) != expected:
-            return (
-                f"lets the last layers read keys and values of layer {expected} as {kind}, and it is not the last such"
-            )
+            return f"it lets late layers read keys and values of layer {expected} as {kind}, which is not the last such"
     return None
 
 
@@ -195,8 +192,8 @@ def _hybrid_pattern(text: Any) -> str | None:
     for field, actual in (("hybrid_layer_pattern", _sliding(text)), ("moe_layer_freq", _sparse(text))):
         value = getattr(text, field, None)
         if not isinstance(value, list | tuple):
-            return f"needs the list {field}, which this configuration does not have"
-        if wrong := _unless(f"goes by {field}", [bool(entry) for entry in value], actual):
+            return f"it needs the list {field}, which this configuration does not have"
+        if wrong := _unless(f"it goes by {field}", [bool(entry) for entry in value], actual):
             return wrong
     return None
 
@@ -204,12 +201,12 @@ def _hybrid_pattern(text: Any) -> str | None:
 def _numbered_from_one(text: Any) -> str | None:
     fields = getattr(text, "linear_attn_config", None)
     if not fields:
-        return "needs linear_attn_config, which this configuration does not have"
+        return "it needs linear_attn_config, which this configuration does not have"
     layers = range(text.num_hidden_layers)
     recurrent = [kind == "linear_attention" for kind in text.layer_types]
-    wrong = _unless("goes by linear_attn_config", [layer + 1 in fields["kda_layers"] for layer in layers], recurrent)
+    wrong = _unless("it goes by linear_attn_config", [layer + 1 in fields["kda_layers"] for layer in layers], recurrent)
     assumed = [layer >= getattr(text, "first_k_dense_replace", 0) for layer in layers]
-    return wrong or _unless("goes by first_k_dense_replace", assumed, _sparse(text))
+    return wrong or _unless("it goes by first_k_dense_replace", assumed, _sparse(text))
 
 
 def _indexers(text: Any) -> str | None:
@@ -222,7 +219,7 @@ def _indexers(text: Any) -> str | None:
         offset = getattr(text, "index_skip_topk_offset", 2)
         shared = [max(layer - offset + 1, 0) % every != 0 for layer in layers]
     actual = [kind == "shared" for kind in getattr(text, "indexer_types", None) or ["full"] * len(layers)]
-    return _unless("goes by index_topk_pattern or index_topk_freq, whatever indexer_types says", shared, actual)
+    return _unless("it goes by index_topk_pattern or index_topk_freq, whatever indexer_types says", shared, actual)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

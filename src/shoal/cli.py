@@ -46,16 +46,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     # idle OpenMP threads that spin make every other process on the machine several times slower; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-    sys.exit(run_verb(arguments.verb, arguments.config, arguments.overrides))
+    dry = getattr(arguments, "dry_run", False)
+    sys.exit(run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry))
 
 
-def run_verb(verb: str, config: str, overrides: Sequence[str]) -> int:
-    """Run one verb; returns the exit code."""
+def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
+    """Run one verb, or only say what prune would do; returns the exit code."""
     from shoal.runtime import is_main, set_up_logging
 
     set_up_logging()
     try:
-        _dispatch(verb, load_recipe(config, overrides), config, overrides)
+        recipe = load_recipe(config, overrides)
+        if dry_run:
+            _dry_run(recipe)
+        else:
+            _dispatch(verb, recipe, config, overrides)
     except UserError as error:
         if not is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
@@ -67,6 +72,12 @@ def run_verb(verb: str, config: str, overrides: Sequence[str]) -> int:
         print("shoal: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _dry_run(recipe: Recipe) -> None:
+    from shoal import pipeline
+
+    print(pipeline.prune_dry_run(pipeline.Run(recipe)))
 
 
 def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
@@ -172,6 +183,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("--config", required=True, help="recipe (YAML): a path, or the name of a shipped one")
         sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
+        if verb == "prune":
+            sub.add_argument(
+                "--dry-run",
+                action="store_true",
+                help="print sizes, expected speed and targets before and after; write nothing",
+            )
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a recipe setting")
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)

@@ -217,34 +217,80 @@ def plan_inputs(run: Run) -> dict[str, Any]:
 
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
-    from shoal.compress.plan import choose_layers, is_automatic
+    from shoal.compress.plan import is_automatic
 
-    settings = run.recipe.prune
-    importance = None
-    if is_automatic(settings):
-        path = run.dir / Importance.FILE
-        if path.is_file():
-            _require(Importance, path, measure_inputs(run), "shoal measure")
-        else:
-            log.info("prune: needs %s, measuring first", Importance.FILE)
-            measure(run)
-        importance = Importance.read(path)
+    if is_automatic(run.recipe.prune) and not (run.dir / Importance.FILE).is_file():
+        log.info("prune: needs %s, measuring first", Importance.FILE)
+        measure(run)
+    importance = _importance(run)
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
     inputs = plan_inputs(run)
     if (student / "config.json").is_file() and _is_done(PruningPlan, path, inputs, "prune"):
+        _refuse_for_targets(run, PruningPlan.read(path))
         return
     _refuse_stale_training(run)
-    drop, reason = choose_layers(settings, num_layers=run.num_layers, importance=importance)
-    plan = PruningPlan(Provenance(inputs), run.num_layers, drop, reason, settings.edits)
+    plan = _plan(run, importance, inputs)
+    _refuse_for_targets(run, plan)
     log.info("prune: %s", plan.in_words())
     if is_main():
         from shoal.compress.apply import apply_plan
+        from shoal.compress.targets import check_targets, log_verdicts
 
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
         apply_plan(run.teacher, plan, student, trust_remote_code=run.recipe.trust_remote_code)
         plan.write(path)
         log.info("prune: %s", student)
+        if not run.recipe.prune.targets:
+            log_verdicts(check_targets(load_config(student)))
     _barrier()
+
+
+def prune_dry_run(run: Run) -> str:
+    """What `shoal prune` would do and what would come of it, for a reader. Writes nothing and measures nothing.
+
+    Raises:
+        UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
+    """
+    from shoal.compress.dry_run import dry_run
+
+    recipe = run.recipe
+    return dry_run(
+        run.teacher,
+        _plan(run, _importance(run), {}),
+        run.dir / "student",
+        proof=recipe.prune.proof,
+        targets=recipe.prune.targets,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _importance(run: Run) -> Importance | None:
+    """importance.json, where layers are chosen by it and it is there."""
+    from shoal.compress.plan import is_automatic
+
+    path = run.dir / Importance.FILE
+    if not is_automatic(run.recipe.prune) or not path.is_file():
+        return None
+    _require(Importance, path, measure_inputs(run), "shoal measure")
+    return Importance.read(path)
+
+
+def _plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
+    from shoal.compress.plan import choose_layers
+
+    settings = run.recipe.prune
+    drop, reason = choose_layers(settings, num_layers=run.num_layers, importance=importance)
+    return PruningPlan(Provenance(inputs), run.num_layers, drop, reason, settings.edits)
+
+
+def _refuse_for_targets(run: Run, plan: PruningPlan) -> None:
+    """Refuse a plan whose student one of prune.targets would not take, or would take for another model."""
+    from shoal.compress.targets import refuse_for_targets, student_config
+
+    if targets := run.recipe.prune.targets:
+        config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+        refuse_for_targets(student_config(config, plan.keep), targets)
 
 
 def _refuse_stale_training(run: Run) -> None:
@@ -475,11 +521,13 @@ def preflight(run: Run) -> None:
     Raises:
         UserError: as the stages do.
     """
-    from shoal.compress.plan import check_choice
+    from shoal.compress.plan import check_choice, is_automatic
     from shoal.eval.tasks import load_tasks
 
     recipe = run.recipe
     check_choice(recipe.prune, num_layers=run.num_layers)
+    if recipe.prune.targets and not is_automatic(recipe.prune):
+        _refuse_for_targets(run, _plan(run, None, {}))
     for name in ("measure", "distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
     check_training_settings(recipe)

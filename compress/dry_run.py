@@ -1,0 +1,208 @@
+"""What `shoal prune` would do and what would come of it, in words and numbers, within seconds and without weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from shoal.artifact import PruningPlan
+from shoal.checkpoint import Shard, read_shards
+from shoal.edits import Merge, Replace, in_words
+from shoal.errors import UserError
+from shoal.models import load_config, text_config
+from shoal.recipe import Target
+
+from ..eval.wording import bytes_text, layers_text
+from .cost import Cost, decode_bytes, model_cost, model_without_data, prefill_flops
+from .proof import memory_shortage, why_not_run
+from .quantised import without_quantization
+from .stored_names import NotByCopy, find_layers, student_names
+from .surgery import kept_layers, refuse_changed_layers
+from .targets import TARGETS, check_targets, refuse_for_targets, student_config
+
+NUM_TOKENS = 2048
+"""Length at which caches and speeds are given, or the model's positions where those are fewer."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Teacher or student."""
+
+    cost: Cost
+    stored_bytes: int
+    """Of the tensors in its files."""
+    bytes_per_parameter: float
+    """In memory when it runs; of quantised weights as they are stored, on average."""
+
+
+def dry_run(
+    teacher_folder: Path,
+    plan: PruningPlan,
+    out: Path,
+    *,
+    proof: str = "auto",
+    targets: Sequence[Target] = (),
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> str:
+    """A report of what apply_plan would write to ``out``: lines of text. Nothing is written and no weight is read.
+
+    Raises:
+        UserError: what apply_plan would refuse by configuration and headers, and a student that one of ``targets``
+            would not take.
+    """
+    config = load_config(teacher_folder, trust_remote_code=trust_remote_code)
+    if not type(config).__module__.startswith("transformers."):
+        raise UserError(
+            f"{teacher_folder}: is built by code that came with it ({type(config).__module__}); shoal cuts only "
+            "architectures that transformers has"
+        )
+    shards = read_shards(teacher_folder)
+    keep = kept_layers(plan.num_layers, plan.drop)
+    student = student_config(config, keep)
+    refuse_for_targets(student, targets)
+    plain, quantisation = without_quantization(config)
+    runs_in = _dtype(config, shards, dtype)
+    before, after = (model_without_data(part, runs_in) for part in (plain, student))
+    refuse_changed_layers(before, after, keep)
+    written = _written_bytes(shards, before, keep)
+    stored = _num_bytes(shards)
+    costs = model_cost(before), model_cost(after)
+    if written is None:  # then the student is saved as transformers names and merges its tensors
+        written = stored * costs[1].num_parameters // costs[0].num_parameters
+    width = stored / costs[0].num_parameters if quantisation else runs_in.itemsize
+    sides = _Side(costs[0], stored, width), _Side(costs[1], written, width)
+    length = min(NUM_TOKENS, getattr(text_config(config), "max_position_embeddings", None) or NUM_TOKENS)
+    parts = (
+        ["dry run: nothing is written"],
+        _about(teacher_folder, config, plan, keep, runs_in),
+        _table(sides, length),
+        _expectation(sides, length),
+        [verdict.in_words() for verdict in check_targets(student, targets=targets or TARGETS)],
+        [_space(out, sides[1].stored_bytes), f"proof: {_proof(config, shards, proof)}"],
+    )
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _dtype(config: Any, shards: Sequence[Shard], wanted: str) -> torch.dtype:
+    """In which the model would be run: as asked, else as config.json says, else as most of its bytes are."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if said := getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None):
+        return said
+    sizes: dict[str, int] = {}
+    for tensor in (tensor for shard in shards for tensor in shard.tensors.values() if tensor.dtype in DTYPES):
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.start
+    return DTYPES[max(sizes, key=lambda name: sizes[name], default="F32")]
+
+
+def _num_bytes(shards: Sequence[Shard]) -> int:
+    return sum(tensor.end - tensor.start for shard in shards for tensor in shard.tensors.values())
+
+
+def _written_bytes(shards: Sequence[Shard], teacher: PreTrainedModel, keep: Sequence[int]) -> int | None:
+    """Of the student's tensors; None where names alone do not tell which those are."""
+    stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
+    try:
+        prefix = find_layers(stored, teacher)
+    except NotByCopy:
+        return None
+    names = student_names(stored, prefix=prefix, num_layers=text_config(teacher.config).num_hidden_layers, keep=keep)
+    return sum(stored[name].end - stored[name].start for name in names)
+
+
+def _about(folder: Path, config: Any, plan: PruningPlan, keep: Sequence[int], dtype: torch.dtype) -> list[str]:
+    name = str(dtype).removeprefix("torch.")
+    lines = [
+        f"teacher: {folder} ({text_config(config).model_type}, {plan.num_layers} layers, {name})",
+        f"drops:   {layers_text(plan.drop) or 'none'}",
+        f"keeps:   {layers_text(keep)}",
+        f"why:     {plan.reason}",
+    ]
+    for edit in plan.edits:
+        free = not isinstance(edit, Merge | Replace)
+        lines.append(f"edit:    {in_words(edit)}" + (f" ({CHANGES_WEIGHTS_ONLY})" if free else ""))
+    return lines
+
+
+def _table(sides: tuple[_Side, _Side], length: int) -> list[str]:
+    rows = list(_rows(sides, length))
+    cells = [("", "before", "after", "ratio")]
+    for title, values, text in rows:
+        before, after = values
+        cells.append((title, text(before), text(after), f"{after / before:.3f}" if before else ""))
+    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))]).rstrip()
+        for row in cells
+    ]
+
+
+def _rows(sides: tuple[_Side, _Side], length: int) -> Iterator[tuple[str, tuple[float, float], Any]]:
+    """(title, before and after, how a value is written)."""
+    costs = (sides[0].cost, sides[1].cost)
+    for title, field in (
+        ("layers", "num_layers"),
+        ("parameters", "num_parameters"),
+        ("parameters read per token", "active_parameters"),
+    ):
+        yield title, (getattr(costs[0], field), getattr(costs[1], field)), "{:,}".format
+    yield "weights on disk", (sides[0].stored_bytes, sides[1].stored_bytes), bytes_text
+    if costs[0].cache is None or costs[1].cache is None:
+        return
+    for window in sorted({slot.max_tokens or 0 for slot in costs[0].cache if slot.token_bytes}):
+        title = f"cache per token, up to {window:,} tokens" if window else "cache per token"
+        yield (
+            title,
+            _per_side(costs, lambda slot, kept=window: slot.token_bytes * ((slot.max_tokens or 0) == kept)),
+            bytes_text,
+        )
+    if any(slot.state_bytes for slot in costs[0].cache):
+        yield "states per sequence, any length", _per_side(costs, lambda slot: slot.state_bytes), bytes_text
+    yield f"cache of {length:,} tokens", (costs[0].cache_bytes(length), costs[1].cache_bytes(length)), bytes_text
+
+
+def _per_side(costs: tuple[Cost, Cost], value: Any) -> tuple[int, int]:
+    before, after = (sum(value(slot) for slot in cost.cache or ()) for cost in costs)
+    return before, after
+
+
+def _expectation(sides: tuple[_Side, _Side], length: int) -> list[str]:
+    read = [decode_bytes(side.cost, bytes_per_parameter=side.bytes_per_parameter, num_tokens=length) for side in sides]
+    work = [prefill_flops(side.cost, length) for side in sides]
+    unknown = any(side.cost.cache is None for side in sides)
+    what = "reading weights" if unknown else "reading weights and cache"
+    return [
+        "expected, not measured:",
+        f"  decode  {read[0] / read[1]:.2f} x as fast, one sequence behind {length:,} tokens, if {what} "
+        f"takes all the time ({bytes_text(read[0])} a token, then {bytes_text(read[1])})",
+        f"  prefill {work[0] / work[1]:.2f} x as fast, {length:,} tokens, if multiplications take all the time "
+        f"({work[0] / 1e12:.4g} TFLOP, then {work[1] / 1e12:.4g})",
+        *(["  the cache of this family cannot be told without running it, so it is left out"] if unknown else []),
+    ]
+
+
+def _space(out: Path, needed: int) -> str:
+    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    line = f"disk: {bytes_text(needed)} needed for {out}, {bytes_text(free)} free there"
+    return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"
+
+
+def _proof(config: Any, shards: Sequence[Shard], proof: str) -> str:
+    by_files = "by its files, and the kind and settings of every layer"
+    if proof == "files":
+        return f"{by_files} (prune.proof: files)"
+    if reason := why_not_run(config, shards):
+        return f"{by_files}; it cannot be run here: {reason}"
+    if proof == "auto" and (shortage := memory_shortage(shards)):
+        return f"{by_files}; {shortage} (prune.proof: run tries all the same)"
+    return f"{by_files}, and by running teacher and student on the same input"
