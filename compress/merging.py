@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 
-from .surgery import _traits, cut_model
+from .surgery import layer_traits, cut_model
 
 Method = Literal["laco", "weighted"]
 
@@ -126,7 +126,7 @@ def put_tensors(module: nn.Module, tensors: Mapping[str, Tensor], *, where: str)
     Raises:
         UserError: a name, shape or dtype that the module has not; the message begins with ``where``.
     """
-    places = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    places = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
     for name, tensor in tensors.items():
         old = places.get(name)
         if old is None:
@@ -216,7 +216,7 @@ def refuse_shared_parameters(model: PreTrainedModel, layer: int) -> None:
 def _kind(model: PreTrainedModel, layer: int) -> dict[str, object]:
     module = decoder_layers(model)[layer]
     shapes = {f"shape of {name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    return {**_traits(module, layer), **shapes}
+    return {**layer_traits(module, layer), **shapes}
 
 
 def _computed(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
