@@ -33,7 +33,7 @@ from shoal.checkpoint import checkpoint_bytes, read_shards, weight_files
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import load_config, text_config
 
-from .llama_cpp_rules import llama_cpp_caveat, llama_cpp_refusal
+from .llama_cpp_rules import WITHOUT_MTP, converted_architecture, llama_cpp_caveat, llama_cpp_refusal
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def export_gguf(folder: Path, path: Path) -> GgufProof:
     _refuse_tokenizer_code(folder)
     with explained_disk_errors(path):
         _refuse_full_disk(folder, path)
-        _convert(script, folder, path)
+        _convert(script, folder, path, options=["--no-mtp"] if converted_architecture(config) in WITHOUT_MTP else [])
     if (caveat := llama_cpp_caveat(config)) is not None:
         log.warning("export.gguf: %s", caveat)
     return check_gguf(path, folder)
@@ -151,9 +151,9 @@ def _refuse_full_disk(folder: Path, path: Path) -> None:
         )
 
 
-def _convert(script: Path, folder: Path, path: Path) -> None:
+def _convert(script: Path, folder: Path, path: Path, *, options: list[str]) -> None:
     command = [sys.executable, str(script), str(folder), "--outfile", str(path), "--outtype", stored_type(folder)]
-    command += ["--model-name", path.stem]
+    command += ["--model-name", path.stem, *options]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         command, env=os.environ | offline, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

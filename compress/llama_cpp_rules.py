@@ -28,8 +28,8 @@ CONVERTED = _names(
     AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM BambaForCausalLM BitNetForCausalLM BloomForCausalLM
     ChameleonForConditionalGeneration Cohere2ForCausalLM Cohere2MoeForCausalLM CohereForCausalLM DbrxForCausalLM
     DeepseekV2ForCausalLM DeepseekV32ForCausalLM DeepseekV3ForCausalLM DeepseekV4ForCausalLM Dots1ForCausalLM
-    Dots3NoteForCausalLM Ernie4_5ForCausalLM Ernie4_5_MoeForCausalLM Exaone4ForCausalLM
-    Exaone4_5_ForConditionalGeneration ExaoneMoeForCausalLM FalconForCausalLM FalconH1ForCausalLM
+    Dots3NoteForCausalLM Dots3NoteForConditionalGeneration Ernie4_5ForCausalLM Ernie4_5_MoeForCausalLM
+    Exaone4ForCausalLM Exaone4_5_ForConditionalGeneration ExaoneMoeForCausalLM FalconForCausalLM FalconH1ForCausalLM
     FalconMambaForCausalLM GPT2LMHeadModel GPTBigCodeForCausalLM GPTNeoXForCausalLM Gemma2ForCausalLM
     Gemma3ForCausalLM Gemma3ForConditionalGeneration Gemma3nForCausalLM Gemma3nForConditionalGeneration
     Gemma4AssistantForCausalLM Gemma4ForCausalLM Gemma4ForConditionalGeneration Gemma4UnifiedAssistantForCausalLM
@@ -42,14 +42,15 @@ CONVERTED = _names(
     Lfm2ForCausalLM Lfm2MoeForCausalLM Llama4ForCausalLM Llama4ForConditionalGeneration LlamaForCausalLM
     LlavaForConditionalGeneration Mamba2ForCausalLM MambaForCausalLM MellumForCausalLM MiMoV2FlashForCausalLM
     MiniCPM3ForCausalLM MiniCPMV4_6ForConditionalGeneration MiniMaxM2ForCausalLM
-    MiniMaxM3SparseForConditionalGeneration Ministral3ForCausalLM Mistral3ForConditionalGeneration
-    MistralForCausalLM MixtralForCausalLM MuseGlimmerForConditionalGeneration NemotronForCausalLM
-    NemotronHForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM OlmoeForCausalLM
-    PaddleOCRVLForConditionalGeneration Phi3ForCausalLM PhiForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM
-    Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration Qwen3ForCausalLM Qwen3MoeForCausalLM
-    Qwen3NextForCausalLM Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen3_5ForCausalLM
-    Qwen3_5MoeForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM SolarOpenForCausalLM StableLmForCausalLM
-    Starcoder2ForCausalLM Step3p7ForConditionalGeneration YoutuForCausalLM
+    MiniMaxM3SparseForConditionalGeneration Ministral3ForCausalLM Mistral3ForConditionalGeneration MistralForCausalLM
+    MixtralForCausalLM MuseGlimmerForConditionalGeneration NemotronForCausalLM NemotronHForCausalLM Olmo2ForCausalLM
+    Olmo3ForCausalLM OlmoForCausalLM OlmoeForCausalLM PaddleOCRVLForConditionalGeneration Phi3ForCausalLM
+    PhiForCausalLM Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen2VLForConditionalGeneration
+    Qwen2_5_VLForConditionalGeneration Qwen3ForCausalLM Qwen3MoeForCausalLM Qwen3NextForCausalLM
+    Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen3_5ForCausalLM
+    Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration SeedOssForCausalLM
+    SmolLM3ForCausalLM SolarOpenForCausalLM StableLmForCausalLM Starcoder2ForCausalLM Step3p7ForConditionalGeneration
+    YoutuForCausalLM
     """
 )
 """Architectures of transformers that llama.cpp's converter knows (TEXT_MODEL_MAP in conversion/__init__.py)."""
@@ -66,7 +67,7 @@ def llama_cpp_refusal(config: PreTrainedConfig) -> str | None:
     Says what follows from the sources (VERSION), without any file: whether there is a converter, and whether
     the layers are of the kinds that llama.cpp will take them for.
     """
-    architecture = _architecture(config)
+    architecture = converted_architecture(config)
     if architecture not in CONVERTED:
         return f"llama.cpp has no converter for {architecture}"
     text = text_config(config)
@@ -80,7 +81,7 @@ def llama_cpp_caveat(config: PreTrainedConfig) -> str | None:
 
     A window that llama.cpp has no code for changes nothing as long as the text is shorter than it.
     """
-    architecture, text = _architecture(config), text_config(config)
+    architecture, text = converted_architecture(config), text_config(config)
     window = getattr(text, "sliding_window", None)
     if window is None or architecture in WITH_WINDOWS or getattr(text, "use_sliding_window", True) is False:
         return None
@@ -93,7 +94,7 @@ def llama_cpp_caveat(config: PreTrainedConfig) -> str | None:
     )
 
 
-def _architecture(config: PreTrainedConfig) -> str:
+def converted_architecture(config: PreTrainedConfig) -> str:
     """The name by which the converter chooses: that of the text part where it has one."""
     for part in (text_config(config), config):
         if part.architectures:
@@ -311,6 +312,21 @@ def _needs(field: str) -> Rule:
     return rule
 
 
+def _kind_names(field: str, known: Sequence[str]) -> Rule:
+    """The converter looks for layer kinds by the names that transformers gave them once."""
+
+    def rule(values: dict[str, Any]) -> str | None:
+        renamed = sorted(set(values.get(field) or ()) - set(known))
+        if not renamed:
+            return None
+        return (
+            f"llama.cpp's converter knows the kinds {', '.join(known)} in config.{field}, and would take this "
+            f"transformers' {', '.join(renamed)} for something else"
+        )
+
+    return rule
+
+
 def _mtp(values: dict[str, Any]) -> str | None:
     count = values.get("num_nextn_predict_layers") or 0
     if not count:
@@ -320,6 +336,16 @@ def _mtp(values: dict[str, Any]) -> str | None:
         "which transformers does not save; set it to 0"
     )
 
+
+WITHOUT_MTP = _names(
+    """
+    DeepseekV32ForCausalLM DeepseekV4ForCausalLM Dots3NoteForCausalLM Dots3NoteForConditionalGeneration
+    Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm4vMoeForConditionalGeneration GlmMoeDsaForCausalLM HYV3ForCausalLM
+    NemotronHForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM
+    Qwen3_5MoeForConditionalGeneration Step3p7ForConditionalGeneration
+    """
+)
+"""Architectures whose converter can be told (--no-mtp) that there are no multi-token-prediction layers."""
 
 _DEEPSEEK = (_query_low_rank, _dense_first("first_k_dense_replace"))
 _GEMMA3 = (_sliding(6), _attention_scale(62), _tied_head)
@@ -331,7 +357,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Cohere2ForCausalLM": (_sliding(4), _tied_head, _needs("rotary_pct")),
     "Cohere2MoeForCausalLM": (_mtp, _dense_first(None)),
     "DeepseekV2ForCausalLM": _DEEPSEEK,
-    "DeepseekV32ForCausalLM": (_mtp, _dense_first("first_k_dense_replace")),
+    "DeepseekV32ForCausalLM": (_dense_first("first_k_dense_replace"),),
     "DeepseekV3ForCausalLM": _DEEPSEEK,
     "Dots1ForCausalLM": (_dense_first("first_k_dense_replace"),),
     "Ernie4_5_MoeForCausalLM": (_ernie_moe,),
@@ -346,21 +372,24 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Gemma3nForCausalLM": _GEMMA3N,
     "Gemma3nForConditionalGeneration": _GEMMA3N,
     "GemmaForCausalLM": (_tied_head,),
-    "Glm4MoeForCausalLM": (_mtp, _dense_first("first_k_dense_replace")),
+    "Glm4MoeForCausalLM": (_dense_first("first_k_dense_replace"),),
     "Glm4MoeLiteForCausalLM": _DEEPSEEK,
-    "GlmMoeDsaForCausalLM": (_mtp, _dense_first("first_k_dense_replace")),
+    "GlmMoeDsaForCausalLM": (_dense_first("first_k_dense_replace"),),
+    "GlmOcrForConditionalGeneration": (_mtp,),
     "GptOssForCausalLM": (_sliding(2),),
-    "HYV3ForCausalLM": (_mtp,),
+    "GraniteMoeHybridForCausalLM": (_kind_names("layer_types", ("mamba", "attention")),),
     "LagunaForCausalLM": (_sliding(4, full_first=True), _dense_first(None)),
     "Llama4ForCausalLM": _LLAMA4,
     "Llama4ForConditionalGeneration": _LLAMA4,
-    "NemotronHForCausalLM": (_mtp,),
+    "NemotronHForCausalLM": (_kind_names("layers_block_type", ("mamba", "attention", "moe")),),
     "Olmo3ForCausalLM": (_sliding(4),),
     "Qwen2MoeForCausalLM": (_all_experts,),
     "Qwen3MoeForCausalLM": (_all_experts,),
     "Qwen3NextForCausalLM": (_recurrent, _all_experts),
     "Qwen3_5ForCausalLM": (_recurrent,),
+    "Qwen3_5ForConditionalGeneration": (_recurrent,),
     "Qwen3_5MoeForCausalLM": (_recurrent,),
+    "Qwen3_5MoeForConditionalGeneration": (_recurrent,),
     "SmolLM3ForCausalLM": (_no_rope,),
     "SolarOpenForCausalLM": (_mtp,),
     "YoutuForCausalLM": _DEEPSEEK,
