@@ -1,0 +1,148 @@
+"""Carry out a plan's edits: on the teacher while a block runs, and for good in a student.
+
+Both keep the order that shoal.edits names: swaps, then merges and replacements, then skips and masks. What is saved is
+proven against the teacher with the edits in force, so that neither way can be wrong alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.artifact import PruningPlan
+from shoal.data import PackedRows, load_texts, pack
+from shoal.edits import (
+    ZEROED_WEIGHTS,
+    HeadMask,
+    KvGroupMask,
+    Merge,
+    Replace,
+    SkipAttention,
+    SkipMlp,
+    Swap,
+    edited_layers,
+)
+from shoal.models import num_parameters
+from shoal.runtime import device
+
+from .merging import merged_layer, tensors_in_place, with_layers
+from .operators import attention_skipped, heads_masked, kv_groups_masked, mlp_skipped
+from .replacement import train_replacement
+from .surgery import skipped
+from .swapping import swapped
+from .zeroing import unsaved_parameters, zero_attention, zero_heads, zero_kv_groups, zero_mlp
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What edits need besides the teacher and the plan."""
+
+    donors: Mapping[int, PreTrainedModel]
+    """The models that swaps take from, by index of the edit."""
+    layers: Mapping[int, Mapping[str, Tensor]]
+    """Tensors of merged and replaced layers, by the teacher's index."""
+
+
+NOTHING_MADE = Materials({}, {})
+"""For a plan without edits."""
+
+
+def materials(
+    teacher: PreTrainedModel, plan: PruningPlan, donors: Mapping[int, PreTrainedModel], tokenizer: Any, *, seed: int
+) -> Materials:
+    """Merge and train what the plan asks for, on the teacher with its swaps in force.
+
+    Raises:
+        UserError: donors, runs or data that do not fit.
+    """
+    made: dict[int, Mapping[str, Tensor]] = {}
+    with _swaps(teacher, plan, donors):
+        for edit in plan.edits:
+            first = edited_layers(edit)[0]
+            if isinstance(edit, Merge):
+                made[first] = merged_layer(teacher, first, len(edit.layers), method=edit.method, weights=edit.weights)
+            elif isinstance(edit, Replace):
+                home = teacher.device
+                trained = train_replacement(
+                    teacher.to(device()), edit, replacement_rows(edit, tokenizer, seed=seed), seed=seed
+                )
+                made[first] = {name: tensor.to(home) for name, tensor in trained.tensors.items()}
+                teacher.to(home)
+    return Materials(donors, made)
+
+
+def replacement_rows(edit: Replace, tokenizer: Any, *, seed: int) -> PackedRows:
+    """The text that a replacement is trained on."""
+    texts = [(source, load_texts(source, max_characters=16 * edit.num_tokens)) for source in edit.data]
+    return pack(texts, tokenizer, sequence_length=edit.sequence_length, num_tokens=edit.num_tokens, seed=seed)
+
+
+@contextmanager
+def edited(teacher: PreTrainedModel, plan: PruningPlan, made: Materials) -> Iterator[PreTrainedModel]:
+    """``teacher`` with everything that ``plan`` does to it in force, until the block ends."""
+    with ExitStack() as stack:
+        stack.enter_context(_swaps(teacher, plan, made.donors))
+        stack.enter_context(tensors_in_place(teacher, made.layers))
+        for edit in plan.edits:
+            match edit:
+                case SkipAttention():
+                    stack.enter_context(attention_skipped(teacher, edit.layers))
+                case SkipMlp():
+                    stack.enter_context(mlp_skipped(teacher, edit.layers))
+                case HeadMask():
+                    stack.enter_context(heads_masked(teacher, {edit.layer: edit.heads}))
+                case KvGroupMask():
+                    stack.enter_context(kv_groups_masked(teacher, {edit.layer: edit.groups}))
+        stack.enter_context(skipped(teacher, plan.drop))
+        yield teacher
+
+
+def edited_student(teacher: PreTrainedModel, plan: PruningPlan, made: Materials) -> PreTrainedModel:
+    """A new model that is ``teacher`` after ``plan``; the two share what was not changed.
+
+    Raises:
+        UserError: a cut or an edit that the architecture cannot express.
+    """
+    with _swaps(teacher, plan, made.donors):
+        student = with_layers(teacher, plan.drop, made.layers, share=True)
+    place = {old: new for new, old in enumerate(plan.keep)}
+    zeroed: list[str] = list(getattr(student.config, ZEROED_WEIGHTS, None) or ())
+    for edit in plan.edits:
+        match edit:
+            case SkipAttention():
+                zeroed += zero_attention(student, [place[layer] for layer in edit.layers])
+            case SkipMlp():
+                zeroed += zero_mlp(student, [place[layer] for layer in edit.layers])
+            case HeadMask():
+                zeroed += zero_heads(student, place[edit.layer], edit.heads)
+            case KvGroupMask():
+                zeroed += zero_kv_groups(student, place[edit.layer], edit.groups)
+    if zeroed:
+        setattr(student.config, ZEROED_WEIGHTS, sorted(set(zeroed)))
+    if unsaved := unsaved_parameters(teacher, plan.edits):
+        log.warning(
+            "prune: %s parameters (%.1f %% of the student) only calculate zeros now; they stay in the file and are "
+            "still computed, so skips and masks save neither memory nor time",
+            f"{unsaved:,}",
+            100 * unsaved / num_parameters(student),
+        )
+    return student
+
+
+@contextmanager
+def _swaps(
+    teacher: PreTrainedModel, plan: PruningPlan, donors: Mapping[int, PreTrainedModel]
+) -> Iterator[PreTrainedModel]:
+    with ExitStack() as stack:
+        for index, edit in enumerate(plan.edits):
+            if isinstance(edit, Swap):
+                stack.enter_context(swapped(teacher, donors[index], edit.layers, weight=edit.weight, parts=edit.parts))
+        yield teacher
