@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifact import PruningPlan
-from shoal.data import PackedRows, load_texts, pack
+from shoal.data import load_texts, pack
 from shoal.edits import (
     ZEROED_WEIGHTS,
     HeadMask,
@@ -70,19 +70,18 @@ def materials(
             if isinstance(edit, Merge):
                 made[first] = merged_layer(teacher, first, len(edit.layers), method=edit.method, weights=edit.weights)
             elif isinstance(edit, Replace):
-                home = teacher.device
-                trained = train_replacement(
-                    teacher.to(device()), edit, replacement_rows(edit, tokenizer, seed=seed), seed=seed
-                )
-                made[first] = {name: tensor.to(home) for name, tensor in trained.tensors.items()}
-                teacher.to(home)
+                made[first] = _trained(teacher, edit, tokenizer, seed=seed)
     return Materials(donors, made)
 
 
-def replacement_rows(edit: Replace, tokenizer: Any, *, seed: int) -> PackedRows:
-    """The text that a replacement is trained on."""
+def _trained(teacher: Any, edit: Replace, tokenizer: Any, *, seed: int) -> dict[str, Tensor]:
+    """On the accelerator where there is one; the teacher comes back."""
     texts = [(source, load_texts(source, max_characters=16 * edit.num_tokens)) for source in edit.data]
-    return pack(texts, tokenizer, sequence_length=edit.sequence_length, num_tokens=edit.num_tokens, seed=seed)
+    rows = pack(texts, tokenizer, sequence_length=edit.sequence_length, num_tokens=edit.num_tokens, seed=seed)
+    home = teacher.device
+    trained = train_replacement(teacher.to(device()), edit, rows, seed=seed)
+    teacher.to(home)
+    return {name: tensor.to(home) for name, tensor in trained.tensors.items()}
 
 
 @contextmanager
