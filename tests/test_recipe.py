@@ -84,10 +84,6 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "distill: {trainer: {resume_from_checkpoint: x}}",
             "distill.trainer.resume_from_checkpoint: is set by shoal; use the same command again instead",
         ),
-        (
-            "export: {gguf: true}",
-            "export.gguf: is not available yet; set it to false and convert distilled/ with llama.cpp's tools",
-        ),
         ("export: {hub_repo: name}", "export.hub_repo: must have the form owner/name (got 'name')"),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from shoal.artifact import (
     fingerprint,
     require_same_run,
     write_json,
+    written_folder,
 )
 from shoal.data import TEACHER_TEXT, load_texts, pack, sources_fingerprint
 from shoal.edits import Replace, Swap
@@ -285,12 +287,20 @@ def _plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> Pr
 
 
 def _refuse_for_targets(run: Run, plan: PruningPlan) -> None:
-    """Refuse a plan whose student one of prune.targets would not take, or would take for another model."""
+    """Refuse a plan whose student a target or the GGUF export would not take, or would take for another model."""
     from shoal.compress.targets import refuse_for_targets, student_config
 
-    if targets := run.recipe.prune.targets:
-        config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-        refuse_for_targets(student_config(config, plan.keep), targets)
+    targets, gguf = run.recipe.prune.targets, run.recipe.export.gguf
+    if not targets and not gguf:
+        return
+    config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    student = student_config(config, plan.keep)
+    if targets:
+        refuse_for_targets(student, targets)
+    if gguf:
+        from shoal.compress.gguf_export import refuse_gguf
+
+        refuse_gguf(student)
 
 
 def _refuse_stale_training(run: Run) -> None:
@@ -472,15 +482,37 @@ def _speed(run: Run, found: dict[str, Path]) -> None:
 
 
 def report(run: Run) -> None:
-    """report.html and report.md, and the push to the Hub where the recipe names a repository."""
+    """report.html and report.md, then what the recipe exports: a GGUF file, a push to the Hub."""
     from shoal.eval.report import write_report
 
     _require_this_run(run)
     _write_story(run)
     path = write_report(run.dir)
     log.info("report: %s", path)
+    if run.recipe.export.gguf:
+        export_gguf(run)
     if run.recipe.export.hub_repo is not None:
         export(run)
+
+
+def export_gguf(run: Run) -> None:
+    """gguf/<model>-<role>.gguf, proven, of the distilled checkpoint, or of the pruned one where there is no other."""
+    from shoal.compress import gguf_export as room
+
+    found = roles(run)
+    role = next((role for role in ("distilled", "pruned") if role in found), None)
+    if role is None:
+        raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
+    inputs = {"model": model_fingerprint(found[role]), "converter": room.converter_fingerprint()}
+    path = run.dir / room.Gguf.FILE
+    if _is_done(room.Gguf, path, inputs, "gguf") and (path.parent / room.Gguf.read(path).file).is_file():
+        return
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(run.recipe.model).name}-{role}.gguf")
+    log.info("gguf: converting %s with llama.cpp's converter", found[role])
+    with written_folder(path.parent) as temporary:
+        proof = room.export_gguf(found[role], temporary / name)
+        room.Gguf(Provenance(inputs), name, proof).write(temporary / path.name)
+    log.info("gguf: %s: %s", path.parent / name, proof.in_words())
 
 
 def export(run: Run) -> None:
@@ -526,7 +558,11 @@ def preflight(run: Run) -> None:
 
     recipe = run.recipe
     check_choice(recipe.prune, num_layers=run.num_layers)
-    if recipe.prune.targets and not is_automatic(recipe.prune):
+    if recipe.export.gguf:
+        from shoal.compress.gguf_export import check_export
+
+        check_export(load_config(run.teacher, trust_remote_code=recipe.trust_remote_code))
+    if not is_automatic(recipe.prune):
         _refuse_for_targets(run, _plan(run, None, {}))
     for name in ("measure", "distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")

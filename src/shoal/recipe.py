@@ -144,7 +144,7 @@ class Export(Section):
     """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
     private: bool = True
     gguf: bool = False
-    """Not available yet: true is refused."""
+    """Write the result as one GGUF file too, for llama.cpp, in the precision it is stored in."""
 
 
 @dataclass(frozen=True)
@@ -378,10 +378,6 @@ def _contradictions(recipe: Recipe) -> list[str]:
             problems.append(
                 f"distill.trainer.{key}: is set by shoal; use {where.get(key, 'the same command again')} instead"
             )
-    if recipe.export.gguf:
-        problems.append(
-            "export.gguf: is not available yet; set it to false and convert distilled/ with llama.cpp's tools"
-        )
     if recipe.export.hub_repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.export.hub_repo):
         problems.append(f"export.hub_repo: must have the form owner/name (got {recipe.export.hub_repo!r})")
     return problems
