@@ -16,10 +16,11 @@ from typing import Literal
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from shoal.anatomy import anatomy, decoder_layers, text_config
 from shoal.artifact import PruningPlan, fingerprint, write_json
 from shoal.checkpoint import Shard, read_shards
 from shoal.errors import UserError
-from shoal.models import decoder_layers, load_config, load_model, load_tokenizer, refuse_incomplete, text_config
+from shoal.models import load_config, load_model, load_tokenizer, refuse_incomplete
 
 from ..eval.wording import bytes_text
 from .edit import NOTHING_MADE, Materials, edited, edited_student, materials
@@ -31,7 +32,6 @@ from .stored_names import (
     Loading,
     NotByCopy,
     find_layers,
-    layers_path,
     load_without_data,
     modules_inside,
     other_towers,
@@ -76,7 +76,7 @@ class Teacher:
 
     def load(self) -> PreTrainedModel:
         """The model itself."""
-        return load_model(self.folder, trust_remote_code=self.trust_remote_code)
+        return load_model(self.folder, attention=None, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _route(teacher: Teacher, plan: PruningPlan, keep: Sequence[int]) -> tuple[Pr
     try:
         if plan.edits:
             raise NotByCopy("the plan changes layers that stay")
-        return skeleton, _planned_copy(teacher, skeleton, loading, keep)
+        return skeleton, _planned_copy(teacher, plain, skeleton, loading, keep)
     except NotByCopy as reason:
         if quantisation:
             raise UserError(
@@ -204,13 +204,15 @@ def _route(teacher: Teacher, plan: PruningPlan, keep: Sequence[int]) -> tuple[Pr
         return skeleton, None
 
 
-def _planned_copy(teacher: Teacher, skeleton: PreTrainedModel, loading: Loading, keep: Sequence[int]) -> Copy:
+def _planned_copy(
+    teacher: Teacher, plain: PreTrainedConfig, skeleton: PreTrainedModel, loading: Loading, keep: Sequence[int]
+) -> Copy:
     """Raises: NotByCopy, or the UserErrors of cut_config."""
-    prefix, model_prefix = find_layers(teacher.shapes, skeleton), f"{layers_path(skeleton)}."
+    prefix, model_prefix = find_layers(teacher.shapes, skeleton, plain), f"{anatomy(skeleton).layers_name}."
     names = student_names(teacher.shapes, prefix=prefix, num_layers=len(decoder_layers(skeleton)), keep=keep)
     said = LayerNames(
         prefixes=tuple({prefix, model_prefix}),
-        others=frozenset(other_towers(teacher.shapes, prefix)),
+        others=frozenset(other_towers(teacher.shapes, {prefix, model_prefix})),
         modules=tuple(
             sorted(modules_inside(teacher.shapes, prefix) | modules_inside(skeleton.state_dict(), model_prefix))
         ),

@@ -39,9 +39,9 @@ class LayerNames:
     """Modules inside a layer: `self_attn.q_proj`."""
 
     @property
-    def word(self) -> str:
-        """`layers`, `h` or `blocks`."""
-        return self.prefixes[0][:-1].rpartition(".")[2]
+    def words(self) -> str:
+        """`layers`, `h` or `blocks`, as a regular expression."""
+        return "|".join(sorted({re.escape(prefix[:-1].rpartition(".")[2]) for prefix in self.prefixes}))
 
 
 def without_quantization(config: PreTrainedConfig) -> tuple[PreTrainedConfig, dict[tuple[str, str], dict[str, Any]]]:
@@ -104,7 +104,7 @@ def _renamed(text: Any, keep: Sequence[int], names: LayerNames, where: str) -> A
     if is_mtp(text):
         return None
     is_regex = text.startswith(REGEX_PREFIXES) or not REGEX_MARKS.isdisjoint(text)
-    match = None if is_regex else re.search(rf"(?:^|\.){names.word}\.(\d+)(?=\.|$)", text)
+    match = None if is_regex else re.search(rf"(?:^|\.)(?:{names.words})\.(\d+)(?=\.|$)", text)
     if match is None:
         if is_regex or "*" in text:
             _refuse_other_meaning(text, keep, names, where)

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from shoal.models import decoder_layers
+from shoal.anatomy import anatomy, decoder_layers
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,6 @@ class NotByCopy(Exception):
 def is_mtp(name: str) -> bool:
     """Whether a tensor or module belongs to multi-token prediction, which transformers never runs."""
     return any(part.startswith("mtp") for part in name.split("."))
-
-
-def layers_path(model: PreTrainedModel) -> str:
-    """Where the decoder layers are in ``model``, `model.layers` for instance."""
-    layers = decoder_layers(model)
-    return next(name for name, module in model.named_modules() if module is layers)
 
 
 @dataclass(frozen=True)
@@ -76,32 +70,39 @@ class Loading:
         return ""
 
 
-def find_layers(names: Iterable[str], model: PreTrainedModel) -> str:
+def find_layers(shapes: Mapping[str, tuple[int, ...]], teacher: PreTrainedModel, config: PreTrainedConfig) -> str:
     """What the stored names of the decoder layers start with before the layer's number: `model.layers.`.
 
-    The last part is that of the path in ``model`` (which needs no weights), and every layer of it is there. Where a
-    vision tower has as many layers under the same word, the one whose tensors are called like the model's is meant.
+    ``shapes`` are the stored tensors (name -> shape), ``teacher`` is the model of ``config`` without its weights. Files
+    may have other numbered modules, in a vision tower for instance, and other words than the model. So the first and
+    the last of each kind are loaded: the right ones end up in the model's first and last decoder layer, nowhere else.
 
     Raises:
         NotByCopy: no names, or two kinds of names, fit.
     """
-    path = layers_path(model)
-    leaf = path.rpartition(".")[2]
-    num_layers = len(decoder_layers(model))
-    found = _numbered(names, leaf)
-    complete = {prefix: rests for prefix, rests in found.items() if set(range(num_layers)) <= rests.keys()}
-    wanted = _spellings(_numbered(model.state_dict(), leaf)[f"{path}."])
-    likeness = {prefix: _likeness(_spellings(rests), wanted) for prefix, rests in complete.items()}
-    best = [prefix for prefix in likeness if likeness[prefix] == max(likeness.values()) > 0]
-    if len(best) != 1:
-        kinds = " and ".join(f"{prefix}0" for prefix in best) or "none"
+    path, num_layers = anatomy(teacher).layers_name, len(decoder_layers(teacher))
+    numbers = _numbered(shapes)
+    complete = {prefix for prefix, found in numbers.items() if set(range(num_layers)) <= found}
+    outermost = {prefix for prefix in complete if not any(prefix.startswith(o) for o in complete - {prefix})}
+    everything = set(teacher.state_dict())
+
+    def lands(prefix: str, layer: int) -> bool:
+        own = {name: shape for name, shape in shapes.items() if name.startswith(f"{prefix}{layer}.")}
+        loading = load_without_data(config, own)[1]
+        landed = everything - loading.missing
+        return bool(landed) and all(name.startswith(f"{path}.{layer}.") for name in landed)
+
+    fitting = [prefix for prefix in sorted(outermost) if lands(prefix, 0) and lands(prefix, num_layers - 1)]
+    if len(fitting) != 1:
+        kinds = " and ".join(f"{prefix}0" for prefix in fitting) or "none"
         raise NotByCopy(f"of the stored names, {kinds} could be those of {path}.0 to {path}.{num_layers - 1}")
-    return best[0]
+    return fitting[0]
 
 
-def other_towers(names: Iterable[str], prefix: str) -> set[str]:
-    """Prefixes of numbered layers in ``names`` that end with the same word as ``prefix`` and are not it."""
-    return set(_numbered(names, prefix[:-1].rpartition(".")[2])) - {prefix}
+def other_towers(names: Iterable[str], prefixes: Collection[str]) -> set[str]:
+    """Prefixes of other numbered modules in ``names`` that end with the same word as one of ``prefixes``."""
+    words = {_last_word(prefix) for prefix in prefixes}
+    return {prefix for prefix in _numbered(names) if _last_word(prefix) in words} - set(prefixes)
 
 
 def modules_inside(names: Iterable[str], prefix: str) -> set[str]:
@@ -191,20 +192,14 @@ def _layer(name: str, prefix: str) -> tuple[int | None, str]:
     return (int(number), rest) if prefix and name.startswith(prefix) and number.isdigit() else (None, "")
 
 
-def _numbered(names: Iterable[str], leaf: str) -> dict[str, dict[int, set[str]]]:
-    """Prefix ending with ``leaf`` and a dot -> number -> what follows it."""
-    pattern = re.compile(rf"((?:.*?\.)?{re.escape(leaf)}\.)(\d+)\.(.+)")
-    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+def _numbered(names: Iterable[str]) -> dict[str, set[int]]:
+    """What stands before a number in the names (with a dot at its end) -> the numbers there."""
+    found: dict[str, set[int]] = defaultdict(set)
     for name in names:
-        if match := pattern.fullmatch(name):
-            found[match[1]][int(match[2])].add(match[3])
+        for match in re.finditer(r"(?<=\.)(\d+)\.|^(\d+)\.", name):
+            found[name[: match.start()]].add(int(match[1] or match[2]))
     return found
 
 
-def _spellings(rests: dict[int, set[str]]) -> set[str]:
-    """Names inside a layer, whatever its number and that of an expert."""
-    return {re.sub(r"\d+", "#", rest) for layer in rests.values() for rest in layer}
-
-
-def _likeness(found: set[str], wanted: set[str]) -> float:
-    return len(found & wanted) / len(found | wanted)
+def _last_word(prefix: str) -> str:
+    return prefix[:-1].rpartition(".")[2]

@@ -77,11 +77,13 @@ def load_model(
     folder: Path,
     *,
     dtype: str = "auto",
-    attention: str = "sdpa",
+    attention: str | None = "sdpa",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The causal language model at ``folder`` in eval mode, from safetensors only.
+
+    ``attention``: None = SDPA where the family has it, else eager.
 
     Raises:
         UserError: an architecture this transformers does not know, remote code without consent, a damaged file, weights
