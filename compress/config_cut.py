@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
 
-from .special_cuts import GROUP_RULES, refuse_other_last_layer
+from .special_cuts import GROUP_RULES, refuse_moved_layers
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,26 @@ def recount(_: str, value: Any, keep: Sequence[int]) -> int:
     return sum(layer < value for layer in keep)
 
 
+def count(_: str, value: Any, keep: Sequence[int]) -> int:
+    """Another name of the number of layers (xLSTM)."""
+    return len(keep)
+
+
 def renumber(_: str, value: Any, keep: Sequence[int]) -> list[int]:
     """A list of layer indices: those kept, under their new numbers."""
     new_index = {old: new for new, old in enumerate(keep)}
     return [new_index[layer] for layer in value if layer in new_index]
+
+
+def renumber_cross_attention(field: str, value: Any, keep: Sequence[int]) -> list[int]:
+    """Llama 3.2 Vision's layers that read the image: without one they are passed over and cache nothing."""
+    student = renumber(field, value, keep)
+    if 0 in student:
+        raise UserError(
+            f"config.{field}: would begin with layer {keep[0]}, but the first layer must be one that caches the text, "
+            f"because transformers reads the text's length there; keep a layer before {keep[0]}"
+        )
+    return student
 
 
 def renumber_from_one(field: str, value: Any, keep: Sequence[int]) -> list[int]:
@@ -110,7 +126,16 @@ RULES: dict[str, Rule] = {
         keep_entries,
     ),
     **dict.fromkeys(("intermediate_size", "activation_sparsity_pattern"), keep_entries_or_value),
-    **dict.fromkeys(("max_window_layers", "first_k_dense_replace", "num_dense_layers"), recount),
+    **dict.fromkeys(
+        (
+            "max_window_layers",
+            "first_k_dense_replace",
+            "num_dense_layers",
+            "loop_layer_index_start",
+            "loop_layer_index_end",
+        ),
+        recount,
+    ),
     **dict.fromkeys(
         (
             "mlp_only_layers",
@@ -118,7 +143,6 @@ RULES: dict[str, Rule] = {
             "attn_layer_indices",
             "full_attn_idxs",
             "local_layer_ids",
-            "cross_attention_layers",
             "hybrid_layer_ids",
         ),
         renumber,
@@ -137,13 +161,26 @@ RULES: dict[str, Rule] = {
         ),
         keep_step,
     ),
+    "num_blocks": count,
     "ple_layer_ids": renumber_from_one,
+    "cross_attention_layers": renumber_cross_attention,
     "attention_types": spell_out_groups,
     "per_layer_config": renumber_keys,
-    **dict.fromkeys(("num_kv_shared_layers", "deepstack_visual_indexes", "n_recurrent_layers"), refuse),
+    **dict.fromkeys(
+        ("num_kv_shared_layers", "deepstack_visual_indexes", "n_recurrent_layers", "rescale_every"), refuse
+    ),
     **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), drop_mtp),
 }
 """Configuration field -> what a depth cut does to it. Unset and empty values stay as they are."""
+
+REFUSED = {
+    **dict.fromkeys(
+        ("inkling2_text", "inkling2_loop_text"),
+        "its layers read the outputs of earlier blocks of layers beside the residual stream",
+    ),
+    "zaya": "the router of every layer reads the state of the router before it, which a dropped layer cannot pass on",
+}
+"""Model type -> why no cut of it equals skipping the layers."""
 
 SPELT_OUT_BY: dict[str, str] = {
     "sliding_window_pattern": "layer_types",
@@ -188,10 +225,12 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
         raise UserError("config.quantization_config: quantised weights cannot be cut; give the full-precision model")
     student = copy.deepcopy(config)
     text = student.get_text_config(decoder=True)
+    if reason := REFUSED.get(text.model_type):
+        raise UserError(f"{text.model_type}: {reason}; shoal cannot cut this family")
     values = _explicit_values(text)
     num_layers = text.num_hidden_layers
     _refuse_unknown_lists(values, num_layers)
-    refuse_other_last_layer(text.model_type, values, keep)
+    refuse_moved_layers(text.model_type, values, keep)
     changes = _changes(values, keep)
     rebuilt = _rebuild(text, {**values, **changes, "num_hidden_layers": len(keep)}, without=_obsolete(values, changes))
     if student is text:
@@ -287,8 +326,8 @@ def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
         about_layers = is_list and (len(value) == num_layers > 1 or "layer" in field)
         if about_layers and field not in RULES and field not in NOT_PER_LAYER:
             raise UserError(
-                f"config.{field}: is a list about layers ({len(value)} entries, {num_layers} layers) but shoal does not "
-                "know what it means; add a rule for it to RULES in compress/config_cut.py"
+                f"config.{field}: is a list about layers ({len(value)} entries, {num_layers} layers) that shoal does not "
+                "know; add a rule for it to RULES in compress/config_cut.py"
             )
 
 

@@ -7,6 +7,7 @@ what was said of them before, or refuses and names cuts that would work.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -58,8 +59,8 @@ def _refit_interval(values: dict[str, Any], keep: Sequence[int]) -> dict[str, An
         if sparse(student, candidate, start, end) == wanted:
             return dict(zip(fields, (candidate, start, end), strict=True))
     raise UserError(
-        f"config.moe_layer_interval={interval}: says that every {interval}th layer is a mixture of experts, but of the "
-        f"kept ones these would be: {wanted}; drop layers at either end, or {interval} neighbouring ones at a time"
+        f"config.moe_layer_interval={interval}: says that one layer in {interval} is a mixture of experts, but of the "
+        f"kept ones these would be: {wanted}; drop the last layers, or {interval} neighbouring ones at a time"
     )
 
 
@@ -129,7 +130,24 @@ def _kept_ranks(kinds: Sequence[str], keep: Sequence[int]) -> list[int]:
     return [rank for rank, layer in enumerate(hybrid) if layer in keep]
 
 
+def _rescale_depth(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
+    """MiniCPM multiplies every residual branch by scale_depth / sqrt(number of layers); this must not change a bit."""
+    scale = values["scale_depth"] / math.sqrt(values["num_hidden_layers"])
+    root = math.sqrt(len(keep))
+    for limit in (math.inf, -math.inf):
+        candidate = scale * root
+        for _ in range(4):
+            if candidate / root == scale:
+                return {"scale_depth": candidate}
+            candidate = math.nextafter(candidate, limit)
+    raise UserError(
+        f"config.scale_depth={values['scale_depth']}: no value gives {len(keep)} layers the scale that the teacher's "
+        "have; drop one layer more or less"
+    )
+
+
 GROUP_RULES: dict[tuple[str, ...], GroupRule] = {
+    ("scale_depth", "num_hidden_layers"): _rescale_depth,
     ("attn_layer_period", "attn_layer_offset"): _refit_attention_period,
     ("expert_layer_period", "expert_layer_offset"): _refit_expert_period,
     ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"): _refit_interval,
@@ -151,6 +169,18 @@ MAY_DIFFER: dict[str, re.Pattern[str]] = {
 }
 """Model type -> attributes of a layer's modules that a cut may change without changing what the layer computes."""
 
+ONLY_FIRST = {"modernbert-decoder": "alone has no attention norm"}
+"""Model type -> what its first layer has or lacks."""
+
+ONLY_LAST = {"gpt_neox_japanese": "alone adds a bias after attention"}
+"""Model type -> what its last layer has or lacks."""
+
+COUNTS_FROM_ZERO = {"diffllama": "computes lambda_init"}
+"""Model type -> what its code computes from a layer's index, where no configuration can say otherwise."""
+
+MEASURED_BY_FIRST = ("minimax",)
+"""Families whose padded batches go wrong with a KV cache unless the first layer is a full-attention one."""
+
 ENDS_WITH_FULL_ATTENTION = ("gemma4_text", "gemma4_unified_text")
 """Families that make their last layer a full-attention one, whatever the configuration says."""
 
@@ -158,16 +188,34 @@ LAYERS_SIDE_BY_SIDE: dict[str, int] = {"embed_tokens_per_layer.weight": 1, "per_
 """End of a tensor's name -> the dimension (num_layers x size per layer) in which it holds a part for every layer."""
 
 
-def refuse_other_last_layer(model_type: str, values: dict[str, Any], keep: Sequence[int]) -> None:
-    """Raise the UserError where a kept layer would become another kind of layer just by being the last."""
-    kinds = values.get("layer_types")
-    if model_type in ENDS_WITH_FULL_ATTENTION and kinds and kinds[keep[-1]] != "full_attention":
-        last = max((layer for layer in range(keep[-1]) if kinds[layer] == "full_attention"), default=None)
-        above = [layer for layer in range(keep[-1], len(kinds)) if kinds[layer] == "full_attention"]
-        remedy = f"keep one of layers {above}" + ("" if last is None else f", or drop everything above layer {last}")
+def refuse_moved_layers(model_type: str, values: dict[str, Any], keep: Sequence[int]) -> None:
+    """Raise the UserError where a kept layer would become another kind of layer just by standing elsewhere."""
+    num_layers = values["num_hidden_layers"]
+    kinds = values.get("layer_types") or [""] * num_layers
+    first, last = keep[0], keep[-1]
+    if model_type in ONLY_FIRST and first != 0:
+        raise UserError(f"drop: layer 0 of {model_type} {ONLY_FIRST[model_type]}, which no other can become; keep it")
+    if model_type in ONLY_LAST and last != num_layers - 1:
         raise UserError(
-            f"config.layer_types: layer {keep[-1]} ({kinds[keep[-1]]}) would be the student's last, and {model_type} "
-            f"gives its last layer full attention; {remedy}"
+            f"drop: the last layer of {model_type} {ONLY_LAST[model_type]}, which no other can become; keep it"
+        )
+    if model_type in COUNTS_FROM_ZERO and last != len(keep) - 1:
+        raise UserError(
+            f"drop: {model_type} {COUNTS_FROM_ZERO[model_type]} from a layer's index, so that no kept layer may move; "
+            f"drop the last layers: {list(range(len(keep), num_layers))}"
+        )
+    if model_type in MEASURED_BY_FIRST and kinds[0] == "full_attention" != kinds[first]:
+        raise UserError(
+            f"config.layer_types: layer {first} ({kinds[first]}) would come first, but by its first layer transformers "
+            f"measures the cached text of {model_type}; keep a full_attention layer before it"
+        )
+    if model_type in ENDS_WITH_FULL_ATTENTION and kinds[last] not in ("", "full_attention"):
+        before = max((layer for layer in keep if kinds[layer] == "full_attention"), default=None)
+        after = [layer for layer in range(last, num_layers) if kinds[layer] == "full_attention"]
+        remedy = f"keep one of layers {after}" + ("" if before is None else f", or drop all above layer {before}")
+        raise UserError(
+            f"config.layer_types: layer {last} ({kinds[last]}) would come last, where {model_type} always has full "
+            f"attention; {remedy}"
         )
 
 

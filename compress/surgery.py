@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from shoal.anatomy import anatomy
 from shoal.errors import UserError
 from shoal.models import decoder_layers, text_config
 
@@ -86,8 +87,7 @@ def _pass_input_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def _layers_prefix(model: PreTrainedModel) -> str:
-    layers = decoder_layers(model)
-    return next(name for name, module in model.named_modules() if module is layers) + "."
+    return anatomy(model).layers_name + "."
 
 
 def _teacher_names(teacher: PreTrainedModel, names: Sequence[str], keep: Sequence[int]) -> dict[str, str]:
@@ -156,8 +156,8 @@ def refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, ke
     old_layers, new_layers = decoder_layers(teacher), decoder_layers(student)
     may_differ = MAY_DIFFER.get(text_config(teacher.config).model_type)
     for new_index, old_index in enumerate(keep):
-        old = _traits(old_layers[old_index], old_index)
-        new = _traits(new_layers[new_index], new_index)
+        old = layer_traits(old_layers[old_index], old_index)
+        new = layer_traits(new_layers[new_index], new_index)
         for trait in sorted(old.keys() | new.keys()):
             if old.get(trait) != new.get(trait) and not (may_differ and may_differ.fullmatch(trait)):
                 raise UserError(
@@ -166,7 +166,7 @@ def refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, ke
                 )
 
 
-def _traits(layer: nn.Module, index: int) -> dict[str, Any]:
+def layer_traits(layer: nn.Module, index: int) -> dict[str, Any]:
     """Classes and plain attributes of a layer's modules; its own index counts as 'its own index'."""
     traits: dict[str, Any] = {}
     for name, module in layer.named_modules():
@@ -174,7 +174,7 @@ def _traits(layer: nn.Module, index: int) -> dict[str, Any]:
         for key, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str | type(None))
             if plain and key not in ("training", "_is_hf_initialized") and not key.startswith("_"):
-                is_index = key in ("layer_idx", "layer_id", "layer_number")
-                own = is_index and isinstance(value, int) and value >= 0  # -1: a block that several layers share
-                traits[f"{name}.{key}"] = value - index if own else value
+                if key in ("layer_idx", "layer_id", "layer_number") and isinstance(value, int) and value >= 0:
+                    value -= index  # -1 is no layer's: a block that several layers share
+                traits[f"{name}.{key}"] = value
     return traits

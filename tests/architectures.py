@@ -126,27 +126,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         {
             "dim_head": 8,
             "dim_ff": 48,
-            "vocab_size": 96,
             "prompt_length": 4,
             "segment_types": 4,
             "prompt_types": 4,
             "position_bias_num_buckets": 8,
             "position_bias_max_distance": 32,
-        }
+        },
+        padding="its positions count the padding",
     ),
     "ctrl": Architecture(),
     "cwm": Architecture(),
     "dbrx": Architecture(
         {
-            "attn_config": {"kv_n_heads": 2},
-            "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+            "d_model": 32,
+            "hidden_size": None,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
         }
     ),
     "deepseek_v2": Architecture({"first_k_dense_replace": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
     "deepseek_v3": Architecture({"first_k_dense_replace": 2}),
     "deepseek_v32": Architecture(cache="its indexer chooses among equal scores, by rounding"),
     "deepseek_v4": Architecture(),
-    "diffllama": Architecture(),
+    "diffllama": Architecture(refuses="lambda_init"),
     "doge": Architecture(),
     "dory": Architecture({"n_input_layers": 2, "n_output_layers": 2}, refuses="entries for|ties layers"),
     "dots1": Architecture(
@@ -158,7 +160,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             "max_window_layers": 3,
         }
     ),
-    "dots3_note_text": Architecture(),
+    "dots3_note_text": Architecture(
+        {
+            "num_key_value_heads": 4,
+            "head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "shared_experts_intermediate_size": 16,
+            "per_layer_config": {
+                str(layer): {"num_attention_heads": 2, "num_key_value_heads": 2} for layer in (0, 2, 4)
+            },
+        }
+    ),
     "ernie4_5": Architecture(),
     "ernie4_5_moe": Architecture({"moe_num_experts": 4, "moe_k": 2}),
     "exaone": Architecture(),
@@ -170,6 +182,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "falcon_mamba": Architecture(),
     "flex_olmo": Architecture(),
     "flint": Architecture(),
+    "fuyu": Architecture({"text_config": {"model_type": "persimmon"}}),
     "gemma": Architecture(),
     "gemma2": Architecture(),
     "gemma3": Architecture(
@@ -188,16 +201,102 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma3_text": Architecture({"sliding_window_pattern": 3, "query_pre_attn_scalar": 8}),
     "gemma3n": Architecture(),
-    "gemma3n_text": Architecture(),
-    "gemma4_text": Architecture(
-        {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "global_head_dim": 16}
+    "gemma3n_text": Architecture(
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 96,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0, 0.0, 0.0],
+        },
+        refuses="have no keys and values of their own",
     ),
-    "gemma4_unified_text": Architecture(),
+    "gemma4": Architecture(
+        {
+            "text_config": {
+                "layer_types": ["sliding_attention", "full_attention"] * 3,
+                "hidden_size_per_layer_input": 0,
+                "global_head_dim": 16,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "position_embedding_size": 16,
+            },
+            "audio_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "subsampling_conv_channels": [4, 4],
+                "output_proj_dims": 16,
+            },
+        },
+        refuses="would be the student.s last",
+    ),
+    "gemma4_text": Architecture(
+        {
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 96,
+            "global_head_dim": 16,
+        },
+        refuses="have no keys and values of their own|would be the student.s last",
+    ),
+    "gemma4_unified": Architecture(
+        {
+            "text_config": {"layer_types": ["sliding_attention", "full_attention"] * 3},
+            "vision_config": {"mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": 32},
+            "audio_config": {"audio_embed_dim": 16},
+        },
+        refuses="would be the student.s last",
+    ),
+    "gemma4_unified_text": Architecture(
+        {"layer_types": ["sliding_attention", "full_attention"] * 3}, refuses="would be the student.s last"
+    ),
+    "git": Architecture(
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 16,
+            }
+        },
+        padding="its positions count the padding",
+    ),
     "glm": Architecture(),
     "glm4": Architecture(),
     "glm4_moe": Architecture({"first_k_dense_replace": 2}),
     "glm4_moe_lite": Architecture(),
     "glm_moe_dsa": Architecture(cache="its indexer chooses among equal scores, by rounding"),
+    "got_ocr2": Architecture(
+        {
+            "text_config": {
+                "model_type": "qwen2",
+                "head_dim": None,
+                "use_sliding_window": True,
+                "max_window_layers": 3,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "output_channels": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 16,
+                "mlp_dim": 16,
+                "global_attn_indexes": [1],
+            },
+        }
+    ),
     "gpt-sw3": Architecture(),
     "gpt2": Architecture(),
     "gpt2_inverse_scale": Architecture(
@@ -225,40 +324,35 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan_v1_dense": Architecture({"head_dim": 8}),
     "hunyuan_v1_moe": Architecture({"head_dim": 8, "moe_topk": 2}),
     "hy_v3": Architecture(),
-    "hy_v4": Architecture(cache="its indexer chooses among equal scores, by rounding"),
+    "hy_v4": Architecture(
+        refuses="attend to the tokens that layer", cache="its indexer chooses among equal scores, by rounding"
+    ),
     "hyperclovax": Architecture(),
     "inkling2_loop_text": Architecture(
         {
             "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 2,
             "swa_head_dim": 8,
-            "sliding_window_size": SLIDING_WINDOW,
             "d_rel": 4,
             "rel_extent": 16,
             "unpadded_vocab_size": 96,
-            "log_scaling_n_floor": 16,
-            "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2,
+            "n_layers_per_attn_res_block": 2,
             "loop_layer_index_start": 2,
             "loop_layer_index_end": 4,
             "loop_gate_rank": 8,
-            "n_layers_per_attn_res_block": 2,
         },
-        refuses="TODO",
+        refuses="outputs of earlier blocks",
     ),
     "inkling2_text": Architecture(
         {
             "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 2,
             "swa_head_dim": 8,
-            "sliding_window_size": SLIDING_WINDOW,
             "d_rel": 4,
             "rel_extent": 16,
             "unpadded_vocab_size": 96,
-            "log_scaling_n_floor": 16,
-            "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid"] * 2,
-            "n_layers_per_attn_res_block": 2,
         },
-        refuses="TODO",
+        refuses="outputs of earlier blocks",
     ),
     "inkling_text": Architecture(
         {
@@ -276,7 +370,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "internlm3": Architecture(),
     "iquestcoder": Architecture(),
     "jais2": Architecture(),
-    "jamba": Architecture({"attn_layer_period": 3, "attn_layer_offset": 1}),
+    "jamba": Architecture(
+        {"attn_layer_period": 3, "attn_layer_offset": 1}, refuses="says that one layer in . is special|leaves only"
+    ),
     "jetmoe": Architecture(),
     "kimi_linear": Architecture(
         {
@@ -297,6 +393,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "lfm3": Architecture(),
     "llama": Architecture(),
+    "llama4": Architecture(
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 16,
+                "vision_output_dim": 32,
+            }
+        }
+    ),
     "llama4_text": Architecture(),
     "longcat_flash": Architecture(
         {
@@ -321,7 +430,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ministral3": Architecture(),
     "mistral": Architecture(),
     "mixtral": Architecture(),
-    "modernbert-decoder": Architecture(),
+    "modernbert-decoder": Architecture(refuses="attn_norm.weight: a tensor that would be lost in the cut"),
     "mpt": Architecture({"expansion_ratio": 2}),
     "nanochat": Architecture(),
     "nemotron": Architecture({"head_dim": 8, "num_key_value_heads": 2}),
@@ -359,10 +468,64 @@ ARCHITECTURES: dict[str, Architecture] = {
     "persimmon": Architecture(),
     "phi": Architecture(),
     "phi3": Architecture(),
+    "phi4_multimodal": Architecture(
+        {
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 16,
+                "crop_size": 32,
+            },
+            "audio_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_blocks": 2,
+                "num_attention_heads": 2,
+                "ext_pw_out_channel": 16,
+                "depthwise_separable_out_channel": 16,
+                "nemo_conv_channels": 16,
+            },
+        }
+    ),
     "phimoe": Architecture(),
     "qwen2": Architecture({"use_sliding_window": True, "max_window_layers": 3, "head_dim": None}),
     "qwen2_moe": Architecture({"use_sliding_window": True, "max_window_layers": 3, "mlp_only_layers": [1, 4]}),
     "qwen3": Architecture({"use_sliding_window": True, "max_window_layers": 3}),
+    "qwen3_5": Architecture(
+        {
+            "text_config": {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "depth": 2,
+                "out_hidden_size": 32,
+                "patch_size": 4,
+                "num_position_embeddings": 16,
+            },
+        },
+        refuses="leaves only",
+        drops=((1, 4),),
+    ),
+    "qwen3_5_moe": Architecture(
+        {
+            "text_config": {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "depth": 2,
+                "out_hidden_size": 32,
+                "patch_size": 4,
+                "num_position_embeddings": 16,
+            },
+        },
+        refuses="leaves only",
+        drops=((1, 4),),
+    ),
     "qwen3_5_moe_text": Architecture(
         {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
         refuses="leaves only",
@@ -379,9 +542,40 @@ ARCHITECTURES: dict[str, Architecture] = {
         refuses="leaves only",
         drops=((1, 4),),
     ),
+    "qwen4_exp": Architecture(
+        {
+            "text_config": {
+                "layer_types": ["linear_attention", "indexed_attention", "linear_attention"] * 2,
+                "eos_token_id": 91,
+                "hc_count": 2,
+                "hc_lowrank": 8,
+                "ple_layer_ids": [1, 4],
+                "ngram_vocab_size_base": 50,
+                "make_ngram_vocab_size_divisible_by": 2,
+                "heads_per_ngram": 2,
+                "split_ngram_parts": 2,
+                "indexer_n_heads": 2,
+                "indexer_kv_heads": 1,
+                "indexer_head_dim": 8,
+                "indexer_budget": 8,
+                "indexer_compress_ratio": 2,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "depth": 2,
+                "out_hidden_size": 32,
+                "patch_size": 4,
+                "num_position_embeddings": 16,
+            },
+        },
+        refuses="ngram_embedding.weight: has shape",
+    ),
     "qwen4_exp_text": Architecture(
         {
             "layer_types": ["linear_attention", "indexed_attention", "linear_attention"] * 2,
+            "eos_token_id": 91,
             "hc_count": 2,
             "hc_lowrank": 8,
             "ple_layer_ids": [1, 4],
@@ -394,7 +588,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "indexer_head_dim": 8,
             "indexer_budget": 8,
             "indexer_compress_ratio": 2,
-        }
+        },
+        refuses="leaves only|ngram_embedding.weight: has shape",
     ),
     "recurrent_gemma": Architecture(),
     "rwkv": Architecture(refuses="rescale_every=6: ties layers"),
@@ -409,7 +604,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "xglm": Architecture(),
     "xlstm": Architecture(),
     "youtu": Architecture(),
-    "zamba": Architecture(),
+    "zamba": Architecture(refuses="leaves only"),
     "zamba2": Architecture({"layers_block_type": ["mamba", "hybrid", "mamba"] * 2}),
     "zaya": Architecture({"num_experts_per_tok": 1}, refuses="reads the state of the router before it"),
 }
@@ -423,13 +618,22 @@ NOT_CUT: dict[str, str] = {
     "bigbird_pegasus": "the decoder of an encoder-decoder model",
     "blenderbot": "the decoder of an encoder-decoder model",
     "blenderbot-small": "the decoder of an encoder-decoder model",
+    "blt": "reads bytes through an encoder of patches: no single list of decoder layers",
     "camembert": "an encoder",
     "data2vec-text": "an encoder",
+    "dots3_note": "a multimodal model around dots3_note_text, not examined",
     "electra": "an encoder",
+    "emu3": "transformers saves its text model under a type that it cannot load again",
     "ernie": "an encoder",
+    "gemma3n": "its vision tower needs the package timm; its text part is gemma3n_text",
+    "gemma4_assistant": "a draft model that reads the states of another model",
+    "gemma4_unified_assistant": "a draft model that reads the states of another model",
     "marian": "the decoder of an encoder-decoder model",
     "mbart": "the decoder of an encoder-decoder model",
     "megatron-bert": "an encoder",
+    "mllama": "transformers saves its text model under a type that it cannot load again",
+    "moshi": "speech: an audio decoder with a second, depthwise decoder inside",
+    "moss_transcribe_diarize": "transcribes speech; its text part is qwen3",
     "musicgen": "the decoder of an encoder-decoder model",
     "musicgen_melody": "the decoder of an encoder-decoder model",
     "mvp": "the decoder of an encoder-decoder model",
