@@ -214,8 +214,8 @@ def refuse_moved_layers(model_type: str, values: dict[str, Any], keep: Sequence[
         after = [layer for layer in range(last, num_layers) if kinds[layer] == "full_attention"]
         remedy = f"keep one of layers {after}" + ("" if before is None else f", or drop all above layer {before}")
         raise UserError(
-            f"config.layer_types: layer {last} ({kinds[last]}) would be the student's last, where {model_type} always has "
-            f"full attention; {remedy}"
+            f"config.layer_types: layer {last} ({kinds[last]}) would be the student's last, and {model_type} gives its "
+            f"last layer full attention; {remedy}"
         )
 
 

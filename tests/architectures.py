@@ -49,7 +49,7 @@ SHAPE: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
     "index_head_dim": 8,
-    "index_n_heads": 2,
+    "index_n_heads": 16,  # with few heads many scores are equally 0, and rounding chooses among them
     "index_topk": 8,
     # linear attention and state spaces
     "linear_key_head_dim": 8,
@@ -87,7 +87,7 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "afmoe": Architecture(),
+    "afmoe": Architecture({"num_dense_layers": 2, "global_attn_every_n_layers": 3}),
     "apertus": Architecture(),
     "apertus1p5_text": Architecture(),
     "arcee": Architecture(),
@@ -104,7 +104,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         refuses="leaves only",
         drops=((1, 4),),
     ),
-    "bamba": Architecture({"attn_layer_indices": [1, 4]}),
+    "bamba": Architecture({"attn_layer_indices": [1, 4]}, refuses="leaves only", drops=((1, 4),)),
     "beam": Architecture(refuses="attn_residual_add_idx"),
     "biogpt": Architecture(),
     "bitnet": Architecture(),
@@ -172,10 +172,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         }
     ),
     "ernie4_5": Architecture(),
-    "ernie4_5_moe": Architecture({"moe_num_experts": 4, "moe_k": 2}),
+    "ernie4_5_moe": Architecture(
+        {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 2, "moe_layer_end_index": 4}
+    ),
+    "ernie4_5_moe_interval": Architecture(
+        {"moe_num_experts": 4, "moe_k": 2, "moe_layer_interval": 2},
+        "ernie4_5_moe",
+        refuses="one layer in 2 is a mixture",
+        drops=((0, 1), (2, 3), (1, 2)),
+    ),
     "exaone": Architecture(),
-    "exaone4": Architecture(),
-    "exaone_moe": Architecture(),
+    "exaone4": Architecture({"sliding_window_pattern": 3}),
+    "exaone_moe": Architecture({"sliding_window_pattern": 3, "first_k_dense_replace": 2}),
     "falcon": Architecture({"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon_alibi": Architecture({"alibi": True, "multi_query": False}, model_type="falcon"),
     "falcon_h1": Architecture({"mamba_d_ssm": 64}),
@@ -276,7 +284,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4": Architecture(),
     "glm4_moe": Architecture({"first_k_dense_replace": 2}),
     "glm4_moe_lite": Architecture(),
-    "glm_moe_dsa": Architecture(cache="its indexer chooses among equal scores, by rounding"),
+    "glm_moe_dsa": Architecture(
+        {"indexer_types": ["full", "shared", "full", "full", "shared", "shared"], "first_k_dense_replace": 2},
+        refuses="attend to the tokens that layer",
+        drops=((0, 1), (3, 4, 5)),
+    ),
     "got_ocr2": Architecture(
         {
             "text_config": {
@@ -317,7 +329,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite_swa": Architecture(),
     "granitemoe": Architecture(),
     "granitemoe_swa": Architecture(),
-    "granitemoehybrid": Architecture({"layer_types": ["mamba", "attention", "mamba"] * 2}),
+    "granitemoehybrid": Architecture(
+        {"layer_types": ["mamba", "attention", "mamba"] * 2}, refuses="leaves only", drops=((1, 4),)
+    ),
     "granitemoeshared": Architecture(),
     "helium": Architecture(),
     "hrm_text": Architecture(refuses="does not know where this architecture keeps its decoder layers"),
@@ -406,7 +420,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             }
         }
     ),
-    "llama4_text": Architecture(),
+    "llama4_text": Architecture(
+        {
+            "intermediate_size_mlp": 48,
+            "attention_chunk_size": SLIDING_WINDOW,
+            "sliding_window": None,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layer_interval": 3,
+            "floor_scale": 4,
+        }
+    ),
     "longcat_flash": Architecture(
         {
             "num_layers": 6,
@@ -423,7 +446,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mellum": Architecture({"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}),
     "mimo_v2_flash": Architecture(),
     "minicpm3": Architecture(),
-    "minimax": Architecture(refuses="would come first|leaves only"),
+    "minimax": Architecture(
+        {"block_size": 8, "sliding_window": None}, refuses="would come first|leaves only", drops=((0, 1),)
+    ),
     "minimax_m2": Architecture(),
     "minimax_m3_vl_text": Architecture(),
     "ministral": Architecture({"head_dim": 8}),
@@ -537,8 +562,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         drops=((1, 4),),
     ),
     "qwen3_moe": Architecture({"mlp_only_layers": [0, 3]}),
+    "qwen3_moe_step": Architecture({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, "qwen3_moe"),
     "qwen3_next": Architecture(
-        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2, "mlp_only_layers": [1, 2]},
         refuses="leaves only",
         drops=((1, 4),),
     ),
@@ -591,7 +617,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         refuses="leaves only|ngram_embedding.weight: has shape",
     ),
-    "recurrent_gemma": Architecture(),
+    "recurrent_gemma": Architecture({"attention_window_size": SLIDING_WINDOW}, refuses="leaves only", drops=((2, 5),)),
     "rwkv": Architecture(refuses="rescale_every=6: ties layers"),
     "sarvam_mla": Architecture({"first_k_dense_replace": 2}),
     "sarvam_moe": Architecture({"first_k_dense_replace": 2}),
@@ -605,7 +631,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "xlstm": Architecture(),
     "youtu": Architecture(),
     "zamba": Architecture(refuses="leaves only"),
-    "zamba2": Architecture({"layers_block_type": ["mamba", "hybrid", "mamba"] * 2}),
+    "zamba2": Architecture(
+        {
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid", "hybrid"],
+            "num_mem_blocks": 2,
+            "use_shared_attention_adapter": True,
+            "adapter_rank": 4,
+            "use_mem_rope": True,
+            "initializer_range": 0.1,  # above, rounding decides the text
+        },
+        refuses="share blocks in turn",
+        drops=((1, 3), (3, 5), (4, 5)),
+    ),
     "zaya": Architecture({"num_experts_per_tok": 1}, refuses="reads the state of the router before it"),
 }
 """Alphabetical."""
