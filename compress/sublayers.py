@@ -197,7 +197,8 @@ class _Trace:
     returned: dict[int, Tensor] = field(default_factory=dict)
     adding: set[int] = field(default_factory=set)
     """Layers of which a half that is not silenced adds something."""
-    contexts: dict[int, Tensor] = field(default_factory=dict)
+    contexts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """What each map that may be the heads' output projection reads."""
     num_heads: dict[int, int] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     """(heads, S, d); each key-value head may have been repeated for all query heads of its group."""
@@ -287,8 +288,11 @@ def _watch(
         if adds_something(module, args, kwargs, output):
             trace.adding.add(index)
 
-    def contexts(_: nn.Module, args: Any) -> None:
-        trace.contexts[index] = args[0].clone()
+    def contexts(name: str) -> Callable[[nn.Module, Any], None]:
+        def keep(_: nn.Module, args: Any) -> None:
+            trace.contexts.setdefault(index, {})[name] = args[0].clone()
+
+        return keep
 
     def enters(*_: Any) -> None:
         probe.layer = index
@@ -303,8 +307,8 @@ def _watch(
     for name in found.attention:
         yield layer.get_submodule(name).register_forward_pre_hook(enters)
         yield layer.get_submodule(name).register_forward_hook(leaves)
-    if len(projections := _projections(layer, found)) == 1:
-        yield layer.get_submodule(projections[0]).register_forward_pre_hook(contexts, prepend=True)
+    for name in _projections(layer, found):
+        yield layer.get_submodule(name).register_forward_pre_hook(contexts(name), prepend=True)
 
 
 def _projections(layer: nn.Module, found: Sublayers) -> list[str]:
@@ -364,20 +368,26 @@ def _distance(one: Tensor, other: Tensor) -> float:
 def _heads(model: PreTrainedModel, index: int, found: Sublayers, silent: _Trace, scaled: _Trace) -> dict[str, Any]:
     """The fields of Sublayers about single heads."""
     layer, place = decoder_layers(model)[index], where(model, index)
-    num_heads, projections = silent.num_heads.get(index, 0), _projections(layer, found)
+    num_heads, contexts = silent.num_heads.get(index, 0), silent.contexts.get(index, {})
     if not num_heads:
         return {"head_refusal": f"{place}: shows no heads of softmax attention (attention: sdpa or eager show them)"}
-    if len(projections) != 1 or index not in silent.contexts:
-        return {"head_refusal": f"{place}: has no single linear output projection over its heads; mask whole layers"}
-    context, changed = silent.contexts[index], scaled.contexts[index]
-    if context.dim() == 3 and context.shape[-1] % num_heads == 0:
-        context_BSHd, changed_BSHd = (state.unflatten(-1, (num_heads, -1)) for state in (context, changed))
-        followed = context_BSHd * _scale(num_heads, context)[:, None]
-        # a wrong slice is off by a factor of two; what is left are numbers too small for their format
-        if torch.allclose(changed_BSHd, followed, rtol=0.1, atol=torch.finfo(context.dtype).tiny):
-            num_kv_heads = _num_kv_heads(model, layer, found, num_heads, silent.keys.get(index))
-            return {"projection": projections[0], "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    return {"head_refusal": f"{place}: mixes its heads before the output projection, so none can be masked alone"}
+    if not contexts:
+        return {"head_refusal": f"{place}: has no linear output projection that shoal knows over its heads"}
+    followed = [name for name in contexts if _followed(contexts[name], scaled.contexts[index][name], num_heads)]
+    if len(followed) != 1:
+        return {"head_refusal": f"{place}: mixes its heads before the output projection, so none can be masked alone"}
+    num_kv_heads = _num_kv_heads(model, layer, found, num_heads, silent.keys.get(index))
+    return {"projection": followed[0], "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+
+
+def _followed(context: Tensor, changed: Tensor, num_heads: int) -> bool:
+    """Whether ``changed`` is ``context`` (B, S, H * d) with every head's slice scaled as its head was."""
+    if context.dim() != 3 or context.shape[-1] % num_heads:
+        return False
+    context_BSHd, changed_BSHd = (state.unflatten(-1, (num_heads, -1)) for state in (context, changed))
+    expected_BSHd = context_BSHd * _scale(num_heads, context)[:, None]
+    # a wrong slice is off by a factor of two; what is left are numbers too small for their format
+    return torch.allclose(changed_BSHd, expected_BSHd, rtol=0.1, atol=torch.finfo(context.dtype).tiny)
 
 
 def _num_kv_heads(

@@ -1,4 +1,5 @@
-"""`shoal measure | prune | distill | eval | report | run --config RECIPE [section.key=value ...]`"""
+"""`shoal measure | prune | distill | eval | report | run --config RECIPE [section.key=value ...]`, and
+`shoal delta BASE DONOR`."""
 
 from __future__ import annotations
 
@@ -32,6 +33,8 @@ VERBS = {
     "run": "all of it, skipping what is done and unchanged",
 }
 
+DELTA = "how far a donor's weights are from its base's, layer by layer: |donor - base| / |base|; needs no recipe"
+
 
 class LaunchEnded(Exception):
     """The launched ranks ended with ``code`` and have said why."""
@@ -46,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # idle OpenMP threads that spin make every other process on the machine several times slower; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    if arguments.verb == "delta":
+        sys.exit(_run_delta(arguments.base, arguments.donor, arguments.json))
     dry = getattr(arguments, "dry_run", False)
     sys.exit(run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry))
 
@@ -71,6 +76,27 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
     except KeyboardInterrupt:
         print("shoal: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
+    return 0
+
+
+def _run_delta(base: str, donor: str, out: str | None) -> int:
+    """Print how far the weights of two models are from each other; returns the exit code."""
+    from pathlib import Path
+
+    from shoal.artifact import write_json
+    from shoal.compress.delta import delta_norms
+    from shoal.models import resolve_model
+    from shoal.runtime import set_up_logging
+
+    set_up_logging()
+    try:
+        found = delta_norms(resolve_model(base), resolve_model(donor))
+        print(found.table())
+        if out is not None:
+            write_json(Path(out), found.document())
+    except UserError as error:
+        print(f"shoal: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     return 0
 
 
@@ -190,12 +216,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 help="print sizes, expected speed and targets before and after; write nothing",
             )
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a recipe setting")
+    delta = verbs.add_parser("delta", help=DELTA, description=DELTA)
+    for name in ("base", "donor"):
+        delta.add_argument(name, help="Hub id, local path or demo:<name>")
+    delta.add_argument("--json", metavar="FILE", help="also write every tensor's norms to FILE")
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    known.overrides = [*known.overrides, *rest]
+    if unknown or (rest and known.verb == "delta"):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    known.overrides = [*getattr(known, "overrides", ()), *rest]
     return known
 
 

@@ -1,0 +1,232 @@
+"""How far a donor's weights are from its base's, layer by layer and matrix by matrix, read from the files alone.
+
+To set beside what swapping those layers does. One pass over both checkpoints in pieces of CHUNK numbers: no model is
+loaded, and a model larger than memory is no matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from shoal.anatomy import anatomy
+from shoal.checkpoint import Shard, StoredTensor, read_shards
+from shoal.errors import UserError
+from shoal.models import load_config, text_config
+
+from .cost import model_without_data
+from .quantised import without_quantization
+from .stored_names import NotByCopy, find_layers
+
+log = logging.getLogger(__name__)
+
+CHUNK = 2**22
+"""Numbers of each checkpoint in memory at one time: 32 MiB in float64."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COUNTING = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
+"""Masks and positions that old checkpoints hold; they are no weights, but must be equal."""
+BAR_WIDTH = 30
+
+
+@dataclass(frozen=True)
+class TensorDelta:
+    """One stored tensor's Frobenius norms."""
+
+    name: str
+    layer: int | None
+    """None = outside of the decoder layers."""
+    difference: float
+    """|donor - base|"""
+    base: float
+    """|base|"""
+
+    @property
+    def relative(self) -> float | None:
+        """|donor - base| / |base|; None where the base is zero."""
+        return self.difference / self.base if self.base else None
+
+
+@dataclass(frozen=True)
+class DeltaNorms:
+    """Every tensor of a base and its donor compared, in the order of layers; what is outside of them comes last."""
+
+    num_layers: int
+    tensors: tuple[TensorDelta, ...]
+
+    @property
+    def layers(self) -> tuple[float | None, ...]:
+        """|donor - base| / |base| of each decoder layer, all its tensors taken as one vector."""
+        return tuple(_together(delta for delta in self.tensors if delta.layer == layer) for layer in self.indices)
+
+    @property
+    def outside(self) -> float | None:
+        """The same for everything that is in no layer: embeddings, final norm, head."""
+        return _together(delta for delta in self.tensors if delta.layer is None)
+
+    @property
+    def indices(self) -> range:
+        """Of the decoder layers."""
+        return range(self.num_layers)
+
+    def document(self) -> dict[str, Any]:
+        """Everything as plain JSON."""
+        tensors = [
+            {"name": delta.name, "layer": delta.layer, "relative": delta.relative, "difference": delta.difference}
+            for delta in self.tensors
+        ]
+        return {"layers": list(self.layers), "outside": self.outside, "tensors": tensors}
+
+    def table(self) -> str:
+        """For a reader: one line per layer, with the tensor that differs most."""
+        largest = max((value for value in (*self.layers, self.outside) if value is not None), default=0.0)
+        rows = [(f"layer {layer}", value, layer) for layer, value in zip(self.indices, self.layers, strict=True)]
+        lines = [f"{'':>10}  relative  {'':{BAR_WIDTH}}  largest"]
+        for label, value, layer in [*rows, ("outside", self.outside, None)]:
+            bar = "#" * round(BAR_WIDTH * (value or 0) / largest) if largest else ""
+            most = max(
+                (delta for delta in self.tensors if delta.layer == layer), key=lambda delta: delta.relative or 0.0
+            )
+            of_most = "-" if most.relative is None else f"{most.relative:.4f}"
+            number = "-" if value is None else f"{value:.4f}"
+            lines.append(f"{label:>10}  {number:>8}  {bar:{BAR_WIDTH}}  {most.name} {of_most}")
+        return "\n".join(lines)
+
+
+def delta_norms(base_folder: Path, donor_folder: Path) -> DeltaNorms:
+    """|W_donor - W_base| / |W_base| (Frobenius) of every tensor of two checkpoints, matched by its stored name.
+
+    Sums are float64, whatever the stored dtypes, which may differ. Tied embeddings count once, and stand for the head
+    where only the other model has one of its own.
+
+    Raises:
+        UserError: models of different families, numbers of layers, names or shapes; quantised ones; numbers that are
+            not finite; damaged files.
+    """
+    folders = base_folder, donor_folder
+    configs = [load_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if without_quantization(config)[1]:
+            raise UserError(f"{folder}: is quantised; give the full-precision model")
+    _refuse_different(folders, configs)
+    stored = [_stored(read_shards(folder)) for folder in folders]
+    skeleton = model_without_data(configs[0], torch.bfloat16)
+    _settle_ties(skeleton, stored, [bool(config.tie_word_embeddings) for config in configs])
+    _refuse_other_names(folders, stored)
+    try:
+        shapes = {name: tensor.shape for name, (_, tensor) in stored[0].items()}
+        prefix = find_layers(shapes, skeleton, configs[0])
+    except NotByCopy as error:
+        raise UserError(f"{base_folder}: {error}") from error
+    base, donor = stored
+    total = sum(tensor.end - tensor.start for _, tensor in (*base.values(), *donor.values()))
+    deltas = []
+    with tqdm(total=total, unit="B", unit_scale=True, desc="delta", leave=False) as progress:
+        for name, pair in sorted(base.items(), key=lambda item: (item[1][0].name, item[1][1].start)):
+            sizes = _squares(name, pair, donor[name], progress)
+            if sizes is not None:
+                layer = _layer_of(name, prefix, len(anatomy(skeleton).layers))
+                deltas.append(TensorDelta(name, layer, *map(math.sqrt, sizes)))
+    deltas.sort(key=lambda delta: (delta.layer is None, delta.layer or 0))
+    return DeltaNorms(len(anatomy(skeleton).layers), tuple(deltas))
+
+
+Stored = dict[str, tuple[Path, StoredTensor]]
+"""Name -> file and place in it."""
+
+
+def _stored(shards: Iterable[Shard]) -> Stored:
+    return {name: (shard.file, tensor) for shard in shards for name, tensor in shard.tensors.items()}
+
+
+def _refuse_different(folders: tuple[Path, Path], configs: list[Any]) -> None:
+    for field in ("model_type", "num_hidden_layers"):
+        base, donor = (getattr(text_config(config), field, None) for config in configs)
+        if base != donor:
+            raise UserError(f"{folders[1]}: has {field} {donor}, but {folders[0]} has {base}; give models of one shape")
+
+
+def _settle_ties(skeleton: Any, stored: list[Stored], tied: list[bool]) -> None:
+    """Let a head that is tied be what it is tied to, or nothing where both are."""
+    parts = anatomy(skeleton)
+    for own, is_tied in zip(stored, tied, strict=True):
+        head = _spelled(f"{parts.head_name}.weight", own)
+        if is_tied and head:
+            del own[head]
+    if not all(tied) and any(tied):
+        tied_one, other = stored if tied[0] else reversed(stored)
+        head = _spelled(f"{parts.head_name}.weight", other)
+        embeddings = _spelled(f"{parts.embeddings_name}.weight", tied_one)
+        if head and embeddings:
+            tied_one[head] = tied_one[embeddings]
+
+
+def _spelled(name: str, stored: Stored) -> str | None:
+    """How the files call the model's tensor ``name``: some leave its first words out."""
+    return next((known for known in stored if known == name or name.endswith(f".{known}")), None)
+
+
+def _refuse_other_names(folders: tuple[Path, Path], stored: list[Stored]) -> None:
+    base, donor = stored
+    if alone := sorted(base.keys() ^ donor.keys()):
+        holder, other = folders if alone[0] in base else reversed(folders)
+        raise UserError(
+            f"{other}: has no {alone[0]}, which {holder} has ({len(alone)} such names); give models of one shape"
+        )
+    for name, (_, tensor) in base.items():
+        if tensor.shape != (other_shape := donor[name][1].shape):
+            raise UserError(
+                f"{folders[1]}: {name} has shape {list(other_shape)}, but in {folders[0]} {list(tensor.shape)}; "
+                "give models of one shape"
+            )
+
+
+def _layer_of(name: str, prefix: str, num_layers: int) -> int | None:
+    number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
+    return int(number) if number.isdigit() and int(number) < num_layers else None
+
+
+def _squares(
+    name: str, base: tuple[Path, StoredTensor], donor: tuple[Path, StoredTensor], progress: Any
+) -> tuple[float, float] | None:
+    """Sums of squares of the difference and of the base; None for what is equal and no weight."""
+    dtypes = base[1].dtype, donor[1].dtype
+    if len(set(dtypes)) > 1 and not set(dtypes) <= DTYPES.keys():
+        raise UserError(f"{donor[0]}: {name} is {dtypes[1]}, but {dtypes[0]} in {base[0]}; give models of one kind")
+    difference = own = 0.0
+    for base_piece, donor_piece in zip(_pieces(name, *base), _pieces(name, *donor), strict=True):
+        progress.update(base_piece.nbytes + donor_piece.nbytes)
+        if base_piece.is_floating_point():
+            exact = base_piece.double()
+            own += float(exact.square().sum())
+            difference += float((donor_piece.double() - exact).square().sum())
+        elif not torch.equal(base_piece, donor_piece):
+            raise UserError(f"{donor[0]}: {name} is {dtypes[1]}, no weight, and differs from {base[0]}'s")
+    if not math.isfinite(difference):
+        raise UserError(f"{name}: holds numbers that are not finite, in {base[0]} or {donor[0]}")
+    return (difference, own) if dtypes[0] in DTYPES else None
+
+
+def _pieces(name: str, file: Path, tensor: StoredTensor) -> Iterator[torch.Tensor]:
+    dtype = DTYPES.get(tensor.dtype) or (torch.uint8 if tensor.dtype in COUNTING else None)
+    if dtype is None:
+        raise UserError(f"{file}: {name} is {tensor.dtype}, which is quantised; give the full-precision model")
+    position, size = tensor.start, CHUNK * dtype.itemsize
+    with file.open("rb") as handle:
+        handle.seek(position)
+        while position < tensor.end:
+            data = bytearray(handle.read(min(size, tensor.end - position)))
+            position += len(data)
+            yield torch.frombuffer(data, dtype=dtype)
+
+
+def _together(deltas: Iterable[TensorDelta]) -> float | None:
+    listed = list(deltas)
+    base = math.hypot(*(delta.base for delta in listed))
+    return math.hypot(*(delta.difference for delta in listed)) / base if base else None

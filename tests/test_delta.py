@@ -1,0 +1,229 @@
+"""Differences of two checkpoints, read from their files."""
+
+from __future__ import annotations
+
+import json
+import math
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import NUM_LAYERS, tiny_checkpoint, tiny_model
+from transformers import AutoModelForCausalLM
+
+from shoal.cli import main
+from shoal.compress import delta as delta_module
+from shoal.compress.delta import DeltaNorms, TensorDelta, delta_norms
+from shoal.errors import UserError
+
+
+def pair(path: Path, kind: str = "llama", **donor_settings: Any) -> tuple[Path, Path]:
+    return tiny_checkpoint(path / "base", kind), tiny_checkpoint(path / "donor", kind, **{"seed": 1, **donor_settings})
+
+
+def frobenius(tensor: torch.Tensor) -> float:
+    return math.sqrt(sum(value * value for value in tensor.double().flatten().tolist()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_are_those_of_the_definition(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_module, "CHUNK", 100)  # tensors of several pieces, the last one shorter
+    base, donor = pair(tmp_path, "qwen3", dtype=dtype)
+    found = delta_norms(base, donor)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (base, donor))
+    assert {delta.name for delta in found.tensors} == ours.keys()
+    for delta in found.tensors:
+        difference = frobenius(theirs[delta.name].double() - ours[delta.name].double())
+        assert delta.difference == pytest.approx(difference, rel=1e-12)
+        assert delta.relative == pytest.approx(difference / frobenius(ours[delta.name]), rel=1e-12)
+
+    flat = [
+        torch.cat([weights[name].double().flatten() for name in sorted(ours) if f"layers.{NUM_LAYERS - 1}." in name])
+        for weights in (ours, theirs)
+    ]
+    assert found.layers[-1] == pytest.approx(frobenius(flat[1] - flat[0]) / frobenius(flat[0]), rel=1e-12)
+    assert len(found.layers) == NUM_LAYERS
+    layers = [delta.layer for delta in found.tensors]
+    assert layers == sorted(layers, key=lambda layer: (layer is None, layer or 0))
+    assert {delta.name for delta in found.tensors if delta.layer is None} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    }
+
+
+def test_one_changed_matrix_shows_in_its_layer_alone(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", "llama")
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    weight = model.model.layers[3].mlp.up_proj.weight
+    before = weight.detach().clone()
+    weight.data[2, 5] += 0.5
+    model.save_pretrained(tmp_path / "donor")
+    found = delta_norms(base, tmp_path / "donor")
+    (changed,) = [delta for delta in found.tensors if delta.difference]
+    assert (changed.name, changed.layer) == ("model.layers.3.mlp.up_proj.weight", 3)
+    assert changed.relative == pytest.approx(0.5 / frobenius(before), rel=1e-6)
+    assert [layer for layer, value in enumerate(found.layers) if value] == [3]
+    assert found.outside == 0
+
+
+@pytest.mark.parametrize("sharded", ["base", "donor", "both"])
+def test_how_the_files_are_split_does_not_matter(tmp_path: Path, sharded: str) -> None:
+    base, donor = pair(tmp_path)
+    expected = delta_norms(base, donor)
+    for name, folder in (("base", base), ("donor", donor)):
+        if sharded in (name, "both"):
+            model = AutoModelForCausalLM.from_pretrained(folder)
+            (folder / "model.safetensors").unlink()
+            model.save_pretrained(folder, max_shard_size="30KB")
+            assert len(list(folder.glob("*.safetensors"))) > 2
+    found = delta_norms(base, donor)
+    assert {delta.name: delta for delta in found.tensors} == {delta.name: delta for delta in expected.tensors}
+    assert found.layers == pytest.approx(expected.layers, rel=1e-12)
+
+
+def test_tied_embeddings_count_once_and_stand_for_a_head(tmp_path: Path) -> None:
+    tied = tiny_checkpoint(tmp_path / "tied", "llama_tied")
+    untied = tiny_checkpoint(tmp_path / "untied", "llama", seed=1)
+    assert not [delta for delta in delta_norms(tied, tied).tensors if "lm_head" in delta.name]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tied, untied))
+    (head,) = [delta for delta in delta_norms(tied, untied).tensors if delta.name == "lm_head.weight"]
+    embeddings = ours["model.embed_tokens.weight"]
+    assert head.difference == pytest.approx(frobenius(theirs["lm_head.weight"] - embeddings), rel=1e-6)
+    assert head.base == pytest.approx(frobenius(embeddings), rel=1e-6)
+    (back,) = [delta for delta in delta_norms(untied, tied).tensors if delta.name == "lm_head.weight"]
+    assert back.base == pytest.approx(frobenius(theirs["lm_head.weight"]), rel=1e-6)
+
+
+def test_dtypes_may_differ(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base", "llama")
+    half = tiny_model("llama", dtype=torch.bfloat16)
+    half.load_state_dict(tiny_model("llama").state_dict())
+    half.save_pretrained(tmp_path / "half")
+    found = delta_norms(base, tmp_path / "half")
+    weights = load_file(base / "model.safetensors")
+    for delta in found.tensors:
+        rounded = weights[delta.name].bfloat16().double() - weights[delta.name].double()
+        assert delta.difference == pytest.approx(frobenius(rounded), rel=1e-12)
+
+
+def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_module, "CHUNK", 1000)
+    folder = tiny_checkpoint(tmp_path, "llama", vocab_size=50_000)
+    tracemalloc.start()
+    delta_norms(folder, folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < load_file(folder / "model.safetensors")["lm_head.weight"].nbytes / 2
+
+
+def test_table_and_document_say_the_same() -> None:
+    found = DeltaNorms(
+        2,
+        (
+            TensorDelta("layers.0.a", 0, 3.0, 6.0),
+            TensorDelta("layers.0.b", 0, 4.0, 8.0),
+            TensorDelta("layers.1.a", 1, 1.0, 0.0),
+            TensorDelta("embed", None, 0.0, 1.0),
+        ),
+    )
+    assert found.layers == (0.5, None)
+    assert found.document() == {
+        "layers": [0.5, None],
+        "outside": 0.0,
+        "tensors": [
+            {"name": "layers.0.a", "layer": 0, "relative": 0.5, "difference": 3.0},
+            {"name": "layers.0.b", "layer": 0, "relative": 0.5, "difference": 4.0},
+            {"name": "layers.1.a", "layer": 1, "relative": None, "difference": 1.0},
+            {"name": "embed", "layer": None, "relative": 0.0, "difference": 0.0},
+        ],
+    }
+    lines = [line.split() for line in found.table().splitlines()]
+    assert lines[1] == ["layer", "0", "0.5000", "#" * 30, "layers.0.a", "0.5000"]
+    assert lines[2] == ["layer", "1", "-", "layers.1.a", "-"]
+    assert lines[3] == ["outside", "0.0000", "embed", "0.0000"]
+
+
+def test_command_prints_the_table_and_writes_the_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, donor = pair(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["delta", str(base), str(donor), "--json", str(tmp_path / "delta.json")])
+    assert ended.value.code == 0
+    found = delta_norms(base, donor)
+    assert found.table() in capsys.readouterr().out
+    assert json.loads((tmp_path / "delta.json").read_text()) == json.loads(json.dumps(found.document()))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("./nowhere",), "shoal: error: model './nowhere': no such folder"),
+        (("./nowhere", "seed=1"), "unrecognized arguments: seed=1"),
+    ],
+)
+def test_command_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["delta", str(tiny_checkpoint(tmp_path, "llama")), *words])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_hidden_layers": 5}, r"donor/llama: has num_hidden_layers 5, but .*base/llama has 6"),
+        ({"intermediate_size": 40}, r"layers\.0\.mlp\.\w+\.weight has shape .*40.* but in .*48"),
+        ({"attention_bias": True}, r"base/llama: has no model\.layers\.0\.self_attn\.k_proj\.bias, which .*donor"),
+    ],
+)
+def test_models_of_other_shapes_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    base, donor = pair(tmp_path, **settings)
+    with pytest.raises(UserError, match=message):
+        delta_norms(base, donor)
+
+
+def test_other_families_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has model_type qwen3, but .* has llama"):
+        delta_norms(tiny_checkpoint(tmp_path, "llama"), tiny_checkpoint(tmp_path, "qwen3"))
+
+
+def rewrite(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), name: tensor}, file, {"format": "pt"})
+
+
+def test_what_is_quantised_or_not_finite_is_refused(tmp_path: Path) -> None:
+    base, donor = pair(tmp_path)
+    name = "model.layers.2.self_attn.q_proj.weight"
+    weight = load_file(donor / "model.safetensors")[name]
+    weight[0, 0] = math.nan
+    rewrite(donor, name, weight)
+    with pytest.raises(UserError, match=rf"{name}: holds numbers that are not finite"):
+        delta_norms(base, donor)
+    rewrite(donor, name, torch.zeros(weight.shape, dtype=torch.int8))
+    with pytest.raises(UserError, match=rf"{name} is I8, but F32 in .*base"):
+        delta_norms(base, donor)
+    for folder in (base, donor):
+        rewrite(folder, name, weight.to(torch.float8_e4m3fn))
+    with pytest.raises(UserError, match=rf"{name} is F8_E4M3, which is quantised"):
+        delta_norms(base, donor)
+    config = json.loads((donor / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (donor / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"donor/llama: is quantised; give the full-precision model"):
+        delta_norms(base, donor)
+
+
+def test_masks_and_positions_are_no_weights_but_must_be_equal(tmp_path: Path) -> None:
+    base, donor = pair(tmp_path)
+    positions = torch.arange(7)
+    for folder in (base, donor):
+        rewrite(folder, "model.layers.1.positions", positions)
+    assert "model.layers.1.positions" not in {delta.name for delta in delta_norms(base, donor).tensors}
+    rewrite(donor, "model.layers.1.positions", positions + 1)
+    with pytest.raises(UserError, match=r"layers\.1\.positions is I64, no weight, and differs"):
+        delta_norms(base, donor)
