@@ -243,6 +243,7 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
             elif indexes := getattr(part, "deepstack_visual_indexes", None):  # fed into the first text layers
                 refuse(f"{name}.deepstack_visual_indexes", indexes, keep)
     setattr(student, KEPT_LAYERS, [_origin(config, num_layers)[layer] for layer in keep])
+    vars(student).pop("auto_map", None)  # names code that lies beside the teacher only
     if zeroed := getattr(config, ZEROED_WEIGHTS, None):
         setattr(student, ZEROED_WEIGHTS, _renumbered_names(zeroed, keep))
     _check_round_trip(config, student, keep)
@@ -326,8 +327,8 @@ def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
         about_layers = is_list and (len(value) == num_layers > 1 or "layer" in field)
         if about_layers and field not in RULES and field not in NOT_PER_LAYER:
             raise UserError(
-                f"config.{field}: is a list about layers ({len(value)} entries, {num_layers} layers) that shoal does not "
-                "know; add a rule for it to RULES in compress/config_cut.py"
+                f"config.{field}: is a list about layers ({len(value)} entries, {num_layers} layers) that shoal does "
+                "not know; add a rule for it to RULES in compress/config_cut.py"
             )
 
 

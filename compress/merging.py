@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 
-from .surgery import layer_traits, cut_model
+from .surgery import cut_model, layer_traits
 
 Method = Literal["laco", "weighted"]
 
@@ -57,14 +57,17 @@ def merged_layer(
     their index. What a family keeps per layer outside its layers (Gemma 3n's embeddings) stays the first layer's.
 
     Raises:
-        UserError: a run outside the model, layers of different kinds or shapes, tensors shared with other layers or not
-            of floating point, weights that do not fit or do not add up to 1, an overflow.
+        UserError: a run outside the model, layers of different kinds or shapes, tensors shared with other layers, or
+            that differ and are not of floating point, weights that do not fit or do not add up to 1, an overflow.
     """
     factors = _factors(length, method, weights)
     run = check_run(model, start, length)
     refuse_different_kinds(model, run)
     tensors = [layer_tensors(model, layer) for layer in run]
-    merged = {name: _combined([own[name] for own in tensors], factors) for name in tensors[0]}
+    merged = {
+        name: _combined([own[name] for own in tensors], factors, where=f"{name} of layers {start}..{run[-1]}")
+        for name in tensors[0]
+    }
     if overflown := [name for name, tensor in merged.items() if not tensor.isfinite().all()]:
         raise UserError(
             f"merge of layers {start}..{run[-1]}: {overflown[0]} is not finite in {merged[overflown[0]].dtype}; "
@@ -185,16 +188,11 @@ def layer_tensors(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
     """Parameters and stored buffers of one decoder layer by their names in it; the model's own storage.
 
     Raises:
-        UserError: one that other layers use too, or that is not of floating point.
+        UserError: one that other layers use too.
     """
     refuse_shared_parameters(model, layer)
     module = decoder_layers(model)[layer]
-    tensors = {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
-    if fixed := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise UserError(
-            f"layer {layer}: {fixed[0]} is {tensors[fixed[0]].dtype}, not floating point; give the full-precision model"
-        )
-    return tensors
+    return {name: tensor.detach() for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def refuse_shared_parameters(model: PreTrainedModel, layer: int) -> None:
@@ -245,7 +243,11 @@ def _factors(length: int, method: Method, weights: Sequence[float] | None) -> tu
     return tuple(weights)
 
 
-def _combined(tensors: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
+def _combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str) -> Tensor:
+    if not tensors[0].is_floating_point():  # a table of the routing, for instance, or quantised weights
+        if all(torch.equal(tensors[0], other) for other in tensors[1:]):
+            return tensors[0].clone()
+        raise UserError(f"merge: {where} is {tensors[0].dtype} and differs; only floating-point numbers can be merged")
     # a factor of 0 is left out rather than multiplied: the merge of two by LaCo is then the second bit by bit
     (factor, tensor), *others = [pair for pair in zip(factors, tensors, strict=True) if pair[0] != 0]
     total = factor * tensor.double()

@@ -187,7 +187,11 @@ def test_rule_of_a_field(field: str, value: Any, keep: tuple[int, ...], expected
     [
         ("decoder_sparse_step", 2, r"decoder_sparse_step=2: says that one layer in 2 is special"),
         ("num_kv_shared_layers", 2, r"num_kv_shared_layers=2: ties layers to each other"),
-        ("flavours", list("abcdef"), r"config.flavours: has one entry per layer \(6\)"),
+        (
+            "flavours",
+            list("abcdef"),
+            r"config.flavours: is a list about layers \(6 entries, 6 layers\) that shoal does not know",
+        ),
         ("quantization_config", {"quant_method": "fp8"}, r"quantised weights cannot be cut"),
         (KEPT_LAYERS, [0, 1], r"names 2 layers but the model has 6"),
     ],

@@ -31,7 +31,11 @@ FINAL_NORMS = (
     "embedding_norm",  # LFM2 norms its output with it, not the embeddings
 )
 """What families call the norm between the last layer and the head; it stands beside the list of layers."""
-EXCEPTIONS: dict[str, str] = {"modernbert-decoder": "model.layers"}
+EXCEPTIONS: dict[str, str] = {
+    "cpmant": "cpmant.encoder.layers",
+    "git": "git.encoder.layer",
+    "modernbert-decoder": "model.layers",
+}
 """Model type -> path of the list of layers in the whole model, where the decoder is not where transformers says."""
 
 
