@@ -230,7 +230,7 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     values = _explicit_values(text)
     num_layers = text.num_hidden_layers
     _refuse_unknown_lists(values, num_layers)
-    refuse_moved_layers(text.model_type, values, keep)
+    refuse_moved_layers(text.model_type, {**values, "num_hidden_layers": num_layers}, keep)
     changes = _changes(values, keep)
     rebuilt = _rebuild(text, {**values, **changes, "num_hidden_layers": len(keep)}, without=_obsolete(values, changes))
     if student is text:
