@@ -65,13 +65,14 @@ def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedR
     The other layers of the run may be of other kinds than the first: only the state they leave counts.
 
     Raises:
-        UserError: a run outside the model, a layer that cannot get tensors of its own or gives another output when it
-            is called again, less than two rows, states that are not finite, a run that changes nothing, a training
-            that diverges.
+        UserError: a run outside the model, a first layer that is quantised, cannot get tensors of its own or gives
+            another output when it is called again, less than two rows, states that are not finite, a run that changes
+            nothing, a training that diverges.
     """
     first, last = settings.layers[0], settings.layers[-1]
     check_run(teacher, first, last - first + 1)
     stored = layer_tensors(teacher, first)
+    _refuse_quantised(teacher, first)
     train, held_out = _split(rows, settings.batch_size, seed=seed)
     run = _Run(teacher, rows, first, last)
     run.refuse_first_with_memory(held_out[0])
@@ -95,6 +96,12 @@ def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedR
             "none" if initial_error >= 1 else f"layer {first} as it is",
         )
     return TrainedLayer(tensors, initial_error, error)
+
+
+def _refuse_quantised(teacher: PreTrainedModel, layer: int) -> None:
+    fixed = [p.dtype for p in decoder_layers(teacher)[layer].parameters() if not p.is_floating_point()]
+    if fixed or getattr(teacher.config, "quantization_config", None) is not None:
+        raise UserError(f"replace: layer {layer} is quantised and cannot be trained; give the full-precision model")
 
 
 class _RunEnds(Exception):

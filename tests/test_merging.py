@@ -229,11 +229,15 @@ def test_parameters_shared_with_other_layers_are_refused() -> None:
         with_layers(model, (), {5: {}})
 
 
-def test_tensors_that_are_no_floating_point_are_refused() -> None:
+def test_tensors_that_are_no_floating_point_stay_where_equal_and_are_refused_where_not() -> None:
     model = tiny_model("llama")
     for layer in decoder_layers(model):
         layer.register_buffer("codes", torch.ones(2, dtype=torch.int8))
-    with pytest.raises(UserError, match=r"layer 1: codes is torch.int8, not floating point; give the full-precision"):
+    merged = merged_layer(model, 1, 2)["codes"]
+    assert merged.dtype == torch.int8
+    assert torch.equal(merged, torch.ones(2, dtype=torch.int8))
+    decoder_layers(model)[2].get_buffer("codes").add_(1)
+    with pytest.raises(UserError, match=r"codes of layers 1..2 is torch.int8 and differs; only floating-point numbers"):
         merged_layer(model, 1, 2)
 
 

@@ -293,6 +293,26 @@ def test_a_layer_that_shares_its_parameters_is_refused() -> None:
         train_replacement(model, settings(1, 2), some_rows(4), seed=0)
 
 
+def test_a_quantised_layer_is_refused() -> None:
+    model = tiny_model("llama")
+    codes = nn.Parameter(torch.ones(48, 32, dtype=torch.int8), requires_grad=False)
+    setattr(decoder_layers(model)[1].get_submodule("mlp.up_proj"), "weight", codes)  # noqa: B010
+    with pytest.raises(UserError, match=r"replace: layer 1 is quantised and cannot be trained; give the full-precisi"):
+        train_replacement(model, settings(1, 2), some_rows(4), seed=0)
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UserError, match=r"replace: layer 1 is quantised"):
+        train_replacement(model, settings(1, 2), some_rows(4), seed=0)
+
+
+def test_a_table_of_integers_is_the_firsts() -> None:
+    """DeepSeek-V4 routes the tokens of its first layers by one."""
+    model = tiny_model("llama")
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.register_buffer("table", torch.tensor([index]))
+    assert train_replacement(model, settings(1, 2), some_rows(4), seed=0).tensors["table"].tolist() == [1]
+
+
 def test_impossible_replacements_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(UserError, match=r"layers 4..6: this model's layers are 0..5"):
