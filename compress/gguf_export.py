@@ -58,6 +58,8 @@ NOT_TEXT = ("visual.", "vision", "audio", "projector.", "patch_embed", "image_ne
 """Parts of the names of tensors that are no part of the text decoder; llama.cpp puts those into a file of their own."""
 NOT_CONVERTED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 """Ends of the names of buffers that old checkpoints hold and nobody reads."""
+REORDERED = ("query_key_value", "qkv", "linear_attn")
+"""Parts of the names of tensors whose rows llama.cpp may want in another order; any other tensor keeps its order."""
 GENERATED = ("rope_freqs.", "rope_factors_")
 """Beginnings of the names of GGUF tensors that the converter computes from the configuration."""
 
@@ -221,9 +223,9 @@ def stored_type(folder: Path) -> str:
 def check_gguf(path: Path, folder: Path) -> GgufProof:
     """Prove that the GGUF file ``path`` holds the checkpoint at ``folder``.
 
-    A tensor is compared number for number under the name that llama.cpp's table gives it, after the transformation that
-    belongs to the name. Tensors that were split, stacked or reordered have no counterpart of the same size; of those
-    each block's numbers are summed in a hash that no order changes.
+    A tensor is compared number for number with that of the name that llama.cpp's table gives it, in the form that
+    belongs to the name. Tensors that were split, stacked or reordered have no such counterpart; of those each block's
+    numbers are summed in a hash that no order changes.
 
     Raises:
         UserError: naming what differs.
@@ -251,9 +253,11 @@ def check_gguf(path: Path, folder: Path) -> GgufProof:
         if _is_in_metadata(name, stored, reader):
             num_equal += 1
             continue
+        if target is not None and target.n_elements == stored.numel() and not any(part in name for part in REORDERED):
+            raise UserError(f"{path}: {target.name} is not {name} of {folder}; {ANOTHER_CONVERTER}")
         block = _block(name)
         unpaired[block].append(name)
-        _add(balance[block], _float32(stored), 1)
+        _add(balance[block], _minus_exp(stored) if name.endswith("A_log") else _float32(stored), 1)
         num_regrouped += 1
     for tensor in found.values():
         _add(balance[_block(tensor.name)], dequantize(tensor.data, tensor.tensor_type), -1)
@@ -344,6 +348,11 @@ def _block(name: str) -> str:
     return f"layer {number[1]}" if number else "the rest"
 
 
+def _minus_exp(decay_log: torch.Tensor) -> np.ndarray:
+    """A state-space layer's decay as llama.cpp wants it: no logarithm, and negative."""
+    return _float32(-torch.exp(decay_log.float()))
+
+
 def _float32(tensor: torch.Tensor) -> np.ndarray:
     return tensor.float().numpy()
 
@@ -385,7 +394,7 @@ def _conventions(name: str, stored: torch.Tensor, text: PreTrainedConfig) -> Ite
         plus_one = stored + 1 if stored.dtype == torch.float16 else stored.float() + 1
         yield _float32(plus_one)  # RMSNorm of the Gemma kind multiplies by one plus the weight
     if name.endswith("A_log"):
-        yield _float32(-torch.exp(stored.float()))
+        yield _minus_exp(stored)
 
 
 def _rotary_pairs_adjacent(stored: np.ndarray, heads: int) -> np.ndarray:
