@@ -271,9 +271,9 @@ def _run(
 def _watch(
     index: int, layer: nn.Module, found: Sublayers, heard: Sequence[str], trace: _Trace, probe: _HeadProbe
 ) -> Iterator[RemovableHandle]:
-    """Hooks that come before everybody else's, so that operators in force do not hide what is to be seen.
+    """Hooks on states come before everybody else's, so that operators in force do not hide what is to be seen.
 
-    States are copied, because some layers write into their input.
+    Whether a half adds something is asked behind them. States are copied, because some layers write into their input.
     """
 
     def starts(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -303,7 +303,7 @@ def _watch(
     yield layer.register_forward_pre_hook(starts, with_kwargs=True, prepend=True)
     yield layer.register_forward_hook(ends, prepend=True)
     for name in heard:
-        yield layer.get_submodule(name).register_forward_hook(adds, with_kwargs=True, prepend=True)
+        yield layer.get_submodule(name).register_forward_hook(adds, with_kwargs=True)
     for name in found.attention:
         yield layer.get_submodule(name).register_forward_pre_hook(enters)
         yield layer.get_submodule(name).register_forward_hook(leaves)
