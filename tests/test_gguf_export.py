@@ -79,7 +79,7 @@ def test_file_holds_the_layers_and_the_precision_of_the_checkpoint(llama: Path) 
 def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
     settings = {"num_hidden_layers": 2, "num_local_experts": 4, "sliding_window": None, "tie_word_embeddings": True}
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = CONFIG_MAPPING["mixtral"](vocab_size=272, **shape, **settings)
+    config = CONFIG_MAPPING["mixtral"].from_dict({"vocab_size": 272, **shape, **settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     path, proof = exported(model, tmp_path)
     assert proof == GgufProof(num_blocks=2, num_equal=2 * 7 + 2, num_regrouped=2 * 4 * 3)
