@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.initialization import no_init_weights
 
+from shoal.anatomy import anatomy
 from shoal.errors import UserError
 from shoal.models import num_parameters, text_config
 
@@ -73,16 +74,17 @@ def model_cost(model: PreTrainedModel) -> Cost:
     """The cost of ``model``, which model_without_data made and which cannot be run afterwards.
 
     Raises:
-        UserError: a mixture of experts of which it is not known how many a token is sent to.
+        UserError: layers that are not one list, or a mixture of experts of which it is not known how many a token is
+            sent to.
     """
-    head = model.get_output_embeddings()
+    head, decoder = model.get_output_embeddings(), _decoder(model)
     head_parameters = sum(parameter.numel() for parameter in head.parameters()) if head is not None else 0
     return Cost(
         num_layers=text_config(model.config).num_hidden_layers,
         num_parameters=num_parameters(model),
-        active_parameters=_active_parameters(model.get_decoder()) + head_parameters,
+        active_parameters=_active_parameters(decoder) + head_parameters,
         head_parameters=head_parameters,
-        cache=_cache(model),
+        cache=_cache(decoder, text_config(model.config)),
     )
 
 
@@ -143,14 +145,19 @@ def _enclosing_experts(name: str, modules: dict[str, nn.Module]) -> tuple[int, i
     raise UserError(f"{name}: shoal does not know how many of these experts a token is sent to")
 
 
-def _cache(model: PreTrainedModel) -> tuple[LayerCache, ...] | None:
-    for name, module in model.named_modules():
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the list of layers, and what comes before and after it but the head."""
+    return model.get_submodule(anatomy(model).layers_name.rpartition(".")[0])
+
+
+def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
+    for name, module in decoder.named_modules():
         if name.rpartition(".")[2] == "experts":
             module.forward = _same_shape  # routing reads numbers, and there are none
     short, long = PROBE_TOKENS
     try:
-        before, after = (_slots(model, num_tokens) for num_tokens in PROBE_TOKENS)
-    except RuntimeError:  # an operation that reads numbers
+        before, after = (_slots(decoder, num_tokens) for num_tokens in PROBE_TOKENS)
+    except (RuntimeError, ValueError):  # an operation that reads numbers, or shapes that are made by numbers
         return None
     if before is None or after is None:
         return None
@@ -163,7 +170,7 @@ def _cache(model: PreTrainedModel) -> tuple[LayerCache, ...] | None:
                 token_bytes=token_bytes,
                 max_tokens=window - 1 if window else None,  # what is kept between two tokens
                 state_bytes=_num_bytes(old) - short * token_bytes,
-                pair_flops=_pair_flops(new, _layer_config(text_config(model.config), index)),
+                pair_flops=_pair_flops(new, _layer_config(text, index)),
             )
         )
     return tuple(found)
@@ -174,10 +181,10 @@ def _same_shape(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _slots(model: PreTrainedModel, num_tokens: int) -> list[Any] | None:
+def _slots(decoder: nn.Module, num_tokens: int) -> list[Any] | None:
     with torch.device("meta"):
         input_ids = torch.zeros(1, num_tokens, dtype=torch.long)
-        output: Any = model.get_decoder()(input_ids=input_ids, use_cache=True)
+        output: Any = decoder(input_ids=input_ids, use_cache=True)
     cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
     slots = getattr(cache, "layers", None)
     # a family's own kind of slot may compress what it keeps, and then tokens do not cost the same

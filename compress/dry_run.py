@@ -24,7 +24,7 @@ from .proof import memory_shortage, why_not_run
 from .quantised import without_quantization
 from .stored_names import NotByCopy, find_layers, student_names
 from .surgery import kept_layers, refuse_changed_layers
-from .targets import TARGETS, check_targets, refuse_for_targets, student_config
+from .targets import TARGETS, check_targets, refuse, student_config
 
 NUM_TOKENS = 2048
 """Length at which caches and speeds are given, or the model's positions where those are fewer."""
@@ -68,7 +68,9 @@ def dry_run(
     shards = read_shards(teacher_folder)
     keep = kept_layers(plan.num_layers, plan.drop)
     student = student_config(config, keep)
-    refuse_for_targets(student, targets)
+    verdicts = check_targets(student, targets=targets or TARGETS)
+    if targets:
+        refuse(verdicts)
     plain, quantisation = without_quantization(config)
     runs_in = _dtype(config, shards, dtype)
     before, after = (model_without_data(part, runs_in) for part in (plain, student))
@@ -86,7 +88,7 @@ def dry_run(
         _about(teacher_folder, config, plan, keep, runs_in),
         _table(sides, length),
         _expectation(sides, length),
-        [verdict.in_words() for verdict in check_targets(student, targets=targets or TARGETS)],
+        [verdict.in_words() for verdict in verdicts],
         [_space(out, sides[1].stored_bytes), f"proof: {_proof(config, shards, proof)}"],
     )
     return "\n\n".join("\n".join(part) for part in parts)
@@ -112,7 +114,7 @@ def _written_bytes(shards: Sequence[Shard], teacher: PreTrainedModel, keep: Sequ
     """Of the student's tensors; None where names alone do not tell which those are."""
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     try:
-        prefix = find_layers(stored, teacher)
+        prefix = find_layers(stored, teacher, teacher.config)
     except NotByCopy:
         return None
     names = student_names(stored, prefix=prefix, num_layers=text_config(teacher.config).num_hidden_layers, keep=keep)

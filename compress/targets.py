@@ -68,20 +68,26 @@ def student_config(teacher: PreTrainedConfig, keep: Sequence[int]) -> PreTrained
 
 
 def refuse_for_targets(student: PreTrainedConfig, targets: Sequence[Target]) -> None:
-    """Refuse a student that one of ``targets`` would not load or would take for another model; log what is said of all.
+    """Refuse a student that one of ``targets`` would not load or would take for another model; log what all of them do.
 
     Raises:
-        UserError: naming every such target, why, and what to do.
+        UserError: as refuse does.
     """
     verdicts = check_targets(student, targets=targets)
+    refuse(verdicts)
+    log_verdicts(verdicts)
+
+
+def refuse(verdicts: Sequence[Verdict]) -> None:
+    """Nothing, unless one says no.
+
+    Raises:
+        UserError: naming every target that does, why, and what to do.
+    """
     refused = [verdict for verdict in verdicts if verdict.loads == "no"]
     if refused:
-        raise UserError(
-            "\n".join(
-                f"prune.targets: {TITLES[verdict.target]}: {verdict.reason}; {verdict.remedy}" for verdict in refused
-            )
-        )
-    log_verdicts(verdicts)
+        lines = (f"prune.targets: {TITLES[verdict.target]}: {verdict.reason}; {verdict.remedy}" for verdict in refused)
+        raise UserError("\n".join(lines))
 
 
 def log_verdicts(verdicts: Sequence[Verdict]) -> None:
