@@ -208,7 +208,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         }
     ),
     "gemma3_text": Architecture({"sliding_window_pattern": 3, "query_pre_attn_scalar": 8}),
-    "gemma3n": Architecture(),
     "gemma3n_text": Architecture(
         {
             "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -628,7 +627,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "starcoder2": Architecture(),
     "vaultgemma": Architecture(),
     "xglm": Architecture(),
-    "xlstm": Architecture(),
+    "xlstm": Architecture({"hidden_size": 64, "num_heads": 4, "qk_dim_factor": 1.0}),
     "youtu": Architecture(),
     "zamba": Architecture(refuses="leaves only"),
     "zamba2": Architecture(

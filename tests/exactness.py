@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from architectures import ARCHITECTURES, SLIDING_WINDOW, tiny_model
+import transformers
+from architectures import ARCHITECTURES, NOT_CUT, SLIDING_WINDOW, tiny_model
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -32,6 +35,24 @@ PLAIN, LEFT, RIGHT = range(3)
 """Rows of every batch: without padding, padded on the left, padded on the right."""
 
 
+DOCUMENT = Path(__file__).parents[1] / "docs/architectures.md"
+HEADER = """\
+# Which architectures shoal cuts
+
+Found by the tests with transformers {version}. For every family a tiny random model is cut in every single layer and
+in {num_multi} random sets of layers. A cut counts as exact when logits are equal bit for bit, and greedy text token for
+token (with and without a KV cache, padded on either side, longer than the sliding window), between the cut model in
+memory, the saved and reloaded one, and the uncut one with these layers skipped. Everything else is refused with its reason
+before anything is written. `exact` means every cut that was tried, `no` means none.
+
+A family that is not listed goes through the same generic rule, and `shoal prune` proves the result on the saved student
+or refuses it. `python tests/exactness.py` writes this file; a test fails when it is out of date.
+
+| family | cuts | kinds of layers | head and embeddings | settings that a cut changes | remarks |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What `examine` found, as docs/architectures.md reports it."""
@@ -42,6 +63,8 @@ class Finding:
     """The first refusal's message; empty if there was none."""
     fields: tuple[str, ...]
     """Configuration fields that the cuts changed, besides the number of layers."""
+    heads: tuple[str, ...]
+    """Heads that were examined: apart from the embeddings, tied to them."""
     kinds: tuple[str, ...]
     """Kinds of layers in the tiny model."""
 
@@ -134,14 +157,16 @@ def examine(name: str) -> Finding:
     assert bool(refusals) == bool(row.refuses), refusals
     assert all(re.search(row.refuses, refusal) for refusal in refusals), refusals
     _assert_different(list(exact.values()))
+    heads = _examine_heads(name, teacher, next(iter(exact))) if exact else ()
     assert teacher.config.to_dict() == config
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     return Finding(
-        len(exact),
-        len(refusals),
-        next(iter(refusals), "").partition(": ")[2],
-        tuple(sorted(fields)),
-        _kinds(teacher) if exact else (),
+        num_exact=len(exact),
+        num_refused=len(refusals),
+        refusal=next(iter(refusals), "").partition(": ")[2],
+        kinds=_kinds(teacher) if exact else (),
+        fields=tuple(sorted(fields)),
+        heads=heads,
     )
 
 
@@ -160,6 +185,24 @@ def _assert_survives_disk(student: PreTrainedModel, expected: Outputs) -> None:
         reloaded.save_pretrained(second)
         assert (first / "config.json").read_text() == (second / "config.json").read_text()
     assert is_tied(reloaded) == is_tied(student)
+
+
+def _examine_heads(name: str, teacher: PreTrainedModel, drop: tuple[int, ...]) -> tuple[str, ...]:
+    """Cut the family's other kind of model too, with or without a head of its own, where there is one."""
+    names = {True: "tied", False: "apart"}
+    try:
+        other = tiny_model(name, tie_word_embeddings=not is_tied(teacher))
+    except StrictDataclassError:  # a family that forbids it
+        return (names[is_tied(teacher)],)
+    if is_tied(other) == is_tied(teacher):
+        return (names[is_tied(teacher)],)
+    student = cut_model(other, drop)
+    with skipped(other, drop):
+        expected = outputs(other)
+    assert is_tied(student) == is_tied(other)
+    outputs(student).assert_equal(expected)
+    _assert_survives_disk(student, expected)
+    return tuple(sorted(names.values()))
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -189,5 +232,49 @@ def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(dict.fromkeys(phrases))
 
 
+def document_row(name: str, found: Finding) -> str:
+    """The line of docs/architectures.md about row ``name``."""
+    num_cuts = found.num_exact + found.num_refused
+    status = "exact" if not found.num_refused else f"{found.num_exact} of {num_cuts} exact" if found.num_exact else "no"
+    row = ARCHITECTURES[name]
+    remarks = [
+        f"refused, for example: {found.refusal}" if found.refusal else "",
+        f"padded rows are not compared with and without cache: {row.padding}" if row.padding else "",
+        f"text is not compared with and without cache: {row.cache}" if row.cache else "",
+    ]
+    cells = [
+        f"`{name}`",
+        status,
+        "; ".join(found.kinds),
+        ", ".join(found.heads),
+        ", ".join(f"`{field}`" for field in found.fields),
+        ". ".join(remark for remark in remarks if remark).replace("|", "/"),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def document(rows: dict[str, str]) -> str:
+    """The text of docs/architectures.md; ``rows`` are the lines of the families."""
+    return HEADER.format(version=transformers.__version__, num_multi=NUM_MULTI_DROPS) + "\n".join(
+        [
+            *(rows[name] for name in sorted(ARCHITECTURES)),
+            "",
+            "## Not cut",
+            "",
+            "| model type | why |",
+            "| --- | --- |",
+            *(f"| `{name}` | {reason} |" for name, reason in sorted(NOT_CUT.items())),
+            "",
+        ]
+    )
+
+
+def documented_rows() -> dict[str, str]:
+    """The lines of the families as docs/architectures.md has them."""
+    table = DOCUMENT.read_text().partition("## Not cut")[0] if DOCUMENT.exists() else ""
+    return {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+
+
 if __name__ == "__main__":
-    pass
+    examined = {name: document_row(name, examine(name)) for name in sys.argv[1:] or ARCHITECTURES}
+    DOCUMENT.write_text(document(documented_rows() | examined))
