@@ -34,7 +34,7 @@ from shoal.runtime import device
 from .merging import merged_layer, tensors_in_place, with_layers
 from .operators import attention_skipped, heads_masked, kv_groups_masked, mlp_skipped
 from .replacement import train_replacement
-from .surgery import skipped
+from .surgery import cut_model, skipped
 from .swapping import swapped
 from .zeroing import unsaved_parameters, zero_attention, zero_heads, zero_kv_groups, zero_mlp
 
@@ -63,6 +63,8 @@ def materials(
     Raises:
         UserError: donors, runs or data that do not fit.
     """
+    if any(isinstance(edit, Replace) for edit in plan.edits):
+        cut_model(teacher, plan.drop, share=True)  # a cut that is impossible is refused before anything is trained
     made: dict[int, Mapping[str, Tensor]] = {}
     with _swaps(teacher, plan, donors):
         for edit in plan.edits:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model as tiny_architecture
 from safetensors.torch import load_file
 from test_surgery import logits
 from tiny import NUM_LAYERS, tiny_checkpoint
@@ -171,3 +172,10 @@ def test_the_pipeline_carries_edits_out_and_knows_them_again(folder: Path, donor
     assert torch.equal(
         load_file(tmp_path / "run/student/model.safetensors")[name], load_file(folder / "model.safetensors")[name]
     )
+
+
+def test_an_impossible_cut_is_refused_before_a_replacement_is_trained() -> None:
+    model = tiny_architecture("gpt2_inverse_scale")
+    untrained = plan([{"kind": "replace", "layers": [1, 2], **TEXT}])
+    with pytest.raises(UserError, match=r"layer 3: its attn.scaling is .* but would become"):
+        edit_module.materials(model, untrained, {}, None, seed=0)
