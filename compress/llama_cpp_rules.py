@@ -312,6 +312,12 @@ def _needs(field: str) -> Rule:
     return rule
 
 
+def _whole_heads_rotate(values: dict[str, Any]) -> str | None:
+    """The converter pairs the rows of a whole head for rotation, whatever share of them rotates."""
+    share = (values.get("rope_parameters") or {}).get("partial_rotary_factor") or 1.0
+    return None if share == 1.0 else f"llama.cpp rotates other pairs of rows where only a share of {share} rotates"
+
+
 def _kind_names(field: str, known: Sequence[str]) -> Rule:
     """The converter looks for layer kinds by the names that transformers gave them once."""
 
@@ -354,6 +360,7 @@ _LLAMA4 = (_llama4,)
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "AfmoeForCausalLM": (_sliding(4),),
+    "BambaForCausalLM": (_whole_heads_rotate,),
     "Cohere2ForCausalLM": (_sliding(4), _tied_head, _needs("rotary_pct")),
     "CohereForCausalLM": (_tied_head,),
     "Cohere2MoeForCausalLM": (_mtp, _dense_first(None)),

@@ -147,6 +147,13 @@ def test_fields_that_the_converter_misses_are_named() -> None:
     assert llama_cpp_refusal(config_of("gpt2", 4, n_ctx=1024)) is None
 
 
+def test_heads_of_which_a_share_rotates_are_refused_where_the_converter_pairs_whole_heads() -> None:
+    config = config_of("bamba", 3, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16)
+    assert "only a share of 0.5 rotates" in (llama_cpp_refusal(config) or "")
+    config.rope_parameters["partial_rotary_factor"] = 1.0
+    assert llama_cpp_refusal(config) is None
+
+
 def test_layer_kinds_under_names_that_the_converter_does_not_know_are_refused() -> None:
     kinds = ["mamba", "attention", "mamba"]
     config = config_of("granitemoehybrid", 3, layer_types=kinds, mamba_n_heads=8, mamba_d_head=16)
