@@ -168,9 +168,9 @@ def test_dropout_is_off_although_gpt2_has_it() -> None:
     assert same(*(train_replacement(model, settings(1, 2), some_rows(8), seed=0) for _ in range(2)))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe"])
 def test_a_bfloat16_teacher_trains_in_float32_and_saves_bfloat16(kind: str) -> None:
-    rows, chosen = some_rows(160), settings(1, 2, 3)
+    rows, chosen = some_rows(80), settings(1, 2, 3)
     full = train_replacement(model_of(kind), chosen, rows, seed=0)
     model = model_of(kind).bfloat16()
     trained = train_replacement(model, chosen, rows, seed=0)
