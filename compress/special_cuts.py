@@ -114,7 +114,9 @@ def _recount_shared_blocks(values: dict[str, Any], keep: Sequence[int]) -> dict[
     num_blocks = values["num_mem_blocks"]
     ranks = _kept_ranks(values["layers_block_type"], keep)
     blocks = [rank % num_blocks for rank in ranks]
-    for candidate in range(1, num_blocks + 1):
+    if not blocks:
+        return {}
+    for candidate in range(1, len(set(blocks)) + 1):  # more would store a block twice
         if all(block == blocks[new % candidate] for new, block in enumerate(blocks)):
             return {"num_mem_blocks": candidate}
     hybrid = [layer for layer in keep if values["layers_block_type"][layer] == "hybrid"]
