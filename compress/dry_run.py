@@ -114,7 +114,7 @@ def _written_bytes(shards: Sequence[Shard], teacher: PreTrainedModel, keep: Sequ
     """Of the student's tensors; None where names alone do not tell which those are."""
     stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
     try:
-        prefix = find_layers(stored, teacher, teacher.config)
+        prefix = find_layers({name: tensor.shape for name, tensor in stored.items()}, teacher, teacher.config)
     except NotByCopy:
         return None
     names = student_names(stored, prefix=prefix, num_layers=text_config(teacher.config).num_hidden_layers, keep=keep)

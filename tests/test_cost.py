@@ -28,6 +28,7 @@ from shoal.errors import UserError
 FAMILIES = (
     "deepseek_v3",  # latent attention, mixture of experts behind a dense layer
     "deepseek_v32",  # an indexer's keys beside the latent
+    "falcon_h1",  # attention and a state space in one layer
     "gemma3_text",  # sliding and full attention
     "gpt2",  # learned positions, tied head
     "gpt_oss",
@@ -39,7 +40,6 @@ FAMILIES = (
     "nemotron_h",  # layers without any cache
     "qwen3",
     "qwen3_next",  # linear attention
-    "zamba2",
 )
 HEADS_OF_128: dict[str, Any] = {"head_dim": 128}
 LENGTHS = (3, 21)
