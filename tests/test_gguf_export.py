@@ -85,6 +85,9 @@ def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
     assert proof == GgufProof(num_blocks=2, num_equal=2 * 7 + 2, num_regrouped=2 * 4 * 3)
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert (types["blk.1.ffn_up_exps.weight"], types["blk.1.attn_norm.weight"]) == ("BF16", "F32")
+    tensors_of(tmp_path)["blk.1.ffn_up_exps.weight"][2, 3, 5] ^= 1  # the lowest bit of one expert's number
+    with pytest.raises(UserError, match=r"(?s)numbers of .* in layer 1: .*experts.*against the file's blk.1.ffn_"):
+        check_gguf(path, tmp_path)
 
 
 def test_numbers_are_stored_in_a_type_that_holds_them_all(tmp_path: Path) -> None:
