@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,11 @@ from shoal.models import decoder_layers
 
 from .surgery import cut_model, layer_traits
 
+log = logging.getLogger(__name__)
+
 Method = Literal["laco", "weighted"]
+LARGEST_GROWTH = 1.5
+"""Layers near each other give 1; those that have nothing in common 1.7 (three of them), 2.6 (four), 3.6 (five)."""
 
 
 def merge_run(
@@ -72,6 +77,13 @@ def merged_layer(
         raise UserError(
             f"merge of layers {start}..{run[-1]}: {overflown[0]} is not finite in {merged[overflown[0]].dtype}; "
             "merge fewer layers, or load the model with dtype: float32"
+        )
+    grown = _size(merged) / _size(tensors[0])
+    if grown > LARGEST_GROWTH:
+        log.warning(
+            "merge of layers %d..%d: the merged weights are %.1f times as large as those of layer %d, since the layers "
+            "are far from each other; that is often worse than dropping them: evaluate it, or use method: weighted",
+            *(start, run[-1], grown, start),
         )
     return merged
 
@@ -241,6 +253,11 @@ def _factors(length: int, method: Method, weights: Sequence[float] | None) -> tu
     if not math.isclose(sum(weights), 1, abs_tol=1e-6):  # NaN and infinity are not close either
         raise UserError(f"merge: weights add up to {sum(weights):g}; let them add up to 1")
     return tuple(weights)
+
+
+def _size(tensors: Mapping[str, Tensor]) -> float:
+    """Euclidean norm of all matrices together."""
+    return math.hypot(*(tensor.float().norm().item() for tensor in tensors.values() if tensor.ndim > 1))
 
 
 def _combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str) -> Tensor:

@@ -210,6 +210,29 @@ def test_mamba_and_attention_layers_are_refused() -> None:
         merged_layer(model, 0, 2)
 
 
+@pytest.mark.parametrize(("distance", "warned"), [(1.0, True), (0.01, False)])
+def test_laco_of_layers_far_from_each_other_is_warned_of(
+    distance: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    layers = decoder_layers(model)
+    for layer in (2, 3, 4):
+        near = {
+            name: torch.lerp(layers[1].get_parameter(name), own, distance)
+            for name, own in layers[layer].named_parameters()
+        }
+        layers[layer].load_state_dict(near)
+    merged = merged_layer(model, 1, 4)
+    sizes = [
+        sum(own.double().square().sum().item() for own in tensors.values() if own.ndim > 1) ** 0.5
+        for tensors in (merged, parameters(model, 1))
+    ]
+    start = f"merge of layers 1..4: the merged weights are {sizes[0] / sizes[1]:.1f} times as large as those of layer 1"
+    assert [record.getMessage().startswith(start) for record in caplog.records] == [True] * warned
+    merged_layer(model, 1, 4, method="weighted")
+    assert len(caplog.records) == warned
+
+
 def test_layers_of_different_shapes_are_refused() -> None:
     model = tiny_model("llama")
     setattr(decoder_layers(model)[2].get_submodule("mlp.up_proj"), "weight", nn.Parameter(torch.ones(40, 32)))  # noqa: B010
