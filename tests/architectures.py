@@ -637,6 +637,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "use_shared_attention_adapter": True,
             "adapter_rank": 4,
             "use_mem_rope": True,
+            "head_dim": None,
             "initializer_range": 0.1,  # above, rounding decides the text
         },
         refuses="share blocks in turn",

@@ -123,7 +123,7 @@ def test_a_stale_cache_slot_is_seen_in_the_layers() -> None:
     teacher = tiny_model("llama")
     student = cut_model(teacher, (0,))
     refuse_changed_layers(teacher, student, (1, 2, 3, 4, 5))
-    decoder_layers(student)[0].get_submodule("self_attn").layer_idx = 1  # pyright: ignore[reportAttributeAccessIssue]
+    setattr(decoder_layers(student)[0].get_submodule("self_attn"), "layer_idx", 1)  # noqa: B010
     with pytest.raises(UserError, match=r"layer 1: its self_attn.layer_idx is 0 but would become 1"):
         refuse_changed_layers(teacher, student, (1, 2, 3, 4, 5))
 
