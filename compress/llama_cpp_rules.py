@@ -301,15 +301,24 @@ def _tied_head(values: dict[str, Any]) -> str | None:
     return "llama.cpp has no head of its own for this family and would use the embeddings (config.tie_word_embeddings)"
 
 
-def _needs(field: str) -> Rule:
-    """A field of older configurations without which the converter fails; newer transformers may no longer keep it."""
+def _needs(field: str, remedy: str) -> Rule:
+    """A field of older configurations without which the converter fails."""
 
     def rule(values: dict[str, Any]) -> str | None:
-        return (
-            None if field in values else f"llama.cpp's converter needs config.{field}, which transformers no longer has"
-        )
+        return None if field in values else f"llama.cpp's converter needs config.{field}, which is not there; {remedy}"
 
     return rule
+
+
+def _sigmoid_named(values: dict[str, Any]) -> str | None:
+    """These experts are scored by a sigmoid; llama.cpp takes the softmax, or none, where the file does not say so."""
+    glm_lite = values["num_hidden_layers"] in (47, 48) and values["vocab_size"] == 154_880
+    if glm_lite or any(values.get(name) for name in ("scoring_func", "score_func", "score_function")):
+        return None
+    return (
+        "llama.cpp would not score the experts by a sigmoid, since config.scoring_func is not there; "
+        'add "scoring_func": "sigmoid" to config.json'
+    )
 
 
 def _whole_heads_rotate(values: dict[str, Any]) -> str | None:
@@ -361,19 +370,19 @@ _LLAMA4 = (_llama4,)
 RULES: dict[str, tuple[Rule, ...]] = {
     "AfmoeForCausalLM": (_sliding(4),),
     "BambaForCausalLM": (_whole_heads_rotate,),
-    "Cohere2ForCausalLM": (_sliding(4), _tied_head, _needs("rotary_pct")),
+    "Cohere2ForCausalLM": (_sliding(4), _tied_head, _needs("rotary_pct", "add it to config.json, with the value 1.0")),
     "CohereForCausalLM": (_tied_head,),
     "Cohere2MoeForCausalLM": (_mtp, _dense_first(None)),
     "DeepseekV2ForCausalLM": _DEEPSEEK,
-    "DeepseekV32ForCausalLM": (_dense_first("first_k_dense_replace"),),
-    "DeepseekV3ForCausalLM": _DEEPSEEK,
-    "Dots1ForCausalLM": (_dense_first("first_k_dense_replace"),),
+    "DeepseekV32ForCausalLM": (_dense_first("first_k_dense_replace"), _sigmoid_named),
+    "DeepseekV3ForCausalLM": (*_DEEPSEEK, _sigmoid_named),
+    "Dots1ForCausalLM": (_dense_first("first_k_dense_replace"), _sigmoid_named),
     "Ernie4_5_MoeForCausalLM": (_ernie_moe,),
     "Exaone4ForCausalLM": (_exaone4,),
     "Exaone4_5_ForConditionalGeneration": (_mtp, _exaone4),
-    "ExaoneMoeForCausalLM": (_mtp, _sliding(4), _dense_first("first_k_dense_replace")),
-    "GPT2LMHeadModel": (_needs("n_ctx"),),
-    "GPTNeoXForCausalLM": (_needs("rotary_pct"),),
+    "ExaoneMoeForCausalLM": (_mtp, _sliding(4), _dense_first("first_k_dense_replace"), _sigmoid_named),
+    "GPT2LMHeadModel": (_needs("n_ctx", "add it to config.json, with the value of n_positions"),),
+    "GPTNeoXForCausalLM": (_needs("rotary_pct", "this transformers drops it"),),
     "Gemma2ForCausalLM": (_sliding(2), _attention_scale(46), _tied_head),
     "Gemma3ForCausalLM": _GEMMA3,
     "Gemma3ForConditionalGeneration": _GEMMA3,
@@ -381,7 +390,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Gemma3nForConditionalGeneration": _GEMMA3N,
     "GemmaForCausalLM": (_tied_head,),
     "Glm4MoeForCausalLM": (_dense_first("first_k_dense_replace"),),
-    "Glm4MoeLiteForCausalLM": _DEEPSEEK,
+    "Glm4MoeLiteForCausalLM": (*_DEEPSEEK, _sigmoid_named),
     "GlmMoeDsaForCausalLM": (_dense_first("first_k_dense_replace"),),
     "GlmOcrForConditionalGeneration": (_mtp,),
     "GptOssForCausalLM": (_sliding(2),),

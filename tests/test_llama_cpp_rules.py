@@ -51,7 +51,14 @@ Case = tuple[str, int, dict[str, Any], Sequence[int], Sequence[int], str]
 CASES: list[Case] = [
     ("afmoe", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a sliding-window layer, but it is a full-att"),
     ("cohere2", 8, {"rotary_pct": 1.0}, [4, 5, 6, 7], [1], r"layer 2 .* one layer in 4, the last of its group"),
-    ("exaone_moe", 8, {"first_k_dense_replace": 1}, [4, 5, 6, 7], [5], r"layer 6 of this student"),
+    (
+        "exaone_moe",
+        8,
+        {"first_k_dense_replace": 1, "scoring_func": "sigmoid"},
+        [4, 5, 6, 7],
+        [5],
+        r"layer 6 of this student",
+    ),
     ("gemma2", 6, {"query_pre_attn_scalar": 16}, [0, 1], [0], r"layer 0 .* one layer in 2"),
     ("gemma3_text", 12, {"query_pre_attn_scalar": 16}, range(6), [7], r"layer 10 .* one layer in 6"),
     ("gpt_oss", 6, {}, [2, 3], [3], r"layer 3 of this student for a full-attention layer, but it is a sliding"),
@@ -70,7 +77,14 @@ CASES: list[Case] = [
     ("qwen3_5_text", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a linear-attention layer"),
     ("qwen3_moe", 4, {"mlp_only_layers": [1]}, [1], [2], r"layer 1 .* it is a dense layer; it expects experts"),
     ("qwen2_moe", 4, {"mlp_only_layers": [0]}, [0], [2], r"layer 0 .* it is a dense layer; it expects experts"),
-    ("deepseek_v3", 28, {}, [3, 4, 5], [5], r"a model of 27 layers for one without q_lora_rank"),
+    (
+        "deepseek_v3",
+        28,
+        {"scoring_func": "sigmoid"},
+        [3, 4, 5],
+        [5],
+        r"a model of 27 layers for one without q_lora_rank",
+    ),
     ("deepseek_v2", 30, {"q_lora_rank": None}, [3, 4, 5], [5], r"only if it has 26 or 27 layers; this student has 29"),
     ("gemma2", 46, {"query_pre_attn_scalar": 4, "num_attention_heads": 16}, [], [0, 1], r"44 layers .*sqrt\(16\).*sqr"),
     ("gemma3_text", 62, {"query_pre_attn_scalar": 4, "num_attention_heads": 16}, [], range(6), r"uncut 27B"),
@@ -119,6 +133,14 @@ def test_experts_are_counted_from_where_llama_cpp_counts_them() -> None:
     assert llama_cpp_refusal(ernie) is None
 
 
+def test_experts_scored_by_a_sigmoid_must_be_named_in_the_file() -> None:
+    assert 'add "scoring_func": "sigmoid" to config.json' in (llama_cpp_refusal(config_of("deepseek_v3", 6)) or "")
+    assert llama_cpp_refusal(config_of("deepseek_v3", 6, scoring_func="sigmoid")) is None
+    flash = config_of("glm4_moe_lite", 47, vocab_size=154_880, first_k_dense_replace=1)
+    assert llama_cpp_refusal(flash) is None
+    assert "scoring_func" in (llama_cpp_refusal(cut_config(flash, without(47, 5))) or "")
+
+
 def test_gemma3n_is_read_by_fixed_layer_numbers() -> None:
     settings = {"layer_types": 7 * (4 * ["sliding_attention"] + ["full_attention"])}
     config = config_of("gemma3n_text", 35, num_kv_shared_layers=15, **settings)
@@ -130,7 +152,7 @@ def test_gemma3n_is_read_by_fixed_layer_numbers() -> None:
 
 
 def test_multi_token_prediction_layers_that_are_not_saved_are_refused() -> None:
-    config = config_of("exaone_moe", 8, num_nextn_predict_layers=1, first_k_dense_replace=1)
+    config = config_of("exaone_moe", 8, num_nextn_predict_layers=1, first_k_dense_replace=1, scoring_func="sigmoid")
     assert "expects 1 multi-token-prediction layers" in (llama_cpp_refusal(config) or "")
     assert llama_cpp_refusal(cut_config(config, without(8, 4, 5, 6, 7))) is None
 
