@@ -55,7 +55,7 @@ def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedR
     h before the run and h' after it as the layers have them, never behind the final norm. The layer starts as the run's
     first, as theirs does: it gets that layer's input, kind and place in the student, and of the whole run only that
     layer's weights were made for this input. The mean is divided by what dropping the run costs on the held-out rows:
-    a constant that no step of Adam depends on, so that errors of different runs compare.
+    a constant, so that errors of different runs compare and their gradients are clipped alike.
 
     Every batch runs through the teacher up to the end of the run, without gradient, then forward and backward through
     the one layer; no state is stored. Weights and Adam's moments are float32, under bfloat16 autocast where the teacher

@@ -177,6 +177,7 @@ def test_merging_in_float32_loses_less_than_in_bfloat16(tmp_path: Path) -> None:
 def test_the_result_is_a_plain_checkpoint_with_the_bases_settings(tmp_path: Path, cache: Path) -> None:
     base = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
     (base / "LICENSE").write_text("a licence")
+    (base / "preprocessor_config.json").write_text("{}")
     folder = resolve_model(str(trained(base, tmp_path / "adapter", lora())))
     assert folder.is_relative_to(cache)
     assert not any("adapter" in file.name for file in folder.iterdir())
@@ -184,6 +185,7 @@ def test_the_result_is_a_plain_checkpoint_with_the_bases_settings(tmp_path: Path
     assert config["dtype"] == "bfloat16"
     assert config == json.loads((base / "config.json").read_text())
     assert (folder / "LICENSE").read_text() == "a licence"
+    assert (folder / "preprocessor_config.json").read_text() == "{}"
     assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert load_model(folder).dtype == torch.bfloat16
     assert sorted(file.name for file in folder.parent.iterdir()) == sorted([f".{folder.name}.lock", folder.name])

@@ -52,10 +52,10 @@ TOKENIZER_PATTERNS = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     "additional_chat_templates",
 )
-LICENCE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+BASE_PATTERNS = ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 PROOF_TOKENS = 24
 TOLERANCE = 1e-3
-"""Of the largest logit: what float32 sums in another order may differ by, and a hundred times that."""
+"""Of the largest logit: a hundred times what sums in another order differ by in float32."""
 
 
 def merged_adapter(folder: Path) -> Path:
@@ -199,7 +199,7 @@ def _merge(folder: Path, base: Path, out: Path) -> None:
     expected = _logits(merged)
     merged.save_pretrained(out)
     del model, merged
-    for source, patterns in ((_tokenizer_source(folder, base), TOKENIZER_PATTERNS), (base, LICENCE_PATTERNS)):
+    for source, patterns in ((_tokenizer_source(folder, base), TOKENIZER_PATTERNS), (base, BASE_PATTERNS)):
         for file in (file for pattern in patterns for file in sorted(source.glob(pattern))):
             copier = shutil.copytree if file.is_dir() else shutil.copyfile
             copier(file, out / file.name)
