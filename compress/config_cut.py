@@ -76,6 +76,14 @@ def renumber_from_one(field: str, value: Any, keep: Sequence[int]) -> list[int]:
     return [layer + 1 for layer in renumber(field, [number - 1 for number in value], keep)]
 
 
+def renumber_lists_from_one(field: str, value: Any, keep: Sequence[int]) -> dict[str, Any]:
+    """Kimi's settings of linear attention, among them lists of layer numbers that start at 1."""
+    is_list = {key: key.endswith("_layers") and isinstance(entry, list) for key, entry in value.items()}
+    return {
+        key: renumber_from_one(f"{field}.{key}", entry, keep) if is_list[key] else entry for key, entry in value.items()
+    }
+
+
 def spell_out_groups(_: str, value: Any, keep: Sequence[int]) -> list[Any]:
     """GPT-Neo's groups [[kinds in turn, times], ...]: one group of the kept layers' kinds."""
     kinds = [kind for group, times in value for kind in list(group) * times]
@@ -164,6 +172,7 @@ RULES: dict[str, Rule] = {
     "num_blocks": count,
     "ple_layer_ids": renumber_from_one,
     "cross_attention_layers": renumber_cross_attention,
+    "linear_attn_config": renumber_lists_from_one,
     "attention_types": spell_out_groups,
     "per_layer_config": renumber_keys,
     **dict.fromkeys(

@@ -42,8 +42,8 @@ HEADER = """\
 Found by the tests with transformers {version}. For every family a tiny random model is cut in every single layer and
 in {num_multi} random sets of layers. A cut counts as exact when logits are equal bit for bit, and greedy text token for
 token (with and without a KV cache, padded on either side, longer than the sliding window), between the cut model in
-memory, the saved and reloaded one, and the uncut one with these layers skipped. Everything else is refused with its reason
-before anything is written. `exact` means every cut that was tried, `no` means none.
+memory, the saved and reloaded one, and the uncut one with these layers skipped. Everything else is refused with its
+reason before anything is written. `exact` means every cut that was tried, `no` means none.
 
 A family that is not listed goes through the same generic rule, and `shoal prune` proves the result on the saved student
 or refuses it. `python tests/exactness.py` writes this file; a test fails when it is out of date.

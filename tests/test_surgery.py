@@ -113,6 +113,12 @@ def test_cutting_a_config_leaves_the_teachers_alone() -> None:
         ("ple_layer_ids", [1, 4, 6], (3, 4, 5), [1, 3]),
         ("attention_types", [[["global", "local"], 3]], (0, 2, 3), [[["global", "global", "local"], 1]]),
         ("cross_attention_layers", [2, 4], (0, 4, 5), [1]),
+        (
+            "linear_attn_config",
+            {"kda_layers": [1, 2, 4, 5], "full_attn_layers": [3, 6], "num_heads": 2},
+            (1, 2, 5),
+            {"kda_layers": [1], "full_attn_layers": [2, 3], "num_heads": 2},
+        ),
     ],
 )
 def test_rule_of_a_field(field: str, value: Any, keep: tuple[int, ...], expected: Any) -> None:
