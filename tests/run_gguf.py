@@ -22,7 +22,8 @@ def llama_cpp_greedy(path: Path, prompt: list[int], num_tokens: int) -> tuple[li
     """Greedy token ids after ``prompt`` and the log-probabilities [num_tokens, V] they were chosen from."""
     request = {"path": str(path), "prompt": prompt, "num_tokens": num_tokens, "num_probs": VOCAB_SIZE}
     done = subprocess.run([sys.executable, __file__], input=json.dumps(request), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = [line for line in done.stderr.splitlines() if "ASSERT" in line or "rror" in line]
+    assert done.returncode == 0, said
     answer = json.loads(done.stdout.splitlines()[-1])
     logprobs_NV = torch.full((num_tokens, VOCAB_SIZE), float("nan"))
     for row, entry in zip(logprobs_NV, answer, strict=True):
