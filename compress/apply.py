@@ -7,7 +7,6 @@ memory. Both are proven in the same ways.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_layers, text_config
 from shoal.artifact import PruningPlan, fingerprint, write_json
-from shoal.checkpoint import Shard, read_shards
+from shoal.checkpoint import Shard, json_or_empty, read_shards
 from shoal.errors import UserError
 from shoal.models import load_config, load_model, load_tokenizer, refuse_incomplete
 
@@ -225,9 +224,9 @@ def _planned_copy(
         raise NotByCopy(f"of the stored tensors, {difference} in the student")
     refuse_changed_layers(skeleton, student, keep)
     side_files = {
-        file.name: renumbered(json.loads(file.read_text(encoding="utf-8")), keep, said, where=file.name)
-        for file in (teacher.folder / name for name in SIDE_FILES)
-        if file.is_file()
+        name: renumbered(settings, keep, said, where=name)
+        for name in SIDE_FILES
+        if (settings := json_or_empty(teacher.folder / name))
     }
     shards = new_shards(teacher.shards, names)
     log.info(

@@ -30,6 +30,8 @@ PROOF_TOKENS = 24
 PROOF_NEW_TOKENS = 3
 MEMORY_MARGIN = 1.2
 """Memory that a run needs, as a multiple of the weights."""
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container its limits."""
 RUNNABLE = {"F64", "F32", "F16", "BF16"}
 """Number formats that torch calculates in by itself."""
 
@@ -128,8 +130,7 @@ def memory_shortage(shards: Sequence[Shard]) -> str:
 def available_memory() -> int:
     """Bytes that this process can still get: free in the machine and, in a container, below its limit."""
     available = psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
+    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
     if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
         available = min(available, int(maximum) - int(used.read_text()))
     return available

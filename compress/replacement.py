@@ -155,7 +155,7 @@ class _Run:
             layers[self.last].register_forward_hook(end),
         ]
         try:
-            self.teacher.get_decoder()(
+            self.teacher(
                 input_ids=self.rows.input_ids_NS[batch].to(device),
                 position_ids=self.rows.position_ids_NS[batch].to(device),
                 use_cache=False,
@@ -199,7 +199,7 @@ class _Run:
 
 
 def _state(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _split(rows: PackedRows, batch_size: int, *, seed: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

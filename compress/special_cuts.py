@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -232,7 +233,7 @@ def kept_part(name: str, tensor: Tensor, keep: Sequence[int], num_layers: int) -
     if dim is None:
         return tensor
     parts = tensor.unflatten(dim, (num_layers, -1))
-    return parts.index_select(dim, tensor.new_tensor(keep, dtype=int)).flatten(dim, dim + 1)
+    return parts.index_select(dim, torch.tensor(keep, device=tensor.device)).flatten(dim, dim + 1)
 
 
 _ADAPTER = re.compile(r"(?<=_adapter_list\.)\d+(?=\.)")

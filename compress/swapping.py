@@ -148,6 +148,8 @@ def _swapped_names(
 ) -> list[str]:
     found = anatomy(model)
     checked(layers, len(found.layers), "layer")
+    if unknown := set(parts) - {"embeddings", "norm", "head"}:
+        raise UserError(f"swap: {min(unknown)!r} is no part; there is embeddings, norm and head")
     prefixes = {f"{found.layers_name}.{layer}." for layer in layers}
 
     def part_of(name: str) -> Part | None:

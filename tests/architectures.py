@@ -93,7 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arcee": Architecture(),
     "aria_text": Architecture(),
     "axk1": Architecture(),
-    "axk2": Architecture(cache="its indexer chooses among equal scores, by rounding"),
+    "axk2": Architecture(),
     "bailing_hybrid": Architecture(
         {
             "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2,
@@ -146,7 +146,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "deepseek_v2": Architecture({"first_k_dense_replace": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
     "deepseek_v3": Architecture({"first_k_dense_replace": 2}),
-    "deepseek_v32": Architecture(cache="its indexer chooses among equal scores, by rounding"),
+    "deepseek_v32": Architecture({"first_k_dense_replace": 2}),
     "deepseek_v4": Architecture(),
     "diffllama": Architecture(refuses="computes lambda_init from a layer's index", drops=((4, 5),)),
     "doge": Architecture(),
@@ -337,9 +337,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hunyuan_v1_dense": Architecture({"head_dim": 8}),
     "hunyuan_v1_moe": Architecture({"head_dim": 8, "moe_topk": 2}),
     "hy_v3": Architecture(),
-    "hy_v4": Architecture(
-        refuses="attend to the tokens that layer", cache="its indexer chooses among equal scores, by rounding"
-    ),
+    "hy_v4": Architecture(refuses="attend to the tokens that layer"),
     "hyperclovax": Architecture(),
     "inkling2_loop_text": Architecture(
         {

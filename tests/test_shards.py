@@ -274,7 +274,7 @@ def entry(start: int, end: int, *, dtype: str = "U8", shape: list[int] | None = 
         ({"a": entry(0, 12, shape=[-3, -4])}, r"gives a \(U8, shape \[-3, -4\]\) 12 bytes"),
         ({"a": entry(0, 12), "b": entry(12, 4, shape=[])}, "puts b at bytes that leave a gap"),
         ({"a": {"dtype": "U8", "shape": [12]}}, "where a valid header should be"),
-        ({"a": entry(0, 11)}, "[\d,]+ bytes where [\d,]+ bytes should be"),
+        ({"a": entry(0, 11)}, r"[\d,]+ bytes where [\d,]+ bytes should be"),
     ],
 )
 def test_header_that_contradicts_itself_is_refused(tmp_path: Path, header: dict[str, Any], message: str) -> None:

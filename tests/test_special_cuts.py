@@ -68,7 +68,7 @@ GROUPS: list[tuple[Special, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("special", "values"), GROUPS, ids=str)
+@pytest.mark.parametrize(("special", "values"), GROUPS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_fields_that_name_layers_together_name_the_kept_ones_or_nothing_could(
     special: Special, values: dict[str, Any]
 ) -> None:
@@ -218,7 +218,8 @@ def test_layer_that_standing_elsewhere_would_change_is_named(
 
 
 def test_settings_of_single_layers_are_found_where_their_keys_are_padded_with_zeros() -> None:
-    config = Gemma4TextConfig(num_hidden_layers=12, hidden_size_per_layer_input=0, head_dim=8, global_head_dim=16)
+    settings: dict[str, Any] = {"hidden_size_per_layer_input": 0, "head_dim": 8, "global_head_dim": 16}
+    config = Gemma4TextConfig(num_hidden_layers=12, **settings)
     assert set(config.to_dict()["per_layer_config"]) == {"05", "11"}
     student = cut_config(config, (0, 5, 8, 11))
     assert [layer.head_dim for layer in student.per_layer_config] == [8, 16, 8, 16]

@@ -191,7 +191,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             digest.update(name.encode() + (folder / name).read_bytes())
-    settings = _json_or_empty(folder / "tokenizer_config.json")
+    settings = json_or_empty(folder / "tokenizer_config.json")
     template = folder / "chat_template.jinja"
     chat = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
     tokens = {
@@ -203,7 +203,12 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _json_or_empty(file: Path) -> dict[str, Any]:
+def json_or_empty(file: Path) -> dict[str, Any]:
+    """The content of a settings file; empty where there is none.
+
+    Raises:
+        UserError: it is no JSON.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

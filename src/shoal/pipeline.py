@@ -239,7 +239,15 @@ def prune(run: Run) -> None:
         from shoal.compress.targets import check_targets, log_verdicts
 
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
-        apply_plan(run.teacher, plan, student, trust_remote_code=run.recipe.trust_remote_code)
+        apply_plan(
+            run.teacher,
+            plan,
+            student,
+            donors=run.donors,
+            seed=run.recipe.seed,
+            proof=run.recipe.prune.proof,
+            trust_remote_code=run.recipe.trust_remote_code,
+        )
         plan.write(path)
         log.info("prune: %s", student)
         if not run.recipe.prune.targets:
