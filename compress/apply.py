@@ -22,7 +22,7 @@ from shoal.errors import UserError
 from shoal.models import load_config, load_model, load_tokenizer, refuse_incomplete
 
 from ..eval.wording import bytes_text
-from .edit import NOTHING_MADE, Materials, edited, edited_student, materials
+from .edit import NOTHING_MADE, Materials, edited, edited_student, materials, refuse_impossible_edits
 from .proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
 from .shards import NewShard, compare_shards, new_shards, shards_fingerprint, write_shards
@@ -118,6 +118,7 @@ def apply_plan(
     teacher = _read_teacher(teacher_folder, out, plan, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop)
     runs = _shall_run(teacher, proof)
+    refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
     skeleton, copy = _route(teacher, plan, keep)
     key = shards_fingerprint(copy.shards) if copy else fingerprint([str(teacher_folder.resolve()), asdict(plan)])
     with only_writer(out), resumable_folder(out, key) as folder:
@@ -256,7 +257,10 @@ def _write_from_memory(
 ) -> Behaviour | None:
     """Returns what the teacher as planned answers where that is asked for, because it is in memory now."""
     model = teacher.load()
-    loaded = {path: load_model(path, trust_remote_code=teacher.trust_remote_code) for path in set(donors.values())}
+    loaded = {
+        path: load_model(path, attention=None, trust_remote_code=teacher.trust_remote_code)
+        for path in set(donors.values())
+    }
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
     made = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
     edited_student(model, plan, made).save_pretrained(folder)

@@ -7,7 +7,7 @@ expectation: see decode_bytes and prefill_flops.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from shoal.anatomy import anatomy
+from shoal.checkpoint import Shard
 from shoal.errors import UserError
 from shoal.models import num_parameters, text_config
 
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Names in safetensors files."""
 PROBE_TOKENS = (2, 3)
 """Lengths of two inputs whose caches are compared: what has grown grows with every token."""
 
@@ -68,6 +71,18 @@ def model_without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrain
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # is part of the initialisation that was left out
     return model.eval()
+
+
+def dtype_to_run(config: PreTrainedConfig, shards: Sequence[Shard], wanted: str = "auto") -> torch.dtype:
+    """In which a checkpoint is run: as ``wanted``, else as config.json says, else as most of its bytes are."""
+    if wanted != "auto":
+        return getattr(torch, wanted)
+    if said := getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None):
+        return said
+    sizes: dict[str, int] = {}
+    for tensor in (tensor for shard in shards for tensor in shard.tensors.values() if tensor.dtype in DTYPES):
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.start
+    return DTYPES[max(sizes, key=lambda name: sizes[name], default="F32")]
 
 
 def model_cost(model: PreTrainedModel) -> Cost:

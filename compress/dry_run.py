@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from shoal.models import load_config, text_config
 from shoal.recipe import Target
 
 from ..eval.wording import bytes_text, layers_text
-from .cost import Cost, decode_bytes, model_cost, model_without_data, prefill_flops
+from .cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
+from .edit import refuse_impossible_edits
 from .proof import memory_shortage, why_not_run
 from .quantised import without_quantization
 from .stored_names import NotByCopy, find_layers, student_names
@@ -28,7 +29,6 @@ from .targets import TARGETS, check_targets, refuse, student_config
 
 NUM_TOKENS = 2048
 """Length at which caches and speeds are given, or the model's positions where those are fewer."""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
 
 
@@ -48,12 +48,15 @@ def dry_run(
     plan: PruningPlan,
     out: Path,
     *,
+    donors: Mapping[int, Path] | None = None,
     proof: str = "auto",
     targets: Sequence[Target] = (),
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> str:
     """A report of what apply_plan would write to ``out``: lines of text. Nothing is written and no weight is read.
+
+    ``donors`` are the folders that swaps take from, by index of the edit.
 
     Raises:
         UserError: what apply_plan would refuse by configuration and headers, and a student that one of ``targets``
@@ -66,13 +69,14 @@ def dry_run(
             "architectures that transformers has"
         )
     shards = read_shards(teacher_folder)
+    refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop)
     student = student_config(config, keep)
     verdicts = check_targets(student, targets=targets or TARGETS)
     if targets:
         refuse(verdicts)
     plain, quantisation = without_quantization(config)
-    runs_in = _dtype(config, shards, dtype)
+    runs_in = dtype_to_run(config, shards, dtype)
     before, after = (model_without_data(part, runs_in) for part in (plain, student))
     refuse_changed_layers(before, after, keep)
     written = _written_bytes(shards, before, keep)
@@ -92,18 +96,6 @@ def dry_run(
         [_space(out, sides[1].stored_bytes), f"proof: {_proof(config, shards, proof)}"],
     )
     return "\n\n".join("\n".join(part) for part in parts)
-
-
-def _dtype(config: Any, shards: Sequence[Shard], wanted: str) -> torch.dtype:
-    """In which the model would be run: as asked, else as config.json says, else as most of its bytes are."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if said := getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None):
-        return said
-    sizes: dict[str, int] = {}
-    for tensor in (tensor for shard in shards for tensor in shard.tensors.values() if tensor.dtype in DTYPES):
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.start
-    return DTYPES[max(sizes, key=lambda name: sizes[name], default="F32")]
 
 
 def _num_bytes(shards: Sequence[Shard]) -> int:

@@ -7,18 +7,22 @@ proven against the teacher with the edits in force, so that neither way can be w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.anatomy import text_config
 from shoal.artifact import PruningPlan
+from shoal.checkpoint import read_shards
 from shoal.data import load_texts, pack
 from shoal.edits import (
     ZEROED_WEIGHTS,
+    Edit,
     HeadMask,
     KvGroupMask,
     Merge,
@@ -28,14 +32,24 @@ from shoal.edits import (
     Swap,
     edited_layers,
 )
-from shoal.models import num_parameters
+from shoal.errors import UserError
+from shoal.models import load_config, num_parameters
 from shoal.runtime import device
 
-from .merging import merged_layer, tensors_in_place, with_layers
+from .cost import dtype_to_run, model_without_data
+from .merging import (
+    check_run,
+    merged_layer,
+    refuse_different_kinds,
+    refuse_shared_parameters,
+    tensors_in_place,
+    with_layers,
+)
 from .operators import attention_skipped, heads_masked, kv_groups_masked, mlp_skipped
+from .quantised import without_quantization
 from .replacement import train_replacement
 from .surgery import cut_model, skipped
-from .swapping import swapped
+from .swapping import refuse_unswappable, swapped
 from .zeroing import unsaved_parameters, zero_attention, zero_heads, zero_kv_groups, zero_mlp
 
 log = logging.getLogger(__name__)
@@ -53,6 +67,46 @@ class Materials:
 
 NOTHING_MADE = Materials({}, {})
 """For a plan without edits."""
+
+
+def refuse_impossible_edits(
+    teacher_folder: Path, edits: Sequence[Edit], donors: Mapping[int, Path], *, trust_remote_code: bool = False
+) -> None:
+    """Refuse what configurations and headers alone show to be impossible, before any weight is read.
+
+    Heads, and halves that cannot be taken out, show only when the model runs.
+
+    Raises:
+        UserError: a quantised model, a run of layers of different kinds, a donor that does not fit, rows longer than
+            the model's positions.
+    """
+    if not edits:
+        return
+    teacher = _without_weights(teacher_folder, trust_remote_code=trust_remote_code)
+    positions = getattr(text_config(teacher.config), "max_position_embeddings", None)
+    for index, edit in enumerate(edits):
+        match edit:
+            case Swap():
+                donor = _without_weights(donors[index], trust_remote_code=trust_remote_code)
+                refuse_unswappable(teacher, donor, edit.layers, edit.parts)
+            case Merge():
+                refuse_different_kinds(teacher, check_run(teacher, edit.layers[0], len(edit.layers)))
+                for layer in edit.layers:
+                    refuse_shared_parameters(teacher, layer)
+            case Replace():
+                refuse_shared_parameters(teacher, edit.layers[0])
+                if positions is not None and edit.sequence_length > positions:
+                    raise UserError(
+                        f"prune.edits.{index}.sequence_length: {edit.sequence_length} is more than the {positions} "
+                        f"positions of {teacher_folder}; lower it"
+                    )
+
+
+def _without_weights(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    config, quantisation = without_quantization(load_config(folder, trust_remote_code=trust_remote_code))
+    if quantisation:
+        raise UserError(f"{folder}: is quantised, so its layers cannot be edited; give the full-precision model")
+    return model_without_data(config, dtype_to_run(config, read_shards(folder)))
 
 
 def materials(
@@ -115,7 +169,10 @@ def edited_student(teacher: PreTrainedModel, plan: PruningPlan, made: Materials)
     with _swaps(teacher, plan, made.donors):
         student = with_layers(teacher, plan.drop, made.layers, share=True)
     place = {old: new for new, old in enumerate(plan.keep)}
-    zeroed: list[str] = list(getattr(student.config, ZEROED_WEIGHTS, None) or ())
+    # of an edited teacher's zeros those are left that no swap, merge or training has filled
+    zeroed = [
+        name for name in getattr(student.config, ZEROED_WEIGHTS, None) or () if not student.get_parameter(name).all()
+    ]
     for edit in plan.edits:
         match edit:
             case SkipAttention():
@@ -126,7 +183,7 @@ def edited_student(teacher: PreTrainedModel, plan: PruningPlan, made: Materials)
                 zeroed += zero_heads(student, place[edit.layer], edit.heads)
             case KvGroupMask():
                 zeroed += zero_kv_groups(student, place[edit.layer], edit.groups)
-    if zeroed:
+    if zeroed or hasattr(student.config, ZEROED_WEIGHTS):
         setattr(student.config, ZEROED_WEIGHTS, sorted(set(zeroed)))
     if unsaved := unsaved_parameters(teacher, plan.edits):
         log.warning(

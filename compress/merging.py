@@ -189,7 +189,7 @@ def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> Non
                 )
         computed = _computed(model, layer)
         for name, buffer in _computed(model, first).items():
-            if not torch.equal(buffer, computed[name]):
+            if not buffer.is_meta and not torch.equal(buffer, computed[name]):
                 raise UserError(
                     f"layers {first} and {layer} are of different kinds: their computed {name} differs; "
                     "only layers of one kind can stand for each other"

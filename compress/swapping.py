@@ -46,8 +46,8 @@ def swapped(
     """``model`` with the tensors of ``layers`` and ``parts`` at base + weight * (donor - base), until the block ends.
 
     ``parts``: `head` is the output head, `norm` the final norm, `embeddings` all other weights outside of the layers.
-    With all layers and parts at weight 1 the model is the donor. Weights 0 and 1 are exact, and 1 copies nothing;
-    others are calculated in float64 and rounded once to the stored dtype.
+    With all layers and parts at weight 1 the model is the donor. Weights 0 and 1 are exact, and 1 copies nothing
+    but what is tied in the donor only; others are calculated in float64 and rounded once to the stored dtype.
 
     Raises:
         UserError: models of different classes, sizes or dtypes; layers of different kinds (attention kind, norm
@@ -84,27 +84,45 @@ def swap_weights(
     return sorted(tensors)
 
 
+def refuse_unswappable(
+    model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], parts: Sequence[Part]
+) -> list[str]:
+    """The names of the tensors to be swapped. Both models may be without data; buffers without are not compared.
+
+    Raises:
+        UserError: as swapped does, but for numbers that overflow.
+    """
+    ours, theirs = _stored(model), _stored(donor)
+    names = _swapped_names(model, ours, layers, parts)
+    _refuse_different_models(model, donor, layers, parts)
+    _refuse_different_tensors(names, ours, theirs)
+    if alone := sorted(set(_swapped_names(donor, theirs, layers, parts)) - ours.keys()):
+        raise UserError(f"swap: the donor has a tensor {alone[0]}, which the model has not{_NOT_SWAPPABLE}")
+    _refuse_different_buffers(model, donor, layers)
+    _refuse_partial_ties(names, ours, theirs)
+    return names
+
+
 @torch.no_grad()
 def _mixed(
     model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], weight: float, parts: Sequence[Part]
 ) -> dict[str, Tensor]:
     """What ``model`` gets, by its names; at weight 1 the donor's own tensors, at weight 0 nothing."""
-    ours, theirs = _stored(model), _stored(donor)
-    names = _swapped_names(model, ours, layers, parts)
-    _refuse_different_models(model, donor, layers, parts)
-    _refuse_different_tensors(names, ours, theirs)
-    _refuse_partial_ties(names, ours, theirs)
+    names, ours, theirs = refuse_unswappable(model, donor, layers, parts), _stored(model), _stored(donor)
     if weight == 0:
         return {}
-    if weight == 1:
-        moved = {id(theirs[name]): _on(model.device, theirs[name]) for name in names}
-        return {name: moved[id(theirs[name])] for name in names}
-    # tied tensors stay one: mixed once, put under both names
+    # what is tied in the model stays one tensor, put under both names; what is tied in the donor only becomes two
     made: dict[tuple[int, int], Tensor] = {}
+    taken: set[int] = set()
     for name in names:
         pair = id(ours[name]), id(theirs[name])
-        if pair not in made:
+        if pair in made:
+            continue
+        if weight != 1:
             made[pair] = _between(name, ours[name], theirs[name], weight)
+        else:
+            made[pair] = _on(model.device, _copy(theirs[name]) if pair[1] in taken else theirs[name])
+            taken.add(pair[1])
     return {name: made[id(ours[name]), id(theirs[name])] for name in names}
 
 
@@ -177,21 +195,30 @@ def _refuse_different_models(
     for layer in layers:
         old, new = (_kind(one.layers[layer], layer) for one in (ours, theirs))
         for trait in sorted(old.keys() | new.keys(), key=lambda name: (name.count("."), name)):
-            _refuse(f"layer {layer}: {trait}", old.get(trait), new.get(trait))
+            _refuse(f"layer {layer}: {trait.lstrip('.')}", old.get(trait), new.get(trait))
     if "norm" in parts and ours.final_norm and theirs.final_norm:
         old, new = (_kind(norm, 0) for norm in (ours.final_norm, theirs.final_norm))
         for trait in old:
             _refuse(f"the final norm: {trait.lstrip('.')}", old[trait], new.get(trait))
+
+
+def _refuse_different_buffers(model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Of those that are computed from the configuration, in the swapped layers and outside of all layers."""
+    ours = anatomy(model)
     layer_prefixes = tuple(f"{ours.layers_name}.{layer}." for layer in range(len(ours.layers)) if layer not in layers)
     computed = _buffers(donor, stored=False)
     for name, buffer in _buffers(model, stored=False).items():
         if name.startswith(layer_prefixes):
             continue
         other = computed.get(name)
-        if other is None or buffer.shape != other.shape or not torch.equal(buffer, other.to(buffer.device)):
+        if other is None or buffer.shape != other.shape or not _is_equal(buffer, other):
             raise UserError(
                 f"swap: {name}, computed from the configuration, is another one in the donor{_NOT_SWAPPABLE}"
             )
+
+
+def _is_equal(buffer: Tensor, other: Tensor) -> bool:
+    return buffer.is_meta or other.is_meta or torch.equal(buffer, other.to(buffer.device))
 
 
 def _refuse(what: str, ours: Any, theirs: Any) -> None:
@@ -214,7 +241,7 @@ def _refuse_different_tensors(names: Sequence[str], ours: Mapping[str, Tensor], 
         if old.dtype != new.dtype:
             raise UserError(
                 f"swap: {name} is {new.dtype} in the donor, and {old.dtype} in the model; "
-                "load both with the same dtype, as dtype: float32 in the recipe does"
+                "save or load one of them in the other's dtype first"
             )
 
 

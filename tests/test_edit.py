@@ -11,14 +11,16 @@ import torch
 from architectures import tiny_model as tiny_architecture
 from safetensors.torch import load_file
 from test_surgery import logits
-from tiny import NUM_LAYERS, tiny_checkpoint
+from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from shoal import pipeline
 from shoal.artifact import Provenance, PruningPlan
+from shoal.compress import apply
 from shoal.compress import edit as edit_module
 from shoal.compress.apply import apply_plan
 from shoal.compress.config_cut import KEPT_LAYERS
+from shoal.compress.dry_run import dry_run
 from shoal.edits import ZEROED_WEIGHTS, removed_layers
 from shoal.errors import UserError
 from shoal.pipeline import Run
@@ -106,6 +108,15 @@ def test_swapping_everything_is_the_donor(folder: Path, donor: Path, tmp_path: P
     assert all(torch.equal(saved[name], other[name]) for name in saved)
 
 
+def test_embeddings_tied_in_the_donor_only_are_saved_as_two(folder: Path, tmp_path: Path) -> None:
+    tied = tiny_checkpoint(tmp_path, "llama_tied", seed=1)
+    swap = {"kind": "swap", "layers": [0], "donor": "d", "parts": ["embeddings", "head"]}
+    student_of(folder, [swap], tmp_path / "student", donors={0: tied})
+    saved, other = load_file(tmp_path / "student/model.safetensors"), load_file(tied / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(saved[name], other["model.embed_tokens.weight"])
+
+
 def test_a_replacement_is_trained_and_saved(folder: Path, tmp_path: Path) -> None:
     edits = [{"kind": "replace", "layers": [2, 3, 4], **TEXT}]
     student = student_of(folder, edits, tmp_path / "student")
@@ -152,6 +163,76 @@ def test_a_donor_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> No
     other = tiny_checkpoint(tmp_path, "llama", hidden_size=16)
     with pytest.raises(UserError, match=r"donor"):
         student_of(folder, [{"kind": "swap", "layers": [1], "donor": "d"}], tmp_path / "student", donors={0: other})
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "message"),
+    [
+        ("llama", {"kind": "swap", "layers": [1], "donor": "d"}, r"shape|hidden_size is 16 in the donor"),
+        ("qwen2", {"kind": "merge", "layers": [2, 3]}, r"layers 2 and 3 are of different kinds"),
+        (
+            "llama",
+            {"kind": "replace", "layers": [1, 2], "sequence_length": 2048},
+            r"prune.edits.0.sequence_length: 2048 is more than the 1024 positions of",
+        ),
+    ],
+)
+def test_what_is_impossible_is_refused_before_any_weight_is_read(
+    kind: str, edit: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(tmp_path, kind)
+    donors = {0: tiny_checkpoint(tmp_path / "donor", "llama", hidden_size=16)} if edit["kind"] == "swap" else {}
+    monkeypatch.setattr(apply, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=message):
+        apply_plan(folder, plan([edit]), tmp_path / "student", donors=donors)
+    with pytest.raises(UserError, match=message):
+        dry_run(folder, plan([edit]), tmp_path / "student", donors=donors)
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_donor_of_another_dtype_is_refused_before_any_weight_is_read(folder: Path, tmp_path: Path) -> None:
+    donor = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"bfloat16 in the donor, and torch.float32 in the model; save or load one"):
+        dry_run(folder, plan([{"kind": "swap", "layers": [1], "donor": "d"}]), tmp_path / "s", donors={0: donor})
+
+
+def test_layers_of_a_family_without_sdpa_are_swapped(tmp_path: Path) -> None:
+    folders = []
+    for seed in range(2):
+        folders.append(tmp_path / str(seed))
+        tiny_architecture("gemma2", seed=seed).save_pretrained(folders[seed])
+        tiny_tokenizer().save_pretrained(folders[seed])
+    swap = {"kind": "swap", "layers": [1], "donor": "d"}
+    student = student_of(folders[0], [swap], tmp_path / "student", donors={0: folders[1]})
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(student.get_parameter(name), load_file(folders[1] / "model.safetensors")[name])
+
+
+def test_zeros_that_a_later_edit_fills_are_no_longer_listed(folder: Path, donor: Path, tmp_path: Path) -> None:
+    silent = [{"kind": "skip_attention", "layers": [1, 4]}, {"kind": "skip_mlp", "layers": [2, 3]}]
+    student_of(folder, silent, tmp_path / "first")
+    later = [{"kind": "swap", "layers": [1], "donor": "d"}, {"kind": "merge", "layers": [2, 3]}]
+    second = student_of(tmp_path / "first", later, tmp_path / "second", donors={0: donor})
+    assert getattr(second.config, ZEROED_WEIGHTS) == [
+        "model.layers.2.mlp.down_proj.weight",
+        "model.layers.3.self_attn.o_proj.weight",
+    ]
+
+
+def test_a_recipe_that_says_nothing_is_refused_before_measuring(folder: Path, tmp_path: Path) -> None:
+    for prune, message in (
+        ({}, "says neither what nor how much to drop"),
+        ({"num_drop": 1, "edits": [{"kind": "merge", "layers": [1, 2]}]}, "layers 1 and 2 are of different kinds"),
+        (
+            {"num_drop": 1, "edits": [{"kind": "replace", "layers": [1, 2], "data": "nowhere"}]},
+            "data 'nowhere': cannot be read",
+        ),
+    ):
+        teacher = tiny_checkpoint(tmp_path, "gemma3") if "merge" in str(prune) else folder
+        run = Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": prune}))
+        with pytest.raises(UserError, match=message):
+            pipeline.prune(run)
+        assert not (tmp_path / "run").exists()
 
 
 def test_the_pipeline_carries_edits_out_and_knows_them_again(folder: Path, donor: Path, tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_edits_survive_a_round_trip_through_json() -> None:
         ([{"kind": "kv_group_mask", "layer": 1, "groups": [0, 0]}], r"edits\.0\.groups: names 0 twice"),
         ([MERGE, {"kind": "skip_mlp", "layers": [6]}], r"edits\.1\.layers: names layer 6, as merge at 0 does"),
         ([SKIP, {**SKIP, "layers": [3]}], r"edits\.1\.layers: names layer 3, as skip_attention at 0 does"),
+        (
+            [SKIP, {"kind": "skip_mlp", "layers": list(SKIP["layers"])}, SKIP],
+            r"edits\.2\.layers: names layer \d, as skip_attention at 0 does",
+        ),
+        (
+            [{**SWAP, "layers": [1], "parts": ["norm"]}, {**SWAP, "layers": [2], "parts": ["norm"]}],
+            r"edits\.1\.parts: names norm, as swap at 0 does; name it once",
+        ),
         ([{**MERGE, "weights": [1, 0, 0]}], r"edits\.0\.weights: have no effect on laco"),
         ([{**MERGE, "method": "weighted", "weights": [0.5, 0.5]}], r"edits\.0\.weights: 2 for 3 layers"),
         ([{**MERGE, "method": "weighted", "weights": [0.5, 0.5, 0.5]}], r"edits\.0\.weights: add up to 1.5"),

@@ -6,6 +6,7 @@ swaps first, then merges and replacements, then masks and skips. compress/edit.p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -122,18 +123,26 @@ def first_change(drop: Sequence[int], edits: Sequence[Edit]) -> int:
 
 def contradictions(edits: Sequence[Edit], drop: Sequence[int]) -> Iterator[str]:
     """`index: what is wrong`, for everything that needs no model to see."""
-    owner: dict[int, int] = {}
+    owners: dict[int, list[int]] = {}
+    swapped: dict[str, int] = {}
     for index, edit in enumerate(edits):
         named = edited_layers(edit)
         yield from (f"{index}.{problem}" for problem in _own_problems(edit))
         if gone := sorted(set(named) & set(drop)):
             yield f"{index}.layers: names layer {gone[0]}, which prune.drop removes; take it out of one of them"
-        for layer in sorted(set(named) & owner.keys()):
-            other = edits[owner[layer]]
-            if isinstance(edit, Merge | Replace) or isinstance(other, Merge | Replace) or type(edit) is type(other):
-                yield f"{index}.layers: names layer {layer}, as {other.kind} at {owner[layer]} does; name it once"
-                break
-        owner.update(dict.fromkeys(named, index))
+        clashes = (
+            (layer, other)
+            for layer in sorted(set(named))
+            for other in owners.get(layer, ())
+            if any(isinstance(one, Merge | Replace) for one in (edit, edits[other])) or type(edit) is type(edits[other])
+        )
+        for layer, other in itertools.islice(clashes, 1):
+            yield f"{index}.layers: names layer {layer}, as {edits[other].kind} at {other} does; name it once"
+        for layer in set(named):
+            owners.setdefault(layer, []).append(index)
+        for part in edit.parts if isinstance(edit, Swap) else ():
+            if swapped.setdefault(part, index) != index:
+                yield f"{index}.parts: names {part}, as swap at {swapped[part]} does; name it once"
 
 
 def _own_problems(edit: Edit) -> Iterator[str]:

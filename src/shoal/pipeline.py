@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ from shoal.artifact import (
     written_folder,
 )
 from shoal.data import TEACHER_TEXT, load_texts, pack, sources_fingerprint
-from shoal.edits import Replace, Swap
+from shoal.edits import Edit, Replace, Swap
 from shoal.errors import UserError
 from shoal.models import (
     load_config,
@@ -219,9 +219,11 @@ def plan_inputs(run: Run) -> dict[str, Any]:
 
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
-    from shoal.compress.plan import is_automatic
+    from shoal.compress.plan import check_choice, is_automatic
 
     if is_automatic(run.recipe.prune) and not (run.dir / Importance.FILE).is_file():
+        check_choice(run.recipe.prune, num_layers=run.num_layers)
+        _refuse_impossible_edits(run)
         log.info("prune: needs %s, measuring first", Importance.FILE)
         measure(run)
     importance = _importance(run)
@@ -232,6 +234,7 @@ def prune(run: Run) -> None:
         return
     _refuse_stale_training(run)
     plan = _plan(run, importance, inputs)
+    _refuse_unreadable_data(plan.edits)
     _refuse_for_targets(run, plan)
     log.info("prune: %s", plan.in_words())
     if is_main():
@@ -264,10 +267,12 @@ def prune_dry_run(run: Run) -> str:
     from shoal.compress.dry_run import dry_run
 
     recipe = run.recipe
+    _refuse_unreadable_data(recipe.prune.edits)
     return dry_run(
         run.teacher,
         _plan(run, _importance(run), {}),
         run.dir / "student",
+        donors=run.donors,
         proof=recipe.prune.proof,
         targets=recipe.prune.targets,
         dtype=recipe.dtype,
@@ -292,6 +297,20 @@ def _plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> Pr
     settings = run.recipe.prune
     drop, reason = choose_layers(settings, num_layers=run.num_layers, importance=importance)
     return PruningPlan(Provenance(inputs), run.num_layers, drop, reason, settings.edits)
+
+
+def _refuse_impossible_edits(run: Run) -> None:
+    """Refuse edits that apply_plan would refuse before it loads a model, and data that cannot be read."""
+    from shoal.compress.edit import refuse_impossible_edits
+
+    edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
+    refuse_impossible_edits(run.teacher, edits, run.donors, trust_remote_code=trusted)
+    _refuse_unreadable_data(edits)
+
+
+def _refuse_unreadable_data(edits: Sequence[Edit]) -> None:
+    for source in {source for edit in edits if isinstance(edit, Replace) for source in edit.data}:
+        load_texts(source, max_characters=1)
 
 
 def _refuse_for_targets(run: Run, plan: PruningPlan) -> None:
@@ -566,6 +585,7 @@ def preflight(run: Run) -> None:
 
     recipe = run.recipe
     check_choice(recipe.prune, num_layers=run.num_layers)
+    _refuse_impossible_edits(run)
     if recipe.export.gguf:
         from shoal.compress.gguf_export import check_export
 

@@ -282,6 +282,8 @@ def _explain(problems: Sequence[Any]) -> list[str]:
     got: dict[str, str] = {}
     for problem in problems:
         *parents, last = problem["loc"]
+        if problem["type"] == "too_short" and any(_is_inside(other["loc"], problem["loc"]) for other in problems):
+            continue  # wrong entries are not counted, so that a list of them alone seems to be empty
         if problem["type"] == "unexpected_keyword_argument":
             real, sections = _walk(parents)
             place = ".".join(map(str, [*real, last]))
@@ -307,11 +309,15 @@ def _explain(problems: Sequence[Any]) -> list[str]:
     return [f"{place}: {' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()]
 
 
+def _is_inside(location: Sequence[int | str], outer: Sequence[int | str]) -> bool:
+    return len(location) > len(outer) and tuple(location[: len(outer)]) == tuple(outer)
+
+
 def _in_our_words(message: str) -> str:
     """Pydantic's message in the words of YAML: its user never heard of a tuple or an instance."""
     message = re.sub(r"^(Input|Value|[Tt]uple|String) should ", "must ", message)
     message = re.sub(r"dictionary or an instance of \w+|valid dictionary", "mapping of settings", message)
-    message = re.sub(r" after validation, not 0", "", message)
+    message = re.sub(r" after validation, not \d+", "", message)
     message = re.sub(r", unable to (interpret|parse).*", "", message)
     return message.replace("valid tuple", "list").replace("a valid integer", "a whole number").replace("valid ", "")
 
