@@ -84,8 +84,8 @@ class Distill(Section):
     losses: tuple[LossTerm, ...] = (LossTerm("forward_kl"),)
     trainable: Literal["all", "layers", "from_first_cut"] = "all"
     """What is trained: everything; all but embeddings and head; or only the layers from the first cut up, with the
-    final norm. What lies below the first cut is still the teacher, so there it is computed once for both and needs
-    neither a backward pass nor optimizer state."""
+    final norm (an edited layer counts as a cut). What lies below the first cut is still the teacher, so there it is
+    computed once for both and needs neither a backward pass nor optimizer state."""
     precision: Literal["float32", "bfloat16"] | None = None
     """bfloat16 = fp32 weights under bf16 autocast. None = what the DeepSpeed configuration says, else bfloat16."""
     head_chunk: Positive = 256
