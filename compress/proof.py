@@ -16,7 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from shoal.checkpoint import Shard, read_shards
 from shoal.errors import UserError
-from shoal.models import load_config, load_model, text_config
+from shoal.models import align_weights, load_config, load_model, text_config
 
 from ..eval.wording import bytes_text
 from .quantised import without_quantization
@@ -48,6 +48,7 @@ class Behaviour:
 @torch.inference_mode()
 def behaviour(model: PreTrainedModel) -> Behaviour:
     """What ``model`` answers; compare it with another's by prove_by_run."""
+    align_weights(model)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, text_config(model.config).vocab_size, (1, PROOF_TOKENS), generator=generator)
     input_ids = input_ids.to(model.device)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import exactness
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -51,11 +52,14 @@ def sharded(path: Path, row: str, *, dtype: torch.dtype = torch.float32, max_sha
     return folder
 
 
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for shard in read_shards(folder) for name, tensor in load_file(shard.file).items()}
+
+
 def hashes(folder: Path) -> dict[str, str]:
     return {
         name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-        for shard in read_shards(folder)
-        for name, tensor in load_file(shard.file).items()
+        for name, tensor in tensors(folder).items()
     }
 
 
@@ -90,15 +94,23 @@ def test_plan_makes_a_plain_checkpoint_with_its_tokenizer(kind: str, tmp_path: P
 
 @pytest.mark.parametrize("row", ["llama", "gpt2", "exaone", "mixtral", "deepseek_v3", "qwen3_next", "gemma3"])
 def test_copy_is_what_a_cut_in_memory_saves(row: str, tmp_path: Path) -> None:
-    """GPT-2 says `h`, EXAONE's files say other words than its model, experts are merged while they load."""
+    """GPT-2 says `h`, EXAONE's files say other words than its model, experts are merged while they load.
+
+    In memory transformers makes DeepSeek's gates float32; a copy keeps the file's numbers.
+    """
     folder = sharded(tmp_path, row, dtype=torch.bfloat16)
     drop = {"qwen3_next": (0, 4)}.get(row, (1, 4))
     apply_plan(folder, plan(drop), tmp_path / "copied", proof="files")
     cut_model(load_model(folder), drop).save_pretrained(tmp_path / "saved")
-    assert hashes(tmp_path / "copied") == hashes(tmp_path / "saved")
+    copied, saved = (tensors(tmp_path / way) for way in ("copied", "saved"))
+    assert copied.keys() == saved.keys()
+    assert {tensor.dtype for tensor in copied.values()} == {torch.bfloat16}
+    assert [name for name in copied if not torch.equal(copied[name], saved[name].bfloat16())] == []
     for file in ("config.json", "generation_config.json"):
-        copied, saved = (json.loads((tmp_path / way / file).read_text()) for way in ("copied", "saved"))
-        assert copied == saved
+        settings = [json.loads((tmp_path / way / file).read_text()) for way in ("copied", "saved")]
+        for part in ("text_config", "vision_config"):  # saving a model writes its dtype into every part
+            settings[1].get(part, {}).pop("dtype", None)
+        assert settings[0] == settings[1]
     assert len(read_shards(tmp_path / "copied")) > 1
 
 
@@ -133,7 +145,7 @@ def test_tables_that_must_be_sliced_are_cut_in_memory(tmp_path: Path, caplog: py
     assert "in memory: of the stored tensors, model.embed_tokens_per_layer.weight would be of the wrong" in caplog.text
     teacher, student = load_model(folder), load_model(tmp_path / "student")
     with skipped(teacher, (1,)):
-        assert torch.equal(logits(teacher), logits(student))
+        assert torch.equal(exactness.logits(teacher), exactness.logits(student))
 
 
 @pytest.mark.parametrize("name", ["model.layers.6.eh_proj.weight", "mtp.layers.0.eh_proj.weight"])
@@ -197,6 +209,14 @@ def test_student_that_differs_on_disk_is_refused_and_leaves_nothing(
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_weights_that_lie_at_other_offsets_in_the_students_file_change_no_bit(layer: int, tmp_path: Path) -> None:
+    """With a few tokens per expert, float32 kernels are chosen that add up in another order at another alignment."""
+    architectures.tiny_model("granitemoe", num_local_experts=32).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    apply_plan(tmp_path / "teacher", plan((layer,)), tmp_path / "student", proof="run")
+
+
 def test_student_whose_cached_text_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = iter([torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])])
     folder = tiny_checkpoint(tmp_path, "llama")
@@ -215,7 +235,10 @@ def lose_tensor(folder: Path) -> None:
     ("change", "message"),
     [
         (lose_tensor, r"has no model\.layers\.0\.mlp\.up_proj\.weight of the right shape \(1 such"),
-        (lambda folder: set_json(folder / "config.json", num_attention_heads=2), r"layer 0: its self_attn\."),
+        (
+            lambda folder: set_json(folder / "config.json", attention_dropout=0.5),
+            r"layer 0: its self_attn.attention_dropout is 0.0 but would become 0.5",
+        ),
         (lambda folder: set_json(folder / "config.json", layer_types=["full_attention"] * 5), "its .* would become"),
     ],
 )
@@ -234,8 +257,7 @@ def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
-    needed = 1.2 * checkpoint_bytes(folder)
-    monkeypatch.setattr(proof, "available_memory", lambda: int(needed) - 5000)
+    monkeypatch.setattr(proof, "available_memory", lambda: checkpoint_bytes(folder))
     with monkeypatch.context() as context:
         context.setattr(proof, "load_model", never)
         context.setattr(apply, "load_model", never)
@@ -399,7 +421,7 @@ def test_full_disk_while_saving_from_memory_is_explained_and_leaves_nothing(
 
 
 CUT_IN_ANOTHER_PROCESS = """
-import os, resource, signal, sys
+import os, resource, signal, sys, time
 from pathlib import Path
 from shoal.artifact import Provenance, PruningPlan
 from shoal.compress.apply import apply_plan
@@ -411,6 +433,8 @@ move, made = os.copy_file_range, 0
 def copy_file_range(*arguments, **keywords):
     global made
     if made == calls:
+        while not list(out.parent.glob(".*.partial/*.safetensors")):  # flushed by another thread
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     made += 1
     return move(*arguments, **keywords)
@@ -438,7 +462,7 @@ def test_work_of_a_killed_process_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
-    assert cut_elsewhere(folder, out, killed_at=5).returncode == -signal.SIGKILL
+    assert cut_elsewhere(folder, out, killed_at=3).returncode == -signal.SIGKILL
     assert not out.exists()
     (left,) = tmp_path.glob(".student.*.partial")
     whole = [file.name for file in left.glob("*.safetensors")]
@@ -461,7 +485,7 @@ def test_work_of_a_killed_process_is_used(
 
 def test_leftovers_of_another_plan_are_not_used(tmp_path: Path) -> None:
     folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
-    cut_elsewhere(folder, out, killed_at=5)
+    assert cut_elsewhere(folder, out, killed_at=3).returncode == -signal.SIGKILL
     apply_plan(folder, plan((2,)), out)
     assert json.loads((out / "config.json").read_text())[KEPT_LAYERS] == [0, 1, 3, 4, 5]
     assert {file.name for file in tmp_path.iterdir()} == {"llama", "student"}

@@ -26,7 +26,15 @@ from shoal.checkpoint import (
     tokenizer_fingerprint,
 )
 from shoal.errors import UserError
-from shoal.models import ADAPTER_CONFIG, load_config, load_model, load_tokenizer, resolve_model, text_config
+from shoal.models import (
+    ADAPTER_CONFIG,
+    align_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    text_config,
+)
 
 log = logging.getLogger(__name__)
 
@@ -247,6 +255,7 @@ def _misfit(folder: Path, base: Path, reason: str) -> str:
 @torch.inference_mode()
 def _logits(model: Any) -> Tensor:
     """Of a few random tokens."""
+    align_weights(model)
     vocabulary = text_config(model.config).vocab_size
     input_ids = torch.randint(0, vocabulary, (1, PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
     return model(input_ids=input_ids, use_cache=False).logits

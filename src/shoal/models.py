@@ -24,6 +24,8 @@ from shoal.errors import UserError
 log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
+ALIGNMENT = 64
+"""Bytes; torch gives every tensor it makes on the CPU an address that is a multiple of this."""
 NEEDS_CONSENT = (
     "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the recipe if you trust it"
 )
@@ -121,6 +123,18 @@ def load_model(
             "%s: %d tensors have no place in the model and are ignored (%s, ...)", folder, len(unused), unused[0]
         )
     return model.to(device).eval()
+
+
+@torch.inference_mode(mode=False)  # the model stays one that can be trained, wherever this is called
+def align_weights(model: nn.Module) -> None:
+    """Move weights that are mapped from a file to memory of their own wherever they lie at an odd address there.
+
+    Kernels may add up in another order at another alignment, and two files with the same tensors need not have them at
+    the same offsets. Whoever compares two models bit for bit calls this for both.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def refuse_incomplete(folder: Path, family: str, missing: Collection[str], mismatched: Collection[str] = ()) -> None:
