@@ -149,6 +149,11 @@ def _no_rope(values: dict[str, Any]) -> str | None:
     )
 
 
+def _afmoe(values: dict[str, Any]) -> str | None:
+    """Its full-attention layers have no rotary positions, window or not."""
+    return _sliding(4)({**values, "sliding_window": values.get("sliding_window") or 1})
+
+
 def _llama4(values: dict[str, Any]) -> str | None:
     kinds, num_layers = values.get("layer_types") or [], values["num_hidden_layers"]
     if any(kind in SLIDING for kind in kinds):
@@ -321,6 +326,22 @@ def _sigmoid_named(values: dict[str, Any]) -> str | None:
     )
 
 
+def _afmoe_switches(values: dict[str, Any]) -> str | None:
+    """What its released models have switched on, and transformers' defaults have not."""
+    if not values.get("mup_enabled"):
+        return "llama.cpp multiplies the embeddings by sqrt(hidden_size), config.mup_enabled is false"
+    if values.get("route_norm"):
+        return None
+    return (
+        "llama.cpp would not norm the experts' weights, since config.route_norm is not there; "
+        'add "route_norm": true to config.json'
+    )
+
+
+def _no_alibi(values: dict[str, Any]) -> str | None:
+    return "llama.cpp gives this family rotary positions, config.alibi is true" if values.get("alibi") else None
+
+
 def _whole_heads_rotate(values: dict[str, Any]) -> str | None:
     """The converter pairs the rows of a whole head for rotation, whatever share of them rotates."""
     share = (values.get("rope_parameters") or {}).get("partial_rotary_factor") or 1.0
@@ -368,7 +389,7 @@ _GEMMA3N = (_gemma3n,)
 _LLAMA4 = (_llama4,)
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "AfmoeForCausalLM": (_sliding(4),),
+    "AfmoeForCausalLM": (_afmoe, _afmoe_switches),
     "BambaForCausalLM": (_whole_heads_rotate,),
     "Cohere2ForCausalLM": (_sliding(4), _tied_head, _needs("rotary_pct", "add it to config.json, with the value 1.0")),
     "CohereForCausalLM": (_tied_head,),
@@ -381,6 +402,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Exaone4ForCausalLM": (_exaone4,),
     "Exaone4_5_ForConditionalGeneration": (_mtp, _exaone4),
     "ExaoneMoeForCausalLM": (_mtp, _sliding(4), _dense_first("first_k_dense_replace"), _sigmoid_named),
+    "FalconForCausalLM": (_no_alibi,),
     "GPT2LMHeadModel": (_needs("n_ctx", "add it to config.json, with the value of n_positions"),),
     "GPTNeoXForCausalLM": (_needs("rotary_pct", "this transformers drops it"),),
     "Gemma2ForCausalLM": (_sliding(2), _attention_scale(46), _tied_head),

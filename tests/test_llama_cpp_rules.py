@@ -45,11 +45,13 @@ def without(num_layers: int, *drop: int) -> list[int]:
     return [layer for layer in range(num_layers) if layer not in drop]
 
 
+AFMOE = {"mup_enabled": True, "route_norm": True}
+
 Case = tuple[str, int, dict[str, Any], Sequence[int], Sequence[int], str]
 """(model type, layers, settings, an accepted drop, a refused drop, what the refusal says)."""
 
 CASES: list[Case] = [
-    ("afmoe", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a sliding-window layer, but it is a full-att"),
+    ("afmoe", 8, AFMOE, [0, 1, 2, 3], [0], r"layer 2 of this student for a sliding-window layer, but it is a full-att"),
     ("cohere2", 8, {"rotary_pct": 1.0}, [4, 5, 6, 7], [1], r"layer 2 .* one layer in 4, the last of its group"),
     (
         "exaone_moe",
@@ -139,6 +141,20 @@ def test_experts_scored_by_a_sigmoid_must_be_named_in_the_file() -> None:
     flash = config_of("glm4_moe_lite", 47, vocab_size=154_880, first_k_dense_replace=1)
     assert llama_cpp_refusal(flash) is None
     assert "scoring_func" in (llama_cpp_refusal(cut_config(flash, without(47, 5))) or "")
+
+
+def test_switches_that_llama_cpp_does_not_read_must_stand_as_it_takes_them() -> None:
+    assert llama_cpp_refusal(config_of("afmoe", 4, **AFMOE)) is None
+    assert "config.mup_enabled is false" in (llama_cpp_refusal(config_of("afmoe", 4, route_norm=True)) or "")
+    assert 'add "route_norm": true' in (llama_cpp_refusal(config_of("afmoe", 4, mup_enabled=True)) or "")
+    assert llama_cpp_refusal(config_of("falcon", 4)) is None
+    assert "config.alibi is true" in (llama_cpp_refusal(config_of("falcon", 4, alibi=True)) or "")
+
+
+def test_afmoe_rotates_by_number_even_without_a_window() -> None:
+    config = config_of("afmoe", 8, sliding_window=None, **AFMOE)
+    assert llama_cpp_refusal(config) is None
+    assert "layer 2 of this student" in (llama_cpp_refusal(cut_config(config, without(8, 0))) or "")
 
 
 def test_gemma3n_is_read_by_fixed_layer_numbers() -> None:
