@@ -131,9 +131,9 @@ def apply_plan(
                 copy_beside(file, folder / file.name)
         prove_by_files(folder, skeleton, keep)
         if runs:
-            log.info("prune: running the teacher with %s, then the student", plan.in_words())
+            log.info("prune: running the teacher after %s, then the student", plan.in_words())
             expected = expected or _planned_behaviour(teacher.load(), plan, NOTHING_MADE)
-            prove_by_run(folder, expected, reference=f"the teacher with {plan.in_words()}")
+            prove_by_run(folder, expected, reference=f"the teacher after {plan.in_words()}")
 
 
 def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: bool) -> Teacher:

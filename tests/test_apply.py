@@ -204,7 +204,7 @@ def test_student_that_differs_on_disk_is_refused_and_leaves_nothing(
 ) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
     spoil("model.layers.2.mlp.up_proj.weight", monkeypatch)
-    with pytest.raises(UserError, match=r"logits differ from those of the teacher with dropping 1 of 6 layers: 1"):
+    with pytest.raises(UserError, match=r"logits differ from those of the teacher after dropping 1 of 6 layers: 1"):
         apply_plan(folder, plan((1,)), tmp_path / "student")
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
@@ -221,7 +221,7 @@ def test_student_whose_cached_text_differs_is_refused(tmp_path: Path, monkeypatc
     texts = iter([torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])])
     folder = tiny_checkpoint(tmp_path, "llama")
     monkeypatch.setattr(proof, "_greedy", lambda *_: next(texts))
-    with pytest.raises(UserError, match=r"writes other text with a KV cache than the teacher with dropping 1 of 6"):
+    with pytest.raises(UserError, match=r"writes other text with a KV cache than the teacher after dropping 1 of 6"):
         apply_plan(folder, plan((1,)), tmp_path / "student")
 
 
