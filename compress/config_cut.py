@@ -130,10 +130,22 @@ RULES: dict[str, Rule] = {
             "layer_rope_theta",
             "num_attention_heads_per_layer",
             "hybrid_override_pattern",
+            "hybrid_layer_pattern",
+            "attn_type_list",
         ),
         keep_entries,
     ),
-    **dict.fromkeys(("intermediate_size", "activation_sparsity_pattern"), keep_entries_or_value),
+    **dict.fromkeys(
+        (
+            "intermediate_size",
+            "activation_sparsity_pattern",
+            "moe_intermediate_size",
+            "moe_topk",
+            "num_experts",
+            "num_shared_expert",
+        ),
+        keep_entries_or_value,
+    ),
     **dict.fromkeys(
         (
             "max_window_layers",
@@ -178,7 +190,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("num_kv_shared_layers", "deepstack_visual_indexes", "n_recurrent_layers", "rescale_every"), refuse
     ),
-    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), drop_mtp),
+    **dict.fromkeys(
+        ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers"), drop_mtp
+    ),
 }
 """Configuration field -> what a depth cut does to it. Unset and empty values stay as they are."""
 
@@ -196,6 +210,7 @@ SPELT_OUT_BY: dict[str, str] = {
     "_sliding_window_pattern": "layer_types",
     "full_attention_interval": "layer_types",
     "layer_group_size": "layer_types",
+    "layer_switch": "layer_types",
     "global_attn_every_n_layers": "layer_types",
     "no_rope_layer_interval": "no_rope_layers",
     "interleave_moe_layer_step": "moe_layers",
@@ -328,7 +343,7 @@ def _renumbered_names(names: Sequence[str], keep: Sequence[int]) -> list[str]:
 def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
     for field, value in values.items():
         is_list = isinstance(value, list | tuple) and len(value) > 0
-        if is_list and RULES.get(field) is keep_entries and len(value) != num_layers:
+        if is_list and RULES.get(field) in (keep_entries, keep_entries_or_value) and len(value) != num_layers:
             raise UserError(
                 f"config.{field}: has {len(value)} entries for {num_layers} layers; shoal cuts it only where there is "
                 "one per layer"

@@ -335,7 +335,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "helium": Architecture(),
     "hrm_text": Architecture(refuses="does not know where this architecture keeps its decoder layers"),
     "hunyuan_v1_dense": Architecture({"head_dim": 8}),
-    "hunyuan_v1_moe": Architecture({"head_dim": 8, "moe_topk": 2}),
+    "hunyuan_v1_moe": Architecture({"head_dim": 8, "moe_topk": [2, 1, 3, 2, 1, 3], "num_shared_expert": [1] * 6}),
     "hy_v3": Architecture(),
     "hy_v4": Architecture(refuses="attend to the tokens that layer"),
     "hyperclovax": Architecture(),
@@ -441,12 +441,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mamba": Architecture(),
     "mamba2": Architecture({"num_heads": 8, "head_dim": 8, "n_groups": 2}),
     "mellum": Architecture({"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}),
-    "mimo_v2_flash": Architecture(),
+    "mimo_v2_flash": Architecture({"hybrid_layer_pattern": [0, 1, 1, 1, 1, 0]}),
     "minicpm3": Architecture(),
     "minimax": Architecture(
         {"block_size": 8, "sliding_window": None}, refuses="would come first|leaves only", drops=((0, 1),)
     ),
-    "minimax_m2": Architecture(),
+    "minimax_m2": Architecture({"attn_type_list": [1] * 6, "num_mtp_modules": 3}),
     "minimax_m3_vl_text": Architecture(),
     "ministral": Architecture({"head_dim": 8}),
     "ministral3": Architecture(),

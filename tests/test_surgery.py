@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import KINDS, NUM_LAYERS, SLIDING_WINDOW, tiny_config, tiny_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import Cohere2Config, LlamaConfig, PreTrainedModel
 
 from shoal.compress.config_cut import KEPT_LAYERS, cut_config
 from shoal.compress.surgery import cut_model, skipped
@@ -82,6 +82,9 @@ def test_every_kept_layer_keeps_its_attention_kind() -> None:
     config = cut_config(tiny_model("qwen2").config, (0, 3, 5))
     assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     assert config.max_window_layers == 1
+    config = cut_config(Cohere2Config(num_hidden_layers=4, sliding_window_pattern=4, layer_switch=4), (1, 2, 3))
+    assert config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
+    assert not {"sliding_window_pattern", "layer_switch"} & config.to_dict().keys()
 
 
 def test_config_names_the_layers_of_the_first_teacher_after_two_cuts() -> None:
@@ -107,6 +110,11 @@ def test_cutting_a_config_leaves_the_teachers_alone() -> None:
         ("decoder_sparse_step", 2, (2, 3, 4, 5), 2),
         ("num_nextn_predict_layers", 1, (0, 1), 0),
         ("num_mtp_layers", 2, (0, 1), 0),
+        ("num_mtp_modules", 3, (0, 1), 0),
+        ("mtp_num_hidden_layers", 1, (0, 1), 0),
+        ("attn_type_list", [0, 0, 1, 0, 0, 1], (0, 2, 3), [0, 1, 0]),
+        ("moe_topk", [1, 2, 3, 4, 5, 6], (0, 2, 3), [1, 3, 4]),
+        ("moe_topk", 2, (0, 2, 3), 2),
         ("num_kv_shared_layers", 0, (0, 1), 0),
         ("num_dense_layers", 3, (1, 3, 4), 1),
         ("num_blocks", 6, (0, 3), 2),
@@ -131,6 +139,7 @@ def test_rule_of_a_field(field: str, value: Any, keep: tuple[int, ...], expected
         ("decoder_sparse_step", 2, r"decoder_sparse_step=2: says that one layer in 2 is special"),
         ("num_kv_shared_layers", 2, r"num_kv_shared_layers=2: ties layers to each other"),
         ("no_rope_layers", [1, 0], r"no_rope_layers: has 2 entries for 6 layers"),
+        ("moe_intermediate_size", [16, 8], r"moe_intermediate_size: has 2 entries for 6 layers"),
         (
             "odd_layers",
             [1, 3],
