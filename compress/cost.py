@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.initialization import no_init_weights
 
 from shoal.anatomy import anatomy
 from shoal.checkpoint import Shard
 from shoal.errors import UserError
 from shoal.models import num_parameters, text_config
+
+from .stored_names import without_data
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names in safetensors files."""
@@ -67,8 +69,8 @@ class Cost:
 
 def model_without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of ``config`` on the meta device; its cache would be kept in ``dtype`` too."""
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with no_init_weights():
+        model = without_data(config, dtype=dtype)
     model.tie_weights()  # is part of the initialisation that was left out
     return model.eval()
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from shoal.anatomy import anatomy, decoder_layers
+from shoal.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +139,22 @@ def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: S
     return kept
 
 
+def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """The causal language model of ``config`` on the meta device; ``settings`` go to its constructor.
+
+    Raises:
+        UserError: transformers has no causal language model of that type, or needs a package that is not installed.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **settings)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{config.model_type}: transformers cannot build it as a causal language model: {reason}"
+        ) from error
+
+
 def load_without_data(
     config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[PreTrainedModel, Loading]:
@@ -148,9 +165,9 @@ def load_without_data(
 
     Raises:
         NotByCopy: transformers cannot merge or split the tensors.
+        UserError: what without_data refuses.
     """
-    with torch.device("meta"):
-        empty: Any = AutoModelForCausalLM.from_config(config)
+    empty: Any = without_data(config)
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
     try:
         with _quiet_transformers():

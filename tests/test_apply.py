@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_surgery import logits
 from tiny import KINDS, NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from shoal.anatomy import text_config
 from shoal.artifact import Provenance, PruningPlan
 from shoal.checkpoint import INDEX_FILE, checkpoint_bytes, read_shards
 from shoal.compress import apply, proof
@@ -303,6 +304,24 @@ def test_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"plan: is for a model of 30 layers, but .* has 6"):
         apply_plan(folder, plan((1,), num_layers=30), tmp_path / "student")
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [("t5", "Unrecognized configuration class <class '.*T5Config'>"), ("gemma3n", "requires the timm library")],
+)
+def test_model_that_transformers_cannot_build_is_refused_with_its_reason(
+    model_type: str, reason: str, tmp_path: Path
+) -> None:
+    if model_type == "gemma3n" and importlib.util.find_spec("timm"):
+        pytest.skip("timm is installed")
+    folder = tiny_checkpoint(tmp_path, "llama")
+    config = CONFIG_MAPPING[model_type]()
+    config.save_pretrained(folder)
+    with pytest.raises(
+        UserError, match=rf"{model_type}: transformers cannot build it as a causal .* model: .*{reason}"
+    ):
+        apply_plan(folder, plan((1,), text_config(config).num_hidden_layers), tmp_path / "student")
 
 
 @pytest.mark.parametrize("drop", [(6,), (-1,), (0, 1, 2, 3, 4, 5)])

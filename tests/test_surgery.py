@@ -82,9 +82,10 @@ def test_every_kept_layer_keeps_its_attention_kind() -> None:
     config = cut_config(tiny_model("qwen2").config, (0, 3, 5))
     assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     assert config.max_window_layers == 1
-    config = cut_config(Cohere2Config(num_hidden_layers=4, sliding_window_pattern=4, layer_switch=4), (1, 2, 3))
+    rules: dict[str, Any] = {"sliding_window_pattern": 4, "layer_switch": 4}
+    config = cut_config(Cohere2Config(num_hidden_layers=4, **rules), (1, 2, 3))
     assert config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
-    assert not {"sliding_window_pattern", "layer_switch"} & config.to_dict().keys()
+    assert not rules.keys() & config.to_dict().keys()
 
 
 def test_config_names_the_layers_of_the_first_teacher_after_two_cuts() -> None:
