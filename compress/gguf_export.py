@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -21,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import gguf
@@ -318,16 +320,29 @@ def _is_list(field: gguf.ReaderField) -> bool:
 def _tensor_names(reader: gguf.GGUFReader, num_layers: int) -> Any:
     """A function from a checkpoint's tensor name to the file's, by llama.cpp's table; empty for names it lacks."""
     architecture = reader.fields["general.architecture"].contents()
-    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    constants, tables = _converters_tables()
+    known = {name: arch for arch, name in constants.MODEL_ARCH_NAMES.items()}
     if architecture not in known:
         return lambda name: ""
-    table = gguf.get_tensor_name_map(known[architecture], num_layers)
+    table = tables.get_tensor_name_map(known[architecture], num_layers)
 
     def lookup(name: str) -> str:
         plain = name.replace("language_model.", "").replace("e_score_correction_bias", "e_score_correction.bias")
         return table.get_name(plain, try_suffixes=(".weight", ".bias")) or ""
 
     return lookup
+
+
+def _converters_tables() -> tuple[ModuleType, ModuleType]:
+    """The gguf package's constants and tensor names, as they lie beside the converter: the released package is older
+    and knows fewer architectures. The rest of the converter's package cannot be imported beside the released one."""
+    name, folder = "gguf", find_converter().parent / "gguf-py" / "gguf"
+    if folder.is_dir():
+        name = f"llama_cpp_gguf_{hashlib.sha256(bytes(folder)).hexdigest()[:8]}"
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules.setdefault(name, package)
+    return importlib.import_module(f"{name}.constants"), importlib.import_module(f"{name}.tensor_mapping")
 
 
 def _text_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

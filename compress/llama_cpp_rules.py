@@ -159,6 +159,12 @@ def _llama4(values: dict[str, Any]) -> str | None:
     if any(kind in SLIDING for kind in kinds):
         if (chunk := values.get("attention_chunk_size")) != 8192:
             return f"llama.cpp attends in chunks of 8192 tokens, config.attention_chunk_size is {chunk}"
+        temperature = [values.get(name) for name in ("attn_temperature_tuning", "floor_scale", "attn_scale")]
+        if not temperature[0] or temperature[1:] != [8192, 0.1]:
+            return (
+                "llama.cpp sharpens attention every 8192 tokens by 0.1, config.attn_temperature_tuning, floor_scale "
+                f"and attn_scale are {', '.join(map(str, temperature))}"
+            )
         problem = _sliding(4)(values) or _no_rope(values)
     else:  # its "always rotary" leaves the last layer out
         problem = _misread(
@@ -303,7 +309,7 @@ def _attention_scale(num_layers_of_27b: int) -> Rule:
 def _tied_head(values: dict[str, Any]) -> str | None:
     if values.get("tie_word_embeddings", True):
         return None
-    return "llama.cpp has no head of its own for this family and would use the embeddings (config.tie_word_embeddings)"
+    return "llama.cpp has no head of its own for this family, only the embeddings (config.tie_word_embeddings is false)"
 
 
 def _needs(field: str, remedy: str) -> Rule:
@@ -335,6 +341,29 @@ def _afmoe_switches(values: dict[str, Any]) -> str | None:
     return (
         "llama.cpp would not norm the experts' weights, since config.route_norm is not there; "
         'add "route_norm": true to config.json'
+    )
+
+
+def _normed_experts(values: dict[str, Any]) -> str | None:
+    if values.get("norm_topk_prob"):
+        return None
+    return "llama.cpp norms the weights of the chosen experts, config.norm_topk_prob is false"
+
+
+def _one_rope_base(values: dict[str, Any]) -> str | None:
+    """Written to the file for either kind of layer, and read for one of them."""
+    bases = {kind["rope_theta"] for kind in (values.get("rope_parameters") or {}).values() if isinstance(kind, dict)}
+    if len(bases) < 2:
+        return None
+    return f"llama.cpp rotates all layers by one rope_theta, config.rope_parameters has {sorted(bases)}"
+
+
+def _rotating_share_named(values: dict[str, Any]) -> str | None:
+    if "partial_rotary_factor" in values or "partial_rotary_factor" in (values.get("rope_parameters") or {}):
+        return None
+    return (
+        "llama.cpp would rotate half of each head, since config.rope_parameters has no partial_rotary_factor; "
+        'add "partial_rotary_factor": 1.0 to it'
     )
 
 
@@ -391,11 +420,13 @@ _LLAMA4 = (_llama4,)
 RULES: dict[str, tuple[Rule, ...]] = {
     "AfmoeForCausalLM": (_afmoe, _afmoe_switches),
     "BambaForCausalLM": (_whole_heads_rotate,),
+    "BitNetForCausalLM": (_tied_head,),
     "Cohere2ForCausalLM": (_sliding(4), _tied_head, _needs("rotary_pct", "add it to config.json, with the value 1.0")),
     "CohereForCausalLM": (_tied_head,),
     "Cohere2MoeForCausalLM": (_mtp, _dense_first(None)),
     "DeepseekV2ForCausalLM": _DEEPSEEK,
     "DeepseekV32ForCausalLM": (_dense_first("first_k_dense_replace"), _sigmoid_named),
+    "DeepseekV4ForCausalLM": (_needs("num_hash_layers", "this transformers drops it"),),
     "DeepseekV3ForCausalLM": (*_DEEPSEEK, _sigmoid_named),
     "Dots1ForCausalLM": (_dense_first("first_k_dense_replace"), _sigmoid_named),
     "Ernie4_5_MoeForCausalLM": (_ernie_moe,),
@@ -403,6 +434,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Exaone4_5_ForConditionalGeneration": (_mtp, _exaone4),
     "ExaoneMoeForCausalLM": (_mtp, _sliding(4), _dense_first("first_k_dense_replace"), _sigmoid_named),
     "FalconForCausalLM": (_no_alibi,),
+    "FalconH1ForCausalLM": (_needs("head_dim", "add it to config.json, with the value of one head's size"),),
     "GPT2LMHeadModel": (_needs("n_ctx", "add it to config.json, with the value of n_positions"),),
     "GPTNeoXForCausalLM": (_needs("rotary_pct", "this transformers drops it"),),
     "Gemma2ForCausalLM": (_sliding(2), _attention_scale(46), _tied_head),
@@ -418,19 +450,21 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "GptOssForCausalLM": (_sliding(2),),
     "GraniteMoeHybridForCausalLM": (_kind_names("layer_types", ("mamba", "attention")),),
     "LagunaForCausalLM": (_sliding(4, full_first=True), _dense_first(None)),
+    "Lfm2MoeForCausalLM": (_tied_head,),
     "Llama4ForCausalLM": _LLAMA4,
     "Llama4ForConditionalGeneration": _LLAMA4,
+    "MellumForCausalLM": (_one_rope_base,),
     "NemotronHForCausalLM": (_kind_names("layers_block_type", ("mamba", "attention", "moe")),),
     "Olmo3ForCausalLM": (_sliding(4),),
     "Qwen2MoeForCausalLM": (_all_experts,),
-    "Qwen3MoeForCausalLM": (_all_experts,),
+    "Qwen3MoeForCausalLM": (_all_experts, _normed_experts),
     "Qwen3NextForCausalLM": (_recurrent, _all_experts),
     "Qwen3_5ForCausalLM": (_recurrent,),
     "Qwen3_5ForConditionalGeneration": (_recurrent,),
     "Qwen3_5MoeForCausalLM": (_recurrent,),
     "Qwen3_5MoeForConditionalGeneration": (_recurrent,),
     "SmolLM3ForCausalLM": (_no_rope,),
-    "SolarOpenForCausalLM": (_mtp,),
+    "SolarOpenForCausalLM": (_mtp, _rotating_share_named),
     "YoutuForCausalLM": _DEEPSEEK,
 }
 """Architecture -> what llama.cpp assumes about it that a cut can break."""

@@ -90,6 +90,18 @@ def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
         check_gguf(path, tmp_path)
 
 
+@with_converter
+def test_a_family_that_only_the_converter_knows_is_compared_by_name(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = CONFIG_MAPPING["granite_swa"].from_dict({"vocab_size": 272, "num_hidden_layers": 2, **shape})
+    path, proof = exported(AutoModelForCausalLM.from_config(config), tmp_path)
+    assert "granite_swa" not in gguf.MODEL_ARCH_NAMES.values()
+    assert proof.num_equal > 2 * 7
+    tensors_of(tmp_path)["blk.1.ffn_down.weight"][:] = tensors_of(tmp_path)["blk.1.ffn_down.weight"][::-1].copy()
+    with pytest.raises(UserError, match=r"blk.1.ffn_down.weight is not .*down_proj.weight"):
+        check_gguf(path, tmp_path)
+
+
 def test_numbers_are_stored_in_a_type_that_holds_them_all(tmp_path: Path) -> None:
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16"), (torch.float32, "f32")):
         assert stored_type(tiny_checkpoint(tmp_path / name, "llama", dtype=dtype, num_hidden_layers=1)) == name

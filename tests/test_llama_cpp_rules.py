@@ -77,7 +77,14 @@ CASES: list[Case] = [
     ("llama4_text", 8, {"attention_chunk_size": 8192}, [0, 1, 2, 3], [0], r"layer 2 of this student"),
     ("qwen3_next", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a linear-attention layer"),
     ("qwen3_5_text", 8, {}, [0, 1, 2, 3], [0], r"layer 2 of this student for a linear-attention layer"),
-    ("qwen3_moe", 4, {"mlp_only_layers": [1]}, [1], [2], r"layer 1 .* it is a dense layer; it expects experts"),
+    (
+        "qwen3_moe",
+        4,
+        {"mlp_only_layers": [1], "norm_topk_prob": True},
+        [1],
+        [2],
+        r"layer 1 .* it is a dense layer; it expects experts",
+    ),
     ("qwen2_moe", 4, {"mlp_only_layers": [0]}, [0], [2], r"layer 0 .* it is a dense layer; it expects experts"),
     (
         "deepseek_v3",
@@ -147,6 +154,17 @@ def test_switches_that_llama_cpp_does_not_read_must_stand_as_it_takes_them() -> 
     assert llama_cpp_refusal(config_of("afmoe", 4, **AFMOE)) is None
     assert "config.mup_enabled is false" in (llama_cpp_refusal(config_of("afmoe", 4, route_norm=True)) or "")
     assert 'add "route_norm": true' in (llama_cpp_refusal(config_of("afmoe", 4, mup_enabled=True)) or "")
+    half = "rotate half of each head"
+    whole = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    assert half in (llama_cpp_refusal(config_of("solar_open", 4)) or "")
+    assert llama_cpp_refusal(config_of("solar_open", 4, rope_parameters=whole)) is None
+    bases = {"full_attention": {**whole, "rope_theta": 5e5}, "sliding_attention": whole}
+    assert "has [10000.0, 500000.0]" in (llama_cpp_refusal(config_of("mellum", 4, rope_parameters=bases)) or "")
+    bases["full_attention"] = whole
+    assert llama_cpp_refusal(config_of("mellum", 4, rope_parameters=bases)) is None
+    tuned = config_of("llama4_text", 4, attention_chunk_size=8192, interleave_moe_layer_step=1, floor_scale=4)
+    assert "attn_scale are True, 4, 0.1" in (llama_cpp_refusal(tuned) or "")
+    assert "config.norm_topk_prob is false" in (llama_cpp_refusal(config_of("qwen3_moe", 4)) or "")
     assert llama_cpp_refusal(config_of("falcon", 4)) is None
     assert "config.alibi is true" in (llama_cpp_refusal(config_of("falcon", 4, alibi=True)) or "")
 
@@ -174,7 +192,7 @@ def test_multi_token_prediction_layers_that_are_not_saved_are_refused() -> None:
 
 
 def test_a_head_of_its_own_is_refused_where_llama_cpp_has_none() -> None:
-    for model_type in ("gemma", "gemma2", "gemma3_text", "cohere2"):
+    for model_type in ("gemma", "gemma2", "gemma3_text", "cohere2", "bitnet", "lfm2_moe"):
         config = config_of(model_type, 6, tie_word_embeddings=False, query_pre_attn_scalar=16, rotary_pct=1.0)
         assert "config.tie_word_embeddings" in (llama_cpp_refusal(config) or "")
 
@@ -183,6 +201,9 @@ def test_fields_that_the_converter_misses_are_named() -> None:
     assert "needs config.rotary_pct" in (llama_cpp_refusal(config_of("gpt_neox", 4)) or "")
     assert "needs config.n_ctx" in (llama_cpp_refusal(CONFIG_MAPPING["gpt2"]()) or "")
     assert llama_cpp_refusal(config_of("gpt2", 4, n_ctx=1024)) is None
+    assert "needs config.num_hash_layers" in (llama_cpp_refusal(CONFIG_MAPPING["deepseek_v4"]()) or "")
+    assert "needs config.head_dim" in (llama_cpp_refusal(CONFIG_MAPPING["falcon_h1"]()) or "")
+    assert llama_cpp_refusal(CONFIG_MAPPING["falcon_h1"].from_dict({"head_dim": 128})) is None
 
 
 def test_heads_of_which_a_share_rotates_are_refused_where_the_converter_pairs_whole_heads() -> None:

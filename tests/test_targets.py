@@ -167,7 +167,8 @@ def test_kimi_numbers_its_layers_from_one_in_a_field_that_only_vllm_reads() -> N
 
 def test_mimo_is_described_by_other_fields_in_vllm() -> None:
     teacher = architectures.tiny_config("mimo_v2_flash")
-    assert vllm(teacher).startswith("no: it needs the list hybrid_layer_pattern")
+    assert vllm(teacher).startswith("no: it needs the list moe_layer_freq")
+    assert vllm(changed(teacher, hybrid_layer_pattern=None)).startswith("no: it needs the list hybrid_layer_pattern")
     told = {
         "hybrid_layer_pattern": [int(kind == "sliding_attention") for kind in teacher.layer_types],
         "moe_layer_freq": [int(kind == "sparse") for kind in teacher.mlp_layer_types],
