@@ -380,10 +380,19 @@ def _check_round_trip(config: PreTrainedConfig, student: PreTrainedConfig, keep:
             f"config.num_hidden_layers: reads {after.num_hidden_layers} after a reload instead of {len(keep)}; "
             f"shoal cannot cut the {config.model_type} family yet"
         )
+    refuse_wrong_entries(before, after, keep)
+
+
+def refuse_wrong_entries(before: PreTrainedConfig, after: PreTrainedConfig, keep: Sequence[int]) -> None:
+    """Per-layer lists of two text configurations, computed ones too, must hold the kept layers' entries.
+
+    Raises:
+        UserError: naming the first list that does not.
+    """
     for field in (name for name, rule in RULES.items() if rule is keep_entries):
         old, new = getattr(before, field, None), getattr(after, field, None)
         if isinstance(old, list | tuple) and len(old) > 0 and list(new or ()) != [old[layer] for layer in keep]:
             raise UserError(
                 f"config.{field}: reads {new} after a reload, which is not what the kept layers had; "
-                f"shoal cannot cut these layers of the {config.model_type} family"
+                f"shoal cannot cut these layers of the {before.model_type} family"
             )

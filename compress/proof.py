@@ -15,11 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from shoal.checkpoint import Shard, read_shards
+from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
 from shoal.models import align_weights, load_config, load_model, text_config
 
 from ..eval.wording import bytes_text
+from .config_cut import KEPT_LAYERS, RULES, SPELT_OUT_BY, refuse_wrong_entries
 from .quantised import without_quantization
+from .special_cuts import GROUP_RULES
 from .stored_names import NotByCopy, load_without_data
 from .surgery import refuse_changed_layers
 
@@ -34,6 +37,19 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux tells a container its limits."""
 RUNNABLE = {"F64", "F32", "F16", "BF16"}
 """Number formats that torch calculates in by itself."""
+
+
+NOT_COMPARED = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "transformers_version",
+    KEPT_LAYERS,
+    ZEROED_WEIGHTS,
+}
+"""Settings that change no number, or that a cut or an edit writes."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +97,10 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str) -
 
 def prove_by_files(student_folder: Path, teacher: PreTrainedModel, keep: Sequence[int]) -> None:
     """Read the saved student's configuration and headers back, build it without weights, and compare it with
-    ``teacher`` (which may be on the meta device): every tensor has its place, and every layer is what it was.
+    ``teacher`` (which may be on the meta device): every tensor has its place, every layer and setting is what it was.
 
     Raises:
-        UserError: tensors without a place, places without a tensor, or a layer that has changed.
+        UserError: tensors without a place, places without a tensor, a layer or a setting that has changed.
     """
     config, quantisation = without_quantization(load_config(student_folder))
     shapes = {name: tensor.shape for shard in read_shards(student_folder) for name, tensor in shard.tensors.items()}
@@ -98,6 +114,45 @@ def prove_by_files(student_folder: Path, teacher: PreTrainedModel, keep: Sequenc
             f"shoal cannot cut the {teacher.config.model_type} family exactly"
         )
     refuse_changed_layers(teacher, student, keep)
+    refuse_changed_settings(teacher.config, config, keep)
+
+
+def refuse_changed_settings(teacher: PreTrainedConfig, student: PreTrainedConfig, keep: Sequence[int]) -> None:
+    """Compare all that two configurations say: lists with one entry per layer, and all that no cut may change.
+
+    RoPE, scales and kinds of masks that were lost while saving or loading show in no tensor and in few layers.
+
+    Raises:
+        UserError: naming the first setting that differs.
+    """
+    refuse_wrong_entries(text_config(teacher), text_config(student), keep)
+    old, new = _untouched(teacher), _untouched(student)
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field):
+            raise UserError(
+                f"config.{field}: is {old.get(field)!r} but would become {new.get(field)!r} in the student; "
+                f"shoal cannot cut the {teacher.model_type} family exactly"
+            )
+
+
+def _untouched(config: PreTrainedConfig) -> dict[str, Any]:
+    text = text_config(config)
+    num_layers = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    may_change = (
+        RULES.keys() | SPELT_OUT_BY.keys() | {field for fields in GROUP_RULES for field in fields} | {num_layers}
+    )
+    outer = config.to_dict() if text is not config else {}
+    parts = [name for name in outer if getattr(config, name, None) is text]
+    values = {key: value for key, value in outer.items() if key not in parts} | text.to_dict()
+    return {key: value for key, value in _compared(values).items() if key not in may_change}
+
+
+def _compared(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _compared(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in NOT_COMPARED
+    }
 
 
 def why_not_run(config: PreTrainedConfig, shards: Sequence[Shard]) -> str:

@@ -241,6 +241,12 @@ def lose_tensor(folder: Path) -> None:
             r"layer 0: its self_attn.attention_dropout is 0.0 but would become 0.5",
         ),
         (lambda folder: set_json(folder / "config.json", layer_types=["full_attention"] * 5), "its .* would become"),
+        (
+            lambda folder: set_json(
+                folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7.0}
+            ),
+            r"config.rope_parameters: is .*10000.0.* but would become .*7.0",
+        ),
     ],
 )
 def test_files_that_do_not_make_the_planned_student_are_refused_without_running_it(
