@@ -2,8 +2,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# torch's thread pools fight each other when several processes run; each test process gets one thread
-TEST_ENV := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
 
 .PHONY: quickstart test lint format bench
 
@@ -11,7 +9,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/shoal run --config configs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(TEST_ENV) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging as transformers_logging
 
 from shoal.anatomy import anatomy, decoder_layers
@@ -29,7 +30,7 @@ class NotByCopy(Exception):
 
 
 def is_mtp(name: str) -> bool:
-    """Whether a tensor or module belongs to multi-token prediction, which transformers never runs."""
+    """Whether a tensor or module belongs to multi-token prediction, which the model itself does not run."""
     return any(part.startswith("mtp") for part in name.split("."))
 
 
@@ -116,7 +117,7 @@ def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: S
     """Stored name -> its name in the student, for every tensor that stays.
 
     Layers behind the last one, and tensors named mtp, predict further tokens of the uncut model from its states and
-    are never run by transformers; they are left out.
+    are no part of its own answers; they are left out.
     """
     new_index = {old: new for new, old in enumerate(keep)}
     kept: dict[str, str] = {}
@@ -170,7 +171,7 @@ def load_without_data(
     empty: Any = without_data(config)
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
     try:
-        with _quiet_transformers():
+        with _quiet_transformers(), _all_on_meta():
             model, report = type(empty).from_pretrained(
                 None,
                 config=empty.config,
@@ -201,6 +202,17 @@ def _quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
         if bar:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _all_on_meta() -> Iterator[None]:
+    """Let transformers convert everything on the meta device, also what it wants on the CPU for its size (Qwen4-Exp)."""
+    stored: Any = WeightConverter.__dict__["force_cpu"]
+    setattr(WeightConverter, "force_cpu", property(lambda _: False, stored.__set__))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(WeightConverter, "force_cpu", stored)  # noqa: B010
 
 
 def _layer(name: str, prefix: str) -> tuple[int | None, str]:
