@@ -86,6 +86,8 @@ def find_layers(shapes: Mapping[str, tuple[int, ...]], teacher: PreTrainedModel,
     numbers = _numbered(shapes)
     complete = {prefix for prefix, found in numbers.items() if set(range(num_layers)) <= found}
     outermost = {prefix for prefix in complete if not any(prefix.startswith(o) for o in complete - {prefix})}
+    if outermost == {f"{path}."}:  # the model's own name, and nothing else that could be meant
+        return f"{path}."
     everything = set(teacher.state_dict())
 
     def lands(prefix: str, layer: int) -> bool:
@@ -206,7 +208,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @contextmanager
 def _all_on_meta() -> Iterator[None]:
-    """Let transformers convert everything on the meta device, also what it wants on the CPU for its size (Qwen4-Exp)."""
+    """Let transformers convert on the meta device, also what it wants on the CPU for its size (Qwen4-Exp)."""
     stored: Any = WeightConverter.__dict__["force_cpu"]
     setattr(WeightConverter, "force_cpu", property(lambda _: False, stored.__set__))  # noqa: B010
     try:
