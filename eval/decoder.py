@@ -58,6 +58,18 @@ class Decoder:
         cache: DynamicCache | None = None,
     ) -> Tensor:
         """Final hidden states (B, S, D); ``cache`` is extended, ``mask`` covers what it holds and the new tokens."""
+        arguments = self.arguments(input_ids_BS, mask=mask, position_ids_BS=position_ids_BS, cache=cache)
+        return self._body(**arguments).last_hidden_state
+
+    def arguments(
+        self,
+        input_ids_BS: Tensor,
+        *,
+        mask: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> dict[str, Any]:
+        """What the model's body is called with for this."""
         arguments: dict[str, Any] = {"input_ids": input_ids_BS, "use_cache": cache is not None}
         if cache is not None:
             assert self._cache_name is not None, "a model that takes no cache was given one"
@@ -66,7 +78,7 @@ class Decoder:
             arguments["attention_mask"] = mask
         if position_ids_BS is not None and self._takes_positions:
             arguments["position_ids"] = position_ids_BS
-        return self._body(**arguments).last_hidden_state
+        return arguments
 
     @torch.no_grad()
     def logits(self, hidden_ND: Tensor) -> Tensor:

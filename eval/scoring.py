@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -76,21 +77,64 @@ def score(
     ``branch`` False gives every continuation a forward of its own, which a model whose cache cannot branch gets anyway:
     same values at another cost. ``progress`` is told how many requests were answered.
     """
+    answers: list[Score] = [(0.0, True)] * len(requests)
+    for make in layouts(decoder, requests, batch_size=batch_size, branch=branch):
+        layout = make()
+        progress(settle(decoder, layout.locate(layout.hidden(decoder)), answers))
+    return answers
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward through the layers."""
+
+    ids_BS: Tensor
+    mask: Tensor | None = None
+    """Over what the cache holds and the new tokens; None = nothing is padded that a token could see."""
+    positions_BS: Tensor | None = None
+    rows: Tensor | None = None
+    """Which rows of the first pass each row goes on from; None = none, as in the first pass itself."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The forwards that answer one batch of questions, and where in their hidden states the answers lie."""
+
+    passes: tuple[Pass, ...]
+    locate: Callable[[Sequence[Tensor]], Positions]
+
+    @property
+    def branches(self) -> bool:
+        """Whether later passes go on from the first one's cache."""
+        return len(self.passes) > 1
+
+    def hidden(self, decoder: Decoder) -> list[Tensor]:
+        """Final hidden states of every pass."""
+        cache = decoder.new_cache() if self.branches else None
+        found = []
+        for one in self.passes:
+            mine = cache if one.rows is None or cache is None else branched(cache, one.rows)
+            found.append(decoder.hidden(one.ids_BS, mask=one.mask, position_ids_BS=one.positions_BS, cache=mine))
+        return found
+
+
+def layouts(
+    decoder: Decoder, requests: Sequence[tuple[Tokens, Tokens]], *, batch_size: int, branch: bool = True
+) -> list[Callable[[], Layout]]:
+    """What has to run to score every (context, continuation); each layout is made when it is called."""
     questions: dict[Tokens, Question] = {}
     for index, (context, continuation) in enumerate(requests):
         question = questions.setdefault(context, Question(context))
         question.requests.setdefault(continuation, []).append(index)
-    answers: list[Score] = [(0.0, True)] * len(requests)
     branching = [q for q in questions.values() if branch and decoder.can_branch and q.is_worth_branching()]
     chosen = {question.context for question in branching}
     whole = [(q, tail) for q in questions.values() if q.context not in chosen for tail in q.tails]
     branching.sort(key=lambda q: (-len(q.context), q.context))
     whole.sort(key=lambda pair: -len(pair[0].context) - len(pair[1]))
-    for batch in batches(branching, batch_size):
-        progress(_settle(decoder, _branched_positions(decoder, batch, batch_size), answers))
-    for batch in batches(whole, batch_size):
-        progress(_settle(decoder, _whole_positions(decoder, batch), answers))
-    return answers
+    return [
+        *(partial(_branched_layout, decoder, batch, batch_size) for batch in batches(branching, batch_size)),
+        *(partial(_whole_layout, decoder, batch) for batch in batches(whole, batch_size)),
+    ]
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -98,51 +142,55 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _whole_positions(decoder: Decoder, batch: Sequence[tuple[Question, Tokens]]) -> Positions:
+def _whole_layout(decoder: Decoder, batch: Sequence[tuple[Question, Tokens]]) -> Layout:
     """One forward over context and tail together; every continuation with this tail reads its scores from it."""
-    hidden_BSD = decoder.hidden(decoder.right_padded([(*question.context, *tail) for question, tail in batch]))
-    positions = Positions()
-    for row, (question, tail) in enumerate(batch):
-        first = len(question.context) - 1
-        start = positions.add_hidden(hidden_BSD[row, first : first + len(tail) + 1])
-        for continuation, owners in question.requests.items():
-            if continuation[:-1] == tail:
-                positions.want(range(start, start + len(continuation)), continuation, owners)
-    return positions
+
+    def locate(hidden: Sequence[Tensor]) -> Positions:
+        positions = Positions()
+        for row, (question, tail) in enumerate(batch):
+            first = len(question.context) - 1
+            start = positions.add_hidden(hidden[0][row, first : first + len(tail) + 1])
+            for continuation, owners in question.requests.items():
+                if continuation[:-1] == tail:
+                    positions.want(range(start, start + len(continuation)), continuation, owners)
+        return positions
+
+    return Layout((Pass(decoder.right_padded([(*question.context, *tail) for question, tail in batch])),), locate)
 
 
-def _branched_positions(decoder: Decoder, batch: Sequence[Question], batch_size: int) -> Positions:
+def _branched_layout(decoder: Decoder, batch: Sequence[Question], batch_size: int) -> Layout:
     """One forward over the contexts, then one over every ``batch_size`` tails on copies of the contexts' cache rows."""
-    positions = Positions()
     ids, mask_BS, position_ids = decoder.left_padded([question.context for question in batch])
-    cache = decoder.new_cache()
-    hidden_BSD = decoder.hidden(ids, mask=mask_BS, position_ids_BS=position_ids, cache=cache)
-    positions.add_hidden(hidden_BSD[:, -1])
     fed = sorted(
         ((row, tail) for row, question in enumerate(batch) for tail in question.tails if tail), key=lambda p: -len(p[1])
     )
-    starts: dict[tuple[int, Tokens], int] = {}
-    for chunk in batches(fed, batch_size):
+    chunks = list(batches(fed, batch_size))
+    passes = [Pass(ids, mask_BS, position_ids)]
+    for chunk in chunks:
         rows = torch.tensor([row for row, _ in chunk], device=decoder.device)
         ids_BT = decoder.right_padded([tail for _, tail in chunk])
         offsets = torch.tensor([[len(batch[row].context)] for row, _ in chunk], device=decoder.device)
-        hidden_BTD = decoder.hidden(
-            ids_BT,
-            mask=torch.cat([mask_BS[rows], torch.ones_like(ids_BT)], dim=1),
-            position_ids_BS=offsets + torch.arange(ids_BT.shape[1], device=decoder.device),
-            cache=branched(cache, rows),
-        )
-        for index, (row, tail) in enumerate(chunk):
-            starts[row, tail] = positions.add_hidden(hidden_BTD[index, : len(tail)])
-    for row, question in enumerate(batch):
-        for continuation, owners in question.requests.items():
-            start = starts.get((row, continuation[:-1]), 0)
-            rest = range(start, start + len(continuation) - 1)
-            positions.want((row, *rest), continuation, owners)
-    return positions
+        mask = torch.cat([mask_BS[rows], torch.ones_like(ids_BT)], dim=1)
+        passes.append(Pass(ids_BT, mask, offsets + torch.arange(ids_BT.shape[1], device=decoder.device), rows))
+
+    def locate(hidden: Sequence[Tensor]) -> Positions:
+        positions = Positions()
+        positions.add_hidden(hidden[0][:, -1])
+        starts: dict[tuple[int, Tokens], int] = {}
+        for chunk, hidden_BTD in zip(chunks, hidden[1:], strict=True):
+            for index, (row, tail) in enumerate(chunk):
+                starts[row, tail] = positions.add_hidden(hidden_BTD[index, : len(tail)])
+        for row, question in enumerate(batch):
+            for continuation, owners in question.requests.items():
+                start = starts.get((row, continuation[:-1]), 0)
+                rest = range(start, start + len(continuation) - 1)
+                positions.want((row, *rest), continuation, owners)
+        return positions
+
+    return Layout(tuple(passes), locate)
 
 
-def _settle(decoder: Decoder, positions: Positions, answers: list[Score]) -> int:
+def settle(decoder: Decoder, positions: Positions, answers: list[Score]) -> int:
     """Add up the wanted tokens' scores into ``answers``; how many requests that answered."""
     log_probs, first_choice = token_scores(decoder, torch.cat(positions.hidden), positions.wanted)
     for owners, log_prob, is_first in zip(positions.owners, log_probs.tolist(), first_choice.tolist(), strict=True):
