@@ -27,6 +27,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from shoal.edits import Edits, first_change, in_words
 from shoal.errors import UserError, explained_disk_errors
 from shoal.runtime import environment
+from shoal.sweeps import Atlas, Removal, Sweep
 
 Json = Any
 
@@ -104,6 +105,12 @@ class Importance(Artifact):
     runs: dict[str, tuple[tuple[float, ...], ...]]
     """Metric name -> scores[n - 1][l] of the run of n layers that starts at layer l; row n - 1 has num_layers - n + 1
     entries."""
+    orders: dict[str, tuple[Removal, ...]] = field(default_factory=dict)
+    """Greedy metric name -> what it removes, first removal first."""
+    atlas: Atlas | None = None
+    """Single layers by task and protocol; None where no task was swept."""
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    """Operator -> its table, for every operator but that of single layers."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,234 @@
+"""What a sweep has measured: one table of units by columns for every operator, and what follows from single layers.
+
+An operator takes one unit out of the intact model at a time (a layer, a half of one, a head), takes ever more layers
+out, or puts a donor's layer in; a column is one task under one protocol. Only numbers per column are kept here; scores
+per item lie beside the run's other files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import ConfigDict
+
+Part = Literal["layer", "attention", "mlp", "head", "kv_group", "donor"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is taken out of the intact model, or put in from a donor, in one variant."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    layers: tuple[int, ...]
+    """0-based. Several where layers go together; then in the order in which they were added to the set."""
+    part: Part = "layer"
+    index: int | None = None
+    """Which head or key-value group of the layer."""
+
+    @property
+    def name(self) -> str:
+        """`layer 3`, `layers 3, 7`, `attention 3`, `head 3.5`."""
+        plural = "s" if self.part == "layer" and len(self.layers) > 1 else ""
+        which = ", ".join(map(str, self.layers))
+        return f"{self.part.replace('_', ' ')}{plural} {which}" + ("" if self.index is None else f".{self.index}")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One step of a greedy order."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    unit: Unit
+    score: float
+    """The order's objective after this step, with everything before it gone too."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one unit's removal does to one column."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    score: Estimate
+    change: Estimate
+    """Score without the unit - intact score, over the same items."""
+    relative: float | None
+    """change / intact score; None where that is 0."""
+    retention: Estimate | None
+    """(score - chance) / (intact score - chance); None where the column says why."""
+    p_value: float
+    adjusted_p: float
+    """After Holm's correction over the units of the column."""
+    critical: bool
+    """Significantly worse than intact at the 5 % level after Holm's correction."""
+    malformed: float | None = None
+    """Share of the written texts from which no answer can be read; None where nothing is written."""
+    repetition: float | None = None
+    """Share of the written texts that end in a loop."""
+
+
+@dataclass(frozen=True)
+class SweepColumn:
+    """One task under one protocol over all units of a sweep."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    task: str
+    ability: str
+    protocol: str
+    metric: str
+    chance: float
+    higher_is_better: bool
+    n: int
+    version: str
+    num_fewshot: int
+    intact: Estimate
+    test: Literal["mcnemar-exact", "paired-bootstrap"]
+    effects: tuple[Effect, ...]
+    """One per unit, in the order of the sweep's units."""
+    no_retention: str = ""
+    """Why there is no retention; empty where there is one."""
+    malformed: float | None = None
+    """Of the intact model, as in Effect."""
+    repetition: float | None = None
+    correlation: tuple[tuple[float, ...], ...] = ()
+    """Row i: correlation of the change of unit i with those of units 0..i, over items. What the interval of a sum of
+    changes needs; empty where units are no single layers."""
+
+    @property
+    def label(self) -> str:
+        """`ability/protocol`."""
+        return f"{self.ability}/{self.protocol}"
+
+    @property
+    def importances(self) -> tuple[float, ...]:
+        """How much worse the score is without each unit, in the metric's unit. Higher = keep."""
+        sign = -1.0 if self.higher_is_better else 1.0
+        return tuple(sign * effect.change.value for effect in self.effects)
+
+    @property
+    def critical(self) -> tuple[int, ...]:
+        """Positions of the units without which the score is significantly worse."""
+        return tuple(position for position, effect in enumerate(self.effects) if effect.critical)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every unit of one operator by every column."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    operator: str
+    """layer, attention, mlp, head, kv_group, cumulative or donor."""
+    units: tuple[Unit, ...]
+    columns: tuple[SweepColumn, ...]
+
+
+@dataclass(frozen=True)
+class ProtocolGap:
+    """Retention by likelihood minus retention in generated text, on the items that both columns share."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    ability: str
+    likelihood: str
+    """Task of the likelihood or continuation column."""
+    generation: str
+    n: int
+    """Shared items."""
+    gaps: tuple[Estimate, ...]
+    """One per layer. Above 0: likelihood hides damage that generated text shows."""
+    mean: Estimate
+    """Over all layers."""
+    thirds: tuple[Estimate, Estimate, Estimate]
+    """Over the first, the middle and the last third of the layers."""
+
+
+@dataclass(frozen=True)
+class DepthProfile:
+    """Where in the depth of the model a column's importance lies, by the loss w of every layer.
+
+    w = max(0, 1 - retention); max(0, increase) for nats.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    task: str
+    centroid: Estimate | None
+    """Mean relative depth l / (L - 1), weighted with w; None where no layer costs anything or w is undefined."""
+    entropy: float | None
+    """Of w, as a share of that of equal weights: 1 = spread evenly, 0 = one layer."""
+    gini: float | None
+    """Of w: 0 = spread evenly, near 1 = a few isolated layers."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How far a column's ranking of the layers agrees with itself on other items."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    thirds: float | None
+    """Mean rank correlation between disjoint thirds of the items; None where a third tells no layers apart."""
+    reliability: float | None
+    """The same expected of two sets as large as the whole (Spearman-Brown)."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far columns rank the layers alike."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    columns: tuple[str, ...]
+    """Metric names and task names."""
+    spearman: tuple[tuple[float | None, ...], ...]
+    """None where one of the two ranks all layers equal."""
+    ceiling: tuple[tuple[float | None, ...], ...]
+    """sqrt(reliability * reliability): what rank correlation two columns can be expected to reach if they mean the same
+    and only differ by the noise of their items. None where a reliability is not known."""
+    jaccard: tuple[tuple[float, ...], ...]
+    """Shared part of the ``k`` layers that either would remove first."""
+    k: int
+    stability: dict[str, Stability]
+    """Task columns only."""
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """What every layer is worth by task and protocol: the sweep of single-layer removals and what follows from it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    sweep: Sweep
+    gaps: tuple[ProtocolGap, ...]
+    depth: tuple[DepthProfile, ...]
+    """One per column."""
+    agreement: Agreement
+    notes: tuple[str, ...] = ()
+    """What could not be computed, and why."""
+
+    @property
+    def columns(self) -> tuple[SweepColumn, ...]:
+        """Tasks by protocols."""
+        return self.sweep.columns
+
+    def of(self, name: str) -> Iterator[SweepColumn]:
+        """The columns that ``name`` means: a task, an ability, or `ability/protocol`."""
+        return (column for column in self.columns if name in (column.task, column.ability, column.label))
