@@ -1,0 +1,289 @@
+"""Variants of a model and their final states, each shared part of the way computed once.
+
+A variant is the intact model with edits of single layers. Two variants are the same up to the layer of their first
+difference, so states are kept by the edits met so far: all variants pass layer j together, while its weights are hot,
+and what equal beginnings have in common is run once. Over all L single removals this is L(L-1)/2 + L layers where a
+loop over L cut models runs L(L-1).
+
+B batch, S sequence, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from shoal.anatomy import decoder_layers, text_config
+from shoal.errors import UserError
+from shoal.eval.decoder import Decoder
+from shoal.eval.scoring import Layout, Pass, Score, Tokens, layouts, settle
+
+from .layerwise import Call, Layerwise, Prepared
+from .operators import Half, attention_skipped, heads_masked, mlp_skipped
+from .surgery import skipped
+from .swapping import refuse_unswappable, swapped
+
+log = logging.getLogger(__name__)
+
+STATE_BYTES = 1 << 30
+"""States of variants that are held at one time; a sweep over more of them goes through the layers in groups."""
+
+
+@dataclass(frozen=True)
+class Removed:
+    """The layer passes its input on."""
+
+
+@dataclass(frozen=True)
+class Silenced:
+    """One half of the layer adds nothing."""
+
+    half: Half
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The contexts of some query heads of the layer are zero."""
+
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The layer is the donor's."""
+
+
+Edit = Removed | Silenced | Masked | Swapped
+Path = tuple[tuple[int, Edit], ...]
+"""Edits by layer, in the order of the layers."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The intact model with ``edits``; without any it is the intact model itself."""
+
+    name: str
+    edits: Path
+
+    @property
+    def first_change(self) -> int | None:
+        return self.edits[0][0] if self.edits else None
+
+
+INTACT = Variant("intact", ())
+
+
+def variant(name: str, edits: Iterable[tuple[int, Edit]]) -> Variant:
+    """The variant with ``edits`` in any order."""
+    return Variant(name, tuple(sorted(edits, key=lambda edit: (edit[0], repr(edit[1])))))
+
+
+def without(layers: Iterable[int], name: str = "") -> Variant:
+    """The variant without ``layers``."""
+    chosen = sorted(layers)
+    return Variant(name or ",".join(map(str, chosen)), tuple((layer, Removed()) for layer in chosen))
+
+
+@dataclass(frozen=True)
+class Edited:
+    """A model to which variants can be applied.
+
+    Raises:
+        UserError: a donor whose layers do not fit the model.
+    """
+
+    model: PreTrainedModel
+    donor: PreTrainedModel | None = None
+
+    def __post_init__(self) -> None:
+        if self.donor is not None:
+            refuse_unswappable(self.model, self.donor, range(len(decoder_layers(self.model))), ())
+
+    def applied(self, path: Path) -> ExitStack:
+        """``path`` in effect on the model until the returned stack is closed: the plain way, for any architecture."""
+        stack = ExitStack()
+        swaps = [layer for layer, edit in path if isinstance(edit, Swapped)]
+        if swaps:
+            assert self.donor is not None
+            stack.enter_context(swapped(self.model, self.donor, swaps))
+        for layer, edit in path:
+            self._enter(stack, layer, edit)
+        return stack
+
+    def run(
+        self, layerwise: Layerwise, layer: int, edits: Sequence[Edit], hidden: Tensor, call: Call, **changed: Any
+    ) -> Tensor:
+        """The state after ``layer`` under ``edits`` of it."""
+        if Removed() in edits:
+            return hidden
+        if Swapped() in edits:
+            assert self.donor is not None
+            return call.of(decoder_layers(self.donor)[layer], hidden.clone(), **changed)
+        with ExitStack() as stack:
+            for edit in edits:
+                self._enter(stack, layer, edit)
+            return layerwise.run(layer, hidden, call, **changed)
+
+    def _enter(self, stack: ExitStack, layer: int, edit: Edit) -> None:
+        match edit:
+            case Removed():
+                stack.enter_context(skipped(self.model, [layer]))
+            case Silenced(half):
+                skip = attention_skipped if half == "attention" else mlp_skipped
+                stack.enter_context(skip(self.model, [layer]))
+            case Masked(heads):
+                stack.enter_context(heads_masked(self.model, {layer: heads}))
+            case Swapped():
+                pass
+
+
+class States:
+    """The states of variants over the passes of one layout, on their way through the layers."""
+
+    def __init__(
+        self, edited: Edited, layerwise: Layerwise, decoder: Decoder, layout: Layout, variants: Sequence[Variant]
+    ) -> None:
+        self._edited, self._layerwise = edited, layerwise
+        self._variants = variants
+        self._passes = layout.passes
+        self._empty = decoder.new_cache() if layout.branches else None
+        caches = _measuring_caches(decoder, layout)
+        self._prepared = [
+            layerwise.prepare(
+                decoder.arguments(one.ids_BS, mask=one.mask, position_ids_BS=one.positions_BS, cache=cache)
+            )
+            for one, cache in zip(layout.passes, caches, strict=True)
+        ]
+        self._cache_names = [_name_of(cache, made) for cache, made in zip(caches, self._prepared, strict=True)]
+        self._states: dict[Path, list[Tensor]] = {(): [made.hidden_BSD for made in self._prepared]}
+        self.layer = 0
+
+    def advance(self) -> None:
+        """Take every state through the next layer."""
+        layer, before = self.layer, self._states
+        self._states = {}
+        for one in self._variants:
+            path = tuple(edit for edit in one.edits if edit[0] <= layer)
+            if path not in self._states:
+                here = [edit for at, edit in path if at == layer]
+                self._states[path] = self._run(layer, here, before[tuple(edit for edit in path if edit[0] < layer)])
+        self.layer += 1
+
+    def final(self, of: Variant) -> list[Tensor]:
+        """The final hidden states of every pass, once all layers are behind."""
+        states = self._states[of.edits]
+        return [self._layerwise.finish(state, made) for state, made in zip(states, self._prepared, strict=True)]
+
+    def _run(self, layer: int, here: Sequence[Edit], states: Sequence[Tensor]) -> list[Tensor]:
+        """All passes through one layer; what later passes see of the first one's is held no longer than that."""
+        first: DynamicCache | None = None
+        after = []
+        for one, made, name, state in zip(self._passes, self._prepared, self._cache_names, states, strict=True):
+            changed: dict[str, Any] = {}
+            if name is not None and self._empty is not None:
+                if first is None:
+                    mine = first = _with_own_slot(self._empty, layer)
+                else:
+                    mine = _with_own_slot(first, layer)
+                    slot: Any = mine.layers[layer]
+                    slot.batch_select_indices(one.rows)
+                changed[name] = mine
+            after.append(self._edited.run(self._layerwise, layer, here, state, made.calls[layer], **changed))
+        return after
+
+
+def _measuring_caches(decoder: Decoder, layout: Layout) -> list[DynamicCache | None]:
+    """For every pass a cache as long as the one it goes on from, from which the body works out masks and positions."""
+    if not layout.branches:
+        return [None]
+    first = layout.passes[0]
+    full = decoder.new_cache()
+    for layer in range(len(full.layers)):
+        nothing = torch.zeros(len(first.ids_BS), 1, first.ids_BS.shape[1], 1, device=decoder.device)
+        full.update(nothing, nothing, layer)
+    return [decoder.new_cache(), *(copy.deepcopy(full) for _ in layout.passes[1:])]
+
+
+def _name_of(cache: DynamicCache | None, made: Prepared) -> str | None:
+    """What the layers call the argument that holds ``cache``."""
+    if cache is None:
+        return None
+    return next((name for name, value in made.calls[0].kwargs.items() if value is cache), None)
+
+
+def _with_own_slot(cache: DynamicCache, layer: int) -> DynamicCache:
+    """``cache``, whose slot of ``layer`` may be changed without changing it there."""
+    own = copy.copy(cache)
+    own.layers = list(cache.layers)
+    own.layers[layer] = copy.copy(cache.layers[layer])
+    return own
+
+
+def score_variants(
+    edited: Edited,
+    decoder: Decoder,
+    requests: Sequence[tuple[Tokens, Tokens]],
+    variants: Sequence[Variant],
+    *,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[list[Score]]:
+    """The score of every (context, continuation) under every variant: by variant, then in order of ``requests``.
+
+    The same values as scoring every variant on its own. Where the layers of an architecture cannot be run alone, that
+    is what happens.
+    """
+    answers: list[list[Score]] = [[(0.0, True)] * len(requests) for _ in variants]
+    layerwise = layerwise_or_none(edited.model)
+    for make in layouts(decoder, requests, batch_size=batch_size):
+        layout = make()
+        done = 0
+        for number, hidden in _finals(edited, layerwise, decoder, layout, variants):
+            done = settle(decoder, layout.locate(hidden), answers[number])
+        progress(done)
+    return answers
+
+
+def _finals(
+    edited: Edited, layerwise: Layerwise | None, decoder: Decoder, layout: Layout, variants: Sequence[Variant]
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Index of every variant and its final hidden states of all passes."""
+    if layerwise is None:
+        for number, one in enumerate(variants):
+            with edited.applied(one.edits):
+                hidden = layout.hidden(decoder)
+            yield number, hidden
+        return
+    # neighbours in this order share most
+    order = sorted(range(len(variants)), key=lambda number: [layer for layer, _ in variants[number].edits])
+    size = _group_size(edited.model, layout.passes)
+    for start in range(0, len(order), size):
+        group = order[start : start + size]
+        states = States(edited, layerwise, decoder, layout, [variants[number] for number in group])
+        for _ in range(layerwise.num_layers):
+            states.advance()
+        for number in group:
+            yield number, states.final(variants[number])
+
+
+def layerwise_or_none(model: PreTrainedModel) -> Layerwise | None:
+    """``model`` taken apart into layers, or None where its architecture has to run as a whole."""
+    try:
+        return Layerwise(model)
+    except UserError as error:
+        log.info("%s; every variant runs through the whole model", error)
+        return None
+
+
+def _group_size(model: PreTrainedModel, passes: Sequence[Pass]) -> int:
+    """How many variants' states of one layout may be held."""
+    elements = sum(one.ids_BS.numel() for one in passes) * text_config(model.config).hidden_size
+    return max(1, STATE_BYTES // (elements * model.dtype.itemsize))

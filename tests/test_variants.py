@@ -1,0 +1,150 @@
+"""Every variant's scores, with all that variants share computed once, against the variant run alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import KINDS, NUM_LAYERS, tiny_model
+from transformers import PreTrainedModel
+
+from shoal.compress.surgery import cut_model
+from shoal.compress.variants import (
+    INTACT,
+    Edited,
+    Masked,
+    Removed,
+    Silenced,
+    Swapped,
+    Variant,
+    score_variants,
+    variant,
+    without,
+)
+from shoal.errors import UserError
+from shoal.eval.decoder import Decoder
+from shoal.eval.scoring import Score, Tokens, score
+
+
+def requests(*, num_questions: int = 5, seed: int = 0) -> list[tuple[Tokens, Tokens]]:
+    """Contexts of several lengths, beyond the sliding window too, each with options of several lengths, and texts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> Tokens:
+        return tuple(torch.randint(0, 250, (length,), generator=generator).tolist())
+
+    found = []
+    for number in range(num_questions):
+        context = tokens(4 + 5 * number)
+        found += [(context, tokens(length)) for length in (1, 3, 3, 6)]
+    return [*found, ((256,), tokens(20)), ((256,), tokens(9))]
+
+
+VARIANTS = [
+    INTACT,
+    *(without([layer]) for layer in range(NUM_LAYERS)),
+    without([1, 2]),
+    without([1, 4]),
+    without([0, 1, 2, 3, 4]),
+    *(variant(f"{half}{layer}", [(layer, Silenced(half))]) for layer in (0, 3) for half in ("attention", "mlp")),
+    variant("both halves", [(2, Silenced("mlp")), (2, Silenced("attention"))]),
+    variant("heads", [(5, Masked((1, 2))), (3, Masked((0,)))]),
+    variant("mixed", [(4, Removed()), (2, Silenced("mlp")), (1, Masked((3,)))]),
+]
+
+
+def assert_equal_scores(found: list[Score], expected: list[Score], tolerance: float = 1e-4) -> None:
+    assert [first for _, first in found] == [first for _, first in expected]
+    torch.testing.assert_close(
+        torch.tensor([value for value, _ in found]),
+        torch.tensor([value for value, _ in expected]),
+        atol=tolerance,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_variants_are_those_of_each_variant_alone(kind: str) -> None:
+    model = tiny_model(kind)
+    edited, decoder, asked = Edited(model), Decoder(model), requests()
+    found = score_variants(edited, decoder, asked, VARIANTS, batch_size=3)
+    for one, scores in zip(VARIANTS, found, strict=True):
+        with edited.applied(one.edits):
+            expected = score(decoder, asked, batch_size=3)
+        assert_equal_scores(scores, expected)
+        assert scores == expected, one.name  # the same kernels on the same shapes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_without_layers_are_those_of_the_cut_model(kind: str) -> None:
+    model = tiny_model(kind)
+    asked = requests()
+    drops = [(0,), (3,), (1, 4), (2, 3, 5)]
+    found = score_variants(Edited(model), Decoder(model), asked, [without(drop) for drop in drops], batch_size=4)
+    for drop, scores in zip(drops, found, strict=True):
+        assert_equal_scores(scores, score(Decoder(cut_model(model, drop)), asked, batch_size=7, branch=False))
+
+
+def test_a_donors_layers_are_those_that_swapping_puts_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, donor = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
+    edited, decoder, asked = Edited(model, donor), Decoder(model), requests()
+    variants = [variant("one", [(2, Swapped())]), variant("three", [(1, Swapped()), (4, Swapped()), (5, Removed())])]
+    found = score_variants(edited, decoder, asked, variants, batch_size=3)
+    for one, scores in zip(variants, found, strict=True):
+        with edited.applied(one.edits):
+            assert scores == score(decoder, asked, batch_size=3)
+    assert found[0] != score(decoder, asked, batch_size=3)
+
+
+def test_a_donor_of_another_shape_is_refused() -> None:
+    with pytest.raises(UserError, match="swap: "):
+        Edited(tiny_model("llama"), tiny_model("llama", intermediate_size=64))
+
+
+def test_groups_of_variants_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    arguments = (Edited(model), Decoder(model), requests(), VARIANTS)
+    at_once = score_variants(*arguments, batch_size=3)
+    monkeypatch.setattr("shoal.compress.variants.STATE_BYTES", 4 * 3 * 40 * 32 * 4)
+    assert score_variants(*arguments, batch_size=3) == at_once
+
+
+def layer_calls(model: PreTrainedModel, variants: list[Variant]) -> int:
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    edited, decoder = Edited(model), Decoder(model)
+    score_variants(edited, decoder, [((256,), (1, 2, 3))], [INTACT], batch_size=1)  # the proof's calls do not count
+    handles = [layer.register_forward_hook(add) for layer in model.get_decoder().layers]
+    score_variants(edited, decoder, [((256,), (1, 2, 3))], variants, batch_size=1)
+    for handle in handles:
+        handle.remove()
+    recorded = NUM_LAYERS  # the pass that asks how layers are called
+    learned = NUM_LAYERS  # what layers return is found out for every sweep
+    return count - recorded - learned
+
+
+def test_what_variants_share_is_computed_once() -> None:
+    model = tiny_model("llama")
+    singles = [without([layer]) for layer in range(NUM_LAYERS)]
+    assert layer_calls(model, [INTACT]) == NUM_LAYERS
+    # below the removed layer every variant is the intact model, whose own last layer nobody asked for
+    assert layer_calls(model, singles) == NUM_LAYERS - 1 + NUM_LAYERS * (NUM_LAYERS - 1) // 2
+    nested = [without(range(count, NUM_LAYERS)) for count in range(1, NUM_LAYERS)]
+    assert layer_calls(model, nested) == NUM_LAYERS - 1
+
+
+def test_an_architecture_whose_layers_share_more_is_scored_variant_by_variant(caplog: pytest.LogCaptureFixture) -> None:
+    from architectures import tiny_model as tiny_family
+
+    model = tiny_family("gemma3n_text")
+    edited, decoder = Edited(model), Decoder(model)
+    asked = [(tuple(t % 90 for t in context), tuple(t % 90 for t in tail)) for context, tail in requests()]
+    caplog.set_level("INFO")
+    variants = [INTACT, without([0])]
+    found = score_variants(edited, decoder, asked, variants, batch_size=3)
+    assert "gemma3n_text: " in caplog.text and "runs through the whole model" in caplog.text
+    with edited.applied(variants[1].edits):
+        assert found[1] == score(decoder, asked, batch_size=3)
