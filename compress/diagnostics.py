@@ -1,0 +1,394 @@
+"""How a model uses its depth: what layers write, what they already know, and who reads it later (arXiv:2512.14064).
+
+B batch, S sequence, D hidden, L layers, T = B * S tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from shoal.anatomy import decoder_layers
+from shoal.artifact import Artifact, Provenance
+from shoal.data import PackedRows
+from shoal.errors import UserError
+
+from .depth_effects import MIN_TOKENS, DepthEffects, cut_positions, measure_effects
+from .depth_runs import (
+    DepthRuns,
+    Prompt,
+    Readout,
+    TokenBatch,
+    batch_of_prompts,
+    batches_of_rows,
+    body_inputs,
+    documents,
+    readout_refusal,
+    require_one_state_per_token,
+)
+from .layerwise import state_of
+from .logit_lens import lens_terms
+from .path_gradients import SITES, Attribution, integrated_gradients, single_module
+from .residual_flow import LayerFlow, ResidualSums, add_batch, layer_flows
+from .sublayers import probing, sublayers
+
+log = logging.getLogger(__name__)
+
+KL_SHARE = 0.5
+"""Effective depth by KL: the first layer whose input is nearer to the output than this share of the largest KL."""
+MIN_OVERLAP = 0.3
+"""Effective depth by overlap: the first layer whose input has more of the top-5 tokens than this."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much of the text each diagnosis looks at."""
+
+    lens_tokens: int = 1024
+    """Tokens for the logit lens, evenly spaced over all; the head costs more than the layers for small models."""
+    num_prompts: int = 10
+    """Documents for the effects on later layers; 0 = none."""
+    prompt_tokens: int = 64
+    """Tokens of each of them."""
+    num_positions: int = 4
+    """Cut positions in each of them."""
+    gradient_prompts: int = 0
+    """Prompts for integrated gradients; 0 = none, they cost more than everything else together."""
+    gradient_tokens: int = 32
+    gradient_sites: tuple[str, ...] = SITES
+    steps: int = 256
+    """Points on the path from the baseline."""
+    answer_tokens: int = 8
+    """Where prompts are documents: their last tokens that count as the answer."""
+
+
+@dataclass(frozen=True)
+class EffectiveDepth:
+    """One rule's last layer of the first phase, 0-based."""
+
+    layer: int | None
+    ratio: float | None
+    """(layer + 1) / L."""
+    reason: str = ""
+    """Why there is none."""
+
+
+@dataclass(frozen=True)
+class Diagnostics(Artifact):
+    """diagnostics.json: how a model uses its depth. L layers; curves have one number per layer."""
+
+    FILE: ClassVar[str] = "diagnostics.json"
+
+    num_layers: int
+    num_tokens: int
+    """Real tokens in the means of ``cosines`` and ``sizes``."""
+    cosines: dict[str, tuple[float, ...]]
+    """layer, attention, mlp: mean cosine of what is written and what its writer has read. Negative = erases, near 0 =
+    new features, positive = amplifies."""
+    sizes: dict[str, tuple[float, ...]]
+    """Mean size of what is written over the size of what its writer has read."""
+    parallel: tuple[bool, ...]
+    """Whether a layer's attention and MLP both read its input; empty = unknown, see ``halves_refusal``."""
+    halves_refusal: str
+    """Why there are no curves of attention and MLP; empty = there are."""
+    lens_tokens: int
+    lens_kl: tuple[float, ...]
+    """Mean KL(p_l || p_final) in nats of what the head makes of layer l's input."""
+    lens_overlap: tuple[float, ...]
+    """Mean share of the top-5 tokens in common with the output's."""
+    lens_refusal: str
+    """Why states cannot be read through the head (no lens, no effect on the output, no integrated gradients)."""
+    num_cuts: int
+    """Prompts times cut positions, over which the effects are the largest."""
+    skip_effect: tuple[tuple[float, ...], ...]
+    """[s][l]: relative change of later layer l's update at tokens from the cut on, when layer s is skipped at the
+    tokens before it; 0 where l <= s."""
+    skip_output: tuple[float, ...]
+    """The same for next-token probabilities: Euclidean distance."""
+    erasure_output: tuple[float, ...]
+    """Change of the next-token probabilities behind a token whose state before layer l became the mean state."""
+    effects_refusal: str
+    """Why there are no effects or integrated gradients."""
+    gradient_steps: int
+    attributions: tuple[Attribution, ...]
+    effective_depth: dict[str, EffectiveDepth]
+    """cosine, kl, overlap."""
+
+    def in_words(self) -> str:
+        """A few lines for the log."""
+        lines = [f"depth of {self.num_layers} layers over {self.num_tokens:,} tokens"]
+        for rule, depth in self.effective_depth.items():
+            found = f"layer {depth.layer} ({depth.ratio:.0%})" if depth.ratio is not None else f"none: {depth.reason}"
+            lines.append(f"  effective depth by {rule}: {found}")
+        for what, values in (("erased the most", self.cosines["layer"]), ("wrote the least", self.sizes["layer"])):
+            least = min(range(self.num_layers), key=values.__getitem__)
+            lines.append(f"  layer {least} {what} ({values[least]:.3g})")
+        if self.skip_output:
+            most = max(range(self.num_layers), key=self.skip_output.__getitem__)
+            lines.append(
+                f"  skipping layer {most} at earlier tokens changed the output most ({self.skip_output[most]:.3g})"
+            )
+        for what, reason in (
+            ("attention and MLP", self.halves_refusal),
+            ("the lens", self.lens_refusal),
+            ("effects on later layers", self.effects_refusal),
+        ):
+            if reason:
+                lines.append(f"  nothing about {what}: {reason}")
+        return "\n".join(lines)
+
+
+def diagnose(
+    model: PreTrainedModel,
+    rows: PackedRows | Sequence[Prompt],
+    *,
+    provenance: Provenance,
+    batch_size: int,
+    prompts: Sequence[Prompt] = (),
+    effort: Effort | None = None,
+    seed: int = 0,
+    attention_mask_NS: Tensor | None = None,
+) -> Diagnostics:
+    """How ``model`` uses its depth over ``rows``; effects and gradients look at ``prompts``, else at documents of the
+    rows.
+
+    Cost, in tokens through the whole body: the rows once; for L layers and C = prompts x positions cuts of at most S
+    tokens, C*S*L for skips and erasures together (each runs the upper part only) and as many tokens through the head;
+    for integrated gradients about 1.5 * steps * S * L for every prompt and site. The lens takes lens_tokens * (L + 1)
+    tokens through the head. Held in memory: the states of one batch before all layers, and of L variants at its tokens.
+    Ranks do not share the work; let one do it.
+
+    Raises:
+        UserError: no token, no prompt long enough, states that are not finite, or that are not one per token.
+    """
+    effort = effort or Effort()
+    batches = _batches(rows, batch_size, attention_mask_NS)
+    num_tokens = sum(int(batch.real_BS.sum()) for batch in batches)
+    if num_tokens == 0:
+        raise UserError("diagnostics: there is no token to look at; name a data source that holds text")
+    with probing(model):
+        flows, halves_refusal = layer_flows(model)
+        lens_refusal = readout_refusal(model)
+        readout = None if lens_refusal else Readout(model)
+        sums, lens_LT2 = _one_pass(model, readout, batches, flows, num_tokens, effort.lens_tokens)
+        _require_finite(model, *sums.cosines.values(), *sums.sizes.values(), lens_LT2)
+        assert sums.states_LD is not None
+        means_LD = sums.states_LD / num_tokens
+        effects, attributions, num_cuts, refusal = _interventions(
+            model, readout, _prompts(rows, prompts, effort), means_LD, flows, effort, batch_size, seed
+        )
+    cosines, (kl, overlap) = sums.mean(sums.cosines), (tuple(part.mean(1).tolist()) for part in lens_LT2.unbind(-1))
+    return Diagnostics(
+        provenance,
+        num_layers=len(decoder_layers(model)),
+        num_tokens=num_tokens,
+        cosines=cosines,
+        sizes=sums.mean(sums.sizes),
+        parallel=tuple(flow.parallel for flow in flows),
+        halves_refusal=halves_refusal,
+        lens_tokens=lens_LT2.shape[1],
+        lens_kl=kl if readout else (),
+        lens_overlap=overlap if readout else (),
+        lens_refusal=lens_refusal,
+        num_cuts=num_cuts,
+        skip_effect=_rows_of(effects.skip_LL) if effects else (),
+        skip_output=tuple(effects.skip_output_L.tolist()) if effects and readout else (),
+        erasure_output=tuple(effects.erasure_output_L.tolist())
+        if effects and effects.erasure_output_L is not None
+        else (),
+        effects_refusal=refusal,
+        gradient_steps=effort.steps if attributions else 0,
+        attributions=attributions,
+        effective_depth=effective_depths(cosines, kl if readout else (), overlap if readout else ()),
+    )
+
+
+def effective_depths(
+    cosines: dict[str, tuple[float, ...]], kl: Sequence[float], overlap: Sequence[float]
+) -> dict[str, EffectiveDepth]:
+    """The layer at which the model turns from collecting to deciding, by the three rules of arXiv:2512.14064.
+
+    cosine: the last l at which the mean of the three curves is negative and no longer at l + 1; kl: the first l whose
+    divergence is below half the largest; overlap: the first l whose overlap exceeds 0.3. Curves that are empty give
+    none.
+    """
+    found: dict[str, EffectiveDepth] = {}
+    if missing := {"layer", "attention", "mlp"} - cosines.keys():
+        found["cosine"] = EffectiveDepth(None, None, f"needs the curves of {' and '.join(sorted(missing))}")
+    else:
+        mean = [sum(values) / 3 for values in zip(*(cosines[name] for name in SITES), strict=True)]
+        turns = [layer for layer, (one, following) in enumerate(itertools.pairwise(mean)) if one < 0 <= following]
+        found["cosine"] = _depth(turns[-1:], len(mean), "the mean cosine never turns from negative to positive")
+    for name, values, reached, reason in (
+        ("kl", kl, lambda value: value < KL_SHARE * max(kl), "no divergence is below half the largest"),
+        ("overlap", overlap, lambda value: value > MIN_OVERLAP, f"no overlap exceeds {MIN_OVERLAP}"),
+    ):
+        layers = [layer for layer, value in enumerate(values) if reached(value)]
+        found[name] = _depth(layers[:1], len(values), reason if values else "needs the logit lens")
+    return found
+
+
+def _depth(layers: Sequence[int], num_layers: int, reason: str) -> EffectiveDepth:
+    return EffectiveDepth(layers[0], (layers[0] + 1) / num_layers) if layers else EffectiveDepth(None, None, reason)
+
+
+def _batches(rows: PackedRows | Sequence[Prompt], batch_size: int, mask_NS: Tensor | None) -> list[TokenBatch]:
+    if isinstance(rows, PackedRows):
+        return batches_of_rows(rows, batch_size, mask_NS) if len(rows) else []
+    given = [prompt for prompt in rows if prompt.input_ids]
+    return [batch_of_prompts(given[start : start + batch_size]) for start in range(0, len(given), batch_size)]
+
+
+def _prompts(rows: PackedRows | Sequence[Prompt], prompts: Sequence[Prompt], effort: Effort) -> list[Prompt]:
+    if not prompts and isinstance(rows, PackedRows):
+        return documents(
+            rows,
+            num_prompts=effort.num_prompts,
+            max_tokens=effort.prompt_tokens,
+            min_tokens=max(MIN_TOKENS, effort.answer_tokens + 1),
+            num_answer=effort.answer_tokens,
+        )
+    given = prompts or (() if isinstance(rows, PackedRows) else rows)
+    return [prompt for prompt in given if len(prompt.input_ids) >= MIN_TOKENS][: effort.num_prompts]
+
+
+@torch.no_grad()
+def _one_pass(
+    model: PreTrainedModel,
+    readout: Readout | None,
+    batches: Sequence[TokenBatch],
+    flows: tuple[LayerFlow, ...],
+    num_tokens: int,
+    lens_tokens: int,
+) -> tuple[ResidualSums, Tensor]:
+    """Sums over all tokens, and (L, T, 2) divergence and overlap of the tokens that the lens looks at."""
+    sums, seen = ResidualSums(), 0
+    every = max(1, math.ceil(num_tokens / lens_tokens))
+    lens: list[Tensor] = [torch.zeros(len(decoder_layers(model)), 0, 2, dtype=torch.float64)]
+    for batch in tqdm(batches, desc="diagnose: one pass", unit="batch"):
+        real_T = batch.real_BS.flatten().nonzero().flatten()
+        chosen_T = real_T[(seen + torch.arange(len(real_T))) % every == 0].to(model.device)
+        seen += len(real_T)
+        with _states_at(model, chosen_T, batch) as states, add_batch(model, flows, batch, sums):
+            model.get_decoder()(**body_inputs(model, batch))
+        if readout is not None and len(chosen_T):
+            lens.append(torch.stack(lens_terms(readout, states), dim=-1))
+    return sums, torch.cat(lens, dim=1)
+
+
+@contextmanager
+def _states_at(model: PreTrainedModel, chosen_T: Tensor, batch: TokenBatch) -> Iterator[list[Tensor]]:
+    """L + 1 raw states of the chosen tokens, once the block's forward has run."""
+    layers, states = decoder_layers(model), []
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        state = args[0] if args else kwargs["hidden_states"]
+        if not states:
+            require_one_state_per_token(model, state, batch)
+        states.append(state.flatten(0, 1)[chosen_T])
+
+    def leave(_: nn.Module, args: Any, output: Any) -> None:
+        states.append(state_of(output).flatten(0, 1)[chosen_T])
+
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(leave))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _interventions(
+    model: PreTrainedModel,
+    readout: Readout | None,
+    prompts: list[Prompt],
+    means_LD: Tensor,
+    flows: tuple[LayerFlow, ...],
+    effort: Effort,
+    batch_size: int,
+    seed: int,
+) -> tuple[DepthEffects | None, tuple[Attribution, ...], int, str]:
+    """Effects, attributions, number of cuts, and why there are none."""
+    if effort.num_prompts == 0 and effort.gradient_prompts == 0:
+        return None, (), 0, "not asked for"
+    try:
+        runs = DepthRuns(model)
+    except UserError as error:
+        return None, (), 0, str(error)
+    if not prompts:
+        raise UserError(
+            f"diagnostics: no document has {MIN_TOKENS} tokens, so nothing can be skipped before a later token; "
+            "name a data source with longer texts, or a longer sequence_length"
+        )
+    cuts = cut_positions(prompts, effort.num_positions, seed=seed)
+    num_runs = math.ceil(len(cuts) / batch_size) * (runs.num_layers * (1 if readout is None else 2) - 1)
+    with tqdm(total=num_runs, desc="diagnose: skips", unit="run") as bar:
+        effects = measure_effects(runs, readout, cuts, means_LD, batch_size=batch_size, progress=bar.update)
+    found = [effects.skip_LL, effects.skip_output_L]
+    _require_finite(model, *found, *([] if effects.erasure_output_L is None else [effects.erasure_output_L]))
+    attributions = _attributions(model, runs, readout, prompts, flows, effort, batch_size) if readout else ()
+    return effects, attributions, len(cuts), ""
+
+
+def _attributions(
+    model: PreTrainedModel,
+    runs: DepthRuns,
+    readout: Readout,
+    prompts: Sequence[Prompt],
+    flows: tuple[LayerFlow, ...],
+    effort: Effort,
+    batch_size: int,
+) -> tuple[Attribution, ...]:
+    """Of the sites that every layer has."""
+    modules: dict[str, tuple[str, ...]] = {"layer": ("",) * runs.num_layers}
+    for site in ("attention", "mlp") if flows else ():
+        halves = zip(sublayers(model), decoder_layers(model), strict=True)
+        names = tuple(single_module(found, layer, site) for found, layer in halves)
+        if all(names):
+            modules[site] = names
+    sites = [site for site in effort.gradient_sites if site in modules]
+    chosen = [_shortened(prompt, effort.gradient_tokens) for prompt in prompts[: effort.gradient_prompts]]
+    pairs = [(prompt, site) for prompt in chosen for site in sites]
+    with tqdm(total=len(pairs) * runs.num_layers, desc="diagnose: gradients", unit="layer", disable=not pairs) as bar:
+        return tuple(
+            integrated_gradients(
+                runs,
+                readout,
+                prompt,
+                site,
+                modules[site],
+                steps=effort.steps,
+                batch_size=batch_size,
+                progress=bar.update,
+            )
+            for prompt, site in pairs
+        )
+
+
+def _shortened(prompt: Prompt, max_tokens: int) -> Prompt:
+    """The end of the prompt, where the answer is."""
+    length = max(max_tokens, prompt.num_answer + 1)
+    return Prompt(prompt.input_ids[-length:], prompt.num_answer)
+
+
+def _require_finite(model: PreTrainedModel, *values: Tensor) -> None:
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise UserError(
+            f"diagnostics: the model's states overflow in {model.dtype}; set dtype: bfloat16 or dtype: float32 in the "
+            "recipe"
+        )
+
+
+def _rows_of(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix.tolist())
