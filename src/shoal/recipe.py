@@ -24,6 +24,7 @@ from shoal.strict_yaml import YAMLError, read_yaml
 
 Target = Literal["transformers", "vllm", "llama_cpp"]
 """What a student can be asked to load in."""
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,23 @@ class Prune(Section):
     drop: tuple[int, ...] | None = None
     """Explicit 0-based teacher layers to drop; excludes metric, num_drop, ratio and contiguous."""
     metric: str | None = None
-    """Which column of importance.json chooses; None = block_influence, or angular when contiguous."""
+    """Which column of importance.json chooses: a metric, a greedy order, a swept task, or `ability/protocol`; None =
+    block_influence, or angular when contiguous."""
+    weights: dict[str, Weight] = field(default_factory=dict)
+    """Instead of one metric a mix of columns, by name: the weighted mean of each layer's rank under them, since shares,
+    nats and cosines have only ranks in common."""
     num_drop: Positive | None = None
+    """How many layers; an order of halves (attention, MLP) takes two halves for each."""
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the layers to drop, rounded down; give this or num_drop."""
     contiguous: bool = False
     """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
-    protect: tuple[int, ...] = (0, -1)
-    """Layers never dropped; negative counts from the end."""
+    protect: tuple[int | Literal["cornerstone"], ...] = (0, -1)
+    """Layers never dropped; negative counts from the end. `cornerstone` = those whose removal alone takes a swept task
+    to chance (less than 0.1 of its score above chance is kept)."""
+    spare: tuple[Text, ...] = ()
+    """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
+    there stay, and so does every layer with which the summed loss would become significant."""
     edits: Edits = ()
     """What else is done to the teacher's layers, see shoal.edits; a list may stand beside or instead of a drop."""
     proof: Literal["auto", "run", "files"] = "auto"
@@ -350,13 +360,17 @@ def _contradictions(recipe: Recipe) -> list[str]:
     """Rules between settings that single fields cannot express."""
     prune, problems = recipe.prune, []
     if prune.drop is not None:
-        for name in ("metric", "num_drop", "ratio"):
-            if getattr(prune, name) is not None:
+        for name in ("metric", "weights", "num_drop", "ratio", "contiguous", "spare"):
+            if getattr(prune, name) not in (None, False, {}, ()):
                 problems.append(f"prune.{name}: has no effect beside prune.drop; give one of them")
-        if prune.contiguous:
-            problems.append("prune.contiguous: has no effect beside prune.drop; give one of them")
+        if "cornerstone" in prune.protect:
+            problems.append("prune.protect: cornerstone has no effect beside prune.drop; leave it out")
     elif prune.num_drop is not None and prune.ratio is not None:
         problems.append("prune.ratio: prune.num_drop is given too; give one of them")
+    if prune.weights and prune.metric is not None:
+        problems.append("prune.weights: prune.metric is given too; give one of them")
+    if prune.weights and prune.contiguous:
+        problems.append("prune.weights: mixes scores of single layers; set prune.contiguous: false, or leave it out")
     problems += [f"prune.edits.{problem}" for problem in contradictions(prune.edits, prune.drop or ())]
     for index, term in enumerate(recipe.distill.losses):
         if term.kind == "cross_entropy" and term.temperature != 1.0:
