@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from shoal.artifact import Importance
-from shoal.edits import Edit, edited_layers, in_words, removed_layers
+from shoal.edits import Edit, Edits, SkipAttention, SkipMlp, edited_layers, in_words, removed_layers
 from shoal.errors import UserError
 from shoal.recipe import Prune
+from shoal.sweeps import Removal, SweepColumn
+
+from .atlas import cornerstones
+from .columns import layer_scores, ranks, swept_columns, unknown
+from .sacrifice import is_loss, joint_change
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 DEFAULT_METRIC = "block_influence"
 DEFAULT_RUN_METRIC = "angular"
+HALVES = ("attention", "mlp")
 
 
-def choose_layers(prune: Prune, *, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], str]:
-    """The layers to drop, increasing, and how they were chosen in words for a reader.
+@dataclass(frozen=True)
+class Choice:
+    """What is done to the teacher, and why."""
 
-    Among them are the layers that edits merge or replace; layers that edits name are never chosen automatically.
+    drop: tuple[int, ...]
+    """Increasing; among them the layers that edits merge or replace."""
+    edits: Edits
+    """Those of the recipe, and the single halves that an order of halves removes."""
+    reason: str
+    """For a reader."""
+
+
+def choose_changes(prune: Prune, *, num_layers: int, importance: Importance | None) -> Choice:
+    """The layers to drop and the edits to make. Layers that edits name are never chosen automatically.
 
     An explicit ``prune.drop`` is the user's wish and overrides the default of ``prune.protect``, which guards automatic
     choices; it may not contradict a protect list that differs from the default, since then the user has said both.
@@ -34,18 +48,31 @@ def choose_layers(prune: Prune, *, num_layers: int, importance: Importance | Non
         UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
     """
     _check_edits(prune.edits, num_layers)
-    drop, reason = _choose(prune, num_layers, importance)
+    drop, halves, reason = _choose(prune, num_layers, importance)
     removed = removed_layers(prune.edits)
     if len(drop) + len(removed) == num_layers:
         raise UserError(f"prune: drop and edits together remove all {num_layers} layers; keep at least one")
-    return tuple(sorted({*drop, *removed})), "; ".join(filter(None, [reason, *map(in_words, prune.edits)]))
+    edits = (*prune.edits, *halves)
+    return Choice(tuple(sorted({*drop, *removed})), edits, "; ".join(filter(None, [reason, *map(in_words, edits)])))
+
+
+def choose_layers(prune: Prune, *, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], str]:
+    """The layers to drop and the reason, where only whole layers can be chosen; see choose_changes.
+
+    Raises:
+        UserError: as choose_changes does, and where the chosen order removes single halves.
+    """
+    choice = choose_changes(prune, num_layers=num_layers, importance=importance)
+    if choice.edits != prune.edits:
+        raise UserError(f"prune.metric={prune.metric}: removes halves of layers; choose a metric of whole layers here")
+    return choice.drop, choice.reason
 
 
 def check_choice(prune: Prune, *, num_layers: int) -> None:
     """Refuse what no measurement could make possible, before anything is measured.
 
     Raises:
-        UserError: as choose_layers does, as far as it needs no scores.
+        UserError: as choose_changes does, as far as it needs no scores.
     """
     _check_edits(prune.edits, num_layers)
     if prune.drop is not None:
@@ -61,12 +88,13 @@ def is_automatic(prune: Prune) -> bool:
     return prune.drop is None and not edits_only
 
 
-def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], str]:
-    """What is dropped besides what edits remove."""
+def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], Edits, str]:
+    """What is dropped besides what edits remove, and halves to skip."""
     if prune.drop is not None:
-        return _explicit(prune, prune.drop, num_layers)
+        drop, reason = _explicit(prune, prune.drop, num_layers)
+        return drop, (), reason
     if not is_automatic(prune):
-        return (), ""
+        return (), (), ""
     count = _count(prune, num_layers)
     protected = _protected(prune.protect, num_layers)
     if importance is None:
@@ -79,9 +107,66 @@ def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tup
             "run `shoal measure` again for this model"
         )
     protected |= {layer for edit in prune.edits for layer in edited_layers(edit)}
+    if "cornerstone" in prune.protect:
+        protected |= set(_cornerstones(importance))
+    spared = _spared(prune, importance)
+    protected |= {layer for column in spared for layer in column.critical}
     if prune.contiguous:
-        return _best_run(prune, count, protected, importance)
-    return _lowest(prune, count, protected, importance)
+        drop, reason = _best_run(prune, count, protected, spared, importance)
+        return drop, (), reason
+    if prune.metric in importance.orders and prune.metric not in importance.layers:
+        return _first_of_order(prune.metric, count, protected, spared, importance)
+    drop, reason = _lowest(prune, count, protected, spared, importance)
+    return drop, (), reason
+
+
+def _cornerstones(importance: Importance) -> tuple[int, ...]:
+    if importance.atlas is None:
+        raise UserError(
+            "prune.protect: cornerstone needs swept tasks, importance.json holds none; name some in "
+            "measure.sweep.tasks and measure again, or name the layers to protect"
+        )
+    return cornerstones(importance.atlas.sweep)
+
+
+def _spared(prune: Prune, importance: Importance) -> tuple[SweepColumn, ...]:
+    """The columns on which nothing significant may be spent."""
+    found: dict[str, SweepColumn] = {}
+    for name in prune.spare:
+        columns = swept_columns(name, importance)
+        if not columns:
+            raise unknown(name, importance, f"prune.spare: {name}", swept_only=True)
+        found |= {column.task: column for column in columns}
+        _warn_without_signal(name, importance)
+    return tuple(found.values())
+
+
+def _affordable(layers: Iterable[int], count: int, spared: Sequence[SweepColumn]) -> list[int]:
+    """The first ``count`` of ``layers`` whose summed loss is significant on no spared column; fewer if there are not.
+
+    A layer with which the sum would become significant is passed over, and the next one tried.
+    """
+    taken: list[int] = []
+    for layer in layers:
+        if len(taken) == count:
+            break
+        if not _costs([*taken, layer], spared):
+            taken.append(layer)
+    return taken
+
+
+def _costs(layers: Sequence[int], spared: Sequence[SweepColumn]) -> bool:
+    """Whether the summed loss is significant on a spared column."""
+    return any(is_loss(column, joint_change(column, layers)) for column in spared)
+
+
+def _require_affordable(found: int, count: int, spared: Sequence[SweepColumn]) -> None:
+    if found < count:
+        names = ", ".join(column.task for column in spared)
+        raise UserError(
+            f"prune.spare: only {found} of the {count} layers asked for can go without a significant loss on {names}, "
+            "by the sum of their single removals; drop fewer or spare less"
+        )
 
 
 def _check_edits(edits: Sequence[Edit], num_layers: int) -> None:
@@ -142,69 +227,147 @@ def _count(prune: Prune, num_layers: int) -> int:
     return count
 
 
-def _protected(protect: Sequence[int], num_layers: int) -> set[int]:
-    for layer in protect:
+def _protected(protect: Sequence[int | str], num_layers: int) -> set[int]:
+    """The protected layers that are named by number."""
+    named = [layer for layer in protect if isinstance(layer, int)]
+    for layer in named:
         if not -num_layers <= layer < num_layers:
             raise UserError(
                 f"prune.protect: {layer} is no layer of this model; name 0..{num_layers - 1}, or -1 for the last one"
             )
-    return {layer % num_layers for layer in protect}
+    return {layer % num_layers for layer in named}
 
 
-def _best_run(prune: Prune, count: int, protected: set[int], importance: Importance) -> tuple[tuple[int, ...], str]:
+def _best_run(
+    prune: Prune, count: int, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
+) -> tuple[tuple[int, ...], str]:
     """The cheapest run of ``count`` neighbours without a protected layer (Gromov et al. 2024, arXiv:2403.17887)."""
     metric = prune.metric or DEFAULT_RUN_METRIC
-    if metric in importance.layers and metric not in importance.runs:
+    if metric not in importance.runs and (
+        metric in (*importance.layers, *importance.orders) or _is_swept(metric, importance)
+    ):
         raise UserError(
             f"prune.metric={metric}: scores single layers, but prune.contiguous needs a metric of runs; "
             f"use {_one_of(importance.runs)}, or set prune.contiguous: false"
         )
-    scores = _find(metric, importance.runs)[count - 1]
-    starts = [start for start in range(len(scores)) if not protected & set(range(start, start + count))]
-    if not starts:
+    if metric not in importance.runs:
+        raise unknown(metric, importance, f"prune.metric={metric}")
+    scores = importance.runs[metric][count - 1]
+    free = [start for start in range(len(scores)) if not protected & set(range(start, start + count))]
+    if not free:
         raise UserError(
             f"prune: no run of {count} neighbouring layers is free of protected layers {sorted(protected)}; "
             f"the longest has {_longest_run(protected, importance.num_layers)}. Drop fewer or shorten prune.protect"
+            + (" or prune.spare" if spared else "")
         )
+    starts = [start for start in free if not _costs(range(start, start + count), spared)]
+    _require_affordable(count if starts else 0, count, spared)
     best = min(starts, key=lambda start: (scores[start], start))
     reason = (
         f"the run of {_layers(count, importance.num_layers)} with the lowest {metric} ({scores[best]:.4g}) "
         f"of {len(starts)} possible"
     )
-    return tuple(range(best, best + count)), reason + _protection(protected)
+    return tuple(range(best, best + count)), reason + _protection(protected, spared)
 
 
-def _lowest(prune: Prune, count: int, protected: set[int], importance: Importance) -> tuple[tuple[int, ...], str]:
-    """The ``count`` layers of lowest score wherever they are; equal scores go by lower index.
-
-    A metric of runs counts by its runs of one layer.
-    """
-    metric = prune.metric or DEFAULT_METRIC
-    single = {name: rows[0] for name, rows in importance.runs.items()}
-    scores = _find(metric, {**single, **importance.layers})
+def _lowest(
+    prune: Prune, count: int, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
+) -> tuple[tuple[int, ...], str]:
+    """The ``count`` layers of lowest score wherever they are; equal scores go by lower index."""
+    what, scores = _scores(prune, importance)
     candidates = [layer for layer in range(importance.num_layers) if layer not in protected]
     if count > len(candidates):
         raise UserError(
             f"prune: asks to drop {count} layers, but only {len(candidates)} of {importance.num_layers} are not "
             f"protected ({sorted(protected)}); drop fewer or shorten prune.protect"
+            + (" or prune.spare" if spared else "")
         )
-    drop = sorted(candidates, key=lambda layer: (scores[layer], layer))[:count]
+    drop = _affordable(sorted(candidates, key=lambda layer: (scores[layer], layer)), count, spared)
+    _require_affordable(len(drop), count, spared)
     reason = (
-        f"the {_layers(count, importance.num_layers)} with the lowest {metric} "
+        f"the {_layers(count, importance.num_layers)} with the lowest {what} "
         f"({scores[drop[0]]:.4g} to {scores[drop[-1]]:.4g})"
     )
-    return tuple(sorted(drop)), reason + _protection(protected)
+    return tuple(sorted(drop)), reason + _protection(protected, spared)
 
 
-def _find(metric: str, scores: Mapping[str, T]) -> T:
-    if metric in scores:
-        return scores[metric]
-    close = difflib.get_close_matches(metric, scores, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"it has {_one_of(scores)}."
-    raise UserError(
-        f"prune.metric={metric}: is not in importance.json; {hint} "
-        "To add it, name it in measure.metrics and measure again"
-    )
+def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...]]:
+    """What the scores are called, and one per layer."""
+    if not prune.weights:
+        metric = prune.metric or DEFAULT_METRIC
+        _warn_without_signal(metric, importance)
+        return metric, layer_scores(metric, importance, setting=f"prune.metric={metric}")
+    total, mix = sum(prune.weights.values()), [0.0] * importance.num_layers
+    for name, weight in prune.weights.items():
+        _warn_without_signal(name, importance)
+        for layer, rank in enumerate(ranks(layer_scores(name, importance, setting=f"prune.weights.{name}"))):
+            mix[layer] += weight / total * rank
+    parts = " + ".join(f"{weight / total:.2g} {name}" for name, weight in prune.weights.items())
+    # sums of equal ranks in another order must stay equal, or rounding would choose
+    return f"mean rank of {parts}", tuple(round(value, 12) for value in mix)
+
+
+def _is_swept(name: str, importance: Importance) -> bool:
+    return bool(swept_columns(name, importance))
+
+
+def _warn_without_signal(name: str, importance: Importance) -> None:
+    if name in (*importance.layers, *importance.runs, *importance.orders):
+        return
+    for column in swept_columns(name, importance):
+        if column.higher_is_better and column.no_retention:
+            log.warning("prune: %s says little about layers: %s", column.task, column.no_retention)
+
+
+def _first_of_order(
+    metric: str, count: int, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
+) -> tuple[tuple[int, ...], Edits, str]:
+    """The first removals of a greedy order that touch no protected layer.
+
+    Of halves twice as many are taken, so that ``count`` layers' worth goes under every metric; a layer both of whose
+    halves go is dropped. The sums that prune.spare looks at are known of whole layers only: where halves go, the
+    halves of critical layers stay.
+    """
+    order = importance.orders[metric]
+    parts = {removal.unit.part for removal in order}
+    of_halves = parts <= set(HALVES)
+    if not (of_halves or parts == {"layer"}) or any(len(removal.unit.layers) != 1 for removal in order):
+        raise UserError(
+            f"prune.metric={metric}: is an order of {', '.join(sorted(parts))} units, of which no plan can be made; "
+            "choose an order of layers or of their halves"
+        )
+    free = [removal for removal in order if not protected & set(removal.unit.layers)]
+    wanted = 2 * count if of_halves else count
+    if len(free) < wanted:
+        what = "halves" if of_halves else "layers"
+        raise UserError(
+            f"prune.metric={metric}: its order in importance.json has {len(free)} {what} that are not protected "
+            f"({sorted(protected)}), {wanted} are needed; raise measure.num_drop, or drop fewer"
+        )
+    if of_halves:
+        taken, last = free[:wanted], free[wanted - 1]
+        layers, halves = _without_halves(taken)
+        what = f"the first {wanted} halves"
+    else:
+        layers = _affordable((removal.unit.layers[0] for removal in free), count, spared)
+        _require_affordable(len(layers), count, spared)
+        taken = [removal for removal in free if removal.unit.layers[0] in layers]
+        last, halves, what = taken[-1], (), f"the first {_layers(count, importance.num_layers)}"
+    skipped = order.index(last) + 1 - len(taken)
+    reason = f"{what} of the order of {metric} ({last.score:.4g} without them)"
+    if skipped:
+        reason = f"{what} of the order of {metric} that may go ({skipped} passed over)"
+    return tuple(sorted(layers)), halves, reason + _protection(protected, spared)
+
+
+def _without_halves(removals: Sequence[Removal]) -> tuple[list[int], Edits]:
+    """Layers both of whose halves go, and the edits that skip the other halves."""
+    gone = {part: {r.unit.layers[0] for r in removals if r.unit.part == part} for part in HALVES}
+    both = gone["attention"] & gone["mlp"]
+    attention, mlp = (tuple(sorted(gone[part] - both)) for part in HALVES)
+    edits: list[Edit] = [SkipAttention("skip_attention", attention)] if attention else []
+    edits += [SkipMlp("skip_mlp", mlp)] if mlp else []
+    return sorted(both), tuple(edits)
 
 
 def _longest_run(protected: set[int], num_layers: int) -> int:
@@ -220,8 +383,9 @@ def _named(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def _protection(protected: set[int]) -> str:
-    return f"; {_named(sorted(protected))} protected" if protected else ""
+def _protection(protected: set[int], spared: Sequence[SweepColumn]) -> str:
+    text = f"; {_named(sorted(protected))} protected" if protected else ""
+    return text + (f"; nothing significant spent on {', '.join(column.task for column in spared)}" if spared else "")
 
 
 def _one_of(names: Mapping[str, Any]) -> str:
