@@ -81,8 +81,8 @@ def importance_figure(importance: Importance, drop: Sequence[int] = ()) -> Figur
     if outside:
         raise UserError(f"importance.json: has {importance.num_layers} layers, so layer {outside[0]} cannot be dropped")
     heights = [1.9] * len(importance.layers) + [3.6] * len(importance.runs)
-    figure, axes = _panels(heights)
-    with _style():
+    figure, axes = panels(heights)
+    with figure_style():
         for ax, (metric, scores) in zip(axes, importance.layers.items(), strict=False):
             _draw_layers(ax, metric, scores, drop)
         for ax, (metric, rows) in zip(axes[len(importance.layers) :], importance.runs.items(), strict=True):
@@ -100,8 +100,8 @@ def training_figure(training: Training) -> Figure:
     if not series:
         raise UserError("distill.json: its history holds no loss to draw; run `shoal distill` again")
     rate = _series(training, "learning_rate")
-    figure, axes = _panels([2.8, 1.5] if rate[0] else [2.8])
-    with _style():
+    figure, axes = panels([2.8, 1.5] if rate[0] else [2.8])
+    with figure_style():
         _draw_losses(axes[0], series)
         if rate[0]:
             axes[1].plot(*rate, color=FAINT, marker="." if len(rate[0]) < 3 else "")
@@ -122,13 +122,13 @@ def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
     keys = list(dict.fromkeys(_key(task) for evaluation in evaluations for task in evaluation.tasks))
     if not keys:
         raise UserError("eval: no evaluated task to draw; name some in eval.tasks")
-    panels: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
+    by_ability: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
     for key in keys:
         task = next(t for e in evaluations for t in e.tasks if _key(t) == key)
-        panels.setdefault((task.ability, "" if task.higher_is_better else task.metric), []).append(key)
-    ordered = sorted(panels.items(), key=lambda item: bool(item[0][1]))
-    figure, axes = _panels([0.75 + 0.62 * len(rows) for _, rows in ordered])
-    with _style():
+        by_ability.setdefault((task.ability, "" if task.higher_is_better else task.metric), []).append(key)
+    ordered = sorted(by_ability.items(), key=lambda item: bool(item[0][1]))
+    figure, axes = panels([0.75 + 0.62 * len(rows) for _, rows in ordered])
+    with figure_style():
         for ax, ((ability, unit), rows) in zip(axes, ordered, strict=True):
             _draw_ability(ax, ability, unit, rows, evaluations)
         handles = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -192,24 +192,25 @@ def inline_svg(figure: Figure, name: str, *, title: str, description: str) -> st
 def _rendered(figure: Figure, kind: str, *, facecolor: str) -> bytes:
     buffer = io.BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": None}
-    with _style():
+    with figure_style():
         figure.savefig(buffer, format=kind, facecolor=facecolor, metadata=metadata)
     return buffer.getvalue()
 
 
-def _style() -> Any:
+def figure_style() -> Any:
+    """A context in which figures are made and drawn as all of ours."""
     import matplotlib
 
     return matplotlib.rc_context(STYLE)  # pyright: ignore[reportArgumentType]
 
 
-def _panels(heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+def panels(heights: Sequence[float], *, width: float = WIDTH_INCHES) -> tuple[Figure, list[Axes]]:
     """A figure of stacked panels, made without pyplot: no display, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with _style():
-        figure = Figure(figsize=(WIDTH_INCHES, sum(heights) + 0.4), layout="constrained")
+    with figure_style():
+        figure = Figure(figsize=(width, sum(heights) + 0.4), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)
     return figure, list(grid[:, 0])
