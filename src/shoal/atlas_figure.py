@@ -49,7 +49,7 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
     with figure_style():
         _draw_heat(axes[0], metrics, atlas, drop)
         for index, column in enumerate(atlas.columns):
-            _draw_column(axes[1 + index], column, SERIES_COLOURS[index % 5], drop)
+            _draw_column(axes[1 + index], column, _label(column, atlas), SERIES_COLOURS[index % 5], drop)
         for index, gap in enumerate(atlas.gaps):
             _draw_gap(axes[1 + len(atlas.columns) + index], gap, drop)
         _draw_centroids(axes[-1], atlas)
@@ -142,7 +142,7 @@ def _draw_heat(ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, dr
         texts.append([""] * num_layers)
         frames.append(())
     for column in atlas.columns:
-        names.append(_name(f"{column.ability}\n{column.protocol}"))
+        names.append(_name(_label(column, atlas).replace("/", "\n")))
         shades.append([_loss_shade(column, layer) for layer in range(num_layers)])
         texts.append([_cell_text(column, layer) for layer in range(num_layers)])
         frames.append(column.critical)
@@ -156,10 +156,10 @@ def _draw_heat(ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, dr
     for layer in drop:
         ax.get_yticklabels()[layer].set(color=DROPPED, weight="bold")
     ax.set_ylabel("layer" + (" (× dropped)" if drop else ""))
-    head = "What is lost without a layer: % of the score above chance that is kept,\nor nats added. Framed: critical."
+    head = "Without each layer: % of the score above chance that is kept,\nor nats added; framed = critical"
     if metrics:
-        head += " Metrics: darker = ranks higher."
-    ax.set_title(head)
+        head += ". Metrics: darker = higher rank"
+    ax.set_title(head, fontsize=10)
     image.set_rasterized(False)
 
 
@@ -173,7 +173,7 @@ def _write_cell(ax: Axes, place: int, layer: int, text: str, shade: float, *, fr
         ax.add_patch(Rectangle((place - 0.46, layer - 0.44), 0.92, 0.88, fill=False, ec=DROPPED, lw=1.4))
 
 
-def _draw_column(ax: Axes, column: SweepColumn, colour: str, drop: Sequence[int]) -> None:
+def _draw_column(ax: Axes, column: SweepColumn, name: str, colour: str, drop: Sequence[int]) -> None:
     kept = [effect.retention for effect in column.effects]
     if column.higher_is_better and all(one is not None for one in kept):
         values, what, intact = [one for one in kept if one is not None], "share kept", 1.0
@@ -185,9 +185,16 @@ def _draw_column(ax: Axes, column: SweepColumn, colour: str, drop: Sequence[int]
     _band(ax, layers, values, colour, ("-", ""))
     ax.axhline(intact, color=FAINT, lw=1)
     critical = column.critical
-    ax.plot(critical, [values[layer].value for layer in critical], "D", color=DROPPED, ms=4.5, label="critical")
+    if critical:
+        ax.plot(critical, [values[layer].value for layer in critical], "D", color=DROPPED, ms=4.5, label="critical")
+    for part, dashes in (("malformed", (0, (4, 2))), ("repetition", (0, (1, 1)))):
+        shares = [getattr(effect, part) for effect in column.effects]
+        if any(shares):
+            ax.plot(layers, shares, color=INK, lw=1.1, ls=dashes, label=part)
+    if len(ax.get_legend_handles_labels()[0]) > bool(critical):
+        ax.legend(loc="center right", fontsize=8)
     _mark_dropped(ax, drop)
-    ax.set_title(_title(column, what))
+    ax.set_title(f"{_name(name)}: {_name(what)} (n = {column.n})")
     ax.grid(axis="y")
 
 
@@ -196,13 +203,14 @@ def _draw_gap(ax: Axes, gap: ProtocolGap, drop: Sequence[int]) -> None:
     ax.axhline(0, color=INK, lw=1)
     mean = f"mean {gap.mean.value:+.2f} [{gap.mean.low:+.2f}, {gap.mean.high:+.2f}]".replace("-", "−")
     _mark_dropped(ax, drop)
-    ax.set_title(f"{_name(gap.ability)}: kept by likelihood − kept in generation, {mean}", fontsize=10)
+    names = f"{_name(gap.likelihood)} − {_name(gap.generation)}"
+    ax.set_title(f"Protocol gap, share kept: {mean}\n{names} (n = {gap.n})", fontsize=9)
     ax.grid(axis="y")
 
 
 def _draw_centroids(ax: Axes, atlas: Atlas) -> None:
     for row, profile in enumerate(atlas.depth):
-        label = atlas.columns[row].label
+        label = _label(atlas.columns[row], atlas)
         if profile.centroid is None:
             label += f" ({profile.reason})"
         else:
@@ -292,6 +300,12 @@ def _name_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
     ax.tick_params(length=0)
     for side in ("left", "bottom"):
         ax.spines[side].set_visible(False)
+
+
+def _label(column: SweepColumn, atlas: Atlas) -> str:
+    """`ability/protocol`, or the task's name where that stands for several tasks."""
+    alone = sum(other.label == column.label for other in atlas.columns) == 1
+    return column.label if alone else column.task
 
 
 def _title(column: SweepColumn, what: str) -> str:
