@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
+from shoal.compress.hidden_pass import HIDDEN_METRICS
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics import METRICS
 from shoal.data import PackedRows
@@ -220,10 +221,17 @@ def test_rows_without_a_token_are_refused() -> None:
         measure(tiny_model("llama"), attention_mask_NS=torch.zeros_like(ROWS.input_ids_NS))
 
 
-def test_states_that_overflow_are_refused() -> None:
+@pytest.mark.parametrize("metric", HIDDEN_METRICS)
+def test_states_that_overflow_are_refused_by_layer_and_batch(metric: str) -> None:
     model = tiny_model("llama")
-    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(torch.inf)
-    with pytest.raises(
-        UserError, match=r"block_influence is not finite: the model's hidden states overflow in torch.float32"
-    ):
-        measure(model)
+    model.get_parameter("model.embed_tokens.weight").data[77] = torch.nan
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data[:, 0] = torch.inf
+    fine = PackedRows(ROWS.input_ids_NS.masked_fill(ROWS.input_ids_NS == 77, 5), ROWS.position_ids_NS)
+    message = r"measure: the output of layer 3 is not finite \(NaN or infinite\) in batch 0 \(row 0 of the calibration"
+    with pytest.raises(UserError, match=message):
+        measure_importance(model, fine, metrics=[metric], batch_size=2)
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(0)
+    fine.input_ids_NS[4, 3] = 77
+    message = r"the input of layer 0 is not finite .* in batch 2 \(row 4 .* torch.float32, .* set dtype: bfloat16"
+    with pytest.raises(UserError, match=message):
+        measure_importance(model, fine, metrics=[metric], batch_size=2)

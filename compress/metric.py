@@ -1,0 +1,123 @@
+"""What a metric says of itself, and what every pass over calibration data is given and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, distributed
+from transformers import PreTrainedModel
+
+from shoal.data import PackedRows
+from shoal.errors import UserError
+from shoal.sweeps import Removal
+
+Need = Literal["hidden", "gradients", "weights", "merges", "loss", "generation"]
+Yields = Literal["layers", "runs", "order"]
+
+Layers = tuple[float, ...]
+"""One score per layer."""
+Runs = tuple[tuple[float, ...], ...]
+"""scores[n - 1][l] of the run of n layers that starts at layer l."""
+Order = tuple[Removal, ...]
+"""What a greedy metric removes, first removal first."""
+Result = Layers | Runs | Order
+
+
+class Metric:
+    """One way to say what layers are worth; a lower score means: remove first. The docstring gives formula and source.
+
+    Metrics of one need are measured together by one Pass, so that what they share is computed once.
+    """
+
+    needs: ClassVar[Need]
+    """What must be computed: "hidden" = one forward pass without the output head; "gradients" = forwards and backwards;
+    "weights" = nothing; "merges" = a forward of a few texts for every run of layers; "loss" = likelihoods of many
+    variants; "generation" = their texts."""
+    yields: ClassVar[Yields]
+    greedy: ClassVar[bool] = False
+    """Whether later choices depend on earlier ones, so that there is an order and no score of a layer by itself."""
+    contiguous: ClassVar[bool] = False
+    """Whether it scores runs of neighbouring layers as a whole."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The tokens to measure on, and how."""
+
+    rows: PackedRows
+    batch_size: int
+    """Rows per rank and forward."""
+    attention_mask_NS: Tensor | None = None
+    """0 where a token is padding; None = nowhere."""
+    num_drop: int | None = None
+    """How many removals greedy metrics make; None = as many as there can be."""
+
+    @cached_property
+    def mask_NS(self) -> Tensor:
+        """Which tokens are real."""
+        if self.attention_mask_NS is None:
+            return torch.ones_like(self.rows.input_ids_NS, dtype=torch.bool)
+        return self.attention_mask_NS.bool()
+
+    @cached_property
+    def follows_NS(self) -> Tensor:
+        """Which tokens are real and come next in the document of the token before them."""
+        positions_NS, mask_NS = self.rows.position_ids_NS, self.mask_NS
+        follows_NS = torch.zeros_like(mask_NS)
+        follows_NS[:, 1:] = (positions_NS[:, 1:] == positions_NS[:, :-1] + 1) & mask_NS[:, 1:] & mask_NS[:, :-1]
+        return follows_NS
+
+    def batches(self) -> list[Tensor]:
+        """Row indices of this rank's batches: every world_size-th row, so that shares differ by one row at most."""
+        world_size = distributed.get_world_size() if distributed.is_initialized() else 1
+        mine = torch.arange(rank(), len(self.rows), world_size)
+        return list(mine.split(self.batch_size)) if len(mine) else []
+
+
+Pass = Callable[[PreTrainedModel, Calibration, Sequence[str]], dict[str, Result]]
+"""Measures all named metrics of one need at once. All ranks call it and get the same."""
+
+
+def rank() -> int:
+    """This process's rank in the process group; 0 without one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def add_up_ranks(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Each tensor summed over all ranks, where it was."""
+    if not distributed.is_initialized():
+        return list(tensors)
+    summed = [tensor.to(device) for tensor in tensors]
+    for tensor in summed:
+        distributed.all_reduce(tensor)
+    return [tensor.to(own.device) for own, tensor in zip(tensors, summed, strict=True)]
+
+
+def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype: torch.dtype) -> None:
+    """Refuse on all ranks what one of them found; ``fault`` is the row and what is not finite there.
+
+    No rank may raise by itself: the others would wait for it.
+
+    Raises:
+        UserError: some rank found a fault; that of the lowest row is named.
+    """
+    if distributed.is_initialized():
+        found: list[tuple[int, str] | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, fault)
+    else:
+        found = [fault]
+    faults = [fault for fault in found if fault is not None]
+    if faults:
+        row, what = min(faults)
+        world_size = len(found)
+        batch = row // world_size // calibration.batch_size
+        whose = f" of rank {row % world_size}" if world_size > 1 else ""
+        raise UserError(
+            f"measure: {what} is not finite (NaN or infinite) in batch {batch}{whose} (row {row} of the calibration "
+            f"data): the model computes in {dtype}, which may overflow; set dtype: bfloat16 or dtype: float32 in the "
+            "recipe. If it is no overflow, the weights are damaged: download the model again"
+        )

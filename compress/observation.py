@@ -1,0 +1,219 @@
+"""What hidden-state metrics share: one batch, looked at layer by layer while its states are in the cache.
+
+A metric names what it reads; whatever several of them read is computed once. Sums per token and per document are what
+remains of a batch, and they go to the CPU at its end, where the last steps run in float64: the arc cosine of a float32
+cosine next to 1 is off by 3e-4, which is more than some layers matter.
+
+T = B*S tokens of a batch, D hidden, L layers, M documents, K sampled tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reading = Literal["products", "updates", "output_spread", "update_spread", "last", "cosines", "sample"]
+"""products: of a layer's input and output; updates: norms of their difference; spread: what AVSS needs of one of them;
+last: states of documents' last tokens; cosines: between all layers, summed over tokens; sample: states of some tokens.
+"""
+
+PIECE_ELEMENTS = {"cpu": 1 << 18}
+"""Hidden-state elements converted to float32 at one time, by device type: on a CPU what fits its cache."""
+DEFAULT_PIECE_ELEMENTS = 1 << 26
+SPARSE_BELOW = 1e-3
+"""A unit counts as silent below this share of its token's root mean square."""
+
+
+@dataclass(frozen=True)
+class BatchView:
+    """What of a batch counts. On the model's device, but for ``real_T`` and ``slots_K``."""
+
+    real_T: Tensor
+    """Which tokens are no padding."""
+    document_T: Tensor
+    """Index of every token's document; that of padding is the number of documents."""
+    lengths_M: Tensor
+    """Tokens per document."""
+    last_M: Tensor
+    """Flat indices of every document's last real token."""
+    sample_K: Tensor
+    """Flat indices of the tokens of this batch that are in the sample of the whole pass."""
+    slots_K: Tensor
+    """Their places in it."""
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """AVSS's two parts of one layer: variances summed over documents, silent units counted over tokens."""
+
+    variance: Tensor
+    silent: Tensor
+
+
+class Observation:
+    """One batch of one forward pass. ``observe`` is called for every layer in order; then the rest can be read."""
+
+    def __init__(self, view: BatchView, num_layers: int, reads: Collection[Reading]) -> None:
+        self.view = view
+        self.num_layers = num_layers
+        self._reads = frozenset(reads)
+        self._real_T = view.real_T.to(view.last_M.device)
+        self._before_squares: list[Tensor] = []
+        self._after_squares: list[Tensor] = []
+        self._previous: Tensor | None = None
+        """What the layer before returned: as a rule the next layer's input, so that its norms are known."""
+        self._products: list[Tensor] = []
+        self._update_squares: list[Tensor] = []
+        self._spreads: dict[Reading, list[_Spread]] = {"output_spread": [], "update_spread": []}
+        self._last: list[Tensor] = []
+        self._sample: list[Tensor] = []
+        self._kept: list[Tensor] = []
+
+    def observe(self, layer: int, before_TD: Tensor, after_TD: Tensor) -> None:
+        """Take what is needed from one layer's raw input and output."""
+        is_known = self._previous is not None and _is_same(before_TD, self._previous)
+        self._before_squares.append(self._after_squares[-1] if is_known else _squares(before_TD))
+        self._previous = after_TD
+        self._keep(before_TD)
+        if layer == self.num_layers - 1:
+            self._keep(after_TD)
+        reads = self._reads
+        spreads: list[Reading] = [kind for kind in self._spreads if kind in reads]
+        squares = torch.empty(len(after_TD), device=after_TD.device)
+        products, update_squares = torch.empty_like(squares), torch.empty_like(squares)
+        pooled = {kind: self._empty_pool(after_TD) for kind in spreads}
+        silent = {kind: torch.empty_like(squares) for kind in spreads}
+        ones_D, needs_update = squares.new_ones(after_TD.shape[1]), bool(reads & {"updates", "update_spread"})
+        for piece in pieces(after_TD):
+            after = after_TD[piece].float()
+            torch.linalg.vecdot(after, after, out=squares[piece])
+            before = before_TD[piece].float() if needs_update or "products" in reads else after
+            if "products" in reads:
+                torch.linalg.vecdot(before, after, out=products[piece])
+            update = after - before if needs_update else after
+            if needs_update:
+                torch.linalg.vecdot(update, update, out=update_squares[piece])
+            for kind in spreads:
+                states, its_squares = (
+                    (after, squares[piece]) if kind == "output_spread" else (update, update_squares[piece])
+                )
+                pooled[kind].index_add_(0, self.view.document_T[piece], states)
+                limit = SPARSE_BELOW * (its_squares / states.shape[1]).sqrt()
+                is_silent = torch.lt(states.abs(), limit[:, None], out=torch.empty_like(states))
+                torch.mv(is_silent, ones_D, out=silent[kind][piece])
+        self._after_squares.append(squares)
+        self._products.append(products)
+        self._update_squares.append(update_squares)
+        for kind in spreads:
+            self._spreads[kind].append(_Spread(self._variance(pooled[kind]), silent[kind][self._real_T].double().sum()))
+
+    def _keep(self, state_TD: Tensor) -> None:
+        if "last" in self._reads:
+            self._last.append(state_TD[self.view.last_M])
+        if "sample" in self._reads:
+            self._sample.append(state_TD[self.view.sample_K].float())
+        if "cosines" in self._reads:
+            self._kept.append(state_TD)
+
+    def _empty_pool(self, state_TD: Tensor) -> Tensor:
+        return torch.zeros(len(self.view.lengths_M) + 1, state_TD.shape[1], device=state_TD.device)
+
+    def _variance(self, pooled: Tensor) -> Tensor:
+        """Over hidden units, of every document's mean state; summed over documents."""
+        return (pooled[:-1] / self.view.lengths_M[:, None]).var(dim=1, correction=0).double().sum()
+
+    @property
+    def before_squares_LT(self) -> Tensor:
+        """Squared norms of every layer's input."""
+        return torch.stack(self._before_squares).cpu().double()
+
+    @property
+    def after_squares_LT(self) -> Tensor:
+        """Squared norms of every layer's output."""
+        return torch.stack(self._after_squares).cpu().double()
+
+    @property
+    def products_LT(self) -> Tensor:
+        """Inner products of every layer's input and output."""
+        return torch.stack(self._products).cpu().double()
+
+    @property
+    def update_squares_LT(self) -> Tensor:
+        """Squared norms of what every layer adds."""
+        return torch.stack(self._update_squares).cpu().double()
+
+    def spread_L2(self, kind: Reading) -> Tensor:
+        """Per layer the variance of the document's mean state over hidden units, summed over documents, and the number
+        of silent units, summed over tokens."""
+        return torch.stack([torch.stack([own.variance, own.silent]) for own in self._spreads[kind]]).cpu()
+
+    @property
+    def last_MLD(self) -> Tensor:
+        """States (M, L+1, D) of every document's last token."""
+        return torch.stack(self._last, dim=1).cpu().double()
+
+    @property
+    def sample_KLD(self) -> Tensor:
+        """States (K, L+1, D) of the sampled tokens, in float32."""
+        return torch.stack(self._sample, dim=1).cpu()
+
+    def cosine_sums_LL(self) -> Tensor:
+        """Cosines between the states (L+1) of each token, summed over tokens.
+
+        The sum over tokens and units is one matrix product of all normalised states, laid out as L+1 long rows.
+        """
+        squares_LT = self._state_squares()
+        inverse_LT = torch.where(self._real_T & (squares_LT > 0), squares_LT.rsqrt(), 0)
+        sums_LL = torch.zeros(len(squares_LT), len(squares_LT), dtype=torch.float64, device=squares_LT.device)
+        for piece in pieces(self._kept[0], rows=len(self._kept)):
+            rows_LTD = torch.stack([state_TD[piece].float() for state_TD in self._kept])
+            rows_LK = rows_LTD.mul_(inverse_LT[:, piece, None]).flatten(1)
+            sums_LL += rows_LK @ rows_LK.mT
+        zero_LT = (self._real_T & (squares_LT == 0)).double()
+        return (sums_LL + zero_LT @ zero_LT.mT).cpu()
+
+    def _state_squares(self) -> Tensor:
+        """Of the L+1 states: every layer's input, and the last one's output."""
+        return torch.stack([*self._before_squares, self._after_squares[-1]])
+
+    def first_fault(self) -> tuple[int, int] | None:
+        """The lowest of the L+1 states that is not finite, and its first token; None where all are.
+
+        The state comes first: attention carries a NaN to tokens before it, because 0 times NaN is NaN.
+        """
+        bad_LT = ~self._state_squares().isfinite() & self._real_T
+        if not bad_LT.any():
+            return None
+        state = int(bad_LT.any(dim=1).nonzero()[0])
+        return state, int(bad_LT[state].nonzero()[0])
+
+
+def pieces(state_TD: Tensor, *, rows: int = 1) -> Iterator[slice]:
+    """Slices of tokens of which ``rows`` states at a time are worked on."""
+    tokens, width = state_TD.shape
+    step = max(1, PIECE_ELEMENTS.get(state_TD.device.type, DEFAULT_PIECE_ELEMENTS) * min(rows, 4) // (width * rows))
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
+def _squares(state_TD: Tensor) -> Tensor:
+    squares = torch.empty(len(state_TD), device=state_TD.device)
+    for piece in pieces(state_TD):
+        state = state_TD[piece].float()
+        torch.linalg.vecdot(state, state, out=squares[piece])
+    return squares
+
+
+def cosine(dot: Tensor, first_square: Tensor, second_square: Tensor) -> Tensor:
+    """Cosine in [-1, 1]; exactly 1 for equal vectors and for two zero ones: nothing has changed. NaN stays NaN."""
+    scale = (first_square * second_square).sqrt()
+    cosines = torch.where(scale == 0, 0.0, dot / scale)
+    cosines = torch.where((first_square == 0) & (second_square == 0), 1.0, cosines)
+    return cosines.clamp(-1, 1)
