@@ -36,7 +36,7 @@ def resampled_means(scores_NK: Array, weights_N: Array, resamples: int = NUM_RES
 
 
 def _counts(n: int, resamples: int) -> Iterator[Array]:
-    """How often each item is drawn, (some R, N) at a time; how many at a time changes no number."""
+    """How often each item is drawn, (some R, N) at a time; how many at a time changes no draw."""
     rng = np.random.default_rng(RESAMPLE_SEED)
     shares, size = np.full(n, 1 / n), max(1, COUNT_ELEMENTS // n)
     for start in range(0, resamples, size):

@@ -32,6 +32,11 @@ def ends_in_loop(text: str) -> bool:
     The last copy may be cut off, as the limit of new tokens does it; white space counts as one space.
     """
     text = " ".join(text.split())
+    # the space after the last copy is lost at the end of the text
+    return any(_has_periodic_end(whole) for whole in (text, f"{text} "))
+
+
+def _has_periodic_end(text: str) -> bool:
     for period in range(1, len(text) // LOOP_COPIES + 1):
         length = max(LOOP_COPIES * period, LOOP_CHARACTERS)
         if length <= len(text) and text[-length:-period] == text[len(text) - length + period :]:
