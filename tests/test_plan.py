@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from sweep_results import LOST, NUM_ITEMS, atlas, right, task
+from sweep_results import importance as swept_importance
 
 from shoal.artifact import Importance, Provenance
-from shoal.compress.plan import check_choice, choose_layers
-from shoal.edits import Merge, SkipAttention
+from shoal.compress.atlas import build_atlas
+from shoal.compress.plan import Choice, check_choice, choose_changes, choose_layers
+from shoal.compress.sacrifice import expected_sacrifice, joint_change
+from shoal.compress.sweep_table import sweep_table
+from shoal.edits import Merge, SkipAttention, SkipMlp
 from shoal.errors import UserError
-from shoal.recipe import Prune
+from shoal.recipe import Prune, parse_recipe
+from shoal.sweeps import Removal, Unit
 
 NUM_LAYERS = 6
 INFLUENCE = (0.9, 0.2, 0.1, 0.3, 0.1, 0.05)
@@ -163,3 +172,290 @@ def test_edits_that_this_model_cannot_take_are_refused() -> None:
     check_choice(Prune(edits=(SKIP,)), num_layers=NUM_LAYERS)
     with pytest.raises(UserError, match=r"1 is no layer"):
         check_choice(Prune(edits=(SKIP,)), num_layers=1)
+
+
+# --- columns of a sweep -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def swept() -> Importance:
+    return swept_importance()
+
+
+def change(scores: Importance | None = None, **prune: Any) -> Choice:
+    return choose_changes(Prune(**prune), num_layers=NUM_LAYERS, importance=scores or swept())
+
+
+@pytest.mark.parametrize("metric", ["knowledge_continuation", "knowledge/continuation", "knowledge"])
+def test_a_swept_task_chooses_by_its_name_or_by_ability_and_protocol(metric: str) -> None:
+    choice = change(num_drop=3, metric=metric, protect=(0,))
+    assert choice.drop == (2, 3, 4)
+    assert choice.reason == f"the 3 of 6 layers with the lowest {metric} (0 to 0); layer 0 protected"
+
+
+def test_lower_is_better_columns_choose_what_raises_them_least() -> None:
+    assert change(num_drop=2, metric="language/rolling").drop == (1, 3)
+
+
+def test_two_abilities_choose_other_layers() -> None:
+    assert change(num_drop=4, metric="retrieval/continuation", protect=(0,)).drop == (1, 3, 4, 5)
+    assert change(num_drop=2, metric="retrieval/continuation", protect=(1, 3)).drop == (4, 5)
+    assert change(num_drop=2, metric="knowledge/continuation", protect=(1, 3)).drop == (2, 4)
+
+
+def test_a_name_of_several_columns_is_refused() -> None:
+    message = r"prune.metric=retrieval: retrieval could be retrieval_continuation or retrieval_generation .* mix them"
+    with pytest.raises(UserError, match=message):
+        change(num_drop=1, metric="retrieval")
+
+
+def test_a_name_that_was_not_swept_is_refused_with_the_closest_one() -> None:
+    with pytest.raises(UserError, match=r"prune.metric=knowledge/generation: .* did you mean knowledge/continuation"):
+        change(num_drop=1, metric="knowledge/generation")
+    with pytest.raises(UserError, match=r"prune.weights.blok_influence: .* did you mean block_influence\?"):
+        change(num_drop=1, weights={"blok_influence": 1.0})
+    with pytest.raises(UserError, match=r"a task: in measure.sweep.tasks\) and measure again"):
+        change(num_drop=1, metric="zzz")
+    with pytest.raises(UserError, match=r"prune.spare: retreival: .* did you mean retrieval\?"):
+        change(num_drop=1, spare=("retreival",))
+    with pytest.raises(UserError, match=r"prune.spare: block_influence: .* name it in measure.sweep.tasks and measure"):
+        change(num_drop=1, spare=("block_influence",))
+
+
+def test_swept_columns_cannot_choose_runs() -> None:
+    for metric in ("knowledge_continuation", "sleb"):
+        with pytest.raises(UserError, match=rf"prune.metric={metric}: scores single layers, but prune.contiguous"):
+            change(num_drop=2, metric=metric, contiguous=True)
+
+
+def test_a_task_without_signal_warns(caplog: pytest.LogCaptureFixture) -> None:
+    made = task(right(0.3), "reasoning_continuation")
+    scores = replace(swept(), atlas=build_atlas([made], [[made]] * NUM_LAYERS))
+    change(scores, num_drop=1, metric="reasoning")
+    assert "reasoning_continuation says little about layers: the intact model is not clear of chance" in caplog.text
+
+
+def test_weights_mix_ranks() -> None:
+    """block_influence ranks 1 2 5 4 3 from layer 1 on (0.2 apart with 0 for the lowest); knowledge ties 2, 3 and 4."""
+    influence = {1: 0.0, 2: 0.2, 5: 0.4, 4: 0.6, 3: 0.8, 0: 1.0}
+    knowledge = {2: 0.2, 3: 0.2, 4: 0.2, 1: 0.6, 5: 0.8, 0: 1.0}
+    mixed = {layer: 0.75 * influence[layer] + 0.25 * knowledge[layer] for layer in range(1, 6)}
+    expected = sorted(mixed, key=lambda layer: mixed[layer])
+    for count in range(1, 5):
+        choice = change(num_drop=count, weights={"block_influence": 3.0, "knowledge": 1.0}, protect=(0,))
+        assert choice.drop == tuple(sorted(expected[:count]))
+        assert "lowest mean rank of 0.75 block_influence + 0.25 knowledge (" in choice.reason
+
+
+def test_a_mix_can_hold_metrics_of_runs_and_orders_of_layers() -> None:
+    assert change(num_drop=1, weights={"angular": 1.0}, protect=()).drop == (0,)
+    assert change(num_drop=3, weights={"sleb": 1.0}, protect=()).drop == (0, 1, 3)
+    with pytest.raises(UserError, match="block_pruner is an order of attention units, which has no scores of layers"):
+        change(num_drop=1, weights={"block_pruner": 1.0})
+
+
+# --- greedy orders ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_removals_of_an_order_go() -> None:
+    choice = change(num_drop=2, metric="sleb", protect=())
+    assert (choice.drop, choice.edits) == ((0, 3), ())
+    assert choice.reason == "the first 2 of 6 layers of the order of sleb (4 without them)"
+
+
+def test_protected_layers_of_an_order_are_passed_over_and_told() -> None:
+    choice = change(num_drop=2, metric="sleb")
+    assert choice.drop == (1, 3)
+    assert choice.reason == (
+        "the first 2 of 6 layers of the order of sleb that may go (1 passed over); layers 0, 5 protected"
+    )
+
+
+def test_an_order_that_is_too_short_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"has 3 layers that are not protected \(\[0, 5\]\), 4 are needed; raise measure.num"
+    ):
+        change(num_drop=4, metric="sleb")
+    with pytest.raises(UserError, match=r"has 4 halves that are not protected .*, 6 are needed"):
+        change(num_drop=3, metric="block_pruner")
+
+
+def test_halves_become_edits_and_two_halves_of_one_layer_a_drop() -> None:
+    choice = change(num_drop=2, metric="block_pruner", protect=())
+    assert choice.drop == (3,)
+    assert choice.edits == (SkipMlp("skip_mlp", (0, 1)),)
+    choice = change(num_drop=2, metric="block_pruner")
+    assert (choice.drop, choice.edits) == (
+        (3,),
+        (SkipAttention("skip_attention", (2,)), SkipMlp("skip_mlp", (1,))),
+    )
+    assert choice.reason.startswith("the first 4 halves of the order of block_pruner that may go (1 passed over)")
+    assert choice.reason.endswith("; attention of layer 2 zeroed; MLP of layer 1 zeroed")
+
+
+def test_halves_stand_beside_the_edits_of_the_recipe() -> None:
+    choice = change(num_drop=1, metric="block_pruner", protect=(), edits=(SKIP,))
+    assert choice.edits == (SKIP, SkipAttention("skip_attention", (3,)), SkipMlp("skip_mlp", (0,)))
+    with pytest.raises(UserError, match="removes halves of layers; choose a metric of whole layers here"):
+        choose_layers(Prune(num_drop=1, metric="block_pruner"), num_layers=NUM_LAYERS, importance=swept())
+
+
+def test_orders_of_other_units_make_no_plan() -> None:
+    heads = tuple(Removal(Unit((layer,), "head", 0), 0.0) for layer in range(4))
+    runs = (Removal(Unit((1, 2)), 0.0),)
+    mixed = (Removal(Unit((1,)), 0.0), Removal(Unit((2,), "mlp"), 0.0))
+    for order, part in ((heads, "head"), (runs, "layer"), (mixed, "layer, mlp")):
+        scores = replace(swept(), orders={"x": order})
+        with pytest.raises(
+            UserError, match=f"prune.metric=x: is an order of {part} units, of which no plan can be made"
+        ):
+            change(scores, num_drop=1, metric="x")
+
+
+# --- what may not be spent ----------------------------------------------------------------------------------------
+
+
+def test_spared_abilities_keep_their_critical_layers() -> None:
+    """By block_influence the first to go are 1, 2, 5; retrieval needs 0 and 2, in writing also 4."""
+    assert change(num_drop=2, protect=()).drop == (1, 2)
+    choice = change(num_drop=2, protect=(), spare=("retrieval/continuation",))
+    assert choice.drop == (1, 5)
+    assert choice.reason.endswith("; layers 0, 2 protected; nothing significant spent on retrieval_continuation")
+    assert change(num_drop=3, protect=(), spare=("retrieval/continuation",)).drop == (1, 4, 5)
+    assert change(num_drop=3, protect=(), spare=("retrieval",)).drop == (1, 3, 5)
+    with pytest.raises(UserError, match=r"only 3 of 6 are not protected .* shorten prune.protect or prune.spare"):
+        change(num_drop=4, protect=(), spare=("retrieval",))
+
+
+def creeping() -> Importance:
+    """Each of layers 1 to 5 loses three other items of retrieval: none is critical alone, together they are."""
+    variants = []
+    for layer in range(NUM_LAYERS):
+        scores = right(0.8, 60) if layer == 0 else right(0.8)
+        scores[3 * layer : 3 * layer + 3] = 0.0
+        variants.append([task(scores)])
+    return replace(swept(), atlas=build_atlas([task(right(0.8))], variants))
+
+
+def test_losses_that_are_small_alone_may_not_add_up() -> None:
+    scores = creeping()
+    assert scores.atlas is not None
+    (column,) = scores.atlas.columns
+    assert column.critical == (0,)
+    assert joint_change(column, (1,)).high > 0 > joint_change(column, (1, 2, 3, 4)).high
+    with pytest.raises(UserError, match=r"only 1|only 2|only 3") as refused:
+        change(scores, num_drop=5, protect=(), spare=("retrieval",))
+    assert "can go without a significant loss on retrieval_continuation, by the sum of their single removals" in str(
+        refused.value
+    )
+    with pytest.raises(UserError, match="can go without a significant loss"):
+        change(scores, num_drop=4, protect=(), contiguous=True, spare=("retrieval",))
+    with pytest.raises(UserError, match="can go without a significant loss"):
+        change(
+            replace(scores, orders={"sleb": tuple(Removal(Unit((layer,)), 0.0) for layer in range(1, 6))}),
+            num_drop=5,
+            metric="sleb",
+            protect=(),
+            spare=("retrieval",),
+        )
+    assert change(scores, num_drop=1, protect=(), spare=("retrieval",)).drop == (1,)
+
+
+def test_cornerstone_layers_can_be_protected() -> None:
+    assert change(num_drop=1, metric="angular", protect=()).drop == (0,)
+    choice = change(num_drop=1, metric="angular", protect=("cornerstone",))
+    assert choice.drop == (1,)
+    assert choice.reason.endswith("; layer 0 protected")
+    with pytest.raises(UserError, match=r"prune.protect: cornerstone needs swept tasks, importance.json holds none"):
+        change(importance(), num_drop=1, protect=(0, "cornerstone"))
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"drop": [1], "weights": {"angular": 1}}, "prune.weights: has no effect beside prune.drop"),
+        ({"drop": [1], "spare": ["retrieval"]}, "prune.spare: has no effect beside prune.drop"),
+        ({"drop": [1], "protect": [0, "cornerstone"]}, "prune.protect: cornerstone has no effect beside prune.drop"),
+        (
+            {"weights": {"angular": 1}, "metric": "angular"},
+            "prune.weights: prune.metric is given too; give one of them",
+        ),
+        ({"weights": {"angular": 1}, "contiguous": True}, "prune.weights: mixes scores of single layers"),
+        ({"weights": {"angular": 0}}, r"prune.weights: must be greater than 0 \(got 0\)"),
+        ({"protect": ["keystone"]}, r"prune.protect.0: must be .*'cornerstone' \(got 'keystone'\)"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_recipe({"model": "m", "run_dir": "r", "prune": prune})
+
+
+def test_a_recipe_can_protect_numbers_and_cornerstones() -> None:
+    prune = parse_recipe({"model": "m", "run_dir": "r", "prune": {"protect": [0, -1, "cornerstone"]}}).prune
+    assert prune.protect == (0, -1, "cornerstone")
+    check_choice(Prune(num_drop=1, protect=prune.protect), num_layers=NUM_LAYERS)
+
+
+# --- what a plan costs --------------------------------------------------------------------------------------------
+
+
+def test_joint_change_is_the_sum_with_the_interval_of_correlated_changes() -> None:
+    column = atlas().columns[1]
+    drop = (2, 4)
+    found = joint_change(column, drop)
+    changes = [column.effects[layer].change for layer in drop]
+    assert found.value == pytest.approx(-(30 + 25) / NUM_ITEMS)
+    lost = np.array([[i < LOST[column.task][layer] for i in range(NUM_ITEMS)] for layer in drop], dtype=float)
+    rho = np.corrcoef(lost)[0, 1]
+    down, up = [c.value - c.low for c in changes], [c.high - c.value for c in changes]
+    assert found.low == pytest.approx(
+        found.value - np.sqrt(down[0] ** 2 + down[1] ** 2 + 2 * rho * down[0] * down[1]), abs=1e-4
+    )
+    assert found.high == pytest.approx(
+        found.value + np.sqrt(up[0] ** 2 + up[1] ** 2 + 2 * rho * up[0] * up[1]), abs=1e-4
+    )
+    alone = joint_change(column, (2,))
+    assert (alone.low, alone.high) == pytest.approx((changes[0].low, changes[0].high))
+
+
+def test_expected_sacrifice_names_every_column_and_the_critical_layers() -> None:
+    head, *lines = expected_sacrifice(swept(), (2, 3))
+    assert head.startswith(
+        "expected sacrifice before any distillation, added up over removals of single layers (a rough"
+    )
+    assert lines[0].startswith("  retrieval_continuation (continuation): 80.0 % -> 42.5 %, −37.5 points [−")
+    assert lines[0].endswith("n = 80; critical here: layer 2")
+    assert lines[2].startswith("  knowledge_continuation (continuation): 80.0 % -> 80.0 %, 0.0 points [")
+    assert lines[2].endswith("n = 80; no significant loss")
+    assert lines[3].startswith("  language_rolling (rolling): 2.500 -> 2.7")
+    assert " nats_per_token, +0.2" in lines[3]
+
+
+def test_expected_sacrifice_stays_between_nothing_and_everything() -> None:
+    line = expected_sacrifice(swept(), (0, 2, 4))[2]
+    assert "80.0 % -> 0.0 %, −143.8 points" in line
+
+
+def test_a_set_that_was_swept_is_told_as_measured() -> None:
+    cumulative = sweep_table(
+        "cumulative",
+        [Unit((3,)), Unit((3, 2))],
+        [task(right(0.8))],
+        [[task(right(0.8))], [task(right(0.8, 50))]],
+    )
+    scores = replace(swept(), sweeps={"cumulative": cumulative})
+    head, first, second, *_ = expected_sacrifice(scores, (2, 3))
+    assert head == "measured without exactly these layers, before any distillation:"
+    assert "80.0 % -> 17.5 %, −62.5 points" in first
+    assert "retrieval_generation" in second
+    assert "expected sacrifice" in expected_sacrifice(scores, (2, 4))[0]
+
+
+def test_what_is_not_known_is_said() -> None:
+    assert expected_sacrifice(importance(), (2,)) == (
+        "what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",
+    )
+    assert expected_sacrifice(swept(), ()) == ()
+    made = task(right(0.3), "reasoning_continuation")
+    scores = replace(swept(), atlas=build_atlas([made], [[made]] * NUM_LAYERS))
+    assert "; no signal: the intact model is not clear of chance" in expected_sacrifice(scores, (2,))[1]

@@ -119,7 +119,7 @@ class SweepColumn:
     def importances(self) -> tuple[float, ...]:
         """How much worse the score is without each unit, in the metric's unit. Higher = keep."""
         sign = -1.0 if self.higher_is_better else 1.0
-        return tuple(sign * effect.change.value for effect in self.effects)
+        return tuple(sign * effect.change.value + 0.0 for effect in self.effects)  # + 0.0: no minus before a zero
 
     @property
     def critical(self) -> tuple[int, ...]:
