@@ -127,13 +127,17 @@ def silence(module: nn.Module) -> RemovableHandle:
 
     Most modules return what is added; those that take the residual and add it themselves (Bloom, MPT) return it.
     """
-    takes_residual = _takes_residual(module)
 
     def nothing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        silent = _residual(module, args, kwargs) if takes_residual else torch.zeros_like(_first(output))
+        silent = silent_output(module, args, kwargs, output)
         return type(output)([silent, *output[1:]]) if isinstance(output, tuple | list) else silent
 
     return module.register_forward_hook(nothing, with_kwargs=True)
+
+
+def silent_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    """What ``module`` returns when it adds nothing to the residual stream, given what a forward hook gets."""
+    return _residual(module, args, kwargs) if _takes_residual(module) else torch.zeros_like(_first(output))
 
 
 def adds_something(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from shoal.anatomy import decoder_layers, text_config
 from shoal.errors import UserError
@@ -146,21 +147,36 @@ class Edited:
 
 
 class States:
-    """The states of variants over the passes of one layout, on their way through the layers."""
+    """The states of variants over the passes of one layout, on their way through the layers.
+
+    With ``keep`` the keys and values that the last pass ends with stay in ``kept``: by layer, then by edits so far.
+    """
 
     def __init__(
-        self, edited: Edited, layerwise: Layerwise, decoder: Decoder, layout: Layout, variants: Sequence[Variant]
+        self,
+        edited: Edited,
+        layerwise: Layerwise,
+        decoder: Decoder,
+        passes: Sequence[Pass],
+        variants: Sequence[Variant],
+        *,
+        keep: bool = False,
     ) -> None:
         self._edited, self._layerwise = edited, layerwise
         self._variants = variants
-        self._passes = layout.passes
-        self._empty = decoder.new_cache() if layout.branches else None
-        caches = _measuring_caches(decoder, layout)
+        self._passes = passes
+        self._empty = None
+        if keep:  # a sliding layer's own kind forgets what a shorter text would still see
+            self._empty = plain_cache(layerwise.num_layers)
+        elif len(passes) > 1:
+            self._empty = decoder.new_cache()
+        self.kept: list[dict[Path, tuple[Tensor, Tensor]]] | None = [] if keep else None
+        caches = _measuring_caches(self._empty, passes)
         self._prepared = [
             layerwise.prepare(
                 decoder.arguments(one.ids_BS, mask=one.mask, position_ids_BS=one.positions_BS, cache=cache)
             )
-            for one, cache in zip(layout.passes, caches, strict=True)
+            for one, cache in zip(passes, caches, strict=True)
         ]
         self._cache_names = [_name_of(cache, made) for cache, made in zip(caches, self._prepared, strict=True)]
         self._states: dict[Path, list[Tensor]] = {(): [made.hidden_BSD for made in self._prepared]}
@@ -170,11 +186,16 @@ class States:
         """Take every state through the next layer."""
         layer, before = self.layer, self._states
         self._states = {}
+        if self.kept is not None:
+            self.kept.append({})
         for one in self._variants:
             path = tuple(edit for edit in one.edits if edit[0] <= layer)
             if path not in self._states:
                 here = [edit for at, edit in path if at == layer]
-                self._states[path] = self._run(layer, here, before[tuple(edit for edit in path if edit[0] < layer)])
+                below = before[tuple(edit for edit in path if edit[0] < layer)]
+                self._states[path], last = self._run(layer, here, below)
+                if self.kept is not None and last is not None and Removed() not in here:
+                    self.kept[layer][path] = last.keys, last.values
         self.layer += 1
 
     def final(self, of: Variant) -> list[Tensor]:
@@ -182,10 +203,14 @@ class States:
         states = self._states[of.edits]
         return [self._layerwise.finish(state, made) for state, made in zip(states, self._prepared, strict=True)]
 
-    def _run(self, layer: int, here: Sequence[Edit], states: Sequence[Tensor]) -> list[Tensor]:
-        """All passes through one layer; what later passes see of the first one's is held no longer than that."""
+    def _run(self, layer: int, here: Sequence[Edit], states: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """All passes through one layer, and the layer's slot of the last pass's cache.
+
+        What later passes see of the first one is held no longer than that.
+        """
         first: DynamicCache | None = None
-        after = []
+        after: list[Tensor] = []
+        slot: Any = None
         for one, made, name, state in zip(self._passes, self._prepared, self._cache_names, states, strict=True):
             changed: dict[str, Any] = {}
             if name is not None and self._empty is not None:
@@ -193,23 +218,30 @@ class States:
                     mine = first = _with_own_slot(self._empty, layer)
                 else:
                     mine = _with_own_slot(first, layer)
-                    slot: Any = mine.layers[layer]
+                    slot = mine.layers[layer]
                     slot.batch_select_indices(one.rows)
+                slot = mine.layers[layer]
                 changed[name] = mine
             after.append(self._edited.run(self._layerwise, layer, here, state, made.calls[layer], **changed))
-        return after
+        return after, slot
 
 
-def _measuring_caches(decoder: Decoder, layout: Layout) -> list[DynamicCache | None]:
+def plain_cache(num_layers: int) -> DynamicCache:
+    """A cache that keeps every token of every layer."""
+    cache = DynamicCache()
+    cache.layers.extend(DynamicLayer() for _ in range(num_layers))
+    return cache
+
+
+def _measuring_caches(empty: DynamicCache | None, passes: Sequence[Pass]) -> list[DynamicCache | None]:
     """For every pass a cache as long as the one it goes on from, from which the body works out masks and positions."""
-    if not layout.branches:
-        return [None]
-    first = layout.passes[0]
-    full = decoder.new_cache()
+    if empty is None:
+        return [None] * len(passes)
+    ids_BS, full = passes[0].ids_BS, copy.deepcopy(empty)
     for layer in range(len(full.layers)):
-        nothing = torch.zeros(len(first.ids_BS), 1, first.ids_BS.shape[1], 1, device=decoder.device)
+        nothing = torch.zeros(len(ids_BS), 1, ids_BS.shape[1], 1, device=ids_BS.device)
         full.update(nothing, nothing, layer)
-    return [decoder.new_cache(), *(copy.deepcopy(full) for _ in layout.passes[1:])]
+    return [copy.deepcopy(empty), *(copy.deepcopy(full) for _ in passes[1:])]
 
 
 def _name_of(cache: DynamicCache | None, made: Prepared) -> str | None:
@@ -267,7 +299,7 @@ def _finals(
     size = _group_size(edited.model, layout.passes)
     for start in range(0, len(order), size):
         group = order[start : start + size]
-        states = States(edited, layerwise, decoder, layout, [variants[number] for number in group])
+        states = States(edited, layerwise, decoder, layout.passes, [variants[number] for number in group])
         for _ in range(layerwise.num_layers):
             states.advance()
         for number in group:

@@ -6,11 +6,29 @@ B batch, S sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 from .decoder import Decoder, branched
+
+
+@dataclass
+class Texts:
+    """Texts under way, all at the same step: what each row has cached, and the tokens it has not been through yet."""
+
+    cache: DynamicCache
+    mask_BS: Tensor
+    """Over the cache and the new tokens."""
+    ids_BS: Tensor
+    positions_BS: Tensor
+    alive: list[int]
+    """Which text each row writes."""
+    written: list[list[int]]
+    """The new tokens of every text, finished ones too."""
 
 
 def generate_greedily(
@@ -25,29 +43,44 @@ def generate_greedily(
     ``is_finished`` sees a row's new tokens after every one of them.
     """
     ids, mask_BS, positions_BS = decoder.left_padded(prompts)
-    cache = decoder.new_cache()
-    written: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
-    next_position = positions_BS[:, -1:]
-    for step in range(max_new_tokens):
-        hidden_BSD = decoder.hidden(ids, mask=mask_BS, position_ids_BS=positions_BS, cache=cache)
+    texts = Texts(decoder.new_cache(), mask_BS, ids, positions_BS, list(range(len(prompts))), [[] for _ in prompts])
+    write(decoder, texts, max_new_tokens=max_new_tokens, is_finished=is_finished)
+    return texts.written
+
+
+def write(
+    decoder: Decoder,
+    texts: Texts,
+    *,
+    max_new_tokens: int,
+    is_finished: Callable[[list[int]], bool],
+    before_step: Callable[[list[int]], object] = lambda alive: None,
+) -> None:
+    """Go on with every row of ``texts`` until it is finished or has ``max_new_tokens`` in all.
+
+    ``before_step`` is told which texts the rows of the next forward belong to.
+    """
+    while texts.alive:
+        before_step(texts.alive)
+        hidden_BSD = decoder.hidden(
+            texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache
+        )
         token_B = decoder.logits(hidden_BSD[:, -1]).argmax(dim=-1)
         kept = []
-        for row, (prompt, token) in enumerate(zip(alive, token_B.tolist(), strict=True)):
-            written[prompt].append(token)
-            if not is_finished(written[prompt]):
+        for row, (text, token) in enumerate(zip(texts.alive, token_B.tolist(), strict=True)):
+            texts.written[text].append(token)
+            if not is_finished(texts.written[text]) and len(texts.written[text]) < max_new_tokens:
                 kept.append(row)
-        if not kept or step == max_new_tokens - 1:
-            break
-        if len(kept) < len(alive):
+        position_B = texts.positions_BS[:, -1]
+        if len(kept) < len(texts.alive):
+            texts.alive = [texts.alive[row] for row in kept]
+            if not kept:
+                break
             rows = torch.tensor(kept, device=decoder.device)
-            cache, mask_BS = branched(cache, rows), mask_BS[rows]
-            token_B, next_position = token_B[rows], next_position[rows]
-            alive = [alive[row] for row in kept]
-        next_position = next_position + 1
-        ids, positions_BS = token_B.unsqueeze(1), next_position
-        mask_BS = torch.cat([mask_BS, torch.ones_like(ids)], dim=1)
-    return written
+            texts.cache, texts.mask_BS = branched(texts.cache, rows), texts.mask_BS[rows]
+            token_B, position_B = token_B[rows], position_B[rows]
+        texts.ids_BS, texts.positions_BS = token_B.unsqueeze(1), position_B.unsqueeze(1) + 1
+        texts.mask_BS = torch.cat([texts.mask_BS, torch.ones_like(texts.ids_BS)], dim=1)
 
 
 class Finish:

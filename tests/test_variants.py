@@ -7,6 +7,7 @@ import torch
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel
 
+from shoal.anatomy import decoder_layers
 from shoal.compress.surgery import cut_model
 from shoal.compress.variants import (
     INTACT,
@@ -117,7 +118,7 @@ def layer_calls(model: PreTrainedModel, variants: list[Variant]) -> int:
 
     edited, decoder = Edited(model), Decoder(model)
     score_variants(edited, decoder, [((256,), (1, 2, 3))], [INTACT], batch_size=1)  # the proof's calls do not count
-    handles = [layer.register_forward_hook(add) for layer in model.get_decoder().layers]
+    handles = [layer.register_forward_hook(add) for layer in decoder_layers(model)]
     score_variants(edited, decoder, [((256,), (1, 2, 3))], variants, batch_size=1)
     for handle in handles:
         handle.remove()
@@ -145,6 +146,7 @@ def test_an_architecture_whose_layers_share_more_is_scored_variant_by_variant(ca
     caplog.set_level("INFO")
     variants = [INTACT, without([0])]
     found = score_variants(edited, decoder, asked, variants, batch_size=3)
-    assert "gemma3n_text: " in caplog.text and "runs through the whole model" in caplog.text
+    assert "gemma3n_text: " in caplog.text
+    assert "runs through the whole model" in caplog.text
     with edited.applied(variants[1].edits):
         assert found[1] == score(decoder, asked, batch_size=3)
