@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from sweep_results import importance as swept_importance
 
 from shoal.artifact import (
     Artifact,
@@ -37,6 +38,7 @@ from shoal.artifact import (
     written_folder,
 )
 from shoal.errors import UserError
+from shoal.sweeps import Removal, Sweep, Unit
 
 MADE = Provenance({"model": "abc", "prune.drop": [1, 3], "seed": 0})
 TASK = TaskScore(
@@ -56,6 +58,7 @@ TASK = TaskScore(
 )
 ARTIFACTS = (
     Importance(MADE, num_layers=2, num_tokens=9, layers={"x": (0.1, 1 / 3)}, runs={"y": ((0.5, 1e-30), (2.0,))}),
+    swept_importance(),
     PruningPlan(MADE, num_layers=6, drop=(1, 3), reason="named"),
     Evaluation(MADE, role="teacher", tasks=(TASK,), num_parameters=10**12, num_layers=2, num_bytes=9, seconds=0.5),
     Speed(MADE, {"teacher": SpeedScore(1.0, 2.0, {"prefill": (1.0, 2.0)})}, 1, 2, 3, "float32"),
@@ -69,9 +72,48 @@ def test_artifact_is_read_back_equal(tmp_path: Path, artifact: Artifact) -> None
     artifact.write(path)
     again = type(artifact).read(path)
     assert again == artifact
-    assert again.provenance.fingerprint == MADE.fingerprint
+    assert again.provenance.fingerprint == artifact.provenance.fingerprint
     assert json.loads(path.read_text(encoding="utf-8"))["schema"] == artifact.SCHEMA
     assert os.listdir(path.parent) == ["x.json"]
+
+
+def test_importance_of_before_there_were_sweeps_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "importance.json"
+    old = {"schema": 1, "provenance": {"inputs": {}}, "num_layers": 1, "num_tokens": 9, "layers": {}, "runs": {}}
+    path.write_text(json.dumps(old))
+    found = Importance.read(path)
+    assert (found.orders, found.atlas, found.sweeps) == ({}, None, {})
+
+
+def test_orders_and_sweeps_are_read_back_equal(tmp_path: Path) -> None:
+    half = Unit((2,), "attention")
+    sweeps = {"head": Sweep("head", (Unit((0,), "head", 3),), ())}
+    made = Importance(MADE, 3, 1, {}, {}, orders={"block_pruner": (Removal(half, 2.5),)}, sweeps=sweeps)
+    made.write(tmp_path / "x.json")
+    assert Importance.read(tmp_path / "x.json") == made
+
+
+def test_a_sweep_with_a_misspelt_field_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    swept_importance().write(path)
+    path.write_text(path.read_text().replace('"adjusted_p"', '"adjusted"', 1))
+    with pytest.raises(
+        UserError, match=r"atlas.sweep.columns.0.effects.0.adjusted.*; delete it and run its stage again"
+    ):
+        Importance.read(path)
+
+
+@pytest.mark.parametrize(
+    ("unit", "name"),
+    [
+        (Unit((3,)), "layer 3"),
+        (Unit((3, 1)), "layers 3, 1"),
+        (Unit((3,), "attention"), "attention 3"),
+        (Unit((3,), "kv_group", 2), "kv group 3.2"),
+    ],
+)
+def test_units_have_names(unit: Unit, name: str) -> None:
+    assert unit.name == name
 
 
 def test_plan_keeps_what_it_does_not_drop() -> None:
