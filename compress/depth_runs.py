@@ -9,6 +9,7 @@ B batch, S sequence, D hidden, V vocabulary, L layers, T chosen tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +114,6 @@ class DepthRuns:
         """The states of an unchanged run."""
         prepared = self.layerwise.prepare(body_inputs(self.model, batch))
         states = [prepared.hidden_BSD]
-        require_one_state_per_token(self.model, states[0], batch)
         for layer, call in enumerate(prepared.calls):
             states.append(self.layerwise.run(layer, states[-1], call))
         return Intact(states, prepared.calls)
@@ -189,14 +189,39 @@ def body_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-def require_one_state_per_token(model: PreTrainedModel, state: Tensor, batch: TokenBatch) -> None:
-    """Refuse states that are not (B, S, D).
+def run_body(model: PreTrainedModel, batch: TokenBatch) -> None:
+    """One forward over ``batch`` up to the last layer, for those who watch it with hooks."""
+    body, layers = model.get_decoder(), decoder_layers(model)
+    if not any(module is layers for module in body.modules()):
+        body = model  # ModernBERT's decoder names its head
+    body(**body_inputs(model, batch))
+
+
+def require_one_path(model: PreTrainedModel) -> None:
+    """Refuse a model in which depth is not one path of states, one per token, through every layer once.
 
     Raises:
-        UserError: naming the family and the shape.
+        UserError: naming the family and what it does instead.
     """
-    if state.dim() != 3 or state.shape[:2] != batch.input_ids_BS.shape:
-        raise UserError(
-            f"diagnostics: {text_config(model.config).model_type} passes states of shape {tuple(state.shape)} from "
-            "layer to layer, not one per token; its depth cannot be diagnosed, leave diagnostics off"
-        )
+    batch, shapes, order = probe_batch(model), list[tuple[int, ...]](), list[int]()
+    layers = decoder_layers(model)
+
+    def enter(index: int) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            order.append(index)
+            shapes.append(tuple((args[0] if args else kwargs["hidden_states"]).shape))
+
+        return hook
+
+    with ExitStack() as stack, probing(model):
+        for index, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+        run_body(model, batch)
+    family, remedy = text_config(model.config).model_type, "its depth cannot be diagnosed, leave diagnostics off"
+    if order != list(range(len(layers))):
+        raise UserError(f"diagnostics: {family} runs its layers in the order {order}; {remedy}")
+    for shape in shapes:
+        if len(shape) != 3 or shape[:2] != batch.input_ids_BS.shape:
+            raise UserError(
+                f"diagnostics: {family} passes states of shape {shape} from layer to layer, not one per token; {remedy}"
+            )

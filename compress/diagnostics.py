@@ -31,10 +31,10 @@ from .depth_runs import (
     TokenBatch,
     batch_of_prompts,
     batches_of_rows,
-    body_inputs,
     documents,
     readout_refusal,
-    require_one_state_per_token,
+    require_one_path,
+    run_body,
 )
 from .layerwise import state_of
 from .logit_lens import lens_terms
@@ -54,7 +54,7 @@ MIN_OVERLAP = 0.3
 class Effort:
     """How much of the text each diagnosis looks at."""
 
-    lens_tokens: int = 1024
+    lens_tokens: int = 256
     """Tokens for the logit lens, evenly spaced over all; the head costs more than the layers for small models."""
     num_prompts: int = 10
     """Documents for the effects on later layers; 0 = none."""
@@ -169,13 +169,15 @@ def diagnose(
     Ranks do not share the work; let one do it.
 
     Raises:
-        UserError: no token, no prompt long enough, states that are not finite, or that are not one per token.
+        UserError: no token, no prompt long enough, states that are not finite, or a model in which depth is not one
+            path through every layer.
     """
     effort = effort or Effort()
     batches = _batches(rows, batch_size, attention_mask_NS)
     num_tokens = sum(int(batch.real_BS.sum()) for batch in batches)
     if num_tokens == 0:
         raise UserError("diagnostics: there is no token to look at; name a data source that holds text")
+    require_one_path(model)
     with probing(model):
         flows, halves_refusal = layer_flows(model)
         lens_refusal = readout_refusal(model)
@@ -259,6 +261,12 @@ def _prompts(rows: PackedRows | Sequence[Prompt], prompts: Sequence[Prompt], eff
             num_answer=effort.answer_tokens,
         )
     given = prompts or (() if isinstance(rows, PackedRows) else rows)
+    for number, prompt in enumerate(given):
+        if not 0 < prompt.num_answer < len(prompt.input_ids):
+            raise UserError(
+                f"diagnostics: prompt {number}: has {len(prompt.input_ids)} tokens of which {prompt.num_answer} are "
+                "the answer; leave at least one for each"
+            )
     return [prompt for prompt in given if len(prompt.input_ids) >= MIN_TOKENS][: effort.num_prompts]
 
 
@@ -279,22 +287,20 @@ def _one_pass(
         real_T = batch.real_BS.flatten().nonzero().flatten()
         chosen_T = real_T[(seen + torch.arange(len(real_T))) % every == 0].to(model.device)
         seen += len(real_T)
-        with _states_at(model, chosen_T, batch) as states, add_batch(model, flows, batch, sums):
-            model.get_decoder()(**body_inputs(model, batch))
+        with _states_at(model, chosen_T) as states, add_batch(model, flows, batch, sums):
+            run_body(model, batch)
         if readout is not None and len(chosen_T):
             lens.append(torch.stack(lens_terms(readout, states), dim=-1))
     return sums, torch.cat(lens, dim=1)
 
 
 @contextmanager
-def _states_at(model: PreTrainedModel, chosen_T: Tensor, batch: TokenBatch) -> Iterator[list[Tensor]]:
+def _states_at(model: PreTrainedModel, chosen_T: Tensor) -> Iterator[list[Tensor]]:
     """L + 1 raw states of the chosen tokens, once the block's forward has run."""
     layers, states = decoder_layers(model), []
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
         state = args[0] if args else kwargs["hidden_states"]
-        if not states:
-            require_one_state_per_token(model, state, batch)
         states.append(state.flatten(0, 1)[chosen_T])
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:

@@ -154,7 +154,7 @@ class _Probability:
 
 def _put(given_NSD: Tensor) -> Callable[..., Any]:
     def hook(_: nn.Module, args: Any, output: Any) -> Any:
-        given = given_NSD.reshape(state_of(output).shape)
+        given = given_NSD.reshape(state_of(output).shape).clone()  # some layers add to it in place
         return type(output)([given, *output[1:]]) if isinstance(output, tuple | list) else given
 
     return hook

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers, text_config
 
-from .depth_runs import TokenBatch, body_inputs, probe_batch
+from .depth_runs import TokenBatch, probe_batch, run_body
 from .layerwise import state_of
 from .sublayers import CHANGED_RESIDUAL, Sublayers, probing, silence, sublayers, where
 
@@ -75,7 +75,7 @@ def layer_flows(model: PreTrainedModel) -> tuple[tuple[LayerFlow, ...], str]:
     with probing(model), ExitStack() as stack:
         for index, layer in enumerate(decoder_layers(model)):
             stack.enter_context(layer.register_forward_hook(look(index), with_kwargs=True))
-        model.get_decoder()(**body_inputs(model, probe_batch(model)))
+        run_body(model, probe_batch(model))
     found = [flow for flow in flows if flow is not None]
     if len(found) < len(halves):
         return (), f"{where(model, flows.index(None))}: its MLP comes before its attention"
