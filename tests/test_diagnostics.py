@@ -385,8 +385,7 @@ def test_effective_depth_by_each_rule() -> None:
 
 
 def test_effective_depth_says_why_there_is_none() -> None:
-    names: tuple[str, ...] = ("layer", "attention", "mlp")
-    flat = dict.fromkeys(names, (0.1, 0.2))
+    flat: dict[str, tuple[float, ...]] = dict.fromkeys(("layer", "attention", "mlp"), (0.1, 0.2))
     found = effective_depths(flat, (1.0, 0.9), (0.1, 0.2))
     assert [depth.layer for depth in found.values()] == [None] * 3
     assert [depth.ratio for depth in found.values()] == [None] * 3

@@ -112,12 +112,34 @@ def _iterate(source: DataSource) -> Iterator[str]:
         raise UserError(
             f"data {TEACHER_TEXT!r}: is written while distilling, for distill.data only; name another source"
         )
+    for where, row in _records(source):
+        yield _text(row, source.column, where)
+
+
+def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]]:
+    """Text and label of every row of a file, folder or Hub data set, in order.
+
+    Raises:
+        UserError: nothing there, a missing column, or a row without text or label.
+    """
+    found: list[tuple[str, Any]] = []
+    for number, (where, row) in enumerate(_records(source)):
+        text, label = _text(row, source.column, where), _field(row, label_column, where)
+        if not text.strip() or label is None:
+            empty = source.column if not text.strip() else label_column
+            raise UserError(f"data {where!r}: row {number} has nothing in column {empty!r}; fill it or leave it out")
+        found.append((text, label))
+    return found
+
+
+def _records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row, with the file or data set that it comes from."""
     try:
         files = _local_files(source)
         if files is None:
-            yield from _column(source, _hub_rows(source), source.path)
+            yield from ((source.path, row) for row in _hub_rows(source))
         for file in files or ():
-            yield from _read_file(source, file)
+            yield from ((str(file), row) for row in _file_rows(file))
     except UserError:
         raise
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not readable"
@@ -153,17 +175,15 @@ def _local_files(source: DataSource) -> list[Path] | None:
     return None
 
 
-def _read_file(source: DataSource, file: Path) -> Iterator[str]:
+def _file_rows(file: Path) -> Iterable[dict[str, Any]]:
     if file.stat().st_size == 0:
         raise UserError(f"data {str(file)!r}: the file is empty; name a source that holds text")
     reader = READERS[file.suffix.lower()]
     if reader == "text":
-        rows: Iterable[dict[str, Any]] = [{"text": file.read_text(encoding="utf-8")}]
-    else:
-        from datasets import load_dataset
+        return [{"text": file.read_text(encoding="utf-8")}]
+    from datasets import load_dataset
 
-        rows = load_dataset(reader, data_files=str(file), split="train", streaming=True)
-    yield from _column(source, rows, str(file))
+    return load_dataset(reader, data_files=str(file), split="train", streaming=True)
 
 
 def _hub_rows(source: DataSource) -> Iterable[dict[str, Any]]:
@@ -175,16 +195,19 @@ def _hub_rows(source: DataSource) -> Iterable[dict[str, Any]]:
     return load_dataset(source.path, source.name, split=source.split, streaming=True)
 
 
-def _column(source: DataSource, rows: Iterable[dict[str, Any]], where: str) -> Iterator[str]:
-    for row in rows:
-        if source.column not in row:
-            raise UserError(f"data {where!r}: has no column {source.column!r}; it has {', '.join(map(str, row))}")
-        text = row[source.column]
-        if text is not None and not isinstance(text, str):
-            raise UserError(
-                f"data {where!r}: column {source.column!r} holds {type(text).__name__}, not text; name a column of text"
-            )
-        yield text or ""
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    text = _field(row, column, where)
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"data {where!r}: column {column!r} holds {type(text).__name__}, not text; name a column of text"
+        )
+    return text or ""
+
+
+def _field(row: dict[str, Any], column: str, where: str) -> Any:
+    if column not in row:
+        raise UserError(f"data {where!r}: has no column {column!r}; it has {', '.join(map(str, row))}")
+    return row[column]
 
 
 def _known_sources(name: str) -> str:
