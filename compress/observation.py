@@ -24,6 +24,8 @@ last: states of documents' last tokens; cosines: between all layers, summed over
 PIECE_ELEMENTS = {"cpu": 1 << 18}
 """Hidden-state elements converted to float32 at one time, by device type: on a CPU what fits its cache."""
 DEFAULT_PIECE_ELEMENTS = 1 << 26
+ROWS_MULTIPLE = 16
+"""Products of matrices with so many rows take half the time of those with one row less."""
 SPARSE_BELOW = 1e-3
 """A unit counts as silent below this share of its token's root mean square."""
 
@@ -48,10 +50,30 @@ class BatchView:
 
 @dataclass(frozen=True)
 class _Spread:
-    """AVSS's two parts of one layer: variances summed over documents, silent units counted over tokens."""
+    """What AVSS needs of one layer."""
 
-    variance: Tensor
-    silent: Tensor
+    pooled_MD: Tensor
+    """States added up per document; the last row is padding's."""
+    silent_T: Tensor
+    """Silent units per token."""
+
+    @classmethod
+    def empty(cls, view: BatchView, state_TD: Tensor) -> _Spread:
+        tokens, width = state_TD.shape
+        pooled = torch.zeros(len(view.lengths_M) + 1, width, device=state_TD.device)
+        return cls(pooled, torch.empty(tokens, device=state_TD.device))
+
+    def add(self, piece: slice, states_PD: Tensor, squares_P: Tensor, buffer_PD: Tensor, view: BatchView) -> None:
+        width = states_PD.shape[1]
+        self.pooled_MD.index_add_(0, view.document_T[piece], states_PD)
+        limits = SPARSE_BELOW * (squares_P / width).sqrt()
+        is_silent = torch.lt(torch.abs(states_PD, out=buffer_PD), limits[:, None], out=buffer_PD)
+        torch.mv(is_silent, is_silent.new_ones(width), out=self.silent_T[piece])
+
+    def sums_2(self, view: BatchView, real_T: Tensor) -> Tensor:
+        """Variances of documents' mean states over hidden units, and silent units, both added up."""
+        means_MD = self.pooled_MD[:-1] / view.lengths_M[:, None]
+        return torch.stack([means_MD.var(dim=1, correction=0).double().sum(), self.silent_T[real_T].double().sum()])
 
 
 class Observation:
@@ -72,6 +94,7 @@ class Observation:
         self._last: list[Tensor] = []
         self._sample: list[Tensor] = []
         self._kept: list[Tensor] = []
+        self._buffers: list[Tensor] = []
 
     def observe(self, layer: int, before_TD: Tensor, after_TD: Tensor) -> None:
         """Take what is needed from one layer's raw input and output."""
@@ -81,35 +104,33 @@ class Observation:
         self._keep(before_TD)
         if layer == self.num_layers - 1:
             self._keep(after_TD)
-        reads = self._reads
-        spreads: list[Reading] = [kind for kind in self._spreads if kind in reads]
-        squares = torch.empty(len(after_TD), device=after_TD.device)
-        products, update_squares = torch.empty_like(squares), torch.empty_like(squares)
-        pooled = {kind: self._empty_pool(after_TD) for kind in spreads}
-        silent = {kind: torch.empty_like(squares) for kind in spreads}
-        ones_D, needs_update = squares.new_ones(after_TD.shape[1]), bool(reads & {"updates", "update_spread"})
+        for numbers in (self._after_squares, self._products, self._update_squares):
+            numbers.append(torch.empty(len(after_TD), device=after_TD.device))
+        for kind, spreads in self._spreads.items():
+            if kind in self._reads:
+                spreads.append(_Spread.empty(self.view, after_TD))
+        if not self._buffers:
+            self._buffers = [torch.empty(_step(after_TD), after_TD.shape[1], device=after_TD.device) for _ in range(4)]
         for piece in pieces(after_TD):
-            after = after_TD[piece].float()
-            torch.linalg.vecdot(after, after, out=squares[piece])
-            before = before_TD[piece].float() if needs_update or "products" in reads else after
-            if "products" in reads:
-                torch.linalg.vecdot(before, after, out=products[piece])
-            update = after - before if needs_update else after
-            if needs_update:
-                torch.linalg.vecdot(update, update, out=update_squares[piece])
-            for kind in spreads:
-                states, its_squares = (
-                    (after, squares[piece]) if kind == "output_spread" else (update, update_squares[piece])
-                )
-                pooled[kind].index_add_(0, self.view.document_T[piece], states)
-                limit = SPARSE_BELOW * (its_squares / states.shape[1]).sqrt()
-                is_silent = torch.lt(states.abs(), limit[:, None], out=torch.empty_like(states))
-                torch.mv(is_silent, ones_D, out=silent[kind][piece])
-        self._after_squares.append(squares)
-        self._products.append(products)
-        self._update_squares.append(update_squares)
-        for kind in spreads:
-            self._spreads[kind].append(_Spread(self._variance(pooled[kind]), silent[kind][self._real_T].double().sum()))
+            self._take(piece, before_TD[piece], after_TD[piece])
+
+    def _take(self, piece: slice, before_PD: Tensor, after_PD: Tensor) -> None:
+        """Some tokens of one layer. All goes into memory that is there: fresh memory costs more than arithmetic."""
+        buffers = [buffer[: len(after_PD)] for buffer in self._buffers]
+        after = _float32(after_PD, buffers[0])
+        torch.linalg.vecdot(after, after, out=self._after_squares[-1][piece])
+        if "output_spread" in self._reads:
+            self._spreads["output_spread"][-1].add(piece, after, self._after_squares[-1][piece], buffers[3], self.view)
+        if not self._reads & {"products", "updates", "update_spread"}:
+            return
+        before = _float32(before_PD, buffers[1])
+        if "products" in self._reads:
+            torch.linalg.vecdot(before, after, out=self._products[-1][piece])
+        if self._reads & {"updates", "update_spread"}:
+            update = torch.sub(after, before, out=buffers[2])
+            squares = torch.linalg.vector_norm(update, dim=1, out=self._update_squares[-1][piece]).square_()
+            if "update_spread" in self._reads:
+                self._spreads["update_spread"][-1].add(piece, update, squares, buffers[3], self.view)
 
     def _keep(self, state_TD: Tensor) -> None:
         if "last" in self._reads:
@@ -118,13 +139,6 @@ class Observation:
             self._sample.append(state_TD[self.view.sample_K].float())
         if "cosines" in self._reads:
             self._kept.append(state_TD)
-
-    def _empty_pool(self, state_TD: Tensor) -> Tensor:
-        return torch.zeros(len(self.view.lengths_M) + 1, state_TD.shape[1], device=state_TD.device)
-
-    def _variance(self, pooled: Tensor) -> Tensor:
-        """Over hidden units, of every document's mean state; summed over documents."""
-        return (pooled[:-1] / self.view.lengths_M[:, None]).var(dim=1, correction=0).double().sum()
 
     @property
     def before_squares_LT(self) -> Tensor:
@@ -149,7 +163,7 @@ class Observation:
     def spread_L2(self, kind: Reading) -> Tensor:
         """Per layer the variance of the document's mean state over hidden units, summed over documents, and the number
         of silent units, summed over tokens."""
-        return torch.stack([torch.stack([own.variance, own.silent]) for own in self._spreads[kind]]).cpu()
+        return torch.stack([spread.sums_2(self.view, self._real_T) for spread in self._spreads[kind]]).cpu()
 
     @property
     def last_MLD(self) -> Tensor:
@@ -168,13 +182,20 @@ class Observation:
         """
         squares_LT = self._state_squares()
         inverse_LT = torch.where(self._real_T & (squares_LT > 0), squares_LT.rsqrt(), 0)
-        sums_LL = torch.zeros(len(squares_LT), len(squares_LT), dtype=torch.float64, device=squares_LT.device)
-        for piece in pieces(self._kept[0], rows=len(self._kept)):
-            rows_LTD = torch.stack([state_TD[piece].float() for state_TD in self._kept])
-            rows_LK = rows_LTD.mul_(inverse_LT[:, piece, None]).flatten(1)
+        padded = -(-len(squares_LT) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        step, width = max(1, _step(self._kept[0]) * 4 // padded), self._kept[0].shape[1]
+        buffer_LPD = torch.zeros(padded, step, width, device=squares_LT.device)
+        sums_LL = torch.zeros(padded, padded, dtype=torch.float64, device=squares_LT.device)
+        for start in range(0, squares_LT.shape[1], step):
+            piece = slice(start, start + step)
+            rows_LPD = buffer_LPD[:, : inverse_LT[:, piece].shape[1]]
+            for state_TD, row_PD in zip(self._kept, rows_LPD, strict=False):
+                row_PD.copy_(state_TD[piece])
+            rows_LPD[: len(squares_LT)].mul_(inverse_LT[:, piece, None])
+            rows_LK = rows_LPD.flatten(1)
             sums_LL += rows_LK @ rows_LK.mT
         zero_LT = (self._real_T & (squares_LT == 0)).double()
-        return (sums_LL + zero_LT @ zero_LT.mT).cpu()
+        return (sums_LL[: len(squares_LT), : len(squares_LT)] + zero_LT @ zero_LT.mT).cpu()
 
     def _state_squares(self) -> Tensor:
         """Of the L+1 states: every layer's input, and the last one's output."""
@@ -192,11 +213,19 @@ class Observation:
         return state, int(bad_LT[state].nonzero()[0])
 
 
-def pieces(state_TD: Tensor, *, rows: int = 1) -> Iterator[slice]:
-    """Slices of tokens of which ``rows`` states at a time are worked on."""
-    tokens, width = state_TD.shape
-    step = max(1, PIECE_ELEMENTS.get(state_TD.device.type, DEFAULT_PIECE_ELEMENTS) * min(rows, 4) // (width * rows))
+def pieces(state_TD: Tensor) -> Iterator[slice]:
+    """Slices of tokens that are worked on at one time."""
+    tokens, step = len(state_TD), _step(state_TD)
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+
+
+def _step(state_TD: Tensor) -> int:
+    elements = PIECE_ELEMENTS.get(state_TD.device.type, DEFAULT_PIECE_ELEMENTS)
+    return min(len(state_TD), max(1, elements // state_TD.shape[1]))
+
+
+def _float32(state_PD: Tensor, buffer_PD: Tensor) -> Tensor:
+    return state_PD if state_PD.dtype == torch.float32 else buffer_PD.copy_(state_PD)
 
 
 def _is_same(one: Tensor, other: Tensor) -> bool:
