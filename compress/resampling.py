@@ -65,10 +65,10 @@ def bias_corrected(values_R: Array, value: float) -> tuple[float, float]:
     return min(float(low), value), max(float(high), value)
 
 
-def bootstrap_p(means_RU: Array, change_U: Array, moved_U: Sequence[bool] | NDArray[np.bool_]) -> Array:
+def bootstrap_p(means_RU: Array, change_U: Array) -> Array:
     """Two-sided p-values that the mean change is 0, as in shoal.eval.statistics.paired; 1 where no item has moved."""
     as_far_U = (np.abs(means_RU - change_U) >= np.abs(change_U)).sum(axis=0)
-    return np.where(moved_U, (1 + as_far_U) / (1 + len(means_RU)), 1.0)
+    return (1 + as_far_U) / (1 + len(means_RU))
 
 
 def paired_ratio(both: int, won: int, lost: int, neither: int, chance: float) -> tuple[float, float] | None:

@@ -192,10 +192,9 @@ def _mean_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], lis
     n = len(column.ids)
     mean_K = np.average(column.scores_NK, axis=0, weights=column.weights_N)
     change_U, changes_RU = mean_K[1:] - mean_K[0], column.means_RK[:, 1:] - column.means_RK[:, :1]
-    moved_U = (column.scores_NK[:, 1:] != column.scores_NK[:, :1]).any(axis=0)
     scores = _estimates(mean_K[1:], *expanded_percentiles(column.means_RK[:, 1:], mean_K[1:], n))
     changes = _estimates(change_U, *expanded_percentiles(changes_RU, change_U, n))
-    return scores, changes, bootstrap_p(changes_RU, change_U, moved_U).tolist()
+    return scores, changes, bootstrap_p(changes_RU, change_U).tolist()
 
 
 def _retentions(column: Measured) -> list[Estimate | None]:

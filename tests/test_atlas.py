@@ -124,6 +124,37 @@ def test_a_layer_whose_removal_helps_is_not_critical() -> None:
     assert build_atlas([nats(np.linspace(1, 2, 40))], worse).columns[0].critical == (1,)
 
 
+def test_a_layer_is_critical_only_after_holms_correction() -> None:
+    variants = [[task(right(0.8, lost))] for lost in (6, 0, 0, 40)]
+    (column,) = build_atlas([task(right(0.8))], variants).columns
+    assert column.effects[0].p_value == 0.03125
+    assert column.effects[0].adjusted_p == pytest.approx(3 * 0.03125)
+    assert column.critical == (3,)
+
+
+def test_changes_of_layers_are_correlated_over_items_with_their_weights() -> None:
+    rng = np.random.default_rng(6)
+    weights, base = (rng.random(30) + 0.2).tolist(), rng.random(30)
+    moved = rng.normal(0.0, 1.0, size=(30, 2)) @ [[1.0, 0.8], [0.0, 0.6]]
+    variants = [[nats(base + column, weights=weights)] for column in moved.T] + [[nats(base, weights=weights)]]
+    (column,) = build_atlas([nats(base, weights=weights)], variants).columns
+    share = np.array(weights) / sum(weights)
+    influence = share[:, None] * (moved - share @ moved)
+    expected = (influence[:, 0] @ influence[:, 1]) / np.sqrt((influence**2).sum(axis=0).prod())
+    assert column.correlation[1] == (pytest.approx(expected, abs=1e-4), 1.0)
+    assert column.correlation[2] == (0.0, 0.0, 1.0)
+
+
+def test_layers_whose_removal_helps_weigh_nothing_in_depth() -> None:
+    better = build_atlas([task(right(0.5))], [[task(right(0.5, won=10))], [task(right(0.5, lost=16))]])
+    assert layer_losses(better.columns[0]) == (0.0, pytest.approx(0.8))
+    base = np.linspace(1, 2, 40)
+    lower = build_atlas([nats(base)], [[nats(base - 0.5)], [nats(base)], [nats(base + 0.25)]])
+    assert layer_losses(lower.columns[0]) == (0.0, 0.0, pytest.approx(0.25))
+    assert lower.depth[0].centroid is not None
+    assert lower.depth[0].centroid.value == 1.0
+
+
 def test_importance_is_higher_for_layers_to_keep_whatever_the_direction_of_the_metric() -> None:
     made = atlas()
     assert made.columns[0].importances == pytest.approx([lost / 80 for lost in LOST["retrieval_continuation"]])
@@ -417,7 +448,7 @@ def test_rank_correlation_equals_scipys(ties: bool) -> None:
 
 
 def test_shared_removals_are_counted_with_ties_by_lower_index() -> None:
-    assert jaccard((0.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 0.0), 2) == pytest.approx(1 / 3)
+    assert jaccard((0.0, 0.0, 0.0, 1.0), (0.0, 1.0, 1.0, 0.0), 2) == pytest.approx(1 / 3)
     assert jaccard((1.0, 2.0), (3.0, 4.0), 1) == 1.0
 
 
