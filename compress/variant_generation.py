@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers, text_config
-from shoal.eval.decoder import Decoder
-from shoal.eval.generation import Texts, generate_greedily, write
-from shoal.eval.scoring import Pass, batches
 
+from ..eval.decoder import Decoder
+from ..eval.generation import Texts, generate_greedily, write
+from ..eval.scoring import Pass, batches
 from .operators import with_halves, with_heads
 from .sublayers import silent_output
 from .variants import (

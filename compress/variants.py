@@ -24,9 +24,9 @@ from transformers.cache_utils import DynamicLayer
 
 from shoal.anatomy import decoder_layers, text_config
 from shoal.errors import UserError
-from shoal.eval.decoder import Decoder
-from shoal.eval.scoring import Layout, Pass, Score, Tokens, layouts, settle
 
+from ..eval.decoder import Decoder
+from ..eval.scoring import Layout, Pass, Score, Tokens, layouts, settle
 from .layerwise import Call, Layerwise, Prepared
 from .operators import Half, attention_skipped, heads_masked, mlp_skipped
 from .surgery import skipped

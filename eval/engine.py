@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -35,7 +36,7 @@ from shoal.errors import UserError
 
 from .decoder import Decoder
 from .generation import Finish, generate_greedily
-from .scoring import Score, batches, score
+from .scoring import Score, Tokens, batches, score
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,16 @@ NEUTRAL_SETTINGS = GREEDY_SETTINGS | {
     "return_dict_in_generate",
     "_from_model_config",
 }
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a task wants its text written."""
+
+    max_new_tokens: int
+    stop: list[str]
+    settings: dict[str, Any]
+    """All else that the task asks for: sampling, penalties, ..."""
 
 
 class CausalLM(TemplateLM):
@@ -77,11 +88,15 @@ class CausalLM(TemplateLM):
         self._model = model
         self._decoder = Decoder(model)
         self._branch = branch
-        self._device = model.device
+        self._device: torch.device = model.device  # pyright: ignore[reportIncompatibleVariableOverride]
         together = dist.is_available() and dist.is_initialized()
         self._rank = dist.get_rank() if together else 0
         self._world_size = dist.get_world_size() if together else 1
         self._progress = progress and self._rank == 0
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._device
 
     @property
     def eot_token_id(self) -> int:
@@ -131,17 +146,15 @@ class CausalLM(TemplateLM):
         fitted = [self._fit(context, continuation) for _, context, continuation in requests]
         self._report_truncation(sum(cut for _, _, cut in fitted), len(fitted), "context")
         with self._bar(len(requests), "scored") as bar:
-            scores = score(
-                self._decoder,
-                [(context, continuation) for context, continuation, _ in fitted],
-                batch_size=self.batch_size,
-                branch=self._branch,
-                progress=bar.update,
-            )
+            scores = self._score([(context, continuation) for context, continuation, _ in fitted], bar.update)
         for (key, _, _), answer in zip(requests, scores, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return scores
+
+    def _score(self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]) -> list[Score]:
+        """Scores of (context, continuation) that fit the model."""
+        return score(self._decoder, pairs, batch_size=self.batch_size, branch=self._branch, progress=progress)
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         """Both as the model can take them, and whether the context had to lose its beginning."""
@@ -200,20 +213,32 @@ class CausalLM(TemplateLM):
         encoded = [self._encode_prompt(prompt) for prompt in prompts]
         self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
         encoded = [ids[-room:] for ids in encoded]
-        texts = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
+        written = self._write(encoded, Writing(max_new_tokens, stop, wanted), bar.update)
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+        return [postprocess_generated_text(text, stop, None) for text in texts]
+
+    def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
+        """The new tokens of every prompt."""
+        found: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         for batch in batches(order, self.batch_size):
-            rows = [encoded[index] for index in batch]
-            if self._decoder.can_branch and self._is_plain_greedy(wanted):
-                finish = Finish(self.tokenizer, self._end_ids(), stop)
-                written = generate_greedily(self._decoder, rows, max_new_tokens=max_new_tokens, is_finished=finish)
-            else:
-                written = self._generate_with_transformers(rows, max_new_tokens, stop, wanted)
+            written = self._write_batch([prompts[index] for index in batch], how)
             for index, tokens in zip(batch, written, strict=True):
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                texts[index] = postprocess_generated_text(text, stop, None)
-            bar.update(len(batch))
-        return texts
+                found[index] = tokens
+            progress(len(batch))
+        return found
+
+    def _write_batch(self, rows: list[list[int]], how: Writing) -> list[list[int]]:
+        if not self._writes_greedily(how):
+            return self._generate_with_transformers(rows, how.max_new_tokens, how.stop, how.settings)
+        return generate_greedily(self._decoder, rows, max_new_tokens=how.max_new_tokens, is_finished=self._finish(how))
+
+    def _writes_greedily(self, how: Writing) -> bool:
+        """Whether the text can be written by our own loop; recurrent models, sampling and the like need another."""
+        return self._decoder.can_branch and self._is_plain_greedy(how.settings)
+
+    def _finish(self, how: Writing) -> Finish:
+        return Finish(self.tokenizer, self._end_ids(), how.stop)
 
     def _encode_prompt(self, prompt: str) -> list[int]:
         has_start = has_bos_prefix(prompt, getattr(self.tokenizer, "bos_token", None))

@@ -67,11 +67,8 @@ def evaluate(
     connect_ranks(model.device)
     lm = CausalLM(model, tokenizer, settings.batch_size, progress=True)
     tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot, seed=seed)
-    seed_everything(seed)
-    scores: list[Any] = [_scores(lm, tasks, _num_items(tasks, settings))] if tasks else [()]
-    if lm.world_size > 1:
-        dist.broadcast_object_list(scores, src=0, device=None if model.device.type == "cpu" else model.device)
-    scores = [*scores[0], perplexity(lm, settings)]
+    log.info("eval: %s", in_words(tasks, settings))
+    scores = (*scores_of(lm, tasks, settings, seed=seed), perplexity(lm, settings))
     for score in scores:
         log.info(
             "eval: %s %s %.3f [%.3f, %.3f], n = %d",
@@ -82,7 +79,20 @@ def evaluate(
             score.ci_high,
             score.n,
         )
-    return tuple(scores)
+    return scores
+
+
+def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Eval, *, seed: int) -> tuple[TaskScore, ...]:
+    """The scores of ``tasks`` on every rank; twice on the same tasks gives the same requests."""
+    if not tasks:
+        return ()
+    seed_everything(seed)
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=seed)
+    scores: list[Any] = [_scores(lm, tasks, _num_items(tasks, settings))]
+    if lm.world_size > 1:
+        dist.broadcast_object_list(scores, src=0, device=None if lm.device.type == "cpu" else lm.device)
+    return scores[0]
 
 
 def _scores(lm: CausalLM, tasks: dict[str, Any], num_items: dict[str, int]) -> tuple[TaskScore, ...]:
@@ -90,7 +100,6 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], num_items: dict[str, int]) -> t
     from lm_eval import evaluator
 
     _check_runnable(tasks, lm.world_size)
-    log.info("eval: %s", ", ".join(f"{name} ({count} items)" for name, count in num_items.items()))
     with _without_request_bars():
         # its bootstrap is left out: intervals are ours, paired over the kept items
         first = {name: list(range(count)) for name, count in num_items.items()}
@@ -107,6 +116,11 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], num_items: dict[str, int]) -> t
         )
         for name, task in tasks.items()
     )
+
+
+def in_words(tasks: dict[str, Any], settings: Eval) -> str:
+    """Which tasks, with how many items each."""
+    return ", ".join(f"{name} ({count} items)" for name, count in _num_items(tasks, settings).items()) or "perplexity"
 
 
 def _check_runnable(tasks: dict[str, Any], num_ranks: int) -> None:

@@ -44,6 +44,14 @@ def load_tasks(
     return tasks
 
 
+def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:
+    """The names of all tasks and groups: shoal's own, those of ``include_path``, and lm-eval's collection."""
+    from lm_eval.tasks import TaskManager
+
+    folders: list[str | Path] = [TASKS_DIR, *([Path(include_path).expanduser()] if include_path else [])]
+    return set(TaskManager(include_path=folders, include_defaults=not ours_only).task_index)
+
+
 def _manager_that_knows(names: Sequence[str], folders: list[Path]) -> Any:
     from lm_eval.tasks import TaskManager
 

@@ -27,6 +27,43 @@ Target = Literal["transformers", "vllm", "llama_cpp"]
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+Protocol = Literal["loglikelihood", "continuation", "generation"]
+Operator = Literal["layer", "cumulative", "attention", "mlp", "head", "kv_group", "donor"]
+
+
+@dataclass(frozen=True)
+class Sweeps(Section):
+    """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of."""
+
+    tasks: tuple[str, ...] = ()
+    """lm-eval task or group names, shoal's own and all others; with ``protocols`` without their protocol's ending."""
+    protocols: tuple[Protocol, ...] = ()
+    """Every task under each of these, as far as there are tasks called so; none = tasks are named in full."""
+    operators: tuple[Operator, ...] = ("layer",)
+    """What is done to the intact model, one unit at a time: a layer, a half of one, a query head or a key-value group
+    taken out, or a donor's layer put in; cumulative = ever more layers taken out, by ``order``."""
+    limit: Positive | None = 100
+    """Items per task; None = all."""
+    limits: dict[str, Positive] = field(default_factory=dict)
+    """Items of single tasks that get another number, by task name."""
+    batch_size: Positive = 8
+    """Prompts or questions per rank at one time, each under all variants."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """None = each task's own default."""
+    include_path: str | None = None
+    """A further folder of task YAMLs."""
+    perplexity_data: Data = (DataSource("python_docs_heldout"),)
+    perplexity_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of running text to score as one more column; 0 = none."""
+    sequence_length: RowLength = 512
+    """Window of the perplexity measurement, in tokens."""
+    order: tuple[int, ...] | str = "block_influence"
+    """Cumulative removals go through these layers, or through all by a measured metric, the least important first."""
+    donor: Text | None = None
+    """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
+    donor_revision: str | None = None
+
+
 @dataclass(frozen=True)
 class Measure(Section):
     """How layer importance is measured."""
@@ -37,6 +74,14 @@ class Measure(Section):
     batch_size: Positive = 4
     """Sequences per rank and forward."""
     metrics: tuple[str, ...] = ("block_influence", "angular")
+    num_drop: Positive | None = None
+    """How many removals greedy metrics make; None = a quarter of the layers."""
+    sweep: Sweeps | None = None
+    """None = no task is scored."""
+    diagnostics: bool = False
+    """Depth diagnostics too: diagnostics.json."""
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Where the weights need more than this, measure layer by layer from the files; None = hold the model in memory."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,231 @@
+"""Score every variant of a model on lm-eval tasks, item by item, with the intact model in memory.
+
+The requests of a task do not depend on the model, so every request is answered for all variants at once, and lm-eval
+then scores each variant from these answers: any task it knows can be swept, at a fraction of one evaluation per
+variant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.anatomy import decoder_layers
+from shoal.artifact import TaskScore, fingerprint
+from shoal.errors import UserError
+from shoal.recipe import Eval, Protocol, Sweeps
+from shoal.sweeps import Unit
+
+from ..eval.engine import CausalLM, Writing, connect_ranks
+from ..eval.evaluate import in_words, scores_of
+from ..eval.perplexity import perplexity
+from ..eval.scoring import Score, Tokens
+from ..eval.tasks import known_tasks, load_tasks
+from .answers import Answers, key_of
+from .operators import heads_of_groups, with_halves, with_heads
+from .variant_generation import Limits, generate_variants
+from .variants import INTACT, Edited, Masked, Removed, Silenced, Swapped, Variant, score_variants, variant
+
+log = logging.getLogger(__name__)
+
+REQUESTS_AT_ONCE = 64
+"""Times the batch size: how many likelihoods are answered before they are written to disk."""
+TASK_NAMES: dict[Protocol, tuple[str, ...]] = {
+    "loglikelihood": ("{}_loglikelihood", "{}"),
+    "continuation": ("{}_continuation",),
+    "generation": ("{}_generation", "{}_generative"),
+}
+"""What a task is called under a protocol: shoal's own way, then lm-eval's (mmlu, mmlu_continuation, ...)."""
+
+
+def units_of(operator: str, model: PreTrainedModel, *, order: Sequence[int] = ()) -> tuple[Unit, ...]:
+    """What a sweep with ``operator`` takes out of ``model``, one after the other; ``order`` is for cumulative ones.
+
+    Raises:
+        UserError: a model whose halves or heads cannot be taken out one by one.
+    """
+    layers = range(len(decoder_layers(model)))
+    match operator:
+        case "layer" | "donor":
+            return tuple(Unit((layer,), operator) for layer in layers)
+        case "cumulative":
+            return tuple(Unit(tuple(order[:count])) for count in range(1, len(order) + 1))
+        case "attention" | "mlp":
+            for layer in layers:
+                with_halves(model, layer)
+            return tuple(Unit((layer,), operator) for layer in layers)
+        case "head":
+            counts = [with_heads(model, layer).num_heads for layer in layers]
+        case "kv_group":
+            counts = [with_heads(model, layer).num_kv_heads for layer in layers]
+        case _:
+            raise ValueError(f"no operator {operator!r}")
+    return tuple(Unit((layer,), operator, index) for layer in layers for index in range(counts[layer]))
+
+
+def variant_of(unit: Unit, model: PreTrainedModel) -> Variant:
+    """``model`` as it is without ``unit`` (of a donor: with it)."""
+    layer = unit.layers[0]
+    match unit.part:
+        case "layer":
+            return variant(unit.name, [(layer, Removed()) for layer in unit.layers])
+        case "donor":
+            return variant(unit.name, [(layer, Swapped())])
+        case "attention" | "mlp":
+            return variant(unit.name, [(layer, Silenced(unit.part))])
+        case "head":
+            assert unit.index is not None
+            return variant(unit.name, [(layer, Masked((unit.index,)))])
+        case "kv_group":
+            assert unit.index is not None
+            return variant(unit.name, [(layer, Masked(tuple(heads_of_groups(model, layer, [unit.index]))))])
+
+
+def sweep(
+    edited: Edited,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: Sequence[Variant],
+    settings: Sweeps,
+    *,
+    seed: int,
+    folder: Path | None = None,
+    identity: str = "",
+) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
+    """The scores of the intact model and of every variant over the same items, on every rank.
+
+    With ``folder`` answers are kept there, and a sweep that was stopped goes on from them; ``identity`` says of which
+    model they are.
+
+    Raises:
+        UserError: an unknown task, a task without the asked protocol, data that cannot be had.
+    """
+    connect_ranks(edited.model.device)
+    settings = replace(settings, tasks=task_names(settings), protocols=())
+    evaluation = as_evaluation(settings)
+    tasks = load_tasks(
+        evaluation.tasks, include_path=evaluation.include_path, num_fewshot=evaluation.num_fewshot, seed=seed
+    )
+    everything = [INTACT, *(one for one in variants if one.edits)]
+    lm = VariantsLM(edited, tokenizer, everything, settings.batch_size)
+    lm.answers = Answers(folder, fingerprint([identity, [repr(one.edits) for one in everything]]), rank=lm.rank)
+    log.info("sweep: %d variants on %s", len(variants), in_words(tasks, evaluation))
+    found: list[tuple[TaskScore, ...]] = []
+    for number in tqdm(range(len(everything)), desc="scored", unit="variant", disable=None if lm.rank == 0 else True):
+        lm.current = number
+        scores = scores_of(lm, tasks, evaluation, seed=seed)
+        if settings.perplexity_tokens:
+            scores = (*scores, perplexity(lm, evaluation))
+        found.append(scores)
+    by_name = dict(zip((one.name for one in everything), found, strict=True))
+    return found[0], [by_name.get(one.name, found[0]) for one in variants]
+
+
+def task_names(settings: Sweeps) -> tuple[str, ...]:
+    """The tasks to run: with protocols, every task under each of them.
+
+    Raises:
+        UserError: a task that has no form under a protocol.
+    """
+    if not settings.protocols:
+        return settings.tasks
+    known = known_tasks(settings.include_path, ours_only=True)
+    if any(_under(protocol, task, known) is None for task in settings.tasks for protocol in settings.protocols):
+        known = known_tasks(settings.include_path)
+    found = []
+    for task in settings.tasks:
+        for protocol in settings.protocols:
+            name = _under(protocol, task, known)
+            if name is None:
+                candidates = [pattern.format(task) for pattern in TASK_NAMES[protocol]]
+                forms = [pattern.format(task) for patterns in TASK_NAMES.values() for pattern in patterns]
+                there = [form for form in forms if form in known]
+                close = difflib.get_close_matches(task, known, n=1, cutoff=0.6)
+                hint = f"it has {', '.join(there)}" if there else f"did you mean {close[0]!r}?" if close else ""
+                raise UserError(
+                    f"measure.sweep.protocols: task {task!r} has no protocol {protocol} "
+                    f"(there is no {' or '.join(candidates)}); {hint or 'name tasks in full and leave protocols out'}"
+                )
+            found.append(name)
+    return tuple(found)
+
+
+def _under(protocol: Protocol, task: str, known: set[str]) -> str | None:
+    """What ``task`` is called under ``protocol``."""
+    return next((name for pattern in TASK_NAMES[protocol] if (name := pattern.format(task)) in known), None)
+
+
+def as_evaluation(settings: Sweeps) -> Eval:
+    """The sweep's tasks and items as evaluating reads them."""
+    return Eval(
+        tasks=settings.tasks,
+        limit=settings.limit,
+        limits=settings.limits,
+        batch_size=settings.batch_size,
+        num_fewshot=settings.num_fewshot,
+        include_path=settings.include_path,
+        perplexity_data=settings.perplexity_data,
+        perplexity_tokens=max(1, settings.perplexity_tokens),
+        sequence_length=settings.sequence_length,
+    )
+
+
+class VariantsLM(CausalLM):
+    """As lm-eval sees it one model, the variant ``current``; a request is answered for all of them at once."""
+
+    def __init__(
+        self, edited: Edited, tokenizer: PreTrainedTokenizerBase, variants: Sequence[Variant], batch_size: int
+    ) -> None:
+        super().__init__(edited.model, tokenizer, batch_size, progress=True)
+        self.answers = Answers(None, "")
+        self.current = 0
+        self._edited, self._variants = edited, variants
+
+    def _score(self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]) -> list[Score]:
+        keys = [key_of("score", *pair) for pair in pairs]
+        missing = [index for index, key in enumerate(keys) if key not in self.answers]
+        progress(len(pairs) - len(missing))
+        step = REQUESTS_AT_ONCE * self.batch_size
+        for start in range(0, len(missing), step):
+            chosen = missing[start : start + step]
+            found = score_variants(
+                self._edited,
+                self._decoder,
+                [pairs[index] for index in chosen],
+                self._variants,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+            self.answers.add([keys[index] for index in chosen], [list(scores) for scores in zip(*found, strict=True)])
+        return [tuple(self.answers.of(key, self.current)) for key in keys]
+
+    def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
+        keys = [
+            key_of("write", prompt, how.max_new_tokens, how.stop, sorted(how.settings.items())) for prompt in prompts
+        ]
+        missing = [index for index, key in enumerate(keys) if key not in self.answers]
+        missing.sort(key=lambda index: -len(prompts[index]))
+        progress(len(prompts) - len(missing))
+        for start in range(0, len(missing), self.batch_size):
+            chosen = missing[start : start + self.batch_size]
+            found = self._write_variants([prompts[index] for index in chosen], how)
+            self.answers.add([keys[index] for index in chosen], [list(texts) for texts in zip(*found, strict=True)])
+            progress(len(chosen))
+        return [self.answers.of(key, self.current) for key in keys]
+
+    def _write_variants(self, prompts: list[list[int]], how: Writing) -> list[list[list[int]]]:
+        if self._writes_greedily(how):
+            limits = Limits(how.max_new_tokens, self._finish(how))
+            return generate_variants(
+                self._edited, self._decoder, prompts, self._variants, limits, batch_size=self.batch_size
+            )
+        found = []
+        for one in self._variants:
+            with self._edited.applied(one.edits):
+                found.append(self._write_batch(prompts, how))
+        return found
