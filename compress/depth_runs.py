@@ -167,7 +167,9 @@ def readout_refusal(model: PreTrainedModel) -> str:
     with probing(model):
         with decoder_layers(model)[-1].register_forward_hook(lambda *given: last.append(state_of(given[-1]).clone())):
             wanted = model(**body_inputs(model, probe_batch(model))).logits[0].float()
-        found = Readout(model)(last[0][0])
+        last_TD = last[0][0]
+        known = last_TD.shape[-1] == text_config(model.config).hidden_size
+        found = Readout(model)(last_TD) if known else last_TD  # several streams side by side, merged by the model
     tolerance = 64 * torch.finfo(model.dtype).eps * float(wanted.abs().max())
     if found.shape != wanted.shape or float((found - wanted).abs().max()) > tolerance:
         return f"{family}: does more between its last layer and its logits than the final norm and the head"
