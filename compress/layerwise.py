@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,6 +57,10 @@ class Prepared:
     hidden_BSD: Tensor
     """What the first layer gets."""
 
+    def without_hidden(self) -> Prepared:
+        """The rest, for whoever keeps the state elsewhere."""
+        return replace(self, hidden_BSD=self.hidden_BSD.new_empty(0))
+
 
 class Layerwise:
     """The body of a model, taken apart into its layers and what lies before and behind them.
@@ -75,8 +79,12 @@ class Layerwise:
         self._lengths: list[int | None] = [None] * self.num_layers
         """Of the tuple that a layer returns; None = it returns a tensor."""
         self._adds_in_place = False
-        if (refusal := _refusals.get(model)) is None:
-            refusal = _refusals[model] = self._prove()
+        self._study()
+
+    def _study(self) -> None:
+        """Find out how the layers are run, and refuse those that cannot be run alone."""
+        if (refusal := _refusals.get(self.model)) is None:
+            refusal = _refusals[self.model] = self._prove()
         if refusal:
             raise UserError(refusal)
         self._learn()

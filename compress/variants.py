@@ -29,6 +29,7 @@ from ..eval.decoder import Decoder
 from ..eval.scoring import Layout, Pass, Score, Tokens, layouts, settle
 from .layerwise import Call, Layerwise, Prepared
 from .operators import Half, attention_skipped, heads_masked, mlp_skipped
+from .state_store import Kept, StateStore
 from .surgery import skipped
 from .swapping import refuse_unswappable, swapped
 
@@ -150,6 +151,7 @@ class States:
     """The states of variants over the passes of one layout, on their way through the layers.
 
     With ``keep`` the keys and values that the last pass ends with stay in ``kept``: by layer, then by edits so far.
+    ``store`` is where states wait for their next layer.
     """
 
     def __init__(
@@ -161,6 +163,7 @@ class States:
         variants: Sequence[Variant],
         *,
         keep: bool = False,
+        store: StateStore | None = None,
     ) -> None:
         self._edited, self._layerwise = edited, layerwise
         self._variants = variants
@@ -179,7 +182,9 @@ class States:
             for one, cache in zip(passes, caches, strict=True)
         ]
         self._cache_names = [_name_of(cache, made) for cache, made in zip(caches, self._prepared, strict=True)]
-        self._states: dict[Path, list[Tensor]] = {(): [made.hidden_BSD for made in self._prepared]}
+        self._store = store or StateStore()
+        self._states: dict[Path, list[Kept]] = {(): [self._store.keep(made.hidden_BSD) for made in self._prepared]}
+        self._prepared = [made.without_hidden() for made in self._prepared]
         self.layer = 0
 
     def advance(self) -> None:
@@ -201,15 +206,15 @@ class States:
     def final(self, of: Variant) -> list[Tensor]:
         """The final hidden states of every pass, once all layers are behind."""
         states = self._states[of.edits]
-        return [self._layerwise.finish(state, made) for state, made in zip(states, self._prepared, strict=True)]
+        return [self._layerwise.finish(state.load(), made) for state, made in zip(states, self._prepared, strict=True)]
 
-    def _run(self, layer: int, here: Sequence[Edit], states: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+    def _run(self, layer: int, here: Sequence[Edit], states: Sequence[Kept]) -> tuple[list[Kept], Any]:
         """All passes through one layer, and the layer's slot of the last pass's cache.
 
         What later passes see of the first one is held no longer than that.
         """
         first: DynamicCache | None = None
-        after: list[Tensor] = []
+        after: list[Kept] = []
         slot: Any = None
         for one, made, name, state in zip(self._passes, self._prepared, self._cache_names, states, strict=True):
             changed: dict[str, Any] = {}
@@ -222,7 +227,9 @@ class States:
                     slot.batch_select_indices(one.rows)
                 slot = mine.layers[layer]
                 changed[name] = mine
-            after.append(self._edited.run(self._layerwise, layer, here, state, made.calls[layer], **changed))
+            given = state.load()
+            found = self._edited.run(self._layerwise, layer, here, given, made.calls[layer], **changed)
+            after.append(state if found is given else self._store.keep(found))
         return after, slot
 
 
