@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from shoal.artifact import Importance
+from shoal.edits import Edits, in_words
 from shoal.sweeps import Estimate, SweepColumn
 
 from ..eval.wording import layers_text, signed
@@ -38,15 +39,17 @@ def is_loss(column: SweepColumn, change: Estimate) -> bool:
     return change.high < 0 if column.higher_is_better else change.low > 0
 
 
-def expected_sacrifice(importance: Importance, drop: Sequence[int]) -> tuple[str, ...]:
+def expected_sacrifice(importance: Importance, drop: Sequence[int], edits: Edits = ()) -> tuple[str, ...]:
     """Lines for a reader: what dropping these layers is expected to cost on every swept task.
 
-    A set that the sweep of cumulative removals went through is told as it was measured.
+    A set that the sweep of cumulative removals went through is told as it was measured. What edits cost is not known
+    from removals of layers, and said to be left out.
     """
     if importance.atlas is None:
         return ("what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",)
+    left_out = (f"not counted: {'; '.join(map(in_words, edits))}",) if edits else ()
     if not drop:
-        return ()
+        return left_out
     measured = _measured(importance, drop)
     if measured:
         head = "measured without exactly these layers, before any distillation:"
@@ -55,7 +58,8 @@ def expected_sacrifice(importance: Importance, drop: Sequence[int]) -> tuple[str
             "expected sacrifice before any distillation, added up over removals of single layers (a rough guess and "
             "rather too low, since layers that stand in for each other each look free):"
         )
-    return (head, *(_line(column, drop, measured.get(column.task)) for column in importance.atlas.columns))
+    lines = (_line(column, drop, measured.get(column.task)) for column in importance.atlas.columns)
+    return (head, *lines, *left_out)
 
 
 def _line(column: SweepColumn, drop: Sequence[int], measured: Estimate | None) -> str:

@@ -456,6 +456,8 @@ def test_what_is_not_known_is_said() -> None:
         "what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",
     )
     assert expected_sacrifice(swept(), ()) == ()
+    assert expected_sacrifice(swept(), (2,), (SKIP,))[-1] == "not counted: attention of layer 1 zeroed"
+    assert expected_sacrifice(swept(), (), (SKIP,)) == ("not counted: attention of layer 1 zeroed",)
     made = task(right(0.3), "reasoning_continuation")
     scores = replace(swept(), atlas=build_atlas([made], [[made]] * NUM_LAYERS))
     assert "; no signal: the intact model is not clear of chance" in expected_sacrifice(scores, (2,))[1]
