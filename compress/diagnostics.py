@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers
-from shoal.artifact import Artifact, Provenance
+from shoal.artifact import Provenance
 from shoal.data import PackedRows
+from shoal.depth import Attribution, Diagnostics, EffectiveDepth
 from shoal.errors import UserError
 
 from .depth_effects import MIN_TOKENS, DepthEffects, cut_positions, measure_effects
@@ -38,7 +39,7 @@ from .depth_runs import (
 )
 from .layerwise import state_of
 from .logit_lens import lens_terms
-from .path_gradients import SITES, Attribution, integrated_gradients, single_module
+from .path_gradients import SITES, integrated_gradients, single_module
 from .residual_flow import LayerFlow, ResidualSums, add_batch, layer_flows
 from .sublayers import probing, sublayers
 
@@ -70,82 +71,6 @@ class Effort:
     """Points on the path from the baseline."""
     answer_tokens: int = 8
     """Where prompts are documents: their last tokens that count as the answer."""
-
-
-@dataclass(frozen=True)
-class EffectiveDepth:
-    """One rule's last layer of the first phase, 0-based."""
-
-    layer: int | None
-    ratio: float | None
-    """(layer + 1) / L."""
-    reason: str = ""
-    """Why there is none."""
-
-
-@dataclass(frozen=True)
-class Diagnostics(Artifact):
-    """diagnostics.json: how a model uses its depth. L layers; curves have one number per layer."""
-
-    FILE: ClassVar[str] = "diagnostics.json"
-
-    num_layers: int
-    num_tokens: int
-    """Real tokens in the means of ``cosines`` and ``sizes``."""
-    cosines: dict[str, tuple[float, ...]]
-    """layer, attention, mlp: mean cosine of what is written and what its writer has read. Negative = erases, near 0 =
-    new features, positive = amplifies."""
-    sizes: dict[str, tuple[float, ...]]
-    """Mean size of what is written over the size of what its writer has read."""
-    parallel: tuple[bool, ...]
-    """Whether a layer's attention and MLP both read its input; empty = unknown, see ``halves_refusal``."""
-    halves_refusal: str
-    """Why there are no curves of attention and MLP; empty = there are."""
-    lens_tokens: int
-    lens_kl: tuple[float, ...]
-    """Mean KL(p_l || p_final) in nats of what the head makes of layer l's input."""
-    lens_overlap: tuple[float, ...]
-    """Mean share of the top-5 tokens in common with the output's."""
-    lens_refusal: str
-    """Why states cannot be read through the head (no lens, no effect on the output, no integrated gradients)."""
-    num_cuts: int
-    """Prompts times cut positions, over which the effects are the largest."""
-    skip_effect: tuple[tuple[float, ...], ...]
-    """[s][l]: relative change of later layer l's update at tokens from the cut on, when layer s is skipped at the
-    tokens before it; 0 where l <= s."""
-    skip_output: tuple[float, ...]
-    """The same for next-token probabilities: Euclidean distance."""
-    erasure_output: tuple[float, ...]
-    """Change of the next-token probabilities behind a token whose state before layer l became the mean state."""
-    effects_refusal: str
-    """Why there are no effects or integrated gradients."""
-    gradient_steps: int
-    attributions: tuple[Attribution, ...]
-    effective_depth: dict[str, EffectiveDepth]
-    """cosine, kl, overlap."""
-
-    def in_words(self) -> str:
-        """A few lines for the log."""
-        lines = [f"depth of {self.num_layers} layers over {self.num_tokens:,} tokens"]
-        for rule, depth in self.effective_depth.items():
-            found = f"layer {depth.layer} ({depth.ratio:.0%})" if depth.ratio is not None else f"none: {depth.reason}"
-            lines.append(f"  effective depth by {rule}: {found}")
-        for what, values in (("erased the most", self.cosines["layer"]), ("wrote the least", self.sizes["layer"])):
-            least = min(range(self.num_layers), key=values.__getitem__)
-            lines.append(f"  layer {least} {what} ({values[least]:.3g})")
-        if self.skip_output:
-            most = max(range(self.num_layers), key=self.skip_output.__getitem__)
-            lines.append(
-                f"  skipping layer {most} at earlier tokens changed the output most ({self.skip_output[most]:.3g})"
-            )
-        for what, reason in (
-            ("attention and MLP", self.halves_refusal),
-            ("the lens", self.lens_refusal),
-            ("effects on later layers", self.effects_refusal),
-        ):
-            if reason:
-                lines.append(f"  nothing about {what}: {reason}")
-        return "\n".join(lines)
 
 
 def diagnose(

@@ -14,26 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.depth import Attribution
+
 from .depth_runs import DepthRuns, Intact, Prompt, Readout, batch_of_prompts
 from .layerwise import Call, state_of
 from .sublayers import Sublayers
 
 SITES = ("layer", "attention", "mlp")
-
-
-@dataclass(frozen=True)
-class Attribution:
-    """Integrated gradients of one prompt at one site of every layer."""
-
-    site: str
-    """layer, attention or mlp: whose output."""
-    input_ids: tuple[int, ...]
-    num_answer: int
-    gradients: tuple[tuple[float, ...], ...]
-    """One row per layer, one number per token; a row adds up to ``change`` as steps grow (completeness)."""
-    change: tuple[float, ...]
-    """F(x) - F(x0) by layer: F is the sum of the answer tokens' probabilities, x the intact output, x0 its mean over
-    the sequence at every token."""
 
 
 def single_module(found: Sublayers, layer: nn.Module, site: str) -> str:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers
-from shoal.artifact import Artifact
 from shoal.data import load_labelled
+from shoal.depth import ConceptDepth, DepthPoint
 from shoal.errors import UserError
 from shoal.section import DataSource, Positive, Section, Text
 
@@ -64,65 +64,6 @@ class ProbeSet(Section):
     max_tokens: Positive = 512
     """Of a longer text the last so many tokens, since the last one's state is read."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
-
-
-@dataclass(frozen=True)
-class DepthPoint:
-    """A depth, 0 to 1, or None with the reason."""
-
-    depth: float | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class ConceptDepth:
-    """One set's probes; curves have L + 1 entries, by depth."""
-
-    path: str
-    classes: tuple[str, ...]
-    """Sorted; with two of them F1 is the second one's, with more its mean over classes."""
-    num_train: int
-    num_test: int
-    num_repeated: int
-    """Items left out because their text was there before."""
-    num_shortened: int
-    """Texts with more than ``max_tokens`` tokens."""
-    accuracy: tuple[float, ...]
-    """On the test part, as F1 and AUC."""
-    accuracy_low: tuple[float, ...]
-    accuracy_high: tuple[float, ...]
-    """95 % Wilson interval."""
-    f1: tuple[float, ...]
-    auc: tuple[float, ...]
-    """Area under the ROC curve; with more than two classes the mean of one against the rest."""
-    majority: float
-    """Accuracy on the test part of always saying the training part's most frequent class."""
-    variation: tuple[float | None, ...]
-    """b_l = accuracy_l / accuracy_{l-1} for l = 1 to L; None where the one before is 0."""
-    jump: DepthPoint
-    """First l / L with b_l >= 1.1."""
-    converging: DepthPoint
-    """Last l / L with |b_l - 1| < 0.03."""
-    enough: DepthPoint
-    """First l / L with 95 % of the best accuracy."""
-
-    def in_words(self) -> str:
-        """One line for the log."""
-        best = max(self.accuracy)
-        return (
-            f"{self.path}: best accuracy {best:.1%} (majority {self.majority:.1%}, n {self.num_test}), 95 % of it at "
-            f"depth {self.enough.depth:.2f} of the layers"
-        )
-
-
-@dataclass(frozen=True)
-class Probes(Artifact):
-    """probes.json: at which depth concepts can be read off."""
-
-    FILE: ClassVar[str] = "probes.json"
-
-    num_layers: int
-    sets: tuple[ConceptDepth, ...]
 
 
 @dataclass(frozen=True)

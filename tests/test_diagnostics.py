@@ -20,8 +20,9 @@ from shoal.artifact import Provenance
 from shoal.compress import depth_runs
 from shoal.compress.depth_effects import cut_positions
 from shoal.compress.depth_runs import Prompt
-from shoal.compress.diagnostics import Diagnostics, Effort, diagnose, effective_depths
+from shoal.compress.diagnostics import Effort, diagnose, effective_depths
 from shoal.data import PackedRows
+from shoal.depth import Diagnostics
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from shoal.artifact import Provenance
 from shoal.compress import probes
-from shoal.compress.probes import DepthPoint, Probes, ProbeSet, depth_points, probe_depth
+from shoal.compress.depth_runs import Prompt
+from shoal.compress.probes import ProbeSet, depth_points, probe_depth
+from shoal.depth import DepthPoint, Probes
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 
@@ -211,7 +213,7 @@ def test_long_texts_keep_their_start_token_and_their_end() -> None:
     prompt, shortened = probes._prompt(tokenizer, "abcdef", probe_set)
     assert (bytes(prompt.input_ids), shortened) == (bytes(tokenizer("cdef")["input_ids"]), True)
     assert probes._prompt(tokenizer, "abcd", probe_set) == (
-        probes.Prompt(tuple(tokenizer("abcd")["input_ids"]), 0),
+        Prompt(tuple(tokenizer("abcd")["input_ids"]), 0),
         False,
     )
 
