@@ -56,32 +56,59 @@ def hidden_scores(model: PreTrainedModel, calibration: Calibration, names: Seque
         UserError: states that are not finite, or that are not (B, S, D).
     """
     layers = decoder_layers(model)
-    chosen = [HIDDEN_METRICS[name] for name in names]
-    reads = frozenset[Reading]().union(*(metric.reads for metric in chosen))
-    sample_K2 = sampled_tokens(calibration)
-    size = PassSize(len(layers), text_config(model.config).hidden_size, len(sample_K2))
-    metrics = [metric(size) for metric in chosen]
+    metrics = HiddenPass(model, calibration, names)
     writes = writes_into_input(model)
-    fault: tuple[int, str] | None = None
     progress = tqdm(calibration.batches(), desc="measure", unit="batch", disable=None if rank() == 0 else True)
     for rows_B in progress:
-        batch = _Batch.of(calibration, rows_B, sample_K2, model.device)
-        seen = Observation(batch.view, len(layers), reads)
+        batch = metrics.batch(rows_B)
+        seen = Observation(batch.view, len(layers), metrics.reads)
         _run(model, layers, batch, seen.observe, writes=writes)
+        if not metrics.add(batch, seen):
+            progress.close()
+            break
+    return metrics.scores()
+
+
+class HiddenPass:
+    """The named metrics of one pass, which is made in whatever order of layers and batches."""
+
+    def __init__(self, model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> None:
+        self._device, self._dtype = model.device, model.dtype
+        self._calibration, self._names = calibration, names
+        chosen = [HIDDEN_METRICS[name] for name in names]
+        self.reads = frozenset[Reading]().union(*(metric.reads for metric in chosen))
+        self._sample_K2 = sampled_tokens(calibration)
+        size = PassSize(len(decoder_layers(model)), text_config(model.config).hidden_size, len(self._sample_K2))
+        self._metrics = [metric(size) for metric in chosen]
+        self._fault: tuple[int, str] | None = None
+
+    def batch(self, rows_B: Tensor) -> Batch:
+        return Batch.of(self._calibration, rows_B, self._sample_K2, self._device)
+
+    def add(self, batch: Batch, seen: Observation) -> bool:
+        """Add what was seen of a batch, in the order of batches; False where it is not finite, and nothing counts."""
         if found := seen.first_fault():
             state, token = found
             where = f"the output of layer {state - 1}" if state else "the input of layer 0"
-            fault = int(rows_B[token // batch.input_ids_BS.shape[1]]), where
-            progress.close()
-            break
-        for metric in metrics:
+            self._fault = int(batch.rows_B[token // batch.input_ids_BS.shape[1]]), where
+            return False
+        for metric in self._metrics:
             metric.add(seen)
-    refuse_fault(calibration, fault, model.dtype)
-    counts = torch.tensor([metric.count for metric in metrics])
-    counts, *sums = add_up_ranks([counts, *(metric.sums for metric in metrics)], model.device)
-    for metric, count, total in zip(metrics, counts.tolist(), sums, strict=True):
-        metric.count, metric.sums = count, total
-    return {name: metric.scores() for name, metric in zip(names, metrics, strict=True)}
+        return True
+
+    def scores(self) -> dict[str, Result]:
+        """From all batches of all ranks, which call it together.
+
+        Raises:
+            UserError: some rank saw states that are not finite.
+        """
+        refuse_fault(self._calibration, self._fault, self._dtype)
+        metrics = self._metrics
+        counts = torch.tensor([metric.count for metric in metrics])
+        counts, *sums = add_up_ranks([counts, *(metric.sums for metric in metrics)], self._device)
+        for metric, count, total in zip(metrics, counts.tolist(), sums, strict=True):
+            metric.count, metric.sums = count, total
+        return {name: metric.scores() for name, metric in zip(self._names, metrics, strict=True)}
 
 
 def sampled_tokens(calibration: Calibration) -> Tensor:
@@ -121,13 +148,17 @@ def writes_into_input(model: PreTrainedModel) -> bool:
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
+    """Rows that run together."""
+
+    rows_B: Tensor
+    """Their indices in the calibration data."""
     input_ids_BS: Tensor
     position_ids_BS: Tensor
     view: BatchView
 
     @classmethod
-    def of(cls, calibration: Calibration, rows_B: Tensor, sample_K2: Tensor, device: torch.device) -> _Batch:
+    def of(cls, calibration: Calibration, rows_B: Tensor, sample_K2: Tensor, device: torch.device) -> Batch:
         input_ids_BS = calibration.rows.input_ids_NS[rows_B]
         position_ids_BS = calibration.rows.position_ids_NS[rows_B]
         mask_BS = calibration.mask_NS[rows_B]
@@ -145,14 +176,14 @@ class _Batch:
             sample_K=sample_K.to(device),
             slots_K=slots_K,
         )
-        return cls(input_ids_BS.to(device), position_ids_BS.to(device), view)
+        return cls(rows_B, input_ids_BS.to(device), position_ids_BS.to(device), view)
 
 
 @torch.inference_mode()
 def _run(
     model: PreTrainedModel,
     layers: nn.ModuleList,
-    batch: _Batch,
+    batch: Batch,
     observe: Callable[[int, Tensor, Tensor], None],
     *,
     writes: bool,
@@ -178,6 +209,15 @@ def _last_tokens(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     return ends_BS & mask_BS
 
 
+def refuse_other_shape(layer: int, state: Tensor, shape: torch.Size) -> None:
+    """Refuse a state of ``layer`` that is not (B, S, D); ``shape`` is (B, S)."""
+    if state.shape[:-1] != shape:
+        raise UserError(
+            f"measure: layer {layer} works on states of shape {tuple(state.shape)}, not one vector per token; "
+            "metrics of hidden states are not defined for this architecture: use metrics of loss or weights"
+        )
+
+
 @contextmanager
 def _observed(
     layers: nn.ModuleList, shape: torch.Size, observe: Callable[[int, Tensor, Tensor], None], *, writes: bool
@@ -191,11 +231,7 @@ def _observed(
         before_BSD = given.pop(layer) if writes else args[0] if args else kwargs["hidden_states"]
         after_BSD = output[0] if isinstance(output, tuple) else output
         for state in (before_BSD, after_BSD):
-            if state.shape[:-1] != shape:
-                raise UserError(
-                    f"measure: layer {layer} works on states of shape {tuple(state.shape)}, not one vector per token; "
-                    "metrics of hidden states are not defined for this architecture: use metrics of loss or weights"
-                )
+            refuse_other_shape(layer, state, shape)
         observe(layer, before_BSD.flatten(0, 1), after_BSD.flatten(0, 1))
 
     handles = []

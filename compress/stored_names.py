@@ -173,7 +173,7 @@ def load_without_data(
     empty: Any = without_data(config)
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
     try:
-        with _quiet_transformers(), _all_on_meta():
+        with quiet_transformers(), _all_on_meta():
             model, report = type(empty).from_pretrained(
                 None,
                 config=empty.config,
@@ -192,8 +192,8 @@ def load_without_data(
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the table of tensors that do not fit: here they are what is asked for."""
+def quiet_transformers() -> Iterator[None]:
+    """Without the table of tensors that do not fit, which are what is asked for where only a part is loaded."""
     logger = logging.getLogger("transformers")
     level, bar = logger.level, transformers_logging.is_progress_bar_enabled()
     logger.setLevel(logging.CRITICAL)

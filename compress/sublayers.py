@@ -110,6 +110,22 @@ def sublayers(model: PreTrainedModel) -> tuple[Sublayers, ...]:
     return known[1]
 
 
+def prove_alone(model: PreTrainedModel, layer: int) -> None:
+    """Prove the halves of one layer, so that sublayers() knows them, while all others only pass their input on."""
+    layers = decoder_layers(model)
+    state = (tuple(map(id, layers)), model.config._attn_implementation)
+    known = _known.get(model)
+    if known is not None and known[0] == state:
+        found = list(known[1])
+    else:
+        reasons = [
+            f"{where(model, index)}: is not loaded, so nothing is known of its halves" for index in range(len(layers))
+        ]
+        found = [Sublayers((), (), refusal=reason, head_refusal=reason) for reason in reasons]
+    found[layer] = _prove(model, [named_halves(one) for one in layers])[layer]
+    _known[model] = (state, tuple(found))
+
+
 def named_halves(layer: nn.Module) -> Sublayers:
     """The halves of a layer by the names of its children, unproven."""
     found: dict[str, list[str]] = {"attention": [], "mlp": []}
