@@ -159,7 +159,11 @@ def _mean_gap(gaps_RL: Array, value_L: Array, span: slice, n: int) -> Estimate:
 
 
 def _depth(made: SweepColumn, column: Measured) -> DepthProfile:
-    """Noise in single layers adds to w wherever it lies, which draws a centroid towards the middle of the model."""
+    """Noise in single layers adds to w wherever it lies, which draws a centroid towards the middle of the model.
+
+    The interval tells the luck of the items, not this: with 200 items it covers 93 to 94 % where losses are spread over
+    layers, but too little where one end of the model has all of them and the others are pure noise.
+    """
     losses = layer_losses(made)
     if losses is None:
         return DepthProfile(made.task, None, None, None, made.no_retention)
