@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from .hidden_pass import HIDDEN_METRICS, hidden_scores
 from .metric import Metric, Need, Pass
+from .weight_metrics import Magnitude, Taylor, TaylorPlus, gradient_scores, weight_scores
 
-METRICS: dict[str, type[Metric]] = {**HIDDEN_METRICS}
+METRICS: dict[str, type[Metric]] = {
+    **HIDDEN_METRICS,
+    "magnitude": Magnitude,
+    "taylor": Taylor,
+    "taylor_plus": TaylorPlus,
+}
 """Name in recipes and in importance.json -> what it needs, what it yields, its formula and source."""
 
-PASSES: dict[Need, Pass] = {"hidden": hidden_scores}
+PASSES: dict[Need, Pass] = {"hidden": hidden_scores, "gradients": gradient_scores, "weights": weight_scores}
 """What is needed -> the pass that measures all asked metrics which need it."""
