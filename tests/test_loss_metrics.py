@@ -1,0 +1,411 @@
+"""Metrics of the loss against float64 loops over really cut models that share no code with them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
+from torch.multiprocessing.spawn import spawn
+from transformers import PreTrainedModel
+
+from shoal.compress.loss_metrics import LOSS_METRICS, Sleb, loss_scores
+from shoal.compress.metric import Calibration, Order
+from shoal.compress.shapley import local_shapley, shapley_of_walks
+from shoal.compress.surgery import cut_model
+from shoal.compress.variant_losses import VariantLosses
+from shoal.compress.variants import INTACT, Edited, without
+from shoal.data import PackedRows
+from shoal.errors import UserError
+from shoal.eval.decoder import Decoder
+from shoal.models import decoder_layers
+from shoal.sweeps import Removal, Unit
+
+Half = tuple[str, int]
+
+
+def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0) -> PackedRows:
+    """Rows of random tokens; every row is given as the lengths of its documents."""
+    positions = torch.tensor([[position for length in row for position in range(length)] for row in lengths])
+    ids = torch.randint(0, 256, positions.shape, generator=torch.Generator().manual_seed(seed))
+    return PackedRows(ids, positions)
+
+
+ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
+DOCUMENT_LENGTHS = (20, 7, 13, 9, 10, 20, 19)
+CANDIDATES = tuple(range(1, NUM_LAYERS - 1))
+
+
+def calibration(rows: PackedRows = ROWS, *, batch_size: int = 2, **settings: Any) -> Calibration:
+    return Calibration(rows, batch_size, **settings)
+
+
+def measured(model: PreTrainedModel, *names: str, **settings: Any) -> dict[str, Any]:
+    return loss_scores(model, calibration(**settings), names)
+
+
+def documents(rows: PackedRows) -> list[list[int]]:
+    found: list[list[int]] = []
+    for ids, positions in zip(rows.input_ids_NS.tolist(), rows.position_ids_NS.tolist(), strict=True):
+        for token, position in zip(ids, positions, strict=True):
+            if position == 0:
+                found.append([])
+            found[-1].append(token)
+    return found
+
+
+@torch.no_grad()
+def plain_loss(model: PreTrainedModel, rows: PackedRows = ROWS) -> float:
+    """Nats per predicted token in float64, from one document at a time."""
+    model, losses = model.double(), []
+    for document in documents(rows):
+        logits = model(torch.tensor([document]), use_cache=False).logits[0]
+        for position, token in enumerate(document[1:]):
+            losses.append(float(logits[position].logsumexp(0) - logits[position, token]))
+    return sum(losses) / len(losses)
+
+
+def loss_without(model: PreTrainedModel, drop: Sequence[int]) -> float:
+    return plain_loss(cut_model(model, drop))
+
+
+def loss_without_halves(model: PreTrainedModel, halves: Sequence[Half]) -> float:
+    silenced = copy.deepcopy(model)
+    for half, layer in halves:
+        name = "self_attn.o_proj" if half == "attention" else "mlp.down_proj"
+        for parameter in decoder_layers(silenced)[layer].get_submodule(name).parameters():
+            torch.nn.init.zeros_(parameter)
+    return plain_loss(silenced)
+
+
+def plain_greedy(units: Sequence[Any], loss: Callable[[list[Any]], float], count: int) -> list[tuple[Any, float]]:
+    found: list[tuple[Any, float]] = []
+    for _ in range(count):
+        gone = [unit for unit, _ in found]
+        tried = [(loss([*gone, unit]), unit) for unit in units if unit not in gone]
+        best = min(tried, key=lambda pair: pair[0])
+        found.append((best[1], best[0]))
+    return found
+
+
+# --- losses -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_really_cut_models_document_by_document(kind: str) -> None:
+    model = tiny_model(kind)
+    losses = VariantLosses(model, calibration())
+    drops = [(), (0,), (3,), (1, 4), (2, 3, 5)]
+    expected = [loss_without(model, drop) if drop else plain_loss(copy.deepcopy(model)) for drop in drops]
+    assert losses([without(drop) for drop in drops]) == pytest.approx(expected, abs=2e-6)
+    assert losses.num_tokens == sum(length - 1 for length in DOCUMENT_LENGTHS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_losses_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    model, variants = tiny_model("qwen2"), [INTACT, without([2])]
+    expected = VariantLosses(model, calibration())(variants)
+    assert VariantLosses(model, calibration(batch_size=batch_size))(variants) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_loss(side: str) -> None:
+    model, variants = tiny_model("llama"), [INTACT, without([2])]
+    width, padding = ROWS.input_ids_NS.shape[1], 4
+    ids = torch.full((len(ROWS), width + padding), 5)
+    positions = torch.full_like(ids, 17)
+    mask = torch.zeros_like(ids)
+    start = padding if side == "left" else 0
+    for tensor, filling in ((ids, ROWS.input_ids_NS), (positions, ROWS.position_ids_NS), (mask, 1)):
+        tensor[:, start : start + width] = filling
+    if side == "right":  # looks like more of the last document
+        positions[:, width:] = ROWS.position_ids_NS[:, -1:] + 1 + torch.arange(padding)
+    padded = VariantLosses(model, calibration(PackedRows(ids, positions), attention_mask_NS=mask))
+    plain = VariantLosses(model, calibration())
+    assert padded.num_tokens == plain.num_tokens
+    assert padded(variants) == pytest.approx(plain(variants), abs=1e-6)
+
+
+def test_an_architecture_that_runs_as_a_whole_gives_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, variants = tiny_model("gemma3"), [INTACT, without([2]), without([1, 4])]
+    layer_by_layer = VariantLosses(model, calibration())(variants)
+    monkeypatch.setattr("shoal.compress.variant_losses.layerwise_or_none", lambda _: None)
+    assert VariantLosses(model, calibration())(variants) == pytest.approx(layer_by_layer, abs=1e-6)
+
+
+def test_groups_of_variants_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, variants = tiny_model("llama"), [without([layer]) for layer in range(NUM_LAYERS)]
+    at_once = VariantLosses(model, calibration())(variants)
+    monkeypatch.setattr("shoal.compress.variant_losses.STATE_BYTES", 2 * 40 * 32 * 4)
+    assert VariantLosses(model, calibration())(variants) == at_once
+
+
+def test_rows_without_two_tokens_of_one_document_are_refused() -> None:
+    lonely = packed([[1, 1, 1], [1, 1, 1]])
+    with pytest.raises(UserError, match="holds no document of two tokens"):
+        measured(tiny_model("llama"), "sleb", rows=lonely)
+    nothing = torch.zeros(0, 4, dtype=torch.long)
+    with pytest.raises(UserError, match="holds no document of two tokens"):
+        measured(tiny_model("llama"), "sleb", rows=PackedRows(nothing, nothing))
+
+
+def test_losses_that_are_not_finite_are_refused_by_variant_and_row() -> None:
+    model = tiny_model("llama")
+    model.get_parameter("model.embed_tokens.weight").data[77] = torch.nan
+    ids = ROWS.input_ids_NS.masked_fill(ROWS.input_ids_NS == 77, 5)
+    ids[2, 12] = 77
+    message = r"the loss of the model without layer 0 is not finite .* in batch 1 \(row 2 of the calibration data\)"
+    with pytest.raises(UserError, match=message):
+        measured(model, "single_drop_perplexity", rows=PackedRows(ids, ROWS.position_ids_NS))
+
+
+def layer_calls(model: PreTrainedModel, run: Callable[[], object]) -> int:
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    handles = [layer.register_forward_hook(add) for layer in decoder_layers(model)]
+    run()
+    for handle in handles:
+        handle.remove()
+    return count
+
+
+def test_metrics_share_their_losses() -> None:
+    model = tiny_model("llama")
+    losses = VariantLosses(model, calibration())
+    singles = [without([layer]) for layer in range(NUM_LAYERS)]
+    found = losses(singles)
+    assert layer_calls(model, lambda: losses(singles[::-1])) == 0
+    assert losses([without([3], "another name")]) == [found[3]]
+
+
+def sleb_layers(num_layers: int, order: Sequence[int]) -> int:
+    """Layers that have to run for one batch: candidates share what is below them, and what is below the middle is
+    remembered until a layer below it goes."""
+    half, count = num_layers // 2, 0
+    for number in range(len(order)):
+        gone = set(order[:number])
+        kept = [layer for layer in range(num_layers) if layer not in gone]
+        candidates = [layer for layer in kept if 0 < layer < num_layers - 1]
+        for layer in kept:
+            if layer < half and number > 0 and order[number - 1] >= half:
+                continue
+            # all that is gone is gone at the middle too, where the round before has been with the one removed last
+            last = max(candidate for candidate in candidates if candidate < half or layer >= half or number == 0)
+            count += sum(candidate < layer for candidate in candidates) + (layer < last)
+    return count
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sleb_runs_three_fifths_of_a_plain_loops_layers(seed: int) -> None:
+    num_layers, num_drop = 16, 4
+    model = tiny_model("llama", num_hidden_layers=num_layers, seed=seed)
+    losses = VariantLosses(model, calibration(packed([[20]])))
+    found: list[Order] = []
+
+    def run() -> None:
+        found.append(Sleb.scores(losses, model, calibration(num_drop=num_drop)))
+
+    calls = layer_calls(model, run) - num_drop * num_layers  # every round asks how layers are called
+    assert calls == sleb_layers(num_layers, [removal.unit.layers[0] for removal in found[0]])
+    plain = sum((num_layers - 2 - gone) * (num_layers - 1 - gone) for gone in range(num_drop))
+    assert calls <= 0.6 * plain
+
+
+def test_states_at_the_middle_are_held_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    variants = [without([layer]) for layer in range(NUM_LAYERS)]
+    expected = VariantLosses(model, calibration())(variants)
+    monkeypatch.setattr("shoal.compress.variant_losses.MIDDLE_BYTES", 3 * 2 * 19 * 32 * 4)
+    losses = VariantLosses(model, calibration())
+    assert losses(variants) == expected
+    assert 0 < losses._middle_bytes <= 3 * 2 * 19 * 32 * 4
+    assert losses._middle_bytes == sum(state.nbytes for known in losses._middle for state in known.values())
+    losses([without([0, 1])])
+    assert [list(known) for known in losses._middle if known] == [[without([0, 1]).edits]] * len(
+        [known for known in losses._middle if known]
+    )
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_drop_perplexity_equals_the_float64_loop(kind: str) -> None:
+    model = tiny_model(kind)
+    found = measured(model, "single_drop_perplexity")["single_drop_perplexity"]
+    expected = [math.exp(loss_without(model, [layer])) for layer in range(NUM_LAYERS)]
+    assert found == pytest.approx(expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_sleb_equals_the_float64_loop_over_cut_models(kind: str) -> None:
+    model = tiny_model(kind)
+    order = measured(model, "sleb", num_drop=3)["sleb"]
+    expected = plain_greedy(CANDIDATES, lambda drop: loss_without(model, drop), 3)
+    assert [removal.unit for removal in order] == [Unit((layer,)) for layer, _ in expected]
+    assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_removal_of_sleb_is_the_lowest_single_drop_perplexity(seed: int) -> None:
+    model = tiny_model("llama", seed=seed)
+    found = measured(model, "single_drop_perplexity", "sleb", num_drop=1)
+    perplexities = found["single_drop_perplexity"]
+    (first,) = found["sleb"]
+    assert first.unit == Unit((min(CANDIDATES, key=lambda layer: perplexities[layer]),))
+    assert math.exp(first.score) == perplexities[first.unit.layers[0]]
+
+
+def test_sleb_without_a_number_removes_all_candidates_but_one() -> None:
+    order = measured(tiny_model("llama"), "sleb")["sleb"]
+    assert len(order) == NUM_LAYERS - 3
+    assert {removal.unit.layers[0] for removal in order} < set(CANDIDATES)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_blockpruner_equals_the_float64_loop_over_models_with_silent_halves(kind: str) -> None:
+    model = tiny_model(kind)
+    order = measured(model, "blockpruner", num_drop=2)["blockpruner"]
+    halves = [(half, layer) for layer in CANDIDATES for half in ("attention", "mlp")]
+    expected = plain_greedy(halves, lambda gone: loss_without_halves(model, gone), 4)
+    assert [removal.unit for removal in order] == [Unit((layer,), half) for (half, layer), _ in expected]  # pyright: ignore[reportArgumentType]
+    assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
+
+
+def test_present_absent_equals_its_definition() -> None:
+    model = tiny_model("llama")  # one of six layers is absent, and all six subnetworks are measured
+    found = measured(model, "present_absent")["present_absent"]
+    losses = [loss_without(model, [layer]) for layer in range(NUM_LAYERS)]
+    expected = [losses[layer] - (sum(losses) - losses[layer]) / (NUM_LAYERS - 1) for layer in range(NUM_LAYERS)]
+    assert found == pytest.approx(expected, abs=4e-6)
+
+
+def test_local_shapley_is_near_the_value_over_all_walks(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    caplog.set_level("INFO")
+    found = measured(model, "local_shapley")["local_shapley"]
+    assert "no walk is cut short" in caplog.text  # random weights are worse than guessing
+    losses = {
+        frozenset(drop): loss_without(model, drop) if drop else plain_loss(copy.deepcopy(model))
+        for size in range(4)
+        for drop in itertools.combinations(range(NUM_LAYERS), size)
+    }
+    every_walk = [list(itertools.permutations(range(NUM_LAYERS)))]
+    exact = shapley_of_walks(lambda sets: [-losses[absent] for absent in sets], NUM_LAYERS, every_walk, window=3)
+    errors = [float(part.split("+- ")[1]) for part in caplog.text.split("standard errors: ")[1].split(", layer")]
+    assert len(errors) == NUM_LAYERS
+    for value, error, expected in zip(found, errors, exact.values, strict=True):
+        assert 0 < error < 1
+        assert abs(value - expected) < 4 * error
+
+
+ONE_TOKEN = PackedRows(torch.full((2, 12), 9), torch.arange(12).expand(2, 12))
+
+
+def model_that_needs_layer_2() -> PreTrainedModel:
+    """It expects token 9 after token 9 whatever single layer is missing, but layer 2, without which it expects
+    anything else."""
+    model = tiny_model("llama")
+    decoder, edited = Decoder(model), Edited(model)
+    states = []
+    for drop in [(), *((layer,) for layer in range(NUM_LAYERS))]:
+        with edited.applied(without(drop).edits):
+            states.append(decoder.hidden(ONE_TOKEN.input_ids_NS[:1])[0, -1])  # the same at every position
+    wanted = torch.tensor([3.0, 2, 2, -3, 2, 2, 2])
+    head = model.get_parameter("lm_head.weight").data.zero_()
+    head[9] = torch.linalg.lstsq(torch.stack(states), wanted[:, None], driver="gelsd").solution[:, 0]
+    return model
+
+
+def test_local_shapley_stops_walks_at_the_loss_of_guessing(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_that_needs_layer_2()
+    losses = VariantLosses(model, calibration(ONE_TOKEN))
+    intact, *singles = losses([INTACT, *(without([layer]) for layer in range(NUM_LAYERS))])
+    guessing = math.log(VOCAB_SIZE)
+    assert [single > guessing for single in [intact, *singles]] == [False, False, False, True, False, False, False]
+    caplog.set_level("INFO")
+    found = measured(model, "local_shapley", rows=ONE_TOKEN)["local_shapley"]
+    assert "no walk is cut short" not in caplog.text
+
+    def game(sets: Sequence[frozenset[int]]) -> list[float]:
+        return [-loss for loss in losses([without(absent) for absent in sets])]
+
+    settings = {"window": 3, "num_subnetworks": 8 * NUM_LAYERS}
+    whole, cut = (local_shapley(game, NUM_LAYERS, chance=chance, **settings) for chance in (-math.inf, -guessing))
+    assert found == pytest.approx(cut.values)
+    assert found != pytest.approx(whole.values, abs=0.01)
+    assert cut.num_subnetworks < whole.num_subnetworks
+
+
+@pytest.mark.parametrize(
+    ("name", "num_drop", "message"),
+    [
+        (
+            "sleb",
+            5,
+            r"sleb: 5 removals are asked for, but there are 4 units that may go \(layer 1, layer 2, layer 3, la",
+        ),
+        (
+            "blockpruner",
+            5,
+            r"blockpruner: 10 removals are asked for, but there are 8 units that may go \(attention 1, m",
+        ),
+        ("sleb", 0, r"sleb: 0 removals are asked for"),
+    ],
+)
+def test_more_removals_than_candidates_are_refused(name: str, num_drop: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measured(tiny_model("llama"), name, num_drop=num_drop)
+
+
+def test_a_perplexity_beyond_all_numbers_is_refused() -> None:
+    model = tiny_model("llama")
+    model.get_parameter("lm_head.weight").data *= 1e4
+    with pytest.raises(
+        UserError, match=r"without layer \d the loss is .* whose perplexity no number can hold; use sleb"
+    ):
+        measured(model, "single_drop_perplexity")
+
+
+# --- ranks --------------------------------------------------------------------------------------------------------
+
+
+def all_metrics(num_rows: int) -> dict[str, Any]:
+    rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
+    return measured(tiny_model("llama"), *LOSS_METRICS, rows=rows, num_drop=2)
+
+
+SHARES = {"uneven shares": 5, "a rank without rows": 1}
+
+
+def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    torch.save([all_metrics(num_rows) for num_rows in SHARES.values()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
+    spawn(_measure_on_rank, (2, str(tmp_path)), nprocs=2)
+    with torch.serialization.safe_globals([Removal, Unit]):
+        first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first == second
+    for found, num_rows in zip(first, SHARES.values(), strict=True):
+        alone = all_metrics(num_rows)
+        assert found.keys() == alone.keys() == LOSS_METRICS.keys()
+        for name, expected in alone.items():
+            if LOSS_METRICS[name].yields == "order":
+                assert [removal.unit for removal in found[name]] == [removal.unit for removal in expected]
+                assert [r.score for r in found[name]] == pytest.approx([r.score for r in expected], abs=1e-6)
+            else:
+                assert found[name] == pytest.approx(expected, rel=1e-6, abs=1e-6)
