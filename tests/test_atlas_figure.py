@@ -21,6 +21,7 @@ from shoal.atlas_figure import (
     agreement_figure,
     atlas_figure,
     cumulative_figure,
+    curves_figure,
     head_map_figure,
 )
 from shoal.compress.atlas import build_atlas
@@ -151,8 +152,19 @@ def test_agreement_shows_the_ceiling_beside_the_correlation(tmp_path: Path) -> N
     assert any(text.startswith("≤ ") for text in texts)
     assert "block influence" in texts
     one = build_atlas([task(right(0.8))], [[task(right(0.8))], [task(right(0.8, 30))]])
-    with pytest.raises(UserError, match="has one column only"):
-        agreement_figure(one.agreement)
+    assert agreement_figure(one.agreement).axes[0].texts[0].get_text() == "1.00"
+
+
+def test_halves_and_donor_layers_are_drawn_over_the_layers_they_belong_to() -> None:
+    units = [Unit((layer,), "attention") for layer in (1, 3, 4)]
+    table = sweep_table("attention", units, [task(right(0.8))], [[task(right(0.8, lost))] for lost in (0, 30, 1)])
+    (ax,) = curves_figure(table).axes
+    assert [list(line.get_xdata()) for line in ax.get_lines()][::2] == [[1, 3, 4], [3]]  # pyright: ignore
+    assert ax.get_xlabel() == "attention of layer"
+    with pytest.raises(UserError, match="'head' has no curve over layers; sweep attention or mlp"):
+        curves_figure(heads())
+    with pytest.raises(UserError, match="'attention' is empty"):
+        curves_figure(replace(table, columns=()))
 
 
 def test_head_map_has_a_cell_per_head_and_frames_the_critical_one() -> None:

@@ -49,7 +49,8 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
     with figure_style():
         _draw_heat(axes[0], metrics, atlas, drop)
         for index, column in enumerate(atlas.columns):
-            _draw_column(axes[1 + index], column, _label(column, atlas), SERIES_COLOURS[index % 5], drop)
+            colour, name = SERIES_COLOURS[index % 5], _label(column, atlas.sweep)
+            _draw_column(axes[1 + index], column, name, colour, drop, range(importance.num_layers))
         for index, gap in enumerate(atlas.gaps):
             _draw_gap(axes[1 + len(atlas.columns) + index], gap, drop)
         _draw_centroids(axes[-1], atlas)
@@ -57,14 +58,8 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
 
 
 def agreement_figure(agreement: Agreement) -> Figure:
-    """Rank correlation of every two columns; below it the most that their items' noise leaves room for.
-
-    Raises:
-        UserError: there is only one column.
-    """
+    """Rank correlation of every two columns; below it the most that their items' noise leaves room for."""
     names, count = [_name(column) for column in agreement.columns], len(agreement.columns)
-    if count < 2:
-        raise UserError("importance.json: has one column only, so nothing agrees or disagrees; measure another metric")
     figure, (ax,) = panels([1.6 + 0.42 * count], width=max(WIDTH_INCHES, 2.0 + 0.62 * count))
     with figure_style():
         values = [[math.nan if value is None else value for value in row] for row in agreement.spearman]
@@ -99,6 +94,27 @@ def head_map_figure(sweep: Sweep) -> Figure:
     with figure_style():
         for ax, column in zip(axes, sweep.columns, strict=True):
             _draw_head_map(figure, ax, sweep, column, (layers, places))
+    return figure
+
+
+def curves_figure(sweep: Sweep) -> Figure:
+    """Every column over the layers, for operators whose units are one half of a layer or a donor's layer each.
+
+    Raises:
+        UserError: the sweep is empty, or a unit is no single layer's.
+    """
+    if not sweep.columns or not sweep.units:
+        raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
+    if any(len(unit.layers) != 1 or unit.index is not None for unit in sweep.units):
+        raise UserError(
+            f"importance.json: the sweep {sweep.operator!r} has no curve over layers; sweep attention or mlp"
+        )
+    places = [unit.layers[0] for unit in sweep.units]
+    figure, axes = panels([1.6] * len(sweep.columns))
+    with figure_style():
+        for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
+            _draw_column(ax, column, _label(column, sweep), SERIES_COLOURS[index % 5], (), places)
+        axes[-1].set_xlabel({"donor": "layer of the donor"}.get(sweep.operator, f"{sweep.operator} of layer"))
     return figure
 
 
@@ -142,7 +158,7 @@ def _draw_heat(ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, dr
         texts.append([""] * num_layers)
         frames.append(())
     for column in atlas.columns:
-        names.append(_name(_label(column, atlas).replace("/", "\n")))
+        names.append(_name(_label(column, atlas.sweep).replace("/", "\n")))
         shades.append([_loss_shade(column, layer) for layer in range(num_layers)])
         texts.append([_cell_text(column, layer) for layer in range(num_layers)])
         frames.append(column.critical)
@@ -173,7 +189,9 @@ def _write_cell(ax: Axes, place: int, layer: int, text: str, shade: float, *, fr
         ax.add_patch(Rectangle((place - 0.46, layer - 0.44), 0.92, 0.88, fill=False, ec=DROPPED, lw=1.4))
 
 
-def _draw_column(ax: Axes, column: SweepColumn, name: str, colour: str, drop: Sequence[int]) -> None:
+def _draw_column(
+    ax: Axes, column: SweepColumn, name: str, colour: str, drop: Sequence[int], layers: Sequence[int]
+) -> None:
     kept = [effect.retention for effect in column.effects]
     if column.higher_is_better and all(one is not None for one in kept):
         values, what, intact = [one for one in kept if one is not None], "share kept", 1.0
@@ -181,12 +199,12 @@ def _draw_column(ax: Axes, column: SweepColumn, name: str, colour: str, drop: Se
         values, what, intact = [effect.score for effect in column.effects], column.metric, column.intact.value
     else:
         values, what, intact = [effect.change for effect in column.effects], f"{column.metric} added", 0.0
-    layers = list(range(len(values)))
     _band(ax, layers, values, colour, ("-", ""))
     ax.axhline(intact, color=FAINT, lw=1)
     critical = column.critical
     if critical:
-        ax.plot(critical, [values[layer].value for layer in critical], "D", color=DROPPED, ms=4.5, label="critical")
+        points = [layers[place] for place in critical], [values[place].value for place in critical]
+        ax.plot(*points, "D", color=DROPPED, ms=4.5, label="critical")
     for part, dashes in (("malformed", (0, (4, 2))), ("repetition", (0, (1, 1)))):
         shares = [getattr(effect, part) for effect in column.effects]
         if any(shares):
@@ -210,7 +228,7 @@ def _draw_gap(ax: Axes, gap: ProtocolGap, drop: Sequence[int]) -> None:
 
 def _draw_centroids(ax: Axes, atlas: Atlas) -> None:
     for row, profile in enumerate(atlas.depth):
-        label = _label(atlas.columns[row], atlas)
+        label = _label(atlas.columns[row], atlas.sweep)
         if profile.centroid is None:
             label += f" ({profile.reason})"
         else:
@@ -302,9 +320,9 @@ def _name_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
         ax.spines[side].set_visible(False)
 
 
-def _label(column: SweepColumn, atlas: Atlas) -> str:
+def _label(column: SweepColumn, sweep: Sweep) -> str:
     """`ability/protocol`, or the task's name where that stands for several tasks."""
-    alone = sum(other.label == column.label for other in atlas.columns) == 1
+    alone = sum(other.label == column.label for other in sweep.columns) == 1
     return column.label if alone else column.task
 
 
