@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SERIES_STYLE = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"))
-CURVE_INCHES = 1.9
+CURVE_INCHES = 2.1
 MATRIX_INCHES = 4.2
 WRITERS = ("layer", "attention", "mlp")
 WRITER_NAMES = {"layer": "layer", "attention": "attention", "mlp": "MLP"}
@@ -60,29 +60,34 @@ def probes_figure(probes: Probes) -> Figure:
 def _draw_cosines(ax: Axes, diagnostics: Diagnostics) -> None:
     _draw_series(ax, [(WRITER_NAMES[name], values) for name, values in _by_writer(diagnostics.cosines)])
     ax.axhline(0, color=FAINT, linewidth=1)
-    ax.set_title("Direction of updates: cosine with what was read")
+    ax.set_title("Direction of updates: cosine with what was read", pad=22)
     _mark_depth(ax, diagnostics, "cosine")
 
 
 def _draw_sizes(ax: Axes, diagnostics: Diagnostics) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     series = _by_writer(diagnostics.sizes)
     _draw_series(ax, [(WRITER_NAMES[name], values) for name, values in series])
     if all(value > 0 for _, values in series for value in values):
         ax.set_yscale("log")
-    ax.set_title("Size of updates over the size of what was read")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_title("Size of updates over the size of what was read", pad=22)
 
 
 def _draw_divergence(ax: Axes, diagnostics: Diagnostics) -> None:
     _draw_series(ax, [("", diagnostics.lens_kl)])
     ax.set_ylim(bottom=0)
-    ax.set_title("Logit lens: KL of a layer's input to the output, nats")
+    ax.set_title("Logit lens on layer inputs: KL to the output, nats")
     _mark_depth(ax, diagnostics, "kl")
 
 
 def _draw_overlap(ax: Axes, diagnostics: Diagnostics) -> None:
     _draw_series(ax, [("", diagnostics.lens_overlap)])
     ax.set_ylim(0, 1.02)
-    ax.set_title("Logit lens: share of the output's five likeliest tokens")
+    ax.set_title("Logit lens: top-5 tokens in common with the output")
     _mark_depth(ax, diagnostics, "overlap")
 
 
@@ -90,24 +95,24 @@ def _draw_output_effects(ax: Axes, diagnostics: Diagnostics) -> None:
     series = [("layer skipped before", diagnostics.skip_output), ("one state erased", diagnostics.erasure_output)]
     _draw_series(ax, series)
     ax.set_ylim(bottom=0)
-    ax.set_title(f"Largest change of later probabilities, {diagnostics.num_cuts} cuts")
+    ax.set_title(f"Largest change of later probabilities, {diagnostics.num_cuts} cuts", pad=22)
 
 
 def _draw_skip_effect(figure: Figure, ax: Axes, diagnostics: Diagnostics) -> None:
     from matplotlib.ticker import MaxNLocator
-    from numpy import array, ma, triu
+    from numpy import array, ma, tri
 
     values = array(diagnostics.skip_effect)
     # a layer cannot change itself or what comes before it: those cells stay empty
-    shown = ma.masked_array(values, mask=triu(values + 1, 1) == 0)
+    shown = ma.masked_array(values, mask=tri(len(values), dtype=bool))
     picture = ax.imshow(
         shown, cmap="cividis", vmin=0, vmax=min(1.0, float(values.max())) or 1.0, origin="lower", interpolation="none"
     )
     bar = figure.colorbar(picture, ax=ax, shrink=0.8, extend="max" if values.max() > 1 else "neither")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    ax.set_title("Change of a later layer's update when a layer is skipped before")
+    ax.set_title("Change of later layers' updates")
     ax.set_xlabel("later layer")
-    ax.set_ylabel("skipped layer")
+    ax.set_ylabel("layer skipped at earlier tokens")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
 
@@ -153,7 +158,8 @@ def _draw_series(ax: Axes, series: Sequence[tuple[str, Sequence[float]]]) -> Non
             label=name or None,
         )
     if len(series) > 1:
-        ax.legend(loc="best", ncols=len(series), fontsize=8)
+        # above the panel, where no line can run through it
+        ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.97), ncols=len(series), fontsize=9, borderaxespad=0)
 
 
 def _mark_depth(ax: Axes, diagnostics: Diagnostics, rule: str) -> None:
