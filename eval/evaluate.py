@@ -89,20 +89,20 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Eval, *, seed: int)
     seed_everything(seed)
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
-    scores: list[Any] = [_scores(lm, tasks, _num_items(tasks, settings))]
+    scores: list[Any] = [_scores(lm, tasks, num_items(tasks, settings))]
     if lm.world_size > 1:
         dist.broadcast_object_list(scores, src=0, device=None if lm.device.type == "cpu" else lm.device)
     return scores[0]
 
 
-def _scores(lm: CausalLM, tasks: dict[str, Any], num_items: dict[str, int]) -> tuple[TaskScore, ...]:
+def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tuple[TaskScore, ...]:
     """One score per task over its first ``num_items``; on ranks other than 0 nothing, because lm-eval gathers there."""
     from lm_eval import evaluator
 
     _check_runnable(tasks, lm.world_size)
     with _without_request_bars():
         # its bootstrap is left out: intervals are ours, paired over the kept items
-        first = {name: list(range(count)) for name, count in num_items.items()}
+        first = {name: list(range(count)) for name, count in counts.items()}
         results: Any = evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, samples=first, bootstrap_iters=0)
     if results is None:
         return ()
@@ -120,7 +120,7 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], num_items: dict[str, int]) -> t
 
 def in_words(tasks: dict[str, Any], settings: Eval) -> str:
     """Which tasks, with how many items each."""
-    return ", ".join(f"{name} ({count} items)" for name, count in _num_items(tasks, settings).items()) or "perplexity"
+    return ", ".join(f"{name} ({count} items)" for name, count in num_items(tasks, settings).items()) or "perplexity"
 
 
 def _check_runnable(tasks: dict[str, Any], num_ranks: int) -> None:
@@ -137,7 +137,8 @@ def _check_runnable(tasks: dict[str, Any], num_ranks: int) -> None:
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
 
 
-def _num_items(tasks: dict[str, Any], settings: Eval) -> dict[str, int]:
+def num_items(tasks: dict[str, Any], settings: Eval) -> dict[str, int]:
+    """How many items of every task are scored."""
     unknown = sorted(set(settings.limits) - set(tasks))
     if unknown:
         raise UserError(f"eval.limits: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +47,24 @@ def load_tasks(
 
 def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:
     """The names of all tasks and groups: shoal's own, those of ``include_path``, and lm-eval's collection."""
+    folders = (TASKS_DIR, *([Path(include_path).expanduser()] if include_path else []))
+    return set(_manager(folders, with_all=not ours_only).task_index)
+
+
+@cache
+def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
+    """lm-eval's index of task files; reading its whole collection takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
-    folders: list[str | Path] = [TASKS_DIR, *([Path(include_path).expanduser()] if include_path else [])]
-    return set(TaskManager(include_path=folders, include_defaults=not ours_only).task_index)
+    return TaskManager(include_path=list(folders), include_defaults=with_all)
 
 
 def _manager_that_knows(names: Sequence[str], folders: list[Path]) -> Any:
-    from lm_eval.tasks import TaskManager
-
-    ours = TaskManager(include_path=list(folders), include_defaults=False)
+    ours = _manager(tuple(folders), with_all=False)
     if all(name in ours.task_index for name in names):
         return ours
-    log.info("reading lm-eval's task collection (about 10 s)")
-    everything = TaskManager(include_path=list(folders))
+    log.info("reading lm-eval's task collection (about 10 s the first time)")
+    everything = _manager(tuple(folders), with_all=True)
     for name in names:
         if name not in everything.task_index:
             close = difflib.get_close_matches(name, ours.all_tasks, n=1, cutoff=0.5)

@@ -227,7 +227,7 @@ def hold(run: Run, holding: Event, release: Event) -> None:
 def test_second_process_in_a_run_dir_is_refused_and_told_who_is_there(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "LOCK_WAIT_S", -1)
+    monkeypatch.setattr("shoal.run.LOCK_WAIT_S", -1)
     run, holding, release = make_run(), FORK.Event(), FORK.Event()
     holder = FORK.Process(target=hold, args=(run, holding, release))
     holder.start()

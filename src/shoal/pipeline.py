@@ -1,26 +1,15 @@
 """The stages in order: what each needs, whether it is done, and where its result goes.
 
-Every stage does the same three things: works out the inputs that identify its result, returns at once when that result
-is there already, and otherwise makes it, after making sure of what it needs. Room code is imported where it is used, so
-that a verb loads only what it runs.
+Room code is imported where it is used, so that a verb loads only what it runs.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import re
-import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from shoal.artifact import (
     Artifact,
@@ -31,169 +20,19 @@ from shoal.artifact import (
     Speed,
     Training,
     differences,
-    fingerprint,
-    require_same_run,
     write_json,
     written_folder,
 )
-from shoal.data import TEACHER_TEXT, load_texts, pack, sources_fingerprint
-from shoal.edits import Edit, Replace, Swap
+from shoal.data import TEACHER_TEXT, load_texts, sources_fingerprint
+from shoal.edits import Edit, Replace
 from shoal.errors import UserError
-from shoal.models import (
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    resolve_model,
-    text_config,
-)
-from shoal.recipe import CONFIGS_DIR, Recipe, as_dict
-from shoal.runtime import device, environment, is_main, seed_everything, world_size
+from shoal.measuring import check_measure, measure, measure_inputs
+from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint
+from shoal.recipe import Recipe, as_dict
+from shoal.run import Run, barrier, check_length, is_done, locked, require, task_files_fingerprint
+from shoal.runtime import device, environment, is_main, seed_everything
 
 log = logging.getLogger(__name__)
-
-LOCK_WAIT_S = 30
-
-
-@dataclass(frozen=True)
-class Run:
-    """One recipe in its run directory."""
-
-    recipe: Recipe
-
-    @property
-    def dir(self) -> Path:
-        return Path(self.recipe.run_dir).expanduser()
-
-    @cached_property
-    def teacher(self) -> Path:
-        """The teacher's local folder."""
-        return _resolved(self.recipe.model, self.recipe.revision)
-
-    @cached_property
-    def donors(self) -> dict[int, Path]:
-        """The local folders of the models that swaps take layers from, by index in prune.edits."""
-        edits = enumerate(self.recipe.prune.edits)
-        return {index: _resolved(edit.donor, edit.donor_revision) for index, edit in edits if isinstance(edit, Swap)}
-
-    @cached_property
-    def donor_fingerprints(self) -> dict[int, str]:
-        return {index: model_fingerprint(folder) for index, folder in self.donors.items()}
-
-    @cached_property
-    def teacher_fingerprint(self) -> str:
-        return model_fingerprint(self.teacher)
-
-    @property
-    def num_layers(self) -> int:
-        config = load_config(self.teacher, trust_remote_code=self.recipe.trust_remote_code)
-        return text_config(config).num_hidden_layers
-
-    def load_args(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "dtype": recipe.dtype,
-            "attention": recipe.attention,
-            "trust_remote_code": recipe.trust_remote_code,
-        }
-
-
-def _resolved(model: str, revision: str | None) -> Path:
-    """The model's local folder. Rank 0 resolves it first: a download or conversion happens once per machine."""
-    if dist.is_initialized() and not is_main():
-        dist.barrier()
-    folder = resolve_model(model, revision=revision)
-    if dist.is_initialized() and is_main():
-        dist.barrier()
-    return folder
-
-
-@contextmanager
-def locked(run: Run) -> Iterator[None]:
-    """Keep every other process out of the run directory; the operating system lets go when this one dies.
-
-    Raises:
-        UserError: another living process holds it, or it cannot be created.
-    """
-    try:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        handle = (run.dir / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
-    with handle:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"run_dir {run.dir}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
-                    ) from None
-                log.info("waiting for %s, which holds %s", holder, run.dir)
-                time.sleep(5)
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-        handle.flush()
-        yield
-
-
-# --- measure ------------------------------------------------------------------------------------------------------
-
-
-def measure_inputs(run: Run) -> dict[str, Any]:
-    """What identifies importance.json; the batch size changes no number."""
-    section = as_dict(run.recipe.measure)
-    return {
-        "model": run.teacher_fingerprint,
-        "data": sources_fingerprint(run.recipe.measure.data),
-        "seed": run.recipe.seed,
-        "dtype": run.recipe.dtype,
-        "attention": run.recipe.attention,
-        **{f"measure.{key}": value for key, value in section.items() if key != "batch_size"},
-    }
-
-
-def measure(run: Run) -> None:
-    """importance.json and its figure. All ranks take part."""
-    from shoal.compress.measure import measure_importance
-
-    path = run.dir / Importance.FILE
-    inputs = measure_inputs(run)
-    if _is_done(Importance, path, inputs, "measure"):
-        return
-    settings = run.recipe.measure
-    log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
-    seed_everything(run.recipe.seed)
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-    check_length(run, settings.sequence_length, "measure.sequence_length")
-    rows = pack(
-        [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data],
-        tokenizer,
-        sequence_length=settings.sequence_length,
-        num_tokens=settings.num_tokens,
-        seed=run.recipe.seed,
-    )
-    model = load_model(run.teacher, device=device(), **run.load_args())
-    scores = measure_importance(model, rows, metrics=settings.metrics, batch_size=settings.batch_size)
-    if is_main():
-        importance = Importance(
-            provenance=Provenance(inputs),
-            num_layers=scores.num_layers,
-            num_tokens=scores.num_tokens,
-            layers=scores.layers,
-            runs=scores.runs,
-        )
-        importance.write(path)
-        from shoal.figures import importance_figure, save_figure
-
-        save_figure(importance_figure(importance), run.dir / "figures" / "importance.svg")
-        log.info("measure: %s", path)
-    _barrier()
-
 
 # --- prune --------------------------------------------------------------------------------------------------------
 
@@ -229,7 +68,7 @@ def prune(run: Run) -> None:
     importance = _importance(run)
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
     inputs = plan_inputs(run)
-    if (student / "config.json").is_file() and _is_done(PruningPlan, path, inputs, "prune"):
+    if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
         _refuse_for_targets(run, PruningPlan.read(path))
         return
     _refuse_stale_training(run)
@@ -237,6 +76,8 @@ def prune(run: Run) -> None:
     _refuse_unreadable_data(plan.edits)
     _refuse_for_targets(run, plan)
     log.info("prune: %s", plan.in_words())
+    for line in _sacrifice(run, importance, plan):
+        log.info("prune: %s", line)
     if is_main():
         from shoal.compress.apply import apply_plan
         from shoal.compress.targets import check_targets, log_verdicts
@@ -255,7 +96,7 @@ def prune(run: Run) -> None:
         log.info("prune: %s", student)
         if not run.recipe.prune.targets:
             log_verdicts(check_targets(load_config(student)))
-    _barrier()
+    barrier()
 
 
 def prune_dry_run(run: Run) -> str:
@@ -268,9 +109,11 @@ def prune_dry_run(run: Run) -> str:
 
     recipe = run.recipe
     _refuse_unreadable_data(recipe.prune.edits)
-    return dry_run(
+    importance = _importance(run)
+    plan = _plan(run, importance, {})
+    told = dry_run(
         run.teacher,
-        _plan(run, _importance(run), {}),
+        plan,
         run.dir / "student",
         donors=run.donors,
         proof=recipe.prune.proof,
@@ -278,6 +121,7 @@ def prune_dry_run(run: Run) -> str:
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
     )
+    return "\n".join([told, *_sacrifice(run, importance, plan)])
 
 
 def _importance(run: Run) -> Importance | None:
@@ -287,16 +131,28 @@ def _importance(run: Run) -> Importance | None:
     path = run.dir / Importance.FILE
     if not is_automatic(run.recipe.prune) or not path.is_file():
         return None
-    _require(Importance, path, measure_inputs(run), "shoal measure")
+    require(Importance, path, measure_inputs(run), "shoal measure")
     return Importance.read(path)
 
 
 def _plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
-    from shoal.compress.plan import choose_layers
+    from shoal.compress.plan import choose_changes
 
-    settings = run.recipe.prune
-    drop, reason = choose_layers(settings, num_layers=run.num_layers, importance=importance)
-    return PruningPlan(Provenance(inputs), run.num_layers, drop, reason, settings.edits)
+    choice = choose_changes(run.recipe.prune, num_layers=run.num_layers, importance=importance)
+    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits)
+
+
+def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
+    """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
+    from shoal.compress.sacrifice import expected_sacrifice
+
+    path = run.dir / Importance.FILE
+    if importance is None and path.is_file():
+        found = Importance.read(path)
+        importance = None if differences(measure_inputs(run), found.provenance.inputs) else found
+    if importance is None or importance.atlas is None:
+        return ()
+    return expected_sacrifice(importance, plan.drop, plan.edits)
 
 
 def _refuse_impossible_edits(run: Run) -> None:
@@ -357,7 +213,7 @@ def read_plan(run: Run) -> PruningPlan:
         log.info("needs %s, pruning first", PruningPlan.FILE)
         prune(run)
     else:
-        _require(PruningPlan, path, plan_inputs(run), "shoal prune")
+        require(PruningPlan, path, plan_inputs(run), "shoal prune")
     return PruningPlan.read(path)
 
 
@@ -369,7 +225,7 @@ def distill(run: Run) -> None:
     recipe = run.recipe
     inputs = training_inputs(run, plan)
     distilled = run.dir / "distilled"
-    if (distilled / "config.json").is_file() and _is_done(Training, run.dir / Training.FILE, inputs, "distill"):
+    if (distilled / "config.json").is_file() and is_done(Training, run.dir / Training.FILE, inputs, "distill"):
         return
     seed_everything(recipe.seed)
     room.distill(
@@ -393,7 +249,7 @@ def distill_is_done(run: Run) -> bool:
     """Whether distilled/ is there already, so that no launcher need be started."""
     if not (run.dir / "distilled" / "config.json").is_file():
         return False
-    return _is_done(Training, run.dir / Training.FILE, training_inputs(run, read_plan(run)), "distill")
+    return is_done(Training, run.dir / Training.FILE, training_inputs(run, read_plan(run)), "distill")
 
 
 def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
@@ -430,16 +286,9 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
         "seed": run.recipe.seed,
         "dtype": run.recipe.dtype,
         "attention": run.recipe.attention,
-        "tasks": _task_files_fingerprint(run.recipe.eval.include_path),
+        "tasks": task_files_fingerprint(run.recipe.eval.include_path),
         **section,
     }
-
-
-def _task_files_fingerprint(include_path: str | None) -> str:
-    """Content hash of the task files that may be read: prompts and matching rules are part of a score."""
-    folders = [CONFIGS_DIR / "tasks", *([Path(include_path).expanduser()] if include_path else [])]
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".yaml", ".py")]
-    return fingerprint([[file.name, file.read_text(encoding="utf-8")] for file in files])
 
 
 def evaluate(run: Run) -> None:
@@ -452,7 +301,7 @@ def evaluate(run: Run) -> None:
     for role, folder in found.items():
         path = run.dir / "eval" / f"{role}.json"
         inputs = eval_inputs(run, folder)
-        if _is_done(Evaluation, path, inputs, f"eval {role}"):
+        if is_done(Evaluation, path, inputs, f"eval {role}"):
             continue
         log.info("eval: %s (%s)", role, folder)
         seed_everything(run.recipe.seed)
@@ -464,10 +313,10 @@ def evaluate(run: Run) -> None:
         if is_main():
             result.write(path)
         del model
-        _barrier()
+        barrier()
     if run.recipe.eval.speed and is_main():
         _speed(run, found)
-    _barrier()
+    barrier()
 
 
 def _require_models_of_this_run(run: Run, found: dict[str, Path]) -> None:
@@ -475,7 +324,7 @@ def _require_models_of_this_run(run: Run, found: dict[str, Path]) -> None:
     if "pruned" in found or "distilled" in found:
         plan = read_plan(run)
         if "distilled" in found:
-            _require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
+            require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
 
 
 def _require_this_run(run: Run) -> None:
@@ -483,11 +332,11 @@ def _require_this_run(run: Run) -> None:
     found = roles(run)
     _require_models_of_this_run(run, found)
     if (run.dir / Importance.FILE).is_file():
-        _require(Importance, run.dir / Importance.FILE, measure_inputs(run), "shoal measure")
+        require(Importance, run.dir / Importance.FILE, measure_inputs(run), "shoal measure")
     for role, folder in found.items():
         path = run.dir / "eval" / f"{role}.json"
         if path.is_file():
-            _require(Evaluation, path, eval_inputs(run, folder), "shoal eval")
+            require(Evaluation, path, eval_inputs(run, folder), "shoal eval")
 
 
 def _speed(run: Run, found: dict[str, Path]) -> None:
@@ -499,7 +348,7 @@ def _speed(run: Run, found: dict[str, Path]) -> None:
         "attention": run.recipe.attention,
         **{role: model_fingerprint(folder) for role, folder in found.items()},
     }
-    if _is_done(Speed, path, inputs, "speed"):
+    if is_done(Speed, path, inputs, "speed"):
         return
     log.info("eval: speed of %s, interleaved", ", ".join(found))
     measure_speed(found, provenance=Provenance(inputs), **run.load_args()).write(path)
@@ -532,7 +381,7 @@ def export_gguf(run: Run) -> None:
         raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
     inputs = {"model": model_fingerprint(found[role]), "converter": room.converter_fingerprint()}
     path = run.dir / room.Gguf.FILE
-    if _is_done(room.Gguf, path, inputs, "gguf") and (path.parent / room.Gguf.read(path).file).is_file():
+    if is_done(room.Gguf, path, inputs, "gguf") and (path.parent / room.Gguf.read(path).file).is_file():
         return
     name = re.sub(r"[^\w.-]+", "-", f"{Path(run.recipe.model).name}-{role}.gguf")
     log.info("gguf: converting %s with llama.cpp's converter", found[role])
@@ -592,10 +441,11 @@ def preflight(run: Run) -> None:
         check_export(load_config(run.teacher, trust_remote_code=recipe.trust_remote_code))
     if not is_automatic(recipe.prune):
         _refuse_for_targets(run, _plan(run, None, {}))
-    for name in ("measure", "distill", "eval"):
+    check_measure(run)
+    for name in ("distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
     check_training_settings(recipe)
-    for source in {*recipe.measure.data, *recipe.distill.data, *recipe.eval.perplexity_data}:
+    for source in {*recipe.distill.data, *recipe.eval.perplexity_data}:
         if source.path != TEACHER_TEXT:
             load_texts(source, max_characters=1)
     load_tasks(recipe.eval.tasks, include_path=recipe.eval.include_path, num_fewshot=recipe.eval.num_fewshot)
@@ -619,14 +469,6 @@ def run_all(run: Run, launch_distill: Callable[[], None]) -> None:
         report(run)
 
 
-def check_length(run: Run, sequence_length: int, setting: str) -> None:
-    """Refuse rows longer than the model's positions, before any weight is loaded."""
-    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and sequence_length > longest:
-        raise UserError(f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}")
-
-
 def _write_story(run: Run) -> None:
     """run.json: the resolved recipe, versions, and the fingerprint of every stage that is there."""
     if not is_main():
@@ -645,26 +487,3 @@ def _write_story(run: Run) -> None:
             stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
     story = {"recipe": as_dict(run.recipe), "environment": environment(), "stages": stages}
     write_json(run.dir / "run.json", story)
-
-
-def _is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str) -> bool:
-    """Whether ``path`` holds exactly this result; what changed is logged where it does not."""
-    if not path.is_file():
-        return False
-    changed = differences(inputs, kind.read(path).provenance.inputs)
-    if changed:
-        log.info("%s: %s is out of date (%s), making it again", stage, path.name, "; ".join(changed))
-        return False
-    log.info("%s: done already (%s)", stage, path)
-    return True
-
-
-def _require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str) -> None:
-    provenance = kind.read(path).provenance
-    remedy = f"Run `{verb}` again, or set run_dir to another folder"
-    require_same_run(inputs, provenance, path, remedy=remedy)
-
-
-def _barrier() -> None:
-    if world_size() > 1 and dist.is_initialized():
-        dist.barrier()

@@ -403,7 +403,7 @@ def _dataclasses_in(hint: Any) -> list[Any]:
 
 def _contradictions(recipe: Recipe) -> list[str]:
     """Rules between settings that single fields cannot express."""
-    prune, problems = recipe.prune, []
+    prune, problems = recipe.prune, _sweep_contradictions(recipe.measure)
     if prune.drop is not None:
         for name in ("metric", "weights", "num_drop", "ratio", "contiguous", "spare"):
             if getattr(prune, name) not in (None, False, {}, ()):
@@ -445,4 +445,19 @@ def _contradictions(recipe: Recipe) -> list[str]:
             )
     if recipe.export.hub_repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.export.hub_repo):
         problems.append(f"export.hub_repo: must have the form owner/name (got {recipe.export.hub_repo!r})")
+    return problems
+
+
+def _sweep_contradictions(measure: Measure) -> list[str]:
+    sweep, problems = measure.sweep, []
+    if sweep is None:
+        return problems
+    if not sweep.tasks and not sweep.perplexity_tokens:
+        problems.append("measure.sweep: scores nothing; name tasks, or set perplexity_tokens")
+    if ("donor" in sweep.operators) != (sweep.donor is not None):
+        problems.append(
+            "measure.sweep.donor: needs the operator donor, and the operator the donor; give both or none of them"
+        )
+    if isinstance(sweep.order, tuple) and "cumulative" not in sweep.operators:
+        problems.append("measure.sweep.order: has no effect without the operator cumulative; leave it out")
     return problems

@@ -1,0 +1,298 @@
+"""The measure stage: importance.json, diagnostics.json and their figures."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.artifact import Importance, Provenance, TaskScore, fingerprint, write_json
+from shoal.data import PackedRows, load_texts, pack, sources_fingerprint
+from shoal.errors import UserError
+from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint, text_config
+from shoal.recipe import Sweeps, as_dict
+from shoal.run import Run, barrier, check_length, is_done, resolved, task_files_fingerprint
+from shoal.runtime import device, is_main, seed_everything
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+CHANGES_NO_NUMBER = ("batch_size", "diagnostics", "memory_gb")
+"""Settings of measuring that importance.json does not depend on."""
+
+
+def measure_inputs(run: Run) -> dict[str, Any]:
+    """What identifies importance.json; batch sizes change no number."""
+    section = as_dict(run.recipe.measure)
+    swept = section.pop("sweep")
+    inputs = {
+        "model": run.teacher_fingerprint,
+        "data": sources_fingerprint(run.recipe.measure.data),
+        "seed": run.recipe.seed,
+        "dtype": run.recipe.dtype,
+        "attention": run.recipe.attention,
+        **{f"measure.{key}": value for key, value in section.items() if key not in CHANGES_NO_NUMBER},
+    }
+    settings = run.recipe.measure.sweep
+    if settings is None:
+        return inputs
+    inputs |= {f"measure.sweep.{key}": value for key, value in swept.items() if key != "batch_size"}
+    inputs["measure.sweep.tasks (files)"] = task_files_fingerprint(settings.include_path)
+    if settings.perplexity_tokens:
+        inputs["measure.sweep.perplexity_data (content)"] = sources_fingerprint(settings.perplexity_data)
+    if settings.donor is not None:
+        inputs["measure.sweep.donor (content)"] = model_fingerprint(resolved(settings.donor, settings.donor_revision))
+    return inputs
+
+
+def check_measure(run: Run) -> None:
+    """Refuse what measuring would refuse, before any weight is loaded.
+
+    Raises:
+        UserError: rows longer than the model's positions, contradicting settings, unknown tasks or unreadable data.
+    """
+    settings = run.recipe.measure
+    check_length(run, settings.sequence_length, "measure.sequence_length")
+    for source in settings.data:
+        load_texts(source, max_characters=1)
+    if settings.sweep is not None:
+        _check_sweep(run, settings.sweep)
+
+
+def _check_sweep(run: Run, settings: Sweeps) -> None:
+    from shoal.compress.sweep import as_evaluation, task_names
+    from shoal.compress.sweep_table import require_items
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.tasks import load_tasks
+
+    measure = run.recipe.measure
+    if measure.memory_gb is not None:
+        raise UserError(
+            "measure.sweep: scores tasks with the model in memory, which measure.memory_gb says not to hold; "
+            "leave one of them out"
+        )
+    names = task_names(settings)
+    tasks = load_tasks(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
+    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
+    per_layer = {"head": config.num_attention_heads, "kv_group": getattr(config, "num_key_value_heads", None) or 1}
+    num_units = run.num_layers * max(per_layer.get(operator, 1) for operator in settings.operators)
+    for task, count in num_items(tasks, as_evaluation(settings)).items():
+        require_items(task, count, num_units)
+    if "cumulative" not in settings.operators:
+        return
+    if isinstance(settings.order, tuple):
+        _check_order(settings.order, run.num_layers)
+    elif settings.order not in measure.metrics and "layer" not in settings.operators:
+        raise UserError(
+            f"measure.sweep.order: {settings.order!r} is not measured here; name one of measure.metrics "
+            f"({', '.join(measure.metrics)}), or sweep layers too to order by a task"
+        )
+
+
+def measure(run: Run) -> None:
+    """importance.json and its figures, and diagnostics.json where it is asked for. All ranks take part."""
+    inputs = measure_inputs(run)
+    path = run.dir / Importance.FILE
+    done = is_done(Importance, path, inputs, "measure")
+    diagnosed = not run.recipe.measure.diagnostics or _is_diagnosed(run)
+    if done and diagnosed:
+        return
+    check_measure(run)
+    seed_everything(run.recipe.seed)
+    rows = _rows(run)
+    model = load_model(run.teacher, device=device(), **run.load_args())
+    if not done:
+        importance = _measured(run, model, rows, inputs)
+        if is_main():
+            _write(run, importance)
+        barrier()
+    if not diagnosed and is_main():
+        _diagnose(run, model, rows)
+    barrier()
+
+
+def _rows(run: Run) -> PackedRows:
+    settings = run.recipe.measure
+    log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
+    return pack(
+        [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data],
+        load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code),
+        sequence_length=settings.sequence_length,
+        num_tokens=settings.num_tokens,
+        seed=run.recipe.seed,
+    )
+
+
+def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) -> Importance:
+    from shoal.compress.measure import measure_importance
+
+    settings = run.recipe.measure
+    scores = measure_importance(
+        model,
+        rows,
+        metrics=settings.metrics,
+        batch_size=settings.batch_size,
+        num_drop=settings.num_drop or max(1, run.num_layers // 4),
+    )
+    importance = Importance(
+        Provenance(inputs),
+        num_layers=scores.num_layers,
+        num_tokens=scores.num_tokens,
+        layers=scores.layers,
+        runs=scores.runs,
+        orders=scores.orders,
+    )
+    if settings.sweep is None:
+        return importance
+    return _swept(run, model, settings.sweep, importance)
+
+
+def _swept(run: Run, model: Any, settings: Sweeps, importance: Importance) -> Importance:
+    """``importance`` with the atlas and the tables of all operators."""
+    from shoal.compress.atlas import build_atlas
+    from shoal.compress.sweep import sweep, units_of, variant_of
+    from shoal.compress.sweep_table import sweep_table
+    from shoal.compress.variants import Edited
+
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    donor = None
+    if settings.donor is not None:
+        donor = load_model(resolved(settings.donor, settings.donor_revision), device=device(), **run.load_args())
+    edited = Edited(model, donor)
+    identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, settings.donor])
+    for operator in settings.operators:
+        order = _order(settings, importance) if operator == "cumulative" else ()
+        units = units_of(operator, model, order=order)
+        log.info("measure: sweep of operator %s, %d variants", operator, len(units))
+        intact, removed = sweep(
+            edited,
+            tokenizer,
+            [variant_of(unit, model) for unit in units],
+            settings,
+            seed=run.recipe.seed,
+            folder=run.dir / "sweep" / operator,
+            identity=identity,
+        )
+        if is_main():
+            _write_items(run.dir / "sweep" / operator, [unit.name for unit in units], intact, removed)
+        if operator == "layer":
+            importance = replace(importance, atlas=build_atlas(intact, removed, metrics=_rankings(importance)))
+        else:
+            table = sweep_table(operator, units, intact, removed)
+            importance = replace(importance, sweeps={**importance.sweeps, operator: table})
+    return importance
+
+
+def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
+    """The layers that cumulative removals take out, first one first; one layer always stays."""
+    from shoal.compress.columns import layer_scores
+
+    num_layers = importance.num_layers
+    if isinstance(settings.order, str):
+        scores = layer_scores(settings.order, importance, setting="measure.sweep.order")
+        return tuple(sorted(range(num_layers), key=lambda layer: (scores[layer], layer))[:-1])
+    _check_order(settings.order, num_layers)
+    return settings.order
+
+
+def _check_order(order: tuple[int, ...], num_layers: int) -> None:
+    wrong = next((layer for layer in order if not 0 <= layer < num_layers or order.count(layer) > 1), None)
+    if wrong is not None or not order or len(order) == num_layers:
+        raise UserError(
+            f"measure.sweep.order: must name some of the layers 0..{num_layers - 1}, each once and not all "
+            f"(got {list(order)})"
+        )
+
+
+def _rankings(importance: Importance) -> dict[str, tuple[float, ...]]:
+    """Every metric that ranks layers, higher = keep."""
+    from shoal.compress.columns import layer_scores
+
+    of_layers = [name for name, order in importance.orders.items() if all(one.unit.part == "layer" for one in order)]
+    names = (*importance.layers, *importance.runs, *of_layers)
+    return {name: layer_scores(name, importance, setting="measure.metrics") for name in names}
+
+
+def _write_items(
+    folder: Path, names: Sequence[str], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
+) -> None:
+    """<task>.json for every task: the score of every item without each unit, in the order of the ids."""
+    for index, task in enumerate(intact):
+        name = re.sub(r"[^\w.-]+", "-", task.task)
+        write_json(
+            folder / f"{name}.json",
+            {
+                "task": task.task,
+                "metric": task.metric,
+                "ids": [item.id for item in task.items],
+                "intact": [item.score for item in task.items],
+                "without": {
+                    unit: [item.score for item in scores[index].items]
+                    for unit, scores in zip(names, removed, strict=True)
+                },
+            },
+        )
+
+
+def _write(run: Run, importance: Importance) -> None:
+    from shoal.figures import save_figure
+
+    importance.write(run.dir / Importance.FILE)
+    for name, figure in _figures(importance):
+        save_figure(figure, run.dir / "figures" / f"{name}.svg")
+    if importance.atlas is not None:
+        for note in importance.atlas.notes:
+            log.info("measure: %s", note)
+    log.info("measure: %s", run.dir / Importance.FILE)
+
+
+def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
+    from shoal.atlas_figure import agreement_figure, atlas_figure, cumulative_figure, curves_figure, head_map_figure
+    from shoal.figures import importance_figure
+
+    if importance.layers or importance.runs:
+        yield "importance", importance_figure(importance)
+    if importance.atlas is not None:
+        yield "atlas", atlas_figure(importance)
+        yield "agreement", agreement_figure(importance.atlas.agreement)
+    for operator, table in importance.sweeps.items():
+        if operator in ("head", "kv_group"):
+            yield operator, head_map_figure(table)
+        elif operator == "cumulative":
+            yield operator, cumulative_figure(table)
+        else:
+            yield operator, curves_figure(table)
+
+
+def _diagnostics_inputs(run: Run) -> dict[str, Any]:
+    names = ("model", "data", "seed", "dtype", "attention", "measure.num_tokens", "measure.sequence_length")
+    inputs = measure_inputs(run)
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def _is_diagnosed(run: Run) -> bool:
+    from shoal.compress.diagnostics import Diagnostics
+
+    return is_done(Diagnostics, run.dir / Diagnostics.FILE, _diagnostics_inputs(run), "diagnostics")
+
+
+def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
+    from shoal.compress.diagnostics import diagnose
+    from shoal.diagnostics_figure import diagnostics_figure
+    from shoal.figures import save_figure
+
+    found = diagnose(
+        model,
+        rows,
+        provenance=Provenance(_diagnostics_inputs(run)),
+        batch_size=run.recipe.measure.batch_size,
+        seed=run.recipe.seed,
+    )
+    found.write(run.dir / found.FILE)
+    save_figure(diagnostics_figure(found), run.dir / "figures" / "diagnostics.svg")
+    log.info("measure: %s", found.in_words())

@@ -1,0 +1,162 @@
+"""One recipe in its run directory, and what every stage asks of it.
+
+Every stage does the same three things: works out the inputs that identify its result, returns at once when that result
+is there already, and otherwise makes it, after making sure of what it needs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from shoal.artifact import Artifact, differences, fingerprint, require_same_run
+from shoal.edits import Swap
+from shoal.errors import UserError
+from shoal.models import load_config, model_fingerprint, resolve_model, text_config
+from shoal.recipe import CONFIGS_DIR, Recipe
+from shoal.runtime import is_main, world_size
+
+log = logging.getLogger(__name__)
+
+LOCK_WAIT_S = 30
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe in its run directory."""
+
+    recipe: Recipe
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.recipe.run_dir).expanduser()
+
+    @cached_property
+    def teacher(self) -> Path:
+        """The teacher's local folder."""
+        return resolved(self.recipe.model, self.recipe.revision)
+
+    @cached_property
+    def donors(self) -> dict[int, Path]:
+        """The local folders of the models that swaps take layers from, by index in prune.edits."""
+        edits = enumerate(self.recipe.prune.edits)
+        return {index: resolved(edit.donor, edit.donor_revision) for index, edit in edits if isinstance(edit, Swap)}
+
+    @cached_property
+    def donor_fingerprints(self) -> dict[int, str]:
+        return {index: model_fingerprint(folder) for index, folder in self.donors.items()}
+
+    @cached_property
+    def teacher_fingerprint(self) -> str:
+        return model_fingerprint(self.teacher)
+
+    @property
+    def num_layers(self) -> int:
+        config = load_config(self.teacher, trust_remote_code=self.recipe.trust_remote_code)
+        return text_config(config).num_hidden_layers
+
+    def load_args(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "dtype": recipe.dtype,
+            "attention": recipe.attention,
+            "trust_remote_code": recipe.trust_remote_code,
+        }
+
+
+def resolved(model: str, revision: str | None) -> Path:
+    """The model's local folder. Rank 0 resolves it first: a download or conversion happens once per machine."""
+    if dist.is_initialized() and not is_main():
+        dist.barrier()
+    folder = resolve_model(model, revision=revision)
+    if dist.is_initialized() and is_main():
+        dist.barrier()
+    return folder
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Keep every other process out of the run directory; the operating system lets go when this one dies.
+
+    Raises:
+        UserError: another living process holds it, or it cannot be created.
+    """
+    try:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        handle = (run.dir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
+    with handle:
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"run_dir {run.dir}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
+                    ) from None
+                log.info("waiting for %s, which holds %s", holder, run.dir)
+                time.sleep(5)
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        yield
+
+
+def check_length(run: Run, sequence_length: int, setting: str) -> None:
+    """Refuse rows longer than the model's positions, before any weight is loaded."""
+    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UserError(f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}")
+
+
+def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str) -> bool:
+    """Whether ``path`` holds exactly this result; what changed is logged where it does not."""
+    if not path.is_file():
+        return False
+    changed = differences(inputs, kind.read(path).provenance.inputs)
+    if changed:
+        log.info("%s: %s is out of date (%s), making it again", stage, path.name, "; ".join(changed))
+        return False
+    log.info("%s: done already (%s)", stage, path)
+    return True
+
+
+def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str) -> None:
+    """Refuse the artifact at ``path`` if anything but ``inputs`` made it; ``verb`` is the command that makes it again.
+
+    Raises:
+        UserError: naming the first field that differs.
+    """
+    provenance = kind.read(path).provenance
+    remedy = f"Run `{verb}` again, or set run_dir to another folder"
+    require_same_run(inputs, provenance, path, remedy=remedy)
+
+
+def barrier() -> None:
+    """Wait for all ranks, where there are several."""
+    if world_size() > 1 and dist.is_initialized():
+        dist.barrier()
+
+
+def task_files_fingerprint(include_path: str | None) -> str:
+    """Content hash of the task files that may be read: prompts and matching rules are part of a score."""
+    folders = [CONFIGS_DIR / "tasks", *([Path(include_path).expanduser()] if include_path else [])]
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".yaml", ".py")]
+    return fingerprint([[file.name, file.read_text(encoding="utf-8")] for file in files])

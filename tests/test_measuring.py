@@ -1,0 +1,126 @@
+"""The measure stage: what it writes, when it measures again, what it refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import NUM_LAYERS, tiny_checkpoint
+
+from shoal import measuring, pipeline
+from shoal.artifact import Importance, PruningPlan
+from shoal.errors import UserError
+from shoal.pipeline import Run
+from shoal.recipe import parse_recipe
+
+SWEEP: dict[str, Any] = {
+    "tasks": ["knowledge"],
+    "protocols": ["continuation", "generation"],
+    "limit": 10,
+    "batch_size": 5,
+    "perplexity_tokens": 800,
+    "sequence_length": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama checkpoint with room for prompts."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return tiny_checkpoint(folder, "llama", max_position_embeddings=4096, initializer_range=0.3)
+
+
+@pytest.fixture
+def make_run(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Any:
+    """A run that measures few tokens and sweeps one ability; other settings of measure and of the recipe on top."""
+    caplog.set_level(logging.INFO, logger="shoal")
+
+    def make(measure: dict[str, Any] | None = None, **settings: Any) -> Run:
+        few = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, **(measure or {})}
+        raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": few, **settings}
+        return Run(parse_recipe(raw))
+
+    return make
+
+
+def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
+    make_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    operators = ["layer", "cumulative"]
+    run = make_run(
+        {"sweep": {**SWEEP, "operators": operators}}, prune={"metric": "knowledge/continuation", "num_drop": 1}
+    )
+    pipeline.measure(run)
+    importance = Importance.read(run.dir / "importance.json")
+    assert importance.atlas is not None
+    assert [column.label for column in importance.atlas.columns] == [
+        "knowledge/continuation",
+        "knowledge/generation",
+        "language/rolling",
+    ]
+    assert all(len(column.effects) == NUM_LAYERS for column in importance.atlas.columns)
+    assert set(importance.atlas.agreement.columns) >= {"block_influence", "angular", "knowledge_continuation"}
+    assert set(importance.sweeps) == {"cumulative"}
+    assert [len(unit.layers) for unit in importance.sweeps["cumulative"].units] == [1, 2, 3, 4, 5]
+    for name in ("importance", "atlas", "agreement", "cumulative"):
+        assert (run.dir / "figures" / f"{name}.svg").stat().st_size > 1000
+    items = json.loads((run.dir / "sweep/layer/knowledge_generation.json").read_text())
+    assert len(items["ids"]) == len(items["intact"]) == len(items["without"]["layer 3"]) == 10
+    column = importance.atlas.columns[0]
+    assert sum(json.loads((run.dir / "sweep/layer/knowledge_continuation.json").read_text())["intact"]) / 10 == (
+        pytest.approx(column.intact.value)
+    )
+
+    caplog.clear()
+    pipeline.prune(run)
+    assert "expected sacrifice" in caplog.text or "measured without exactly these layers" in caplog.text
+    assert len(PruningPlan.read(run.dir / "plan.json").drop) == 1
+
+
+def test_what_is_measured_already_is_not_measured_again(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.measure(make_run({"sweep": SWEEP}))
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    pipeline.measure(make_run({"sweep": {**SWEEP, "batch_size": 2}}))
+
+
+def test_diagnostics_are_made_beside_importance_that_is_there(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.measure(make_run())
+    before = (make_run().dir / "importance.json").read_bytes()
+    run = make_run({"diagnostics": True})
+    pipeline.measure(run)
+    assert (run.dir / "importance.json").read_bytes() == before
+    assert json.loads((run.dir / "diagnostics.json").read_text())["num_layers"] == NUM_LAYERS
+    assert (run.dir / "figures/diagnostics.svg").is_file()
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    pipeline.measure(run)
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        ({"sweep": {}}, "measure.sweep: scores nothing; name tasks"),
+        ({"sweep": {**SWEEP, "operators": ["donor"]}}, "measure.sweep.donor: needs the operator donor"),
+        ({"sweep": {**SWEEP, "donor": "x"}}, "measure.sweep.donor: needs the operator donor"),
+        ({"sweep": {**SWEEP, "order": [1]}}, "measure.sweep.order: has no effect"),
+        ({"sweep": {**SWEEP, "limit": 4}}, "has 4 items, but over 6 removals"),
+        ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": [1, 1]}}, r"each once and not all \(got \[1, 1\]\)"),
+        ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": "taylr"}}, "measure.sweep.order"),
+        ({"sequence_length": 5000}, "measure.sequence_length: 5000 is more than the 4096 positions"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, measure: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=message):
+        pipeline.measure(make_run(measure))
+
+
+def test_a_donor_of_another_shape_is_refused(make_run: Any, tmp_path: Path) -> None:
+    donor = tiny_checkpoint(tmp_path, "llama", intermediate_size=64)
+    run = make_run({"sweep": {**SWEEP, "operators": ["donor"], "donor": str(donor)}})
+    with pytest.raises(UserError, match=r"swap: layer 0: mlp\.intermediate_size is 64 in the donor"):
+        pipeline.measure(run)
