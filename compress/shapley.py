@@ -142,12 +142,11 @@ def shapley_of_walks(
                 sums_CP[number, walk[step]] += worth[frozenset(walk[:step])] - worth[frozenset(walk[: step + 1])]
     counts_P = counts_CP.sum(0)
     values_P = sums_CP.sum(0) / counts_P
-    num_clusters = len(clusters)
-    spread_P = ((sums_CP - values_P * counts_CP) ** 2).sum(0)
-    scale = num_clusters / (num_clusters - 1) if num_clusters > 1 else math.nan
-    return Estimates(
-        tuple(values_P.tolist()), tuple((np.sqrt(scale * spread_P) / counts_P).tolist()), num_subnetworks=len(worth)
-    )
+    squares_P = ((sums_CP - values_P * counts_CP) ** 2).sum(0)
+    told_P = (counts_CP > 0).sum(0)  # a cluster without the player says nothing of its spread
+    scale_P = np.divide(told_P, told_P - 1, out=np.full(num_players, math.nan), where=told_P > 1)
+    errors_P = np.sqrt(scale_P * squares_P) / counts_P
+    return Estimates(tuple(values_P.tolist()), tuple(errors_P.tolist()), num_subnetworks=len(worth))
 
 
 def _dealt(num_players: int, size: int, count: int, generator: random.Random) -> list[Absent]:
