@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from shoal.data import PackedRows
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 
-from .metric import Calibration, Layers, Need, Order, Runs
+from .metric import Calibration, Layers, Need, Order, Pass, Runs
 from .metrics import METRICS, PASSES
 
 log = logging.getLogger(__name__)
@@ -41,12 +41,14 @@ def measure_importance(
     batch_size: int,
     attention_mask_NS: Tensor | None = None,
     num_drop: int | None = None,
+    passes: Mapping[Need, Pass] | None = None,
 ) -> Scores:
     """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together.
 
     Where torch.distributed is initialised, each rank takes its share of the rows (none is fine) and all ranks return
     the same scores. Padding (0 in ``attention_mask_NS``) counts nowhere and no real token sees it. ``num_drop`` is how
-    many removals greedy metrics make; None = as many as there can be.
+    many removals greedy metrics make; None = as many as there can be. ``passes`` takes the place of PASSES where a
+    model has to be measured in another way.
 
     Raises:
         UserError: an unknown metric, no rows, numbers that are not finite, and what the passes refuse.
@@ -59,7 +61,7 @@ def measure_importance(
     found: dict[str, Any] = {}
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))
-        found |= PASSES[need](model, calibration, names)
+        found |= (passes or PASSES)[need](model, calibration, names)
     scores = Scores(len(decoder_layers(model)), num_tokens)
     places = {"layers": scores.layers, "runs": scores.runs, "order": scores.orders}
     for name in metrics:
