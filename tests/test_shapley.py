@@ -69,7 +69,6 @@ def test_a_whole_window_estimates_the_shapley_value_within_its_errors() -> None:
         found = local_shapley(Asked(worth), num_players, window=num_players, num_subnetworks=12 * 40, seed=seed)
         estimates.append(found.values)
         for value, error, expected in zip(found.values, found.standard_errors, exact, strict=True):
-            assert abs(value - expected) < 5 * error
             deviations.append((value - expected) / error)
             inside += abs(value - expected) < 2 * error
     means = [sum(values) / len(values) for values in zip(*estimates, strict=True)]
