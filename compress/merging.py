@@ -52,6 +52,7 @@ def merged_layer(
     *,
     method: Method = "laco",
     weights: Sequence[float] | None = None,
+    warn: bool = True,
 ) -> dict[str, Tensor]:
     """Every parameter and every stored buffer of the layer that stands for ``length`` layers from ``start`` on.
 
@@ -60,6 +61,7 @@ def merged_layer(
     instead, which keeps nothing but the last layer. `weighted` is sum_k w_k theta_{l+k}; without ``weights`` the mean.
     Both are linear, so they are one sum in float64, rounded to the stored dtype at its end. Experts are matched by
     their index. What a family keeps per layer outside its layers (Gemma 3n's embeddings) stays the first layer's.
+    ``warn``: log where the merged weights grow far beyond those of the layers; for those who only try.
 
     Raises:
         UserError: a run outside the model, layers of different kinds or shapes, tensors shared with other layers, or
@@ -79,7 +81,7 @@ def merged_layer(
             "merge fewer layers, or load the model with dtype: float32"
         )
     grown = _size(merged) / _size(tensors[0])
-    if grown > LARGEST_GROWTH:
+    if warn and grown > LARGEST_GROWTH:
         log.warning(
             "merge of layers %d..%d: the merged weights are %.1f times as large as those of layer %d, since the layers "
             "are far from each other; that is often worse than dropping them: evaluate it, or use method: weighted",

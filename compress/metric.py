@@ -73,8 +73,7 @@ class Calibration:
 
     def batches(self) -> list[Tensor]:
         """Row indices of this rank's batches: every world_size-th row, so that shares differ by one row at most."""
-        world_size = distributed.get_world_size() if distributed.is_initialized() else 1
-        mine = torch.arange(rank(), len(self.rows), world_size)
+        mine = torch.arange(rank(), len(self.rows), world_size())
         return list(mine.split(self.batch_size)) if len(mine) else []
 
 
@@ -85,6 +84,11 @@ Pass = Callable[[PreTrainedModel, Calibration, Sequence[str]], dict[str, Result]
 def rank() -> int:
     """This process's rank in the process group; 0 without one."""
     return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the process group; 1 without one."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def add_up_ranks(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
@@ -106,16 +110,15 @@ def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype:
         UserError: some rank found a fault; that of the lowest row is named.
     """
     if distributed.is_initialized():
-        found: list[tuple[int, str] | None] = [None] * distributed.get_world_size()
+        found: list[tuple[int, str] | None] = [None] * world_size()
         distributed.all_gather_object(found, fault)
     else:
         found = [fault]
     faults = [fault for fault in found if fault is not None]
     if faults:
         row, what = min(faults)
-        world_size = len(found)
-        batch = row // world_size // calibration.batch_size
-        whose = f" of rank {row % world_size}" if world_size > 1 else ""
+        batch = row // world_size() // calibration.batch_size
+        whose = f" of rank {row % world_size()}" if world_size() > 1 else ""
         raise UserError(
             f"measure: {what} is not finite (NaN or infinite) in batch {batch}{whose} (row {row} of the calibration "
             f"data): the model computes in {dtype}, which may overflow; set dtype: bfloat16 or dtype: float32 in the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .hidden_pass import HIDDEN_METRICS, hidden_scores
+from .laco import LacoAcceptance, merge_scores
 from .metric import Metric, Need, Pass
 from .weight_metrics import Magnitude, Taylor, TaylorPlus, gradient_scores, weight_scores
 
@@ -11,8 +12,14 @@ METRICS: dict[str, type[Metric]] = {
     "magnitude": Magnitude,
     "taylor": Taylor,
     "taylor_plus": TaylorPlus,
+    "laco_acceptance": LacoAcceptance,
 }
 """Name in recipes and in importance.json -> what it needs, what it yields, its formula and source."""
 
-PASSES: dict[Need, Pass] = {"hidden": hidden_scores, "gradients": gradient_scores, "weights": weight_scores}
+PASSES: dict[Need, Pass] = {
+    "hidden": hidden_scores,
+    "gradients": gradient_scores,
+    "weights": weight_scores,
+    "merges": merge_scores,
+}
 """What is needed -> the pass that measures all asked metrics which need it."""
