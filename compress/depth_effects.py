@@ -81,6 +81,7 @@ def measure_effects(
     )
     if readout is not None:
         effects.erasure_output_L = torch.zeros(num_layers, dtype=torch.float64)
+    cuts = sorted(cuts, key=lambda cut: len(cut[0].input_ids))  # little padding
     for start in range(0, len(cuts), batch_size):
         rows = _rows(runs, cuts[start : start + batch_size])
         skipped = [_skip(runs, rows, layer, effects.skip_LL[layer], progress) for layer in range(num_layers - 1)]

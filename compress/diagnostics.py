@@ -58,13 +58,13 @@ class Effort:
     lens_tokens: int = 256
     """Tokens for the logit lens, evenly spaced over all; the head costs more than the layers for small models."""
     num_prompts: int = 10
-    """Documents for the effects on later layers; 0 = none."""
+    """Prompts for the effects on later layers; 0 = none, nor for integrated gradients."""
     prompt_tokens: int = 64
     """Tokens of each of them."""
     num_positions: int = 4
     """Cut positions in each of them."""
     gradient_prompts: int = 0
-    """Prompts for integrated gradients; 0 = none, they cost more than everything else together."""
+    """How many of them integrated gradients look at; they cost more than everything else together."""
     gradient_tokens: int = 32
     gradient_sites: tuple[str, ...] = SITES
     steps: int = 256
@@ -103,6 +103,8 @@ def diagnose(
     if num_tokens == 0:
         raise UserError("diagnostics: there is no token to look at; name a data source that holds text")
     require_one_path(model)
+    chosen = _prompts(rows, prompts, effort)
+    log.info("diagnostics: %s tokens once through all layers; %s", f"{num_tokens:,}", _cost(model, chosen, effort))
     with probing(model):
         flows, halves_refusal = layer_flows(model)
         lens_refusal = readout_refusal(model)
@@ -112,7 +114,7 @@ def diagnose(
         assert sums.states_LD is not None
         means_LD = sums.states_LD / num_tokens
         effects, attributions, num_cuts, refusal = _interventions(
-            model, readout, _prompts(rows, prompts, effort), means_LD, flows, effort, batch_size, seed
+            model, readout, chosen, means_LD, flows, effort, batch_size, seed
         )
     cosines, (kl, overlap) = sums.mean(sums.cosines), (tuple(part.mean(1).tolist()) for part in lens_LT2.unbind(-1))
     return Diagnostics(
@@ -195,6 +197,15 @@ def _prompts(rows: PackedRows | Sequence[Prompt], prompts: Sequence[Prompt], eff
     return [prompt for prompt in given if len(prompt.input_ids) >= MIN_TOKENS][: effort.num_prompts]
 
 
+def _cost(model: PreTrainedModel, prompts: Sequence[Prompt], effort: Effort) -> str:
+    """What the runs beside the one pass amount to, in words."""
+    num_layers, tokens = len(decoder_layers(model)), sum(len(prompt.input_ids) for prompt in prompts)
+    effects = effort.num_positions * tokens * num_layers
+    paths = min(effort.gradient_prompts, len(prompts)) * len(effort.gradient_sites)
+    gradients = round(1.5 * effort.steps * effort.gradient_tokens * num_layers * paths)
+    return f"effects cost about as much as {effects:,} tokens more, integrated gradients {gradients:,}"
+
+
 @torch.no_grad()
 def _one_pass(
     model: PreTrainedModel,
@@ -251,7 +262,7 @@ def _interventions(
     seed: int,
 ) -> tuple[DepthEffects | None, tuple[Attribution, ...], int, str]:
     """Effects, attributions, number of cuts, and why there are none."""
-    if effort.num_prompts == 0 and effort.gradient_prompts == 0:
+    if effort.num_prompts == 0:
         return None, (), 0, "not asked for"
     try:
         runs = DepthRuns(model)
