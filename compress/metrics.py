@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .hidden_pass import HIDDEN_METRICS, hidden_scores
 from .laco import LacoAcceptance, merge_scores
+from .loss_metrics import LOSS_METRICS, loss_scores
 from .metric import Metric, Need, Pass
 from .weight_metrics import Magnitude, Taylor, TaylorPlus, gradient_scores, weight_scores
 
@@ -13,6 +14,7 @@ METRICS: dict[str, type[Metric]] = {
     "taylor": Taylor,
     "taylor_plus": TaylorPlus,
     "laco_acceptance": LacoAcceptance,
+    **LOSS_METRICS,
 }
 """Name in recipes and in importance.json -> what it needs, what it yields, its formula and source."""
 
@@ -21,5 +23,6 @@ PASSES: dict[Need, Pass] = {
     "gradients": gradient_scores,
     "weights": weight_scores,
     "merges": merge_scores,
+    "loss": loss_scores,
 }
 """What is needed -> the pass that measures all asked metrics which need it."""
