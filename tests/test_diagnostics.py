@@ -504,3 +504,8 @@ def test_states_that_overflow_are_refused() -> None:
     model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(torch.inf)
     with pytest.raises(UserError, match=r"the model's states overflow in torch.float32; set dtype: bfloat16"):
         run(model)
+
+
+def test_padding_has_no_effects_where_a_family_lets_it_see_the_text() -> None:
+    model = architectures.tiny_model("bloom")
+    assert_same(run(model, PROMPTS_BELOW_80, batch_size=1), run(model, PROMPTS_BELOW_80, batch_size=8))
