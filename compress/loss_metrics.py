@@ -21,6 +21,7 @@ from shoal.sweeps import Unit
 from .greedy import greedy_order, half_units, layer_units
 from .metric import Calibration, Layers, Metric, Need, Order, Result, Yields
 from .shapley import Absent, Estimates, Game, local_shapley, present_absent
+from .sublayers import sublayers
 from .variant_losses import VariantLosses
 from .variants import INTACT, Variant, without
 
@@ -96,6 +97,9 @@ class BlockPruner(LossMetric):
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
         units = half_units(len(decoder_layers(model)), protected=PROTECTED)
+        for unit in units:
+            if refusal := sublayers(model)[unit.layers[0]].refusal:
+                raise UserError(f"measure.metrics: blockpruner: {refusal}; here use sleb, which removes whole layers")
         return greedy_order(
             units,
             lambda variants: losses(variants, what="blockpruner"),

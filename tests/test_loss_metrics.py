@@ -15,25 +15,30 @@ from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
+from shoal.artifact import Importance, Provenance
 from shoal.compress.loss_metrics import LOSS_METRICS, Sleb, loss_scores
+from shoal.compress.measure import measure_importance
 from shoal.compress.metric import Calibration, Order
+from shoal.compress.plan import choose_changes
 from shoal.compress.shapley import local_shapley, shapley_of_walks
 from shoal.compress.surgery import cut_model
 from shoal.compress.variant_losses import VariantLosses
 from shoal.compress.variants import INTACT, Edited, without
 from shoal.data import PackedRows
+from shoal.edits import SkipAttention, SkipMlp
 from shoal.errors import UserError
 from shoal.eval.decoder import Decoder
 from shoal.models import decoder_layers
+from shoal.recipe import Prune
 from shoal.sweeps import Removal, Unit
 
 Half = tuple[str, int]
 
 
-def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0) -> PackedRows:
+def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0, below: int = 256) -> PackedRows:
     """Rows of random tokens; every row is given as the lengths of its documents."""
     positions = torch.tensor([[position for length in row for position in range(length)] for row in lengths])
-    ids = torch.randint(0, 256, positions.shape, generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(0, below, positions.shape, generator=torch.Generator().manual_seed(seed))
     return PackedRows(ids, positions)
 
 
@@ -48,6 +53,12 @@ def calibration(rows: PackedRows = ROWS, *, batch_size: int = 2, **settings: Any
 
 def measured(model: PreTrainedModel, *names: str, **settings: Any) -> dict[str, Any]:
     return loss_scores(model, calibration(**settings), names)
+
+
+def architecture(name: str) -> PreTrainedModel:
+    from architectures import tiny_model as tiny_family
+
+    return tiny_family(name)
 
 
 def documents(rows: PackedRows) -> list[list[int]]:
@@ -163,6 +174,9 @@ def test_losses_that_are_not_finite_are_refused_by_variant_and_row() -> None:
     message = r"the loss of the model without layer 0 is not finite .* in batch 1 \(row 2 of the calibration data\)"
     with pytest.raises(UserError, match=message):
         measured(model, "single_drop_perplexity", rows=PackedRows(ids, ROWS.position_ids_NS))
+    ids[2, 12], ids[1, 3] = 5, 77
+    with pytest.raises(UserError, match=r"in batch 0 \(row 1 of the calibration data\)"):
+        measured(model, "sleb", rows=PackedRows(ids, ROWS.position_ids_NS), batch_size=100)
 
 
 def layer_calls(model: PreTrainedModel, run: Callable[[], object]) -> int:
@@ -375,6 +389,43 @@ def test_a_perplexity_beyond_all_numbers_is_refused() -> None:
         UserError, match=r"without layer \d the loss is .* whose perplexity no number can hold; use sleb"
     ):
         measured(model, "single_drop_perplexity")
+
+
+def test_a_family_without_halves_is_refused_before_anything_is_measured() -> None:
+    message = (
+        r"measure.metrics: blockpruner: layer 1 of mamba: is one sublayer only .*; here use sleb, which removes whole"
+    )
+    with pytest.raises(UserError, match=message):
+        measured(architecture("mamba"), "blockpruner", rows=packed([[9]], below=90), num_drop=1)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
+def test_documents_stay_apart_where_the_model_knows_no_positions(name: str) -> None:
+    model, rows = architecture(name), packed([[12], [5, 7], [9, 3]], below=90)
+    found = measured(model, "single_drop_perplexity", rows=rows)["single_drop_perplexity"]
+    expected = [math.exp(plain_loss(cut_model(model, [layer]), rows)) for layer in range(len(decoder_layers(model)))]
+    assert found == pytest.approx(expected, rel=3e-6)
+
+
+def test_a_plan_can_be_made_of_what_is_measured() -> None:
+    model = tiny_model("llama")
+    scores = measure_importance(model, ROWS, metrics=list(LOSS_METRICS), batch_size=2, num_drop=2)
+    importance = Importance(
+        Provenance({}),
+        num_layers=scores.num_layers,
+        num_tokens=scores.num_tokens,
+        layers=scores.layers,
+        runs=scores.runs,
+        orders=scores.orders,
+    )
+    assert scores.num_tokens == ROWS.input_ids_NS.numel()
+    for name, metric in LOSS_METRICS.items():
+        choice = choose_changes(Prune(metric=name, num_drop=2), num_layers=NUM_LAYERS, importance=importance)
+        halves = sum(len(edit.layers) for edit in choice.edits if isinstance(edit, SkipAttention | SkipMlp))
+        assert 2 * len(choice.drop) + halves == 4
+        assert metric.greedy == (metric.yields == "order") == (name in scores.orders)
+    of_sleb = choose_changes(Prune(metric="sleb", num_drop=2), num_layers=NUM_LAYERS, importance=importance)
+    assert set(of_sleb.drop) == {removal.unit.layers[0] for removal in scores.orders["sleb"]}
 
 
 # --- ranks --------------------------------------------------------------------------------------------------------
