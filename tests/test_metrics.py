@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
+from shoal.compress import observation
 from shoal.compress.hidden_pass import HIDDEN_METRICS, writes_into_input
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics import METRICS
 from shoal.data import PackedRows
+from shoal.errors import UserError
 from shoal.models import decoder_layers
 
 ROWS = packed([[40], [17, 23], [1, 19, 20], [40], [39, 1]], seed=1)
@@ -190,7 +192,8 @@ def test_no_score_depends_on_the_batch_size(batch_size: int) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_score(side: str) -> None:
+def test_padding_changes_no_score(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observation, "SPARSE_BELOW", 0.1)  # so that padding has silent units too
     model, padding = tiny_model("gemma3"), 5
     shape = (len(ROWS), ROWS.input_ids_NS.shape[1] + padding)
     ids, positions, mask = torch.full(shape, 5), torch.full(shape, 17), torch.zeros(shape, dtype=torch.long)
@@ -218,6 +221,11 @@ def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> 
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
     torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
+    broken = tiny_model("llama")
+    broken.get_parameter("model.embed_tokens.weight").data[rows.input_ids_NS[num_rows // 2 - 1, 0]] = torch.nan
+    with pytest.raises(UserError) as refusal:  # both ranks, though one of them has the row
+        measure(broken, rows)
+    Path(folder, f"{rank}.txt").write_text(str(refusal.value))
     torch.distributed.destroy_process_group()
 
 
@@ -226,6 +234,10 @@ def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None
     spawn(_measure_on_rank, (2, str(tmp_path), num_rows), nprocs=2)
     first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
     assert first == second
+    refusals = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(refusals) == 1
+    where = "batch 0 of rank 1 (row 1 of" if num_rows == 5 else "batch 0 of rank 0 (row 0 of"
+    assert f"the input of layer 0 is not finite (NaN or infinite) in {where}" in refusals.pop()
     rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
     assert_close(first, measure(tiny_model("llama"), rows))
 
