@@ -352,6 +352,7 @@ def test_padding_changes_nothing(side: str) -> None:
         positions[row, start : start + width] = ROWS.position_ids_NS[row]
         if side == "right":
             positions[row, width:] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(padding)
+        positions[row, :start] = torch.arange(-start, 0)  # the padding looks like the beginning of the first document
         mask[row, start : start + width] = 1
     padded = run(model, PackedRows(ids, positions), attention_mask_NS=mask, prompts=PROMPTS)
     assert_same(run(model, prompts=PROMPTS), padded)
@@ -383,6 +384,12 @@ def test_effective_depth_by_each_rule() -> None:
         "kl": (3, 4 / 6),
         "overlap": (3, 4 / 6),
     }
+
+
+def test_effective_depth_by_cosine_is_the_last_turn_and_not_the_last_negative_layer() -> None:
+    curve = (-0.1, 0.1, -0.1, 0.0, 0.1, -0.1, -0.1)
+    found = effective_depths({"layer": curve, "attention": curve, "mlp": curve}, (), ())
+    assert found["cosine"].layer == 2
 
 
 def test_effective_depth_says_why_there_is_none() -> None:
