@@ -260,7 +260,7 @@ torch.set_num_threads(1)
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 ids = torch.arange(128).view(2, 64)
 rows = PackedRows(ids, torch.arange(64).repeat(2, 1))
-room = held("VmData") + limit
+room = held("VmData") + limit + 50 * 2**20  # for the stacks of threads, which count with all that they may become
 resource.setrlimit(resource.RLIMIT_DATA, (room, room))
 try:
     load_model(folder)
@@ -272,19 +272,19 @@ streaming = Streaming(memory_bytes=limit)
 scores = measure_streamed(folder, rows, metrics=["block_influence", "angular"], batch_size=1, streaming=streaming)
 print(json.dumps([refused, held("VmHWM") - before, scores.layers, scores.runs]))
 """
-"""Private memory of the process may grow by argv[2] bytes and no more."""
+"""The kernel refuses what is far beyond argv[2] bytes of private memory."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own account of memory")
 def test_a_model_larger_than_memory_is_measured(tmp_path: Path) -> None:
     config = tiny_config(
-        "llama_tied", hidden_size=512, intermediate_size=2048, num_hidden_layers=20, num_attention_heads=8, head_dim=64
+        "llama_tied", hidden_size=256, intermediate_size=1024, num_hidden_layers=42, num_attention_heads=4, head_dim=64
     )
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)
-    size, limit = sum(p.nbytes for p in model.parameters()), 90 * 2**20
-    assert size > 3 * limit
+    size, limit = sum(p.nbytes for p in model.parameters()), 50 * 2**20
+    assert size > 3 * limit  # and twice what the kernel allows
     command = [sys.executable, "-c", LIMITED, str(tmp_path), str(limit)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
