@@ -36,8 +36,8 @@ class Estimates:
 def present_absent(game: Game, num_players: int, *, num_absent: int, num_subnetworks: int, seed: int = 0) -> Estimates:
     """Mean worth of the subnetworks with a player minus that of those without it, over random ones of one size.
 
-    A difference in means, after the code published as llm_depth_pruning (which calls it otherwise); it does not add up
-    to the worth of the whole. Players are absent equally often (give or take one). All subnetworks of the size are
+    A difference in means, as the code published with arXiv 2407.16286 computes it; the values do not add up to the
+    worth of the whole. Players are absent equally often (give or take one). All subnetworks of the size are
     taken where ``num_subnetworks`` allows.
 
     Raises:
