@@ -1,0 +1,156 @@
+"""Memory, time and bytes read of measuring layer by layer beside measuring a loaded model, each in its own process.
+
+    python benchmarks/streamed.py [--gigabytes 4] [--memory-gigabytes 1] [--tokens 4096] [--model FOLDER]
+
+Without --model a random Llama of that size is written to a temporary folder first. Both processes may take the given
+memory for weights and states on top of what Python and its libraries take; the kernel holds them to it (RLIMIT_DATA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from shoal.anatomy import decoder_layers
+from shoal.checkpoint import checkpoint_bytes
+from shoal.compress.measure import measure_importance
+from shoal.compress.stored_names import without_data
+from shoal.compress.streamed import Streaming, measure_streamed
+from shoal.data import PackedRows
+from shoal.models import load_model
+
+METRICS = ("block_influence", "angular")
+LAYERS_PER_FILE = 4
+
+
+def write_model(folder: Path, num_bytes: int) -> None:
+    """A random Llama in bfloat16, written file by file so that it is never in memory as a whole."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=1,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    per_layer = 2 * sum(p.numel() for p in decoder_layers(without_data(config))[0].parameters())
+    config.num_hidden_layers = max(LAYERS_PER_FILE, num_bytes // per_layer)
+    config.save_pretrained(folder)
+    shapes = {name: tuple(p.shape) for name, p in without_data(config).named_parameters()}
+    files: dict[str, list[str]] = {}
+    for name in shapes:
+        layer = re.search(r"layers\.(\d+)\.", name)
+        files.setdefault(f"model-{int(layer[1]) // LAYERS_PER_FILE if layer else 'rest'}.safetensors", []).append(name)
+    torch.manual_seed(0)
+    for file, names in files.items():
+        tensors = {
+            name: torch.ones(shapes[name], dtype=torch.bfloat16)
+            if len(shapes[name]) == 1
+            else 0.02 * torch.randn(shapes[name], dtype=torch.bfloat16)
+            for name in names
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def measure(folder: Path, *, streamed: bool, tokens: int, length: int, memory_bytes: int | None) -> dict[str, object]:
+    """Measure in this process, and say what that took."""
+    rows = PackedRows(
+        torch.randint(0, 1000, (tokens // length, length), generator=torch.Generator().manual_seed(0)),
+        torch.arange(length).repeat(tokens // length, 1),
+    )
+    if memory_bytes is not None:
+        room = held("VmData") + memory_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (room, room))
+    before, read, start = held("VmHWM"), bytes_read(), time.perf_counter()
+    try:
+        if streamed:
+            streaming = Streaming(memory_bytes=memory_bytes)
+            scores = measure_streamed(folder, rows, metrics=METRICS, batch_size=4, streaming=streaming)
+        else:
+            scores = measure_importance(load_model(folder), rows, metrics=METRICS, batch_size=4)
+    except (RuntimeError, MemoryError) as error:
+        return {"refused": str(error).splitlines()[0]}
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_above_start": held("VmHWM") - before,
+        "bytes_read_by_calls": bytes_read() - read,
+        "block_influence": scores.layers["block_influence"],
+    }
+
+
+def held(name: str) -> int:
+    """Of this process, by Linux's account."""
+    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def bytes_read() -> int:
+    """By calls; pages of mapped files are not among them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measuring layer by layer beside measuring a loaded model")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--gigabytes", type=float, default=4)
+    parser.add_argument("--memory-gigabytes", type=float, default=1)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--way", choices=("loaded", "streamed"), help="only this, in this process")
+    arguments = parser.parse_args()
+    memory_bytes = int(arguments.memory_gigabytes * 1e9) or None
+    if arguments.way:
+        streamed = arguments.way == "streamed"
+        sizes = {"tokens": arguments.tokens, "length": arguments.length, "memory_bytes": memory_bytes}
+        print(json.dumps(measure(arguments.model, streamed=streamed, **sizes)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.model or Path(temporary)
+        if arguments.model is None:
+            write_model(folder, int(arguments.gigabytes * 1e9))
+        result: dict[str, object] = {"checkpoint_bytes": checkpoint_bytes(folder), "threads": torch.get_num_threads()}
+        for way, memory in (
+            ("loaded", 0.0),
+            ("loaded", arguments.memory_gigabytes),
+            ("streamed", arguments.memory_gigabytes),
+        ):
+            command = [
+                sys.executable,
+                __file__,
+                "--way",
+                way,
+                "--model",
+                str(folder),
+                "--memory-gigabytes",
+                str(memory),
+            ]
+            command += ["--tokens", str(arguments.tokens), "--length", str(arguments.length)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            result[f"{way} in {memory:g} GB" if memory else f"{way} without limit"] = found
+    scores = [
+        found.pop("block_influence") for found in result.values() if isinstance(found, dict) and "seconds" in found
+    ]
+    result["largest_difference"] = max(abs(a - b) for a, b in zip(*scores, strict=True))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
