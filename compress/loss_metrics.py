@@ -111,8 +111,8 @@ class BlockPruner(LossMetric):
 class PresentAbsent(LossMetric):
     """E[L | l absent] - E[L | l present] over random subnetworks of nine tenths of the layers.
 
-    A difference in means over subnetworks of one size, as the code published with arXiv 2407.16286 computes it; no value
-    of a coalition game.
+    A difference in means over subnetworks of one size, as the code published with arXiv 2407.16286 computes it; no
+    value of a coalition game.
     """
 
     yields: ClassVar[Yields] = "layers"

@@ -105,80 +105,6 @@ def plain_greedy(units: Sequence[Any], loss: Callable[[list[Any]], float], count
     return found
 
 
-# --- losses -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_losses_are_those_of_really_cut_models_document_by_document(kind: str) -> None:
-    model = tiny_model(kind)
-    losses = VariantLosses(model, calibration())
-    drops = [(), (0,), (3,), (1, 4), (2, 3, 5)]
-    expected = [loss_without(model, drop) if drop else plain_loss(copy.deepcopy(model)) for drop in drops]
-    assert losses([without(drop) for drop in drops]) == pytest.approx(expected, abs=2e-6)
-    assert losses.num_tokens == sum(length - 1 for length in DOCUMENT_LENGTHS)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_losses_do_not_depend_on_the_batch_size(batch_size: int) -> None:
-    model, variants = tiny_model("qwen2"), [INTACT, without([2])]
-    expected = VariantLosses(model, calibration())(variants)
-    assert VariantLosses(model, calibration(batch_size=batch_size))(variants) == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_loss(side: str) -> None:
-    model, variants = tiny_model("llama"), [INTACT, without([2])]
-    width, padding = ROWS.input_ids_NS.shape[1], 4
-    ids = torch.full((len(ROWS), width + padding), 5)
-    positions = torch.full_like(ids, 17)
-    mask = torch.zeros_like(ids)
-    start = padding if side == "left" else 0
-    for tensor, filling in ((ids, ROWS.input_ids_NS), (positions, ROWS.position_ids_NS), (mask, 1)):
-        tensor[:, start : start + width] = filling
-    if side == "right":  # looks like more of the last document
-        positions[:, width:] = ROWS.position_ids_NS[:, -1:] + 1 + torch.arange(padding)
-    padded = VariantLosses(model, calibration(PackedRows(ids, positions), attention_mask_NS=mask))
-    plain = VariantLosses(model, calibration())
-    assert padded.num_tokens == plain.num_tokens
-    assert padded(variants) == pytest.approx(plain(variants), abs=1e-6)
-
-
-def test_an_architecture_that_runs_as_a_whole_gives_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, variants = tiny_model("gemma3"), [INTACT, without([2]), without([1, 4])]
-    layer_by_layer = VariantLosses(model, calibration())(variants)
-    monkeypatch.setattr("shoal.compress.variant_losses.layerwise_or_none", lambda _: None)
-    assert VariantLosses(model, calibration())(variants) == pytest.approx(layer_by_layer, abs=1e-6)
-
-
-def test_groups_of_variants_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, variants = tiny_model("llama"), [without([layer]) for layer in range(NUM_LAYERS)]
-    at_once = VariantLosses(model, calibration())(variants)
-    monkeypatch.setattr("shoal.compress.variant_losses.STATE_BYTES", 2 * 40 * 32 * 4)
-    assert VariantLosses(model, calibration())(variants) == at_once
-
-
-def test_rows_without_two_tokens_of_one_document_are_refused() -> None:
-    lonely = packed([[1, 1, 1], [1, 1, 1]])
-    with pytest.raises(UserError, match="holds no document of two tokens"):
-        measured(tiny_model("llama"), "sleb", rows=lonely)
-    nothing = torch.zeros(0, 4, dtype=torch.long)
-    with pytest.raises(UserError, match="holds no document of two tokens"):
-        measured(tiny_model("llama"), "sleb", rows=PackedRows(nothing, nothing))
-
-
-def test_losses_that_are_not_finite_are_refused_by_variant_and_row() -> None:
-    model = tiny_model("llama")
-    model.get_parameter("model.embed_tokens.weight").data[77] = torch.nan
-    ids = ROWS.input_ids_NS.masked_fill(ROWS.input_ids_NS == 77, 5)
-    ids[2, 12] = 77
-    message = r"the loss of the model without layer 0 is not finite .* in batch 1 \(row 2 of the calibration data\)"
-    with pytest.raises(UserError, match=message):
-        measured(model, "single_drop_perplexity", rows=PackedRows(ids, ROWS.position_ids_NS))
-    ids[2, 12], ids[1, 3] = 5, 77
-    with pytest.raises(UserError, match=r"in batch 0 \(row 1 of the calibration data\)"):
-        measured(model, "sleb", rows=PackedRows(ids, ROWS.position_ids_NS), batch_size=100)
-
-
 def layer_calls(model: PreTrainedModel, run: Callable[[], object]) -> int:
     count = 0
 
@@ -193,13 +119,34 @@ def layer_calls(model: PreTrainedModel, run: Callable[[], object]) -> int:
     return count
 
 
-def test_metrics_share_their_losses() -> None:
-    model = tiny_model("llama")
-    losses = VariantLosses(model, calibration())
-    singles = [without([layer]) for layer in range(NUM_LAYERS)]
-    found = losses(singles)
-    assert layer_calls(model, lambda: losses(singles[::-1])) == 0
-    assert losses([without([3], "another name")]) == [found[3]]
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_drop_perplexity_equals_the_float64_loop(kind: str) -> None:
+    model = tiny_model(kind)
+    found = measured(model, "single_drop_perplexity")["single_drop_perplexity"]
+    expected = [math.exp(loss_without(model, [layer])) for layer in range(NUM_LAYERS)]
+    assert found == pytest.approx(expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_sleb_equals_the_float64_loop_over_cut_models(kind: str) -> None:
+    model = tiny_model(kind)
+    order = measured(model, "sleb", num_drop=3)["sleb"]
+    expected = plain_greedy(CANDIDATES, lambda drop: loss_without(model, drop), 3)
+    assert [removal.unit for removal in order] == [Unit((layer,)) for layer, _ in expected]
+    assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_removal_of_sleb_is_the_lowest_single_drop_perplexity(seed: int) -> None:
+    model = tiny_model("llama", seed=seed)
+    found = measured(model, "single_drop_perplexity", "sleb", num_drop=1)
+    perplexities = found["single_drop_perplexity"]
+    (first,) = found["sleb"]
+    assert first.unit == Unit((min(CANDIDATES, key=lambda layer: perplexities[layer]),))
+    assert math.exp(first.score) == perplexities[first.unit.layers[0]]
 
 
 def sleb_layers(num_layers: int, order: Sequence[int]) -> int:
@@ -233,51 +180,6 @@ def test_sleb_runs_three_fifths_of_a_plain_loops_layers(seed: int) -> None:
     assert calls == sleb_layers(num_layers, [removal.unit.layers[0] for removal in found[0]])
     plain = sum((num_layers - 2 - gone) * (num_layers - 1 - gone) for gone in range(num_drop))
     assert calls <= 0.6 * plain
-
-
-def test_states_at_the_middle_are_held_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    variants = [without([layer]) for layer in range(NUM_LAYERS)]
-    expected = VariantLosses(model, calibration())(variants)
-    monkeypatch.setattr("shoal.compress.variant_losses.MIDDLE_BYTES", 3 * 2 * 19 * 32 * 4)
-    losses = VariantLosses(model, calibration())
-    assert losses(variants) == expected
-    assert 0 < losses._middle_bytes <= 3 * 2 * 19 * 32 * 4
-    assert losses._middle_bytes == sum(state.nbytes for known in losses._middle for state in known.values())
-    losses([without([0, 1])])
-    assert [list(known) for known in losses._middle if known] == [[without([0, 1]).edits]] * len(
-        [known for known in losses._middle if known]
-    )
-
-
-# --- metrics ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_single_drop_perplexity_equals_the_float64_loop(kind: str) -> None:
-    model = tiny_model(kind)
-    found = measured(model, "single_drop_perplexity")["single_drop_perplexity"]
-    expected = [math.exp(loss_without(model, [layer])) for layer in range(NUM_LAYERS)]
-    assert found == pytest.approx(expected, rel=3e-6)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
-def test_sleb_equals_the_float64_loop_over_cut_models(kind: str) -> None:
-    model = tiny_model(kind)
-    order = measured(model, "sleb", num_drop=3)["sleb"]
-    expected = plain_greedy(CANDIDATES, lambda drop: loss_without(model, drop), 3)
-    assert [removal.unit for removal in order] == [Unit((layer,)) for layer, _ in expected]
-    assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_first_removal_of_sleb_is_the_lowest_single_drop_perplexity(seed: int) -> None:
-    model = tiny_model("llama", seed=seed)
-    found = measured(model, "single_drop_perplexity", "sleb", num_drop=1)
-    perplexities = found["single_drop_perplexity"]
-    (first,) = found["sleb"]
-    assert first.unit == Unit((min(CANDIDATES, key=lambda layer: perplexities[layer]),))
-    assert math.exp(first.score) == perplexities[first.unit.layers[0]]
 
 
 def test_sleb_without_a_number_removes_all_candidates_but_one() -> None:
@@ -397,14 +299,6 @@ def test_a_family_without_halves_is_refused_before_anything_is_measured() -> Non
     )
     with pytest.raises(UserError, match=message):
         measured(architecture("mamba"), "blockpruner", rows=packed([[9]], below=90), num_drop=1)
-
-
-@pytest.mark.parametrize("name", ["bloom", "mamba"])
-def test_documents_stay_apart_where_the_model_knows_no_positions(name: str) -> None:
-    model, rows = architecture(name), packed([[12], [5, 7], [9, 3]], below=90)
-    found = measured(model, "single_drop_perplexity", rows=rows)["single_drop_perplexity"]
-    expected = [math.exp(plain_loss(cut_model(model, [layer]), rows)) for layer in range(len(decoder_layers(model)))]
-    assert found == pytest.approx(expected, rel=3e-6)
 
 
 def test_a_plan_can_be_made_of_what_is_measured() -> None:
