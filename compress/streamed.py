@@ -166,10 +166,12 @@ def score_variants_streamed(
     with layerwise.stand_ins():
         decoder = Decoder(edited.model)
     batches = [make() for make in layouts(decoder, requests, batch_size=batch_size)]
+    tokens_at_once = max((one.ids_BS.numel() for batch in batches for one in batch.passes), default=0)
+    logits = min(LOGIT_ELEMENTS, tokens_at_once * text_config(edited.model.config).vocab_size)
     store = streaming.store(
         models,
-        tokens_at_once=max((one.ids_BS.numel() for batch in batches for one in batch.passes), default=0),
-        fixed=2 * sum(map(_mask_bytes, batches)) + 8 * LOGIT_ELEMENTS,
+        tokens_at_once=tokens_at_once,
+        fixed=2 * sum(map(_mask_bytes, batches)) + 8 * logits,  # in float32, and their log-softmax
         states=_most_states(variants, models[0].num_layers) * sum(_state_bytes(models[0], batch) for batch in batches),
     )
     states = [States(edited, layerwise, decoder, batch.passes, variants, store=store) for batch in batches]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,6 +30,7 @@ from ..eval.scoring import Score, Tokens
 from ..eval.tasks import known_tasks, load_tasks
 from .answers import Answers, key_of
 from .operators import heads_of_groups, with_halves, with_heads
+from .streamed import Streaming, score_variants_streamed
 from .variant_generation import Limits, generate_variants
 from .variants import INTACT, Edited, Masked, Removed, Silenced, Swapped, Variant, score_variants, variant
 
@@ -105,14 +107,31 @@ def sweep(
     Raises:
         UserError: an unknown task, a task without the asked protocol, data that cannot be had.
     """
-    connect_ranks(edited.model.device)
-    settings = replace(settings, tasks=task_names(settings), protocols=())
-    evaluation = as_evaluation(settings)
+    lm = VariantsLM(edited, tokenizer, with_intact(variants), settings.batch_size)
+    return sweep_by(lm, variants, settings, seed=seed, folder=folder, identity=identity)
+
+
+def with_intact(variants: Sequence[Variant]) -> list[Variant]:
+    """The intact model, then all variants that differ from it."""
+    return [INTACT, *(one for one in variants if one.edits)]
+
+
+def sweep_by(
+    lm: VariantsLM,
+    variants: Sequence[Variant],
+    settings: Sweeps,
+    *,
+    seed: int,
+    folder: Path | None = None,
+    identity: str = "",
+) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
+    """As sweep does, with the answers of ``lm``, which was made for ``with_intact(variants)``."""
+    connect_ranks(lm.device)
+    evaluation = as_evaluation(replace(settings, tasks=task_names(settings), protocols=()))
     tasks = load_tasks(
         evaluation.tasks, include_path=evaluation.include_path, num_fewshot=evaluation.num_fewshot, seed=seed
     )
-    everything = [INTACT, *(one for one in variants if one.edits)]
-    lm = VariantsLM(edited, tokenizer, everything, settings.batch_size)
+    everything = with_intact(variants)
     lm.answers = Answers(folder, fingerprint([identity, [repr(one.edits) for one in everything]]), rank=lm.rank)
     log.info("sweep: %d variants on %s", len(variants), in_words(tasks, evaluation))
     found: list[tuple[TaskScore, ...]] = []
@@ -185,24 +204,25 @@ class VariantsLM(CausalLM):
         self.answers = Answers(None, "")
         self.current = 0
         self._edited, self._variants = edited, variants
+        self._requests_at_once: int | None = REQUESTS_AT_ONCE * batch_size
 
     def _score(self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]) -> list[Score]:
         keys = [key_of("score", *pair) for pair in pairs]
         missing = [index for index, key in enumerate(keys) if key not in self.answers]
         progress(len(pairs) - len(missing))
-        step = REQUESTS_AT_ONCE * self.batch_size
+        step = self._requests_at_once or max(1, len(missing))
         for start in range(0, len(missing), step):
             chosen = missing[start : start + step]
-            found = score_variants(
-                self._edited,
-                self._decoder,
-                [pairs[index] for index in chosen],
-                self._variants,
-                batch_size=self.batch_size,
-                progress=progress,
-            )
+            found = self._score_variants([pairs[index] for index in chosen], progress)
             self.answers.add([keys[index] for index in chosen], [list(scores) for scores in zip(*found, strict=True)])
         return [tuple(self.answers.of(key, self.current)) for key in keys]
+
+    def _score_variants(
+        self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]
+    ) -> list[list[Score]]:
+        return score_variants(
+            self._edited, self._decoder, pairs, self._variants, batch_size=self.batch_size, progress=progress
+        )
 
     def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
         keys = [
@@ -229,3 +249,41 @@ class VariantsLM(CausalLM):
             with self._edited.applied(one.edits):
                 found.append(self._write_batch(prompts, how))
         return found
+
+
+class StreamedVariantsLM(VariantsLM):
+    """The same from the files of a model that is larger than memory: all likelihoods in one pass over them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        variants: Sequence[Variant],
+        batch_size: int,
+        *,
+        streaming: Streaming,
+        donor: Path | None = None,
+    ) -> None:
+        super().__init__(Edited(streaming.open(folder).model), tokenizer, variants, batch_size)
+        self._folder, self._streaming, self._donor = folder, streaming, donor
+        self._requests_at_once = None
+        self._device = torch.device(streaming.device)  # the model itself has no weights to be anywhere
+
+    def _score_variants(
+        self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]
+    ) -> list[list[Score]]:
+        return score_variants_streamed(
+            self._folder,
+            pairs,
+            self._variants,
+            batch_size=self.batch_size,
+            streaming=self._streaming,
+            donor=self._donor,
+            progress=progress,
+        )
+
+    def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
+        raise UserError(
+            "measure.sweep.tasks: writing text takes the whole model in memory, which measure.memory_gb rules out; "
+            "leave tasks of generation out, or unset measure.memory_gb"
+        )

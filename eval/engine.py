@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -86,13 +87,16 @@ class CausalLM(TemplateLM):
         self.num_truncated = 0
         """Requests so far whose context lost its beginning because the model has too few positions."""
         self._model = model
-        self._decoder = Decoder(model)
         self._branch = branch
         self._device: torch.device = model.device  # pyright: ignore[reportIncompatibleVariableOverride]
         together = dist.is_available() and dist.is_initialized()
         self._rank = dist.get_rank() if together else 0
         self._world_size = dist.get_world_size() if together else 1
         self._progress = progress and self._rank == 0
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self._model)
 
     @property
     def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]

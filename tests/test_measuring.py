@@ -124,3 +124,50 @@ def test_a_donor_of_another_shape_is_refused(make_run: Any, tmp_path: Path) -> N
     run = make_run({"sweep": {**SWEEP, "operators": ["donor"], "donor": str(donor)}})
     with pytest.raises(UserError, match=r"swap: layer 0: mlp\.intermediate_size is 64 in the donor"):
         pipeline.measure(run)
+
+
+SMALL = {"memory_gb": 0.0085}
+"""Less than the wide checkpoint, enough for one of its layers."""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of 9 MB, nearly all of it in the layers."""
+    folder = tmp_path_factory.mktemp("wide")
+    return str(tiny_checkpoint(folder, "llama", max_position_embeddings=4096, intermediate_size=4096))
+
+
+def test_a_model_that_does_not_fit_is_measured_from_its_files_with_the_same_numbers(
+    make_run: Any, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = {**SWEEP, "protocols": ["continuation"], "batch_size": 1}
+    whole = make_run({"sweep": swept}, model=wide, run_dir=str(tmp_path / "whole"))
+    pipeline.measure(whole)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    streamed = make_run({"sweep": swept, **SMALL}, model=wide, run_dir=str(tmp_path / "streamed"))
+    pipeline.measure(streamed)
+    expected, found = (Importance.read(run.dir / "importance.json") for run in (whole, streamed))
+    assert (found.layers, found.runs, found.atlas, found.sweeps) == (
+        expected.layers,
+        expected.runs,
+        expected.atlas,
+        expected.sweeps,
+    )
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        ({"sweep": SWEEP}, "'knowledge_generation' writes text, which takes the whole model in memory"),
+        ({"sweep": {**SWEEP, "protocols": ["continuation"], "operators": ["mlp"]}}, "operators: mlp takes the whole"),
+        ({"metrics": ["taylor"]}, "taylor needs gradients, for which the whole model has to be in memory"),
+        ({"memory_gb": 0.0001}, r"measure.memory_gb: 107 kB is too little to run one layer"),
+        ({"diagnostics": True}, "measure.diagnostics: takes the whole model in memory"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_where_it_does_not_fit(
+    make_run: Any, wide: str, monkeypatch: pytest.MonkeyPatch, measure: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=message):
+        pipeline.measure(make_run({**SMALL, **measure}, model=wide))

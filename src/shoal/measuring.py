@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifact import Importance, Provenance, TaskScore, fingerprint, write_json
 from shoal.data import PackedRows, load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
-from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint, text_config
+from shoal.models import (
+    checkpoint_bytes,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    text_config,
+)
 from shoal.recipe import Sweeps, as_dict
 from shoal.run import Run, barrier, check_length, is_done, resolved, task_files_fingerprint
 from shoal.runtime import device, is_main, seed_everything
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from shoal.compress.streamed import Streaming
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +70,11 @@ def check_measure(run: Run) -> None:
     check_length(run, settings.sequence_length, "measure.sequence_length")
     for source in settings.data:
         load_texts(source, max_characters=1)
+    if settings.diagnostics and _is_streamed(run):
+        raise UserError(
+            "measure.diagnostics: takes the whole model in memory; set it to false, or raise measure.memory_gb above "
+            "the checkpoint's size"
+        )
     if settings.sweep is not None:
         _check_sweep(run, settings.sweep)
 
@@ -71,11 +86,6 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     from shoal.eval.tasks import load_tasks
 
     measure = run.recipe.measure
-    if measure.memory_gb is not None:
-        raise UserError(
-            "measure.sweep: scores tasks with the model in memory, which measure.memory_gb says not to hold; "
-            "leave one of them out"
-        )
     names = task_names(settings)
     tasks = load_tasks(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
     config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
@@ -83,6 +93,8 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     num_units = run.num_layers * max(per_layer.get(operator, 1) for operator in settings.operators)
     for task, count in num_items(tasks, as_evaluation(settings)).items():
         require_items(task, count, num_units)
+    if _is_streamed(run):
+        _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
     if "cumulative" not in settings.operators:
         return
     if isinstance(settings.order, tuple):
@@ -92,6 +104,36 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
             f"measure.sweep.order: {settings.order!r} is not measured here; name one of measure.metrics "
             f"({', '.join(measure.metrics)}), or sweep layers too to order by a task"
         )
+
+
+def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
+    """Refuse what takes the whole model in memory where measure.memory_gb says that it does not fit."""
+    written = sorted(name for name, kind in kinds.items() if kind == "generate_until")
+    if written:
+        raise UserError(
+            f"measure.sweep.tasks: {written[0]!r} writes text, which takes the whole model in memory; leave it out, or "
+            "raise measure.memory_gb above the checkpoint's size"
+        )
+    inside = [operator for operator in settings.operators if operator not in ("layer", "cumulative", "donor")]
+    if inside:
+        raise UserError(
+            f"measure.sweep.operators: {inside[0]} takes the whole model in memory; leave it out, or raise "
+            "measure.memory_gb above the checkpoint's size"
+        )
+
+
+def _is_streamed(run: Run) -> bool:
+    """Whether the model is larger than what the recipe lets it take, so that it is measured layer by layer."""
+    limit = run.recipe.measure.memory_gb
+    return limit is not None and checkpoint_bytes(run.teacher) > limit * 2**30
+
+
+def _streaming(run: Run) -> Streaming:
+    from shoal.compress.streamed import Streaming
+
+    limit = run.recipe.measure.memory_gb
+    assert limit is not None
+    return Streaming(memory_bytes=int(limit * 2**30), device=device(), spill_folder=run.dir, **run.load_args())
 
 
 def measure(run: Run) -> None:
@@ -105,7 +147,7 @@ def measure(run: Run) -> None:
     check_measure(run)
     seed_everything(run.recipe.seed)
     rows = _rows(run)
-    model = load_model(run.teacher, device=device(), **run.load_args())
+    model = None if _is_streamed(run) else load_model(run.teacher, device=device(), **run.load_args())
     if not done:
         importance = _measured(run, model, rows, inputs)
         if is_main():
@@ -130,15 +172,15 @@ def _rows(run: Run) -> PackedRows:
 
 def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) -> Importance:
     from shoal.compress.measure import measure_importance
+    from shoal.compress.streamed import measure_streamed
 
     settings = run.recipe.measure
-    scores = measure_importance(
-        model,
-        rows,
-        metrics=settings.metrics,
-        batch_size=settings.batch_size,
-        num_drop=settings.num_drop or max(1, run.num_layers // 4),
-    )
+    common: dict[str, Any] = {"metrics": settings.metrics, "batch_size": settings.batch_size}
+    if model is None:
+        scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
+    else:
+        num_drop = settings.num_drop or max(1, run.num_layers // 4)
+        scores = measure_importance(model, rows, num_drop=num_drop, **common)
     importance = Importance(
         Provenance(inputs),
         num_layers=scores.num_layers,
@@ -155,24 +197,18 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
 def _swept(run: Run, model: Any, settings: Sweeps, importance: Importance) -> Importance:
     """``importance`` with the atlas and the tables of all operators."""
     from shoal.compress.atlas import build_atlas
-    from shoal.compress.sweep import sweep, units_of, variant_of
+    from shoal.compress.sweep import units_of, variant_of
     from shoal.compress.sweep_table import sweep_table
-    from shoal.compress.variants import Edited
 
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-    donor = None
-    if settings.donor is not None:
-        donor = load_model(resolved(settings.donor, settings.donor_revision), device=device(), **run.load_args())
-    edited = Edited(model, donor)
+    skeleton = _streaming(run).open(run.teacher).model if model is None else model
+    sweep = _streamed_sweep(run, settings) if model is None else _sweep_in_memory(run, model, settings)
     identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, settings.donor])
     for operator in settings.operators:
         order = _order(settings, importance) if operator == "cumulative" else ()
-        units = units_of(operator, model, order=order)
+        units = units_of(operator, skeleton, order=order)
         log.info("measure: sweep of operator %s, %d variants", operator, len(units))
         intact, removed = sweep(
-            edited,
-            tokenizer,
-            [variant_of(unit, model) for unit in units],
+            [variant_of(unit, skeleton) for unit in units],
             settings,
             seed=run.recipe.seed,
             folder=run.dir / "sweep" / operator,
@@ -186,6 +222,37 @@ def _swept(run: Run, model: Any, settings: Sweeps, importance: Importance) -> Im
             table = sweep_table(operator, units, intact, removed)
             importance = replace(importance, sweeps={**importance.sweeps, operator: table})
     return importance
+
+
+def _sweep_in_memory(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
+    from shoal.compress.sweep import sweep
+    from shoal.compress.variants import Edited
+
+    donor = None
+    if settings.donor is not None:
+        donor = load_model(resolved(settings.donor, settings.donor_revision), device=device(), **run.load_args())
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    return partial(sweep, Edited(model, donor), tokenizer)
+
+
+def _streamed_sweep(run: Run, settings: Sweeps) -> Callable[..., Any]:
+    from shoal.compress.sweep import StreamedVariantsLM, sweep_by, with_intact
+
+    donor = None if settings.donor is None else resolved(settings.donor, settings.donor_revision)
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+
+    def sweep(variants: Any, settings: Sweeps, **arguments: Any) -> Any:
+        lm = StreamedVariantsLM(
+            run.teacher,
+            tokenizer,
+            with_intact(variants),
+            settings.batch_size,
+            streaming=_streaming(run),
+            donor=donor,
+        )
+        return sweep_by(lm, variants, settings, **arguments)
+
+    return sweep
 
 
 def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
