@@ -19,8 +19,8 @@ from shoal.errors import UserError
 from shoal.sweeps import Unit
 
 from .greedy import greedy_order, half_units, layer_units
-from .metric import Calibration, Layers, Metric, Need, Order, Result, Yields
-from .shapley import Absent, Estimates, Game, local_shapley, present_absent
+from .metric import Calibration, Estimates, Layers, Metric, Need, Order, Result, Yields
+from .shapley import Absent, Game, local_shapley, present_absent
 from .sublayers import sublayers
 from .variant_losses import VariantLosses
 from .variants import INTACT, Variant, without
@@ -118,13 +118,14 @@ class PresentAbsent(LossMetric):
     yields: ClassVar[Yields] = "layers"
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Layers:
+    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Estimates:
         num_layers = len(decoder_layers(model))
         found = present_absent(
             _game(losses, "present_absent"),
             num_layers,
             num_absent=max(1, round(ABSENT_SHARE * num_layers)),
             num_subnetworks=SUBNETWORKS_PER_LAYER * num_layers,
+            seed=calibration.seed,
         )
         return _logged("present_absent", found)
 
@@ -139,7 +140,7 @@ class LocalShapley(LossMetric):
     yields: ClassVar[Yields] = "layers"
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Layers:
+    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Estimates:
         num_layers = len(decoder_layers(model))
         chance = -math.log(text_config(model.config).vocab_size)
         intact = losses([INTACT])[0]
@@ -156,6 +157,7 @@ class LocalShapley(LossMetric):
             num_layers,
             window=min(WINDOW, num_layers - 1),
             num_subnetworks=SUBNETWORKS_PER_LAYER * num_layers,
+            seed=calibration.seed,
             chance=chance,
         )
         return _logged("local_shapley", found)
@@ -192,7 +194,7 @@ def _without_each(absent: Sequence[Absent]) -> list[Variant]:
     return [without(layers, Unit(tuple(sorted(layers))).name) for layers in absent]
 
 
-def _logged(name: str, found: Estimates) -> Layers:
+def _logged(name: str, found: Estimates) -> Estimates:
     log.info(
         "%s from %d subnetworks, in nats per token with standard errors: %s",
         name,
@@ -202,4 +204,4 @@ def _logged(name: str, found: Estimates) -> Layers:
             for layer, (value, error) in enumerate(zip(found.values, found.standard_errors, strict=True))
         ),
     )
-    return found.values
+    return found

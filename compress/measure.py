@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from shoal.data import PackedRows
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 
-from .metric import Calibration, Layers, Need, Order, Pass, Runs
+from .metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
 from .metrics import METRICS, PASSES
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class Scores:
     """Real (unpadded) tokens over all ranks."""
     layers: dict[str, Layers] = field(default_factory=dict)
     runs: dict[str, Runs] = field(default_factory=dict)
+    errors: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    """Standard errors of layer scores that are estimated from samples; None where one draw tells nothing of its own."""
     orders: dict[str, Order] = field(default_factory=dict)
 
 
@@ -41,20 +44,21 @@ def measure_importance(
     batch_size: int,
     attention_mask_NS: Tensor | None = None,
     num_drop: int | None = None,
+    seed: int = 0,
     passes: Mapping[Need, Pass] | None = None,
 ) -> Scores:
     """Scores of every layer by ``metrics`` (names in METRICS); those of one need come out of one pass together.
 
     Where torch.distributed is initialised, each rank takes its share of the rows (none is fine) and all ranks return
     the same scores. Padding (0 in ``attention_mask_NS``) counts nowhere and no real token sees it. ``num_drop`` is how
-    many removals greedy metrics make; None = as many as there can be. ``passes`` takes the place of PASSES where a
-    model has to be measured in another way.
+    many removals greedy metrics make; None = as many as there can be. ``seed`` is of what is drawn at random.
+    ``passes`` takes the place of PASSES where a model has to be measured in another way.
 
     Raises:
         UserError: an unknown metric, no rows, numbers that are not finite, and what the passes refuse.
     """
     by_need = _by_need(metrics)
-    calibration = Calibration(rows, batch_size, attention_mask_NS, num_drop)
+    calibration = Calibration(rows, batch_size, attention_mask_NS, num_drop, seed)
     num_tokens = int(calibration.mask_NS.sum())
     if num_tokens == 0:
         raise UserError("measure: there is no token to measure on; name a data source that holds text")
@@ -65,7 +69,11 @@ def measure_importance(
     scores = Scores(len(decoder_layers(model)), num_tokens)
     places = {"layers": scores.layers, "runs": scores.runs, "order": scores.orders}
     for name in metrics:
-        places[METRICS[name].yields][name] = found[name]
+        result = found[name]
+        if isinstance(result, Estimates):
+            scores.errors[name] = tuple(None if math.isnan(error) else error for error in result.standard_errors)
+            result = result.values
+        places[METRICS[name].yields][name] = result
     return scores
 
 

@@ -24,7 +24,20 @@ Runs = tuple[tuple[float, ...], ...]
 """scores[n - 1][l] of the run of n layers that starts at layer l."""
 Order = tuple[Removal, ...]
 """What a greedy metric removes, first removal first."""
-Result = Layers | Runs | Order
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """One value per player with its standard error."""
+
+    values: tuple[float, ...]
+    standard_errors: tuple[float, ...]
+    """NaN where one draw alone tells nothing of its error; 0 where every possible draw was made."""
+    num_subnetworks: int
+    """How many different sets of players were asked for, the full one included."""
+
+
+Result = Layers | Runs | Order | Estimates
 
 
 class Metric:
@@ -55,6 +68,8 @@ class Calibration:
     """0 where a token is padding; None = nowhere."""
     num_drop: int | None = None
     """How many removals greedy metrics make; None = as many as there can be."""
+    seed: int = 0
+    """Of what is drawn at random."""
 
     @cached_property
     def mask_NS(self) -> Tensor:

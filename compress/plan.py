@@ -252,7 +252,13 @@ def _best_run(
         )
     if metric not in importance.runs:
         raise unknown(metric, importance, f"prune.metric={metric}")
-    scores = importance.runs[metric][count - 1]
+    rows = importance.runs[metric]
+    if count > len(rows):
+        raise UserError(
+            f"prune.metric={metric}: was measured for runs of up to {len(rows)} layers, but {count} are to go; set "
+            f"measure.num_drop: {count} and measure again"
+        )
+    scores = rows[count - 1]
     free = [start for start in range(len(scores)) if not protected & set(range(start, start + count))]
     if not free:
         raise UserError(

@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -26,7 +25,7 @@ from shoal.anatomy import decoder_layers
 from shoal.data import load_labelled
 from shoal.depth import ConceptDepth, DepthPoint
 from shoal.errors import UserError
-from shoal.section import DataSource, Positive, Section, Text
+from shoal.recipe import ProbeSet
 
 from ..eval.statistics import wilson
 from .depth_runs import Prompt, batch_of_prompts, require_one_path, run_body
@@ -44,26 +43,6 @@ ENOUGH = 0.95
 MIN_PER_CLASS = 10
 """Items of the rarest class; with fewer neither part holds enough of it."""
 MAX_ITERATIONS = 1000
-
-
-@dataclass(frozen=True)
-class ProbeSet(Section):
-    """A labelled text set whose concept is looked for at every depth."""
-
-    path: Text
-    """A local .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub data set id."""
-    text: str = "text"
-    """The column that holds the text."""
-    label: str = "label"
-    """The column that holds the class: a word, a number, or true and false."""
-    split: str = "train"
-    name: str | None = None
-    """Configuration name of a Hub data set."""
-    max_items: Positive = 2000
-    """A seeded draw of so many items where there are more."""
-    max_tokens: Positive = 512
-    """Of a longer text the last so many tokens, since the last one's state is read."""
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
 @dataclass(frozen=True)
@@ -133,8 +112,7 @@ def depth_points(accuracy: Sequence[float]) -> dict[str, Any]:
 
 def _items(probe_set: ProbeSet, seed: int) -> tuple[list[tuple[str, str]], int]:
     """Texts and labels, each text once, and how many were left out for being repeated."""
-    source = DataSource(probe_set.path, column=probe_set.text, split=probe_set.split, name=probe_set.name)
-    read = load_labelled(source, probe_set.label)
+    read = load_labelled(probe_set.source, probe_set.label)
     unique: dict[str, str] = {}
     for text, label in read:
         unique.setdefault(text, str(label))

@@ -9,28 +9,18 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from shoal.errors import UserError
+
+from .metric import Estimates
 
 Absent = frozenset[int]
 Game = Callable[[Sequence[Absent]], Sequence[float]]
 """What the model is worth without each of these sets of players; higher = better."""
 Walk = Sequence[int]
 """Players in the order in which they leave."""
-
-
-@dataclass(frozen=True)
-class Estimates:
-    """One value per player with its standard error."""
-
-    values: tuple[float, ...]
-    standard_errors: tuple[float, ...]
-    """NaN where one draw alone tells nothing of its error; 0 where every possible draw was made."""
-    num_subnetworks: int
-    """How many different sets of players were asked for, the full one included."""
 
 
 def present_absent(game: Game, num_players: int, *, num_absent: int, num_subnetworks: int, seed: int = 0) -> Estimates:

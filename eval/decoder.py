@@ -110,6 +110,11 @@ class Decoder:
         with torch.no_grad():
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
         found = self.logits(self.hidden(ids))
+        if not expected.isfinite().all():
+            raise UserError(
+                f"{type(self.model).__name__}: gives logits that are not finite in {self.model.dtype}; set dtype: "
+                "bfloat16 or dtype: float32 in the recipe, or look for damaged weights"
+            )
         if not torch.allclose(found, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
             raise UserError(
                 f"{type(self.model).__name__}: shoal does not know how this architecture turns hidden states into "

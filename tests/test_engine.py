@@ -82,6 +82,7 @@ def test_greedy_continuation_is_recognised() -> None:
 
 def test_contexts_are_read_once_for_all_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
+    assert lm._decoder  # made when first used, with a few tokens of its own
     fed: list[int] = []
     original = Decoder.hidden
 
@@ -96,6 +97,7 @@ def test_contexts_are_read_once_for_all_their_options(monkeypatch: pytest.Monkey
 
 def test_one_token_options_share_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
+    assert lm._decoder  # made when first used, with a few tokens of its own
     shapes: list[tuple[int, ...]] = []
     original = Decoder.hidden
 
@@ -255,3 +257,11 @@ def test_llama_config_is_what_the_reference_reads() -> None:
     """Guards the two tests above that rely on max_position_embeddings."""
     assert isinstance(tiny_model("llama", max_position_embeddings=32).config, LlamaConfig)
     assert CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 1).max_length == 32
+
+
+def test_a_model_that_gives_no_numbers_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = float("nan")
+    with pytest.raises(UserError, match="logits that are not finite in torch.float32; set dtype"):
+        Decoder(model)

@@ -98,6 +98,42 @@ def test_diagnostics_are_made_beside_importance_that_is_there(make_run: Any, mon
     pipeline.measure(run)
 
 
+def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
+    sweep = {**SWEEP, "protocols": ["continuation"], "operators": [], "greedy": 2, "perplexity_tokens": 0}
+    run = make_run({"sweep": sweep}, prune={"metric": "task_greedy", "num_drop": 2})
+    pipeline.prune(run)
+    order = Importance.read(run.dir / "importance.json").orders["task_greedy"]
+    assert sorted(removal.unit.layers[0] for removal in order) == list(PruningPlan.read(run.dir / "plan.json").drop)
+    assert not {0, NUM_LAYERS - 1} & {removal.unit.layers[0] for removal in order}
+    single = {**sweep, "operators": ["layer"], "greedy": None}
+    pipeline.measure(other := make_run({"sweep": single}, run_dir=str(run.dir / "single")))
+    atlas = Importance.read(other.dir / "importance.json").atlas
+    assert atlas is not None
+    inner = {layer: atlas.columns[0].effects[layer].score.value for layer in range(1, NUM_LAYERS - 1)}
+    assert order[0].score == max(inner.values()) == inner[order[0].unit.layers[0]]
+
+
+def test_probes_find_at_which_depth_a_class_can_be_told(make_run: Any, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} {index}", "class": word} for index in range(24) for word in ("up", "down")]
+    data = tmp_path / "words.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_run({"probes": [{"path": str(data), "label": "class"}]})
+    pipeline.measure(run)
+    (found,) = json.loads((run.dir / "probes.json").read_text())["sets"]
+    assert len(found["accuracy"]) == NUM_LAYERS + 1
+    assert (run.dir / "figures/probes.svg").is_file()
+    with pytest.raises(UserError, match="klass"):
+        pipeline.measure(make_run({"probes": [{"path": str(data), "label": "klass"}]}))
+
+
+def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
+    run = make_run({"metrics": ["block_influence", "present_absent"]})
+    pipeline.measure(run)
+    importance = Importance.read(run.dir / "importance.json")
+    assert list(importance.errors) == ["present_absent"]
+    assert all(error is not None and error >= 0 for error in importance.errors["present_absent"])
+
+
 @pytest.mark.parametrize(
     ("measure", "message"),
     [
@@ -105,6 +141,8 @@ def test_diagnostics_are_made_beside_importance_that_is_there(make_run: Any, mon
         ({"sweep": {**SWEEP, "operators": ["donor"]}}, "measure.sweep.donor: needs the operator donor"),
         ({"sweep": {**SWEEP, "donor": "x"}}, "measure.sweep.donor: needs the operator donor"),
         ({"sweep": {**SWEEP, "order": [1]}}, "measure.sweep.order: has no effect"),
+        ({"sweep": {**SWEEP, "greedy_weights": {"a": 1}}}, "measure.sweep.greedy_weights: have no effect"),
+        ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: is empty"),
         ({"sweep": {**SWEEP, "limit": 4}}, "has 4 items, but over 6 removals"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": [1, 1]}}, r"each once and not all \(got \[1, 1\]\)"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": "taylr"}}, "measure.sweep.order"),

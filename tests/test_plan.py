@@ -77,6 +77,12 @@ def test_ratio_is_not_rounded_down_by_floating_point() -> None:
     assert len(drop) == 29
 
 
+def test_a_run_longer_than_was_measured_is_refused() -> None:
+    scores = importance(laco_acceptance=((0.1,) * NUM_LAYERS, (0.2,) * (NUM_LAYERS - 1)))
+    with pytest.raises(UserError, match=r"runs of up to 2 layers, but 3 are to go; set measure.num_drop: 3"):
+        choose(scores, num_drop=3, contiguous=True, metric="laco_acceptance", protect=())
+
+
 def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:
     drop, reason = choose(importance(), num_drop=2, contiguous=True)
     assert drop == (2, 3)

@@ -105,6 +105,8 @@ class Importance(Artifact):
     runs: dict[str, tuple[tuple[float, ...], ...]]
     """Metric name -> scores[n - 1][l] of the run of n layers that starts at layer l; row n - 1 has num_layers - n + 1
     entries."""
+    errors: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    """Standard errors of the scores of metrics that are estimated from samples; None = not known."""
     orders: dict[str, tuple[Removal, ...]] = field(default_factory=dict)
     """Greedy metric name -> what it removes, first removal first."""
     atlas: Atlas | None = None

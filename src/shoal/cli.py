@@ -215,6 +215,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 action="store_true",
                 help="print sizes, expected speed and targets before and after; write nothing",
             )
+        if verb == "measure":
+            sub.add_argument(
+                "--diagnostics",
+                action="store_true",
+                help="depth diagnostics too: short for measure.diagnostics=true",
+            )
         sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a recipe setting")
     delta = verbs.add_parser("delta", help=DELTA, description=DELTA)
     for name in ("base", "donor"):
@@ -226,6 +232,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if unknown or (rest and known.verb == "delta"):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     known.overrides = [*getattr(known, "overrides", ()), *rest]
+    if getattr(known, "diagnostics", False):
+        known.overrides.append("measure.diagnostics=true")
     return known
 
 

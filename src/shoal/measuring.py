@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifact import Importance, Provenance, TaskScore, fingerprint, write_json
-from shoal.data import PackedRows, load_texts, pack, sources_fingerprint
+from shoal.data import PackedRows, load_labelled, load_texts, pack, sources_fingerprint
+from shoal.depth import Diagnostics, Probes
 from shoal.errors import UserError
 from shoal.models import (
     checkpoint_bytes,
@@ -24,6 +26,7 @@ from shoal.models import (
 from shoal.recipe import Sweeps, as_dict
 from shoal.run import Run, barrier, check_length, is_done, resolved, task_files_fingerprint
 from shoal.runtime import device, is_main, seed_everything
+from shoal.sweeps import Removal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHANGES_NO_NUMBER = ("batch_size", "diagnostics", "memory_gb")
+TASK_ORDER = "task_greedy"
+CHANGES_NO_NUMBER = ("batch_size", "diagnostics", "gradient_prompts", "probes", "memory_gb")
 """Settings of measuring that importance.json does not depend on."""
 
 
@@ -70,11 +74,14 @@ def check_measure(run: Run) -> None:
     check_length(run, settings.sequence_length, "measure.sequence_length")
     for source in settings.data:
         load_texts(source, max_characters=1)
-    if settings.diagnostics and _is_streamed(run):
-        raise UserError(
-            "measure.diagnostics: takes the whole model in memory; set it to false, or raise measure.memory_gb above "
-            "the checkpoint's size"
-        )
+    for probe in settings.probes:
+        load_labelled(probe.source, probe.label)
+    for name, wanted in (("diagnostics", settings.diagnostics), ("probes", settings.probes)):
+        if wanted and _is_streamed(run):
+            raise UserError(
+                f"measure.{name}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
+                "checkpoint's size"
+            )
     if settings.sweep is not None:
         _check_sweep(run, settings.sweep)
 
@@ -90,7 +97,7 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     tasks = load_tasks(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
     config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
     per_layer = {"head": config.num_attention_heads, "kv_group": getattr(config, "num_key_value_heads", None) or 1}
-    num_units = run.num_layers * max(per_layer.get(operator, 1) for operator in settings.operators)
+    num_units = run.num_layers * max((per_layer.get(operator, 1) for operator in settings.operators), default=1)
     for task, count in num_items(tasks, as_evaluation(settings)).items():
         require_items(task, count, num_units)
     if _is_streamed(run):
@@ -142,7 +149,8 @@ def measure(run: Run) -> None:
     path = run.dir / Importance.FILE
     done = is_done(Importance, path, inputs, "measure")
     diagnosed = not run.recipe.measure.diagnostics or _is_diagnosed(run)
-    if done and diagnosed:
+    probed = not run.recipe.measure.probes or is_done(Probes, run.dir / Probes.FILE, _probes_inputs(run), "probes")
+    if done and diagnosed and probed:
         return
     check_measure(run)
     seed_everything(run.recipe.seed)
@@ -155,6 +163,8 @@ def measure(run: Run) -> None:
         barrier()
     if not diagnosed and is_main():
         _diagnose(run, model, rows)
+    if not probed and is_main():
+        _probe(run, model)
     barrier()
 
 
@@ -180,13 +190,14 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
         scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
     else:
         num_drop = settings.num_drop or max(1, run.num_layers // 4)
-        scores = measure_importance(model, rows, num_drop=num_drop, **common)
+        scores = measure_importance(model, rows, num_drop=num_drop, seed=run.recipe.seed, **common)
     importance = Importance(
         Provenance(inputs),
         num_layers=scores.num_layers,
         num_tokens=scores.num_tokens,
         layers=scores.layers,
         runs=scores.runs,
+        errors=scores.errors,
         orders=scores.orders,
     )
     if settings.sweep is None:
@@ -221,7 +232,31 @@ def _swept(run: Run, model: Any, settings: Sweeps, importance: Importance) -> Im
         else:
             table = sweep_table(operator, units, intact, removed)
             importance = replace(importance, sweeps={**importance.sweeps, operator: table})
+    if settings.greedy is not None:
+        order = _task_order(run, sweep, settings, settings.greedy, identity)
+        importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
     return importance
+
+
+def _task_order(
+    run: Run, sweep: Callable[..., Any], settings: Sweeps, num_removals: int, identity: str
+) -> tuple[Removal, ...]:
+    """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
+    from shoal.compress.greedy import greedy_order, layer_units, task_objective
+
+    rounds = itertools.count()
+
+    def evaluate(variants: Any) -> Any:
+        folder = run.dir / "sweep" / TASK_ORDER / str(next(rounds))
+        return sweep(variants, settings, seed=run.recipe.seed, folder=folder, identity=identity)[1]
+
+    return greedy_order(
+        layer_units(run.num_layers, protected=(0, run.num_layers - 1)),
+        task_objective(evaluate, weights=settings.greedy_weights or None),
+        num_removals=num_removals,
+        higher_is_better=True,
+        name=TASK_ORDER,
+    )
 
 
 def _sweep_in_memory(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
@@ -336,20 +371,23 @@ def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
             yield operator, curves_figure(table)
 
 
-def _diagnostics_inputs(run: Run) -> dict[str, Any]:
-    names = ("model", "data", "seed", "dtype", "attention", "measure.num_tokens", "measure.sequence_length")
+def _depth_inputs(run: Run, *names: str) -> dict[str, Any]:
     inputs = measure_inputs(run)
-    return {name: inputs[name] for name in names if name in inputs}
+    return {name: inputs[name] for name in ("model", "seed", "dtype", "attention", *names)}
+
+
+def _diagnostics_inputs(run: Run) -> dict[str, Any]:
+    prompts = run.recipe.measure.gradient_prompts
+    named = ("data", "measure.num_tokens", "measure.sequence_length")
+    return {**_depth_inputs(run, *named), "measure.gradient_prompts": prompts}
 
 
 def _is_diagnosed(run: Run) -> bool:
-    from shoal.compress.diagnostics import Diagnostics
-
     return is_done(Diagnostics, run.dir / Diagnostics.FILE, _diagnostics_inputs(run), "diagnostics")
 
 
 def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
-    from shoal.compress.diagnostics import diagnose
+    from shoal.compress.diagnostics import Effort, diagnose
     from shoal.diagnostics_figure import diagnostics_figure
     from shoal.figures import save_figure
 
@@ -358,8 +396,34 @@ def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
         rows,
         provenance=Provenance(_diagnostics_inputs(run)),
         batch_size=run.recipe.measure.batch_size,
+        effort=Effort(gradient_prompts=run.recipe.measure.gradient_prompts),
         seed=run.recipe.seed,
     )
     found.write(run.dir / found.FILE)
     save_figure(diagnostics_figure(found), run.dir / "figures" / "diagnostics.svg")
     log.info("measure: %s", found.in_words())
+
+
+def _probes_inputs(run: Run) -> dict[str, Any]:
+    probes = run.recipe.measure.probes
+    return {
+        **_depth_inputs(run),
+        "measure.probes": [as_dict(probe) for probe in probes],
+        "measure.probes (content)": sources_fingerprint([probe.source for probe in probes]),
+    }
+
+
+def _probe(run: Run, model: Any) -> None:
+    from shoal.compress.probes import probe_depth
+    from shoal.diagnostics_figure import probes_figure
+    from shoal.figures import save_figure
+
+    settings = run.recipe.measure
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    sets = []
+    for probe in settings.probes:
+        sets.append(probe_depth(model, tokenizer, probe, batch_size=settings.batch_size, seed=run.recipe.seed))
+        log.info("measure: %s", sets[-1].in_words())
+    found = Probes(Provenance(_probes_inputs(run)), run.num_layers, tuple(sets))
+    found.write(run.dir / found.FILE)
+    save_figure(probes_figure(found), run.dir / "figures" / "probes.svg")

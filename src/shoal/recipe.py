@@ -59,9 +59,39 @@ class Sweeps(Section):
     """Window of the perplexity measurement, in tokens."""
     order: tuple[int, ...] | str = "block_influence"
     """Cumulative removals go through these layers, or through all by a measured metric, the least important first."""
+    greedy: Positive | None = None
+    """Removals of a task-aware order: at every step the layer goes without which the tasks' mean score is best. Made
+    beside the operators, as `task_greedy`; every step costs as much as the operator layer on what is left."""
+    greedy_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(default_factory=dict)
+    """Weights of tasks in that mean; none = all tasks count the same."""
     donor: Text | None = None
     """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
     donor_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ProbeSet(Section):
+    """A labelled text set whose concept is looked for at every depth."""
+
+    path: Text
+    """A local .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub data set id."""
+    text: str = "text"
+    """The column that holds the text."""
+    label: str = "label"
+    """The column that holds the class: a word, a number, or true and false."""
+    split: str = "train"
+    name: str | None = None
+    """Configuration name of a Hub data set."""
+    max_items: Positive = 2000
+    """A seeded draw of so many items where there are more."""
+    max_tokens: Positive = 512
+    """Of a longer text the last so many tokens, since the last one's state is read."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+
+    @property
+    def source(self) -> DataSource:
+        """Where the texts come from."""
+        return DataSource(self.path, column=self.text, split=self.split, name=self.name)
 
 
 @dataclass(frozen=True)
@@ -80,6 +110,10 @@ class Measure(Section):
     """None = no task is scored."""
     diagnostics: bool = False
     """Depth diagnostics too: diagnostics.json."""
+    gradient_prompts: Annotated[int, Field(ge=0)] = 0
+    """Prompts over which diagnostics take integrated gradients, by far their most expensive part; 0 = none."""
+    probes: tuple[ProbeSet, ...] = ()
+    """Labelled texts whose classes are looked for after every layer: probes.json."""
     memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Where the weights need more than this, measure layer by layer from the files; None = hold the model in memory."""
 
@@ -458,6 +492,10 @@ def _sweep_contradictions(measure: Measure) -> list[str]:
         problems.append(
             "measure.sweep.donor: needs the operator donor, and the operator the donor; give both or none of them"
         )
+    if not sweep.operators and sweep.greedy is None:
+        problems.append("measure.sweep.operators: is empty; name at least one, or set measure.sweep.greedy")
+    if sweep.greedy_weights and sweep.greedy is None:
+        problems.append("measure.sweep.greedy_weights: have no effect without measure.sweep.greedy; leave them out")
     if isinstance(sweep.order, tuple) and "cumulative" not in sweep.operators:
         problems.append("measure.sweep.order: has no effect without the operator cumulative; leave it out")
     return problems
