@@ -51,7 +51,8 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
 ) -> None:
     operators = ["layer", "cumulative"]
     run = make_run(
-        {"sweep": {**SWEEP, "operators": operators}}, prune={"metric": "knowledge/continuation", "num_drop": 1}
+        {"sweep": {**SWEEP, "operators": operators, "max_removed": 4}},
+        prune={"metric": "knowledge/continuation", "num_drop": 1},
     )
     pipeline.measure(run)
     importance = Importance.read(run.dir / "importance.json")
@@ -64,7 +65,7 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     assert all(len(column.effects) == NUM_LAYERS for column in importance.atlas.columns)
     assert set(importance.atlas.agreement.columns) >= {"block_influence", "angular", "knowledge_continuation"}
     assert set(importance.sweeps) == {"cumulative"}
-    assert [len(unit.layers) for unit in importance.sweeps["cumulative"].units] == [1, 2, 3, 4, 5]
+    assert [len(unit.layers) for unit in importance.sweeps["cumulative"].units] == [1, 2, 3, 4]
     for name in ("importance", "atlas", "agreement", "cumulative"):
         assert (run.dir / "figures" / f"{name}.svg").stat().st_size > 1000
     items = json.loads((run.dir / "sweep/layer/knowledge_generation.json").read_text())
@@ -141,6 +142,7 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "operators": ["donor"]}}, "measure.sweep.donor: needs the operator donor"),
         ({"sweep": {**SWEEP, "donor": "x"}}, "measure.sweep.donor: needs the operator donor"),
         ({"sweep": {**SWEEP, "order": [1]}}, "measure.sweep.order: has no effect"),
+        ({"sweep": {**SWEEP, "max_removed": 2}}, "measure.sweep.max_removed: has no effect"),
         ({"sweep": {**SWEEP, "greedy_weights": {"a": 1}}}, "measure.sweep.greedy_weights: have no effect"),
         ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: is empty"),
         ({"sweep": {**SWEEP, "limit": 4}}, "has 4 items, but over 6 removals"),

@@ -215,7 +215,7 @@ def _swept(run: Run, model: Any, settings: Sweeps, importance: Importance) -> Im
     sweep = _streamed_sweep(run, settings) if model is None else _sweep_in_memory(run, model, settings)
     identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, settings.donor])
     for operator in settings.operators:
-        order = _order(settings, importance) if operator == "cumulative" else ()
+        order = _order(settings, importance)[: settings.max_removed] if operator == "cumulative" else ()
         units = units_of(operator, skeleton, order=order)
         log.info("measure: sweep of operator %s, %d variants", operator, len(units))
         intact, removed = sweep(

@@ -59,6 +59,8 @@ class Sweeps(Section):
     """Window of the perplexity measurement, in tokens."""
     order: tuple[int, ...] | str = "block_influence"
     """Cumulative removals go through these layers, or through all by a measured metric, the least important first."""
+    max_removed: Positive | None = None
+    """After how many layers cumulative removals end; None = when one layer is left."""
     greedy: Positive | None = None
     """Removals of a task-aware order: at every step the layer goes without which the tasks' mean score is best. Made
     beside the operators, as `task_greedy`; every step costs as much as the operator layer on what is left."""
@@ -496,6 +498,8 @@ def _sweep_contradictions(measure: Measure) -> list[str]:
         problems.append("measure.sweep.operators: is empty; name at least one, or set measure.sweep.greedy")
     if sweep.greedy_weights and sweep.greedy is None:
         problems.append("measure.sweep.greedy_weights: have no effect without measure.sweep.greedy; leave them out")
+    if sweep.max_removed is not None and "cumulative" not in sweep.operators:
+        problems.append("measure.sweep.max_removed: has no effect without the operator cumulative; leave it out")
     if isinstance(sweep.order, tuple) and "cumulative" not in sweep.operators:
         problems.append("measure.sweep.order: has no effect without the operator cumulative; leave it out")
     return problems
