@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.anatomy import anatomy, decoder_layers, text_config
+from shoal.anatomy import anatomy, decoder_body, decoder_layers, text_config
 from shoal.data import PackedRows
 from shoal.errors import UserError
 from shoal.models import logits_from_hidden
@@ -193,7 +193,7 @@ def body_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
 
 def run_body(model: PreTrainedModel, batch: TokenBatch) -> None:
     """One forward over ``batch`` up to the last layer, for those who watch it with hooks."""
-    body, layers = model.get_decoder(), decoder_layers(model)
+    body, layers = decoder_body(model), decoder_layers(model)
     if not any(module is layers for module in body.modules()):
         body = model  # ModernBERT's decoder names its head
     body(**body_inputs(model, batch))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from shoal.anatomy import decoder_body
 from shoal.errors import UserError
 from shoal.models import decoder_layers, text_config
 
@@ -140,7 +141,7 @@ def writes_into_input(model: PreTrainedModel) -> bool:
     handles += [layer.register_forward_hook(after) for layer in decoder_layers(model)]
     try:
         ids = torch.arange(2, device=model.device).unsqueeze(0)
-        model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
+        decoder_body(model)(input_ids=ids, position_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -189,7 +190,7 @@ def _run(
     writes: bool,
 ) -> None:
     with _observed(layers, batch.input_ids_BS.shape, observe, writes=writes):
-        model.get_decoder()(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+        decoder_body(model)(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
 
 
 def padding_apart(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_layers
+from shoal.anatomy import decoder_body, decoder_layers
 from shoal.errors import UserError
 
 from .merging import merged_layer, refuse_different_kinds, tensors_in_place
@@ -99,7 +99,7 @@ def _final_states(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> lis
     """(S, D) of every text. What fills up a short one comes behind it, where it cannot see it."""
     longest = max(map(len, texts))
     ids_XS = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=model.device)
-    body: Any = model.get_decoder()
+    body: Any = decoder_body(model)
     states_XSD = body(input_ids=ids_XS, use_cache=False).last_hidden_state
     return [states_SD[: len(text)].double() for states_SD, text in zip(states_XSD, texts, strict=True)]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.anatomy import anatomy, decoder_layers, text_config
+from shoal.anatomy import anatomy, decoder_body, decoder_layers, text_config
 from shoal.errors import UserError
 
 from .surgery import skipped
@@ -40,12 +40,18 @@ class Call:
     by_name: bool
     """Whether the hidden state goes by its name."""
 
-    def of(self, layer: nn.Module, hidden_BSD: Tensor, **changed: Any) -> Tensor:
-        """The state after ``layer``; ``changed`` replaces keyword arguments."""
-        kwargs = {**self.kwargs, **changed}
+    def of(self, layer: nn.Module, hidden_BSD: Tensor) -> Tensor:
+        """The state after ``layer``."""
         if self.by_name:
-            return state_of(layer(*self.args, hidden_states=hidden_BSD, **kwargs))
-        return state_of(layer(hidden_BSD, *self.args, **kwargs))
+            return state_of(layer(*self.args, hidden_states=hidden_BSD, **self.kwargs))
+        return state_of(layer(hidden_BSD, *self.args, **self.kwargs))
+
+    def replacing(self, old: Any, new: Any) -> Call:
+        """The same call with ``new`` wherever it hands over ``old``, by name or, as GPT-2 does it, by position."""
+        args = tuple(new if value is old else value for value in self.args)
+        return replace(
+            self, args=args, kwargs={name: new if value is old else value for name, value in self.kwargs.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Layerwise:
         self.model = model
         self.layers = decoder_layers(model)
         self.num_layers = len(self.layers)
-        self._body: Any = model.get_decoder()
+        self._body: Any = decoder_body(model)
         self._final_norm: nn.Module | None = None
         self._lengths: list[int | None] = [None] * self.num_layers
         """Of the tuple that a layer returns; None = it returns a tensor."""
@@ -108,10 +114,9 @@ class Layerwise:
         return Prepared(inputs, tuple(calls), first[0])
 
     @torch.no_grad()
-    def run(self, layer: int, hidden_BSD: Tensor, call: Call, **changed: Any) -> Tensor:
+    def run(self, layer: int, hidden_BSD: Tensor, call: Call) -> Tensor:
         """The state after ``layer``; ``hidden_BSD`` stays as it is."""
-        given = hidden_BSD.clone() if self._adds_in_place else hidden_BSD
-        return call.of(self.layers[layer], given, **changed)
+        return call.of(self.layers[layer], hidden_BSD.clone() if self._adds_in_place else hidden_BSD)
 
     @torch.no_grad()
     def finish(self, hidden_BSD: Tensor, prepared: Prepared) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_layers
+from shoal.anatomy import decoder_body, decoder_layers
 from shoal.data import PackedRows
 from shoal.errors import UserError
 
@@ -143,7 +143,7 @@ def head_means(
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)
             ids_BS, positions_BS = rows.input_ids_NS[batch], rows.position_ids_NS[batch]
-            model.get_decoder()(
+            decoder_body(model)(
                 input_ids=ids_BS.to(model.device), position_ids=positions_BS.to(model.device), use_cache=False
             )
     num_tokens = rows.input_ids_NS.numel()
@@ -253,7 +253,7 @@ def _padding_refused(model: PreTrainedModel) -> Iterator[None]:
             raise UserError("heads_masked: resample needs sequences of one length, and some are padded")
 
     # callers may run the body alone, without the head
-    with model.get_decoder().register_forward_pre_hook(refuse, with_kwargs=True):
+    with decoder_body(model).register_forward_pre_hook(refuse, with_kwargs=True):
         yield
 
 

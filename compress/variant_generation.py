@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_layers, text_config
+from shoal.anatomy import decoder_layers
 
 from ..eval.decoder import Decoder
 from ..eval.generation import Texts, generate_greedily, write
@@ -90,7 +90,7 @@ def generate_variants(
                 if not variants[number].edits:
                     found[number] = draft
             rest = [number for number in together if number not in found]
-            for group in batches(rest, _group_size(edited.model, rows, limits)):
+            for group in batches(rest, _group_size(decoder, rows, limits)):
                 texts = _write_together(edited, decoder, rows, draft, [variants[number] for number in group], limits)
                 found.update(zip(group, texts, strict=True))
         for number, one in enumerate(variants):
@@ -113,12 +113,9 @@ def _together(model: PreTrainedModel, decoder: Decoder, variants: Sequence[Varia
     return sorted(chosen, key=lambda number: [layer for layer, _ in variants[number].edits])
 
 
-def _group_size(model: PreTrainedModel, prompts: Sequence[Tokens], limits: Limits) -> int:
-    config = text_config(model.config)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _group_size(decoder: Decoder, prompts: Sequence[Tokens], limits: Limits) -> int:
     tokens = len(prompts) * (max(map(len, prompts)) + limits.max_new_tokens)
-    return max(1, CACHE_BYTES // (tokens * 2 * heads * width * model.dtype.itemsize * config.num_hidden_layers))
+    return max(1, CACHE_BYTES // (tokens * decoder.cache_bytes))
 
 
 def _write_together(

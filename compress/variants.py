@@ -27,7 +27,7 @@ from shoal.errors import UserError
 
 from ..eval.decoder import Decoder
 from ..eval.scoring import Layout, Pass, Score, Tokens, layouts, settle
-from .layerwise import Call, Layerwise, Prepared
+from .layerwise import Call, Layerwise
 from .operators import Half, attention_skipped, heads_masked, mlp_skipped
 from .state_store import Kept, StateStore
 from .surgery import skipped
@@ -120,19 +120,17 @@ class Edited:
             self._enter(stack, layer, edit)
         return stack
 
-    def run(
-        self, layerwise: Layerwise, layer: int, edits: Sequence[Edit], hidden: Tensor, call: Call, **changed: Any
-    ) -> Tensor:
+    def run(self, layerwise: Layerwise, layer: int, edits: Sequence[Edit], hidden: Tensor, call: Call) -> Tensor:
         """The state after ``layer`` under ``edits`` of it."""
         if Removed() in edits:
             return hidden
         if Swapped() in edits:
             assert self.donor is not None
-            return call.of(decoder_layers(self.donor)[layer], hidden.clone(), **changed)
+            return call.of(decoder_layers(self.donor)[layer], hidden.clone())
         with ExitStack() as stack:
             for edit in edits:
                 self._enter(stack, layer, edit)
-            return layerwise.run(layer, hidden, call, **changed)
+            return layerwise.run(layer, hidden, call)
 
     def _enter(self, stack: ExitStack, layer: int, edit: Edit) -> None:
         match edit:
@@ -174,14 +172,13 @@ class States:
         elif len(passes) > 1:
             self._empty = decoder.new_cache()
         self.kept: list[dict[Path, tuple[Tensor, Tensor]]] | None = [] if keep else None
-        caches = _measuring_caches(self._empty, passes)
+        self._caches = caches = _measuring_caches(self._empty, passes)
         self._prepared = [
             layerwise.prepare(
                 decoder.arguments(one.ids_BS, mask=one.mask, position_ids_BS=one.positions_BS, cache=cache)
             )
             for one, cache in zip(passes, caches, strict=True)
         ]
-        self._cache_names = [_name_of(cache, made) for cache, made in zip(caches, self._prepared, strict=True)]
         self._store = store or StateStore()
         self._states: dict[Path, list[Kept]] = {(): [self._store.keep(made.hidden_BSD) for made in self._prepared]}
         self._prepared = [made.without_hidden() for made in self._prepared]
@@ -216,9 +213,9 @@ class States:
         first: DynamicCache | None = None
         after: list[Kept] = []
         slot: Any = None
-        for one, made, name, state in zip(self._passes, self._prepared, self._cache_names, states, strict=True):
-            changed: dict[str, Any] = {}
-            if name is not None and self._empty is not None:
+        for one, made, measuring, state in zip(self._passes, self._prepared, self._caches, states, strict=True):
+            call = made.calls[layer]
+            if self._empty is not None:
                 if first is None:
                     mine = first = _with_own_slot(self._empty, layer)
                 else:
@@ -226,9 +223,9 @@ class States:
                     slot = mine.layers[layer]
                     slot.batch_select_indices(one.rows)
                 slot = mine.layers[layer]
-                changed[name] = mine
+                call = call.replacing(measuring, mine)
             given = state.load()
-            found = self._edited.run(self._layerwise, layer, here, given, made.calls[layer], **changed)
+            found = self._edited.run(self._layerwise, layer, here, given, call)
             after.append(state if found is given else self._store.keep(found))
         return after, slot
 
@@ -249,13 +246,6 @@ def _measuring_caches(empty: DynamicCache | None, passes: Sequence[Pass]) -> lis
         nothing = torch.zeros(len(ids_BS), 1, ids_BS.shape[1], 1, device=ids_BS.device)
         full.update(nothing, nothing, layer)
     return [copy.deepcopy(empty), *(copy.deepcopy(full) for _ in passes[1:])]
-
-
-def _name_of(cache: DynamicCache | None, made: Prepared) -> str | None:
-    """What the layers call the argument that holds ``cache``."""
-    if cache is None:
-        return None
-    return next((name for name, value in made.calls[0].kwargs.items() if value is cache), None)
 
 
 def _with_own_slot(cache: DynamicCache, layer: int) -> DynamicCache:

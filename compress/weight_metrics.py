@@ -12,7 +12,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shoal.anatomy import anatomy, decoder_layers
+from shoal.anatomy import anatomy, decoder_body, decoder_layers
 from shoal.errors import UserError
 from shoal.models import logits_from_hidden
 
@@ -192,7 +192,7 @@ def _backward(decoder: Decoder, calibration: Calibration, rows_B: Tensor) -> Ten
     ids_BS = calibration.rows.input_ids_NS[rows_B].long().to(device)
     positions_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], mask_BS).long()
     arguments = decoder.arguments(ids_BS, position_ids_BS=positions_BS.to(device))
-    body: Any = decoder.model.get_decoder()
+    body: Any = decoder_body(decoder.model)
     hidden_TD = body(**arguments).last_hidden_state.flatten(0, 1)
     leaf_TD = hidden_TD.detach().requires_grad_()
     predicted_P = follows_BS.flatten().nonzero().flatten().to(device)  # never a row's first token

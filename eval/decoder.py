@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from shoal.anatomy import decoder_body
 from shoal.errors import UserError
 from shoal.models import logits_from_hidden, text_config
 
 LOGIT_ELEMENTS = 2**25
 """Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""
+NEVER_BRANCH = ("cpmant", "xlstm")
+"""Families whose body takes another cache than it looks: one wants all earlier tokens beside it, one is recurrent."""
 
 
 class Decoder:
@@ -32,15 +36,17 @@ class Decoder:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.device = model.device
-        self._body: Any = model.get_decoder()
+        self._body: Any = decoder_body(model)
         self._head: Any = model.get_output_embeddings()
         self._to_logits = logits_from_hidden(model)
         parameters = inspect.signature(self._body.forward).parameters
         self._takes_positions = "position_ids" in parameters
         # transformers renames this argument from one minor version to the next
         self._cache_name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
-        self.can_branch = self._cache_name is not None and all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers
+        self.can_branch = (
+            self._cache_name is not None
+            and text_config(model.config).model_type not in NEVER_BRANCH
+            and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers)
         )
         """Whether rows of the cache are keys and values that can be copied; recurrent models get full forwards."""
         self._check_head()
@@ -88,6 +94,14 @@ class Decoder:
     def positions_at_once(self) -> int:
         """How many positions' logits fit into LOGIT_ELEMENTS."""
         return max(1, LOGIT_ELEMENTS // text_config(self.model.config).vocab_size)
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        """What the keys and values of one token take; families differ too much to work it out."""
+        cache = self.new_cache()
+        self.hidden(torch.zeros(1, 1, dtype=torch.long, device=self.device), cache=cache)
+        slots: Any = cache.layers
+        return sum(slot.keys.nbytes + slot.values.nbytes for slot in slots)
 
     def left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, mask and position ids (B, S) of rows that end together, as a cache that goes on needs them.

@@ -93,7 +93,7 @@ def test_groups_of_variants_write_what_all_at_once_write(monkeypatch: pytest.Mon
     arguments = (edited, Decoder(edited.model), prompts(shared=20), VARIANTS, LIMITS)
     at_once = generate_variants(*arguments, batch_size=4)
     monkeypatch.setattr(variant_generation, "CACHE_BYTES", 1 << 17)
-    assert variant_generation._group_size(edited.model, prompts(shared=20), LIMITS) < 4
+    assert variant_generation._group_size(arguments[1], prompts(shared=20), LIMITS) < 4
     assert generate_variants(*arguments, batch_size=4) == at_once
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
+from architectures import tiny_model as tiny_family
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers
 from shoal.compress.surgery import cut_model
+from shoal.compress.variant_generation import Limits, generate_variants
 from shoal.compress.variants import (
     INTACT,
     Edited,
@@ -17,13 +20,28 @@ from shoal.compress.variants import (
     Silenced,
     Swapped,
     Variant,
+    layerwise_or_none,
     score_variants,
     variant,
     without,
 )
 from shoal.errors import UserError
 from shoal.eval.decoder import Decoder
+from shoal.eval.generation import generate_greedily
 from shoal.eval.scoring import Score, Tokens, score
+
+RUN_AS_A_WHOLE = ("dory", "gemma3n_text", "gemma4_text", "glm_moe_dsa", "hy_v4", "inkling2_loop_text", "zaya")
+"""Families whose layers share more than the hidden state."""
+FAMILIES = (
+    *("gemma2", "gemma3_text", "gpt_neo", "llama4", "llama4_text", "mimo_v2_flash", "olmo3"),  # several kinds of masks
+    *("bloom", "ctrl", "falcon_alibi", "gpt2", "mpt", "opt", "xglm"),  # positions of their own, caches by position
+    *("aria_text", "dbrx", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe_step"),  # experts, latent attention
+    *("cohere", "granite", "hyperclovax", "modernbert-decoder", "nanochat"),  # heads that do more than a product
+    *("dots3_note_text", "gemma4", "gemma4_unified_text"),  # layers of several shapes
+    *("cpmant", "falcon_mamba", "lfm2", "qwen3_next", "rwkv", "xlstm", "zamba2"),  # no cache that could branch
+    *RUN_AS_A_WHOLE,
+)
+"""One of every kind; each row of architectures.py was tried once."""
 
 
 def requests(*, num_questions: int = 5, seed: int = 0) -> list[tuple[Tokens, Tokens]]:
@@ -85,6 +103,27 @@ def test_scores_without_layers_are_those_of_the_cut_model(kind: str) -> None:
         assert_equal_scores(scores, score(Decoder(cut_model(model, drop)), asked, batch_size=7, branch=False))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_variants_of_every_kind_of_family_score_and_write_what_each_alone_does(family: str) -> None:
+    model = tiny_family(family)
+    edited, decoder = Edited(model), Decoder(model)
+    num_layers = len(decoder_layers(model))
+    variants = [without([0]), without([2, num_layers - 1])]
+    asked: list[tuple[Tokens, Tokens]] = [((7, *range(11, 22)), tail) for tail in ((3,), (4, 5), (40, 30, 20))]
+    prompts = [[*range(30, 47), 5, 9, 2], [*range(30, 47), 8]]  # longer than the window, and read together
+    limits = Limits(3, lambda tokens: tokens[-1] % 7 == 0)
+    scores = score_variants(edited, decoder, asked, variants, batch_size=2)
+    texts = generate_variants(edited, decoder, prompts, variants, limits, batch_size=2) if decoder.can_branch else []
+    for number, one in enumerate(variants):
+        with edited.applied(one.edits):
+            assert scores[number] == score(decoder, asked, batch_size=2)
+            if texts and not ARCHITECTURES[family].padding:
+                assert texts[number] == generate_greedily(
+                    decoder, prompts, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished
+                )
+    assert (layerwise_or_none(model) is None) == (family in RUN_AS_A_WHOLE)
+
+
 def test_a_donors_layers_are_those_that_swapping_puts_in(monkeypatch: pytest.MonkeyPatch) -> None:
     model, donor = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
     edited, decoder, asked = Edited(model, donor), Decoder(model), requests()
@@ -138,8 +177,6 @@ def test_what_variants_share_is_computed_once() -> None:
 
 
 def test_an_architecture_whose_layers_share_more_is_scored_variant_by_variant(caplog: pytest.LogCaptureFixture) -> None:
-    from architectures import tiny_model as tiny_family
-
     model = tiny_family("gemma3n_text")
     edited, decoder = Edited(model), Decoder(model)
     asked = [(tuple(t % 90 for t in context), tuple(t % 90 for t in tail)) for context, tail in requests()]

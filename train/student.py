@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from shoal.anatomy import decoder_body
 from shoal.data import IGNORED
 from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
@@ -85,7 +86,7 @@ def install_objective(
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """What the head reads, (B, S, D). Documents packed in one row do not see each other: see shoal.data."""
-    decoder = model.get_decoder()
+    decoder = decoder_body(model)
     return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 

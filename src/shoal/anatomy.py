@@ -34,7 +34,6 @@ FINAL_NORMS = (
 EXCEPTIONS: dict[str, str] = {
     "cpmant": "cpmant.encoder.layers",
     "git": "git.encoder.layer",
-    "modernbert-decoder": "model.layers",
 }
 """Model type -> path of the list of layers in the whole model, where the decoder is not where transformers says."""
 
@@ -84,6 +83,18 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return _layers(model)[1]
 
 
+def decoder_body(model: PreTrainedModel) -> nn.Module:
+    """The part of ``model`` that turns token ids into final hidden states.
+
+    That is the decoder that transformers names, but of Llama 4 it names the model with its head, and of ModernBERT's
+    decoder the head itself.
+    """
+    named = model.get_decoder()
+    decoder = named if isinstance(named, PreTrainedModel) else model.base_model
+    inner = getattr(decoder, "model", None)
+    return inner if isinstance(inner, PreTrainedModel) else decoder
+
+
 def text_config(config: Any) -> Any:
     """The part of a configuration that describes the text decoder; the whole of it for text-only models."""
     return config.get_text_config(decoder=True)
@@ -96,8 +107,7 @@ def _layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
         owner_name, _, leaf = path.rpartition(".")
         owners, names = [model.get_submodule(owner_name)], (leaf,)
     else:
-        decoder = model.get_decoder()
-        owners, names = [decoder, getattr(decoder, "model", None)], LAYER_LISTS  # Llama 4 names itself
+        owners, names = [decoder_body(model)], LAYER_LISTS
     for owner in owners:
         for name in names:
             layers = getattr(owner, name, None)

@@ -177,6 +177,7 @@ def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Te
     itself and forgets this is silently wrong (Cohere's and Granite's scale, Gemma 2's soft-cap).
     """
     config = text_config(model.config)
+    before_head = model.get_submodule("lm_head") if config.model_type == "modernbert-decoder" else None
     scale = divisor = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= getattr(config, name, None) or 1.0
@@ -187,7 +188,7 @@ def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Te
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "output_logit_soft_cap", None)
 
     def logits(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        raw = head(hidden)
+        raw = head(hidden if before_head is None else before_head(hidden))
         if scale != 1.0:
             raw = raw * scale
         if divisor != 1.0:
