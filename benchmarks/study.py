@@ -74,7 +74,7 @@ def depth_order(importance: Importance) -> Iterator[Row]:
     order = ("retrieval", "knowledge", "reasoning")
     for (lower, low), (upper, high) in itertools.permutations(centroids, 2):
         abilities = (lower.ability, upper.ability)
-        if abilities not in zip(order, order[1:], strict=False) or lower.protocol != upper.protocol:
+        if abilities not in list(itertools.pairwise(order)) or lower.protocol != upper.protocol:
             continue
         yield (
             f"{lower.ability} lies below {upper.ability} ({lower.protocol})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -38,8 +39,8 @@ TERMS = (
 )
 
 
-def cut_section(run: Run, picture: Picture | None) -> Section:
-    """Which layers were dropped, why, and the importance figure."""
+def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
+    """Which layers were dropped, why, and the figures of what layers are worth."""
     blocks: list[Block] = []
     if run.plan is None:
         blocks.append(Paragraph("No plan has been made yet: `shoal prune` fills this section."))
@@ -53,8 +54,7 @@ def cut_section(run: Run, picture: Picture | None) -> Section:
     if run.importance is None:
         blocks.append(Paragraph("Importance was not measured in this run, so there is no figure of it."))
         return Section("Which layers were cut, and why", tuple(blocks))
-    if picture:
-        blocks.append(picture)
+    blocks += pictures
     if run.importance.layers:
         dropped = set(run.plan.drop) if run.plan else set()
         metrics = tuple(run.importance.layers)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.artifact import write_text
+from shoal.atlas_figure import atlas_figure
 from shoal.figures import before_after_figure, importance_figure, inline_svg, loss_series, save_figure, training_figure
 
 from .details import (
@@ -55,7 +56,7 @@ def build_document(run: Run, comparison: Comparison, pictures: dict[str, Picture
         scores_section(run, comparison, pictures.get("before_after")),
         no_signal_section(comparison),
         protocol_section(run, comparison),
-        cut_section(run, pictures.get("importance")),
+        cut_section(run, [pictures[name] for name in ("importance", "atlas") if name in pictures]),
         training_section(run, pictures.get("training")),
         speed_section(run),
         flips_section(run, comparison),
@@ -93,6 +94,16 @@ def draw_figures(run: Run) -> dict[str, Picture]:
             title="Importance of the layers",
             description="Bars: importance of each layer, the cut ones hatched and marked by a triangle. Heat map, "
             "where there is one: importance of every run of neighbouring layers, by its first layer and its length.",
+        )
+    if run.importance and run.importance.atlas:
+        pictures["atlas"] = _drawn(
+            run,
+            "atlas",
+            atlas_figure(run.importance, run.plan.drop if run.plan else ()),
+            title="What every layer is worth, by ability and protocol",
+            description="Each row is a layer, each column a metric or a task under one protocol; the panels below show "
+            "what is left of every task without each layer, with 95 % intervals. Layers without which a task is "
+            "significantly worse are framed.",
         )
     if run.training and loss_series(run.training):
         pictures["training"] = _drawn(

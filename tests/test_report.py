@@ -11,9 +11,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from results import DROP, SKILL, choice, evaluation, importance, plan, training, write_run
+from results import DROP, NUM_LAYERS, SKILL, choice, evaluation, importance, plan, training, write_run
 
 from shoal.artifact import ItemScore, TaskScore
+from shoal.compress.atlas import build_atlas
 from shoal.edits import SkipAttention, Swap
 from shoal.errors import UserError
 from shoal.eval.document import Code, Paragraph, Table, block_markdown, inline
@@ -131,6 +132,16 @@ def test_both_outputs_tell_the_same_numbers(report: tuple[Page, str, Path]) -> N
         assert f"(figures/{name}.png)" in markdown
         assert (folder / "figures" / f"{name}.png").stat().st_size > 1000
         assert (folder / "figures" / f"{name}.svg").stat().st_size > 1000
+
+
+def test_a_swept_run_shows_its_atlas(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    scores = {role: [choice(role, "retrieval", "retrieval", "continuation")] for role in SKILL}
+    removed = [scores["pruned"], scores["distilled"]] * (NUM_LAYERS // 2)
+    replace(importance(), atlas=build_atlas(scores["teacher"], removed)).write(folder / "importance.json")
+    text = write_report(folder).read_text()
+    assert "What every layer is worth, by ability and protocol" in text
+    assert (folder / "figures/atlas.png").stat().st_size > 1000
 
 
 def test_headline_claims_only_what_the_intervals_show(report: tuple[Page, str, Path]) -> None:
