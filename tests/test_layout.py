@@ -128,7 +128,13 @@ def test_wheel_holds_code_templates_recipes_and_tasks(tmp_path: Path) -> None:
     wanted = {f"shoal/{file.relative_to(ROOT / 'src/shoal')}" for file in FLOOR} | {"shoal/py.typed"}
     for folder in (*ROOMS, "configs"):
         wanted |= {f"shoal/{file.relative_to(ROOT)}" for file in (ROOT / folder).rglob("*.py")}
-    for pattern in ("configs/*.yaml", "configs/tasks/*", "configs/deepspeed/*.json", "eval/templates/*"):
+    for pattern in (
+        "configs/*.yaml",
+        "configs/tasks/*",
+        "configs/hub_tasks/*",
+        "configs/deepspeed/*.json",
+        "eval/templates/*",
+    ):
         found = {f"shoal/{file.relative_to(ROOT)}" for file in ROOT.glob(pattern) if file.is_file()}
         assert found, f"nothing matches {pattern}"
         wanted |= found
