@@ -14,10 +14,12 @@ Ratios are medians over repeats of pairs that ran next to each other; values are
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
+from shoal.compress import variant_generation
 from shoal.compress.hidden_pass import HIDDEN_METRICS
 from shoal.compress.measure import measure_importance
 from shoal.compress.surgery import cut_model
 from shoal.compress.sweep import VariantsLM
 from shoal.compress.variant_generation import Limits, generate_variants
-from shoal.compress.variants import Edited, layerwise_or_none, score_variants, without
+from shoal.compress.variants import INTACT, Edited, layerwise_or_none, score_variants, without
 from shoal.data import PackedRows, load_texts, pack
 from shoal.eval.decoder import Decoder
 from shoal.eval.scoring import score
@@ -178,14 +181,43 @@ def generation(bench: Bench) -> dict[str, Any]:
 
             measured = bench.pairs(ours, loop)
             mine, theirs = measured.pop("results")
+            without_drafts, _ = timed(partial(undrafted, ours))
+            intact = generate_variants(bench.edited, bench.decoder, prompts, [INTACT], limits, batch_size=len(prompts))[
+                0
+            ]
             equal = [one == other for a, b in zip(mine, theirs, strict=True) for one, other in zip(a, b, strict=True)]
             found[f"{name}, {count} prompts, {new_tokens} new tokens"] = {
                 **measured,
                 "times_faster": round(1 / measured["ratio"], 2),
                 "equal_texts": f"{sum(equal)} of {len(equal)}",
+                "tokens_from_the_draft": round(drafted(intact, mine), 3),
+                "without_drafts_s": round(without_drafts, 2),
                 "target": "3 times",
             }
     return found
+
+
+def undrafted(run: Callable[[], Any]) -> Any:
+    """``run`` with drafts of one token, which say nothing."""
+    original = variant_generation._write_together
+
+    def shortened(edited: Any, decoder: Any, prompts: Any, draft: Any, *rest: Any) -> Any:
+        return original(edited, decoder, prompts, [text[:1] for text in draft], *rest)
+
+    variant_generation._write_together = shortened
+    try:
+        return run()
+    finally:
+        variant_generation._write_together = original
+
+
+def drafted(intact: Sequence[list[int]], texts: Sequence[Sequence[list[int]]]) -> float:
+    """Share of all variants' tokens that were read in the intact model's text and not written one by one."""
+    pairs = [(text, draft) for variant in texts for text, draft in zip(variant, intact, strict=True)]
+    same = [sum(itertools.takewhile(bool, map(int.__eq__, text, draft))) for text, draft in pairs]
+    # the first token that differs comes out of the reading too
+    read = sum(min(count + 1, len(text)) for count, (text, _) in zip(same, pairs, strict=True))
+    return read / sum(len(text) for text, _ in pairs)
 
 
 @torch.no_grad()
