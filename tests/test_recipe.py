@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +295,17 @@ def test_shipped_recipe_is_found_by_its_name_and_a_local_one_first(
 def test_shipped_recipe_loads(file: Path) -> None:
     recipe = load_recipe(file)
     assert parse_recipe(as_dict(recipe)) == recipe
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_commands_in_a_shipped_recipe_can_be_given(file: Path) -> None:
+    commented = "\n".join(line[1:] for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
+    commands = re.findall(r"^ +((?:deepspeed|shoal) .*)$", commented.replace("\\\n", " "), flags=re.MULTILINE)
+    assert commands or "make quickstart" in commented, "says nowhere how it is run"
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        assert words[words.index("--config") + 1] == f"configs/{file.name}"
+        load_recipe(file, [word for word in words if "=" in word])
 
 
 def test_recipe_survives_the_round_trip_through_plain_values(tmp_path: Path) -> None:
