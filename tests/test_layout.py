@@ -109,6 +109,12 @@ def test_declared_packages_are_those_of_the_tree() -> None:
     assert linked == {name: Path("../..") / name for name in (*ROOMS, "configs")}
 
 
+def test_the_map_of_compress_names_every_module_once() -> None:
+    described = ast.get_docstring(ast.parse((ROOT / "compress/__init__.py").read_text())) or ""
+    named = re.findall(r"^    (\w+) ", described, flags=re.MULTILINE)
+    assert sorted(named) == sorted(file.stem for file in (ROOT / "compress").glob("*.py") if file.stem != "__init__")
+
+
 @pytest.mark.slow
 def test_wheel_holds_code_templates_recipes_and_tasks(tmp_path: Path) -> None:
     source = tmp_path / "source"
