@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.initialization import no_init_weights
 
-from shoal.anatomy import anatomy
+from shoal.anatomy import anatomy, layer_config
 from shoal.checkpoint import Shard
 from shoal.errors import UserError
 from shoal.models import num_parameters, text_config
@@ -187,7 +187,7 @@ def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
                 token_bytes=token_bytes,
                 max_tokens=window - 1 if window else None,  # what is kept between two tokens
                 state_bytes=_num_bytes(old) - short * token_bytes,
-                pair_flops=_pair_flops(new, _layer_config(text, index)),
+                pair_flops=_pair_flops(new, layer_config(text, index)),
             )
         )
     return tuple(found)
@@ -218,11 +218,6 @@ def _tensors(slot: Any) -> Iterator[Tensor]:
         for tensor in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
             if isinstance(tensor, Tensor) and tensor.dim() > 2:
                 yield tensor
-
-
-def _layer_config(text: Any, layer: int) -> Any:
-    """Where layers differ in their dimensions, transformers answers for one of them only."""
-    return text.per_layer_config[layer] if getattr(text, "is_heterogeneous", False) else text
 
 
 def _pair_flops(slot: Any, text: Any) -> int:

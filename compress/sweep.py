@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from lm_eval.models.utils import resolve_max_length
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.anatomy import decoder_layers
+from shoal.anatomy import decoder_layers, text_config
 from shoal.artifact import TaskScore, fingerprint
 from shoal.errors import UserError
 from shoal.recipe import Eval, Protocol, Sweeps
+from shoal.runtime import world_size
 from shoal.sweeps import Unit
 
 from ..eval.engine import CausalLM, Writing, connect_ranks
-from ..eval.evaluate import in_words, scores_of
+from ..eval.evaluate import check_runnable, in_words, num_items, scores_of
 from ..eval.perplexity import perplexity
 from ..eval.scoring import Score, Tokens
 from ..eval.tasks import known_tasks, load_tasks
@@ -132,8 +137,11 @@ def sweep_by(
         evaluation.tasks, include_path=evaluation.include_path, num_fewshot=evaluation.num_fewshot, seed=seed
     )
     everything = with_intact(variants)
+    lm.seed = seed
     lm.answers = Answers(folder, fingerprint([identity, [repr(one.edits) for one in everything]]), rank=lm.rank)
+    shared, apart = layer_runs(everything, lm.num_layers)
     log.info("sweep: %d variants on %s", len(variants), in_words(tasks, evaluation))
+    log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
     found: list[tuple[TaskScore, ...]] = []
     for number in tqdm(range(len(everything)), desc="scored", unit="variant", disable=None if lm.rank == 0 else True):
         lm.current = number
@@ -143,6 +151,18 @@ def sweep_by(
         found.append(scores)
     by_name = dict(zip((one.name for one in everything), found, strict=True))
     return found[0], [by_name.get(one.name, found[0]) for one in variants]
+
+
+def layer_runs(variants: Sequence[Variant], num_layers: int) -> tuple[int, int]:
+    """How many layers a token passes until all variants have its final state: together, and one after the other."""
+    shared = apart = 0
+    for layer in range(num_layers):
+        removed = [(layer, Removed()) in one.edits for one in variants]
+        through = [one.edits for one, gone in zip(variants, removed, strict=True) if not gone]
+        paths = {tuple(edit for edit in edits if edit[0] <= layer) for edits in through}
+        shared += len(paths)
+        apart += len(variants) - sum(removed)
+    return shared, apart
 
 
 def task_names(settings: Sweeps) -> tuple[str, ...]:
@@ -174,6 +194,39 @@ def task_names(settings: Sweeps) -> tuple[str, ...]:
     return tuple(found)
 
 
+def checked_tasks(
+    settings: Sweeps, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tasks of a sweep and how many items each is scored on, with no model at hand.
+
+    Raises:
+        UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it.
+    """
+    names, evaluation = task_names(settings), as_evaluation(settings)
+    try:
+        tasks = load_tasks(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
+        check_runnable(tasks, num_ranks=world_size(), max_length=resolve_max_length(config, tokenizer))
+        counts = num_items(tasks, evaluation)
+    except UserError as error:  # the same settings as those of evaluating, in another section
+        raise UserError(re.sub(r"\beval\.(?=[a-z_]+\b)", "measure.sweep.", str(error))) from error
+    _refuse_written_text(settings, tasks)
+    return tasks, counts
+
+
+def _refuse_written_text(settings: Sweeps, tasks: dict[str, Any]) -> None:
+    """A task that only writes text goes by its plain name, which may be that of another's lettered options."""
+    others = tuple(protocol for protocol in settings.protocols if protocol != "generation")
+    if not others:
+        return
+    chosen = tasks if others == settings.protocols else task_names(replace(settings, protocols=others))
+    for name in chosen:
+        if name in tasks and tasks[name].OUTPUT_TYPE == "generate_until":
+            raise UserError(
+                f"measure.sweep.protocols: task {name!r} has no protocol {others[0]}, it writes text; name tasks in "
+                "full and leave protocols out"
+            )
+
+
 def _under(protocol: Protocol, task: str, known: set[str]) -> str | None:
     """What ``task`` is called under ``protocol``."""
     return next((name for pattern in TASK_NAMES[protocol] if (name := pattern.format(task)) in known), None)
@@ -203,6 +256,9 @@ class VariantsLM(CausalLM):
         super().__init__(edited.model, tokenizer, batch_size, progress=True)
         self.answers = Answers(None, "")
         self.current = 0
+        self.seed = 0
+        """Of sampled text."""
+        self.num_layers = text_config(edited.model.config).num_hidden_layers
         self._edited, self._variants = edited, variants
         self._requests_at_once: int | None = REQUESTS_AT_ONCE * batch_size
 
@@ -225,20 +281,30 @@ class VariantsLM(CausalLM):
         )
 
     def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
-        keys = [
-            key_of("write", prompt, how.max_new_tokens, how.stop, sorted(how.settings.items())) for prompt in prompts
-        ]
+        keys = self._keys(prompts, how)
         missing = [index for index, key in enumerate(keys) if key not in self.answers]
         missing.sort(key=lambda index: -len(prompts[index]))
         progress(len(prompts) - len(missing))
         for start in range(0, len(missing), self.batch_size):
             chosen = missing[start : start + self.batch_size]
-            found = self._write_variants([prompts[index] for index in chosen], how)
+            found = self._write_variants([prompts[index] for index in chosen], [keys[index] for index in chosen], how)
             self.answers.add([keys[index] for index in chosen], [list(texts) for texts in zip(*found, strict=True)])
             progress(len(chosen))
         return [self.answers.of(key, self.current) for key in keys]
 
-    def _write_variants(self, prompts: list[list[int]], how: Writing) -> list[list[list[int]]]:
+    def _keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
+        """What the texts of ``prompts`` are known by; where they are drawn, a repeated prompt gets draws of its own."""
+        request = ("write", how.max_new_tokens, how.stop, sorted(how.settings.items()))
+        if not how.settings.get("do_sample"):
+            return [key_of(*request, prompt) for prompt in prompts]
+        seen: Counter[tuple[int, ...]] = Counter()
+        keys = []
+        for prompt in prompts:
+            keys.append(key_of(*request, prompt, self.seed, seen[tuple(prompt)]))
+            seen[tuple(prompt)] += 1
+        return keys
+
+    def _write_variants(self, prompts: list[list[int]], keys: list[str], how: Writing) -> list[list[list[int]]]:
         if self._writes_greedily(how):
             limits = Limits(how.max_new_tokens, self._finish(how))
             return generate_variants(
@@ -247,8 +313,16 @@ class VariantsLM(CausalLM):
         found = []
         for one in self._variants:
             with self._edited.applied(one.edits):
-                found.append(self._write_batch(prompts, how))
+                if how.settings.get("do_sample"):
+                    found.append([self._draw(prompt, key, how) for prompt, key in zip(prompts, keys, strict=True)])
+                else:
+                    found.append(self._write_batch(prompts, how))
         return found
+
+    def _draw(self, prompt: list[int], key: str, how: Writing) -> list[int]:
+        """A sampled text that is the same whatever was written before it, as when a sweep goes on."""
+        torch.manual_seed(int(key[:15], 16))
+        return self._write_batch([prompt], how)[0]
 
 
 class StreamedVariantsLM(VariantsLM):

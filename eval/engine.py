@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 GREEDY_SETTINGS = {"do_sample", "temperature", "top_p", "top_k"}
 """Settings of a generation configuration that change nothing about greedy text."""
+NEW_TOKENS = 256
+"""How many a task gets that does not say how many it wants, as in lm-eval."""
 NEUTRAL_SETTINGS = GREEDY_SETTINGS | {
     "bos_token_id",
     "eos_token_id",
@@ -118,7 +120,7 @@ class CausalLM(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        return 256
+        return NEW_TOKENS
 
     @property
     def tokenizer_name(self) -> str:
@@ -205,15 +207,9 @@ class CausalLM(TemplateLM):
 
     def _generate(self, prompts: list[str], settings: dict[str, Any], bar: tqdm[Any]) -> list[str]:
         """Texts of prompts that share their generation settings."""
-        wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        room, wanted = prompt_room(settings, self.max_length)
         stop = handle_stop_sequences(wanted.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id]))
         max_new_tokens = wanted.pop("max_gen_toks")
-        room = self.max_length - max_new_tokens
-        if room < 1:
-            raise UserError(
-                f"a task asks for {max_new_tokens} new tokens (max_gen_toks), but the model has {self.max_length} "
-                "positions; leave this task out of eval.tasks"
-            )
         encoded = [self._encode_prompt(prompt) for prompt in prompts]
         self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
         encoded = [ids[-room:] for ids in encoded]
@@ -329,6 +325,21 @@ class CausalLM(TemplateLM):
             leave=False,
             mininterval=1 if sys.stderr.isatty() else 30,
         )
+
+
+def prompt_room(settings: dict[str, Any], max_length: int) -> tuple[int, dict[str, Any]]:
+    """How many tokens of a prompt ``max_length`` positions leave room for, and a task's settings in lm-eval's names.
+
+    Raises:
+        UserError: for none.
+    """
+    wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, NEW_TOKENS))
+    if wanted["max_gen_toks"] >= max_length:
+        raise UserError(
+            f"a task asks for {wanted['max_gen_toks']} new tokens (max_gen_toks), but the model has {max_length} "
+            "positions; leave this task out of eval.tasks"
+        )
+    return max_length - wanted["max_gen_toks"], wanted
 
 
 def connect_ranks(device: torch.device) -> None:

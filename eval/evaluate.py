@@ -18,7 +18,7 @@ from shoal.models import checkpoint_bytes, num_parameters, text_config
 from shoal.recipe import Eval
 from shoal.runtime import seed_everything
 
-from .engine import CausalLM, connect_ranks
+from .engine import CausalLM, connect_ranks, prompt_room
 from .perplexity import perplexity
 from .samples import task_score
 from .tasks import load_tasks
@@ -99,7 +99,7 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tupl
     """One score per task over its first ``num_items``; on ranks other than 0 nothing, because lm-eval gathers there."""
     from lm_eval import evaluator
 
-    _check_runnable(tasks, lm.world_size)
+    check_runnable(tasks, num_ranks=lm.world_size, max_length=lm.max_length)
     with _without_request_bars():
         # its bootstrap is left out: intervals are ours, paired over the kept items
         first = {name: list(range(count)) for name, count in counts.items()}
@@ -123,8 +123,12 @@ def in_words(tasks: dict[str, Any], settings: Eval) -> str:
     return ", ".join(f"{name} ({count} items)" for name, count in num_items(tasks, settings).items()) or "perplexity"
 
 
-def _check_runnable(tasks: dict[str, Any], num_ranks: int) -> None:
-    """What lm-eval would refuse with a traceback, or silently do in another way on several ranks."""
+def check_runnable(tasks: dict[str, Any], *, num_ranks: int, max_length: int) -> None:
+    """What lm-eval would refuse with a traceback, or silently do in another way on several ranks.
+
+    Raises:
+        UserError: a task that runs code, needs images, or asks for more new tokens than ``max_length`` positions hold.
+    """
     for name, task in tasks.items():
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(
@@ -132,6 +136,8 @@ def _check_runnable(tasks: dict[str, Any], num_ranks: int) -> None:
             )
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"eval.tasks: {name!r} needs images or sound; shoal evaluates text models, leave it out")
+        if task.OUTPUT_TYPE == "generate_until":
+            prompt_room(task.get_config("generation_kwargs") or {}, max_length)
         sampler = type(getattr(task, "sampler", None)).__name__
         if num_ranks > 1 and task.get_config("num_fewshot") and sampler == "ContextSampler":
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)

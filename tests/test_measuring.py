@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import NUM_LAYERS, tiny_checkpoint
+from architectures import tiny_model as tiny_family
+from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 
 from shoal import measuring, pipeline
 from shoal.artifact import Importance, PruningPlan
+from shoal.compress import measure as hidden_measure
 from shoal.errors import UserError
 from shoal.pipeline import Run
 from shoal.recipe import parse_recipe
@@ -148,6 +150,9 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "limit": 4}}, "has 4 items, but over 6 removals"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": [1, 1]}}, r"each once and not all \(got \[1, 1\]\)"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": "taylr"}}, "measure.sweep.order"),
+        ({"sweep": {**SWEEP, "sequence_length": 5000}}, "measure.sweep.sequence_length: 5000 is more than the 4096"),
+        ({"sweep": {**SWEEP, "perplexity_data": {"path": "/nowhere.txt"}}}, "/nowhere.txt"),
+        ({"sweep": {**SWEEP, "limits": {"x": 9}}}, "measure.sweep.limits: 'x' is not among"),
         ({"sequence_length": 5000}, "measure.sequence_length: 5000 is more than the 4096 positions"),
     ],
 )
@@ -159,11 +164,31 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
         pipeline.measure(make_run(measure))
 
 
-def test_a_donor_of_another_shape_is_refused(make_run: Any, tmp_path: Path) -> None:
+def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_measure, "measure_importance", lambda *_, **__: pytest.fail("measured"))
     donor = tiny_checkpoint(tmp_path, "llama", intermediate_size=64)
-    run = make_run({"sweep": {**SWEEP, "operators": ["donor"], "donor": str(donor)}})
+    run = make_run({"sweep": {**SWEEP, "operators": ["layer", "donor"], "donor": str(donor)}})
     with pytest.raises(UserError, match=r"swap: layer 0: mlp\.intermediate_size is 64 in the donor"):
         pipeline.measure(run)
+    recurrent = tmp_path / "mamba"
+    tiny_family("mamba", vocab_size=272).save_pretrained(recurrent)
+    tiny_tokenizer().save_pretrained(recurrent)
+    run = make_run({"sweep": {**SWEEP, "operators": ["layer", "head"]}}, model=str(recurrent), attention="eager")
+    with pytest.raises(UserError, match="layer 0 of mamba"):
+        pipeline.measure(run)
+
+
+def test_answers_of_a_donor_that_has_changed_are_not_used(make_run: Any, tmp_path: Path) -> None:
+    sweep = {**SWEEP, "protocols": ["continuation"], "operators": ["donor"], "perplexity_tokens": 0}
+    found = []
+    for seed, name in ((1, "run"), (2, "run"), (2, "fresh")):
+        donor = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096, initializer_range=0.3, seed=seed)
+        run = make_run({"sweep": {**sweep, "donor": str(donor)}}, run_dir=str(tmp_path / name))
+        pipeline.measure(run)
+        found.append((run.dir / "sweep/donor/knowledge_continuation.json").read_text())
+    assert found[0] != found[1] == found[2]
 
 
 SMALL = {"memory_gb": 0.0085}

@@ -100,6 +100,14 @@ def text_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+def layer_config(config: Any, layer: int) -> Any:
+    """The part of a text decoder's configuration that holds for ``layer``.
+
+    Where layers differ in their dimensions, transformers answers for one of them only.
+    """
+    return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
+
+
 def _layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The module that owns the list of decoder layers, and the list."""
     config = text_config(model.config)

@@ -6,11 +6,12 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.anatomy import layer_config
 from shoal.artifact import Importance, Provenance, TaskScore, fingerprint, write_json
 from shoal.data import PackedRows, load_labelled, load_texts, pack, sources_fingerprint
 from shoal.depth import Diagnostics, Probes
@@ -26,7 +27,7 @@ from shoal.models import (
 from shoal.recipe import Sweeps, as_dict
 from shoal.run import Run, barrier, check_length, is_done, resolved, task_files_fingerprint
 from shoal.runtime import device, is_main, seed_everything
-from shoal.sweeps import Removal
+from shoal.sweeps import Removal, Unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TASK_ORDER = "task_greedy"
+DONOR_CONTENT = "measure.sweep.donor (content)"
 CHANGES_NO_NUMBER = ("batch_size", "diagnostics", "gradient_prompts", "probes", "memory_gb")
 """Settings of measuring that importance.json does not depend on."""
 
@@ -60,7 +62,7 @@ def measure_inputs(run: Run) -> dict[str, Any]:
     if settings.perplexity_tokens:
         inputs["measure.sweep.perplexity_data (content)"] = sources_fingerprint(settings.perplexity_data)
     if settings.donor is not None:
-        inputs["measure.sweep.donor (content)"] = model_fingerprint(resolved(settings.donor, settings.donor_revision))
+        inputs[DONOR_CONTENT] = model_fingerprint(resolved(settings.donor, settings.donor_revision))
     return inputs
 
 
@@ -87,19 +89,20 @@ def check_measure(run: Run) -> None:
 
 
 def _check_sweep(run: Run, settings: Sweeps) -> None:
-    from shoal.compress.sweep import as_evaluation, task_names
+    from shoal.compress.sweep import checked_tasks
     from shoal.compress.sweep_table import require_items
-    from shoal.eval.evaluate import num_items
-    from shoal.eval.tasks import load_tasks
 
     measure = run.recipe.measure
-    names = task_names(settings)
-    tasks = load_tasks(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
-    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
-    per_layer = {"head": config.num_attention_heads, "kv_group": getattr(config, "num_key_value_heads", None) or 1}
-    num_units = run.num_layers * max((per_layer.get(operator, 1) for operator in settings.operators), default=1)
-    for task, count in num_items(tasks, as_evaluation(settings)).items():
+    config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    tasks, counts = checked_tasks(settings, config, tokenizer)
+    num_units = max((_num_units(text_config(config), operator) for operator in settings.operators), default=1)
+    for task, count in counts.items():
         require_items(task, count, num_units)
+    if settings.perplexity_tokens:
+        check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
+        for source in settings.perplexity_data:
+            load_texts(source, max_characters=1)
     if _is_streamed(run):
         _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
     if "cumulative" not in settings.operators:
@@ -111,6 +114,15 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
             f"measure.sweep.order: {settings.order!r} is not measured here; name one of measure.metrics "
             f"({', '.join(measure.metrics)}), or sweep layers too to order by a task"
         )
+
+
+def _num_units(config: Any, operator: str) -> int:
+    """About how many variants a sweep has; what no layer has is refused with the model at hand."""
+    layers = range(config.num_hidden_layers)
+    field = {"head": "num_attention_heads", "kv_group": "num_key_value_heads"}.get(operator)
+    if field is None:
+        return len(layers)
+    return sum(getattr(layer_config(config, layer), field, None) or 1 for layer in layers)
 
 
 def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
@@ -186,6 +198,7 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
 
     settings = run.recipe.measure
     common: dict[str, Any] = {"metrics": settings.metrics, "batch_size": settings.batch_size}
+    sweeping = None if settings.sweep is None else _sweeping(run, model, settings.sweep)
     if model is None:
         scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
     else:
@@ -200,23 +213,45 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
         errors=scores.errors,
         orders=scores.orders,
     )
-    if settings.sweep is None:
+    if settings.sweep is None or sweeping is None:
         return importance
-    return _swept(run, model, settings.sweep, importance)
+    return _swept(run, sweeping, settings.sweep, importance)
 
 
-def _swept(run: Run, model: Any, settings: Sweeps, importance: Importance) -> Importance:
+@dataclass(frozen=True)
+class _Sweeping:
+    """What sweeps need, made before anything is measured, so that what they refuse is refused at once."""
+
+    skeleton: Any
+    """The model; where it is too large, without its weights."""
+    sweep: Callable[..., Any]
+    units: dict[str, tuple[Unit, ...]]
+    """By operator; cumulative ones wait for their order."""
+
+
+def _sweeping(run: Run, model: Any, settings: Sweeps) -> _Sweeping:
+    from shoal.compress.sweep import units_of
+
+    skeleton = _streaming(run).open(run.teacher).model if model is None else model
+    sweep = _streamed_sweep(run, settings) if model is None else _sweep_in_memory(run, model, settings)
+    known = [operator for operator in settings.operators if operator != "cumulative"]
+    return _Sweeping(skeleton, sweep, {operator: units_of(operator, skeleton) for operator in known})
+
+
+def _swept(run: Run, sweeping: _Sweeping, settings: Sweeps, importance: Importance) -> Importance:
     """``importance`` with the atlas and the tables of all operators."""
     from shoal.compress.atlas import build_atlas
     from shoal.compress.sweep import units_of, variant_of
     from shoal.compress.sweep_table import sweep_table
 
-    skeleton = _streaming(run).open(run.teacher).model if model is None else model
-    sweep = _streamed_sweep(run, settings) if model is None else _sweep_in_memory(run, model, settings)
-    identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, settings.donor])
+    skeleton, sweep = sweeping.skeleton, sweeping.sweep
+    donor = measure_inputs(run).get(DONOR_CONTENT)
+    identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, donor])
     for operator in settings.operators:
-        order = _order(settings, importance)[: settings.max_removed] if operator == "cumulative" else ()
-        units = units_of(operator, skeleton, order=order)
+        units = sweeping.units.get(operator)
+        if units is None:
+            order = _order(settings, importance)[: settings.max_removed]
+            units = units_of(operator, skeleton, order=order)
         log.info("measure: sweep of operator %s, %d variants", operator, len(units))
         intact, removed = sweep(
             [variant_of(unit, skeleton) for unit in units],
