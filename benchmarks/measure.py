@@ -30,9 +30,11 @@ from transformers import PreTrainedModel
 from shoal.compress import variant_generation
 from shoal.compress.hidden_pass import HIDDEN_METRICS
 from shoal.compress.measure import measure_importance
+from shoal.compress.metric import Calibration
 from shoal.compress.surgery import cut_model
 from shoal.compress.sweep import VariantsLM
 from shoal.compress.variant_generation import Limits, generate_variants
+from shoal.compress.variant_losses import own_documents
 from shoal.compress.variants import INTACT, Edited, layerwise_or_none, score_variants, without
 from shoal.data import PackedRows, load_texts, pack
 from shoal.eval.decoder import Decoder
@@ -239,13 +241,13 @@ def written(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: in
 
 def sleb(bench: Bench) -> dict[str, Any]:
     rows, count = bench.rows(1024), bench.arguments.drops
-    start = bench.tokenizer.bos_token_id or 0
-    requests = [((start,), tuple(row)) for row in rows.input_ids_NS.tolist()]
+    documents = [document.tokens for document in own_documents(Calibration(rows, 4))]
+    requests = [(tuple(ids[:1]), tuple(ids[1:])) for ids in documents if len(ids) > 1]
 
     def loop() -> list[int]:
         gone: list[int] = []
         for _ in range(count):
-            left = [layer for layer in range(bench.num_layers) if layer not in gone]
+            left = [layer for layer in range(1, bench.num_layers - 1) if layer not in gone]
             totals = [
                 sum(value for value, _ in score(Decoder(bench.cut([*gone, layer])), requests, batch_size=4))
                 for layer in left
