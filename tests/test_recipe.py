@@ -308,6 +308,16 @@ def test_commands_in_a_shipped_recipe_can_be_given(file: Path) -> None:
         load_recipe(file, [word for word in words if "=" in word])
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/measuring.md"])
+def test_whole_recipes_in_the_documentation_load(name: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
+    recipes = re.findall(r"```yaml\n(model: .*?)```", text, flags=re.DOTALL)
+    assert recipes
+    for recipe in recipes:
+        (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        load_recipe(tmp_path / "recipe.yaml")
+
+
 def test_recipe_survives_the_round_trip_through_plain_values(tmp_path: Path) -> None:
     recipe = load(
         tmp_path,
