@@ -26,6 +26,8 @@ class Answers:
         self._known: dict[str, list[Any]] = {}
         self._path = None if folder is None else folder / f"answers-{rank}.jsonl"
         self._identity = identity
+        self._is_begun = False
+        """Whether this rank's file holds answers of this identity."""
         if folder is not None:
             for path in sorted(folder.glob("answers-*.jsonl")):
                 self._read(path)
@@ -45,24 +47,24 @@ class Answers:
             return
         lines = [json.dumps([key, answer]) for key, answer in zip(keys, answers, strict=True)]
         with explained_disk_errors(self._path):
-            fresh = not self._path.exists()
-            if fresh:
+            if not self._is_begun:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 lines.insert(0, json.dumps({"identity": self._identity}))
-            with self._path.open("a", encoding="utf-8") as file:
+            with self._path.open("a" if self._is_begun else "w", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
+        self._is_begun = True
 
     def _read(self, path: Path) -> None:
         with explained_disk_errors(path):
             lines = path.read_text(encoding="utf-8").split("\n")
         found = [line for line in map(_parsed, lines) if line is not None]
-        mine = path == self._path
         if not found or found[0] != {"identity": self._identity}:
-            if mine:
-                path.unlink()
-            return
+            return  # not removed: another rank may be about to read it
         self._known.update(found[1:])
-        if mine and lines[-1]:  # a line that was being written when the process died
+        if path != self._path:
+            return
+        self._is_begun = True
+        if lines[-1]:  # a line that was being written when the process died
             with path.open("a", encoding="utf-8") as file:
                 file.write("\n")
 

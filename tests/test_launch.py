@@ -390,18 +390,48 @@ def stage(script: str, path: Path, *overrides: str, ranks: int) -> None:
     finished(subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False))
 
 
-def test_two_ranks_measure_the_numbers_of_one(teacher, tmp_path):
+def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(teacher, tmp_path):
+    few = ["measure.num_tokens=700", "measure.sequence_length=100"]
+    tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25, batch_size: 1"
+    few.append(f"measure.sweep={{{tasks}, perplexity_tokens: 700, sequence_length: 64}}")
     found = []
     for ranks in (1, 2):
         path = recipe(tmp_path / str(ranks), teacher)
-        stage("measure.py", path, "measure.num_tokens=700", "measure.sequence_length=100", ranks=ranks)
+        if ranks == 2:
+            interrupted = kill_in_the_middle_of_a_sweep(path, *few)
+        stage("measure.py", path, *few, ranks=ranks)
         found.append(Importance.read(path.parent / "run" / Importance.FILE))
-    assert found[0].num_tokens == found[1].num_tokens
-    for name, scores in found[0].layers.items():
-        assert found[1].layers[name] == pytest.approx(scores, abs=1e-9)
-    for name, rows in found[0].runs.items():
-        for row, other in zip(rows, found[1].runs[name], strict=True):
+    one, two = found
+    assert one.num_tokens == two.num_tokens
+    for name, scores in one.layers.items():
+        assert two.layers[name] == pytest.approx(scores, abs=1e-9)
+    for name, rows in one.runs.items():
+        for row, other in zip(rows, two.runs[name], strict=True):
             assert other == pytest.approx(row, abs=1e-9)
+    for file in ("knowledge_generation", "knowledge_continuation", "perplexity"):
+        scores, others = (json.loads((tmp_path / rank / f"run/sweep/layer/{file}.json").read_text()) for rank in "12")
+        assert others["ids"] == scores["ids"]
+        assert others["intact"] == pytest.approx(scores["intact"], abs=1e-5)
+        for unit, items in scores["without"].items():
+            assert others["without"][unit] == pytest.approx(items, abs=1e-5)
+    answers = [(tmp_path / f"2/run/sweep/layer/answers-{rank}.jsonl").read_text() for rank in (0, 1)]
+    assert answers[0].startswith(interrupted)  # nothing was begun anew
+    assert all(len(text.splitlines()) > 2 for text in answers)
+
+
+def kill_in_the_middle_of_a_sweep(path: Path, *overrides: str) -> str:
+    """What one rank had answered until it was killed; its last, half written line aside."""
+    answers = path.parent / "run/sweep/layer/answers-0.jsonl"
+    script = [sys.executable, str(ROOT / "launch/measure.py"), "--config", str(path), *overrides]
+    process = subprocess.Popen(script, env=one_rank(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not answers.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (path.parent / "run" / Importance.FILE).exists()
+    written = answers.read_text()
+    return written[: written.rindex("\n") + 1]
 
 
 def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
