@@ -294,13 +294,13 @@ class VariantsLM(CausalLM):
 
     def _keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
         """What the texts of ``prompts`` are known by; where they are drawn, a repeated prompt gets draws of its own."""
-        request = ("write", how.max_new_tokens, how.stop, sorted(how.settings.items()))
+        settings = (how.max_new_tokens, how.stop, sorted(how.settings.items()))
         if not how.settings.get("do_sample"):
-            return [key_of(*request, prompt) for prompt in prompts]
+            return [key_of("write", prompt, *settings) for prompt in prompts]
         seen: Counter[tuple[int, ...]] = Counter()
         keys = []
         for prompt in prompts:
-            keys.append(key_of(*request, prompt, self.seed, seen[tuple(prompt)]))
+            keys.append(key_of("write", prompt, *settings, self.seed, seen[tuple(prompt)]))
             seen[tuple(prompt)] += 1
         return keys
 
