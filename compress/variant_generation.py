@@ -44,7 +44,7 @@ Tokens = list[int]
 
 CACHE_BYTES = 2 << 30
 """Keys and values that reading the draft may leave behind; more variants than that are taken in groups."""
-WORTH_SHARING = 16
+WORTH_SHARING = 8
 """Tokens that prompts must have in common before they are read once for all."""
 
 
@@ -64,18 +64,14 @@ def generate_variants(
     limits: Limits,
     *,
     batch_size: int,
-    alone: Callable[[Sequence[Tokens]], list[Tokens]] | None = None,
-    progress: Callable[[int], object] = lambda done: None,
 ) -> list[list[Tokens]]:
     """The new tokens of every prompt under every variant: by variant, then in the order of ``prompts``.
 
     Variants that cannot share a batch (swapped layers, or an architecture that has to run as a whole) write one after
-    the other, by ``alone`` where it is given. ``progress`` is told how many prompts are done.
+    the other.
     """
 
     def write_alone(chosen: Sequence[Tokens]) -> list[Tokens]:
-        if alone is not None:
-            return alone(chosen)
         return generate_greedily(decoder, chosen, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished)
 
     together = _together(edited.model, decoder, variants)
@@ -99,7 +95,6 @@ def generate_variants(
                     found[number] = write_alone(rows)
             for index, tokens in zip(batch, found[number], strict=True):
                 written[number][index] = tokens
-        progress(len(batch))
     return written
 
 
