@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -270,8 +271,19 @@ class VariantsLM(CausalLM):
         for start in range(0, len(missing), step):
             chosen = missing[start : start + step]
             found = self._score_variants([pairs[index] for index in chosen], progress)
+            self._refuse_no_numbers(found)
             self.answers.add([keys[index] for index in chosen], [list(scores) for scores in zip(*found, strict=True)])
         return [tuple(self.answers.of(key, self.current)) for key in keys]
+
+    def _refuse_no_numbers(self, found: Sequence[Sequence[Score]]) -> None:
+        """Among options that are all NaN lm-eval would choose the first and go on."""
+        for one, scores in zip(self._variants, found, strict=True):
+            if any(math.isnan(log_prob) for log_prob, _ in scores):
+                raise UserError(
+                    f"measure.sweep: {one.name}: the model's likelihoods are no numbers then, in "
+                    f"{self._edited.model.dtype}; set dtype: float32 (or bfloat16) in the recipe, or look for damaged "
+                    "weights"
+                )
 
     def _score_variants(
         self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]

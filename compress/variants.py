@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -126,6 +127,7 @@ class Edited:
             return hidden
         if Swapped() in edits:
             assert self.donor is not None
+            assert len(edits) == 1, "a donor's layer is taken as it is"
             return call.of(decoder_layers(self.donor)[layer], hidden.clone())
         with ExitStack() as stack:
             for edit in edits:
@@ -308,8 +310,14 @@ def layerwise_or_none(model: PreTrainedModel) -> Layerwise | None:
     try:
         return Layerwise(model)
     except UserError as error:
-        log.info("%s; every variant runs through the whole model", error)
+        if model not in _told:
+            log.info("%s; every variant runs through the whole model", error)
+            _told.add(model)
         return None
+
+
+_told: WeakSet[PreTrainedModel] = WeakSet()
+"""Models of which the log says already that they run as a whole."""
 
 
 def _group_size(model: PreTrainedModel, passes: Sequence[Pass]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from test_evaluate import assert_same
 from tiny import tiny_model, tiny_tokenizer
@@ -15,7 +16,7 @@ from tiny import tiny_model, tiny_tokenizer
 from shoal.compress import sweep as module
 from shoal.compress.surgery import cut_model
 from shoal.compress.sweep import as_evaluation, checked_tasks, sweep
-from shoal.compress.variants import Edited, without
+from shoal.compress.variants import Edited, Swapped, variant, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
 from shoal.recipe import Sweeps
@@ -107,6 +108,16 @@ def test_drawn_texts_are_drawn_anew_for_every_repeat_and_the_same_in_every_run(t
     assert sorted(file.read_text().splitlines()[1:]) == sorted(lines)
     other = sweep(Edited(model()), tiny_tokenizer(), [without([2])], asked, seed=1)
     assert other[0][0].items != intact[0].items
+
+
+def test_a_variant_that_gives_no_numbers_is_named() -> None:
+    donor = model()
+    with torch.no_grad():
+        donor.get_parameter("model.layers.3.mlp.up_proj.weight")[0, 0] = float("nan")
+    variants = [variant(f"layer {layer} of the donor", [(layer, Swapped())]) for layer in (2, 3)]
+    asked = Sweeps(tasks=("knowledge_continuation",), limit=2)
+    with pytest.raises(UserError, match=r"layer 3 of the donor: .* no numbers then, in torch.float32; set dtype"):
+        sweep(Edited(model(), donor), tiny_tokenizer(), variants, asked, seed=0)
 
 
 def test_a_task_that_only_writes_text_has_no_options_to_choose_from(tasks: Path) -> None:
