@@ -145,7 +145,7 @@ def sweep_by(
     log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
     found: list[tuple[TaskScore, ...]] = []
     for number in tqdm(range(len(everything)), desc="scored", unit="variant", disable=None if lm.rank == 0 else True):
-        lm.current = number
+        lm.show(number)
         scores = scores_of(lm, tasks, evaluation, seed=seed)
         if settings.perplexity_tokens:
             scores = (*scores, perplexity(lm, evaluation))
@@ -262,6 +262,11 @@ class VariantsLM(CausalLM):
         self.num_layers = text_config(edited.model.config).num_hidden_layers
         self._edited, self._variants = edited, variants
         self._requests_at_once: int | None = REQUESTS_AT_ONCE * batch_size
+
+    def show(self, number: int) -> None:
+        """Be that variant from now on; after the first one all answers are known and there is no progress to tell."""
+        self.current = number
+        self._progress = self._progress and number == 0
 
     def _score(self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]) -> list[Score]:
         keys = [key_of("score", *pair) for pair in pairs]

@@ -150,6 +150,7 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "limit": 4}}, "has 4 items, but over 6 removals"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": [1, 1]}}, r"each once and not all \(got \[1, 1\]\)"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": "taylr"}}, "measure.sweep.order"),
+        ({"sweep": {**SWEEP, "operators": ["cumulative", "layer"], "order": "knowledge"}}, "operator layer before"),
         ({"sweep": {**SWEEP, "sequence_length": 5000}}, "measure.sweep.sequence_length: 5000 is more than the 4096"),
         ({"sweep": {**SWEEP, "perplexity_data": {"path": "/nowhere.txt"}}}, "/nowhere.txt"),
         ({"sweep": {**SWEEP, "limits": {"x": 9}}}, "measure.sweep.limits: 'x' is not among"),

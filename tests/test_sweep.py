@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from shoal.artifact import TaskScore
 from shoal.compress import sweep as module
 from shoal.compress.surgery import cut_model
-from shoal.compress.sweep import as_evaluation, sweep, task_names, units_of, variant_of
+from shoal.compress.sweep import as_evaluation, layer_runs, sweep, task_names, units_of, variant_of
 from shoal.compress.variants import Edited, Variant, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
@@ -151,3 +151,9 @@ def test_a_recurrent_model_is_swept_variant_by_variant() -> None:
     expected = evaluate(cut_model(made, [1]), tiny_tokenizer(), as_evaluation(settings), seed=0)
     assert_same(removed[0], expected[:1])
     assert_same(intact, evaluate(made, tiny_tokenizer(), as_evaluation(settings), seed=0)[:1])
+
+
+def test_how_many_layers_a_sweep_runs_is_told_as_it_is() -> None:
+    singles = [without([layer]) for layer in range(NUM_LAYERS)]
+    assert layer_runs(singles, NUM_LAYERS) == (NUM_LAYERS - 1 + 15, NUM_LAYERS * (NUM_LAYERS - 1))
+    assert layer_runs([without([5]), without([4, 5]), without([3, 4, 5])], NUM_LAYERS) == (5, 5 + 4 + 3)

@@ -109,10 +109,10 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
         return
     if isinstance(settings.order, tuple):
         _check_order(settings.order, run.num_layers)
-    elif settings.order not in measure.metrics and "layer" not in settings.operators:
+    elif settings.order not in measure.metrics and "layer" not in _before(settings.operators, "cumulative"):
         raise UserError(
             f"measure.sweep.order: {settings.order!r} is not measured here; name one of measure.metrics "
-            f"({', '.join(measure.metrics)}), or sweep layers too to order by a task"
+            f"({', '.join(measure.metrics)}), or put the operator layer before cumulative to order by a task"
         )
 
 
@@ -335,6 +335,10 @@ def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
         return tuple(sorted(range(num_layers), key=lambda layer: (scores[layer], layer))[:-1])
     _check_order(settings.order, num_layers)
     return settings.order
+
+
+def _before(operators: Sequence[str], one: str) -> Sequence[str]:
+    return operators[: operators.index(one)]
 
 
 def _check_order(order: tuple[int, ...], num_layers: int) -> None:
