@@ -150,6 +150,18 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "limit": 4}}, "has 4 items, but over 6 removals"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": [1, 1]}}, r"each once and not all \(got \[1, 1\]\)"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": "taylr"}}, "measure.sweep.order"),
+        (
+            {"sweep": {**SWEEP, "operators": ["layer", "cumulative"], "order": "taylr"}},
+            "order: 'taylr' is not measured",
+        ),
+        (
+            {"sweep": {**SWEEP, "operators": ["layer", "cumulative"], "order": "knowledge"}},
+            "order: 'knowledge' could be knowledge_continuation or knowledge_generation",
+        ),
+        (
+            {"sweep": {**SWEEP, "operators": ["layer", "cumulative"]}, "metrics": ["angular"]},
+            "'block_influence' is not",
+        ),
         ({"sweep": {**SWEEP, "operators": ["cumulative", "layer"], "order": "knowledge"}}, "operator layer before"),
         ({"sweep": {**SWEEP, "sequence_length": 5000}}, "measure.sweep.sequence_length: 5000 is more than the 4096"),
         ({"sweep": {**SWEEP, "perplexity_data": {"path": "/nowhere.txt"}}}, "/nowhere.txt"),

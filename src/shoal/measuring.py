@@ -92,7 +92,6 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     from shoal.compress.sweep import checked_tasks
     from shoal.compress.sweep_table import require_items
 
-    measure = run.recipe.measure
     config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     tasks, counts = checked_tasks(settings, config, tokenizer)
@@ -109,11 +108,26 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
         return
     if isinstance(settings.order, tuple):
         _check_order(settings.order, run.num_layers)
-    elif settings.order not in measure.metrics and "layer" not in _before(settings.operators, "cumulative"):
+    else:
+        _check_order_name(settings.order, settings, run.recipe.measure.metrics, tasks)
+
+
+def _check_order_name(name: str, settings: Sweeps, metrics: Sequence[str], tasks: dict[str, Any]) -> None:
+    """Refuse an order that nothing will give before the sweep of single layers has taken its hours."""
+    if name in metrics:
+        return
+    abilities = {task: str((made.config.metadata or {}).get("ability") or task) for task, made in tasks.items()}
+    if settings.perplexity_tokens:
+        abilities["perplexity"] = "language"
+    ability, _, protocol = name.partition("/")
+    meant = [name] if name in abilities else [task for task, its in abilities.items() if its == ability]
+    if "layer" not in _before(settings.operators, "cumulative") or not meant:
         raise UserError(
-            f"measure.sweep.order: {settings.order!r} is not measured here; name one of measure.metrics "
-            f"({', '.join(measure.metrics)}), or put the operator layer before cumulative to order by a task"
+            f"measure.sweep.order: {name!r} is not measured here; name one of measure.metrics ({', '.join(metrics)}), "
+            f"or put the operator layer before cumulative to order by a task ({', '.join(abilities)})"
         )
+    if len(meant) > 1 and not protocol:
+        raise UserError(f"measure.sweep.order: {name!r} could be {' or '.join(meant)}; name one of them")
 
 
 def _num_units(config: Any, operator: str) -> int:
