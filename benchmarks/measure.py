@@ -118,7 +118,7 @@ def hidden(bench: Bench) -> dict[str, Any]:
 
 
 def text(bench: Bench) -> dict[str, Any]:
-    rows = bench.rows(2048)
+    rows = bench.rows(1024)
     start = bench.tokenizer.bos_token_id or 0
     requests = [((start,), tuple(row)) for row in rows.input_ids_NS.tolist()]
     drops = [[layer] for layer in range(bench.num_layers)]
@@ -240,7 +240,7 @@ def written(model: Any, tokenizer: Any, prompts: list[list[int]], new_tokens: in
 
 
 def sleb(bench: Bench) -> dict[str, Any]:
-    rows, count = bench.rows(1024), bench.arguments.drops
+    rows, count = bench.rows(512), bench.arguments.drops
     documents = [document.tokens for document in own_documents(Calibration(rows, 4))]
     requests = [(tuple(ids[:1]), tuple(ids[1:])) for ids in documents if len(ids) > 1]
 
