@@ -1,8 +1,8 @@
 """Greedy text of many variants of a model at once; every text is the one that the variant alone would write.
 
-Three steps. The intact model writes its text. Every variant reads that text as a draft in one pass, in which variants
-share what is below their first difference and prompts share the beginning they have in common: up to the first token
-that a variant would have chosen otherwise, the draft is its own text. From there on all unfinished texts of all
+Three steps. The intact model writes its text. Every variant reads the prompts, and that text as a draft, in one pass:
+variants share what is below their first difference, prompts the beginning they have in common, and up to the first
+token that a variant would have chosen otherwise the draft is its own text. From there on all unfinished texts of all
 variants are rows of one batch, on keys and values that the reading left behind; finished rows leave it.
 
 B batch, S sequence, D hidden, H key-value heads, d size of a head.
@@ -41,6 +41,10 @@ from .variants import (
 )
 
 Tokens = list[int]
+
+DRAFT_TOKENS = {"cpu": 1}
+"""How much of the intact model's text is read as a draft, by device type; all of it elsewhere. Where multiplications
+take the time, as on a CPU, reading what most variants would not have written costs more than it saves."""
 
 CACHE_BYTES = 2 << 30
 """Keys and values that reading the draft may leave behind; more variants than that are taken in groups."""
@@ -121,6 +125,7 @@ def _write_together(
     variants: Sequence[Variant],
     limits: Limits,
 ) -> list[list[Tokens]]:
+    draft = [text[: DRAFT_TOKENS.get(decoder.device.type)] for text in draft]
     reading = _Reading(edited, decoder, prompts, draft, variants)
     written = [text for one in variants for text in reading.accepted(one)]
     alive = [

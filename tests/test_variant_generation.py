@@ -48,6 +48,13 @@ def alone(edited: Edited, asked: Sequence[list[int]], one: Variant) -> list[list
         )
 
 
+@pytest.fixture(params=[1, None], ids=["one token drafted", "all drafted"])
+def drafts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without drafts: a CPU reads only one token of them of its own accord."""
+    monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {"cpu": request.param})
+
+
+@pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("shared", [0, 20])
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_of_variants_are_those_of_each_variant_alone(kind: str, shared: int) -> None:
@@ -102,6 +109,7 @@ def test_a_variant_that_writes_the_intact_text_is_not_decoded_again(monkeypatch:
     with torch.no_grad():
         for parameter in decoder_layers(model)[3].parameters():
             parameter.zero_()  # so that nobody misses this layer
+    monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {})
     edited, asked = Edited(model), prompts(shared=0)
     decoded: list[int] = []
     write = variant_generation.write
