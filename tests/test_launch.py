@@ -394,14 +394,11 @@ def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(tea
     few = ["measure.num_tokens=700", "measure.sequence_length=100"]
     tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25, batch_size: 1"
     few.append(f"measure.sweep={{{tasks}, perplexity_tokens: 700, sequence_length: 64}}")
-    found = []
-    for ranks in (1, 2):
-        path = recipe(tmp_path / str(ranks), teacher)
-        if ranks == 2:
-            interrupted = kill_in_the_middle_of_a_sweep(path, *few)
-        stage("measure.py", path, *few, ranks=ranks)
-        found.append(Importance.read(path.parent / "run" / Importance.FILE))
-    one, two = found
+    paths = [recipe(tmp_path / str(ranks), teacher) for ranks in (1, 2)]
+    stage("measure.py", paths[0], *few, ranks=1)
+    interrupted = kill_in_the_middle_of_a_sweep(paths[1], *few)
+    stage("measure.py", paths[1], *few, ranks=2)
+    one, two = (Importance.read(path.parent / "run" / Importance.FILE) for path in paths)
     assert one.num_tokens == two.num_tokens
     for name, scores in one.layers.items():
         assert two.layers[name] == pytest.approx(scores, abs=1e-9)
