@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from shoal.artifact import Importance, Provenance
 from shoal.compress.loss_metrics import LOSS_METRICS, Sleb, loss_scores
 from shoal.compress.measure import measure_importance
-from shoal.compress.metric import Calibration, Order
+from shoal.compress.metric import Calibration, Estimates, Order
 from shoal.compress.plan import choose_changes
 from shoal.compress.shapley import local_shapley, shapley_of_walks
 from shoal.compress.surgery import cut_model
@@ -52,7 +52,8 @@ def calibration(rows: PackedRows = ROWS, *, batch_size: int = 2, **settings: Any
 
 
 def measured(model: PreTrainedModel, *names: str, **settings: Any) -> dict[str, Any]:
-    return loss_scores(model, calibration(**settings), names)
+    found = loss_scores(model, calibration(**settings), names)
+    return {name: one.values if isinstance(one, Estimates) else one for name, one in found.items()}
 
 
 def architecture(name: str) -> PreTrainedModel:
