@@ -194,6 +194,8 @@ class Layerwise:
         family = self.model.config.model_type
         try:
             wrong = self._wrong_layers()
+        except torch.OutOfMemoryError:  # says nothing of the architecture, and the slow way would not fit either
+            raise
         except Exception as error:  # an architecture that is built otherwise fails anywhere, in any way
             log.debug("layers of %s cannot be run alone", family, exc_info=True)
             return f"{family}: its layers cannot be run one by one ({type(error).__name__}: {error})"

@@ -10,6 +10,7 @@ from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers
+from shoal.compress.layerwise import Layerwise
 from shoal.compress.surgery import cut_model
 from shoal.compress.variant_generation import Limits, generate_variants
 from shoal.compress.variants import (
@@ -187,3 +188,12 @@ def test_an_architecture_whose_layers_share_more_is_scored_variant_by_variant(ca
     assert "runs through the whole model" in caplog.text
     with edited.applied(variants[1].edits):
         assert found[1] == score(decoder, asked, batch_size=3)
+
+
+def test_a_full_device_is_not_taken_for_an_architecture_that_runs_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Layerwise) -> list[int]:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Layerwise, "_wrong_layers", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Layerwise(tiny_model("llama"))
