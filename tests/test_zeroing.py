@@ -19,7 +19,7 @@ from shoal.compress.zeroing import unsaved_parameters, zero_attention, zero_head
 from shoal.edits import ZEROED_WEIGHTS, HeadMask, KvGroupMask, SkipAttention, SkipMlp, Swap
 from shoal.errors import UserError
 from shoal.models import num_parameters
-from shoal.train.student import keep_zeros
+from shoal.train.trainable import keep_zeros
 
 WRITERS = {
     "llama": ({"self_attn.o_proj.weight"}, {"mlp.down_proj.weight"}),

@@ -27,8 +27,9 @@ from .arguments import check_names, deepspeed_config, num_rows, training_argumen
 from .checkpoint import last_complete
 from .progress import Progress
 from .stop import StopRequest
-from .student import SharedPrefix, install_objective, keep_zeros, set_trainable
+from .student import SharedPrefix, install_objective
 from .text import training_rows, wants_teacher_text, written_by_teacher
+from .trainable import keep_zeros, set_trainable
 from .trainer import DistillTrainer
 
 log = logging.getLogger(__name__)
