@@ -7,10 +7,9 @@ from tiny import tiny_checkpoint, tiny_tokenizer
 
 from shoal.errors import UserError
 from shoal.recipe import Distill, Track
-from shoal.section import DataSource
 from shoal.train.arguments import check_names, deepspeed_config, num_rows, training_arguments
 from shoal.train.distill import check_distillable, distill_inputs
-from shoal.train.text import training_rows, written_by_teacher
+from shoal.train.text import training_rows
 from shoal.train.tracking import wandb_mode
 
 
@@ -165,16 +164,3 @@ def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
     assert first.fingerprint == second.fingerprint
     assert first.counts == second.counts
     assert len(first) == 10
-
-
-def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
-    settings = Distill(data=(DataSource("teacher_text"),))
-    with pytest.raises(UserError, match="'teacher_text' needs a source of prose beside it"):
-        written_by_teacher(
-            None,  # pyright: ignore[reportArgumentType]
-            tiny_tokenizer(),
-            settings,
-            file=tmp_path / "text.json",
-            inputs={},
-            seed=0,
-        )
