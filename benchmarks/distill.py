@@ -24,8 +24,8 @@ from torch.nn import functional
 from shoal.compress.surgery import cut_model
 from shoal.data import load_texts, pack
 from shoal.models import load_model, load_tokenizer, resolve_model
-from shoal.recipe import LossTerm
 from shoal.section import DataSource
+from shoal.terms import ForwardKL
 from shoal.train.student import final_hidden, install_objective, output_head
 
 DROP = (3, 13, 14, 17, 25, 26)
@@ -78,7 +78,7 @@ def run_variant(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     if arguments.variant == "chunked":
-        install_objective(student, teacher, terms=(LossTerm("forward_kl"),), chunk=arguments.chunk)
+        install_objective(student, teacher, terms=(ForwardKL(),), chunk=arguments.chunk)
     losses, seconds = [], []
     for _ in range(STEPS):
         started = time.perf_counter()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from shoal.recipe import LossTerm
-from shoal.train.losses import LOSSES, chunked_head_loss, cross_entropy, forward_kl, needs_teacher, term_names
+from shoal.terms import CrossEntropy, ForwardKL, needs_teacher, term_names
+from shoal.train.losses import LOSSES, chunked_head_loss, cross_entropy, forward_kl
 
 N, V, D = 7, 23, 5
 
@@ -99,14 +99,17 @@ def setting(seed=0, dtype=torch.float32):
     return student_hidden, teacher_hidden, weight, bias, teacher_weight
 
 
-TERMS = (LossTerm("forward_kl", weight=0.7, temperature=2.0), LossTerm("cross_entropy", weight=0.3))
+TERMS = (ForwardKL(weight=0.7, temperature=2.0), CrossEntropy(weight=0.3))
 
 
 def whole(student_hidden, teacher_hidden, weight, bias, teacher_weight):
     """The same loss without chunks and without a hand-written backward."""
     student_logits = head(student_hidden, weight, bias)
     teacher_logits = head(teacher_hidden, teacher_weight)
-    sums = [LOSSES[t.kind](student_logits, teacher_logits, LABELS, temperature=t.temperature).sum() for t in TERMS]
+    sums = [
+        LOSSES[t.kind](student_logits, teacher_logits, LABELS, temperature=getattr(t, "temperature", 1.0)).sum()
+        for t in TERMS
+    ]
     return torch.stack([t.weight * s for t, s in zip(TERMS, sums, strict=True)]).sum(), sums
 
 
@@ -216,21 +219,21 @@ def test_chunked_head_loss_refuses_a_batch_without_supervised_tokens():
 
 
 def test_terms_of_one_kind_get_curves_of_their_own():
-    assert term_names((LossTerm("forward_kl"), LossTerm("cross_entropy"))) == ["forward_kl", "cross_entropy"]
-    assert term_names((LossTerm("forward_kl"), LossTerm("forward_kl", temperature=4.0))) == [
+    assert term_names((ForwardKL(), CrossEntropy())) == ["forward_kl", "cross_entropy"]
+    assert term_names((ForwardKL(), ForwardKL(temperature=4.0))) == [
         "forward_kl_1",
         "forward_kl_2",
     ]
 
 
 def test_a_pure_text_loss_needs_no_teacher():
-    assert not needs_teacher((LossTerm("cross_entropy"),))
-    assert needs_teacher((LossTerm("forward_kl"),))
+    assert not needs_teacher((CrossEntropy(),))
+    assert needs_teacher((ForwardKL(),))
 
 
 def test_a_term_of_weight_zero_is_computed_for_its_curve_and_trains_nothing():
     student_hidden, teacher_hidden, weight, _, teacher_weight = setting()
-    watched = (LossTerm("cross_entropy"), LossTerm("forward_kl", weight=0.0))
+    watched = (CrossEntropy(), ForwardKL(weight=0.0))
     assert needs_teacher(watched), "without the teacher's states the zero-weight term fails"
     gradients = []
     for terms in (watched, watched[:1]):

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from shoal.errors import UserError
-from shoal.recipe import CONFIGS_DIR, LossTerm, Recipe, as_dict, load_recipe, parse_recipe
+from shoal.recipe import CONFIGS_DIR, Recipe, as_dict, load_recipe, parse_recipe
 from shoal.section import DataSource
+from shoal.terms import KINDS, CrossEntropy, ForwardKL
 
 BASE: dict[str, Any] = {"model": "m", "run_dir": "r"}
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))
@@ -55,7 +56,21 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("track: {wandb: yes}", "track.wandb: must be 'online', 'offline' or 'off' (got 'yes')"),
         (
             "distill: {losses: [{kind: kl}]}",
-            "distill.losses.0.kind: must be 'forward_kl' or 'cross_entropy' (got 'kl')",
+            f"distill.losses.0.kind: must be one of {', '.join(map(repr, KINDS))} (got 'kl')",
+        ),
+        ("distill: {losses: [{weight: 2}]}", f"distill.losses.0: needs a kind: one of {', '.join(KINDS)}"),
+        (
+            "distill: {losses: [{kind: jsd, beta: 1}]}",
+            "distill.losses.0.beta: must be less than 1 (got 1)",
+        ),
+        ("distill: {losses: [{kind: taid, strat: 1}]}", "distill.losses.0.strat: unknown key; did you mean 'start'?"),
+        (
+            "distill: {losses: [{kind: forward_kl}, {kind: taid, start: 0.9, end: 0.5}]}",
+            "distill.losses.1.start: must not be above end, 0.5 (got 0.9)",
+        ),
+        (
+            "distill: {losses: [{kind: hidden_states, layers: [3, x]}]}",
+            "distill.losses.0.layers.1: must be a whole number (got 'x')",
         ),
         ("distill: {deepspeed: 3}", "distill.deepspeed: must be a string or must be a mapping of settings (got 3)"),
         ("distill: {trainer: [1]}", "distill.trainer: must be a mapping of settings (got [1])"),
@@ -79,7 +94,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("prune: {num_drop: 1, ratio: 0.2}", "prune.ratio: prune.num_drop is given too; give one of them"),
         (
             "distill: {losses: [{kind: cross_entropy, temperature: 2}]}",
-            "distill.losses.0.temperature: cross_entropy has none; leave it at 1 (got 2.0)",
+            "distill.losses.0.temperature: unknown key; known keys are kind, weight",
         ),
         (
             "distill: {losses: [{kind: forward_kl, weight: 0}]}",
@@ -108,7 +123,7 @@ def test_model_and_run_dir_are_required(name: str, value: str | None) -> None:
 
 
 def test_every_problem_is_reported_at_once_with_the_file(tmp_path: Path) -> None:
-    text = "sed: 1\nmeasure: {num_tokens: -5}\ndistill: {losses: [{kind: kl, wieght: 1}], num_tokens: x}\n"
+    text = "sed: 1\nmeasure: {num_tokens: -5}\ndistill: {losses: [{kind: kl}, {kind: jsd, wieght: 1}], num_tokens: x}\n"
     with pytest.raises(UserError) as refused:
         load(tmp_path, text)
     lines = str(refused.value).split("\n")
@@ -119,7 +134,7 @@ def test_every_problem_is_reported_at_once_with_the_file(tmp_path: Path) -> None
         "sed",
         "measure.num_tokens",
         "distill.losses.0.kind",
-        "distill.losses.0.wieght",
+        "distill.losses.1.wieght",
         "distill.num_tokens",
     }
 
@@ -145,7 +160,7 @@ def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> No
     assert recipe.seed == 4
     assert recipe.prune.drop == (1, 3)
     assert recipe.measure.data == (DataSource("docs.txt"),)
-    assert recipe.distill.losses == (LossTerm("forward_kl"), LossTerm("cross_entropy", weight=0.5))
+    assert recipe.distill.losses == (ForwardKL(), CrossEntropy(weight=0.5))
     assert recipe.distill.trainer == {"learning_rate": 2e-5}
     assert recipe.track.wandb == "off"
     assert recipe.distill.num_tokens == 200_000
@@ -236,8 +251,8 @@ def test_broken_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_merge_keys_work(tmp_path: Path) -> None:
-    text = "distill: {losses: [&kl {kind: forward_kl, weight: 2}, {<<: *kl, weight: 3}]}"
-    assert load(tmp_path, text).distill.losses == (LossTerm("forward_kl", 2.0), LossTerm("forward_kl", 3.0))
+    text = "distill: {losses: [&kl {kind: forward_kl, weight: 2}, {<<: *kl, weight: 3, temperature: 2}]}"
+    assert load(tmp_path, text).distill.losses == (ForwardKL(weight=2.0), ForwardKL(weight=3.0, temperature=2.0))
 
 
 @pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a", "list"), ("abc", "str")])

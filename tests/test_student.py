@@ -10,12 +10,12 @@ from torch.nn import functional
 from shoal.data import IGNORED
 from shoal.errors import UserError
 from shoal.models import decoder_layers
-from shoal.recipe import LossTerm
+from shoal.terms import CrossEntropy, ForwardKL
 from shoal.train.losses import forward_kl
 from shoal.train.student import SharedPrefix, final_hidden, install_objective, output_head
 from shoal.train.trainable import set_trainable
 
-TERMS = (LossTerm("forward_kl"),)
+TERMS = (ForwardKL(),)
 
 
 def batch():
@@ -108,7 +108,7 @@ def test_a_teacher_as_its_own_student_has_zero_loss_and_zero_gradient():
 
 def test_cross_entropy_term_equals_the_models_own_loss():
     student = tiny_model("llama", seed=1)
-    loss, _ = objective(student, tiny_model("llama"), terms=(LossTerm("cross_entropy"),))
+    loss, _ = objective(student, tiny_model("llama"), terms=(CrossEntropy(),))
     rows = batch()
     logits = student(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
     expected = functional.cross_entropy(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from shoal.recipe import LossTerm
+from shoal.terms import LossTerm
 
 
 class TokenLoss(Protocol):
@@ -50,20 +50,6 @@ def cross_entropy(
 
 
 LOSSES: dict[str, TokenLoss] = {"forward_kl": forward_kl, "cross_entropy": cross_entropy}
-
-
-def term_names(terms: tuple[LossTerm, ...]) -> list[str]:
-    """One curve name per term; a kind that appears twice is numbered."""
-    kinds = [term.kind for term in terms]
-    return [
-        kind if kinds.count(kind) == 1 else f"{kind}_{kinds[: index + 1].count(kind)}"
-        for index, kind in enumerate(kinds)
-    ]
-
-
-def needs_teacher(terms: tuple[LossTerm, ...]) -> bool:
-    """Whether any term looks at the teacher's logits; one of weight 0 does too, its curve is logged."""
-    return any(term.kind != "cross_entropy" for term in terms)
 
 
 def chunked_head_loss(
@@ -115,7 +101,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             with torch.enable_grad():
                 logits_CV = head(hidden_CD, *leaves)
                 sums = [
-                    LOSSES[term.kind](logits_CV, teacher_logits_CV, labels_N[part], temperature=term.temperature).sum()
+                    LOSSES[term.kind](
+                        logits_CV, teacher_logits_CV, labels_N[part], temperature=getattr(term, "temperature", 1.0)
+                    ).sum()
                     for term in terms
                 ]
                 total = torch.stack([term.weight * s for term, s in zip(terms, sums, strict=True)]).sum()

@@ -19,7 +19,7 @@ from shoal.anatomy import decoder_body
 from shoal.data import IGNORED
 from shoal.errors import UserError
 from shoal.models import decoder_layers, logits_from_hidden
-from shoal.recipe import LossTerm
+from shoal.terms import LossTerm
 
 from .losses import chunked_head_loss
 

@@ -21,11 +21,10 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from shoal.errors import UserError, explained_disk_errors
-from shoal.recipe import LossTerm
 from shoal.runtime import is_main, world_size
+from shoal.terms import LossTerm, needs_teacher, term_names
 
 from .checkpoint import commit, remove_older
-from .losses import needs_teacher, term_names
 from .stop import StopRequest
 from .student import SharedPrefix, final_hidden, output_head
 

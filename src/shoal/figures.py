@@ -13,11 +13,11 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from shoal.artifact import Evaluation, Importance, TaskScore, Training
 from shoal.errors import UserError, explained_disk_errors
-from shoal.recipe import LossTerm
+from shoal.terms import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,9 +140,8 @@ def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
 
 def loss_series(training: Training) -> dict[str, tuple[list[float], list[float]]]:
     """Name -> steps and finite values of the total loss and of every loss term in the history."""
-    kinds = get_args(get_type_hints(LossTerm)["kind"])
     names = dict.fromkeys(name for row in training.history for name in row)
-    wanted = [name for name in names if name == "loss" or any(kind in name for kind in kinds)]
+    wanted = [name for name in names if name == "loss" or any(kind in name for kind in KINDS)]
     series = {name: _series(training, name) for name in wanted}
     return {name: points for name, points in series.items() if points[0]}
 

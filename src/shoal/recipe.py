@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from shoal import terms
 from shoal.edits import Edits, contradictions
 from shoal.errors import UserError
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
+from shoal.terms import ForwardKL, LossTerm
 
 Target = Literal["transformers", "vllm", "llama_cpp"]
 """What a student can be asked to load in."""
@@ -155,16 +157,6 @@ class Prune(Section):
 
 
 @dataclass(frozen=True)
-class LossTerm(Section):
-    """One term of the distillation loss."""
-
-    kind: Literal["forward_kl", "cross_entropy"]
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Softens teacher and student alike; the term is scaled by its square. Must stay 1 for cross_entropy."""
-
-
-@dataclass(frozen=True)
 class Distill(Section):
     """How the cut model is trained on the full one."""
 
@@ -172,7 +164,7 @@ class Distill(Section):
     num_tokens: Positive = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
     sequence_length: RowLength = 512
-    losses: tuple[LossTerm, ...] = (LossTerm("forward_kl"),)
+    losses: tuple[LossTerm, ...] = (ForwardKL(),)
     trainable: Literal["all", "layers", "from_first_cut"] = "all"
     """What is trained: everything; all but embeddings and head; or only the layers from the first cut up, with the
     final norm (an edited layer counts as a cut). What lies below the first cut is still the teacher, so there it is
@@ -388,7 +380,8 @@ def _explain(problems: Sequence[Any]) -> list[str]:
             if problem["type"] in ("missing", "missing_argument"):
                 message = f"is required; add it to the file, or to the command as {place}=VALUE"
             elif problem["type"] == "union_tag_not_found":
-                message = "needs a kind, as every edit does"
+                kinds = [get_args(get_type_hints(section)["kind"])[0] for section in _walk(problem["loc"])[1]]
+                message = f"needs a kind: one of {', '.join(kinds)}"
             elif problem["type"] == "union_tag_invalid":
                 place += ".kind"
                 message = f"must be one of {problem['ctx']['expected_tags']}"
@@ -453,13 +446,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if prune.weights and prune.contiguous:
         problems.append("prune.weights: mixes scores of single layers; set prune.contiguous: false, or leave it out")
     problems += [f"prune.edits.{problem}" for problem in contradictions(prune.edits, prune.drop or ())]
-    for index, term in enumerate(recipe.distill.losses):
-        if term.kind == "cross_entropy" and term.temperature != 1.0:
-            problems.append(
-                f"distill.losses.{index}.temperature: cross_entropy has none; leave it at 1 (got {term.temperature})"
-            )
-    if not any(term.weight > 0 for term in recipe.distill.losses):
-        problems.append("distill.losses: every weight is 0, nothing would be trained; give one a weight above 0")
+    problems += terms.contradictions(recipe.distill.losses)
     for key, reason in REFUSED_TRAINER_KEYS.items():
         if key in recipe.distill.trainer:
             problems.append(f"distill.trainer.{key}: {reason}")
