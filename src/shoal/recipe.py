@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from shoal import terms
+from shoal import training
 from shoal.edits import Edits, contradictions
 from shoal.errors import UserError
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
-from shoal.terms import ForwardKL, LossTerm
+from shoal.training import Distill
 
 Target = Literal["transformers", "vllm", "llama_cpp"]
 """What a student can be asked to load in."""
@@ -157,35 +157,6 @@ class Prune(Section):
 
 
 @dataclass(frozen=True)
-class Distill(Section):
-    """How the cut model is trained on the full one."""
-
-    data: Data = (DataSource("python_docs"),)
-    num_tokens: Positive = 200_000
-    """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
-    sequence_length: RowLength = 512
-    losses: tuple[LossTerm, ...] = (ForwardKL(),)
-    trainable: Literal["all", "layers", "from_first_cut"] = "all"
-    """What is trained: everything; all but embeddings and head; or only the layers from the first cut up, with the
-    final norm (an edited layer counts as a cut). What lies below the first cut is still the teacher, so there it is
-    computed once for both and needs neither a backward pass nor optimizer state."""
-    precision: Literal["float32", "bfloat16"] | None = None
-    """bfloat16 = fp32 weights under bf16 autocast. None = what the DeepSpeed configuration says, else bfloat16."""
-    head_chunk: Positive = 256
-    """Tokens whose full-vocabulary logits exist at one time."""
-    teacher_text_tokens: Positive = 10_000
-    """How many tokens the teacher writes where data names the source `teacher_text`."""
-    trainer: dict[str, Any] = field(default_factory=dict)
-    """Handed to transformers.TrainingArguments untouched."""
-    deepspeed: str | dict[str, Any] | None = "deepspeed/zero2.json"
-    """DeepSpeed configuration: a path, a name under configs/, or the mapping itself."""
-    num_ranks: Positive | None = None
-    """Processes that `shoal run` and `shoal distill` start on this machine; None = one per GPU, one on CPU."""
-    timeout_s: Positive = 1800
-    """Seconds a collective may wait for a late rank before the job ends."""
-
-
-@dataclass(frozen=True)
 class Eval(Section):
     """What the models are scored on."""
 
@@ -247,7 +218,7 @@ class Recipe(Section):
     trust_remote_code: bool = False
     measure: Measure = Measure()
     prune: Prune = Prune()
-    distill: Distill = Distill()
+    distill: Distill = field(default_factory=Distill)
     eval: Eval = Eval()
     track: Track = Track()
     export: Export = Export()
@@ -256,24 +227,6 @@ class Recipe(Section):
 CONFIGS_DIR = Path(__file__).parent / "configs"
 if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
     CONFIGS_DIR = Path(__file__).parents[2] / "configs"
-
-
-REFUSED_TRAINER_KEYS = {
-    "bf16": "is set by distill.precision; use that",
-    "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
-    "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
-    "label_smoothing_factor": "would have no effect, the loss is distill.losses; leave it out",
-    "ignore_data_skip": "would train the same text again after a resume; leave it out",
-    "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
-    "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
-    "load_best_model_at_end": "there is no evaluation during training yet; leave it out",
-    "eval_strategy": "there is no evaluation during training yet; use `shoal eval`",
-    "do_eval": "there is no evaluation during training yet; use `shoal eval`",
-    "push_to_hub": "is done by export.hub_repo; use that",
-    "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
-    "use_liger_kernel": "would replace the forward that holds the distillation loss; leave it out",
-}
-"""Training arguments that would be wrong, ignored or leaked here."""
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -446,26 +399,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     if prune.weights and prune.contiguous:
         problems.append("prune.weights: mixes scores of single layers; set prune.contiguous: false, or leave it out")
     problems += [f"prune.edits.{problem}" for problem in contradictions(prune.edits, prune.drop or ())]
-    problems += terms.contradictions(recipe.distill.losses)
-    for key, reason in REFUSED_TRAINER_KEYS.items():
-        if key in recipe.distill.trainer:
-            problems.append(f"distill.trainer.{key}: {reason}")
-    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        if (recipe.distill.trainer.get(key) or {}).get("use_reentrant"):
-            problems.append(
-                f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
-            )
-    for key in ("output_dir", "deepspeed", "seed", "run_name", "resume_from_checkpoint"):
-        if key in recipe.distill.trainer:
-            where = {
-                "output_dir": "run_dir",
-                "deepspeed": "distill.deepspeed",
-                "seed": "seed",
-                "run_name": "track.name",
-            }
-            problems.append(
-                f"distill.trainer.{key}: is set by shoal; use {where.get(key, 'the same command again')} instead"
-            )
+    problems += training.contradictions(recipe.distill)
     if recipe.export.hub_repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.export.hub_repo):
         problems.append(f"export.hub_repo: must have the form owner/name (got {recipe.export.hub_repo!r})")
     return problems

@@ -1,0 +1,146 @@
+"""How a cut model is trained on the full one: the recipe's section `distill`, and what it must not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from shoal import terms
+from shoal.section import Data, DataSource, Positive, RowLength, Section
+from shoal.terms import ForwardKL, LossTerm
+
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Teacher(Section):
+    """Where the teacher's signals come from while the student trains."""
+
+    recorded: str | None = None
+    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher on every batch."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of a live teacher; None = the recipe's dtype."""
+    offload: bool = False
+    """Keep a live teacher's weights in CPU memory and bring them over layer by layer: slower, and a large model less
+    on the device. Has no effect on numbers. ZeRO 3 shards it instead."""
+
+
+@dataclass(frozen=True)
+class LocalHeal(Section):
+    """A first stage that heals every gap on its own, on hidden states, without a graph from end to end."""
+
+    num_tokens: Positive = 50_000
+    """Of the same rows that training starts with, rounded up to whole steps."""
+    learning_rate: Above0 = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    batch_size: Positive = 8
+    """Rows per step over all ranks."""
+    rows_at_once: Positive = 4
+    """Rows per rank and forward."""
+
+
+@dataclass(frozen=True)
+class Watch(Section):
+    """What is scored while the student trains."""
+
+    every: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
+    """In steps, or below 1 as a share of all steps; scored before the first step and after the last one too."""
+    perplexity_tokens: Annotated[int, Field(ge=0)] = 4096
+    """Tokens of eval.perplexity_data; 0 = none."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks, one or two per ability; few items, since every look costs what they cost."""
+    limit: Positive = 32
+    """Items per task: the first ones that eval.limit would take."""
+    best: str | None = None
+    """The score, `perplexity` or a task, whose best state becomes distilled/; None = the last state."""
+
+
+@dataclass(frozen=True)
+class Distill(Section):
+    """How the cut model is trained on the full one."""
+
+    data: Data = (DataSource("python_docs"),)
+    num_tokens: Positive = 200_000
+    """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
+    sequence_length: RowLength = 512
+    losses: tuple[LossTerm, ...] = (ForwardKL(),)
+    trainable: Literal["all", "layers", "from_first_cut"] = "all"
+    """What is trained: everything; all but embeddings and head; or only the layers from the first cut up, with the
+    final norm (an edited layer counts as a cut). What lies below the first cut is still the teacher, so there it is
+    computed once for both and needs neither a backward pass nor optimizer state."""
+    teacher: Teacher = Teacher()
+    local: LocalHeal | None = None
+    """A stage before this one; None = none."""
+    watch: Watch | None = Watch()
+    """None = nothing is scored while training."""
+    stop_on_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
+    """A step whose loss is more than so many times the median of the steps before ends the training, its batch kept for
+    a look; None = only a loss that is no number does."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """bfloat16 = fp32 weights under bf16 autocast. None = what the DeepSpeed configuration says, else bfloat16."""
+    head_chunk: Positive = 256
+    """Tokens whose full-vocabulary logits exist at one time."""
+    teacher_text_tokens: Positive = 10_000
+    """How many tokens the teacher writes where data names the source `teacher_text`."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Handed to transformers.TrainingArguments untouched."""
+    deepspeed: str | dict[str, Any] | None = "deepspeed/zero2.json"
+    """DeepSpeed configuration: a path, a name under configs/, or the mapping itself."""
+    num_ranks: Positive | None = None
+    """Processes that `shoal run` and `shoal distill` start on this machine; None = one per GPU, one on CPU."""
+    timeout_s: Positive = 1800
+    """Seconds a collective may wait for a late rank before the job ends."""
+
+
+REFUSED_TRAINER_KEYS = {
+    "bf16": "is set by distill.precision; use that",
+    "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
+    "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
+    "label_smoothing_factor": "would have no effect, the loss is distill.losses; leave it out",
+    "ignore_data_skip": "would train the same text again after a resume; leave it out",
+    "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
+    "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
+    "load_best_model_at_end": "is done by distill.watch.best; use that",
+    "eval_strategy": "is done by distill.watch; use that",
+    "do_eval": "is done by distill.watch; use that",
+    "push_to_hub": "is done by export.hub_repo; use that",
+    "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
+    "use_liger_kernel": "would replace the forward that holds the distillation loss; leave it out",
+}
+"""Training arguments that would be wrong, ignored or leaked here."""
+
+
+def contradictions(distill: Distill) -> Iterator[str]:
+    """`place: what is wrong`, for everything that single fields cannot express."""
+    yield from terms.contradictions(distill.losses)
+    teacher, watch = distill.teacher, distill.watch
+    if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
+        name = "offload" if teacher.offload else "dtype"
+        yield f"distill.teacher.{name}: has no effect on recorded signals; leave it out"
+    if watch is not None:
+        if not watch.tasks and not watch.perplexity_tokens:
+            yield "distill.watch: scores nothing; name tasks or set perplexity_tokens, or set distill.watch: null"
+        names = [*(["perplexity"] if watch.perplexity_tokens else []), *watch.tasks]
+        if watch.best is not None and watch.best not in names:
+            yield f"distill.watch.best: must be one of {', '.join(names)} (got {watch.best!r})"
+        if watch.every > 1 and watch.every != round(watch.every):
+            yield f"distill.watch.every: must be whole steps or a share below 1 (got {watch.every:g})"
+    for key, reason in REFUSED_TRAINER_KEYS.items():
+        if key in distill.trainer:
+            yield f"distill.trainer.{key}: {reason}"
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if (distill.trainer.get(key) or {}).get("use_reentrant"):
+            yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
+    for key in ("output_dir", "deepspeed", "seed", "run_name", "resume_from_checkpoint"):
+        if key in distill.trainer:
+            where = {
+                "output_dir": "run_dir",
+                "deepspeed": "distill.deepspeed",
+                "seed": "seed",
+                "run_name": "track.name",
+            }
+            instead = where.get(key, "the same command again")
+            yield f"distill.trainer.{key}: is set by shoal; use {instead} instead"
