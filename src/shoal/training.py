@@ -66,6 +66,9 @@ class Distill(Section):
     num_tokens: Positive = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
     sequence_length: RowLength = 512
+    batch_size: Positive | None = None
+    """Rows of one optimizer step over all ranks, so that a run means the same, and goes on, on any number of ranks;
+    gradients are accumulated accordingly. None = what one step of trainer.per_device_train_batch_size comes to."""
     losses: tuple[LossTerm, ...] = (ForwardKL(),)
     trainable: Literal["all", "layers", "from_first_cut"] = "all"
     """What is trained: everything; all but embeddings and head; or only the layers from the first cut up, with the
