@@ -1,0 +1,406 @@
+"""The teacher's signals, recorded once: top-k log-probabilities, the mass of the rest, chosen states.
+
+B batch, S sequence, D hidden, V vocabulary, K recorded tokens, C chunk, N tokens of a batch.
+
+A recording is a folder of shards (see recording_format) and a manifest. Shards are written one by one, each under a
+temporary name, so that a recording that was killed goes on at the next one; the manifest lists them once all are there.
+What a shard holds depends on its rows alone, not on who wrote it: any number of ranks makes the same files.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from shoal.anatomy import decoder_body, decoder_layers
+from shoal.artifact import Artifact, Provenance, differences
+from shoal.data import PackedRows
+from shoal.errors import UserError
+from shoal.models import load_config, logits_from_hidden, text_config, tokenizer_fingerprint
+from shoal.recording import Record
+from shoal.runtime import environment, is_main, rank, world_size
+
+from .recording_format import (
+    HEADER_BYTES,
+    Layout,
+    ShardFile,
+    remove_unfinished,
+    row_hashes,
+    shard_planes,
+    write_shard,
+)
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+HEAD_CHUNK = 256
+"""Tokens whose full-vocabulary logits exist at one time."""
+
+
+@dataclass(frozen=True)
+class Recording(Artifact):
+    """recording.json: what a folder of signals was recorded from. Without shards it is not finished."""
+
+    FILE: ClassVar[str] = "recording.json"
+
+    rows_per_shard: int
+    layout: Layout
+    rows_from: dict[str, Any]
+    """What shaped the rows, for a reader and for messages."""
+    shards: tuple[dict[str, Any], ...] = field(default=())
+    """Of each: rows, bytes, sha256 of its planes."""
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard["rows"] for shard in self.shards)
+
+
+# --- identity -----------------------------------------------------------------------------------------------------
+
+
+def recording_inputs(
+    settings: Record, teacher: Path, *, model: str, sequence_length: int, dtype: str, attention: str
+) -> dict[str, Any]:
+    """What identifies recorded signals besides their rows, which are compared one by one.
+
+    ``model`` is the teacher's fingerprint. Rows per shard and the like decide how files are cut, not what they say.
+    """
+    return {
+        "model": model,
+        "tokenizer": tokenizer_fingerprint(teacher),
+        "dtype": dtype,
+        "attention": attention,
+        "sequence_length": sequence_length,
+        "record.top_k": settings.top_k,
+        "record.temperature": settings.temperature,
+        "record.states": list(settings.states),
+    }
+
+
+def recording_layout(settings: Record, teacher: Path, *, sequence_length: int, trust_remote_code: bool) -> Layout:
+    """The planes that ``settings`` ask for of the teacher in this folder, told from its configuration.
+
+    Raises:
+        UserError: more tokens than its vocabulary has, or layers that it has not.
+    """
+    config = text_config(load_config(teacher, trust_remote_code=trust_remote_code))
+    if settings.top_k > config.vocab_size:
+        raise UserError(
+            f"record.top_k: {settings.top_k} is more than the {config.vocab_size:,} tokens of the vocabulary of "
+            f"{teacher}; set at most that"
+        )
+    if wrong := [layer for layer in settings.states if layer >= config.num_hidden_layers]:
+        raise UserError(
+            f"record.states: {wrong[0]} is no layer of {teacher}, which has {config.num_hidden_layers}; "
+            f"the last is {config.num_hidden_layers - 1}"
+        )
+    if len(set(settings.states)) < len(settings.states):
+        raise UserError(f"record.states: {list(settings.states)} names a layer twice; name each once")
+    return Layout(sequence_length, settings.top_k, config.vocab_size, config.hidden_size, tuple(settings.states))
+
+
+def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
+    """Disk that a recording takes."""
+    return layout.num_bytes(num_rows) + math.ceil(num_rows / rows_per_shard) * HEADER_BYTES
+
+
+# --- writing ------------------------------------------------------------------------------------------------------
+
+
+def plan_recording(
+    rows: PackedRows,
+    folder: Path,
+    settings: Record,
+    *,
+    layout: Layout,
+    inputs: dict[str, Any],
+    rows_from: dict[str, Any],
+) -> list[range]:
+    """The rows of every shard that is still to be written into ``folder``. Every rank calls this, before any weight is
+    loaded.
+
+    Finished shards are read and compared with their checksums by all ranks together; damaged ones are named in the log
+    and written again.
+
+    Raises:
+        UserError: the folder holds a recording of something else, or the disk has no room for the rest.
+    """
+    manifest = Recording(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
+    _together(lambda: _claim(folder, manifest) if is_main() else None)
+    found = Recording.read(folder / Recording.FILE)
+    shards = shards_of(len(rows), settings.rows_per_shard)
+    mine = shards[rank() :: world_size()]
+    missing = _together(lambda: [shard for shard in mine if not _is_there(folder, shard, rows, found, rows_from)])
+    pending = sorted((shard for part in missing for shard in part), key=lambda shard: shard.start)
+    _together(lambda: _announce(folder, layout, len(shards), pending) if is_main() else None)
+    return pending
+
+
+def record(
+    teacher: PreTrainedModel,
+    rows: PackedRows,
+    folder: Path,
+    settings: Record,
+    *,
+    pending: Sequence[range],
+) -> Recording:
+    """Write the shards that plan_recording found missing, in turn over the ranks, then the manifest.
+
+    Raises:
+        UserError: the disk is full after all, or the teacher's distributions are not finite. What is written stays.
+    """
+    manifest = Recording.read(folder / Recording.FILE)
+    mine = pending[rank() :: world_size()]
+    progress = tqdm(total=sum(map(len, mine)), desc="record", unit="row", disable=not is_main())
+    setting = "run_dir" if settings.folder is None else "record.folder"
+    for shard in mine:
+        planes = _record_shard(teacher, rows, shard, settings, manifest.layout, progress.update)
+        path = folder / shard_name(shard.start // settings.rows_per_shard)
+        write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
+    progress.close()
+    _barrier()
+    num_shards = max(math.ceil(len(rows) / settings.rows_per_shard), len(manifest.shards))
+    finished = replace(manifest, shards=_listed(folder, manifest, num_shards))
+    if is_main():
+        finished.write(folder / Recording.FILE)
+    _barrier()
+    return finished
+
+
+def top_k_signals(
+    hidden_ND: Tensor, to_logits: Callable[[Tensor], Tensor], *, top_k: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (N, K), log-probabilities (N, K) and tail (N,) of the full softmax; logits exist for one chunk at a time.
+
+    The tail is summed from what is left, not taken as one minus the top k: a difference of nearly equal numbers has no
+    digits where the teacher is sure.
+    """
+    parts = []
+    for start in range(0, len(hidden_ND), HEAD_CHUNK):
+        logits_CV = to_logits(hidden_ND[start : start + HEAD_CHUNK]).float() / temperature
+        values_CK, ids_CK = logits_CV.topk(top_k, dim=-1)
+        rest_C = logits_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(-1)
+        total_C = torch.logaddexp(values_CK.logsumexp(-1), rest_C)
+        parts.append((ids_CK, values_CK - total_C[:, None], (rest_C - total_C).exp()))
+    ids_NK, log_probs_NK, tail_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ids_NK, log_probs_NK, tail_N
+
+
+@torch.inference_mode()
+def _record_shard(
+    teacher: PreTrainedModel,
+    rows: PackedRows,
+    shard: range,
+    settings: Record,
+    layout: Layout,
+    tell: Callable[[int], Any],
+) -> dict[str, Tensor]:
+    decoder, scaled, head = decoder_body(teacher), logits_from_hidden(teacher), teacher.get_output_embeddings()
+    assert head is not None
+    device = teacher.device
+    batches: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in layout.states}
+    for start in range(shard.start, shard.stop, settings.batch_size):
+        part = slice(start, min(start + settings.batch_size, shard.stop))
+        ids_BS, positions_BS = (x[part].long().to(device) for x in (rows.input_ids_NS, rows.position_ids_NS))
+        with _keeping(teacher, kept):
+            hidden_BSD = decoder(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
+        found = top_k_signals(
+            hidden_BSD.flatten(0, 1),
+            lambda hidden: scaled(hidden, head),
+            top_k=layout.top_k,
+            temperature=settings.temperature,
+        )
+        batches.append(tuple(x.unflatten(0, ids_BS.shape).cpu() for x in found))  # pyright: ignore[reportArgumentType]
+        tell(len(ids_BS))
+    ids, log_probs, tail = (torch.cat(part) for part in zip(*batches, strict=True))
+    _refuse_non_finite(log_probs, tail, shard.start)
+    states = {layer: torch.cat(parts) for layer, parts in kept.items()}
+    return shard_planes(layout, ids, log_probs, tail, row_hashes(rows, shard.start, shard.stop), states)
+
+
+@contextmanager
+def _keeping(teacher: PreTrainedModel, kept: dict[int, list[Tensor]]) -> Iterator[None]:
+    """While the teacher runs: append the outputs of the layers asked for, as they go to disk."""
+
+    def keeper(layer: int) -> Callable[..., None]:
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            kept[layer].append(state.to(torch.bfloat16).cpu())
+
+        return keep
+
+    layers = decoder_layers(teacher)
+    handles = [layers[layer].register_forward_hook(keeper(layer)) for layer in kept]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_non_finite(log_probs: Tensor, tail: Tensor, first_row: int) -> None:
+    bad = log_probs.isnan().any(-1) | tail.isnan()
+    if bad.any():
+        row, position = (int(index) for index in bad.nonzero()[0])
+        raise UserError(
+            f"record: the teacher's logits at position {position} of row {first_row + row} are not finite; "
+            "set dtype: float32, or check its weights"
+        )
+
+
+def _claim(folder: Path, manifest: Recording) -> None:
+    """Make ``folder`` this recording's, or refuse it where it is another's."""
+    path = folder / Recording.FILE
+    if not path.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds other files; set record.folder to an empty or new folder")
+        manifest.write(path)
+        return
+    found = Recording.read(path)
+    differing = differences(manifest.provenance.inputs, found.provenance.inputs)
+    if found.rows_per_shard != manifest.rows_per_shard:
+        differing.append(
+            f"record.rows_per_shard is {manifest.rows_per_shard} in this recipe but {found.rows_per_shard} there"
+        )
+    if differing:
+        raise UserError(
+            f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, set record.folder to "
+            f"another folder, or delete {folder} to record again"
+        )
+    warn_of_versions(path, found.provenance)
+    remove_unfinished(folder)
+
+
+def _is_there(folder: Path, shard: range, rows: PackedRows, found: Recording, rows_from: dict[str, Any]) -> bool:
+    """Whether the shard stands in ``folder`` whole."""
+    path = folder / shard_name(shard.start // found.rows_per_shard)
+    if not path.is_file():
+        return False
+    try:
+        file = ShardFile(path, found.layout)
+        if not file.is_intact():
+            raise UserError(f"{path}: does not match its checksum")
+        if file.recording != found.provenance.fingerprint:
+            raise UserError(f"{path}: is a part of another recording")
+    except UserError as error:
+        log.warning("%s; recording it again", error)
+        return False
+    refuse_other_rows(path, file.hashes, rows, shard.start, differences(rows_from, found.rows_from))
+    return file.num_rows >= len(shard)  # fewer: it was the last one of a smaller budget
+
+
+def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[range]) -> None:
+    """Say what will be written, and refuse where it does not fit.
+
+    Raises:
+        UserError: the disk has less room.
+    """
+    if not pending:
+        log.info("record: all %d shards are there and whole (%s)", num_shards, folder)
+        return
+    need = sum(layout.num_bytes(len(shard)) + HEADER_BYTES for shard in pending)
+    free = shutil.disk_usage(folder).free
+    tokens = sum(map(len, pending)) * layout.sequence_length
+    log.info(
+        "record: %s tokens into %d of %d shards, %.0f bytes each token, %s on disk (%s free) in %s",
+        f"{tokens:,}",
+        len(pending),
+        num_shards,
+        layout.num_bytes(1) / layout.sequence_length,
+        _size(need),
+        _size(free),
+        folder,
+    )
+    if free < need:
+        raise UserError(
+            f"{folder}: recording needs {_size(need)} there and the disk has {_size(free)} free; set record.folder "
+            "to a folder on a larger disk, or lower record.num_tokens, record.top_k or the number of record.states"
+        )
+
+
+def _listed(folder: Path, manifest: Recording, num_shards: int) -> tuple[dict[str, Any], ...]:
+    """The manifest's entries, up to the first shard that is not full: rows are found by counting."""
+    listed = []
+    for index in range(num_shards):
+        path = folder / shard_name(index)
+        file = ShardFile(path, manifest.layout)
+        listed.append({"rows": file.num_rows, "bytes": path.stat().st_size, "sha256": file.sha256})
+        if file.num_rows < manifest.rows_per_shard:
+            break
+    return tuple(listed)
+
+
+def shards_of(num_rows: int, rows_per_shard: int) -> list[range]:
+    return [range(start, min(start + rows_per_shard, num_rows)) for start in range(0, num_rows, rows_per_shard)]
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:06d}.safetensors"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:,.2f} MB"
+
+
+def refuse_other_rows(
+    path: Path, hashes: np.ndarray, rows: PackedRows, start: int, shaped_otherwise: Sequence[str]
+) -> None:
+    """Refuse a shard whose rows, as far as both go, are not those of this run from ``start`` on."""
+    both = min(len(hashes), len(rows) - start)
+    unequal = (row_hashes(rows, start, start + both) != hashes[:both]).any(-1)
+    if unequal.any():
+        reason = "; ".join(shaped_otherwise) or "the text or the order of its documents is another"
+        raise UserError(
+            f"{path}: belongs to another run: row {start + int(unequal.argmax())} has other tokens there ({reason}). "
+            "Set the recipe back, or record into another folder"
+        )
+
+
+def warn_of_versions(path: Path, there: Provenance) -> None:
+    here = environment()
+    changed = [name for name in ("torch", "transformers") if here[name] != there.environment.get(name)]
+    for name in changed:
+        log.warning(
+            "%s: was recorded with %s %s, this is %s; the teacher's last digits may differ",
+            path,
+            name,
+            there.environment.get(name),
+            here[name],
+        )
+
+
+def _together(decide: Callable[[], T]) -> list[T]:
+    """What every rank decides, on every rank; the refusal of one is everyone's."""
+    answer: tuple[Any, str | None]
+    try:
+        answer = (decide(), None)
+    except UserError as error:
+        answer = (None, str(error))
+    answers: list[Any] = [answer]
+    if dist.is_initialized() and world_size() > 1:
+        answers = [None] * world_size()
+        dist.all_gather_object(answers, answer)
+    for _, refusal in answers:
+        if refusal is not None:
+            raise UserError(refusal)
+    return [value for value, _ in answers]
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
