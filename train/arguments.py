@@ -32,6 +32,42 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 """What differs from transformers' own defaults; `distill.trainer` overrides each."""
+BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""How ranks and micro-batches share the rows of one optimizer step."""
+
+
+def batch_split(settings: Distill) -> tuple[int, int]:
+    """Rows of a micro-batch on one rank, and micro-batches of an optimizer step.
+
+    Rows are handed out in order, micro-batch by micro-batch and within one rank by rank, so an optimizer step holds the
+    same rows however it is split.
+
+    Raises:
+        UserError: `distill.batch_size` does not come out even over these ranks.
+    """
+    given = settings.trainer.get("per_device_train_batch_size")
+    default = int(DEFAULTS["per_device_train_batch_size"])
+    if settings.batch_size is None:
+        return int(given or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
+    per_rank, rest = divmod(settings.batch_size, world_size())
+    if rest:
+        raise UserError(
+            f"distill.batch_size: {settings.batch_size} rows do not divide over {world_size()} ranks; "
+            f"choose a multiple of {world_size()}, or another number of ranks"
+        )
+    rows = int(given or max(n for n in range(1, default + 1) if per_rank % n == 0))
+    if per_rank % rows:
+        raise UserError(
+            f"distill.batch_size: {settings.batch_size} rows over {world_size()} ranks are {per_rank} each, no "
+            f"multiple of distill.trainer.per_device_train_batch_size {rows}; change one, or leave the latter out"
+        )
+    return rows, per_rank // rows
+
+
+def rows_per_step(settings: Distill) -> int:
+    """Rows of one optimizer step over all ranks."""
+    rows, accumulation = batch_split(settings)
+    return rows * accumulation * world_size()
 
 
 def num_rows(settings: Distill) -> int:
@@ -39,29 +75,31 @@ def num_rows(settings: Distill) -> int:
 
     A last step of another size would be padded with repeated rows, differently for every number of ranks.
     """
-    trainer = DEFAULTS | settings.trainer
-    per_step = (
-        int(trainer["per_device_train_batch_size"]) * int(trainer.get("gradient_accumulation_steps", 1)) * world_size()
-    )
+    per_step = rows_per_step(settings)
     return math.ceil(settings.num_tokens / settings.sequence_length / per_step) * per_step
 
 
 def training_arguments(
-    settings: Distill, *, output_dir: Path, seed: int, report_to: list[str]
+    settings: Distill, *, output_dir: Path, seed: int, report_to: list[str], load_universal: bool = False
 ) -> tuple[TrainingArguments, int]:
     """The Trainer's arguments, and how many checkpoints to keep.
+
+    ``load_universal`` = training goes on from a checkpoint that was made to fit any number of ranks.
 
     Raises:
         UserError: unknown or contradictory arguments, or a precision that is known to train wrongly.
     """
     check_names(settings)
-    values = DEFAULTS | settings.trainer
+    values = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
+    deepspeed = deepspeed_config(settings)
+    if load_universal:
+        deepspeed["checkpoint"] = {**deepspeed.get("checkpoint", {}), "load_universal": True}
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     keep = max(2, values.pop("save_total_limit", None) or 2)
     try:
         arguments = TrainingArguments(
             output_dir=str(output_dir),
-            deepspeed=deepspeed_config(settings),
+            deepspeed=deepspeed,
             seed=seed,
             use_cpu=not torch.accelerator.is_available(),
             remove_unused_columns=False,
@@ -86,10 +124,20 @@ def check_names(settings: Distill) -> None:
         close = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
         raise UserError(f"distill.trainer.{unknown[0]}: no such training argument; {hint}")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+    if settings.batch_size is not None and "gradient_accumulation_steps" in settings.trainer:
+        raise UserError(
+            f"distill.trainer.gradient_accumulation_steps: follows from distill.batch_size ({settings.batch_size}); "
+            "leave one of them out"
+        )
+    for name in BATCH_SPLIT:
         value = settings.trainer.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"distill.trainer.{name}: must be a whole number of at least 1 (got {value!r})")
+
+
+def zero_stage(settings: Distill) -> int:
+    """The ZeRO stage that the recipe asks for."""
+    return deepspeed_config(settings)["zero_optimization"]["stage"]
 
 
 def deepspeed_config(settings: Distill) -> dict[str, Any]:

@@ -3,29 +3,37 @@
 DeepSpeed writes its pointer before all shards exist, accepts flipped bytes and, with the pointer missing, quietly
 starts from the beginning. So a checkpoint here counts only once its manifest, written last and renamed, names every
 file with its size and checksum; one that does not match its manifest is skipped with a message.
+
+Under ZeRO 1 to 3 every rank's files hold its share of the optimizer. Before another number of ranks can go on, rank 0
+writes the shares once more as one file per parameter (DeepSpeed's universal format), beside the ranks' own files.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from shoal.artifact import differences, write_text
+from shoal.artifact import differences, write_text, written_folder
 from shoal.errors import UserError
 from shoal.runtime import is_main, rank, world_size
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+UNIVERSAL = "universal"
 
 
-def commit(folder: Path, inputs: dict[str, Any]) -> None:
+def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None:
     """Make the files in ``folder`` a complete checkpoint of the run that ``inputs`` describes; every rank calls this.
 
     Ranks share the hashing: a large checkpoint is read once by all of them together.
@@ -39,7 +47,8 @@ def commit(folder: Path, inputs: dict[str, Any]) -> None:
         dist.all_gather_object(gathered, mine)
     if is_main():
         stamps = {name: stamp for part in gathered for name, stamp in part.items()}
-        write_text(folder / MANIFEST, json.dumps({"inputs": inputs, "files": stamps}, indent=1))
+        manifest = {"inputs": inputs, "layout": {"ranks": world_size(), "zero_stage": zero_stage}, "files": stamps}
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
     _barrier()
 
 
@@ -63,6 +72,70 @@ def last_complete(folder: Path, inputs: dict[str, Any]) -> Path | None:
             )
         return checkpoint
     return None
+
+
+def layout(checkpoint: Path) -> dict[str, int]:
+    """How many ranks wrote this complete checkpoint (`ranks`), and under which ZeRO stage (`zero_stage`)."""
+    return json.loads((checkpoint / MANIFEST).read_text())["layout"]
+
+
+def needs_universal(checkpoint: Path, *, zero_stage: int) -> bool:
+    """Whether DeepSpeed has to load the universal form of ``checkpoint``, which is made here where it is missing.
+
+    Raises:
+        UserError: the checkpoint's ZeRO stage lays the optimizer out in a way that this stage cannot read.
+    """
+    saved = layout(checkpoint)
+    if saved["zero_stage"] != zero_stage and not {saved["zero_stage"], zero_stage} <= {1, 2}:
+        raise UserError(
+            f"{checkpoint}: was trained under ZeRO stage {saved['zero_stage']}, and DeepSpeed cannot go on from it "
+            f"under stage {zero_stage}: they lay out the optimizer differently (only 1 and 2 can be exchanged). "
+            f"Set stage {saved['zero_stage']} in distill.deepspeed again; the number of ranks may change"
+        )
+    if zero_stage == 0 or saved == {"ranks": world_size(), "zero_stage": zero_stage}:
+        return False  # stage 0 keeps the optimizer whole on every rank
+    universal = checkpoint / UNIVERSAL
+    if not universal.is_dir() or _damage(universal) is not None:
+        log.info("%s: written by %d rank(s), made to fit %d", checkpoint, saved["ranks"], world_size())
+        _convert(checkpoint, universal)
+    write_text(checkpoint / "latest_universal", UNIVERSAL)  # where DeepSpeed looks for the folder's name
+    return True
+
+
+def _convert(checkpoint: Path, universal: Path) -> None:
+    """Write the ranks' shares as one file per parameter; whole or not at all."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    tag = (checkpoint / "latest").read_text().strip()
+    with written_folder(universal) as folder:
+        request = argparse.Namespace(
+            input_folder=str(checkpoint / tag),
+            output_folder=str(folder),
+            # further processes would be forks of one that has joined a process group
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(request)
+        stamps = {str(file.relative_to(folder)): _stamp(file) for file in folder.rglob("*") if file.is_file()}
+        write_text(folder / MANIFEST, json.dumps({"files": stamps}))
+
+
+def separate_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Undo what DeepSpeed mixes up when it loads the universal form of a ZeRO-3 checkpoint.
+
+    All groups are given one and the same `step` tensor, which each of them then advances, so Adam's bias correction runs
+    ahead; and all are given the first group's settings, so norms and biases would decay.
+    """
+    saved = torch.load(checkpoint / UNIVERSAL / "zero" / "optimizer_state.pt", weights_only=False)["param_groups"]
+    for group, settings in zip(optimizer.param_groups, saved, strict=True):
+        group.update({key: value for key, value in settings.items() if key != "params"})
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
 
 
 def remove_older(folder: Path, *, keep: int) -> None:

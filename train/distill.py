@@ -23,14 +23,23 @@ from shoal.recipe import Distill, Track, as_dict
 from shoal.runtime import device, is_main, world_size
 
 from . import tracking
-from .arguments import check_names, deepspeed_config, num_rows, training_arguments
-from .checkpoint import last_complete
+from .arguments import (
+    BATCH_SPLIT,
+    check_names,
+    deepspeed_config,
+    num_rows,
+    rows_per_step,
+    training_arguments,
+    zero_stage,
+)
+from .checkpoint import last_complete, needs_universal
 from .progress import Progress
 from .stop import StopRequest
 from .student import SharedPrefix, install_objective
-from .text import training_rows, wants_teacher_text, written_by_teacher
+from .text import training_rows
 from .trainable import keep_zeros, set_trainable
 from .trainer import DistillTrainer
+from .writing import wants_teacher_text, written_by_teacher
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +62,10 @@ def distill_inputs(
 ) -> dict[str, Any]:
     """Everything that shapes distilled/: the stage's identity."""
     section = {f"distill.{key}": value for key, value in as_dict(settings).items() if key != "trainer"}
-    section["distill.deepspeed"] = deepspeed_config(settings)  # what the file says now, not what it is called
-    trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items()}
+    # what the file says now, not what it is called; how ZeRO shards the work does not change its result
+    section["distill.deepspeed"] = {k: v for k, v in deepspeed_config(settings).items() if k != "zero_optimization"}
+    split = BATCH_SPLIT if settings.batch_size is not None else ()
+    trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in split}
     return {
         "model": teacher,
         "student": student,
@@ -65,6 +76,12 @@ def distill_inputs(
         "attention": attention,
         **{key: value for key, value in (section | trainer).items() if key not in NOT_IDENTITY},
     }
+
+
+def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run's checkpoints: its real batch, and not how ranks and micro-batches share it."""
+    split = {f"distill.trainer.{key}" for key in BATCH_SPLIT}
+    return {k: v for k, v in inputs.items() if k not in split} | {"distill.batch_size": rows_per_step(settings)}
 
 
 def check_distillable(teacher: Path, student: Path, settings: Distill, *, trust_remote_code: bool) -> None:
@@ -119,8 +136,9 @@ def distill(
     check_names(settings)
     check_distillable(teacher_dir, student_dir, settings, trust_remote_code=trust_remote_code)
     checkpoints = run_dir / "checkpoints"
-    # the optimizer's shards are cut by rank count, so a checkpoint belongs to one
-    resume = _agreed(lambda: last_complete(checkpoints, {**inputs, "world_size": world_size()}))
+    identity = checkpoint_inputs(settings, inputs)
+    resume = _agreed(lambda: last_complete(checkpoints, identity))
+    universal = resume is not None and _agreed(lambda: needs_universal(resume, zero_stage=zero_stage(settings)))
     tokenizer = load_tokenizer(teacher_dir, trust_remote_code=trust_remote_code)
     load = {"attention": attention, "trust_remote_code": trust_remote_code}
     texts: list[str] = []
@@ -141,7 +159,9 @@ def distill(
     report_to = tracking.start(track, run_dir, recipe)
     _join_deepspeed()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
-    arguments, keep = training_arguments(settings, output_dir=checkpoints, seed=seed, report_to=report_to)
+    arguments, keep = training_arguments(
+        settings, output_dir=checkpoints, seed=seed, report_to=report_to, load_universal=universal
+    )
     teacher = load_model(teacher_dir, dtype=dtype, **load).requires_grad_(False)
     student = load_model(student_dir, dtype="float32", **load)
     set_trainable(student, settings.trainable, first_change=first_change)
@@ -157,7 +177,7 @@ def distill(
         teacher=teacher,
         prefix=SharedPrefix(student, teacher, first_change=first_change) if shares else None,
         terms=settings.losses,
-        inputs={**inputs, "world_size": world_size()},
+        inputs=identity,
         keep_checkpoints=keep,
         stop=stop,
         callbacks=[Progress(tokens_per_step=_tokens_per_step(arguments, settings))],

@@ -21,10 +21,10 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from shoal.errors import UserError, explained_disk_errors
-from shoal.runtime import is_main, world_size
+from shoal.runtime import is_main, seed_everything, world_size
 from shoal.terms import LossTerm, needs_teacher, term_names
 
-from .checkpoint import commit, remove_older
+from .checkpoint import commit, layout, remove_older, separate_groups
 from .stop import StopRequest
 from .student import SharedPrefix, final_hidden, output_head
 
@@ -125,13 +125,29 @@ class DistillTrainer(Trainer):
         try:
             with explained_disk_errors(folder):
                 super()._save_checkpoint(model, trial)
-                commit(folder, self._inputs)
+                zero: Any = self.args.hf_deepspeed_config
+                commit(folder, self._inputs, zero_stage=zero.config["zero_optimization"]["stage"])
         except BaseException:
             if is_main():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         if is_main():
             remove_older(folder.parent, keep=self._keep_checkpoints)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        zero: Any = self.args.hf_deepspeed_config
+        universal = zero.config.get("checkpoint", {}).get("load_universal", False)
+        if checkpoint is not None and universal and zero.config["zero_optimization"]["stage"] == 3:
+            engine: Any = self.model_wrapped
+            separate_groups(engine.optimizer.optimizer, Path(checkpoint))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random states are saved per rank; under another number of ranks all start anew from seed and step."""
+        if checkpoint is not None and layout(Path(checkpoint))["ranks"] != world_size():
+            seed_everything(self.args.seed + self.state.global_step)
+        else:
+            super()._load_rng_state(checkpoint)
 
     def _load_callback_state(self) -> None:
         """After the state was restored: term curves and training time go on from here, not from step 0."""
