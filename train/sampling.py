@@ -1,0 +1,117 @@
+"""Text a model writes, token by token. P prompts, T new tokens, V vocabulary."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms_PT: Tensor,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    end_ids: Sequence[int],
+    pad_id: int,
+) -> list[list[int]]:
+    """What ``model`` writes after every prompt: up to T tokens, the last of them an end token where it came to one.
+
+    Sampled from the model's own distribution at ``temperature`` (0 = always the likeliest token); what the checkpoint's
+    generation configuration says of penalties and filters is not looked at. The chance is in ``uniforms_PT``, numbers
+    from [0, 1), one for every token: a text depends on its own numbers and not on its neighbours in the batch, so the
+    same texts come out however prompts are dealt to batches and ranks.
+    """
+    width = max(map(len, prompts))
+    device = model.device
+    ids = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=uniforms_PT.shape[1],
+        eos_token_id=list(end_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
+    choice = _Choice(uniforms_PT.to(device), temperature=temperature, top_p=top_p)
+    with _writing(model), torch.no_grad():
+        written = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([choice])
+        )
+    return [_ended(row, end_ids) for row in written[:, width:].tolist()]
+
+
+def draw(logits_PV: Tensor, uniforms_P: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
+    """One token per row, (P,): the inverse of the row's distribution function at its uniform number.
+
+    In float64, where rounding in a sum over a large vocabulary does not shift what is drawn.
+    """
+    if temperature == 0:
+        return logits_PV.argmax(-1)
+    chances_PV = torch.softmax(logits_PV.double() / temperature, -1)
+    if top_p < 1:
+        sorted_PV, order_PV = chances_PV.sort(-1, descending=True)
+        outside_PV = sorted_PV.cumsum(-1) - sorted_PV >= top_p  # the token that passes the border stays
+        chances_PV = chances_PV.masked_fill(outside_PV.scatter(-1, order_PV, outside_PV), 0.0)
+    cumulative_PV = chances_PV.cumsum(-1)
+    at_P1 = (uniforms_P.double() * cumulative_PV[:, -1])[:, None]
+    return torch.searchsorted(cumulative_PV, at_P1, right=True)[:, 0].clamp(max=logits_PV.shape[-1] - 1)
+
+
+class _Choice(LogitsProcessor):
+    """Leaves `generate` nothing but the drawn token to take."""
+
+    def __init__(self, uniforms_PT: Tensor, *, temperature: float, top_p: float) -> None:
+        self._uniforms_PT = uniforms_PT
+        self._temperature = temperature
+        self._top_p = top_p
+        self._done = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        uniforms_P = self._uniforms_PT[:, self._done]
+        self._done += 1
+        chosen_P = draw(scores, uniforms_P, temperature=self._temperature, top_p=self._top_p)
+        return torch.full_like(scores, -torch.inf).scatter(-1, chosen_P[:, None], 0.0)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer_end: int | None) -> tuple[int, ...]:
+    """What ends a text: the tokenizer's end token and those of the model's generation configuration."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    listed = ends if isinstance(ends, list | tuple) else [ends]
+    return tuple(dict.fromkeys(int(end) for end in (tokenizer_end, *listed) if end is not None))
+
+
+@contextlib.contextmanager
+def own_forwards(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model and its head run as their classes say, whatever forward was put on these instances."""
+    modules = [module for module in (model, model.get_output_embeddings()) if isinstance(module, nn.Module)]
+    installed = [(module, module.__dict__.pop("forward")) for module in modules if "forward" in module.__dict__]
+    try:
+        yield
+    finally:
+        for module, forward in installed:
+            module.__dict__["forward"] = forward
+
+
+@contextlib.contextmanager
+def _writing(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and without the generation settings that `generate` would fill in from the checkpoint."""
+    training, settings = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.train(training)
+        model.generation_config = settings
+
+
+def _ended(tokens: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Up to and with the first end token; what follows is padding."""
+    stops = (index for index, token in enumerate(tokens) if token in end_ids)
+    return tokens[: next(stops, len(tokens) - 1) + 1]
