@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,6 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from shoal.checkpoint import Shard, read_shards
 from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
+from shoal.machine import available_memory
 from shoal.models import align_weights, load_config, load_model, text_config
 
 from ..eval.wording import bytes_text
@@ -33,8 +33,6 @@ PROOF_TOKENS = 24
 PROOF_NEW_TOKENS = 3
 MEMORY_MARGIN = 1.2
 """Memory that a run needs, as a multiple of the weights."""
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container its limits."""
 RUNNABLE = {"F64", "F32", "F16", "BF16"}
 """Number formats that torch calculates in by itself."""
 
@@ -181,15 +179,6 @@ def memory_shortage(shards: Sequence[Shard]) -> str:
     if needed <= available:
         return ""
     return f"running the model takes {bytes_text(needed)} of memory and {bytes_text(available)} are free"
-
-
-def available_memory() -> int:
-    """Bytes that this process can still get: free in the machine and, in a container, below its limit."""
-    available = psutil.virtual_memory().available
-    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
-    if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
-        available = min(available, int(maximum) - int(used.read_text()))
-    return available
 
 
 def _greedy(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

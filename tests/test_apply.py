@@ -26,6 +26,7 @@ from test_surgery import logits
 from tiny import KINDS, NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from shoal import machine
 from shoal.anatomy import text_config
 from shoal.artifact import Provenance, PruningPlan
 from shoal.checkpoint import INDEX_FILE, checkpoint_bytes, read_shards
@@ -282,10 +283,10 @@ def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
 def test_containers_limit_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
-    monkeypatch.setattr(proof, "CONTROL_GROUP", tmp_path)
-    assert proof.available_memory() == 3000
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    assert machine.available_memory() == 3000
     (tmp_path / "memory.max").write_text("max\n")
-    assert proof.available_memory() > 3000
+    assert machine.available_memory() > 3000
 
 
 def test_weights_in_which_torch_cannot_calculate_are_copied_and_not_run(

@@ -1,0 +1,56 @@
+"""What this machine has free: memory of the host and of the accelerator, disk, and how fast it multiplies."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container its limits."""
+
+
+def available_memory() -> int:
+    """Bytes that this process can still get: free in the machine and, in a container, below its limit."""
+    available = psutil.virtual_memory().available
+    limit, used = CONTROL_GROUP / "memory.max", CONTROL_GROUP / "memory.current"
+    if limit.is_file() and used.is_file() and (maximum := limit.read_text().strip()).isdigit():
+        available = min(available, int(maximum) - int(used.read_text()))
+    return available
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes free on ``device``; on a CPU what available_memory says."""
+    if device.type == "cpu":
+        return available_memory()
+    return torch.get_device_module(device).mem_get_info(device)[0]
+
+
+def free_disk(path: Path) -> int:
+    """Bytes free where ``path`` is, or will be once its folders are made."""
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(parent).free
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """The best rate of a few square matrix products: what a training step is measured against.
+
+    A product of this size is as fast as they get, and takes a fraction of a second on two CPU cores.
+    """
+    size = 1024 if device.type == "cpu" else 8192
+    left = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(8):
+        started = _now(device)
+        torch.mm(left, left)
+        best = min(best, _now(device) - started)
+    return 2 * size**3 / best
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
