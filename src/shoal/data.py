@@ -1,9 +1,4 @@
-"""Text sources, and how text becomes rows of tokens.
-
-A packed row holds several documents back to back. `position_ids` start again at every document, and transformers' mask
-functions read that as a border no attention crosses; the label at a border is ignored, since no document can know the
-next.
-"""
+"""Sources of text and conversations, and how they become tokens: drawn by weight, streamed where they are large."""
 
 from __future__ import annotations
 
@@ -13,22 +8,39 @@ import hashlib
 import itertools
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from shoal.artifact import fingerprint
+from shoal.chat import Chat, chat_of, check_template, tokenised
 from shoal.errors import UserError
+from shoal.packing import (
+    FIELDS,
+    IGNORED,
+    PackedRows,
+    Packing,
+    TokenDocument,
+    best_fit_rows,
+    collect,
+    draw,
+    read_rows,
+    split_rows,
+    teaching_rows,
+    write_counts,
+    write_rows,
+)
 from shoal.section import DataSource
+
+__all__ = ["IGNORED", "PackedRows"]
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100
 HELD_OUT_SHARE = 8
 """One topic in eight of Python's documentation is kept for evaluation."""
 
@@ -83,6 +95,11 @@ TEACHER_TEXT = "teacher_text"
 """Name of the source that the teacher writes itself before training starts."""
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 """File ending -> its reader in `datasets`; a .txt file is one document, which `datasets` would cut into lines."""
+HELD_CHARACTERS = 32_000_000
+"""A source with less text than this is shuffled as a whole; a larger one streams through a buffer of this size."""
+AT_ONCE = 256
+CHARACTERS_AT_ONCE = 4_000_000
+"""Most documents and characters tokenised together: fast tokenizers work through a list with all cores."""
 
 
 def load_texts(source: DataSource, *, max_characters: int | None = None) -> list[str]:
@@ -91,29 +108,44 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
     Raises:
         UserError: nothing there, no such column, or no text in it.
     """
+    if source.is_chat:
+        raise UserError(
+            f"data {source.path!r}: holds conversations, and only distill.data can take those; name a column of text"
+        )
     texts: list[str] = []
     characters = 0
-    for text in _iterate(source):
-        if text.strip():
-            texts.append(text)
-            characters += len(text)
+    for text in _raw(source):
+        if text is not None:
+            texts.append(str(text))
+            characters += len(str(text))
         if max_characters is not None and characters >= max_characters:
             break
     if not texts:
-        raise UserError(f"data {source.path!r}: holds no text in column {source.column!r}; name a source that does")
+        raise _nothing_in(source)
     return texts
 
 
-def _iterate(source: DataSource) -> Iterator[str]:
+def _nothing_in(source: DataSource) -> UserError:
+    column = source.messages or source.prompt or source.column
+    what = "conversation" if source.is_chat else "text"
+    return UserError(f"data {source.path!r}: holds no {what} in column {column!r}; name a source that does")
+
+
+def _raw(source: DataSource) -> Iterator[str | Chat | None]:
+    """Every row's text or conversation, in order; None for an empty one."""
     if source.path in BUNDLED:
-        yield from _bundled(source.path)
+        yield from (text if text.strip() else None for text in _bundled(source.path))
         return
     if source.path == TEACHER_TEXT:
         raise UserError(
             f"data {TEACHER_TEXT!r}: is written while distilling, for distill.data only; name another source"
         )
-    for where, row in _records(source):
-        yield _text(row, source.column, where)
+    for number, (where, row) in enumerate(_records(source)):
+        if source.is_chat:
+            yield chat_of(row, source, f"{where!r} row {number}")
+        else:
+            text = _text(row, source.column, where)
+            yield text if text.strip() else None
 
 
 def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]]:
@@ -224,101 +256,212 @@ def texts_fingerprint(texts: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class PackedRows:
-    """Rows of exactly S tokens. N rows, S sequence. 32-bit, and possibly memory-mapped: a token costs eight bytes."""
-
-    input_ids_NS: Tensor
-    position_ids_NS: Tensor
-    """Restart at 0 with every document."""
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per source: documents, tokens, split (documents cut at a row's end)."""
-
-    def __len__(self) -> int:
-        return len(self.input_ids_NS)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        input_ids, position_ids = self.input_ids_NS[row].long(), self.position_ids_NS[row].long()
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": _labels(input_ids, position_ids)}
-
-    @property
-    def labels_NS(self) -> Tensor:
-        """The token itself where it may be predicted from the ones before it, IGNORED at every document's start."""
-        return _labels(self.input_ids_NS.long(), self.position_ids_NS)
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.input_ids_NS.numpy().tobytes())
-        digest.update(self.position_ids_NS.numpy().tobytes())
-        return digest.hexdigest()[:16]
-
-
-def _labels(input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    return input_ids.masked_fill(position_ids == 0, IGNORED)
-
-
 def pack(
-    sources: Sequence[tuple[DataSource, Sequence[str]]],
+    sources: Sequence[tuple[DataSource, Sequence[str] | None]],
     tokenizer: Any,
     *,
     sequence_length: int,
     num_tokens: int,
     seed: int,
+    packing: Packing = "split",
+    folder: Path | None = None,
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
 
-    Documents are drawn in a seeded order; one that does not fit a row's rest goes on in the next row as a document of
-    its own. A source that runs out starts again in a new order: small data is repeated, never silently shortened.
+    A source is read as a stream, or stands for the texts beside it. Its documents are drawn in a seeded order that does
+    not depend on ``num_tokens``: the rows of a smaller budget begin those of a larger one. A source that runs out
+    starts again in a new order: small data is repeated, never silently shortened. With ``folder`` rows go to files
+    there as they are made, and the result maps them.
 
     Raises:
-        UserError: a source that tokenises to nothing.
+        UserError: a source that gives nothing to learn, or cannot be read.
     """
+    names = source_names([source for source, _ in sources])
+    counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
+    limit = sequence_length if packing == "best_fit" else None
+    streams = [
+        _documents(source, texts, tokenizer, seed=seed + index, limit=limit, count=counts[name])
+        for index, (name, (source, texts)) in enumerate(zip(names, sources, strict=True))
+    ]
+    drawn = draw(streams, [source.weight for source, _ in sources])
+    if packing == "best_fit":
+        padding_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        rows = best_fit_rows(drawn, sequence_length, padding_id)
+    else:
+        rows = split_rows(drawn, sequence_length)
+    rows = teaching_rows(rows, names, counts)
     num_rows = -(-num_tokens // sequence_length)
-    total = num_rows * sequence_length
-    ids, positions = np.empty(total, np.int32), np.empty(total, np.int32)
-    total_weight = sum(source.weight for source, _ in sources)
-    streams = [_documents(texts, tokenizer, seed=seed + index) for index, (_, texts) in enumerate(sources)]
-    counts = [{"documents": 0, "tokens": 0, "split": 0} for _ in sources]
-    filled = 0
-    while filled < total:
-        # the source that is furthest behind its share goes next: exact weights at every length, no randomness
-        turn = min(range(len(sources)), key=lambda i: counts[i]["tokens"] * total_weight / sources[i][0].weight)
-        document = next(streams[turn])
-        counts[turn]["documents"] += 1
-        start = 0
-        while start < len(document) and filled < total:
-            room = sequence_length - filled % sequence_length
-            part = document[start : start + room]
-            ids[filled : filled + len(part)] = part
-            positions[filled : filled + len(part)] = np.arange(len(part))
-            start += len(part)
-            filled += len(part)
-            counts[turn]["split"] += start < len(document)
-        counts[turn]["tokens"] += start
-    shape = (num_rows, sequence_length)
-    return PackedRows(
-        torch.from_numpy(ids.reshape(shape)),
-        torch.from_numpy(positions.reshape(shape)),
-        {source.path: count for (source, _), count in zip(sources, counts, strict=True)},
-    )
+    marked = packing == "best_fit" or any(source.assistant_only for source, _ in sources)
+    if folder is not None:
+        write_rows(folder, rows, num_rows, sequence_length, with_supervised=marked)
+        write_counts(folder, counts)
+        return read_rows(folder)
+    planes = collect(rows, num_rows, sequence_length, with_supervised=marked)
+    tensors = {name: torch.from_numpy(plane) for name, plane in planes.items()}
+    return PackedRows(tensors["input_ids"], tensors["position_ids"], counts, tensors.get("supervised"))
 
 
-def _documents(texts: Sequence[str], tokenizer: Any, *, seed: int) -> Iterator[list[int]]:
-    """Token lists with start (where the model has one it adds) and end token, endless, reshuffled every epoch."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    at_once = 256  # fast tokenizers work through a list with all cores
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """The path of every source, with a number where several share one."""
+    often, seen, names = Counter(source.path for source in sources), Counter[str](), []
+    for source in sources:
+        seen[source.path] += 1
+        names.append(source.path if often[source.path] == 1 else f"{source.path} ({seen[source.path]})")
+    return names
+
+
+def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, packing: Packing = "split") -> None:
+    """Read as little of the source as shows that something can be learnt from it.
+
+    Raises:
+        UserError: it cannot be read, its column is missing or of another kind, its conversations cannot be rendered, or
+            nothing in it is learnt.
+    """
+    limit = sequence_length if packing == "best_fit" else None
+    _refuse_impossible(source, None, tokenizer)
+    count, found = Counter[str](), False
+    items = (item for item in _raw(source) if item is not None)
+    for item in items:
+        found = True
+        if next(_tokenised([item], source, tokenizer, epoch=0, limit=limit, count=count), None) is not None:
+            return
+    raise _nothing_learnt(source) if found else _nothing_in(source)
+
+
+def _refuse_impossible(source: DataSource, texts: Sequence[str] | None, tokenizer: Any) -> None:
+    if not source.is_chat:
+        return
+    if texts is not None or source.path in (*BUNDLED, TEACHER_TEXT):
+        raise UserError(
+            f"data {source.path!r}: holds text, not conversations; leave messages, prompt and completion out"
+        )
+    check_template(tokenizer, source.path)
+
+
+def _nothing_learnt(source: DataSource) -> UserError:
+    if source.is_chat:
+        return UserError(
+            f"data {source.path!r}: no conversation has a token that is learnt (an answer of the assistant, and within "
+            "the row where packing is best_fit); name another column, raise sequence_length, or set loss_on: all"
+        )
+    return UserError(f"data {source.path!r}: every document tokenises to nothing; name a source that holds text")
+
+
+def _documents(
+    source: DataSource,
+    texts: Sequence[str] | None,
+    tokenizer: Any,
+    *,
+    seed: int,
+    limit: int | None,
+    count: dict[str, int],
+) -> Iterator[TokenDocument]:
+    """The source's documents without end, in another order every epoch."""
+    _refuse_impossible(source, texts, tokenizer)
+    for epoch, items in _epochs(source, texts, seed=seed, count=count):
+        nothing = True
+        for document in _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, count=count):
+            nothing = False
+            yield document
+        if nothing:
+            raise _nothing_learnt(source)
+
+
+def _epochs(
+    source: DataSource, texts: Sequence[str] | None, *, seed: int, count: dict[str, int]
+) -> Iterator[tuple[int, Iterable[str | Chat]]]:
+    """Every epoch's documents in its order: of a small source any order, of a large one as far as the buffer mixes."""
+
+    def read(*, counting: bool) -> Iterator[str | Chat]:
+        for item in _raw(source) if texts is None else texts:
+            if item is not None:
+                yield item
+            elif counting:
+                count["dropped"] += 1
+
+    reader = read(counting=True)
+    held, size = _take(reader, HELD_CHARACTERS)
+    if not held:
+        raise _nothing_in(source)
     for epoch in itertools.count():
-        order = list(range(len(texts)))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        empty = True
-        for start in range(0, len(order), at_once):
-            batch = [texts[index] for index in order[start : start + at_once]]
-            for document in tokenizer(batch)["input_ids"]:
-                if document:
-                    empty = False
-                    yield document if document[-1:] == end else document + end
-        if empty:
-            raise UserError("data: every document tokenises to nothing; name a source that holds text")
+        order = random.Random(f"{seed}/{epoch}")
+        if size < HELD_CHARACTERS:
+            chosen = list(range(len(held)))
+            order.shuffle(chosen)
+            yield epoch, (held[index] for index in chosen)
+        elif epoch == 0:
+            reader, held = itertools.chain(held, reader), []  # the buffer is all that is kept
+            yield epoch, _mixed(reader, order)
+        else:
+            yield epoch, _mixed(read(counting=False), order)
+
+
+def _take(items: Iterator[str | Chat], characters: int, *, most: int | None = None) -> tuple[list[str | Chat], int]:
+    """Items until they have so many characters or are ``most``; the last may go beyond."""
+    taken, size = [], 0
+    while size < characters and len(taken) != most and (item := next(items, None)) is not None:
+        taken.append(item)
+        size += _size(item)
+    return taken, size
+
+
+def _size(item: str | Chat) -> int:
+    return len(item) if isinstance(item, str) else item.num_characters
+
+
+def _mixed(items: Iterator[str | Chat], order: random.Random) -> Iterator[str | Chat]:
+    """Drawn at random from a buffer of HELD_CHARACTERS that is filled up again after every draw."""
+    held, size = _take(items, HELD_CHARACTERS)
+    while held:
+        place = order.randrange(len(held))
+        held[place], held[-1] = held[-1], held[place]
+        item = held.pop()
+        more, added = _take(items, HELD_CHARACTERS - size + _size(item))
+        held += more
+        size += added - _size(item)
+        yield item
+
+
+def _tokenised(
+    items: Iterable[str | Chat],
+    source: DataSource,
+    tokenizer: Any,
+    *,
+    epoch: int,
+    limit: int | None,
+    count: dict[str, int],
+) -> Iterator[TokenDocument]:
+    """Documents with something to learn (within the first ``limit`` tokens); the others are counted as dropped once."""
+    for ids, supervised in _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer):
+        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch)
+        if document.cut(limit or len(document)).teaches:
+            yield document
+        elif epoch == 0:
+            count["dropped"] += 1
+
+
+def _chats(items: Iterable[str | Chat], source: DataSource, tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray]]:
+    for item in items:
+        assert isinstance(item, Chat)
+        yield tokenised(item, tokenizer, assistant_only=source.assistant_only)
+
+
+def _texts(items: Iterable[str | Chat], tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Token lists with start (where the model has one it adds) and end token."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    items = iter(items)
+    while batch := _take(items, CHARACTERS_AT_ONCE, most=AT_ONCE)[0]:
+        for ids in tokenizer(batch)["input_ids"]:
+            whole = ids if not ids or ids[-1:] == end else ids + end
+            yield whole, np.ones(len(whole), bool)
+
+
+def row_texts(rows: PackedRows, tokenizer: Any) -> Iterator[str]:
+    """What is in the rows, document by document, decoded."""
+    for ids, positions in zip(rows.input_ids_NS, rows.position_ids_NS, strict=True):
+        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        pieces = [ids[start:end].tolist() for start, end in itertools.pairwise(borders)]
+        yield from tokenizer.batch_decode(pieces, skip_special_tokens=True)
 
 
 def sources_fingerprint(sources: Sequence[DataSource]) -> str:
@@ -330,7 +473,7 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
             content = texts_fingerprint(_bundled(source.path))
         elif source.path != TEACHER_TEXT:
             content = [[file.name, _file_hash(file)] for file in _local_files(source) or ()]
-        parts.append([source.path, source.column, source.split, source.name, source.weight, content])
+        parts.append([*astuple(source), content])
     return fingerprint(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -29,11 +29,43 @@ class DataSource(Section):
     else all."""
     column: str = "text"
     """The column that holds the text."""
+    messages: str | None = None
+    """The column that holds conversations, instead of text: lists of turns {role, content}, rendered with the
+    tokenizer's chat template."""
+    prompt: str | None = None
+    """With ``completion``: columns of a question and its answer, text or lists of turns, rendered as a conversation."""
+    completion: str | None = None
+    tools: str | None = None
+    """A column of tool descriptions for the chat template."""
+    loss_on: Literal["assistant", "all"] | None = None
+    """The tokens that are learnt: what the assistant says and the end of its turn, or everything. None = assistant for
+    conversations, all for text."""
     split: str = "train"
     name: str | None = None
     """Configuration name of a Hub data set."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Share of the token budget, relative to the other sources."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion belong together; set both, or neither")
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("messages and prompt name two kinds of conversation; set one of them")
+        if self.is_chat and self.column != "text":
+            raise ValueError(f"column {self.column!r} would not be read beside a column of conversations; leave it out")
+        if not self.is_chat and (self.tools is not None or self.loss_on == "assistant"):
+            one = "tools" if self.tools is not None else "loss_on: assistant"
+            raise ValueError(f"{one} needs conversations; set messages, or prompt and completion")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it holds conversations instead of text."""
+        return self.messages is not None or self.prompt is not None
+
+    @property
+    def assistant_only(self) -> bool:
+        """Whether only the assistant's tokens are learnt."""
+        return self.is_chat and self.loss_on != "all"
 
 
 def _as_sources(value: Any) -> Any:
