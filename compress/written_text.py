@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-LOOP_COPIES = 3
-LOOP_CHARACTERS = 24
-"""A text loops where its end is at least so many copies of one piece, and these together are at least so long."""
+from shoal.loops import ends_in_loop
 
 
 def malformed_share(texts: Sequence[str], targets: Sequence[str]) -> float:
@@ -24,24 +22,6 @@ def malformed_share(texts: Sequence[str], targets: Sequence[str]) -> float:
 def repeating_share(texts: Sequence[str]) -> float:
     """Share of texts that end in a loop."""
     return sum(ends_in_loop(text) for text in texts) / len(texts)
-
-
-def ends_in_loop(text: str) -> bool:
-    """Whether the last characters are LOOP_COPIES or more copies of one piece, LOOP_CHARACTERS long or more together.
-
-    The last copy may be cut off, as the limit of new tokens does it; white space counts as one space.
-    """
-    text = " ".join(text.split())
-    # the space after the last copy is lost at the end of the text
-    return any(_has_periodic_end(whole) for whole in (text, f"{text} "))
-
-
-def _has_periodic_end(text: str) -> bool:
-    for period in range(1, len(text) // LOOP_COPIES + 1):
-        length = max(LOOP_COPIES * period, LOOP_CHARACTERS)
-        if length <= len(text) and text[-length:-period] == text[len(text) - length + period :]:
-            return True
-    return False
 
 
 def _answer_pattern(targets: Sequence[str]) -> re.Pattern[str]:

@@ -18,9 +18,10 @@ from shoal.compress.agreement import agreement, column_stability, jaccard, spear
 from shoal.compress.atlas import build_atlas, cornerstones, gini, layer_losses, normalised_entropy
 from shoal.compress.resampling import expanded_percentiles, paired_ratio, resampled_means
 from shoal.compress.sweep_table import Measured, needed_items, require_items, sweep_table
-from shoal.compress.written_text import ends_in_loop, malformed_share, repeating_share
+from shoal.compress.written_text import malformed_share, repeating_share
 from shoal.errors import UserError
 from shoal.eval import statistics
+from shoal.loops import ends_in_loop
 from shoal.sweeps import Unit
 
 TABLES = [(30, 2, 9, 10), (40, 0, 0, 11), (50, 1, 0, 0), (5, 3, 40, 12), (0, 1, 45, 20), (45, 9, 2, 10)]
