@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from shoal.artifact import differences, fingerprint
-from shoal.data import PackedRows
 from shoal.errors import UserError
 
 from .recording import Recording, refuse_other_rows, shard_name, shards_of, warn_of_versions
-from .recording_format import RECORD_AGAIN, ShardFile
+from .recording_format import RECORD_AGAIN, ShardFile, TokenRows
 
 OPEN_SHARDS = 64
 """Shards that stay mapped; each holds a file descriptor."""
@@ -54,7 +53,7 @@ class Recorded:
     def __init__(
         self,
         folder: Path,
-        rows: PackedRows,
+        rows: TokenRows,
         *,
         inputs: dict[str, Any],
         rows_from: dict[str, Any],

@@ -1,6 +1,4 @@
-"""The teacher's signals, recorded once: top-k log-probabilities, the mass of the rest, chosen states.
-
-B batch, S sequence, D hidden, V vocabulary, K recorded tokens, C chunk, N tokens of a batch.
+"""Recordings of a teacher's signals: what identifies one, and what of it is still to be written.
 
 A recording is a folder of shards (see recording_format) and a manifest. Shards are written one by one, each under a
 temporary name, so that a recording that was killed goes on at the next one; the manifest lists them once all are there.
@@ -12,24 +10,17 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_body, decoder_layers
 from shoal.artifact import Artifact, Provenance, differences
-from shoal.data import PackedRows
 from shoal.errors import UserError
-from shoal.models import load_config, logits_from_hidden, text_config, tokenizer_fingerprint
+from shoal.models import load_config, text_config, tokenizer_fingerprint
 from shoal.recording import Record
 from shoal.runtime import environment, is_main, rank, world_size
 
@@ -37,18 +28,14 @@ from .recording_format import (
     HEADER_BYTES,
     Layout,
     ShardFile,
+    TokenRows,
     remove_unfinished,
     row_hashes,
-    shard_planes,
-    write_shard,
 )
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-HEAD_CHUNK = 256
-"""Tokens whose full-vocabulary logits exist at one time."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +54,6 @@ class Recording(Artifact):
     @property
     def num_rows(self) -> int:
         return sum(shard["rows"] for shard in self.shards)
-
-
-# --- identity -----------------------------------------------------------------------------------------------------
 
 
 def recording_inputs(
@@ -118,11 +102,8 @@ def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
     return layout.num_bytes(num_rows) + math.ceil(num_rows / rows_per_shard) * HEADER_BYTES
 
 
-# --- writing ------------------------------------------------------------------------------------------------------
-
-
 def plan_recording(
-    rows: PackedRows,
+    rows: TokenRows,
     folder: Path,
     settings: Record,
     *,
@@ -150,119 +131,6 @@ def plan_recording(
     return pending
 
 
-def record(
-    teacher: PreTrainedModel,
-    rows: PackedRows,
-    folder: Path,
-    settings: Record,
-    *,
-    pending: Sequence[range],
-) -> Recording:
-    """Write the shards that plan_recording found missing, in turn over the ranks, then the manifest.
-
-    Raises:
-        UserError: the disk is full after all, or the teacher's distributions are not finite. What is written stays.
-    """
-    manifest = Recording.read(folder / Recording.FILE)
-    mine = pending[rank() :: world_size()]
-    progress = tqdm(total=sum(map(len, mine)), desc="record", unit="row", disable=not is_main())
-    setting = "run_dir" if settings.folder is None else "record.folder"
-    for shard in mine:
-        planes = _record_shard(teacher, rows, shard, settings, manifest.layout, progress.update)
-        path = folder / shard_name(shard.start // settings.rows_per_shard)
-        write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
-    progress.close()
-    _barrier()
-    num_shards = max(math.ceil(len(rows) / settings.rows_per_shard), len(manifest.shards))
-    finished = replace(manifest, shards=_listed(folder, manifest, num_shards))
-    if is_main():
-        finished.write(folder / Recording.FILE)
-    _barrier()
-    return finished
-
-
-def top_k_signals(
-    hidden_ND: Tensor, to_logits: Callable[[Tensor], Tensor], *, top_k: int, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids (N, K), log-probabilities (N, K) and tail (N,) of the full softmax; logits exist for one chunk at a time.
-
-    The tail is summed from what is left, not taken as one minus the top k: a difference of nearly equal numbers has no
-    digits where the teacher is sure.
-    """
-    parts = []
-    for start in range(0, len(hidden_ND), HEAD_CHUNK):
-        logits_CV = to_logits(hidden_ND[start : start + HEAD_CHUNK]).float() / temperature
-        values_CK, ids_CK = logits_CV.topk(top_k, dim=-1)
-        rest_C = logits_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(-1)
-        total_C = torch.logaddexp(values_CK.logsumexp(-1), rest_C)
-        parts.append((ids_CK, values_CK - total_C[:, None], (rest_C - total_C).exp()))
-    ids_NK, log_probs_NK, tail_N = (torch.cat(part) for part in zip(*parts, strict=True))
-    return ids_NK, log_probs_NK, tail_N
-
-
-@torch.inference_mode()
-def _record_shard(
-    teacher: PreTrainedModel,
-    rows: PackedRows,
-    shard: range,
-    settings: Record,
-    layout: Layout,
-    tell: Callable[[int], Any],
-) -> dict[str, Tensor]:
-    decoder, scaled, head = decoder_body(teacher), logits_from_hidden(teacher), teacher.get_output_embeddings()
-    assert head is not None
-    device = teacher.device
-    batches: list[tuple[Tensor, Tensor, Tensor]] = []
-    kept: dict[int, list[Tensor]] = {layer: [] for layer in layout.states}
-    for start in range(shard.start, shard.stop, settings.batch_size):
-        part = slice(start, min(start + settings.batch_size, shard.stop))
-        ids_BS, positions_BS = (x[part].long().to(device) for x in (rows.input_ids_NS, rows.position_ids_NS))
-        with _keeping(teacher, kept):
-            hidden_BSD = decoder(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
-        found = top_k_signals(
-            hidden_BSD.flatten(0, 1),
-            lambda hidden: scaled(hidden, head),
-            top_k=layout.top_k,
-            temperature=settings.temperature,
-        )
-        batches.append(tuple(x.unflatten(0, ids_BS.shape).cpu() for x in found))  # pyright: ignore[reportArgumentType]
-        tell(len(ids_BS))
-    ids, log_probs, tail = (torch.cat(part) for part in zip(*batches, strict=True))
-    _refuse_non_finite(log_probs, tail, shard.start)
-    states = {layer: torch.cat(parts) for layer, parts in kept.items()}
-    return shard_planes(layout, ids, log_probs, tail, row_hashes(rows, shard.start, shard.stop), states)
-
-
-@contextmanager
-def _keeping(teacher: PreTrainedModel, kept: dict[int, list[Tensor]]) -> Iterator[None]:
-    """While the teacher runs: append the outputs of the layers asked for, as they go to disk."""
-
-    def keeper(layer: int) -> Callable[..., None]:
-        def keep(_module: Any, _args: Any, output: Any) -> None:
-            state = output[0] if isinstance(output, tuple) else output
-            kept[layer].append(state.to(torch.bfloat16).cpu())
-
-        return keep
-
-    layers = decoder_layers(teacher)
-    handles = [layers[layer].register_forward_hook(keeper(layer)) for layer in kept]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _refuse_non_finite(log_probs: Tensor, tail: Tensor, first_row: int) -> None:
-    bad = log_probs.isnan().any(-1) | tail.isnan()
-    if bad.any():
-        row, position = (int(index) for index in bad.nonzero()[0])
-        raise UserError(
-            f"record: the teacher's logits at position {position} of row {first_row + row} are not finite; "
-            "set dtype: float32, or check its weights"
-        )
-
-
 def _claim(folder: Path, manifest: Recording) -> None:
     """Make ``folder`` this recording's, or refuse it where it is another's."""
     path = folder / Recording.FILE
@@ -286,7 +154,7 @@ def _claim(folder: Path, manifest: Recording) -> None:
     remove_unfinished(folder)
 
 
-def _is_there(folder: Path, shard: range, rows: PackedRows, found: Recording, rows_from: dict[str, Any]) -> bool:
+def _is_there(folder: Path, shard: range, rows: TokenRows, found: Recording, rows_from: dict[str, Any]) -> bool:
     """Whether the shard stands in ``folder`` whole."""
     path = folder / shard_name(shard.start // found.rows_per_shard)
     if not path.is_file():
@@ -333,18 +201,6 @@ def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[r
         )
 
 
-def _listed(folder: Path, manifest: Recording, num_shards: int) -> tuple[dict[str, Any], ...]:
-    """The manifest's entries, up to the first shard that is not full: rows are found by counting."""
-    listed = []
-    for index in range(num_shards):
-        path = folder / shard_name(index)
-        file = ShardFile(path, manifest.layout)
-        listed.append({"rows": file.num_rows, "bytes": path.stat().st_size, "sha256": file.sha256})
-        if file.num_rows < manifest.rows_per_shard:
-            break
-    return tuple(listed)
-
-
 def shards_of(num_rows: int, rows_per_shard: int) -> list[range]:
     return [range(start, min(start + rows_per_shard, num_rows)) for start in range(0, num_rows, rows_per_shard)]
 
@@ -358,7 +214,7 @@ def _size(num_bytes: float) -> str:
 
 
 def refuse_other_rows(
-    path: Path, hashes: np.ndarray, rows: PackedRows, start: int, shaped_otherwise: Sequence[str]
+    path: Path, hashes: np.ndarray, rows: TokenRows, start: int, shaped_otherwise: Sequence[str]
 ) -> None:
     """Refuse a shard whose rows, as far as both go, are not those of this run from ``start`` on."""
     both = min(len(hashes), len(rows) - start)
@@ -399,8 +255,3 @@ def _together(decide: Callable[[], T]) -> list[T]:
         if refusal is not None:
             raise UserError(refusal)
     return [value for value, _ in answers]
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from shoal.checkpoint import DOWNLOAD_AGAIN, read_header
-from shoal.data import PackedRows
 from shoal.errors import UserError, explained_disk_errors
 
 LOWEST = -32.0
@@ -47,6 +46,16 @@ HEADER_BYTES = 4096
 
 _NUMPY = {torch.uint16: np.dtype("<u2"), torch.uint8: np.dtype("u1"), torch.float32: np.dtype("<f4")}
 _NUMPY[torch.bfloat16] = np.dtype("<u2")  # numpy has no bfloat16; the bits are taken along
+
+
+class TokenRows(Protocol):
+    """Training rows, as far as a teacher reads them: what is supervised in them is no business of its own."""
+
+    @property
+    def input_ids_NS(self) -> Tensor: ...
+    @property
+    def position_ids_NS(self) -> Tensor: ...
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ def unpack_high_bits(packed: NDArray[np.uint8], bits: int, *, top_k: int) -> NDA
     return single.reshape(*packed.shape[:-1], top_k, bits) @ weights
 
 
-def row_hashes(rows: PackedRows, start: int, stop: int) -> NDArray[np.uint8]:
+def row_hashes(rows: TokenRows, start: int, stop: int) -> NDArray[np.uint8]:
     """(stop - start, 8): a hash of every row's tokens and document borders."""
     ids, positions = rows.input_ids_NS[start:stop].numpy(), rows.position_ids_NS[start:stop].numpy()
     digests = [

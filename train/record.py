@@ -1,0 +1,183 @@
+"""The record stage: what the teacher says of the training rows, written down once.
+
+B batch, S sequence, D hidden, V vocabulary, K recorded tokens, C chunk, N tokens of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from shoal.anatomy import decoder_body, decoder_layers
+from shoal.errors import UserError
+from shoal.models import load_model, logits_from_hidden
+from shoal.recording import Record
+from shoal.run import barrier
+from shoal.runtime import device, is_main, rank, world_size
+
+from .recording import Recording, plan_recording, recording_inputs, recording_layout, shard_name, shards_of
+from .recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
+
+log = logging.getLogger(__name__)
+
+HEAD_CHUNK = 256
+"""Tokens whose full-vocabulary logits exist at one time."""
+
+
+def record_signals(
+    teacher: Path,
+    rows: TokenRows,
+    folder: Path,
+    settings: Record,
+    *,
+    model: str,
+    rows_from: dict[str, Any],
+    dtype: str,
+    attention: str,
+    trust_remote_code: bool,
+) -> None:
+    """Record what the teacher in this folder says of ``rows``, or what is missing of it. Every rank calls this.
+
+    Raises:
+        UserError: as recording_layout, plan_recording and record do, the first two before any weight is loaded.
+    """
+    length = rows.input_ids_NS.shape[1]
+    layout = recording_layout(settings, teacher, sequence_length=length, trust_remote_code=trust_remote_code)
+    inputs = recording_inputs(settings, teacher, model=model, sequence_length=length, dtype=dtype, attention=attention)
+    pending = plan_recording(rows, folder, settings, layout=layout, inputs=inputs, rows_from=rows_from)
+    if not pending and Recording.read(folder / Recording.FILE).num_rows >= len(rows):
+        return
+    load = {"dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
+    record(load_model(teacher, device=device(), **load), rows, folder, settings, pending=pending)
+
+
+def record(
+    teacher: PreTrainedModel,
+    rows: TokenRows,
+    folder: Path,
+    settings: Record,
+    *,
+    pending: Sequence[range],
+) -> None:
+    """Write the shards that plan_recording found missing, in turn over the ranks, then the manifest.
+
+    Raises:
+        UserError: the disk is full after all, or the teacher's distributions are not finite. What is written stays.
+    """
+    manifest = Recording.read(folder / Recording.FILE)
+    mine = pending[rank() :: world_size()]
+    setting = "run_dir" if settings.folder is None else "record.folder"
+    with tqdm(total=sum(map(len, mine)), desc="record", unit="row", disable=not is_main()) as progress:
+        for shard in mine:
+            planes = _record_shard(teacher, rows, shard, settings, manifest.layout, progress.update)
+            path = folder / shard_name(shard.start // settings.rows_per_shard)
+            write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
+    barrier()
+    if is_main():
+        num_shards = max(len(shards_of(len(rows), settings.rows_per_shard)), len(manifest.shards))
+        finished = replace(manifest, shards=_listed(folder, manifest, num_shards))
+        finished.write(folder / Recording.FILE)
+        log.info("record: %s rows in %s", f"{finished.num_rows:,}", folder)
+    barrier()
+
+
+def top_k_signals(
+    hidden_ND: Tensor, to_logits: Callable[[Tensor], Tensor], *, top_k: int, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids (N, K), log-probabilities (N, K) and tail (N,) of the full softmax; logits exist for one chunk at a time.
+
+    The tail is summed from what is left, not taken as one minus the top k: a difference of nearly equal numbers has no
+    digits where the teacher is sure.
+    """
+    parts = []
+    for start in range(0, len(hidden_ND), HEAD_CHUNK):
+        logits_CV = to_logits(hidden_ND[start : start + HEAD_CHUNK]).float() / temperature
+        values_CK, ids_CK = logits_CV.topk(top_k, dim=-1)
+        rest_C = logits_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(-1)
+        total_C = torch.logaddexp(values_CK.logsumexp(-1), rest_C)
+        parts.append((ids_CK, values_CK - total_C[:, None], (rest_C - total_C).exp()))
+    ids_NK, log_probs_NK, tail_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ids_NK, log_probs_NK, tail_N
+
+
+@torch.inference_mode()
+def _record_shard(
+    teacher: PreTrainedModel,
+    rows: TokenRows,
+    shard: range,
+    settings: Record,
+    layout: Layout,
+    tell: Callable[[int], Any],
+) -> dict[str, Tensor]:
+    decoder, scaled, head = decoder_body(teacher), logits_from_hidden(teacher), teacher.get_output_embeddings()
+    assert head is not None
+    batches: list[tuple[Tensor, Tensor, Tensor]] = []
+    kept: dict[int, list[Tensor]] = {layer: [] for layer in layout.states}
+    for start in range(shard.start, shard.stop, settings.batch_size):
+        part = slice(start, min(start + settings.batch_size, shard.stop))
+        ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
+        with _keeping(teacher, kept):
+            hidden_BSD = decoder(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
+        found = top_k_signals(
+            hidden_BSD.flatten(0, 1),
+            lambda hidden: scaled(hidden, head),
+            top_k=layout.top_k,
+            temperature=settings.temperature,
+        )
+        batches.append(tuple(x.unflatten(0, ids_BS.shape).cpu() for x in found))  # pyright: ignore[reportArgumentType]
+        tell(len(ids_BS))
+    ids, log_probs, tail = (torch.cat(part) for part in zip(*batches, strict=True))
+    _refuse_non_finite(log_probs, tail, shard.start)
+    states = {layer: torch.cat(parts) for layer, parts in kept.items()}
+    return shard_planes(layout, ids, log_probs, tail, row_hashes(rows, shard.start, shard.stop), states)
+
+
+@contextmanager
+def _keeping(teacher: PreTrainedModel, kept: dict[int, list[Tensor]]) -> Iterator[None]:
+    """While the teacher runs: append the outputs of the layers asked for, as they go to disk."""
+
+    def keeper(layer: int) -> Callable[..., None]:
+        def keep(_module: Any, _args: Any, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            kept[layer].append(state.to(torch.bfloat16).cpu())
+
+        return keep
+
+    layers = decoder_layers(teacher)
+    handles = [layers[layer].register_forward_hook(keeper(layer)) for layer in kept]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_non_finite(log_probs: Tensor, tail: Tensor, first_row: int) -> None:
+    bad = log_probs.isnan().any(-1) | tail.isnan()
+    if bad.any():
+        row, position = (int(index) for index in bad.nonzero()[0])
+        raise UserError(
+            f"record: the teacher's logits at position {position} of row {first_row + row} are not finite; "
+            "set dtype: float32, or check its weights"
+        )
+
+
+def _listed(folder: Path, manifest: Recording, num_shards: int) -> tuple[dict[str, Any], ...]:
+    """The manifest's entries, up to the first shard that is not full: rows are found by counting."""
+    listed = []
+    for index in range(num_shards):
+        path = folder / shard_name(index)
+        file = ShardFile(path, manifest.layout)
+        listed.append({"rows": file.num_rows, "bytes": path.stat().st_size, "sha256": file.sha256})
+        if file.num_rows < manifest.rows_per_shard:
+            break
+    return tuple(listed)
