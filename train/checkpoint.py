@@ -127,8 +127,8 @@ def _convert(checkpoint: Path, universal: Path) -> None:
 def separate_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
     """Undo what DeepSpeed mixes up when it loads the universal form of a ZeRO-3 checkpoint.
 
-    All groups are given one and the same `step` tensor, which each of them then advances, so Adam's bias correction runs
-    ahead; and all are given the first group's settings, so norms and biases would decay.
+    All groups are given one and the same `step` tensor, which each of them then advances, so Adam's bias correction
+    runs ahead; and all are given the first group's settings, so norms and biases would decay.
     """
     saved = torch.load(checkpoint / UNIVERSAL / "zero" / "optimizer_state.pt", weights_only=False)["param_groups"]
     for group, settings in zip(optimizer.param_groups, saved, strict=True):

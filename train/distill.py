@@ -33,6 +33,7 @@ from .arguments import (
     zero_stage,
 )
 from .checkpoint import last_complete, needs_universal
+from .heartbeat import Heartbeat
 from .progress import Progress
 from .stop import StopRequest
 from .student import SharedPrefix, install_objective
@@ -136,6 +137,8 @@ def distill(
     check_names(settings)
     check_distillable(teacher_dir, student_dir, settings, trust_remote_code=trust_remote_code)
     checkpoints = run_dir / "checkpoints"
+    heartbeat = Heartbeat(run_dir, timeout_s=settings.timeout_s)
+    heartbeat.start()
     identity = checkpoint_inputs(settings, inputs)
     resume = _agreed(lambda: last_complete(checkpoints, identity))
     universal = resume is not None and _agreed(lambda: needs_universal(resume, zero_stage=zero_stage(settings)))
@@ -180,7 +183,7 @@ def distill(
         inputs=identity,
         keep_checkpoints=keep,
         stop=stop,
-        callbacks=[Progress(tokens_per_step=_tokens_per_step(arguments, settings))],
+        callbacks=[Progress(tokens_per_step=_tokens_per_step(arguments, settings)), heartbeat],
     )
     trainer.remove_callback(PrinterCallback)
     _place_teacher(teacher, trainer)
@@ -188,12 +191,14 @@ def distill(
     _announce(student, rows, trainer, settings, resume)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if trainer.state.global_step < trainer.state.max_steps:
+        heartbeat.stop()
         tracking.finish()
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved"
         )
     undo()
     _write_results(trainer, student, student_dir, rows, run_dir, inputs, settings)
+    heartbeat.stop()
     tracking.finish()
 
 
