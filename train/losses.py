@@ -1,130 +1,245 @@
-"""Distillation losses, one value per token, in nats. N tokens, V vocabulary.
+"""Divergences between teacher and student, value and gradient, one value per token, in nats. N tokens, V outcomes.
 
-p = teacher, q = student, both softmax at the term's temperature. All arithmetic is fp32 from log-softmax, whatever the
-logits' precision. A function returns per-token values, so that whoever sums them owns the normalisation: dividing by
-the token count of the whole optimizer step, over all ranks and micro-batches, is what makes the loss independent of
-the split.
+p = teacher's, q = student's distribution, softmax of logits over a temperature. Every function gives its values (N,)
+and their gradient with respect to the student's tempered logits (N, V), both in closed form: without an autograd tape
+a block of tokens needs two log-softmaxes and little more, and the same functions serve the whole vocabulary and a
+coarsened one (top-k and everything else). Where a value is a function of log q with slope g, that gradient is
+g - q sum(g); a slope of c q for every outcome therefore adds nothing and is left out below.
+
+Values are per token, so that whoever sums them owns the normalisation: dividing by the token count of the whole
+optimizer step, over all ranks and micro-batches, is what makes the loss independent of the split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from shoal.terms import LossTerm
+from shoal.terms import (
+    DKD,
+    JSD,
+    TAID,
+    AdaptiveKL,
+    CrossEntropy,
+    ForwardKL,
+    LogitTerm,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    TotalVariation,
+)
+
+FIRST_HEAD = 128
+"""How many of the teacher's most probable tokens are sorted at first to find the head of adaptive KL."""
 
 
-class TokenLoss(Protocol):
-    """Student logits (N, V), teacher logits (N, V) or None, labels (N,) in; one value per token (N,) out."""
+class Softmax(NamedTuple):
+    """A distribution and its logarithm."""
 
-    def __call__(
-        self, student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, *, temperature: float
-    ) -> Tensor: ...
+    log_NV: Tensor
+    prob_NV: Tensor
 
 
-def forward_kl(
-    student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, *, temperature: float = 1.0
-) -> Tensor:
-    """KL(teacher || student) of every token, (N,), in nats, times temperature**2.
+class Values(NamedTuple):
+    """A loss of every token, (N,), and its gradient with respect to the student's tempered logits, (N, V)."""
 
-    The square keeps the gradient's size as the targets soften (Hinton et al. 2015, arXiv:1503.02531, section 2). The
-    constant entropy of the teacher is kept, so that a student equal to its teacher has a loss of 0.
+    values_N: Tensor
+    gradient_NV: Tensor
+
+
+def softened(logits_NV: Tensor, temperature: float) -> Softmax:
+    """The softmax of logits / temperature, in fp32 or better whatever the logits' precision."""
+    exact = torch.promote_types(logits_NV.dtype, torch.float32)
+    if temperature != 1.0:
+        logits_NV = logits_NV.to(exact) / temperature
+    log_NV = torch.log_softmax(logits_NV, dim=-1, dtype=exact)
+    return Softmax(log_NV, log_NV.exp())
+
+
+def forward_kl(p: Softmax, q: Softmax) -> Values:
+    """KL(p || q). The constant entropy of p is kept, so that a student equal to its teacher has a loss of 0."""
+    return Values((p.prob_NV * (p.log_NV - q.log_NV)).sum(-1), q.prob_NV - p.prob_NV)
+
+
+def reverse_kl(p: Softmax, q: Softmax) -> Values:
+    """KL(q || p)."""
+    slope_NV = q.prob_NV * (q.log_NV - p.log_NV)
+    values_N = slope_NV.sum(-1)
+    return Values(values_N, slope_NV - q.prob_NV * values_N[:, None])
+
+
+def jsd(p: Softmax, q: Softmax, *, beta: float) -> Values:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (Agarwal et al. 2023, arXiv:2306.13649).
+
+    The slopes of both halves through m add up to a constant, only that of log q is left.
     """
-    assert teacher_logits_NV is not None
-    teacher_NV = functional.log_softmax(teacher_logits_NV.float() / temperature, dim=-1)
-    student_NV = functional.log_softmax(student_logits_NV.float() / temperature, dim=-1)
-    # kl_div's own kernel saves one (N, V) tensor for backward where exp-subtract-multiply-sum would save three
-    kl_NV = functional.kl_div(student_NV, teacher_NV, reduction="none", log_target=True)
-    return kl_NV.sum(-1) * temperature**2
+    mixed_NV = _log_mixture(p, q, beta)
+    slope_NV = (1 - beta) * q.prob_NV * (q.log_NV - mixed_NV)
+    student_N = slope_NV.sum(-1)
+    teacher_N = beta * (p.prob_NV * (p.log_NV - mixed_NV)).sum(-1)
+    return Values(teacher_N + student_N, slope_NV - q.prob_NV * student_N[:, None])
 
 
-def cross_entropy(
-    student_logits_NV: Tensor, teacher_logits_NV: Tensor | None, labels_N: Tensor, *, temperature: float = 1.0
-) -> Tensor:
-    """-log q(label) of every token, (N,), in nats: learning from the text itself. The teacher is not looked at."""
-    return functional.cross_entropy(student_logits_NV.float(), labels_N, reduction="none")
+def skewed_forward_kl(p: Softmax, q: Softmax, *, alpha: float) -> Values:
+    """KL(p || alpha p + (1 - alpha) q) (Ko et al. 2024, arXiv:2402.03898)."""
+    mixed_NV = _log_mixture(p, q, alpha)
+    slope_NV = (alpha - 1) * p.prob_NV * (q.log_NV - mixed_NV).exp()
+    return Values((p.prob_NV * (p.log_NV - mixed_NV)).sum(-1), _through_softmax(slope_NV, q))
 
 
-LOSSES: dict[str, TokenLoss] = {"forward_kl": forward_kl, "cross_entropy": cross_entropy}
+def skewed_reverse_kl(p: Softmax, q: Softmax, *, alpha: float) -> Values:
+    """KL(q || (1 - alpha) p + alpha q) (Ko et al. 2024)."""
+    ratio_NV = q.log_NV - _log_mixture(p, q, 1 - alpha)
+    slope_NV = q.prob_NV * (ratio_NV - alpha * ratio_NV.exp())
+    return Values((q.prob_NV * ratio_NV).sum(-1), _through_softmax(slope_NV, q))
 
 
-def chunked_head_loss(
-    student_hidden_ND: Tensor,
-    teacher_hidden_ND: Tensor | None,
-    labels_N: Tensor,
-    *,
-    student_head: Callable[..., Tensor],
-    student_parameters: tuple[Tensor, ...],
-    teacher_head: Callable[[Tensor], Tensor],
-    terms: tuple[LossTerm, ...],
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of all terms over all tokens (scalar, nats), and each term's own unweighted sum (one per term).
+def adaptive_kl(p: Softmax, q: Softmax, *, head_mass: float) -> Values:
+    """Forward and reverse KL, weighted by the distance of p and q in the head and in the tail of p, which are constants
+    of the gradient (Wu et al. 2024, arXiv:2404.02657)."""
+    share_N = head_share(p, q, head_mass=head_mass)
+    forward, reverse = forward_kl(p, q), reverse_kl(p, q)
+    return Values(*(torch.lerp(r, f, s) for r, f, s in zip(reverse, forward, (share_N, share_N[:, None]), strict=True)))
 
-    The logits of a whole batch are the largest tensors of distillation: 2 x N x V floats and their gradients. Here the
-    head is applied to ``chunk`` tokens at a time, and the chunk's gradient with respect to hidden states and head is
-    taken at once, in the forward pass, so that no logits outlive their chunk and none is computed twice (which
-    checkpointing would do). What stays is one gradient of the size of the hidden states and one of the head's weight.
 
-    ``teacher_hidden_ND`` may be None where no term looks at the teacher.
-    ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
-    them: under ZeRO-3 they exist in full only while the head module is being called.
+def head_share(p: Softmax, q: Softmax, *, head_mass: float) -> Tensor:
+    """How much of sum |p - q| lies in the head of p, (N,): the weight of forward KL; reverse KL has the rest.
 
-    Raises:
-        ValueError: no tokens; an average over nothing would hide a broken label mask.
+    The head is the longest run of p's most probable tokens whose mass is at most ``head_mass``, and always the first
+    of them. It is short nearly everywhere, so that only its beginning is sorted. Half where p and q are equal.
     """
-    if len(labels_N) == 0:
-        raise ValueError("no supervised token in this batch: every label is ignored")
-    loss, term_sums = _ChunkedHeadLoss.apply(
-        student_hidden_ND, teacher_hidden_ND, labels_N, student_head, teacher_head, terms, chunk, *student_parameters
-    )
-    return loss, term_sums
+    distance_NV = (p.prob_NV - q.prob_NV).abs()
+    num_outcomes = distance_NV.shape[-1]
+    length = min(FIRST_HEAD, num_outcomes)
+    while True:
+        sorted_NK, order_NK = p.prob_NV.topk(length, dim=-1)
+        inside_NK = sorted_NK.cumsum(-1) <= head_mass
+        inside_NK[:, 0] = True
+        if length == num_outcomes or not inside_NK[:, -1].any():
+            break
+        length = min(8 * length, num_outcomes)
+    head_N = (distance_NV.gather(-1, order_NK) * inside_NK).sum(-1)
+    total_N = distance_NV.sum(-1)
+    return torch.where(total_N > 0, (head_N / total_N).clamp(max=1.0), 0.5)
 
 
-class _ChunkedHeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_ND, teacher_hidden_ND, labels_N, head, teacher_head, terms, chunk, *parameters):
-        wanted = [hidden_ND.requires_grad, *(parameter.requires_grad for parameter in parameters)]
-        term_sums = torch.zeros(len(terms), dtype=torch.float64, device=hidden_ND.device)
-        hidden_grad_ND = torch.empty_like(hidden_ND) if wanted[0] else None
-        parameter_grads = [torch.zeros_like(p) if w else None for p, w in zip(parameters, wanted[1:], strict=True)]
-        # one leaf for all chunks: autocast then casts the weight once
-        leaves = [p.detach().requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
-        for start in range(0, len(labels_N), chunk):
-            part = slice(start, start + chunk)
-            hidden_CD = hidden_ND[part].detach().requires_grad_(wanted[0])
-            teacher_logits_CV = None if teacher_hidden_ND is None else teacher_head(teacher_hidden_ND[part])
-            with torch.enable_grad():
-                logits_CV = head(hidden_CD, *leaves)
-                sums = [
-                    LOSSES[term.kind](
-                        logits_CV, teacher_logits_CV, labels_N[part], temperature=getattr(term, "temperature", 1.0)
-                    ).sum()
-                    for term in terms
-                ]
-                total = torch.stack([term.weight * s for term, s in zip(terms, sums, strict=True)]).sum()
-            term_sums += torch.stack([s.detach() for s in sums])
-            targets = [leaf for leaf, w in zip([hidden_CD, *leaves], wanted, strict=True) if w]
-            if not targets:
-                continue
-            grads = iter(torch.autograd.grad(total, targets))
-            if hidden_grad_ND is not None:
-                hidden_grad_ND[part] = next(grads)
-            for grad in parameter_grads:
-                if grad is not None:
-                    grad += next(grads)
-        ctx.save_for_backward(hidden_grad_ND, *parameter_grads)
-        ctx.mark_non_differentiable(term_sums)
-        weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=term_sums.device)
-        return (weights * term_sums).sum().float(), term_sums
+def taid(p: Softmax, q: Softmax, *, share: float) -> Values:
+    """KL(p_t || q) with p_t = softmax of (1 - t) times q's logits, as constants, plus t times p's, t = ``share`` (Shing
+    et al. 2025, arXiv:2501.16937). Logarithms of probabilities mix like logits, they differ by constants."""
+    return forward_kl(softened(torch.lerp(q.log_NV, p.log_NV, share), 1.0), q)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _grad_terms):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_grad_ND, *parameter_grads = ctx.saved_tensors
-        scaled = [None if grad is None else grad.mul_(grad_loss) for grad in (hidden_grad_ND, *parameter_grads)]
-        return (scaled[0], None, None, None, None, None, None, *scaled[1:])
+
+def dkd(p: Softmax, q: Softmax, labels_N: Tensor, *, alpha: float, beta: float) -> Values:
+    """alpha KL of (label, rest) + beta KL within the rest (Zhao et al. 2022, arXiv:2203.08679).
+
+    The mass of the rest comes from its own logarithms, not from 1 - q(label), which is 0 for a sure student.
+    """
+    label_N1 = labels_N[:, None]
+    (p_pair_N2, p_rest), (q_pair_N2, q_rest) = _split(p, label_N1), _split(q, label_N1)
+    target_N = (p_pair_N2.exp() * (p_pair_N2 - q_pair_N2)).sum(-1)
+    rest_N = (p_rest.prob_NV * (p_rest.log_NV - q_rest.log_NV)).sum(-1)
+    missing_N1 = alpha * (q.prob_NV.gather(-1, label_N1) - p.prob_NV.gather(-1, label_N1))
+    gradient_NV = (beta - missing_N1) * q_rest.prob_NV - beta * p_rest.prob_NV
+    return Values(alpha * target_N + beta * rest_N, gradient_NV.scatter_(-1, label_N1, missing_N1))
+
+
+def total_variation(p: Softmax, q: Softmax) -> Values:
+    """Half the sum of |p - q|."""
+    difference_NV = q.prob_NV - p.prob_NV
+    return Values(0.5 * difference_NV.abs().sum(-1), _through_softmax(0.5 * difference_NV.sign() * q.prob_NV, q))
+
+
+def cross_entropy(q: Softmax, labels_N: Tensor) -> Values:
+    """-log q(label): learning from the text itself."""
+    label_N1 = labels_N[:, None]
+    gradient_NV = q.prob_NV.scatter_add(-1, label_N1, torch.full_like(q.prob_NV[:, :1], -1.0))
+    return Values(-q.log_NV.gather(-1, label_N1)[:, 0], gradient_NV)
+
+
+def temperature_of(term: LogitTerm) -> float:
+    """The temperature of ``term``; cross-entropy looks at the model's own distribution."""
+    return 1.0 if isinstance(term, CrossEntropy) else term.temperature
+
+
+def token_losses(term: LogitTerm, p: Softmax | None, q: Softmax, labels_N: Tensor, *, share: float) -> Values:
+    """What ``term`` gives for distributions at its temperature; not yet times temperature**2, see `scale_of`.
+
+    ``share`` is TAID's present t; ``p`` may be None for cross-entropy. Labels number the outcomes.
+    """
+    if isinstance(term, CrossEntropy):
+        return cross_entropy(q, labels_N)
+    assert p is not None, f"{term.kind} needs the teacher"
+    match term:
+        case ForwardKL():
+            return forward_kl(p, q)
+        case ReverseKL():
+            return reverse_kl(p, q)
+        case JSD():
+            return jsd(p, q, beta=term.beta)
+        case SkewedForwardKL():
+            return skewed_forward_kl(p, q, alpha=term.alpha)
+        case SkewedReverseKL():
+            return skewed_reverse_kl(p, q, alpha=term.alpha)
+        case AdaptiveKL():
+            return adaptive_kl(p, q, head_mass=term.head_mass)
+        case TAID():
+            return taid(p, q, share=share)
+        case DKD():
+            return dkd(p, q, labels_N, alpha=term.alpha, beta=term.beta)
+        case TotalVariation():
+            return total_variation(p, q)
+
+
+class TaidState:
+    """t of one TAID term: how far its target has moved from the student to the teacher. Every rank holds the same.
+
+    t never falls, keeps at least to a straight line from start to end, and runs ahead of it while the loss falls (Shing
+    et al. 2025, arXiv:2501.16937, section 3).
+    """
+
+    def __init__(self, term: TAID) -> None:
+        self._term = term
+        self.t = term.start
+        self._momentum = 0.0
+        self._previous: float | None = None
+
+    def update(self, step_mean_loss: float, step: int, total: int) -> None:
+        """After optimizer step number ``step`` of ``total``, with this term's mean over all tokens of all ranks."""
+        term, t = self._term, self.t
+        if self._previous is not None:
+            fall = (self._previous - step_mean_loss) / (self._previous + 1e-15)
+            self._momentum = term.momentum * self._momentum + (1 - term.momentum) * fall
+            t += term.step_size * (1 - t) / (1 + math.exp(-self._momentum))
+        self._previous = step_mean_loss
+        line = term.start + (term.end - term.start) * step / total
+        self.t = max(self.t, min(term.end, max(line, t)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"t": self.t, "momentum": self._momentum, "previous": self._previous}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.t, self._momentum, self._previous = state["t"], state["momentum"], state["previous"]
+
+
+def _log_mixture(p: Softmax, q: Softmax, share: float) -> Tensor:
+    """log(share p + (1 - share) q): a mixture of probabilities; mixing logarithms would be another distribution."""
+    return torch.logaddexp(p.log_NV + math.log(share), q.log_NV + math.log1p(-share))
+
+
+def _through_softmax(slope_NV: Tensor, q: Softmax) -> Tensor:
+    return slope_NV - q.prob_NV * slope_NV.sum(-1, keepdim=True)
+
+
+def _split(distribution: Softmax, label_N1: Tensor) -> tuple[Tensor, Softmax]:
+    """log of (label's probability, that of the rest), (N, 2), and the distribution within the rest."""
+    rest_NV = distribution.log_NV.scatter(-1, label_N1, -math.inf)
+    mass_N1 = rest_NV.logsumexp(-1, keepdim=True)
+    pair_N2 = torch.cat([distribution.log_NV.gather(-1, label_N1), mass_N1], -1)
+    # the label's own entry has no mass but must stay finite, so that 0 times it is 0
+    log_NV = distribution.log_NV - mass_N1
+    return pair_N2, Softmax(log_NV, (rest_NV - mass_N1).exp())

@@ -19,9 +19,9 @@ from shoal.anatomy import decoder_body
 from shoal.data import IGNORED
 from shoal.errors import UserError
 from shoal.models import decoder_layers, logits_from_hidden
-from shoal.terms import LossTerm
+from shoal.terms import LogitTerm, LossTerm
 
-from .losses import chunked_head_loss
+from .head import Dense, chunked_head_loss
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
@@ -47,6 +47,9 @@ def install_objective(
     dict stay, so that Trainer, DeepSpeed and save_pretrained see an ordinary model. The loss is computed *inside* the
     head's call because under ZeRO-3 the head's weight exists in full only there.
     """
+    logit_terms = [term for term in terms if isinstance(term, LogitTerm)]
+    if len(logit_terms) < len(terms):
+        raise UserError("distill.losses: terms of hidden states cannot be trained yet; leave them out")
     head = output_head(student)
     to_logits = logits_from_hidden(student)
     teacher_to_logits = logits_from_hidden(teacher)
@@ -56,16 +59,20 @@ def install_objective(
         # position t predicts token t + 1; a row's first token is no one's target
         supervised = labels_BS[:, 1:] != IGNORED
         parameters = (head.weight,) if head.bias is None else (head.weight, head.bias)
-        return chunked_head_loss(
+        targets = None
+        if teacher_hidden_BSD is not None:
+            teacher_hidden_ND = teacher_hidden_BSD[:, :-1][supervised]
+            targets = Dense(teacher_hidden_ND, lambda hidden: teacher_to_logits(hidden, teacher_head))
+        loss, term_sums, _ = chunked_head_loss(
             hidden_BSD[:, :-1][supervised],
-            None if teacher_hidden_BSD is None else teacher_hidden_BSD[:, :-1][supervised],
             labels_BS[:, 1:][supervised],
+            targets,
             student_head=lambda hidden, *weights: to_logits(hidden, lambda h: functional.linear(h, *weights)),
             student_parameters=parameters,
-            teacher_head=lambda hidden: teacher_to_logits(hidden, teacher_head),
-            terms=terms,
+            terms=logit_terms,
             chunk=chunk,
         )
+        return loss, term_sums
 
     def forward(
         student: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor, teacher_hidden_BSD: Tensor | None
