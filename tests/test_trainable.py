@@ -1,29 +1,163 @@
 """Which parameters are trained, and which stay as they are."""
 
+from typing import Any
+
+import pytest
 import torch
+from pydantic import TypeAdapter
 from tiny import tiny_model
 
-from shoal.edits import ZEROED_WEIGHTS
-from shoal.train.trainable import keep_zeros, set_trainable
+from shoal.artifact import Provenance, PruningPlan
+from shoal.edits import ZEROED_WEIGHTS, Edits
+from shoal.errors import UserError
+from shoal.models import decoder_layers
+from shoal.train.student import SharedPrefix, final_hidden
+from shoal.train.trainable import Trained, keep_zeros, shares_prefix, train_only, trained_parts
+
+MERGE = {"kind": "merge", "layers": [2, 3]}
+REPLACE = {"kind": "replace", "layers": [6, 7, 8]}
+SKIP = {"kind": "skip_attention", "layers": [1]}
+SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "norm"]}
 
 
-def trained_names(student):
+def plan(*drop: int, num_layers: int = 10, edits: tuple[dict[str, Any], ...] = ()) -> PruningPlan:
+    return PruningPlan(
+        Provenance({}),
+        num_layers=num_layers,
+        drop=drop,
+        reason="",
+        edits=TypeAdapter(Edits).validate_python(edits),
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainable", "changes", "layers", "norm", "shared"),
+    [
+        ("all", plan(4), range(9), True, 0),
+        ("layers", plan(4), range(9), True, 0),
+        ("from_first_cut", plan(4, 7), range(4, 8), True, 4),
+        ("from_first_cut", plan(7, edits=(SKIP,)), range(1, 9), True, 1),
+        ("near_gaps", plan(4), (3, 4), False, 3),
+        ("near_gaps", plan(3, 4, 7), (2, 3, 4, 5), False, 2),
+        ("near_gaps", plan(2, 4, 5), (1, 2, 3), False, 1),
+        ("near_gaps", plan(0, 1), (0,), False, 0),
+        ("near_gaps", plan(8, 9), (7,), True, 7),
+        ("near_gaps", plan(3, edits=(MERGE,)), (2, 3), False, 2),  # the merged layer, and the one above it
+        ("near_gaps", plan(7, edits=(SKIP,)), (1, 6, 7), False, 1),
+        ("near_gaps", plan(7, edits=(SWAP,)), (4, 6, 7), True, 0),  # other embeddings than the teacher's
+        ("replacement", plan(7, 8, edits=(REPLACE,)), (6,), False, 6),
+        ("replacement", plan(3, 7, 8, edits=(REPLACE, MERGE)), (2, 5), False, 2),
+        ("replacement", plan(1, 7, 8, edits=(REPLACE,)), (5,), False, 1),  # from layer 1 on the student is another
+        ("norm_and_head", plan(4), (), True, 4),
+    ],
+)
+def test_what_is_trained_and_what_runs_once(trainable, changes, layers, norm, shared) -> None:
+    trained = trained_parts(trainable, changes)
+    assert (trained.layers, trained.norm) == (tuple(layers), norm)
+    assert shares_prefix(trained, changes) == shared
+
+
+def test_a_tied_head_is_trained_with_the_embeddings_and_leaves_no_prefix() -> None:
+    trained = trained_parts("norm_and_head", plan(4), tied=True)
+    assert trained == Trained((), norm=True, embeddings=True, head=True)
+    assert shares_prefix(trained, plan(4)) == 0
+
+
+def test_what_a_plan_does_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"replacement trains the layer .* this plan has none; add one to prune\.edits"):
+        trained_parts("replacement", plan(4, edits=(SKIP,)))
+    with pytest.raises(UserError, match=r"from_first_cut .* drops the last ones; choose near_gaps"):
+        trained_parts("from_first_cut", plan(8, 9))
+
+
+def names(student: Any) -> set[str]:
     return {name for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
-def test_trainable_names_what_is_trained():
+def test_parameters_follow_the_choice_whatever_was_chosen_before() -> None:
     student = tiny_model("llama")
     everything = {name for name, _ in student.named_parameters()}
-    set_trainable(student, "layers", first_change=2)
-    assert everything - trained_names(student) == {"model.embed_tokens.weight", "lm_head.weight"}
-    set_trainable(student, "from_first_cut", first_change=2)
-    frozen = everything - trained_names(student)
-    assert {name for name in frozen if ".layers." in name} == {
-        n for n in everything if n.startswith(("model.layers.0.", "model.layers.1."))
-    }
-    assert "model.norm.weight" in trained_names(student)
-    set_trainable(student, "all", first_change=2)
-    assert trained_names(student) == everything
+    in_layers = {name for name in everything if ".layers." in name}
+    cut = plan(2, num_layers=7)
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}
+    for trainable, expected in (
+        ("layers", everything - ends),
+        ("norm_and_head", {"model.norm.weight", "lm_head.weight"}),
+        ("near_gaps", {name for name in in_layers if name.startswith(("model.layers.1.", "model.layers.2."))}),
+        (
+            "from_first_cut",
+            everything - ends - {n for n in in_layers if n.startswith(("model.layers.0.", "model.layers.1."))},
+        ),
+        ("all", everything),
+    ):
+        train_only(student, trainable, cut)
+        assert names(student) == expected, trainable
+    tied = tiny_model("llama_tied")
+    assert train_only(tied, "norm_and_head", cut).embeddings
+    assert names(tied) == {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+def test_what_is_neither_layer_nor_norm_nor_head_is_frozen_unless_the_choice_is_wide() -> None:
+    from architectures import tiny_model as tiny_architecture
+
+    student = tiny_architecture("gpt2")  # with a table of positions, which the layers below a cut read
+    cut = plan(2, num_layers=len(decoder_layers(student)) + 1)
+    train_only(student, "layers", cut)
+    assert "transformer.wpe.weight" in names(student)
+    train_only(student, "from_first_cut", cut)
+    assert "transformer.wpe.weight" not in names(student)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "run_again"), [("near_gaps", {2, 3, 4, 5}), ("norm_and_head", set()), ("layers", set(range(6)))]
+)
+def test_backward_goes_no_further_down_than_what_is_trained(trainable, run_again) -> None:
+    """Also where layers are run again in the backward pass: those below the lowest trained one are not."""
+    gradients = []
+    for checkpointed in (False, True):
+        student = tiny_model("llama").train()
+        train_only(student, trainable, plan(3, num_layers=7))
+        if checkpointed:
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        calls: list[int] = []
+        for index, layer in enumerate(decoder_layers(student)):
+            layer.get_submodule("mlp").register_forward_pre_hook(lambda *_, i=index, calls=calls: calls.append(i))
+        ids = torch.arange(20)[None]
+        student(input_ids=ids, labels=ids).loss.backward()
+        assert sorted(calls) == sorted([*range(6), *(run_again if checkpointed else ())])
+        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+        assert gradients[-1].keys() == names(student)
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("trainable", ["near_gaps", "norm_and_head"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_shared_prefix_of_each_choice_gives_the_gradients_of_the_unshared_run(trainable, checkpointed) -> None:
+    teacher, cut, results = tiny_model("llama", num_hidden_layers=7).requires_grad_(False), plan(3, num_layers=7), []
+    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
+    for shared in (False, True):
+        student = tiny_model("llama").train()
+        for mine, kept in zip(decoder_layers(student), cut.keep, strict=True):
+            mine.load_state_dict(decoder_layers(teacher)[kept].state_dict())
+        student.get_input_embeddings().load_state_dict(teacher.get_input_embeddings().state_dict())
+        trained = train_only(student, trainable, cut)
+        if checkpointed:
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        count = shares_prefix(trained, cut)
+        assert count == (2 if trainable == "near_gaps" else 3)
+        prefix = SharedPrefix(student, teacher, first_change=count)
+        with torch.no_grad(), prefix.recording():
+            final_hidden(teacher, ids, positions)
+        if shared:
+            with prefix.replaying(torch.float32):
+                hidden = final_hidden(student, ids, positions)
+        else:
+            hidden = final_hidden(student, ids, positions)
+        logits = student.get_output_embeddings()(hidden)
+        logits.square().mean().backward()
+        results.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert results[0].keys() == results[1].keys() == names(student)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_zeroed_weights_stay_zero_in_training_and_others_move() -> None:

@@ -1,14 +1,127 @@
-"""What of the student is trained, and what must not move."""
+"""What of the student is trained, and what must not move. Layers are the student's where a plan is not named."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.edits import ZEROED_WEIGHTS
-from shoal.models import decoder_layers
+from shoal.anatomy import anatomy
+from shoal.artifact import PruningPlan
+from shoal.edits import ZEROED_WEIGHTS, Merge, Replace, Swap, edited_layers
+from shoal.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parts of a student that are trained; all others are frozen."""
+
+    layers: tuple[int, ...]
+    """Increasing."""
+    norm: bool
+    """The norm before the head."""
+    embeddings: bool = False
+    """The table that tokens are looked up in, and with it a head that is tied to it."""
+    head: bool = False
+    rest: bool = False
+    """Whatever else a model has: position embeddings, norms of embeddings, projections around the layers."""
+
+
+def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False) -> Trained:
+    """The parts that ``distill.trainable`` means for the student of ``plan``.
+
+    A layer is next to a gap if a teacher's layer right below or above it is gone. An edited layer counts as one, since
+    what reads or writes it has changed; the final norm does if the last layer is gone, or if it was swapped.
+    ``tied``: input embeddings and head are one table, so that training one is training both.
+
+    Raises:
+        UserError: there is nothing of the kind to train.
+    """
+    keep = plan.keep
+    everything = tuple(range(len(keep)))
+    match trainable:
+        case "all":
+            return Trained(everything, norm=True, embeddings=True, head=True, rest=True)
+        case "layers":
+            return Trained(everything, norm=True, rest=True)
+        case "from_first_cut":
+            if plan.first_change >= len(keep):
+                raise UserError(
+                    "distill.trainable: from_first_cut trains the layers above the first dropped one, and this plan "
+                    "drops the last ones; choose near_gaps, norm_and_head or layers"
+                )
+            return Trained(everything[plan.first_change :], norm=True)
+        case "near_gaps":
+            swapped = any(isinstance(edit, Swap) and "norm" in edit.parts for edit in plan.edits)
+            return Trained(_near_gaps(plan), norm=keep[-1] != plan.num_layers - 1 or swapped)
+        case "replacement":
+            first = [edit.layers[0] for edit in plan.edits if isinstance(edit, Merge | Replace)]
+            if not first:
+                raise UserError(
+                    "distill.trainable: replacement trains the layer that a replace or merge edit has put in, and "
+                    "this plan has none; add one to prune.edits, or choose near_gaps"
+                )
+            return Trained(tuple(sorted(keep.index(layer) for layer in first)), norm=False)
+        case "norm_and_head":
+            return Trained((), norm=True, embeddings=tied, head=True)
+    raise AssertionError(trainable)
+
+
+def _near_gaps(plan: PruningPlan) -> tuple[int, ...]:
+    kept = list(enumerate(plan.keep))
+    found = {layer for layer, index in kept for edit in plan.edits if index in edited_layers(edit)}
+    for (below, lower), (above, upper) in itertools.pairwise(kept):
+        if upper != lower + 1:
+            found |= {below, above}
+    if plan.keep[0] != 0:
+        found.add(0)
+    if plan.keep[-1] != plan.num_layers - 1:
+        found.add(len(kept) - 1)
+    return tuple(sorted(found))
+
+
+def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
+    """How many of the lowest layers can be run once for teacher and student: those that are equal and stay so.
+
+    That is more than none where ``plan`` leaves the first layer as it is, and ``trained`` comes from from_first_cut,
+    near_gaps, replacement, or norm_and_head without tied embeddings.
+    """
+    if trained.embeddings or trained.rest:
+        return 0
+    return min([plan.first_change, *trained.layers[:1]])
+
+
+def train_only(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> Trained:
+    """Freeze what ``distill.trainable`` does not name; the parts it does.
+
+    Raises:
+        UserError: as trained_parts does.
+    """
+    parts = anatomy(student)
+    embeddings, head = parts.embeddings, parts.head
+    tied = embeddings is not None and head is not None and getattr(head, "weight", head) is embeddings.weight
+    trained = trained_parts(trainable, plan, tied=tied)
+    student.requires_grad_(trained.rest)
+    for layer, module in enumerate(parts.layers):
+        module.requires_grad_(layer in trained.layers)
+    # where head and embeddings are one table, their flags are equal
+    for module, wanted in ((parts.final_norm, trained.norm), (head, trained.head), (embeddings, trained.embeddings)):
+        if module is not None:
+            module.requires_grad_(wanted)
+    _stop_at_the_lowest_trained_layer(student)
+    return trained
+
+
+def _stop_at_the_lowest_trained_layer(student: PreTrainedModel) -> None:
+    """Keep a backward pass from going on to the embeddings where gradient checkpointing is on.
+
+    transformers then makes what the embeddings return require a gradient, which only the reentrant kind needs (refused
+    here): all frozen layers would be run again, and differentiated, for a gradient that nobody reads.
+    """
+    student.enable_input_require_grads = lambda: None
 
 
 def set_trainable(student: PreTrainedModel, trainable: str, *, first_change: int) -> None:
@@ -17,8 +130,8 @@ def set_trainable(student: PreTrainedModel, trainable: str, *, first_change: int
         parameter.requires_grad_(True)
     if trainable == "all":
         return
-    embeddings = [student.get_input_embeddings(), student.get_output_embeddings()]
-    frozen = [*embeddings, *(decoder_layers(student)[:first_change] if trainable == "from_first_cut" else [])]
+    parts = anatomy(student)
+    frozen = [parts.embeddings, parts.head, *(parts.layers[:first_change] if trainable == "from_first_cut" else [])]
     for module in frozen:
         assert isinstance(module, nn.Module)
         module.requires_grad_(False)
