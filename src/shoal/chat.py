@@ -7,6 +7,7 @@ template that writes a turn differently depending on what follows is refused rat
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -141,28 +142,47 @@ def _assistant_spans(chat: Chat, text: str, tokenizer: Any) -> Iterator[tuple[in
     for index, message in enumerate(chat.messages):
         if message["role"] != ASSISTANT or index == 0:
             continue
-        before = _render(chat, tokenizer, index, prompt=True)
+        start = _start(chat, index, text, tokenizer)
         turn = _render(chat, tokenizer, index + 1)
-        if not (text.startswith(before) and turn.startswith(before)):
+        written = None if start is None else _as_in(text[start:], turn, message.get("content"), start, tokenizer)
+        if start is None or written is None:
             raise _unclear(chat, index, tokenizer)
-        written = _as_in(text[len(before) :], turn[len(before) :], message.get("content"))
-        if written is None:
-            raise _unclear(chat, index, tokenizer)
-        yield len(before), len(before) + _without_layout(written, tokenizer)
+        yield start, start + _without_layout(written, tokenizer)
 
 
-def _as_in(rest: str, alone: str, content: Any) -> str | None:
+def _start(chat: Chat, index: int, text: str, tokenizer: Any) -> int | None:
+    """Where the turn begins that answers what comes before it; None where ``text`` does not show it.
+
+    That is where the generation prompt ends. Some templates let that prompt open a thought (DeepSeek-R1) which the
+    finished turn does not have: there the content has to stand where the two part.
+    """
+    prompt = _render(chat, tokenizer, index, prompt=True)
+    if text.startswith(prompt):
+        return len(prompt)
+    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+    said = _said(chat.messages[index].get("content"))
+    header = start > len(_render(chat, tokenizer, index))
+    return start if header and said and text[start:].lstrip().startswith(said) else None
+
+
+def _as_in(rest: str, turn: str, content: Any, start: int, tokenizer: Any) -> str | None:
     """How the turn stands at the beginning of ``rest``; None where it cannot be told.
 
-    ``alone`` is how it is written as the last turn. Some templates (Qwen3) add an empty thought to the last turn only:
-    there the content with the same ending has to stand in the middle.
+    ``turn`` is a conversation in which it is the last one. Some templates add an empty thought (Qwen3) or an end token
+    (Phi-3) to the last turn only: there the content with the same ending has to stand in the middle.
     """
-    if rest.startswith(alone):
-        return alone
-    said = content.strip() if isinstance(content, str) else ""
-    places = [match.start() for match in re.finditer(re.escape(said), alone)] if said else []
-    # the last occurrence may be a piece of the end-of-turn token itself
-    return next((alone[place:] for place in reversed(places) if rest.startswith(alone[place:])), None)
+    if rest.startswith(turn[start:]):
+        return turn[start:]
+    said = _said(content)
+    places = [match.start() for match in re.finditer(re.escape(said), turn)] if said else []
+    endings = [turn[place:] for place in reversed(places)]  # the last place may be a piece of the end-of-turn token
+    endings += [ending.removesuffix(tokenizer.eos_token or "") for ending in endings]
+    blank = len(rest) - len(rest.lstrip())
+    return next((rest[: blank + len(ending)] for ending in endings if rest[blank:].startswith(ending)), None)
+
+
+def _said(content: Any) -> str:
+    return content.strip() if isinstance(content, str) else ""
 
 
 def _without_layout(written: str, tokenizer: Any) -> int:

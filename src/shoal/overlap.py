@@ -1,0 +1,131 @@
+"""Evaluation items that are found in training text, by the words they share with it.
+
+An item counts as found where a document holds any 13 words in succession of it, as GPT-3 counted (Brown et al. 2020,
+arXiv:2005.14165, appendix C), or the whole of an item that is shorter. Letter case and punctuation do not matter. What
+many items of a task have in common is the task's own wording, and shows nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+NUM_WORDS = 13
+FEWEST_WORDS = 5
+"""A shorter item would be found by chance; it is not looked for."""
+COMMON = 3
+"""An n-gram of more items of one task than this is the wording of its prompt."""
+EXAMPLES = 20
+_SIGNS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
+"""A run of letters and digits; Chinese, Japanese and Korean signs one by one, as no spaces part their words."""
+_BASE = 0x9E3779B97F4A7C15
+_BLOCK = 50_000
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What of one task was found in the training text."""
+
+    items: int
+    compared: int
+    """Items with words of their own that are long enough to look for."""
+    found: int
+    examples: tuple[int, ...]
+    """Indices of the first items that were found."""
+
+
+def find_overlap(
+    tasks: Mapping[str, Sequence[str]], documents: Iterable[str], *, num_words: int = NUM_WORDS
+) -> dict[str, Overlap]:
+    """Per task, which of its items' texts share ``num_words`` words in succession with a document.
+
+    Documents are looked through one at a time; what is kept is the n-grams of the items.
+    """
+    owners, compared = _grams(tasks, num_words)
+    lengths = sorted({len(gram) for gram in owners})
+    known = {n: np.unique(np.array([_hash(gram) for gram in owners if len(gram) == n], np.uint64)) for n in lengths}
+    found: dict[str, set[int]] = {task: set() for task in tasks}
+    for words in _blocks(documents) if owners else ():
+        for gram in _shared(words, known):
+            for task, index in owners.get(gram, ()):
+                found[task].add(index)
+    return {
+        task: Overlap(len(items), compared[task], len(found[task]), tuple(sorted(found[task])[:EXAMPLES]))
+        for task, items in tasks.items()
+    }
+
+
+def as_data(found: Mapping[str, Overlap]) -> dict[str, dict[str, Any]]:
+    """The result as JSON keeps it."""
+    return {task: asdict(overlap) for task, overlap in found.items()}
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, without case and punctuation, in one Unicode form."""
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return _WORD.findall(plain.casefold())
+
+
+def _grams(
+    tasks: Mapping[str, Sequence[str]], num_words: int
+) -> tuple[dict[Words, list[tuple[str, int]]], dict[str, int]]:
+    """Every n-gram that is looked for with the items it belongs to, and how many items of a task have one."""
+    owners: dict[Words, list[tuple[str, int]]] = defaultdict(list)
+    compared: dict[str, int] = {}
+    for task, items in tasks.items():
+        of_task: dict[Words, list[int]] = defaultdict(list)
+        for index, text in enumerate(items):
+            words = words_of(text)
+            length = min(num_words, len(words))
+            if length >= min(FEWEST_WORDS, num_words):
+                for start in range(len(words) - length + 1):
+                    holders = of_task[tuple(words[start : start + length])]
+                    if holders[-1:] != [index]:
+                        holders.append(index)
+        special = {gram: holders for gram, holders in of_task.items() if len(holders) <= COMMON}
+        compared[task] = len({index for holders in special.values() for index in holders})
+        for gram, holders in special.items():
+            owners[gram] += [(task, index) for index in holders]
+    return dict(owners), compared
+
+
+def _hash(gram: Words) -> int:
+    """The hash of these words in succession, modulo 2**64."""
+    value = 0
+    for word in gram:
+        value = (value * _BASE + hash(word)) % 2**64
+    return value
+
+
+def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
+    """The words of many documents at a time, which arrays are quick for, with a word between them that no item has."""
+    words: list[str] = []
+    for document in documents:
+        words += [*words_of(document), ""]
+        if len(words) >= _BLOCK:
+            yield words
+            words = []
+    yield words
+
+
+def _shared(words: Sequence[str], known: Mapping[int, np.ndarray]) -> Iterator[Words]:
+    """The n-grams whose hash is known: hashing finds the places, the words themselves decide."""
+    one = np.fromiter((hash(word) % 2**64 for word in words), np.uint64, len(words))
+    hashes = one
+    for n in range(1, min(max(known), len(words)) + 1):
+        if n > 1:  # as `_hash` computes it, at every place at once
+            hashes = hashes[:-1] * np.uint64(_BASE) + one[n - 1 :]
+        if n in known:
+            place = np.searchsorted(known[n], hashes)
+            place[place == len(known[n])] = 0
+            for start in (known[n][place] == hashes).nonzero()[0].tolist():
+                yield tuple(words[start : start + n])
