@@ -287,7 +287,7 @@ def _relation_sum(
 ) -> Tensor:
     """KL(teacher || student) of every counted token's distribution over the tokens it sees, mean over heads, in nats.
 
-    Queries come in chunks, and without their scores being kept, so that memory does not grow with S squared.
+    Queries come in chunks whose scores are not kept, so that memory does not grow with S squared.
     """
     ours, theirs = relation(student), relation(teacher)
     if ours.x_BGRSd.shape[:4] != theirs.x_BGRSd.shape[:4]:
@@ -309,10 +309,10 @@ def _relation_sum(
                 ours.y_BGSd[row, :, :end],
                 theirs.x_BGRSd[row, :, :, start:end].detach(),
                 theirs.y_BGSd[row, :, :end].detach(),
-                _seen_CK(tokens.document_BS[row, :end], start, theirs.window),
+                tokens.document_BS[row, :end],
                 tokens.counted_BS[row, start:end],
-                (ours.scale, ours.softcap),
-                (theirs.scale, theirs.softcap),
+                ours,
+                theirs,
             )
     return total
 
@@ -330,20 +330,21 @@ def _chunk_sum(
     y_GKd: Tensor,
     teacher_x_GRCd: Tensor,
     teacher_y_GKd: Tensor,
-    seen_CK: Tensor,
+    document_K: Tensor,
     counted_C: Tensor,
-    bends: tuple[float, float | None],
-    teacher_bends: tuple[float, float | None],
+    ours: _Relation,
+    theirs: _Relation,
 ) -> Tensor:
-    student_GRCK = _log_relation(x_GRCd, y_GKd, seen_CK, *bends)
-    teacher_GRCK = _log_relation(teacher_x_GRCd, teacher_y_GKd, seen_CK, *teacher_bends)
+    seen_CK = _seen_CK(document_K, len(document_K) - len(counted_C), theirs.window)
+    student_GRCK = _log_relation(x_GRCd, y_GKd, seen_CK, ours)
+    teacher_GRCK = _log_relation(teacher_x_GRCd, teacher_y_GKd, seen_CK, theirs)
     kl_GRCK = functional.kl_div(student_GRCK, teacher_GRCK, reduction="none", log_target=True)
     return kl_GRCK.sum(-1).mean((0, 1))[counted_C].sum()
 
 
-def _log_relation(x_GRCd: Tensor, y_GKd: Tensor, seen_CK: Tensor, scale: float, softcap: float | None) -> Tensor:
-    scores_GRCK = x_GRCd @ y_GKd.unsqueeze(1).mT * scale
-    if softcap is not None:
-        scores_GRCK = softcap * torch.tanh(scores_GRCK / softcap)
+def _log_relation(x_GRCd: Tensor, y_GKd: Tensor, seen_CK: Tensor, how: _Relation) -> Tensor:
+    scores_GRCK = x_GRCd @ y_GKd.unsqueeze(1).mT * how.scale
+    if how.softcap is not None:
+        scores_GRCK = how.softcap * torch.tanh(scores_GRCK / how.softcap)
     # not -inf: log p - log q of what nobody sees would be NaN
     return scores_GRCK.masked_fill(~seen_CK, torch.finfo(scores_GRCK.dtype).min).log_softmax(-1)
