@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tiny import KINDS, tiny_model, tiny_tokenizer
+from tiny import KINDS, SHAPE, SLIDING_WINDOW, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from shoal import data
 from shoal.data import (
     BUNDLED,
-    IGNORED,
-    PackedRows,
+    check_source,
     load_texts,
     pack,
     python_docs,
@@ -25,6 +26,7 @@ from shoal.data import (
     texts_fingerprint,
 )
 from shoal.errors import UserError
+from shoal.packing import FIELDS, IGNORED, PLANES, PackedRows, Packing, read_rows
 from shoal.section import DataSource
 
 TEXTS = ["Erste Zeile.\nZweite.", "Ein zweites Dokument mit Ümläuten.", "3"]
@@ -205,9 +207,24 @@ def test_fingerprint_of_bundled_sources_is_that_of_their_text(monkeypatch: pytes
 # --- packing
 
 
-def packed(*sources: tuple[float, list[str]], length: int = 16, num_tokens: int = 160, seed: int = 0) -> PackedRows:
+def packed(
+    *sources: tuple[float, list[str]],
+    length: int = 16,
+    num_tokens: int = 160,
+    seed: int = 0,
+    packing: Packing = "split",
+    folder: Path | None = None,
+) -> PackedRows:
     named = [(DataSource(f"source{n}", weight=weight), texts) for n, (weight, texts) in enumerate(sources)]
-    return pack(named, tiny_tokenizer(), sequence_length=length, num_tokens=num_tokens, seed=seed)
+    return pack(
+        named,
+        tiny_tokenizer(),
+        sequence_length=length,
+        num_tokens=num_tokens,
+        seed=seed,
+        packing=packing,
+        folder=folder,
+    )
 
 
 def documents_of(rows: PackedRows) -> list[list[int]]:
@@ -318,9 +335,15 @@ def test_source_without_tokens_is_refused() -> None:
         packed((1, ["", ""]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def mixture_of_experts() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = MixtralConfig(**{**SHAPE, "sliding_window": SLIDING_WINDOW, "num_local_experts": 4})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
 def test_documents_in_a_row_cannot_see_each_other(kind: str) -> None:
-    model = tiny_model(kind)
+    model = mixture_of_experts() if kind == "mixtral" else tiny_model(kind)
     rows = packed((1, ["x" * 6, "y" * 12, "z" * 9]), length=48, num_tokens=96)
     input_ids, position_ids = rows.input_ids_NS.long(), rows.position_ids_NS.long()
     starts = [index for index in range(48) if position_ids[0, index] == 0]
@@ -334,6 +357,180 @@ def test_documents_in_a_row_cannot_see_each_other(kind: str) -> None:
         alone = model(input_ids=input_ids[:1, first:last], use_cache=False).logits
     same = torch.ones(2, 48, dtype=torch.bool)
     same[0, first:last] = False
-    assert torch.equal(before[same], after[same])
+    if kind == "mixtral":  # an expert works through its tokens of all rows together, which rounds differently
+        torch.testing.assert_close(before[same], after[same], rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(before[same], after[same])
     assert not torch.equal(before[~same], after[~same])
     torch.testing.assert_close(before[0, first:last], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
+def test_a_document_gives_the_same_logits_and_loss_wherever_it_stands(kind: str) -> None:
+    model = mixture_of_experts() if kind == "mixtral" else tiny_model(kind)
+    texts = ["x" * 6, "second of them", "z" * 9]
+    orders = [
+        packed((1, texts), length=32, num_tokens=32 * 3, seed=seed, packing=packing)
+        for seed in range(3)
+        for packing in ("split", "best_fit")
+    ]
+    document = torch.tensor([*tiny_tokenizer()(texts[1])["input_ids"], EOS])
+    seen = []
+    for rows in orders:
+        with torch.inference_mode():
+            logits = model(
+                input_ids=rows.input_ids_NS.long(), position_ids=rows.position_ids_NS.long(), use_cache=False
+            ).logits
+        for row, start in rows.position_ids_NS.eq(0).nonzero().tolist():
+            place = (row, slice(start, start + len(document)))
+            if torch.equal(rows.input_ids_NS[place].long(), document):
+                found = logits[place]
+                loss = torch.nn.functional.cross_entropy(found[:-1], rows.labels_NS[place][1:], ignore_index=IGNORED)
+                seen.append((row, start, found, loss))
+    assert len({start for _, start, _, _ in seen}) > 3, "it never moved"
+    for _, _, found, loss in seen[1:]:
+        torch.testing.assert_close(found, seen[0][2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, seen[0][3], rtol=1e-5, atol=1e-6)
+
+
+# --- whole documents
+
+
+MANY = ["".join(chr(97 + (n * 7 + i) % 26) for i in range(n % 11 + 1)) for n in range(60)]
+
+
+def test_best_fit_keeps_documents_whole_and_marks_the_padding() -> None:
+    texts = ["abcd", "efghij", "klmn"]  # no sum of their lengths fills a row
+    rows = packed((1, texts), num_tokens=16 * 12, packing="best_fit")
+    assert rows.supervised_NS is not None
+    whole = {(*tiny_tokenizer()(text)["input_ids"], EOS) for text in texts}
+    padding = learnt = 0
+    for document in documents_of(rows):
+        if set(document) == {258}:  # the padding token
+            padding += len(document)
+        else:
+            assert tuple(document) in whole
+            learnt += len(document) - 1
+    count = rows.counts["source0"]
+    assert count["padding"] == padding > 0
+    assert count["tokens"] + padding == rows.input_ids_NS.numel()
+    assert count["supervised"] == learnt == (rows.labels_NS != IGNORED).sum()
+    assert count["split"] == 0
+    assert padding < 0.15 * rows.input_ids_NS.numel()
+
+
+def test_best_fit_cuts_what_is_longer_than_a_row_and_counts_it() -> None:
+    rows = packed((1, ["abcdefgh" * 5]), num_tokens=32, packing="best_fit")
+    expected = tiny_tokenizer()("abcdefgh" * 2)["input_ids"]
+    assert rows.input_ids_NS.tolist() == [expected] * 2
+    assert rows.counts["source0"]["truncated"] == 2 * (41 - 16)
+
+
+def test_padding_belongs_to_no_document() -> None:
+    """What stands before padding cannot change by it, nor can it be learnt."""
+    rows = packed((1, ["abc"]), length=10, num_tokens=10, packing="best_fit")
+    assert rows.input_ids_NS[0, 8:].tolist() == [258, 258]
+    assert rows.position_ids_NS[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert (rows.labels_NS[0, 8:] == IGNORED).all()
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_rows_of_a_smaller_budget_begin_those_of_a_larger(packing: Packing, monkeypatch: pytest.MonkeyPatch) -> None:
+    for held in (data.HELD_CHARACTERS, 40):  # as a whole, and through the buffer
+        monkeypatch.setattr(data, "HELD_CHARACTERS", held)
+        sources = ((1, MANY), (2.5, ["x" * 50, "y" * 30, "z"]))
+        large = packed(*sources, num_tokens=16 * 200, packing=packing)
+        for num_rows in (1, 2, 7, 64, 199):
+            small = packed(*sources, num_tokens=16 * num_rows, packing=packing)
+            for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
+                assert torch.equal(getattr(small, plane), getattr(large, plane)[:num_rows])
+
+
+# --- larger than memory
+
+
+def test_a_large_source_is_mixed_through_a_buffer_and_never_held_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    texts = [f"{n:04d}" for n in range(500)]
+    path = write_rows(tmp_path / "x.jsonl", [{"text": text} for text in texts])
+    monkeypatch.setattr(data, "HELD_CHARACTERS", 80)
+    monkeypatch.setattr(data, "AT_ONCE", 4)
+    read = 0
+
+    def counted(source: DataSource) -> Any:
+        nonlocal read
+        for item in raw(source):
+            read += 1
+            yield item
+
+    raw = data._raw
+    monkeypatch.setattr(data, "_raw", counted)
+    source = DataSource(str(path))
+    drawn = [
+        item
+        for epoch, items in [next(iter(data._epochs(source, None, seed=0, count={"dropped": 0})))]
+        for item in items
+        if epoch == 0
+    ]
+    assert sorted(map(str, drawn)) == texts
+    assert drawn != texts
+    assert max(abs(int(str(item)) - place) for place, item in enumerate(drawn)) > 20
+    early = [int(str(item)) for item in drawn[:50]]
+    assert max(early) < 50 + 21, "20 documents are held, so none can come much earlier than it stands"
+    read = 0
+    rows = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=0)
+    assert read < 80, "reading stops with the budget"
+    again = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=0)
+    assert rows.fingerprint == again.fingerprint
+    longer = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=6000, seed=0)
+    assert longer.counts[str(path)]["repeats"] == 2
+    assert torch.equal(longer.input_ids_NS[:20], rows.input_ids_NS)
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_rows_go_to_disk_as_they_are_made(tmp_path: Path, packing: Packing) -> None:
+    on_disk = packed((1, MANY), packing=packing, folder=tmp_path)
+    in_memory = packed((1, MANY), packing=packing)
+    assert on_disk.fingerprint == in_memory.fingerprint == read_rows(tmp_path).fingerprint
+    assert on_disk.counts == in_memory.counts == read_rows(tmp_path).counts
+    assert torch.equal(on_disk.labels_NS, in_memory.labels_NS)
+    names = {file.stem for file in tmp_path.glob("*.npy")}
+    assert names == set(PLANES) - ({"supervised"} if packing == "split" else set())
+
+
+def test_packing_to_disk_takes_no_memory_that_grows_with_the_budget(tmp_path: Path) -> None:
+    class Quick:
+        """As many tokens as it is asked for, at once."""
+
+        eos_token_id = EOS
+
+        def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+            return {"input_ids": [ids for _ in texts]}
+
+    ids = list(range(1000))
+    peaks = []
+    for num_tokens in (500_000, 3_000_000):
+        tracemalloc.start()
+        source = DataSource("x")
+        pack([(source, ["a"])], Quick(), sequence_length=1024, num_tokens=num_tokens, seed=0, folder=tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2_000_000
+    assert (tmp_path / "input_ids.npy").stat().st_size > 12_000_000
+
+
+def test_sources_of_one_path_are_counted_apart() -> None:
+    sources = [(DataSource("a"), ["x"]), (DataSource("a", name="other"), ["yy"]), (DataSource("b"), ["z"])]
+    rows = pack(sources, tiny_tokenizer(), sequence_length=8, num_tokens=80, seed=0)
+    assert list(rows.counts) == ["a (1)", "a (2)", "b"]
+    assert all(set(count) == {*FIELDS, "dropped"} for count in rows.counts.values())
+    assert sum(count["tokens"] for count in rows.counts.values()) == 80
+
+
+def test_check_of_a_source_reads_no_more_than_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": ""}\n{"text": "something"}\n' + '{"text": "more"}\n' * 3 + '{"story": 1}\n')
+    check_source(DataSource(str(path)), tiny_tokenizer(), sequence_length=8)
+    with pytest.raises(UserError, match="has no column 'title'; it has text"):
+        check_source(DataSource(str(path), column="title"), tiny_tokenizer(), sequence_length=8)
