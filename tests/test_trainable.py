@@ -11,7 +11,7 @@ from shoal.artifact import Provenance, PruningPlan
 from shoal.edits import ZEROED_WEIGHTS, Edits
 from shoal.errors import UserError
 from shoal.models import decoder_layers
-from shoal.train.student import SharedPrefix, final_hidden
+from shoal.train.student import SharedPrefix, final_hidden, output_head
 from shoal.train.trainable import Trained, keep_zeros, shares_prefix, train_only, trained_parts
 
 MERGE = {"kind": "merge", "layers": [2, 3]}
@@ -153,8 +153,7 @@ def test_the_shared_prefix_of_each_choice_gives_the_gradients_of_the_unshared_ru
                 hidden = final_hidden(student, ids, positions)
         else:
             hidden = final_hidden(student, ids, positions)
-        logits = student.get_output_embeddings()(hidden)
-        logits.square().mean().backward()
+        output_head(student)(hidden).square().mean().backward()
         results.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
     assert results[0].keys() == results[1].keys() == names(student)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
