@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch.nn import functional
+from transformers import GenerationConfig
 
 from shoal.data import IGNORED
 from shoal.on_policy import OnPolicy
@@ -117,13 +118,10 @@ def test_a_text_ends_with_its_end_token(student):
     assert ended[1] == free[1][:stop]
 
 
-def test_all_end_tokens_of_a_model_are_known(student):
-    model = copy.copy(student)
-    model.generation_config = copy.deepcopy(student.generation_config)
-    model.generation_config.eos_token_id = [7, END]
-    assert end_tokens(model, END) == (END, 7)
-    model.generation_config.eos_token_id = None
-    assert end_tokens(model, None) == ()
+def test_all_end_tokens_of_a_model_are_known():
+    assert end_tokens(GenerationConfig(eos_token_id=[7, END]), END) == (END, 7)
+    assert end_tokens(GenerationConfig(eos_token_id=7), None) == (7,)
+    assert end_tokens(None, None) == ()
 
 
 def test_sampling_uses_the_own_forward_and_gives_the_objective_back(student):
@@ -246,7 +244,7 @@ def test_samples_do_not_depend_on_how_rows_are_dealt(student, monkeypatch):
 
 
 def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
-    from shoal.train.student import final_hidden, install_objective
+    from shoal.train.student import Objective, Signals, final_hidden, to_logits
 
     teacher = tiny_model("llama", seed=2)
     batch = sampler().batches(student, [text_rows(3)], step=0)[0]
@@ -261,11 +259,12 @@ def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
                 if labels[at] != IGNORED:
                     expected += (log_p[at - 1].exp() * (log_p[at - 1] - log_q[at - 1])).sum().item()
                     count += 1
-    undo = install_objective(student, teacher, terms=(ForwardKL(),), chunk=16)
+    objective = Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=16)
+    objective.install()
     with torch.no_grad():
         hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
-    loss, _ = student(**batch, teacher_hidden_BSD=hidden)
-    undo()
+    loss, _ = student(**batch, signals=Signals(hidden))
+    objective.uninstall()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert count == (batch["labels"] != IGNORED).sum()
 

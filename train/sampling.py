@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,9 @@ class _Choice(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen_P[:, None], 0.0)
 
 
-def end_tokens(model: PreTrainedModel, tokenizer_end: int | None) -> tuple[int, ...]:
+def end_tokens(configured: GenerationConfig | None, tokenizer_end: Any) -> tuple[int, ...]:
     """What ends a text: the tokenizer's end token and those of the model's generation configuration."""
-    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = getattr(configured, "eos_token_id", None)
     listed = ends if isinstance(ends, list | tuple) else [ends]
     return tuple(dict.fromkeys(int(end) for end in (tokenizer_end, *listed) if end is not None))
 
