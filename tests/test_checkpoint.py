@@ -2,11 +2,21 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
 
 from shoal.errors import UserError
-from shoal.train.checkpoint import MANIFEST, commit, last_complete, remove_older
+from shoal.train.checkpoint import (
+    MANIFEST,
+    UNIVERSAL,
+    commit,
+    last_complete,
+    needs_universal,
+    remove_older,
+    separate_groups,
+)
 
 INPUTS = {"model": "abc", "distill.trainer.learning_rate": 0.1}
 
@@ -92,3 +102,64 @@ def test_the_manifest_names_every_file(tmp_path):
     manifest = json.loads((folder / MANIFEST).read_text())
     assert set(manifest["files"]) == {"state.json", "shards/0.pt"}
     assert manifest["inputs"] == INPUTS
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(2, 3), (3, 2), (0, 1), (1, 0)])
+def test_a_zero_stage_that_lays_out_the_optimizer_differently_is_refused(tmp_path, saved, asked):
+    folder = checkpoint(tmp_path, 1)
+    commit(folder, INPUTS, zero_stage=saved)
+    message = f"was trained under ZeRO stage {saved}, .* under stage {asked}: .*Set stage {saved} in distill.deepspeed"
+    with pytest.raises(UserError, match=message):
+        needs_universal(folder, zero_stage=asked)
+
+
+def test_the_same_ranks_and_a_whole_optimizer_need_no_conversion(tmp_path, monkeypatch):
+    sharded, whole = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    commit(sharded, INPUTS, zero_stage=2)
+    commit(whole, INPUTS, zero_stage=0)
+    assert not needs_universal(sharded, zero_stage=2)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert not needs_universal(whole, zero_stage=0)
+
+
+def test_a_conversion_is_made_once_whole_and_again_where_it_is_damaged(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path, 1)
+    (folder / "latest").write_text("shards")
+    commit(folder, INPUTS, zero_stage=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = []
+
+    def convert(request):
+        made.append(request.input_folder)
+        (folder / "latest_universal").write_text("a temporary name")
+        zero = Path(request.output_folder) / "zero"
+        zero.mkdir()
+        (zero / "fp32.pt").write_bytes(b"12345")
+
+    monkeypatch.setattr("deepspeed.checkpoint.ds_to_universal.main", convert)
+    for _ in range(2):
+        assert needs_universal(folder, zero_stage=2)
+        assert (folder / "latest_universal").read_text() == UNIVERSAL
+    assert made == [str(folder / "shards")]
+    (folder / UNIVERSAL / "zero" / "fp32.pt").write_bytes(b"12344")
+    assert needs_universal(folder, zero_stage=2)
+    assert len(made) == 2
+    assert last_complete(tmp_path, INPUTS) == folder, "the ranks' own files count as before"
+
+
+def test_groups_that_deepspeed_mixed_up_are_apart_again(tmp_path):
+    saved = [{"lr": 0.1, "weight_decay": 0.3, "params": [0]}, {"lr": 0.1, "weight_decay": 0.0, "params": [1]}]
+    (tmp_path / UNIVERSAL / "zero").mkdir(parents=True)
+    torch.save({"param_groups": saved}, tmp_path / UNIVERSAL / "zero" / "optimizer_state.pt")
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [w], "weight_decay": 0.3} for w in weights])
+    step = torch.tensor(4.0)
+    for weight in weights:
+        optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+    separate_groups(optimizer, tmp_path)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    for weight in weights:
+        weight.grad = torch.ones(2)
+    optimizer.step()
+    assert [optimizer.state[weight]["step"].item() for weight in weights] == [5.0, 5.0]

@@ -1,0 +1,70 @@
+"""Ranks without a launcher, forked from one process that has imported everything already.
+
+Importing torch, transformers and DeepSpeed takes longer than a tiny training. What is asked of the launcher itself is
+tested with the launcher.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+from shoal.runtime import free_port
+
+PRELOADED = ["shoal.cli", "shoal.pipeline", "shoal.train.distill", "deepspeed", "deepspeed.ops", "trl.models.utils"]
+
+
+def run_ranks(
+    arguments: Sequence[str], *, ranks: int, env: Mapping[str, str], cwd: Path, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`shoal ARGUMENTS` on ``ranks`` ranks to their end; as under a launcher, a rank that fails ends the others."""
+    port = env.get("MASTER_PORT", str(free_port()))
+    with TemporaryFile("w+") as log:
+        processes = []
+        for rank in range(ranks):
+            world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+            processes.append(start_rank(arguments, {**env, "MASTER_ADDR": "127.0.0.1", **world}, cwd=cwd, log=log))
+        deadline = time.monotonic() + timeout_s
+        while any(process.is_alive() for process in processes):
+            if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+            time.sleep(0.02)
+        codes = [process.exitcode or 0 for process in processes]
+        log.seek(0)
+        failed = next((code for code in codes if code > 0), min(codes))
+        return subprocess.CompletedProcess(list(arguments), failed, stdout="", stderr=log.read())
+
+
+def start_rank(arguments: Sequence[str], env: Mapping[str, str], *, cwd: Path, log: IO[str]) -> ForkServerProcess:
+    """One rank of its own, writing to ``log``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    # the server reads these when it imports; what it has been started with stays
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", DS_ACCELERATOR="cpu")
+    process = context.Process(
+        target=_run, args=(list(arguments), dict(env), str(cwd), f"/proc/{os.getpid()}/fd/{log.fileno()}")
+    )
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    from shoal.cli import main
+
+    sys.argv = ["distill.py", *arguments]
+    main(arguments)
