@@ -1,0 +1,223 @@
+"""`shoal distill --dry-run`: what training will take, for a reader. Nothing is written and nothing is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from shoal.errors import UserError
+from shoal.machine import available_memory, device_memory, free_disk, matmul_flops_per_second
+from shoal.models import text_config
+from shoal.training import Distill
+
+from .memory import Setting, memory
+from .pace import Pace, flops_per_token, probe, step_seconds
+from .preflight import (
+    Job,
+    cheapest,
+    disk_bytes,
+    fits,
+    job,
+    overrides,
+    shortages,
+    size_text,
+    teacher_dtype,
+    written_bytes,
+)
+
+ASSUMED_SHARE = 0.4
+"""Of the measured peak of matrix products, where the models are too large to be tried here."""
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "teacher", "buffers", "fixed", "peak", "host")
+
+
+def dry_run(
+    teacher_config: PreTrainedConfig,
+    student_config: PreTrainedConfig,
+    *,
+    settings: Distill,
+    run_dir: Path,
+    first_change: int,
+    dtype: str,
+    attention: str,
+    ranks: int,
+    ranks_per_node: int,
+    device: torch.device,
+    try_it: bool = True,
+) -> str:
+    """What training will take: memory by ZeRO stage, time, disk, and the cheapest setting that fits.
+
+    ``try_it`` runs a few micro-batches of the real objective where one rank's models fit here; else, and where they do
+    not, the time is worked out from operations and a measured matrix product.
+
+    Raises:
+        UserError: what the configuration contradicts, and a family whose memory cannot be told without running it.
+    """
+    try:
+        found = job(
+            teacher_config,
+            student_config,
+            settings,
+            first_change=first_change,
+            dtype=dtype,
+            attention=attention,
+            ranks=ranks,
+            ranks_per_node=ranks_per_node,
+            device=device,
+        )
+    except RuntimeError as error:  # torch's, of operations that need numbers
+        reason = str(error).strip().splitlines()[0][:120]
+        raise UserError(
+            f"{text_config(student_config).model_type}: cannot be run without data, so its memory cannot be told "
+            f"beforehand ({reason}); try a few steps with distill.trainer.max_steps"
+        ) from error
+    free = device_memory(device), available_memory()
+    pace = None
+    if try_it and _can_be_tried(found, *free):
+        pace = probe(
+            teacher_config,
+            student_config,
+            settings,
+            found.setting,
+            teacher_dtype=teacher_dtype(teacher_config, settings, dtype),
+            first_change=first_change,
+            attention=attention,
+            device=device,
+        )
+    parts = (
+        ["dry run: nothing is written and nothing is trained"],
+        _about(found),
+        _memory_table(found, *free),
+        _time(found, pace, device),
+        _disk(found, run_dir),
+        _proposal(found, *free),
+    )
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
+    alone = replace(
+        job.setting,
+        stage=0,
+        ranks=1,
+        ranks_per_node=1,
+        offload_optimizer=False,
+        offload_parameters=False,
+        teacher="live",
+    )
+    return fits(memory(job.student, job.teacher, alone), alone, device_free=device_free, host_free=host_free)
+
+
+def _about(job: Job) -> list[str]:
+    student, teacher, setting = job.student, job.teacher, job.setting
+    where = {
+        "none": "not needed by these losses",
+        "live": f"live, {setting.teacher_bytes} bytes a weight",
+        "offloaded": f"live, its weights on the host, {setting.teacher_bytes} bytes each",
+        "recorded": "recorded, not loaded",
+    }
+    precision = "bf16 autocast" if setting.autocast else "no autocast"
+    return [
+        f"student: {len(student.layers)} layers, {_millions(student.parameters)}, {_millions(student.trained)} of them "
+        f"trained; {setting.weight_bytes} bytes a weight, {precision}",
+        f"teacher: {len(teacher.layers)} layers, {_millions(teacher.parameters)}, {where[setting.teacher]}",
+        f"step:    {setting.ranks} rank(s) x {setting.accumulation} micro-batch(es) x {setting.rows} row(s) x "
+        f"{setting.sequence_length:,} tokens = {job.tokens_per_step:,} tokens; {job.num_steps:,} steps",
+    ]
+
+
+def _rows(now: Setting) -> list[tuple[str, Setting]]:
+    """Settings worth a line of the table."""
+    plain = replace(now, offload_optimizer=False, offload_parameters=False)
+    rows = [(f"ZeRO {stage}", replace(plain, stage=stage)) for stage in (0, 1, 2, 3)]
+    if now.device != "cpu":
+        rows.append(("ZeRO 2, optimizer on host", replace(plain, stage=2, offload_optimizer=True)))
+        everything = replace(plain, stage=3, offload_optimizer=True, offload_parameters=True)
+        rows.append(("ZeRO 3, all on host", everything))
+    rows.append(("this recipe", now))
+    other = "without" if now.checkpointing else "with"
+    rows.append((f"  {other} checkpointing", replace(now, checkpointing=not now.checkpointing)))
+    if now.teacher == "live":
+        rows.append(("  teacher recorded", replace(now, teacher="recorded")))
+    return rows
+
+
+def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
+    cells: list[tuple[str, ...]] = [(f"memory of one rank, GB ({job.setting.ranks} in all)", *COLUMNS, "")]
+    for title, setting in _rows(job.setting):
+        found = memory(job.student, job.teacher, setting)
+        verdict = "fits"
+        if not fits(found, setting, device_free=device_free, host_free=host_free):
+            short = shortages(replace(job, setting=setting), device_free=device_free, host_free=host_free)
+            verdict = "no" if short else "close"
+        cells.append((title, *(f"{getattr(found, column) / 1e9:.2f}" for column in COLUMNS), verdict))
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in cells
+    ]
+    on_device = "" if job.setting.device == "cpu" else f"{size_text(device_free)} on the device, "
+    return [
+        *lines,
+        "the peak is no sum: gradients come as activations go; `host` is per node, `fixed` the process itself",
+        f"free now: {on_device}{size_text(host_free)} on this node",
+    ]
+
+
+def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
+    setting = job.setting
+    dtype = torch.bfloat16 if setting.autocast or setting.weight_bytes == 2 else torch.float32
+    peak = matmul_flops_per_second(device, dtype)
+    flops = flops_per_token(job.student, job.teacher, setting, shared=job.shared)
+    # ranks on one CPU share its cores, which a probe has had to itself
+    machines = setting.ranks // setting.ranks_per_node if setting.device == "cpu" else setting.ranks
+    if pace is None:
+        rate, optimizer_s = ASSUMED_SHARE * peak / flops, 0.0
+        how = f"assuming {ASSUMED_SHARE:.0%} of the {peak / 1e12:.3g} TFLOP/s of a matrix product measured here"
+    else:
+        rate, optimizer_s = pace.tokens_per_s, pace.optimizer_s
+        how = (
+            f"measured here on micro-batches of the real objective: {rate * flops / peak:.0%} of the "
+            f"{peak / 1e12:.3g} TFLOP/s of a matrix product"
+        )
+    step = step_seconds(job.tokens_per_step // machines, rate, optimizer_s)
+    hours = job.num_steps * step / 3600
+    return [
+        f"time: {job.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, {hours:.3g} h for "
+        f"{job.num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",
+        f"  {how}",
+        "  communication between ranks, evaluation while training and checkpoints come on top",
+    ]
+
+
+def _disk(job: Job, run_dir: Path) -> list[str]:
+    found = disk_bytes(job)
+    parts = ", ".join(f"{name}/ {size_text(size)}" for name, size in found.items())
+    needed, free = sum(found.values()) - written_bytes(run_dir), free_disk(run_dir)
+    verdict = "" if needed <= free else ": NOT ENOUGH, free some space or set run_dir to another disk"
+    signals = disk_bytes(job, record=True)["signals"]
+    return [
+        f"disk: {parts} ({job.kept_checkpoints} checkpoints kept, one more while it is written); {size_text(free)} free"
+        f"{verdict}",
+        f"  recorded signals of these tokens would take {size_text(signals)} at k = 32",
+    ]
+
+
+def _proposal(job: Job, device_free: int, host_free: int) -> list[str]:
+    setting = next(cheapest(job, device_free=device_free, host_free=host_free), None)
+    if setting is None:
+        return [
+            "no setting fits with a margin of a tenth: more ranks, shorter rows (distill.sequence_length), a smaller "
+            "distill.head_chunk, or distill.trainable: from_first_cut take less"
+        ]
+    lines = overrides(job, setting)
+    if not lines:
+        return ["cheapest setting that fits: this recipe's"]
+    peak = memory(job.student, job.teacher, setting).peak
+    return [f"cheapest setting that fits ({size_text(peak)} at the peak):", *(f"  {line}" for line in lines)]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} billion weights" if count >= 1e9 else f"{count / 1e6:.1f} million weights"

@@ -1,0 +1,404 @@
+"""What training will take, told and checked before it starts: memory by ZeRO stage, time, disk, and what fits.
+
+Figures of memory and disk come from configurations alone. They err by a tenth (docs/scaling.md), so there are three
+verdicts: it fits with that margin, it is close, and it cannot fit; only the last is refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shoal.errors import UserError
+from shoal.machine import available_memory, device_memory, free_disk
+from shoal.models import load_config, text_config
+from shoal.terms import needs_teacher
+from shoal.training import Distill
+
+from .arguments import DEFAULTS, deepspeed_config
+from .memory import (
+    BUCKET_ELEMENTS,
+    FIXED_BYTES,
+    LIVE_ELEMENTS,
+    Memory,
+    ModelSize,
+    Setting,
+    TeacherPlace,
+    memory,
+    student_size,
+    teacher_size,
+)
+from .pace import flops_per_token
+from .trainable import set_trainable
+
+log = logging.getLogger(__name__)
+
+MARGIN = 1.1
+"""How far an estimate of memory may be off, either way."""
+ROW_BYTES = 9
+"""Of one packed token: id, position, whether it is supervised."""
+SIGNAL_BYTES = 150
+"""Of one token of recorded signals at k = 32, at most."""
+SLOWER = {"offload_optimizer": 1.3, "offload_parameters": 2.0, "offloaded": 1.2, "stage 3": 1.15, "stages 1, 2": 1.02}
+"""What a setting costs in time, roughly: only for the order in which settings are tried."""
+SHORT_ROWS = 512
+"""Tokens of a micro-batch at which half the speed is lost; for the same order."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run, as far as its size goes."""
+
+    student: ModelSize
+    teacher: ModelSize
+    setting: Setting
+    num_tokens: int
+    kept_checkpoints: int
+    stored_bytes: int
+    """Per weight of distilled/."""
+    shared: bool
+    """Frozen layers below the first cut are run once for both."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks."""
+        setting = self.setting
+        return setting.ranks * setting.rows * setting.accumulation * setting.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the budget."""
+        return math.ceil(self.num_tokens / self.tokens_per_step)
+
+    @property
+    def memory(self) -> Memory:
+        """Of this setting."""
+        return memory(self.student, self.teacher, self.setting)
+
+
+def job(
+    teacher_config: PreTrainedConfig,
+    student_config: PreTrainedConfig,
+    settings: Distill,
+    *,
+    first_change: int,
+    dtype: str,
+    attention: str,
+    ranks: int,
+    ranks_per_node: int,
+    device: torch.device,
+) -> Job:
+    """The size of the run that ``settings`` describe, from configurations; no weight is read.
+
+    Raises:
+        RuntimeError: of torch, for a family that cannot be run without data.
+    """
+    shared = settings.trainable == "from_first_cut" and first_change > 0
+    setting = _setting(
+        settings,
+        text_config(student_config).hidden_size,
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        teacher=_teacher_place(settings, shared=shared),
+        teacher_bytes=teacher_dtype(teacher_config, settings, dtype).itemsize,
+        device=device,
+    )
+
+    def prepare(student: PreTrainedModel) -> None:
+        set_trainable(student, settings.trainable, first_change=first_change)
+
+    student = student_size(
+        student_config,
+        sequence_length=settings.sequence_length,
+        prepare=prepare,
+        dtype=torch.float32 if setting.weight_bytes == 4 else torch.bfloat16,
+        autocast=setting.autocast,
+        attention=attention,
+    )
+    return Job(
+        student=student,
+        teacher=teacher_size(teacher_config, attention=attention),
+        setting=setting,
+        num_tokens=settings.num_tokens,
+        kept_checkpoints=max(2, settings.trainer.get("save_total_limit") or 2),
+        stored_bytes=(_stored(student_config) or torch.float32).itemsize,
+        shared=shared,
+    )
+
+
+def teacher_dtype(config: PreTrainedConfig, settings: Distill, dtype: str) -> torch.dtype:
+    """In which a live teacher runs."""
+    wanted = settings.teacher.dtype or dtype
+    return (_stored(config) or torch.float32) if wanted == "auto" else getattr(torch, wanted)
+
+
+def _stored(config: PreTrainedConfig) -> torch.dtype | None:
+    return getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+
+
+def _teacher_place(settings: Distill, *, shared: bool) -> TeacherPlace:
+    if settings.teacher.recorded is not None:
+        return "recorded"
+    if not needs_teacher(settings.losses) and not shared:
+        return "none"
+    return "offloaded" if settings.teacher.offload else "live"
+
+
+def _setting(
+    settings: Distill,
+    hidden: int,
+    *,
+    ranks: int,
+    ranks_per_node: int,
+    teacher: TeacherPlace,
+    teacher_bytes: int,
+    device: torch.device,
+) -> Setting:
+    config = deepspeed_config(settings)
+    zero, trainer = config["zero_optimization"], DEFAULTS | settings.trainer
+    rows, accumulation = int(trainer["per_device_train_batch_size"]), int(trainer.get("gradient_accumulation_steps", 1))
+    if settings.batch_size is not None:
+        rows = math.gcd(rows, max(1, settings.batch_size // ranks))
+        accumulation = max(1, settings.batch_size // ranks // rows)
+    stage, bucket = zero["stage"], zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
+    overlap, live = zero.get("overlap_comm"), zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)
+    return Setting(
+        rows=rows,
+        sequence_length=settings.sequence_length,
+        head_chunk=settings.head_chunk,
+        accumulation=accumulation,
+        checkpointing=bool(trainer.get("gradient_checkpointing")),
+        stage=stage,
+        ranks=ranks,
+        ranks_per_node=ranks_per_node,
+        offload_optimizer=_is_offloaded(zero.get("offload_optimizer")),
+        offload_parameters=_is_offloaded(zero.get("offload_param")),
+        bucket=hidden * hidden if bucket == "auto" else int(bucket),  # what transformers fills in
+        overlap=stage == 3 if overlap is None else bool(overlap),
+        live=LIVE_ELEMENTS if live == "auto" else int(live),
+        weight_bytes=2 if any(config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")) else 4,
+        autocast="torch_autocast" in config,
+        teacher=teacher,
+        teacher_bytes=teacher_bytes,
+        device=device.type,
+    )
+
+
+def _is_offloaded(part: dict[str, Any] | None) -> bool:
+    return (part or {}).get("device", "none") != "none"
+
+
+# --- disk ---------------------------------------------------------------------------------------------------------
+
+
+def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
+    """What the run writes under run_dir, by folder, at its worst moment.
+
+    A checkpoint is removed after the next one is complete, so one more than is kept lies there for a while.
+    """
+    student, setting = job.student, job.setting
+    frozen = student.parameters - student.trained
+    weights = setting.weight_bytes * (frozen if setting.stage == 3 else student.parameters)
+    # moments; with ZeRO the fp32 weights that are stepped lie beside them
+    states = (8 if setting.stage == 0 else 12) * student.trained
+    steps = job.num_steps * job.tokens_per_step
+    found = {
+        "checkpoints": (job.kept_checkpoints + 1) * (weights + states),
+        "distilled": job.stored_bytes * student.parameters,
+        "text": ROW_BYTES * steps,
+    }
+    return found | ({"signals": SIGNAL_BYTES * steps} if record else {})
+
+
+# --- refusal ------------------------------------------------------------------------------------------------------
+
+
+def refuse_what_will_not_fit(
+    teacher_dir: Path,
+    student_dir: Path,
+    *,
+    settings: Distill,
+    run_dir: Path,
+    first_change: int,
+    dtype: str,
+    attention: str,
+    ranks: int,
+    ranks_per_node: int,
+    device: torch.device,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse a run that cannot fit into memory or onto the disk, before any weight is loaded; log what is close.
+
+    One rank asks for all: its device stands for the others'. On a CPU what the processes take already is not counted
+    twice.
+
+    Raises:
+        UserError: naming what is needed, what is free and the cheapest setting that fits.
+    """
+    teacher, student = (
+        load_config(folder, trust_remote_code=trust_remote_code) for folder in (teacher_dir, student_dir)
+    )
+    try:
+        found = job(
+            teacher,
+            student,
+            settings,
+            first_change=first_change,
+            dtype=dtype,
+            attention=attention,
+            ranks=ranks,
+            ranks_per_node=ranks_per_node,
+            device=device,
+        )
+    except RuntimeError as error:  # torch's, of operations that need numbers
+        reason = str(error).strip().splitlines()[0][:120]
+        log.warning("memory is not estimated: this family cannot be run without data (%s)", reason)
+        return
+    free = device_memory(device), available_memory()
+    problems = shortages(found, device_free=free[0], host_free=free[1])
+    needed = sum(disk_bytes(found).values()) - written_bytes(run_dir)
+    if needed > free_disk(run_dir):
+        problems.append(
+            f"run_dir {run_dir}: training writes {size_text(needed)} more at its worst moment and "
+            f"{size_text(free_disk(run_dir))} are free there; free some space, lower distill.trainer.save_total_limit, "
+            "or set run_dir to another disk"
+        )
+    if problems:
+        fitting = next(cheapest(found, device_free=free[0], host_free=free[1]), None)
+        advice = "; this fits: " + ", ".join(overrides(found, fitting)) if fitting and needs_memory(problems) else ""
+        raise UserError(
+            "this training will not fit: " + "; ".join(problems) + advice + ". `shoal distill --dry-run` shows where "
+            "memory goes; distill.check_memory: false starts it all the same"
+        )
+    if not fits(found.memory, found.setting, device_free=free[0], host_free=free[1]):
+        log.warning(
+            "memory will be close: %s per rank expected, %s free; estimates err by a tenth",
+            size_text(found.memory.peak),
+            size_text(free[0]),
+        )
+
+
+def needs_memory(problems: list[str]) -> bool:
+    """Whether another setting would help."""
+    return any(not problem.startswith("run_dir") for problem in problems)
+
+
+def shortages(job: Job, *, device_free: int, host_free: int) -> list[str]:
+    """What cannot fit even if the estimate is a margin too high, in words."""
+    found, setting = job.memory, job.setting
+    device, host = _needed(found, setting)
+    problems = []
+    if device > MARGIN * device_free:
+        where = f"{setting.ranks_per_node} rank(s) on this node" if setting.device == "cpu" else "a rank"
+        problems.append(f"{where} need {size_text(device)} of memory at the peak and {size_text(device_free)} are free")
+    if setting.device != "cpu" and host > MARGIN * host_free:
+        problems.append(f"this node needs {size_text(host)} of host memory and {size_text(host_free)} are free")
+    return problems
+
+
+def fits(found: Memory, setting: Setting, *, device_free: int, host_free: int) -> bool:
+    """Whether it fits even if the estimate is a margin too low."""
+    device, host = _needed(found, setting)
+    return MARGIN * device <= device_free and (setting.device == "cpu" or MARGIN * host <= host_free)
+
+
+def _needed(found: Memory, setting: Setting) -> tuple[int, int]:
+    """On the device, and on the host of a node. On a CPU all ranks of the node share both."""
+    if setting.device == "cpu":
+        return setting.ranks_per_node * (found.peak - FIXED_BYTES["cpu"]) + found.host, 0
+    return found.peak, max(found.host, found.host_to_load)
+
+
+def written_bytes(run_dir: Path) -> int:
+    """Bytes of an earlier life of the run that the new one goes on from or replaces."""
+    folders = [run_dir / name for name in ("checkpoints", "text", "distilled")]
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+
+
+# --- what fits ----------------------------------------------------------------------------------------------------
+
+
+def cheapest(job: Job, *, device_free: int, host_free: int) -> Iterator[Setting]:
+    """Settings that fit and train the same, the fastest first by a rough rule; recorded signals only at the very end,
+    since they need a pass of their own and are not quite the same loss."""
+    candidates = sorted(_alternatives(job), key=lambda setting: (setting.teacher == "recorded", _cost(job, setting)))
+    for setting in candidates:
+        if fits(memory(job.student, job.teacher, setting), setting, device_free=device_free, host_free=host_free):
+            yield setting
+
+
+def _alternatives(job: Job) -> Iterator[Setting]:
+    """The same rows per step and rank, split in other ways, with the same teacher, and other places for everything."""
+    now = job.setting
+    rows = now.rows * now.accumulation
+    places: tuple[TeacherPlace, ...] = (now.teacher,)
+    if now.teacher == "live":
+        places = ("live", "offloaded", "recorded")
+    for micro, checkpointing, stage, optimizer, parameters, teacher in itertools.product(
+        [n for n in range(1, rows + 1) if rows % n == 0],
+        (False, True),
+        (0, 1, 2, 3),
+        (False, True),
+        (False, True),
+        places,
+    ):
+        impossible = (optimizer and stage == 0) or (parameters and stage < 3) or (now.weight_bytes == 2 and stage == 0)
+        if impossible or (teacher == "offloaded" and stage == 3) or (now.device == "cpu" and (optimizer or parameters)):
+            continue
+        yield replace(
+            now,
+            rows=micro,
+            accumulation=rows // micro,
+            checkpointing=checkpointing,
+            stage=stage,
+            offload_optimizer=optimizer,
+            offload_parameters=parameters,
+            teacher=teacher,
+        )
+
+
+def _cost(job: Job, setting: Setting) -> float:
+    """Time per token up to a factor."""
+    cost = flops_per_token(job.student, job.teacher, setting, shared=job.shared)
+    cost *= 1 + SHORT_ROWS / (setting.rows * setting.sequence_length)
+    cost *= {0: 1.0, 3: SLOWER["stage 3"]}.get(setting.stage, SLOWER["stages 1, 2"])
+    for name in ("offload_optimizer", "offload_parameters"):
+        cost *= SLOWER[name] if getattr(setting, name) else 1
+    return cost * (SLOWER["offloaded"] if setting.teacher == "offloaded" else 1)
+
+
+def overrides(job: Job, setting: Setting) -> list[str]:
+    """Recipe keys that turn the job's setting into ``setting``; empty where it is that already."""
+    now, lines = job.setting, []
+    where = ("stage", "offload_optimizer", "offload_parameters")
+    if any(getattr(now, name) != getattr(setting, name) for name in where):
+        zero = [f"stage: {setting.stage}"]
+        zero += ["offload_optimizer: {device: cpu}"] * setting.offload_optimizer
+        zero += ["offload_param: {device: cpu}"] * setting.offload_parameters
+        named = f"deepspeed/zero{setting.stage}.json"
+        mapping = "{zero_optimization: {" + ", ".join(zero) + "}}"
+        lines.append(f"distill.deepspeed={named if len(zero) == 1 else mapping}")
+    if now.rows != setting.rows:
+        lines.append(f"distill.trainer.per_device_train_batch_size={setting.rows}")
+        lines.append(f"distill.trainer.gradient_accumulation_steps={setting.accumulation}")
+    if now.checkpointing != setting.checkpointing:
+        lines.append(f"distill.trainer.gradient_checkpointing={str(setting.checkpointing).lower()}")
+    if now.teacher != setting.teacher:
+        recorded = setting.teacher == "recorded"
+        lines.append(
+            "distill.teacher.recorded=FOLDER (after `shoal record`)" if recorded else "distill.teacher.offload=true"
+        )
+    return lines
+
+
+def size_text(count: float) -> str:
+    """`3.1 GB`; small sizes in MB."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
