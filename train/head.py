@@ -291,7 +291,8 @@ def _agreement(logits_CV: Tensor, teacher_logits_CV: Tensor | None, firsts_C: Te
         firsts = firsts_C[picked]
     else:
         return logits_CV.new_zeros(2, dtype=torch.float64)
-    matches = (logits_CV[picked].argmax(-1) == firsts).sum()
+    asked = logits_CV[picked]
+    matches = (asked.gather(-1, firsts[:, None])[:, 0] == asked.amax(-1)).sum()
     return torch.stack([matches, matches.new_tensor(len(firsts))]).double()
 
 
@@ -349,4 +350,7 @@ def _accumulated(sum_so_far: Tensor | None, gradient: Tensor) -> Tensor:
     """In fp32 or better: chunks added up in bf16 would lose what is small."""
     if sum_so_far is None:
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    return sum_so_far.add_(gradient)
+    rows = BLOCK // max(1, gradient[0].numel()) if gradient.device.type == "cpu" else len(gradient)
+    for into, part in zip(sum_so_far.split(max(1, rows)), gradient.split(max(1, rows)), strict=True):
+        into.add_(part)  # at once it would make an fp32 copy of a bf16 gradient, as large as the head
+    return sum_so_far

@@ -61,7 +61,7 @@ def softened(logits_NV: Tensor, temperature: float) -> Softmax:
 
 def forward_kl(p: Softmax, q: Softmax) -> Values:
     """KL(p || q). The constant entropy of p is kept, so that a student equal to its teacher has a loss of 0."""
-    return Values((p.prob_NV * (p.log_NV - q.log_NV)).sum(-1), q.prob_NV - p.prob_NV)
+    return Values((p.log_NV - q.log_NV).mul_(p.prob_NV).sum(-1), q.prob_NV - p.prob_NV)
 
 
 def reverse_kl(p: Softmax, q: Softmax) -> Values:
