@@ -3,12 +3,22 @@
 import json
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from tiny import tiny_checkpoint, tiny_tokenizer
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from shoal.errors import UserError
 from shoal.recipe import Distill, Track
-from shoal.train.arguments import check_names, deepspeed_config, num_rows, training_arguments
-from shoal.train.distill import check_distillable, distill_inputs
+from shoal.recording import Record
+from shoal.train.arguments import (
+    batch_split,
+    check_names,
+    deepspeed_config,
+    num_rows,
+    rows_per_step,
+    training_arguments,
+)
+from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs
 from shoal.train.text import training_rows
 from shoal.train.tracking import wandb_mode
 
@@ -83,6 +93,56 @@ def test_rows_fill_whole_optimizer_steps():
     assert num_rows(settings) == 128  # 100 rows, rounded up to steps of 32
 
 
+@pytest.mark.parametrize(
+    ("batch", "ranks", "given", "split"),
+    [(16, 1, None, (4, 4)), (16, 8, None, (2, 1)), (12, 2, None, (3, 2)), (12, 2, 2, (2, 3)), (14, 2, None, (1, 7))],
+)
+def test_accumulation_follows_from_the_batch_of_all_ranks(monkeypatch, batch, ranks, given, split):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    settings = Distill(batch_size=batch, trainer={} if given is None else {"per_device_train_batch_size": given})
+    assert batch_split(settings) == split
+    assert rows_per_step(settings) == batch
+
+
+def test_every_split_of_a_batch_hands_out_the_same_rows_in_the_same_steps():
+    """What accelerate does with the sampler's batches, for every way to share 12 rows a step."""
+    dealt = set()
+    for rows, accumulation, ranks in [(12, 1, 1), (2, 6, 1), (3, 2, 2), (1, 3, 4), (2, 1, 6)]:
+        batches = BatchSampler(SequentialSampler(range(48)), rows, drop_last=False)
+        shards = [[batch or [] for batch in BatchSamplerShard(batches, ranks, rank)] for rank in range(ranks)]
+        steps = [
+            sorted(row for shard in shards for batch in shard[step : step + accumulation] for row in batch)
+            for step in range(0, len(shards[0]), accumulation)
+        ]
+        dealt.add(str(steps))
+    assert dealt == {str([list(range(n, n + 12)) for n in range(0, 48, 12)])}
+
+
+def test_a_batch_that_does_not_come_out_even_is_refused_naming_the_numbers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"batch_size: 16 rows do not divide over 3 ranks; choose a multiple of 3"):
+        batch_split(Distill(batch_size=16))
+    with pytest.raises(UserError, match=r"are 6 each, no multiple of .*per_device_train_batch_size 4; change one"):
+        batch_split(Distill(batch_size=18, trainer={"per_device_train_batch_size": 4}))
+    with pytest.raises(UserError, match=r"accumulation_steps: follows from distill\.batch_size \(16\); leave one"):
+        check_names(Distill(batch_size=16, trainer={"gradient_accumulation_steps": 2}))
+
+
+def test_checkpoints_know_the_real_batch_and_not_how_it_is_shared(monkeypatch):
+    def known(ranks, **settings):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        chosen = Distill(**settings)
+        own = distill_inputs(
+            chosen, Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="auto", attention="sdpa"
+        )
+        return checkpoint_inputs(chosen, own)
+
+    two = known(2, trainer={"per_device_train_batch_size": 4})
+    assert two == known(4, batch_size=8, deepspeed="deepspeed/zero3.json")
+    assert two == known(1, trainer={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    assert two != known(1, trainer={"per_device_train_batch_size": 4})
+
+
 def test_the_shipped_deepspeed_files_are_found_by_every_spelling():
     for spelling in ("deepspeed/zero3.json", "configs/deepspeed/zero3.json"):
         assert deepspeed_config(Distill(deepspeed=spelling))["zero_optimization"]["stage"] == 3
@@ -130,7 +190,7 @@ def test_a_broken_deepspeed_file_is_named(tmp_path):
 def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
     def inputs(**settings):
         return distill_inputs(
-            Distill(**settings), teacher="t", student="s", drop=(1,), seed=0, dtype="auto", attention="sdpa"
+            Distill(**settings), Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="auto", attention="sdpa"
         )
 
     assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})
