@@ -228,6 +228,22 @@ def test_term_of_weight_zero_is_computed_for_its_curve_and_trains_nothing(k: int
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("terms", [(), (ForwardKL(weight=0.0),)])
+def test_without_a_weighted_term_the_loss_is_zero_and_every_gradient_too(terms: Any) -> None:
+    """Terms of hidden states may be all there is; a trained parameter without gradient would stall its optimizer."""
+    for make in (live, lambda given: stored(given, 6)):
+        given = leaves(setting(), "hidden", "weight")
+        loss, sums, agreement = chunked(given, make(given), terms)
+        loss.backward()
+        assert loss.item() == 0
+        assert len(sums) == len(terms)
+        assert agreement[1] == 3
+        for name in ("hidden", "weight"):
+            grad = given[name].grad
+            assert grad is not None
+            assert not grad.any()
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 8, 100])
 def test_every_eighth_token_of_the_batch_is_asked_for_agreement(chunk: int) -> None:
     given = setting(4)

@@ -75,7 +75,7 @@ def chunked_head_loss(
 ) -> HeadLoss:
     """The terms' loss over all tokens, in nats.
 
-    ``targets`` may be None where no term looks at the teacher; of `TopK` every divergence is that of the distributions
+    Without any term only agreement is measured. ``targets`` may be None where no term looks at the teacher; of `TopK` every divergence is that of the distributions
     over K words and `another`, a lower bound of the whole one.
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
@@ -200,7 +200,7 @@ class _Objective:
         values_TC = logits_CV.new_empty(len(self.terms), len(logits_CV), dtype=torch.float64)
         gradient_CV = torch.empty_like(logits_CV) if wanted else None
         rows = max(1, BLOCK // logits_CV.shape[-1]) if logits_CV.device.type == "cpu" else len(logits_CV)
-        for start in range(0, len(logits_CV), rows):
+        for start in range(0, len(logits_CV) if self.terms else 0, rows):
             block = slice(start, start + rows)
             if kept is None:
                 teacher_RV = None if teacher_logits_CV is None else teacher_logits_CV[block]
@@ -300,9 +300,10 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, objective, head, chunk, *parameters):
         wanted = [hidden_ND.requires_grad, *(parameter.requires_grad for parameter in parameters)]
+        trains = any(wanted) and any(term.weight > 0 for term in objective.terms)
         term_sums = torch.zeros(len(objective.terms), dtype=torch.float64, device=hidden_ND.device)
         agreement = torch.zeros(2, dtype=torch.float64, device=hidden_ND.device)
-        hidden_grad_ND = torch.empty_like(hidden_ND) if wanted[0] else None
+        hidden_grad_ND = torch.zeros_like(hidden_ND) if wanted[0] else None
         parameter_grads: list[Tensor | None] = [None] * len(parameters)
         leaves = [_cast(p.detach()).requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
         for start in range(0, len(hidden_ND), chunk):
@@ -310,7 +311,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             hidden_CD = hidden_ND[part].detach().requires_grad_(wanted[0])
             with torch.enable_grad():
                 logits_CV = head(hidden_CD, *leaves)
-            sums, agreed, gradient_CV = objective.of_chunk(logits_CV.detach(), part, wanted=any(wanted))
+            sums, agreed, gradient_CV = objective.of_chunk(logits_CV.detach(), part, wanted=trains)
             term_sums += sums
             agreement += agreed
             if gradient_CV is None:
@@ -323,7 +324,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                 if leaf.requires_grad:
                     parameter_grads[index] = _accumulated(parameter_grads[index], next(grads))
         grads_as_stored = [
-            None if grad is None else grad.to(p.dtype) for grad, p in zip(parameter_grads, parameters, strict=True)
+            (torch.zeros_like(p) if grad is None else grad.to(p.dtype)) if w else None
+            for grad, p, w in zip(parameter_grads, parameters, wanted[1:], strict=True)
         ]
         ctx.save_for_backward(hidden_grad_ND, *grads_as_stored)
         ctx.mark_non_differentiable(term_sums, agreement)
