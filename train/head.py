@@ -75,8 +75,8 @@ def chunked_head_loss(
 ) -> HeadLoss:
     """The terms' loss over all tokens, in nats.
 
-    Without any term only agreement is measured. ``targets`` may be None where no term looks at the teacher; of `TopK` every divergence is that of the distributions
-    over K words and `another`, a lower bound of the whole one.
+    ``targets`` may be None where no term looks at the teacher; of `TopK` every divergence is that of the distributions
+    over K words and `another`, a lower bound of the whole one. Without any term only agreement is measured.
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
     ``shares`` has one number per term, of which TAID's terms read theirs as t; None = their start.
