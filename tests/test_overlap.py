@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any, ClassVar
 
 import pytest
 from tiny import tiny_tokenizer
 
 from shoal.data import pack, row_texts
+from shoal.eval.item_texts import item_texts
+from shoal.eval.tasks import load_tasks
 from shoal.overlap import COMMON, FEWEST_WORDS, NUM_WORDS, Overlap, as_data, find_overlap, words_of
 from shoal.section import DataSource
 
@@ -107,3 +110,37 @@ def test_packed_rows_are_looked_through_as_they_are_trained_on() -> None:
     )
     assert {"something else", f"so {item} it is"} <= set(row_texts(rows, tiny_tokenizer()))
     assert find_overlap({"t": [item, "five other words of nothing"]}, row_texts(rows, tiny_tokenizer()))["t"].found == 1
+
+
+def test_items_of_tasks_are_their_questions_with_the_right_answer() -> None:
+    tasks = load_tasks(("knowledge_continuation", "retrieval_generation", "reasoning_worked"))
+    texts = item_texts(tasks, {"knowledge_continuation": 3, "retrieval_generation": 2, "reasoning_worked": 2})
+    assert [len(items) for items in texts.values()] == [3, 2, 2]
+    for name, items in texts.items():
+        for item, doc in zip(items, tasks[name].eval_docs, strict=False):
+            assert item.startswith(tasks[name].doc_to_text(doc))
+    task, doc = tasks["knowledge_continuation"], next(iter(tasks["knowledge_continuation"].eval_docs))
+    assert texts["knowledge_continuation"][0].endswith(task.doc_to_choice(doc)[task.doc_to_target(doc)])
+    found = find_overlap(texts, ["before", f"so {texts['knowledge_continuation'][1]} it is"])
+    assert {name: overlap.found for name, overlap in found.items()} == {
+        "knowledge_continuation": 1,
+        "retrieval_generation": 0,
+        "reasoning_worked": 0,
+    }
+
+
+def test_an_item_of_which_the_options_are_beginnings_is_read_as_one_sentence() -> None:
+    class Task:
+        eval_docs: ClassVar[list[dict[str, Any]]] = [{}]
+        OUTPUT_TYPE = "multiple_choice"
+
+        def doc_to_text(self, doc: dict[str, Any]) -> int:
+            return 1
+
+        def doc_to_choice(self, doc: dict[str, Any]) -> list[str]:
+            return ["The cup", "The suitcase"]
+
+        def doc_to_target(self, doc: dict[str, Any]) -> str:
+            return "is too small."
+
+    assert item_texts({"t": Task()}, {"t": 5}) == {"t": ["The suitcase is too small."]}
