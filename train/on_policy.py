@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from shoal.data import IGNORED
 from shoal.on_policy import OnPolicy
-from shoal.runtime import rank, world_size
+from shoal.packing import ROW
 
 from .sampling import own_forwards, sample
 
@@ -32,8 +32,8 @@ from .sampling import own_forwards, sample
 class Sampler:
     """Turns the micro-batches of a step into samples of the student.
 
-    Everything random follows from the seed, the step and the row's number within the step, counted over micro-batches
-    and ranks: the same weights give the same samples after a resume, and however the rows are dealt to ranks.
+    Everything random follows from the seed, the step and the number of the row that a sample stands in for: the same
+    weights give the same samples after a resume, and however rows are dealt to micro-batches and ranks.
     """
 
     settings: OnPolicy
@@ -51,27 +51,25 @@ class Sampler:
         """Whether step number ``step``, counted from 0, trains on samples; the same on every rank."""
         return random.Random(f"on_policy/{self.seed}/{step}").random() < self.settings.share
 
-    def batches(self, student: PreTrainedModel, batches: Sequence[dict[str, Tensor]], *, step: int):
+    def batches(
+        self, student: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], *, step: int
+    ) -> list[dict[str, Tensor]]:
         """The micro-batches with as many rows of samples in place of their rows: labels on sampled tokens only.
 
         Under ZeRO-3 the caller has gathered the weights, or every rank calls this with as many micro-batches.
         """
         with own_forwards(student), self._precision(student.device):
-            return [self._sampled(student, batch, step=step, index=index) for index, batch in enumerate(batches)]
+            return [self._sampled(student, batch, step=step) for batch in batches]
 
     def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
 
-    def _sampled(
-        self, student: PreTrainedModel, batch: dict[str, Tensor], *, step: int, index: int
-    ) -> dict[str, Tensor]:
-        num_rows = len(batch["input_ids"])
-        first_row = (index * world_size() + rank()) * num_rows
+    def _sampled(self, student: PreTrainedModel, batch: Mapping[str, Tensor], *, step: int) -> dict[str, Tensor]:
         planes = [batch[name].cpu().numpy() for name in ("input_ids", "position_ids", "labels")]
         prompts: list[list[list[int]]] = []
         uniforms: list[np.ndarray] = []
-        for row in range(num_rows):
-            chance = np.random.default_rng([self.seed, step, first_row + row])
+        for row, number in enumerate(batch[ROW].tolist()):
+            chance = np.random.default_rng([self.seed, step, number])
             prompts.append(self._prompts(*(plane[row] for plane in planes), chance=chance))
             uniforms.append(chance.random((len(prompts[-1]), self.settings.new_tokens)))
         written = iter(
