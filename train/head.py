@@ -242,10 +242,11 @@ class _Objective:
         tempered_RV = logits_RV.to(p.log_NV.dtype) / self.targets.temperature
         kept_RK = tempered_RV.gather(-1, ids_RK)
         others_RV = tempered_RV.scatter_(-1, ids_RK, -torch.inf)
-        mass_R1 = others_RV.logsumexp(-1, keepdim=True)
-        q = softened(torch.cat([kept_RK, mass_R1], -1), 1.0)
+        peak_R1 = others_RV.amax(-1, keepdim=True)
+        sum_R1 = others_RV.sub_(peak_R1).exp_().sum(-1, keepdim=True)
+        q = softened(torch.cat([kept_RK, peak_R1 + sum_R1.log()], -1), 1.0)
         coarse_RK = self._sum(coarse, p, q, labels_R, values_TR, None)
-        spread_RV = others_RV.sub_(mass_R1).exp_().mul_(coarse_RK[:, -1:]).scatter_(-1, ids_RK, coarse_RK[:, :-1])
+        spread_RV = others_RV.mul_(coarse_RK[:, -1:] / sum_R1).scatter_(-1, ids_RK, coarse_RK[:, :-1])
         return spread_RV if total_RV is None else total_RV.add_(spread_RV)
 
     def _sum(
