@@ -90,7 +90,7 @@ def training_arguments(
         UserError: unknown or contradictory arguments, or a precision that is known to train wrongly.
     """
     check_names(settings)
-    values = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
+    values: dict[str, Any] = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
     deepspeed = deepspeed_config(settings)
     if load_universal:
         deepspeed["checkpoint"] = {**deepspeed.get("checkpoint", {}), "load_universal": True}
@@ -169,10 +169,14 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     if "fp16" in named and not torch.accelerator.is_available():
         raise UserError("distill.deepspeed: fp16 does not train on a CPU; use distill.precision: bfloat16")
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
-    if offload != "none" and not config.get("optimizer", {}).get("params", {}).get("torch_adam"):
+    if offload != "none" and "optimizer" not in config:
+        # torch's own AdamW runs on a CPU as well; DeepSpeed's has to be compiled and does not resume bit by bit
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    torch_adam = config.get("optimizer", {}).get("params", {}).get("torch_adam")
+    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True) and not torch_adam:
         log.warning(
             "distill.deepspeed: the offloaded optimizer is DeepSpeed's own CPU Adam, which does not resume bit by bit; "
-            "set optimizer.params.torch_adam: true where that matters"
+            "leave `optimizer` and zero_force_ds_cpu_optimizer out where that matters"
         )
     if stage == 3:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
