@@ -26,7 +26,7 @@ from shoal.data import load_texts, pack
 from shoal.models import load_model, load_tokenizer, resolve_model
 from shoal.section import DataSource
 from shoal.terms import ForwardKL
-from shoal.train.student import final_hidden, install_objective, output_head
+from shoal.train.student import Objective, Signals, final_hidden, output_head, to_logits
 
 DROP = (3, 13, 14, 17, 25, 26)
 STEPS = 2
@@ -78,7 +78,7 @@ def run_variant(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     if arguments.variant == "chunked":
-        install_objective(student, teacher, terms=(ForwardKL(),), chunk=arguments.chunk)
+        Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=arguments.chunk).install()
     losses, seconds = [], []
     for _ in range(STEPS):
         started = time.perf_counter()
@@ -98,7 +98,7 @@ def run_variant(arguments: argparse.Namespace) -> dict[str, Any]:
 def chunked(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
         hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
-    return student(**batch, teacher_hidden_BSD=hidden)[0]
+    return student(**batch, signals=Signals(hidden))[0]
 
 
 def whole(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from shoal.data import IGNORED
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 from shoal.terms import CrossEntropy, ForwardKL
-from shoal.train.student import SharedPrefix, final_hidden, install_objective, output_head
+from shoal.train.student import Objective, SharedPrefix, Signals, final_hidden, output_head, to_logits
 from shoal.train.trainable import set_trainable
 
 TERMS = (ForwardKL(),)
@@ -40,13 +40,14 @@ def gradient(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def objective(student, teacher, terms=TERMS):
-    undo = install_objective(student, teacher, terms=terms, chunk=5)
+    installed = Objective(student, to_logits(teacher), terms=terms, chunk=5)
+    installed.install()
     rows = batch()
     with torch.no_grad():
         hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
-    loss, term_sums = student(**rows, teacher_hidden_BSD=hidden)
-    undo()
-    return loss, term_sums
+    loss, sums = student(**rows, signals=Signals(hidden))
+    installed.uninstall()
+    return loss, sums[: len(terms)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3", "gemma3"])
@@ -138,7 +139,8 @@ def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
                 for parameter in layer.parameters():
                     parameter.add_(0.05 * torch.ones_like(parameter))
         set_trainable(student, "from_first_cut", first_change=first_cut)
-        undo = install_objective(student, teacher, terms=TERMS, chunk=5)
+        installed = Objective(student, to_logits(teacher), terms=TERMS, chunk=5)
+        installed.install()
         prefix = SharedPrefix(student, teacher, first_change=first_cut)
         rows = batch()
         calls = []
@@ -147,11 +149,11 @@ def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
             hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
         if shared:
             with prefix.replaying(torch.float32):
-                loss, _ = student(**rows, teacher_hidden_BSD=hidden)
+                loss, _ = student(**rows, signals=Signals(hidden))
         else:
-            loss, _ = student(**rows, teacher_hidden_BSD=hidden)
+            loss, _ = student(**rows, signals=Signals(hidden))
         loss.backward()
-        undo()
+        installed.uninstall()
         assert bool(calls) != shared, "shared layers must not run a second time"
         results.append((loss.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
     assert torch.equal(results[0][0], results[1][0])

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import logging
-import resource
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.artifact import Provenance, Training, fingerprint, written_folder
-from shoal.data import PackedRows, sources_fingerprint
+from shoal.artifact import PruningPlan
+from shoal.data import sources_fingerprint
 from shoal.errors import UserError
 from shoal.models import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
+from shoal.packing import PackedRows
 from shoal.recipe import Distill, Track, as_dict
+from shoal.recording import Record
 from shoal.runtime import device, is_main, world_size
+from shoal.terms import LOGIT_TERMS, STATE_TERMS, CrossEntropy, reads_distributions
 
 from . import tracking
 from .arguments import (
@@ -33,13 +33,22 @@ from .arguments import (
     zero_stage,
 )
 from .checkpoint import last_complete, needs_universal
+from .head import check_zero_at_teacher
 from .heartbeat import Heartbeat
+from .local import local_stage
 from .progress import Progress
+from .recorded import Recorded
+from .recording import recording_inputs
+from .results import write_results
+from .sharding import gathered, join_deepspeed, place_teacher
+from .signals import LiveTeacher, RecordedTeacher
+from .states import StateLosses
 from .stop import StopRequest
-from .student import SharedPrefix, install_objective
+from .student import Objective, SharedPrefix, final_hidden, output_head, to_logits
 from .text import training_rows
-from .trainable import keep_zeros, set_trainable
+from .trainable import keep_zeros, shares_prefix, train_only
 from .trainer import DistillTrainer
+from .watch import Scorer, Watcher
 from .writing import wants_teacher_text, written_by_teacher
 
 log = logging.getLogger(__name__)
@@ -47,11 +56,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NOT_IDENTITY = {
-    *("distill.num_ranks", "distill.timeout_s"),
+    *("distill.num_ranks", "distill.timeout_s", "distill.stop_on_spike"),
     *(f"distill.trainer.{key}" for key in ("save_steps", "save_strategy", "save_total_limit")),
     *(f"distill.trainer.{key}" for key in ("logging_steps", "disable_tqdm", "dataloader_num_workers")),
 }
 """Settings that change how the work is done but not its result: a run may go on with others."""
+
+
+PREFLIGHT_TOKENS = 64
+"""On which every run first tries its objective."""
 
 
 class Stopped(Exception):
@@ -59,10 +72,26 @@ class Stopped(Exception):
 
 
 def distill_inputs(
-    settings: Distill, *, teacher: str, student: str, drop: tuple[int, ...], seed: int, dtype: str, attention: str
+    settings: Distill,
+    record: Record,
+    *,
+    teacher: str,
+    student: str,
+    drop: tuple[int, ...],
+    seed: int,
+    dtype: str,
+    attention: str,
 ) -> dict[str, Any]:
     """Everything that shapes distilled/: the stage's identity."""
     section = {f"distill.{key}": value for key, value in as_dict(settings).items() if key != "trainer"}
+    if settings.watch is None or settings.watch.best is None:
+        del section["distill.watch"]  # it only looks on
+    # where signals lie or wait does not matter; what was recorded does, and is compared with rows and model when read
+    kept = {"top_k": record.top_k, "temperature": record.temperature, "states": list(record.states)}
+    section["distill.teacher"] = {
+        "dtype": settings.teacher.dtype,
+        "recorded": None if settings.teacher.recorded is None else kept,
+    }
     # what the file says now, not what it is called; how ZeRO shards the work does not change its result
     section["distill.deepspeed"] = {k: v for k, v in deepspeed_config(settings).items() if k != "zero_optimization"}
     split = BATCH_SPLIT if settings.batch_size is not None else ()
@@ -77,6 +106,12 @@ def distill_inputs(
         "attention": attention,
         **{key: value for key, value in (section | trainer).items() if key not in NOT_IDENTITY},
     }
+
+
+def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What shapes the training rows, for messages about a recording of others."""
+    keys = ("distill.data", "distill.sequence_length", "distill.packing", "data", "seed")
+    return {key: inputs[key] for key in keys if key in inputs}
 
 
 def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -113,11 +148,13 @@ def check_distillable(teacher: Path, student: Path, settings: Distill, *, trust_
 def distill(
     teacher_dir: Path,
     student_dir: Path,
+    plan: PruningPlan,
     *,
     run_dir: Path,
-    first_change: int,
     settings: Distill,
+    record: Record,
     track: Track,
+    scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None,
     inputs: dict[str, Any],
     recipe: dict[str, Any],
     seed: int,
@@ -125,10 +162,11 @@ def distill(
     attention: str,
     trust_remote_code: bool,
 ) -> None:
-    """Train the student in ``student_dir`` on the teacher's distributions; write distilled/ and distill.json.
+    """Train the student in ``student_dir`` on the teacher's signals; write distilled/ and distill.json.
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
-    same run, if there is one. ``first_change`` is the lowest layer at which the student is not the teacher.
+    same run, if there is one. ``plan`` says which layers the student has left; ``scorer`` makes what distill.watch
+    scores the student with.
 
     Raises:
         Stopped: on SIGTERM or when the launcher is gone, after saving.
@@ -158,19 +196,48 @@ def distill(
         folder=run_dir / "text",
         inputs=inputs,
     )
-
+    if settings.local is not None:
+        student_dir = local_stage(
+            teacher_dir,
+            student_dir,
+            plan,
+            rows,
+            settings,
+            folder=run_dir / "local",
+            inputs=inputs,
+            dtype=dtype,
+            load=load,
+        )
     report_to = tracking.start(track, run_dir, recipe)
-    _join_deepspeed()
+    join_deepspeed()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
     arguments, keep = training_arguments(
         settings, output_dir=checkpoints, seed=seed, report_to=report_to, load_universal=universal
     )
-    teacher = load_model(teacher_dir, dtype=dtype, **load).requires_grad_(False)
     student = load_model(student_dir, dtype="float32", **load)
-    set_trainable(student, settings.trainable, first_change=first_change)
+    trained = train_only(student, settings.trainable, plan)
     keep_zeros(student)
-    undo = install_objective(student, teacher, terms=settings.losses, chunk=settings.head_chunk)
-    shares = settings.trainable == "from_first_cut" and first_change > 0
+    live = None
+    if settings.teacher.recorded is None:
+        live = load_model(teacher_dir, dtype=settings.teacher.dtype or dtype, **load).requires_grad_(False)
+    shared = 0 if live is None else shares_prefix(trained, plan)
+    prefix = SharedPrefix(student, live, first_change=shared) if live is not None and shared else None
+    state_terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
+    states = StateLosses(state_terms, plan, student, live, num_shared=shared) if state_terms else None
+    reads_logits = any(map(reads_distributions, settings.losses))
+    if live is not None:
+        teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
+    else:
+        recorded = _recorded(teacher_dir, rows, settings, record, states, inputs)
+        teacher = RecordedTeacher(recorded, reads_logits=reads_logits, states=states)
+    objective = Objective(
+        student,
+        None if live is None else to_logits(live),
+        terms=settings.losses,
+        chunk=settings.head_chunk,
+        states=states,
+        recorded_temperature=record.temperature,
+    )
     stop = StopRequest()
     trainer = DistillTrainer(
         model=student,
@@ -178,15 +245,24 @@ def distill(
         train_dataset=rows,
         data_collator=_stack,
         teacher=teacher,
-        prefix=SharedPrefix(student, teacher, first_change=first_change) if shares else None,
-        terms=settings.losses,
+        teacher_head=None if live is None else output_head(live),
+        objective=objective,
+        prefix=prefix,
         inputs=identity,
         keep_checkpoints=keep,
         stop=stop,
-        callbacks=[Progress(tokens_per_step=_tokens_per_step(arguments, settings)), heartbeat],
+        stop_on_spike=settings.stop_on_spike,
+        callbacks=[Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length), heartbeat],
     )
     trainer.remove_callback(PrinterCallback)
-    _place_teacher(teacher, trainer)
+    if live is not None:
+        place_teacher(live, trainer, offload=settings.teacher.offload)
+    _check_objective(settings, live or student, rows, top_k=None if live is not None else record.top_k)
+    watcher = None
+    if settings.watch is not None and scorer is not None:
+        watcher = Watcher(settings.watch, checkpoints, identity)
+        trainer.watch_with(watcher, scorer(tokenizer))
+    objective.install()
     stop.listen()
     _announce(student, rows, trainer, settings, resume)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -196,8 +272,9 @@ def distill(
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved"
         )
-    undo()
-    _write_results(trainer, student, student_dir, rows, run_dir, inputs, settings)
+    objective.uninstall()
+    more = {"shared_layers": shared, "trained_layers": list(trained.layers)}
+    write_results(trainer, student, student_dir, rows, run_dir=run_dir, inputs=inputs, watcher=watcher, more=more)
     heartbeat.stop()
     tracking.finish()
 
@@ -246,42 +323,55 @@ def _teacher_text(
     return texts[0]
 
 
-def _join_deepspeed() -> None:
-    """Let DeepSpeed know the process group; otherwise ZeRO-3 takes the world size as 1 while it loads models.
+def _recorded(
+    teacher_dir: Path,
+    rows: PackedRows,
+    settings: Distill,
+    record: Record,
+    states: StateLosses | None,
+    inputs: dict[str, Any],
+) -> Recorded:
+    assert settings.teacher.recorded is not None
+    identity = recording_inputs(
+        record,
+        teacher_dir,
+        model=inputs["model"],
+        sequence_length=settings.sequence_length,
+        dtype=inputs["dtype"],
+        attention=inputs["attention"],
+    )
+    return Recorded(
+        Path(settings.teacher.recorded),
+        rows,
+        inputs=identity,
+        rows_from=rows_from(inputs),
+        states=() if states is None else states.teacher_layers,
+        temperatures={
+            term.temperature
+            for term in settings.losses
+            if isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
+        },
+    )
 
-    On a CPU it would first compile shared-memory collectives, which takes minutes and fails without a C++ compiler;
-    gloo does their work.
+
+def _check_objective(settings: Distill, model: PreTrainedModel, rows: PackedRows, *, top_k: int | None) -> None:
+    """With a model as its own teacher every divergence must be zero, and so must its gradient; a few tokens tell.
+
+    Raises:
+        RuntimeError: naming the term. No recipe can cause this.
     """
-    import deepspeed
-    import deepspeed.ops
-
-    if device().type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-
-
-def _place_teacher(teacher: PreTrainedModel, trainer: DistillTrainer) -> None:
-    """Under ZeRO-3 the teacher is an inference engine of its own, sharded like the student; else it sits on the device.
-
-    The engine's wrapper is not kept: sharded parameters gather themselves wherever the teacher's modules are called.
-    """
-    config = trainer.args.hf_deepspeed_config.config  # pyright: ignore[reportAttributeAccessIssue]
-    if config["zero_optimization"]["stage"] == 3:
-        from trl.models.utils import prepare_deepspeed
-
-        prepare_deepspeed(teacher, trainer.accelerator)
-    else:
-        teacher.to(trainer.args.device)  # pyright: ignore[reportArgumentType]
-    teacher.eval()
+    row = {
+        name: value[:PREFLIGHT_TOKENS].unsqueeze(0).to(model.device) for name, value in rows[0].items() if value.ndim
+    }
+    terms = [term for term in settings.losses if isinstance(term, LOGIT_TERMS)]
+    with torch.no_grad(), gathered(output_head(model)):
+        hidden_BSD = final_hidden(model, row["input_ids"], row["position_ids"])
+        labels = row["input_ids"][0, 1:]
+        check_zero_at_teacher(terms, hidden_BSD[0, :-1], to_logits(model), labels, top_k=top_k)
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def _tokens_per_step(arguments: TrainingArguments, settings: Distill) -> int:
-    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world_size()
-    return rows * settings.sequence_length
 
 
 def _announce(
@@ -303,57 +393,3 @@ def _announce(
         log.info("  %s: %s", name, ", ".join(f"{value:,} {key}" for key, value in count.items()))
     if resume is not None:
         log.info("going on from %s", resume)
-
-
-def _write_results(
-    trainer: DistillTrainer,
-    student: PreTrainedModel,
-    student_dir: Path,
-    rows: PackedRows,
-    run_dir: Path,
-    inputs: dict[str, Any],
-    settings: Distill,
-) -> None:
-    state = trainer.student_state()
-    peak = torch.tensor(float(_peak_memory_bytes()), device=device())
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    if is_main():
-        assert state is not None
-        stored = getattr(torch, str(load_config(student_dir).dtype or "float32").removeprefix("torch."))
-        student.config.use_cache = True  # the Trainer turned it off
-        student.config.dtype = stored
-        with written_folder(run_dir / "distilled") as folder:
-            student.save_pretrained(folder, state_dict={k: v.to(stored) for k, v in state.items()})
-            _copy_what_is_not_weights(student_dir, folder)
-        history = [row for row in trainer.state.log_history if "loss" in row]
-        Training(
-            provenance=Provenance(inputs),
-            num_steps=trainer.state.global_step,
-            num_tokens=trainer.state.global_step * _tokens_per_step(trainer.args, settings),
-            seconds=history[-1]["seconds"] if history else 0.0,
-            history=tuple({key: float(value) for key, value in row.items()} for row in history),
-            settings={
-                "trainer": trainer.args.to_sanitized_dict(),
-                "deepspeed": trainer.args.hf_deepspeed_config.config,  # pyright: ignore[reportAttributeAccessIssue]
-                "world_size": world_size(),
-                "rows": fingerprint(rows.fingerprint),
-            },
-            data=rows.counts,
-            peak_memory_bytes=int(peak.item()),
-        ).write(run_dir / Training.FILE)
-    dist.barrier()
-
-
-def _copy_what_is_not_weights(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, licence and notices as they came with the model, byte for byte."""
-    for file in source.iterdir():
-        ours = file.suffix in (".safetensors", ".py") or file.name in ("config.json", "generation_config.json")
-        if file.is_file() and not ours and not file.name.endswith(".index.json"):
-            shutil.copy2(file, folder / file.name)
-
-
-def _peak_memory_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

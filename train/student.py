@@ -5,8 +5,9 @@ B batch, S sequence, D hidden, N supervised tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -19,9 +20,12 @@ from shoal.anatomy import decoder_body
 from shoal.data import IGNORED
 from shoal.errors import UserError
 from shoal.models import decoder_layers, logits_from_hidden
-from shoal.terms import LogitTerm, LossTerm
+from shoal.terms import LOGIT_TERMS, TAID, LossTerm, term_names
 
-from .head import Dense, chunked_head_loss
+from .capture import Captured
+from .head import Dense, TopK, chunked_head_loss
+from .losses import TaidState
+from .states import StateLosses
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
@@ -38,55 +42,132 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def install_objective(
-    student: PreTrainedModel, teacher: PreTrainedModel, *, terms: tuple[LossTerm, ...], chunk: int
-) -> Callable[[], None]:
-    """Make ``student(...)`` return (loss sum, term sums) over supervised tokens; the returned function undoes it.
+@dataclass(frozen=True)
+class Signals:
+    """What a teacher says about one micro-batch. What no loss term asks for is absent. K recorded tokens."""
+
+    hidden_BSD: Tensor | None = None
+    """What the teacher's head reads; its logits are made chunk by chunk inside the loss."""
+    ids_BSK: Tensor | None = None
+    """Recorded instead of the above: the most probable next tokens in falling order."""
+    log_probs_BSK: Tensor | None = None
+    """Their log-probabilities under the full softmax, never renormalised."""
+    captured: Captured = field(default_factory=Captured)
+    """What state terms compare with."""
+
+
+class Objective:
+    """The distillation loss inside the student's forward: ``student(...)`` gives (loss, sums) while it is installed.
+
+    loss is the weighted sum of all terms over supervised tokens, differentiable. sums, float64, holds every term's own
+    sum and then, of how many tokens teacher and student have the same most probable word, and of how many asked.
 
     Only the two forward methods of this instance change, the model's and its head's: class, parameters and state
     dict stay, so that Trainer, DeepSpeed and save_pretrained see an ordinary model. The loss is computed *inside* the
     head's call because under ZeRO-3 the head's weight exists in full only there.
     """
-    logit_terms = [term for term in terms if isinstance(term, LogitTerm)]
-    if len(logit_terms) < len(terms):
-        raise UserError("distill.losses: terms of hidden states cannot be trained yet; leave them out")
-    head = output_head(student)
-    to_logits = logits_from_hidden(student)
-    teacher_to_logits = logits_from_hidden(teacher)
-    teacher_head = output_head(teacher)
 
-    def head_forward(head: nn.Linear, hidden_BSD: Tensor, teacher_hidden_BSD: Tensor | None, labels_BS: Tensor):
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher_to_logits: Callable[[Tensor], Tensor] | None,
+        *,
+        terms: tuple[LossTerm, ...],
+        chunk: int,
+        states: StateLosses | None = None,
+        recorded_temperature: float = 1.0,
+    ) -> None:
+        """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``)."""
+        self.terms = terms
+        self.student = student
+        self._teacher_to_logits = teacher_to_logits
+        self._chunk = chunk
+        self._states = states
+        self._recorded_temperature = recorded_temperature
+        self._at_head = [index for index, term in enumerate(terms) if isinstance(term, LOGIT_TERMS)]
+        self._at_layers = [index for index, term in enumerate(terms) if not isinstance(term, LOGIT_TERMS)]
+        self._taid = {index: TaidState(term) for index, term in enumerate(terms) if isinstance(term, TAID)}
+
+    def install(self) -> None:
+        """Put the objective in the place of the two forwards."""
+        head = output_head(self.student)
+        self.student.forward = MethodType(self._forward, self.student)
+        head.forward = MethodType(self._head_forward, head)
+
+    def uninstall(self) -> None:
+        """Give the model and its head their own forwards back."""
+        del self.student.forward, output_head(self.student).forward
+
+    def _forward(
+        self, student: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor, signals: Signals
+    ) -> tuple[Tensor, Tensor]:
+        states = self._states
+        with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
+            hidden_BSD = final_hidden(student, input_ids, position_ids)
+        loss, head_sums = output_head(student)(hidden_BSD, labels, signals)
+        sums = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=hidden_BSD.device)
+        sums[self._at_head] = head_sums[:-2]
+        sums[-2:] = head_sums[-2:]
+        if states is not None:
+            state_loss, state_sums = states(seen, signals.captured, labels, position_ids)
+            loss = loss + state_loss
+            sums[self._at_layers] = state_sums
+        return loss, sums
+
+    def _head_forward(
+        self, head: nn.Linear, hidden_BSD: Tensor, labels_BS: Tensor, signals: Signals
+    ) -> tuple[Tensor, Tensor]:
         # position t predicts token t + 1; a row's first token is no one's target
         supervised = labels_BS[:, 1:] != IGNORED
-        parameters = (head.weight,) if head.bias is None else (head.weight, head.bias)
-        targets = None
-        if teacher_hidden_BSD is not None:
-            teacher_hidden_ND = teacher_hidden_BSD[:, :-1][supervised]
-            targets = Dense(teacher_hidden_ND, lambda hidden: teacher_to_logits(hidden, teacher_head))
-        loss, term_sums, _ = chunked_head_loss(
-            hidden_BSD[:, :-1][supervised],
+
+        def kept(plane: Tensor) -> Tensor:
+            return plane[:, :-1][supervised]
+
+        targets: Dense | TopK | None = None
+        if signals.hidden_BSD is not None:
+            assert self._teacher_to_logits is not None
+            targets = Dense(kept(signals.hidden_BSD), self._teacher_to_logits)
+        elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
+            targets = TopK(kept(signals.ids_BSK), kept(signals.log_probs_BSK), self._recorded_temperature)
+        if not supervised.any():  # of a micro-batch; the step as a whole has some
+            return hidden_BSD.sum() * 0, hidden_BSD.new_zeros(len(self._at_head) + 2, dtype=torch.float64)
+        through = logits_from_hidden(self.student)
+        loss, term_sums, agreement = chunked_head_loss(
+            kept(hidden_BSD),
             labels_BS[:, 1:][supervised],
             targets,
-            student_head=lambda hidden, *weights: to_logits(hidden, lambda h: functional.linear(h, *weights)),
-            student_parameters=parameters,
-            terms=logit_terms,
-            chunk=chunk,
+            student_head=lambda hidden, *weights: through(hidden, lambda h: functional.linear(h, *weights)),
+            student_parameters=(head.weight,) if head.bias is None else (head.weight, head.bias),
+            terms=[self.terms[index] for index in self._at_head],  # pyright: ignore[reportArgumentType]
+            chunk=self._chunk,
+            shares=[self._taid[index].t if index in self._taid else 1.0 for index in self._at_head],
         )
-        return loss, term_sums
+        return loss, torch.cat([term_sums, agreement])
 
-    def forward(
-        student: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor, teacher_hidden_BSD: Tensor | None
-    ):
-        hidden_BSD = final_hidden(student, input_ids, position_ids)
-        return head(hidden_BSD, teacher_hidden_BSD, labels)
+    def end_step(self, means: Sequence[float], *, step: int, num_steps: int) -> None:
+        """What a term learns from a step: TAID moves its target on. ``means`` are the terms' means over all ranks."""
+        for index, state in self._taid.items():
+            state.update(means[index], step, num_steps)
 
-    student.forward = MethodType(forward, student)
-    head.forward = MethodType(head_forward, head)
+    def curves(self) -> dict[str, float]:
+        """What terms keep between steps, by name."""
+        names = term_names(self.terms)
+        return {f"{names[index]}_t": state.t for index, state in self._taid.items()}
 
-    def undo() -> None:
-        del student.forward, head.forward
+    def state(self) -> dict[str, Any]:
+        """What ``end_step`` has changed, for a checkpoint."""
+        return {str(index): state.state_dict() for index, state in self._taid.items()}
 
-    return undo
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state()``."""
+        for index, taid in self._taid.items():
+            taid.load_state_dict(state[str(index)])
+
+
+def to_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The way from final hidden states to logits, scale and soft cap included."""
+    through, head = logits_from_hidden(model), output_head(model)
+    return lambda hidden: through(hidden, head)
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:

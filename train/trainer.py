@@ -7,10 +7,13 @@ logging and gradient checkpointing come with it. What it gets wrong for us is ov
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import shutil
 import time
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +23,31 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from shoal.artifact import write_json
 from shoal.errors import UserError, explained_disk_errors
 from shoal.runtime import is_main, seed_everything, world_size
-from shoal.terms import LossTerm, needs_teacher, term_names
+from shoal.terms import term_names
 
 from .checkpoint import commit, layout, remove_older, separate_groups
+from .guard import LossGuard, refuse_step
+from .sampling import own_forwards
+from .sharding import gathered
+from .signals import Teacher
 from .stop import StopRequest
-from .student import SharedPrefix, final_hidden, output_head
+from .student import Objective, SharedPrefix
+from .watch import Score, Scorer, Watcher
 
 log = logging.getLogger(__name__)
 
+INPUTS = ("input_ids", "position_ids", "labels")
+"""What the student's forward takes of a batch; the teacher may read more."""
+AGREEMENT = "top1_agreement"
+OBJECTIVE_FILE = "objective.json"
+"""What loss terms keep between steps, inside a checkpoint."""
+
 
 class DistillTrainer(Trainer):
-    """Trains a student whose forward is shoal.train.student.install_objective's."""
+    """Trains a student whose forward is that of an installed shoal.train.student.Objective."""
 
     # the loss below is already divided by the token count of the whole optimizer step
     loss_is_scaled_for_ga = True
@@ -40,27 +55,44 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        teacher: PreTrainedModel,
+        teacher: Teacher,
+        teacher_head: nn.Module | None,
+        objective: Objective,
         prefix: SharedPrefix | None,
-        terms: tuple[LossTerm, ...],
         inputs: dict[str, Any],
         keep_checkpoints: int,
         stop: StopRequest,
+        stop_on_spike: float | None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over
         self.model_accepts_loss_kwargs = True
         self._teacher = teacher
+        self._teacher_head = teacher_head
+        self._objective = objective
         self._prefix = prefix
-        self._terms = terms
         self._inputs = inputs
         self._keep_checkpoints = keep_checkpoints
-        self._term_sums = torch.zeros(len(terms), dtype=torch.float64, device=self.args.device)
+        self._guard = LossGuard(stop_on_spike)
+        self._batches: list[dict[str, Tensor]] = []
+        self._step_sums = self._zero_sums()
+        self._window_sums = self._zero_sums()
         self._steps_logged = 0
-        self._started = time.monotonic()
-        self._seconds_before = 0.0
-        self.add_callback(_StopWhenAsked(stop))
+        self._rate = _Rate()
+        self.add_callback(_StepEnds(self, stop))
+
+    def _zero_sums(self) -> Tensor:
+        """Every term's mean over the step's supervised tokens, and the counts of top-1 agreement."""
+        return torch.zeros(len(self._objective.terms) + 2, dtype=torch.float64, device=self.args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of one optimizer step, kept until it is known to be sound, and their supervised tokens."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batches = batches
+        return batches, num_items
 
     def compute_loss(
         self,
@@ -75,37 +107,83 @@ class DistillTrainer(Trainer):
         of the whole step; averaging each micro-batch over its own tokens would make the loss depend on the split.
         """
         assert num_items_in_batch is not None
-        teacher_hidden_BSD = self._teacher_hidden(inputs)
+        signals = self._teacher.signals(inputs)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_gathered(output_head(self._teacher)))
+            if self._teacher_head is not None:
+                stack.enter_context(gathered(self._teacher_head))
             if self._prefix is not None:
                 stack.enter_context(self._prefix.replaying(next(model.parameters()).dtype))
-            loss_sum, term_sums = model(**inputs, teacher_hidden_BSD=teacher_hidden_BSD)
-        self._term_sums += term_sums / num_items_in_batch
+            loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals)
+        num_terms = len(self._objective.terms)
+        self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
+        self._step_sums[num_terms:] += sums[num_terms:]
         loss = loss_sum * (world_size() / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
-    @torch.no_grad()
-    def _teacher_hidden(self, inputs: dict[str, Tensor]) -> Tensor | None:
-        if self._prefix is None and not needs_teacher(self._terms):
-            return None
-        recording = contextlib.nullcontext() if self._prefix is None else self._prefix.recording()
-        with recording:
-            return final_hidden(self._teacher, inputs["input_ids"], inputs["position_ids"])
+    def end_step(self) -> None:
+        """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved."""
+        sums, step = self._step_sums, self.state.global_step
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        terms = self._objective.terms
+        means = sums[: len(terms)].tolist()
+        loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
+        if problem := self._guard.problem({"loss": loss, **dict(zip(term_names(terms), means, strict=True))}):
+            raise refuse_step(problem, step, self._batches, Path(str(self.args.output_dir)).parent / "refused")
+        self._objective.end_step(means, step=step, num_steps=self.state.max_steps)
+        self._window_sums += sums
+        self._step_sums = self._zero_sums()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every loss term, averaged over steps and summed over ranks, to what is logged."""
         steps = self.state.global_step - self._steps_logged
         if "loss" in logs and steps > 0:
-            logs["seconds"] = self._seconds_before + time.monotonic() - self._started
-            sums = self._term_sums.clone()
-            if dist.is_initialized():
-                dist.all_reduce(sums)
-            logs |= {name: value / steps for name, value in zip(term_names(self._terms), sums.tolist(), strict=True)}
+            *sums, matches, compared = self._window_sums.tolist()
+            names = term_names(self._objective.terms)
+            logs |= {name: value / steps for name, value in zip(names, sums, strict=True)}
+            if compared:
+                logs[AGREEMENT] = matches / compared
+            logs |= self._objective.curves()
+            logs |= self._rate.read(steps * self.tokens_per_step)
             _refuse_non_finite(logs, self.state.global_step)
-            self._term_sums.zero_()
+            self._window_sums = self._zero_sums()
             self._steps_logged = self.state.global_step
         super().log(logs, start_time)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of one optimizer step over all ranks."""
+        args = self.args
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
+        train_dataset: Any = self.train_dataset
+        return rows * train_dataset.input_ids_NS.shape[1]
+
+    def watch_with(self, watcher: Watcher, score: Scorer) -> None:
+        """Let ``watcher`` score the student now and then."""
+
+        def scored() -> Mapping[str, Score]:
+            with self._rate.paused(), self.plain_student() as student:
+                return score(student)
+
+        watcher.score, watcher.log, watcher.state = scored, self.log, self.student_state
+        self.add_callback(watcher)
+
+    @contextlib.contextmanager
+    def plain_student(self) -> Iterator[PreTrainedModel]:
+        """The student as an ordinary model, whole on every rank, under the precision that it is trained in."""
+        from trl.models.utils import unwrap_model_for_generation
+
+        wrapped: Any = self.model_wrapped
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with (
+            warnings.catch_warnings(),
+            unwrap_model_for_generation(
+                wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+            ) as model,
+            own_forwards(self._objective.student),
+            _autocast(self.args),
+        ):
+            yield model  # pyright: ignore[reportReturnType]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it
@@ -115,16 +193,16 @@ class DistillTrainer(Trainer):
         """Nothing inside checkpoints: DeepSpeed's files hold the weights; `distilled/` is written once, at the end."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if not torch.isfinite(self._term_sums).all():
-            _refuse_non_finite({"loss": float("nan")}, self.state.global_step)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main() and folder.exists():  # an unfinished or damaged one of an earlier life
             shutil.rmtree(folder)
         if dist.is_initialized():
             dist.barrier()
         try:
-            with explained_disk_errors(folder):
+            with explained_disk_errors(folder), self._rate.paused():
                 super()._save_checkpoint(model, trial)
+                if is_main():
+                    write_json(folder / OBJECTIVE_FILE, self._objective.state())
                 zero: Any = self.args.hf_deepspeed_config
                 commit(folder, self._inputs, zero_stage=zero.config["zero_optimization"]["stage"])
         except BaseException:
@@ -153,8 +231,11 @@ class DistillTrainer(Trainer):
         """After the state was restored: term curves and training time go on from here, not from step 0."""
         super()._load_callback_state()
         self._steps_logged = self.state.global_step
-        seconds = [row["seconds"] for row in self.state.log_history if "seconds" in row]
-        self._seconds_before = seconds[-1] if seconds else 0.0
+        history = [row for row in self.state.log_history if "loss" in row]
+        self._guard.remember([row["loss"] for row in history])
+        self._rate = _Rate(history[-1]["seconds"] if history else 0.0)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        self._objective.load_state(json.loads((folder / OBJECTIVE_FILE).read_text()))
 
     def student_state(self) -> dict[str, Tensor] | None:
         """The student's whole state dict on rank 0's CPU, None elsewhere; every rank calls this (ZeRO-3 gathers).
@@ -169,7 +250,7 @@ class DistillTrainer(Trainer):
 
 
 def _refuse_non_finite(logs: dict[str, float], step: int) -> None:
-    """A NaN never heals: later steps only spread it into every weight and every checkpoint."""
+    """A gradient can be no number where the loss still is one."""
     broken = [name for name, value in logs.items() if not math.isfinite(value)]
     if broken:
         raise UserError(
@@ -178,26 +259,59 @@ def _refuse_non_finite(logs: dict[str, float], step: int) -> None:
         )
 
 
-class _StopWhenAsked(TrainerCallback):
-    """Turns a stop request on any rank into: finish the step on all ranks, save, return."""
+class _Rate:
+    """Seconds of training and tokens per second, without the time for scoring and saving."""
 
-    def __init__(self, stop: StopRequest) -> None:
+    def __init__(self, seconds_before: float = 0.0) -> None:
+        self._seconds_before = seconds_before
+        self._started = self._read_at = time.monotonic()
+
+    def read(self, num_tokens: int) -> dict[str, float]:
+        """Curves for ``num_tokens`` since the last reading."""
+        now = time.monotonic()
+        values = {
+            "seconds": self._seconds_before + now - self._started,
+            "tokens_per_s": num_tokens / max(now - self._read_at, 1e-9),
+        }
+        self._read_at = now
+        return values
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile is no training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            away = time.monotonic() - began
+            self._started += away
+            self._read_at += away
+
+
+class _StepEnds(TrainerCallback):
+    """After every step: its curves, and whether any rank was asked to stop: finish it on all ranks, save, return."""
+
+    def __init__(self, trainer: DistillTrainer, stop: StopRequest) -> None:
+        self._trainer = trainer
         self._stop = stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.end_step()
         if self._stop.agreed() and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
 
 
 @contextlib.contextmanager
-def _gathered(module: nn.Module):
-    """The module's parameters in full where ZeRO-3 has sharded them; elsewhere nothing happens."""
-    sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
-    if not sharded:
+def _without_deprecations() -> Iterator[None]:
+    """TRL asks transformers by old names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         yield
-        return
-    import deepspeed
 
-    with deepspeed.zero.GatheredParameters(sharded):
-        yield
+
+def _autocast(args: Any) -> contextlib.AbstractContextManager[Any]:
+    """DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through."""
+    wanted = args.hf_deepspeed_config.config.get("torch_autocast", {})
+    dtype = getattr(torch, str(wanted.get("dtype", "bfloat16")).removeprefix("torch."))
+    return torch.autocast(args.device.type, dtype, enabled=bool(wanted.get("enabled")))

@@ -26,6 +26,8 @@ from shoal.artifact import write_json
 from shoal.errors import UserError
 
 IGNORED = -100
+ROW = "row"
+"""Key under which a row says which one it is."""
 Packing = Literal["split", "best_fit"]
 """split: rows are filled to the last token, and a document that does not fit goes on in the next row as one of its own.
 best_fit: documents stay whole, and what is longer than a row is cut off; the rest of a row is filled with padding that
@@ -48,13 +50,16 @@ class TokenDocument:
     """Which tokens are learnt; the first never is, whatever it says here."""
     epoch: int = 0
     """How often its source had been used up before."""
+    truncated: int = 0
+    """Tokens that were cut off its end."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def cut(self, length: int) -> TokenDocument:
-        """Its beginning."""
-        return TokenDocument(self.ids[:length], self.supervised[:length], self.epoch)
+        """Its first ``length`` tokens."""
+        beyond = max(0, len(self) - length)
+        return TokenDocument(self.ids[:length], self.supervised[:length], self.epoch, beyond)
 
     @property
     def teaches(self) -> bool:
@@ -82,7 +87,8 @@ class PackedRows:
         input_ids, position_ids = self.input_ids_NS[row].long(), self.position_ids_NS[row].long()
         supervised = None if self.supervised_NS is None else self.supervised_NS[row]
         labels = _labels(input_ids, position_ids, supervised)
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        number = torch.tensor(row)
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, ROW: number}
 
     @property
     def labels_NS(self) -> Tensor:
@@ -118,7 +124,7 @@ class Row:
     def room(self) -> int:
         return len(self.input_ids) - self.filled
 
-    def add(self, source: int, document: TokenDocument, start: int = 0, *, truncated: int = 0) -> int:
+    def add(self, source: int, document: TokenDocument, start: int = 0) -> int:
         """Put in what fits of the document from ``start`` on; the number of tokens that did."""
         size = min(self.room, len(document) - start)
         place = slice(self.filled, self.filled + size)
@@ -131,7 +137,7 @@ class Row:
         count["tokens"] += size
         count["supervised"] += int(self.supervised[place].sum())
         count["split"] += start + size < len(document)
-        count["truncated"] += truncated
+        count["truncated"] += document.truncated if start == 0 else 0
         count["repeats"] = max(count["repeats"], document.epoch)
         self.filled += size
         self.last_source = source
@@ -174,11 +180,10 @@ def split_rows(documents: Iterable[tuple[int, TokenDocument]], length: int) -> I
 def best_fit_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, padding_id: int) -> Iterator[Row]:
     """Rows of whole documents: each goes where it leaves the least room, and the fullest row leaves when none has any.
 
-    Only documents that were drawn before decide, so a longer budget begins with the rows of a shorter one.
+    No document may be longer than a row. Only those that were drawn before decide, so a longer budget begins with the rows of a shorter one.
     """
     rows: list[Row] = []
-    for source, whole in documents:
-        document = whole.cut(length)
+    for source, document in documents:
         row = min((row for row in rows if row.room >= len(document)), key=lambda row: row.room, default=None)
         if row is None:
             if len(rows) == OPEN_ROWS:
@@ -186,7 +191,7 @@ def best_fit_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, p
                 yield rows.pop(fullest).close(padding_id)
             row = Row(length)
             rows.append(row)
-        row.add(source, document, truncated=len(whole) - len(document))
+        row.add(source, document)
         if not row.room:
             rows.remove(row)
             yield row.close(padding_id)

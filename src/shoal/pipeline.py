@@ -5,11 +5,15 @@ Room code is imported where it is used, so that a verb loads only what it runs.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifact import (
     Artifact,
@@ -231,10 +235,12 @@ def distill(run: Run) -> None:
     room.distill(
         run.teacher,
         run.dir / "student",
+        plan,
         run_dir=run.dir,
-        first_change=plan.first_change,
         settings=recipe.distill,
+        record=recipe.record,
         track=recipe.track,
+        scorer=_scorer(run),
         inputs=inputs,
         recipe=as_dict(recipe),
         seed=recipe.seed,
@@ -243,6 +249,24 @@ def distill(run: Run) -> None:
         trust_remote_code=recipe.trust_remote_code,
     )
     log.info("distill: %s", distilled)
+
+
+def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
+    """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
+    from shoal.eval.quick import QuickScores
+
+    watch, settings = run.recipe.distill.watch, run.recipe.eval
+    if watch is None:
+        return None
+    quick = dataclasses.replace(
+        settings,
+        tasks=watch.tasks,
+        limit=watch.limit,
+        limits={},
+        perplexity_tokens=max(1, watch.perplexity_tokens),
+        sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
+    )
+    return partial(QuickScores, settings=quick, seed=run.recipe.seed, held_out=watch.perplexity_tokens > 0)
 
 
 def distill_is_done(run: Run) -> bool:
@@ -259,6 +283,7 @@ def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     recipe = run.recipe
     return distill_inputs(
         recipe.distill,
+        recipe.record,
         teacher=run.teacher_fingerprint,
         student=model_fingerprint(run.dir / "student"),
         drop=plan.drop,

@@ -20,6 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from shoal import training
 from shoal.edits import Edits, contradictions
 from shoal.errors import UserError
+from shoal.recording import Record
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
 from shoal.training import Distill
@@ -218,6 +219,7 @@ class Recipe(Section):
     trust_remote_code: bool = False
     measure: Measure = Measure()
     prune: Prune = Prune()
+    record: Record = field(default_factory=Record)
     distill: Distill = field(default_factory=Distill)
     eval: Eval = Eval()
     track: Track = Track()

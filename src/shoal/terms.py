@@ -195,6 +195,11 @@ def needs_teacher(terms: Sequence[LossTerm]) -> bool:
     return any(not isinstance(term, CrossEntropy) for term in terms)
 
 
+def reads_distributions(term: LossTerm) -> bool:
+    """Whether the term looks at the teacher's distributions over the vocabulary."""
+    return isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
+
+
 def term_names(terms: Sequence[LossTerm]) -> list[str]:
     """One curve name per term; a kind that appears twice is numbered."""
     kinds = [term.kind for term in terms]

@@ -1,0 +1,200 @@
+"""Which recipe gives back most: one cut, several ways to heal it, under equal wall time or equal tokens.
+
+    python benchmarks/recovery.py OUT [--seconds 720 | --tokens 80000] [--seeds 0 1 2] [--arms default forward_kl ...]
+
+Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, data, row length and batch are the same,
+and so are the evaluated items. Equal wall time: an arm's tokens per second are measured in a short run first, and its
+budget set so that its schedule ends when the time does. What is there is not done again, so a broken run goes on.
+
+default      what shoal does by default for this model (configs/quickstart.yaml)
+cross_entropy  the text's own tokens, everything trained
+lora         cross-entropy through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
+forward_kl   the teacher's distributions, everything trained (Minitron, arXiv:2407.14679)
+streamline   only the layers before the gaps, on hidden states (LLM-Streamline, arXiv:2403.19135)
+self_written  forward KL on text that the teacher wrote, everything trained (arXiv:2602.01997)
+local        shoal's local heal first, then the default
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shoal.artifact import Evaluation, TaskScore, Training
+from shoal.eval.statistics import paired, retention
+
+DROP = (12, 13, 14, 18, 21, 22, 25, 26)
+TASKS = (
+    "retrieval_continuation",
+    "retrieval_generation",
+    "knowledge_continuation",
+    "knowledge_generation",
+    "reasoning_1step_continuation",
+    "reasoning_worked",
+)
+MIXTURE = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts", "weight": 0.6})
+EVERYTHING = {"trainable": "all", "trainer": {"learning_rate": 3e-4}}
+ARMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cross_entropy": {"losses": [{"kind": "cross_entropy"}], **EVERYTHING},
+    "lora": {
+        "losses": [{"kind": "cross_entropy"}],
+        "trainable": "all",
+        "lora": {"rank": 64},
+        "trainer": {"learning_rate": 1e-3},
+    },
+    "forward_kl": EVERYTHING,
+    "streamline": {"losses": [{"kind": "hidden_states"}], "trainable": "near_gaps"},
+    "self_written": {"data": [{"path": "python_docs", "weight": 0.05}, {"path": "teacher_text", "weight": 0.95}]}
+    | EVERYTHING,
+    "local": {"local": {"num_tokens": 16_384}},
+}
+PROBE_STEPS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, help="equal wall time of training")
+    parser.add_argument("--tokens", type=int, help="equal tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--drop", type=int, nargs="+", default=DROP)
+    arguments = parser.parse_args()
+    if (arguments.seconds is None) == (arguments.tokens is None):
+        parser.error("give --seconds or --tokens, one of them")
+    for arm in arguments.arms:
+        for seed in arguments.seeds:
+            heal(arm, seed, arguments)
+    print(table(arguments))
+
+
+def heal(arm: str, seed: int, arguments: argparse.Namespace) -> Path:
+    """The run directory of one arm under one seed, trained and evaluated."""
+    tokens = arguments.tokens or budget(arm, arguments)
+    what = f"{tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
+    run_dir = arguments.out / what / f"{arm}-{seed}"
+    file = recipe(arm, seed, arguments, run_dir=run_dir, tokens=tokens)
+    shoal("distill", file)
+    for role in ("teacher", "pruned"):  # the same under every arm of one seed; `shoal eval` checks that
+        done = sorted((arguments.out / what).glob(f"*-{seed}/eval/{role}.json"))
+        if done and not (run_dir / "eval" / f"{role}.json").exists():
+            (run_dir / "eval").mkdir(exist_ok=True)
+            shutil.copy2(done[0], run_dir / "eval")
+    shoal("eval", file)
+    return run_dir
+
+
+def budget(arm: str, arguments: argparse.Namespace) -> int:
+    """Tokens that the arm trains on in the time given, by a short run's steps but the first."""
+    run_dir = arguments.out / "probe" / arm
+    row_tokens = 2 * 512
+    file = recipe(arm, 0, arguments, run_dir=run_dir, tokens=(PROBE_STEPS + 1) * row_tokens)
+    shoal("distill", file, "distill.local=null", "distill.watch=null", "distill.teacher_text_tokens=1000")
+    seconds = [row["seconds"] for row in Training.read(run_dir / Training.FILE).history]
+    rate = (len(seconds) - 1) * row_tokens / (seconds[-1] - seconds[0])
+    return max(row_tokens, math.floor(arguments.seconds * rate / row_tokens) * row_tokens)
+
+
+def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path, tokens: int) -> Path:
+    base: dict[str, Any] = {
+        "data": [dict(source) for source in MIXTURE],
+        "losses": [{"kind": "forward_kl"}],
+        "num_tokens": tokens,
+        "sequence_length": 512,
+        "trainable": "from_first_cut",
+        "precision": "bfloat16",
+        "teacher_text_tokens": max(4000, tokens // 2),
+        "watch": None,
+        "deepspeed": "deepspeed/zero2.json",
+    }
+    changes = copy.deepcopy(ARMS[arm])
+    trainer = {
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 5,
+        "save_strategy": "no",
+        **changes.pop("trainer", {}),
+    }
+    settings = {
+        "model": "demo:smollm2-135m",
+        "run_dir": str(run_dir),
+        "seed": seed,
+        "dtype": "bfloat16",
+        "prune": {"drop": list(arguments.drop)},
+        "distill": {**base, **changes, "trainer": trainer},
+        "eval": {
+            "tasks": list(TASKS),
+            "limit": arguments.limit,
+            "perplexity_data": "python_docs_heldout",
+            "perplexity_tokens": 8192,
+            "sequence_length": 512,
+            "speed": False,
+        },
+        "track": {"wandb": "off"},
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / "recipe.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return file
+
+
+def shoal(verb: str, file: Path, *overrides: str) -> None:
+    command = [sys.executable, "-m", "shoal.cli", verb, "--config", str(file), *overrides]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"`{' '.join(command[2:])}` failed")
+
+
+def table(arguments: argparse.Namespace) -> str:
+    """One row per arm: the mean over seeds, and of the first seed the gain over the pruned model and what is kept."""
+    what = f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
+    lines = []
+    for arm in arguments.arms:
+        runs = [arguments.out / what / f"{arm}-{seed}" for seed in arguments.seeds]
+        found = [scores(run, "distilled") for run in runs]
+        teacher, pruned = scores(runs[0], "teacher"), scores(runs[0], "pruned")
+        training = Training.read(runs[0] / Training.FILE)
+        cells = [f"{arm} ({training.num_tokens:,} tokens, {training.seconds:.0f} s)"]
+        for name, before in pruned.items():
+            values = [one[name].score for one in found]
+            gain = paired(before, found[0][name])
+            kept = retention(teacher[name], found[0][name]) if before.higher_is_better else None
+            cell = f"{sum(values) / len(values):.3f}"
+            if len(values) > 1:
+                cell += f" ({min(values):.3f} to {max(values):.3f})"
+            cell += f"; {gain.difference:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}]"
+            if kept is not None and kept.value is not None:
+                cell += f"; keeps {kept.value:.2f}"
+            cells.append(cell)
+        if not lines:
+            names = ["arm", *pruned]
+            lines += [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+            lines += [row("teacher", teacher), row("pruned", pruned)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def row(role: str, found: dict[str, TaskScore]) -> str:
+    return f"| {role} | {' | '.join(f'{score.score:.3f}' for score in found.values())} |"
+
+
+def scores(run_dir: Path, role: str) -> dict[str, TaskScore]:
+    return {score.task: score for score in Evaluation.read(run_dir / "eval" / f"{role}.json").tasks}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except json.JSONDecodeError as error:
+        raise SystemExit(f"a result cannot be read: {error}") from error

@@ -1,0 +1,89 @@
+"""What a finished training leaves: distilled/, a plain checkpoint, and distill.json."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from shoal.artifact import Provenance, Training, fingerprint, written_folder
+from shoal.models import load_config
+from shoal.packing import PackedRows
+from shoal.runtime import device, is_main, world_size
+
+from .adapters import remove_adapters
+from .frozen import finished_state
+from .local import copy_all_but_weights
+from .trainer import DistillTrainer
+from .watch import Watcher
+
+log = logging.getLogger(__name__)
+
+
+def write_results(
+    trainer: DistillTrainer,
+    student: PreTrainedModel,
+    student_dir: Path,
+    rows: PackedRows,
+    *,
+    run_dir: Path,
+    inputs: dict[str, Any],
+    watcher: Watcher | None,
+    more: dict[str, Any],
+) -> None:
+    """Write distilled/ from the last state, or from the best that ``watcher`` has kept, then distill.json.
+
+    Every rank calls this. ``more`` goes into distill.json's settings.
+    """
+    state = trainer.student_state()
+    peak = torch.tensor(float(_peak_memory_bytes()), device=device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    best = None if watcher is None else watcher.best()
+    if is_main():
+        assert state is not None
+        if best is not None and watcher is not None:
+            log.info("distilled/ is the student of step %d: %s %.4f", best["step"], best["metric"], best["score"])
+            state = watcher.best_state()
+            more = {**more, "best": {key: best[key] for key in ("step", "metric", "score")}}
+        stored = getattr(torch, str(load_config(student_dir).dtype or "float32").removeprefix("torch."))
+        finished = finished_state(student, state, student_dir, dtype=stored)
+        remove_adapters(student)
+        student.config.use_cache = True  # the Trainer turned it off
+        student.config.dtype = stored
+        with written_folder(run_dir / "distilled") as folder:
+            student.save_pretrained(folder, state_dict=finished)
+            copy_all_but_weights(student_dir, folder)
+        history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
+        seconds = [row["seconds"] for row in history if "seconds" in row]
+        Training(
+            provenance=Provenance(inputs),
+            num_steps=trainer.state.global_step,
+            num_tokens=trainer.state.global_step * trainer.tokens_per_step,
+            seconds=seconds[-1] if seconds else 0.0,
+            history=tuple({key: float(value) for key, value in row.items()} for row in history),
+            settings={
+                "trainer": trainer.args.to_sanitized_dict(),
+                "deepspeed": trainer.args.hf_deepspeed_config.config,  # pyright: ignore[reportAttributeAccessIssue]
+                "world_size": world_size(),
+                "rows": fingerprint(rows.fingerprint),
+                **more,
+            },
+            data=rows.counts,
+            peak_memory_bytes=int(peak.item()),
+        ).write(run_dir / Training.FILE)
+        if watcher is not None:
+            watcher.forget()
+    dist.barrier()
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,65 @@
+"""What DeepSpeed needs of process group and teacher: joined before models load, sharded or placed after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from shoal.errors import UserError
+from shoal.runtime import device
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed know the process group; otherwise ZeRO-3 takes the world size as 1 while it loads models.
+
+    On a CPU it would first compile shared-memory collectives, which takes minutes and fails without a C++ compiler;
+    gloo does their work.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    if device().type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def place_teacher(teacher: PreTrainedModel, trainer: Trainer, *, offload: bool) -> None:
+    """Under ZeRO-3 the teacher is an inference engine of its own, sharded like the student; else it sits on the device,
+    or with ``offload`` in CPU memory, from where its layers come over one by one.
+
+    The engine's wrapper is not kept: sharded parameters gather themselves wherever the teacher's modules are called.
+
+    Raises:
+        UserError: offload under ZeRO-3.
+    """
+    config = trainer.args.hf_deepspeed_config.config  # pyright: ignore[reportAttributeAccessIssue]
+    if config["zero_optimization"]["stage"] == 3:
+        if offload:
+            raise UserError("distill.teacher.offload: ZeRO 3 shards the teacher over the ranks instead; leave it out")
+        from trl.models.utils import prepare_deepspeed
+
+        prepare_deepspeed(teacher, trainer.accelerator)
+    elif offload:
+        from accelerate import cpu_offload
+
+        cpu_offload(teacher, execution_device=trainer.args.device)
+    else:
+        teacher.to(trainer.args.device)  # pyright: ignore[reportArgumentType]
+    teacher.eval()
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """The module's parameters in full where ZeRO-3 has sharded them; elsewhere nothing happens."""
+    sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield

@@ -1,0 +1,71 @@
+"""What a teacher says about a micro-batch, through one interface: run now, or recorded before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.packing import ROW
+
+from .capture import Captured
+from .recorded import Recorded
+from .states import StateLosses
+from .student import SharedPrefix, Signals, final_hidden
+
+
+class Teacher(Protocol):
+    """Gives the signals of a micro-batch."""
+
+    def signals(self, batch: Mapping[str, Tensor]) -> Signals: ...
+
+
+class LiveTeacher:
+    """Runs the teacher on every micro-batch, without gradients.
+
+    ``reads_logits``: a loss term looks at the teacher's distributions. ``states`` says what else is wanted of it.
+    ``prefix`` records the state at the first cut in passing, for the student to go on from.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, reads_logits: bool, states: StateLosses | None, prefix: SharedPrefix | None
+    ) -> None:
+        self._model = model
+        self._reads_logits = reads_logits
+        self._states = states
+        self._prefix = prefix
+
+    @torch.no_grad()
+    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
+        """The teacher's final hidden states, and what the state terms compare with."""
+        if not self._reads_logits and self._states is None and self._prefix is None:
+            return Signals()
+        recording = contextlib.nullcontext() if self._prefix is None else self._prefix.recording()
+        capturing = contextlib.nullcontext(Captured()) if self._states is None else self._states.capturing_teacher()
+        with recording, capturing as captured:
+            hidden_BSD = final_hidden(self._model, batch["input_ids"], batch["position_ids"])
+        return Signals(hidden_BSD if self._reads_logits else None, captured=captured)
+
+
+class RecordedTeacher:
+    """Reads what `shoal record` has written about the rows of a micro-batch, and moves it to their device."""
+
+    def __init__(self, recorded: Recorded, *, reads_logits: bool, states: StateLosses | None) -> None:
+        self._recorded = recorded
+        self._reads_logits = reads_logits
+        self._states = states
+
+    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
+        """The rows' most probable tokens, and the recorded states that state terms compare with."""
+        device = batch["input_ids"].device
+        rows = self._recorded.rows(batch[ROW].tolist())
+        captured = Captured()
+        for layer in () if self._states is None else self._states.teacher_layers:
+            captured.states[layer] = rows.states[layer].to(device)
+        if not self._reads_logits:
+            return Signals(captured=captured)
+        return Signals(ids_BSK=rows.ids_BSK.to(device), log_probs_BSK=rows.log_probs_BSK.to(device), captured=captured)
