@@ -202,10 +202,12 @@ def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[r
 
 
 def shards_of(num_rows: int, rows_per_shard: int) -> list[range]:
+    """The rows of every shard."""
     return [range(start, min(start + rows_per_shard, num_rows)) for start in range(0, num_rows, rows_per_shard)]
 
 
 def shard_name(index: int) -> str:
+    """File name of a shard."""
     return f"shard-{index:06d}.safetensors"
 
 
@@ -228,6 +230,7 @@ def refuse_other_rows(
 
 
 def warn_of_versions(path: Path, there: Provenance) -> None:
+    """Log what of the libraries has changed since the recording at ``path`` was begun."""
     here = environment()
     changed = [name for name in ("torch", "transformers") if here[name] != there.environment.get(name)]
     for name in changed:
