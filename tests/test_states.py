@@ -184,13 +184,13 @@ def test_hidden_state_losses_and_their_gradients_follow_from_the_definition(term
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(sums, expected.detach()[None], rtol=1e-12, atol=0)
     inputs = list(ours.values())
-    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+    found = torch.autograd.grad(loss, inputs + list(theirs.values()), allow_unused=True)
+    assert found[4:] == (None,) * 6, "the teacher learns nothing"
     right = torch.autograd.grad(expected, inputs, allow_unused=True)
-    for one, other in zip(found, right, strict=True):
+    for one, other in zip(found[:4], right, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)
-    assert all(state.grad is None for state in theirs.values())
 
 
 def random_attention(seed: int, *, softcap: float | None, window: int | None) -> AttentionInputs:
@@ -235,8 +235,10 @@ def test_relations_and_their_gradients_follow_from_the_definition(term, softcap,
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(sums, expected.detach()[None], rtol=1e-12, atol=0)
     inputs = (ours.query_BHSd, ours.key_BGSd) if isinstance(term, AttentionRelation) else (ours.value_BGSd,)
-    found, right = torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs)
-    for one, other in zip(found, right, strict=True):
+    theirs_too = (*inputs, theirs.query_BHSd, theirs.key_BGSd, theirs.value_BGSd)
+    *found, query, key, value = torch.autograd.grad(loss, theirs_too, allow_unused=True)
+    assert query is key is value is None, "the teacher learns nothing"
+    for one, other in zip(found, torch.autograd.grad(expected, inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
@@ -333,13 +335,18 @@ def part(captured: Captured, rows: slice | list[int], tokens: slice | list[int])
 
 
 @torch.no_grad()
-def test_micro_batches_add_up() -> None:
+@pytest.mark.parametrize("start", [0, 5])
+def test_micro_batches_add_up(start: int) -> None:
+    """Also where a row begins inside a document, so that its first window would fit the last one of the row before."""
     losses, ours, theirs = captured_pair()
-    _, whole = losses(ours, theirs, labels(), POSITIONS)
+    rows_of_positions = ([torch.arange(5), torch.arange(7)], [torch.arange(start, start + 3), torch.arange(9)])
+    positions = torch.stack([torch.cat(row) for row in rows_of_positions])
+    supervised = torch.arange(24).view(2, 12)
+    _, whole = losses(ours, theirs, supervised, positions)
     halves = []
     for rows in (slice(0, 1), slice(1, 2)):
         student, teacher = parts(ours, theirs, rows, slice(None))
-        halves.append(losses(student, teacher, labels()[rows], POSITIONS[rows])[1])
+        halves.append(losses(student, teacher, supervised[rows], positions[rows])[1])
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=1e-12, atol=0)
 
 
