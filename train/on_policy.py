@@ -10,7 +10,6 @@ B rows, S sequence, P prompts, T new tokens.
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from shoal.data import IGNORED
 from shoal.on_policy import OnPolicy
 from shoal.packing import ROW
 
-from .sampling import own_forwards, sample
+from .sampling import sample
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,6 @@ class Sampler:
     pad_id: int
     bos_id: int | None = None
     """What the model's documents start with; None = nothing."""
-    autocast: torch.dtype | None = None
-    """The precision that training computes in, where it is not the weights' own."""
 
     def replaces(self, step: int) -> bool:
         """Whether step number ``step``, counted from 0, trains on samples; the same on every rank."""
@@ -56,13 +53,10 @@ class Sampler:
     ) -> list[dict[str, Tensor]]:
         """The micro-batches with as many rows of samples in place of their rows: labels on sampled tokens only.
 
-        Under ZeRO-3 the caller has gathered the weights, or every rank calls this with as many micro-batches.
+        ``student`` is an ordinary model here, with its own forward, whole on every rank and under the precision that
+        training computes in; every rank calls this with as many micro-batches.
         """
-        with own_forwards(student), self._precision(student.device):
-            return [self._sampled(student, batch, step=step) for batch in batches]
-
-    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
+        return [self._sampled(student, batch, step=step) for batch in batches]
 
     def _sampled(self, student: PreTrainedModel, batch: Mapping[str, Tensor], *, step: int) -> dict[str, Tensor]:
         planes = [batch[name].cpu().numpy() for name in ("input_ids", "position_ids", "labels")]
