@@ -431,10 +431,10 @@ def _tokenised(
     limit: int | None,
     count: dict[str, int],
 ) -> Iterator[TokenDocument]:
-    """Documents with something to learn (within the first ``limit`` tokens); the others are counted as dropped once."""
+    """Documents with something to learn, cut to ``limit`` tokens; the others are counted as dropped once."""
     for ids, supervised in _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer):
-        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch)
-        if document.cut(limit or len(document)).teaches:
+        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch).cut(limit or len(ids))
+        if document.teaches:
             yield document
         elif epoch == 0:
             count["dropped"] += 1

@@ -32,8 +32,9 @@ Packing = Literal["split", "best_fit"]
 """split: rows are filled to the last token, and a document that does not fit goes on in the next row as one of its own.
 best_fit: documents stay whole, and what is longer than a row is cut off; the rest of a row is filled with padding that
 is not learnt."""
-OPEN_ROWS = 64
-"""Rows that best_fit keeps open at one time to find a place for the next document."""
+OPEN_ROWS = 16
+"""Rows that best_fit keeps open at one time to find a place for the next document; more would waste less padding, but
+hold back more of the sources with short documents."""
 MOST_DISCARDED = 1000
 """Rows in succession without a learnt token after which packing gives up."""
 FIELDS: tuple[str, ...] = ("documents", "tokens", "supervised", "split", "truncated", "padding", "repeats")
@@ -180,7 +181,8 @@ def split_rows(documents: Iterable[tuple[int, TokenDocument]], length: int) -> I
 def best_fit_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, padding_id: int) -> Iterator[Row]:
     """Rows of whole documents: each goes where it leaves the least room, and the fullest row leaves when none has any.
 
-    No document may be longer than a row. Only those that were drawn before decide, so a longer budget begins with the rows of a shorter one.
+    No document may be longer than a row. Only those that were drawn before decide, so a longer budget begins with the
+    rows of a shorter one.
     """
     rows: list[Row] = []
     for source, document in documents:
