@@ -165,7 +165,12 @@ class DistillTrainer(Trainer):
             with self._rate.paused(), self.plain_student() as student:
                 return score(student)
 
-        watcher.score, watcher.log, watcher.state = scored, self.log, self.student_state
+        def logged(values: dict[str, float]) -> None:
+            wanted = self.control.should_log
+            self.log(values)
+            self.control.should_log = wanted  # the step's own values are still to come
+
+        watcher.score, watcher.log, watcher.state = scored, logged, self.student_state
         self.add_callback(watcher)
 
     @contextlib.contextmanager
