@@ -490,6 +490,8 @@ def test_a_large_source_is_mixed_through_a_buffer_and_never_held_whole(
     assert read < 80, "reading stops with the budget"
     again = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=0)
     assert rows.fingerprint == again.fingerprint
+    other = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=1)
+    assert rows.fingerprint != other.fingerprint
     longer = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=6000, seed=0)
     assert longer.counts[str(path)]["repeats"] == 2
     assert torch.equal(longer.input_ids_NS[:20], rows.input_ids_NS)
