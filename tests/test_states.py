@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from shoal.artifact import Provenance, PruningPlan
@@ -417,13 +418,13 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
 
 def test_backward_inside_the_capture_records_nothing_twice() -> None:
     model = tiny_model("llama").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
     with capturing(model, [3], [3]) as seen:
-        out = final_hidden(model, ids(), POSITIONS)
-        first = (seen.states[3], seen.attention[3])
+        out = checkpoint(final_hidden, model, ids(), POSITIONS, use_reentrant=False)
+        assert isinstance(out, Tensor)
+        state, attention = seen.states[3], seen.attention[3]
         out.sum().backward()
-    assert seen.states[3] is first[0]
-    assert seen.attention[3] is first[1]
+    assert seen.states[3] is state
+    assert seen.attention[3] is attention
 
 
 def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run() -> None:
