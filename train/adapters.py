@@ -146,6 +146,8 @@ def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:
         weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=quantised)
         quantised.weight = weight.to(device)  # where it becomes 4 bits
         quantised.bias = module.bias
+        # a CPU would else repack the weight in the first forward of an evaluation, and training cannot read that
+        quantised.support_avx512bf16_for_cpu = False
         parent, _, leaf = name.rpartition(".")
         setattr(student.get_submodule(parent), leaf, quantised)
 
