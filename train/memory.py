@@ -260,7 +260,8 @@ def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
     # gradients of an earlier micro-batch wait; ZeRO 3 has their place from the beginning
     waiting = gradients if setting.accumulation > 1 or setting.stage == 3 else 0
     on_device = not setting.offload_optimizer
-    forward = activations + states + head + waiting * on_device
+    head_gradient = 4 * student.head if student.head_trained else 0
+    forward = activations + states + max(head, head_gradient + one_layer) + waiting * on_device
     backward = gradients * (on_device or setting.stage < 2) + max(one_layer, step * on_device)
     return Memory(
         weights=weights,
@@ -297,16 +298,16 @@ def _states(student: ModelSize, setting: Setting) -> tuple[int, int, int, int]:
 
 
 def _activations(student: ModelSize, setting: Setting) -> tuple[int, int]:
-    """All that is alive when the forward pass ends, and what one layer needs while it is worked on."""
+    """What is kept until the backward pass, and what one layer takes while it is worked on."""
     rows = setting.rows
     # under ZeRO 3 DeepSpeed's own linear function keeps no low-precision copy of a weight
     copies = 0 if setting.stage == 3 else sum(layer.kept.fixed for layer in student.layers)
     one_layer = max(layer.kept.per_row for layer in student.layers) * rows
     if not setting.checkpointing:
         kept = sum(layer.kept.per_row for layer in student.layers) * rows
-        return copies + kept + student.outside.of(rows) + one_layer, one_layer
+        return copies + kept + student.outside.of(rows), one_layer
     inputs = sum(layer.kept.per_row > 0 for layer in student.layers) * _state(student, setting)
-    return copies + inputs + student.outside.of(rows) + one_layer, one_layer
+    return copies + inputs + student.outside.of(rows), one_layer
 
 
 def _state(student: ModelSize, setting: Setting) -> int:

@@ -42,20 +42,21 @@ def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *,
     """Floating point operations of one token of one micro-batch: teacher, student, both directions.
 
     Two per weight and direction, and attention over the whole row, which packed rows compute in full and mask. Element
-    by element work is left out, and so is the optimizer. ``shared``: frozen layers below the first cut run once.
+    by element work is left out, and so is the optimizer. ``shared``: where a teacher runs, it runs the frozen layers below
+    the first cut for both.
     """
     length = setting.sequence_length
-    total = 0.0
+    total, teacher_runs = 0.0, setting.teacher in ("live", "offloaded")
     for layer in student.layers:
         forward = 2 * layer.matrices + student.pair_flops * length
         works = layer.kept.per_row > 0
         if works:
             backward = BACKWARD if layer.trained else 1
             total += forward * (1 + setting.checkpointing + backward)
-        elif not shared:
+        elif not (shared and teacher_runs):
             total += forward
     total += 2 * student.head * (2 + student.head_trained)
-    if setting.teacher in ("live", "offloaded"):
+    if teacher_runs:
         total += sum(2 * layer.matrices + teacher.pair_flops * length for layer in teacher.layers) + 2 * teacher.head
     return total
 
