@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
@@ -27,7 +28,7 @@ from shoal.runtime import free_port
 ROOT = Path(__file__).parents[1]
 DROP = [2, 3]
 STEPS = 8
-MANY_STEPS = 100
+MANY_STEPS = 60
 """Long enough to be interrupted in the middle."""
 MANY = {"num_tokens": 64 * 4 * MANY_STEPS}
 pytestmark = pytest.mark.slow
@@ -47,11 +48,9 @@ def recipe(folder: Path, teacher: Path, **distill) -> Path:
             "sequence_length": 64,
             "precision": "float32",
             "deepspeed": "deepspeed/zero0.json",
-            "trainer": {
-                "per_device_train_batch_size": 4,
-                "learning_rate": 1e-3,
-                "save_steps": 2,
-            },
+            "batch_size": 4,
+            "watch": None,
+            "trainer": {"learning_rate": 1e-3, "save_steps": 2},
             **distill,
         },
     }
@@ -73,16 +72,17 @@ def one_rank(**more: str) -> dict[str, str]:
 
 
 def distill(path: Path, *overrides: str, ranks: int = 1, launcher: bool = False, env: dict[str, str] | None = None):
-    """Run launch/distill.py to its end; `launcher` or several ranks go through the `deepspeed` program."""
-    script = [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]
-    if launcher or ranks > 1:
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), *script]
-        env = env or environment()
-    else:
-        command = [sys.executable, *script]
-        env = env or one_rank()
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, cwd=path.parent, check=False)
+    """The distill verb on every rank to its end; `launcher` goes through the `deepspeed` program as a user does."""
+    if not launcher:
+        return run_ranks(
+            ["distill", "--config", str(path), *overrides], ranks=ranks, env=env or environment(), cwd=path.parent
+        )
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command += [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]
+    return subprocess.run(
+        command, env=env or environment(), capture_output=True, text=True, timeout=300, cwd=path.parent, check=False
+    )
 
 
 def finished(result: subprocess.CompletedProcess[str]) -> str:
@@ -91,7 +91,7 @@ def finished(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def curve(path: Path, steps: int = STEPS) -> list[float]:
-    history = Training.read(path.parent / "run" / Training.FILE).history
+    history = [row for row in Training.read(path.parent / "run" / Training.FILE).history if "loss" in row]
     assert [row["step"] for row in history] == list(range(1, steps + 1))
     assert all(abs(row["loss"] - row["forward_kl"]) < 1e-5 for row in history), "the only term is the loss"
     return [row["loss"] for row in history]
@@ -113,7 +113,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 @pytest.fixture(scope="module")
 def long_reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     path = recipe(tmp_path_factory.mktemp("long_reference"), teacher, **MANY)
-    finished(distill(path, "distill.trainer.save_steps=50"))
+    finished(distill(path, "distill.trainer.save_steps=0.5"))
     return path
 
 
@@ -130,18 +130,37 @@ def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(reference: Path)
     assert {file.suffix for file in distilled.iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
-def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(reference, teacher, tmp_path, stage, ranks):
-    path = recipe(tmp_path, teacher)
-    finished(
-        distill(
-            path,
-            f"distill.deepspeed=deepspeed/zero{stage}.json",
-            f"distill.trainer.per_device_train_batch_size={4 // ranks}",
-            "distill.trainer.save_strategy=no",
-            ranks=ranks,
-        )
-    )
+@pytest.mark.parametrize(
+    ("zero", "ranks", "ranks_later"),
+    [
+        ("zero1", 1, None),
+        ("zero2", 1, 2),
+        ("zero3_offload", 1, None),
+        ("zero0", 2, 1),
+        ("zero1", 2, None),
+        ("zero2_offload", 2, None),
+        ("zero3", 2, 1),
+    ],
+)
+def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(
+    reference, teacher, tmp_path, zero, ranks, ranks_later
+):
+    """Also where the second half is trained under another number of ranks."""
+    path = recipe(tmp_path, teacher, deepspeed=f"deepspeed/{zero}.json")
+    half = "distill.trainer.save_steps=0.5"
+    finished(distill(path, half, ranks=ranks))
+    same_as(reference, path)
+    if ranks_later is not None:
+        run_dir = path.parent / "run"
+        unfinish(run_dir, keep=STEPS // 2)
+        log = finished(distill(path, half, ranks=ranks_later))
+        assert f"going on from {run_dir}/checkpoints/checkpoint-{STEPS // 2}" in log
+        assert ("made to fit" in log) == (zero != "zero0")
+        same_as(reference, path)
+
+
+def same_as(reference: Path, path: Path) -> None:
+    """The curve and the weights of the uninterrupted run under one rank."""
     assert curve(path) == pytest.approx(curve(reference), abs=1e-5)
     expected = load_file(reference.parent / "run" / "distilled" / "model.safetensors")
     found = load_file(path.parent / "run" / "distilled" / "model.safetensors")
@@ -150,17 +169,39 @@ def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(refere
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4, msg=name)
 
 
+def unfinish(run_dir: Path, *, keep: int) -> None:
+    """As if the run had been killed after step ``keep``."""
+    shutil.rmtree(run_dir / "distilled")
+    (run_dir / Training.FILE).unlink()
+    for checkpoint in (run_dir / "checkpoints").glob("checkpoint-*"):
+        if checkpoint.name != f"checkpoint-{keep}":
+            shutil.rmtree(checkpoint)
+
+
+def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(teacher, tmp_path):
+    """DeepSpeed gives every group the first one's settings there, and one step counter to all."""
+    path = recipe(tmp_path, teacher, deepspeed="deepspeed/zero3.json", trainable="from_first_cut")
+    settings = ["distill.trainer.weight_decay=5", "distill.trainer.save_steps=0.5"]
+    finished(distill(path, *settings))
+    whole = load_file(path.parent / "run" / "distilled" / "model.safetensors")
+    losses = curve(path)
+    unfinish(path.parent / "run", keep=STEPS // 2)
+    finished(distill(path, *settings, ranks=2))
+    assert curve(path) == pytest.approx(losses, abs=1e-5)
+    for name, weight in load_file(path.parent / "run" / "distilled" / "model.safetensors").items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-5, msg=name)
+
+
 def test_loss_does_not_depend_on_the_split_where_rows_hold_unequal_numbers_of_targets(teacher, tmp_path):
     """Every document's first token is no target, so rows of short documents have fewer: their mean of means differs."""
     documents = tmp_path / "short_and_long.jsonl"
     lengths = [3, 200, 5, 4, 150, 7, 90, 3, 3, 4] * 12
     documents.write_text("".join(json.dumps({"text": chr(97 + n % 26) * n}) + "\n" for n in lengths))
     curves = []
-    for rows, accumulation, ranks in [(4, 1, 1), (1, 4, 1), (1, 2, 2)]:
-        path = recipe(tmp_path / f"{rows}-{accumulation}-{ranks}", teacher, data={"path": str(documents)})
+    for rows, ranks in [(4, 1), (1, 1), (1, 2)]:
+        path = recipe(tmp_path / f"{rows}-{ranks}", teacher, data={"path": str(documents)})
         overrides = [
             f"distill.trainer.per_device_train_batch_size={rows}",
-            f"distill.trainer.gradient_accumulation_steps={accumulation}",
             "distill.trainer.save_strategy=no",
             "distill.head_chunk=7",
         ]
@@ -177,7 +218,6 @@ def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teache
         distill(
             path,
             f"distill.deepspeed=deepspeed/zero{stage}.json",
-            f"distill.trainer.per_device_train_batch_size={4 // ranks}",
             "distill.trainer.save_strategy=no",
             "distill.precision=bfloat16",
             ranks=ranks,
@@ -194,8 +234,7 @@ def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(te
         ("sharded", 2, ["distill.deepspeed=deepspeed/zero3.json", "distill.trainer.gradient_checkpointing=true"]),
     ]:
         path = recipe(tmp_path / name, teacher, trainable="from_first_cut")
-        per_rank = f"distill.trainer.per_device_train_batch_size={4 // ranks}"
-        finished(distill(path, *overrides, per_rank, "distill.trainer.save_strategy=no", ranks=ranks))
+        finished(distill(path, *overrides, "distill.trainer.save_strategy=no", ranks=ranks))
         curves.append(curve(path))
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
 
@@ -205,7 +244,7 @@ def test_what_an_edit_zeroed_stays_zero_over_ranks_and_shards(teacher, tmp_path,
     path = recipe(tmp_path, teacher, deepspeed=f"deepspeed/zero{stage}.json")
     edits = "[{kind: head_mask, layer: 1, heads: [0]}, {kind: skip_mlp, layers: [4]}]"
     decay = "distill.trainer.weight_decay=0.1"
-    finished(distill(path, f"prune.edits={edits}", decay, "distill.trainer.per_device_train_batch_size=2", ranks=2))
+    finished(distill(path, f"prune.edits={edits}", decay, ranks=2))
     trained, cut = (load_file(path.parent / "run" / name / "model.safetensors") for name in ("distilled", "student"))
     output = "model.layers.1.self_attn.o_proj.weight"
     assert not trained[output][:, :8].any()
@@ -247,15 +286,15 @@ def wait_for(condition, what: str, timeout_s: float = 120):
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     children = psutil.Process(launcher.pid).children(recursive=True)
-    return [child for child in children if any("distill.py" in word for word in child.cmdline()[:4])]
+    running = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in running if any("distill.py" in word for word in child.cmdline()[:4])]
 
 
 @pytest.mark.parametrize("victim", ["rank", "launcher"])
 def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_path, victim):
     path = recipe(tmp_path, teacher, **MANY)
     ranks = 2 if victim == "rank" else 1
-    per_rank = f"distill.trainer.per_device_train_batch_size={4 // ranks}"
-    launcher = start(path, per_rank, ranks=ranks)
+    launcher = start(path, ranks=ranks)
     checkpoints = path.parent / "run" / "checkpoints"
     wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
     processes = ranks_of(launcher)
@@ -266,8 +305,25 @@ def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_p
     wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in processes), "the ranks to end")
     assert not (path.parent / "run" / "distilled").exists()
 
-    log = finished(distill(path, per_rank, ranks=ranks, launcher=True))
+    log = finished(distill(path, ranks=ranks))
     assert "going on from" in log
+    assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_left(long_reference, teacher, tmp_path):
+    path = recipe(tmp_path, teacher, **MANY)
+    launcher = start(path, "distill.timeout_s=8", ranks=2)
+    checkpoints = path.parent / "run" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+    late = next(process for process in ranks_of(launcher) if process.environ()["RANK"] == "1")
+    late.suspend()
+    wait_for(lambda: launcher.poll() is None and len(ranks_of(launcher)) == 1, "the waiting rank to end", 60)
+    late.kill()  # the launcher would, half a minute later
+    _, log = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert f"rank 1 (host {socket.gethostname()}, process {late.pid}) gives no sign of life" in log
+    assert "the same command goes on from the last checkpoint" in log
+    assert "going on from" in finished(distill(path))
     assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
 
 
@@ -284,7 +340,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_referen
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=120)
     assert process.returncode == 143, log[-2000:]
-    assert re.search(r"stopped at step \d+ of 100 \(SIGTERM\), saved; the same command goes on", log)
+    assert re.search(r"stopped at step \d+ of 60 \(SIGTERM\), saved; the same command goes on", log)
     finished(distill(path))
     assert curve(path, MANY_STEPS) == curve(long_reference, MANY_STEPS)
     ours, theirs = (load_file(p.parent / "run" / "distilled" / "model.safetensors") for p in (path, long_reference))
@@ -450,7 +506,7 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_gpu_gives_the_curve_of_the_cpu(reference, teacher, tmp_path, zero):
     path = recipe(tmp_path, teacher)
-    env = one_rank()
+    env = environment()
     del env["DS_ACCELERATOR"]
-    finished(distill(path, f"distill.deepspeed=deepspeed/zero{zero}.json", env=env))
+    finished(distill(path, f"distill.deepspeed=deepspeed/zero{zero}.json", launcher=True, env=env))
     assert curve(path) == pytest.approx(curve(reference), abs=1e-3)

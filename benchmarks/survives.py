@@ -1,0 +1,181 @@
+"""A training killed again and again, beside the same training left alone: do curve and weights agree?
+
+    python benchmarks/survives.py [--kills 20] [--seed 0] [--zero 2]
+
+Every life of the run kills itself with SIGKILL at a drawn moment: at a random time during steps, while a checkpoint is
+written, as its manifest is renamed into place, while an old one is being removed, or while distilled/ is written.
+Moments are found by Python's audit events, so nothing of shoal is changed or knows of it. The next life is the same
+command. A tiny random Llama is trained on one rank, so that starting takes longer than training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from shoal.artifact import Training
+from shoal.models import resolve_model
+from shoal.runtime import free_port
+
+STEPS = 40
+MOMENTS = ("step", "save", "rename", "remove")
+"""While training; `result` is the moment after it."""
+LATER_S = {"step": 1.0, "save": 0.05}
+"""These begin with an event and end somewhere within so many seconds."""
+
+
+def main() -> None:
+    """Print one line per life and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--zero", type=int, default=2)
+    parser.add_argument("--life", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.life is not None:
+        _live(*arguments.life)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(survive(Path(folder), arguments.kills, arguments.seed, arguments.zero), indent=1))
+
+
+def survive(folder: Path, kills: int, seed: int, zero: int) -> dict[str, Any]:
+    """The figure: how often the run was killed and where, and how far it ended from the run left alone."""
+    teacher = _teacher(folder / "teacher")
+    alone, killed = (_recipe(folder / name, teacher, zero) for name in ("alone", "killed"))
+    assert _run(alone, "never", 0, 0) == 0
+    draw = random.Random(seed)
+    moments = [draw.choice(MOMENTS) for _ in range(kills - kills // 5)] + ["result"] * (kills // 5)
+    hits: Counter[str] = Counter()
+    for moment in moments:
+        started = time.monotonic()
+        code = _run(killed, moment, draw.randrange(1, 9), draw.random())
+        assert code in (0, -signal.SIGKILL), code
+        hits[moment] += code != 0
+        print(f"{moment}: {'killed' if code else 'not reached'} after {time.monotonic() - started:.0f} s", flush=True)
+        if code == 0:
+            break
+    assert _run(killed, "never", 0, 0) == 0
+    losses = [
+        [row["loss"] for row in Training.read(path.parent / "run/distill.json").history] for path in (alone, killed)
+    ]
+    weights = [load_file(path.parent / "run/distilled/model.safetensors") for path in (alone, killed)]
+    left = sorted(file.name for file in (killed.parent / "run").rglob("*.tmp"))
+    return {
+        "kills": sum(hits.values()),
+        "by moment": dict(hits),
+        "steps": len(losses[1]),
+        "largest loss difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "weights equal bit for bit": all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]),
+        "temporary files left": left,
+    }
+
+
+def _teacher(folder: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("demo:smollm2-135m"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _recipe(folder: Path, teacher: Path, zero: int) -> Path:
+    folder.mkdir()
+    settings = {
+        "model": str(teacher),
+        "run_dir": str(folder / "run"),
+        "prune": {"drop": [2, 3]},
+        "track": {"wandb": "off"},
+        "distill": {
+            "num_tokens": STEPS * 4 * 64,
+            "sequence_length": 64,
+            "batch_size": 4,
+            "precision": "float32",
+            "deepspeed": f"deepspeed/zero{zero}.json",
+            "trainer": {"learning_rate": 1e-3, "save_steps": 2},
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def _run(recipe: Path, moment: str, count: int, share: float) -> int:
+    """The exit code of one life."""
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env = {**os.environ, **world, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--life", str(recipe), moment, str(count), str(share)]
+    with (recipe.parent / "log").open("a") as log:
+        return subprocess.run(command, env=env, stdout=log, stderr=log, check=False).returncode
+
+
+def _live(recipe: str, moment: str, count: str, share: str) -> None:
+    """One life: shoal's distill verb, with an end at the ``count``-th time that ``moment`` comes."""
+    left = int(count)
+    run_dir = str(Path(recipe).parent / "run")
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if not comes(event, arguments):
+            return
+        left -= 1
+        if left > 0:
+            return
+        if moment in LATER_S:
+            threading.Timer(float(share) * LATER_S[moment], die).start()
+        else:
+            die()
+
+    def comes(event: str, arguments: tuple[Any, ...]) -> bool:
+        target = str(arguments[1 if event == "os.rename" else 0]) if arguments else ""
+        if not target.startswith(run_dir):
+            return False
+        match moment:
+            case "step":
+                return event == "open" and target.endswith("/trainer_state.json")
+            case "save":
+                return event == "os.mkdir" and "/checkpoint-" in target
+            case "rename":
+                return event == "os.rename" and "/checkpoint-" in target
+            case "remove":
+                return event in ("shutil.rmtree", "os.remove") and "/checkpoint-" in target
+            case "result":
+                return "/.distilled." in target and event in ("open", "os.rename", "os.mkdir")
+        return False
+
+    sys.addaudithook(watch)
+    from shoal.cli import main as shoal
+
+    shoal(["distill", "--config", recipe])
+
+
+if __name__ == "__main__":
+    main()
