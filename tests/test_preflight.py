@@ -111,12 +111,12 @@ MAPPED = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Freed memory goes back at once: small tensors that linger would be a large part of so small a run."""
 
 
-def test_the_estimate_is_within_a_fifth_of_a_measured_peak() -> None:
-    """Of a process of its own: two micro-batches and AdamW. Larger runs come closer: docs/scaling.md."""
+def test_the_estimate_is_within_a_tenth_of_a_measured_peak() -> None:
+    """Of a process of its own: two micro-batches of the objective, and AdamW. It was 1 % off."""
     done = subprocess.run([sys.executable, "-c", TRAIN], env=MAPPED, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     expected, measured = map(int, done.stdout.split())
-    assert expected == pytest.approx(measured, rel=0.2)
+    assert expected == pytest.approx(measured, rel=0.1)
 
 
 # --- ZeRO stages, offload, teacher

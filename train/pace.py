@@ -42,8 +42,8 @@ def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *,
     """Floating point operations of one token of one micro-batch: teacher, student, both directions.
 
     Two per weight and direction, and attention over the whole row, which packed rows compute in full and mask. Element
-    by element work is left out, and so is the optimizer. ``shared``: where a teacher runs, it runs the frozen layers below
-    the first cut for both.
+    by element work is left out, and so is the optimizer. ``shared``: where a teacher runs, it runs the frozen layers
+    below the first cut for both.
     """
     length = setting.sequence_length
     total, teacher_runs = 0.0, setting.teacher in ("live", "offloaded")
