@@ -32,10 +32,11 @@ BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's own reduce_bucket_size."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's own stage3_max_live_parameters: gathered ones that may stay until they are used again."""
-FIXED_BYTES = {"cpu": 900_000_000, "cuda": 1_500_000_000}
-"""Of a process that has trained nothing yet: on a CPU 0.6 GB of libraries, and what the
-allocator keeps of freed memory; on a GPU the context, cuBLAS' and NCCL's buffers
-(a usual figure, not measured here)."""
+LIBRARY_BYTES = 600_000_000
+"""Of torch, transformers and DeepSpeed in a process on a CPU."""
+FIXED_BYTES = {"cpu": LIBRARY_BYTES + 500_000_000, "cuda": 1_500_000_000}
+"""Of a process beside what it trains: on a CPU the libraries, and what the allocator keeps of freed memory (seen in
+runs); on a GPU the context, cuBLAS' and NCCL's buffers (a usual figure, not measured here)."""
 
 TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
 

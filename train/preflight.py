@@ -26,7 +26,7 @@ from shoal.training import Distill
 from .arguments import DEFAULTS, deepspeed_config
 from .memory import (
     BUCKET_ELEMENTS,
-    FIXED_BYTES,
+    LIBRARY_BYTES,
     LIVE_ELEMENTS,
     Memory,
     ModelSize,
@@ -313,7 +313,7 @@ def fits(found: Memory, setting: Setting, *, device_free: int, host_free: int) -
 def _needed(found: Memory, setting: Setting) -> tuple[int, int]:
     """On the device, and on the host of a node. On a CPU all ranks of the node share both."""
     if setting.device == "cpu":
-        return setting.ranks_per_node * (found.peak - FIXED_BYTES["cpu"]) + found.host, 0
+        return setting.ranks_per_node * (found.peak - LIBRARY_BYTES) + found.host, 0
     return found.peak, max(found.host, found.host_to_load)
 
 
