@@ -1,133 +1,636 @@
-"""Chunked loss against whole logits: peak memory and tokens/s of a real training step, side by side.
+"""What a distillation step costs: shoal beside TRL's GKD trainer, a plain Trainer, and the two models alone.
 
-Each variant runs in a process of its own, because a process cannot lower its peak; the variants take turns, so that a
-busy machine slows both. `whole` is what a straightforward trainer does: full-vocabulary logits of teacher and student
-for the whole batch, then KL by autograd.
+    python benchmarks/distill.py OUT [--repeats 3] [--sequence 1024] [--batch 4] [--checkpointing] [--variants ...]
+    python benchmarks/distill.py OUT head       # peak memory of the loss at the head, by vocabulary and by tokens
+    python benchmarks/distill.py OUT length     # cost per token of runs of 10 thousand to a million tokens
 
-    python benchmarks/distill.py [--sequence 1024] [--batch 4] [--repeats 2] [--checkpointing]
+Every turn is a process of its own, since a process cannot lower its peak, and the variants take turns, so that a busy
+machine slows all. What is measured is added to OUT/*.json; a further call adds turns. Ratios are medians over turns.
+
+shoal          `shoal distill` on one rank: Trainer, DeepSpeed, optimizer; forward KL, everything trained
+prefix         the same with trainable: from_first_cut, so that the layers below are run once for teacher and student
+recorded       the same as shoal from recorded signals
+step           shoal's loss alone: teacher forward, student forward and backward; no Trainer, no DeepSpeed. Time of the
+               optimizer's step is kept apart
+trl            trl.experimental.gkd with lmbda 0 and beta 0, which is forward KL on the data as it is
+plain          a Trainer whose loss is F.kl_div on the logits of all tokens
+models         teacher forward, student forward and backward with their heads and nothing else: no loss, the backward
+               pass starts at the sum of the logits; no optimizer
+
+All take the same rows, batch, optimizer and precision (fp32 weights, bf16 autocast, a bf16 teacher). TRL's trainer
+hands no position_ids on and so knows no borders within a row; therefore every row is one document here. With --packed
+rows hold several: shoal and plain keep them apart, trl does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
-import resource
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from shoal.compress.surgery import cut_model
+from shoal.artifact import Training, write_json
 from shoal.data import load_texts, pack
 from shoal.models import load_model, load_tokenizer, resolve_model
+from shoal.packing import PackedRows
 from shoal.section import DataSource
-from shoal.terms import ForwardKL
-from shoal.train.student import Objective, Signals, final_hidden, output_head, to_logits
 
-DROP = (3, 13, 14, 17, 25, 26)
-STEPS = 2
+DROP = (12, 13, 14, 18, 21, 22, 25, 26)
+VARIANTS = ("shoal", "prefix", "recorded", "step", "trl", "plain", "models")
+IN_SHOAL: dict[str, dict[str, Any]] = {
+    "shoal": {},
+    "prefix": {"trainable": "from_first_cut"},
+    "recorded": {"teacher": {"recorded": "SIGNALS"}},
+}
+OPTIMIZER = {
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.0,
+}
+HEAD_SIZE = 64
+HEAD_POINTS = [(vocab, 2048) for vocab in (32_768, 65_536, 131_072, 262_144)] + [
+    (49_152, tokens) for tokens in (1024, 2048, 4096, 8192)
+]
+LENGTHS = (10_240, 102_400, 1_024_000)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for results and what is made to measure with")
+    parser.add_argument("what", nargs="?", choices=("steps", "head", "length"), default="steps")
+    parser.add_argument("--model", default="demo:smollm2-135m")
+    parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn; the first one is not counted")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every variant")
+    parser.add_argument("--packed", action="store_true", help="rows of several documents")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--variant", choices=["chunked", "whole"], help=argparse.SUPPRESS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--turn", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.variant:
-        print(json.dumps(run_variant(arguments)))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.turn:
+        print(json.dumps(take_turn(arguments.turn, arguments)))
         return
-    results: dict[str, list[dict[str, Any]]] = {"chunked": [], "whole": []}
-    for _ in range(arguments.repeats):
-        for variant, found in results.items():
-            command = [sys.executable, __file__, "--variant", variant, *sys.argv[1:]]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found.append(json.loads(output.splitlines()[-1]))
-    report(results, arguments)
+    measure = {"steps": measure_steps, "head": measure_head, "length": measure_length}[arguments.what]
+    measure(arguments)
 
 
-def run_variant(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train STEPS steps; the peak is what the step adds to, and includes, weights of teacher and student."""
-    folder = resolve_model("demo:smollm2-135m")
-    tokenizer = load_tokenizer(folder)
+def process(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``turn`` gives in a process of its own."""
+    given = [word for word in sys.argv[1:] if word != arguments.what]
+    # idle threads that spin would slow whoever shares the machine, and so this process too
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, __file__, *given, "--turn", turn]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{turn} ended with exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def take_turn(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    kind, *numbers = turn.split(":")
+    if kind == "head":
+        return head_turn(*map(int, numbers))
+    if kind == "length":
+        return shoal_turn(arguments.out / "length" / numbers[0], arguments, tokens=512 * 4)
+    if kind in IN_SHOAL:
+        return shoal_turn(arguments.out / kind, arguments, tokens=arguments.sequence * arguments.batch)
+    turns: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "step": lambda a: bare_turn(a, shoal_loss),
+        "models": lambda a: bare_turn(a, no_loss),
+        "trl": trl_turn,
+        "plain": plain_turn,
+    }
+    return turns[kind](arguments)
+
+
+def memory(name: str) -> int:
+    """Bytes that this process holds (VmRSS) or at most held (VmHWM); ru_maxrss would begin with its parent's."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
+
+
+# --- a step, side by side -----------------------------------------------------------------------------------------
+
+
+def measure_steps(arguments: argparse.Namespace) -> None:
+    prepare(arguments)
+    what = {name: getattr(arguments, name) for name in ("model", "sequence", "batch", "checkpointing", "packed")}
+    what |= {"drop": list(arguments.drop), "precision": arguments.precision, "threads": torch.get_num_threads()}
+    name = f"steps-{arguments.sequence}x{arguments.batch}-{arguments.precision}"
+    path = arguments.out / f"{name}{'-checkpointing' * arguments.checkpointing}{'-packed' * arguments.packed}.json"
+    result: dict[str, Any] = {"what": what, "bytes_per_token": bytes_per_token(arguments), "turns": []}
+    if path.is_file():
+        result["turns"] = json.loads(path.read_text())["turns"]
+    for repeat in range(arguments.repeats):
+        first = (len(result["turns"]) + repeat) % len(arguments.variants)
+        order = [*arguments.variants[first:], *arguments.variants[:first]]
+        turn = {}
+        for variant in order:
+            turn[variant] = process(variant, arguments) | {"load_before": round(os.getloadavg()[0], 2)}
+            print(f"{variant:9} {turn[variant]}", file=sys.stderr, flush=True)
+        result["turns"].append(turn)
+        write_json(path, result | {"figures": figures(result, arguments)})
+    print(table(result, arguments))
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Text, recipes, students and the recording, each made once."""
+    text = arguments.out / "text.txt"
+    if not text.is_file():
+        text.write_text("\n\n".join(load_texts(DataSource("python_docs"))), encoding="utf-8")
+    for variant in IN_SHOAL:
+        if variant in arguments.variants:
+            file = write_recipe(arguments, variant)
+            run_shoal("prune", file)
+            if variant == "recorded":
+                run_shoal("record", file)
+
+
+def source(arguments: argparse.Namespace) -> str:
+    return "python_docs" if arguments.packed else str(arguments.out / "text.txt")
+
+
+def write_recipe(arguments: argparse.Namespace, variant: str) -> Path:
+    folder = arguments.out / variant
+    # a recording belongs to its rows
+    signals = arguments.out / f"signals-{arguments.sequence}{'-packed' * arguments.packed}"
+    distill: dict[str, Any] = {
+        "data": source(arguments),
+        "num_tokens": arguments.steps * arguments.batch * arguments.sequence,
+        "sequence_length": arguments.sequence,
+        "precision": arguments.precision,
+        "watch": None,
+        **IN_SHOAL[variant],
+        "trainer": {
+            **OPTIMIZER,
+            "per_device_train_batch_size": arguments.batch,
+            "gradient_checkpointing": arguments.checkpointing,
+            "save_strategy": "no",
+        },
+    }
+    if variant == "recorded":
+        distill["teacher"] = {"recorded": str(signals)}
+    recipe = {
+        "model": arguments.model,
+        "run_dir": str(folder),
+        "dtype": arguments.precision,
+        "prune": {"drop": list(arguments.drop)},
+        "record": {"folder": str(signals)},
+        "distill": distill,
+        "track": {"wandb": "off"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def run_shoal(verb: str, file: Path) -> None:
+    subprocess.run([sys.executable, "-m", "shoal.cli", verb, "--config", str(file)], check=True)
+
+
+def bytes_per_token(arguments: argparse.Namespace) -> float | None:
+    """Of the recording, headers included."""
+    if "recorded" not in arguments.variants:
+        return None
+    recipe = yaml.safe_load((arguments.out / "recorded" / "recipe.yaml").read_text())
+    folder = Path(recipe["record"]["folder"])
+    tokens = arguments.sequence * sum(
+        shard["rows"] for shard in json.loads((folder / "recording.json").read_text())["shards"]
+    )
+    return sum(file.stat().st_size for file in folder.iterdir()) / tokens
+
+
+def shoal_turn(folder: Path, arguments: argparse.Namespace, *, tokens: int) -> dict[str, Any]:
+    """`shoal distill` in this process, as the launcher runs it on one rank."""
+    from shoal.cli import run_verb
+
+    for old in ("distilled", "checkpoints"):
+        shutil.rmtree(folder / old, ignore_errors=True)
+    (folder / Training.FILE).unlink(missing_ok=True)
+    os.environ["LOCAL_RANK"] = "0"
+    clock = Clock()
+    with clock.of_every_trainer():
+        if code := run_verb("distill", str(folder / "recipe.yaml"), []):
+            raise SystemExit(code)
+    history = [row for row in Training.read(folder / Training.FILE).history if "loss" in row]
+    return clock.found(tokens) | {"loss": history[0]["loss"]}
+
+
+class Clock(TrainerCallback):
+    """Wall and processor seconds at the end of every step, and the peak until the last one."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.busy: list[float] = []
+        self.peak = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.tick()
+
+    def tick(self) -> None:
+        self.wall.append(time.perf_counter())
+        self.busy.append(time.process_time())
+        self.peak = memory("VmHWM")
+
+    def of_every_trainer(self) -> Any:
+        """While it is open, every Trainer that is made calls this clock."""
+        from unittest.mock import patch
+
+        from transformers import trainer
+
+        return patch.object(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, self])
+
+    def found(self, tokens: int) -> dict[str, Any]:
+        """Of the steps but the first."""
+        wall, busy = ([b - a for a, b in itertools.pairwise(times)] for times in (self.wall, self.busy))
+        seconds = statistics.median(wall)
+        return {
+            "seconds": seconds,
+            "cpu_seconds": statistics.median(busy),
+            "tokens_per_s": tokens / seconds,
+            "peak": self.peak,
+            "steps": [round(value, 4) for value in wall],
+        }
+
+
+def rows_of(arguments: argparse.Namespace) -> PackedRows:
+    """The rows that `shoal distill` makes of the same recipe."""
+    return pack(
+        [(DataSource(source(arguments)), None)],
+        load_tokenizer(resolve_model(arguments.model)),
+        sequence_length=arguments.sequence,
+        num_tokens=arguments.steps * arguments.batch * arguments.sequence,
+        seed=0,
+    )
+
+
+def models_of(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The teacher and the student, the latter in fp32 and training."""
+    from shoal.compress.surgery import cut_model
+
+    folder = resolve_model(arguments.model)
     teacher = load_model(folder, dtype=arguments.precision).requires_grad_(False)
-    student = cut_model(load_model(folder, dtype="float32"), DROP)
+    student = cut_model(load_model(folder, dtype="float32"), tuple(arguments.drop))
     student.train()
     if arguments.checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    source = DataSource("python_docs")
-    rows = pack(
-        [(source, load_texts(source))],
-        tokenizer,
-        sequence_length=arguments.sequence,
-        num_tokens=arguments.sequence * arguments.batch,
-        seed=0,
-    )
-    batch = {
-        "input_ids": rows.input_ids_NS,
-        "position_ids": rows.position_ids_NS,
-        "labels": rows.labels_NS,
-    }
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
-    if arguments.variant == "chunked":
-        Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=arguments.chunk).install()
-    losses, seconds = [], []
-    for _ in range(STEPS):
-        started = time.perf_counter()
+    return teacher, student
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "position_ids", "labels")}
+
+
+def bare_turn(arguments: argparse.Namespace, loss_of: Callable[..., Any]) -> dict[str, Any]:
+    """Forward and backward in a loop, with an optimizer whose time is not counted where there is a loss."""
+    (teacher, student), rows = models_of(arguments), rows_of(arguments)
+    loss_of = loss_of(student, teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=OPTIMIZER["learning_rate"], weight_decay=0.0)
+    clock, first_loss, is_real, optimizer_seconds = Clock(), None, False, []
+    wall, busy = [], []
+    for start in range(0, len(rows), arguments.batch):
+        batch = collate([rows[row] for row in range(start, start + arguments.batch)])
+        began, began_busy = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
-            loss = (
-                chunked(student, teacher, batch) if arguments.variant == "chunked" else whole(student, teacher, batch)
-            )
-        (loss / (batch["labels"][:, 1:] >= 0).sum()).backward()
-        optimizer.step()
+            loss, is_real = loss_of(batch)
+        loss.backward()
+        ended, ended_busy = time.perf_counter(), time.process_time()
+        wall.append(ended - began)
+        busy.append(ended_busy - began_busy)
+        first_loss = loss.item() if first_loss is None else first_loss
+        if is_real:
+            torch.nn.utils.clip_grad_norm_(student.parameters(), OPTIMIZER["max_grad_norm"])
+            optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
-        losses.append(loss.item())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"loss": losses, "peak": peak, "tokens_per_s": rows.input_ids_NS.numel() / min(seconds)}
+        optimizer_seconds.append(time.perf_counter() - ended)
+        clock.tick()
+    seconds = statistics.median(wall[1:])
+    return {
+        "seconds": seconds,
+        "cpu_seconds": statistics.median(busy[1:]),
+        "optimizer_seconds": statistics.median(optimizer_seconds[1:]),
+        "tokens_per_s": arguments.batch * arguments.sequence / seconds,
+        "peak": clock.peak,
+        "loss": first_loss if is_real else None,
+        "steps": [round(value, 4) for value in wall[1:]],
+    }
 
 
-def chunked(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
-    return student(**batch, signals=Signals(hidden))[0]
+def shoal_loss(
+    student: PreTrainedModel, teacher: PreTrainedModel
+) -> Callable[[dict[str, Tensor]], tuple[Tensor, bool]]:
+    from shoal.terms import ForwardKL
+    from shoal.train.signals import LiveTeacher
+    from shoal.train.student import Objective, to_logits
+    from shoal.training import Distill
+
+    Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=Distill().head_chunk).install()
+    live = LiveTeacher(teacher, reads_logits=True, states=None, prefix=None)
+
+    def loss(batch: dict[str, Tensor]) -> tuple[Tensor, bool]:
+        return student(**batch, signals=live.signals(batch))[0] / (batch["labels"][:, 1:] >= 0).sum(), True
+
+    return loss
 
 
-def whole(student: Any, teacher: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    inputs = (batch["input_ids"], batch["position_ids"])
-    with torch.no_grad():
-        teacher_logits = output_head(teacher)(final_hidden(teacher, *inputs))[:, :-1]
-    student_logits = output_head(student)(final_hidden(student, *inputs))[:, :-1]
-    kl = functional.kl_div(
-        functional.log_softmax(student_logits.float(), -1),
-        functional.log_softmax(teacher_logits.float(), -1),
-        reduction="none",
-        log_target=True,
-    ).sum(-1)
-    return (kl * (batch["labels"][:, 1:] >= 0)).sum()
+def no_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[dict[str, Tensor]], tuple[Tensor, bool]]:
+    def loss(batch: dict[str, Tensor]) -> tuple[Tensor, bool]:
+        inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+        with torch.no_grad():
+            teacher(**inputs)
+        return student(**inputs).logits.sum(), False
+
+    return loss
 
 
-def report(results: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
-    peaks = {name: max(run["peak"] for run in runs) for name, runs in results.items()}
-    speeds = {name: statistics.median(run["tokens_per_s"] for run in runs) for name, runs in results.items()}
-    print(
-        f"sequence {arguments.sequence}, batch {arguments.batch}, vocabulary 49,152, {arguments.precision}, "
-        f"checkpointing {'on' if arguments.checkpointing else 'off'}, {torch.get_num_threads()} threads"
+def trainer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        **OPTIMIZER,
+        "output_dir": str(arguments.out / "trainer"),
+        "per_device_train_batch_size": arguments.batch,
+        "num_train_epochs": 1,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "bf16": arguments.precision == "bfloat16",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": arguments.checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if arguments.checkpointing else None,
+        "seed": 0,
+    }
+
+
+def train(trainer: Trainer, clock: Clock, arguments: argparse.Namespace) -> dict[str, Any]:
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    history = [row for row in trainer.state.log_history if "loss" in row]
+    return clock.found(arguments.batch * arguments.sequence) | {"loss": history[0]["loss"]}
+
+
+def plain_turn(arguments: argparse.Namespace) -> dict[str, Any]:
+    class Plain(Trainer):
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            asked = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
+            with torch.no_grad():
+                teacher_logits = teacher(**asked).logits
+            kept = inputs["labels"][:, 1:] >= 0
+            log_q = functional.log_softmax(model(**asked).logits[:, :-1][kept].float(), -1)
+            log_p = functional.log_softmax(teacher_logits[:, :-1][kept].float(), -1)
+            loss = functional.kl_div(log_q, log_p, reduction="sum", log_target=True) / kept.sum()
+            return (loss, {}) if return_outputs else loss
+
+    teacher, student = models_of(arguments)
+    clock = Clock()
+    trainer = Plain(
+        student,
+        TrainingArguments(**trainer_settings(arguments)),
+        data_collator=collate,
+        train_dataset=rows_of(arguments),  # pyright: ignore[reportArgumentType]
+        callbacks=[clock],
     )
-    for name in results:
-        peak, loss = f"{peaks[name] / 1e6:8,.0f} MB", results[name][0]["loss"][0]
-        print(f"{name:8}  peak {peak}   {speeds[name]:6.0f} tokens/s   loss of the first step {loss:.4f}")
-    print(f"ratio     peak {peaks['chunked'] / peaks['whole']:.2f}          {speeds['chunked'] / speeds['whole']:.2f}")
-    first, other = (results[name][0]["loss"][0] for name in ("chunked", "whole"))
-    print(f"relative difference of that loss {abs(first - other) / abs(other):.1e}")
+    return train(trainer, clock, arguments)
+
+
+def trl_turn(arguments: argparse.Namespace) -> dict[str, Any]:
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    def with_mask(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+    teacher, student = models_of(arguments)
+    rows, clock = rows_of(arguments), Clock()
+    trainer = GKDTrainer(
+        student,
+        teacher,
+        GKDConfig(**trainer_settings(arguments), lmbda=0.0, beta=0.0, temperature=1.0, max_length=arguments.sequence),
+        data_collator=with_mask,
+        train_dataset=Dataset.from_dict({"input_ids": rows.input_ids_NS.numpy(), "labels": rows.labels_NS.numpy()}),
+        processing_class=load_tokenizer(resolve_model(arguments.model)),
+        callbacks=[clock],
+    )
+    return train(trainer, clock, arguments)
+
+
+GOALS: dict[str, tuple[str, str, str, str, float]] = {
+    "tokens/s against trl": ("shoal", "trl", "tokens_per_s", ">=", 1.2),
+    "tokens/s against plain": ("shoal", "plain", "tokens_per_s", ">=", 1.2),
+    "peak against trl": ("shoal", "trl", "peak", "<=", 0.5),
+    "peak against plain": ("shoal", "plain", "peak", "<=", 0.5),
+    "shared prefix, tokens/s against everything trained": ("prefix", "shoal", "tokens_per_s", ">=", 2.0),
+    "recorded, tokens/s against live": ("recorded", "shoal", "tokens_per_s", ">=", 1.4),
+    "step time against the models alone": ("shoal", "models", "seconds", "<=", 1.1),
+    "loss and backward alone against the models alone": ("step", "models", "seconds", "<=", 1.1),
+}
+
+
+def figures(result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians over turns of each variant, and of the ratios within a turn."""
+    turns = result["turns"]
+
+    def median(values: list[float]) -> float | None:
+        return statistics.median(values) if values else None
+
+    variants = {
+        variant: {
+            key: median(
+                [turn[variant][key] for turn in turns if variant in turn and turn[variant].get(key) is not None]
+            )
+            for key in ("seconds", "cpu_seconds", "optimizer_seconds", "tokens_per_s", "peak", "loss")
+        }
+        for variant in VARIANTS
+        if any(variant in turn for turn in turns)
+    }
+
+    def ratio(mine: str, other: str, key: str) -> float | None:
+        return median([turn[mine][key] / turn[other][key] for turn in turns if mine in turn and other in turn])
+
+    ratios = {
+        name: {
+            "measured": ratio(mine, other, key),
+            # what the machine's other work does to the clock it does not do to this
+            "by_cpu_time": None if key == "peak" else ratio(mine, other, "cpu_seconds"),
+            "goal": f"{sign} {goal}",
+        }
+        for name, (mine, other, key, sign, goal) in GOALS.items()
+    }
+    for name, (*_, key, _, _) in GOALS.items():
+        if key == "tokens_per_s" and (busy := ratios[name]["by_cpu_time"]) is not None:
+            ratios[name]["by_cpu_time"] = 1 / busy
+    return {"variants": variants, "ratios": ratios}
+
+
+def table(result: dict[str, Any], arguments: argparse.Namespace) -> str:
+    found = figures(result, arguments)
+    lines = [", ".join(f"{key} {value}" for key, value in result["what"].items()) + f", {len(result['turns'])} turns"]
+    lines.append(f"{'':10} {'s/step':>8} {'cpu s':>8} {'optim s':>8} {'tokens/s':>9} {'peak GB':>8} {'first loss':>11}")
+    for variant, values in found["variants"].items():
+        cells = [
+            "-" if value is None else f"{value:{spec}}"
+            for value, spec in (
+                (values["seconds"], "8.2f"),
+                (values["cpu_seconds"], "8.2f"),
+                (values["optimizer_seconds"], "8.2f"),
+                (values["tokens_per_s"], "9.0f"),
+                (values["peak"] / 1e9, "8.2f"),
+                (values["loss"], "11.5f"),
+            )
+        ]
+        lines.append(f"{variant:10} " + " ".join(f"{cell:>8}" for cell in cells))
+    for name, values in found["ratios"].items():
+        if values["measured"] is not None:
+            busy = "" if values["by_cpu_time"] is None else f"  ({values['by_cpu_time']:.2f} by processor time)"
+            lines.append(f"{name:52} {values['measured']:5.2f}  goal {values['goal']}{busy}")
+    if result["bytes_per_token"] is not None:
+        lines.append(f"{'recorded, bytes per token':52} {result['bytes_per_token']:5.0f}  goal <= 150")
+    return "\n".join(lines)
+
+
+# --- the loss at the head -----------------------------------------------------------------------------------------
+
+
+def measure_head(arguments: argparse.Namespace) -> None:
+    points = [process(f"head:{vocab}:{tokens}", arguments) for vocab, tokens in HEAD_POINTS]
+    write_json(arguments.out / "head.json", {"hidden_size": HEAD_SIZE, "points": points})
+    print(f"{'vocabulary':>10} {'tokens':>7} {'above weights MB':>17} {'whole logits MB':>16} {'us/token':>9}")
+    for point in points:
+        print(
+            f"{point['vocabulary']:10,} {point['tokens']:7,} {point['extra'] / 1e6:17,.0f} "
+            f"{point['whole'] / 1e6:16,.0f} {1e6 * point['seconds'] / point['tokens']:9.0f}"
+        )
+
+
+def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
+    """What the loss takes beyond hidden states, head and their gradients; `whole` is one fp32 copy of all logits."""
+    from shoal.terms import ForwardKL
+    from shoal.train.head import Dense, chunked_head_loss
+    from shoal.training import Distill
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = (torch.randn(tokens, HEAD_SIZE, generator=generator) for _ in range(2))
+    weight, teacher_weight = (torch.randn(vocab, HEAD_SIZE, generator=generator) for _ in range(2))
+    labels = torch.randint(vocab, (tokens,), generator=generator)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def run(num_tokens: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            targets = Dense(teacher_hidden[:num_tokens], lambda h: functional.linear(h, teacher_weight))
+            found = chunked_head_loss(
+                hidden[:num_tokens],
+                labels[:num_tokens],
+                targets,
+                student_head=functional.linear,
+                student_parameters=(weight,),
+                terms=(ForwardKL(),),
+                chunk=Distill().head_chunk,
+            )
+        found.loss.backward()
+        hidden.grad = weight.grad = None
+
+    run(8)  # libraries and threads take their memory
+    gc.collect()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    began = time.perf_counter()
+    run(tokens)
+    seconds = time.perf_counter() - began
+    gradients = 4 * (hidden.numel() + weight.numel())
+    return {
+        "vocabulary": vocab,
+        "tokens": tokens,
+        "peak_growth": memory("VmHWM") - before,
+        "extra": memory("VmHWM") - before - gradients,
+        "whole": 4 * vocab * tokens,
+        "seconds": seconds,
+    }
+
+
+# --- long runs ----------------------------------------------------------------------------------------------------
+
+
+def measure_length(arguments: argparse.Namespace) -> None:
+    """A tiny model, so that whatever grows with the run would show beside its steps."""
+    teacher = arguments.out / "length" / "teacher"
+    if not teacher.exists():
+        make_tiny(teacher)
+    points = []
+    for tokens in LENGTHS:
+        folder = arguments.out / "length" / str(tokens)
+        folder.mkdir(exist_ok=True)
+        recipe = {
+            "model": str(teacher),
+            "run_dir": str(folder),
+            "prune": {"drop": [2]},
+            "distill": {
+                "data": "python_docs",
+                "num_tokens": tokens,
+                "sequence_length": 512,
+                "watch": None,
+                "stop_on_spike": None,  # of a loss that is rounding alone before long
+                "trainer": {**OPTIMIZER, "per_device_train_batch_size": 4, "save_strategy": "no"},
+            },
+            "track": {"wandb": "off"},
+        }
+        file = folder / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe))
+        run_shoal("prune", file)
+        points.append(process(f"length:{tokens}", arguments) | {"tokens": tokens})
+    write_json(arguments.out / "length.json", {"points": points})
+    print(f"{'tokens':>10} {'tokens/s':>9} {'first tenth':>12} {'last tenth':>11} {'peak MB':>8}")
+    for point in points:
+        tenth = max(1, len(point["steps"]) // 10)
+        first, last = (2048 / statistics.median(part) for part in (point["steps"][:tenth], point["steps"][-tenth:]))
+        print(
+            f"{point['tokens']:10,} {point['tokens_per_s']:9,.0f} {first:12,.0f} {last:11,.0f} "
+            f"{point['peak'] / 1e6:8,.0f}"
+        )
+
+
+def make_tiny(folder: Path) -> None:
+    """A Llama of random numbers whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    words.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    words.add_special_tokens(["</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
 if __name__ == "__main__":
