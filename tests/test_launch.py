@@ -439,7 +439,11 @@ def test_teacher_text_is_written_once_and_trained_on(teacher, tmp_path):
 
 
 def stage(script: str, path: Path, *overrides: str, ranks: int) -> None:
-    """Run launch/measure.py or launch/eval.py under the DeepSpeed launcher."""
+    """Run launch/measure.py or launch/eval.py under the DeepSpeed launcher; its verb on a rank alone without one."""
+    if ranks == 1:
+        verb = script.removesuffix(".py")
+        finished(run_ranks([verb, "--config", str(path), *overrides], ranks=1, env=environment(), cwd=path.parent))
+        return
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / "launch" / script)]
     command += ["--config", str(path), *overrides]
@@ -477,7 +481,7 @@ def kill_in_the_middle_of_a_sweep(path: Path, *overrides: str) -> str:
     answers = path.parent / "run/sweep/layer/answers-0.jsonl"
     script = [sys.executable, str(ROOT / "launch/measure.py"), "--config", str(path), *overrides]
     process = subprocess.Popen(script, env=one_rank(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not answers.exists():
+    while not answers.exists() or "\n" not in answers.read_text():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
