@@ -100,7 +100,7 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
     run_dir = arguments.out / "probe" / arm
     row_tokens = 2 * 512
     file = recipe(arm, 0, arguments, run_dir=run_dir, tokens=(PROBE_STEPS + 1) * row_tokens)
-    shoal("distill", file, "distill.local=null", "distill.watch=null", "distill.teacher_text_tokens=1000")
+    shoal("distill", file, "distill.local=null")
     seconds = [row["seconds"] for row in Training.read(run_dir / Training.FILE).history]
     rate = (len(seconds) - 1) * row_tokens / (seconds[-1] - seconds[0])
     return max(row_tokens, math.floor(arguments.seconds * rate / row_tokens) * row_tokens)
@@ -114,7 +114,6 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "sequence_length": 512,
         "trainable": "from_first_cut",
         "precision": "bfloat16",
-        "teacher_text_tokens": max(4000, tokens // 2),
         "watch": None,
         "deepspeed": "deepspeed/zero2.json",
     }

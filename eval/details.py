@@ -189,16 +189,21 @@ def _speed_blocks(run: Run) -> list[Block]:
 
 def _data_blocks(data: dict[str, Json]) -> list[Block]:
     """Counts by source as a table; everything else that training recorded about its data as a line of its own."""
-    sources = {name: counts for name, counts in data.items() if isinstance(counts, dict)}
-    nested = data.get("sources")
-    if isinstance(nested, dict) and all(isinstance(counts, dict) for counts in nested.values()):
-        sources = nested
+    sources: Any = data.get("sources")
+    if not isinstance(sources, dict) or not all(isinstance(counts, dict) for counts in sources.values()):
+        sources = {}
     sources = {name: {k: v for k, v in counts.items() if _is_plain(v)} for name, counts in sources.items()}
     blocks: list[Block] = []
     if sources:
         fields = list(dict.fromkeys(field for counts in sources.values() for field in counts))
         rows = tuple((name, *(_count(counts.get(field)) for field in fields)) for name, counts in sources.items())
         blocks.append(Table("Training text by source", ("Source", *(f.replace("_", " ") for f in fields)), rows))
+    overlap = data.get("overlap")
+    if isinstance(overlap, dict) and overlap:
+        rows = tuple(
+            (task, *(_count(one.get(key)) for key in ("items", "compared", "found"))) for task, one in overlap.items()
+        )
+        blocks.append(Table("Evaluation items in the training text", ("Task", "Items", "Compared", "Found"), rows))
     others = tuple(f"{name.replace('_', ' ')}: {_count(value)}" for name, value in data.items() if _is_plain(value))
     if others:
         blocks.append(Bullets(others))
@@ -208,7 +213,8 @@ def _data_blocks(data: dict[str, Json]) -> list[Block]:
 def _disjointness(run: Run) -> Paragraph:
     """Whether training text and evaluation items can share content: known for shoal's own, not for others'."""
     assert run.training is not None
-    sources = [name for name, counts in run.training.data.items() if isinstance(counts, dict)]
+    data = run.training.data
+    sources = list(data.get("sources") or {})
     tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
     perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
     held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
@@ -220,6 +226,15 @@ def _disjointness(run: Run) -> Paragraph:
     ]
     if HELD_OUT in sources:
         text = f"Training read {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
+        return Paragraph(text, warning=True)
+    if overlap := data.get("overlap"):
+        found = {task: one["found"] for task, one in overlap.items() if one["found"]}
+        if not found:
+            return Paragraph(
+                f"No evaluation item of {len(overlap)} tasks was found in the training text, by 13 words in succession."
+            )
+        told = ", ".join(f"{count} of {overlap[task]['compared']} of {task}" for task, count in found.items())
+        text = f"Evaluation items were found in the training text, by 13 words in succession: {told}."
         return Paragraph(text, warning=True)
     if foreign:
         text = f"It was not checked whether training text and evaluation items overlap for: {listed(foreign)}."

@@ -49,7 +49,7 @@ def training() -> Training:
         for s in range(1, 21)
     )
     settings = {"trainer": {"learning_rate": 1e-4, "hub_token": "hf_" + "a" * 34}, "deepspeed": {"stage": 2}}
-    data = {"python_docs": {"documents": 80, "tokens": 1234, "split": 7}}
+    data = {"sources": {"python_docs": {"documents": 80, "tokens": 1234, "split": 7}}}
     return Training(provenance(), 20, 4000, 8.0, history, settings, data, 10**9)
 
 

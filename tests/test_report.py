@@ -216,7 +216,7 @@ def test_hostile_text_from_models_and_data_stays_text(tmp_path: Path) -> None:
     evaluation("teacher", tasks=(before,)).write(tmp_path / "eval" / "teacher.json")
     evaluation("pruned", tasks=(after,)).write(tmp_path / "eval" / "pruned.json")
     replace(plan(), reason=ATTACK).write(tmp_path / "plan.json")
-    replace(training(), data={ATTACK: {ATTACK: 1}, "note": ATTACK}).write(tmp_path / "distill.json")
+    replace(training(), data={"sources": {ATTACK: {ATTACK: 1}}, "note": ATTACK}).write(tmp_path / "distill.json")
     replace(importance(), layers={ATTACK: importance().layers["block_influence"]}).write(tmp_path / "importance.json")
     (tmp_path / "run.json").write_text(json.dumps({"recipe": {"model": ATTACK, "note": ATTACK}}))
     page = Page(write_report(tmp_path).read_text())
@@ -300,13 +300,21 @@ def test_an_evaluation_of_another_plan_is_pointed_out(tmp_path: Path) -> None:
     assert "it belongs to another plan" in (tmp_path / "report.md").read_text()
 
 
+def read(source: str, **found: int) -> dict:
+    """What distill.json says of its data: one source, and how many items of which task were found in it."""
+    overlap = {task: {"items": 10, "compared": 9, "found": count, "examples": []} for task, count in found.items()}
+    return {"sources": {source: {"tokens": 1}}, **({"overlap": overlap} if found else {})}
+
+
 @pytest.mark.parametrize(
     ("data", "tasks", "said"),
     [
-        ({"python_docs": {"tokens": 1}}, None, "Training and evaluation items are disjoint"),
-        ({"my.jsonl": {"tokens": 1}}, None, "It was not checked whether training text and evaluation items overlap"),
-        ({"python_docs_heldout": {"tokens": 1}}, None, "which is evaluation text"),
-        ({"python_docs": {"tokens": 1}}, "mmlu", "overlap for: mmlu"),
+        (read("python_docs"), None, "Training and evaluation items are disjoint"),
+        (read("my.jsonl"), None, "It was not checked whether training text and evaluation items overlap"),
+        (read("python_docs_heldout"), None, "which is evaluation text"),
+        (read("python_docs"), "mmlu", "overlap for: mmlu"),
+        (read("my.jsonl", mmlu=0, gsm8k=0), None, "No evaluation item of 2 tasks was found in the training text"),
+        (read("my.jsonl", mmlu=0, gsm8k=3), None, "were found in the training text, by 13 words in succession: 3 of 9"),
     ],
 )
 def test_overlap_of_training_and_evaluation_is_stated(

@@ -10,10 +10,9 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.errors import UserError
-from shoal.recipe import Distill
 from shoal.section import DataSource
 from shoal.train import writing
-from shoal.train.writing import check_backend, transformers_writer, write_texts, written_by_teacher
+from shoal.train.writing import check_backend, transformers_writer, write_texts
 from shoal.writing import Writing
 
 PROSE = (DataSource("python_docs"), DataSource("teacher_text"))
@@ -211,11 +210,3 @@ def test_a_backend_that_cannot_write_here_is_refused_before_models_are_loaded(mo
     monkeypatch.setattr(writing, "world_size", lambda: 2)
     with pytest.raises(UserError, match=r"cannot write on 2 ranks; write once with distill\.num_ranks=1"):
         check_backend(Writing(backend="vllm"))
-
-
-def test_a_teacher_in_memory_writes_for_the_budget_of_the_recipe(tmp_path):
-    settings = Distill(data=PROSE, teacher_text_tokens=500)
-    model, tokenizer = tiny_model("llama", seed=1), tiny_tokenizer()
-    file = tmp_path / "teacher_text.json"
-    found = written_by_teacher(model, tokenizer, settings, file=file, inputs={}, seed=0)
-    assert 1 <= len(found) <= 2

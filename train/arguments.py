@@ -140,6 +140,12 @@ def zero_stage(settings: Distill) -> int:
     return deepspeed_config(settings)["zero_optimization"]["stage"]
 
 
+def autocast_dtype(settings: Distill) -> torch.dtype | None:
+    """What autocast casts to in training; None = it is off."""
+    wanted = deepspeed_config(settings).get("torch_autocast", {})
+    return getattr(torch, str(wanted["dtype"]).removeprefix("torch.")) if wanted.get("enabled") else None
+
+
 def deepspeed_config(settings: Distill) -> dict[str, Any]:
     """The DeepSpeed configuration with what the recipe decides filled in.
 

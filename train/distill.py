@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +12,10 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.artifact import PruningPlan
+from shoal.artifact import PruningPlan, fingerprint
 from shoal.data import sources_fingerprint
 from shoal.errors import UserError
-from shoal.models import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
+from shoal.models import align_weights, load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
 from shoal.packing import PackedRows
 from shoal.recipe import Distill, Track, as_dict
 from shoal.recording import Record
@@ -23,8 +23,10 @@ from shoal.runtime import device, is_main, world_size
 from shoal.terms import LOGIT_TERMS, STATE_TERMS, CrossEntropy, reads_distributions
 
 from . import tracking
+from .adapters import add_adapters, refuse_untrainable
 from .arguments import (
     BATCH_SPLIT,
+    autocast_dtype,
     check_names,
     deepspeed_config,
     num_rows,
@@ -33,38 +35,37 @@ from .arguments import (
     zero_stage,
 )
 from .checkpoint import last_complete, needs_universal
-from .head import check_zero_at_teacher
+from .frozen import share_frozen, stored_names
 from .heartbeat import Heartbeat
 from .local import local_stage
+from .on_policy import Sampler
 from .progress import Progress
 from .recorded import Recorded
 from .recording import recording_inputs
 from .results import write_results
-from .sharding import gathered, join_deepspeed, place_teacher
+from .sampling import end_tokens
+from .sharding import join_deepspeed, place_teacher
 from .signals import LiveTeacher, RecordedTeacher
 from .states import StateLosses
 from .stop import StopRequest
-from .student import Objective, SharedPrefix, final_hidden, output_head, to_logits
+from .student import Objective, SharedPrefix, output_head, to_logits
 from .text import training_rows
-from .trainable import keep_zeros, shares_prefix, train_only
+from .trainable import keep_zeros, shares_prefix, train_only, trained_parts
 from .trainer import DistillTrainer
 from .watch import Scorer, Watcher
-from .writing import wants_teacher_text, written_by_teacher
+from .writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
+from .zero_check import check_objective
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 NOT_IDENTITY = {
-    *("distill.num_ranks", "distill.timeout_s", "distill.stop_on_spike"),
+    *("distill.num_ranks", "distill.timeout_s", "distill.stop_on_spike", "distill.check_memory", "distill.overlap"),
     *(f"distill.trainer.{key}" for key in ("save_steps", "save_strategy", "save_total_limit")),
     *(f"distill.trainer.{key}" for key in ("logging_steps", "disable_tqdm", "dataloader_num_workers")),
 }
 """Settings that change how the work is done but not its result: a run may go on with others."""
-
-
-PREFLIGHT_TOKENS = 64
-"""On which every run first tries its objective."""
 
 
 class Stopped(Exception):
@@ -88,6 +89,10 @@ def distill_inputs(
         del section["distill.watch"]  # it only looks on
     # where signals lie or wait does not matter; what was recorded does, and is compared with rows and model when read
     kept = {"top_k": record.top_k, "temperature": record.temperature, "states": list(record.states)}
+    writing = section["distill.writing"]
+    section["distill.writing"] = {k: v for k, v in writing.items() if k not in ("folder", "prompts", "batch_size")}
+    if settings.writing.prompts is not None:
+        section["distill.writing.prompts"] = sources_fingerprint((settings.writing.prompts,))
     section["distill.teacher"] = {
         "dtype": settings.teacher.dtype,
         "recorded": None if settings.teacher.recorded is None else kept,
@@ -155,6 +160,7 @@ def distill(
     record: Record,
     track: Track,
     scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None,
+    search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None,
     inputs: dict[str, Any],
     recipe: dict[str, Any],
     seed: int,
@@ -166,7 +172,7 @@ def distill(
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
     same run, if there is one. ``plan`` says which layers the student has left; ``scorer`` makes what distill.watch
-    scores the student with.
+    scores the student with; ``search_rows`` finds evaluation items in the training rows.
 
     Raises:
         Stopped: on SIGTERM or when the launcher is gone, after saving.
@@ -174,6 +180,9 @@ def distill(
     """
     check_names(settings)
     check_distillable(teacher_dir, student_dir, settings, trust_remote_code=trust_remote_code)
+    trained_parts(settings.trainable, plan)
+    if settings.lora is not None:
+        refuse_untrainable(settings.lora, settings.trainable, zero_stage=zero_stage(settings))
     checkpoints = run_dir / "checkpoints"
     heartbeat = Heartbeat(run_dir, timeout_s=settings.timeout_s)
     heartbeat.start()
@@ -182,19 +191,8 @@ def distill(
     universal = resume is not None and _agreed(lambda: needs_universal(resume, zero_stage=zero_stage(settings)))
     tokenizer = load_tokenizer(teacher_dir, trust_remote_code=trust_remote_code)
     load = {"attention": attention, "trust_remote_code": trust_remote_code}
-    texts: list[str] = []
-    if wants_teacher_text(settings.data):
-        texts = _teacher_text(
-            teacher_dir, tokenizer, settings, run_dir, inputs=inputs, seed=seed, dtype=dtype, load=load
-        )
-    rows = training_rows(
-        settings,
-        tokenizer,
-        num_rows=num_rows(settings),
-        seed=seed,
-        teacher_text=texts,
-        folder=run_dir / "text",
-        inputs=inputs,
+    rows = rows_to_train_on(
+        teacher_dir, tokenizer, settings, run_dir, inputs=inputs, trust_remote_code=trust_remote_code
     )
     if settings.local is not None:
         student_dir = local_stage(
@@ -216,6 +214,9 @@ def distill(
     )
     student = load_model(student_dir, dtype="float32", **load)
     trained = train_only(student, settings.trainable, plan)
+    stored = stored_names(student_dir)
+    if settings.lora is not None:
+        add_adapters(student, settings.lora, trained, seed=seed, stored=stored)
     keep_zeros(student)
     live = None
     if settings.teacher.recorded is None:
@@ -252,12 +253,16 @@ def distill(
         keep_checkpoints=keep,
         stop=stop,
         stop_on_spike=settings.stop_on_spike,
+        autocast_dtype=autocast_dtype(settings),
+        on_policy=_on_policy(settings, student, tokenizer, seed=seed),
         callbacks=[Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length), heartbeat],
     )
     trainer.remove_callback(PrinterCallback)
     if live is not None:
         place_teacher(live, trainer, offload=settings.teacher.offload)
-    _check_objective(settings, live or student, rows, top_k=None if live is not None else record.top_k)
+        if zero_stage(settings) < 3 and not settings.teacher.offload:
+            _share_weights(student, live, plan, settings, stored)
+    check_objective(settings, live or student, rows, states, record, is_teacher=live is not None)
     watcher = None
     if settings.watch is not None and scorer is not None:
         watcher = Watcher(settings.watch, checkpoints, identity)
@@ -273,8 +278,23 @@ def distill(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved"
         )
     objective.uninstall()
-    more = {"shared_layers": shared, "trained_layers": list(trained.layers)}
-    write_results(trainer, student, student_dir, rows, run_dir=run_dir, inputs=inputs, watcher=watcher, more=more)
+    data: dict[str, Any] = {"sources": rows.counts}
+    if search_rows is not None and is_main():
+        data["overlap"] = search_rows(rows, tokenizer)
+    write_results(
+        trainer,
+        student,
+        student_dir,
+        run_dir=run_dir,
+        inputs=inputs,
+        watcher=watcher,
+        data=data,
+        settings={
+            "rows": fingerprint(rows.fingerprint),
+            "shared_layers": shared,
+            "trained_layers": list(trained.layers),
+        },
+    )
     heartbeat.stop()
     tracking.finish()
 
@@ -293,34 +313,72 @@ def _agreed(decide: Callable[[], T]) -> T:
     return answer[0]
 
 
-def _teacher_text(
+def rows_to_train_on(
     teacher_dir: Path,
     tokenizer: PreTrainedTokenizerBase,
     settings: Distill,
     run_dir: Path,
     *,
     inputs: dict[str, Any],
-    seed: int,
-    dtype: str,
-    load: dict[str, Any],
-) -> list[str]:
-    """Rank 0 writes, all read. The writer is a copy of the teacher of its own, freed before training."""
-    texts: list[Any] = [None]
-    if is_main():
-        writer = load_model(teacher_dir, dtype=dtype, device=device(), **load)
-        texts[0] = written_by_teacher(
-            writer,
+    trust_remote_code: bool,
+) -> PackedRows:
+    """The packed rows of the budget; the teacher writes its own share first where the recipe asks for it."""
+    dtype, attention, seed = inputs["dtype"], inputs["attention"], inputs["seed"]
+    load = {"attention": attention, "trust_remote_code": trust_remote_code}
+    texts: Sequence[str] = ()
+    if wants_teacher_text(settings.data):
+        check_backend(settings.writing)
+
+        def load_writer() -> Writer:
+            if settings.writing.backend == "vllm":
+                return vllm_writer(teacher_dir, tokenizer, settings.writing, seed=seed, dtype=dtype)
+            # a copy of the teacher of its own, freed before training
+            writer = load_model(teacher_dir, dtype=dtype, device=device(), **load)
+            return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
+
+        texts, _ = write_texts(
+            settings.writing,
             tokenizer,
-            settings,
-            file=run_dir / "text" / "teacher_text.json",
-            inputs={
-                key: inputs[key]
-                for key in ("model", "data", "seed", "dtype", "attention", "distill.teacher_text_tokens")
-            },
+            data=settings.data,
+            folder=run_dir / "text",
+            inputs={key: inputs[key] for key in ("model", "dtype", "attention")},
             seed=seed,
+            load_writer=load_writer,
         )
-    dist.broadcast_object_list(texts, src=0)
-    return texts[0]
+    return training_rows(
+        settings,
+        tokenizer,
+        num_rows=num_rows(settings),
+        seed=seed,
+        teacher_text=texts,
+        packing=settings.packing,
+        folder=run_dir / "text",
+        inputs={"model": inputs["model"], **rows_from(inputs)},
+    )
+
+
+def _on_policy(
+    settings: Distill, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> Sampler | None:
+    if settings.on_policy is None or settings.on_policy.share == 0:
+        return None
+    ends = end_tokens(student.generation_config, tokenizer.eos_token_id)
+    special: Any = tokenizer
+    start = special.bos_token_id
+    begins = start is not None and special("a")["input_ids"][:1] == [start]
+    padding = special.pad_token_id if special.pad_token_id is not None else (*ends, 0)[0]
+    return Sampler(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None)
+
+
+def _share_weights(
+    student: PreTrainedModel, teacher: PreTrainedModel, plan: PruningPlan, settings: Distill, stored: set[str]
+) -> None:
+    for model in (student, teacher):
+        align_weights(model)  # else the last bits may differ on a CPU: mapped files are not aligned
+    student.to(device())  # pyright: ignore[reportArgumentType]
+    saved = share_frozen(student, teacher, plan.keep, autocast_dtype=autocast_dtype(settings), stored=stored)
+    if saved:
+        log.info("teacher and student share %.0f MB of frozen weights", saved / 1e6)
 
 
 def _recorded(
@@ -341,7 +399,7 @@ def _recorded(
         attention=inputs["attention"],
     )
     return Recorded(
-        Path(settings.teacher.recorded),
+        Path(settings.teacher.recorded).expanduser(),
         rows,
         inputs=identity,
         rows_from=rows_from(inputs),
@@ -352,22 +410,6 @@ def _recorded(
             if isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
         },
     )
-
-
-def _check_objective(settings: Distill, model: PreTrainedModel, rows: PackedRows, *, top_k: int | None) -> None:
-    """With a model as its own teacher every divergence must be zero, and so must its gradient; a few tokens tell.
-
-    Raises:
-        RuntimeError: naming the term. No recipe can cause this.
-    """
-    row = {
-        name: value[:PREFLIGHT_TOKENS].unsqueeze(0).to(model.device) for name, value in rows[0].items() if value.ndim
-    }
-    terms = [term for term in settings.losses if isinstance(term, LOGIT_TERMS)]
-    with torch.no_grad(), gathered(output_head(model)):
-        hidden_BSD = final_hidden(model, row["input_ids"], row["position_ids"])
-        labels = row["input_ids"][0, 1:]
-        check_zero_at_teacher(terms, hidden_BSD[0, :-1], to_logits(model), labels, top_k=top_k)
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ from shoal.run import barrier
 from shoal.runtime import device, is_main, rank, world_size
 from shoal.training import Distill, LocalHeal
 
-from .arguments import deepspeed_config
+from .arguments import autocast_dtype
 from .capture import capturing
 from .student import final_hidden
 
@@ -106,7 +106,7 @@ def local_stage(
     assert settings.local is not None
     healed, told = folder / "student", folder / "local.json"
     keys = ("model", "student", "prune.drop", "dtype", "attention", "distill.teacher")
-    autocast = bool(deepspeed_config(settings).get("torch_autocast", {}).get("enabled"))
+    autocast = autocast_dtype(settings) is not None
     identity = {key: inputs[key] for key in keys}
     identity |= {"rows": rows.fingerprint, "autocast": autocast, "distill.local": as_dict(settings.local)}
     if told.is_file() and not differences(identity, json.loads(told.read_text())["inputs"]):

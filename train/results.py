@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from shoal.artifact import Provenance, Training, fingerprint, written_folder
+from shoal.artifact import Provenance, Training, written_folder
 from shoal.models import load_config
-from shoal.packing import PackedRows
 from shoal.runtime import device, is_main, world_size
 
 from .adapters import remove_adapters
@@ -30,16 +29,16 @@ def write_results(
     trainer: DistillTrainer,
     student: PreTrainedModel,
     student_dir: Path,
-    rows: PackedRows,
     *,
     run_dir: Path,
     inputs: dict[str, Any],
     watcher: Watcher | None,
-    more: dict[str, Any],
+    data: dict[str, Any],
+    settings: dict[str, Any],
 ) -> None:
     """Write distilled/ from the last state, or from the best that ``watcher`` has kept, then distill.json.
 
-    Every rank calls this. ``more`` goes into distill.json's settings.
+    Every rank calls this. ``data`` and ``settings`` go into distill.json.
     """
     state = trainer.student_state()
     peak = torch.tensor(float(_peak_memory_bytes()), device=device())
@@ -50,7 +49,7 @@ def write_results(
         if best is not None and watcher is not None:
             log.info("distilled/ is the student of step %d: %s %.4f", best["step"], best["metric"], best["score"])
             state = watcher.best_state()
-            more = {**more, "best": {key: best[key] for key in ("step", "metric", "score")}}
+            settings = {**settings, "best": {key: best[key] for key in ("step", "metric", "score")}}
         stored = getattr(torch, str(load_config(student_dir).dtype or "float32").removeprefix("torch."))
         finished = finished_state(student, state, student_dir, dtype=stored)
         remove_adapters(student)
@@ -71,10 +70,9 @@ def write_results(
                 "trainer": trainer.args.to_sanitized_dict(),
                 "deepspeed": trainer.args.hf_deepspeed_config.config,  # pyright: ignore[reportAttributeAccessIssue]
                 "world_size": world_size(),
-                "rows": fingerprint(rows.fingerprint),
-                **more,
+                **settings,
             },
-            data=rows.counts,
+            data=data,
             peak_memory_bytes=int(peak.item()),
         ).write(run_dir / Training.FILE)
         if watcher is not None:

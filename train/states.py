@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -151,6 +151,26 @@ class StateLosses:
             sums.append(total.detach().double())
         return loss, torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
 
+    def check_zero_at_teacher(self, teacher: Captured, labels_BS: Tensor, position_ids_BS: Tensor) -> None:
+        """Every term must be zero, with its gradient, where a student's layer gives what it is compared with.
+
+        Raises:
+            RuntimeError: naming the term; a defect of shoal or of the model's code.
+        """
+        tokens = Tokens.of(labels_BS, position_ids_BS)
+        for term, pairs in self._of_terms():
+            for layer, target in pairs:
+                student, leaves = _copied(teacher, layer, target)
+                with torch.enable_grad():
+                    total = self._pair_sum(term, layer, target, student, teacher, tokens)
+                    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+                largest = max((g.abs().max().item() for g in gradients if g is not None), default=0.0)
+                if not (abs(total.item()) <= 1e-3 and largest <= 1e-3):
+                    raise RuntimeError(
+                        f"{term.kind}: layer {layer} compared with itself gives {total.item():.3g} and a gradient of "
+                        f"{largest:.3g}; both must be 0, this objective would pull a perfect student away"
+                    )
+
     def _of_terms(self) -> Iterator[tuple[StateTerm, tuple[tuple[int, int], ...]]]:
         return zip(self.terms, self._pairs, strict=True)
 
@@ -163,6 +183,23 @@ class StateLosses:
             return _again(_pooled_sum if pooled else _token_sum, *states_BSD, tokens, term.distance)
         sides = (student.attention[layer], teacher.attention[target])
         return _relation_sum(*sides, tokens, _queries_keys if isinstance(term, AttentionRelation) else _values)
+
+
+def _copied(teacher: Captured, layer: int, target: int) -> tuple[Captured, list[Tensor]]:
+    """A student whose ``layer`` gives what the teacher's ``target`` does, and its tensors."""
+    student, leaves = Captured(), []
+
+    def leaf(values: Tensor) -> Tensor:
+        leaves.append(values.detach().clone().requires_grad_())
+        return leaves[-1]
+
+    if target in teacher.states:
+        student.states[layer] = leaf(teacher.states[target])
+    if target in teacher.attention:
+        theirs = teacher.attention[target]
+        parts = {name: leaf(getattr(theirs, name)) for name in ("query_BHSd", "key_BGSd", "value_BGSd")}
+        student.attention[layer] = replace(theirs, **parts)
+    return student, leaves
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from shoal.terms import term_names
 
 from .checkpoint import commit, layout, remove_older, separate_groups
 from .guard import LossGuard, refuse_step
+from .on_policy import Sampler as OnPolicySampler
 from .sampling import own_forwards
 from .sharding import gathered
 from .signals import Teacher
@@ -63,6 +64,8 @@ class DistillTrainer(Trainer):
         keep_checkpoints: int,
         stop: StopRequest,
         stop_on_spike: float | None,
+        autocast_dtype: torch.dtype | None,
+        on_policy: OnPolicySampler | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -75,6 +78,8 @@ class DistillTrainer(Trainer):
         self._inputs = inputs
         self._keep_checkpoints = keep_checkpoints
         self._guard = LossGuard(stop_on_spike)
+        self._autocast_dtype = autocast_dtype
+        self._on_policy = on_policy
         self._batches: list[dict[str, Tensor]] = []
         self._step_sums = self._zero_sums()
         self._window_sums = self._zero_sums()
@@ -89,8 +94,18 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of one optimizer step, kept until it is known to be sound, and their supervised tokens."""
+        """The micro-batches of one optimizer step, kept until it is known to be sound, and their supervised tokens.
+
+        In on-policy steps they are what the student writes now; samples hold other numbers of learnt tokens.
+        """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        if batches and self._on_policy is not None and self._on_policy.replaces(step):
+            with self.plain_student() as student:
+                batches = self._on_policy.batches(student, batches, step=step)
+            num_items = self._get_num_items_in_batch(batches, device)
+        if batches and not num_items:
+            raise UserError(f"step {step + 1}: its batch holds no supervised token; raise distill.batch_size")
         self._batches = batches
         return batches, num_items
 
@@ -112,7 +127,9 @@ class DistillTrainer(Trainer):
             if self._teacher_head is not None:
                 stack.enter_context(gathered(self._teacher_head))
             if self._prefix is not None:
-                stack.enter_context(self._prefix.replaying(next(model.parameters()).dtype))
+                stack.enter_context(
+                    self._prefix.replaying(next(p for p in model.parameters() if p.requires_grad).dtype)
+                )
             loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals)
         num_terms = len(self._objective.terms)
         self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
@@ -181,14 +198,19 @@ class DistillTrainer(Trainer):
         wrapped: Any = self.model_wrapped
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
-            warnings.catch_warnings(),
+            _without_deprecations(),
             unwrap_model_for_generation(
                 wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
             ) as model,
             own_forwards(self._objective.student),
-            _autocast(self.args),
+            self._autocast(),
         ):
             yield model  # pyright: ignore[reportReturnType]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through."""
+        dtype = self._autocast_dtype
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.args.device.type, dtype)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it
@@ -313,10 +335,3 @@ def _without_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-def _autocast(args: Any) -> contextlib.AbstractContextManager[Any]:
-    """DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through."""
-    wanted = args.hf_deepspeed_config.config.get("torch_autocast", {})
-    dtype = getattr(torch, str(wanted.get("dtype", "bfloat16")).removeprefix("torch."))
-    return torch.autocast(args.device.type, dtype, enabled=bool(wanted.get("enabled")))

@@ -14,7 +14,6 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from shoal.artifact import fingerprint, write_json, write_text
 from shoal.chat import Chat, check_template
-from shoal.data import TEACHER_TEXT, _raw, load_texts
+from shoal.data import TEACHER_TEXT, documents, load_texts
 from shoal.errors import UserError
-from shoal.recipe import Distill
 from shoal.runtime import is_main, rank, world_size
 from shoal.section import DataSource
 from shoal.writing import Writing
@@ -295,7 +293,7 @@ def _asked(settings: Writing, source: DataSource, tokenizer: Any) -> Iterator[Pr
     """Conversations up to their last assistant's turn, as the chat template asks for it."""
     check_template(tokenizer, source.path)
     characters = 0
-    for chat in _raw(source):
+    for chat in documents(source):
         if not isinstance(chat, Chat):
             continue
         turns = chat.messages
@@ -354,24 +352,3 @@ def _chosen(prompts: list[Prompt], settings: Writing, *, seed: int) -> list[Prom
         random.Random(f"writing/{seed}/{len(chosen)}").shuffle(order)
         chosen += order[: num_texts - len(chosen)]
     return chosen
-
-
-def written_by_teacher(
-    teacher: PreTrainedModel,
-    tokenizer: Any,
-    settings: Distill,
-    *,
-    file: Path,
-    inputs: dict[str, Any],
-    seed: int,
-) -> list[str]:
-    """Documents of about ``settings.teacher_text_tokens`` tokens, written by this process alone."""
-    writing = Writing(num_tokens=settings.teacher_text_tokens)
-    place, chosen, identity = _planned(
-        writing, tokenizer, data=settings.data, folder=file.parent, inputs=inputs, seed=seed
-    )
-    if not (place / TEXTS).exists():
-        load = partial(transformers_writer, teacher, tokenizer, writing, seed=seed)
-        _write_batches(writing, tokenizer, chosen, folder=place / BATCHES, load_writer=load, turn=0, turns=1)
-    _sift(place, identity, keep=writing.keep)
-    return _kept(place)[0]

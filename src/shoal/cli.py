@@ -1,4 +1,4 @@
-"""`shoal measure | prune | distill | eval | report | run --config RECIPE [section.key=value ...]`, and
+"""`shoal measure | prune | record | distill | eval | report | run --config RECIPE [section.key=value ...]`, and
 `shoal delta BASE DONOR`."""
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ EXIT_STOPPED = 128 + signal.SIGTERM
 VERBS = {
     "measure": "measure what every layer is worth: importance.json",
     "prune": "choose layers and cut them out: plan.json, student/",
+    "record": "write down what the teacher says of the training rows, to train from: signals/",
     "distill": "train the cut model on the full one: distilled/",
     "eval": "score teacher, pruned and distilled: eval/*.json",
     "report": "report.html, report.md, and the Hub push where the recipe asks for it",
@@ -113,7 +114,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     run = pipeline.Run(recipe)
     if verb == "run" and launched:
         raise UserError("`shoal run` starts its own launcher for distill; under one, call distill, measure or eval")
-    in_group = launched or verb == "distill"
+    in_group = launched or verb in ("distill", "record")
     if verb == "distill" and not launched:
         pipeline.check_training_settings(recipe)
         _launch_distill(recipe, config, overrides)
@@ -130,6 +131,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
             stages = {
                 "measure": pipeline.measure,
                 "prune": pipeline.prune,
+                "record": pipeline.record,
                 "eval": pipeline.evaluate,
                 "report": pipeline.report,
             }

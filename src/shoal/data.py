@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +36,7 @@ from shoal.packing import (
     write_counts,
     write_rows,
 )
-from shoal.section import DataSource
+from shoal.section import TEACHER_TEXT, DataSource
 
 __all__ = ["IGNORED", "PackedRows"]
 
@@ -91,8 +92,6 @@ BUNDLED: dict[str, Callable[[], list[str]]] = {
     "python_docs_heldout": lambda: python_docs(held_out=True),
     "ability_texts": ability_texts,
 }
-TEACHER_TEXT = "teacher_text"
-"""Name of the source that the teacher writes itself before training starts."""
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 """File ending -> its reader in `datasets`; a .txt file is one document, which `datasets` would cut into lines."""
 HELD_CHARACTERS = 32_000_000
@@ -114,7 +113,7 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
         )
     texts: list[str] = []
     characters = 0
-    for text in _raw(source):
+    for text in documents(source):
         if text is not None:
             texts.append(str(text))
             characters += len(str(text))
@@ -131,7 +130,7 @@ def _nothing_in(source: DataSource) -> UserError:
     return UserError(f"data {source.path!r}: holds no {what} in column {column!r}; name a source that does")
 
 
-def _raw(source: DataSource) -> Iterator[str | Chat | None]:
+def documents(source: DataSource) -> Iterator[str | Chat | None]:
     """Every row's text or conversation, in order; None for an empty one."""
     if source.path in BUNDLED:
         yield from (text if text.strip() else None for text in _bundled(source.path))
@@ -320,7 +319,7 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
     limit = sequence_length if packing == "best_fit" else None
     _refuse_impossible(source, None, tokenizer)
     count, found = Counter[str](), False
-    items = (item for item in _raw(source) if item is not None)
+    items = (item for item in documents(source) if item is not None)
     for item in items:
         found = True
         if next(_tokenised([item], source, tokenizer, epoch=0, limit=limit, count=count), None) is not None:
@@ -373,7 +372,7 @@ def _epochs(
     """Every epoch's documents in its order: of a small source any order, of a large one as far as the buffer mixes."""
 
     def read(*, counting: bool) -> Iterator[str | Chat]:
-        for item in _raw(source) if texts is None else texts:
+        for item in documents(source) if texts is None else texts:
             if item is not None:
                 yield item
             elif counting:
@@ -456,9 +455,10 @@ def _texts(items: Iterable[str | Chat], tokenizer: Any) -> Iterator[tuple[list[i
             yield whole, np.ones(len(whole), bool)
 
 
-def row_texts(rows: PackedRows, tokenizer: Any) -> Iterator[str]:
-    """What is in the rows, document by document, decoded."""
-    for ids, positions in zip(rows.input_ids_NS, rows.position_ids_NS, strict=True):
+def row_texts(rows: PackedRows, tokenizer: Any, *, max_tokens: int | None = None) -> Iterator[str]:
+    """What is in the first rows, document by document, decoded; None = in all of them."""
+    last = len(rows) if max_tokens is None else math.ceil(max_tokens / rows.input_ids_NS.shape[1])
+    for ids, positions in zip(rows.input_ids_NS[:last], rows.position_ids_NS[:last], strict=True):
         borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         pieces = [ids[start:end].tolist() for start, end in itertools.pairwise(borders)]
         yield from tokenizer.batch_decode(pieces, skip_special_tokens=True)

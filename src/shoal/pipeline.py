@@ -27,16 +27,21 @@ from shoal.artifact import (
     write_json,
     written_folder,
 )
-from shoal.data import TEACHER_TEXT, load_texts, sources_fingerprint
+from shoal.data import TEACHER_TEXT, check_source, load_texts, row_texts, sources_fingerprint
 from shoal.edits import Edit, Replace
 from shoal.errors import UserError
 from shoal.measuring import check_measure, measure, measure_inputs
 from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint
+from shoal.overlap import as_data, find_overlap
+from shoal.packing import PackedRows
 from shoal.recipe import Recipe, as_dict
 from shoal.run import Run, barrier, check_length, is_done, locked, require, task_files_fingerprint
 from shoal.runtime import device, environment, is_main, seed_everything
 
 log = logging.getLogger(__name__)
+
+OVERLAP_TOKENS = 50_000_000
+"""So much of the training text is searched for evaluation items at most: minutes, not hours."""
 
 # --- prune --------------------------------------------------------------------------------------------------------
 
@@ -203,7 +208,7 @@ def _plan_changes(run: Run) -> list[str]:
     return differences(plan_inputs(run), PruningPlan.read(run.dir / PruningPlan.FILE).provenance.inputs)
 
 
-# --- distill ------------------------------------------------------------------------------------------------------
+# --- record, distill ----------------------------------------------------------------------------------------------
 
 
 def read_plan(run: Run) -> PruningPlan:
@@ -219,6 +224,46 @@ def read_plan(run: Run) -> PruningPlan:
     else:
         require(PruningPlan, path, plan_inputs(run), "shoal prune")
     return PruningPlan.read(path)
+
+
+def record(run: Run) -> None:
+    """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
+    from shoal.train.distill import rows_from, rows_to_train_on
+    from shoal.train.record import record_signals
+    from shoal.train.recording import recording_layout
+
+    recipe = run.recipe
+    settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
+    trust = recipe.trust_remote_code
+    check_length(run, settings.sequence_length, "distill.sequence_length")
+    # refuses what the teacher cannot give before any text is read
+    recording_layout(recipe.record, run.teacher, sequence_length=settings.sequence_length, trust_remote_code=trust)
+    seed_everything(recipe.seed)
+    inputs = {
+        "model": run.teacher_fingerprint,
+        "data": sources_fingerprint(settings.data),
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "attention": recipe.attention,
+        **{f"distill.{key}": value for key, value in as_dict(settings).items()},
+    }
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=trust)
+    rows = rows_to_train_on(run.teacher, tokenizer, settings, run.dir, inputs=inputs, trust_remote_code=trust)
+    record_signals(
+        run.teacher,
+        rows,
+        signals_folder(run),
+        recipe.record,
+        model=run.teacher_fingerprint,
+        rows_from=rows_from(inputs),
+        **run.load_args(),
+    )
+
+
+def signals_folder(run: Run) -> Path:
+    """Where this recipe's signals are written."""
+    folder = run.recipe.record.folder
+    return run.dir / "signals" if folder is None else Path(folder).expanduser()
 
 
 def distill(run: Run) -> None:
@@ -241,6 +286,7 @@ def distill(run: Run) -> None:
         record=recipe.record,
         track=recipe.track,
         scorer=_scorer(run),
+        search_rows=_search_rows(run),
         inputs=inputs,
         recipe=as_dict(recipe),
         seed=recipe.seed,
@@ -267,6 +313,24 @@ def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTraine
         sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
     )
     return partial(QuickScores, settings=quick, seed=run.recipe.seed, held_out=watch.perplexity_tokens > 0)
+
+
+def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None:
+    """What looks for evaluation items in training rows, by task; None where the recipe does not want it."""
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.item_texts import item_texts
+    from shoal.eval.tasks import load_tasks
+
+    settings = run.recipe.eval
+    if not run.recipe.distill.overlap:
+        return None
+
+    def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
+        documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
+        return as_data(find_overlap(item_texts(tasks, num_items(tasks, settings)), documents))
+
+    return search
 
 
 def distill_is_done(run: Run) -> bool:
@@ -470,9 +534,13 @@ def preflight(run: Run) -> None:
     for name in ("distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
     check_training_settings(recipe)
-    for source in {*recipe.distill.data, *recipe.eval.perplexity_data}:
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=recipe.trust_remote_code)
+    for source in recipe.distill.data:
         if source.path != TEACHER_TEXT:
-            load_texts(source, max_characters=1)
+            distill = recipe.distill
+            check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
+    for source in recipe.eval.perplexity_data:
+        load_texts(source, max_characters=1)
     load_tasks(recipe.eval.tasks, include_path=recipe.eval.include_path, num_fewshot=recipe.eval.num_fewshot)
 
 

@@ -13,6 +13,10 @@ RowLength = Annotated[int, Field(ge=2)]
 Text = Annotated[str, Field(min_length=1)]
 
 
+TEACHER_TEXT = "teacher_text"
+"""Name of the source that the teacher writes itself before training starts."""
+
+
 class Section:
     """Refuses unknown keys: without this TypeAdapter would ignore a misspelt one and train with the default."""
 

@@ -9,9 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from shoal import terms
-from shoal.section import Data, DataSource, Positive, RowLength, Section
+from shoal.lora import Lora
+from shoal.on_policy import OnPolicy
+from shoal.packing import Packing
+from shoal.section import TEACHER_TEXT, Data, DataSource, Positive, RowLength, Section
 from shoal.terms import ForwardKL, LossTerm
+from shoal.writing import Writing
 
+Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "replacement", "norm_and_head"]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -69,14 +74,26 @@ class Distill(Section):
     batch_size: Positive | None = None
     """Rows of one optimizer step over all ranks, so that a run means the same, and goes on, on any number of ranks;
     gradients are accumulated accordingly. None = what one step of trainer.per_device_train_batch_size comes to."""
+    packing: Packing = "split"
+    """split: what does not fit a row goes on in the next as a document of its own. best_fit: documents stay whole, what
+    is longer than a row is cut, and rows are padded."""
+    overlap: bool = True
+    """Look for evaluation items in the training text, and report how many there are."""
     losses: tuple[LossTerm, ...] = (ForwardKL(),)
-    trainable: Literal["all", "layers", "from_first_cut"] = "all"
-    """What is trained: everything; all but embeddings and head; or only the layers from the first cut up, with the
-    final norm (an edited layer counts as a cut). What lies below the first cut is still the teacher, so there it is
-    computed once for both and needs neither a backward pass nor optimizer state."""
+    trainable: Trainable = "all"
+    """What is trained: everything; all but embeddings and head; the layers from the first cut up, with the final norm
+    (an edited layer counts as a cut); those next to a gap; only what a replace or merge edit has put in; or final norm
+    and head. What lies below is still the teacher, so there it is computed once for both and needs neither a backward
+    pass nor optimizer state."""
+    lora: Lora | None = None
+    """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
     teacher: Teacher = Teacher()
     local: LocalHeal | None = None
     """A stage before this one; None = none."""
+    writing: Writing = field(default_factory=Writing)
+    """What the teacher writes where data names the source `teacher_text`."""
+    on_policy: OnPolicy | None = None
+    """Steps in which the student learns from what it writes itself; None = none."""
     watch: Watch | None = Watch()
     """None = nothing is scored while training."""
     stop_on_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
@@ -86,8 +103,8 @@ class Distill(Section):
     """bfloat16 = fp32 weights under bf16 autocast. None = what the DeepSpeed configuration says, else bfloat16."""
     head_chunk: Positive = 256
     """Tokens whose full-vocabulary logits exist at one time."""
-    teacher_text_tokens: Positive = 10_000
-    """How many tokens the teacher writes where data names the source `teacher_text`."""
+    check_memory: bool = True
+    """Refuse a run that does not fit into memory or on the disk before it starts; false = only say so."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Handed to transformers.TrainingArguments untouched."""
     deepspeed: str | dict[str, Any] | None = "deepspeed/zero2.json"
@@ -123,6 +140,7 @@ def contradictions(distill: Distill) -> Iterator[str]:
     if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
         name = "offload" if teacher.offload else "dtype"
         yield f"distill.teacher.{name}: has no effect on recorded signals; leave it out"
+    yield from _of_written_text(distill)
     if watch is not None:
         if not watch.tasks and not watch.perplexity_tokens:
             yield "distill.watch: scores nothing; name tasks or set perplexity_tokens, or set distill.watch: null"
@@ -147,3 +165,25 @@ def contradictions(distill: Distill) -> Iterator[str]:
             }
             instead = where.get(key, "the same command again")
             yield f"distill.trainer.{key}: is set by shoal; use {instead} instead"
+
+
+def _of_written_text(distill: Distill) -> Iterator[str]:
+    on_policy, writing = distill.on_policy, distill.writing
+    if on_policy is not None and on_policy.share > 0:
+        if distill.teacher.recorded is not None:
+            yield "distill.on_policy: nothing was recorded of what the student will write; leave teacher.recorded out"
+        if on_policy.prompt_tokens + on_policy.new_tokens > distill.sequence_length:
+            yield (
+                f"distill.on_policy: {on_policy.prompt_tokens} + {on_policy.new_tokens} tokens do not fit into a row; "
+                f"raise distill.sequence_length (now {distill.sequence_length})"
+            )
+        if not any(map(terms.reads_distributions, distill.losses)):
+            yield (
+                "distill.on_policy: without a teacher's judgement a student only repeats itself; "
+                "add a loss term that has one"
+            )
+    wants_text = any(source.path == TEACHER_TEXT for source in distill.data)
+    if writing != Writing() and not wants_text:
+        yield (f"distill.writing: has no effect, distill.data does not name {TEACHER_TEXT}; add it, or leave this out")
+    if wants_text and writing.keep == "correct" and (writing.prompts is None or not writing.prompts.is_chat):
+        yield "distill.writing.keep: correct needs prompts with answers (columns prompt and completion, or messages)"

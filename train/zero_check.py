@@ -1,0 +1,70 @@
+"""Before every run: the objective leaves a perfect student alone.
+
+S sequence, D hidden.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from transformers import PreTrainedModel
+
+from shoal.models import text_config
+from shoal.packing import PackedRows
+from shoal.recording import Record
+from shoal.terms import LOGIT_TERMS
+from shoal.training import Distill
+
+from .arguments import autocast_dtype
+from .capture import Captured
+from .head import check_zero_at_teacher
+from .sharding import gathered
+from .states import StateLosses
+from .student import final_hidden, output_head, to_logits
+
+TOKENS = 64
+"""Of the first row, on which the objective is tried."""
+
+
+def check_objective(
+    settings: Distill,
+    model: PreTrainedModel,
+    rows: PackedRows,
+    states: StateLosses | None,
+    record: Record,
+    *,
+    is_teacher: bool,
+) -> None:
+    """With ``model`` as its own teacher every divergence must be zero, and so must its gradient.
+
+    Any model will do: where the teacher is only recorded, that is the student before its first step. There the states
+    cannot be tried, since the layers they are compared with are not at hand, and under ZeRO 3 the student's layers
+    cannot run yet: its head is tried on random states.
+
+    Raises:
+        RuntimeError: naming the term. No recipe can cause this; it is a defect of shoal or of the model's code.
+    """
+    row = {name: value[:TOKENS].unsqueeze(0).to(model.device) for name, value in rows[0].items() if value.ndim}
+    labels_S = row["input_ids"][0, 1:]
+    capturing = states.capturing_teacher() if states is not None and is_teacher else nullcontext(Captured())
+    dtype = autocast_dtype(settings)
+    cast = nullcontext() if dtype is None else torch.autocast(model.device.type, dtype)
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    with torch.no_grad(), gathered(output_head(model)), cast:
+        if sharded and not is_teacher:
+            size = text_config(model.config).hidden_size
+            hidden_SD = torch.randn(len(labels_S), size, generator=torch.Generator().manual_seed(0)).to(model.device)
+        else:
+            with capturing as seen:
+                hidden_SD = final_hidden(model, row["input_ids"], row["position_ids"])[0, :-1]
+            if states is not None and is_teacher:
+                states.check_zero_at_teacher(seen, row["labels"], row["position_ids"])
+        check_zero_at_teacher(
+            [term for term in settings.losses if isinstance(term, LOGIT_TERMS)],
+            hidden_SD,
+            to_logits(model),
+            labels_S,
+            top_k=None if is_teacher else record.top_k,
+            chunk=settings.head_chunk,
+        )
