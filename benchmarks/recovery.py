@@ -118,6 +118,8 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "deepspeed": "deepspeed/zero2.json",
     }
     changes = copy.deepcopy(ARMS[arm])
+    if any(source["path"] == "teacher_text" for source in changes.get("data", ())):
+        changes["writing"] = {"num_tokens": max(4000, tokens // 2)}
     trainer = {
         "per_device_train_batch_size": 2,
         "learning_rate": 5e-4,
