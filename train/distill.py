@@ -37,7 +37,7 @@ from .arguments import (
 from .checkpoint import last_complete, needs_universal
 from .frozen import share_frozen, stored_names
 from .heartbeat import Heartbeat
-from .local import local_stage
+from .local import gaps, local_stage
 from .on_policy import Sampler
 from .progress import Progress
 from .recorded import Recorded
@@ -222,6 +222,8 @@ def distill(
     if settings.teacher.recorded is None:
         live = load_model(teacher_dir, dtype=settings.teacher.dtype or dtype, **load).requires_grad_(False)
     shared = 0 if live is None else shares_prefix(trained, plan)
+    if settings.local is not None:  # the layer before the first gap is no longer the teacher's
+        shared = min(shared, gaps(plan.keep, plan.num_layers)[0].layer)
     prefix = SharedPrefix(student, live, first_change=shared) if live is not None and shared else None
     state_terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
     states = StateLosses(state_terms, plan, student, live, num_shared=shared) if state_terms else None
