@@ -166,3 +166,19 @@ def test_a_head_that_is_not_linear_is_refused():
     model.lm_head = torch.nn.Identity()
     with pytest.raises(UserError, match=r"output head is Identity, distillation needs nn\.Linear"):
         output_head(model)
+
+
+def test_a_micro_batch_without_a_supervised_token_gives_zero_through_every_parameter():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    installed = Objective(student, to_logits(teacher), terms=TERMS, chunk=5)
+    installed.install()
+    rows = batch()
+    rows["labels"] = torch.full_like(rows["labels"], IGNORED)
+    with torch.no_grad():
+        hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
+    loss, sums = student(**rows, signals=Signals(hidden))
+    loss.backward()
+    installed.uninstall()
+    assert loss.item() == 0
+    assert not sums.any()
+    assert all(not gradient(parameter).any() for parameter in student.parameters())

@@ -130,7 +130,9 @@ class Objective:
         elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
             targets = TopK(kept(signals.ids_BSK), kept(signals.log_probs_BSK), self._recorded_temperature)
         if not supervised.any():  # of a micro-batch; the step as a whole has some
-            return hidden_BSD.sum() * 0, hidden_BSD.new_zeros(len(self._at_head) + 2, dtype=torch.float64)
+            # zero, but through every parameter: ranks that share gradients must all have the same ones to share
+            nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()
+            return nothing, hidden_BSD.new_zeros(len(self._at_head) + 2, dtype=torch.float64)
         through = logits_from_hidden(self.student)
         loss, term_sums, agreement = chunked_head_loss(
             kept(hidden_BSD),
