@@ -2,6 +2,7 @@
 
 The stage: from settings to distilled/
     distill             all of it, in order
+    assembly            models, teacher, loss and Trainer put together
     arguments           TrainingArguments and the DeepSpeed configuration that a recipe means
     text                the rows that are learnt from
     trainer             one optimizer step, its curves, its checkpoint
