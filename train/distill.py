@@ -7,26 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifact import PruningPlan, fingerprint
 from shoal.data import sources_fingerprint
 from shoal.errors import UserError
-from shoal.models import align_weights, load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
+from shoal.models import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
 from shoal.packing import PackedRows
 from shoal.recipe import Distill, Track, as_dict
 from shoal.recording import Record
 from shoal.runtime import device, is_main, world_size
-from shoal.terms import LOGIT_TERMS, STATE_TERMS, CrossEntropy, reads_distributions
 
 from . import tracking
-from .adapters import add_adapters, refuse_untrainable
+from .adapters import refuse_untrainable
 from .arguments import (
     BATCH_SPLIT,
-    autocast_dtype,
     check_names,
     deepspeed_config,
     num_rows,
@@ -34,27 +30,20 @@ from .arguments import (
     training_arguments,
     zero_stage,
 )
+from .assembly import assemble
 from .checkpoint import last_complete, needs_universal
-from .frozen import share_frozen, stored_names
 from .heartbeat import Heartbeat
-from .local import gaps, local_stage
-from .on_policy import Sampler
+from .local import local_stage
 from .progress import Progress
-from .recorded import Recorded
-from .recording import recording_inputs
+from .recording import rows_from
 from .results import write_results
-from .sampling import end_tokens
-from .sharding import join_deepspeed, place_teacher
-from .signals import LiveTeacher, RecordedTeacher
-from .states import StateLosses
+from .sharding import join_deepspeed
 from .stop import StopRequest
-from .student import Objective, SharedPrefix, output_head, to_logits
 from .text import training_rows
-from .trainable import keep_zeros, shares_prefix, train_only, trained_parts
+from .trainable import trained_parts
 from .trainer import DistillTrainer
-from .watch import Scorer, Watcher
+from .watch import Scorer
 from .writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
-from .zero_check import check_objective
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +100,6 @@ def distill_inputs(
         "attention": attention,
         **{key: value for key, value in (section | trainer).items() if key not in NOT_IDENTITY},
     }
-
-
-def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
-    """What shapes the training rows, for messages about a recording of others."""
-    keys = ("distill.data", "distill.sequence_length", "distill.packing", "data", "seed")
-    return {key: inputs[key] for key in keys if key in inputs}
 
 
 def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -212,66 +195,30 @@ def distill(
     arguments, keep = training_arguments(
         settings, output_dir=checkpoints, seed=seed, report_to=report_to, load_universal=universal
     )
-    student = load_model(student_dir, dtype="float32", **load)
-    trained = train_only(student, settings.trainable, plan)
-    stored = stored_names(student_dir)
-    if settings.lora is not None:
-        add_adapters(student, settings.lora, trained, seed=seed, stored=stored)
-    keep_zeros(student)
-    live = None
-    if settings.teacher.recorded is None:
-        live = load_model(teacher_dir, dtype=settings.teacher.dtype or dtype, **load).requires_grad_(False)
-    shared = 0 if live is None else shares_prefix(trained, plan)
-    if settings.local is not None:  # the layer before the first gap is no longer the teacher's
-        shared = min(shared, gaps(plan.keep, plan.num_layers)[0].layer)
-    prefix = SharedPrefix(student, live, first_change=shared) if live is not None and shared else None
-    state_terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
-    states = StateLosses(state_terms, plan, student, live, num_shared=shared) if state_terms else None
-    reads_logits = any(map(reads_distributions, settings.losses))
-    if live is not None:
-        teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
-    else:
-        recorded = _recorded(teacher_dir, rows, settings, record, states, inputs)
-        teacher = RecordedTeacher(recorded, reads_logits=reads_logits, states=states)
-    objective = Objective(
-        student,
-        None if live is None else to_logits(live),
-        terms=settings.losses,
-        chunk=settings.head_chunk,
-        states=states,
-        recorded_temperature=record.temperature,
-    )
     stop = StopRequest()
-    trainer = DistillTrainer(
-        model=student,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=_stack,
-        teacher=teacher,
-        teacher_head=None if live is None else output_head(live),
-        objective=objective,
-        prefix=prefix,
-        inputs=identity,
+    made = assemble(
+        teacher_dir,
+        student_dir,
+        plan,
+        rows,
+        tokenizer,
+        settings=settings,
+        record=record,
+        arguments=arguments,
         keep_checkpoints=keep,
+        inputs=inputs,
+        identity=identity,
         stop=stop,
-        stop_on_spike=settings.stop_on_spike,
-        autocast_dtype=autocast_dtype(settings),
-        on_policy=_on_policy(settings, student, tokenizer, seed=seed),
+        scorer=scorer,
         callbacks=[Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length), heartbeat],
+        seed=seed,
+        dtype=dtype,
+        load=load,
     )
-    trainer.remove_callback(PrinterCallback)
-    if live is not None:
-        place_teacher(live, trainer, offload=settings.teacher.offload)
-        if zero_stage(settings) < 3 and not settings.teacher.offload:
-            _share_weights(student, live, plan, settings, stored)
-    check_objective(settings, live or student, rows, states, record, is_teacher=live is not None)
-    watcher = None
-    if settings.watch is not None and scorer is not None:
-        watcher = Watcher(settings.watch, checkpoints, identity)
-        trainer.watch_with(watcher, scorer(tokenizer))
+    trainer, objective = made.trainer, made.objective
     objective.install()
     stop.listen()
-    _announce(student, rows, trainer, settings, resume)
+    _announce(made.student, rows, trainer, settings, resume)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if trainer.state.global_step < trainer.state.max_steps:
         heartbeat.stop()
@@ -285,16 +232,16 @@ def distill(
         data["overlap"] = search_rows(rows, tokenizer)
     write_results(
         trainer,
-        student,
+        made.student,
         student_dir,
         run_dir=run_dir,
         inputs=inputs,
-        watcher=watcher,
+        watcher=made.watcher,
         data=data,
         settings={
             "rows": fingerprint(rows.fingerprint),
-            "shared_layers": shared,
-            "trained_layers": list(trained.layers),
+            "shared_layers": made.shared_layers,
+            "trained_layers": list(made.trained.layers),
         },
     )
     heartbeat.stop()
@@ -357,65 +304,6 @@ def rows_to_train_on(
         folder=run_dir / "text",
         inputs={"model": inputs["model"], **rows_from(inputs)},
     )
-
-
-def _on_policy(
-    settings: Distill, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
-) -> Sampler | None:
-    if settings.on_policy is None or settings.on_policy.share == 0:
-        return None
-    ends = end_tokens(student.generation_config, tokenizer.eos_token_id)
-    special: Any = tokenizer
-    start = special.bos_token_id
-    begins = start is not None and special("a")["input_ids"][:1] == [start]
-    padding = special.pad_token_id if special.pad_token_id is not None else (*ends, 0)[0]
-    return Sampler(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None)
-
-
-def _share_weights(
-    student: PreTrainedModel, teacher: PreTrainedModel, plan: PruningPlan, settings: Distill, stored: set[str]
-) -> None:
-    for model in (student, teacher):
-        align_weights(model)  # else the last bits may differ on a CPU: mapped files are not aligned
-    student.to(device())  # pyright: ignore[reportArgumentType]
-    saved = share_frozen(student, teacher, plan.keep, autocast_dtype=autocast_dtype(settings), stored=stored)
-    if saved:
-        log.info("teacher and student share %.0f MB of frozen weights", saved / 1e6)
-
-
-def _recorded(
-    teacher_dir: Path,
-    rows: PackedRows,
-    settings: Distill,
-    record: Record,
-    states: StateLosses | None,
-    inputs: dict[str, Any],
-) -> Recorded:
-    assert settings.teacher.recorded is not None
-    identity = recording_inputs(
-        record,
-        teacher_dir,
-        model=inputs["model"],
-        sequence_length=settings.sequence_length,
-        dtype=inputs["dtype"],
-        attention=inputs["attention"],
-    )
-    return Recorded(
-        Path(settings.teacher.recorded).expanduser(),
-        rows,
-        inputs=identity,
-        rows_from=rows_from(inputs),
-        states=() if states is None else states.teacher_layers,
-        temperatures={
-            term.temperature
-            for term in settings.losses
-            if isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
-        },
-    )
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def _announce(

@@ -75,6 +75,12 @@ def recording_inputs(
     }
 
 
+def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
+    """What shapes the training rows, for messages about a recording of others."""
+    keys = ("distill.data", "distill.sequence_length", "distill.packing", "data", "seed")
+    return {key: inputs[key] for key in keys if key in inputs}
+
+
 def recording_layout(settings: Record, teacher: Path, *, sequence_length: int, trust_remote_code: bool) -> Layout:
     """The planes that ``settings`` ask for of the teacher in this folder, told from its configuration.
 
