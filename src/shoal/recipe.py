@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from shoal import training
+from shoal import search, training
 from shoal.edits import Edits, contradictions
 from shoal.errors import UserError
 from shoal.recording import Record
+from shoal.search import Search
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
 from shoal.training import Distill
@@ -221,6 +222,8 @@ class Recipe(Section):
     prune: Prune = Prune()
     record: Record = field(default_factory=Record)
     distill: Distill = field(default_factory=Distill)
+    search: Search | None = None
+    """What `shoal search` compares; no other verb looks at it."""
     eval: Eval = Eval()
     track: Track = Track()
     export: Export = Export()
@@ -402,6 +405,8 @@ def _contradictions(recipe: Recipe) -> list[str]:
         problems.append("prune.weights: mixes scores of single layers; set prune.contiguous: false, or leave it out")
     problems += [f"prune.edits.{problem}" for problem in contradictions(prune.edits, prune.drop or ())]
     problems += training.contradictions(recipe.distill)
+    if recipe.search is not None:
+        problems += search.contradictions(recipe.search, recipe.distill.trainer)
     if recipe.export.hub_repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.export.hub_repo):
         problems.append(f"export.hub_repo: must have the form owner/name (got {recipe.export.hub_repo!r})")
     return problems
