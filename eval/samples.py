@@ -47,7 +47,7 @@ def task_score(
     score = TaskScore(
         task=name,
         ability=str(described.get("ability") or name),
-        protocol=str(described.get("protocol") or _protocol(task, chosen)),
+        protocol=str(described.get("protocol") or protocol_of(task, chosen)),
         metric=metric,
         score=float(np.average([item.score for item in scored], weights=[item.weight for item in scored])),
         ci_low=0.0,
@@ -152,7 +152,8 @@ def _check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:
                 )
 
 
-def _protocol(task: Any, samples: Sequence[Sample]) -> str:
+def protocol_of(task: Any, samples: Sequence[Sample]) -> str:
+    """The protocol of a task that does not say it, by how it asks: of options the first sample's are looked at."""
     if task.OUTPUT_TYPE == "generate_until":
         return "generation"
     if task.OUTPUT_TYPE == "loglikelihood_rolling":

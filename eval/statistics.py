@@ -206,15 +206,8 @@ def retention(before: TaskScore, after: TaskScore) -> Retention:
     chance level, and a ratio over a teacher that is at chance is noise over noise.
     """
     require_same_measurement(before, after)
-    if not before.higher_is_better:
-        return Retention(None, None, None, f"{before.metric} has no chance level; compare the difference")
-    if before.ci_low <= before.chance:
-        return Retention(
-            None,
-            None,
-            None,
-            f"the teacher is not above chance ({before.score:.2f} against {before.chance:.2f}, n = {before.n})",
-        )
+    if reason := no_retention(before):
+        return Retention(None, None, None, reason)
     before_N, after_N, weights_N = _aligned(before, after)
     counts_RN = _resample_counts(before.n) * weights_N
     totals_R = counts_RN.sum(axis=1)
@@ -224,6 +217,15 @@ def retention(before: TaskScore, after: TaskScore) -> Retention:
     low, high = np.percentile(kept_R[usable] / above_R[usable], (2.5, 97.5))
     value = (after.score - before.chance) / (before.score - before.chance)
     return Retention(float(value), float(low), float(high))
+
+
+def no_retention(teacher: TaskScore) -> str:
+    """Why no share of this score can be kept; empty where one can."""
+    if not teacher.higher_is_better:
+        return f"{teacher.metric} has no chance level; compare the difference"
+    if teacher.ci_low <= teacher.chance:
+        return f"the teacher is not above chance ({teacher.score:.2f} against {teacher.chance:.2f}, n = {teacher.n})"
+    return ""
 
 
 def z_above_chance(task: TaskScore) -> float | None:
