@@ -92,7 +92,7 @@ def _ranked_by(ranking: Ranking) -> str:
 def _standings(result: SearchResult) -> str:
     ranking = result.ranking
     plans = {plan.name: plan for plan in result.plans}
-    header = ["rank", "before", "plan", "drops", "mean before", "mean after", "behind the first"]
+    header = ["rank", "rank before", "plan", "drops", "mean before", "mean after", "behind the first"]
     return _table([header, *(_standing(plan, plans[plan.name], ranking) for plan in ranking.plans)])
 
 
