@@ -207,9 +207,17 @@ def test_of_a_conversation_the_prompt_is_all_before_an_assistants_turn(student):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_lambda_is_the_share_of_steps_on_samples(share):
     chosen = sampler(share=share)
-    wanted = [chosen.replaces(step) for step in range(2000)]
+    wanted = [chosen.replaces(step, 2000) for step in range(2000)]
     assert sum(wanted) / 2000 == pytest.approx(share, abs=0.04 if 0 < share < 1 else 0)
-    assert wanted == [sampler(share=share).replaces(step) for step in range(2000)]
+    assert wanted == [sampler(share=share).replaces(step, 2000) for step in range(2000)]
+
+
+def test_no_step_before_the_start_is_on_policy():
+    late, always = sampler(share=0.5, start=0.25), sampler(share=0.5)
+    wanted = [late.replaces(step, 100) for step in range(100)]
+    assert wanted[:25] == [False] * 25
+    assert wanted[25:] == [always.replaces(step, 100) for step in range(25, 100)]
+    assert any(wanted)
 
 
 def test_samples_follow_from_seed_step_and_weights(student):

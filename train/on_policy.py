@@ -44,8 +44,10 @@ class Sampler:
     bos_id: int | None = None
     """What the model's documents start with; None = nothing."""
 
-    def replaces(self, step: int) -> bool:
-        """Whether step number ``step``, counted from 0, trains on samples; the same on every rank."""
+    def replaces(self, step: int, num_steps: int) -> bool:
+        """Whether step number ``step``, counted from 0, of ``num_steps`` trains on samples; the same on every rank."""
+        if step < self.settings.start * num_steps:
+            return False
         return random.Random(f"on_policy/{self.seed}/{step}").random() < self.settings.share
 
     def batches(

@@ -100,7 +100,7 @@ class DistillTrainer(Trainer):
         """
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
-        if batches and self._on_policy is not None and self._on_policy.replaces(step):
+        if batches and self._on_policy is not None and self._on_policy.replaces(step, self.state.max_steps):
             with self.plain_student() as student:
                 batches = self._on_policy.batches(student, batches, step=step)
             num_items = self._get_num_items_in_batch(batches, device)

@@ -16,6 +16,8 @@ class OnPolicy(Section):
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability that a step trains on samples, GKD's lambda; 0 = never, 1 = in every step."""
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of all steps that come before the first on-policy one: a student that cannot write yet wastes its time."""
     prompt_tokens: Positive = 24
     """Tokens of running text that the student goes on from; of a conversation it gets all up to an assistant's turn."""
     new_tokens: Positive = 128
