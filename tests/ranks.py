@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -23,15 +23,25 @@ PRELOADED = ["shoal.cli", "shoal.pipeline", "shoal.train.distill", "deepspeed", 
 
 
 def run_ranks(
-    arguments: Sequence[str], *, ranks: int, env: Mapping[str, str], cwd: Path, timeout_s: float = 300
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    env: Mapping[str, str],
+    cwd: Path,
+    timeout_s: float = 300,
+    before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`shoal ARGUMENTS` on ``ranks`` ranks to their end; as under a launcher, a rank that fails ends the others."""
+    """`shoal ARGUMENTS` on ``ranks`` ranks to their end; as under a launcher, a rank that fails ends the others.
+
+    Every rank first calls ``before``, which has to be a function of a module.
+    """
     port = env.get("MASTER_PORT", str(free_port()))
     with TemporaryFile("w+") as log:
         processes = []
         for rank in range(ranks):
             world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-            processes.append(start_rank(arguments, {**env, "MASTER_ADDR": "127.0.0.1", **world}, cwd=cwd, log=log))
+            own = {**env, "MASTER_ADDR": "127.0.0.1", **world}
+            processes.append(start_rank(arguments, own, cwd=cwd, log=log, before=before))
         deadline = time.monotonic() + timeout_s
         while any(process.is_alive() for process in processes):
             if any(process.exitcode for process in processes) or time.monotonic() > deadline:
@@ -44,20 +54,29 @@ def run_ranks(
         return subprocess.CompletedProcess(list(arguments), failed, stdout="", stderr=log.read())
 
 
-def start_rank(arguments: Sequence[str], env: Mapping[str, str], *, cwd: Path, log: IO[str]) -> ForkServerProcess:
+def start_rank(
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    cwd: Path,
+    log: IO[str],
+    before: Callable[[], None] | None = None,
+) -> ForkServerProcess:
     """One rank of its own, writing to ``log``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     # the server reads these when it imports; what it has been started with stays
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", DS_ACCELERATOR="cpu")
     process = context.Process(
-        target=_run, args=(list(arguments), dict(env), str(cwd), f"/proc/{os.getpid()}/fd/{log.fileno()}")
+        target=_run, args=(list(arguments), dict(env), str(cwd), f"/proc/{os.getpid()}/fd/{log.fileno()}", before)
     )
     process.start()
     return process
 
 
-def _run(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> None:
+def _run(
+    arguments: list[str], env: dict[str, str], cwd: str, log: str, before: Callable[[], None] | None = None
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -66,5 +85,7 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str, log: str) -> None:
     os.environ.update(env)
     from shoal.cli import main
 
+    if before is not None:
+        before()
     sys.argv = ["distill.py", *arguments]
     main(arguments)

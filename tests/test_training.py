@@ -1,0 +1,195 @@
+"""The whole training, through the distill verb: what its parts must still do when they are put together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_checkpoint
+from training_runs import (
+    STEPS,
+    Trial,
+    all_of,
+    checkpointed_weights,
+    finished,
+    mask_labels_of_rows,
+    prepare,
+    run,
+    script_scores,
+    terminate,
+    write_recipe,
+)
+
+pytestmark = pytest.mark.slow
+
+LOGIT_LOSSES: list[dict[str, Any]] = [
+    {"kind": "forward_kl", "weight": 1.0},
+    {"kind": "reverse_kl", "weight": 0.5, "temperature": 2.0},
+    {"kind": "jsd", "weight": 0.3, "beta": 0.3},
+    {"kind": "skewed_forward_kl", "weight": 0.2},
+    {"kind": "skewed_reverse_kl", "weight": 0.2},
+    {"kind": "total_variation", "weight": 0.1},
+    {"kind": "cross_entropy", "weight": 0.1},
+]
+ALL_LOSSES = [
+    *LOGIT_LOSSES,
+    {"kind": "adaptive_kl", "weight": 0.4},
+    {"kind": "taid", "weight": 0.5, "momentum": 0.5, "step_size": 0.1},
+    {"kind": "dkd", "weight": 0.2},
+    {"kind": "hidden_states", "weight": 0.5},
+    {"kind": "hidden_states", "weight": 0.3, "map": "own", "distance": "cosine", "multi_scale": True},
+    {"kind": "attention_relation", "weight": 0.1},
+    {"kind": "value_relation", "weight": 0.1},
+]
+NAMES = [term["kind"] for term in ALL_LOSSES if term["kind"] != "hidden_states"] + [
+    "hidden_states_1",
+    "hidden_states_2",
+]
+SCORES = {0: 5.0, 2: 4.0, 4: 1.0, 6: 3.0, 8: 2.0}
+"""By step; the best is neither the first nor the last."""
+EMPTY = (1, 2)
+"""Rows of every batch without a supervised token: as micro-batches of one row they teach nothing."""
+
+WATCHED: dict[str, Any] = {
+    "track": "offline",
+    "losses": ALL_LOSSES,
+    "watch": {
+        "every": 2,
+        "perplexity_tokens": 128,
+        "tasks": ["knowledge_continuation"],
+        "limit": 4,
+        "best": "perplexity",
+    },
+    "trainer": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    return prepare(tmp_path_factory.mktemp("cut"), teacher)
+
+
+def recipe(folder: Path, teacher: Path, cut: Path, **settings: Any) -> Path:
+    shutil.copytree(cut, folder / "run")
+    return write_recipe(folder, teacher, **settings)
+
+
+def same(one: Trial, other: Trial, names: list[str], *, within: float = 1e-5) -> None:
+    for name in ["loss", *names]:
+        assert one.curve(name) == pytest.approx(other.curve(name), abs=within, rel=within), name
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
+    """One rank, all losses, watched, never interrupted."""
+    path = recipe(
+        tmp_path_factory.mktemp("everything"),
+        teacher,
+        cut,
+        overlap=True,
+        **WATCHED,
+    )
+    return finished(run(path, before=partial(script_scores, list(SCORES.values()), *EMPTY)))
+
+
+def test_every_term_has_a_curve_and_the_loss_is_their_weighted_sum(everything):
+    curves = {name: everything.curve(name) for name in NAMES}
+    for step, loss in enumerate(everything.curve()):
+        numbered = iter(("hidden_states_1", "hidden_states_2"))
+        total = sum(
+            term["weight"] * curves[next(numbered) if term["kind"] == "hidden_states" else term["kind"]][step]
+            for term in ALL_LOSSES
+        )
+        assert loss == pytest.approx(total, rel=1e-5)
+    assert everything.curve()[-1] < everything.curve()[0]
+    assert all(0 <= share <= 1 for share in everything.curve("top1_agreement"))
+
+
+def test_scores_stand_beside_the_losses_and_the_best_state_is_what_is_left(everything):
+    watched = {row["step"]: row for row in everything.training.history if "watch/perplexity" in row}
+    assert {int(step): row["watch/perplexity"] for step, row in watched.items()} == SCORES
+    assert all(0 <= row["watch/knowledge_continuation"] <= 1 for row in watched.values())
+    assert everything.training.settings["best"] == {"step": 4, "metric": "perplexity", "score": 1.0}
+    best = checkpointed_weights(everything, 4)
+    assert all(torch.equal(weight, best[name]) for name, weight in everything.weights().items())
+    assert not (everything.dir / "checkpoints" / "best").exists()
+    assert everything.training.data["overlap"].keys() == {"knowledge_continuation"}
+
+
+def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_micro_batch_teaches_nothing(
+    everything, teacher, cut, tmp_path
+):
+    path = recipe(
+        tmp_path,
+        teacher,
+        cut,
+        losses=ALL_LOSSES,
+        deepspeed="deepspeed/zero3.json",
+        trainer={"per_device_train_batch_size": 1},
+    )
+    sharded = finished(run(path, ranks=2, before=partial(mask_labels_of_rows, *EMPTY)))
+    same(sharded, everything, [*NAMES, "taid_t"])
+
+
+def test_a_run_that_is_not_watched_ends_with_the_same_bits(everything, teacher, cut, tmp_path):
+    path = recipe(tmp_path, teacher, cut, losses=ALL_LOSSES)
+    plain = finished(run(path, before=partial(mask_labels_of_rows, *EMPTY)))
+    for name in ("loss", "taid_t", *NAMES):
+        assert plain.curve(name) == everything.curve(name)
+    last = checkpointed_weights(everything, STEPS)
+    assert all(torch.equal(weight, last[name]) for name, weight in plain.weights().items())
+
+
+def test_a_stopped_run_keeps_its_best_state_and_the_share_of_taid_and_draws_on(everything, teacher, cut, tmp_path):
+    path = recipe(tmp_path, teacher, cut, **WATCHED)
+    scores = list(SCORES.values())
+    stopped = run(path, before=partial(all_of, partial(script_scores, scores, *EMPTY), partial(terminate, 7)))
+    assert stopped.result is not None
+    assert stopped.result.returncode == 143, stopped.log[-3000:]
+    resumed = finished(run(path, before=partial(script_scores, scores[-1:], *EMPTY)))
+    assert "checkpoint-7" in resumed.log
+    for name in ("loss", "taid_t", *NAMES):
+        assert resumed.curve(name) == everything.curve(name)
+    ours, theirs = resumed.weights(), everything.weights()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert resumed.training.settings["best"]["step"] == 4
+    rows = [row for folder in wandb_runs(resumed) for row in wandb_rows(folder)]
+    for name in ("loss", "taid_t", "watch/perplexity"):
+        drawn = {row["train/global_step"]: row[f"train/{name}"] for row in rows if f"train/{name}" in row}
+        assert drawn == {row["step"]: row[name] for row in resumed.training.history if name in row}, name
+
+
+def wandb_runs(trial: Trial) -> list[Path]:
+    return sorted((trial.dir / "wandb").glob("offline-run-*"))
+
+
+def wandb_rows(folder: Path) -> list[dict[str, float]]:
+    """What a run that was tracked offline has logged: records in 32 KB blocks, every piece under a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
+    (file,) = folder.glob("*.wandb")
+    written, at, rows, whole = file.read_bytes(), 7, [], b""
+    while at + 7 <= len(written):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", written[at + 4 : at + 7])
+        whole += written[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole record, or its last piece
+            record = Record.FromString(whole)
+            whole = b""
+            if record.HasField("history"):
+                rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+    return rows
