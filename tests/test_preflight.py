@@ -15,36 +15,55 @@ import torch
 from tiny import NUM_LAYERS, VOCAB_SIZE, tiny_checkpoint, tiny_config, tiny_model
 from torch.autograd.graph import saved_tensors_hooks
 
+from shoal.artifact import Provenance, PruningPlan
 from shoal.errors import UserError
+from shoal.lora import Lora
+from shoal.machine import ranks_on_this_node
+from shoal.on_policy import OnPolicy
+from shoal.terms import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train import dry_run as report
+from shoal.train import memory as memory_module
 from shoal.train import preflight
-from shoal.train.memory import LIBRARY_BYTES, memory, student_size
-from shoal.train.pace import flops_per_token
+from shoal.train.memory import LIBRARY_BYTES, ModelSize, Setting, memory, shared_weights, student_size
+from shoal.train.pace import flops_per_token, make_trainable
 from shoal.train.preflight import (
     Job,
     cheapest,
+    check_fit,
     disk_bytes,
     job,
     overrides,
-    refuse_what_will_not_fit,
     shortages,
 )
 from shoal.train.student import final_hidden
-from shoal.train.trainable import set_trainable
-from shoal.training import Distill
+from shoal.training import Distill, LocalHeal, Teacher, Watch
 
 CPU = torch.device("cpu")
 ROWS, LENGTH = 3, 64
 
 
-def freezing(trainable: str = "all", first_change: int = 2) -> Callable[[Any], None]:
-    return lambda student: set_trainable(student, trainable, first_change=first_change)
+def dropping(*layers: int, num_layers: int = NUM_LAYERS) -> PruningPlan:
+    return PruningPlan(Provenance({}), num_layers, layers, "")
 
 
-def really_saved(kind: str, *, autocast: bool, trainable: str) -> int:
+SETTINGS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "from_first_cut": {"trainable": "from_first_cut"},
+    "lora": {"lora": Lora(rank=4)},
+    "lora near gaps": {"lora": Lora(rank=4, target_modules=("q_proj", "down_proj")), "trainable": "near_gaps"},
+}
+
+
+def preparing(trained: str = "all") -> Callable[[Any], Any]:
+    """For a student of six layers, the lowest two of which are below the cut."""
+    settings = Distill(**SETTINGS[trained])
+    return lambda student: make_trainable(student, settings, dropping(2, num_layers=NUM_LAYERS + 1))
+
+
+def really_saved(kind: str, *, autocast: bool, trained: str) -> int:
     """Bytes of tensors that autograd keeps when a real model with real numbers runs."""
     model = tiny_model(kind).train()
-    freezing(trainable)(model)
+    preparing(trained)(model)
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -60,17 +79,17 @@ def really_saved(kind: str, *, autocast: bool, trainable: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("trainable", ["all", "from_first_cut"])
+@pytest.mark.parametrize("trained", SETTINGS)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
-def test_what_autograd_keeps_is_counted_to_the_byte(kind: str, autocast: bool, trainable: str) -> None:
-    found = student_size(tiny_config(kind), sequence_length=LENGTH, prepare=freezing(trainable), autocast=autocast)
+def test_what_autograd_keeps_is_counted_to_the_byte(kind: str, autocast: bool, trained: str) -> None:
+    found = student_size(tiny_config(kind), sequence_length=LENGTH, prepare=preparing(trained), autocast=autocast)
     counted = sum(layer.kept.of(ROWS) for layer in found.layers) + found.outside.of(ROWS)
-    assert counted == really_saved(kind, autocast=autocast, trainable=trainable)
+    assert counted == really_saved(kind, autocast=autocast, trained=trained)
 
 
 def test_a_llama_layer_keeps_what_the_formula_of_the_document_says() -> None:
-    found = student_size(tiny_config("llama"), sequence_length=LENGTH, prepare=freezing(), autocast=True)
+    found = student_size(tiny_config("llama"), sequence_length=LENGTH, prepare=preparing(), autocast=True)
     width, inner, heads, attended = 32, 48, 4, 32  # keys and values are repeated to one per query head and kept so
     low = 5 * width + 4 * attended + 4 * inner + LENGTH  # the last is the mask's row
     assert found.layers[2].kept.per_row == LENGTH * (2 * low + 4 * (4 * width + 2 + heads))
@@ -79,11 +98,11 @@ def test_a_llama_layer_keeps_what_the_formula_of_the_document_says() -> None:
 
 def test_frozen_layers_below_the_cut_keep_nothing() -> None:
     config = tiny_config("llama")
-    found = student_size(config, sequence_length=LENGTH, prepare=freezing("from_first_cut", 2))
+    found = student_size(config, sequence_length=LENGTH, prepare=preparing("from_first_cut"))
     assert [layer.kept.per_row > 0 for layer in found.layers] == [False] * 2 + [True] * (NUM_LAYERS - 2)
     assert [layer.trained > 0 for layer in found.layers] == [False] * 2 + [True] * (NUM_LAYERS - 2)
     model = tiny_model("llama")
-    freezing("from_first_cut", 2)(model)
+    preparing("from_first_cut")(model)
     assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
@@ -91,6 +110,7 @@ def test_frozen_layers_below_the_cut_keep_nothing() -> None:
 TRAIN = """
 import resource, psutil, torch
 from transformers import LlamaConfig
+from shoal.artifact import Provenance, PruningPlan
 from shoal.train import pace
 from shoal.train.memory import Setting, memory, student_size, teacher_size
 from shoal.training import Distill
@@ -101,8 +121,8 @@ setting = Setting(rows=8, sequence_length=256, head_chunk=256, device="cpu")
 sizes = student_size(student, sequence_length=256, prepare=lambda model: None), teacher_size(teacher)
 pace.PROBE_BATCHES = 2
 before = psutil.Process().memory_info().rss
-pace.probe(teacher, student, Distill(sequence_length=256), setting, teacher_dtype=torch.bfloat16, first_change=1,
-           attention="sdpa", device=torch.device("cpu"))
+pace.probe(teacher, student, PruningPlan(Provenance({}), 6, (1,), ""), Distill(sequence_length=256), setting,
+           teacher_dtype=torch.bfloat16, attention="sdpa", device=torch.device("cpu"))
 found = memory(*sizes, setting)
 print(found.peak - found.fixed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 """
@@ -122,20 +142,28 @@ def test_the_estimate_is_within_a_tenth_of_a_measured_peak() -> None:
 # --- ZeRO stages, offload, teacher
 
 
-@pytest.fixture(scope="module")
-def tiny_job() -> Job:
+CUT = dropping(2, 4)
+
+
+def job_of(**settings: Any) -> Job:
     """On a GPU of which only the name is needed; four ranks."""
+    given = {"sequence_length": LENGTH, "deepspeed": "deepspeed/zero0.json", "num_tokens": 100_000, "watch": None}
     return job(
         tiny_config("llama"),
         tiny_config("llama", num_hidden_layers=4),
-        Distill(sequence_length=LENGTH, deepspeed="deepspeed/zero0.json", num_tokens=100_000),
-        first_change=2,
+        CUT,
+        Distill(**given | settings),
         dtype="bfloat16",
         attention="sdpa",
         ranks=4,
         ranks_per_node=2,
         device=torch.device("cuda"),
     )
+
+
+@pytest.fixture(scope="module")
+def tiny_job() -> Job:
+    return job_of()
 
 
 def test_states_are_sharded_as_the_stage_says(tiny_job: Job) -> None:
@@ -172,7 +200,8 @@ def test_a_teacher_is_whole_sharded_on_the_host_or_not_there(tiny_job: Job) -> N
     assert found() == (whole, 0)
     assert found(stage=3)[0] < whole
     assert found(teacher="offloaded")[1] == 2 * whole  # a node's two ranks have one each
-    assert found(teacher="recorded") == found(teacher="none") == (0, 0)
+    assert found(teacher="recorded") == (0, 0)
+    assert found(teacher="idle") == (whole, 0)  # loaded, whether or not a loss asks it anything
 
 
 def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: Job) -> None:
@@ -197,6 +226,126 @@ def test_operations_per_token_follow_from_weights_and_length(tiny_job: Job) -> N
     recorded = replace(tiny_job.setting, teacher="recorded")
     found = flops_per_token(tiny_job.student, tiny_job.teacher, recorded, shared=False)
     assert found == 3 * (4 * layer + head)
+
+
+# --- what stands beside plain training
+
+
+def test_adapters_alone_have_gradients_and_moments() -> None:
+    whole, adapters = job_of(), job_of(lora=Lora(rank=4))
+    pairs = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    count = 4 * sum(4 * (rows + columns) for rows, columns in pairs)
+    assert adapters.student.trained == count
+    assert adapters.student.parameters == whole.student.parameters + count
+    assert (adapters.memory.gradients, adapters.memory.optimizer) == (4 * count, 8 * count)
+
+
+def test_frozen_weights_are_counted_once_where_they_are_shared() -> None:
+    found = job_of(trainable="from_first_cut")
+    model = tiny_model("llama", num_hidden_layers=4)
+    make_trainable(model, Distill(trainable="from_first_cut"), CUT)
+    frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
+    expected = sum(count for name, count in frozen.items() if "norm" not in name)
+    assert shared_weights(found.student, found.setting) == expected
+    assert found.memory.weights == 4 * (found.student.parameters - expected)
+    for apart in ({"stage": 3}, {"teacher": "recorded"}, {"teacher": "offloaded"}, {"sharing": "none"}):
+        assert shared_weights(found.student, replace(found.setting, **apart)) == 0
+    same = replace(found.setting, sharing="all")
+    assert shared_weights(found.student, same) == sum(frozen.values())
+    assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float32")).setting.sharing == "all"
+    assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float16")).setting.sharing == "none"
+
+
+def test_a_teacher_is_where_the_recipe_says(tiny_job: Job) -> None:
+    def place(**settings: Any) -> str:
+        return job_of(**settings).setting.teacher
+
+    assert place() == "live"
+    assert place(teacher=Teacher(offload=True)) == "offloaded"
+    assert place(teacher=Teacher(recorded="signals")) == "recorded"
+    assert place(losses=(CrossEntropy(),)) == "idle"
+    assert place(losses=(CrossEntropy(),), trainable="from_first_cut") == "live"  # it runs the lowest layers
+    assert place(losses=(CrossEntropy(), HiddenStates())) == "live"
+    assert job_of(teacher=Teacher(dtype="float32")).memory.teacher == 2 * tiny_job.memory.teacher
+
+
+def test_a_batch_over_all_ranks_sets_rows_and_micro_batches() -> None:
+    found = job_of(batch_size=24)
+    assert (found.setting.rows, found.setting.accumulation, found.tokens_per_step) == (3, 2, 24 * LENGTH)
+    other = replace(found.setting, rows=1, accumulation=6)
+    assert overrides(found, other) == ["distill.trainer.per_device_train_batch_size=1"]  # the rest follows
+    with pytest.raises(UserError, match="26 rows do not divide over 4 ranks"):
+        job_of(batch_size=26)
+
+
+def large(job: Job, **setting: Any) -> tuple[ModelSize, ModelSize, Setting]:
+    """The job with models so large that nothing else counts."""
+    student, teacher = (replace(size, parameters=10**9 * size.parameters) for size in (job.student, job.teacher))
+    return student, teacher, replace(job.setting, **setting)
+
+
+def test_scoring_gathers_the_whole_student_on_every_rank_of_zero_3() -> None:
+    watched = job_of(watch=Watch(), deepspeed="deepspeed/zero3.json")
+    student, teacher, setting = large(watched, stage=3, ranks=1000)
+    found = memory(student, teacher, setting)
+    assert found.peak_at == "scoring"
+    assert found.peak > 4 * student.parameters
+    unwatched = memory(student, teacher, replace(setting, scored_rows=0))
+    assert unwatched.peak < student.parameters
+    assert memory(student, teacher, replace(setting, stage=0)).peak_at != "scoring"
+    few = job_of(watch=Watch(perplexity_tokens=100))
+    assert few.setting.scored_rows == 2  # windows of 64 tokens
+    assert job_of(watch=Watch(tasks=("a",))).setting.scored_rows == 16
+
+
+def test_samples_have_a_cache_of_keys_and_values() -> None:
+    found = job_of(on_policy=OnPolicy(prompt_tokens=4, new_tokens=12))
+    assert (found.setting.samples, found.setting.sample_tokens) == (4, 16)  # as many as fit into a row
+    longer = replace(found.setting, sample_tokens=10**9)
+    peaks = [memory(found.student, found.teacher, replace(longer, rows=rows)) for rows in (1, 2)]
+    assert peaks[0].peak_at == "sampling"
+    cached = 4 * 10**9 * 4 * 16 * (4 + 2)  # samples, tokens, layers, key numbers, bytes of a key and a value
+    assert peaks[1].peak - peaks[0].peak == pytest.approx(cached, rel=1e-5)
+
+
+def test_the_cache_of_a_student_under_autocast_holds_what_is_counted() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model(torch.arange(10)[None], use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    found = student_size(tiny_config("llama"), sequence_length=LENGTH, prepare=preparing())
+    assert held == 10 * NUM_LAYERS * found.key_numbers * (memory_module.KEY_BYTES + memory_module.VALUE_BYTES)
+
+
+def test_a_local_stage_takes_both_models_whole_and_twelve_bytes_per_trained_weight() -> None:
+    found = job_of(local=LocalHeal(), deepspeed="deepspeed/zero3.json")
+    assert found.setting.healed_layers == (1, 2)  # before layers 2 and 4 of the teacher
+    student, teacher, setting = large(found, ranks=1000)
+    told = memory(student, teacher, setting)
+    assert told.peak_at == "the local stage"
+    assert told.peak == pytest.approx(4 * student.parameters + 2 * teacher.parameters, rel=1e-3)
+    more = replace(student, layers=tuple(replace(layer, parameters=10**12) for layer in student.layers))
+    assert memory(more, teacher, setting).peak - told.peak == pytest.approx(2 * 12 * 10**12, rel=1e-3)
+    assert disk_bytes(found)["local"] == 4 * found.student.parameters + 12 * 2 * found.student.layers[1].parameters
+
+
+def test_states_of_loss_terms_are_held() -> None:
+    held = [job_of(losses=losses).setting.captured for losses in ((ForwardKL(),), (HiddenStates(),))]
+    # student layers 2 and 3, and 1 before the gap: three states of the teacher in bf16
+    assert held == [0, 3 * 32 * 2]
+    related = job_of(losses=(AttentionRelation(),))
+    assert related.setting.captured == (32 + 2 * 16) * (2 + 4)  # one layer's queries, keys, values, of both models
+    assert related.memory.activations - job_of().memory.activations == 4 * LENGTH * related.setting.captured
+
+
+def test_ranks_of_a_node_are_read_from_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert ranks_on_this_node() == 1
+    for count, name in enumerate(names, start=2):
+        monkeypatch.setenv(name, str(count))
+        assert ranks_on_this_node() == count
 
 
 # --- what fits
@@ -269,12 +418,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def refuse(folders: tuple[Path, Path], run_dir: Path, **changes: Any) -> None:
-    settings = Distill(sequence_length=LENGTH, **changes)
-    refuse_what_will_not_fit(
+    settings = Distill(sequence_length=LENGTH, watch=None, **changes)
+    check_fit(
         *folders,
+        CUT,
         settings=settings,
         run_dir=run_dir,
-        first_change=2,
         dtype="auto",
         attention="sdpa",
         ranks=1,
@@ -316,14 +465,22 @@ def test_a_run_without_the_disk_is_refused(folders: tuple[Path, Path], tmp_path:
     refuse(folders, tmp_path)
 
 
+def test_a_run_that_starts_all_the_same_says_what_is_short(
+    folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    machine["disk"] = 1000
+    refuse(folders, tmp_path, check_memory=False)
+    assert "starts because distill.check_memory is false: run_dir" in caplog.text
+
+
 def test_memory_that_is_close_is_a_warning(
     folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     found = job(
         tiny_config("llama"),
         tiny_config("llama", num_hidden_layers=4),
-        Distill(sequence_length=LENGTH),
-        first_change=2,
+        CUT,
+        Distill(sequence_length=LENGTH, watch=None),
         dtype="auto",
         attention="sdpa",
         ranks=1,
@@ -340,9 +497,11 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
     told = report.dry_run(
         tiny_config("llama"),
         tiny_config("llama", num_hidden_layers=4),
-        settings=Distill(sequence_length=LENGTH, trainable="from_first_cut"),
+        CUT,
+        settings=Distill(
+            sequence_length=LENGTH, trainable="from_first_cut", on_policy=OnPolicy(new_tokens=8), local=LocalHeal()
+        ),
         run_dir=tmp_path / "run",
-        first_change=2,
         dtype="auto",
         attention="sdpa",
         ranks=1,
@@ -355,6 +514,10 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
         "ZeRO 3 ",
         "this recipe",
         "measured here on micro-batches of the real objective",
+        "weights once, which are frozen",
+        "the lowest 2 layers are run once for both",
+        "8 samples of 32 tokens are written at one time",
+        "distill.local comes first",
         "recorded signals of these tokens would take",
         "cheapest setting that fits",
     ):

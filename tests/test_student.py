@@ -7,12 +7,13 @@ import torch
 from tiny import tiny_model
 from torch.nn import functional
 
+from shoal.artifact import Provenance, PruningPlan
 from shoal.data import IGNORED
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 from shoal.terms import CrossEntropy, ForwardKL
 from shoal.train.student import Objective, SharedPrefix, Signals, final_hidden, output_head, to_logits
-from shoal.train.trainable import set_trainable
+from shoal.train.trainable import train_only
 
 TERMS = (ForwardKL(),)
 
@@ -138,7 +139,7 @@ def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
             for layer in decoder_layers(student)[first_cut:]:
                 for parameter in layer.parameters():
                     parameter.add_(0.05 * torch.ones_like(parameter))
-        set_trainable(student, "from_first_cut", first_change=first_cut)
+        train_only(student, "from_first_cut", PruningPlan(Provenance({}), 7, drop=(first_cut,), reason=""))
         installed = Objective(student, to_logits(teacher), terms=TERMS, chunk=5)
         installed.install()
         prefix = SharedPrefix(student, teacher, first_change=first_cut)

@@ -36,8 +36,8 @@ BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """How ranks and micro-batches share the rows of one optimizer step."""
 
 
-def batch_split(settings: Distill) -> tuple[int, int]:
-    """Rows of a micro-batch on one rank, and micro-batches of an optimizer step.
+def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, int]:
+    """Rows of a micro-batch on one rank, and micro-batches of an optimizer step; ``ranks`` None = those of this run.
 
     Rows are handed out in order, micro-batch by micro-batch and within one rank by rank, so an optimizer step holds the
     same rows however it is split.
@@ -49,16 +49,17 @@ def batch_split(settings: Distill) -> tuple[int, int]:
     default = int(DEFAULTS["per_device_train_batch_size"])
     if settings.batch_size is None:
         return int(given or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
-    per_rank, rest = divmod(settings.batch_size, world_size())
+    ranks = ranks or world_size()
+    per_rank, rest = divmod(settings.batch_size, ranks)
     if rest:
         raise UserError(
-            f"distill.batch_size: {settings.batch_size} rows do not divide over {world_size()} ranks; "
-            f"choose a multiple of {world_size()}, or another number of ranks"
+            f"distill.batch_size: {settings.batch_size} rows do not divide over {ranks} ranks; "
+            f"choose a multiple of {ranks}, or another number of ranks"
         )
     rows = int(given or max(n for n in range(1, default + 1) if per_rank % n == 0))
     if per_rank % rows:
         raise UserError(
-            f"distill.batch_size: {settings.batch_size} rows over {world_size()} ranks are {per_rank} each, no "
+            f"distill.batch_size: {settings.batch_size} rows over {ranks} ranks are {per_rank} each, no "
             f"multiple of distill.trainer.per_device_train_batch_size {rows}; change one, or leave the latter out"
         )
     return rows, per_rank // rows

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.artifact import PruningPlan, fingerprint
 from shoal.data import sources_fingerprint
 from shoal.errors import UserError
+from shoal.machine import ranks_on_this_node
 from shoal.models import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
 from shoal.packing import PackedRows
 from shoal.recipe import Distill, Track, as_dict
@@ -34,6 +35,7 @@ from .assembly import assemble
 from .checkpoint import last_complete, needs_universal
 from .heartbeat import Heartbeat
 from .local import local_stage
+from .preflight import check_fit
 from .progress import Progress
 from .recording import rows_from
 from .results import write_results
@@ -172,6 +174,21 @@ def distill(
     identity = checkpoint_inputs(settings, inputs)
     resume = _agreed(lambda: last_complete(checkpoints, identity))
     universal = resume is not None and _agreed(lambda: needs_universal(resume, zero_stage=zero_stage(settings)))
+    _agreed(
+        lambda: check_fit(
+            teacher_dir,
+            student_dir,
+            plan,
+            settings=settings,
+            run_dir=run_dir,
+            dtype=dtype,
+            attention=attention,
+            ranks=world_size(),
+            ranks_per_node=ranks_on_this_node(),
+            device=device(),
+            trust_remote_code=trust_remote_code,
+        )
+    )
     tokenizer = load_tokenizer(teacher_dir, trust_remote_code=trust_remote_code)
     load = {"attention": attention, "trust_remote_code": trust_remote_code}
     rows = rows_to_train_on(

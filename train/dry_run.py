@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
+from shoal.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, free_disk, matmul_flops_per_second
 from shoal.models import text_config
 from shoal.training import Distill
 
-from .memory import Setting, memory
+from .memory import Setting, memory, shared_weights
 from .pace import Pace, flops_per_token, probe, step_seconds
 from .preflight import (
     Job,
@@ -36,10 +37,10 @@ COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "teacher"
 def dry_run(
     teacher_config: PreTrainedConfig,
     student_config: PreTrainedConfig,
+    plan: PruningPlan,
     *,
     settings: Distill,
     run_dir: Path,
-    first_change: int,
     dtype: str,
     attention: str,
     ranks: int,
@@ -59,8 +60,8 @@ def dry_run(
         found = job(
             teacher_config,
             student_config,
+            plan,
             settings,
-            first_change=first_change,
             dtype=dtype,
             attention=attention,
             ranks=ranks,
@@ -79,22 +80,23 @@ def dry_run(
         pace = probe(
             teacher_config,
             student_config,
+            plan,
             settings,
             found.setting,
             teacher_dtype=teacher_dtype(teacher_config, settings, dtype),
-            first_change=first_change,
             attention=attention,
             device=device,
         )
-    parts = (
+    parts: tuple[list[str], ...] = (
         ["dry run: nothing is written and nothing is trained"],
         _about(found),
         _memory_table(found, *free),
+        _beside(found),
         _time(found, pace, device),
         _disk(found, run_dir),
         _proposal(found, *free),
     )
-    return "\n\n".join("\n".join(part) for part in parts)
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
@@ -105,7 +107,13 @@ def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
         ranks_per_node=1,
         offload_optimizer=False,
         offload_parameters=False,
-        teacher="live",
+        teacher="live" if job.setting.teacher == "offloaded" else job.setting.teacher,
+        sharing="none",
+        four_bits=False,
+        scored_rows=0,
+        samples=0,
+        healed_layers=(),
+        writes=False,
     )
     return fits(memory(job.student, job.teacher, alone), alone, device_free=device_free, host_free=host_free)
 
@@ -113,7 +121,7 @@ def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
 def _about(job: Job) -> list[str]:
     student, teacher, setting = job.student, job.teacher, job.setting
     where = {
-        "none": "not needed by these losses",
+        "idle": f"loaded, but not needed by these losses, {setting.teacher_bytes} bytes a weight",
         "live": f"live, {setting.teacher_bytes} bytes a weight",
         "offloaded": f"live, its weights on the host, {setting.teacher_bytes} bytes each",
         "recorded": "recorded, not loaded",
@@ -152,25 +160,59 @@ def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
         if not fits(found, setting, device_free=device_free, host_free=host_free):
             short = shortages(replace(job, setting=setting), device_free=device_free, host_free=host_free)
             verdict = "no" if short else "close"
+        if found.peak_at != "training":
+            verdict += f", {found.peak_at}"
         cells.append((title, *(f"{getattr(found, column) / 1e9:.2f}" for column in COLUMNS), verdict))
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in cells
-    ]
+    lines = []
+    for title, *numbers, verdict in cells:
+        right = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
+        lines.append("  ".join([title.ljust(widths[0]), *right, verdict]).rstrip())
     on_device = "" if job.setting.device == "cpu" else f"{size_text(device_free)} on the device, "
     return [
         *lines,
-        "the peak is no sum: gradients come as activations go; `host` is per node, `fixed` the process itself",
+        "the peak is no sum: gradients come as activations go; `host` is per node, `fixed` the process itself; where a "
+        "verdict names something else than training, that is when the peak is",
         f"free now: {on_device}{size_text(host_free)} on this node",
     ]
+
+
+def _beside(job: Job) -> list[str]:
+    """What the table counts and does not show."""
+    setting, student, told = job.setting, job.student, []
+    if shared := shared_weights(student, setting):
+        told.append(f"student and teacher hold {_millions(shared)} once, which are frozen")
+    if job.shared_layers:
+        told.append(f"the lowest {job.shared_layers} layers are run once for both")
+    if setting.four_bits:
+        told.append("frozen linear maps of the layers are held in 4 bits")
+    whole = size_text(setting.weight_bytes * student.parameters)
+    if setting.stage == 3 and (setting.scored_rows or setting.samples):
+        keys = ["distill.watch"] * (setting.scored_rows > 0) + ["distill.on_policy"] * (setting.samples > 0)
+        told.append(f"{' and '.join(keys)}: ZeRO 3 gathers the whole student for that, {whole} on every rank")
+    if setting.samples:
+        told.append(
+            f"on-policy steps: {setting.rows * setting.samples} samples of {setting.sample_tokens:,} tokens are "
+            "written at one time; their cache is counted, the time they take is not"
+        )
+    if setting.captured:
+        held = size_text(setting.rows * setting.sequence_length * setting.captured)
+        told.append(f"loss terms on states hold {held} of a micro-batch")
+    if setting.healed_layers:
+        told.append(
+            "distill.local comes first: both models whole on every rank, and 16 bytes for each of "
+            f"{_millions(sum(student.layers[layer].parameters for layer in setting.healed_layers))}"
+        )
+    if setting.writes:
+        told.append("teacher_text comes first: the teacher whole on every rank")
+    return told
 
 
 def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
     setting = job.setting
     dtype = torch.bfloat16 if setting.autocast or setting.weight_bytes == 2 else torch.float32
     peak = matmul_flops_per_second(device, dtype)
-    flops = flops_per_token(job.student, job.teacher, setting, shared=job.shared)
+    flops = flops_per_token(job.student, job.teacher, setting, shared=job.shared_layers > 0)
     # ranks on one CPU share its cores, which a probe has had to itself
     machines = setting.ranks // setting.ranks_per_node if setting.device == "cpu" else setting.ranks
     if pace is None:
@@ -188,7 +230,7 @@ def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
         f"time: {job.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, {hours:.3g} h for "
         f"{job.num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",
         f"  {how}",
-        "  communication between ranks, evaluation while training and checkpoints come on top",
+        "  communication between ranks, scoring, sampling, a local stage and checkpoints come on top",
     ]
 
 

@@ -5,26 +5,31 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.anatomy import text_config
+from shoal.artifact import PruningPlan
+from shoal.recording import Record
+from shoal.terms import STATE_TERMS, reads_distributions
 from shoal.training import Distill
 
+from .adapters import add_adapters
+from .capture import Captured
 from .memory import ModelSize, Setting, built
-from .student import Objective, SharedPrefix, Signals, final_hidden, to_logits
-from .trainable import set_trainable
+from .signals import LiveTeacher, Teacher
+from .states import StateLosses
+from .student import Objective, SharedPrefix, Signals, to_logits
+from .trainable import Trained, shares_prefix, train_only
 
 PROBE_BATCHES = 3
 """Micro-batches of a probe; the fastest counts, the first also brings the machine to work."""
 PROBE_S = 15.0
 """After so many seconds no further one is begun."""
-BACKWARD = 2
-"""The backward pass multiplies once for the gradient of the input and once for that of the weight."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +55,24 @@ def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *,
     for layer in student.layers:
         forward = 2 * layer.matrices + student.pair_flops * length
         works = layer.kept.per_row > 0
-        if works:
-            backward = BACKWARD if layer.trained else 1
-            total += forward * (1 + setting.checkpointing + backward)
+        if works:  # the gradient of what attention reads takes twice its forward, whatever is trained
+            backward = forward + student.pair_flops * length + 2 * layer.trained_matrices
+            total += forward * (1 + setting.checkpointing) + backward
         elif not (shared and teacher_runs):
             total += forward
     total += 2 * student.head * (2 + student.head_trained)
     if teacher_runs:
         total += sum(2 * layer.matrices + teacher.pair_flops * length for layer in teacher.layers) + 2 * teacher.head
     return total
+
+
+def make_trainable(student: PreTrainedModel, settings: Distill, plan: PruningPlan) -> Trained:
+    """Freeze what the recipe does not train and put adapters where it wants them, their weights in full precision; the
+    parts that are trained."""
+    trained = train_only(student, settings.trainable, plan)
+    if settings.lora is not None:
+        add_adapters(student, replace(settings.lora, quantization="none"), trained, seed=0)
+    return trained
 
 
 def step_seconds(tokens: int, tokens_per_s: float, optimizer_s: float) -> float:
@@ -69,11 +83,11 @@ def step_seconds(tokens: int, tokens_per_s: float, optimizer_s: float) -> float:
 def probe(
     teacher_config: PreTrainedConfig,
     student_config: PreTrainedConfig,
+    plan: PruningPlan,
     settings: Distill,
     setting: Setting,
     *,
     teacher_dtype: torch.dtype,
-    first_change: int,
     attention: str,
     device: torch.device,
 ) -> Pace:
@@ -83,15 +97,16 @@ def probe(
     stage 0.
     """
     torch.manual_seed(0)
+    live, shared = None, 0
     with torch.device(device):
-        teacher = built(teacher_config, dtype=teacher_dtype, attention=attention).requires_grad_(False).eval()
         student = built(student_config, dtype=torch.float32, attention=attention).train()
-    set_trainable(student, settings.trainable, first_change=first_change)
+        trained = make_trainable(student, settings, plan)
+        if setting.teacher != "recorded":
+            live = built(teacher_config, dtype=teacher_dtype, attention=attention).requires_grad_(False).eval()
+            shared = shares_prefix(trained, plan)
     if setting.checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    shares = settings.trainable == "from_first_cut" and first_change > 0
-    prefix = SharedPrefix(student, teacher, first_change=first_change) if shares else None
-    step = _objective(student, teacher, settings, prefix)
+    step = _step(student, live, plan, settings, setting, shared=shared)
     batch = _batch(text_config(student_config).vocab_size, setting, device)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6)
     fastest, loss, begun = math.inf, math.nan, _now(device)
@@ -99,8 +114,7 @@ def probe(
         started = _now(device)
         if number and started - begun > PROBE_S:
             break
-        with torch.autocast(device.type, torch.bfloat16, enabled=setting.autocast):
-            total = step(batch)
+        total = step(batch)
         loss = total.item() / batch["input_ids"].numel()
         (total / batch["input_ids"].numel()).backward()
         fastest = min(fastest, _now(device) - started)
@@ -110,17 +124,56 @@ def probe(
     return Pace(batch["input_ids"].numel() / fastest, _now(device) - started, loss)
 
 
-def _objective(student: Any, teacher: Any, settings: Distill, prefix: SharedPrefix | None) -> Any:
+@dataclass(frozen=True)
+class _RandomRecording:
+    """Signals of the shapes of recorded ones."""
+
+    vocabulary: int
+    hidden: int
+    states: StateLosses | None
+    top_k: int = Record().top_k
+
+    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
+        ids_BS = batch["input_ids"]
+        scores_BSK = torch.randn(*ids_BS.shape, self.top_k + 1, device=ids_BS.device)
+        captured = Captured()
+        for layer in () if self.states is None else self.states.teacher_layers:
+            captured.states[layer] = torch.randn(*ids_BS.shape, self.hidden, device=ids_BS.device)
+        return Signals(
+            ids_BSK=torch.arange(self.top_k, device=ids_BS.device).expand(*ids_BS.shape, -1) % self.vocabulary,
+            log_probs_BSK=scores_BSK.log_softmax(-1)[..., :-1],
+            captured=captured,
+        )
+
+
+def _step(
+    student: PreTrainedModel,
+    live: PreTrainedModel | None,
+    plan: PruningPlan,
+    settings: Distill,
+    setting: Setting,
+    *,
+    shared: int,
+) -> Callable[[dict[str, Tensor]], Tensor]:
     """Batch -> the loss sum of one micro-batch, as the trainer computes it."""
-    Objective(student, to_logits(teacher), terms=settings.losses, chunk=settings.head_chunk).install()
+    terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
+    states = StateLosses(terms, plan, student, live, num_shared=shared) if terms else None
+    prefix = SharedPrefix(student, live, first_change=shared) if live is not None and shared else None
+    teacher: Teacher
+    if live is None:
+        config = text_config(student.config)
+        teacher = _RandomRecording(config.vocab_size, config.hidden_size, states)
+    else:
+        reads_logits = any(map(reads_distributions, settings.losses))
+        teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
+    head = None if live is None else to_logits(live)
+    Objective(student, head, terms=settings.losses, chunk=settings.head_chunk, states=states).install()
 
     def step(batch: dict[str, Tensor]) -> Tensor:
-        recording = contextlib.nullcontext() if prefix is None else prefix.recording()
-        with torch.no_grad(), recording:
-            hidden_BSD = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
+        signals = teacher.signals(batch)
         replaying = contextlib.nullcontext() if prefix is None else prefix.replaying(torch.float32)
-        with replaying:
-            return student(**batch, signals=Signals(hidden_BSD))[0]
+        with replaying, torch.autocast(student.device.type, torch.bfloat16, enabled=setting.autocast):
+            return student(**batch, signals=signals)[0]
 
     return step
 

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.anatomy import anatomy
@@ -122,19 +122,6 @@ def _stop_at_the_lowest_trained_layer(student: PreTrainedModel) -> None:
     here): all frozen layers would be run again, and differentiated, for a gradient that nobody reads.
     """
     student.enable_input_require_grads = lambda: None
-
-
-def set_trainable(student: PreTrainedModel, trainable: str, *, first_change: int) -> None:
-    """Freeze what ``distill.trainable`` does not name; ``first_change`` is the lowest layer unlike the teacher's."""
-    for parameter in student.parameters():
-        parameter.requires_grad_(True)
-    if trainable == "all":
-        return
-    parts = anatomy(student)
-    frozen = [parts.embeddings, parts.head, *(parts.layers[:first_change] if trainable == "from_first_cut" else [])]
-    for module in frozen:
-        assert isinstance(module, nn.Module)
-        module.requires_grad_(False)
 
 
 def keep_zeros(student: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -33,6 +34,17 @@ def free_disk(path: Path) -> int:
     """Bytes free where ``path`` is, or will be once its folders are made."""
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
     return shutil.disk_usage(parent).free
+
+
+def ranks_on_this_node() -> int:
+    """Processes that a launcher has started here: torchrun and DeepSpeed's call it differently; 1 without one."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+
+
+def ranks_to_start(wanted: int | None) -> int:
+    """Processes of a training that is started on this machine: ``wanted``, else one per GPU, one on a CPU."""
+    return wanted or (torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:

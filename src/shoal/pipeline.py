@@ -30,6 +30,7 @@ from shoal.artifact import (
 from shoal.data import TEACHER_TEXT, check_source, load_texts, row_texts, sources_fingerprint
 from shoal.edits import Edit, Replace
 from shoal.errors import UserError
+from shoal.machine import ranks_to_start
 from shoal.measuring import check_measure, measure, measure_inputs
 from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint
 from shoal.overlap import as_data, find_overlap
@@ -295,6 +296,37 @@ def distill(run: Run) -> None:
         trust_remote_code=recipe.trust_remote_code,
     )
     log.info("distill: %s", distilled)
+
+
+def distill_dry_run(run: Run) -> str:
+    """What `shoal distill` would take on this machine, for a reader. Writes nothing and trains nothing.
+
+    Raises:
+        UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
+            memory cannot be told without running it.
+    """
+    from shoal.compress.targets import student_config
+    from shoal.train.dry_run import dry_run
+
+    recipe = run.recipe
+    check_training_settings(recipe)
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    has_plan = (run.dir / PruningPlan.FILE).is_file()
+    plan = read_plan(run) if has_plan else _plan(run, _importance(run), {})
+    teacher = load_config(run.teacher, trust_remote_code=recipe.trust_remote_code)
+    ranks = ranks_to_start(recipe.distill.num_ranks)
+    return dry_run(
+        teacher,
+        student_config(teacher, plan.keep),
+        plan,
+        settings=recipe.distill,
+        run_dir=run.dir,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+        ranks=ranks,
+        ranks_per_node=min(ranks, ranks_to_start(None)) if device().type != "cpu" else ranks,
+        device=device(),
+    )
 
 
 def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
