@@ -1,5 +1,5 @@
-"""`shoal measure | prune | record | distill | eval | report | run --config RECIPE [section.key=value ...]`, and
-`shoal delta BASE DONOR`."""
+"""`shoal measure | prune | record | distill | eval | search | report | run --config RECIPE [section.key=value ...]`,
+and `shoal delta BASE DONOR`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ VERBS = {
     "record": "write down what the teacher says of the training rows, to train from: signals/",
     "distill": "train the cut model on the full one: distilled/",
     "eval": "score teacher, pruned and distilled: eval/*.json",
+    "search": "heal several plans for the same few tokens and rank them: search.json, search.md",
     "report": "report.html, report.md, and the Hub push where the recipe asks for it",
     "run": "all of it, skipping what is done and unchanged",
 }
-
+DRY_RUNS = {
+    "prune": "sizes, expected speed and targets before and after",
+    "distill": "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
+}
 DELTA = "how far a donor's weights are from its base's, layer by layer: |donor - base| / |base|; needs no recipe"
 
 
@@ -57,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
-    """Run one verb, or only say what prune would do; returns the exit code."""
+    """Run one verb, or only say what prune or distill would do; returns the exit code."""
     from shoal.runtime import is_main, set_up_logging
 
     set_up_logging()
     try:
         recipe = load_recipe(config, overrides)
         if dry_run:
-            _dry_run(recipe)
+            _dry_run(verb, recipe)
         else:
             _dispatch(verb, recipe, config, overrides)
     except UserError as error:
@@ -101,10 +105,11 @@ def _run_delta(base: str, donor: str, out: str | None) -> int:
     return 0
 
 
-def _dry_run(recipe: Recipe) -> None:
+def _dry_run(verb: str, recipe: Recipe) -> None:
     from shoal import pipeline
 
-    print(pipeline.prune_dry_run(pipeline.Run(recipe)))
+    told = {"prune": pipeline.prune_dry_run, "distill": pipeline.distill_dry_run}
+    print(told[verb](pipeline.Run(recipe)))
 
 
 def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
@@ -112,8 +117,8 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
 
     launched = "LOCAL_RANK" in os.environ
     run = pipeline.Run(recipe)
-    if verb == "run" and launched:
-        raise UserError("`shoal run` starts its own launcher for distill; under one, call distill, measure or eval")
+    if verb in ("run", "search") and launched:
+        raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
     in_group = launched or verb in ("distill", "record")
     if verb == "distill" and not launched:
         pipeline.check_training_settings(recipe)
@@ -123,6 +128,11 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         runtime.set_up_distributed(recipe.distill.timeout_s)
     if verb == "run":
         pipeline.run_all(run, lambda: _launch_distill(recipe, config, overrides))
+        return
+    if verb == "search":
+        from shoal.searching import search
+
+        print(search(run, lambda own, file: _launch_distill(own, str(file), ())))
         return
     with pipeline.locked(run) if runtime.is_main() else contextlib.nullcontext():
         if verb == "distill":
@@ -154,10 +164,11 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
     """Run the distill verb under the DeepSpeed launcher, on this machine, and wait for it."""
     import torch
 
+    from shoal.machine import ranks_to_start
     from shoal.runtime import free_port
 
     on_gpu = torch.accelerator.is_available()
-    ranks = recipe.distill.num_ranks or (torch.accelerator.device_count() if on_gpu else 1)
+    ranks = ranks_to_start(recipe.distill.num_ranks)
     environment = dict(os.environ)
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
@@ -211,12 +222,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.add_argument("--config", required=True, help="recipe (YAML): a path, or the name of a shipped one")
         sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
-        if verb == "prune":
-            sub.add_argument(
-                "--dry-run",
-                action="store_true",
-                help="print sizes, expected speed and targets before and after; write nothing",
-            )
+        if verb in DRY_RUNS:
+            sub.add_argument("--dry-run", action="store_true", help=f"print {DRY_RUNS[verb]}; write nothing")
         if verb == "measure":
             sub.add_argument(
                 "--diagnostics",
