@@ -13,6 +13,7 @@ from shoal.cli import _parse
 from shoal.recipe import Recipe, parse_recipe
 from shoal.strict_yaml import read_yaml
 from shoal.terms import LOGIT_TERMS
+from shoal.train.arguments import check_names, deepspeed_config
 from shoal.training import Trainable
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,9 @@ RECIPES = [
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_in_the_documentation_loads(recipe: str) -> None:
-    assert parse_recipe({"model": "demo:smollm2-135m", "run_dir": "runs/x"} | read_yaml(recipe))
+    distill = parse_recipe({"model": "demo:smollm2-135m", "run_dir": "runs/x"} | read_yaml(recipe)).distill
+    check_names(distill)
+    assert deepspeed_config(distill)
 
 
 def sections_in(hint: Any) -> list[Any]:
