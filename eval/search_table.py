@@ -81,7 +81,10 @@ def _same(result: SearchResult) -> Iterator[HealedPlan]:
 
 
 def _ranked_by(ranking: Ranking) -> str:
-    what = "the mean share kept of the teacher's score above chance" if ranking.unit == "retention" else "the mean"
+    what = "the mean share kept of the teacher's score above chance"
+    if ranking.unit == "nats":
+        metric = next(column.metric for column in ranking.columns if column.weight)
+        what = f"the mean {metric} (lower is better)"
     columns = [f"{column.task} ({100 * column.weight:.0f} %)" for column in ranking.columns if column.weight]
     silent = [column for column in ranking.columns if column.higher_is_better and column.no_retention]
     lines = [f"Ranked by {what} over {listed(columns)}, {ranking.num_items} items in all."]

@@ -22,7 +22,7 @@ from shoal.searching import prune_of
 
 PLANS: list[dict[str, Any]] = [{"drop": [1, 3]}, {"metric": "block_influence", "num_drop": 2}]
 MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, "metrics": ["angular"]}
-EVAL = {"tasks": ["retrieval_generation"], "limit": 2, "perplexity_tokens": 200, "sequence_length": 64}
+EVAL = {"tasks": ["knowledge_generation"], "limit": 2, "perplexity_tokens": 200, "sequence_length": 64}
 
 
 @pytest.fixture(scope="session")
@@ -126,15 +126,6 @@ def test_a_search_killed_between_two_plans_goes_on(make_run: Any, caplog: pytest
     assert len(SearchResult.read(make_run().dir / "search.json").ranking.plans) == 2
 
 
-def test_plans_with_the_same_layers_are_healed_once(make_run: Any) -> None:
-    plans = [{"drop": [1, 3]}, {"name": "again", "drop": [3, 1]}, {}]
-    run, healer = make_run(plans), Healer(0.5, 0.1)
-    text = searching.search(run, healer)
-    assert healer.healed == ["drop-1-3", "own"]
-    assert [plan.same_as for plan in SearchResult.read(run.dir / "search.json").plans] == [None, "drop-1-3", None]
-    assert "again comes to the layers of drop-1-3, which were healed once." in text
-
-
 def test_importance_and_teacher_of_the_run_itself_are_used(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [{"metric": "angular", "num_drop": 2}, {"drop": [1, 3]}]
     run = make_run(plans)
@@ -156,12 +147,12 @@ def test_importance_and_teacher_of_the_run_itself_are_used(make_run: Any, monkey
             r"all 2 come to the same plan \(dropping 1 of 6 layers: 1",
         ),
         (
-            {"rank_by": ["retrieval/continuation"]},
-            r"search.rank_by: no task gives 'retrieval/continuation'; there is ret",
+            {"rank_by": ["knowledge/continuation"]},
+            r"search.rank_by: no task gives 'knowledge/continuation'; there is kno",
         ),
         (
-            {"rank_by": [], "tasks": ["retrieval_continuation"]},
-            r"search.tasks: none of retrieval_continuation writes te",
+            {"rank_by": [], "tasks": ["knowledge_continuation"]},
+            r"search.tasks: none of knowledge_continuation writes te",
         ),
         ({"rank_by": []}, r"the teacher is above chance on none of them.*rank_by: \[perplexity\]"),
         ({"plans": [{}, {"metric": "angulra"}]}, r"search.plans: 'angulra' is no metric; did you mean angular\?"),
@@ -251,16 +242,19 @@ def test_plans_are_named_after_what_they_say(plan: SearchPlan, name: str) -> Non
     assert len(plan.called) <= 48
 
 
-def test_the_verb_prints_the_ranking_and_launches_every_plan_from_its_own_recipe(
+def test_the_verb_heals_plans_of_the_same_layers_once_from_their_own_recipes_and_prints_the_ranking(
     make_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     healer = Healer(0.5, 0.1)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(cli, "_launch_distill", lambda recipe, file, overrides: healer(recipe, Path(file)))
-    run = make_run([{}, {"drop": [1, 3]}])
+    run = make_run([{"drop": [1, 3]}, {"name": "again", "drop": [3, 1]}, {}])
     cli._dispatch("search", run.recipe, "recipe.yaml", [])
-    assert capsys.readouterr().out.startswith("# 2 plans, each healed for 128 tokens")
-    assert healer.healed == ["own", "drop-1-3"]
+    assert healer.healed == ["drop-1-3", "own"]
+    text = capsys.readouterr().out
+    assert text.startswith("# 2 plans, each healed for 128 tokens")
+    assert "- again comes to the layers of drop-1-3, which were healed once." in text
+    assert [plan.same_as for plan in SearchResult.read(run.dir / "search.json").plans] == [None, "drop-1-3", None]
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="`shoal search` starts its own launcher"):
         cli._dispatch("search", run.recipe, "recipe.yaml", [])
