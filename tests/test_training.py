@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from functools import partial
@@ -13,6 +14,8 @@ import pytest
 import torch
 from tiny import tiny_checkpoint
 from training_runs import (
+    BATCH,
+    LENGTH,
     STEPS,
     Trial,
     all_of,
@@ -22,9 +25,14 @@ from training_runs import (
     prepare,
     run,
     script_scores,
+    spoil_gradient,
+    spoil_loss,
     terminate,
     write_recipe,
 )
+
+from shoal.packing import read_rows
+from shoal.train.guard import load_batches
 
 pytestmark = pytest.mark.slow
 
@@ -175,7 +183,7 @@ def wandb_runs(trial: Trial) -> list[Path]:
 
 
 def wandb_rows(folder: Path) -> list[dict[str, float]]:
-    """What a run that was tracked offline has logged: records in 32 KB blocks, every piece under a header of 7 bytes."""
+    """What a run that was tracked offline has logged: records in 32 KB blocks, each piece under a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     (file,) = folder.glob("*.wandb")
@@ -193,3 +201,49 @@ def wandb_rows(folder: Path) -> list[dict[str, float]]:
             if record.HasField("history"):
                 rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
     return rows
+
+
+@pytest.mark.parametrize(
+    ("stage", "hook", "problem"),
+    [
+        (0, partial(spoil_loss, 3, float("nan"), rank=1), "loss is nan"),
+        (0, partial(spoil_gradient, 3), "the norm of the gradient is nan"),
+        (2, partial(spoil_gradient, 3), "the norm of the gradient is nan"),
+    ],
+)
+def test_a_step_that_is_no_number_ends_the_run_before_it_is_saved(teacher, cut, tmp_path, stage, hook, problem):
+    trainer = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
+    path = recipe(tmp_path, teacher, cut, deepspeed=f"deepspeed/zero{stage}.json", trainer=trainer)
+    refused = run(path, ranks=2, before=hook)
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert f"step 3: {problem}; the step's batch is in {refused.dir}/refused/step-3" in refused.log
+    assert "Traceback" not in refused.log
+    assert kept_batches(refused, 3) == dealt_rows(refused, 3)
+    assert sorted(folder.name for folder in (refused.dir / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def kept_batches(trial: Trial, step: int) -> list[list[int]]:
+    return sorted(
+        row for batch in load_batches(trial.dir / "refused" / f"step-{step}") for row in batch["input_ids"].tolist()
+    )
+
+
+def dealt_rows(trial: Trial, step: int) -> list[list[int]]:
+    (folder,) = (trial.dir / "text").glob("rows-*")
+    return sorted(read_rows(folder).input_ids_NS[(step - 1) * BATCH : step * BATCH].tolist())
+
+
+def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp_path):
+    steps = 18
+    trainer = {"save_strategy": "steps", "save_steps": 17, "learning_rate": 1e-5}
+    path = recipe(tmp_path, teacher, cut, num_tokens=steps * BATCH * LENGTH, trainer=trainer)
+    for lives in range(2):  # the second goes on from the checkpoint before the spike
+        refused = run(path, before=partial(spoil_loss, steps, 20.0, rank=0))
+        assert refused.result is not None
+        assert refused.result.returncode == 2, refused.log[-3000:]
+        assert re.search(
+            r"step 18: the loss is .*, more than distill\.stop_on_spike: 10 times .* the 17 steps before", refused.log
+        )
+        assert ("going on from" in refused.log) == (lives == 1)
+        assert kept_batches(refused, steps) == dealt_rows(refused, steps)

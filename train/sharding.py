@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -50,6 +51,17 @@ def place_teacher(teacher: PreTrainedModel, trainer: Trainer, *, offload: bool) 
     else:
         teacher.to(trainer.args.device)  # pyright: ignore[reportArgumentType]
     teacher.eval()
+
+
+def keep_gradient_norm(engine: Any) -> None:
+    """Let DeepSpeed's engine know the norm of its gradients without ZeRO too, where it clips by it and forgets it."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    def clip() -> None:
+        limit = engine.gradient_clipping()
+        engine._global_grad_norm = float(clip_grad_norm_(engine.module.parameters(), limit, mpu=engine.mpu))
+
+    engine.clip_fp32_gradients = clip
 
 
 @contextmanager

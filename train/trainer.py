@@ -32,7 +32,7 @@ from .checkpoint import commit, layout, remove_older, separate_groups
 from .guard import LossGuard, refuse_step
 from .on_policy import Sampler as OnPolicySampler
 from .sampling import own_forwards
-from .sharding import gathered
+from .sharding import gathered, keep_gradient_norm
 from .signals import Teacher
 from .stop import StopRequest
 from .student import Objective, SharedPrefix
@@ -84,6 +84,7 @@ class DistillTrainer(Trainer):
         self._step_sums = self._zero_sums()
         self._window_sums = self._zero_sums()
         self._steps_logged = 0
+        self._gradient_norm: Any = None
         self._rate = _Rate()
         self.add_callback(_StepEnds(self, stop))
 
@@ -137,6 +138,10 @@ class DistillTrainer(Trainer):
         loss = loss_sum * (world_size() / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._gradient_norm = super()._get_grad_norm(model, grad_norm)
+        return self._gradient_norm
+
     def end_step(self) -> None:
         """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved."""
         sums, step = self._step_sums, self.state.global_step
@@ -145,7 +150,12 @@ class DistillTrainer(Trainer):
         terms = self._objective.terms
         means = sums[: len(terms)].tolist()
         loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
-        if problem := self._guard.problem({"loss": loss, **dict(zip(term_names(terms), means, strict=True))}):
+        values = {"loss": loss, **dict(zip(term_names(terms), means, strict=True))}
+        if self._gradient_norm is not None:
+            # DeepSpeed calls one that is no number -1 or infinite, depending on the stage, and goes on
+            norm = float(self._gradient_norm)
+            values["the norm of the gradient"] = norm if 0 <= norm < math.inf else math.nan
+        if problem := self._guard.problem(values):
             raise refuse_step(problem, step, self._batches, Path(str(self.args.output_dir)).parent / "refused")
         self._objective.end_step(means, step=step, num_steps=self.state.max_steps)
         self._window_sums += sums
@@ -162,7 +172,6 @@ class DistillTrainer(Trainer):
                 logs[AGREEMENT] = matches / compared
             logs |= self._objective.curves()
             logs |= self._rate.read(steps * self.tokens_per_step)
-            _refuse_non_finite(logs, self.state.global_step)
             self._window_sums = self._zero_sums()
             self._steps_logged = self.state.global_step
         super().log(logs, start_time)
@@ -276,16 +285,6 @@ class DistillTrainer(Trainer):
         return {name: weight for name, weight in state.items() if name not in student.all_tied_weights_keys}
 
 
-def _refuse_non_finite(logs: dict[str, float], step: int) -> None:
-    """A gradient can be no number where the loss still is one."""
-    broken = [name for name, value in logs.items() if not math.isfinite(value)]
-    if broken:
-        raise UserError(
-            f"step {step}: {broken[0]} is {logs[broken[0]]}; lower distill.trainer.learning_rate or set max_grad_norm, "
-            "then start again in another run_dir"
-        )
-
-
 class _Rate:
     """Seconds of training and tokens per second, without the time for scoring and saving."""
 
@@ -321,6 +320,9 @@ class _StepEnds(TrainerCallback):
     def __init__(self, trainer: DistillTrainer, stop: StopRequest) -> None:
         self._trainer = trainer
         self._stop = stop
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        keep_gradient_norm(self._trainer.model_wrapped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.end_step()
