@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 INPUTS = ("input_ids", "position_ids", "labels")
 """What the student's forward takes of a batch; the teacher may read more."""
 AGREEMENT = "top1_agreement"
+PEAK_SHARE = "peak_share"
+"""Tokens per second against those at the speed of a large matrix product on this machine."""
 OBJECTIVE_FILE = "objective.json"
 """What loss terms keep between steps, inside a checkpoint."""
 
@@ -66,6 +68,7 @@ class DistillTrainer(Trainer):
         stop_on_spike: float | None,
         autocast_dtype: torch.dtype | None,
         on_policy: OnPolicySampler | None = None,
+        peak_tokens_per_s: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -80,6 +83,7 @@ class DistillTrainer(Trainer):
         self._guard = LossGuard(stop_on_spike)
         self._autocast_dtype = autocast_dtype
         self._on_policy = on_policy
+        self._peak_tokens_per_s = peak_tokens_per_s
         self._batches: list[dict[str, Tensor]] = []
         self._step_sums = self._zero_sums()
         self._window_sums = self._zero_sums()
@@ -172,6 +176,8 @@ class DistillTrainer(Trainer):
                 logs[AGREEMENT] = matches / compared
             logs |= self._objective.curves()
             logs |= self._rate.read(steps * self.tokens_per_step)
+            if self._peak_tokens_per_s is not None:
+                logs[PEAK_SHARE] = logs["tokens_per_s"] / self._peak_tokens_per_s
             self._window_sums = self._zero_sums()
             self._steps_logged = self.state.global_step
         super().log(logs, start_time)
