@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,25 +17,19 @@ from tiny import NUM_LAYERS, VOCAB_SIZE, tiny_checkpoint, tiny_config, tiny_mode
 from torch.autograd.graph import saved_tensors_hooks
 
 from shoal.artifact import Provenance, PruningPlan
+from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.lora import Lora
 from shoal.machine import ranks_on_this_node
 from shoal.on_policy import OnPolicy
 from shoal.terms import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train import dry_run as report
-from shoal.train import memory as memory_module
 from shoal.train import preflight
-from shoal.train.memory import LIBRARY_BYTES, ModelSize, Setting, memory, shared_weights, student_size
+from shoal.train.job import Job, job
+from shoal.train.memory import KEY_BYTES, LIBRARY_BYTES, VALUE_BYTES, Setting, memory, shared_weights
 from shoal.train.pace import flops_per_token, make_trainable
-from shoal.train.preflight import (
-    Job,
-    cheapest,
-    check_fit,
-    disk_bytes,
-    job,
-    overrides,
-    shortages,
-)
+from shoal.train.preflight import cheapest, check_fit, disk_bytes, overrides, shortages
+from shoal.train.sizes import ModelSize, student_size
 from shoal.train.student import final_hidden
 from shoal.training import Distill, LocalHeal, Teacher, Watch
 
@@ -112,7 +107,8 @@ import resource, psutil, torch
 from transformers import LlamaConfig
 from shoal.artifact import Provenance, PruningPlan
 from shoal.train import pace
-from shoal.train.memory import Setting, memory, student_size, teacher_size
+from shoal.train.memory import Setting, memory
+from shoal.train.sizes import student_size, teacher_size
 from shoal.training import Distill
 
 shape = dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2)
@@ -314,7 +310,7 @@ def test_the_cache_of_a_student_under_autocast_holds_what_is_counted() -> None:
         cache = model(torch.arange(10)[None], use_cache=True).past_key_values
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     found = student_size(tiny_config("llama"), sequence_length=LENGTH, prepare=preparing())
-    assert held == 10 * NUM_LAYERS * found.key_numbers * (memory_module.KEY_BYTES + memory_module.VALUE_BYTES)
+    assert held == 10 * NUM_LAYERS * found.key_numbers * (KEY_BYTES + VALUE_BYTES)
 
 
 def test_a_local_stage_takes_both_models_whole_and_twelve_bytes_per_trained_weight() -> None:
@@ -327,6 +323,17 @@ def test_a_local_stage_takes_both_models_whole_and_twelve_bytes_per_trained_weig
     more = replace(student, layers=tuple(replace(layer, parameters=10**12) for layer in student.layers))
     assert memory(more, teacher, setting).peak - told.peak == pytest.approx(2 * 12 * 10**12, rel=1e-3)
     assert disk_bytes(found)["local"] == 4 * found.student.parameters + 12 * 2 * found.student.layers[1].parameters
+
+
+def test_writing_the_student_takes_a_copy_and_what_its_files_hold_otherwise() -> None:
+    student, teacher, setting = large(job_of(), device="cpu", stored_bytes=2, teacher="recorded")
+    found = memory(student, teacher, setting)
+    assert found.peak_at == "saving"
+    frozen = student.parameters - student.trained  # all but a few of these
+    assert found.peak == pytest.approx((4 + 4 + 2) * frozen, rel=1e-3)
+    on_gpu = memory(student, teacher, replace(setting, device="cuda"))
+    assert on_gpu.peak_at != "saving"
+    assert on_gpu.host_briefly >= (4 + 2) * frozen
 
 
 def test_states_of_loss_terms_are_held() -> None:
@@ -522,4 +529,30 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
         "cheapest setting that fits",
     ):
         assert words in told, words
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(report, "matmul_flops_per_second", lambda device, dtype: 1e11)
+    monkeypatch.setattr(subprocess, "Popen", start)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {folders[0]}\nrun_dir: {tmp_path}/run\nprune: {{drop: [2, 4]}}\n"
+        "distill: {sequence_length: 64, num_ranks: 3, batch_size: 6, lora: {rank: 2}, teacher: {recorded: signals}}\n"
+    )
+    logged = logging.getLogger().handlers[:]
+    assert run_verb("distill", str(file), [], dry_run=True) == 0
+    told = capsys.readouterr().out
+    assert "step:    3 rank(s) x 1 micro-batch(es) x 2 row(s) x 64 tokens" in told
+    assert "teacher: 6 layers, 0.0 million weights, recorded, not loaded" in told
+    assert run_verb("distill", str(file), ["distill.batch_size=7"], dry_run=True) == 2
+    assert "7 rows do not divide over 3 ranks" in capsys.readouterr().err
+    logging.getLogger().handlers[:] = logged
     assert not (tmp_path / "run").exists()

@@ -14,20 +14,10 @@ from shoal.machine import available_memory, device_memory, free_disk, matmul_flo
 from shoal.models import text_config
 from shoal.training import Distill
 
+from .job import Job, job, teacher_dtype
 from .memory import Setting, memory, shared_weights
 from .pace import Pace, flops_per_token, probe, step_seconds
-from .preflight import (
-    Job,
-    cheapest,
-    disk_bytes,
-    fits,
-    job,
-    overrides,
-    shortages,
-    size_text,
-    teacher_dtype,
-    written_bytes,
-)
+from .preflight import cheapest, disk_bytes, fits, overrides, shortages, size_text, written_bytes
 
 ASSUMED_SHARE = 0.4
 """Of the measured peak of matrix products, where the models are too large to be tried here."""

@@ -20,8 +20,9 @@ from shoal.training import Distill
 
 from .adapters import add_adapters
 from .capture import Captured
-from .memory import ModelSize, Setting, built
+from .memory import Setting
 from .signals import LiveTeacher, Teacher
+from .sizes import ModelSize, built
 from .states import StateLosses
 from .student import Objective, SharedPrefix, Signals, to_logits
 from .trainable import Trained, shares_prefix, train_only
