@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from shoal.errors import UserError
 from shoal.recipe import Distill, Track
 from shoal.recording import Record
+from shoal.terms import TAID, ForwardKL, ValueRelation
 from shoal.train.arguments import (
     batch_split,
     check_names,
@@ -21,6 +22,7 @@ from shoal.train.arguments import (
 from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs
 from shoal.train.text import training_rows
 from shoal.train.tracking import wandb_mode
+from shoal.training import Teacher
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def teacher(tmp_path_factory):
 
 
 def check(teacher, student, **settings):
-    check_distillable(teacher, student, Distill(**settings), trust_remote_code=False)
+    check_distillable(teacher, student, Distill(**settings), Record(), trust_remote_code=False)
 
 
 def test_different_vocabularies_are_refused(teacher, tmp_path):
@@ -54,6 +56,25 @@ def test_different_tokenizers_of_one_size_are_refused(teacher, tmp_path):
 def test_rows_longer_than_the_models_positions_are_refused(teacher):
     with pytest.raises(UserError, match=r"distill\.sequence_length: 2000 is more than the 1024 positions"):
         check(teacher, teacher, sequence_length=2000)
+
+
+@pytest.mark.parametrize(
+    ("loss", "record", "message"),
+    [
+        (TAID(), {}, r"losses: taid needs the teacher's whole distribution.* use the live teacher"),
+        (ForwardKL(), {"temperature": 2.0}, r"forward_kl has temperature 1, the recorded signals have 2"),
+        (ForwardKL(), {"top_k": 272}, r"top_k: 272 leaves none of the 272 tokens .* record fewer"),
+        (ValueRelation(), {}, r"value_relation needs the teacher's attention.* take it out"),
+    ],
+)
+def test_losses_that_no_recording_can_serve_are_refused_before_it_is_opened(teacher, loss, record, message):
+    def check(recorded: str | None):
+        settings = Distill(losses=(loss,), teacher=Teacher(recorded=recorded))
+        check_distillable(teacher, teacher, settings, Record(**record), trust_remote_code=False)
+
+    check(None)
+    with pytest.raises(UserError, match=message):
+        check("nowhere")
 
 
 def arguments(tmp_path, **trainer):

@@ -37,6 +37,7 @@ from .heartbeat import Heartbeat
 from .local import local_stage
 from .preflight import check_fit
 from .progress import Progress
+from .recorded import refuse_unrecorded
 from .recording import rows_from
 from .results import write_results
 from .sharding import join_deepspeed
@@ -110,11 +111,14 @@ def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, An
     return {k: v for k, v in inputs.items() if k not in split} | {"distill.batch_size": rows_per_step(settings)}
 
 
-def check_distillable(teacher: Path, student: Path, settings: Distill, *, trust_remote_code: bool) -> None:
+def check_distillable(
+    teacher: Path, student: Path, settings: Distill, record: Record, *, trust_remote_code: bool
+) -> None:
     """What can be refused before weights are loaded.
 
     Raises:
-        UserError: different vocabularies or tokenizers, or rows longer than the models' positions.
+        UserError: different vocabularies or tokenizers, rows longer than the models' positions, or losses that signals
+            recorded by ``record`` cannot serve.
     """
     configs = [text_config(load_config(f, trust_remote_code=trust_remote_code)) for f in (teacher, student)]
     sizes = [config.vocab_size for config in configs]
@@ -133,6 +137,8 @@ def check_distillable(teacher: Path, student: Path, settings: Distill, *, trust_
         raise UserError(
             f"distill.sequence_length: {settings.sequence_length} is more than the {longest} positions of {teacher}"
         )
+    if settings.teacher.recorded is not None:
+        refuse_unrecorded(settings.losses, record, vocab_size=sizes[0])
 
 
 def distill(
@@ -164,7 +170,7 @@ def distill(
         UserError: input that cannot work.
     """
     check_names(settings)
-    check_distillable(teacher_dir, student_dir, settings, trust_remote_code=trust_remote_code)
+    check_distillable(teacher_dir, student_dir, settings, record, trust_remote_code=trust_remote_code)
     trained_parts(settings.trainable, plan)
     if settings.lora is not None:
         refuse_untrainable(settings.lora, settings.trainable, zero_stage=zero_stage(settings))

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from shoal.artifact import differences, fingerprint
 from shoal.errors import UserError
+from shoal.recording import Record
+from shoal.terms import LOGIT_TERMS, AttentionRelation, LossTerm, ValueRelation, reads_distributions
 
+from .head import refuse_for_top_k
 from .recording import Recording, refuse_other_rows, shard_name, shards_of, warn_of_versions
 from .recording_format import RECORD_AGAIN, ShardFile, TokenRows
 
@@ -135,4 +138,24 @@ class Recorded:
             raise UserError(
                 f"{path}: is recorded at temperature {recorded:g}, and a loss term has {other[0]:g}: the mass outside "
                 "the top k is not known there. Set both to the same"
+            )
+
+
+def refuse_unrecorded(losses: Sequence[LossTerm], record: Record, *, vocab_size: int) -> None:
+    """Refuse losses that no recording of these settings can serve, before anything is opened.
+
+    Raises:
+        UserError: a term that needs the teacher itself, another temperature, or nothing outside the top k.
+    """
+    refuse_for_top_k([term for term in losses if isinstance(term, LOGIT_TERMS)], temperature=record.temperature)
+    if any(map(reads_distributions, losses)) and record.top_k >= vocab_size:
+        raise UserError(
+            f"record.top_k: {record.top_k} leaves none of the {vocab_size:,} tokens of the vocabulary outside, and "
+            "losses compare the top k with all others; record fewer"
+        )
+    for term in losses:
+        if isinstance(term, AttentionRelation | ValueRelation):
+            raise UserError(
+                f"distill.losses: {term.kind} needs the teacher's attention, which recorded signals do not hold; take "
+                "it out, or use the live teacher"
             )
