@@ -10,6 +10,8 @@ The stage: from settings to distilled/
 
 Before it starts: what it will take
     preflight           what fits, what is refused
+    job                 a run as far as its size goes
+    sizes               models without their weights, what autograd keeps of them
     memory              bytes of a rank
     pace                time
     dry_run             all of it for a reader
@@ -21,6 +23,7 @@ The loss: sums over supervised tokens
     losses              their formulae
     states              terms of what happens inside the layers
     capture             what these compare, taken in passing
+    recompute           what is kept for the backward pass
 
 The teacher: what the student is compared with
     signals             live or recorded, one interface

@@ -31,6 +31,7 @@ from shoal.terms import term_names
 from .checkpoint import commit, layout, remove_older, separate_groups
 from .guard import LossGuard, refuse_step
 from .on_policy import Sampler as OnPolicySampler
+from .recompute import recompute_selectively
 from .sampling import own_forwards
 from .sharding import gathered, keep_gradient_norm
 from .signals import Teacher
@@ -72,6 +73,7 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        recompute_selectively(objective.student, self.args)
         # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over
         self.model_accepts_loss_kwargs = True
         self._teacher = teacher
