@@ -7,7 +7,9 @@
 Every turn is a process of its own, since a process cannot lower its peak, and the variants take turns, so that a busy
 machine slows all. What is measured is added to OUT/*.json; a further call adds turns. Ratios are medians over turns.
 
-shoal          `shoal distill` on one rank: Trainer, DeepSpeed, optimizer; forward KL, everything trained
+shoal          `shoal distill` on one rank: Trainer, DeepSpeed (ZeRO 2), optimizer; forward KL, everything trained
+lean           the same under ZeRO 0, since on one rank ZeRO 2 has nothing to shard and keeps copies of weights and
+               gradients, and with selective checkpointing
 prefix         the same with trainable: from_first_cut, so that the layers below are run once for teacher and student
 recorded       the same as shoal from recorded signals
 step           shoal's loss alone: teacher forward, student forward and backward; no Trainer, no DeepSpeed. Time of the
@@ -51,9 +53,10 @@ from shoal.packing import PackedRows
 from shoal.section import DataSource
 
 DROP = (12, 13, 14, 18, 21, 22, 25, 26)
-VARIANTS = ("shoal", "prefix", "recorded", "step", "trl", "plain", "models")
+VARIANTS = ("shoal", "lean", "prefix", "recorded", "step", "trl", "plain", "models")
 IN_SHOAL: dict[str, dict[str, Any]] = {
     "shoal": {},
+    "lean": {"deepspeed": "deepspeed/zero0.json"},
     "prefix": {"trainable": "from_first_cut"},
     "recorded": {"teacher": {"recorded": "SIGNALS"}},
 }
@@ -141,16 +144,17 @@ def measure_steps(arguments: argparse.Namespace) -> None:
     result: dict[str, Any] = {"what": what, "bytes_per_token": bytes_per_token(arguments), "turns": []}
     if path.is_file():
         result["turns"] = json.loads(path.read_text())["turns"]
-    for repeat in range(arguments.repeats):
-        first = (len(result["turns"]) + repeat) % len(arguments.variants)
+    for _ in range(arguments.repeats):
+        first = len(result["turns"]) % len(arguments.variants)
         order = [*arguments.variants[first:], *arguments.variants[:first]]
-        turn = {}
-        for variant in order:
-            turn[variant] = process(variant, arguments) | {"load_before": round(os.getloadavg()[0], 2)}
-            print(f"{variant:9} {turn[variant]}", file=sys.stderr, flush=True)
+        turn: dict[str, Any] = {}
         result["turns"].append(turn)
-        write_json(path, result | {"figures": figures(result, arguments)})
-    print(table(result, arguments))
+        for variant in order:
+            load = round(os.getloadavg()[0], 2)
+            turn[variant] = process(variant, arguments) | {"load_before": load}
+            print(f"{variant:9} {turn[variant]}", file=sys.stderr, flush=True)
+            write_json(path, result | {"figures": figures(result)})
+    print(table(result))
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -184,7 +188,7 @@ def write_recipe(arguments: argparse.Namespace, variant: str) -> Path:
         "trainer": {
             **OPTIMIZER,
             "per_device_train_batch_size": arguments.batch,
-            "gradient_checkpointing": arguments.checkpointing,
+            **checkpointing(arguments, selective=variant == "lean"),
             "save_strategy": "no",
         },
     }
@@ -294,7 +298,7 @@ def models_of(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTraine
     student = cut_model(load_model(folder, dtype="float32"), tuple(arguments.drop))
     student.train()
     if arguments.checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.activation_checkpointing_enable({"use_reentrant": False})
     return teacher, student
 
 
@@ -378,9 +382,16 @@ def trainer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "bf16": arguments.precision == "bfloat16",
         "remove_unused_columns": False,
         "disable_tqdm": True,
-        "gradient_checkpointing": arguments.checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if arguments.checkpointing else None,
+        **checkpointing(arguments),
         "seed": 0,
+    }
+
+
+def checkpointing(arguments: argparse.Namespace, *, selective: bool = False) -> dict[str, Any]:
+    settings = {"selective": True} if selective and not arguments.checkpointing else {"use_reentrant": False}
+    return {
+        "activation_checkpointing": arguments.checkpointing or selective,
+        "activation_checkpointing_kwargs": settings if arguments.checkpointing or selective else None,
     }
 
 
@@ -446,6 +457,10 @@ GOALS: dict[str, tuple[str, str, str, str, float]] = {
     "tokens/s against plain": ("shoal", "plain", "tokens_per_s", ">=", 1.2),
     "peak against trl": ("shoal", "trl", "peak", "<=", 0.5),
     "peak against plain": ("shoal", "plain", "peak", "<=", 0.5),
+    "lean, tokens/s against trl": ("lean", "trl", "tokens_per_s", ">=", 1.2),
+    "lean, tokens/s against plain": ("lean", "plain", "tokens_per_s", ">=", 1.2),
+    "lean, peak against trl": ("lean", "trl", "peak", "<=", 0.5),
+    "lean, peak against plain": ("lean", "plain", "peak", "<=", 0.5),
     "shared prefix, tokens/s against everything trained": ("prefix", "shoal", "tokens_per_s", ">=", 2.0),
     "recorded, tokens/s against live": ("recorded", "shoal", "tokens_per_s", ">=", 1.4),
     "step time against the models alone": ("shoal", "models", "seconds", "<=", 1.1),
@@ -453,7 +468,7 @@ GOALS: dict[str, tuple[str, str, str, str, float]] = {
 }
 
 
-def figures(result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def figures(result: dict[str, Any]) -> dict[str, Any]:
     """Medians over turns of each variant, and of the ratios within a turn."""
     turns = result["turns"]
 
@@ -489,8 +504,8 @@ def figures(result: dict[str, Any], arguments: argparse.Namespace) -> dict[str, 
     return {"variants": variants, "ratios": ratios}
 
 
-def table(result: dict[str, Any], arguments: argparse.Namespace) -> str:
-    found = figures(result, arguments)
+def table(result: dict[str, Any]) -> str:
+    found = figures(result)
     lines = [", ".join(f"{key} {value}" for key, value in result["what"].items()) + f", {len(result['turns'])} turns"]
     lines.append(f"{'':10} {'s/step':>8} {'cpu s':>8} {'optim s':>8} {'tokens/s':>9} {'peak GB':>8} {'first loss':>11}")
     for variant, values in found["variants"].items():
