@@ -168,6 +168,22 @@ def test_what_cannot_be_searched_is_refused_before_any_heal(make_run: Any, chang
         searching.search(make_run(search=changes), stop)
 
 
+def test_a_candidate_shares_written_text_and_publishes_nothing(make_run: Any) -> None:
+    run = make_run(
+        search={"tasks": ["knowledge_generation"], "plans": [{"name": "x"}, {"drop": [1]}]},
+        distill={"data": ["python_docs", "teacher_text"], "sequence_length": 64, "trainer": {"learning_rate": 1e-5}},
+        eval={**EVAL, "tasks": ["reasoning_worked"], "limits": {"reasoning_worked": 3}},
+        export={"hub_repo": "owner/name"},
+    )
+    settings = run.recipe.search
+    own = searching._candidates(run, settings)[0].run.recipe
+    assert own.run_dir == str(run.dir / "search" / "x")
+    assert own.distill.writing.folder == str(run.dir / "search" / "_text")
+    assert (own.distill.num_tokens, own.distill.trainer) == (128, {"learning_rate": 1e-5})
+    assert (own.eval.tasks, own.eval.limit, own.eval.limits) == (("knowledge_generation",), 2, {})
+    assert (own.export.hub_repo, own.track.name, own.search) == (None, "run-x", None)
+
+
 def test_a_recipe_without_plans_is_refused_with_an_example(make_run: Any) -> None:
     run = Run(parse_recipe({key: value for key, value in as_dict(make_run().recipe).items() if key != "search"}))
     with pytest.raises(UserError, match=r"search: the recipe does not say which plans .* search: \{plans: \[\{metric"):
