@@ -160,6 +160,24 @@ def test_logits_of_all_tokens_are_never_held() -> None:
     assert sorted(seen) == [4, 4, 5, 5, 5, 5, 5, 5]
 
 
+@pytest.mark.parametrize(("vocabularies", "most"), [(3.5, 3), (0.5, 1)])
+def test_a_large_vocabulary_has_fewer_tokens_in_a_chunk(
+    vocabularies: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watching(hidden: Tensor, weight: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return head(hidden, weight)
+
+    given = setting()
+    expected = chunked(given, live(given)).term_sums
+    monkeypatch.setattr(head_module, "LOGITS", int(vocabularies * V))
+    found = chunked(given, live(given), student_head=watching, chunk=5).term_sums
+    assert max(seen) == most
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("k", [None, 6])
 def test_under_autocast_fp32_gradients_come_near_the_exact_ones(k: int | None) -> None:
     terms = (ForwardKL(), CrossEntropy(weight=0.5))

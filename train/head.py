@@ -27,6 +27,8 @@ from .losses import Softmax, softened, temperature_of, token_losses
 
 BLOCK = 2**17
 """Logits of one block on CPU: half a megabyte of fp32 per copy."""
+LOGITS = 2**24
+"""On CPU a chunk has at most so many logits: of a larger vocabulary fewer tokens, so that memory does not grow with it."""
 AGREEMENT_STRIDE = 8
 """Every so many tokens teacher and student are asked for their most probable word."""
 SMALLEST_TAIL = 1e-8
@@ -307,6 +309,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         hidden_grad_ND = torch.zeros_like(hidden_ND) if wanted[0] else None
         parameter_grads: list[Tensor | None] = [None] * len(parameters)
         leaves = [_cast(p.detach()).requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
+        if parameters and hidden_ND.device.type == "cpu":
+            chunk = min(chunk, max(1, LOGITS // len(parameters[0])))
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             hidden_CD = hidden_ND[part].detach().requires_grad_(wanted[0])
