@@ -28,7 +28,7 @@ from .losses import Softmax, softened, temperature_of, token_losses
 BLOCK = 2**17
 """Logits of one block on CPU: half a megabyte of fp32 per copy."""
 LOGITS = 2**24
-"""On CPU a chunk has at most so many logits: of a larger vocabulary fewer tokens, so that memory does not grow with it."""
+"""A chunk on CPU has at most so many logits: of a larger vocabulary fewer tokens, so that memory does not grow."""
 AGREEMENT_STRIDE = 8
 """Every so many tokens teacher and student are asked for their most probable word."""
 SMALLEST_TAIL = 1e-8
