@@ -14,6 +14,7 @@ Before it starts: what it will take
     sizes               models without their weights, what autograd keeps of them
     memory              bytes of a rank
     pace                time
+    peak                how fast this machine could train at most
     dry_run             all of it for a reader
     zero_check          a perfect student must have loss 0
 

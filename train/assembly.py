@@ -70,6 +70,7 @@ def assemble(
     stop: StopRequest,
     scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None,
     callbacks: Sequence[TrainerCallback],
+    peak_tokens_per_s: float | None,
     seed: int,
     dtype: str,
     load: dict[str, Any],
@@ -92,12 +93,13 @@ def assemble(
     live = None
     if settings.teacher.recorded is None:
         live = load_model(teacher_dir, dtype=settings.teacher.dtype or dtype, **load).requires_grad_(False)
-    shared = 0 if live is None else shares_prefix(trained, plan)
+    frozen = shares_prefix(trained, plan)
+    shared = 0 if live is None else frozen
     if settings.local is not None:  # the layer before the first gap is no longer the teacher's
         shared = min(shared, gaps(plan.keep, plan.num_layers)[0].layer)
     prefix = SharedPrefix(student, live, first_change=shared) if live is not None and shared else None
     state_terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
-    states = StateLosses(state_terms, plan, student, live, num_shared=shared) if state_terms else None
+    states = StateLosses(state_terms, plan, student, live, num_shared=frozen) if state_terms else None
     reads_logits = any(map(reads_distributions, settings.losses))
     if live is not None:
         teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
@@ -127,6 +129,7 @@ def assemble(
         stop_on_spike=settings.stop_on_spike,
         autocast_dtype=autocast_dtype(settings),
         on_policy=_on_policy(settings, student, tokenizer, seed=seed),
+        peak_tokens_per_s=peak_tokens_per_s,
         callbacks=[*callbacks],
     )
     trainer.remove_callback(PrinterCallback)

@@ -35,6 +35,7 @@ from .assembly import assemble
 from .checkpoint import last_complete, needs_universal
 from .heartbeat import Heartbeat
 from .local import local_stage
+from .peak import peak_rate
 from .preflight import check_fit
 from .progress import Progress
 from .recorded import refuse_unrecorded
@@ -212,6 +213,7 @@ def distill(
             dtype=dtype,
             load=load,
         )
+    peak = peak_rate(teacher_dir, student_dir, plan, settings, dtype=dtype, load=load)
     report_to = tracking.start(track, run_dir, recipe)
     join_deepspeed()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
@@ -234,6 +236,7 @@ def distill(
         stop=stop,
         scorer=scorer,
         callbacks=[Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length), heartbeat],
+        peak_tokens_per_s=peak,
         seed=seed,
         dtype=dtype,
         load=load,
