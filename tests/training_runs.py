@@ -63,10 +63,10 @@ def prepare(folder: Path, teacher: Path) -> Path:
     return folder / "run"
 
 
-def write_recipe(folder: Path, teacher: Path, *, track: str = "off", record: Any = None, **distill: Any) -> Path:
+def write_recipe(folder: Path, model: Path, /, *, track: str = "off", record: Any = None, **distill: Any) -> Path:
     """A recipe whose training is small and exact."""
     settings = {
-        "model": str(teacher),
+        "model": str(model),
         "run_dir": str(folder / "run"),
         "dtype": "float32",
         "prune": {"drop": DROP},

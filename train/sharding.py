@@ -47,7 +47,8 @@ def place_teacher(teacher: PreTrainedModel, trainer: Trainer, *, offload: bool) 
     elif offload:
         from accelerate import cpu_offload
 
-        cpu_offload(teacher, execution_device=trainer.args.device)
+        # not the Trainer's device: on a CPU its number, which no tensor has, would make parameters plain tensors
+        cpu_offload(teacher, execution_device=device())
     else:
         teacher.to(trainer.args.device)  # pyright: ignore[reportArgumentType]
     teacher.eval()

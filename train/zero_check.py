@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from shoal.models import logits_from_hidden, text_config
 from shoal.packing import PackedRows
 from shoal.recording import Record
+from shoal.runtime import device
 from shoal.terms import LOGIT_TERMS
 from shoal.training import Distill
 
@@ -48,16 +49,18 @@ def check_objective(
     Raises:
         RuntimeError: naming the term. No recipe can cause this; it is a defect of shoal or of the model's code.
     """
-    row = {name: value[:TOKENS].unsqueeze(0).to(model.device) for name, value in rows[0].items() if value.ndim}
+    # what accelerate offloads has no device until it runs
+    where = device() if model.device.type == "meta" else model.device
+    row = {name: value[:TOKENS].unsqueeze(0).to(where) for name, value in rows[0].items() if value.ndim}
     labels_S = row["input_ids"][0, 1:]
     capturing = states.capturing_teacher() if states is not None and is_teacher else nullcontext(Captured())
     dtype = autocast_dtype(settings)
-    cast = nullcontext() if dtype is None else torch.autocast(model.device.type, dtype)
+    cast = nullcontext() if dtype is None else torch.autocast(where.type, dtype)
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     with torch.no_grad(), gathered(output_head(model)), cast:
         if sharded and not is_teacher:
             size = text_config(model.config).hidden_size
-            hidden_SD = torch.randn(len(labels_S), size, generator=torch.Generator().manual_seed(0)).to(model.device)
+            hidden_SD = torch.randn(len(labels_S), size, generator=torch.Generator().manual_seed(0)).to(where)
         else:
             with capturing as seen:
                 hidden_SD = final_hidden(model, row["input_ids"], row["position_ids"])[0, :-1]
