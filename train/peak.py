@@ -36,9 +36,7 @@ def peak_rate(
     """
     if not is_main():
         return None
-    configs = [
-        load_config(folder, trust_remote_code=load["trust_remote_code"]) for folder in (teacher_dir, student_dir)
-    ]
+    trusted = load["trust_remote_code"]
     ranks = ranks_on_this_node()
     try:
         found = job(
