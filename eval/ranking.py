@@ -30,7 +30,7 @@ Labels = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Measure:
+class RankedBy:
     """What plans are ranked by: a weighted sum of scores."""
 
     unit: Literal["retention", "nats"]
@@ -59,7 +59,7 @@ def check_columns(tasks: Mapping[str, Any], rank_by: Sequence[str]) -> None:
         )
 
 
-def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> Measure:
+def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> RankedBy:
     """What ranks plans, once the teacher is known.
 
     Raises:
@@ -68,7 +68,7 @@ def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> Measure:
     scores = {task.task: task for task in teacher.tasks}
     labels = [(task.task, task.ability, task.protocol) for task in teacher.tasks]
     if not rank_by:
-        return Measure("retention", _by_protocol(scores))
+        return RankedBy("retention", _by_protocol(scores))
     weights: dict[str, float] = {}
     for name in rank_by:
         meant = _tasks_of(name, labels)
@@ -88,7 +88,7 @@ def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> Measure:
     if not in_nats and any(silent.values()):
         task = next(task for task, reason in silent.items() if reason)
         raise UserError(f"search.rank_by: {task} ranks nothing: {silent[task]}; name another column")
-    return Measure("nats" if in_nats else "retention", weights)
+    return RankedBy("nats" if in_nats else "retention", weights)
 
 
 def rank_plans(
@@ -141,7 +141,7 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> Correlation:
     return Correlation(tau, float(np.corrcoef(*ranks)[0, 1].clip(-1, 1)))
 
 
-def _standings(measure: Measure, teacher: Scores, plans: Mapping[str, Scores]) -> dict[str, Standing]:
+def _standings(measure: RankedBy, teacher: Scores, plans: Mapping[str, Scores]) -> dict[str, Standing]:
     """Where every plan stands, before or after the heal."""
     values = {name: _value(measure, teacher, scores) for name, scores in plans.items()}
     sign = -1 if measure.unit == "retention" else 1
@@ -158,7 +158,7 @@ def _standings(measure: Measure, teacher: Scores, plans: Mapping[str, Scores]) -
     }
 
 
-def _value(measure: Measure, teacher: Scores, scores: Scores) -> Interval:
+def _value(measure: RankedBy, teacher: Scores, scores: Scores) -> Interval:
     if measure.unit == "nats":
         parts = [(weight, scores[task]) for task, weight in measure.weights.items()]
         value = sum(weight * score.score for weight, score in parts)
@@ -174,10 +174,10 @@ def _kept(teacher: Scores, scores: Scores, protocols: Sequence[str]) -> Interval
     tasks = [task.task for task in teacher.values() if task.protocol in protocols and not no_retention(task)]
     if not tasks:
         return None
-    return _value(Measure("retention", {task: 1 / len(tasks) for task in tasks}), teacher, scores)
+    return _value(RankedBy("retention", {task: 1 / len(tasks) for task in tasks}), teacher, scores)
 
 
-def _difference(measure: Measure, teacher: Scores, before: Scores, after: Scores) -> Interval:
+def _difference(measure: RankedBy, teacher: Scores, before: Scores, after: Scores) -> Interval:
     """The value of ``after`` less that of ``before``, with the interval that the tasks' paired ones make.
 
     Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
@@ -200,7 +200,7 @@ def _difference(measure: Measure, teacher: Scores, before: Scores, after: Scores
     return _interval(value, value - low, value + high)
 
 
-def _scale(measure: Measure, teacher: TaskScore) -> float:
+def _scale(measure: RankedBy, teacher: TaskScore) -> float:
     weight = measure.weights[teacher.task]
     return weight / (teacher.score - teacher.chance) if measure.unit == "retention" else weight
 
@@ -224,7 +224,7 @@ def _changes(before: TaskScore, after: TaskScore) -> dict[str, float]:
     return {item.id: item.score - earlier[item.id] for item in after.items}
 
 
-def _column(task: TaskScore, measure: Measure, before: Mapping[str, Scores], after: Mapping[str, Scores]) -> Column:
+def _column(task: TaskScore, measure: RankedBy, before: Mapping[str, Scores], after: Mapping[str, Scores]) -> Column:
     values = [[round(scores[task.task].score, 12) for scores in plans.values()] for plans in (before, after)]
     return Column(
         task=task.task,
