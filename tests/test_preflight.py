@@ -212,6 +212,16 @@ def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: J
     assert activations(False) - activations(True) == saved - len(layers) * state
 
 
+def test_selective_checkpointing_lies_between() -> None:
+    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
+    found = job_of(trainer=kwargs)
+    settings = [replace(found.setting, checkpointing=False), found.setting, replace(found.setting, selective=False)]
+    none, selective, whole = (memory(found.student, found.teacher, setting).activations for setting in settings)
+    assert whole < selective < none
+    costs = [flops_per_token(found.student, found.teacher, setting, shared=False) for setting in settings]
+    assert costs[0] == costs[1] < costs[2]
+
+
 def test_operations_per_token_follow_from_weights_and_length(tiny_job: Job) -> None:
     matrix = 4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48
     layer, head = 2 * matrix + 4 * 32 * LENGTH, 2 * 32 * VOCAB_SIZE

@@ -20,11 +20,13 @@ from .arguments import DEFAULTS, autocast_dtype, batch_split, deepspeed_config
 from .local import gaps
 from .memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, Memory, Setting, Sharing, TeacherPlace, memory
 from .pace import make_trainable
+from .recompute import SELECTIVE
 from .sizes import ModelSize, student_size, teacher_size
 from .states import SCORES, layer_pairs
 from .trainable import shares_prefix, trained_parts
 from .writing import wants_teacher_text
 
+CHECKPOINTING_KEYS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 SCORED_ROWS = 16
 """Of a forward when the student is scored, at most: eval.batch_size unless it is set."""
 
@@ -162,6 +164,7 @@ def _setting(
         head_chunk=settings.head_chunk,
         accumulation=accumulation,
         checkpointing=bool(trainer.get("gradient_checkpointing")),
+        selective=any((trainer.get(key) or {}).get(SELECTIVE) for key in CHECKPOINTING_KEYS),
         stage=stage,
         ranks=ranks,
         ranks_per_node=ranks_per_node,

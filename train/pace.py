@@ -58,7 +58,7 @@ def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *,
         works = layer.kept.per_row > 0
         if works:  # the gradient of what attention reads takes twice its forward, whatever is trained
             backward = forward + student.pair_flops * length + 2 * layer.trained_matrices
-            total += forward * (1 + setting.checkpointing) + backward
+            total += forward * (1 + (setting.checkpointing and not setting.selective)) + backward
         elif not (shared and teacher_runs):
             total += forward
     total += 2 * student.head * (2 + student.head_trained)
@@ -105,7 +105,7 @@ def probe(
         if setting.teacher != "recorded":
             live = built(teacher_config, dtype=teacher_dtype, attention=attention).requires_grad_(False).eval()
             shared = shares_prefix(trained, plan)
-    if setting.checkpointing:
+    if setting.checkpointing and not setting.selective:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     step = _step(student, live, plan, settings, setting, shared=shared)
     batch = _batch(text_config(student_config).vocab_size, setting, device)
