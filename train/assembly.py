@@ -17,7 +17,7 @@ from shoal.models import align_weights, load_model
 from shoal.packing import PackedRows
 from shoal.recording import Record
 from shoal.runtime import device
-from shoal.terms import LOGIT_TERMS, STATE_TERMS, CrossEntropy, reads_distributions
+from shoal.terms import LOGIT_TERMS, STATE_TERMS, CrossEntropy, needs_teacher, reads_distributions
 from shoal.training import Distill
 
 from .adapters import add_adapters
@@ -29,7 +29,7 @@ from .recorded import Recorded
 from .recording import recording_inputs, rows_from
 from .sampling import end_tokens
 from .sharding import place_teacher
-from .signals import LiveTeacher, RecordedTeacher
+from .signals import LiveTeacher, NoTeacher, RecordedTeacher
 from .states import StateLosses
 from .stop import StopRequest
 from .student import Objective, SharedPrefix, output_head, to_logits
@@ -91,7 +91,7 @@ def assemble(
         add_adapters(student, settings.lora, trained, seed=seed, stored=stored)
     keep_zeros(student)
     live = None
-    if settings.teacher.recorded is None:
+    if settings.teacher.recorded is None and needs_teacher(settings.losses):
         live = load_model(teacher_dir, dtype=settings.teacher.dtype or dtype, **load).requires_grad_(False)
     frozen = shares_prefix(trained, plan)
     shared = 0 if live is None else frozen
@@ -103,6 +103,8 @@ def assemble(
     reads_logits = any(map(reads_distributions, settings.losses))
     if live is not None:
         teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
+    elif settings.teacher.recorded is None:
+        teacher = NoTeacher()
     else:
         recorded = _recorded(teacher_dir, rows, settings, record, states, inputs)
         teacher = RecordedTeacher(recorded, reads_logits=reads_logits, states=states)

@@ -51,6 +51,14 @@ class LiveTeacher:
         return Signals(hidden_BSD if self._reads_logits else None, captured=captured)
 
 
+class NoTeacher:
+    """Says nothing: no loss term asks."""
+
+    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
+        """Empty ones."""
+        return Signals()
+
+
 class RecordedTeacher:
     """Reads what `shoal record` has written about the rows of a micro-batch, and moves it to their device."""
 

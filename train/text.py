@@ -56,7 +56,8 @@ def training_rows(
             )
         for name, count in rows.counts.items():
             if count["repeats"]:
-                log.info("%s is smaller than its share of the budget and is repeated %d times", name, count["repeats"])
+                times = "once" if count["repeats"] == 1 else f"{count['repeats']} times"
+                log.info("%s is smaller than its share of the budget and is repeated %s", name, times)
     if dist.is_initialized():
         dist.barrier()
     return read_rows(path)

@@ -41,6 +41,7 @@ from shoal.runtime import device, environment, is_main, seed_everything
 
 log = logging.getLogger(__name__)
 
+RECORDING = "recording.json"
 OVERLAP_TOKENS = 50_000_000
 """So much of the training text is searched for evaluation items at most: minutes, not hours."""
 
@@ -566,6 +567,9 @@ def preflight(run: Run) -> None:
     for name in ("distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
     check_training_settings(recipe)
+    recorded = recipe.distill.teacher.recorded
+    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
+        raise UserError(f"distill.teacher.recorded: {recorded} holds no recorded signals; run `shoal record` first")
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=recipe.trust_remote_code)
     for source in recipe.distill.data:
         if source.path != TEACHER_TEXT:

@@ -9,6 +9,7 @@ import platform
 import random
 import socket
 import sys
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -74,8 +75,11 @@ def set_up_logging(level: int = logging.INFO) -> None:
         "urllib3",
         "absl",
         "DeepSpeed",
+        "accelerate",
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # libraries that call each other by old names: nothing that a reader of a run could do about it
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|accelerate|trl)\b")
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 

@@ -143,14 +143,14 @@ class HiddenStates(Section):
     distance: Literal["mse", "cosine"] = "mse"
     """mse = squared error relative to the squared norm of the teacher's state; cosine = 1 - cosine."""
     layers: Layers | None = None
-    """Student layers; None = all."""
+    """Student layers; None = from the first whose target is not equal from the start."""
     multi_scale: bool = False
-    """Early layers match the states of tokens, late ones also those pooled over neighbouring tokens."""
+    """Early layers match the states of tokens, late ones those pooled over neighbouring tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRelation(Section):
-    """KL between teacher's and student's attention distributions; needs attention: eager."""
+    """KL between teacher's and student's attention distributions over the tokens that a layer sees."""
 
     kind: Literal["attention_relation"] = "attention_relation"
     weight: Weight = 1.0
