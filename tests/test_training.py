@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import struct
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from training_runs import (
     finished,
     mask_labels_of_rows,
     prepare,
+    recipe,
     run,
     script_scores,
     share_nothing,
@@ -30,7 +30,6 @@ from training_runs import (
     spoil_loss,
     terminate,
     unfinished,
-    write_recipe,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -93,11 +92,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     return prepare(tmp_path_factory.mktemp("cut"), teacher)
-
-
-def recipe(folder: Path, model: Path, cut: Path, /, **settings: Any) -> Path:
-    shutil.copytree(cut, folder / "run")
-    return write_recipe(folder, model, **settings)
 
 
 def same(one: Trial, other: Trial, names: list[str], *, within: float = 1e-5) -> None:

@@ -63,6 +63,12 @@ def prepare(folder: Path, teacher: Path) -> Path:
     return folder / "run"
 
 
+def recipe(folder: Path, model: Path, cut: Path, /, **settings: Any) -> Path:
+    """A recipe in ``folder`` whose student is already there, from the run directory ``cut``."""
+    shutil.copytree(cut, folder / "run")
+    return write_recipe(folder, model, **settings)
+
+
 def write_recipe(folder: Path, model: Path, /, *, track: str = "off", record: Any = None, **distill: Any) -> Path:
     """A recipe whose training is small and exact."""
     settings = {

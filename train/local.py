@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from shoal.artifact import PruningPlan, differences, write_json, written_folder
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import decoder_layers, load_config, load_model
-from shoal.packing import IGNORED, PackedRows
+from shoal.packing import PackedRows
 from shoal.recipe import as_dict
 from shoal.run import barrier
 from shoal.runtime import device, is_main, rank, world_size
@@ -41,6 +41,7 @@ from shoal.training import Distill, LocalHeal
 
 from .arguments import autocast_dtype
 from .capture import capturing
+from .states import Tokens, distances
 from .student import final_hidden
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,11 @@ def local_stage(
     student = load_model(student_dir, dtype="float32", device=device(), **load)
     teacher = load_model(teacher_dir, dtype=settings.teacher.dtype or dtype, device=device(), **load)
     num_steps = math.ceil(settings.local.num_tokens / (settings.sequence_length * settings.local.batch_size))
+    if settings.local.num_tokens > rows.input_ids_NS.numel():
+        wanted, there = settings.local.num_tokens, rows.input_ids_NS.numel()
+        log.info(
+            "distill.local.num_tokens: %d are more than the %d of distill.num_tokens, which it takes", wanted, there
+        )
     result = heal_locally(
         student,
         teacher.requires_grad_(False),
@@ -232,7 +238,7 @@ def _step(
         ids, positions, labels = (
             torch.stack([row[name] for row in batch]).to(device()) for name in ("input_ids", "position_ids", "labels")
         )
-        counted = (labels != IGNORED) & (positions > 0)
+        counted = Tokens.of(labels, positions).counted_BS
         with torch.no_grad(), torch.autocast(device().type, torch.bfloat16, enabled=autocast):
             with capturing(teacher, {place.target for place in places}) as seen:
                 final_hidden(teacher, ids, positions)
@@ -245,10 +251,11 @@ def _step(
         for gradient in gradients:
             if gradient is not None:
                 dist.all_reduce(gradient)
+    num_tokens = sums[-1].clamp_min(1)  # rows may hold nothing to learn but what follows a document's first token
     for gradient in gradients:
         if gradient is not None:
-            gradient.div_(sums[-1].to(gradient.dtype))
-    return (sums[:-1] / sums[-1]).tolist()
+            gradient.div_(num_tokens.to(gradient.dtype))
+    return (sums[:-1] / num_tokens).tolist()
 
 
 @contextmanager
@@ -276,7 +283,7 @@ def _learner(
         with torch.enable_grad():
             output = forward(*args, **kwargs)
             state_BSD = output[0] if isinstance(output, tuple) else output
-            error = relative_error(state_BSD[counted_BS], target_BSD[counted_BS].to(state_BSD.device))
+            error = distances(state_BSD[counted_BS].float(), target_BSD[counted_BS].float(), "mse").sum()
         error.backward()
         sums[index] += error.detach()
         if isinstance(output, tuple):
@@ -284,12 +291,6 @@ def _learner(
         return state_BSD.detach()
 
     return learn
-
-
-def relative_error(state_ND: Tensor, target_ND: Tensor) -> Tensor:
-    """Sum over tokens of |state - target|^2 / |target|^2, in float32. Relative, because norms grow with depth."""
-    difference = (state_ND.float() - target_ND.float()).square().sum(-1)
-    return (difference / target_ND.float().square().sum(-1).clamp_min(1e-12)).sum()
 
 
 class _Progress:

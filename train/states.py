@@ -268,7 +268,7 @@ def _full(values: Tensor) -> Tensor:
 
 
 def _token_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Tokens, distance: str) -> Tensor:
-    return _distances(student_BSD[tokens.counted_BS], teacher_BSD[tokens.counted_BS], distance).sum()
+    return distances(student_BSD[tokens.counted_BS], teacher_BSD[tokens.counted_BS], distance).sum()
 
 
 def _pooled_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Tokens, distance: str) -> Tensor:
@@ -282,10 +282,10 @@ def _pooled_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Tokens, distan
         torch.segment_reduce(states_BSD[tokens.counted_BS], "mean", lengths=tokens.per_window_W)
         for states_BSD in (student_BSD, teacher_BSD)
     )
-    return (_distances(ours_WD, theirs_WD, distance) * tokens.per_window_W).sum()
+    return (distances(ours_WD, theirs_WD, distance) * tokens.per_window_W).sum()
 
 
-def _distances(student_ND: Tensor, teacher_ND: Tensor, distance: str) -> Tensor:
+def distances(student_ND: Tensor, teacher_ND: Tensor, distance: str) -> Tensor:
     """Of every pair of states: squared error relative to the teacher's squared norm, or 1 - cosine."""
     if distance == "mse":
         smallest = torch.finfo(teacher_ND.dtype).tiny
