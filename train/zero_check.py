@@ -57,7 +57,7 @@ def check_objective(
     dtype = autocast_dtype(settings)
     cast = nullcontext() if dtype is None else torch.autocast(where.type, dtype)
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    with torch.no_grad(), gathered(output_head(model)), cast:
+    with torch.no_grad(), cast:
         if sharded and not is_teacher:
             size = text_config(model.config).hidden_size
             hidden_SD = torch.randn(len(labels_S), size, generator=torch.Generator().manual_seed(0)).to(where)
@@ -66,14 +66,16 @@ def check_objective(
                 hidden_SD = final_hidden(model, row["input_ids"], row["position_ids"])[0, :-1]
             if states is not None and is_teacher:
                 states.check_zero_at_teacher(seen, row["labels"], row["position_ids"])
-        check_zero_at_teacher(
-            [term for term in settings.losses if isinstance(term, LOGIT_TERMS)],
-            hidden_SD,
-            _through_gathered(model) if sharded else to_logits(model),
-            labels_S,
-            top_k=None if is_teacher else record.top_k,
-            chunk=settings.head_chunk,
-        )
+        # only now: where head and embeddings are one table, the layers' own hooks let go of it
+        with gathered(output_head(model)):
+            check_zero_at_teacher(
+                [term for term in settings.losses if isinstance(term, LOGIT_TERMS)],
+                hidden_SD,
+                _through_gathered(model) if sharded else to_logits(model),
+                labels_S,
+                top_k=None if is_teacher else record.top_k,
+                chunk=settings.head_chunk,
+            )
 
 
 def _through_gathered(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
