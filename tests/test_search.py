@@ -110,6 +110,10 @@ def test_plans_are_cut_healed_scored_and_ranked(make_run: Any, caplog: pytest.Lo
     assert searching.search(make_run(), stop) == text
     assert "search: done already" in caplog.text
     assert "search: the teacher, once for all plans" not in caplog.text
+    with pytest.raises(
+        UserError, match=r"search plan drop-1-3: was healed with other .*num_tokens is 256 in this .*128"
+    ):
+        searching.search(make_run(search={"num_tokens": 256}), stop)
 
 
 def test_a_search_killed_between_two_plans_goes_on(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:

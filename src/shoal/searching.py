@@ -193,12 +193,27 @@ def _share_importance(run: Run, candidates: Sequence[Candidate]) -> None:
 
 def _cut(candidate: Candidate) -> None:
     with locked(candidate.run):
-        recipe = as_dict(candidate.run.recipe)
-        write_text(candidate.recipe_file, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
         try:
             pipeline.prune(candidate.run)
         except UserError as error:
             raise UserError(f"search plan {candidate.name}: {error}") from error
+        _refuse_another_heal(candidate)
+        recipe = as_dict(candidate.run.recipe)
+        write_text(candidate.recipe_file, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+
+
+def _refuse_another_heal(candidate: Candidate) -> None:
+    """Refuse a candidate that was healed with other settings, before any other plan is."""
+    path = candidate.run.dir / Training.FILE
+    if not path.is_file():
+        return
+    inputs = pipeline.training_inputs(candidate.run, candidate.plan)
+    changed = differences(inputs, Training.read(path).provenance.inputs)
+    if changed:
+        raise UserError(
+            f"search plan {candidate.name}: was healed with other settings ({'; '.join(changed)}). Set the recipe "
+            f"back, delete {candidate.run.dir.parent} to heal all plans again, or choose another run_dir"
+        )
 
 
 def _same_layers(candidates: Sequence[Candidate]) -> dict[str, str]:
