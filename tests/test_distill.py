@@ -187,6 +187,14 @@ def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
     [
         ({"deepspeed": "nowhere.json"}, r"no file 'nowhere\.json'; shipped ones are deepspeed/zero0\.json"),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"stage must be 0, 1, 2 or 3 \(got 4\)"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}},
+            r"offload_param is on nvme, and its nvme_path is no folder \(got None\); .*device: cpu",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/no/disk"}}}},
+            r"offload_optimizer is on nvme, and its nvme_path is no folder \(got '/no/disk'\)",
+        ),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "leave `scheduler` out; set lr_scheduler_type"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16 with ZeRO stage 0 starts Adam one step late"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16 does not train on a CPU"),

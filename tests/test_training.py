@@ -235,6 +235,13 @@ def dealt_rows(trial: Trial, step: int) -> list[list[int]]:
     return sorted(read_rows(folder).input_ids_NS[(step - 1) * BATCH : step * BATCH].tolist())
 
 
+def test_a_batch_without_a_supervised_token_is_refused(teacher, cut, tmp_path):
+    refused = run(recipe(tmp_path, teacher, cut), before=partial(mask_labels_of_rows, *range(BATCH)))
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert "step 1: its batch holds no supervised token; raise distill.batch_size" in refused.log
+
+
 def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp_path):
     steps = 18
     trainer = {"save_strategy": "steps", "save_steps": 17, "learning_rate": 1e-5}

@@ -175,6 +175,14 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
         )
     if "fp16" in named and not torch.accelerator.is_available():
         raise UserError("distill.deepspeed: fp16 does not train on a CPU; use distill.precision: bfloat16")
+    for part in ("offload_optimizer", "offload_param"):
+        place = config["zero_optimization"].get(part) or {}
+        folder = place.get("nvme_path")
+        if place.get("device") == "nvme" and (folder is None or not Path(folder).expanduser().is_dir()):
+            raise UserError(
+                f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
+                "local disk, or set device: cpu"
+            )
     offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and "optimizer" not in config:
         # torch's own AdamW runs on a CPU as well; DeepSpeed's has to be compiled and does not resume bit by bit
