@@ -275,6 +275,7 @@ class Clock(TrainerCallback):
             "tokens_per_s": tokens / seconds,
             "peak": self.peak,
             "steps": [round(value, 4) for value in wall],
+            "cpu_steps": [round(value, 4) for value in busy],
         }
 
 
@@ -536,11 +537,11 @@ def table(result: dict[str, Any]) -> str:
 def measure_head(arguments: argparse.Namespace) -> None:
     points = [process(f"head:{vocab}:{tokens}", arguments) for vocab, tokens in HEAD_POINTS]
     write_json(arguments.out / "head.json", {"hidden_size": HEAD_SIZE, "points": points})
-    print(f"{'vocabulary':>10} {'tokens':>7} {'above weights MB':>17} {'whole logits MB':>16} {'us/token':>9}")
+    print(f"{'vocabulary':>10} {'tokens':>7} {'above weights MB':>17} {'whole logits MB':>16} {'cpu us/token':>13}")
     for point in points:
         print(
             f"{point['vocabulary']:10,} {point['tokens']:7,} {point['extra'] / 1e6:17,.0f} "
-            f"{point['whole'] / 1e6:16,.0f} {1e6 * point['seconds'] / point['tokens']:9.0f}"
+            f"{point['whole'] / 1e6:16,.0f} {1e6 * point['cpu_seconds'] / point['tokens']:13.0f}"
         )
 
 
@@ -576,9 +577,9 @@ def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
     gc.collect()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    began = time.perf_counter()
+    began = time.process_time()
     run(tokens)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     gradients = 4 * (hidden.numel() + weight.numel())
     return {
         "vocabulary": vocab,
@@ -586,7 +587,7 @@ def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
         "peak_growth": memory("VmHWM") - before,
         "extra": memory("VmHWM") - before - gradients,
         "whole": 4 * vocab * tokens,
-        "seconds": seconds,
+        "cpu_seconds": seconds,
     }
 
 
@@ -621,14 +622,15 @@ def measure_length(arguments: argparse.Namespace) -> None:
         run_shoal("prune", file)
         points.append(process(f"length:{tokens}", arguments) | {"tokens": tokens})
     write_json(arguments.out / "length.json", {"points": points})
-    print(f"{'tokens':>10} {'tokens/s':>9} {'first tenth':>12} {'last tenth':>11} {'peak MB':>8}")
+    print(f"{'tokens':>10} {'tokens/s':>9} {'peak MB':>8}   tokens/s of first and last tenth, then per cpu second")
     for point in points:
         tenth = max(1, len(point["steps"]) // 10)
-        first, last = (2048 / statistics.median(part) for part in (point["steps"][:tenth], point["steps"][-tenth:]))
-        print(
-            f"{point['tokens']:10,} {point['tokens_per_s']:9,.0f} {first:12,.0f} {last:11,.0f} "
-            f"{point['peak'] / 1e6:8,.0f}"
-        )
+        ends = [
+            f"{2048 / statistics.median(part):9,.0f}"
+            for steps in (point["steps"], point["cpu_steps"])
+            for part in (steps[:tenth], steps[-tenth:])
+        ]
+        print(f"{point['tokens']:10,} {point['tokens_per_s']:9,.0f} {point['peak'] / 1e6:8,.0f} {' '.join(ends)}")
 
 
 def make_tiny(folder: Path) -> None:
