@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from transformers import PreTrainedModel, Trainer
 
 from shoal.errors import UserError
 from shoal.runtime import device
+
+REDUCED_AT_ONCE = 2**24
+"""Gradients in one buffer that ranks add up without ZeRO; a larger tensor has one of its own."""
 
 
 def join_deepspeed() -> None:
@@ -63,6 +67,12 @@ def keep_gradient_norm(engine: Any) -> None:
         engine._global_grad_norm = float(clip_grad_norm_(engine.module.parameters(), limit, mpu=engine.mpu))
 
     engine.clip_fp32_gradients = clip
+
+
+def reduce_in_parts(engine: Any) -> None:
+    """Without ZeRO DeepSpeed copies up to 500 million gradients into one buffer before ranks add them up, which on one
+    rank too costs as much memory as all gradients of a small model; here fewer at a time."""
+    engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=REDUCED_AT_ONCE)
 
 
 @contextmanager

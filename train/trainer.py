@@ -33,7 +33,7 @@ from .guard import LossGuard, refuse_step
 from .on_policy import Sampler as OnPolicySampler
 from .recompute import recompute_selectively
 from .sampling import own_forwards
-from .sharding import gathered, keep_gradient_norm
+from .sharding import gathered, keep_gradient_norm, reduce_in_parts
 from .signals import Teacher
 from .stop import StopRequest
 from .student import Objective, SharedPrefix
@@ -331,6 +331,7 @@ class _StepEnds(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         keep_gradient_norm(self._trainer.model_wrapped)
+        reduce_in_parts(self._trainer.model_wrapped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.end_step()
