@@ -471,8 +471,8 @@ def test_a_large_source_is_mixed_through_a_buffer_and_never_held_whole(
             read += 1
             yield item
 
-    raw = data._raw
-    monkeypatch.setattr(data, "_raw", counted)
+    raw = data.documents
+    monkeypatch.setattr(data, "documents", counted)
     source = DataSource(str(path))
     drawn = [
         item

@@ -44,6 +44,13 @@ def test_the_first_steps_and_a_guard_that_is_off_say_nothing():
     assert problems(LossGuard(None), [1.0] * 50 + [1e9]) == [None] * 51
 
 
+def test_a_loss_that_is_rounding_does_not_spike():
+    guard = LossGuard(3.0)
+    problems(guard, [1e-6] * 20)
+    assert guard.problem({"loss": 1e-4}) is None
+    assert guard.problem({"loss": 0.1}) is not None
+
+
 def test_losses_of_an_earlier_life_count():
     guard = LossGuard(3.0)
     guard.remember([1.0] * 40)

@@ -67,6 +67,7 @@ def recipe(folder: Path, teacher: Path) -> Path:
             "batch_size": 4,
             "precision": "float32",
             "deepspeed": "deepspeed/zero2.json",
+            "watch": None,
             "trainer": {"learning_rate": 1e-3, "save_strategy": "no"},
         },
     }

@@ -19,6 +19,10 @@ REMEMBERED_STEPS = 32
 """A jump is one from the median of so many steps before it; fewer than half of them say nothing yet."""
 
 
+FLOOR = 1e-3
+"""A usual loss below this is rounding, of which any multiple may come."""
+
+
 class LossGuard:
     """Tells a healthy step from one after which nothing that is learnt can be trusted.
 
@@ -38,7 +42,7 @@ class LossGuard:
         loss = values["loss"]
         if self._spike is not None and len(self._recent) >= REMEMBERED_STEPS // 2:
             usual = statistics.median(self._recent)
-            if abs(loss) > self._spike * abs(usual):
+            if abs(loss) > self._spike * max(abs(usual), FLOOR):
                 return (
                     f"the loss is {loss:.4g}, more than distill.stop_on_spike: {self._spike:g} times {usual:.4g}, "
                     f"the median of the {len(self._recent)} steps before"
