@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 PREFIX = "watch/"
 """Of the curves' names."""
 BEST = "best"
+UNITS = {"perplexity": " nats per token"}
 
 
 class Score(Protocol):
@@ -76,7 +77,7 @@ class Watcher(TrainerCallback):
         scores = self.score()
         self.log({PREFIX + name: score.value for name, score in scores.items()})
         if is_main():
-            told = ", ".join(f"{name} {score.value:.3f}" for name, score in scores.items())
+            told = ", ".join(f"{name} {score.value:.3f}{UNITS.get(name, '')}" for name, score in scores.items())
             log.info("step %d: %s", step, told)
         if self._settings.best is not None:
             self._keep(step, scores[self._settings.best])

@@ -535,7 +535,8 @@ def check_training_settings(recipe: Recipe) -> None:
     """Refuse training settings that cannot work, without loading anything.
 
     Raises:
-        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
+        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key, a recording
+            that is not there.
     """
     from shoal.train.arguments import check_names, deepspeed_config
     from shoal.train.tracking import wandb_mode
@@ -543,6 +544,12 @@ def check_training_settings(recipe: Recipe) -> None:
     check_names(recipe.distill)
     deepspeed_config(recipe.distill)
     wandb_mode(recipe.track)
+    recorded = recipe.distill.teacher.recorded
+    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
+        raise UserError(
+            f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
+            "writes RUN_DIR/signals, or name the folder that it wrote"
+        )
 
 
 def preflight(run: Run) -> None:
@@ -567,9 +574,6 @@ def preflight(run: Run) -> None:
     for name in ("distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
     check_training_settings(recipe)
-    recorded = recipe.distill.teacher.recorded
-    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
-        raise UserError(f"distill.teacher.recorded: {recorded} holds no recorded signals; run `shoal record` first")
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=recipe.trust_remote_code)
     for source in recipe.distill.data:
         if source.path != TEACHER_TEXT:
