@@ -49,8 +49,8 @@ def refuse_untrainable(lora: Lora, trainable: str, *, zero_stage: int) -> None:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "distill.lora.quantization: nf4 needs bitsandbytes; run `pip install -e '.[qlora]'` in shoal's folder, or set "
-            "it to none"
+            "distill.lora.quantization: nf4 needs bitsandbytes; run `pip install -e '.[qlora]'` in shoal's folder, "
+            "or set it to none"
         )
 
 
