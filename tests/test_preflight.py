@@ -20,7 +20,7 @@ from shoal.artifact import Provenance, PruningPlan
 from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.lora import Lora
-from shoal.machine import ranks_on_this_node
+from shoal.machine import peak_memory, ranks_on_this_node
 from shoal.on_policy import OnPolicy
 from shoal.terms import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train import dry_run as report
@@ -103,9 +103,10 @@ def test_frozen_layers_below_the_cut_keep_nothing() -> None:
 
 
 TRAIN = """
-import resource, psutil, torch
+import psutil, torch
 from transformers import LlamaConfig
 from shoal.artifact import Provenance, PruningPlan
+from shoal.machine import peak_memory
 from shoal.train import pace
 from shoal.train.memory import Setting, memory
 from shoal.train.sizes import student_size, teacher_size
@@ -120,7 +121,7 @@ before = psutil.Process().memory_info().rss
 pace.probe(teacher, student, PruningPlan(Provenance({}), 6, (1,), ""), Distill(sequence_length=256), setting,
            teacher_dtype=torch.bfloat16, attention="sdpa", device=torch.device("cpu"))
 found = memory(*sizes, setting)
-print(found.peak - found.fixed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print(found.peak - found.fixed, peak_memory() - before)
 """
 
 MAPPED = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -566,3 +567,10 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     assert "7 rows do not divide over 3 ranks" in capsys.readouterr().err
     logging.getLogger().handlers[:] = logged
     assert not (tmp_path / "run").exists()
+
+
+def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
+    ballast = torch.ones(1_000_000_000, dtype=torch.uint8)  # resident here, not in the child
+    command = [sys.executable, "-c", "from shoal.machine import peak_memory; print(peak_memory())"]
+    child = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peak_memory() > len(ballast) > child

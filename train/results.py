@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from shoal.artifact import Provenance, Training, written_folder
+from shoal.machine import peak_memory
 from shoal.models import load_config
 from shoal.runtime import device, is_main, world_size
 
@@ -41,7 +40,7 @@ def write_results(
     Every rank calls this. ``data`` and ``settings`` go into distill.json.
     """
     state = trainer.student_state()
-    peak = torch.tensor(float(_peak_memory_bytes()), device=device())
+    peak = torch.tensor(float(peak_memory()), device=device())
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     best = None if watcher is None else watcher.best()
     if is_main():
@@ -78,10 +77,3 @@ def write_results(
         if watcher is not None:
             watcher.forget()
     dist.barrier()
-
-
-def _peak_memory_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

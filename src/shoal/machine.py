@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import torch
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux tells a container its limits."""
+STATUS = Path("/proc/self/status")
+"""Where Linux tells a process about itself."""
 
 
 def available_memory() -> int:
@@ -34,6 +38,21 @@ def free_disk(path: Path) -> int:
     """Bytes free where ``path`` is, or will be once its folders are made."""
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
     return shutil.disk_usage(parent).free
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held: on its device, or resident on a CPU.
+
+    Resident memory is not asked of getrusage where Linux tells better: there it counts the process that started this
+    one, too.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if STATUS.is_file():
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def ranks_on_this_node() -> int:
