@@ -262,3 +262,11 @@ def test_run_dir_that_cannot_be_made_is_refused(make_run: Any, tmp_path: Path) -
         pipeline.locked(make_run(run_dir=str(tmp_path / "file" / "run"))),
     ):
         pass
+
+
+def test_a_recording_that_is_not_there_is_refused_before_anything_is_launched(tmp_path):
+    recipe = parse_recipe(
+        {"model": "m", "run_dir": str(tmp_path), "distill": {"teacher": {"recorded": str(tmp_path / "signals")}}}
+    )
+    with pytest.raises(UserError, match=r"signals is no folder of recorded signals; run `shoal record` first"):
+        pipeline.check_recording(recipe)

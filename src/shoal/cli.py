@@ -122,6 +122,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     in_group = launched or verb in ("distill", "record")
     if verb == "distill" and not launched:
         pipeline.check_training_settings(recipe)
+        pipeline.check_recording(recipe)
         _launch_distill(recipe, config, overrides)
         return
     if in_group:

@@ -535,8 +535,7 @@ def check_training_settings(recipe: Recipe) -> None:
     """Refuse training settings that cannot work, without loading anything.
 
     Raises:
-        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key, a recording
-            that is not there.
+        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
     """
     from shoal.train.arguments import check_names, deepspeed_config
     from shoal.train.tracking import wandb_mode
@@ -544,6 +543,14 @@ def check_training_settings(recipe: Recipe) -> None:
     check_names(recipe.distill)
     deepspeed_config(recipe.distill)
     wandb_mode(recipe.track)
+
+
+def check_recording(recipe: Recipe) -> None:
+    """Refuse a recording that is not there, before anything is measured, cut or launched.
+
+    Raises:
+        UserError: it is not.
+    """
     recorded = recipe.distill.teacher.recorded
     if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
         raise UserError(
@@ -574,6 +581,7 @@ def preflight(run: Run) -> None:
     for name in ("distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
     check_training_settings(recipe)
+    check_recording(recipe)
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=recipe.trust_remote_code)
     for source in recipe.distill.data:
         if source.path != TEACHER_TEXT:
