@@ -228,13 +228,15 @@ def _disjointness(run: Run) -> Paragraph:
         text = f"Training read {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
         return Paragraph(text, warning=True)
     if overlap := data.get("overlap"):
+        searched = data.get("tokens_searched_for_overlap")
+        where = "the training text" if searched is None else f"the first {searched:,} tokens of the training text"
         found = {task: one["found"] for task, one in overlap.items() if one["found"]}
         if not found:
             return Paragraph(
-                f"No evaluation item of {len(overlap)} tasks was found in the training text, by 13 words in succession."
+                f"No evaluation item of {len(overlap)} tasks was found in {where}, by 13 words in succession."
             )
         told = ", ".join(f"{count} of {overlap[task]['compared']} of {task}" for task, count in found.items())
-        text = f"Evaluation items were found in the training text, by 13 words in succession: {told}."
+        text = f"Evaluation items were found in {where}, by 13 words in succession: {told}."
         return Paragraph(text, warning=True)
     if foreign:
         text = f"It was not checked whether training text and evaluation items overlap for: {listed(foreign)}."

@@ -303,7 +303,8 @@ def test_an_evaluation_of_another_plan_is_pointed_out(tmp_path: Path) -> None:
 def read(source: str, **found: int) -> dict:
     """What distill.json says of its data: one source, and how many items of which task were found in it."""
     overlap = {task: {"items": 10, "compared": 9, "found": count, "examples": []} for task, count in found.items()}
-    return {"sources": {source: {"tokens": 1}}, **({"overlap": overlap} if found else {})}
+    searched = {"overlap": overlap, "tokens_searched_for_overlap": 5000} if found else {}
+    return {"sources": {source: {"tokens": 1}}, **searched}
 
 
 @pytest.mark.parametrize(
@@ -313,8 +314,16 @@ def read(source: str, **found: int) -> dict:
         (read("my.jsonl"), None, "It was not checked whether training text and evaluation items overlap"),
         (read("python_docs_heldout"), None, "which is evaluation text"),
         (read("python_docs"), "mmlu", "overlap for: mmlu"),
-        (read("my.jsonl", mmlu=0, gsm8k=0), None, "No evaluation item of 2 tasks was found in the training text"),
-        (read("my.jsonl", mmlu=0, gsm8k=3), None, "were found in the training text, by 13 words in succession: 3 of 9"),
+        (
+            read("my.jsonl", mmlu=0, gsm8k=0),
+            None,
+            "No evaluation item of 2 tasks was found in the first 5,000 tokens of the training",
+        ),
+        (
+            read("my.jsonl", mmlu=0, gsm8k=3),
+            None,
+            "first 5,000 tokens of the training text, by 13 words in succession: 3 of 9",
+        ),
     ],
 )
 def test_overlap_of_training_and_evaluation_is_stated(

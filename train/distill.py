@@ -164,7 +164,8 @@ def distill(
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
     same run, if there is one. ``plan`` says which layers the student has left; ``scorer`` makes what distill.watch
-    scores the student with; ``search_rows`` finds evaluation items in the training rows.
+    scores the student with; ``search_rows`` finds evaluation items in the training rows and
+    gives what distill.json says of them.
 
     Raises:
         Stopped: on SIGTERM or when the launcher is gone, after saving.
@@ -255,7 +256,7 @@ def distill(
     objective.uninstall()
     data: dict[str, Any] = {"sources": rows.counts}
     if search_rows is not None and is_main():
-        data["overlap"] = search_rows(rows, tokenizer)
+        data |= search_rows(rows, tokenizer)
     write_results(
         trainer,
         made.student,

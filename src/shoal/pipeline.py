@@ -361,7 +361,9 @@ def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], di
     def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
         documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
-        return as_data(find_overlap(item_texts(tasks, num_items(tasks, settings)), documents))
+        found = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
+        searched = min(rows.input_ids_NS.numel(), OVERLAP_TOKENS)
+        return {"overlap": as_data(found), "tokens_searched_for_overlap": searched}
 
     return search
 
