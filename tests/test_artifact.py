@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ from sweep_results import importance as swept_importance
 
 from shoal.artifact import (
     Artifact,
+    BatchSpeed,
     Evaluation,
     Importance,
     ItemScore,
@@ -54,14 +56,19 @@ TASK = TaskScore(
     higher_is_better=True,
     version="1",
     num_fewshot=0,
-    items=(ItemScore("a", 1.0, "Köln\u2028", "Köln"), ItemScore("b", 0.0, weight=3.0)),
+    items=(ItemScore("a", 1.0, "Köln\u2028", "Köln", rates={"cut_off": 1.0}), ItemScore("b", 0.0, weight=3.0)),
+    family="steps",
+    level=2.0,
+    rates={"cut_off": 0.5},
 )
+BATCH = BatchSpeed(8, 3.0, 4.0, 0.1, None, {"first_token": (0.1, 0.2)}, {"decode_tokens_per_s": 4.5})
 ARTIFACTS = (
     Importance(MADE, num_layers=2, num_tokens=9, layers={"x": (0.1, 1 / 3)}, runs={"y": ((0.5, 1e-30), (2.0,))}),
     swept_importance(),
     PruningPlan(MADE, num_layers=6, drop=(1, 3), reason="named"),
     Evaluation(MADE, role="teacher", tasks=(TASK,), num_parameters=10**12, num_layers=2, num_bytes=9, seconds=0.5),
     Speed(MADE, {"teacher": SpeedScore(1.0, 2.0, {"prefill": (1.0, 2.0)})}, 1, 2, 3, "float32"),
+    Speed(MADE, {"pruned": SpeedScore(1.0, 2.0, {}, (BATCH,), 2, 10**12, 9, 4)}, 1, 2, 3, "float32", ("no room",)),
     Training(MADE, 3, 100, 1.5, ({"step": 1.0, "loss": 0.7},), {"a": None}, {"docs": {"tokens": 3}}, 5),
 )
 
@@ -83,6 +90,23 @@ def test_importance_of_before_there_were_sweeps_is_still_read(tmp_path: Path) ->
     path.write_text(json.dumps(old))
     found = Importance.read(path)
     assert (found.orders, found.atlas, found.sweeps) == ({}, None, {})
+
+
+def test_results_of_before_there_were_levels_and_batch_sizes_are_still_read(tmp_path: Path) -> None:
+    made = {"schema": 1, "provenance": {"inputs": {}}}
+    task = {**dataclasses.asdict(TASK), "items": [{"id": "a", "score": 1.0}]}
+    for new in ("family", "level", "rates"):
+        del task[new]
+    sizes = {"num_parameters": 1, "num_layers": 1, "num_bytes": 1, "seconds": 1.0}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**made, "role": "teacher", "tasks": [task], **sizes}))
+    (found,) = Evaluation.read(path).tasks
+    assert (found.family, found.level, found.rates, found.items[0].rates) == (None, None, {}, {})
+    role = {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 2.0, "samples": {}}
+    settings = {"batch_size": 1, "prompt_tokens": 2, "new_tokens": 3, "dtype": "float32"}
+    path.write_text(json.dumps({**made, "roles": {"teacher": role}, **settings}))
+    speed = Speed.read(path)
+    assert (speed.left_out, speed.roles["teacher"].batches, speed.roles["teacher"].kv_bytes_per_token) == ((), (), None)
 
 
 def test_orders_and_sweeps_are_read_back_equal(tmp_path: Path) -> None:

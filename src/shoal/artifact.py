@@ -159,6 +159,8 @@ class ItemScore:
     target: str = ""
     weight: float = 1.0
     """Share of this item in the task's mean: 1, or the tokens of a perplexity window."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Of generated text: `malformed`, `repetition` and `cut_off` as 1 or 0, `tokens` as a count; else empty."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,13 @@ class TaskScore:
     """Task version: prompt and matching rules."""
     num_fewshot: int
     items: tuple[ItemScore, ...]
+    family: str | None = None
+    """Tasks that differ in nothing but their level; None = it stands alone."""
+    level: float | None = None
+    """What the dial of a family stands at: steps of reasoning, pairs of a look-up, position of the answer."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Of generated text, over the items: `malformed`, `repetition`, `cut_off` and `mean_tokens`; else empty. See
+    eval/rates.py."""
 
 
 @dataclass(frozen=True)
@@ -200,13 +209,40 @@ class Evaluation(Artifact):
 
 
 @dataclass(frozen=True)
+class BatchSpeed:
+    """Median speeds of one role at one batch size, and the most memory it took."""
+
+    batch_size: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    first_token_s: float
+    """From handing over the prompts to knowing the first new token of each."""
+    peak_memory_bytes: int | None
+    """Weights, cache and intermediate tensors at the fullest moment; None = not measured."""
+    samples: dict[str, tuple[float, ...]]
+    """All repeats of `prefill`, `decode` and `first_token`, so that a reader sees the noise."""
+    expected: dict[str, float] = field(default_factory=dict)
+    """Name of a field above -> the teacher's value, scaled by what the layer count says; empty for the teacher."""
+
+
+@dataclass(frozen=True)
 class SpeedScore:
-    """Median speeds of one role."""
+    """Median speeds of one role at the first batch size, and its size."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     samples: dict[str, tuple[float, ...]]
     """All repeats, so that a reader sees the noise."""
+    batches: tuple[BatchSpeed, ...] = ()
+    """One per batch size, increasing."""
+    num_layers: int | None = None
+    num_parameters: int | None = None
+    num_bytes: int | None = None
+    """Of the checkpoint's weights on disk."""
+    kv_bytes_per_token: int | None = None
+    """What one more token of one sequence adds to the cache."""
+    expected: dict[str, float] = field(default_factory=dict)
+    """Name of a size above -> what the teacher's would be with this role's number of layers; empty for the teacher."""
 
 
 @dataclass(frozen=True)
@@ -217,9 +253,12 @@ class Speed(Artifact):
 
     roles: dict[str, SpeedScore]
     batch_size: int
+    """The first one, to which the speeds directly under a role belong."""
     prompt_tokens: int
     new_tokens: int
     dtype: str
+    left_out: tuple[str, ...] = ()
+    """Why a batch size that was asked for is missing, a sentence each."""
 
 
 @dataclass(frozen=True)
