@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from tiny import tiny_checkpoint
 
-from shoal import __version__, cli, pipeline
+from shoal import __version__, cli, pruning
 from shoal.cli import main, run_verb
 from shoal.errors import UserError
+from shoal.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -165,19 +166,19 @@ def test_run_inside_a_launcher_is_refused(
 def test_interrupt_ends_quietly(
     capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(_: pipeline.Run) -> None:
+    def interrupt(_: Run) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "prune", interrupt)
+    monkeypatch.setattr(pruning, "prune", interrupt)
     assert run_verb("prune", recipe, []) == 130
     assert "shoal: interrupted; the same command goes on" in capsys.readouterr().err
 
 
 def test_defect_of_ours_keeps_its_traceback(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: pipeline.Run) -> None:
+    def fail(_: Run) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(pipeline, "prune", fail)
+    monkeypatch.setattr(pruning, "prune", fail)
     with pytest.raises(ZeroDivisionError):
         run_verb("prune", recipe, [])
 

@@ -14,7 +14,7 @@ from test_surgery import logits
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from shoal import pipeline
+from shoal import pruning
 from shoal.artifact import Provenance, PruningPlan
 from shoal.compress import apply
 from shoal.compress import edit as edit_module
@@ -23,8 +23,8 @@ from shoal.compress.config_cut import KEPT_LAYERS
 from shoal.compress.dry_run import dry_run
 from shoal.edits import ZEROED_WEIGHTS, removed_layers
 from shoal.errors import UserError
-from shoal.pipeline import Run
 from shoal.recipe import parse_recipe
+from shoal.run import Run
 
 TEXT = {"data": "python_docs", "num_tokens": 512, "sequence_length": 64, "batch_size": 2}
 
@@ -231,7 +231,7 @@ def test_a_recipe_that_says_nothing_is_refused_before_measuring(folder: Path, tm
         teacher = tiny_checkpoint(tmp_path, "gemma3") if "merge" in str(prune) else folder
         run = Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": prune}))
         with pytest.raises(UserError, match=message):
-            pipeline.prune(run)
+            pruning.prune(run)
         assert not (tmp_path / "run").exists()
 
 
@@ -241,15 +241,15 @@ def test_the_pipeline_carries_edits_out_and_knows_them_again(folder: Path, donor
         raw = {"model": str(folder), "run_dir": str(tmp_path / "run"), "prune": {"edits": edits}}
         return Run(parse_recipe(raw))
 
-    pipeline.prune(run(1.0))
+    pruning.prune(run(1.0))
     saved = load_file(tmp_path / "run/student/model.safetensors")
     other = load_file(donor / "model.safetensors")
     name = "model.layers.2.self_attn.q_proj.weight"
     assert torch.equal(saved[name], other[name])
     inode = (tmp_path / "run/student").stat().st_ino
-    pipeline.prune(run(1.0))
+    pruning.prune(run(1.0))
     assert (tmp_path / "run/student").stat().st_ino == inode
-    pipeline.prune(run(0.0))
+    pruning.prune(run(0.0))
     assert torch.equal(
         load_file(tmp_path / "run/student/model.safetensors")[name], load_file(folder / "model.safetensors")[name]
     )

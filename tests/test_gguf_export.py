@@ -18,14 +18,15 @@ from tiny import tiny_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from shoal import pipeline
+from shoal import pipeline, pruning
 from shoal.compress import gguf_export
 from shoal.compress.gguf_export import GgufProof, check_export, check_gguf, export_gguf, find_converter, stored_type
 from shoal.compress.llama_cpp_rules import llama_cpp_refusal
 from shoal.compress.surgery import cut_model
 from shoal.errors import UserError
-from shoal.pipeline import Run
+from shoal.models import load_config
 from shoal.recipe import parse_recipe
+from shoal.run import Run
 
 with_converter = pytest.mark.skipif(
     not os.environ.get(gguf_export.CONVERTER_VARIABLE)
@@ -301,7 +302,7 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
     teacher = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
     save_tokenizer(teacher)
     run = run_of(teacher, tmp_path / "run")
-    pipeline.prune(run)
+    pruning.prune(run)
     pipeline.export_gguf(run)
     folder = tmp_path / "run" / "gguf"
     assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-pruned.gguf"]
@@ -326,10 +327,10 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
 def test_a_cut_that_llama_cpp_would_misread_is_refused_before_it_is_made(tmp_path: Path) -> None:
     teacher = tiny_checkpoint(tmp_path, "gemma3", **GEMMA)
     run = run_of(teacher, tmp_path / "run")
-    config = pipeline.load_config(teacher)
+    config = load_config(teacher)
     assert llama_cpp_refusal(config) is None
     with pytest.raises(UserError, match=r"export.gguf: Gemma3ForCausalLM: llama.cpp takes layer 3 of this student"):
-        pipeline.prune(run)
+        pruning.prune(run)
     assert not (tmp_path / "run" / "student").exists()
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("compress", "train", "eval")
 MAY_IMPORT = {"compress": {"eval"}, "train": {"compress.plan"}, "eval": set()}
 """Room -> what it may take from other rooms."""
-STAIRS = ("pipeline.py", "measuring.py", "searching.py", "cli.py")
+STAIRS = ("pipeline.py", "measuring.py", "pruning.py", "distilling.py", "searching.py", "cli.py")
 """The only floor files that lead into the rooms, and only where a verb needs them."""
 FLOOR = sorted((ROOT / "src/shoal").glob("*.py")) + sorted((ROOT / "src/shoal/abilities").glob("*.py"))
 ROOM_FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))

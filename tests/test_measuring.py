@@ -11,12 +11,12 @@ import pytest
 from architectures import tiny_model as tiny_family
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 
-from shoal import measuring, pipeline
+from shoal import measuring, pruning
 from shoal.artifact import Importance, PruningPlan
 from shoal.compress import measure as hidden_measure
 from shoal.errors import UserError
-from shoal.pipeline import Run
 from shoal.recipe import parse_recipe
+from shoal.run import Run
 
 SWEEP: dict[str, Any] = {
     "tasks": ["knowledge"],
@@ -56,7 +56,7 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
         {"sweep": {**SWEEP, "operators": operators, "max_removed": 4}},
         prune={"metric": "knowledge/continuation", "num_drop": 1},
     )
-    pipeline.measure(run)
+    measuring.measure(run)
     importance = Importance.read(run.dir / "importance.json")
     assert importance.atlas is not None
     assert [column.label for column in importance.atlas.columns] == [
@@ -78,38 +78,38 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     )
 
     caplog.clear()
-    pipeline.prune(run)
+    pruning.prune(run)
     assert "expected sacrifice" in caplog.text or "measured without exactly these layers" in caplog.text
     assert len(PruningPlan.read(run.dir / "plan.json").drop) == 1
 
 
 def test_what_is_measured_already_is_not_measured_again(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.measure(make_run({"sweep": SWEEP}))
+    measuring.measure(make_run({"sweep": SWEEP}))
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    pipeline.measure(make_run({"sweep": {**SWEEP, "batch_size": 2}}))
+    measuring.measure(make_run({"sweep": {**SWEEP, "batch_size": 2}}))
 
 
 def test_diagnostics_are_made_beside_importance_that_is_there(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline.measure(make_run())
+    measuring.measure(make_run())
     before = (make_run().dir / "importance.json").read_bytes()
     run = make_run({"diagnostics": True})
-    pipeline.measure(run)
+    measuring.measure(run)
     assert (run.dir / "importance.json").read_bytes() == before
     assert json.loads((run.dir / "diagnostics.json").read_text())["num_layers"] == NUM_LAYERS
     assert (run.dir / "figures/diagnostics.svg").is_file()
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
-    pipeline.measure(run)
+    measuring.measure(run)
 
 
 def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
     sweep = {**SWEEP, "protocols": ["continuation"], "operators": [], "greedy": 2, "perplexity_tokens": 0}
     run = make_run({"sweep": sweep}, prune={"metric": "task_greedy", "num_drop": 2})
-    pipeline.prune(run)
+    pruning.prune(run)
     order = Importance.read(run.dir / "importance.json").orders["task_greedy"]
     assert sorted(removal.unit.layers[0] for removal in order) == list(PruningPlan.read(run.dir / "plan.json").drop)
     assert not {0, NUM_LAYERS - 1} & {removal.unit.layers[0] for removal in order}
     single = {**sweep, "operators": ["layer"], "greedy": None}
-    pipeline.measure(other := make_run({"sweep": single}, run_dir=str(run.dir / "single")))
+    measuring.measure(other := make_run({"sweep": single}, run_dir=str(run.dir / "single")))
     atlas = Importance.read(other.dir / "importance.json").atlas
     assert atlas is not None
     inner = {layer: atlas.columns[0].effects[layer].score.value for layer in range(1, NUM_LAYERS - 1)}
@@ -121,17 +121,17 @@ def test_probes_find_at_which_depth_a_class_can_be_told(make_run: Any, tmp_path:
     data = tmp_path / "words.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = make_run({"probes": [{"path": str(data), "label": "class"}]})
-    pipeline.measure(run)
+    measuring.measure(run)
     (found,) = json.loads((run.dir / "probes.json").read_text())["sets"]
     assert len(found["accuracy"]) == NUM_LAYERS + 1
     assert (run.dir / "figures/probes.svg").is_file()
     with pytest.raises(UserError, match="klass"):
-        pipeline.measure(make_run({"probes": [{"path": str(data), "label": "klass"}]}))
+        measuring.measure(make_run({"probes": [{"path": str(data), "label": "klass"}]}))
 
 
 def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
     run = make_run({"metrics": ["block_influence", "present_absent"]})
-    pipeline.measure(run)
+    measuring.measure(run)
     importance = Importance.read(run.dir / "importance.json")
     assert list(importance.errors) == ["present_absent"]
     assert all(error is not None and error >= 0 for error in importance.errors["present_absent"])
@@ -174,7 +174,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
-        pipeline.measure(make_run(measure))
+        measuring.measure(make_run(measure))
 
 
 def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(
@@ -184,13 +184,13 @@ def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(
     donor = tiny_checkpoint(tmp_path, "llama", intermediate_size=64)
     run = make_run({"sweep": {**SWEEP, "operators": ["layer", "donor"], "donor": str(donor)}})
     with pytest.raises(UserError, match=r"swap: layer 0: mlp\.intermediate_size is 64 in the donor"):
-        pipeline.measure(run)
+        measuring.measure(run)
     recurrent = tmp_path / "mamba"
     tiny_family("mamba", vocab_size=272).save_pretrained(recurrent)
     tiny_tokenizer().save_pretrained(recurrent)
     run = make_run({"sweep": {**SWEEP, "operators": ["layer", "head"]}}, model=str(recurrent), attention="eager")
     with pytest.raises(UserError, match="layer 0 of mamba"):
-        pipeline.measure(run)
+        measuring.measure(run)
 
 
 def test_answers_of_a_donor_that_has_changed_are_not_used(make_run: Any, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_answers_of_a_donor_that_has_changed_are_not_used(make_run: Any, tmp_pat
     for seed, name in ((1, "run"), (2, "run"), (2, "fresh")):
         donor = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096, initializer_range=0.3, seed=seed)
         run = make_run({"sweep": {**sweep, "donor": str(donor)}}, run_dir=str(tmp_path / name))
-        pipeline.measure(run)
+        measuring.measure(run)
         found.append((run.dir / "sweep/donor/knowledge_continuation.json").read_text())
     assert found[0] != found[1] == found[2]
 
@@ -220,10 +220,10 @@ def test_a_model_that_does_not_fit_is_measured_from_its_files_with_the_same_numb
 ) -> None:
     swept = {**SWEEP, "protocols": ["continuation"], "batch_size": 1}
     whole = make_run({"sweep": swept}, model=wide, run_dir=str(tmp_path / "whole"))
-    pipeline.measure(whole)
+    measuring.measure(whole)
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     streamed = make_run({"sweep": swept, **SMALL}, model=wide, run_dir=str(tmp_path / "streamed"))
-    pipeline.measure(streamed)
+    measuring.measure(streamed)
     expected, found = (Importance.read(run.dir / "importance.json") for run in (whole, streamed))
     assert (found.layers, found.runs, found.atlas, found.sweeps) == (
         expected.layers,
@@ -248,4 +248,4 @@ def test_what_needs_the_whole_model_is_refused_where_it_does_not_fit(
 ) -> None:
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
-        pipeline.measure(make_run({**SMALL, **measure}, model=wide))
+        measuring.measure(make_run({**SMALL, **measure}, model=wide))

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from shoal import pipeline
+from shoal import distilling, measuring, pipeline, pruning
 from shoal.artifact import Importance, PruningPlan
 from shoal.errors import UserError
-from shoal.pipeline import Run
 from shoal.recipe import parse_recipe
+from shoal.run import Run, locked
 
 FORK = multiprocessing.get_context("fork")
 
@@ -58,9 +58,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_prune_with_explicit_layers_writes_plan_and_student_without_measuring(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(pruning, "measure", lambda _: pytest.fail("measured"))
     run = make_run()
-    pipeline.prune(run)
+    pruning.prune(run)
     assert sorted(file.name for file in run.dir.iterdir()) == ["plan.json", "student"]
     plan = PruningPlan.read(run.dir / "plan.json")
     assert (plan.num_layers, plan.drop, plan.keep) == (6, (1, 3), (0, 2, 4, 5))
@@ -74,18 +74,18 @@ def test_prune_with_explicit_layers_writes_plan_and_student_without_measuring(
 
 
 def test_what_is_done_is_not_made_again(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
-    pipeline.prune(make_run())
+    pruning.prune(make_run())
     folder = make_run().dir / "student"
     before, inode = contents(folder), folder.stat().st_ino
-    pipeline.prune(make_run(eval={"limit": 3}))
+    pruning.prune(make_run(eval={"limit": 3}))
     assert "prune: done already" in caplog.text
     assert folder.stat().st_ino == inode
     assert contents(folder) == before
 
 
 def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
-    pipeline.prune(make_run())
-    pipeline.prune(make_run(prune={"drop": [2]}))
+    pruning.prune(make_run())
+    pruning.prune(make_run(prune={"drop": [2]}))
     assert (
         "plan.json is out of date (prune.drop is [2] in this recipe but [1, 3] there), making it again" in caplog.text
     )
@@ -97,17 +97,17 @@ def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: py
 def test_changed_model_makes_it_again_and_says_so(
     make_run: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    pipeline.prune(make_run())
+    pruning.prune(make_run())
     other = tiny_checkpoint(tmp_path, "llama", seed=1)
-    pipeline.prune(make_run(model=str(other)))
+    pruning.prune(make_run(model=str(other)))
     assert "plan.json is out of date (model is '" in caplog.text
 
 
 def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path: Path) -> None:
-    pipeline.prune(make_run())
+    pruning.prune(make_run())
     other = make_run(model=str(tiny_checkpoint(tmp_path, "llama", seed=1)))
     with pytest.raises(UserError) as refused:
-        pipeline.read_plan(other)
+        pruning.read_plan(other)
     here, there = other.teacher_fingerprint, make_run().teacher_fingerprint
     assert str(refused.value) == (
         f"{other.dir}/plan.json: belongs to another run: model is {here!r} in this recipe but {there!r} there. "
@@ -116,29 +116,29 @@ def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path
 
 
 def test_plan_of_other_settings_is_refused_with_the_field(make_run: Any) -> None:
-    pipeline.prune(make_run())
+    pruning.prune(make_run())
     with pytest.raises(UserError, match=r"prune.drop is \[2\] in this recipe but \[1, 3\] there"):
-        pipeline.read_plan(make_run(prune={"drop": [2]}))
+        pruning.read_plan(make_run(prune={"drop": [2]}))
 
 
 def test_missing_plan_is_made_first_and_the_log_says_so(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
-    assert pipeline.read_plan(make_run()).drop == (1, 3)
+    assert pruning.read_plan(make_run()).drop == (1, 3)
     assert "needs plan.json, pruning first" in caplog.text
 
 
 def test_damaged_plan_is_refused_with_the_remedy(make_run: Any) -> None:
     run = make_run()
-    pipeline.prune(run)
+    pruning.prune(run)
     (run.dir / "plan.json").write_text("{")
     with pytest.raises(UserError, match=r"plan.json: is not valid JSON .*; delete it and run its stage again"):
-        pipeline.prune(make_run())
+        pruning.prune(make_run())
 
 
 def test_lost_student_is_made_again(make_run: Any) -> None:
     run = make_run()
-    pipeline.prune(run)
+    pruning.prune(run)
     (run.dir / "student" / "config.json").unlink()
-    pipeline.prune(make_run())
+    pruning.prune(make_run())
     assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 4
 
 
@@ -148,20 +148,20 @@ def test_failed_cut_leaves_no_plan_behind(make_run: Any, monkeypatch: pytest.Mon
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    pipeline.prune(make_run())
+    pruning.prune(make_run())
     monkeypatch.setattr(apply, "apply_plan", fail)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.prune(make_run(prune={"drop": [2]}))
+        pruning.prune(make_run(prune={"drop": [2]}))
     assert not (make_run().dir / "plan.json").exists(), "the old student would count as the new plan's"
 
 
 def test_another_cut_under_trained_checkpoints_is_refused(make_run: Any) -> None:
     run = make_run()
-    pipeline.prune(run)
+    pruning.prune(run)
     (run.dir / "checkpoints" / "checkpoint-3").mkdir(parents=True)
-    pipeline.prune(make_run())
+    pruning.prune(make_run())
     with pytest.raises(UserError, match=r"checkpoints trained on another cut \(prune.drop is \[2\] in this recipe"):
-        pipeline.prune(make_run(prune={"drop": [2]}))
+        pruning.prune(make_run(prune={"drop": [2]}))
     assert PruningPlan.read(run.dir / "plan.json").drop == (1, 3)
 
 
@@ -170,7 +170,7 @@ def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
 ) -> None:
     settings: dict[str, Any] = {"measure": MEASURE, "prune": {"num_drop": 2}}
     run = make_run(**settings)
-    pipeline.prune(run)
+    pruning.prune(run)
     assert "prune: needs importance.json, measuring first" in caplog.text
     importance = Importance.read(run.dir / "importance.json")
     scores = importance.layers["block_influence"]
@@ -178,31 +178,31 @@ def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
         sorted(sorted(range(1, 5), key=scores.__getitem__)[:2])
     )
     caplog.clear()
-    pipeline.measure(make_run(**settings))
+    measuring.measure(make_run(**settings))
     assert "measure: done already" in caplog.text
     with pytest.raises(UserError, match=r"importance.json: belongs to another run: measure.num_tokens is 96 in this"):
-        pipeline.prune(make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2}))
+        pruning.prune(make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2}))
 
 
 def test_batch_size_of_measuring_is_no_other_run(make_run: Any) -> None:
     settings: dict[str, Any] = {"measure": MEASURE, "prune": {"num_drop": 2}}
-    pipeline.measure(make_run(**settings))
+    measuring.measure(make_run(**settings))
     settings["measure"] = {**MEASURE, "batch_size": 1}
-    pipeline.prune(make_run(**settings))
+    pruning.prune(make_run(**settings))
 
 
 def test_rows_longer_than_the_model_are_refused_before_it_is_loaded(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     run = make_run(measure={**MEASURE, "sequence_length": 1025})
     with pytest.raises(UserError, match=r"measure.sequence_length: 1025 is more than the 1024 positions of /"):
-        pipeline.measure(run)
+        measuring.measure(run)
 
 
 def test_run_json_tells_the_story(make_run: Any) -> None:
     run = make_run()
-    pipeline.prune(run)
+    pruning.prune(run)
     pipeline._write_story(run)
     story = json.loads((run.dir / "run.json").read_text())
     assert parse_recipe(story["recipe"]) == run.recipe
@@ -214,12 +214,12 @@ def test_run_json_tells_the_story(make_run: Any) -> None:
 def test_roles_are_the_models_that_exist(make_run: Any) -> None:
     run = make_run()
     assert list(pipeline.roles(run)) == ["teacher"]
-    pipeline.prune(run)
+    pruning.prune(run)
     assert list(pipeline.roles(run)) == ["teacher", "pruned"]
 
 
 def hold(run: Run, holding: Event, release: Event) -> None:
-    with pipeline.locked(run):
+    with locked(run):
         holding.set()
         release.wait(60)
 
@@ -233,14 +233,14 @@ def test_second_process_in_a_run_dir_is_refused_and_told_who_is_there(
     holder.start()
     assert holding.wait(60)
     who = f"process {holder.pid} on {socket.gethostname()}"
-    with pytest.raises(UserError) as refused, pipeline.locked(run):
+    with pytest.raises(UserError) as refused, locked(run):
         pass
     assert str(refused.value) == (
         f"run_dir {run.dir}: is in use by {who}; wait for it, stop it, or choose another run_dir"
     )
     release.set()
     holder.join(60)
-    with pipeline.locked(run):
+    with locked(run):
         assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
@@ -251,7 +251,7 @@ def test_lock_of_a_killed_process_is_free(make_run: Any) -> None:
     assert holding.wait(60)
     holder.kill()
     holder.join(60)
-    with pipeline.locked(run):
+    with locked(run):
         pass
 
 
@@ -259,7 +259,7 @@ def test_run_dir_that_cannot_be_made_is_refused(make_run: Any, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(UserError, match=r"file/run: cannot be created \(Not a directory\); choose another folder"),
-        pipeline.locked(make_run(run_dir=str(tmp_path / "file" / "run"))),
+        locked(make_run(run_dir=str(tmp_path / "file" / "run"))),
     ):
         pass
 
@@ -269,4 +269,4 @@ def test_a_recording_that_is_not_there_is_refused_before_anything_is_launched(tm
         {"model": "m", "run_dir": str(tmp_path), "distill": {"teacher": {"recorded": str(tmp_path / "signals")}}}
     )
     with pytest.raises(UserError, match=r"signals is no folder of recorded signals; run `shoal record` first"):
-        pipeline.check_recording(recipe)
+        distilling.check_recording(recipe)

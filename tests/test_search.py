@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 
-from shoal import cli, pipeline, searching
+from shoal import cli, distilling, measuring, pipeline, searching
 from shoal.artifact import Evaluation, Importance, Provenance, PruningPlan, Training
 from shoal.errors import UserError
 from shoal.recipe import Prune, Recipe, as_dict, load_recipe, parse_recipe
@@ -74,7 +74,7 @@ class Healer:
         weights = load_file(run.dir / "student" / "model.safetensors")
         weights["lm_head.weight"] *= self.scales.pop(0)
         save_file(weights, run.dir / "distilled" / "model.safetensors", metadata={"format": "pt"})
-        inputs = pipeline.training_inputs(run, PruningPlan.read(run.dir / "plan.json"))
+        inputs = distilling.training_inputs(run, PruningPlan.read(run.dir / "plan.json"))
         Training(Provenance(inputs), 2, recipe.distill.num_tokens, 1.0, (), {}, {}, 1).write(run.dir / "distill.json")
 
 
@@ -133,7 +133,7 @@ def test_a_search_killed_between_two_plans_goes_on(make_run: Any, caplog: pytest
 def test_importance_and_teacher_of_the_run_itself_are_used(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [{"metric": "angular", "num_drop": 2}, {"drop": [1, 3]}]
     run = make_run(plans)
-    pipeline.measure(run)
+    measuring.measure(run)
     pipeline.evaluate(Run(parse_recipe({**as_dict(run.recipe), "eval": {**EVAL, "speed": False}})))
     teacher = (run.dir / "eval" / "teacher.json").read_bytes()
     monkeypatch.setattr("shoal.measuring.load_model", stop)

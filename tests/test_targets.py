@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shoal import pipeline
+from shoal import pruning
 from shoal.cli import run_verb
 from shoal.compress import vllm_rules
 from shoal.compress.surgery import kept_layers
@@ -278,6 +278,6 @@ def test_targets_are_asked_of_a_finished_student_too_and_do_not_make_it_another(
 
 
 def test_run_refuses_before_it_measures(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "measure", lambda run: pytest.fail("measured"))
+    monkeypatch.setattr(pruning, "measure", lambda run: pytest.fail("measured"))
     config, overrides = recipe(qwen2, tmp_path, "[1]", "[vllm]")
     assert run_verb("run", config, overrides) == 2

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shoal.artifact import Training
-from shoal.pipeline import Run, prune
+from shoal.pruning import prune
 from shoal.recipe import load_recipe
+from shoal.run import Run
 
 DROP = [2, 3]
 STEPS = 8

@@ -19,7 +19,7 @@ from shoal.errors import EXIT_USER_ERROR, UserError
 from shoal.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from shoal.pipeline import Run
+    from shoal.run import Run
 
 log = logging.getLogger("shoal")
 
@@ -106,23 +106,25 @@ def _run_delta(base: str, donor: str, out: str | None) -> int:
 
 
 def _dry_run(verb: str, recipe: Recipe) -> None:
-    from shoal import pipeline
+    from shoal import distilling, pruning
+    from shoal.run import Run
 
-    told = {"prune": pipeline.prune_dry_run, "distill": pipeline.distill_dry_run}
-    print(told[verb](pipeline.Run(recipe)))
+    told = {"prune": pruning.prune_dry_run, "distill": distilling.distill_dry_run}
+    print(told[verb](Run(recipe)))
 
 
 def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
-    from shoal import pipeline, runtime
+    from shoal import distilling, measuring, pipeline, pruning, runtime
+    from shoal.run import Run, locked
 
     launched = "LOCAL_RANK" in os.environ
-    run = pipeline.Run(recipe)
+    run = Run(recipe)
     if verb in ("run", "search") and launched:
         raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
     in_group = launched or verb in ("distill", "record")
     if verb == "distill" and not launched:
-        pipeline.check_training_settings(recipe)
-        pipeline.check_recording(recipe)
+        distilling.check_training_settings(recipe)
+        distilling.check_recording(recipe)
         _launch_distill(recipe, config, overrides)
         return
     if in_group:
@@ -135,14 +137,14 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
 
         print(search(run, lambda own, file: _launch_distill(own, str(file), ())))
         return
-    with pipeline.locked(run) if runtime.is_main() else contextlib.nullcontext():
+    with locked(run) if runtime.is_main() else contextlib.nullcontext():
         if verb == "distill":
             _distill(run)
         else:
             stages = {
-                "measure": pipeline.measure,
-                "prune": pipeline.prune,
-                "record": pipeline.record,
+                "measure": measuring.measure,
+                "prune": pruning.prune,
+                "record": distilling.record,
                 "eval": pipeline.evaluate,
                 "report": pipeline.report,
             }
@@ -151,11 +153,11 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
 
 
 def _distill(run: Run) -> None:
-    from shoal import pipeline
+    from shoal import distilling
     from shoal.train.distill import Stopped
 
     try:
-        pipeline.distill(run)
+        distilling.distill(run)
     except Stopped as stopped:
         log.warning("%s; the same command goes on from there", stopped)
         sys.exit(EXIT_STOPPED)

@@ -1,19 +1,15 @@
-"""The stages in order: what each needs, whether it is done, and where its result goes.
+"""The stages after training and all of them in order: evaluate, report, export, run.
 
 Room code is imported where it is used, so that a verb loads only what it runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifact import (
     Artifact,
@@ -23,374 +19,20 @@ from shoal.artifact import (
     PruningPlan,
     Speed,
     Training,
-    differences,
     write_json,
     written_folder,
 )
-from shoal.data import TEACHER_TEXT, check_source, load_texts, row_texts, sources_fingerprint
-from shoal.edits import Edit, Replace
+from shoal.data import TEACHER_TEXT, check_source, load_texts, sources_fingerprint
+from shoal.distilling import check_recording, check_training_settings, distill_is_done, training_inputs
 from shoal.errors import UserError
-from shoal.machine import ranks_to_start
 from shoal.measuring import check_measure, measure, measure_inputs
 from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint
-from shoal.overlap import as_data, find_overlap
-from shoal.packing import PackedRows
-from shoal.recipe import Recipe, as_dict
+from shoal.pruning import choose_plan, prune, read_plan, refuse_impossible_changes, refuse_unfit_student
+from shoal.recipe import as_dict
 from shoal.run import Run, barrier, check_length, is_done, locked, require, task_files_fingerprint
 from shoal.runtime import device, environment, is_main, seed_everything
 
 log = logging.getLogger(__name__)
-
-RECORDING = "recording.json"
-OVERLAP_TOKENS = 50_000_000
-"""So much of the training text is searched for evaluation items at most: minutes, not hours."""
-
-# --- prune --------------------------------------------------------------------------------------------------------
-
-
-def plan_inputs(run: Run) -> dict[str, Any]:
-    """What identifies plan.json and student/: the importance layers were chosen by and what edits read included."""
-    from shoal.compress.plan import is_automatic
-
-    prune = run.recipe.prune
-    other = ("proof", "targets", "edits")
-    section = {f"prune.{key}": value for key, value in as_dict(prune).items() if key not in other}
-    inputs = {"model": run.teacher_fingerprint, **section}
-    if is_automatic(prune):
-        inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
-    for index, edit in enumerate(prune.edits):
-        inputs[f"prune.edits.{index}"] = as_dict(edit)
-        if isinstance(edit, Replace):
-            inputs[f"prune.edits.{index}.data"] = sources_fingerprint(edit.data)
-            inputs |= {"seed": run.recipe.seed, "dtype": run.recipe.dtype, "attention": run.recipe.attention}
-    donors = run.donor_fingerprints.items()
-    return {**inputs, **{f"prune.edits.{index}.donor": found for index, found in donors}}
-
-
-def prune(run: Run) -> None:
-    """plan.json and student/. Measures first where the layers are chosen by a metric."""
-    from shoal.compress.plan import check_choice, is_automatic
-
-    if is_automatic(run.recipe.prune) and not (run.dir / Importance.FILE).is_file():
-        check_choice(run.recipe.prune, num_layers=run.num_layers)
-        _refuse_impossible_edits(run)
-        log.info("prune: needs %s, measuring first", Importance.FILE)
-        measure(run)
-    importance = _importance(run)
-    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
-    inputs = plan_inputs(run)
-    if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
-        _refuse_for_targets(run, PruningPlan.read(path))
-        return
-    _refuse_stale_training(run)
-    plan = _plan(run, importance, inputs)
-    _refuse_unreadable_data(plan.edits)
-    _refuse_for_targets(run, plan)
-    log.info("prune: %s", plan.in_words())
-    for line in _sacrifice(run, importance, plan):
-        log.info("prune: %s", line)
-    if is_main():
-        from shoal.compress.apply import apply_plan
-        from shoal.compress.targets import check_targets, log_verdicts
-
-        path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
-        apply_plan(
-            run.teacher,
-            plan,
-            student,
-            donors=run.donors,
-            seed=run.recipe.seed,
-            proof=run.recipe.prune.proof,
-            trust_remote_code=run.recipe.trust_remote_code,
-        )
-        plan.write(path)
-        log.info("prune: %s", student)
-        if not run.recipe.prune.targets:
-            log_verdicts(check_targets(load_config(student)))
-    barrier()
-
-
-def prune_dry_run(run: Run) -> str:
-    """What `shoal prune` would do and what would come of it, for a reader. Writes nothing and measures nothing.
-
-    Raises:
-        UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
-    """
-    from shoal.compress.dry_run import dry_run
-
-    recipe = run.recipe
-    _refuse_unreadable_data(recipe.prune.edits)
-    importance = _importance(run)
-    plan = _plan(run, importance, {})
-    told = dry_run(
-        run.teacher,
-        plan,
-        run.dir / "student",
-        donors=run.donors,
-        proof=recipe.prune.proof,
-        targets=recipe.prune.targets,
-        dtype=recipe.dtype,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    return "\n".join([told, *_sacrifice(run, importance, plan)])
-
-
-def _importance(run: Run) -> Importance | None:
-    """importance.json, where layers are chosen by it and it is there."""
-    from shoal.compress.plan import is_automatic
-
-    path = run.dir / Importance.FILE
-    if not is_automatic(run.recipe.prune) or not path.is_file():
-        return None
-    require(Importance, path, measure_inputs(run), "shoal measure")
-    return Importance.read(path)
-
-
-def _plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
-    from shoal.compress.plan import choose_changes
-
-    choice = choose_changes(run.recipe.prune, num_layers=run.num_layers, importance=importance)
-    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits)
-
-
-def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
-    """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
-    from shoal.compress.sacrifice import expected_sacrifice
-
-    path = run.dir / Importance.FILE
-    if importance is None and path.is_file():
-        found = Importance.read(path)
-        importance = None if differences(measure_inputs(run), found.provenance.inputs) else found
-    if importance is None or importance.atlas is None:
-        return ()
-    return expected_sacrifice(importance, plan.drop, plan.edits)
-
-
-def _refuse_impossible_edits(run: Run) -> None:
-    """Refuse edits that apply_plan would refuse before it loads a model, and data that cannot be read."""
-    from shoal.compress.edit import refuse_impossible_edits
-
-    edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
-    refuse_impossible_edits(run.teacher, edits, run.donors, trust_remote_code=trusted)
-    _refuse_unreadable_data(edits)
-
-
-def _refuse_unreadable_data(edits: Sequence[Edit]) -> None:
-    for source in {source for edit in edits if isinstance(edit, Replace) for source in edit.data}:
-        load_texts(source, max_characters=1)
-
-
-def _refuse_for_targets(run: Run, plan: PruningPlan) -> None:
-    """Refuse a plan whose student a target or the GGUF export would not take, or would take for another model."""
-    from shoal.compress.targets import refuse_for_targets, student_config
-
-    targets, gguf = run.recipe.prune.targets, run.recipe.export.gguf
-    if not targets and not gguf:
-        return
-    config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-    student = student_config(config, plan.keep)
-    if targets:
-        refuse_for_targets(student, targets)
-    if gguf:
-        from shoal.compress.gguf_export import refuse_gguf
-
-        refuse_gguf(student)
-
-
-def _refuse_stale_training(run: Run) -> None:
-    if any((run.dir / "checkpoints").glob("checkpoint-*")) and (run.dir / PruningPlan.FILE).is_file():
-        raise UserError(
-            f"{run.dir}: holds checkpoints trained on another cut "
-            f"({'; '.join(_plan_changes(run)) or 'student/ is gone'}). "
-            "Set the recipe back, choose another run_dir, or delete its checkpoints folder"
-        )
-
-
-def _plan_changes(run: Run) -> list[str]:
-    return differences(plan_inputs(run), PruningPlan.read(run.dir / PruningPlan.FILE).provenance.inputs)
-
-
-# --- record, distill ----------------------------------------------------------------------------------------------
-
-
-def read_plan(run: Run) -> PruningPlan:
-    """plan.json of this run; made first where it is missing.
-
-    Raises:
-        UserError: it belongs to another model or to other settings.
-    """
-    path = run.dir / PruningPlan.FILE
-    if not path.is_file():
-        log.info("needs %s, pruning first", PruningPlan.FILE)
-        prune(run)
-    else:
-        require(PruningPlan, path, plan_inputs(run), "shoal prune")
-    return PruningPlan.read(path)
-
-
-def record(run: Run) -> None:
-    """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
-    from shoal.train.distill import rows_to_train_on
-    from shoal.train.record import record_signals
-    from shoal.train.recording import recording_layout, rows_from
-
-    recipe = run.recipe
-    settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
-    trust = recipe.trust_remote_code
-    check_length(run, settings.sequence_length, "distill.sequence_length")
-    # refuses what the teacher cannot give before any text is read
-    recording_layout(recipe.record, run.teacher, sequence_length=settings.sequence_length, trust_remote_code=trust)
-    seed_everything(recipe.seed)
-    inputs = {
-        "model": run.teacher_fingerprint,
-        "data": sources_fingerprint(settings.data),
-        "seed": recipe.seed,
-        "dtype": recipe.dtype,
-        "attention": recipe.attention,
-        **{f"distill.{key}": value for key, value in as_dict(settings).items()},
-    }
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=trust)
-    rows = rows_to_train_on(run.teacher, tokenizer, settings, run.dir, inputs=inputs, trust_remote_code=trust)
-    record_signals(
-        run.teacher,
-        rows,
-        signals_folder(run),
-        recipe.record,
-        model=run.teacher_fingerprint,
-        rows_from=rows_from(inputs),
-        **run.load_args(),
-    )
-
-
-def signals_folder(run: Run) -> Path:
-    """Where this recipe's signals are written."""
-    folder = run.recipe.record.folder
-    return run.dir / "signals" if folder is None else Path(folder).expanduser()
-
-
-def distill(run: Run) -> None:
-    """distilled/ and distill.json. All ranks take part, inside an initialised process group."""
-    from shoal.train import distill as room
-
-    plan = read_plan(run)
-    recipe = run.recipe
-    inputs = training_inputs(run, plan)
-    distilled = run.dir / "distilled"
-    if (distilled / "config.json").is_file() and is_done(Training, run.dir / Training.FILE, inputs, "distill"):
-        return
-    seed_everything(recipe.seed)
-    room.distill(
-        run.teacher,
-        run.dir / "student",
-        plan,
-        run_dir=run.dir,
-        settings=recipe.distill,
-        record=recipe.record,
-        track=recipe.track,
-        scorer=_scorer(run),
-        search_rows=_search_rows(run),
-        inputs=inputs,
-        recipe=as_dict(recipe),
-        seed=recipe.seed,
-        dtype=recipe.dtype,
-        attention=recipe.attention,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-    log.info("distill: %s", distilled)
-
-
-def distill_dry_run(run: Run) -> str:
-    """What `shoal distill` would take on this machine, for a reader. Writes nothing and trains nothing.
-
-    Raises:
-        UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
-            memory cannot be told without running it.
-    """
-    from shoal.compress.targets import student_config
-    from shoal.train.dry_run import dry_run
-
-    recipe = run.recipe
-    check_training_settings(recipe)
-    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
-    has_plan = (run.dir / PruningPlan.FILE).is_file()
-    plan = read_plan(run) if has_plan else _plan(run, _importance(run), {})
-    teacher = load_config(run.teacher, trust_remote_code=recipe.trust_remote_code)
-    ranks = ranks_to_start(recipe.distill.num_ranks)
-    return dry_run(
-        teacher,
-        student_config(teacher, plan.keep),
-        plan,
-        settings=recipe.distill,
-        run_dir=run.dir,
-        dtype=recipe.dtype,
-        attention=recipe.attention,
-        ranks=ranks,
-        ranks_per_node=min(ranks, ranks_to_start(None)) if device().type != "cpu" else ranks,
-        device=device(),
-    )
-
-
-def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
-    """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
-    from shoal.eval.quick import QuickScores
-
-    watch, settings = run.recipe.distill.watch, run.recipe.eval
-    if watch is None:
-        return None
-    quick = dataclasses.replace(
-        settings,
-        tasks=watch.tasks,
-        limit=watch.limit,
-        limits={},
-        perplexity_tokens=max(1, watch.perplexity_tokens),
-        sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
-    )
-    return partial(QuickScores, settings=quick, seed=run.recipe.seed, held_out=watch.perplexity_tokens > 0)
-
-
-def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None:
-    """What looks for evaluation items in training rows, by task; None where the recipe does not want it."""
-    from shoal.eval.evaluate import num_items
-    from shoal.eval.item_texts import item_texts
-    from shoal.eval.tasks import load_tasks
-
-    settings = run.recipe.eval
-    if not run.recipe.distill.overlap:
-        return None
-
-    def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
-        documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
-        found = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
-        searched = min(rows.input_ids_NS.numel(), OVERLAP_TOKENS)
-        return {"overlap": as_data(found), "tokens_searched_for_overlap": searched}
-
-    return search
-
-
-def distill_is_done(run: Run) -> bool:
-    """Whether distilled/ is there already, so that no launcher need be started."""
-    if not (run.dir / "distilled" / "config.json").is_file():
-        return False
-    return is_done(Training, run.dir / Training.FILE, training_inputs(run, read_plan(run)), "distill")
-
-
-def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
-    """The identity of distilled/."""
-    from shoal.train.distill import distill_inputs
-
-    recipe = run.recipe
-    return distill_inputs(
-        recipe.distill,
-        recipe.record,
-        teacher=run.teacher_fingerprint,
-        student=model_fingerprint(run.dir / "student"),
-        drop=plan.drop,
-        seed=recipe.seed,
-        dtype=recipe.dtype,
-        attention=recipe.attention,
-    )
-
 
 # --- eval ---------------------------------------------------------------------------------------------------------
 
@@ -533,34 +175,6 @@ def export(run: Run) -> None:
     log.info("export: %s", url)
 
 
-def check_training_settings(recipe: Recipe) -> None:
-    """Refuse training settings that cannot work, without loading anything.
-
-    Raises:
-        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
-    """
-    from shoal.train.arguments import check_names, deepspeed_config
-    from shoal.train.tracking import wandb_mode
-
-    check_names(recipe.distill)
-    deepspeed_config(recipe.distill)
-    wandb_mode(recipe.track)
-
-
-def check_recording(recipe: Recipe) -> None:
-    """Refuse a recording that is not there, before anything is measured, cut or launched.
-
-    Raises:
-        UserError: it is not.
-    """
-    recorded = recipe.distill.teacher.recorded
-    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
-        raise UserError(
-            f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
-            "writes RUN_DIR/signals, or name the folder that it wrote"
-        )
-
-
 def preflight(run: Run) -> None:
     """Refuse within seconds what a later stage would refuse after hours: layers, data, tasks, training arguments.
 
@@ -572,13 +186,13 @@ def preflight(run: Run) -> None:
 
     recipe = run.recipe
     check_choice(recipe.prune, num_layers=run.num_layers)
-    _refuse_impossible_edits(run)
+    refuse_impossible_changes(run)
     if recipe.export.gguf:
         from shoal.compress.gguf_export import check_export
 
         check_export(load_config(run.teacher, trust_remote_code=recipe.trust_remote_code))
     if not is_automatic(recipe.prune):
-        _refuse_for_targets(run, _plan(run, None, {}))
+        refuse_unfit_student(run, choose_plan(run, None, {}))
     check_measure(run)
     for name in ("distill", "eval"):
         check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from shoal import pipeline
+from shoal import distilling, pipeline, pruning
 from shoal.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences, write_text
 from shoal.errors import UserError
 from shoal.measuring import measure, measure_inputs
@@ -194,7 +194,7 @@ def _share_importance(run: Run, candidates: Sequence[Candidate]) -> None:
 def _cut(candidate: Candidate) -> None:
     with locked(candidate.run):
         try:
-            pipeline.prune(candidate.run)
+            pruning.prune(candidate.run)
         except UserError as error:
             raise UserError(f"search plan {candidate.name}: {error}") from error
         _refuse_another_heal(candidate)
@@ -207,7 +207,7 @@ def _refuse_another_heal(candidate: Candidate) -> None:
     path = candidate.run.dir / Training.FILE
     if not path.is_file():
         return
-    inputs = pipeline.training_inputs(candidate.run, candidate.plan)
+    inputs = distilling.training_inputs(candidate.run, candidate.plan)
     changed = differences(inputs, Training.read(path).provenance.inputs)
     if changed:
         raise UserError(
@@ -268,7 +268,7 @@ def _evaluate(candidate: Candidate) -> None:
 
 
 def _heal(candidate: Candidate, launch: Launch) -> None:
-    if not pipeline.distill_is_done(candidate.run):
+    if not distilling.distill_is_done(candidate.run):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the ranks that are started need what this process still holds

@@ -1,0 +1,225 @@
+"""The record and distill stages: signals/, distilled/ and distill.json, and what they refuse before anything starts.
+
+Room code is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.artifact import PruningPlan, Training
+from shoal.data import row_texts, sources_fingerprint
+from shoal.errors import UserError
+from shoal.machine import ranks_to_start
+from shoal.models import load_config, load_tokenizer, model_fingerprint
+from shoal.overlap import as_data, find_overlap
+from shoal.packing import PackedRows
+from shoal.pruning import choose_plan, read_importance, read_plan
+from shoal.recipe import Recipe, as_dict
+from shoal.run import Run, check_length, is_done
+from shoal.runtime import device, seed_everything
+
+log = logging.getLogger(__name__)
+
+RECORDING = "recording.json"
+OVERLAP_TOKENS = 50_000_000
+"""So much of the training text is searched for evaluation items at most: minutes, not hours."""
+
+
+def record(run: Run) -> None:
+    """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
+    from shoal.train.distill import rows_to_train_on
+    from shoal.train.record import record_signals
+    from shoal.train.recording import recording_layout, rows_from
+
+    recipe = run.recipe
+    settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
+    trust = recipe.trust_remote_code
+    check_length(run, settings.sequence_length, "distill.sequence_length")
+    # refuses what the teacher cannot give before any text is read
+    recording_layout(recipe.record, run.teacher, sequence_length=settings.sequence_length, trust_remote_code=trust)
+    seed_everything(recipe.seed)
+    inputs = {
+        "model": run.teacher_fingerprint,
+        "data": sources_fingerprint(settings.data),
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "attention": recipe.attention,
+        **{f"distill.{key}": value for key, value in as_dict(settings).items()},
+    }
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=trust)
+    rows = rows_to_train_on(run.teacher, tokenizer, settings, run.dir, inputs=inputs, trust_remote_code=trust)
+    record_signals(
+        run.teacher,
+        rows,
+        signals_folder(run),
+        recipe.record,
+        model=run.teacher_fingerprint,
+        rows_from=rows_from(inputs),
+        **run.load_args(),
+    )
+
+
+def signals_folder(run: Run) -> Path:
+    """Where this recipe's signals are written."""
+    folder = run.recipe.record.folder
+    return run.dir / "signals" if folder is None else Path(folder).expanduser()
+
+
+def distill(run: Run) -> None:
+    """distilled/ and distill.json. All ranks take part, inside an initialised process group."""
+    from shoal.train import distill as room
+
+    plan = read_plan(run)
+    recipe = run.recipe
+    inputs = training_inputs(run, plan)
+    distilled = run.dir / "distilled"
+    if (distilled / "config.json").is_file() and is_done(Training, run.dir / Training.FILE, inputs, "distill"):
+        return
+    seed_everything(recipe.seed)
+    room.distill(
+        run.teacher,
+        run.dir / "student",
+        plan,
+        run_dir=run.dir,
+        settings=recipe.distill,
+        record=recipe.record,
+        track=recipe.track,
+        scorer=_scorer(run),
+        search_rows=_search_rows(run),
+        inputs=inputs,
+        recipe=as_dict(recipe),
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    log.info("distill: %s", distilled)
+
+
+def distill_dry_run(run: Run) -> str:
+    """What `shoal distill` would take on this machine, for a reader. Writes nothing and trains nothing.
+
+    Raises:
+        UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
+            memory cannot be told without running it.
+    """
+    from shoal.compress.targets import student_config
+    from shoal.train.dry_run import dry_run
+
+    recipe = run.recipe
+    check_training_settings(recipe)
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    has_plan = (run.dir / PruningPlan.FILE).is_file()
+    plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
+    teacher = load_config(run.teacher, trust_remote_code=recipe.trust_remote_code)
+    ranks = ranks_to_start(recipe.distill.num_ranks)
+    return dry_run(
+        teacher,
+        student_config(teacher, plan.keep),
+        plan,
+        settings=recipe.distill,
+        run_dir=run.dir,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+        ranks=ranks,
+        ranks_per_node=min(ranks, ranks_to_start(None)) if device().type != "cpu" else ranks,
+        device=device(),
+    )
+
+
+def distill_is_done(run: Run) -> bool:
+    """Whether distilled/ is there already, so that no launcher need be started."""
+    if not (run.dir / "distilled" / "config.json").is_file():
+        return False
+    return is_done(Training, run.dir / Training.FILE, training_inputs(run, read_plan(run)), "distill")
+
+
+def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """The identity of distilled/."""
+    from shoal.train.distill import distill_inputs
+
+    recipe = run.recipe
+    return distill_inputs(
+        recipe.distill,
+        recipe.record,
+        teacher=run.teacher_fingerprint,
+        student=model_fingerprint(run.dir / "student"),
+        drop=plan.drop,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+    )
+
+
+def check_training_settings(recipe: Recipe) -> None:
+    """Refuse training settings that cannot work, without loading anything.
+
+    Raises:
+        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
+    """
+    from shoal.train.arguments import check_names, deepspeed_config
+    from shoal.train.tracking import wandb_mode
+
+    check_names(recipe.distill)
+    deepspeed_config(recipe.distill)
+    wandb_mode(recipe.track)
+
+
+def check_recording(recipe: Recipe) -> None:
+    """Refuse a recording that is not there, before anything is measured, cut or launched.
+
+    Raises:
+        UserError: it is not.
+    """
+    recorded = recipe.distill.teacher.recorded
+    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
+        raise UserError(
+            f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
+            "writes RUN_DIR/signals, or name the folder that it wrote"
+        )
+
+
+def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
+    """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
+    from shoal.eval.quick import QuickScores
+
+    watch, settings = run.recipe.distill.watch, run.recipe.eval
+    if watch is None:
+        return None
+    quick = dataclasses.replace(
+        settings,
+        tasks=watch.tasks,
+        limit=watch.limit,
+        limits={},
+        perplexity_tokens=max(1, watch.perplexity_tokens),
+        sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
+    )
+    return partial(QuickScores, settings=quick, seed=run.recipe.seed, held_out=watch.perplexity_tokens > 0)
+
+
+def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None:
+    """What looks for evaluation items in training rows, by task; None where the recipe does not want it."""
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.item_texts import item_texts
+    from shoal.eval.tasks import load_tasks
+
+    settings = run.recipe.eval
+    if not run.recipe.distill.overlap:
+        return None
+
+    def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
+        documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
+        found = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
+        searched = min(rows.input_ids_NS.numel(), OVERLAP_TOKENS)
+        return {"overlap": as_data(found), "tokens_searched_for_overlap": searched}
+
+    return search
