@@ -147,6 +147,15 @@ def test_missing_recipe_ends_with_one_message(capsys: pytest.CaptureFixture[str]
     assert refusal(capsys, "prune", "nothing.yaml").startswith("nothing.yaml: no such recipe file; shipped recipes are")
 
 
+def test_report_of_nothing_leaves_nothing(capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path) -> None:
+    absent, empty = tmp_path / "absent", tmp_path / "empty"
+    empty.mkdir()
+    assert "no such run directory" in refusal(capsys, "report", recipe, f"run_dir={absent}")
+    assert "holds no result to report" in refusal(capsys, "report", recipe, f"run_dir={empty}")
+    assert not absent.exists()
+    assert not list(empty.iterdir())
+
+
 def test_damaged_teacher_ends_with_one_message(
     capsys: pytest.CaptureFixture[str], recipe: str, whole: Path, tmp_path: Path
 ) -> None:

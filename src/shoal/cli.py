@@ -137,6 +137,8 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
 
         print(search(run, lambda own, file: _launch_distill(own, str(file), ())))
         return
+    if verb == "report":
+        pipeline.require_results(run)
     with locked(run) if runtime.is_main() else contextlib.nullcontext():
         if verb == "distill":
             _distill(run)

@@ -123,6 +123,13 @@ def _speed(run: Run, found: dict[str, Path]) -> None:
 # --- report, export, run ------------------------------------------------------------------------------------------
 
 
+def require_results(run: Run) -> None:
+    """Refuse to report what is not there, before the lock and run.json would make a run directory of it."""
+    from shoal.eval.findings import read_run
+
+    read_run(run.dir)
+
+
 def report(run: Run) -> None:
     """report.html and report.md, then what the recipe exports: a GGUF file, a push to the Hub."""
     from shoal.eval.report import write_report
