@@ -87,7 +87,10 @@ def test_edits_survive_a_round_trip_through_json() -> None:
         ([{**MERGE, "weights": [1, 0, 0]}], r"edits\.0\.weights: have no effect on laco"),
         ([{**MERGE, "method": "weighted", "weights": [0.5, 0.5]}], r"edits\.0\.weights: 2 for 3 layers"),
         ([{**MERGE, "method": "weighted", "weights": [0.5, 0.5, 0.5]}], r"edits\.0\.weights: add up to 1.5"),
-        ([{"kind": "skip", "layers": [1]}], r"edits\.0\.kind: must be one of .*'skip_attention'.*\(got 'skip'\)"),
+        (
+            [{"kind": "skip", "layers": [1]}],
+            r"edits\.0\.kind: must be one of .*'skip_attention'.*\(got 'skip'; did you mean 'skip_mlp'\?\)",
+        ),
         ([{"layers": [1]}], r"edits\.0: needs a kind"),
         ([{**SKIP, "laiers": [1]}], r"edits\.0\.laiers: unknown key; did you mean 'layers'\?"),
         ([{"kind": "swap", "layers": [1]}], r"edits\.0\.donor: is required"),

@@ -49,10 +49,21 @@ def test_forward_kl_is_the_default() -> None:
     assert parse_recipe({"model": "m", "run_dir": "r"}).distill.losses == (ForwardKL(),)
 
 
+ONE_OF = ", ".join(map(repr, KINDS))
+
+
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"kind": "kl"}, f"losses.0.kind: must be one of {', '.join(map(repr, KINDS))} (got 'kl')"),
+        (
+            {"kind": "forwardkl"},
+            f"losses.0.kind: must be one of {ONE_OF} (got 'forwardkl'; did you mean 'forward_kl'?)",
+        ),
+        (
+            {"kind": "hidden_state"},
+            f"losses.0.kind: must be one of {ONE_OF} (got 'hidden_state'; did you mean 'hidden_states'?)",
+        ),
+        ({"kind": "kl"}, f"losses.0.kind: must be one of {ONE_OF} (got 'kl')"),
         ({"weight": 1}, f"losses.0: needs a kind: one of {', '.join(KINDS)}"),
         ({"kind": "jsd", "bta": 0.5}, "losses.0.bta: unknown key; did you mean 'beta'?"),
         ({"kind": "jsd", "alpha": 0.5}, "losses.0.alpha: unknown key; known keys are kind, weight, beta, temperature"),

@@ -342,8 +342,10 @@ def _explain(problems: Sequence[Any]) -> list[str]:
                 message = f"needs a kind: one of {', '.join(kinds)}"
             elif problem["type"] == "union_tag_invalid":
                 place += ".kind"
-                message = f"must be one of {problem['ctx']['expected_tags']}"
-                got[place] = f" (got {problem['ctx']['tag']!r})"
+                kinds, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
+                close = difflib.get_close_matches(tag, re.findall(r"'(.*?)'", kinds), n=1, cutoff=0.6)
+                message = f"must be one of {kinds}"  # all of them: the closest in spelling may not be what was meant
+                got[place] = f" (got {tag!r}" + (f"; did you mean {close[0]!r}?)" if close else ")")
             else:
                 message = _in_our_words(problem["msg"])
                 got[place] = f" (got {reprlib.repr(problem['input'])})"
