@@ -12,13 +12,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 from shoal.edits import in_words
 from shoal.errors import UserError
 from shoal.models import DEMO_PREFIX
+from shoal.redaction import redacted
 
 from .document import Block, Bullets, Code, Paragraph, block_markdown, inline
 from .findings import Comparison, Run, compare, is_share, read_run
 from .headline import headline
 from .report import FIGURES_DIR
 from .sections import difference_table, no_signal_section, score_table
-from .wording import layers_text, redacted
+from .wording import layers_text
 
 DEMO_BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Hub id of the model that a bundled demo model was made from."""

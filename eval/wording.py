@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from shoal.artifact import TaskScore
+from shoal.redaction import redacted as redacted
 
 from .findings import Row, is_share, measured_in_nats
 from .statistics import PairedDifference, Retention
 
 DASH = "–"
-HIDDEN = "(hidden)"
-_SECRET_KEY = re.compile(r"(token|secret|password|passwd|api_?key|credential|authorization)s?$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_|api_org_|sk-|wandb_v1_|ghp_|github_pat_)\w{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
 
 
 def score_text(score: TaskScore) -> str:
@@ -112,15 +108,3 @@ def duration_text(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def redacted(value: Any) -> Any:
-    """Settings without anything that looks like a secret, by key or form: a report is meant to be passed on."""
-    if isinstance(value, dict):
-        return {
-            key: HIDDEN if isinstance(item, str) and item and _SECRET_KEY.search(str(key)) else redacted(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    return _SECRET_VALUE.sub(HIDDEN, value) if isinstance(value, str) else value

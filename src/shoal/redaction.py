@@ -1,0 +1,48 @@
+"""Settings and text without secrets: what is passed on, or leaves the machine, goes through here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+HIDDEN = "(hidden)"
+_NAME = r"(token|secret|password|passwd|api_?key|credential|authorization)s?"
+_SECRET_KEY = re.compile(rf"{_NAME}$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_|api_org_|sk-|wandb_v1_|ghp_|github_pat_)\w{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SECRET_ARGUMENT = re.compile(rf"(?P<key>{_NAME}=)(?![\d_.]+$).+", re.IGNORECASE)
+"""`trainer.hub_token=x`, but not `num_tokens=80_000`."""
+SHORTEST_SECRET = 8
+"""Shorter values of the environment are not looked for: they would be found in innocent words."""
+
+
+def redacted(value: Any) -> Any:
+    """Settings without anything that looks like a secret, by key, by form, or because the environment holds it."""
+    return _redacted(value, _secrets_of_the_environment())
+
+
+def redacted_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line without secrets."""
+    return [_SECRET_ARGUMENT.sub(rf"\g<key>{HIDDEN}", argument) for argument in redacted(arguments)]
+
+
+def _redacted(value: Any, known: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: HIDDEN if isinstance(item, str) and item and _SECRET_KEY.search(str(key)) else _redacted(item, known)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_redacted(item, known) for item in value]
+    if not isinstance(value, str):
+        return value
+    for secret in known:
+        value = value.replace(secret, HIDDEN)
+    return _SECRET_VALUE.sub(HIDDEN, value)
+
+
+def _secrets_of_the_environment() -> list[str]:
+    """Values of variables like HF_TOKEN and WANDB_API_KEY."""
+    found = [value for name, value in os.environ.items() if _SECRET_KEY.search(name)]
+    return [value for value in found if len(value) >= SHORTEST_SECRET]
