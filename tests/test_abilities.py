@@ -243,7 +243,7 @@ def test_training_texts_follow_the_mix() -> None:
 @pytest.mark.parametrize(
     ("task", "params", "message"),
     [
-        ("poetry", {}, "unknown ability task 'poetry'; choose one of retrieval, knowledge, reasoning"),
+        ("poetry", {}, "unknown ability task 'poetry'; choose one of retrieval, needle, knowledge, reasoning"),
         ("retrieval", {"kind": "colour"}, "retrieval kind is 'colour'; choose one of word, uuid"),
         ("retrieval", {"num_pairs": 1}, "retrieval num_pairs is 1; it must be a whole number from 2 to"),
         ("retrieval", {"num_pairs": 5000}, "retrieval num_pairs is 5000"),

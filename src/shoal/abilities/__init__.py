@@ -1,4 +1,4 @@
-"""Retrieval, knowledge and reasoning items: seeded, with a training and an evaluation split that share no content.
+"""Retrieval, knowledge, reasoning and k-step items: seeded, with a training and an evaluation split of other content.
 
 One generator feeds both the evaluation tasks and the distillation text, so a cut model is taught exactly the kinds of
 prompts on which it is scored, and never an item of the scoring itself. What decides the split is a hash of content
@@ -7,6 +7,8 @@ prompts on which it is scored, and never an item of the scoring itself. What dec
 
 import inspect
 
+from shoal.abilities.composition import multi_hop_items, nested_arithmetic_items, state_tracking_items
+from shoal.abilities.haystack import needle_items
 from shoal.abilities.item import SPLITS, Item, Value
 from shoal.abilities.knowledge import knowledge_items
 from shoal.abilities.reasoning import reasoning_items
@@ -15,7 +17,15 @@ from shoal.abilities.texts import training_texts
 
 __all__ = ["GENERATORS", "SPLITS", "Item", "items", "training_texts"]
 
-GENERATORS = {"retrieval": retrieval_items, "knowledge": knowledge_items, "reasoning": reasoning_items}
+GENERATORS = {
+    "retrieval": retrieval_items,
+    "needle": needle_items,
+    "knowledge": knowledge_items,
+    "reasoning": reasoning_items,
+    "state_tracking": state_tracking_items,
+    "multi_hop": multi_hop_items,
+    "nested_arithmetic": nested_arithmetic_items,
+}
 
 
 def items(task: str, *, split: str, num_items: int, seed: int, **params: Value) -> list[Item]:

@@ -14,7 +14,7 @@ class Item:
     """A prompt with one right continuation among wrong ones of the same kind."""
 
     task: str
-    """retrieval, knowledge or reasoning."""
+    """The generator that made it: retrieval, knowledge, state_tracking ..."""
 
     id: str
     """Hash of the content: equal items have equal ids in every run."""
