@@ -20,7 +20,6 @@ Variants: many edits of one model, what they share computed once
     layerwise           a decoder run one layer at a time
     variant_generation  their texts
     sweep               variants scored on lm-eval tasks
-    answers             kept on disk, so that a sweep goes on
     streamed            from the files of a model larger than memory
     streamed_model      a model whose layers are there while it is their turn
     state_store         where states wait, in memory or in a file
@@ -28,9 +27,7 @@ Variants: many edits of one model, what they share computed once
 Atlas: from scores per item to conclusions
     atlas               what follows from single-layer removals
     sweep_table         units by columns, with intervals and tests
-    resampling          the intervals that rest on resampling
     agreement           how far columns rank alike
-    written_text        answers that cannot be read, loops
 
 Depth: who writes, erases and decides
     diagnostics         all of it

@@ -14,7 +14,7 @@ from scipy import stats
 
 from shoal.sweeps import Agreement, Stability
 
-from .resampling import Array
+from ..eval.intervals import Array
 from .sweep_table import Measured
 
 SHARE_REMOVED = 0.2

@@ -16,8 +16,9 @@ from shoal.errors import UserError
 from shoal.sweeps import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn, Unit
 
 from ..eval.findings import LIKELIHOOD_PROTOCOLS
+from ..eval.intervals import Array, combined
+from ..eval.resampling import bias_corrected, expanded_percentiles
 from .agreement import agreement
-from .resampling import Array, bias_corrected, combined, expanded_percentiles
 from .sweep_table import Measured, measured, needed_items, resampled_retention, restricted, retentions, table_of
 
 CORNERSTONE_RETENTION = 0.1

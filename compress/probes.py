@@ -27,7 +27,7 @@ from shoal.depth import ConceptDepth, DepthPoint
 from shoal.errors import UserError
 from shoal.recipe import ProbeSet
 
-from ..eval.statistics import wilson
+from ..eval.intervals import wilson
 from .depth_runs import Prompt, batch_of_prompts, require_one_path, run_body
 from .layerwise import state_of
 from .sublayers import probing

@@ -10,8 +10,8 @@ from shoal.artifact import Importance
 from shoal.edits import Edits, in_words
 from shoal.sweeps import Estimate, SweepColumn
 
+from ..eval.intervals import combined
 from ..eval.wording import layers_text, signed
-from .resampling import combined
 
 
 def joint_change(column: SweepColumn, drop: Sequence[int]) -> Estimate:

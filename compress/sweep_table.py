@@ -15,17 +15,10 @@ from shoal.artifact import TaskScore
 from shoal.errors import UserError
 from shoal.sweeps import Effect, Estimate, Sweep, SweepColumn, Unit
 
-from ..eval.statistics import (
-    holm,
-    is_binary,
-    mcnemar,
-    newcombe_paired,
-    require_same_measurement,
-    wilson,
-    z_above_chance,
-)
-from .resampling import Array, bootstrap_p, expanded_percentiles, num_resamples, paired_ratio, resampled_means
-from .written_text import malformed_share, repeating_share
+from ..eval.intervals import Array, newcombe_paired, paired_ratio, wilson
+from ..eval.rates import malformed_share, repeating_share
+from ..eval.resampling import bootstrap_p, expanded_percentiles, num_resamples, resampled_means
+from ..eval.statistics import holm, is_binary, mcnemar, require_same_measurement, z_above_chance
 
 ALPHA = 0.05
 SIGNAL_SIGMAS = 3.0
@@ -194,7 +187,7 @@ def _mean_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], lis
     change_U, changes_RU = mean_K[1:] - mean_K[0], column.means_RK[:, 1:] - column.means_RK[:, :1]
     scores = _estimates(mean_K[1:], *expanded_percentiles(column.means_RK[:, 1:], mean_K[1:], n))
     changes = _estimates(change_U, *expanded_percentiles(changes_RU, change_U, n))
-    return scores, changes, bootstrap_p(changes_RU, change_U).tolist()
+    return scores, changes, bootstrap_p(changes_RU, change_U, n).tolist()
 
 
 def _retentions(column: Measured) -> list[Estimate | None]:

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import optimize, stats
 
 from shoal.artifact import TaskScore
 from shoal.errors import UserError
 
-Array = NDArray[np.float64]
-Z95 = float(stats.norm.ppf(0.975))
-NUM_RESAMPLES = 4000
-RESAMPLE_SEED = 20251002
+from .intervals import Z95, Array, combined, newcombe_paired, paired_ratio, wilson
+from .resampling import bootstrap_p, effective_n, expanded_percentiles, resampled_means
+
 SAME_MEASUREMENT = (
     "task",
     "ability",
@@ -45,7 +43,7 @@ class PairedDifference:
     difference: float
     ci_low: float
     ci_high: float
-    """95 %: Newcombe's score interval for 0/1 scores, percentile bootstrap otherwise."""
+    """95 %: Newcombe's score interval for 0/1 scores, bootstrap otherwise."""
     p_value: float
     test: Literal["mcnemar-exact", "paired-bootstrap"]
     won: int
@@ -63,32 +61,17 @@ class Retention:
     reason: str = ""
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927); inside [0, 1] and never of zero width.
-
-    Raises:
-        ValueError: for n below 1.
-    """
-    if n < 1:
-        raise ValueError(f"an interval needs at least one item, got {n}")
-    share, z2 = successes / n, Z95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # exact ends: rounding would leave 1 - 1e-16, above which a score of 1 lies
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
-    return low, high
-
-
 def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
     """95 % interval of the (weighted) mean by resampling items, seeded.
 
-    The percentiles are widened by sqrt(n / (n - 1)), the factor by which resampling underestimates the spread.
+    One item has no spread to resample: both ends are its value, and whoever shows them says that n is 1.
     """
     values_N = np.asarray(values, dtype=np.float64)
     weights_N = np.ones_like(values_N) if weights is None else np.asarray(weights, dtype=np.float64)
     mean = float(np.average(values_N, weights=weights_N))
-    return _widened_percentiles(_resampled_means(values_N, weights_N), mean, len(values_N))
+    if len(values_N) == 1:
+        return mean, mean
+    return _limits(resampled_means(values_N[:, None], weights_N)[:, 0], mean, weights_N)
 
 
 def interval(task: TaskScore) -> tuple[float, float]:
@@ -114,23 +97,30 @@ def paired(before: TaskScore, after: TaskScore) -> PairedDifference:
         UserError: the scores were measured with different settings or over different items; names the field.
     """
     require_same_measurement(before, after)
-    before_N, after_N, weights_N = _aligned(before, after)
-    gain_N = after_N - before_N if before.higher_is_better else before_N - after_N
+    binary = is_binary(before) and is_binary(after)
+    return paired_values(*_aligned(before, after), binary=binary, higher_is_better=before.higher_is_better)
+
+
+def paired_values(
+    before_N: Array, after_N: Array, weights_N: Array, *, binary: bool, higher_is_better: bool
+) -> PairedDifference:
+    """The change between two values of the same items; ``binary`` = these are 0 or 1, and weights are 1.
+
+    One item that is not 0 or 1 says nothing of the spread: its interval is unbounded and its p-value 1.
+    """
+    n, change_N = len(before_N), after_N - before_N
+    gain_N = change_N if higher_is_better else -change_N
     won, lost = int((gain_N > 0).sum()), int((gain_N < 0).sum())
-    difference = float(np.average(after_N - before_N, weights=weights_N))
-    if is_binary(before) and is_binary(after):
-        low, high = newcombe_paired(
-            both=int((before_N * after_N).sum()),
-            won=won,
-            lost=lost,
-            neither=int(((1 - before_N) * (1 - after_N)).sum()),
-        )
-        return PairedDifference(before.n, difference, low, high, mcnemar(won, lost), "mcnemar-exact", won, lost)
-    means_R = _resampled_means(after_N - before_N, weights_N)
-    low, high = _widened_percentiles(means_R, difference, before.n)
-    as_far = int((np.abs(means_R - difference) >= abs(difference)).sum())
-    p_value = (1 + as_far) / (1 + NUM_RESAMPLES) if won or lost else 1.0
-    return PairedDifference(before.n, difference, low, high, p_value, "paired-bootstrap", won, lost)
+    difference = float(np.average(change_N, weights=weights_N))
+    if binary:
+        low, high = newcombe_paired(**_table(before_N, after_N))
+        return PairedDifference(n, difference, low, high, mcnemar(won, lost), "mcnemar-exact", won, lost)
+    if n == 1:
+        return PairedDifference(n, difference, -math.inf, math.inf, 1.0, "paired-bootstrap", won, lost)
+    means_R = resampled_means(change_N[:, None], weights_N)[:, 0]
+    low, high = _limits(means_R, difference, weights_N)
+    p_value = float(bootstrap_p(means_R[:, None], np.array([difference]), effective_n(weights_N))[0])
+    return PairedDifference(n, difference, low, high, p_value if won or lost else 1.0, "paired-bootstrap", won, lost)
 
 
 def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
@@ -152,13 +142,16 @@ def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
             f"task {before.task!r}: items differ ({len(differing)} are in one evaluation only, for example "
             f"{differing[0]!r}); evaluate both with the same settings"
         )
-    targets = {item.id: item.target for item in after.items}
-    changed = next((item for item in before.items if item.target != targets[item.id]), None)
-    if changed is not None:
-        raise UserError(
-            f"task {before.task!r}: target of item {changed.id!r} is {changed.target!r} in one evaluation and "
-            f"{targets[changed.id]!r} in the other; evaluate both with the same data"
-        )
+    others = {item.id: item for item in after.items}
+    for item in before.items:
+        other = others[item.id]
+        asked = not item.question or not other.question or item.question == other.question  # old results hold none
+        if item.target != other.target or not asked:
+            field = "question" if item.target == other.target else "target"
+            raise UserError(
+                f"task {before.task!r}: {field} of item {item.id!r} is {getattr(item, field)!r} in one evaluation and "
+                f"{getattr(other, field)!r} in the other; evaluate both with the same data and prompts"
+            )
 
 
 def mcnemar(won: int, lost: int) -> float:
@@ -166,27 +159,6 @@ def mcnemar(won: int, lost: int) -> float:
     if won + lost == 0:
         return 1.0
     return float(stats.binomtest(won, won + lost, 0.5).pvalue)
-
-
-def newcombe_paired(*, both: int, won: int, lost: int, neither: int) -> tuple[float, float]:
-    """95 % interval of (won - lost) / n, from the Wilson intervals of both proportions and their correlation."""
-    n = both + won + lost + neither
-    after, before = (both + won) / n, (both + lost) / n
-    after_low, after_high = wilson(both + won, n)
-    before_low, before_high = wilson(both + lost, n)
-    margins = (both + won) * (lost + neither) * (both + lost) * (won + neither)
-    covariance = float(both * neither - won * lost)
-    if covariance > 0:
-        covariance = max(covariance - n / 2, 0.0)  # Newcombe's continuity correction, towards independence
-    phi = covariance / math.sqrt(margins) if margins else 0.0
-
-    def spread(one: float, other: float) -> float:
-        return math.sqrt(max(one**2 - 2 * phi * one * other + other**2, 0.0))
-
-    difference = after - before
-    low = difference - spread(after - after_low, before_high - before)
-    high = difference + spread(after_high - after, before - before_low)
-    return low, high
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -200,23 +172,65 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def retention(before: TaskScore, after: TaskScore) -> Retention:
-    """Which share of the teacher's score above chance is kept, with a paired bootstrap interval.
+    """Which share of the teacher's score above chance is kept, with a paired 95 % interval.
 
     Defined for higher-is-better metrics whose teacher lies above chance with its whole interval. Nats per token have no
-    chance level, and a ratio over a teacher that is at chance is noise over noise.
+    chance level, and a ratio over a teacher that is at chance is noise over noise. 0/1 scores: see paired_ratio; others
+    are resampled.
     """
     require_same_measurement(before, after)
     if reason := no_retention(before):
         return Retention(None, None, None, reason)
     before_N, after_N, weights_N = _aligned(before, after)
-    counts_RN = _resample_counts(before.n) * weights_N
-    totals_R = counts_RN.sum(axis=1)
-    above_R = counts_RN @ before_N / totals_R - before.chance
-    kept_R = counts_RN @ after_N / totals_R - before.chance
-    usable = above_R > 0  # the interval test above leaves at most a few resamples out
-    low, high = np.percentile(kept_R[usable] / above_R[usable], (2.5, 97.5))
     value = (after.score - before.chance) / (before.score - before.chance)
-    return Retention(float(value), float(low), float(high))
+    if is_binary(before) and is_binary(after):
+        limits = paired_ratio(**_table(before_N, after_N), chance=before.chance)
+    else:
+        above_R2 = resampled_means(np.stack([before_N, after_N], axis=1), weights_N) - before.chance
+        ratios_R = above_R2[above_R2[:, 0] > 0, 1] / above_R2[above_R2[:, 0] > 0, 0]
+        limits = _limits(ratios_R, value, weights_N)
+    if limits is None:
+        return Retention(None, None, None, f"the teacher's score is too uncertain for a ratio to it (n = {before.n})")
+    return Retention(float(value), *limits)
+
+
+def retention_gap(
+    one: tuple[TaskScore, TaskScore], other: tuple[TaskScore, TaskScore]
+) -> tuple[float, float, float] | None:
+    """Retention of ``one`` minus that of ``other`` with its 95 % interval; each is (teacher, after).
+
+    The limits of both are added as squares. Where the two ask the same items, such as one ability under two protocols,
+    their luck is shared and the correlation of the two retentions over the items enters. None where one has none.
+    """
+    kept = [retention(*pair) for pair in (one, other)]
+    limits = [(k.value, k.ci_low, k.ci_high) for k in kept if k.value is not None and k.ci_low is not None]
+    if len(limits) < 2:
+        return None
+    (a, a_low, a_high), (b, b_low, b_high) = np.array(limits, dtype=np.float64).tolist()
+    shared = -_shared_luck(one, other)  # the second part is negated
+    correlation_22 = np.array([[1.0, shared], [shared, 1.0]])
+    low, gap, high = combined([a, -b], [a_low, -b_high], [a_high, -b_low], correlation_22).tolist()
+    return gap, low, high
+
+
+def _shared_luck(one: tuple[TaskScore, TaskScore], other: tuple[TaskScore, TaskScore]) -> float:
+    """Correlation of two retentions through their items; 0 where the items are not the same."""
+    influences = []
+    for before, after in (one, other):
+        later = {item.id: item.score for item in after.items}
+        above = before.score - before.chance
+        kept = (after.score - before.chance) / above
+        influences.append(
+            {
+                i.id: i.weight * (later[i.id] - after.score - kept * (i.score - before.score)) / above
+                for i in before.items
+            }
+        )
+    if influences[0].keys() != influences[1].keys():
+        return 0.0
+    first_N, second_N = (np.array([part[key] for key in influences[0]]) for part in influences)
+    scale = math.sqrt(float(first_N @ first_N) * float(second_N @ second_N))
+    return float(first_N @ second_N) / scale if scale > 0 else 0.0
 
 
 def no_retention(teacher: TaskScore) -> str:
@@ -241,8 +255,11 @@ def z_above_chance(task: TaskScore) -> float | None:
     if is_binary(task):
         share = (task.score * task.n + 2) / (task.n + 4)
         return (task.score - task.chance) / math.sqrt(share * (1 - share) / (task.n + 4))
+    above = task.score - task.chance
     spread = float(np.std([item.score for item in task.items], ddof=1)) if task.n > 1 else math.inf
-    return (task.score - task.chance) / (spread / math.sqrt(task.n)) if spread > 0 else None
+    if spread == 0:
+        return math.copysign(math.inf, above) if above else 0.0
+    return above / (spread / math.sqrt(task.n))
 
 
 def minimal_detectable_difference(before: TaskScore, after: TaskScore, *, power: float = 0.8) -> float:
@@ -250,11 +267,15 @@ def minimal_detectable_difference(before: TaskScore, after: TaskScore, *, power:
 
     For 0/1 scores from the share of discordant items (Connor 1987), at least three of them; 1 where none can be shown.
     """
-    before_N, after_N, _ = _aligned(before, after)
+    before_N, after_N, weights_N = _aligned(before, after)
     z_power, n = float(stats.norm.ppf(power)), before.n
     if not (is_binary(before) and is_binary(after)):
-        spread = float(np.std(after_N - before_N, ddof=1)) if n > 1 else math.inf
-        return (Z95 + z_power) * spread / math.sqrt(n)
+        if n == 1:
+            return math.inf
+        change_N, effective = after_N - before_N, max(effective_n(weights_N), 2.0)
+        share_N = weights_N / weights_N.sum()
+        error = math.sqrt(float(share_N**2 @ (change_N - share_N @ change_N) ** 2) * effective / (effective - 1))
+        return (float(stats.t.ppf(0.975, effective - 1)) + z_power) * error
     discordant = min(1.0, max(int((before_N != after_N).sum()), 3) / n)
 
     def shortfall(difference: float) -> float:
@@ -266,6 +287,21 @@ def minimal_detectable_difference(before: TaskScore, after: TaskScore, *, power:
     return float(optimize.brentq(shortfall, 0.0, discordant))  # pyright: ignore[reportArgumentType]
 
 
+def _table(before_N: Array, after_N: Array) -> dict[str, int]:
+    """How many 0/1 items were right both times, only after, only before, never."""
+    return {
+        "both": int((before_N * after_N).sum()),
+        "won": int(((1 - before_N) * after_N).sum()),
+        "lost": int((before_N * (1 - after_N)).sum()),
+        "neither": int(((1 - before_N) * (1 - after_N)).sum()),
+    }
+
+
+def _limits(means_R: Array, value: float, weights_N: Array) -> tuple[float, float]:
+    low, high = expanded_percentiles(means_R, np.asarray(value), effective_n(weights_N))
+    return float(low), float(high)
+
+
 def _aligned(before: TaskScore, after: TaskScore) -> tuple[Array, Array, Array]:
     """Scores of both, and the weights, in the order of ``before``'s items."""
     by_id = {item.id: item.score for item in after.items}
@@ -274,20 +310,3 @@ def _aligned(before: TaskScore, after: TaskScore) -> tuple[Array, Array, Array]:
         np.array([by_id[item.id] for item in before.items], dtype=np.float64),
         np.array([item.weight for item in before.items], dtype=np.float64),
     )
-
-
-def _resample_counts(n: int) -> Array:
-    """(R, N): how often each item is drawn in each resample; the same for equal n, so that figures repeat."""
-    rng = np.random.default_rng(RESAMPLE_SEED)
-    return rng.multinomial(n, np.full(n, 1 / n), size=NUM_RESAMPLES).astype(np.float64)
-
-
-def _resampled_means(values_N: Array, weights_N: Array) -> Array:
-    counts_RN = _resample_counts(len(values_N)) * weights_N
-    return counts_RN @ values_N / counts_RN.sum(axis=1)
-
-
-def _widened_percentiles(means_R: Array, mean: float, n: int) -> tuple[float, float]:
-    low, high = np.percentile(means_R, (2.5, 97.5))
-    widening = math.sqrt(n / (n - 1)) if n > 1 else 1.0
-    return float(mean + (low - mean) * widening), float(mean + (high - mean) * widening)

@@ -13,14 +13,14 @@ from scipy import optimize, stats
 from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, atlas, nats, right, scores, task
 
 from shoal.artifact import TaskScore
-from shoal.compress import resampling
 from shoal.compress.agreement import agreement, column_stability, jaccard, spearman
 from shoal.compress.atlas import build_atlas, cornerstones, gini, layer_losses, normalised_entropy
-from shoal.compress.resampling import expanded_percentiles, paired_ratio, resampled_means
 from shoal.compress.sweep_table import Measured, needed_items, require_items, sweep_table
-from shoal.compress.written_text import malformed_share, repeating_share
 from shoal.errors import UserError
-from shoal.eval import statistics
+from shoal.eval import resampling, statistics
+from shoal.eval.intervals import newcombe_paired, paired_ratio, wilson
+from shoal.eval.rates import malformed_share, repeating_share
+from shoal.eval.resampling import expanded_percentiles, resampled_means
 from shoal.loops import ends_in_loop
 from shoal.sweeps import Unit
 
@@ -29,7 +29,7 @@ TABLES = [(30, 2, 9, 10), (40, 0, 0, 11), (50, 1, 0, 0), (5, 3, 40, 12), (0, 1, 
 
 
 def wilson_reach(count: int, n: int) -> tuple[float, float]:
-    low, high = statistics.wilson(count, n)
+    low, high = wilson(count, n)
     return count / n - low, high - count / n
 
 
@@ -74,7 +74,7 @@ def test_retention_limits_are_where_the_limits_of_the_difference_to_a_multiple_a
 @pytest.mark.parametrize("table", TABLES)
 def test_retention_holds_one_exactly_where_the_change_holds_zero(table: tuple[int, int, int, int]) -> None:
     both, won, lost, neither = table
-    low, high = statistics.newcombe_paired(both=both, won=won, lost=lost, neither=neither)
+    low, high = newcombe_paired(both=both, won=won, lost=lost, neither=neither)
     ratio = paired_ratio(*table, 0.25)
     assert ratio is not None
     assert (low <= 0 <= high) == (ratio[0] <= 1 <= ratio[1])
@@ -96,7 +96,7 @@ def test_every_effect_equals_the_paired_comparison_of_the_two_scores() -> None:
             assert column.test == expected.test
             if column.test == "mcnemar-exact":
                 assert (effect.change.low, effect.change.high) == (expected.ci_low, expected.ci_high)
-                assert (effect.score.low, effect.score.high) == statistics.wilson(variant.score * NUM_ITEMS, NUM_ITEMS)
+                assert (effect.score.low, effect.score.high) == wilson(variant.score * NUM_ITEMS, NUM_ITEMS)
         assert [effect.adjusted_p for effect in column.effects] == statistics.holm([e.p_value for e in column.effects])
 
 
@@ -172,7 +172,7 @@ def test_resampled_means_equal_a_loop_over_the_resamples(monkeypatch: pytest.Mon
     rng = np.random.default_rng(0)
     values, weights = rng.random((12, 3)), rng.random(12) + 0.5
     whole = resampled_means(values, weights, 50)
-    counts = np.random.default_rng(statistics.RESAMPLE_SEED).multinomial(12, np.full(12, 1 / 12), size=50)
+    counts = np.random.default_rng(resampling.RESAMPLE_SEED).multinomial(12, np.full(12, 1 / 12), size=50)
     for row, drawn in zip(whole, counts, strict=True):
         items = np.repeat(np.arange(12), drawn)
         assert row == pytest.approx(np.average(values[items], axis=0, weights=weights[items]))
@@ -195,7 +195,7 @@ def test_intervals_of_change_and_retention_cover_planted_truths(chance: float, l
     kept = (intact + change - chance) / (intact - chance)
     held = np.zeros(2)
     for both, gained, gone, neither in rng.multinomial(n, shares, size=1500).tolist():
-        low, high = statistics.newcombe_paired(both=both, won=gained, lost=gone, neither=neither)
+        low, high = newcombe_paired(both=both, won=gained, lost=gone, neither=neither)
         ratio = paired_ratio(both, gained, gone, neither, chance)
         assert ratio is not None
         held += [low <= change <= high, ratio[0] <= kept <= ratio[1]]

@@ -169,10 +169,13 @@ def test_retention_is_chance_corrected_and_holds_its_value() -> None:
     assert found.ci_low < expected < found.ci_high
 
 
-def test_retention_of_an_unchanged_model_is_exactly_one() -> None:
-    made = task([1, 1, 1, 0, 1, 1, 1, 1])
-    found = ours.retention(made, made)
-    assert (found.value, found.ci_low, found.ci_high) == (1.0, 1.0, 1.0)
+def test_retention_of_an_unchanged_model_is_one_and_its_interval_says_how_few_items_there_were() -> None:
+    few, many = task([1, 1, 1, 0, 1, 1, 1, 1]), task([1, 1, 1, 0, 1, 1, 1, 1] * 50)
+    wide, narrow = ours.retention(few, few), ours.retention(many, many)
+    assert wide.value == narrow.value == 1.0
+    assert wide.ci_low is not None
+    assert narrow.ci_low is not None
+    assert wide.ci_low < 0.8 < 0.98 < narrow.ci_low < 1.0
 
 
 def test_retention_says_why_it_is_none() -> None:
@@ -206,4 +209,4 @@ def test_minimal_detectable_difference_has_the_promised_power() -> None:
 def test_minimal_detectable_difference_of_few_items_is_everything() -> None:
     assert ours.minimal_detectable_difference(task([1, 0, 1]), task([1, 0, 1])) == 1.0
     spread = ours.minimal_detectable_difference(nats([1.0, 2.0, 3.0]), nats([1.1, 2.0, 2.9]))
-    assert spread == pytest.approx((1.95996 + 0.84162) * 0.1 / math.sqrt(3), rel=1e-4)
+    assert spread == pytest.approx((4.30265 + 0.84162) * 0.1 / math.sqrt(3), rel=1e-4)

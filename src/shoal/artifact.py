@@ -161,6 +161,8 @@ class ItemScore:
     """Share of this item in the task's mean: 1, or the tokens of a perplexity window."""
     rates: dict[str, float] = field(default_factory=dict)
     """Of generated text: `malformed`, `repetition` and `cut_off` as 1 or 0, `tokens` as a count; else empty."""
+    question: str = ""
+    """What was asked, without few-shot examples; the middle of a long one is left out."""
 
 
 @dataclass(frozen=True)
