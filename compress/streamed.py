@@ -190,7 +190,7 @@ def score_variants_streamed(
     for batch, one in zip(batches, states, strict=True):
         done = 0
         for number, variant in enumerate(variants):
-            done = settle(decoder, batch.locate(one.final(variant)), answers[number])
+            done = len(settle(decoder, batch.locate(one.final(variant)), answers[number]))
         progress(done)
     return answers
 

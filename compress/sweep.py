@@ -31,10 +31,10 @@ from shoal.sweeps import Unit
 
 from ..eval.engine import CausalLM, Writing, connect_ranks
 from ..eval.evaluate import check_runnable, in_words, num_items, scores_of
+from ..eval.item_cache import ItemCache, key_of
 from ..eval.perplexity import perplexity
 from ..eval.scoring import Score, Tokens
 from ..eval.tasks import known_tasks, load_tasks
-from .answers import Answers, key_of
 from .operators import heads_of_groups, with_halves, with_heads
 from .streamed import Streaming, score_variants_streamed
 from .variant_generation import Limits, generate_variants
@@ -139,7 +139,10 @@ def sweep_by(
     )
     everything = with_intact(variants)
     lm.seed = seed
-    lm.answers = Answers(folder, fingerprint([identity, [repr(one.edits) for one in everything]]), rank=lm.rank)
+    answered_by = fingerprint([identity, [repr(one.edits) for one in everything]])
+    lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
+    if len(lm.items):
+        log.info("sweep: goes on from %d requests that are answered already", len(lm.items))
     shared, apart = layer_runs(everything, lm.num_layers)
     log.info("sweep: %d variants on %s", len(variants), in_words(tasks, evaluation))
     log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
@@ -249,13 +252,15 @@ def as_evaluation(settings: Sweeps) -> Eval:
 
 
 class VariantsLM(CausalLM):
-    """As lm-eval sees it one model, the variant ``current``; a request is answered for all of them at once."""
+    """As lm-eval sees it one model, the variant ``current``; a request is answered for all of them at once.
+
+    Its items are lists: what every variant answered, in their order.
+    """
 
     def __init__(
         self, edited: Edited, tokenizer: PreTrainedTokenizerBase, variants: Sequence[Variant], batch_size: int
     ) -> None:
         super().__init__(edited.model, tokenizer, batch_size, progress=True)
-        self.answers = Answers(None, "")
         self.current = 0
         self.seed = 0
         """Of sampled text."""
@@ -269,16 +274,16 @@ class VariantsLM(CausalLM):
         self._progress = self._progress and number == 0
 
     def _score(self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]) -> list[Score]:
-        keys = [key_of("score", *pair) for pair in pairs]
-        missing = [index for index, key in enumerate(keys) if key not in self.answers]
+        keys = self._score_keys(pairs)
+        missing = self.items.missing(keys)
         progress(len(pairs) - len(missing))
         step = self._requests_at_once or max(1, len(missing))
         for start in range(0, len(missing), step):
             chosen = missing[start : start + step]
             found = self._score_variants([pairs[index] for index in chosen], progress)
             self._refuse_no_numbers(found)
-            self.answers.add([keys[index] for index in chosen], [list(scores) for scores in zip(*found, strict=True)])
-        return [tuple(self.answers.of(key, self.current)) for key in keys]
+            self.items.add([keys[index] for index in chosen], [list(scores) for scores in zip(*found, strict=True)])
+        return [tuple(self.items[key][self.current]) for key in keys]
 
     def _refuse_no_numbers(self, found: Sequence[Sequence[Score]]) -> None:
         """Among options that are all NaN lm-eval would choose the first and go on."""
@@ -298,28 +303,28 @@ class VariantsLM(CausalLM):
         )
 
     def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
-        keys = self._keys(prompts, how)
-        missing = [index for index, key in enumerate(keys) if key not in self.answers]
+        keys = self._text_keys(prompts, how)
+        missing = self.items.missing(keys)
         missing.sort(key=lambda index: -len(prompts[index]))
         progress(len(prompts) - len(missing))
         for start in range(0, len(missing), self.batch_size):
             chosen = missing[start : start + self.batch_size]
             found = self._write_variants([prompts[index] for index in chosen], [keys[index] for index in chosen], how)
-            self.answers.add([keys[index] for index in chosen], [list(texts) for texts in zip(*found, strict=True)])
+            self.items.add([keys[index] for index in chosen], [list(texts) for texts in zip(*found, strict=True)])
             progress(len(chosen))
-        return [self.answers.of(key, self.current) for key in keys]
+        return [self.items[key][self.current] for key in keys]
 
-    def _keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
-        """What the texts of ``prompts`` are known by; where they are drawn, a repeated prompt gets draws of its own."""
-        settings = (how.max_new_tokens, how.stop, sorted(how.settings.items()))
+    def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
+        """Where texts are drawn, a repeated prompt gets draws of its own."""
+        keys = super()._text_keys(prompts, how)
         if not how.settings.get("do_sample"):
-            return [key_of("write", prompt, *settings) for prompt in prompts]
-        seen: Counter[tuple[int, ...]] = Counter()
-        keys = []
-        for prompt in prompts:
-            keys.append(key_of("write", prompt, *settings, self.seed, seen[tuple(prompt)]))
-            seen[tuple(prompt)] += 1
-        return keys
+            return keys
+        seen: Counter[str] = Counter()
+        own = []
+        for key in keys:
+            own.append(key_of(key, self.seed, seen[key]))
+            seen[key] += 1
+        return own
 
     def _write_variants(self, prompts: list[list[int]], keys: list[str], how: Writing) -> list[list[list[int]]]:
         if self._writes_greedily(how):

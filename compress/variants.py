@@ -278,7 +278,7 @@ def score_variants(
         layout = make()
         done = 0
         for number, hidden in _finals(edited, layerwise, decoder, layout, variants):
-            done = settle(decoder, layout.locate(hidden), answers[number])
+            done = len(settle(decoder, layout.locate(hidden), answers[number]))
         progress(done)
     return answers
 

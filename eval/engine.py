@@ -37,7 +37,8 @@ from shoal.errors import UserError
 
 from .decoder import Decoder
 from .generation import Finish, generate_greedily
-from .scoring import Score, Tokens, batches, score
+from .item_cache import ItemCache, key_of
+from .scoring import Score, Tokens, batches, scored
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +80,14 @@ class CausalLM(TemplateLM):
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 16,
         *,
+        items: ItemCache | None = None,
         branch: bool = True,
         progress: bool = False,
     ) -> None:
         """``branch`` False scores every continuation by a forward of its own: same values, slower."""
         super().__init__()
+        self.items = ItemCache() if items is None else items
+        """Answers so far; who hands them in has them kept on disk."""
         self.tokenizer: Any = tokenizer
         self.batch_size = batch_size
         self.num_truncated = 0
@@ -160,7 +164,18 @@ class CausalLM(TemplateLM):
 
     def _score(self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]) -> list[Score]:
         """Scores of (context, continuation) that fit the model."""
-        return score(self._decoder, pairs, batch_size=self.batch_size, branch=self._branch, progress=progress)
+        keys = self._score_keys(pairs)
+        missing = self.items.missing(keys)
+        progress(len(pairs) - len(missing))
+        if missing:
+            asked = [pairs[index] for index in missing]
+            for found in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
+                self.items.add([keys[missing[index]] for index in found], list(found.values()))
+                progress(len(found))
+        return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]
+
+    def _score_keys(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[str]:
+        return [key_of("score", *pair) for pair in pairs]
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         """Both as the model can take them, and whether the context had to lose its beginning."""
@@ -219,14 +234,20 @@ class CausalLM(TemplateLM):
 
     def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
         """The new tokens of every prompt."""
-        found: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        for batch in batches(order, self.batch_size):
-            written = self._write_batch([prompts[index] for index in batch], how)
-            for index, tokens in zip(batch, written, strict=True):
-                found[index] = tokens
+        keys, items = self._text_keys(prompts, how), self.items
+        if how.settings.get("do_sample"):  # what is drawn depends on what was drawn before: nothing to be kept
+            keys, items = [f"{key} {index}" for index, key in enumerate(keys)], ItemCache()
+        missing = items.missing(keys)
+        progress(len(prompts) - len(missing))
+        missing.sort(key=lambda index: -len(prompts[index]))
+        for batch in batches(missing, self.batch_size):
+            items.add([keys[index] for index in batch], self._write_batch([prompts[index] for index in batch], how))
             progress(len(batch))
-        return found
+        return [items[key] for key in keys]
+
+    def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
+        settings = (how.max_new_tokens, how.stop, sorted(how.settings.items()))
+        return [key_of("write", prompt, *settings) for prompt in prompts]
 
     def _write_batch(self, rows: list[list[int]], how: Writing) -> list[list[int]]:
         if not self._writes_greedily(how):

@@ -16,9 +16,10 @@ from shoal.artifact import Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
 from shoal.models import checkpoint_bytes, num_parameters, text_config
 from shoal.recipe import Eval
-from shoal.runtime import seed_everything
+from shoal.runtime import rank, seed_everything
 
 from .engine import CausalLM, connect_ranks, prompt_room
+from .item_cache import ItemCache, identity_of
 from .perplexity import perplexity
 from .samples import task_score
 from .tasks import load_tasks
@@ -35,13 +36,20 @@ def role_evaluation(
     folder: Path,
     inputs: dict[str, Json],
     seed: int,
+    items: Path | None = None,
 ) -> Evaluation:
     """The artifact of one role: its scores, parameters, layers and the size of its weights in ``folder``.
 
-    All ranks take part and all get it; ``inputs`` is its provenance.
+    All ranks take part and all get it; ``inputs`` is its provenance. Answers are kept in the folder ``items``, and what
+    this model (``inputs["model"]``) has answered there already is not asked again.
     """
     started = time.monotonic()
-    tasks = evaluate(model, tokenizer, settings, seed=seed)
+    cache = None
+    if items is not None:
+        cache = ItemCache(items, identity_of(inputs["model"], model), rank=rank())
+        if len(cache):
+            log.info("eval: %s: %d requests are answered already in %s", role, len(cache), items)
+    tasks = evaluate(model, tokenizer, settings, seed=seed, items=cache)
     return Evaluation(
         provenance=Provenance(inputs),
         role=role,
@@ -54,9 +62,14 @@ def role_evaluation(
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Eval, *, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Eval,
+    *,
+    seed: int,
+    items: ItemCache | None = None,
 ) -> tuple[TaskScore, ...]:
-    """The scores of ``settings.tasks`` and the perplexity, on every rank.
+    """The scores of ``settings.tasks`` and the perplexity, on every rank; answers in ``items`` are not asked again.
 
     The items are the tasks' first ``settings.limit`` (or ``settings.limits`` of that task), the same for every model
     and every seed; the seed decides only what lm-eval draws at random, such as few-shot examples.
@@ -65,7 +78,7 @@ def evaluate(
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
     """
     connect_ranks(model.device)
-    lm = CausalLM(model, tokenizer, settings.batch_size, progress=True)
+    lm = CausalLM(model, tokenizer, settings.batch_size, items=items, progress=True)
     tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot, seed=seed)
     log.info("eval: %s", in_words(tasks, settings))
     scores = (*scores_of(lm, tasks, settings, seed=seed), perplexity(lm, settings))

@@ -65,23 +65,28 @@ class Positions:
 
 
 def score(
-    decoder: Decoder,
-    requests: Sequence[tuple[Tokens, Tokens]],
-    *,
-    batch_size: int,
-    branch: bool = True,
-    progress: Callable[[int], object] = lambda done: None,
+    decoder: Decoder, requests: Sequence[tuple[Tokens, Tokens]], *, batch_size: int, branch: bool = True
 ) -> list[Score]:
-    """The score of every (context, continuation), in order.
+    """The score of every (context, continuation), in order."""
+    found: dict[int, Score] = {}
+    for batch in scored(decoder, requests, batch_size=batch_size, branch=branch):
+        found |= batch
+    return [found[index] for index in range(len(requests))]
+
+
+def scored(
+    decoder: Decoder, requests: Sequence[tuple[Tokens, Tokens]], *, batch_size: int, branch: bool = True
+) -> Iterator[dict[int, Score]]:
+    """The scores of every (context, continuation) by its index, batch after batch.
 
     ``branch`` False gives every continuation a forward of its own, which a model whose cache cannot branch gets anyway:
-    same values at another cost. ``progress`` is told how many requests were answered.
+    same values at another cost.
     """
     answers: list[Score] = [(0.0, True)] * len(requests)
     for make in layouts(decoder, requests, batch_size=batch_size, branch=branch):
         layout = make()
-        progress(settle(decoder, layout.locate(layout.hidden(decoder)), answers))
-    return answers
+        done = settle(decoder, layout.locate(layout.hidden(decoder)), answers)
+        yield {index: answers[index] for index in done}
 
 
 @dataclass(frozen=True)
@@ -190,14 +195,14 @@ def _branched_layout(decoder: Decoder, batch: Sequence[Question], batch_size: in
     return Layout(tuple(passes), locate)
 
 
-def settle(decoder: Decoder, positions: Positions, answers: list[Score]) -> int:
-    """Add up the wanted tokens' scores into ``answers``; how many requests that answered."""
+def settle(decoder: Decoder, positions: Positions, answers: list[Score]) -> set[int]:
+    """Add up the wanted tokens' scores into ``answers``; which requests that answered."""
     log_probs, first_choice = token_scores(decoder, torch.cat(positions.hidden), positions.wanted)
     for owners, log_prob, is_first in zip(positions.owners, log_probs.tolist(), first_choice.tolist(), strict=True):
         for owner in owners:
             total, greedy = answers[owner]
             answers[owner] = (total + log_prob, greedy and is_first)
-    return len({owner for owners in positions.owners for owner in owners})
+    return {owner for owners in positions.owners for owner in owners}
 
 
 def token_scores(decoder: Decoder, hidden_ND: Tensor, wanted: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,14 @@ def evaluate(run: Run) -> None:
         model = load_model(folder, device=device(), **run.load_args())
         tokenizer = load_tokenizer(folder, trust_remote_code=run.recipe.trust_remote_code)
         result = role_evaluation(
-            role, model, tokenizer, run.recipe.eval, folder=folder, inputs=inputs, seed=run.recipe.seed
+            role,
+            model,
+            tokenizer,
+            run.recipe.eval,
+            folder=folder,
+            inputs=inputs,
+            seed=run.recipe.seed,
+            items=run.dir / "eval" / "items",
         )
         if is_main():
             result.write(path)
