@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal import tracking
 from shoal.artifact import PruningPlan, fingerprint
 from shoal.data import sources_fingerprint
 from shoal.errors import UserError
@@ -20,7 +21,6 @@ from shoal.recipe import Distill, Track, as_dict
 from shoal.recording import Record
 from shoal.runtime import device, is_main, world_size
 
-from . import tracking
 from .adapters import refuse_untrainable
 from .arguments import (
     BATCH_SPLIT,
@@ -44,6 +44,7 @@ from .results import write_results
 from .sharding import join_deepspeed
 from .stop import StopRequest
 from .text import training_rows
+from .tracking import Curves
 from .trainable import trained_parts
 from .trainer import DistillTrainer
 from .watch import Scorer
@@ -215,11 +216,11 @@ def distill(
             load=load,
         )
     peak = peak_rate(teacher_dir, student_dir, plan, settings, dtype=dtype, load=load)
-    report_to = tracking.start(track, run_dir, recipe)
+    tracked = tracking.start(track, run_dir, recipe)
     join_deepspeed()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
     arguments, keep = training_arguments(
-        settings, output_dir=checkpoints, seed=seed, report_to=report_to, load_universal=universal
+        settings, output_dir=checkpoints, seed=seed, report_to=[], load_universal=universal
     )
     stop = StopRequest()
     made = assemble(
@@ -236,7 +237,11 @@ def distill(
         identity=identity,
         stop=stop,
         scorer=scorer,
-        callbacks=[Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length), heartbeat],
+        callbacks=[
+            Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length),
+            heartbeat,
+            *([Curves(run_dir)] if tracked else []),
+        ],
         peak_tokens_per_s=peak,
         seed=seed,
         dtype=dtype,
@@ -249,7 +254,7 @@ def distill(
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if trainer.state.global_step < trainer.state.max_steps:
         heartbeat.stop()
-        tracking.finish()
+        tracking.finish(run_dir)
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved"
         )
@@ -272,7 +277,7 @@ def distill(
         },
     )
     heartbeat.stop()
-    tracking.finish()
+    tracking.finish(run_dir)
 
 
 def _agreed(decide: Callable[[], T]) -> T:

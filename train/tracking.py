@@ -1,84 +1,34 @@
-"""Weights & Biases: one run id for the whole life of a run directory."""
+"""The Trainer's curves in the W&B run of the run directory."""
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from shoal.artifact import write_text
-from shoal.errors import UserError
-from shoal.recipe import Track
-from shoal.runtime import is_main
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import WandbCallback
 
-log = logging.getLogger(__name__)
-
-RUN_ID_FILE = "wandb_run_id"
+from shoal.tracking import attempt, is_tracking
 
 
-def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
-    """online, offline or off.
+class Curves(TrainerCallback):
+    """What transformers' own callback logs; but where that fails, it is said once, and training goes on.
 
-    Raises:
-        UserError: online was asked for and there is no API key.
+    Its other hooks upload checkpoints where an environment variable says so, which only the recipe may.
     """
-    if track.wandb in ("off", "offline"):
-        return track.wandb
-    has_key = _has_key()
-    if track.wandb == "online" and not has_key:
-        raise UserError("track.wandb: online needs an API key; run `wandb login`, set WANDB_API_KEY, or use offline")
-    return "online" if has_key else "offline"
 
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._callback = WandbCallback()
 
-def start(track: Track, run_dir: Path, config: dict[str, Any]) -> list[str]:
-    """Start or resume tracking on rank 0; returns what TrainingArguments.report_to wants.
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if is_tracking():
+            with attempt("curves could not be begun", self._run_dir):
+                self._callback.on_train_begin(args, state, control, **kwargs)
 
-    The run id is kept in the run directory, so that a resumed training draws on into the same curves.
-    """
-    mode = wandb_mode(track)
-    if mode == "off":
-        return []
-    if not is_main():
-        return ["wandb"]
-    import wandb
-
-    id_file = run_dir / RUN_ID_FILE
-    if not id_file.is_file():
-        write_text(id_file, secrets.token_hex(4) + "\n")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    run = wandb.init(
-        project=track.project,
-        name=track.name or run_dir.name,
-        tags=track.tags or None,
-        config=config,
-        dir=str(run_dir),
-        id=id_file.read_text().strip(),
-        resume="allow",
-        mode=mode,
-    )
-    hint = f"; later: wandb sync {run_dir}/wandb/offline-run-*" if mode == "offline" else f": {run.url}"
-    log.info("W&B: %s, run id %s%s", mode, run.id, hint)
-    return ["wandb"]
-
-
-def finish() -> None:
-    """Close the W&B run of this process, if there is one."""
-    if is_main():
-        import wandb
-
-        if wandb.run is not None:
-            wandb.finish()
-
-
-def _has_key() -> bool:
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return any("wandb" in host for host in netrc.netrc(file).hosts)
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if is_tracking():
+            with attempt("curves could not be logged", self._run_dir):
+                self._callback.on_log(args, state, control, **kwargs)

@@ -116,9 +116,11 @@ def _dry_run(verb: str, recipe: Recipe) -> None:
 def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
     from shoal import distilling, measuring, pipeline, pruning, runtime
     from shoal.run import Run, locked
+    from shoal.tracking import wandb_mode
 
     launched = "LOCAL_RANK" in os.environ
     run = Run(recipe)
+    wandb_mode(recipe.track)  # refuses now, not after hours
     if verb in ("run", "search") and launched:
         raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
     in_group = launched or verb in ("distill", "record")
@@ -151,7 +153,8 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
                 "report": pipeline.report,
             }
             stages[verb](run)
-    runtime.leave_distributed()
+        runtime.leave_distributed()  # before an upload that the other ranks need not wait for
+        pipeline.track(run)
 
 
 def _distill(run: Run) -> None:

@@ -25,6 +25,7 @@ from shoal.pruning import choose_plan, read_importance, read_plan
 from shoal.recipe import Recipe, as_dict
 from shoal.run import Run, check_length, is_done
 from shoal.runtime import device, seed_everything
+from shoal.tracking import wandb_mode
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +167,6 @@ def check_training_settings(recipe: Recipe) -> None:
         UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
     """
     from shoal.train.arguments import check_names, deepspeed_config
-    from shoal.train.tracking import wandb_mode
 
     check_names(recipe.distill)
     deepspeed_config(recipe.distill)

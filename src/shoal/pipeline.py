@@ -232,12 +232,26 @@ def run_all(run: Run, launch_distill: Callable[[], None]) -> None:
         _write_story(run)
         measure(run)
         prune(run)
+        track(run)
         distilled = distill_is_done(run)
     if not distilled:
         launch_distill()
     with locked(run):
         evaluate(run)
         report(run)
+        track(run)
+
+
+def track(run: Run) -> None:
+    """Log to W&B what the run directory holds now, as far as the recipe wants it; what fails there is only said."""
+    from shoal.tracked import Rows, log_results
+
+    def score_rows(folder: Path) -> Rows:
+        from shoal.eval.score_rows import score_rows
+
+        return score_rows(folder)
+
+    log_results(run.recipe.track, run.dir, as_dict(run.recipe), teacher=run.teacher, score_rows=score_rows)
 
 
 def _write_story(run: Run) -> None:

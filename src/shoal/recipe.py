@@ -183,13 +183,16 @@ class Eval(Section):
 
 @dataclass(frozen=True)
 class Track(Section):
-    """Where training curves go: Weights & Biases."""
+    """Where curves, tables, figures and artifacts go: Weights & Biases."""
 
     wandb: Literal["online", "offline", "off"] | None = None
-    """None = online where an API key is found, else offline."""
+    """None = online where an API key is found, else training alone, offline."""
     project: str = "shoal"
     name: str | None = None
+    """None = that of the run directory."""
     tags: tuple[str, ...] = ()
+    upload_weights: bool = False
+    """Upload student/ and distilled/ as artifacts; otherwise artifacts only say where they lie."""
 
 
 @dataclass(frozen=True)
