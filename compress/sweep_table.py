@@ -16,7 +16,6 @@ from shoal.errors import UserError
 from shoal.sweeps import Effect, Estimate, Sweep, SweepColumn, Unit
 
 from ..eval.intervals import Array, newcombe_paired, paired_ratio, wilson
-from ..eval.rates import malformed_share, repeating_share
 from ..eval.resampling import bootstrap_p, expanded_percentiles, num_resamples, resampled_means
 from ..eval.statistics import holm, is_binary, mcnemar, require_same_measurement, z_above_chance
 
@@ -245,13 +244,7 @@ def _correlation_rows(column: Measured) -> tuple[tuple[float, ...], ...]:
 
 
 def _text_shares(score: TaskScore) -> dict[str, float]:
-    if score.protocol != "generation":
-        return {}
-    texts = [item.prediction for item in score.items]
-    return {
-        "malformed": malformed_share(texts, [item.target for item in score.items]),
-        "repetition": repeating_share(texts),
-    }
+    return {name: score.rates[name] for name in ("malformed", "repetition") if name in score.rates}
 
 
 def _estimates(value_U: Array, low_U: Array, high_U: Array) -> list[Estimate]:

@@ -84,17 +84,6 @@ def rate_difference(before: TaskScore, after: TaskScore, name: str) -> PairedDif
     return paired_values(before_N, after_N, np.ones_like(before_N), binary=name != LENGTH, higher_is_better=False)
 
 
-def malformed_share(texts: Sequence[str], targets: Sequence[str]) -> float:
-    """Share of texts that hold no answer by answer_pattern."""
-    pattern = answer_pattern(targets)
-    return sum(pattern.search(text) is None for text in texts) / len(texts)
-
-
-def repeating_share(texts: Sequence[str]) -> float:
-    """Share of texts that end in a loop."""
-    return sum(ends_in_loop(text) for text in texts) / len(texts)
-
-
 def answer_pattern(targets: Sequence[str]) -> re.Pattern[str]:
     """What a text must hold to hold an answer at all, whatever the task's own rule of matching is.
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from shoal.artifact import ItemScore, TaskScore
+from shoal.artifact import ItemScore, TaskScore, fingerprint
 from shoal.errors import UserError
 
+from .rates import text_rates, with_rates
 from .statistics import interval
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
@@ -24,21 +26,55 @@ ROLLING_METRICS = {
 }
 """lm-eval's metric -> ours, whose mean over items is meaningful, and its unit in nats."""
 
+QUESTION_CHARACTERS = 1500
+"""Of a question at most; the middle of a longer one is left out."""
+MATCHING_RULES = (
+    "output_type",
+    "process_docs",
+    "process_results",
+    "doc_to_target",
+    "doc_to_choice",
+    "filter_list",
+    "metric_list",
+    "generation_kwargs",
+    "target_delimiter",
+)
+"""Parts of a task's settings that decide what counts as right."""
+
 Sample = dict[str, Any]
 CountTokens = Callable[[str, str], int]
 
 
+class Ending(Protocol):
+    """How a text ended, as the engine knows it."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+
 def task_score(
-    name: str, task: Any, samples: Sequence[Sample], *, num_fewshot: int, count_tokens: CountTokens
+    name: str,
+    task: Any,
+    samples: Sequence[Sample],
+    *,
+    num_fewshot: int,
+    count_tokens: CountTokens,
+    endings: Mapping[tuple[str, str], Ending] | None = None,
 ) -> TaskScore:
     """The score of one task with its items, in the order of its data.
+
+    ``endings`` tells of written texts, by prompt and settings (ending_key), how they ended. Of a text that it does not
+    hold the tokens are counted anew, which is not exact: a damaged model spells words in other tokens.
 
     Raises:
         UserError: an answer that is none of the options, or a metric that has no value per item.
     """
     described: dict[str, Any] = task.config.metadata or {}
     chosen = _one_filter(samples)
-    _check_answers(name, task, chosen)
+    check_answers(name, task, chosen)
     wanted = described.get("metric") or _main_metric(chosen[0]["metrics"])
     metric, scored = _item_scores(name, task, chosen, wanted, count_tokens)
     higher_is_better = bool(task.higher_is_better().get(wanted, not metric.startswith(("nats", "bits"))))
@@ -58,8 +94,25 @@ def task_score(
         version=str(task.VERSION),
         num_fewshot=num_fewshot,
         items=tuple(scored),
+        family=described.get("family"),
+        level=float(described["level"]) if "level" in described else None,
+        prompts=prompts_fingerprint(task, chosen),
     )
+    if task.OUTPUT_TYPE == "generate_until":
+        score = _with_text_rates(score, chosen, count_tokens, endings or {})
     return with_interval(score)
+
+
+def ending_key(prompt: str, settings: dict[str, Any]) -> tuple[str, str]:
+    """What a written text is found by."""
+    return prompt, json.dumps(settings, sort_keys=True, default=str)
+
+
+def prompts_fingerprint(task: Any, samples: Sequence[Sample]) -> str:
+    """A short hash of everything that is asked and of what counts as right; equal = the same test."""
+    settings: dict[str, Any] = task.config.to_dict()  # callables become their source
+    rules = {name: settings[name] for name in MATCHING_RULES if name in settings}
+    return fingerprint([[sample["arguments"] for sample in samples], rules])
 
 
 def with_interval(score: TaskScore) -> TaskScore:
@@ -109,8 +162,51 @@ def _item_scores(
                 f"{', '.join(sample['metrics'])} as metadata.metric in a task file of your own, or leave the task out"
             )
         prediction, target = _prediction(task, sample, wanted), _target(task, sample)
-        items.append(ItemScore(identity, float(value), prediction, target, float(weight)))
+        question = _question(task, sample)
+        items.append(ItemScore(identity, float(value), prediction, target, float(weight), question=question))
     return metric, items
+
+
+def _with_text_rates(
+    score: TaskScore, samples: Sequence[Sample], count_tokens: CountTokens, endings: Mapping[tuple[str, str], Ending]
+) -> TaskScore:
+    """The score with what is known of every text besides its being right."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    from .engine import NEW_TOKENS
+
+    texts, lengths, cut = [item.prediction for item in score.items], [], []
+    for text, sample in zip(texts, samples, strict=True):
+        prompt, settings = sample["arguments"][0]
+        ending = endings.get(ending_key(prompt, settings))
+        counted = count_tokens("", text) if ending is None and text else 0
+        lengths.append(counted if ending is None else ending.num_tokens)
+        most = normalize_gen_kwargs(settings, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)
+        cut.append(counted >= most if ending is None else not ending.finished)
+    read = [_first(sample["filtered_resps"]) for sample in samples]
+    rates = text_rates(texts, read, [item.target for item in score.items], lengths, cut)
+    items = (replace(item, rates=found) for item, found in zip(score.items, rates, strict=True))
+    return with_rates(replace(score, items=tuple(items)))
+
+
+def _first(responses: Any) -> str:
+    """The first text in what a task's filters left, which may be in lists of lists."""
+    while isinstance(responses, list | tuple):
+        responses = responses[0] if responses else ""
+    return str(responses)
+
+
+def _question(task: Any, sample: Sample) -> str:
+    """What the item asks, without few-shot examples; empty for running text."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return ""
+    asked = task.doc_to_text(sample["doc"])
+    if not isinstance(asked, str):  # several beginnings of one ending, of which the right one is to be found
+        asked = " / ".join(map(str, task.doc_to_choice(sample["doc"])))
+    if len(asked) <= QUESTION_CHARACTERS:
+        return asked
+    half = QUESTION_CHARACTERS // 2
+    return f"{asked[:half]} […] {asked[-half:]}"
 
 
 def _prediction(task: Any, sample: Sample, metric: str) -> str:
@@ -136,7 +232,7 @@ def _target(task: Any, sample: Sample) -> str:
     return str(gold).strip()
 
 
-def _check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:
+def check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:
     """Refuse a right answer that is not among the options: lm-eval counts every model wrong there and goes on."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return

@@ -136,6 +136,12 @@ def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
                 f"task {before.task!r}: {field} is {here!r} in one evaluation and {there!r} in the other; "
                 "they cannot be compared, evaluate both with the same settings"
             )
+    if before.prompts and after.prompts and before.prompts != after.prompts:  # old results hold none
+        raise UserError(
+            f"task {before.task!r}: prompts has the fingerprint {before.prompts} in one evaluation and {after.prompts} "
+            "in the other: few-shot examples, wording or the rules of matching differ; evaluate both with the same "
+            "settings"
+        )
     differing = sorted({item.id for item in before.items} ^ {item.id for item in after.items})
     if differing:
         raise UserError(

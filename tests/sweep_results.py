@@ -11,6 +11,7 @@ from results import provenance
 
 from shoal.artifact import Importance, ItemScore, TaskScore
 from shoal.compress.atlas import build_atlas
+from shoal.eval.rates import text_rates, with_rates
 from shoal.eval.statistics import interval
 from shoal.sweeps import Atlas, Part, Removal, Unit
 
@@ -45,6 +46,12 @@ def task(
     chance = 0.0 if protocol == "generation" else 0.25
     made = TaskScore(name, ability, protocol, "acc", mean, 0.0, 0.0, count, chance, True, "1", 0, items)
     made = replace(made, **changes)
+    if made.protocol == "generation":
+        written = [item.prediction for item in items]
+        rates = text_rates(written, written, [target] * count, [1] * count, [False] * count)
+        made = with_rates(
+            replace(made, items=tuple(replace(i, rates=found) for i, found in zip(items, rates, strict=True)))
+        )
     low, high = interval(made)
     return replace(made, ci_low=low, ci_high=high)
 

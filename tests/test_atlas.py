@@ -19,7 +19,6 @@ from shoal.compress.sweep_table import Measured, needed_items, require_items, sw
 from shoal.errors import UserError
 from shoal.eval import resampling, statistics
 from shoal.eval.intervals import newcombe_paired, paired_ratio, wilson
-from shoal.eval.rates import malformed_share, repeating_share
 from shoal.eval.resampling import expanded_percentiles, resampled_means
 from shoal.loops import ends_in_loop
 from shoal.sweeps import Unit
@@ -307,20 +306,6 @@ def test_units_and_scores_must_be_as_many() -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "targets", "share"),
-    [
-        (["", "  \n", "...", "Rome", "7"], ["Rome", "a b"], 0.6),
-        (["The answer is 5.", "five", "", "x2"], ["#### 12", "3"], 0.5),
-        (["A", "(b)", "Apple", "D"], ["A", "B", "C"], 0.5),
-    ],
-)
-def test_malformed_texts_hold_no_answer_of_the_kind_of_the_targets(
-    texts: list[str], targets: list[str], share: float
-) -> None:
-    assert malformed_share(texts, targets) == share
-
-
-@pytest.mark.parametrize(
     ("text", "loops"),
     [
         ("The answer is " + "Rome and " * 4, True),
@@ -347,7 +332,6 @@ def test_written_columns_tell_malformed_and_looping_texts() -> None:
     assert (column.malformed, column.repetition) == (0.0, 0.0)
     assert (column.effects[0].malformed, column.effects[0].repetition) == (0.25, 0.25)
     assert atlas().columns[0].effects[0].malformed is None
-    assert repeating_share(texts) == 0.25
 
 
 # --- gaps, depth, agreement ---------------------------------------------------------------------------------------

@@ -209,13 +209,17 @@ def test_ids_fall_back_to_position_and_content() -> None:
 def test_only_the_first_filter_counts() -> None:
     class Task:
         OUTPUT_TYPE, VERSION = "generate_until", 3.0
-        config = type("Config", (), {"metadata": None, "tag": None})()
+        config = type("Config", (), {"metadata": None, "tag": None, "to_dict": lambda self: {}})()
+
+        def doc_to_text(self, doc: dict[str, Any]) -> str:
+            return "Six and one?"
 
         def higher_is_better(self) -> dict[str, bool]:
             return {"exact_match": True}
 
     def sample(number: int, kind: str, value: float) -> dict[str, Any]:
         shared = {"doc": {}, "doc_id": number, "doc_hash": str(number) * 64, "target": "7", "resps": [["seven"]]}
+        shared |= {"arguments": [("Six and one?", {"max_gen_toks": 4})], "filtered_resps": ["seven"]}
         return {**shared, "filter": kind, "metrics": ["exact_match"], "exact_match": value}
 
     logged = [sample(1, "strict", 0.0), sample(1, "loose", 1.0), sample(0, "strict", 1.0), sample(0, "loose", 1.0)]

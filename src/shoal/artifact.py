@@ -194,6 +194,8 @@ class TaskScore:
     rates: dict[str, float] = field(default_factory=dict)
     """Of generated text, over the items: `malformed`, `repetition`, `cut_off` and `mean_tokens`; else empty. See
     eval/rates.py."""
+    prompts: str = ""
+    """Fingerprint of everything that was asked, few-shot examples included, and of the rules of matching."""
 
 
 @dataclass(frozen=True)

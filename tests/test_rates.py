@@ -1,0 +1,153 @@
+"""How written text fails: each rate by its definition, and the change between two models item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from shoal.artifact import ItemScore, TaskScore
+from shoal.errors import UserError
+from shoal.eval.intervals import newcombe_paired
+from shoal.eval.rates import answer_pattern, rate, rate_difference, text_rates, with_rates
+from shoal.eval.samples import ending_key, task_score
+from shoal.eval.statistics import mcnemar, paired
+
+
+def written(
+    texts: Sequence[str], *, lengths: Sequence[int] | None = None, cut: Sequence[bool] | None = None
+) -> TaskScore:
+    n = len(texts)
+    rates = text_rates(texts, texts, ["Rome"] * n, lengths or [3] * n, cut or [False] * n)
+    items = tuple(
+        ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
+        for i, (text, found) in enumerate(zip(texts, rates, strict=True))
+    )
+    mean = float(np.mean([item.score for item in items]))
+    made = TaskScore("capitals", "knowledge", "generation", "match", mean, mean, mean, n, 0.0, True, "1", 0, items)
+    return with_rates(made)
+
+
+@pytest.mark.parametrize(
+    ("texts", "targets", "readable"),
+    [
+        (["", "  \n", "...", "Rome", "7"], ["Rome", "a b"], [0, 0, 0, 1, 1]),
+        (["The answer is 5.", "five", "", "x2"], ["#### 12", "3"], [1, 0, 0, 1]),
+        (["A", "(b)", "Apple", "D"], ["A", "B", "C"], [1, 1, 0, 0]),
+    ],
+)
+def test_an_answer_is_something_of_the_kind_that_every_target_holds(
+    texts: list[str], targets: list[str], readable: list[int]
+) -> None:
+    assert [answer_pattern(targets).search(text) is not None for text in texts] == list(map(bool, readable))
+
+
+def test_rates_of_a_task_are_means_over_its_texts() -> None:
+    made = written(["Rome", "...", "Rome, " * 9, "Paris"], lengths=[1, 2, 30, 3], cut=[False, False, True, False])
+    assert made.rates == {"malformed": 0.25, "repetition": 0.25, "cut_off": 0.25, "mean_tokens": 9.0}
+    found = rate(made, "cut_off")
+    expected = stats.binomtest(1, 4).proportion_ci(method="wilson")
+    assert (found.value, found.ci_low, found.ci_high) == pytest.approx((0.25, expected.low, expected.high))
+    length = rate(made, "mean_tokens")
+    assert length.ci_low < 9.0 < length.ci_high
+
+
+def test_a_text_of_which_the_tasks_filter_reads_nothing_is_malformed() -> None:
+    (found,) = text_rates(["I think 7"], ["[invalid]"], ["7"], [3], [False])
+    assert found == {"malformed": 1.0, "repetition": 0.0, "cut_off": 0.0, "tokens": 3.0}
+
+
+def test_scores_that_are_no_texts_have_no_rates() -> None:
+    made = written(["Rome", "Paris"])
+    likely = replace(made, items=tuple(replace(item, rates={}) for item in made.items), rates={})
+    assert with_rates(likely).rates == {}
+
+
+def test_changes_of_a_share_are_paired_by_item_and_fewer_defects_are_a_gain() -> None:
+    before = written(["..."] * 12 + ["Rome"] * 38)
+    after = written(["Rome"] * 11 + ["..."] + ["..."] * 2 + ["Rome"] * 36)
+    shuffled = replace(after, items=after.items[::-1])
+    for other in (after, shuffled):
+        found = rate_difference(before, other, "malformed")
+        assert (found.won, found.lost, found.test) == (11, 2, "mcnemar-exact")
+        assert found.difference == pytest.approx(-9 / 50)
+        assert found.p_value == mcnemar(11, 2)
+        assert (found.ci_low, found.ci_high) == newcombe_paired(both=1, won=2, lost=11, neither=36)
+
+
+def test_the_change_of_the_length_is_bootstrapped() -> None:
+    rng = np.random.default_rng(0)
+    short, long = rng.integers(5, 15, 40), rng.integers(5, 15, 40) + 20
+    found = rate_difference(
+        written(["Rome"] * 40, lengths=short.tolist()), written(["Rome"] * 40, lengths=long.tolist()), "mean_tokens"
+    )
+    expected = stats.t.interval(0.95, 39, (long - short).mean(), stats.sem(long - short))
+    assert found.test == "paired-bootstrap"
+    assert (found.ci_low, found.ci_high) == pytest.approx(expected, abs=0.15)
+
+
+# --- from what lm-eval logs ---------------------------------------------------------------------------------------
+
+
+def logged(texts: Sequence[str], **described: Any) -> TaskScore:
+    """The score of written texts, of which every prompt is told apart by its number."""
+    settings = {"max_gen_toks": 8, "until": ["\n"]}
+    config = SimpleNamespace(metadata=described, to_dict=lambda: {"generation_kwargs": settings})
+    task = SimpleNamespace(
+        OUTPUT_TYPE="generate_until",
+        VERSION="1.0",
+        config=config,
+        higher_is_better=lambda: {"match": True},
+        doc_to_text=lambda doc: doc["question"],
+    )
+    samples = [
+        {
+            "doc": {"id": f"i{n}", "question": f"question {n}" + "?" * (2000 * n)},
+            "doc_id": n,
+            "target": "Rome",
+            "arguments": [(f"prompt {n}", settings)],
+            "resps": [[text]],
+            "filtered_resps": [text],
+            "filter": "none",
+            "metrics": ["match"],
+            "match": float(text == "Rome"),
+        }
+        for n, text in enumerate(texts)
+    ]
+    endings: Any = {ending_key("prompt 1", settings): SimpleNamespace(num_tokens=8, finished=False)}
+    return task_score(
+        "capitals", task, samples, num_fewshot=0, count_tokens=lambda _, text: len(text.split()), endings=endings
+    )
+
+
+def test_the_engine_says_how_texts_ended_and_otherwise_their_tokens_are_counted() -> None:
+    made = logged(["Rome", "a b", "a b c d e f g h", ""])
+    assert [item.rates["tokens"] for item in made.items] == [1, 8, 8, 0]
+    assert [item.rates["cut_off"] for item in made.items] == [0, 1, 1, 0]
+    assert [item.rates["malformed"] for item in made.items] == [0, 0, 0, 1]
+    assert made.rates["mean_tokens"] == 17 / 4
+
+
+def test_a_score_knows_its_family_level_and_questions() -> None:
+    made = logged(["Rome", "Paris"], family="steps", level=3)
+    assert (made.family, made.level) == ("steps", 3.0)
+    assert made.items[0].question == "question 0"
+    assert len(made.items[1].question) < 1510
+    assert made.items[1].question.startswith("question 1?")
+    assert (logged(["Rome"]).family, logged(["Rome"]).level) == (None, None)
+
+
+def test_scores_of_other_prompts_are_refused() -> None:
+    made = logged(["Rome", "Paris"])
+    assert made.prompts == logged(["Lyon", "Nice"]).prompts
+    with pytest.raises(UserError, match=r"'capitals': prompts has the fingerprint \w+ .* evaluate both"):
+        paired(made, replace(made, prompts="0" * 16))
+    assert paired(made, replace(made, prompts="")).n == 2  # results of before there were fingerprints
+    asked = replace(made.items[1], question="something else")
+    with pytest.raises(UserError, match="question of item 'i1' is"):
+        paired(made, replace(made, items=(made.items[0], asked)))
