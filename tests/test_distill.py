@@ -8,7 +8,7 @@ from tiny import tiny_checkpoint, tiny_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from shoal.errors import UserError
-from shoal.recipe import Distill, Track
+from shoal.recipe import Distill
 from shoal.recording import Record
 from shoal.terms import TAID, ForwardKL, ValueRelation
 from shoal.train.arguments import (
@@ -21,7 +21,6 @@ from shoal.train.arguments import (
 )
 from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs
 from shoal.train.text import training_rows
-from shoal.train.tracking import wandb_mode
 from shoal.training import Teacher
 
 
@@ -225,18 +224,6 @@ def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
     assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})
     assert inputs() != inputs(trainer={"learning_rate": 1.0})
     assert inputs() != inputs(num_tokens=7)
-
-
-def test_wandb_needs_a_key_only_where_online_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert wandb_mode(Track()) == "offline"
-    assert wandb_mode(Track(wandb="off")) == "off"
-    with pytest.raises(UserError, match=r"track\.wandb: online needs an API key; run `wandb login`"):
-        wandb_mode(Track(wandb="online"))
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert wandb_mode(Track()) == "online"
-    assert wandb_mode(Track(wandb="offline")) == "offline"
 
 
 def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):

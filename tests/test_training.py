@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from offline_wandb import read_tracked
 from tiny import tiny_checkpoint
 from training_runs import (
     BATCH,
@@ -173,35 +172,10 @@ def test_a_stopped_run_keeps_its_best_state_and_the_share_of_taid_and_draws_on(e
     ours, theirs = resumed.weights(), everything.weights()
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
     assert resumed.training.settings["best"]["step"] == 4
-    rows = [row for folder in wandb_runs(resumed) for row in wandb_rows(folder)]
+    rows = read_tracked(resumed.dir).history
     for name in ("loss", "taid_t", "watch/perplexity"):
         drawn = {row["train/global_step"]: row[f"train/{name}"] for row in rows if f"train/{name}" in row}
         assert drawn == {row["step"]: row[name] for row in resumed.training.history if name in row}, name
-
-
-def wandb_runs(trial: Trial) -> list[Path]:
-    return sorted((trial.dir / "wandb").glob("offline-run-*"))
-
-
-def wandb_rows(folder: Path) -> list[dict[str, float]]:
-    """What a run that was tracked offline has logged: records in 32 KB blocks, each piece under a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
-
-    (file,) = folder.glob("*.wandb")
-    written, at, rows, whole = file.read_bytes(), 7, [], b""
-    while at + 7 <= len(written):
-        if (left := 32768 - at % 32768) < 7:
-            at += left
-            continue
-        length, kind = struct.unpack("<HB", written[at + 4 : at + 7])
-        whole += written[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # the whole record, or its last piece
-            record = Record.FromString(whole)
-            whole = b""
-            if record.HasField("history"):
-                rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
-    return rows
 
 
 @pytest.mark.parametrize(
