@@ -298,8 +298,8 @@ def _text_settings(
 def _prompt_settings(
     one: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
 ) -> Iterator[_Difference]:
-    """What makes prompts and reads answers, apart from the tasks' own fields."""
-    asked = [before for before, _ in scores if before.task != PERPLEXITY]
+    """What makes prompts and reads answers, where a score does not hold the fingerprint of its prompts itself."""
+    asked = [before for before, after in scores if not (before.prompts and after.prompts) and before.task != PERPLEXITY]
     if not asked:
         return
     inputs = one.provenance.inputs, other.provenance.inputs
@@ -312,12 +312,26 @@ def _prompt_settings(
 
 def _score_settings(before: TaskScore, after: TaskScore, one: Evaluation, other: Evaluation) -> Iterator[_Difference]:
     """Fields of a task's score that say what was measured."""
-    for field in SAME_MEASUREMENT:
-        here, there = getattr(before, field), getattr(after, field)
-        if here != there:
-            limits = [_limit(evaluation, before.task) for evaluation in (other, one)]
-            note = f"eval.limit {limits[0]} and {limits[1]}" if field == "n" and limits[0] != limits[1] else ""
-            yield _Difference(f"{field} of task {before.task!r}", here, there, note)
+    fields = [field for field in SAME_MEASUREMENT if getattr(before, field) != getattr(after, field)]
+    for field in fields:
+        limits = [_limit(evaluation, before.task) for evaluation in (other, one)]
+        note = f"eval.limit {limits[0]} and {limits[1]}" if field == "n" and limits[0] != limits[1] else ""
+        yield _Difference(f"{field} of task {before.task!r}", getattr(before, field), getattr(after, field), note)
+    if not fields and before.prompts and after.prompts and before.prompts != after.prompts:
+        note = _why_prompts_differ(before, after, one, other)
+        yield _Difference(f"prompts of task {before.task!r}", before.prompts, after.prompts, note)
+
+
+def _why_prompts_differ(before: TaskScore, after: TaskScore, one: Evaluation, other: Evaluation) -> str:
+    """The first question that is not the same, else the settings that may have made the rest of the prompt another."""
+    asked = {item.id: item.question for item in before.items}
+    for item in after.items:
+        if item.question and asked.get(item.id) and item.question != asked[item.id]:
+            return f"item {item.id!r} asks {_short(item.question)} there and {_short(asked[item.id])} here"
+    causes = list(_unequal(one.provenance.inputs, other.provenance.inputs, ("tasks", "seed")))
+    causes += _unequal(one.provenance.environment, other.provenance.environment, ("lm_eval",))
+    told = "; ".join(f"{cause.field} is {_short(cause.there)} there and {_short(cause.here)} here" for cause in causes)
+    return told or "few-shot examples, wording or the rules of matching"
 
 
 def _limit(evaluation: Evaluation, task: str) -> Any:
