@@ -25,10 +25,9 @@ from transformers import LlamaConfig
 from shoal.anatomy import decoder_layers
 from shoal.checkpoint import checkpoint_bytes
 from shoal.compress.measure import measure_importance
-from shoal.compress.stored_names import without_data
 from shoal.compress.streamed import Streaming, measure_streamed
 from shoal.data import PackedRows
-from shoal.models import load_model
+from shoal.models import load_model, without_data
 
 METRICS = ("block_influence", "angular")
 LAYERS_PER_FILE = 4

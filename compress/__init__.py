@@ -43,7 +43,6 @@ Plan: what goes
     columns             scores by name
     sacrifice           what a plan is expected to cost on tasks
     dry_run             what a plan would do
-    cost                parameters, bytes, cache, speed
     targets             where the student will load
     vllm_rules          what vLLM makes of a configuration
     llama_cpp_rules     what llama.cpp makes of it

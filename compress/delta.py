@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from shoal.anatomy import anatomy
 from shoal.checkpoint import Shard, StoredTensor, read_shards
+from shoal.cost import model_without_data
 from shoal.errors import UserError
 from shoal.models import load_config, text_config
 
-from .cost import model_without_data
 from .quantised import without_quantization
 from .stored_names import NotByCopy, find_layers
 

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from shoal.artifact import PruningPlan
 from shoal.checkpoint import Shard, read_shards
+from shoal.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
 from shoal.edits import Merge, Replace, in_words
 from shoal.errors import UserError
 from shoal.models import load_config, text_config
 from shoal.recipe import Target
 
 from ..eval.wording import bytes_text, layers_text
-from .cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
 from .edit import refuse_impossible_edits
 from .proof import memory_shortage, why_not_run
 from .quantised import without_quantization

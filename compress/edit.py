@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from shoal.anatomy import text_config
 from shoal.artifact import PruningPlan
 from shoal.checkpoint import read_shards
+from shoal.cost import dtype_to_run, model_without_data
 from shoal.data import load_texts, pack
 from shoal.edits import (
     ZEROED_WEIGHTS,
@@ -36,7 +37,6 @@ from shoal.errors import UserError
 from shoal.models import load_config, num_parameters
 from shoal.runtime import device
 
-from .cost import dtype_to_run, model_without_data
 from .merging import (
     check_run,
     merged_layer,

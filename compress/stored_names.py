@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.utils import logging as transformers_logging
 
 from shoal.anatomy import anatomy, decoder_layers
-from shoal.errors import UserError
+from shoal.models import without_data
 
 log = logging.getLogger(__name__)
 
@@ -140,22 +140,6 @@ def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: S
             extra[0],
         )
     return kept
-
-
-def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
-    """The causal language model of ``config`` on the meta device; ``settings`` go to its constructor.
-
-    Raises:
-        UserError: transformers has no causal language model of that type, or needs a package that is not installed.
-    """
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **settings)
-    except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{config.model_type}: transformers cannot build it as a causal language model: {reason}"
-        ) from error
 
 
 def load_without_data(

@@ -18,9 +18,9 @@ from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config
 from shoal.artifact import Provenance, PruningPlan
 from shoal.checkpoint import read_shards
 from shoal.cli import run_verb
-from shoal.compress.cost import model_without_data
 from shoal.compress.dry_run import dry_run
 from shoal.compress.plan import choose_layers
+from shoal.cost import model_without_data
 from shoal.errors import UserError
 from shoal.models import load_model
 from shoal.recipe import parse_recipe

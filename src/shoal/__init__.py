@@ -8,6 +8,7 @@ The map of the house. The floor (this folder) imports no room:
     artifact    what a stage hands on: typed JSON with provenance
     models      load and save causal language models; where their decoder layers live
     checkpoint  checkpoint folders as files: whole or damaged, and what identifies them
+    cost        what a model takes to keep and to run, told from its configuration
     demo        the bundled demo model, converted once
     data        text sources, tokenised and packed
     abilities   seeded items for retrieval, knowledge and reasoning

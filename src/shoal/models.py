@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from shoal.anatomy import decoder_layers as decoder_layers
 from shoal.anatomy import text_config as text_config
@@ -201,6 +208,22 @@ def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Te
 def num_parameters(model: nn.Module) -> int:
     """Parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """The causal language model of ``config`` on the meta device; ``settings`` go to its constructor.
+
+    Raises:
+        UserError: transformers has no causal language model of that type, or needs a package that is not installed.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **settings)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{config.model_type}: transformers cannot build it as a causal language model: {reason}"
+        ) from error
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -8,7 +8,7 @@ expectation: see decode_bytes and prefill_flops.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.initialization import no_init_weights
 
-from shoal.anatomy import anatomy, layer_config
+from shoal.anatomy import anatomy, decoder_layers, layer_config
 from shoal.checkpoint import Shard
 from shoal.errors import UserError
-from shoal.models import num_parameters, text_config
-
-from .stored_names import without_data
+from shoal.models import num_parameters, text_config, without_data
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names in safetensors files."""
@@ -56,6 +54,9 @@ class Cost:
     rows), weights that several layers share once per layer, and the head."""
     head_parameters: int
     """Of these, the map to the vocabulary."""
+    layer_parameters: int
+    """Of all, those in the decoder layers."""
+    active_layer_parameters: int
     cache: tuple[LayerCache, ...] | None
     """By slot; None where transformers cannot run this family without data, or keeps another kind of cache."""
 
@@ -64,6 +65,21 @@ class Cost:
         assert self.cache is not None
         return sum(
             slot.state_bytes + slot.token_bytes * min(num_tokens, slot.max_tokens or num_tokens) for slot in self.cache
+        )
+
+    def at_depth(self, num_layers: int) -> Cost:
+        """This cost with another number of layers, all like the average one; of the cache, evenly spaced slots."""
+        share = num_layers / self.num_layers
+        layers, active = round(share * self.layer_parameters), round(share * self.active_layer_parameters)
+        slots = self.cache and tuple(self.cache[index * len(self.cache) // num_layers] for index in range(num_layers))
+        return replace(
+            self,
+            num_layers=num_layers,
+            num_parameters=self.num_parameters - self.layer_parameters + layers,
+            active_parameters=self.active_parameters - self.active_layer_parameters + active,
+            layer_parameters=layers,
+            active_layer_parameters=active,
+            cache=slots,
         )
 
 
@@ -101,16 +117,20 @@ def model_cost(model: PreTrainedModel) -> Cost:
         num_parameters=num_parameters(model),
         active_parameters=_active_parameters(decoder) + head_parameters,
         head_parameters=head_parameters,
+        layer_parameters=num_parameters(decoder_layers(model)),
+        active_layer_parameters=_active_parameters(decoder_layers(model)),
         cache=_cache(decoder, text_config(model.config)),
     )
 
 
-def decode_bytes(cost: Cost, *, bytes_per_parameter: float, num_tokens: int) -> float:
-    """Bytes read from memory to write one token after ``num_tokens`` others, one sequence at a time.
+def decode_bytes(cost: Cost, *, bytes_per_parameter: float, num_tokens: int, batch_size: int = 1) -> float:
+    """Bytes read from memory to write one token of each of ``batch_size`` sequences, after ``num_tokens`` others.
 
-    There every weight is used once per token, so that reading them, and the cache, is what takes the time.
+    With few sequences every weight is used a few times per step only, so that reading them, and the cache, is what
+    takes the time.
     """
-    return cost.active_parameters * bytes_per_parameter + (cost.cache_bytes(num_tokens) if cost.cache else 0)
+    cache = cost.cache_bytes(num_tokens) if cost.cache else 0
+    return cost.active_parameters * bytes_per_parameter + batch_size * cache
 
 
 def prefill_flops(cost: Cost, num_tokens: int) -> int:
