@@ -71,7 +71,8 @@ def record(teacher: Path, folder: Path, data: Rows | None = None, settings: Reco
 
 
 def opened(teacher: Path, folder: Path, data: Rows | None = None, settings: Record = SETTINGS, **changes: Any):
-    run = {**RUN, "sequence_length": S, **{k: v for k, v in changes.items() if k in (*RUN, "sequence_length")}}
+    shaping = (*RUN, "sequence_length", "prefix")
+    run = {**RUN, "sequence_length": S, **{k: v for k, v in changes.items() if k in shaping}}
     rest = {k: v for k, v in changes.items() if k not in run}
     inputs = recording_inputs(settings, teacher, **run)
     data = rows() if data is None else data
@@ -139,6 +140,30 @@ def test_states_are_the_raw_outputs_of_the_layers_asked_for(teacher, tmp_path):
     for layer, state in found.states.items():
         assert state.dtype == torch.bfloat16
         torch.testing.assert_close(state.float(), states[layer + 1][[4, 7]], rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_state_to_go_on_from_is_the_teachers_to_the_bit(teacher, tmp_path, dtype):
+    run = {"dtype": dtype, "prefix": 2}
+    record(teacher, tmp_path / "signals", **run)
+    found = opened(teacher, tmp_path / "signals", **run).rows([2, 0, 3]).prefix_BSD
+    model, data = load_model(teacher, dtype=dtype), rows()
+    with torch.no_grad():
+        states = model(
+            input_ids=data.input_ids_NS[3:5].long(),
+            position_ids=data.position_ids_NS[3:5].long(),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+    assert found is not None
+    assert found.dtype == getattr(torch, dtype)
+    # the same two rows at one time as when it was recorded
+    assert torch.equal(found[2], states[2][0])
+    layout = recording_layout(SETTINGS, teacher, sequence_length=S, trust_remote_code=False, **run)
+    written = sum(map(len, shards(tmp_path / "signals").values()))
+    assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, SETTINGS.rows_per_shard)
+    plain = recording_layout(SETTINGS, teacher, sequence_length=S, trust_remote_code=False)
+    assert layout.num_bytes(1) - plain.num_bytes(1) == S * states[2].shape[-1] * found.element_size()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
@@ -361,13 +386,13 @@ def run_rank(rank: int, port: int, teacher: Path, folder: Path) -> None:
     os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port))
     set_up_distributed(60)
-    record(teacher, folder)
+    record(teacher, folder, prefix=2)
     leave_distributed()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork; a fresh start takes 20 seconds")
 def test_two_ranks_write_the_same_bytes_as_one(teacher, tmp_path):
-    record(teacher, tmp_path / "one")
+    record(teacher, tmp_path / "one", prefix=2)
     forked, port = multiprocessing.get_context("fork"), free_port()
     ranks = [forked.Process(target=run_rank, args=(rank, port, teacher, tmp_path / "two")) for rank in range(2)]
     for process in ranks:
@@ -400,6 +425,18 @@ def test_signals_of_another_run_are_refused_by_the_field_that_differs(teacher, t
         with pytest.raises(UserError, match=rf"belongs to another run: {field} is .* in this recipe but .* there"):
             act(teacher, tmp_path / "signals", **OTHERS[field])
     assert shards(tmp_path / "signals") == kept
+
+
+def test_a_recorded_prefix_serves_runs_without_one_and_no_other_prefix(teacher, tmp_path):
+    record(teacher, tmp_path / "signals", prefix=2)
+    with pytest.raises(UserError, match=r"distill.teacher.prefix is '3 layers' in this recipe but '2 layers' there"):
+        opened(teacher, tmp_path / "signals", prefix=3)
+    plain = opened(teacher, tmp_path / "signals").rows([1])
+    assert plain.prefix_BSD is None
+    assert torch.equal(plain.ids_BSK, opened(teacher, tmp_path / "signals", prefix=2).rows([1]).ids_BSK)
+    record(teacher, tmp_path / "plain")
+    with pytest.raises(UserError, match=r"distill.teacher.prefix is '2 layers' in this recipe but 'absent' there"):
+        opened(teacher, tmp_path / "plain", prefix=2)
 
 
 def test_signals_of_another_tokenizer_or_row_length_are_refused(teacher, tmp_path):

@@ -1,5 +1,7 @@
 """Which parameters are trained, and which stay as they are."""
 
+import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +13,11 @@ from shoal.artifact import Provenance, PruningPlan
 from shoal.edits import ZEROED_WEIGHTS, Edits
 from shoal.errors import UserError
 from shoal.models import decoder_layers
+from shoal.train.capture import capturing
+from shoal.train.local import recorded_layers
 from shoal.train.student import SharedPrefix, final_hidden, output_head
 from shoal.train.trainable import Trained, keep_zeros, shares_prefix, train_only, trained_parts
+from shoal.training import Distill, LocalHeal, Teacher, contradictions
 
 MERGE = {"kind": "merge", "layers": [2, 3]}
 REPLACE = {"kind": "replace", "layers": [6, 7, 8]}
@@ -135,7 +140,7 @@ def test_backward_goes_no_further_down_than_what_is_trained(trainable, run_again
 def test_the_shared_prefix_of_each_choice_gives_the_gradients_of_the_unshared_run(trainable, checkpointed) -> None:
     teacher, cut, results = tiny_model("llama", num_hidden_layers=7).requires_grad_(False), plan(3, num_layers=7), []
     ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
-    for shared in (False, True):
+    for way in ("unshared", "live", "recorded"):
         student = tiny_model("llama").train()
         for mine, kept in zip(decoder_layers(student), cut.keep, strict=True):
             mine.load_state_dict(decoder_layers(teacher)[kept].state_dict())
@@ -145,18 +150,66 @@ def test_the_shared_prefix_of_each_choice_gives_the_gradients_of_the_unshared_ru
             student.activation_checkpointing_enable({"use_reentrant": False})
         count = shares_prefix(trained, cut)
         assert count == (2 if trainable == "near_gaps" else 3)
-        prefix = SharedPrefix(student, teacher, first_change=count)
-        with torch.no_grad(), prefix.recording():
+        prefix = SharedPrefix(student, teacher if way == "live" else None, first_change=count)
+        replaying = prefix.replaying(torch.float32)
+        with torch.no_grad(), prefix.recording() if way == "live" else capturing(teacher, (count - 1,)) as seen:
             final_hidden(teacher, ids, positions)
-        if shared:
-            with prefix.replaying(torch.float32):
-                hidden = final_hidden(student, ids, positions)
-        else:
+        if way == "recorded":
+            prefix.take(seen.states[count - 1])
+        with contextlib.nullcontext() if way == "unshared" else replaying:
             hidden = final_hidden(student, ids, positions)
         output_head(student)(hidden).square().mean().backward()
         results.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
-    assert results[0].keys() == results[1].keys() == names(student)
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    unshared, *shared = results
+    assert unshared.keys() == names(student)
+    for found in shared:
+        assert found.keys() == unshared.keys()
+        assert all(torch.equal(found[name], unshared[name]) for name in found)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mixtral"])
+def test_a_recorded_state_is_gone_on_from_whatever_layers_return(family) -> None:
+    """Some families' layers return a tuple, which nothing but running one tells; after that no layer below runs."""
+    from architectures import tiny_model as tiny_architecture
+
+    model = tiny_architecture(family)
+    layers = decoder_layers(model)
+    count = len(layers) - 1
+    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
+    with torch.no_grad(), capturing(model, (count - 1,)) as seen:
+        expected = final_hidden(model, ids, positions)
+    state = seen.states[count - 1].clone()
+    prefix = SharedPrefix(model, None, first_change=count)
+    calls: list[int] = []
+    for index, layer in enumerate(layers[:count]):
+        child = next(layer.children())
+        child.register_forward_hook(lambda *_, i=index: calls.append(i))
+    for _ in range(3):
+        prefix.take(state)
+        with torch.no_grad(), prefix.replaying(torch.float32):
+            # other tokens: what comes out depends on the state alone
+            assert torch.equal(final_hidden(model, ids + 1, positions), expected)
+    assert calls == [0]
+    with torch.no_grad():
+        assert torch.equal(final_hidden(model, ids, positions), expected)
+    assert calls == [0, *range(count)]
+
+
+def test_a_prefix_is_only_recorded_where_layers_stay_the_teachers() -> None:
+    cut, low = plan(3, num_layers=7), plan(1, num_layers=7)
+    recorded = Distill(trainable="from_first_cut", teacher=Teacher(recorded="signals", prefix=True))
+    everything, healed = replace(recorded, trainable="all"), replace(recorded, local=LocalHeal())
+    above = trained_parts("from_first_cut", cut)
+    assert recorded_layers(above, cut, recorded) == 3
+    # the local stage trains the layer before the gap
+    assert recorded_layers(above, cut, healed) == 2
+    with pytest.raises(UserError, match=r"with trainable all no layer at the bottom stays the teacher's .* at layer 3"):
+        recorded_layers(trained_parts("all", cut), cut, everything)
+    with pytest.raises(UserError, match="with trainable from_first_cut after a local stage no layer"):
+        recorded_layers(trained_parts("from_first_cut", low), low, healed)
+    assert [*contradictions(recorded)] == []
+    (told,) = contradictions(replace(recorded, teacher=Teacher(prefix=True)))
+    assert told.startswith("distill.teacher.prefix: is about recorded signals")
 
 
 def test_zeroed_weights_stay_zero_in_training_and_others_move() -> None:

@@ -23,7 +23,7 @@ from shoal.training import Distill
 from .adapters import add_adapters
 from .arguments import autocast_dtype, zero_stage
 from .frozen import share_frozen, stored_names
-from .local import gaps
+from .local import recorded_layers, unhealed
 from .on_policy import Sampler
 from .recorded import Recorded
 from .recording import recording_inputs, rows_from
@@ -50,7 +50,7 @@ class Assembly:
     student: PreTrainedModel
     trained: Trained
     shared_layers: int
-    """The lowest layers, run once for teacher and student."""
+    """The lowest layers, run once for teacher and student, or not at all: their state is recorded."""
     watcher: Watcher | None
 
 
@@ -94,10 +94,11 @@ def assemble(
     if settings.teacher.recorded is None and needs_teacher(settings.losses):
         live = load_model(teacher_dir, dtype=settings.teacher.dtype or dtype, **load).requires_grad_(False)
     frozen = shares_prefix(trained, plan)
-    shared = 0 if live is None else frozen
-    if settings.local is not None:  # the layer before the first gap is no longer the teacher's
-        shared = min(shared, gaps(plan.keep, plan.num_layers)[0].layer)
-    prefix = SharedPrefix(student, live, first_change=shared) if live is not None and shared else None
+    if settings.teacher.prefix:
+        shared = recorded_layers(trained, plan, settings)
+    else:
+        shared = 0 if live is None else unhealed(frozen, plan, settings)
+    prefix = SharedPrefix(student, live, first_change=shared) if shared else None
     state_terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
     states = StateLosses(state_terms, plan, student, live, num_shared=frozen) if state_terms else None
     reads_logits = any(map(reads_distributions, settings.losses))
@@ -106,8 +107,8 @@ def assemble(
     elif settings.teacher.recorded is None:
         teacher = NoTeacher()
     else:
-        recorded = _recorded(teacher_dir, rows, settings, record, states, inputs)
-        teacher = RecordedTeacher(recorded, reads_logits=reads_logits, states=states)
+        recorded = _recorded(teacher_dir, rows, settings, record, states, inputs, prefix=shared or None)
+        teacher = RecordedTeacher(recorded, reads_logits=reads_logits, states=states, prefix=prefix)
     objective = Objective(
         student,
         None if live is None else to_logits(live),
@@ -178,6 +179,8 @@ def _recorded(
     record: Record,
     states: StateLosses | None,
     inputs: dict[str, Any],
+    *,
+    prefix: int | None,
 ) -> Recorded:
     assert settings.teacher.recorded is not None
     identity = recording_inputs(
@@ -187,6 +190,7 @@ def _recorded(
         sequence_length=settings.sequence_length,
         dtype=inputs["dtype"],
         attention=inputs["attention"],
+        prefix=prefix,
     )
     return Recorded(
         Path(settings.teacher.recorded).expanduser(),

@@ -83,6 +83,8 @@ def distill_inputs(
         del section["distill.watch"]  # it only looks on
     # where signals lie or wait does not matter; what was recorded does, and is compared with rows and model when read
     kept = {"top_k": record.top_k, "temperature": record.temperature, "states": list(record.states)}
+    if settings.teacher.prefix:
+        kept["prefix"] = True
     writing = section["distill.writing"]
     section["distill.writing"] = {k: v for k, v in writing.items() if k not in ("folder", "prompts", "batch_size")}
     if settings.writing.prompts is not None:

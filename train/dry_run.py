@@ -173,7 +173,8 @@ def _beside(job: Job) -> list[str]:
     if shared := shared_weights(student, setting):
         told.append(f"student and teacher hold {_millions(shared)} once, which are frozen")
     if job.shared_layers:
-        told.append(f"the lowest {job.shared_layers} layers are run once for both")
+        how = "not run, their state is recorded" if setting.teacher == "recorded" else "run once for both"
+        told.append(f"the lowest {job.shared_layers} layers are {how}")
     if setting.four_bits:
         told.append("frozen linear maps of the layers are held in 4 bits")
     whole = size_text(setting.weight_bytes * student.parameters)
@@ -233,8 +234,19 @@ def _disk(job: Job, run_dir: Path) -> list[str]:
     return [
         f"disk: {parts} ({job.kept_checkpoints} checkpoints kept, one more while it is written); {size_text(free)} free"
         f"{verdict}",
-        f"  recorded signals of these tokens would take {size_text(signals)} at k = 32",
+        f"  recorded signals of these tokens would take {size_text(signals)} at k = 32{_state_at_cut(job)}",
     ]
+
+
+def _state_at_cut(job: Job) -> str:
+    """What distill.teacher.prefix adds to recorded signals, where it could be set."""
+    if not job.shared_layers:
+        return ""
+    each = job.teacher.hidden * job.setting.teacher_bytes
+    return (
+        f"; with teacher.prefix, so that neither model runs its lowest {job.shared_layers} layers, "
+        f"{size_text(each * job.num_steps * job.tokens_per_step)} more ({each:,} bytes a token)"
+    )
 
 
 def _proposal(job: Job, device_free: int, host_free: int) -> list[str]:

@@ -17,11 +17,11 @@ from shoal.terms import STATE_TERMS, HiddenStates, reads_distributions
 from shoal.training import Distill
 
 from .arguments import DEFAULTS, autocast_dtype, batch_split, deepspeed_config
-from .local import gaps
+from .local import gaps, recorded_layers
 from .memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, Memory, Setting, Sharing, TeacherPlace, memory
 from .pace import make_trainable
 from .recompute import SELECTIVE
-from .sizes import ModelSize, student_size, teacher_size
+from .sizes import ModelSize, loaded_dtype, student_size, teacher_size
 from .states import SCORES, layer_pairs
 from .trainable import shares_prefix, trained_parts
 from .writing import wants_teacher_text
@@ -43,7 +43,7 @@ class Job:
     keeps_best: bool
     """distill.watch.best: the best student lies beside the checkpoints."""
     shared_layers: int
-    """Frozen layers at the bottom that a live teacher runs for both."""
+    """Frozen layers at the bottom that a live teacher runs for both, or that nobody runs: their state is recorded."""
     fixed_batch: bool
     """distill.batch_size: accumulation follows from it."""
 
@@ -85,7 +85,10 @@ def job(
     parts = trained_parts(
         settings.trainable, plan, tied=bool(getattr(text_config(student_config), "tie_word_embeddings", False))
     )
-    shared = 0 if settings.teacher.recorded is not None else shares_prefix(parts, plan)
+    if settings.teacher.prefix:
+        shared = recorded_layers(parts, plan, settings)
+    else:
+        shared = 0 if settings.teacher.recorded is not None else shares_prefix(parts, plan)
     teacher = teacher_size(teacher_config, attention=attention)
     setting = _setting(
         settings,
@@ -95,7 +98,7 @@ def job(
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         teacher_dtype=teacher_dtype(teacher_config, settings, dtype),
-        stored_bytes=(_stored(student_config) or torch.float32).itemsize,
+        stored_bytes=loaded_dtype(student_config, "auto").itemsize,
         device=device,
     )
     student = student_size(
@@ -123,12 +126,7 @@ def job(
 
 def teacher_dtype(config: PreTrainedConfig, settings: Distill, dtype: str) -> torch.dtype:
     """In which a live teacher runs."""
-    wanted = settings.teacher.dtype or dtype
-    return (_stored(config) or torch.float32) if wanted == "auto" else getattr(torch, wanted)
-
-
-def _stored(config: PreTrainedConfig) -> torch.dtype | None:
-    return getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+    return loaded_dtype(config, settings.teacher.dtype or dtype)
 
 
 def _teacher_place(settings: Distill, *, shared: int) -> TeacherPlace:

@@ -43,6 +43,7 @@ from .arguments import autocast_dtype
 from .capture import capturing
 from .states import Tokens, distances
 from .student import final_hidden
+from .trainable import Trained, shares_prefix
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,28 @@ def gaps(keep: Sequence[int], num_layers: int) -> tuple[Gap, ...]:
                 found.pop()
             found.append(Gap(layer, following - 1))
     return tuple(found)
+
+
+def unhealed(shared: int, plan: PruningPlan, settings: Distill) -> int:
+    """How many of the ``shared`` lowest layers are still the teacher's after the local stage, if there is one, which
+    trains the layer before the first gap."""
+    return shared if settings.local is None else min(shared, gaps(plan.keep, plan.num_layers)[0].layer)
+
+
+def recorded_layers(trained: Trained, plan: PruningPlan, settings: Distill) -> int:
+    """How many of the lowest layers ``distill.teacher.prefix`` spares both models.
+
+    Raises:
+        UserError: none.
+    """
+    if found := unhealed(shares_prefix(trained, plan), plan, settings):
+        return found
+    raise UserError(
+        f"distill.teacher.prefix: with trainable {settings.trainable}"
+        f"{'' if settings.local is None else ' after a local stage'} no layer at the bottom stays the teacher's (the "
+        f"first change is at layer {plan.first_change}); choose from_first_cut and a plan that leaves the first "
+        "layers, or leave it out"
+    )
 
 
 @dataclass(frozen=True)

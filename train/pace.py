@@ -20,6 +20,7 @@ from shoal.training import Distill
 
 from .adapters import add_adapters
 from .capture import Captured
+from .local import recorded_layers, unhealed
 from .memory import Setting
 from .signals import LiveTeacher, Teacher
 from .sizes import ModelSize, built
@@ -48,8 +49,8 @@ def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *,
     """Floating point operations of one token of one micro-batch: teacher, student, both directions.
 
     Two per weight and direction, and attention over the whole row, which packed rows compute in full and mask. Element
-    by element work is left out, and so is the optimizer. ``shared``: where a teacher runs, it runs the frozen layers
-    below the first cut for both.
+    by element work is left out, and so is the optimizer. ``shared``: the student does not run its lowest frozen
+    layers; a live teacher runs them for both.
     """
     length = setting.sequence_length
     total, teacher_runs = 0.0, setting.teacher in ("live", "offloaded")
@@ -59,7 +60,7 @@ def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *,
         if works:  # the gradient of what attention reads takes twice its forward, whatever is trained
             backward = forward + student.pair_flops * length + 2 * layer.trained_matrices
             total += forward * (1 + (setting.checkpointing and not setting.selective)) + backward
-        elif not (shared and teacher_runs):
+        elif not shared:
             total += forward
     total += 2 * student.head * (2 + student.head_trained)
     if teacher_runs:
@@ -104,7 +105,9 @@ def probe(
         trained = make_trainable(student, settings, plan)
         if setting.teacher != "recorded":
             live = built(teacher_config, dtype=teacher_dtype, attention=attention).requires_grad_(False).eval()
-            shared = shares_prefix(trained, plan)
+            shared = unhealed(shares_prefix(trained, plan), plan, settings)
+        elif settings.teacher.prefix:
+            shared = recorded_layers(trained, plan, settings)
     if setting.checkpointing and not setting.selective:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     step = _step(student, live, plan, settings, setting, shared=shared)
@@ -132,11 +135,14 @@ class _RandomRecording:
     vocabulary: int
     hidden: int
     states: StateLosses | None
+    prefix: SharedPrefix | None
     top_k: int = Record().top_k
 
     def signals(self, batch: Mapping[str, Tensor]) -> Signals:
         ids_BS = batch["input_ids"]
         scores_BSK = torch.randn(*ids_BS.shape, self.top_k + 1, device=ids_BS.device)
+        if self.prefix is not None:
+            self.prefix.take(torch.randn(*ids_BS.shape, self.hidden, device=ids_BS.device))
         captured = Captured()
         for layer in () if self.states is None else self.states.teacher_layers:
             captured.states[layer] = torch.randn(*ids_BS.shape, self.hidden, device=ids_BS.device)
@@ -159,11 +165,11 @@ def _step(
     """Batch -> the loss sum of one micro-batch, as the trainer computes it."""
     terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
     states = StateLosses(terms, plan, student, live, num_shared=shared) if terms else None
-    prefix = SharedPrefix(student, live, first_change=shared) if live is not None and shared else None
+    prefix = SharedPrefix(student, live, first_change=shared) if shared else None
     teacher: Teacher
     if live is None:
         config = text_config(student.config)
-        teacher = _RandomRecording(config.vocab_size, config.hidden_size, states)
+        teacher = _RandomRecording(config.vocab_size, config.hidden_size, states, prefix)
     else:
         reads_logits = any(map(reads_distributions, settings.losses))
         teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)

@@ -227,7 +227,8 @@ def _alternatives(job: Job) -> Iterator[Setting]:
 
 def _cost(job: Job, setting: Setting) -> float:
     """Time per token up to a factor."""
-    cost = flops_per_token(job.student, job.teacher, setting, shared=job.shared_layers > 0)
+    same_teacher = (setting.teacher == "recorded") == (job.setting.teacher == "recorded")
+    cost = flops_per_token(job.student, job.teacher, setting, shared=job.shared_layers > 0 and same_teacher)
     cost *= 1 + SHORT_ROWS / (setting.rows * setting.sequence_length)
     cost *= {0: 1.0, 3: SLOWER["stage 3"]}.get(setting.stage, SLOWER["stages 1, 2"])
     for name in ("offload_optimizer", "offload_parameters"):

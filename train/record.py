@@ -44,19 +44,26 @@ def record_signals(
     dtype: str,
     attention: str,
     trust_remote_code: bool,
+    prefix: int | None = None,
 ) -> None:
     """Record what the teacher in this folder says of ``rows``, or what is missing of it. Every rank calls this.
+
+    ``prefix``: so many of the lowest layers need never run again, the state above them is recorded.
 
     Raises:
         UserError: as recording_layout, plan_recording and record do, the first two before any weight is loaded.
     """
     length = rows.input_ids_NS.shape[1]
-    layout = recording_layout(settings, teacher, sequence_length=length, trust_remote_code=trust_remote_code)
-    inputs = recording_inputs(settings, teacher, model=model, sequence_length=length, dtype=dtype, attention=attention)
+    load = {"dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
+    layout = recording_layout(
+        settings, teacher, sequence_length=length, trust_remote_code=trust_remote_code, dtype=dtype, prefix=prefix
+    )
+    inputs = recording_inputs(
+        settings, teacher, model=model, sequence_length=length, dtype=dtype, attention=attention, prefix=prefix
+    )
     pending = plan_recording(rows, folder, settings, layout=layout, inputs=inputs, rows_from=rows_from)
     if not pending and Recording.read(folder / Recording.FILE).num_rows >= len(rows):
         return
-    load = {"dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
     record(load_model(teacher, device=device(), **load), rows, folder, settings, pending=pending)
 
 
@@ -122,10 +129,11 @@ def _record_shard(
     assert head is not None
     batches: list[tuple[Tensor, Tensor, Tensor]] = []
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layout.states}
+    prefix: list[Tensor] = []
     for start in range(shard.start, shard.stop, settings.batch_size):
         part = slice(start, min(start + settings.batch_size, shard.stop))
         ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
-        with _keeping(teacher, kept):
+        with _keeping(teacher, kept), _keeping_prefix(teacher, layout.prefix, prefix):
             hidden_BSD = decoder(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
         found = top_k_signals(
             hidden_BSD.flatten(0, 1),
@@ -138,7 +146,8 @@ def _record_shard(
     ids, log_probs, tail = (torch.cat(part) for part in zip(*batches, strict=True))
     _refuse_non_finite(log_probs, tail, shard.start)
     states = {layer: torch.cat(parts) for layer, parts in kept.items()}
-    return shard_planes(layout, ids, log_probs, tail, row_hashes(rows, shard.start, shard.stop), states)
+    hashes = row_hashes(rows, shard.start, shard.stop)
+    return shard_planes(layout, ids, log_probs, tail, hashes, states, torch.cat(prefix) if prefix else None)
 
 
 @contextmanager
@@ -159,6 +168,33 @@ def _keeping(teacher: PreTrainedModel, kept: dict[int, list[Tensor]]) -> Iterato
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _keeping_prefix(teacher: PreTrainedModel, layer: int | None, kept: list[Tensor]) -> Iterator[None]:
+    """While the teacher runs: append a copy of the output of ``layer``.
+
+    Raises:
+        UserError: it is not one (B, S, D) stream.
+    """
+    if layer is None:
+        yield
+        return
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        if not isinstance(state, Tensor) or state.ndim != 3:
+            raise UserError(
+                f"{teacher.config.model_type}: layer {layer} does not return one stream of hidden states; leave "
+                "distill.teacher.prefix out"
+            )
+        kept.append(state.to("cpu", copy=True))
+
+    handle = decoder_layers(teacher)[layer].register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _refuse_non_finite(log_probs: Tensor, tail: Tensor, first_row: int) -> None:

@@ -21,7 +21,7 @@ from shoal.recording import Record
 from shoal.terms import LOGIT_TERMS, AttentionRelation, LossTerm, ValueRelation, reads_distributions
 
 from .head import refuse_for_top_k
-from .recording import Recording, refuse_other_rows, shard_name, shards_of, warn_of_versions
+from .recording import PREFIX, Recording, refuse_other_rows, shard_name, shards_of, warn_of_versions
 from .recording_format import RECORD_AGAIN, ShardFile, TokenRows
 
 OPEN_SHARDS = 64
@@ -39,14 +39,16 @@ class RecordedRows(NamedTuple):
     """fp32; probability of all other tokens together."""
     states: dict[int, Tensor]
     """Teacher layer -> (B, S, D), bfloat16."""
+    prefix_BSD: Tensor | None = None
+    """The state that the student goes on from, where it was asked for."""
 
 
 class Recorded:
     """A finished recording, opened for the rows of a run; reads any of them in any order.
 
-    ``inputs``: as recording_inputs gives them for this run. ``rows_from`` only explains a difference of rows.
-    ``states``: layers whose states will be asked for. ``temperatures``: those of the loss terms that look at the
-    teacher's distributions.
+    ``inputs``: as recording_inputs gives them for this run; a recording may hold a prefix that they do not ask for.
+    ``rows_from`` only explains a difference of rows. ``states``: layers whose states will be asked for.
+    ``temperatures``: those of the loss terms that look at the teacher's distributions.
 
     Raises:
         UserError: not there or not finished, recorded from something else, for other rows or for fewer, at another
@@ -67,7 +69,8 @@ class Recorded:
         if not path.is_file():
             raise UserError(f"{folder}: holds no recorded signals; run `shoal record` first")
         manifest = Recording.read(path)
-        differing = differences(inputs, manifest.provenance.inputs)
+        there = {key: value for key, value in manifest.provenance.inputs.items() if key != PREFIX or key in inputs}
+        differing = differences(inputs, there)
         if differing:
             raise UserError(
                 f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, or run `shoal record` "
@@ -84,6 +87,7 @@ class Recorded:
             )
         warn_of_versions(path, manifest.provenance)
         self._folder, self._manifest, self._states = folder, manifest, tuple(states)
+        self._has_prefix = PREFIX in inputs
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
         shaped_otherwise = differences(rows_from, manifest.rows_from)
         for index, shard in enumerate(shards_of(len(rows), manifest.rows_per_shard)):
@@ -105,6 +109,9 @@ class Recorded:
         ids, log_probs = (np.empty((*shape, layout.top_k), dtype) for dtype in (np.int64, np.float32))
         tail = np.empty(shape, np.float32)
         states = {k: torch.empty(*shape, layout.hidden_size, dtype=torch.bfloat16) for k in self._states}
+        prefix = None
+        if self._has_prefix:
+            prefix = torch.empty(*shape, layout.hidden_size, dtype=getattr(torch, layout.prefix_dtype))
         places: dict[int, list[int]] = defaultdict(list)
         for place, row in enumerate(indices):
             places[row // size].append(place)
@@ -113,7 +120,9 @@ class Recorded:
             ids[here], log_probs[here], tail[here] = file.read(inside)
             for layer, state in states.items():
                 state[here] = file.read_state(layer, inside)
-        return RecordedRows(torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(tail), states)
+            if prefix is not None:
+                prefix[here] = file.read_prefix(inside)
+        return RecordedRows(torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(tail), states, prefix)
 
     def _open(self, index: int) -> ShardFile:
         file = ShardFile(self._path(index), self._manifest.layout)

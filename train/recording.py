@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -32,8 +32,12 @@ from .recording_format import (
     remove_unfinished,
     row_hashes,
 )
+from .sizes import loaded_dtype
 
 log = logging.getLogger(__name__)
+
+PREFIX = "distill.teacher.prefix"
+"""Names, in what identifies a recording, the layers that need not run in training."""
 
 T = TypeVar("T")
 
@@ -57,11 +61,19 @@ class Recording(Artifact):
 
 
 def recording_inputs(
-    settings: Record, teacher: Path, *, model: str, sequence_length: int, dtype: str, attention: str
+    settings: Record,
+    teacher: Path,
+    *,
+    model: str,
+    sequence_length: int,
+    dtype: str,
+    attention: str,
+    prefix: int | None = None,
 ) -> dict[str, Any]:
     """What identifies recorded signals besides their rows, which are compared one by one.
 
-    ``model`` is the teacher's fingerprint. Rows per shard and the like decide how files are cut, not what they say.
+    ``model`` is the teacher's fingerprint, ``prefix`` the number of layers that distill.teacher.prefix spares. Rows per
+    shard and the like decide how files are cut, not what they say.
     """
     return {
         "model": model,
@@ -72,6 +84,7 @@ def recording_inputs(
         "record.top_k": settings.top_k,
         "record.temperature": settings.temperature,
         "record.states": list(settings.states),
+        **({} if prefix is None else {PREFIX: f"{prefix} layers"}),
     }
 
 
@@ -81,13 +94,23 @@ def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
     return {key: inputs[key] for key in keys if key in inputs}
 
 
-def recording_layout(settings: Record, teacher: Path, *, sequence_length: int, trust_remote_code: bool) -> Layout:
-    """The planes that ``settings`` ask for of the teacher in this folder, told from its configuration.
+def recording_layout(
+    settings: Record,
+    teacher: Path,
+    *,
+    sequence_length: int,
+    trust_remote_code: bool,
+    dtype: str = "auto",
+    prefix: int | None = None,
+) -> Layout:
+    """The planes that ``settings`` ask for of the teacher in this folder, told from its configuration. ``dtype`` is how
+    it is loaded, ``prefix`` the number of layers that distill.teacher.prefix spares.
 
     Raises:
         UserError: more tokens than its vocabulary has, or layers that it has not.
     """
-    config = text_config(load_config(teacher, trust_remote_code=trust_remote_code))
+    whole = load_config(teacher, trust_remote_code=trust_remote_code)
+    config = text_config(whole)
     if settings.top_k > config.vocab_size:
         raise UserError(
             f"record.top_k: {settings.top_k} is more than the {config.vocab_size:,} tokens of the vocabulary of "
@@ -100,7 +123,10 @@ def recording_layout(settings: Record, teacher: Path, *, sequence_length: int, t
         )
     if len(set(settings.states)) < len(settings.states):
         raise UserError(f"record.states: {list(settings.states)} names a layer twice; name each once")
-    return Layout(sequence_length, settings.top_k, config.vocab_size, config.hidden_size, tuple(settings.states))
+    layout = Layout(sequence_length, settings.top_k, config.vocab_size, config.hidden_size, tuple(settings.states))
+    if prefix is None:
+        return layout
+    return replace(layout, prefix=prefix - 1, prefix_dtype=str(loaded_dtype(whole, dtype)).removeprefix("torch."))
 
 
 def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
@@ -203,7 +229,8 @@ def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[r
     if free < need:
         raise UserError(
             f"{folder}: recording needs {_size(need)} there and the disk has {_size(free)} free; set record.folder "
-            "to a folder on a larger disk, or lower record.num_tokens, record.top_k or the number of record.states"
+            "to a folder on a larger disk, lower record.num_tokens, record.top_k or the number of record.states, or do "
+            "without distill.teacher.prefix"
         )
 
 

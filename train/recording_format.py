@@ -8,6 +8,7 @@ A shard is one safetensors file of planes, each indexed by row, so that any row 
     tail    float32 (N, S)      probability of all other tokens together
     row     uint8  (N, 8)       hash of the row's tokens
     state_L bfloat16 (N, S, D)  output of teacher layer L, where it was asked for
+    prefix  teacher's (N, S, D) the state that the student goes on from, in the teacher's precision, where asked for
 
 The header carries a checksum of the planes. At K = 32 this is 132 bytes per token, 140 where V is up to 2^18.
 """
@@ -45,6 +46,7 @@ HEADER_BYTES = 4096
 """Room for a shard's header in estimates."""
 
 _NUMPY = {torch.uint16: np.dtype("<u2"), torch.uint8: np.dtype("u1"), torch.float32: np.dtype("<f4")}
+_NUMPY[torch.float16] = np.dtype("<u2")
 _NUMPY[torch.bfloat16] = np.dtype("<u2")  # numpy has no bfloat16; the bits are taken along
 
 
@@ -67,6 +69,9 @@ class Layout:
     vocab_size: int
     hidden_size: int
     states: tuple[int, ...] = ()
+    prefix: int | None = None
+    """The teacher's layer whose output is the state that the student goes on from."""
+    prefix_dtype: str = "float32"
 
     @property
     def high_bits(self) -> int:
@@ -86,6 +91,8 @@ class Layout:
             planes["high"] = (torch.uint8, (*here, -(-k * self.high_bits // 8)))
         for layer in self.states:
             planes[f"state_{layer}"] = (torch.bfloat16, (*here, self.hidden_size))
+        if self.prefix is not None:
+            planes["prefix"] = (getattr(torch, self.prefix_dtype), (*here, self.hidden_size))
         return planes
 
     def num_bytes(self, num_rows: int) -> int:
@@ -142,6 +149,7 @@ def shard_planes(
     tail: Tensor,
     hashes: NDArray[np.uint8],
     states: Mapping[int, Tensor],
+    prefix: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The planes of one shard from its rows' signals on the CPU."""
     planes = {
@@ -151,6 +159,8 @@ def shard_planes(
         "row": torch.tensor(hashes),
         **{f"state_{layer}": state.to(torch.bfloat16) for layer, state in states.items()},
     }
+    if prefix is not None:
+        planes["prefix"] = prefix.to(getattr(torch, layout.prefix_dtype))
     if layout.high_bits:
         planes["high"] = torch.from_numpy(pack_high_bits(ids.numpy(), layout.high_bits))
     return {name: plane.contiguous() for name, plane in planes.items()}
@@ -245,7 +255,14 @@ class ShardFile:
 
     def read_state(self, layer: int, rows: Sequence[int]) -> Tensor:
         """(R, S, D) of some rows, bfloat16."""
-        return torch.from_numpy(np.array(self._planes[f"state_{layer}"][np.asarray(rows)])).view(torch.bfloat16)
+        return self._tensor(f"state_{layer}", rows).view(torch.bfloat16)
+
+    def read_prefix(self, rows: Sequence[int]) -> Tensor:
+        """(R, S, D) of some rows, in the precision that was recorded."""
+        return self._tensor("prefix", rows).view(getattr(torch, self._layout.prefix_dtype))
+
+    def _tensor(self, plane: str, rows: Sequence[int]) -> Tensor:
+        return torch.from_numpy(np.array(self._planes[plane][np.asarray(rows)]))
 
 
 def _checksum(planes: Mapping[str, Tensor] | Mapping[str, NDArray]) -> str:

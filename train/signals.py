@@ -60,17 +60,26 @@ class NoTeacher:
 
 
 class RecordedTeacher:
-    """Reads what `shoal record` has written about the rows of a micro-batch, and moves it to their device."""
+    """Reads what `shoal record` has written about the rows of a micro-batch, and moves it to their device.
 
-    def __init__(self, recorded: Recorded, *, reads_logits: bool, states: StateLosses | None) -> None:
+    ``prefix`` is handed the recorded state that the student goes on from.
+    """
+
+    def __init__(
+        self, recorded: Recorded, *, reads_logits: bool, states: StateLosses | None, prefix: SharedPrefix | None
+    ) -> None:
         self._recorded = recorded
         self._reads_logits = reads_logits
         self._states = states
+        self._prefix = prefix
 
     def signals(self, batch: Mapping[str, Tensor]) -> Signals:
         """The rows' most probable tokens, and the recorded states that state terms compare with."""
         device = batch["input_ids"].device
         rows = self._recorded.rows(batch[ROW].tolist())
+        if self._prefix is not None:
+            assert rows.prefix_BSD is not None
+            self._prefix.take(rows.prefix_BSD.to(device))
         captured = Captured()
         for layer in () if self._states is None else self._states.teacher_layers:
             captured.states[layer] = rows.states[layer].to(device)

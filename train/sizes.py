@@ -95,6 +95,13 @@ def without_data() -> Iterator[None]:
         nn.Module.to = move
 
 
+def loaded_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """What a model that is loaded as ``dtype``, "auto" or a name of torch's, has as its precision."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None) or torch.float32
+
+
 def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The causal language model of ``config``, its weights whatever the surrounding context makes of them."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)

@@ -181,21 +181,26 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor
 class SharedPrefix:
     """Below the first cut a frozen student *is* the teacher: those layers are run once, by the teacher, for both.
 
-    The teacher's state at the first cut is recorded as it passes; in the student the layers below hand their input on
-    untouched, and the last of them hands out the recorded state. So no second forward, no backward, no activations.
+    The teacher's state at the first cut is kept as it passes; in the student the layers below hand their input on
+    untouched, and the last of them hands out that state. So no second forward, no backward, no activations. Without a
+    ``teacher`` the state is one that was recorded, and nobody runs these layers.
     """
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, *, first_change: int) -> None:
-        self._state: Any = None
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, *, first_change: int) -> None:
+        self._state_BSD: Tensor | None = None
+        self._is_tuple: bool | None = None
+        """Whether layers of this family return their state alone or as the first of several values."""
         self._layers = list(decoder_layers(student)[:first_change])
-        self._teacher_layer = decoder_layers(teacher)[first_change - 1]
+        self._teacher_layer = None if teacher is None else decoder_layers(teacher)[first_change - 1]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """While the teacher runs: keep its state at the cut."""
+        assert self._teacher_layer is not None
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._state = output
+            self._is_tuple = isinstance(output, tuple)
+            self._state_BSD = output[0] if self._is_tuple else output
 
         handle = self._teacher_layer.register_forward_hook(keep)
         try:
@@ -203,18 +208,29 @@ class SharedPrefix:
         finally:
             handle.remove()
 
+    def take(self, state_BSD: Tensor) -> None:
+        """The state at the cut of the rows that the student reads next."""
+        self._state_BSD = state_BSD
+
     @contextmanager
     def replaying(self, dtype: torch.dtype) -> Iterator[None]:
         """While the student runs: the layers below the cut cost nothing."""
-        is_tuple = isinstance(self._state, tuple)
-        recorded = self._state[0] if is_tuple else self._state
+        recorded_BSD = self._state_BSD
+        assert recorded_BSD is not None
+        first, *_ = self._layers
+        own_forward = first.forward
 
-        def pass_on(hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-            return (hidden,) if is_tuple else hidden
+        def shaped(state: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._is_tuple is None:  # no teacher has shown it: one layer runs, once
+                with torch.no_grad():
+                    self._is_tuple = isinstance(own_forward(*args, **kwargs), tuple)
+            return (state,) if self._is_tuple else state
 
-        def replay(_hidden: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-            state = recorded.to(dtype)
-            return (state,) if is_tuple else state
+        def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return shaped(hidden, hidden, *args, **kwargs)
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            return shaped(recorded_BSD.to(dtype), *args, **kwargs)
 
         for layer in self._layers[:-1]:
             layer.forward = pass_on
@@ -222,6 +238,6 @@ class SharedPrefix:
         try:
             yield
         finally:
-            self._state = None
+            self._state_BSD = None
             for layer in self._layers:
                 del layer.forward

@@ -31,6 +31,10 @@ class Teacher(Section):
     offload: bool = False
     """Keep a live teacher's weights in CPU memory and bring them over layer by layer: slower, and a large model less
     on the device. Has no effect on numbers. ZeRO 3 shards it instead."""
+    prefix: bool = False
+    """Recorded signals hold the teacher's state below the lowest trained layer too, so that neither model runs what
+    lies under it. `shoal record` writes it where this is true, in the teacher's precision: a number per hidden
+    dimension and token. It serves runs whose plan and trainable leave as many layers untouched."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,11 @@ def contradictions(distill: Distill) -> Iterator[str]:
     if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
         name = "offload" if teacher.offload else "dtype"
         yield f"distill.teacher.{name}: has no effect on recorded signals; leave it out"
+    if teacher.prefix and teacher.recorded is None:
+        yield (
+            "distill.teacher.prefix: is about recorded signals, a live teacher runs the layers below the lowest "
+            "trained one for both models anyway; set teacher.recorded, or leave it out"
+        )
     yield from _of_written_text(distill)
     if watch is not None:
         if not watch.tasks and not watch.perplexity_tokens:
