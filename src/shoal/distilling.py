@@ -18,7 +18,7 @@ from shoal.artifact import PruningPlan, Training
 from shoal.data import row_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
-from shoal.models import load_config, load_tokenizer, model_fingerprint
+from shoal.models import load_config, load_tokenizer, model_fingerprint, text_config
 from shoal.overlap import as_data, find_overlap
 from shoal.packing import PackedRows
 from shoal.pruning import choose_plan, read_importance, read_plan
@@ -44,6 +44,7 @@ def record(run: Run) -> None:
     settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
     trust = recipe.trust_remote_code
     check_length(run, settings.sequence_length, "distill.sequence_length")
+    prefix = _recorded_layers(run) if settings.teacher.prefix else None
     # refuses what the teacher cannot give before any text is read
     recording_layout(recipe.record, run.teacher, sequence_length=settings.sequence_length, trust_remote_code=trust)
     seed_everything(recipe.seed)
@@ -64,8 +65,20 @@ def record(run: Run) -> None:
         recipe.record,
         model=run.teacher_fingerprint,
         rows_from=rows_from(inputs),
+        prefix=prefix,
         **run.load_args(),
     )
+
+
+def _recorded_layers(run: Run) -> int:
+    """How many of the lowest layers need not run in training, because the state above them is recorded."""
+    from shoal.train.local import recorded_layers
+    from shoal.train.trainable import trained_parts
+
+    plan, distill = read_plan(run), run.recipe.distill
+    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return recorded_layers(trained_parts(distill.trainable, plan, tied=tied), plan, distill)
 
 
 def signals_folder(run: Run) -> Path:
