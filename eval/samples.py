@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -111,8 +112,9 @@ def ending_key(prompt: str, settings: dict[str, Any]) -> tuple[str, str]:
 def prompts_fingerprint(task: Any, samples: Sequence[Sample]) -> str:
     """A short hash of everything that is asked and of what counts as right; equal = the same test."""
     settings: dict[str, Any] = task.config.to_dict()  # callables become their source
-    rules = {name: settings[name] for name in MATCHING_RULES if name in settings}
-    return fingerprint([[sample["arguments"] for sample in samples], rules])
+    rules = str({name: settings[name] for name in MATCHING_RULES if name in settings})
+    # of a callable without source only its name is told, and where it happens to lie in memory
+    return fingerprint([[sample["arguments"] for sample in samples], re.sub(r" at 0x[0-9a-f]+", "", rules)])
 
 
 def with_interval(score: TaskScore) -> TaskScore:

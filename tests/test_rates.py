@@ -94,10 +94,12 @@ def test_the_change_of_the_length_is_bootstrapped() -> None:
 # --- from what lm-eval logs ---------------------------------------------------------------------------------------
 
 
-def logged(texts: Sequence[str], **described: Any) -> TaskScore:
+def logged(texts: Sequence[str], rule: str = "", **described: Any) -> TaskScore:
     """The score of written texts, of which every prompt is told apart by its number."""
     settings = {"max_gen_toks": 8, "until": ["\n"]}
-    config = SimpleNamespace(metadata=described, to_dict=lambda: {"generation_kwargs": settings})
+    config = SimpleNamespace(
+        metadata=described, to_dict=lambda: {"generation_kwargs": settings, "process_results": rule}
+    )
     task = SimpleNamespace(
         OUTPUT_TYPE="generate_until",
         VERSION="1.0",
@@ -144,7 +146,9 @@ def test_a_score_knows_its_family_level_and_questions() -> None:
 
 def test_scores_of_other_prompts_are_refused() -> None:
     made = logged(["Rome", "Paris"])
-    assert made.prompts == logged(["Lyon", "Nice"]).prompts
+    assert made.prompts == logged(["Lyon", "Nice"]).prompts != logged(["Rome", "Paris"], "other").prompts
+    ours, other = (logged(["Rome"], f"<function f at 0x7f{number}>").prompts for number in (1, 2))
+    assert ours == other  # where a function lies in memory is no rule
     with pytest.raises(UserError, match=r"'capitals': prompts has the fingerprint \w+ .* evaluate both"):
         paired(made, replace(made, prompts="0" * 16))
     assert paired(made, replace(made, prompts="")).n == 2  # results of before there were fingerprints
