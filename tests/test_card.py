@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from results import evaluation, plan, write_run
+from results import SKILL, evaluation, plan, training, write_run
 
 from shoal.edits import SkipMlp, Swap
 from shoal.errors import UserError
 from shoal.eval.card import model_card
-from shoal.eval.report import draw_figures, read_run
 
 
 def metadata(card: str) -> Any:
@@ -41,9 +41,46 @@ def test_model_index_holds_the_distilled_scores(folder: Path) -> None:
     assert [(r.dataset_name, r.metric_value) for r in results] == [(t.task, round(t.score, 6)) for t in tasks]
     by_name = {result.dataset_name: result for result in results}
     assert by_name["retrieval_generation"].metric_type == "accuracy"
-    assert by_name["retrieval_generation"].dataset_args["num_items"] == 100
+    assert by_name["retrieval_generation"].metric_args["num_items"] == 100
     assert by_name["python_docs_heldout"].metric_type == "nats_per_token"
     assert len({result.unique_identifier for result in results}) == len(results)
+
+
+def test_every_result_keeps_its_own_interval_where_a_task_has_two_metrics(folder: Path) -> None:
+    whole = evaluation("distilled")
+    first = next(task for task in whole.tasks if task.task == "retrieval_continuation")
+    second = replace(first, metric="acc_norm", items=first.items[:50], n=50, score=0.5, ci_low=0.4, ci_high=0.6)
+    evaluation("distilled", (first, second)).write(folder / "eval" / "distilled.json")
+    found = {result.metric_name: result for result in metadata(model_card(folder)).eval_results}
+    for task in (first, second):
+        result = found[task.metric]
+        assert (result.dataset_config, result.metric_value) == ("continuation", round(task.score, 6))
+        assert result.metric_args["num_items"] == task.n
+        assert (result.metric_args["ci_low"], result.metric_args["ci_high"]) == pytest.approx(
+            (task.ci_low, task.ci_high)
+        )
+    assert found["acc"].metric_type == "accuracy"
+    assert found["acc_norm"].metric_type == "acc_norm"
+
+
+def test_model_index_says_what_the_base_model_scored_and_what_is_kept(folder: Path) -> None:
+    results = {result.dataset_name: result for result in metadata(model_card(folder)).eval_results}
+    about = results["retrieval_generation"].metric_args
+    scores = {role: next(t for t in evaluation(role).tasks if t.task == "retrieval_generation") for role in SKILL}
+    assert about["base_model_value"] == scores["teacher"].score
+    assert about["retention"] == pytest.approx(scores["distilled"].score / scores["teacher"].score, abs=1e-6)
+    assert about["retention_low"] < about["retention"] < about["retention_high"]
+    assert "retention" not in results["python_docs_heldout"].metric_args
+
+
+def test_metadata_names_base_model_relation_and_training_data(tmp_path: Path) -> None:
+    data = [{"path": "python_docs"}, {"path": "org/texts"}, {"path": "local/texts.jsonl"}, {"path": "/disk/mine"}]
+    distill = {"data": data, "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]}
+    card = model_card(write_run(tmp_path, recipe={"model": "org/base-8b", "distill": distill}))
+    found = metadata(card)
+    assert (found.base_model, found.base_model_relation, found.datasets) == ("org/base-8b", "finetune", ["org/texts"])
+    assert "Objective: forward kl and cross entropy" in card
+    assert "Distilled from the base model on 4,000 tokens in 20 steps" in card
 
 
 def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
@@ -53,6 +90,8 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
         "Scores with 95 % intervals",
         "Distilled minus pruned, paired over the same items",
         "### No signal here",
+        "## Speed and size",
+        'path = "someone/shallow-model"',
         "## Intended use",
         "## Limits",
         "num_tokens: 200000",
@@ -63,10 +102,14 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
 
 
 def test_card_shows_the_figures_that_exist(folder: Path) -> None:
-    draw_figures(read_run(folder))
+    (folder / "figures").mkdir()
+    for name in ("before_after", "importance", "training", "atlas"):
+        (folder / "figures" / f"{name}.png").write_bytes(b"png")
     card = model_card(folder)
     assert "(figures/before_after.png)" in card
     assert "(figures/importance.png)" in card
+    assert "(figures/training.png)" in card
+    assert "figures/levels.png" not in card
 
 
 def test_license_comes_from_the_base_models_card(tmp_path: Path) -> None:
@@ -83,6 +126,44 @@ def test_license_comes_from_the_base_models_card(tmp_path: Path) -> None:
     assert metadata(model_card(folder, base_folder=base)).license == "mit"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Apache License\n   Version 2.0, January 2004", ("apache-2.0", None, None)),
+        ("                      MIT License\n\nCopyright", ("mit", None, None)),
+        ("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version", ("llama3.1", None, None)),
+        ("Somebody's Own Terms", ("other", "license-of-the-base-model", "LICENSE.txt")),
+    ],
+)
+def test_license_comes_from_the_base_models_file_where_its_card_says_nothing(
+    tmp_path: Path, text: str, expected: tuple[str | None, ...]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlanguage: en\n---\n")
+    (base / "LICENSE.txt").write_text(text)
+    folder = write_run(tmp_path / "run", recipe={"model": str(base)})
+    (folder / "distilled").mkdir()
+    (folder / "distilled" / "LICENSE.txt").write_text(text)
+    card = model_card(folder)
+    data = metadata(card)
+    assert (data.license, data.get("license_name"), data.get("license_link")) == expected
+    assert "taken over from the file LICENSE.txt that came with the base model; its text is in LICENSE.txt." in card
+
+
+def test_a_license_link_of_the_base_card_that_did_not_come_along_becomes_an_address(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", recipe={"model": "org/base"})
+    base = tmp_path / "snapshot"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    assert metadata(model_card(folder, base_folder=base)).license_link == (
+        "https://huggingface.co/org/base/blob/main/LICENSE"
+    )
+    (folder / "distilled").mkdir()
+    (folder / "distilled" / "LICENSE").write_text("terms")
+    assert metadata(model_card(folder, base_folder=base)).license_link == "LICENSE"
+
+
 @pytest.mark.parametrize("readme", [None, "no metadata at all", "---\nlicense: [unclosed\n---\n"])
 def test_unknown_license_is_called_other_and_said(tmp_path: Path, readme: str | None) -> None:
     base = tmp_path / "base"
@@ -97,8 +178,12 @@ def test_unknown_license_is_called_other_and_said(tmp_path: Path, readme: str | 
 def test_a_local_base_model_keeps_its_path_to_itself(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    folder = write_run(tmp_path / "run", recipe={"model": str(base), "run_dir": str(tmp_path / "run")})
+    data = [{"path": str(tmp_path / "texts")}]
+    recipe = {"model": str(base), "run_dir": str(tmp_path / "run"), "distill": {"data": data}}
+    folder = write_run(tmp_path / "run", recipe=recipe)
+    replace(training(), data={"sources": {str(tmp_path / "texts"): {"tokens": 5}}}).write(folder / "distill.json")
     card = model_card(folder)
+    assert "Text: .../texts" in card
     assert str(tmp_path) not in card
     assert metadata(card).base_model is None
 

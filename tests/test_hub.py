@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
+from results import evaluation, write_run
 
 from shoal.errors import UserError
+from shoal.eval.card import model_card
 from shoal.eval.hub import push
 
 TOKEN = "hf_" + "t" * 34
@@ -38,6 +40,7 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.uploads: list[str] = []
         self.created: list[dict[str, Any]] = []
+        self.validated: list[str] = []
         self.commits = 0
         self.fail: dict[str, int] = {}
         """Part of a path -> status with which it is answered."""
@@ -61,6 +64,7 @@ class Answer(BaseHTTPRequestHandler):
             self.server.created.append(json.loads(body))
             self.answer({"url": f"{self.server.url}/{REPO}"})
         elif path == "/api/validate-yaml":
+            self.server.validated.append(json.loads(body)["content"])
             self.answer({"errors": [], "warnings": []})
         elif path == f"/api/models/{REPO}/preupload/main":
             self.answer({"files": [self.upload_mode(file) for file in json.loads(body)["files"]]})
@@ -190,6 +194,17 @@ def test_push_sends_checkpoint_card_and_figures(folder: Path, hub: Hub) -> None:
     assert hub.objects[hub.files["model.safetensors"]] == WEIGHTS
     assert hub.created[0]["visibility"] == "private"
     assert is_whole(folder)
+
+
+def test_the_card_of_a_run_arrives_so_that_its_results_can_be_read(tmp_path: Path, hub: Hub) -> None:
+    run = write_run(tmp_path / "run", recipe={"export": {"hub_repo": REPO}})
+    checkpoint = run / "distilled"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    push(checkpoint, model_card(run), REPO, private=True, endpoint=hub.url)
+    arrived: Any = ModelCard(hub.small["README.md"].decode()).data
+    assert {result.dataset_name for result in arrived.eval_results} == {t.task for t in evaluation("distilled").tasks}
+    assert set(hub.validated) == {hub.small["README.md"].decode()}
 
 
 def test_a_public_push_asks_for_a_public_repository(folder: Path, hub: Hub) -> None:
