@@ -380,5 +380,5 @@ def _short(value: Any) -> str:
     """A value for a message: text sources without their unset keys."""
     if isinstance(value, list):
         value = [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]
-    text = repr(value)
+    text = value if value == ABSENT else repr(value)
     return text if len(text) <= 200 else text[:199] + "…"

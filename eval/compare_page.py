@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shoal.artifact import write_text
+from shoal.errors import explained_disk_errors
 from shoal.figures import clean, inline_svg, save_figure
 from shoal.pareto_figure import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.search import Interval
@@ -46,6 +47,8 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
     Raises:
         UserError: the folder cannot be written.
     """
+    with explained_disk_errors(folder, setting="--out"):
+        folder.mkdir(parents=True, exist_ok=True)
     picture = _draw(comparison, folder)
     document = build_document(comparison, picture)
     write_json_file(comparison, folder / f"{NAME}.json")

@@ -1,5 +1,5 @@
 """`shoal measure | prune | record | distill | eval | search | report | run --config RECIPE [section.key=value ...]`,
-and `shoal delta BASE DONOR`."""
+`shoal compare RUN_DIR RUN_DIR ...` and `shoal delta BASE DONOR`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal import __version__
@@ -38,6 +39,7 @@ DRY_RUNS = {
     "prune": "sizes, expected speed and targets before and after",
     "distill": "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
 }
+COMPARE = "runs side by side: what each kept, at which size, speed and cost, and where they differ; needs no recipe"
 DELTA = "how far a donor's weights are from its base's, layer by layer: |donor - base| / |base|; needs no recipe"
 
 
@@ -55,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
     if arguments.verb == "delta":
-        sys.exit(_run_delta(arguments.base, arguments.donor, arguments.json))
+        sys.exit(_without_recipe(lambda: _delta(arguments.base, arguments.donor, arguments.json)))
+    if arguments.verb == "compare":
+        sys.exit(_without_recipe(lambda: _compare(arguments)))
     dry = getattr(arguments, "dry_run", False)
     sys.exit(run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry))
 
@@ -84,25 +88,41 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
     return 0
 
 
-def _run_delta(base: str, donor: str, out: str | None) -> int:
-    """Print how far the weights of two models are from each other; returns the exit code."""
-    from pathlib import Path
-
-    from shoal.artifact import write_json
-    from shoal.compress.delta import delta_norms
-    from shoal.models import resolve_model
+def _without_recipe(work: Callable[[], None]) -> int:
+    """Do ``work``, which reads no recipe; returns the exit code."""
     from shoal.runtime import set_up_logging
 
     set_up_logging()
     try:
-        found = delta_norms(resolve_model(base), resolve_model(donor))
-        print(found.table())
-        if out is not None:
-            write_json(Path(out), found.document())
+        work()
     except UserError as error:
         print(f"shoal: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     return 0
+
+
+def _delta(base: str, donor: str, out: str | None) -> None:
+    """Print how far the weights of two models are from each other."""
+    from shoal.artifact import write_json
+    from shoal.compress.delta import delta_norms
+    from shoal.models import resolve_model
+
+    found = delta_norms(resolve_model(base), resolve_model(donor))
+    print(found.table())
+    if out is not None:
+        write_json(Path(out), found.document())
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Print the table of several runs, and write it with its figure."""
+    from shoal.eval.compare import compare_runs, write_json_file
+    from shoal.eval.compare_page import comparison_text, write_comparison
+
+    found = compare_runs([Path(run) for run in arguments.runs], across_teachers=arguments.across_teachers)
+    print(comparison_text(found), flush=True)
+    write_comparison(found, Path(arguments.out).expanduser())
+    if arguments.json is not None:
+        write_json_file(found, Path(arguments.json).expanduser())
 
 
 def _dry_run(verb: str, recipe: Recipe) -> None:
@@ -243,11 +263,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name in ("base", "donor"):
         delta.add_argument(name, help="Hub id, local path or demo:<name>")
     delta.add_argument("--json", metavar="FILE", help="also write every tensor's norms to FILE")
+    compare = verbs.add_parser("compare", help=COMPARE, description=COMPARE)
+    compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories with evaluations; two or more")
+    compare.add_argument("--out", metavar="DIR", default="compare", help="where pages and figure go (default: compare)")
+    compare.add_argument("--json", metavar="FILE", help="also write every number to FILE")
+    compare.add_argument("--across-teachers", action="store_true", help="compare runs of different models too")
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    words = known.verb == "compare"  # which takes run directories there instead
+    unknown = [word for word in rest if word.startswith("-") or ("=" not in word and not words)]
     if unknown or (rest and known.verb == "delta"):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if words:
+        known.runs += rest
+        return known
     known.overrides = [*getattr(known, "overrides", ()), *rest]
     if getattr(known, "diagnostics", False):
         known.overrides.append("measure.diagnostics=true")
