@@ -165,7 +165,7 @@ def score_variants_streamed(
     layerwise = StreamedLayerwise(edited.model)
     with layerwise.stand_ins():
         decoder = Decoder(edited.model)
-    batches = [make() for make in layouts(decoder, requests, batch_size=batch_size)]
+    batches = list(layouts(decoder, requests, batch_size=batch_size))
     tokens_at_once = max((one.ids_BS.numel() for batch in batches for one in batch.passes), default=0)
     logits = min(LOGIT_ELEMENTS, tokens_at_once * text_config(edited.model.config).vocab_size)
     store = streaming.store(

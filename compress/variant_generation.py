@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers
 
-from ..eval.decoder import Decoder
+from ..eval.decoder import Decoder, plain_cache
 from ..eval.generation import Texts, generate_greedily, write
 from ..eval.scoring import Pass, batches
 from .operators import with_halves, with_heads
@@ -37,7 +37,6 @@ from .variants import (
     Swapped,
     Variant,
     layerwise_or_none,
-    plain_cache,
 )
 
 Tokens = list[int]

@@ -21,12 +21,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from shoal.anatomy import decoder_layers, text_config
 from shoal.errors import UserError
 
-from ..eval.decoder import Decoder
+from ..eval.decoder import Decoder, plain_cache
 from ..eval.scoring import Layout, Pass, Score, Tokens, layouts, settle
 from .layerwise import Call, Layerwise
 from .operators import Half, attention_skipped, heads_masked, mlp_skipped
@@ -232,13 +231,6 @@ class States:
         return after, slot
 
 
-def plain_cache(num_layers: int) -> DynamicCache:
-    """A cache that keeps every token of every layer."""
-    cache = DynamicCache()
-    cache.layers.extend(DynamicLayer() for _ in range(num_layers))
-    return cache
-
-
 def _measuring_caches(empty: DynamicCache | None, passes: Sequence[Pass]) -> list[DynamicCache | None]:
     """For every pass a cache as long as the one it goes on from, from which the body works out masks and positions."""
     if empty is None:
@@ -274,8 +266,7 @@ def score_variants(
     """
     answers: list[list[Score]] = [[(0.0, True)] * len(requests) for _ in variants]
     layerwise = layerwise_or_none(edited.model)
-    for make in layouts(decoder, requests, batch_size=batch_size):
-        layout = make()
+    for layout in layouts(decoder, requests, batch_size=batch_size):
         done = 0
         for number, hidden in _finals(edited, layerwise, decoder, layout, variants):
             done = len(settle(decoder, layout.locate(hidden), answers[number]))

@@ -22,8 +22,10 @@ from shoal.models import logits_from_hidden, text_config
 
 LOGIT_ELEMENTS = 2**25
 """Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""
-NEVER_BRANCH = ("cpmant", "xlstm")
-"""Families whose body takes another cache than it looks: one wants all earlier tokens beside it, one is recurrent."""
+NEVER_BRANCH = ("cpmant", "dory", "git", "hrm_text", "llama4_text", "xlstm")
+"""Families whose cache looks as if its rows could be copied, but that then give other values: cpmant wants all earlier
+tokens beside it, dory grows it, xlstm is recurrent; git and llama4_text take padding on the left for text; hrm_text,
+a recurrence too, makes something of every rounding."""
 
 
 class Decoder:
@@ -134,6 +136,13 @@ class Decoder:
                 f"{type(self.model).__name__}: shoal does not know how this architecture turns hidden states into "
                 "logits; it cannot be evaluated yet"
             )
+
+
+def plain_cache(num_layers: int) -> DynamicCache:
+    """A cache that keeps every token of every layer; one of the model's own kind forgets what left a window."""
+    cache = DynamicCache()
+    cache.layers.extend(DynamicLayer() for _ in range(num_layers))
+    return cache
 
 
 def branched(cache: DynamicCache, rows: Tensor) -> DynamicCache:

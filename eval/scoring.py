@@ -1,4 +1,21 @@
-"""Log-likelihoods of continuations: the options of one question share one pass over their context.
+"""Log-likelihoods of continuations, with no token computed twice.
+
+What lm-eval's own transformers class does for a task with n options: every option is a row of its own that reads the
+whole prompt again, examples included (options of one token share a row); the logits of every token over the whole
+vocabulary are made, log-softmaxed in fp32 and thrown away but for those of the option; rows are padded to the longest
+of their batch. What is needed at least: the states of the examples once, of the question once, of every option once;
+the head at the tokens that are scored. With F examples, Q question and O option tokens for N questions that is
+N (F + Q + n O) tokens against F + N (Q + n O), and logits at N (1 + n O) of them; so that is what happens here:
+
+- beginnings.py reads once what prompts of a task have in common;
+- the options of a question go on from copies of its keys and values; where that would save little (one option, or only
+  options of one token), question and option are one row;
+- only the states before scored tokens meet the head, as many at a time as LOGIT_ELEMENTS allows;
+- rows of a batch are about equally long.
+
+The price is copying keys and values: bytes per token and layer of 2 x key-value heads x head size, a hundredth of
+reading the token again. Held at one time are those of at most 3 x batch size rows (beginnings, questions, options),
+none longer than the longest request. An architecture whose cache cannot branch gets one row for every option.
 
 B batch, S sequence, T tail (a continuation without its last token), D hidden, N scored positions, M scored tokens.
 """
@@ -7,19 +24,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
+from .beginnings import Reader, Tokens, batches, batches_by_beginning, common_beginnings
 from .decoder import Decoder, branched
 
-Tokens = tuple[int, ...]
 Score = tuple[float, bool]
 """Sum of log-probabilities in nats, and whether every token is the model's first choice."""
-
-T = TypeVar("T")
 
 WORTH_BRANCHING = 0.25
 """Share of the tokens that branching has to save: the windows of a rolling text share a context of only one token."""
@@ -31,16 +45,21 @@ class Question:
 
     context: Tokens
     requests: dict[Tokens, list[int]] = field(default_factory=dict)
+    shared: int = 0
+    """How much of the context is a beginning that other contexts have too and that is read once for all."""
 
     @property
     def tails(self) -> list[Tokens]:
         """What has to be fed after the context: continuations without their last token, longest first, each once."""
         return sorted({continuation[:-1] for continuation in self.requests}, key=lambda tail: (-len(tail), tail))
 
+    @property
+    def beginning(self) -> Tokens:
+        return self.context[: self.shared]
+
     def is_worth_branching(self) -> bool:
-        tails = self.tails
-        saved = (len(tails) - 1) * len(self.context)
-        return saved > WORTH_BRANCHING * sum(len(self.context) + len(tail) for tail in tails)
+        tails, own = self.tails, len(self.context) - self.shared
+        return (len(tails) - 1) * own > WORTH_BRANCHING * sum(own + len(tail) for tail in tails)
 
 
 class Positions:
@@ -83,8 +102,7 @@ def scored(
     same values at another cost.
     """
     answers: list[Score] = [(0.0, True)] * len(requests)
-    for make in layouts(decoder, requests, batch_size=batch_size, branch=branch):
-        layout = make()
+    for layout in layouts(decoder, requests, batch_size=batch_size, branch=branch, share=branch):
         done = settle(decoder, layout.locate(layout.hidden(decoder)), answers)
         yield {index: answers[index] for index in done}
 
@@ -107,6 +125,8 @@ class Layout:
 
     passes: tuple[Pass, ...]
     locate: Callable[[Sequence[Tensor]], Positions]
+    begun: DynamicCache | None = None
+    """What the first pass goes on from; None = nothing."""
 
     @property
     def branches(self) -> bool:
@@ -114,8 +134,10 @@ class Layout:
         return len(self.passes) > 1
 
     def hidden(self, decoder: Decoder) -> list[Tensor]:
-        """Final hidden states of every pass."""
-        cache = decoder.new_cache() if self.branches else None
+        """Final hidden states of every pass; what the layout begins with is used up."""
+        cache = self.begun
+        if cache is None and self.branches:
+            cache = decoder.new_cache()
         found = []
         for one in self.passes:
             mine = cache if one.rows is None or cache is None else branched(cache, one.rows)
@@ -124,58 +146,70 @@ class Layout:
 
 
 def layouts(
-    decoder: Decoder, requests: Sequence[tuple[Tokens, Tokens]], *, batch_size: int, branch: bool = True
-) -> list[Callable[[], Layout]]:
-    """What has to run to score every (context, continuation); each layout is made when it is called."""
+    decoder: Decoder,
+    requests: Sequence[tuple[Tokens, Tokens]],
+    *,
+    batch_size: int,
+    branch: bool = True,
+    share: bool = False,
+) -> Iterator[Layout]:
+    """What has to run to score every (context, continuation), batch after batch.
+
+    With ``share`` beginnings that contexts have in common are read once, for which the decoder is run in between.
+    """
     questions: dict[Tokens, Question] = {}
     for index, (context, continuation) in enumerate(requests):
         question = questions.setdefault(context, Question(context))
         question.requests.setdefault(continuation, []).append(index)
+    if share and decoder.can_branch:
+        for question, shared in zip(questions.values(), common_beginnings(list(questions)), strict=True):
+            question.shared = shared
     branching = [q for q in questions.values() if branch and decoder.can_branch and q.is_worth_branching()]
     chosen = {question.context for question in branching}
     whole = [(q, tail) for q in questions.values() if q.context not in chosen for tail in q.tails]
-    branching.sort(key=lambda q: (-len(q.context), q.context))
-    whole.sort(key=lambda pair: -len(pair[0].context) - len(pair[1]))
-    return [
-        *(partial(_branched_layout, decoder, batch, batch_size) for batch in batches(branching, batch_size)),
-        *(partial(_whole_layout, decoder, batch) for batch in batches(whole, batch_size)),
-    ]
+    reader = Reader(decoder, [question.beginning for question in branching])
+    for batch in batches_by_beginning(branching, batch_size, lambda q: (q.beginning, len(q.context))):
+        yield _branched_layout(decoder, reader, batch, batch_size)
+    reader = Reader(decoder, [question.beginning for question, _ in whole])
+    for batch in batches_by_beginning(whole, batch_size, lambda p: (p[0].beginning, len(p[0].context) + len(p[1]))):
+        yield _whole_layout(decoder, reader, batch)
 
 
-def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive runs of at most ``size``."""
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _whole_layout(decoder: Decoder, batch: Sequence[tuple[Question, Tokens]]) -> Layout:
+def _whole_layout(decoder: Decoder, reader: Reader, batch: Sequence[tuple[Question, Tokens]]) -> Layout:
     """One forward over context and tail together; every continuation with this tail reads its scores from it."""
+    rows = [(*question.context, *tail) for question, tail in batch]
+    if any(question.shared for question, _ in batch):
+        start = reader.start(rows, [question.shared for question, _ in batch])
+        first, begun = Pass(start.ids_BS, start.mask, start.positions_BS), start.cache
+        ends = [start.ids_BS.shape[1]] * len(batch)
+    else:
+        first, begun, ends = Pass(decoder.right_padded(rows)), None, list(map(len, rows))
 
     def locate(hidden: Sequence[Tensor]) -> Positions:
         positions = Positions()
         for row, (question, tail) in enumerate(batch):
-            first = len(question.context) - 1
-            start = positions.add_hidden(hidden[0][row, first : first + len(tail) + 1])
+            start = positions.add_hidden(hidden[0][row, ends[row] - len(tail) - 1 : ends[row]])
             for continuation, owners in question.requests.items():
                 if continuation[:-1] == tail:
                     positions.want(range(start, start + len(continuation)), continuation, owners)
         return positions
 
-    return Layout((Pass(decoder.right_padded([(*question.context, *tail) for question, tail in batch])),), locate)
+    return Layout((first,), locate, begun)
 
 
-def _branched_layout(decoder: Decoder, batch: Sequence[Question], batch_size: int) -> Layout:
+def _branched_layout(decoder: Decoder, reader: Reader, batch: Sequence[Question], batch_size: int) -> Layout:
     """One forward over the contexts, then one over every ``batch_size`` tails on copies of the contexts' cache rows."""
-    ids, mask_BS, position_ids = decoder.left_padded([question.context for question in batch])
+    start = reader.start([question.context for question in batch], [question.shared for question in batch])
     fed = sorted(
         ((row, tail) for row, question in enumerate(batch) for tail in question.tails if tail), key=lambda p: -len(p[1])
     )
     chunks = list(batches(fed, batch_size))
-    passes = [Pass(ids, mask_BS, position_ids)]
+    passes = [Pass(start.ids_BS, start.mask, start.positions_BS)]
     for chunk in chunks:
         rows = torch.tensor([row for row, _ in chunk], device=decoder.device)
         ids_BT = decoder.right_padded([tail for _, tail in chunk])
         offsets = torch.tensor([[len(batch[row].context)] for row, _ in chunk], device=decoder.device)
-        mask = torch.cat([mask_BS[rows], torch.ones_like(ids_BT)], dim=1)
+        mask = torch.cat([start.mask[rows], torch.ones_like(ids_BT)], dim=1)
         passes.append(Pass(ids_BT, mask, offsets + torch.arange(ids_BT.shape[1], device=decoder.device), rows))
 
     def locate(hidden: Sequence[Tensor]) -> Positions:
@@ -192,7 +226,7 @@ def _branched_layout(decoder: Decoder, batch: Sequence[Question], batch_size: in
                 positions.want((row, *rest), continuation, owners)
         return positions
 
-    return Layout(tuple(passes), locate)
+    return Layout(tuple(passes), locate, start.cache)
 
 
 def settle(decoder: Decoder, positions: Positions, answers: list[Score]) -> set[int]:

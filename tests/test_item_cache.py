@@ -25,8 +25,10 @@ from shoal.eval.item_cache import ItemCache, identity_of, key_of
 from shoal.recipe import Eval
 
 BATCH_SIZE = 4
-CHOICES: list[tuple[Any, ...]] = [(f"question {number}", option) for number in range(12) for option in (" a b", " c d")]
-PROMPTS: list[tuple[Any, ...]] = [(f"prompt {number}", {"until": [], "max_gen_toks": 3}) for number in range(10)]
+CHOICES: list[tuple[Any, ...]] = [
+    (f"{number}. question", option) for number in range(12) for option in (" a b", " c d")
+]
+PROMPTS: list[tuple[Any, ...]] = [(f"{number}. prompt", {"until": [], "max_gen_toks": 3}) for number in range(10)]
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
