@@ -22,7 +22,7 @@ from .engine import CausalLM, connect_ranks, prompt_room
 from .item_cache import ItemCache, identity_of
 from .perplexity import perplexity
 from .samples import task_score
-from .tasks import load_tasks
+from .tasks import tasks_of
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def evaluate(
     """
     connect_ranks(model.device)
     lm = CausalLM(model, tokenizer, settings.batch_size, items=items, progress=True)
-    tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot, seed=seed)
+    tasks = tasks_of(settings, seed=seed)
     log.info("eval: %s", in_words(tasks, settings))
     scores = (*scores_of(lm, tasks, settings, seed=seed), perplexity(lm, settings))
     for score in scores:

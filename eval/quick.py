@@ -17,7 +17,7 @@ from shoal.recipe import Eval
 from .engine import CausalLM, connect_ranks
 from .evaluate import scores_of
 from .perplexity import perplexity
-from .tasks import load_tasks
+from .tasks import tasks_of
 
 HELD_OUT = "perplexity"
 
@@ -41,11 +41,7 @@ class QuickScores:
         self._settings = settings
         self._held_out = held_out
         self._seed = seed
-        self._tasks: dict[str, Any] = (
-            load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot, seed=seed)
-            if settings.tasks
-            else {}
-        )
+        self._tasks: dict[str, Any] = tasks_of(settings, seed=seed) if settings.tasks else {}
 
     @property
     def names(self) -> tuple[str, ...]:

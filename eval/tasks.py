@@ -1,54 +1,172 @@
-"""Tasks by name: shoal's own files in configs/tasks, a folder of the user's, and everything lm-eval ships."""
+"""Tasks by name: shoal's own files in configs/tasks, a folder of the user's, and everything lm-eval ships.
+
+A name is a task file's, a group's, or a data set's with a protocol behind it (data_sets.py), which needs no file.
+"""
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.recipe import CONFIGS_DIR
+from shoal.recipe import CONFIGS_DIR, Eval
+
+from .data_sets import DataSet, Part, local_rows, parts_of, read_data_sets
+from .protocols import task_config, task_names
+from .samples import check_answers
 
 log = logging.getLogger(__name__)
 
 TASKS_DIR = CONFIGS_DIR / "tasks"
+HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
+LOCAL_FORMATS = ("json", "csv", "parquet", "text")
+"""Data set paths under which `datasets` reads local files."""
+CHECKED_ITEMS = 20
 
 
 def load_tasks(
-    names: Sequence[str], *, include_path: str | Path | None = None, num_fewshot: int | None = None, seed: int = 0
+    names: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    num_fewshot: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Task name -> lm-eval task, groups expanded, in the order asked for.
 
-    ``num_fewshot`` None leaves every task its own number. lm-eval's whole collection is read only where a name is not
-    ours: that takes ten seconds, reading ours a tenth of one.
+    ``num_fewshot`` None leaves every task its own number. With ``data_dir``, data sets that are described come from
+    there, whoever's task reads them. lm-eval's whole collection is read only where a name is not ours: that takes ten
+    seconds, reading ours a tenth of one.
 
     Raises:
         UserError: an unknown name (with the closest known one), no such folder, or data that cannot be had.
     """
-    folders = [TASKS_DIR]
+    folders = _folders(include_path)
+    local = None if data_dir is None else Path(data_dir).expanduser()
+    if local is not None and not local.is_dir():
+        raise UserError(f"eval.data_dir: {str(data_dir)!r} is no folder; name one that holds a folder per data set")
+    made, tags = _made(folders)
+    manager = _manager_that_knows([name for name in names if name not in made | tags], folders, (*made, *tags))
+    tasks: dict[str, Any] = {}
+    with _data_from(local, folders) as opened:
+        for name in names:
+            for one in tags.get(name, (name,)):
+                if one in made:
+                    tasks |= manager.load([task_config(*made[one], local)])["tasks"]
+                else:
+                    tasks |= _load(manager, one, opened)
+            if name in tags and name in manager.task_index:  # a group of files too
+                tasks |= _load(manager, name, opened)
+    for name, task in tasks.items():
+        _set_fewshot(name, task, num_fewshot, seed)
+    return tasks
+
+
+def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
+    """The tasks that evaluating by ``settings`` asks, as load_tasks gives them."""
+    return load_tasks(
+        settings.tasks,
+        include_path=settings.include_path,
+        data_dir=settings.data_dir,
+        num_fewshot=settings.num_fewshot,
+        seed=seed,
+    )
+
+
+def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:
+    """The names of all tasks and groups: shoal's own, those of ``include_path``, and lm-eval's collection."""
+    folders = _folders(include_path)
+    made, tags = _made(folders)
+    return {*_manager(folders, with_all=not ours_only).task_index, *made, *tags}
+
+
+def _folders(include_path: str | Path | None) -> tuple[Path, ...]:
+    """Where task files are looked for, each place once."""
+    folders = [TASKS_DIR, HUB_TASKS_DIR]
     if include_path is not None:
         folder = Path(include_path).expanduser()
         if not folder.is_dir():
             raise UserError(
                 f"eval.include_path: {str(include_path)!r} is no folder; name one that holds *.yaml task files"
             )
-        folders.append(folder)
-    manager = _manager_that_knows(names, folders)
-    tasks: dict[str, Any] = {}
-    for name in names:
-        tasks |= _load(manager, name)
-    for name, task in tasks.items():
-        _set_fewshot(name, task, num_fewshot, seed)
-    return tasks
+        if folder.resolve() not in [other.resolve() for other in folders]:
+            folders.append(folder)
+    return tuple(folders)
 
 
-def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:
-    """The names of all tasks and groups: shoal's own, those of ``include_path``, and lm-eval's collection."""
-    folders = (TASKS_DIR, *([Path(include_path).expanduser()] if include_path else []))
-    return set(_manager(folders, with_all=not ours_only).task_index)
+def _data_sets(folders: Sequence[Path]) -> dict[str, DataSet]:
+    """The described data sets; one of the user's folder replaces ours of the same name."""
+    return {name: data for folder in folders for name, data in read_data_sets(folder).items()}
+
+
+def _made(folders: Sequence[Path]) -> tuple[dict[str, tuple[Part, str]], dict[str, tuple[str, ...]]]:
+    """The tasks that described data sets give, and the groups they are in."""
+    tasks: dict[str, tuple[Part, str]] = {}
+    tags: dict[str, tuple[str, ...]] = {}
+    for data in _data_sets(folders).values():
+        own = task_names(data)
+        tasks |= own
+        for tag in data.tags:
+            tags[tag] = (*tags.get(tag, ()), *own)
+    return tasks, tags
+
+
+@contextmanager
+def _data_from(data_dir: Path | None, folders: Sequence[Path]) -> Iterator[list[Any]]:
+    """Let lm-eval's tasks take described data sets from ``data_dir`` instead of the Hub, without splits it lacks.
+
+    Gives the tasks that have got their data, the one last that may fail over it.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    download = ConfigurableTask.download
+    described = _data_sets(folders)
+    opened: list[Any] = []
+
+    def from_folder(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = self.config
+        found = None
+        if data_dir is not None and config.custom_dataset is None:
+            found = _local_splits(described, config.dataset_path, config.dataset_name, data_dir)
+        if found is None:
+            download(self, *args, **kwargs)
+        else:
+            self.dataset = found
+            for split in ("training_split", "validation_split", "test_split"):
+                if getattr(config, split) not in found:
+                    setattr(config, split, None)
+        opened.append(self)
+
+    ConfigurableTask.download = from_folder
+    try:
+        yield opened
+    finally:
+        ConfigurableTask.download = download
+
+
+def _local_splits(described: dict[str, DataSet], path: str, name: str | None, data_dir: Path) -> dict[str, Any] | None:
+    """The splits of a Hub data set, under the Hub's names, out of ``data_dir``; None where it is not described."""
+    from datasets import Dataset
+
+    for part in (part for data in described.values() for part in parts_of(data)):
+        hub = part.hub
+        if hub is None or hub.path != path or (name not in (hub.name, None) and hub.part_column is None):
+            continue
+        files = {hub.items: part.items}
+        if hub.examples and part.data.examples:
+            files[hub.examples] = part.data.examples
+        rows = local_rows(part.data, data_dir, files)
+        if name not in (hub.name, None):
+            column = hub.part_column or ""
+            rows = {split: [row for row in found if row[column] == name] for split, found in rows.items()}
+        return {split: Dataset.from_list([dict(row) for row in found]) for split, found in rows.items()}
+    return None
 
 
 @cache
@@ -59,33 +177,84 @@ def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
     return TaskManager(include_path=list(folders), include_defaults=with_all)
 
 
-def _manager_that_knows(names: Sequence[str], folders: list[Path]) -> Any:
-    ours = _manager(tuple(folders), with_all=False)
+def _manager_that_knows(names: Sequence[str], folders: tuple[Path, ...], made: Sequence[str] = ()) -> Any:
+    """lm-eval's index with these names in it; ``made`` are further names, for the hint at what was meant."""
+    ours = _manager(folders, with_all=False)
     if all(name in ours.task_index for name in names):
         return ours
     log.info("reading lm-eval's task collection (about 10 s the first time)")
-    everything = _manager(tuple(folders), with_all=True)
+    everything = _manager(folders, with_all=True)
     for name in names:
         if name not in everything.task_index:
-            close = difflib.get_close_matches(name, ours.all_tasks, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(name, [*ours.all_tasks, *made], n=1, cutoff=0.5)
             close = close or difflib.get_close_matches(name, everything.all_tasks, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"shoal's own are {', '.join(ours.all_subtasks)}"
             raise UserError(f"eval.tasks: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
     return everything
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
+def _load(manager: Any, name: str, opened: list[Any]) -> dict[str, Any]:
     """The tasks behind a name, sorted: lm-eval keeps a tag's tasks in a set, whose order differs between ranks."""
     if _is_ours(manager, name):
         return dict(sorted(manager.load([name])["tasks"].items()))
+    _refuse_missing_files(name, manager.task_index[name])
     try:
-        return dict(sorted(manager.load([name])["tasks"].items()))
+        found = dict(sorted(manager.load([name])["tasks"].items()))
+    except UserError:
+        raise
     except Exception as error:  # data sets, task code and lm-eval raise a dozen unrelated types here
+        if isinstance(error, IndexError) and opened:
+            _refuse_bad_items(name, opened[-1])
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
         raise UserError(
             f"eval.tasks: {name!r} cannot be loaded ({reason}). Its data may need the Hugging Face Hub: check the "
             "network or the paths in its task file, or choose from shoal's own tasks, which need neither"
         ) from error
+    for one, task in found.items():
+        _check_first_items(one, task)
+    return found
+
+
+def _refuse_missing_files(name: str, entry: Any) -> None:
+    """Refuse local data that is not there or empty, before `datasets` does in its own words."""
+    config: dict[str, Any] = entry.cfg or {}
+    if config.get("dataset_path") not in LOCAL_FORMATS:
+        return
+    given: dict[str, Any] = config.get("dataset_kwargs") or {}
+    listed = given.get("data_files") or given.get("data_dir") or []
+    grouped = list(listed.values()) if isinstance(listed, dict) else [listed]
+    for path in (path for group in grouped for path in (group if isinstance(group, list) else [group])):
+        place = Path(path)
+        if "://" in str(path) or any(character in str(path) for character in "*?["):
+            continue
+        if not place.exists():
+            parent = next(folder for folder in place.absolute().parents if folder.is_dir())
+            raise UserError(
+                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {str(path)!r}, which is not there (found as far as "
+                f"{parent}); correct dataset_kwargs, whose relative paths start from where shoal is started"
+            )
+        if place.is_file() and place.stat().st_size == 0:
+            raise UserError(
+                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {str(path)!r}, which is empty; a task needs at least "
+                "one item, so name another file"
+            )
+
+
+def _refuse_bad_items(name: str, task: Any) -> None:
+    """Refuse a task whose first item lm-eval could not look at, because there is none or its answer is no option."""
+    if not len(task.eval_docs):
+        raise UserError(
+            f"eval.tasks: {name!r} has no items: the split it is scored on is empty; correct its data, its split or "
+            "its process_docs"
+        )
+    if task.OUTPUT_TYPE == "multiple_choice":
+        _check_first_items(name, task)
+
+
+def _check_first_items(name: str, task: Any) -> None:
+    """Refuse an answer that is no option before a model is loaded; all items are checked where they are scored."""
+    docs = islice(enumerate(task.eval_docs), CHECKED_ITEMS)
+    check_answers(name, task, [{"doc_id": n, "doc": doc, "target": task.doc_to_target(doc)} for n, doc in docs])
 
 
 def _is_ours(manager: Any, name: str) -> bool:

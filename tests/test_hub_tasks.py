@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return load_tasks([f"{side}_{protocol}" for side in ("ours", "theirs") for protocol in THEIRS], include_path=folder)
 
 
+@functools.cache
 def asked(task: Any) -> dict[str, Any]:
     """Question -> prompt, options and answer."""
     found = {}

@@ -138,7 +138,9 @@ def test_wheel_holds_code_templates_recipes_and_tasks(tmp_path: Path) -> None:
     for pattern in (
         "configs/*.yaml",
         "configs/tasks/*",
+        "configs/tasks/datasets/*",
         "configs/hub_tasks/*",
+        "configs/suites/*",
         "configs/deepspeed/*.json",
         "eval/templates/*",
     ):

@@ -47,6 +47,7 @@ def test_every_task_file_is_complete(name: str, every_task: dict[str, Any]) -> N
     assert len(task.eval_docs) >= 200
     assert len(set(task.eval_docs["id"])) == len(task.eval_docs)
     assert not set(task.eval_docs["id"]) & set(task.dataset["train"]["id"])
+    assert ("family" in described) == ("level" in described)
     assert not prompt(task).endswith(" ")
     if task.OUTPUT_TYPE == "multiple_choice":
         for doc in list(task.eval_docs)[:20]:
@@ -156,8 +157,44 @@ def test_include_path_must_be_a_folder(tmp_path: Path) -> None:
 
 def test_a_task_file_whose_data_is_missing_is_named(tmp_path: Path) -> None:
     (tmp_path / "lost.yaml").write_text(OWN_TASK.format(name="lost", data=tmp_path / "nothing.jsonl"))
-    with pytest.raises(UserError, match=r"'lost' cannot be loaded .*nothing.jsonl.*check the network or the paths"):
+    with pytest.raises(
+        UserError, match=r"'lost' \(.*lost.yaml\) reads '.*nothing.jsonl', which is not there .*correct dataset_kwargs"
+    ):
         load_tasks(["lost"], include_path=tmp_path)
+    (tmp_path / "nothing.jsonl").touch()
+    with pytest.raises(
+        UserError, match=r"'lost' \(.*\) reads '.*nothing.jsonl', which is empty; a task needs at least"
+    ):
+        load_tasks(["lost"], include_path=tmp_path)
+
+
+def test_a_folder_that_a_task_file_names_must_be_there(tmp_path: Path) -> None:
+    text = OWN_TASK.format(name="lost", data="x").replace(
+        "{data_files: {test: x}}", f"{{data_dir: {tmp_path}/no/such}}"
+    )
+    (tmp_path / "lost.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"reads '.*/no/such', which is not there \(found as far as {tmp_path}\)"):
+        load_tasks(["lost"], include_path=tmp_path)
+
+
+def test_a_split_without_items_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(
+        '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}'
+    )
+    (tmp_path / "nothing.py").write_text("def of(dataset):\n    return dataset.select([])\n")
+    text = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl") + "process_docs: !function nothing.of\n"
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"'own' has no items: the split it is scored on is empty; correct its data"):
+        load_tasks(["own"], include_path=tmp_path)
+
+
+def test_an_answer_that_is_no_option_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 2}')
+    text = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl")
+    text = text.replace('"{{choices.label.index(answerKey)}}"', "answer").replace('"{{choices.text}}"', "choices")
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"'own', document 0: the answer 2 is none of its 2 options; correct its data"):
+        load_tasks(["own"], include_path=tmp_path)
 
 
 def test_a_hub_task_without_network_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +227,7 @@ def test_a_local_folder_of_real_data_can_be_named(tmp_path: Path) -> None:
 
 def test_a_defect_of_our_own_task_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN_TASK.format(name="own", data=tmp_path / "nothing.jsonl"))
-    manager = loading._manager_that_knows(["own"], [TASKS_DIR, tmp_path])
+    manager = loading._manager_that_knows(["own"], (TASKS_DIR, tmp_path))
     assert loading._is_ours(manager, "knowledge_continuation")
     assert loading._is_ours(manager, "shoal_retrieval")
     assert not loading._is_ours(manager, "own")

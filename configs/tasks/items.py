@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-import string
 from typing import Any
 
 from datasets import Dataset
 
 from shoal.abilities import Item, items, words
+from shoal.abilities.matching import LETTERS, first_line, lettered_prompt, plain
 
 NUM_ITEMS = {"retrieval": 500, "reasoning": 501}
 """Every kind of reasoning equally often. Knowledge: all facts there are."""
 NUM_EXAMPLES = 30
 """Items of the training split that few-shot prompts draw from."""
-LETTERS = string.ascii_uppercase
 ANSWERS = {"order": frozenset(words.NAMES), "state": frozenset(words.PLACES)}
 """Reasoning kind -> words one of which is the final answer; arithmetic ends in a number."""
 
@@ -33,8 +32,7 @@ def reasoning(**settings: Any) -> dict[str, Dataset]:
 
 def lettered_text(doc: dict[str, Any]) -> str:
     """The question with its options under letters."""
-    options = [f"{letter}. {option.strip()}" for letter, option in zip(LETTERS, doc["options"], strict=False)]
-    return "\n".join([doc["question"], *options, "Answer:"])
+    return lettered_prompt(doc)
 
 
 def letters(doc: dict[str, Any]) -> list[str]:
@@ -46,7 +44,7 @@ def first_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
     A model goes on after the value ("Paris, which is"), so the whole line cannot be compared.
     """
-    line, final = _plain(first_line(results[0])), _plain(doc["final"])
+    line, final = plain(first_line(results[0])), plain(doc["final"])
     return {"match": float(f"{line} ".startswith(f"{final} "))}
 
 
@@ -65,16 +63,6 @@ def worked_answer(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dic
     return {"nats": -results[0][0]}
 
 
-def first_line(text: str) -> str:
-    """The first line that holds anything."""
-    return text.strip().split("\n")[0].strip()
-
-
-def _plain(text: str) -> str:
-    kept = "".join(" " if character in string.punctuation else character for character in text.casefold())
-    return " ".join(kept.split())
-
-
 def _splits(
     task: str,
     *,
@@ -83,6 +71,8 @@ def _splits(
     protocol: str,
     chance: float,
     metric: str,
+    family: str = "",
+    level: float = 0,
     config_source: str = "",
     num_items: int | None = None,
     seed: int = 0,

@@ -29,7 +29,16 @@ from shoal.measuring import check_measure, measure, measure_inputs
 from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint
 from shoal.pruning import choose_plan, prune, read_plan, refuse_impossible_changes, refuse_unfit_student
 from shoal.recipe import as_dict
-from shoal.run import Run, barrier, check_length, is_done, locked, require, task_files_fingerprint
+from shoal.run import (
+    Run,
+    barrier,
+    check_length,
+    is_done,
+    local_data_fingerprint,
+    locked,
+    require,
+    task_files_fingerprint,
+)
 from shoal.runtime import device, environment, is_main, seed_everything
 
 log = logging.getLogger(__name__)
@@ -45,7 +54,9 @@ def roles(run: Run) -> dict[str, Path]:
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     """What identifies the evaluation of the model in ``folder``."""
-    section = {f"eval.{key}": value for key, value in as_dict(run.recipe.eval).items() if key != "speed"}
+    data_dir = run.recipe.eval.data_dir
+    settings = as_dict(run.recipe.eval).items()  # the suite is in the tasks, the data in its content
+    section = {f"eval.{key}": value for key, value in settings if key not in ("speed", "suite", "data_dir")}
     return {
         "model": model_fingerprint(folder),
         "data": sources_fingerprint(run.recipe.eval.perplexity_data),
@@ -53,6 +64,7 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
         "dtype": run.recipe.dtype,
         "attention": run.recipe.attention,
         "tasks": task_files_fingerprint(run.recipe.eval.include_path),
+        **({"eval.data_dir (files)": local_data_fingerprint(data_dir)} if data_dir is not None else {}),
         **section,
     }
 
@@ -196,7 +208,7 @@ def preflight(run: Run) -> None:
         UserError: as the stages do.
     """
     from shoal.compress.plan import check_choice, is_automatic
-    from shoal.eval.tasks import load_tasks
+    from shoal.eval.tasks import tasks_of
 
     recipe = run.recipe
     check_choice(recipe.prune, num_layers=run.num_layers)
@@ -219,7 +231,7 @@ def preflight(run: Run) -> None:
             check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
     for source in recipe.eval.perplexity_data:
         load_texts(source, max_characters=1)
-    load_tasks(recipe.eval.tasks, include_path=recipe.eval.include_path, num_fewshot=recipe.eval.num_fewshot)
+    tasks_of(recipe.eval)
 
 
 def run_all(run: Run, launch_distill: Callable[[], None]) -> None:

@@ -24,6 +24,7 @@ from shoal.recording import Record
 from shoal.search import Search
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
+from shoal.suites import SuiteName, with_suite
 from shoal.training import Distill
 
 Target = Literal["transformers", "vllm", "llama_cpp"]
@@ -162,6 +163,9 @@ class Prune(Section):
 class Eval(Section):
     """What the models are scored on."""
 
+    suite: SuiteName | None = None
+    """Tasks and limits by name, see configs/suites: quick (minutes, bundled data), standard or full. Tasks named beside
+    it are added, and everything else that is set here wins."""
     tasks: tuple[str, ...] = ("retrieval_continuation", "knowledge_continuation", "reasoning_continuation")
     """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
     limit: Positive | None = 200
@@ -173,6 +177,8 @@ class Eval(Section):
     """None = each task's own default."""
     include_path: str | None = None
     """A further folder of task YAMLs."""
+    data_dir: str | None = None
+    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
     perplexity_data: Data = (DataSource("python_docs_heldout"),)
     perplexity_tokens: Positive = 10_000
     sequence_length: RowLength = 512
@@ -262,7 +268,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
     """The recipe that a plain mapping describes; problems are reported as in load_recipe."""
     try:
-        recipe = TypeAdapter(Recipe).validate_python(raw)
+        recipe = TypeAdapter(Recipe).validate_python(with_suite(raw))
     except ValidationError as error:
         raise UserError("\n".join(f"{source}: {line}" for line in _explain(error.errors()))) from error
     problems = _contradictions(recipe)

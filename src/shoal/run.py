@@ -7,6 +7,7 @@ is there already, and otherwise makes it, after making sure of what it needs.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import logging
 import os
 import socket
@@ -156,7 +157,17 @@ def barrier() -> None:
 
 
 def task_files_fingerprint(include_path: str | None) -> str:
-    """Content hash of the task files that may be read: prompts and matching rules are part of a score."""
-    folders = [CONFIGS_DIR / "tasks", *([Path(include_path).expanduser()] if include_path else [])]
+    """Content hash of the task files that may be read: items, prompts and matching rules are part of a score."""
+    folders = [CONFIGS_DIR / "tasks", CONFIGS_DIR / "hub_tasks", Path(__file__).parent / "abilities"]
+    folders += [Path(include_path).expanduser()] if include_path else []
     files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".yaml", ".py")]
     return fingerprint([[file.name, file.read_text(encoding="utf-8")] for file in files])
+
+
+def local_data_fingerprint(data_dir: str) -> str:
+    """Content hash of the data sets in a folder, wherever that folder is."""
+    folder = Path(data_dir).expanduser()
+    files = sorted(folder.glob("*/*.jsonl"))
+    return fingerprint(
+        [[str(file.relative_to(folder)), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+    )

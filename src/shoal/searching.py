@@ -94,14 +94,15 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
     """Every plan as a run, after what can be refused at once was."""
     from shoal.compress.plan import check_choice
     from shoal.eval.ranking import check_columns
-    from shoal.eval.tasks import load_tasks
+    from shoal.eval.tasks import tasks_of
 
     recipe = run.recipe
     names = settings.tasks or recipe.eval.tasks
-    tasks = load_tasks(names, include_path=recipe.eval.include_path, num_fewshot=recipe.eval.num_fewshot)
+    tasks = tasks_of(replace(recipe.eval, tasks=names))
     check_columns(tasks, settings.rank_by)
     limits = {} if settings.limit else {name: n for name, n in recipe.eval.limits.items() if name in tasks}
-    scored = replace(recipe.eval, tasks=names, limit=settings.limit or recipe.eval.limit, limits=limits, speed=False)
+    limit = settings.limit or recipe.eval.limit
+    scored = replace(recipe.eval, tasks=names, suite=None, limit=limit, limits=limits, speed=False)
     prunes = [prune_of(plan, recipe.prune) for plan in settings.plans]
     measured = replace(recipe.measure, metrics=_metrics(recipe, prunes), diagnostics=False, probes=())
     distill = replace(recipe.distill, num_tokens=settings.num_tokens)

@@ -1,0 +1,468 @@
+"""Data sets that tasks are made of: one description each, read from the Hub, from a local folder, or made on the spot.
+
+A description is a YAML file with a `dataset:` key. It says where rows come from and how a question, its options and its
+answer are read out of one; eval/protocols.py makes a task of it under every protocol, so that all ask the same items.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from jinja2 import StrictUndefined, Undefined
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import Field, TypeAdapter, ValidationError
+
+from shoal.abilities.item import digest
+from shoal.abilities.matching import LETTERS
+from shoal.errors import UserError
+from shoal.section import Positive, Section, Text
+from shoal.strict_yaml import YAMLError, read_yaml
+
+log = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+Doc = dict[str, Any]
+TaskProtocol = Literal["loglikelihood", "continuation", "generation", "worked", "rolling"]
+NUM_ITEMS = 200
+"""Bundled items of a task that does not say how many."""
+NUM_EXAMPLES = 32
+"""Rows of the training split that few-shot prompts draw from: its first ones."""
+
+
+@dataclass(frozen=True)
+class HubData(Section):
+    """Where the Hub has the rows."""
+
+    path: Text
+    items: Text
+    """The split that is scored."""
+    name: str | None = None
+    """The configuration; {} in it stands for the part."""
+    examples: str | None = None
+    """The split that few-shot examples come from."""
+    part_column: str | None = None
+    """Where one configuration holds what others hold apart: the column that tells them apart."""
+
+
+@dataclass(frozen=True)
+class Parts(Section):
+    """The tasks a data set falls into: by a number (the dial), or by name."""
+
+    values: Annotated[tuple[int | str, ...], Field(min_length=1)]
+    named: Text = "{}"
+    """What is put between the data set's name and the protocol's."""
+    setting: str | None = None
+    """The setting of bundled items that takes the value."""
+
+
+@dataclass(frozen=True)
+class DataSet(Section):
+    """One data set. Templates and expressions are jinja's, over the fields of a row."""
+
+    dataset: Text
+    about: Text
+    """What it asks, in one line."""
+    ability: Text
+    protocols: tuple[TaskProtocol, ...] = ("loglikelihood", "continuation", "generation")
+    version: Text = "1.0"
+    family: str | None = None
+    """Tasks that differ in their level only, for curves over it; needs parts that are numbers."""
+    tags: tuple[Text, ...] = ()
+    """Names under which all its tasks can be asked for."""
+    parts: Parts | None = None
+    bundled: Text | None = None
+    """Made by this generator of shoal.abilities, or this bundled text of shoal.data; else from hub or data_dir."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    num_items: Positive | None = None
+    """So many bundled items; None = 200."""
+    hub: HubData | None = None
+    folder: str | None = None
+    """Where eval.data_dir has it; None = the data set's name."""
+    items: str | None = None
+    """The file in that folder that is scored, JSON lines; {} in it stands for the part."""
+    examples: str | None = None
+    """The file in that folder that few-shot examples come from."""
+    shots: tuple[dict[str, Any], ...] = ()
+    """Rows for few-shot examples, written here."""
+    num_fewshot: Annotated[int, Field(ge=0)] = 0
+    shuffled: bool = True
+    """In the order of a hash of their content, so that the first items are a fair sample."""
+    question: Text = "{{question}}"
+    """Template of the bare question."""
+    context: Text | None = None
+    """Template of what stands before the answer; None = Question: ... Answer:"""
+    options: str | None = None
+    """Expression for the list of options."""
+    answer: str | None = None
+    """Expression for the right option: its position from 0, its text or its letter."""
+    beginnings: str | None = None
+    """Expression for texts, one per option, after which the likelihood of one and the same ending is taken."""
+    ending: str | None = None
+    answers: str | None = None
+    """Expression for the accepted answers of an open question."""
+    worked: str | None = None
+    """Template of the worked answer."""
+    page: str | None = None
+    """Template of running text."""
+    metric: Literal["acc", "acc_norm"] = "acc_norm"
+    """How options are compared: by likelihood, or by likelihood per character."""
+    lettered: bool = True
+    """Written answers choose among lettered options; false = they answer the open question."""
+    match: Literal["starts", "contains", "exact", "number", "stated"] = "starts"
+    """When written text counts as right, see shoal.abilities.matching."""
+    shows_work: bool = False
+    """Few-shot examples of written answers show the worked answer."""
+    stop: tuple[Text, ...] = ("\n",)
+    max_new_tokens: Positive = 16
+
+    def __post_init__(self) -> None:
+        where = [name for name in ("bundled", "items") if getattr(self, name) is not None]
+        if len(where) != 1:
+            raise ValueError("needs either bundled, or items (a file in eval.data_dir) with or without hub")
+        if self.bundled is None and "rolling" not in self.protocols and self.protocols:
+            if (self.options is None) == (self.answers is None):
+                raise ValueError("needs options and answer, or answers of an open question")
+            if (self.options is None) != (self.answer is None):
+                raise ValueError("options and answer belong together; set both")
+            if self.options is None and "loglikelihood" in self.protocols:
+                raise ValueError("the protocol loglikelihood needs options; leave it out of protocols")
+        if (self.beginnings is None) != (self.ending is None):
+            raise ValueError("beginnings and ending belong together; set both")
+        if "rolling" in self.protocols and (self.page is None or len(self.protocols) > 1):
+            raise ValueError("the protocol rolling needs page, and no other protocol beside it")
+        if self.family is not None and not (self.parts and all(isinstance(v, int) for v in self.parts.values)):
+            raise ValueError("family needs parts whose values are numbers")
+
+    @property
+    def place(self) -> str:
+        """Its folder in eval.data_dir."""
+        return self.folder or self.dataset
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a data set, which is a task under each of its protocols."""
+
+    data: DataSet
+    value: int | str | None = None
+
+    @property
+    def name(self) -> str:
+        """What its tasks are called before the protocol's name."""
+        if self.value is None or self.data.parts is None:
+            return self.data.dataset
+        return f"{self.data.dataset}_{self.data.parts.named.format(self.value)}"
+
+    @property
+    def level(self) -> int | None:
+        """What the dial stands at."""
+        return self.value if isinstance(self.value, int) and self.data.family is not None else None
+
+    @property
+    def items(self) -> str:
+        """The file that is scored."""
+        return (self.data.items or "").format(self.value)
+
+    @property
+    def hub(self) -> HubData | None:
+        """Where the Hub has it."""
+        found = self.data.hub
+        return replace(found, name=found.name and found.name.format(self.value)) if found else None
+
+
+def parts_of(data: DataSet) -> list[Part]:
+    """The parts of a data set; one where it has none."""
+    return [Part(data, value) for value in (data.parts.values if data.parts else (None,))]
+
+
+@cache
+def read_data_sets(folder: Path) -> dict[str, DataSet]:
+    """The descriptions in a folder and below it, by name.
+
+    Raises:
+        UserError: a description that is wrong, or two of one name.
+    """
+    found: dict[str, DataSet] = {}
+    for file in sorted(folder.rglob("*.yaml")):
+        text = file.read_text(encoding="utf-8")
+        if not any(line.startswith("dataset:") for line in text.splitlines()):
+            continue
+        try:
+            data = TypeAdapter(DataSet).validate_python(read_yaml(text))
+        except YAMLError as error:
+            raise UserError(f"{file}: is not valid YAML: {error}") from error
+        except ValidationError as error:
+            problems = [
+                f"{'.'.join(map(str, one['loc']))}: {one['msg']} (got {one['input']!r})" for one in error.errors()
+            ]
+            raise UserError("\n".join(f"{file}: {problem}" for problem in problems)) from error
+        if data.dataset in found:
+            raise UserError(
+                f"{file}: dataset {data.dataset!r} is described in another file of {folder} too; rename one"
+            )
+        found[data.dataset] = data
+    return found
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_splits(part: Part, data_dir: Path | None, **_: Any) -> Any:
+    """The splits `items` and, where there are any, `examples`, as lm-eval documents; lm-eval passes what it likes.
+
+    Raises:
+        UserError: data that is not there or empty, or a row without a question or with an answer outside its options.
+    """
+    from datasets import Dataset
+
+    docs = {split: list(found) for split, found in _docs(part, data_dir).items()}
+    if part.data.shuffled and part.data.bundled is None:
+        docs["items"].sort(key=lambda doc: doc["id"])
+    return {split: Dataset.from_list(found) for split, found in docs.items()}
+
+
+def has_examples(part: Part, data_dir: Path | None) -> bool:
+    """Whether few-shot examples would be there."""
+    data = part.data
+    if data.bundled is not None:
+        return "rolling" not in data.protocols
+    return bool(data.shots) or bool(data.examples if data_dir is not None else data.hub and data.hub.examples)
+
+
+def _docs(part: Part, data_dir: Path | None) -> dict[str, Iterator[Doc]]:
+    if part.data.bundled is not None:
+        return {split: iter(found) for split, found in _bundled(part).items()}
+    where, rows = _rows(part, data_dir)
+    if part.data.shots:
+        rows["examples"] = list(part.data.shots)
+    rows = {split: found if split == "items" else found[:NUM_EXAMPLES] for split, found in rows.items()}
+    return {split: _as_docs(part, found, f"{where} ({split})") for split, found in rows.items()}
+
+
+def _bundled(part: Part) -> dict[str, list[Doc]]:
+    from shoal.abilities import GENERATORS
+    from shoal.data import BUNDLED
+
+    data = part.data
+    assert data.bundled is not None
+    if data.bundled in BUNDLED:
+        return {"items": [{"id": digest(text)[:16], "page": text} for text in BUNDLED[data.bundled]()]}
+    if data.bundled not in GENERATORS:
+        raise UserError(
+            f"data set {data.dataset!r}: bundled is {data.bundled!r}; choose one of "
+            f"{', '.join([*GENERATORS, *BUNDLED])}"
+        )
+    settings = dict(data.settings)
+    if data.parts and data.parts.setting:
+        settings[data.parts.setting] = part.value
+    return _generated(data.bundled, data.num_items or NUM_ITEMS, json.dumps(settings, sort_keys=True))
+
+
+@cache
+def _generated(kind: str, num_items: int, settings: str) -> dict[str, list[Doc]]:
+    """The documents of a generator; kept, because the tasks of all protocols ask for the same ones."""
+    from shoal.abilities import items
+
+    make = partial(items, kind, seed=0, **json.loads(settings))
+    scored, shown = make(split="eval", num_items=num_items), make(split="train", num_items=NUM_EXAMPLES)
+    return {
+        split: [
+            {
+                "id": item.id,
+                "context": item.context,
+                "question": item.question,
+                "options": [option.strip() for option in item.options],
+                "answer": item.answer,
+                "answers": [str(item.params["final"])],
+                "worked": str(item.params.get("worked", item.gold.strip())),
+            }
+            for item in found
+        ]
+        for split, found in (("items", scored), ("examples", shown))
+    }
+
+
+def _rows(part: Part, data_dir: Path | None) -> tuple[str, dict[str, list[Row]]]:
+    """Where the rows are from, in words, and the rows by split."""
+    data, hub = part.data, part.hub
+    if data_dir is not None:
+        files = {"items": part.items, **({"examples": data.examples} if data.examples else {})}
+        return f"{data_dir / data.place}", local_rows(data, data_dir, files)
+    if hub is None:
+        raise UserError(
+            f"eval.tasks: {part.name!r} is not on the Hub; set eval.data_dir to a folder with "
+            f"{data.place}/{part.items}, or leave the task out"
+        )
+    return hub.path, _hub_rows(part, hub)
+
+
+def local_rows(data: DataSet, data_dir: Path, files: Mapping[str, str]) -> dict[str, list[Row]]:
+    """The rows of ``files`` (split -> name) of one data set in ``data_dir``.
+
+    Raises:
+        UserError: the folder or a file is missing, empty, or no JSON lines.
+    """
+    folder = data_dir / data.place
+    missing = [name for name in files.values() if not (folder / name).is_file()]
+    if missing:
+        known = sorted(file.name for file in folder.glob("*.jsonl")) if folder.is_dir() else []
+        there = f"it holds {', '.join(known) or 'no .jsonl file'}" if folder.is_dir() else "there is no such folder"
+        instead = "leave eval.data_dir out to read it from the Hub" if data.hub else "leave its tasks out"
+        raise UserError(
+            f"eval.data_dir: {str(data_dir)!r} lacks {data.place}/{missing[0]}, which {data.dataset!r} is read from "
+            f"({there}); put it there, or {instead}"
+        )
+    return {split: _json_lines(folder / name) for split, name in files.items()}
+
+
+def _json_lines(file: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}:{number}: is no JSON ({error.msg}); write one object per line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{file}:{number}: is {type(row).__name__}, not an object; write one object per line")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file}: holds no rows; a task needs at least one item, so replace the file or leave it out")
+    return rows
+
+
+def _hub_rows(part: Part, hub: HubData) -> dict[str, list[Row]]:
+    from datasets import load_dataset
+
+    splits = {"items": hub.items, **({"examples": hub.examples} if hub.examples else {})}
+    try:
+        loaded: Any = {split: load_dataset(hub.path, hub.name, split=name) for split, name in splits.items()}
+    except Exception as error:  # the Hub, the network and `datasets` raise a dozen unrelated types here
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
+        raise UserError(
+            f"eval.tasks: {part.name!r} cannot be read from the Hub ({hub.path}: {type(error).__name__}: {reason}). "
+            f"Check the network, or set eval.data_dir to a folder with {part.data.place}/{part.items}"
+        ) from error
+    return {split: [dict(row) for row in rows] for split, rows in loaded.items()}
+
+
+# --- rows to documents --------------------------------------------------------------------------------------------
+
+
+def bbh_options(text: str, target: str) -> list[str]:
+    """The options of a BBH question: those it lists, or the pair its target is one of."""
+    _, found, listed = text.partition("Options:")
+    options = [line.strip().removeprefix("- ") for line in listed.splitlines() if line.strip()] if found else []
+    pairs = [["True", "False"], ["Yes", "No"], ["yes", "no"], ["valid", "invalid"]]
+    pair = next((pair for pair in pairs if target in pair), [])
+    return [option.split(") ", 1)[1] if option.startswith("(") else option for option in options] or pair
+
+
+def _without_marks(text: str) -> str:
+    """HellaSwag's text without the [title], [step] marks of WikiHow, cleaned as lm-eval does it."""
+    cleaned = text.strip().replace(" [title]", ". ")
+    while (start := cleaned.find("[")) >= 0 and (end := cleaned.find("]", start)) >= 0:
+        cleaned = cleaned[:start] + cleaned[end + 1 :]
+    return cleaned.replace("  ", " ")
+
+
+def _without_calculator(text: str) -> str:
+    """GSM8K's worked answer without its <<48/2=24>> marks."""
+    parts = text.split("<<")
+    return parts[0] + "".join(part.partition(">>")[2] for part in parts[1:])
+
+
+def _values_beside(pairs: Sequence[Sequence[str]], position: int) -> list[str]:
+    """The value at ``position`` among three others, in the order of a hash."""
+    gold = pairs[position][1]
+    others = sorted((value for _, value in pairs if value != gold), key=lambda value: digest(gold, value))
+    return sorted([gold, *others[:3]], key=digest)
+
+
+@cache
+def _jinja() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {
+        "without_marks": _without_marks,
+        "without_calculator": _without_calculator,
+        "bbh_options": bbh_options,
+        "as_json": lambda pairs: json.dumps(dict(pairs)),
+        "values_beside": _values_beside,
+    }
+    environment.globals["LETTERS"] = LETTERS
+    return environment
+
+
+def _as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
+    data, jinja = part.data, _jinja()
+    if not rows:
+        raise UserError(f"eval.tasks: {part.name!r}: {where} holds no rows; a task needs at least one item")
+    templates = {
+        "question": data.question,
+        "context": data.context,
+        "ending": data.ending,
+        "worked": data.worked,
+        "page": data.page,
+    }
+    if data.page is not None:
+        del templates["question"]
+    written = {key: jinja.from_string(text) for key, text in templates.items() if text is not None}
+    expressions = {key: getattr(data, key) for key in ("options", "answer", "answers", "beginnings")}
+    values = {key: jinja.compile_expression(text, undefined_to_none=False) for key, text in expressions.items() if text}
+    for number, row in enumerate(rows, 1):
+        at = f"eval.tasks: {part.name!r}: {where}, row {number}"
+        try:
+            doc: Doc = {key: template.render(**row) for key, template in written.items()}
+            doc |= {key: _defined(expression(**row), key) for key, expression in values.items()}
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise UserError(
+                f"{at} cannot be read ({error}; its fields are {', '.join(row)}); correct the data or its description"
+            ) from error
+        yield _finished(doc, at)
+
+
+def _defined(value: Any, key: str) -> Any:
+    if isinstance(value, Undefined):
+        raise LookupError(f"no value for {key}")
+    return list(value) if not isinstance(value, str | int | float) else value
+
+
+def _finished(doc: Doc, at: str) -> Doc:
+    """The document with its identity and everything the protocols ask for."""
+    if "page" in doc:
+        return {"id": digest(doc["page"])[:16], **doc}
+    doc.setdefault("context", f"Question: {doc['question']}\nAnswer:")
+    if "options" in doc:
+        doc["options"] = [str(option).strip() for option in doc["options"]]
+        doc["answer"] = _position(doc["answer"], doc["options"], at)
+        doc["answers"] = [doc["options"][doc["answer"]]]
+    else:
+        found = doc["answers"]
+        doc["answers"] = [str(answer) for answer in (found if isinstance(found, list) else [found])]
+        if not doc["answers"]:
+            raise UserError(f"{at} has no answer; correct the data")
+    doc.setdefault("worked", doc["answers"][0])
+    return {"id": digest(doc["context"], *doc.get("options", doc["answers"]))[:16], **doc}
+
+
+def _position(answer: Any, options: list[str], at: str) -> int:
+    """Which option is the right one."""
+    if isinstance(answer, str) and answer.strip() in options:
+        return options.index(answer.strip())
+    if isinstance(answer, str):
+        text = answer.strip().strip("()")
+        answer = int(text) if text.isdecimal() else LETTERS.find(text) if len(text) == 1 else -1
+    if not 0 <= int(answer) < len(options):
+        raise UserError(
+            f"{at}: the answer {answer!r} is none of its {len(options)} options; correct the data, or answer in the "
+            "description"
+        )
+    return int(answer)

@@ -1,0 +1,204 @@
+"""One data set as lm-eval tasks: under lettered options, option text, written text, worked answers, as running text.
+
+All tasks of a part read the same documents (data_sets.py): protocols differ in how they ask and in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shoal.abilities.matching import (
+    LETTERS,
+    chosen_option,
+    contains,
+    exact,
+    lettered_prompt,
+    letters_of,
+    number,
+    starts,
+    stated,
+)
+
+from .data_sets import DataSet, Part, has_examples, parts_of, read_splits
+
+Config = dict[str, Any]
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+
+
+def task_names(data: DataSet) -> dict[str, tuple[Part, str]]:
+    """Task name -> its part and protocol."""
+    return {f"{part.name}_{protocol}": (part, protocol) for part in parts_of(data) for protocol in data.protocols}
+
+
+def task_config(part: Part, protocol: str, data_dir: Path | None) -> Config:
+    """What lm-eval makes the task of."""
+    data = part.data
+    metadata: Config = {"version": data.version, "ability": data.ability, "protocol": protocol}
+    if part.level is not None:
+        metadata |= {"family": data.family, "level": part.level}
+    shown = has_examples(part, data_dir)
+    own = FORMS[protocol](part)
+    return {
+        "task": f"{part.name}_{protocol}",
+        "custom_dataset": partial(read_splits, part, data_dir),
+        "test_split": "items",
+        "target_delimiter": " ",
+        "num_fewshot": data.num_fewshot if shown else 0,
+        **({"fewshot_split": "examples"} if shown else {}),
+        **own,
+        "fewshot_config": {"sampler": "first_n", **own.get("fewshot_config", {})},
+        "metadata": {**metadata, **own["metadata"]},
+    }
+
+
+def _loglikelihood(part: Part) -> Config:
+    del part
+    return {
+        "output_type": "multiple_choice",
+        "doc_to_text": lettered_prompt,
+        "doc_to_choice": letters_of,
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", **MEAN}],
+        "metadata": {"metric": "acc"},
+    }
+
+
+def _continuation(part: Part) -> Config:
+    data = part.data
+    if data.options is None and data.bundled is None:  # an open question: is its answer what the model would write?
+        return {
+            "output_type": "loglikelihood",
+            "doc_to_text": "context",
+            "doc_to_target": first_answer,
+            "fewshot_config": {"doc_to_target": shown_answer},
+            "metric_list": [{"metric": "acc", **MEAN}],
+            "metadata": {"metric": "acc", "chance": 0.0},
+        }
+    if data.beginnings is not None:
+        asked = {"doc_to_text": "answer", "doc_to_choice": "beginnings", "doc_to_target": "ending"}
+    else:
+        asked = {"doc_to_text": "context", "doc_to_choice": "options", "doc_to_target": "answer"}
+    metrics = ("acc",) if data.metric == "acc" else ("acc", "acc_norm")
+    return {
+        "output_type": "multiple_choice",
+        **asked,
+        "metric_list": [{"metric": metric, **MEAN} for metric in metrics],
+        "metadata": {"metric": data.metric},
+    }
+
+
+def _generation(part: Part) -> Config:
+    data = part.data
+    chooses = data.lettered and (data.options is not None or data.bundled is not None)
+    return {
+        "output_type": "generate_until",
+        "doc_to_text": lettered_prompt if chooses else "context",
+        "doc_to_target": right_letter if chooses else shown_answer,
+        "process_results": letter_match if chooses else TEXT_MATCHES[data.match],
+        "generation_kwargs": {"until": list(data.stop), "max_gen_toks": data.max_new_tokens, "do_sample": False},
+        "metric_list": [{"metric": "match", **MEAN}],
+        "fewshot_config": {"doc_to_target": "worked"} if data.shows_work else {},
+        "metadata": {"metric": "match", "chance": 0.0},
+    }
+
+
+def _worked(part: Part) -> Config:
+    del part
+    return {
+        "output_type": "loglikelihood",
+        "doc_to_text": "context",
+        "doc_to_target": worked_answer,
+        "fewshot_config": {"doc_to_target": "worked"},
+        "process_results": nats,
+        "metric_list": [{"metric": "nats", "aggregation": "mean", "higher_is_better": False}],
+        "metadata": {"metric": "nats_per_token", "protocol": "continuation", "chance": 0.0},
+    }
+
+
+def _rolling(part: Part) -> Config:
+    del part
+    return {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "page",
+        "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
+        "metadata": {"metric": "bits_per_byte", "chance": 0.0},
+    }
+
+
+FORMS: dict[str, Callable[[Part], Config]] = {
+    "loglikelihood": _loglikelihood,
+    "continuation": _continuation,
+    "generation": _generation,
+    "worked": _worked,
+    "rolling": _rolling,
+}
+
+
+def first_answer(doc: Mapping[str, Any]) -> str:
+    """The first accepted answer, as it follows the context."""
+    return f" {doc['answers'][0]}"
+
+
+def shown_answer(doc: Mapping[str, Any]) -> str:
+    """The first accepted answer."""
+    return doc["answers"][0]
+
+
+def worked_answer(doc: Mapping[str, Any]) -> str:
+    """The worked answer, as it follows the context."""
+    return f" {doc['worked']}"
+
+
+def right_letter(doc: Mapping[str, Any]) -> str:
+    """The letter of the right option."""
+    return LETTERS[doc["answer"]]
+
+
+def letter_match(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the written text chooses the right option."""
+    return {"match": float(chosen_option(results[0], doc["options"]) == doc["answer"])}
+
+
+def match_start(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the first line starts with an accepted answer."""
+    return {"match": float(starts(results[0], doc["answers"]))}
+
+
+def match_inside(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where an accepted answer stands in the first line."""
+    return {"match": float(contains(results[0], doc["answers"]))}
+
+
+def match_exactly(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the first line is an accepted answer."""
+    return {"match": float(exact(results[0], doc["answers"]))}
+
+
+def match_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the stated, or else the last, number is the right one."""
+    return {"match": float(number(results[0], doc["answers"]))}
+
+
+def match_stated(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the answer that the text states is an accepted one."""
+    return {"match": float(stated(results[0], doc["answers"]))}
+
+
+TEXT_MATCHES = {
+    "starts": match_start,
+    "contains": match_inside,
+    "exact": match_exactly,
+    "number": match_number,
+    "stated": match_stated,
+}
+"""Plain functions each: lm-eval records the rule of a task by its source."""
+
+
+def nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:
+    """Nats of the whole worked answer; samples.py divides them by its tokens."""
+    del doc
+    return {"nats": -results[0][0]}
