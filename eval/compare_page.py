@@ -82,11 +82,11 @@ def comparison_text(comparison: RunComparison) -> str:
     for index in range(len(comparison.tasks)):
         table = _task_table(comparison, index)
         narrow = [[row[i] for i in IN_TERMINAL] for row in (table.columns, *table.rows)]
-        parts.append(f"{clean(table.caption)}\n{_aligned(narrow)}")
+        parts.append(f"{table.caption}\n{_aligned(narrow)}")
     parts.append("\n".join(verdicts(comparison)))
     known = [*comparison.left_out, *_same_lines(comparison), *_silent_lines(comparison), *comparison.notes]
     parts += ["\n".join(f"- {line}" for line in known)] if known else []
-    return "\n\n".join(parts)
+    return clean("\n\n".join(parts))  # no name may steer the terminal
 
 
 def verdicts(comparison: RunComparison) -> Iterator[str]:
@@ -202,7 +202,7 @@ def _runs_table(comparison: RunComparison) -> Table:
 def _run_lines(comparison: RunComparison) -> Iterator[str]:
     for contender in comparison.contenders:
         cut = f": {contender.run.plan.in_words()}" if contender.run.plan else ""
-        yield clean(f"{contender.letter} = {contender.name}{cut}")
+        yield f"{contender.letter} = {contender.name}{cut}"
 
 
 def _main_table(comparison: RunComparison) -> Table:
@@ -343,7 +343,7 @@ def _versions_table(comparison: RunComparison) -> Table:
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """Columns of equal width, the first one flush left, for a terminal; columns that say nothing are left out."""
-    cells = [[" ".join(clean(cell).split()) for cell in row] for row in rows]
+    cells = [[" ".join(cell.split()) for cell in row] for row in rows]
     kept = [i for i in range(len(cells[0])) if any(row[i] != DASH for row in cells[1:])]
     widths = {index: max(len(row[index]) for row in cells) for index in kept}
     lines = [
