@@ -16,13 +16,12 @@ import pytest
 import torch
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from shoal.artifact import Evaluation, Provenance, Speed, TaskScore
+from shoal.artifact import Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.eval.engine import CausalLM
 from shoal.eval.evaluate import evaluate, role_evaluation
 from shoal.eval.perplexity import perplexity, windows
 from shoal.eval.samples import item_ids, task_score
-from shoal.eval.speed import measure_speed
 from shoal.eval.statistics import paired
 from shoal.recipe import Eval
 from shoal.section import DataSource
@@ -274,34 +273,6 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
     expected = run(tasks=("retrieval_continuation", "shoal_knowledge", "reasoning_worked"), limit=5)
     assert_same(found[0], expected)
     assert [score.task for score in found[0]] == [score.task for score in expected]
-
-
-def test_speed_of_every_role_is_measured_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = {"teacher": tiny_checkpoint(tmp_path / "t", "llama"), "pruned": tiny_checkpoint(tmp_path / "p", "gemma3")}
-    turns: list[str] = []
-    from shoal.eval import speed
-
-    original = speed._one_turn
-
-    def noting(decoder: Any, *sizes: int) -> tuple[float, float]:
-        turns.append(type(decoder.model).__name__)
-        return original(decoder, *sizes)
-
-    monkeypatch.setattr(speed, "_one_turn", noting)
-    found = measure_speed(folders, provenance=Provenance({}), prompt_tokens=16, new_tokens=4, repeats=2)
-    assert turns == ["LlamaForCausalLM", "Gemma3ForCausalLM"] * 3
-    assert set(found.roles) == {"teacher", "pruned"}
-    for role in found.roles.values():
-        assert min(role.samples["prefill"]) <= role.prefill_tokens_per_s <= max(role.samples["prefill"])
-        assert len(role.samples["decode"]) == 2
-        assert role.decode_tokens_per_s > 0
-    found.write(tmp_path / "speed.json")
-    assert Speed.read(tmp_path / "speed.json") == found
-
-
-def test_speed_refuses_a_prompt_longer_than_the_model() -> None:
-    with pytest.raises(UserError, match="make 288, but teacher has 64 positions"):
-        measure_speed({"teacher": tiny_model("llama", max_position_embeddings=64)}, provenance=Provenance({}))
 
 
 def test_one_task_may_get_a_number_of_items_of_its_own():
