@@ -8,16 +8,14 @@ from typing import Any
 import yaml
 
 from shoal.artifact import Json
-from shoal.data import BUNDLED, TEACHER_TEXT
 from shoal.edits import in_words
-from shoal.recipe import CONFIGS_DIR
+from shoal.search import SearchResult
 
+from .cautions import disjointness
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
 from .findings import ROLES, Run
 from .wording import DASH, bytes_text, count_text, duration_text, layers_text, listed, redacted
 
-HELD_OUT = "python_docs_heldout"
-"""The bundled source that belongs to evaluation."""
 TERMS = (
     ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),
     ("Teacher", "The intact model."),
@@ -72,7 +70,7 @@ def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
     return Section("Which layers were cut, and why", tuple(blocks))
 
 
-def training_section(run: Run, picture: Picture | None) -> Section:
+def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
     """Loss curves, text and cost of the distillation."""
     training = run.training
     if training is None:
@@ -85,9 +83,10 @@ def training_section(run: Run, picture: Picture | None) -> Section:
             f"{bytes_text(training.peak_memory_bytes)} in the largest process."
         )
     ]
-    if picture:
-        blocks.append(picture)
-    blocks += [*_data_blocks(training.data), _disjointness(run)]
+    blocks += pictures
+    blocks += _data_blocks(training.data)
+    if kept_apart := disjointness(run):
+        blocks.append(Paragraph(kept_apart))
     return Section("Training", tuple(blocks))
 
 
@@ -109,6 +108,24 @@ def speed_section(run: Run) -> Section:
     else:
         blocks.append(Paragraph("Speed was not measured in this run (`eval.speed` in the recipe)."))
     return Section("Speed and size", tuple(blocks))
+
+
+def costs_section(run: Run, search: SearchResult | None) -> Section | None:
+    """What the run took: time, tokens and memory of every stage that recorded them; None where none did."""
+    rows = []
+    if run.importance:
+        rows.append(("Measuring the layers", DASH, f"{run.importance.num_tokens:,}", DASH))
+    if search:
+        healed = len({plan.same_as or plan.name for plan in search.plans})
+        rows.append((f"Healing {healed} plans to choose from", DASH, f"{healed * search.num_tokens:,}", DASH))
+    if training := run.training:
+        cells = (duration_text(training.seconds), f"{training.num_tokens:,}", bytes_text(training.peak_memory_bytes))
+        rows.append(("Distilling", *cells))
+    rows += [(f"Scoring {role}", duration_text(found.seconds), DASH, DASH) for role, found in run.evaluations.items()]
+    if not rows:
+        return None
+    caption = f"What the run took; {DASH} = not recorded"
+    return Section("Costs", (Table(caption, ("Stage", "Time", "Tokens read", "Peak memory"), tuple(rows)),))
 
 
 def terms_section() -> Section:
@@ -208,44 +225,6 @@ def _data_blocks(data: dict[str, Json]) -> list[Block]:
     if others:
         blocks.append(Bullets(others))
     return blocks
-
-
-def _disjointness(run: Run) -> Paragraph:
-    """Whether training text and evaluation items can share content: known for shoal's own, not for others'."""
-    assert run.training is not None
-    data = run.training.data
-    sources = list(data.get("sources") or {})
-    tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
-    perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
-    held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
-    foreign = [name for name in sources if name not in (*BUNDLED, TEACHER_TEXT)]
-    foreign += [
-        name
-        for name, task in tasks.items()
-        if not (held_out if task.protocol == "rolling" else (CONFIGS_DIR / "tasks" / f"{name}.yaml").is_file())
-    ]
-    if HELD_OUT in sources:
-        text = f"Training read {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
-        return Paragraph(text, warning=True)
-    if overlap := data.get("overlap"):
-        searched = data.get("tokens_searched_for_overlap")
-        where = "the training text" if searched is None else f"the first {searched:,} tokens of the training text"
-        found = {task: one["found"] for task, one in overlap.items() if one["found"]}
-        if not found:
-            return Paragraph(
-                f"No evaluation item of {len(overlap)} tasks was found in {where}, by 13 words in succession."
-            )
-        told = ", ".join(f"{count} of {overlap[task]['compared']} of {task}" for task, count in found.items())
-        text = f"Evaluation items were found in {where}, by 13 words in succession: {told}."
-        return Paragraph(text, warning=True)
-    if foreign:
-        text = f"It was not checked whether training text and evaluation items overlap for: {listed(foreign)}."
-        return Paragraph(text, warning=True)
-    return Paragraph(
-        "Training and evaluation items are disjoint: a hash of its content puts every fact, word and documentation "
-        "topic into one of two splits; training draws from the one, evaluation from the other. What the teacher wrote "
-        "itself starts from training documents."
-    )
 
 
 def _environment_blocks(run: Run) -> list[Block]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.figures import clean
 
@@ -54,7 +54,17 @@ class Table:
     """First cell = the row's heading."""
     text_columns: frozenset[int] = frozenset({0})
     """Columns of words; the others hold figures and are set flush right."""
+    groups: tuple[tuple[str, int], ...] = ()
+    """Headings over runs of rows: text and number of rows; () = no headings."""
     folded: bool = False
+
+    @property
+    def grouped_rows(self) -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
+        """Every heading with its rows; one without text where there are no headings."""
+        rows, found = iter(self.rows), []
+        for heading, count in self.groups or (("", len(self.rows)),):
+            found.append((heading, tuple(next(rows) for _ in range(count))))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -67,6 +77,14 @@ class Picture:
     """Trusted markup from shoal.figures.inline_svg."""
     title: str
     description: str
+    folded: bool = False
+
+    @property
+    def width(self) -> int:
+        """In points, as it was drawn."""
+        found = re.search(r'viewBox="\S+ \S+ (\d+)', self.svg)
+        assert found is not None
+        return int(found[1])
 
 
 @dataclass(frozen=True)
@@ -80,10 +98,28 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Cautions:
+    """What a reader has to know before any number is believed."""
+
+    items: tuple[tuple[str, str], ...]
+    """What it is about and what it means."""
+
+    @property
+    def grouped(self) -> dict[str, list[str]]:
+        """What it is about -> everything that is said of it."""
+        found: dict[str, list[str]] = {}
+        for about, text in self.items:
+            found.setdefault(about, []).append(text)
+        return found
+
+
+@dataclass(frozen=True)
 class Flip:
     """One item that two roles answered differently."""
 
     item: str
+    question: str
+    """Empty where it was not kept."""
     expected: str
     before: str
     after: str
@@ -91,16 +127,48 @@ class Flip:
 
 @dataclass(frozen=True)
 class Flips:
-    """Items that one role has right and another wrong."""
+    """Items of one task that one role has right and another wrong."""
 
-    caption: str
+    task: str
+    change: str
+    """What happened to them, in words: `lost by the cut`."""
+    won: bool
+    """Whether the role on the right is the one that has them right."""
     before: str
     """Role whose text stands on the left."""
     after: str
+    count: int
+    """Of all such items, shown or not."""
     items: tuple[Flip, ...]
 
+    @property
+    def caption(self) -> str:
+        text = f"{self.task}: {self.count:,} {'item' if self.count == 1 else 'items'} {self.change}"
+        return text if len(self.items) == self.count else f"{text}, {len(self.items)} shown"
 
-Block = Paragraph | Bullets | Facts | Terms | Table | Picture | Code | Flips
+
+@dataclass(frozen=True)
+class FlipBrowser:
+    """All changed items: one at a time with filters where scripts run, lists that fold everywhere."""
+
+    groups: tuple[Flips, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(group.task for group in self.groups))
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(group.change for group in self.groups))
+
+    @property
+    def shown(self) -> int:
+        return sum(len(group.items) for group in self.groups)
+
+
+Block = Paragraph | Bullets | Facts | Terms | Table | Picture | Code | Cautions | FlipBrowser
+FLIPS_IN_MARKDOWN = 8
+"""Items per task and direction: a Markdown table cannot be searched or folded."""
 
 
 @dataclass(frozen=True)
@@ -137,16 +205,22 @@ def block_markdown(block: Block) -> str:
     """One block as Markdown."""
     match block:
         case Paragraph():
-            return ("> **Note.** " if block.warning else "") + inline(block.text)
+            return ("> **Note.** " if block.warning else "") + prose(block.text)
         case Bullets():
-            return "\n".join(f"- {inline(item)}" for item in block.items)
+            return "\n".join(f"- {prose(item)}" for item in block.items)
         case Facts():
             return "\n".join(f"- **{inline(value)}** {inline(label)}" for value, label in block.items)
         case Terms():
             return "\n".join(f"- **{inline(term)}**: {inline(meaning)}" for term, meaning in block.items)
+        case Cautions():
+            lines = (f"- **{inline(about)}.** {' '.join(map(prose, texts))}" for about, texts in block.grouped.items())
+            return "\n".join(lines)
         case Table():
             rule = tuple(":--" if column in block.text_columns else "--:" for column in range(len(block.columns)))
-            lines = [_row(block.columns), "|" + "|".join(rule) + "|", *(_row(row) for row in block.rows)]
+            lines = [_row(block.columns), "|" + "|".join(rule) + "|"]
+            for heading, rows in block.grouped_rows:
+                lines += [f"| **{inline(heading)}** " + "| " * len(block.columns[1:]) + "|"] if heading else []
+                lines += [_row(row) for row in rows]
             return f"**{inline(block.caption)}**\n\n" + "\n".join(lines)
         case Picture():
             return f"![{inline(block.title)}]({block.file})\n\n{inline(block.description)}"
@@ -154,15 +228,33 @@ def block_markdown(block: Block) -> str:
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block.text)), default=0))
             heading = f"**{inline(block.summary)}**\n\n" if block.summary else ""
             return f"{heading}{fence}{block.language}\n{clean(block.text).rstrip()}\n{fence}"
-        case Flips():
-            head = ("item", "expected", block.before, block.after)
-            rows = tuple((flip.item, flip.expected, flip.before, flip.after) for flip in block.items)
-            return block_markdown(Table(block.caption, head, rows, frozenset(range(4))))
+        case FlipBrowser():
+            return "\n\n".join(block_markdown(_as_table(group)) for group in block.groups)
 
 
-def inline(text: str) -> str:
+def _as_table(flips: Flips) -> Table:
+    shown = replace(flips, items=flips.items[:FLIPS_IN_MARKDOWN])
+    asked = any(flip.question for flip in shown.items)
+    head = ("item", *(["question"] if asked else []), "expected", shown.before, shown.after)
+    rows = tuple(
+        (flip.item, *([flip.question] if asked else []), flip.expected, flip.before, flip.after) for flip in shown.items
+    )
+    return Table(shown.caption, head, rows, frozenset(range(len(head))))
+
+
+def prose(text: str) -> str:
+    """inline(), with `like this` left as code where it can be nothing but a command, a key or a file name.
+
+    A span of these characters means nothing to Markdown, so it does no harm if a stray backtick pairs it otherwise.
+    """
+    parts = re.split(r"(`(?! )[\w ./:=,'-]+(?<! )`)", text)
+    return "".join(part if index % 2 else inline(part, strip=False) for index, part in enumerate(parts)).strip()
+
+
+def inline(text: str, *, strip: bool = True) -> str:
     """Text for one line of Markdown: line breaks become a visible sign, everything that could be markup is escaped."""
-    line = clean(text).strip().replace("\r\n", "\n").replace("\n", " ⏎ ").replace("\r", " ").replace("\t", " ")
+    line = clean(text.strip() if strip else text).replace("\r\n", "\n").replace("\n", " ⏎ ")
+    line = line.replace("\r", " ").replace("\t", " ")
     line = html.escape(line, quote=False)
     # `_` inside a word is no markup, and task names are full of it
     return re.sub(r"(\\|[`*\[\]|~#]|(?<!\w)_|_(?!\w)|://)", lambda found: _escaped(found[0]), line)

@@ -9,6 +9,9 @@ from shoal.edits import in_words
 from .findings import Comparison, Row, Run
 from .wording import count_text, layers_text, listed, signed, task_name
 
+MAX_NAMES = 5
+"""Tasks told by name in one sentence; all of them are in the tables."""
+
 
 def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
     """A few plain sentences; better and worse are said only where the paired interval excludes zero."""
@@ -74,8 +77,9 @@ def _lost(rows: Sequence[Row]) -> str:
     total = len(worse) + len(better) + len(unclear)
     if not total:
         return ""
+    all_of_them = len(worse) == total > MAX_NAMES
     how_many = f"all {total} scores" if len(worse) == total > 1 else f"{len(worse)} of {total} scores"
-    parts = [f"Cutting made {how_many} worse" + (f": {_names(worse)}" if worse else "")]
+    parts = [f"Cutting made {how_many} worse" + (f": {_names(worse)}" if worse and not all_of_them else "")]
     if better:
         parts.append(f"better: {_names(better)}")
     if unclear:
@@ -88,10 +92,12 @@ def _came_back(rows: Sequence[Row]) -> str:
     worse, better, unclear = _sorted_by_verdict(rows, pair)
     if not (worse or better or unclear):
         return ""
+    total = len(worse) + len(better) + len(unclear)
     if not better:
         first = "Distilling made no score clearly better than that of the cut model"
     else:
-        first = f"Distilling made the cut model better on {_all_or_names(better, rows)}"
+        of_all = f"{len(better)} of {total} scores: " if len(better) > MAX_NAMES and len(better) < total else ""
+        first = f"Distilling made the cut model better on {of_all}{_all_or_names(better, rows)}"
     parts = [first]
     if worse:
         parts.append(f"worse on {_names(worse)}")
@@ -122,10 +128,10 @@ def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> tuple[list
     return those("worse"), those("better"), those("unclear")
 
 
-def _names(rows: Sequence[Row], limit: int = 8) -> str:
+def _names(rows: Sequence[Row]) -> str:
     names = [task_name(row) for row in rows]
-    if len(names) > limit:
-        return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+    if len(names) > MAX_NAMES:
+        return f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES} more"
     return listed(names)
 
 

@@ -1,21 +1,47 @@
-"""A document as one HTML page that opens from disk: no script, no request, dark and light, made for phones too."""
+"""A document as one HTML page that opens from disk: no request, dark and light, made for phones and keyboards too.
+
+The page's policy lets exactly one style sheet and one script in, by their hashes: whatever a model or data set wrote
+could not run or load anything even if it were not escaped.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from functools import cache
+from importlib.resources import files
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from shoal.figures import clean
 
-from .document import Document
+from .document import Document, FlipBrowser
 
 
 def to_html(document: Document) -> str:
     """The page. Everything is escaped by the template engine except the figures' SVG, which shoal draws itself."""
-    return _template().render(document=document)
+    browses = any(isinstance(block, FlipBrowser) for section in document.sections for block in section.blocks)
+    style, script = _source("report.css"), _source("flips.js") if browses else Markup("")
+    return _template().render(document=document, style=style, script=script, policy=_policy(style, script))
+
+
+def _policy(style: str, script: str) -> str:
+    """The Content Security Policy; figures carry style attributes and, for heat maps, pictures inside themselves."""
+    scripts = f"script-src {_hash(script)}; " if script else ""
+    return (
+        f"default-src 'none'; {scripts}style-src 'unsafe-inline'; style-src-elem {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _source(name: str) -> Markup:
+    return Markup((files("shoal.eval") / "templates" / name).read_text(encoding="utf-8"))
 
 
 @cache
@@ -31,6 +57,7 @@ def _template() -> Template:
     environment.filters["code"] = _with_code
     environment.filters["breakable"] = _breakable
     environment.filters["figure"] = _with_interval
+    environment.filters["verdict"] = _verdict
     environment.filters["kind"] = lambda block: type(block).__name__
     return environment.get_template("report.html")
 
@@ -51,6 +78,11 @@ def _with_interval(text: str) -> Markup:
             escaped,
         )
     )
+
+
+def _verdict(text: str) -> str:
+    """The class of a cell that begins with the sign of a verdict."""
+    return {"▲": " good", "▼": " bad"}.get(text[:1], "")
 
 
 def _breakable(text: str) -> Markup:

@@ -22,7 +22,12 @@ def search_text(result: SearchResult, *, every_score: bool = False) -> str:
     """Markdown that also reads well as it stands; ``every_score`` adds each plan's score on each task."""
     ranking = result.ranking
     several = f"{len(ranking.plans)} plans, each healed for {result.num_tokens:,} tokens"
-    parts = [f"# {several}", _ranked_by(ranking), _standings(result), "\n".join(f"- {one}" for one in verdicts(result))]
+    parts = [
+        f"# {several}",
+        ranked_by(ranking),
+        _table(standings(result)),
+        "\n".join(f"- {one}" for one in verdicts(result)),
+    ]
     if any(plan.after.likelihood or plan.after.generation for plan in ranking.plans):
         parts += ["## Kept of the teacher's scores above chance, by protocol", _kept(ranking)]
     parts += ["## Before and after the heal: do the rankings agree?", _agreement(ranking)]
@@ -80,7 +85,8 @@ def _same(result: SearchResult) -> Iterator[HealedPlan]:
     return (plan for plan in result.plans if plan.same_as is not None)
 
 
-def _ranked_by(ranking: Ranking) -> str:
+def ranked_by(ranking: Ranking) -> str:
+    """What the plans are ranked by, and which tasks are not counted, a sentence a line."""
     what = "the mean share kept of the teacher's score above chance"
     if ranking.unit == "nats":
         metric = next(column.metric for column in ranking.columns if column.weight)
@@ -92,11 +98,12 @@ def _ranked_by(ranking: Ranking) -> str:
     return "\n".join(lines)
 
 
-def _standings(result: SearchResult) -> str:
+def standings(result: SearchResult) -> list[list[str]]:
+    """Rows of every plan's standing, the best after the heal first; the first row holds the columns' names."""
     ranking = result.ranking
     plans = {plan.name: plan for plan in result.plans}
     header = ["rank", "rank before", "plan", "drops", "mean before", "mean after", "behind the first"]
-    return _table([header, *(_standing(plan, plans[plan.name], ranking) for plan in ranking.plans)])
+    return [header, *(_standing(plan, plans[plan.name], ranking) for plan in ranking.plans)]
 
 
 def _kept(ranking: Ranking) -> str:

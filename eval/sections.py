@@ -1,12 +1,14 @@
-"""The report's sections on what the model can do: scores, differences, signal, protocols, flipped items."""
+"""The report's sections on what the model can do: scores, differences, levels, signal, protocols."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
-from .document import Block, Bullets, Flip, Flips, Paragraph, Picture, Section, Table
-from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, flipped, is_share, protocol_gaps
-from .statistics import minimal_detectable_difference
+from shoal.level_figure import Ladder, ladders
+
+from .document import Block, Bullets, Paragraph, Picture, Section, Table
+from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, protocol_gaps
 from .wording import (
     DASH,
     chance_text,
@@ -19,12 +21,9 @@ from .wording import (
     task_name,
 )
 
-MAX_FLIPS = 8
-"""Items shown per task and direction."""
-MAX_CHARACTERS = 400
-"""Of an item's text."""
-FEW_ITEMS = 50
-VERDICT_WORDS = {"better": "better", "worse": "worse", "unclear": "no clear change", None: DASH}
+RATES = {"malformed": "Without a readable answer", "repetition": "Ending in a loop", "cut_off": "Cut off at the limit"}
+"""Of generated text: name -> what it is."""
+VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse", "unclear": "○ no clear change", None: DASH}
 
 
 def scores_section(run: Run, comparison: Comparison, picture: Picture | None) -> Section:
@@ -45,7 +44,6 @@ def scores_section(run: Run, comparison: Comparison, picture: Picture | None) ->
     blocks += [
         score_table(run, comparison.rows),
         *_difference_blocks(comparison.rows),
-        *_warnings(run, comparison),
     ]
     return Section("Before and after", tuple(blocks))
 
@@ -94,13 +92,13 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
     ]
     rows = []
     for role in ("pruned", "distilled"):
-        for likely, written, gap in protocol_gaps(comparison.rows, role):
+        for likely, written, gap in fair_gaps(comparison.rows, role):
             kept = [retention_text(row.retained[role]) for row in (likely, written)]
-            rows.append(
-                (role, likely.ability, *kept, f"{signed(100 * gap, 0)} points", _shared_items(likely, written, role))
-            )
+            items = "the same" if _shares_items(likely, written) else "different"
+            name = written.ability if written.any_score.family is None else task_name(written)
+            rows.append((role, name, *kept, f"{signed(100 * gap, 0)} points", items))
     if rows:
-        columns = ("Model", "Ability", "Kept, by likelihood", "Kept, in generation", "Protocol gap", "Items")
+        columns = ("Model", "Ability or task", "Kept, by likelihood", "Kept, in generation", "Protocol gap", "Items")
         caption = (
             "Protocol gap: retention by likelihood minus retention in generation. Above zero, likelihood hides damage"
         )
@@ -112,67 +110,105 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
                 "and in generation, and on which a cut model was evaluated."
             )
         )
+    if written := _written_table(comparison.rows):
+        blocks.append(written)
     return Section("Why the protocols can disagree", tuple(blocks))
 
 
-def flips_section(run: Run, comparison: Comparison) -> Section | None:
-    """Items that two models answered differently, with both texts."""
-    blocks: list[Block] = []
-    for before, after, won_word, lost_word in (
-        ("teacher", "pruned", "right only after the cut", "lost by the cut"),
-        ("pruned", "distilled", "won back by distilling", "lost by distilling"),
-    ):
-        for row in comparison.rows:
-            if before in row.scores and after in row.scores:
-                won, lost = flipped(row.scores[before], row.scores[after])
-                for pairs, word in ((won, won_word), (lost, lost_word)):
-                    if pairs:
-                        caption = f"{task_name(row)}: {len(pairs)} {'item' if len(pairs) == 1 else 'items'} {word}"
-                        if len(pairs) > MAX_FLIPS:
-                            caption += f", {MAX_FLIPS} shown"
-                        shown = tuple(
-                            Flip(a.id, _clipped(a.target), _clipped(a.prediction), _clipped(b.prediction))
-                            for a, b in pairs[:MAX_FLIPS]
-                        )
-                        blocks.append(Flips(caption, before, after, shown))
-    if not blocks:
-        return None
-    intro = Paragraph("Single answers behind the scores. Open a line to see what both models said.")
-    return Section("Items that changed sides", (intro, *blocks))
-
-
 def score_table(run: Run, rows: Sequence[Row]) -> Table:
-    """Every task's scores with what they mean; the scores come first, because a phone shows the first columns."""
+    """Every task's scores by ability, with what is kept of them; scores come first: a phone shows the first columns."""
     roles = [role for role in ROLES if role in run.evaluations]
-    body = []
+    kept = [role for role in roles if any(role in row.retained for row in rows)]
+    by_ability: dict[str, list[Row]] = {}
     for row in rows:
-        task, protocol, metric = row.key
+        by_ability.setdefault(row.ability, []).append(row)
+    body = []
+    for row in (row for group in by_ability.values() for row in group):
+        _, protocol, metric = row.key
         first = row.any_score
-        scores = [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
+        cells = [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
+        cells += [retention_text(row.retained.get(role)) for role in kept]
         direction = "" if row.higher_is_better else " (lower is better)"
-        words = [row.ability, protocol, metric + direction, f"{first.version}, {first.num_fewshot} shots"]
-        body.append((task, *scores, chance_text(first), f"{first.n:,}", *words))
-    titles = [role.capitalize() for role in roles]
-    columns = ("Task", *titles, "Chance", "Items", "Ability", "Protocol", "Metric", "Version")
+        words = [protocol, metric + direction, f"{first.version}, {first.num_fewshot} shots"]
+        body.append((task_name(row), *cells, chance_text(first), f"{first.n:,}", *words))
+    titles = [*(role.capitalize() for role in roles), *(f"Kept, {role}" for role in kept)]
+    columns = ("Task", *titles, "Chance", "Items", "Protocol", "Metric", "Version")
     return Table(
-        "Scores with 95 % intervals", columns, tuple(body), frozenset({0, *range(len(columns) - 4, len(columns))})
+        "Scores with 95 % intervals, and the share kept of what the teacher scores above chance",
+        columns,
+        tuple(body),
+        text_columns=frozenset({0, *range(len(columns) - 3, len(columns))}),
+        groups=tuple((_heading(ability), len(group)) for ability, group in by_ability.items()),
     )
 
 
 def difference_table(rows: Sequence[Row], before: str, after: str, caption: str) -> Table:
-    """Paired differences between two roles, with the retention of ``after`` where no other table shows it."""
+    """Paired differences between two roles."""
     pair = (before, after)
-    with_retention = pair != ("teacher", "distilled") and any(after in row.retained for row in rows)
     body = []
     for row in rows:
         if pair in row.differences:
             found = row.differences[pair]
             cells = [task_name(row), difference_text(found, row.any_score), VERDICT_WORDS[row.verdict(*pair)]]
-            cells += [p_text(found.p_value), p_text(row.adjusted_p.get(pair)), f"{found.won} / {found.lost}"]
-            body.append((*cells, *([retention_text(row.retained.get(after))] if with_retention else [])))
+            body.append(
+                (*cells, p_text(found.p_value), p_text(row.adjusted_p.get(pair)), f"{found.won} / {found.lost}")
+            )
     columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")
-    columns += (f"Retention, {after}",) if with_retention else ()
     return Table(caption, columns, tuple(body), frozenset({0, 2}))
+
+
+def level_section(run: Run, picture: Picture | None) -> Section | None:
+    """How far up a family of tasks every model gets; None where no family was scored at several levels."""
+    found = ladders(list(run.evaluations.values()))
+    if not found:
+        return None
+    blocks: list[Block] = [
+        Paragraph(
+            "Tasks of one family differ in nothing but their level: steps of reasoning, pairs of a look-up, or what "
+            "else the family counts. A cut that takes away depth shows in how far up the levels a model still gets."
+        ),
+        *([picture] if picture else []),
+        Bullets(tuple(_reach(ladder) for ladder in found if next(iter(ladder.scores.values()))[0].higher_is_better)),
+    ]
+    for ladder in found:
+        scores = zip(*ladder.scores.values(), strict=True)
+        rows = tuple((f"{level:g}", *map(score_text, one)) for level, one in zip(ladder.levels, scores, strict=True))
+        columns = ("Level", *(role.capitalize() for role in ladder.scores))
+        blocks.append(Table(f"{_heading(ladder.family)} by level, {ladder.protocol}", columns, rows, folded=True))
+    return Section("How many steps survive", tuple(blocks))
+
+
+def _reach(ladder: Ladder) -> str:
+    """Up to which level every role is clear of chance, without a gap below."""
+    told = []
+    for role, scores in ladder.scores.items():
+        clear = [score.level for score in itertools.takewhile(lambda score: score.ci_low > score.chance, scores)]
+        told.append(f"{role} {f'up to {clear[-1]:g}' if clear else 'at none'}")
+    levels = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
+    return f"{_heading(ladder.family)}, {ladder.protocol}, {levels}: clear of chance are {listed(told)}."
+
+
+def _heading(name: str) -> str:
+    text = name.replace("_", " ").strip()
+    return text[:1].upper() + text[1:]
+
+
+def _written_table(rows: Sequence[Row]) -> Table | None:
+    """How generated texts went wrong, by task and role; None where nothing recorded it."""
+    body, groups = [], []
+    for row in rows:
+        own = [
+            (role, *(f"{100 * score.rates[rate]:.0f} %" for rate in RATES), f"{score.rates['mean_tokens']:.0f}")
+            for role, score in row.scores.items()
+            if {*RATES, "mean_tokens"} <= score.rates.keys()
+        ]
+        if own:
+            body += own
+            groups.append((task_name(row), len(own)))
+    if not body:
+        return None
+    columns = ("Model", *RATES.values(), "Tokens, mean")
+    return Table("How the texts went that were written", columns, tuple(body), groups=tuple(groups))
 
 
 def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
@@ -197,40 +233,21 @@ def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
     return [*(difference_table(rows, *pair, wanted[pair]) for pair in pairs), legend]
 
 
-def _warnings(run: Run, comparison: Comparison) -> list[Block]:
-    lines = [f"Left out of the tables, because settings differ: {reason}" for reason in comparison.refused]
-    for role, evaluation in run.evaluations.items():
-        if run.plan and role != "teacher" and evaluation.num_layers != len(run.plan.keep):
-            lines.append(
-                f"The evaluation of {role} is of a model with {evaluation.num_layers} layers, but the plan keeps "
-                f"{len(run.plan.keep)}; it belongs to another plan. Run `shoal eval` again."
-            )
-    few = [row for row in comparison.rows if row.any_score.n < FEW_ITEMS]
-    if few:
-        lines.append(
-            f"Fewer than {FEW_ITEMS} items, so the intervals are wide: {listed(task_name(row) for row in few)}."
-        )
-    lines += [text for row in comparison.rows if (text := _detectable(row))]
-    return [Bullets(tuple(lines))] if lines else []
+def fair_gaps(rows: Sequence[Row], role: str) -> list[tuple[Row, Row, float]]:
+    """The protocol gaps of ``role`` between tasks that ask the same: on the same items where an ability has such a
+    pair, else at the same level of the same family."""
+    found = protocol_gaps(rows, role)
+    shared = {likely.ability for likely, written, _ in found if _shares_items(likely, written)}
+    return [
+        (likely, written, gap)
+        for likely, written, gap in found
+        if (_shares_items(likely, written) if likely.ability in shared else _dial(likely) == _dial(written))
+    ]
 
 
-def _detectable(row: Row) -> str | None:
-    """What an unclear distilled-against-pruned comparison could have shown at all."""
-    if row.verdict("pruned", "distilled") != "unclear" or not row.has_signal:
-        return None
-    least = minimal_detectable_difference(row.scores["pruned"], row.scores["distilled"])
-    amount = f"{100 * least:.1f} points" if is_share(row.any_score) else f"{least:.3f}"
-    return (
-        f"{task_name(row)}: no clear change between pruned and distilled. With {row.any_score.n} items a true change "
-        f"of {amount} or more would have shown four times out of five; a smaller one can hide."
-    )
+def _dial(row: Row) -> tuple[str | None, float | None]:
+    return row.any_score.family, row.any_score.level
 
 
-def _shared_items(one: Row, other: Row, role: str) -> str:
-    same = {item.id for item in one.scores[role].items} == {item.id for item in other.scores[role].items}
-    return "the same" if same else "different"
-
-
-def _clipped(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"
+def _shares_items(one: Row, other: Row) -> bool:
+    return {item.id for item in one.any_score.items} == {item.id for item in other.any_score.items}

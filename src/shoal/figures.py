@@ -1,4 +1,4 @@
-"""The three figures of a run: what layers are worth, how training went, what was lost and came back.
+"""The figures of a run: what layers are worth, how training went, what was lost and came back.
 
 Colours keep a contrast of 3:1 or more on white and on near-black and differ for every common kind of colour blindness;
 marks differ in shape too, so that nothing is said by colour alone. Text stays text in SVG; equal input, equal bytes.
@@ -30,6 +30,10 @@ ROLE_STYLE = {"teacher": ("#7d8590", "s"), "pruned": ("#d55e00", "v"), "distille
 """Role -> colour and marker."""
 SERIES_COLOURS = ("#1f86c8", "#d55e00", "#0f9d75", "#b4699a", "#b08900")
 KEPT, DROPPED = "#1f86c8", "#d55e00"
+MAX_TASKS = 30
+"""In the figure of scores, which would grow without end."""
+WATCHED, HELD_OUT = "watch/", "perplexity"
+"""Prefix of what training's history says of scores on the way, and which of them is in nats."""
 WIDTH_INCHES = 5.2
 """A phone shows this width nearly unscaled, so that the text below stays readable."""
 STYLE: dict[str, Any] = {
@@ -91,7 +95,7 @@ def importance_figure(importance: Importance, drop: Sequence[int] = ()) -> Figur
 
 
 def training_figure(training: Training) -> Figure:
-    """The loss with each of its terms by step, and the learning rate below.
+    """Training loss with each of its terms, what was scored on the way, and the learning rate, all by optimizer step.
 
     Raises:
         UserError: the history holds no loss.
@@ -99,22 +103,31 @@ def training_figure(training: Training) -> Figure:
     series = loss_series(training)
     if not series:
         raise UserError("distill.json: its history holds no loss to draw; run `shoal distill` again")
+    watched = watched_series(training)
+    held_out = {name: watched.pop(name) for name in (HELD_OUT,) if name in watched}
     rate = _series(training, "learning_rate")
-    figure, axes = panels([2.8, 1.5] if rate[0] else [2.8])
+    parts = [(2.8, series), *((2.2, part) for part in (held_out, watched) if part), *([(1.5, rate)] if rate[0] else [])]
+    figure, axes = panels([height for height, _ in parts])
     with figure_style():
-        _draw_losses(axes[0], series)
+        places = iter(axes)
+        _draw_losses(next(places), series)
+        if held_out:
+            _draw_curves(next(places), held_out, "Held-out text while training, nats per token")
+        if watched:
+            _draw_curves(next(places), watched, "Tasks while training, score")
         if rate[0]:
-            axes[1].plot(*rate, color=FAINT, marker="." if len(rate[0]) < 3 else "")
-            axes[1].set_title("Learning rate")
-            axes[1].set_ylim(bottom=0)
-            axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-            axes[1].grid(axis="y")
+            ax = next(places)
+            ax.plot(*rate, color=FAINT, marker="." if len(rate[0]) < 3 else "")
+            ax.set_title("Learning rate")
+            ax.set_ylim(bottom=0)
+            ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+            ax.grid(axis="y")
         axes[-1].set_xlabel("optimizer step")
     return figure
 
 
 def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
-    """Every task's score with its 95 % interval for each role, one panel per ability, chance as a dashed tick.
+    """Scores with 95 % intervals for each role, one panel per ability, chance as a dashed tick; MAX_TASKS at most.
 
     Raises:
         UserError: no role has a task.
@@ -123,7 +136,7 @@ def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
     if not keys:
         raise UserError("eval: no evaluated task to draw; name some in eval.tasks")
     by_ability: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
-    for key in keys:
+    for key in keys[:MAX_TASKS]:
         task = next(t for e in evaluations for t in e.tasks if _key(t) == key)
         by_ability.setdefault((task.ability, "" if task.higher_is_better else task.metric), []).append(key)
     ordered = sorted(by_ability.items(), key=lambda item: bool(item[0][1]))
@@ -143,6 +156,13 @@ def loss_series(training: Training) -> dict[str, tuple[list[float], list[float]]
     names = dict.fromkeys(name for row in training.history for name in row)
     wanted = [name for name in names if name == "loss" or any(kind in name for kind in KINDS)]
     series = {name: _series(training, name) for name in wanted}
+    return {name: points for name, points in series.items() if points[0]}
+
+
+def watched_series(training: Training) -> dict[str, tuple[list[float], list[float]]]:
+    """Name -> steps and values of everything that was scored while training: held-out text and tasks."""
+    names = dict.fromkeys(name for row in training.history for name in row if name.startswith(WATCHED))
+    series = {name.removeprefix(WATCHED): _series(training, name) for name in names}
     return {name: points for name, points in series.items() if points[0]}
 
 
@@ -286,6 +306,20 @@ def _draw_losses(ax: Axes, series: dict[str, tuple[list[float], list[float]]]) -
     ax.set_title("Training loss, nats per token")
     ax.grid(axis="y")
     ax.legend(loc="upper right")
+
+
+def _draw_curves(ax: Axes, series: dict[str, tuple[list[float], list[float]]], title: str) -> None:
+    for index, (name, (steps, values)) in enumerate(series.items()):
+        style = ("-", "--", "-.", ":")[index % 4]
+        ax.plot(
+            steps, values, style, color=SERIES_COLOURS[index % 5], marker="osv^D"[index % 5], ms=4, label=_short(name)
+        )
+    ax.set_title(title)
+    ax.grid(axis="y")
+    if len(series) > 1:
+        ax.legend(loc="best", fontsize=9)
+    if all(0 <= value <= 1 for _, values in series.values() for value in values):
+        ax.set_ylim(-0.03, 1.03)
 
 
 def _draw_ability(
