@@ -214,7 +214,7 @@ def test_no_secret_is_in_any_file_of_wandb(found: Tracked, run_dir: Path) -> Non
 
 def test_what_has_been_logged_is_not_logged_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Path] = []
-    monkeypatch.setattr(tracked, "start", lambda track, folder, recipe: started.append(folder))
+    monkeypatch.setattr(tracked, "start", lambda track, folder, recipe, wait_s: started.append(folder))
     recipe = as_dict(load_recipe(run_dir.parent / "recipe.yaml"))
     arguments: dict[str, Any] = {"teacher": run_dir.parent / "llama", "score_rows": score_rows}
     log_results(OFFLINE, run_dir, recipe, **arguments)
@@ -314,7 +314,7 @@ def test_without_a_key_and_a_word_in_the_recipe_results_are_not_logged(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(tracked, "start", lambda *_: pytest.fail("W&B was started"))
+    monkeypatch.setattr(tracked, "start", lambda *_, **__: pytest.fail("W&B was started"))
     write_results(tmp_path)
     log_results(Track(), tmp_path, {"model": "x", "revision": None}, teacher=tmp_path, score_rows=score_rows)
 

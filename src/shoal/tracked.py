@@ -23,12 +23,14 @@ from shoal.models import DEMO_PREFIX, model_fingerprint
 from shoal.recipe import Track
 from shoal.redaction import redacted
 from shoal.runtime import is_main
-from shoal.tracking import attempt, finish, has_key, start, wandb_mode
+from shoal.tracking import UPLOAD_WAIT_S, attempt, finish, has_key, start, wandb_mode
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run
 
 LOGGED_FILE = "wandb_logged.json"
+WEIGHTS_WAIT_S = 4 * 3600
+"""So long a stage waits at its end for the upload of weights."""
 RESULT_FILES = (
     Importance.FILE,
     PruningPlan.FILE,
@@ -76,7 +78,8 @@ def log_results(
         logged = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         parts = [*_media(run_dir, score_rows), *_artifacts(run_dir, recipe, teacher, upload=track.upload_weights)]
         new = [part for part in parts if logged.get(part.name) != part.identity]
-        run = start(track, run_dir, recipe) if new else None
+        wait_s = WEIGHTS_WAIT_S if track.upload_weights else UPLOAD_WAIT_S
+        run = start(track, run_dir, recipe, wait_s=wait_s) if new else None
         if run is None:
             return
         with _staged_in(run_dir / "wandb"):

@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 RUN_ID_FILE = "wandb_run_id"
 UPLOAD_WAIT_S = 300
 """So long a stage waits at its end for what is still to be uploaded; all of it is on the disk anyway."""
-WEIGHTS_WAIT_S = 4 * 3600
-"""The same where weights are uploaded."""
 FULL_DISK_BYTES = 100_000
 """With less free space than this the last records are lost, and W&B does not say so."""
 
@@ -53,16 +51,16 @@ def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
     return "offline"
 
 
-def start(track: Track, run_dir: Path, recipe: dict[str, Any]) -> Run | None:
+def start(track: Track, run_dir: Path, recipe: dict[str, Any], *, wait_s: float = UPLOAD_WAIT_S) -> Run | None:
     """The W&B run of ``run_dir``, begun or gone on with, on rank 0; None where nothing is tracked.
 
-    Where W&B cannot be reached, this process goes on offline.
+    Where W&B cannot be reached, this process goes on offline. At its end it waits ``wait_s`` for uploads.
     """
     mode = wandb_mode(track)
     if mode == "off" or _given_up or not is_main():
         return None
     with attempt("it could not be started", run_dir):
-        return _open(mode, track, run_dir, recipe)
+        return _open(mode, track, run_dir, recipe, wait_s)
     return None
 
 
@@ -126,14 +124,16 @@ def has_key() -> bool:
         return False
 
 
-def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recipe: dict[str, Any]) -> Run:
+def _open(
+    mode: Literal["online", "offline"], track: Track, run_dir: Path, recipe: dict[str, Any], wait_s: float
+) -> Run:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
     id_file = run_dir / RUN_ID_FILE
-    if not id_file.is_file():
+    is_new = not id_file.is_file()
+    if is_new:
         write_text(id_file, secrets.token_hex(4) + "\n")
-    wait_s = WEIGHTS_WAIT_S if track.upload_weights else UPLOAD_WAIT_S
     arguments: dict[str, Any] = {
         "project": track.project,
         "name": track.name or run_dir.resolve().name,
@@ -158,8 +158,9 @@ def _open(mode: Literal["online", "offline"], track: Track, run_dir: Path, recip
             run = wandb.init(mode="offline", **arguments)
     # not at the top level: the Trainer puts its arguments and the model's configuration there, under the same names
     run.config.update(redacted({"recipe": recipe, "environment": environment()}), allow_val_change=True)
-    where = f"offline, later: {sync_command(run_dir)}" if run.offline else str(run.url)
-    log.info("W&B: run %s, %s", run.id, where)
+    where = "offline" if run.offline else str(run.url)
+    later = f"; it is uploaded with: {sync_command(run_dir)}" if run.offline and is_new else ""
+    log.info("W&B: %s %s, %s%s", "run" if is_new else "going on with run", run.id, where, later)
     return run
 
 
