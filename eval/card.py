@@ -15,6 +15,7 @@ from shoal.errors import UserError
 from shoal.models import DEMO_PREFIX
 from shoal.redaction import redacted
 
+from .cautions import cautions_section
 from .details import speed_section
 from .document import Block, Bullets, Code, Paragraph, block_markdown, inline
 from .findings import Comparison, Row, Run, compare, is_share, read_run
@@ -143,6 +144,7 @@ def _body(run: Run, comparison: Comparison, base: str | None, found: License) ->
     parts += [Paragraph(sentence) for sentence in headline(run, comparison)]
     if comparison.rows:
         parts += ["## Before and after", *_results(run, comparison)]
+        parts += ["## Read with care", *cautions_section(run, comparison).blocks]
     parts += ["## What was cut", *_cut_lines(run, base), *_picture(run, "importance")]
     if run.training:
         parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]

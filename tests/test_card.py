@@ -90,6 +90,7 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
         "Scores with 95 % intervals",
         "Distilled minus pruned, paired over the same items",
         "### No signal here",
+        "## Read with care",
         "## Speed and size",
         'path = "someone/shallow-model"',
         "## Intended use",
