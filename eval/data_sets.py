@@ -441,7 +441,7 @@ def _finished(doc: Doc, at: str) -> Doc:
         return {"id": digest(doc["page"])[:16], **doc}
     doc.setdefault("context", f"Question: {doc['question']}\nAnswer:")
     if "options" in doc:
-        doc["options"] = [str(option).strip() for option in doc["options"]]
+        doc["options"] = [str(option) for option in doc["options"]]
         doc["answer"] = _position(doc["answer"], doc["options"], at)
         doc["answers"] = [doc["options"][doc["answer"]]]
     else:
@@ -455,8 +455,8 @@ def _finished(doc: Doc, at: str) -> Doc:
 
 def _position(answer: Any, options: list[str], at: str) -> int:
     """Which option is the right one."""
-    if isinstance(answer, str) and answer.strip() in options:
-        return options.index(answer.strip())
+    if isinstance(answer, str) and answer in options:
+        return options.index(answer)
     if isinstance(answer, str):
         text = answer.strip().strip("()")
         answer = int(text) if text.isdecimal() else LETTERS.find(text) if len(text) == 1 else -1

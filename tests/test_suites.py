@@ -1,0 +1,112 @@
+"""Suites: what a name stands for, what it costs, and how a recipe adds to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from shoal.errors import UserError
+from shoal.eval.evaluate import num_items
+from shoal.eval.suites import cost_of, in_words
+from shoal.eval.tasks import known_tasks, tasks_of
+from shoal.recipe import Eval, as_dict, parse_recipe
+from shoal.suites import SUITES_DIR, Cost, SuiteName, read_suite
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+NAMES = get_args(SuiteName)
+
+
+def evaluation(**settings: Any) -> Eval:
+    return parse_recipe({"model": "m", "run_dir": "r", "eval": settings}).eval
+
+
+def test_there_is_a_file_for_every_name_and_it_asks_only_tasks_that_exist() -> None:
+    assert {file.stem for file in SUITES_DIR.glob("*.yaml")} == set(NAMES)
+    known = known_tasks(ours_only=True)
+    for name in NAMES:
+        suite = read_suite(name)
+        assert not set(suite.tasks) - known
+        assert len(set(suite.tasks)) == len(suite.tasks)
+        assert set(suite.limits) <= set(suite.tasks)
+
+
+def test_a_suite_is_spelled_out_and_what_the_recipe_says_wins() -> None:
+    suite = read_suite("quick")
+    plain = evaluation(suite="quick")
+    assert plain.tasks == suite.tasks
+    assert (plain.limit, plain.limits) == (suite.limit, suite.limits)
+    assert (plain.perplexity_tokens, plain.sequence_length) == (suite.perplexity_tokens, suite.sequence_length)
+    first = suite.tasks[0]
+    changed = evaluation(suite="quick", tasks=["kv_8pairs_generation", first], limit=3, limits={first: 2})
+    assert changed.tasks == (*suite.tasks, "kv_8pairs_generation")
+    assert (changed.limit, changed.limits) == (3, {**suite.limits, first: 2})
+    assert evaluation(suite="quick", limit=None).limit is None
+
+
+def test_spelling_it_out_twice_changes_nothing_and_no_suite_changes_nothing() -> None:
+    recipe = parse_recipe({"model": "m", "run_dir": "r", "eval": {"suite": "standard", "tasks": ["piqa_generation"]}})
+    assert parse_recipe(as_dict(recipe)) == recipe
+    assert evaluation() == Eval()
+    assert evaluation(tasks=["a"]).tasks == ("a",)
+
+
+def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
+    with pytest.raises(UserError, match=r"eval.suite: must be 'quick', 'standard' or 'full' \(got 'fast'\)"):
+        evaluation(suite="fast")
+    with pytest.raises(UserError, match=r"eval.tasks: must be .*list.* \(got 'a'\)"):
+        evaluation(suite="quick", tasks="a")
+    with pytest.raises(UserError, match=r"eval.limits.*\(got 3\)"):
+        evaluation(suite="quick", limits=3)
+    with pytest.raises(UserError, match=r"eval.suit: unknown key; did you mean 'suite'"):
+        evaluation(suit="quick")
+
+
+def assert_costs(found: Cost, stated: Cost) -> None:
+    assert (found.items, found.requests) == (stated.items, stated.requests)
+    assert abs(found.tokens / stated.tokens - 1) < 0.02, in_words(found)
+
+
+def test_quick_needs_no_network_and_costs_what_it_says() -> None:
+    settings = evaluation(suite="quick")
+    tasks = tasks_of(settings)
+    assert tuple(tasks) == settings.tasks
+    found = cost_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
+    assert_costs(found, read_suite("quick").cost)
+    protocols = {task.config.metadata["protocol"] for task in tasks.values()}
+    assert protocols == {"loglikelihood", "continuation", "generation"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")
+def test_standard_reads_a_local_folder_and_costs_what_it_says() -> None:
+    settings = evaluation(suite="standard", data_dir=str(SHARED))
+    tasks = tasks_of(settings)
+    counts = num_items(tasks, settings)
+    assert_costs(cost_of(tasks, counts, perplexity_tokens=settings.perplexity_tokens), read_suite("standard").cost)
+
+
+def test_a_cost_is_counted_by_hand_once() -> None:
+    class Task:
+        task_name = "t"
+
+        class config:
+            num_fewshot = 0
+            generation_kwargs = None
+
+        eval_docs = ("ab", "ac")
+
+        def fewshot_context(self, doc: str, num_fewshot: int) -> str:
+            return f"shared {doc}" + num_fewshot * "x"
+
+        def construct_requests(self, doc: str, prompt: str, metadata: Any) -> list[Any]:
+            class One:
+                def __init__(self, option: str) -> None:
+                    self.args = (prompt, option)
+
+            return [One(" yes"), One(" no")]
+
+    # 8 characters alike, then 1 of each prompt and 4 + 3 of its options
+    assert cost_of({"t": Task()}, {"t": 2}) == Cost(items=2, requests=4, tokens=round((8 + 2 * (1 + 7)) / 3))
+    assert cost_of({"t": Task()}, {"t": 20}).items == 20
