@@ -6,7 +6,7 @@ Only numbers here; how they are worded in full and shown is sections.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,7 +98,8 @@ def read_run(folder: Path) -> Run:
     """The artifacts of a run directory, whichever exist.
 
     Raises:
-        UserError: no such folder, nothing of a run in it, or an artifact that cannot be read.
+        UserError: no such folder, nothing of a run in it, an artifact that cannot be read, or artifacts of another run
+            among them.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run directory; run a stage of the recipe first")
@@ -121,6 +122,7 @@ def read_run(folder: Path) -> Run:
     parts = (run.importance, run.plan, run.training, run.speed)
     if all(part is None for part in parts) and not evaluations:
         raise UserError(f"{folder}: holds no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
+    _refuse_mixed_runs(run)
     return run
 
 
@@ -180,6 +182,51 @@ def measured_in_nats(score: TaskScore) -> bool:
 def is_share(score: TaskScore) -> bool:
     """Whether the score is a share of items, to be written in percent."""
     return score.higher_is_better and score.ci_low >= 0 and score.ci_high <= 1
+
+
+def _refuse_mixed_runs(run: Run) -> None:
+    """Refuse results of different models in one folder, as copying files or pruning again leaves them.
+
+    Which settings they were scored with is compared task by task: scoring one role anew is no other run.
+    """
+    for role, evaluation in run.evaluations.items():
+        if evaluation.role != role:
+            raise UserError(
+                f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
+                "move it back to its own name, or run `shoal eval` again"
+            )
+    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill"}
+    parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
+    for what, found in _identities(run, parts).items():
+        (first, _, expected), *others = found or [("", "", None)]
+        for file, field, value in others:
+            if value != expected:
+                verb = next((verb for kind, verb in verbs.items() if file == kind.FILE), "eval")
+                raise UserError(
+                    f"{run.folder / file}: {field} is {value!r}, but {expected!r} in {run.folder / first}: {what} of "
+                    f"another run. Run `shoal {verb}` again with this run's recipe, or delete the file"
+                )
+
+
+def _identities(
+    run: Run, parts: Sequence[Importance | PruningPlan | Training]
+) -> dict[str, list[tuple[str, str, Any]]]:
+    """What every file says that it was made from: (file, field, value), the file that the others follow from first."""
+    found: dict[str, list[tuple[str, str, Any]]] = {"the teacher": [], "the student": [], "the distilled model": []}
+    for part in parts:
+        found["the teacher"].append((part.FILE, "model", part.provenance.inputs.get("model")))
+    if run.training:
+        found["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
+    for what, role in zip(found, ROLES, strict=True):
+        if evaluation := run.evaluations.get(role):
+            found[what].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
+        if run.speed and role in run.speed.roles:
+            found[what].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
+    told = {what: [one for one in files if one[2] is not None] for what, files in found.items()}
+    if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
+        dropped = list(run.training.provenance.inputs["prune.drop"])
+        told["the cut"] = [(PruningPlan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]
+    return told
 
 
 def _row(key: Key, scores: dict[str, TaskScore]) -> Row:

@@ -43,6 +43,9 @@ from shoal.runtime import device, environment, is_main, seed_everything
 
 log = logging.getLogger(__name__)
 
+NO_PART_OF_SCORES = ("speed", "speed_batch_sizes", "suite", "data_dir")
+"""Of the eval section: the suite is in the tasks, the data in its content, and speed is an artifact of its own."""
+
 # --- eval ---------------------------------------------------------------------------------------------------------
 
 
@@ -55,8 +58,8 @@ def roles(run: Run) -> dict[str, Path]:
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     """What identifies the evaluation of the model in ``folder``."""
     data_dir = run.recipe.eval.data_dir
-    settings = as_dict(run.recipe.eval).items()  # the suite is in the tasks, the data in its content
-    section = {f"eval.{key}": value for key, value in settings if key not in ("speed", "suite", "data_dir")}
+    settings = as_dict(run.recipe.eval).items()
+    section = {f"eval.{key}": value for key, value in settings if key not in NO_PART_OF_SCORES}
     return {
         "model": model_fingerprint(folder),
         "data": sources_fingerprint(run.recipe.eval.perplexity_data),
@@ -72,10 +75,12 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
 def evaluate(run: Run) -> None:
     """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
     from shoal.eval.evaluate import role_evaluation
+    from shoal.eval.same_tokenizer import require_same_tokenizer
 
     check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
     found = roles(run)
     _require_models_of_this_run(run, found)
+    require_same_tokenizer(found, trust_remote_code=run.recipe.trust_remote_code)
     for role, folder in found.items():
         path = run.dir / "eval" / f"{role}.json"
         inputs = eval_inputs(run, folder)
@@ -131,12 +136,14 @@ def _speed(run: Run, found: dict[str, Path]) -> None:
     inputs = {
         "dtype": run.recipe.dtype,
         "attention": run.recipe.attention,
+        "eval.speed_batch_sizes": as_dict(run.recipe.eval)["speed_batch_sizes"],
         **{role: model_fingerprint(folder) for role, folder in found.items()},
     }
     if is_done(Speed, path, inputs, "speed"):
         return
     log.info("eval: speed of %s, interleaved", ", ".join(found))
-    measure_speed(found, provenance=Provenance(inputs), **run.load_args()).write(path)
+    batch_sizes = run.recipe.eval.speed_batch_sizes
+    measure_speed(found, provenance=Provenance(inputs), batch_sizes=batch_sizes, **run.load_args()).write(path)
 
 
 # --- report, export, run ------------------------------------------------------------------------------------------

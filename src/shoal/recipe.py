@@ -184,7 +184,10 @@ class Eval(Section):
     sequence_length: RowLength = 512
     """Window of the perplexity measurement, in tokens."""
     speed: bool = True
-    """Measure prefill and decode tokens per second of teacher, pruned and distilled, interleaved."""
+    """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
+    distilled, interleaved."""
+    speed_batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """How many sequences at once that is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""
 
 
 @dataclass(frozen=True)
