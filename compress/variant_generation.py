@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers
 
+from ..eval.beginnings import batches
 from ..eval.decoder import Decoder, plain_cache
 from ..eval.generation import Texts, generate_greedily, write
-from ..eval.scoring import Pass, batches
+from ..eval.scoring import Pass
 from .operators import with_halves, with_heads
 from .sublayers import silent_output
 from .variants import (

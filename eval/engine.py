@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,10 +35,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
 
+from .beginnings import Reader, Start, batches, batches_by_beginning, common_beginnings
 from .decoder import Decoder
 from .generation import Finish, generate_greedily
 from .item_cache import ItemCache, key_of
-from .scoring import Score, Tokens, batches, scored
+from .scoring import Score, Tokens, scored
 
 log = logging.getLogger(__name__)
 
@@ -239,20 +240,39 @@ class CausalLM(TemplateLM):
             keys, items = [f"{key} {index}" for index, key in enumerate(keys)], ItemCache()
         missing = items.missing(keys)
         progress(len(prompts) - len(missing))
-        missing.sort(key=lambda index: -len(prompts[index]))
-        for batch in batches(missing, self.batch_size):
-            items.add([keys[index] for index in batch], self._write_batch([prompts[index] for index in batch], how))
-            progress(len(batch))
+        if missing:
+            for batch, texts in self._written([prompts[index] for index in missing], how):
+                items.add([keys[missing[index]] for index in batch], texts)
+                progress(len(batch))
         return [items[key] for key in keys]
 
     def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
         settings = (how.max_new_tokens, how.stop, sorted(how.settings.items()))
         return [key_of("write", prompt, *settings) for prompt in prompts]
 
-    def _write_batch(self, rows: list[list[int]], how: Writing) -> list[list[int]]:
+    def _written(self, prompts: Sequence[list[int]], how: Writing) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
+        """Indices of prompts and their texts, batch after batch."""
+        if not self._writes_greedily(how):
+            for batch in batches(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])), self.batch_size):
+                yield batch, self._write_batch([prompts[index] for index in batch], how)
+            return
+        rows = [tuple(prompt) for prompt in prompts]
+        shared = common_beginnings(rows)
+        beginnings = [row[:count] for row, count in zip(rows, shared, strict=True)]
+        reader = Reader(self._decoder, beginnings)
+        everything = range(len(rows))
+        for batch in batches_by_beginning(everything, self.batch_size, lambda i: (beginnings[i], len(rows[i]))):
+            start = reader.start([rows[index] for index in batch], [shared[index] for index in batch])
+            yield batch, self._write_batch([prompts[index] for index in batch], how, start)
+
+    def _write_batch(self, rows: Sequence[list[int]], how: Writing, start: Start | None = None) -> list[list[int]]:
+        """The new tokens of ``rows``, whose beginning ``start`` may have been read already."""
         if not self._writes_greedily(how):
             return self._generate_with_transformers(rows, how.max_new_tokens, how.stop, how.settings)
-        return generate_greedily(self._decoder, rows, max_new_tokens=how.max_new_tokens, is_finished=self._finish(how))
+        finish = self._finish(how)
+        return generate_greedily(
+            self._decoder, rows, max_new_tokens=how.max_new_tokens, is_finished=finish, start=start
+        )
 
     def _writes_greedily(self, how: Writing) -> bool:
         """Whether the text can be written by our own loop; recurrent models, sampling and the like need another."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import tiny_model, tiny_tokenizer
 from transformers import LlamaConfig
+from transformers.cache_utils import DynamicLayer
 
 from shoal.errors import UserError
+from shoal.eval import generation
 from shoal.eval.decoder import Decoder, branched
 from shoal.eval.engine import CausalLM
+from shoal.eval.generation import ROOM, RoomyLayer
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 CONTEXTS = [
@@ -133,6 +137,73 @@ def test_generated_text_equals_lm_evals_own(kind: str) -> None:
     found = lm.generate_until(requests)
     assert found == reference(kind).generate_until(requests, disable_tqdm=True)
     assert any(found)
+
+
+FEW_SHOT = "Question: what is red?\nAnswer: a rose\n\nQuestion: what is cold?\nAnswer: the ice\n\n"
+QUESTIONS = ["what is hot?", "what is a very long question about?", "who?", "what is hot and not cold?"]
+FURTHER_KINDS = ("gpt2", "bloom", "deepseek_v3", "gpt_oss", "gemma2")
+"""Learned and relative positions, latent attention, sinks and experts, soft caps."""
+
+
+def few_shot_prompts() -> list[str]:
+    return [f"{FEW_SHOT}Question: {question}\nAnswer:" for question in QUESTIONS]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *FURTHER_KINDS])
+def test_few_shot_prompts_equal_lm_evals_own(kind: str) -> None:
+    """Log-likelihoods and text, where the examples are read once for all questions."""
+    model = (
+        tiny_model(kind)
+        if kind in KINDS
+        else architectures.tiny_model(kind, vocab_size=272, max_position_embeddings=256)
+    )
+    lm, hf = CausalLM(model, tiny_tokenizer(), 3), hflm(model)
+    pairs = instances("loglikelihood", [(prompt, option) for prompt in few_shot_prompts() for option in OPTIONS])
+    assert_same(lm.loglikelihood(pairs), hf.loglikelihood(pairs, disable_tqdm=True))
+    requests = instances("generate_until", [(p, {"until": ["\n"], "max_gen_toks": 12}) for p in few_shot_prompts()])
+    assert lm.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
+
+
+def test_examples_are_read_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
+    assert lm._decoder  # made when first used, with a few tokens of its own
+    fed: list[int] = []
+    original = Decoder.hidden
+
+    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
+        fed.append(input_ids_BS.numel())
+        return original(self, input_ids_BS, **settings)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    lm.generate_until(instances("generate_until", [(p, {"until": [], "max_gen_toks": 1}) for p in few_shot_prompts()]))
+    beginning, longest = len(FEW_SHOT) + len("Question: wh"), max(map(len, QUESTIONS)) + len("\nAnswer:")
+    assert len(fed) == 3
+    assert sum(fed) < beginning + 4 * longest
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_a_long_text_outgrows_the_room_behind_its_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "ROOM", 7)
+    prompts = ["Once upon a time", "x", "1 2 3 4"]
+    requests = instances("generate_until", [(p, {"until": [], "max_gen_toks": 20}) for p in prompts])
+    found = CausalLM(tiny_model(kind), tiny_tokenizer(), 4).generate_until(requests)
+    assert found == reference(kind).generate_until(requests, disable_tqdm=True)
+
+
+def test_a_cache_with_room_holds_what_a_plain_one_holds() -> None:
+    torch.manual_seed(0)
+    plain, roomy = DynamicLayer(), RoomyLayer(DynamicLayer())
+    for count in (5, 1, 1, ROOM, 1, 3):
+        new = torch.randn(3, 2, count, 4), torch.randn(3, 2, count, 6)
+        for one, other in zip(plain.update(*new), roomy.update(*new), strict=True):
+            assert torch.equal(one, other)
+        chosen = torch.tensor([2, 0, 1])
+        plain.batch_select_indices(chosen)
+        roomy.batch_select_indices(chosen)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+    rooms = [room.data_ptr() for room in roomy._rooms]
+    roomy.update(torch.randn(3, 2, 1, 4), torch.randn(3, 2, 1, 6))
+    assert [room.data_ptr() for room in roomy._rooms] == rooms
 
 
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
