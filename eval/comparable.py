@@ -159,24 +159,15 @@ def _letter(index: int) -> str:
 
 
 def _own_problems(contender: Contender) -> Iterator[str]:
-    """Results in one folder that belong to different runs."""
-    run, again = contender.run, "run `shoal eval` again"
-    if run.plan:
-        for role in CUT_ROLES:
-            found = run.evaluations.get(role)
-            if found and found.num_layers != len(run.plan.keep):
-                yield (
-                    f"{contender.file(role)}: num_layers is {found.num_layers}, but {run.folder / run.plan.FILE} keeps "
-                    f"{len(run.plan.keep)} of {run.plan.num_layers}; {again}"
-                )
-    made = [(contender.file("teacher"), run.evaluations.get("teacher"), "model", run.plan, "model")]
-    made += [(contender.file("pruned"), run.evaluations.get("pruned"), "model", run.training, "student")]
-    for file, evaluation, field, source, source_field in made:
-        if evaluation is None or source is None or source_field not in source.provenance.inputs:
-            continue
-        here, there = evaluation.provenance.inputs.get(field), source.provenance.inputs[source_field]
-        if here != there:
-            yield f"{file}: {field} is {here!r}, but {there!r} in {run.folder / source.FILE}; {again}"
+    """Scores of another cut than the plan's, in a folder whose files otherwise belong together (see read_run)."""
+    plan = contender.run.plan
+    for role in CUT_ROLES if plan else ():
+        found = contender.run.evaluations.get(role)
+        if plan and found and found.num_layers != len(plan.keep):
+            yield (
+                f"{contender.file(role)}: num_layers is {found.num_layers}, but {contender.run.folder / plan.FILE} "
+                f"keeps {len(plan.keep)} of {plan.num_layers}; run `shoal eval` again"
+            )
 
 
 def _teacher_problems(contenders: Sequence[Contender]) -> Iterator[str]:
