@@ -94,6 +94,8 @@ class DataSet(Section):
     num_fewshot: Annotated[int, Field(ge=0)] = 0
     shuffled: bool = True
     """In the order of a hash of their content, so that the first items are a fair sample."""
+    keep: str | None = None
+    """Expression that is false for rows to leave out, for known defects of the source."""
     question: Text = "{{question}}"
     """Template of the bare question."""
     context: Text | None = None
@@ -417,9 +419,14 @@ def _as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
     written = {key: jinja.from_string(text) for key, text in templates.items() if text is not None}
     expressions = {key: getattr(data, key) for key in ("options", "answer", "answers", "beginnings")}
     values = {key: jinja.compile_expression(text, undefined_to_none=False) for key, text in expressions.items() if text}
+    kept = jinja.compile_expression(data.keep or "true")
+    left_out = 0
     for number, row in enumerate(rows, 1):
         at = f"eval.tasks: {part.name!r}: {where}, row {number}"
         try:
+            if not kept(**row):
+                left_out += 1
+                continue
             doc: Doc = {key: template.render(**row) for key, template in written.items()}
             doc |= {key: _defined(expression(**row), key) for key, expression in values.items()}
         except (TemplateError, TypeError, ValueError, LookupError) as error:
@@ -427,6 +434,8 @@ def _as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
                 f"{at} cannot be read ({error}; its fields are {', '.join(row)}); correct the data or its description"
             ) from error
         yield _finished(doc, at)
+    if left_out:
+        log.info("%s: %d of %d rows are left out, since not (%s)", where, left_out, len(rows), data.keep)
 
 
 def _defined(value: Any, key: str) -> Any:
@@ -455,6 +464,7 @@ def _finished(doc: Doc, at: str) -> Doc:
 
 def _position(answer: Any, options: list[str], at: str) -> int:
     """Which option is the right one."""
+    given = answer
     if isinstance(answer, str) and answer in options:
         return options.index(answer)
     if isinstance(answer, str):
@@ -462,7 +472,7 @@ def _position(answer: Any, options: list[str], at: str) -> int:
         answer = int(text) if text.isdecimal() else LETTERS.find(text) if len(text) == 1 else -1
     if not 0 <= int(answer) < len(options):
         raise UserError(
-            f"{at}: the answer {answer!r} is none of its {len(options)} options; correct the data, or answer in the "
+            f"{at}: the answer {given!r} is none of its {len(options)} options; correct the data, or answer in the "
             "description"
         )
     return int(answer)

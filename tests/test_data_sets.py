@@ -67,7 +67,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "wikitext2/test.jsonl": [{"page": "\n = A page = \n\n Text ."}],
     "boolq/validation.jsonl": [{"question": "is it so", "passage": "It is so.", "label": 1}],
-    "bbh/navigate.jsonl": [{"input": "Do you return?\nOptions:\n- Yes\n- No", "target": "No"}],
+    "bbh/navigate.jsonl": [
+        {"input": "Broken?\nOptions:\n(A) Earth\n(B) Fire", "target": "Earth, Fire"},
+        {"input": "Do you return?\nOptions:\n- Yes\n- No", "target": "No"},
+    ],
     "kv_retrieval/kv_10_keys.jsonl": [
         {"ordered_kv_records": [[f"k{n}", f"v{n}"] for n in range(10)], "key": "k4", "value": "v4", "gold_index": 4}
     ],
@@ -180,6 +183,7 @@ def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> No
     assert asked("lambada_continuation", data_dir) == [("She gave the dog a", " bone")]
     assert asked("wikitext2_rolling", data_dir) == [("\n = A page = \n\n Text .",)]
     assert asked("boolq_continuation", data_dir)[1] == ("It is so.\nQuestion: is it so?\nAnswer:", " yes")
+    assert len(load("bbh_navigate_loglikelihood", data_dir).eval_docs) == 1  # the other's answer is no option
     assert asked("bbh_navigate_loglikelihood", data_dir)[0][0] == "Do you return?\nA. Yes\nB. No\nAnswer:"
     prompt, options = (
         asked("kv_file_10pairs_continuation", data_dir)[0][0],
