@@ -6,7 +6,7 @@ Only numbers here; how they are worded in full and shown is sections.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,18 @@ from typing import Any, TypeVar
 from shoal.artifact import Artifact, Evaluation, Importance, ItemScore, PruningPlan, Speed, TaskScore, Training
 from shoal.errors import UserError
 
-from .statistics import PairedDifference, Retention, holm, is_binary, paired, retention, z_above_chance
+from .rates import NAMES, Rate, rate, rate_difference
+from .statistics import (
+    PairedDifference,
+    Retention,
+    holm,
+    is_binary,
+    paired,
+    require_same_measurement,
+    retention,
+    retention_gap,
+    z_above_chance,
+)
 
 ROLES = ("teacher", "pruned", "distilled")
 SIGNAL_SIGMAS = 3.0
@@ -86,6 +97,21 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """One rate of written text on one task: how often answers are unreadable, loop or are cut off, or how long."""
+
+    row: Row
+    name: str
+    """One of rates.NAMES."""
+    rates: dict[str, Rate]
+    """By role."""
+    differences: dict[tuple[str, str], PairedDifference]
+    """(before role, after role) -> change, item by item; lower is better."""
+    adjusted_p: dict[tuple[str, str], float]
+    """p-values of these after Holm's correction over the tasks that have this rate."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Every task with the scores of all roles that can be compared, and what had to be left out."""
 
@@ -139,7 +165,7 @@ def compare(run: Run) -> Comparison:
                 continue
             try:
                 if scores:
-                    paired(next(iter(scores.values())), task)
+                    require_same_measurement(next(iter(scores.values())), task)
             except UserError as error:
                 refused.append(f"{role}: {error}")
             else:
@@ -172,6 +198,33 @@ def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, float]
             assert other is not None
             gaps.append((likely, written, one - other))
     return gaps
+
+
+def gap_limits(likely: Row, written: Row, role: str) -> tuple[float, float] | None:
+    """The 95 % interval of a protocol gap: what ``role`` keeps by likelihood minus what it keeps in writing.
+
+    None where either of the two has no retention.
+    """
+    found = retention_gap(*((row.scores["teacher"], row.scores[role]) for row in (likely, written)))
+    return found and found[1:]
+
+
+def writing(rows: Iterable[Row]) -> tuple[Writing, ...]:
+    """The rates of every task whose texts were counted, with their changes between roles; those of a task together."""
+    found = [
+        Writing(
+            row,
+            name,
+            {role: rate(score, name) for role, score in counted.items()},
+            {pair: rate_difference(counted[pair[0]], counted[pair[1]], name) for pair in _pairs(counted)},
+            {},
+        )
+        for row in rows
+        if (counted := {role: score for role, score in row.scores.items() if score.rates})
+        for name in NAMES
+    ]
+    adjusted = {name: _adjusted([one.differences for one in found if one.name == name]) for name in NAMES}
+    return tuple(replace(one, adjusted_p=adjusted[one.name].pop(0)) for one in found)
 
 
 def measured_in_nats(score: TaskScore) -> bool:
@@ -230,27 +283,37 @@ def _identities(
 
 
 def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
-    pairs = [(a, b) for i, a in enumerate(ROLES) for b in ROLES[i + 1 :] if a in scores and b in scores]
     teacher = scores.get("teacher")
     return Row(
         key=key,
         ability=next(iter(scores.values())).ability,
         scores=scores,
-        differences={pair: paired(scores[pair[0]], scores[pair[1]]) for pair in pairs},
+        differences={pair: paired(scores[pair[0]], scores[pair[1]]) for pair in _pairs(scores)},
         retained={role: retention(teacher, score) for role, score in scores.items() if teacher and role != "teacher"},
         teacher_sigmas=z_above_chance(teacher) if teacher else None,
         adjusted_p={},
     )
 
 
+def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
+    """(before, after) of all roles that are there."""
+    return [(a, b) for i, a in enumerate(ROLES) for b in ROLES[i + 1 :] if a in roles and b in roles]
+
+
 def _with_adjusted_p(rows: list[Row]) -> tuple[Row, ...]:
-    adjusted: list[dict[tuple[str, str], float]] = [{} for _ in rows]
-    for pair in dict.fromkeys(pair for row in rows for pair in row.differences):
-        holders = [index for index, row in enumerate(rows) if pair in row.differences]
-        values = holm([rows[index].differences[pair].p_value for index in holders])
+    adjusted = _adjusted([row.differences for row in rows])
+    return tuple(replace(row, adjusted_p=found) for row, found in zip(rows, adjusted, strict=True))
+
+
+def _adjusted(tasks: Sequence[dict[tuple[str, str], PairedDifference]]) -> list[dict[tuple[str, str], float]]:
+    """By task and pair of roles: the p-value after Holm's correction over the tasks."""
+    adjusted: list[dict[tuple[str, str], float]] = [{} for _ in tasks]
+    for pair in dict.fromkeys(pair for differences in tasks for pair in differences):
+        holders = [index for index, differences in enumerate(tasks) if pair in differences]
+        values = holm([tasks[index][pair].p_value for index in holders])
         for index, value in zip(holders, values, strict=True):
             adjusted[index][pair] = value
-    return tuple(replace(row, adjusted_p=found) for row, found in zip(rows, adjusted, strict=True))
+    return adjusted
 
 
 def _key(task: TaskScore) -> Key:

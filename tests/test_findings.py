@@ -12,12 +12,14 @@ import results
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 from shoal import pipeline
-from shoal.artifact import Artifact, Evaluation, Provenance
+from shoal.artifact import Artifact, Evaluation, ItemScore, Provenance, TaskScore
 from shoal.errors import UserError
-from shoal.eval.findings import read_run
+from shoal.eval.findings import Comparison, Run, compare, gap_limits, protocol_gaps, read_run, writing
+from shoal.eval.rates import NAMES, text_rates, with_rates
 from shoal.eval.same_tokenizer import require_same_tokenizer
+from shoal.eval.statistics import mcnemar
 from shoal.recipe import parse_recipe
-from shoal.run import Run
+from shoal.run import Run as Stages
 
 
 def write(folder: Path, file: str, artifact: Artifact, **inputs: Any) -> None:
@@ -78,6 +80,59 @@ def test_what_files_do_not_say_is_not_held_against_them(folder: Path) -> None:
     assert "pruned" in read_run(folder).evaluations
 
 
+# --- written text and protocols -----------------------------------------------------------------------------------
+
+
+def capitals(role: str, name: str, texts: list[str]) -> TaskScore:
+    n = len(texts)
+    rates = text_rates(texts, texts, ["Rome"] * n, [2] * n, [False] * n)
+    items = tuple(
+        ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
+        for i, (text, found) in enumerate(zip(texts, rates, strict=True))
+    )
+    score = sum(item.score for item in items) / n
+    return with_rates(TaskScore(name, "knowledge", "generation", "match", score, 0, 1, n, 0.0, True, "1", 0, items))
+
+
+def compared(**tasks: tuple[TaskScore, ...]) -> Comparison:
+    evaluations = {role: results.evaluation(role, scores) for role, scores in tasks.items()}
+    return compare(Run(Path(), None, {}, None, None, None, evaluations, None))
+
+
+def test_rates_of_written_text_are_paired_between_roles_and_corrected_over_tasks() -> None:
+    fine, broken, worse = ["Rome"] * 40, ["..."] * 6 + ["Rome"] * 34, ["..."] * 12 + ["Rome"] * 28
+    comparison = compared(
+        teacher=(capitals("teacher", "one", fine), capitals("teacher", "two", fine), results.nats("teacher")),
+        pruned=(capitals("pruned", "one", broken), capitals("pruned", "two", worse), results.nats("pruned")),
+    )
+    found = writing(comparison.rows)
+    assert [(one.row.key[0], one.name) for one in found] == [(task, name) for task in ("one", "two") for name in NAMES]
+    pair = ("teacher", "pruned")
+    first, second = (one for one in found if one.name == "malformed")
+    assert first.rates["teacher"].value == 0.0
+    assert second.rates["pruned"].value == 0.3
+    assert first.rates["pruned"].ci_low < 0.15 < first.rates["pruned"].ci_high
+    assert second.differences[pair].ci_low > 0
+    assert (first.differences[pair].won, first.differences[pair].lost) == (0, 6)
+    assert [one.adjusted_p[pair] for one in (first, second)] == [mcnemar(0, 6), 2 * mcnemar(0, 12)]
+
+
+def test_a_protocol_gap_has_an_interval_that_holds_it() -> None:
+    comparison = compared(
+        **{
+            role: (
+                results.choice(role, "capitals", "knowledge", "continuation", n=200),
+                results.choice(role, "capitals", "knowledge", "generation", n=200, chance=0.0, share=0.8),
+            )
+            for role in ("teacher", "pruned")
+        }
+    )
+    ((likely, written, gap),) = protocol_gaps(comparison.rows, "pruned")
+    limits = gap_limits(likely, written, "pruned")
+    assert limits is not None
+    assert limits[0] < gap < limits[1]
+
+
 # --- tokenizers ---------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +185,7 @@ def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = tiny_checkpoint(tmp_path, "llama")
-    run = Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}))
+    run = Stages(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}))
     pipeline.prune(run)
     saved(run.dir / "student", add_token)
     monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("loaded"))
