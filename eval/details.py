@@ -1,4 +1,4 @@
-"""The report's sections on how it was done: the cut, training, speed and size, settings, versions, how to repeat it."""
+"""The report's sections on how it was done: the cut, training, costs, settings, versions, how to repeat it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shoal.search import SearchResult
 from .cautions import disjointness
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
 from .findings import ROLES, Run
-from .wording import DASH, bytes_text, count_text, duration_text, layers_text, listed, redacted
+from .wording import DASH, bytes_text, duration_text, layers_text, listed, redacted
 
 TERMS = (
     ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),
@@ -90,26 +90,6 @@ def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
     return Section("Training", tuple(blocks))
 
 
-def speed_section(run: Run) -> Section:
-    """Parameters, size, prefill and decode speed of every role."""
-    blocks: list[Block] = []
-    evaluations = {role: run.evaluations[role] for role in ROLES if role in run.evaluations}
-    if evaluations:
-        teacher = evaluations.get("teacher")
-        rows = []
-        for role, found in evaluations.items():
-            share = DASH if teacher is None else f"{100 * found.num_parameters / teacher.num_parameters:.1f} %"
-            row = (role, str(found.num_layers), count_text(found.num_parameters), share, bytes_text(found.num_bytes))
-            rows.append((*row, duration_text(found.seconds)))
-        columns = ("Model", "Layers", "Parameters", "Of the teacher", "Weights on disk", "Time to evaluate")
-        blocks.append(Table("Size", columns, tuple(rows)))
-    if run.speed:
-        blocks += _speed_blocks(run)
-    else:
-        blocks.append(Paragraph("Speed was not measured in this run (`eval.speed` in the recipe)."))
-    return Section("Speed and size", tuple(blocks))
-
-
 def costs_section(run: Run, search: SearchResult | None) -> Section | None:
     """What the run took: time, tokens and memory of every stage that recorded them; None where none did."""
     rows = []
@@ -174,34 +154,6 @@ def missing_section(run: Run) -> Section | None:
     return Section(
         "Not in this report", (Paragraph("These results do not exist in the run directory:"), Bullets(absent))
     )
-
-
-def _speed_blocks(run: Run) -> list[Block]:
-    assert run.speed is not None
-    teacher = run.speed.roles.get("teacher")
-    rows = []
-    for role, speed in run.speed.roles.items():
-        cells = [role]
-        for kind in ("prefill", "decode"):
-            rate = getattr(speed, f"{kind}_tokens_per_s")
-            samples = [value for name, values in speed.samples.items() if name.startswith(kind) for value in values]
-            cells.append(f"{rate:,.1f}" + (f" [{min(samples):,.1f}, {max(samples):,.1f}]" if samples else ""))
-            cells.append(DASH if teacher is None else f"{rate / getattr(teacher, f'{kind}_tokens_per_s'):.2f} ×")
-        rows.append(tuple(cells))
-    caption = (
-        f"Tokens per second at batch size {run.speed.batch_size}, prompt of {run.speed.prompt_tokens} tokens, "
-        f"{run.speed.new_tokens} new tokens, {run.speed.dtype}"
-    )
-    columns = ("Model", "Reading the prompt", "Ratio", "Writing", "Ratio")
-    machine = run.speed.provenance.environment
-    where = ", ".join(f"{key.replace('_', ' ')} {machine[key]}" for key in ("device", "cpu_threads") if key in machine)
-    return [
-        Table(caption, columns, tuple(rows)),
-        Paragraph(
-            "The models were timed in turns in one process, so that a busy moment of the machine hits all of them. "
-            f"Brackets hold the slowest and fastest repeat. Machine: {where or 'not recorded'}."
-        ),
-    ]
 
 
 def _data_blocks(data: dict[str, Json]) -> list[Block]:

@@ -31,7 +31,6 @@ from .details import (
     missing_section,
     reproduce_section,
     settings_section,
-    speed_section,
     terms_section,
     training_section,
 )
@@ -42,6 +41,7 @@ from .headline import facts, headline
 from .page import to_html
 from .search_section import read_search, search_section
 from .sections import level_section, no_signal_section, protocol_section, scores_section
+from .speed_section import speed_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
