@@ -122,12 +122,12 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
         yield about, f"Fewer than {FEW_ITEMS} items, so the intervals are wide: {_names(few)}."
     hidden = [(row, least) for row in rows if (least := _detectable(row)) is not None]
     if hidden:
-        told = "; ".join(f"{least} with the {row.any_score.n:,} items of {task_name(row)}" for row, least in hidden[:4])
+        told = "; ".join(f"{task_name(row)} ({row.any_score.n:,} items) {least}" for row, least in hidden[:4])
         more = f"; and so on for {len(hidden) - 4} more" if len(hidden) > 4 else ""
         yield (
             about,
-            "No clear change from pruned to distilled does not mean that there is none: only a true change of so much "
-            f"would have shown four times out of five, and a smaller one can hide. {told}{more}.",
+            "No clear change from pruned to distilled does not mean that there is none. What a true change must be to "
+            f"show four times out of five: {told}{more}. A smaller one can hide.",
         )
     if silent := [row for row in rows if not row.has_signal]:
         yield (
@@ -143,8 +143,8 @@ def _detectable(row: Row) -> str | None:
         return None
     least = minimal_detectable_difference(row.scores["pruned"], row.scores["distilled"])
     if not is_share(row.any_score):
-        return f"{least:.3f}"
-    return f"{100 * least:.1f} points" if least < 1 else "None"
+        return f"{least:.3f} {row.key[2].replace('_', ' ')}"
+    return f"{100 * least:.1f} points" if least < 1 else "more than there can be"
 
 
 def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
@@ -183,8 +183,9 @@ def _written_text(rows: Sequence[Row]) -> Iterator[Caution]:
                     often.setdefault(role, []).append((score.rates[rate], row))
         for role, found in often.items():
             most, row = max(found, key=lambda one: one[0])
-            tasks = "on one task" if len(found) == 1 else f"on {len(found)} tasks, most"
-            yield "Generated text", f"Texts of {role} {what}, {tasks}: {100 * most:.0f} % on {task_name(row)}."
+            most_text = f"{100 * most:.0f} % of the texts of {role}"
+            others = f", and many on {len(found) - 1} other tasks" if len(found) > 1 else ""
+            yield "Generated text", f"On {task_name(row)} {most_text} {what}{others}."
 
 
 def _names(rows: Sequence[Row]) -> str:

@@ -73,11 +73,21 @@ class Browser:
         """What the console has said since it was asked last: errors of scripts and what the page's policy refused."""
         return [entry["message"] for entry in _call("POST", f"{self._session}/se/log", {"type": "browser"})]
 
-    def requests(self) -> list[str]:
-        """The addresses of everything that was asked for since it was asked last."""
+    def requests(self, *, refused: bool = True) -> list[str]:
+        """The addresses of everything that was asked for since the last call; ``refused``: by the page's policy too."""
         entries = _call("POST", f"{self._session}/se/log", {"type": "performance"})
         events = [json.loads(entry["message"])["message"] for entry in entries]
-        return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        stopped = {
+            event["params"]["requestId"]
+            for event in events
+            if event["method"] == "Network.loadingFailed" and event["params"].get("blockedReason") == "csp"
+        }
+        return [
+            event["params"]["request"]["url"]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+            and (refused or event["params"]["requestId"] not in stopped)
+        ]
 
 
 @contextmanager

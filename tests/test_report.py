@@ -192,7 +192,7 @@ def test_a_change_within_its_interval_is_no_change(tmp_path: Path) -> None:
     assert "no score clearly better" in text
     assert "no clear change on retrieval_continuation" in text
     write_report(tmp_path)
-    assert "a true change of" in (tmp_path / "report.md").read_text()
+    assert "What a true change must be" in (tmp_path / "report.md").read_text()
 
 
 def test_worse_is_said_for_rising_nats_and_better_for_falling(report: tuple[Page, str, Path]) -> None:

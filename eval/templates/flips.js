@@ -12,7 +12,7 @@
     item: entry.dataset.item,
     ...entry.parentElement.dataset,
     body: entry.firstElementChild,
-    words: entry.textContent.toLowerCase(),
+    words: `${entry.dataset.item} ${entry.textContent}`.toLowerCase(),
   }));
   let found = entries;
   let place = 0;

@@ -144,9 +144,9 @@ def _draw_stack(ax: Axes, plan: PruningPlan) -> None:
     ax.set_xticks([])
     for side in ax.spines.values():
         side.set_visible(False)
-    ax.set_title("text in ↓", fontsize=9, loc="center")
+    ax.set_title("text in ↓", fontsize=8, loc="center")
     legend = ["■ kept", *(["▨ cut"] if plan.drop else []), *(["◆ edited"] if edited else [])]
-    ax.set_xlabel("\n".join(["↓ next word out", "  ".join(legend)]), fontsize=9)
+    ax.set_xlabel("\n".join(["↓ next word out", "  ".join(legend)]), fontsize=8)
 
 
 def _draw_column(ax: Axes, column: DepthColumn, dropped: set[int]) -> None:
