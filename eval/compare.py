@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from shoal.artifact import Evaluation, Provenance, Speed, SpeedScore, TaskScore, write_json
+from shoal.artifact import Evaluation, Speed, SpeedScore, TaskScore
 from shoal.search import Interval
 
 from .comparable import CUT_ROLES, Common, Contender, find_common, read_contenders, score_of
 from .findings import SIGNAL_SIGMAS
 from .intervals import combined
 from .statistics import PairedDifference, Retention, holm, paired, retention, z_above_chance
-
-log = logging.getLogger(__name__)
 
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
 SPEED_MACHINE = ("device", "cpu_threads")
@@ -87,7 +83,7 @@ class RunComparison:
     @property
     def num_differences(self) -> int:
         """How many comparisons the correction allows for."""
-        return sum(cell.difference is not None for model in self.models for cell in model.cells)
+        return len({_question(m, index) for m in self.models for index, cell in enumerate(m.cells) if cell.difference})
 
 
 def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> RunComparison:
@@ -153,37 +149,6 @@ def same_models(comparison: RunComparison) -> list[list[Model]]:
     return [group for group in groups.values() if len({one.contender.letter for one in group}) > 1]
 
 
-def write_json_file(comparison: RunComparison, path: Path) -> None:
-    """The whole comparison with every number, for scripts; infinite ends of intervals are null."""
-    write_json(path, as_data(comparison))
-
-
-def as_data(comparison: RunComparison) -> dict[str, Any]:
-    """The comparison as plain values: runs, tasks, models with one cell per task, notes."""
-    inputs = {f"{one.contender.letter} {one.role}": one.evaluation.provenance.fingerprint for one in comparison.models}
-    provenance = Provenance(inputs)
-    return {
-        "schema": 1,
-        "provenance": {**vars(provenance), "fingerprint": provenance.fingerprint},
-        "runs": [_run_data(contender) for contender in comparison.contenders],
-        "tasks": [
-            {key: value for key, value in vars(task).items() if key in _TASK_FIELDS}
-            | {"teacher_above_chance": task.task not in comparison.silent}
-            for task in comparison.tasks
-        ],
-        "models": [_model_data(model) for model in comparison.models],
-        "num_differences": comparison.num_differences,
-        "left_out": list(comparison.left_out),
-        "notes": list(comparison.notes),
-    }
-
-
-_TASK_FIELDS = (
-    *("task", "ability", "protocol", "metric", "version", "num_fewshot"),
-    *("n", "chance", "higher_is_better", "family", "level"),
-)
-
-
 def _model(
     contender: Contender,
     role: str,
@@ -236,15 +201,29 @@ def _silent(models: Sequence[Model], tasks: Sequence[str]) -> frozenset[str]:
 
 
 def _with_adjusted_p(models: Sequence[Model]) -> tuple[Model, ...]:
-    compared = [cell.difference for model in models for cell in model.cells if cell.difference]
-    adjusted = iter(holm([difference.p_value for difference in compared]))
+    """Holm's correction over all differences; one model that several runs share makes one of them."""
+    compared = {
+        _question(model, index): cell.difference.p_value
+        for model in models
+        for index, cell in enumerate(model.cells)
+        if cell.difference
+    }
+    adjusted = dict(zip(compared, holm(list(compared.values())), strict=True))
     return tuple(
         replace(
             model,
-            cells=tuple(replace(cell, adjusted_p=next(adjusted)) if cell.difference else cell for cell in model.cells),
+            cells=tuple(
+                replace(cell, adjusted_p=adjusted[_question(model, index)]) if cell.difference else cell
+                for index, cell in enumerate(model.cells)
+            ),
         )
         for model in models
     )
+
+
+def _question(model: Model, column: int) -> tuple[str, str, int]:
+    """What a difference of ``model`` asks: equal for runs that share it."""
+    return model.role, model.content or model.contender.letter, column
 
 
 def _speeds(
@@ -336,52 +315,3 @@ def _collect(found: dict[str, dict[str, list[str]]], name: str, values: Sequence
 
 def _any(contender: Contender) -> Evaluation:
     return next(iter(contender.run.evaluations.values()))
-
-
-def _run_data(contender: Contender) -> dict[str, Any]:
-    run = contender.run
-    return {
-        "letter": contender.letter,
-        "name": contender.name,
-        "model": run.model if run.recipe else None,
-        "teacher": contender.teacher,
-        "cut": run.plan.in_words() if run.plan else None,
-        "training_tokens": run.training.num_tokens if run.training else None,
-        "training_seconds": run.training.seconds if run.training else None,
-    }
-
-
-def _model_data(model: Model) -> dict[str, Any]:
-    evaluation = model.evaluation
-    return {
-        "run": model.contender.letter,
-        "role": model.role,
-        "content": model.content,
-        "num_layers": evaluation.num_layers,
-        "num_parameters": evaluation.num_parameters,
-        "num_bytes": evaluation.num_bytes,
-        "decode_tokens_per_s": model.speed.decode_tokens_per_s if model.speed else None,
-        "decode_ratio": model.speed_ratio,
-        "cells": [_cell_data(cell) for cell in model.cells],
-    }
-
-
-def _cell_data(cell: Cell) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "task": cell.score.task,
-        "score": _finite(cell.score.score),
-        "ci_low": _finite(cell.score.ci_low),
-        "ci_high": _finite(cell.score.ci_high),
-        "kept": None,
-        "difference": None,
-    }
-    if cell.kept:
-        data["kept"] = {key: _finite(value) for key, value in vars(cell.kept).items()}
-    if cell.difference:
-        difference = {key: _finite(value) for key, value in vars(cell.difference).items()}
-        data["difference"] = {**difference, "adjusted_p": cell.adjusted_p, "verdict": cell.verdict}
-    return data
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,8 @@ from shoal.figures import clean, inline_svg, save_figure
 from shoal.pareto_figure import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.search import Interval
 
-from .compare import SIGNIFICANT, Cell, Model, RunComparison, by_ability, mean_kept, same_models, write_json_file
+from .compare import SIGNIFICANT, Cell, Model, RunComparison, by_ability, mean_kept, same_models
+from .compare_data import write_json_file
 from .document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown
 from .findings import SIGNAL_SIGMAS, is_share
 from .page import to_html
@@ -37,6 +38,8 @@ NAME = "compare"
 FIGURE = "pareto"
 IN_TERMINAL = (0, 1, 2, 3, 5, 7)
 """Columns of a task's table that a terminal has room for."""
+FIRST_COSTS = 2
+"""Of the columns of costs: the model's name and its parameters stand before the scores."""
 PROPORTIONAL = 0.05
 """Bytes per parameter that differ by more than this share make disk space a cost of its own."""
 
@@ -206,14 +209,19 @@ def _run_lines(comparison: RunComparison) -> Iterator[str]:
 
 
 def _main_table(comparison: RunComparison) -> Table:
-    """Rows are models, columns what they cost and every task."""
-    columns = (*_cost_columns(), *(_task_title(comparison, index) for index in range(len(comparison.tasks))))
-    rows = [(*_cost_row(model), *map(_cell_text, model.cells)) for model in comparison.models]
-    return Table("Models, their costs and their scores", columns, tuple(rows))
+    """Rows are models, columns every task and the costs; a phone shows the first ones."""
+    titles, costs = [_task_title(comparison, index) for index in range(len(comparison.tasks))], _cost_columns()
+    rows = []
+    for model in comparison.models:
+        cost = _cost_row(model)
+        rows.append((*cost[:FIRST_COSTS], *map(_cell_text, model.cells), *cost[FIRST_COSTS:]))
+    return Table(
+        "Models, their scores and their costs", (*costs[:FIRST_COSTS], *titles, *costs[FIRST_COSTS:]), tuple(rows)
+    )
 
 
 def _cost_columns() -> tuple[str, ...]:
-    return ("Model", "Layers", "Parameters", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
+    return ("Model", "Parameters", "Layers", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
 
 
 def _cost_row(model: Model) -> tuple[str, ...]:
@@ -223,7 +231,7 @@ def _cost_row(model: Model) -> tuple[str, ...]:
         ratio = "" if model.speed_ratio is None or model.role == "teacher" else f" ({model.speed_ratio:.2f} ×)"
         speed = f"{model.speed.decode_tokens_per_s:,.1f}{ratio}"
     cost = (f"{training.num_tokens:,}", f"{training.seconds / 3600:,.2f}") if training else (DASH, DASH)
-    size = (str(found.num_layers), count_text(found.num_parameters), bytes_text(found.num_bytes))
+    size = (count_text(found.num_parameters), str(found.num_layers), bytes_text(found.num_bytes))
     return (_model_name(model), *size, speed, *cost)
 
 

@@ -27,7 +27,8 @@ from shoal.artifact import (
 from shoal.cli import main
 from shoal.errors import UserError
 from shoal.eval.comparable import distinct_names
-from shoal.eval.compare import Cell, as_data, compare_runs, mean_kept
+from shoal.eval.compare import Cell, compare_runs, mean_kept
+from shoal.eval.compare_data import as_data
 from shoal.eval.compare_page import comparison_text, pareto_panels, write_comparison
 from shoal.eval.statistics import Retention, holm, interval, paired, retention
 from shoal.figures import save_figure
@@ -169,6 +170,8 @@ def test_p_values_are_corrected_over_the_whole_table(tmp_path: Path) -> None:
     expected = holm([cell.difference.p_value for cell in cells if cell.difference])
     assert [cell.adjusted_p for cell in cells] == expected
     assert max(expected) > min(expected)
+    again = write_run(tmp_path / "again", distilled=0.5, layers=3)  # its pruned model is that of c
+    assert compare_runs([*runs, again]).num_differences == 2 * 2 * 4 + 4
 
 
 def test_a_model_that_two_runs_share_is_not_compared_with_itself(tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def _delta(base: str, donor: str, out: str | None) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the table of several runs, and write it with its figure."""
-    from shoal.eval.compare import compare_runs, write_json_file
+    from shoal.eval.compare import compare_runs
+    from shoal.eval.compare_data import write_json_file
     from shoal.eval.compare_page import comparison_text, write_comparison
 
     found = compare_runs([Path(run) for run in arguments.runs], across_teachers=arguments.across_teachers)
