@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 WORTH_SHARING = 0.125
 """Share of their tokens that prompts must save by a common beginning."""
+EVEN = 0.85
+"""Share of the longest row of a batch that the others have at least."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def common_beginnings(prompts: Sequence[Tokens]) -> list[int]:
 
 
 def batches_by_beginning(
-    items: Sequence[T], size: int, described: Callable[[T], tuple[Tokens, int]]
+    items: Sequence[T], size: int, described: Callable[[T], tuple[Tokens, int]], *, enough_tokens: int
 ) -> Iterator[list[T]]:
     """Batches of at most ``size`` that need no more than ``size`` beginnings at a time.
 
@@ -157,8 +159,27 @@ def batches_by_beginning(
     for together in (*batches(named, size), [()]):
         rows = [row for beginning in together for row in by_beginning.get(beginning, ())]
         rows.sort(key=lambda row: -row[0])
-        for batch in batches(rows, size):
+        for batch in even_batches(rows, size, length=lambda row: row[0], enough_tokens=enough_tokens):
             yield [item for _, item in batch]
+
+
+def even_batches(
+    items: Sequence[T], size: int, *, length: Callable[[T], int], enough_tokens: int
+) -> Iterator[Sequence[T]]:
+    """Consecutive runs of at most ``size`` of ``items``, which come the longest first.
+
+    A batch with ``enough_tokens`` ends before an item so much shorter than its longest that padding would cost more
+    than EVEN allows.
+    """
+    start = 0
+    for end in range(1, len(items) + 1):
+        longest, count = length(items[start]), end - start
+        if end < len(items) and count < size:
+            is_enough = count * longest >= enough_tokens
+            if not is_enough or length(items[end]) >= EVEN * longest:
+                continue
+        yield items[start:end]
+        start = end
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -22,6 +22,8 @@ from shoal.models import logits_from_hidden, text_config
 
 LOGIT_ELEMENTS = 2**25
 """Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""
+ENOUGH_TOKENS = {"cpu": 128}
+"""From how many tokens on a forward gains nothing by more of them, by device type; 4096 elsewhere."""
 NEVER_BRANCH = ("cpmant", "dory", "git", "hrm_text", "llama4_text", "xlstm")
 """Families whose cache looks as if its rows could be copied, but that then give other values: cpmant wants all earlier
 tokens beside it, dory grows it, xlstm is recurrent; git and llama4_text take padding on the left for text; hrm_text,
@@ -96,6 +98,11 @@ class Decoder:
     def positions_at_once(self) -> int:
         """How many positions' logits fit into LOGIT_ELEMENTS."""
         return max(1, LOGIT_ELEMENTS // text_config(self.model.config).vocab_size)
+
+    @property
+    def enough_tokens(self) -> int:
+        """From how many tokens on a forward rather ends than takes in more padding."""
+        return ENOUGH_TOKENS.get(self.device.type, 4096)
 
     @cached_property
     def cache_bytes(self) -> int:

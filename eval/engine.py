@@ -260,8 +260,13 @@ class CausalLM(TemplateLM):
         shared = common_beginnings(rows)
         beginnings = [row[:count] for row, count in zip(rows, shared, strict=True)]
         reader = Reader(self._decoder, beginnings)
-        everything = range(len(rows))
-        for batch in batches_by_beginning(everything, self.batch_size, lambda i: (beginnings[i], len(rows[i]))):
+        # as many rows as there may be: it is the steps after the prompts that cost, and they have no padding
+        for batch in batches_by_beginning(
+            range(len(rows)),
+            self.batch_size,
+            lambda index: (beginnings[index], len(rows[index])),
+            enough_tokens=sys.maxsize,
+        ):
             start = reader.start([rows[index] for index in batch], [shared[index] for index in batch])
             yield batch, self._write_batch([prompts[index] for index in batch], how, start)
 

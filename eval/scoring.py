@@ -11,7 +11,7 @@ N (F + Q + n O) tokens against F + N (Q + n O), and logits at N (1 + n O) of the
 - the options of a question go on from copies of its keys and values; where that would save little (one option, or only
   options of one token), question and option are one row;
 - only the states before scored tokens meet the head, as many at a time as LOGIT_ELEMENTS allows;
-- rows of a batch are about equally long.
+- rows of a batch are about equally long; a batch large enough ends where padding would begin.
 
 The price is copying keys and values: bytes per token and layer of 2 x key-value heads x head size, a hundredth of
 reading the token again. Held at one time are those of at most 3 x batch size rows (beginnings, questions, options),
@@ -24,12 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .beginnings import Reader, Tokens, batches, batches_by_beginning, common_beginnings
+from .beginnings import Reader, Tokens, batches_by_beginning, common_beginnings, even_batches
 from .decoder import Decoder, branched
 
 Score = tuple[float, bool]
@@ -167,11 +168,12 @@ def layouts(
     branching = [q for q in questions.values() if branch and decoder.can_branch and q.is_worth_branching()]
     chosen = {question.context for question in branching}
     whole = [(q, tail) for q in questions.values() if q.context not in chosen for tail in q.tails]
+    even = partial(batches_by_beginning, enough_tokens=decoder.enough_tokens)
     reader = Reader(decoder, [question.beginning for question in branching])
-    for batch in batches_by_beginning(branching, batch_size, lambda q: (q.beginning, len(q.context))):
+    for batch in even(branching, batch_size, lambda q: (q.beginning, len(q.context))):
         yield _branched_layout(decoder, reader, batch, batch_size)
     reader = Reader(decoder, [question.beginning for question, _ in whole])
-    for batch in batches_by_beginning(whole, batch_size, lambda p: (p[0].beginning, len(p[0].context) + len(p[1]))):
+    for batch in even(whole, batch_size, lambda pair: (pair[0].beginning, len(pair[0].context) + len(pair[1]))):
         yield _whole_layout(decoder, reader, batch)
 
 
@@ -203,7 +205,7 @@ def _branched_layout(decoder: Decoder, reader: Reader, batch: Sequence[Question]
     fed = sorted(
         ((row, tail) for row, question in enumerate(batch) for tail in question.tails if tail), key=lambda p: -len(p[1])
     )
-    chunks = list(batches(fed, batch_size))
+    chunks = list(even_batches(fed, batch_size, length=lambda p: len(p[1]), enough_tokens=decoder.enough_tokens))
     passes = [Pass(start.ids_BS, start.mask, start.positions_BS)]
     for chunk in chunks:
         rows = torch.tensor([row for row, _ in chunk], device=decoder.device)

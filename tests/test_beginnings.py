@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import KINDS, SLIDING_WINDOW, tiny_model
 
-from shoal.eval.beginnings import Reader, Tokens, batches_by_beginning, common_beginnings
+from shoal.eval.beginnings import Reader, Tokens, batches_by_beginning, common_beginnings, even_batches
 from shoal.eval.decoder import Decoder
 from shoal.eval.scoring import score
 
@@ -62,11 +62,26 @@ def test_batches_need_few_beginnings_at_a_time_and_hold_rows_of_equal_length() -
     prompts = [beginning + tokens(own) for beginning in (tokens(30) for _ in range(7)) for own in (3, 9, 4, 8)]
     prompts += [tokens(own) for own in (50, 5, 6)]
     shared = dict(zip(prompts, common_beginnings(prompts), strict=True))
-    found = list(batches_by_beginning(prompts, 4, lambda one: (one[: shared[one]], len(one))))
+    found = list(batches_by_beginning(prompts, 4, lambda one: (one[: shared[one]], len(one)), enough_tokens=10**6))
     assert sorted(one for batch in found for one in batch) == sorted(prompts)
     assert max(len({one[: shared[one]] for one in batch if shared[one]}) for batch in found) == 4
     own = [[len(one) - shared[one] for one in batch] for batch in found]
     assert own == [[9] * 4, [8] * 4, [4] * 4, [3] * 4, [9] * 3 + [8], [8] * 2 + [4] * 2, [4] + [3] * 3, [50, 6, 5]]
+
+
+@pytest.mark.parametrize(
+    ("enough_tokens", "expected"),
+    [
+        (10**6, [[90, 88, 80, 70], [30, 29, 2]]),
+        (100, [[90, 88, 80], [70, 30], [29, 2]]),
+        (0, [[90, 88, 80], [70], [30, 29], [2]]),
+    ],
+)
+def test_a_batch_with_enough_tokens_ends_where_padding_begins(enough_tokens: int, expected: list[list[int]]) -> None:
+    lengths = [90, 88, 80, 70, 30, 29, 2]
+    found = even_batches(lengths, 4, length=lambda one: one, enough_tokens=enough_tokens)
+    assert list(map(list, found)) == expected
+    assert list(even_batches([], 4, length=len, enough_tokens=0)) == []
 
 
 def requests() -> list[tuple[Tokens, Tokens]]:
