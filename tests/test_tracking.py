@@ -6,8 +6,11 @@ import contextlib
 import json
 import logging
 import shutil
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +23,10 @@ from PIL import Image
 from results import evaluation, importance, speed, training
 from tiny import tiny_checkpoint
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from wandb_server import WandbServer
 
 from shoal import tracked, tracking
+from shoal.artifact import PruningPlan
 from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.eval.score_rows import COLUMNS, score_rows
@@ -80,6 +85,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_results(run)
         draw(run / "figures")
         log_results(recipe.track, run, as_dict(recipe), teacher=teacher, score_rows=score_rows)
+        assert not tracking._given_up, "see the warning above"
     return run
 
 
@@ -100,10 +106,13 @@ def log_steps(run_dir: Path, *steps: int) -> None:
 
 
 def write_results(run_dir: Path) -> None:
-    importance().write(run_dir / "importance.json")
-    training().write(run_dir / "distill.json")
+    """Made-up results, of the teacher of the plan that is there."""
+    plan = run_dir / PruningPlan.FILE
+    provenance = PruningPlan.read(plan).provenance if plan.is_file() else importance().provenance
+    for artifact in (importance(), training()):
+        replace(artifact, provenance=provenance).write(run_dir / artifact.FILE)
     for role in ROLES:
-        evaluation(role).write(run_dir / "eval" / f"{role}.json")
+        replace(evaluation(role), provenance=provenance).write(run_dir / "eval" / f"{role}.json")
     speed().write(run_dir / "eval" / "speed.json")
 
 
@@ -210,6 +219,47 @@ def test_no_secret_is_in_any_file_of_wandb(found: Tracked, run_dir: Path) -> Non
             content = file.read_bytes()
             assert KEY.encode() not in content, file
             assert HUB_TOKEN.encode() not in content, file
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    found = WandbServer()
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", found.url)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    yield found
+    end_service()
+    found.shutdown()
+    found.server_close()
+
+
+def test_online_stages_arrive_as_one_run_that_has_used_the_teacher(tmp_path: Path, server: WandbServer) -> None:
+    track, recipe = Track(wandb="online"), {"model": str(tmp_path / "base"), "revision": None, "note": HUB_TOKEN}
+    run_dir, teacher = tmp_path / "run", tiny_checkpoint(tmp_path / "base", "llama")
+    importance().write(run_dir / "importance.json")
+    log_results(track, run_dir, recipe, teacher=teacher, score_rows=score_rows)
+    train(run_dir, track, recipe)
+    assert server.run == (run_dir / "wandb_run_id").read_text().strip()
+    assert [row["_step"] for row in server.history] == [0, 1, 2]
+    assert [row["train/loss"] for row in server.history[1:]] == [1.0, 0.5]
+    assert server.used == {"base"}
+    assert {"base", f"results-{server.run}", f"run-{server.run}-importance"} <= server.committed
+    arrived = json.loads(server.uploads[f"results-{server.run}/importance.json"])
+    assert arrived == json.loads((run_dir / "importance.json").read_text())
+    assert not [body for body in server.seen if HUB_TOKEN.encode() in body]
+
+
+def test_offline_stages_are_put_together_in_order_when_they_are_uploaded(
+    run_dir: Path, found: Tracked, server: WandbServer
+) -> None:
+    words = tracking.sync_command(run_dir).split()
+    program = str(Path(sys.executable).with_name(words[0]))
+    subprocess.run([program, *words[1:]], check=True, capture_output=True, timeout=120, cwd=run_dir.parent)
+    assert server.run == found.ids[0]
+    assert [row["_step"] for row in server.history] == list(range(len(found.history)))
+    assert [row["train/loss"] for row in server.history if "train/loss" in row] == [1.0, 0.5]
+    assert server.used == {"llama"}
+    assert set(found.artifacts) == server.committed
 
 
 def test_what_has_been_logged_is_not_logged_again(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

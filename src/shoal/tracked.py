@@ -277,7 +277,7 @@ def _hashed(*files: Path) -> str:
 
 @contextmanager
 def _staged_in(folder: Path) -> Iterator[None]:
-    """Let W&B keep the files of artifacts in ``folder`` until they are uploaded, so that they move with the run."""
+    """Let W&B keep the files of artifacts in ``folder`` until they are uploaded, and not in the user's home."""
     if "WANDB_DATA_DIR" in os.environ:
         yield
         return
