@@ -16,13 +16,13 @@ from shoal.models import DEMO_PREFIX
 from shoal.redaction import redacted
 
 from .cautions import cautions_section
-from .details import speed_section
 from .document import Block, Bullets, Code, Paragraph, block_markdown, inline
 from .findings import Comparison, Row, Run, compare, is_share, read_run
 from .headline import headline
 from .license import License, base_license, license_file
 from .report import FIGURES_DIR
 from .sections import difference_table, no_signal_section, score_table
+from .speed_section import speed_section
 from .wording import bytes_text, duration_text, layers_text, listed
 
 DEMO_BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
