@@ -202,7 +202,8 @@ def test_the_card_of_a_run_arrives_so_that_its_results_can_be_read(tmp_path: Pat
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
     push(checkpoint, model_card(run), REPO, private=True, endpoint=hub.url)
-    arrived: Any = ModelCard(hub.small["README.md"].decode()).data
+    assert hub.small["README.md"] == (checkpoint / "README.md").read_bytes()
+    arrived: Any = ModelCard.load(checkpoint / "README.md").data
     assert {result.dataset_name for result in arrived.eval_results} == {t.task for t in evaluation("distilled").tasks}
     assert set(hub.validated) == {hub.small["README.md"].decode()}
 
