@@ -102,7 +102,7 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
         unclear = sum(cell.verdict == "unclear" for cell in cells)
         parts = [f"{verdict} on {listed(_task(cell) for cell in those)}" for verdict, those in found.items() if those]
         if unclear:
-            parts.append(f"no clear difference on {unclear} of {len(cells)} tasks")
+            parts.append(f"no clear difference on {unclear} of {len(cells)} {'task' if len(cells) == 1 else 'tasks'}")
         if parts:
             yield f"{model.contender.letter} {model.role} against {first} {model.role}: {'; '.join(parts)}."
     if comparison.num_differences:
