@@ -8,9 +8,12 @@ from shoal.tracked import Rows
 
 from .findings import compare, read_run
 
+RATES = ("malformed", "repetition", "cut_off", "mean_tokens")
+"""Of generated text; None for the others."""
 COLUMNS = (
     *("role", "task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance"),
     *("retention", "retention_low", "retention_high", "higher_is_better", "num_fewshot", "version"),
+    *("family", "level", *RATES),
 )
 
 
@@ -30,6 +33,7 @@ def score_rows(run_dir: Path) -> Rows:
                     *(role, score.task, score.ability, score.protocol, score.metric),
                     *(score.score, score.ci_low, score.ci_high, score.n, score.chance),
                     *(*share, score.higher_is_better, score.num_fewshot, score.version),
+                    *(score.family, score.level, *map(score.rates.get, RATES)),
                 )
             )
     return Rows(COLUMNS, tuple(rows))

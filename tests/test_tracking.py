@@ -178,6 +178,16 @@ def test_before_and_after_is_a_table_with_intervals_and_retention(found: Tracked
     assert found.summary["retention/pruned/retrieval_generation/generation/acc"] == pytest.approx(kept["retention"])
 
 
+def test_rows_tell_family_level_and_how_texts_went_wrong(tmp_path: Path) -> None:
+    plain, *_, written = evaluation("pruned").tasks
+    rates = {"malformed": 0.25, "repetition": 0.5, "cut_off": 0.0, "mean_tokens": 7.0}
+    tasks = (plain, replace(written, family="chain", level=3.0, rates=rates))
+    evaluation("pruned", tasks).write(tmp_path / "eval" / "pruned.json")
+    first, second = (dict(zip(COLUMNS, row, strict=True)) for row in score_rows(tmp_path).rows)
+    assert [first[key] for key in ("family", "level", *rates)] == [None] * 6
+    assert {key: second[key] for key in ("family", "level", *rates)} == {"family": "chain", "level": 3.0, **rates}
+
+
 def test_figures_are_pictures_or_where_there_is_no_other_markup(found: Tracked, run_dir: Path) -> None:
     logged = {key.removesuffix("/path"): value for row in found.history for key, value in row.items()}
     picture = found.files[logged["figures/before_after"]]
