@@ -34,7 +34,7 @@ from ..eval.evaluate import check_runnable, in_words, num_items, scores_of
 from ..eval.item_cache import ItemCache, key_of
 from ..eval.perplexity import perplexity
 from ..eval.scoring import Score, Tokens
-from ..eval.tasks import known_tasks, load_tasks
+from ..eval.tasks import known_tasks, tasks_of
 from .operators import heads_of_groups, with_halves, with_heads
 from .streamed import Streaming, score_variants_streamed
 from .variant_generation import Limits, generate_variants
@@ -134,9 +134,7 @@ def sweep_by(
     """As sweep does, with the answers of ``lm``, which was made for ``with_intact(variants)``."""
     connect_ranks(lm.device)
     evaluation = as_evaluation(replace(settings, tasks=task_names(settings), protocols=()))
-    tasks = load_tasks(
-        evaluation.tasks, include_path=evaluation.include_path, num_fewshot=evaluation.num_fewshot, seed=seed
-    )
+    tasks = tasks_of(evaluation, seed=seed)
     everything = with_intact(variants)
     lm.seed = seed
     answered_by = fingerprint([identity, [repr(one.edits) for one in everything]])
@@ -208,7 +206,7 @@ def checked_tasks(
     """
     names, evaluation = task_names(settings), as_evaluation(settings)
     try:
-        tasks = load_tasks(names, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
+        tasks = tasks_of(replace(evaluation, tasks=names))
         check_runnable(tasks, num_ranks=world_size(), max_length=resolve_max_length(config, tokenizer))
         counts = num_items(tasks, evaluation)
     except UserError as error:  # the same settings as those of evaluating, in another section
@@ -245,6 +243,7 @@ def as_evaluation(settings: Sweeps) -> Eval:
         batch_size=settings.batch_size,
         num_fewshot=settings.num_fewshot,
         include_path=settings.include_path,
+        data_dir=settings.data_dir,
         perplexity_data=settings.perplexity_data,
         perplexity_tokens=max(1, settings.perplexity_tokens),
         sequence_length=settings.sequence_length,

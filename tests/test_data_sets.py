@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from itertools import islice
 from pathlib import Path
@@ -422,6 +423,16 @@ def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> Non
     (data / "own" / "test.jsonl").write_text(json.dumps({"question": "q", "choices": ["x", "y"], "gold": "y"}))
     task = load_tasks(["own_continuation"], include_path=tasks, data_dir=data)["own_continuation"]
     assert [doc["answer"] for doc in task.eval_docs] == [1]
+
+
+def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(dataset: .*?)```", (TASKS_DIR / "README.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "own.yaml").write_text(block)
+    row = {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+    write(tmp_path, {"my_science/test.jsonl": [row], "my_science/train.jsonl": [row]})
+    for protocol in ("loglikelihood", "continuation", "generation"):
+        name = f"my_science_{protocol}"
+        assert load_tasks([name], include_path=tmp_path, data_dir=tmp_path)[name].eval_docs[0]["answer"] == 1
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ def test_a_task_that_only_writes_text_has_no_options_to_choose_from(tasks: Path)
             {"include_path": "/nowhere"},
             "measure.sweep.include_path: '/nowhere' is no folder",
         ),
+        (
+            ("knowledge_generation",),
+            {"data_dir": "/nowhere"},
+            "measure.sweep.data_dir: '/nowhere' is no folder",
+        ),
     ],
 )
 def test_what_a_sweep_would_refuse_later_is_refused_at_once(

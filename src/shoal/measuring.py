@@ -25,7 +25,7 @@ from shoal.models import (
     text_config,
 )
 from shoal.recipe import Sweeps, as_dict
-from shoal.run import Run, barrier, check_length, is_done, resolved, task_files_fingerprint
+from shoal.run import Run, barrier, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
 from shoal.runtime import device, is_main, seed_everything
 from shoal.sweeps import Removal, Unit
 
@@ -57,8 +57,10 @@ def measure_inputs(run: Run) -> dict[str, Any]:
     settings = run.recipe.measure.sweep
     if settings is None:
         return inputs
-    inputs |= {f"measure.sweep.{key}": value for key, value in swept.items() if key != "batch_size"}
+    inputs |= {f"measure.sweep.{key}": value for key, value in swept.items() if key not in ("batch_size", "data_dir")}
     inputs["measure.sweep.tasks (files)"] = task_files_fingerprint(settings.include_path)
+    if settings.data_dir is not None:
+        inputs["measure.sweep.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
     if settings.perplexity_tokens:
         inputs["measure.sweep.perplexity_data (content)"] = sources_fingerprint(settings.perplexity_data)
     if settings.donor is not None:

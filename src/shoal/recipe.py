@@ -57,6 +57,8 @@ class Sweeps(Section):
     """None = each task's own default."""
     include_path: str | None = None
     """A further folder of task YAMLs."""
+    data_dir: str | None = None
+    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
     perplexity_data: Data = (DataSource("python_docs_heldout"),)
     perplexity_tokens: Annotated[int, Field(ge=0)] = 0
     """Tokens of running text to score as one more column; 0 = none."""
