@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from shoal.data import BUNDLED, TEACHER_TEXT
@@ -120,15 +121,18 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
     about = "Too few items"
     if few := [row for row in rows if row.any_score.n < FEW_ITEMS]:
         yield about, f"Fewer than {FEW_ITEMS} items, so the intervals are wide: {_names(few)}."
-    hidden = [(row, least) for row in rows if (least := _detectable(row)) is not None]
-    if hidden:
-        told = "; ".join(f"{task_name(row)} ({row.any_score.n:,} items) {least}" for row, least in hidden[:4])
-        more = f"; and so on for {len(hidden) - 4} more" if len(hidden) > 4 else ""
-        yield (
-            about,
-            "No clear change from pruned to distilled does not mean that there is none. What a true change must be to "
-            f"show four times out of five: {told}{more}. A smaller one can hide.",
-        )
+    for before, after in (("teacher", "pruned"), ("pruned", "distilled"), ("teacher", "distilled")):
+        hidden = [(row, least) for row in rows if (least := _detectable(row, before, after)) is not None]
+        if hidden:
+            told = "; ".join(
+                f"{task_name(row)} ({row.any_score.n:,} items) {least}" for row, least in hidden[:MAX_NAMES]
+            )
+            more = f"; and so on for {len(hidden) - MAX_NAMES} more" if len(hidden) > MAX_NAMES else ""
+            yield (
+                about,
+                f"No clear change from {before} to {after} does not mean that there is none. What a true change must "
+                f"be to show four times out of five: {told}{more}. A smaller one can hide.",
+            )
     if silent := [row for row in rows if not row.has_signal]:
         yield (
             "At chance from the start",
@@ -137,14 +141,14 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
         )
 
 
-def _detectable(row: Row) -> str | None:
-    """What an unclear comparison of distilled and pruned could have shown at all."""
-    if row.verdict("pruned", "distilled") != "unclear" or not row.has_signal:
+def _detectable(row: Row, before: str, after: str) -> str | None:
+    """What an unclear comparison could have shown at all; None where it is clear or not there."""
+    if row.verdict(before, after) != "unclear" or not row.has_signal:
         return None
-    least = minimal_detectable_difference(row.scores["pruned"], row.scores["distilled"])
-    if not is_share(row.any_score):
-        return f"{least:.3f} {row.key[2].replace('_', ' ')}"
-    return f"{100 * least:.1f} points" if least < 1 else "more than there can be"
+    least = minimal_detectable_difference(row.scores[before], row.scores[after])
+    if math.isinf(least) or (is_share(row.any_score) and least >= 1):
+        return "cannot show any"
+    return f"{100 * least:.1f} points" if is_share(row.any_score) else f"{least:.3f} {row.key[2].replace('_', ' ')}"
 
 
 def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:

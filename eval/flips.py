@@ -34,8 +34,8 @@ def flips_section(comparison: Comparison) -> Section | None:
     changed = sum(group.count for group in browser.groups)
     if browser.shown < changed:
         text += (
-            f" {browser.shown:,} of {changed:,} are shown, the first of every task and direction, texts cut after "
-            f"{MAX_CHARACTERS} characters; all of them are in eval/*.json."
+            f" {browser.shown:,} of {changed:,} are shown, the first of every task and direction, of long texts "
+            f"the beginning and the end; all of them are in eval/*.json."
         )
     return Section("Items that changed sides", (Paragraph(text), browser))
 
@@ -76,7 +76,7 @@ def _size(flip: Flip) -> int:
 def _flip(before: ItemScore, after: ItemScore) -> Flip:
     return Flip(
         item=_clipped(before.id),
-        question="",
+        question=_clipped(before.question),
         expected=_clipped(before.target),
         before=_clipped(before.prediction),
         after=_clipped(after.prediction),
@@ -84,5 +84,6 @@ def _flip(before: ItemScore, after: ItemScore) -> Flip:
 
 
 def _clipped(text: str) -> str:
-    text = text.strip()
-    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " …"
+    """The text, of a long one its beginning and end: a question stands at the end, a loop shows in both."""
+    text, half = text.strip(), MAX_CHARACTERS // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} … {text[-half:]}"

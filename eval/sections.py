@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from shoal.level_figure import Ladder, ladders
 
 from .document import Block, Bullets, Paragraph, Picture, Section, Table
-from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, protocol_gaps
+from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, protocol_gaps, writing
+from .rates import Rate
+from .statistics import PairedDifference
 from .wording import (
     DASH,
     chance_text,
@@ -21,7 +23,12 @@ from .wording import (
     task_name,
 )
 
-RATES = {"malformed": "Without a readable answer", "repetition": "Ending in a loop", "cut_off": "Cut off at the limit"}
+RATES = {
+    "malformed": "Without a readable answer",
+    "repetition": "Ending in a loop",
+    "cut_off": "Cut off at the limit",
+    "mean_tokens": "Tokens, mean",
+}
 """Of generated text: name -> what it is."""
 VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse", "unclear": "○ no clear change", None: DASH}
 
@@ -96,7 +103,7 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
             kept = [retention_text(row.retained[role]) for row in (likely, written)]
             items = "the same" if _shares_items(likely, written) else "different"
             name = written.ability if written.any_score.family is None else task_name(written)
-            rows.append((role, name, *kept, f"{signed(100 * gap, 0)} points", items))
+            rows.append((role, name, *kept, _gap_text(gap, gap_limits(likely, written, role)), items))
     if rows:
         columns = ("Model", "Ability or task", "Kept, by likelihood", "Kept, in generation", "Protocol gap", "Items")
         caption = (
@@ -194,21 +201,42 @@ def _heading(name: str) -> str:
 
 
 def _written_table(rows: Sequence[Row]) -> Table | None:
-    """How generated texts went wrong, by task and role; None where nothing recorded it."""
-    body, groups = [], []
-    for row in rows:
-        own = [
-            (role, *(f"{100 * score.rates[rate]:.0f} %" for rate in RATES), f"{score.rates['mean_tokens']:.0f}")
-            for role, score in row.scores.items()
-            if {*RATES, "mean_tokens"} <= score.rates.keys()
-        ]
-        if own:
-            body += own
-            groups.append((task_name(row), len(own)))
-    if not body:
+    """How generated texts went, by task and role, with what changed; None where nothing recorded it."""
+    found = writing(rows)
+    if not found:
         return None
-    columns = ("Model", *RATES.values(), "Tokens, mean")
-    return Table("How the texts went that were written", columns, tuple(body), groups=tuple(groups))
+    roles = [role for role in ROLES if any(role in one.rates for one in found)]
+    pairs = [pair for pair in (("teacher", "pruned"), ("pruned", "distilled")) if set(pair) <= set(roles)]
+    body, groups = [], dict.fromkeys(task_name(one.row) for one in found)
+    for one in found:
+        scale, unit = (1, "") if one.name == "mean_tokens" else (100, " %")
+        cells = [RATES[one.name]]
+        cells += [_rate_text(one.rates[role], scale, unit) if role in one.rates else DASH for role in roles]
+        for pair in pairs:
+            cells += [_change_text(one.differences.get(pair), scale), p_text(one.adjusted_p.get(pair))]
+        body.append(tuple(cells))
+    columns = ("What", *(role.capitalize() for role in roles))
+    for before, after in pairs:
+        columns += (f"{after.capitalize()} − {before}", "p (Holm)")
+    counts = tuple((task, sum(task_name(one.row) == task for one in found)) for task in groups)
+    return Table("How the texts went that were written, with 95 % intervals", columns, tuple(body), groups=counts)
+
+
+def _rate_text(found: Rate, scale: int, unit: str) -> str:
+    low, high = (f"{scale * end:.1f}" for end in (found.ci_low, found.ci_high))
+    return f"{scale * found.value:.1f}{unit} [{low}, {high}]"
+
+
+def _change_text(found: PairedDifference | None, scale: int) -> str:
+    if found is None:
+        return DASH
+    value, low, high = (signed(scale * end, 1) for end in (found.difference, found.ci_low, found.ci_high))
+    return f"{value} [{low}, {high}]"
+
+
+def _gap_text(gap: float, limits: tuple[float, float] | None) -> str:
+    text = f"{signed(100 * gap, 0)} points"
+    return text if limits is None else f"{text} [{signed(100 * limits[0], 0)}, {signed(100 * limits[1], 0)}]"
 
 
 def _difference_blocks(rows: Sequence[Row]) -> list[Block]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from subprocess import run
 
 import pytest
-from results import DROP, NUM_LAYERS, choice, evaluation, importance, training
+from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, training
 
-from shoal.artifact import Importance, Training
+from shoal.artifact import Evaluation, Importance, Provenance, PruningPlan, Training
+from shoal.depth_figure import depth_columns, depth_figure
 from shoal.errors import UserError
 from shoal.figures import (
     FAINT,
@@ -26,6 +27,7 @@ from shoal.figures import (
     save_figure,
     training_figure,
 )
+from shoal.level_figure import ladders, level_figure
 
 ROLES = ("teacher", "pruned", "distilled")
 
@@ -70,6 +72,84 @@ def test_training_figure_draws_every_loss_term_and_the_learning_rate() -> None:
     losses, rate = training_figure(training()).axes
     assert [line.get_label() for line in losses.get_lines()] == ["Loss", "Forward kl", "Cross entropy"]
     assert rate.get_title(loc="left") == "Learning rate"
+
+
+def test_training_figure_shows_what_was_scored_on_the_way() -> None:
+    watched = {"step": 5.0, "watch/perplexity": 3.2, "watch/retrieval": 0.4}
+    figure = training_figure(replace(training(), history=(*training().history, watched)))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    held_out, tasks = figure.axes[1:3]
+    assert titles[1:3] == ["Held-out text while training, nats per token", "Tasks while training, score"]
+    for ax, score in ((held_out, 3.2), (tasks, 0.4)):
+        (line,) = ax.get_lines()
+        assert [list(line.get_xdata()), list(line.get_ydata())] == [[5.0], [score]]  # pyright: ignore
+
+
+def test_depth_figure_pulls_the_cut_layers_out_of_the_stack() -> None:
+    stack, *columns = depth_figure(plan(), importance()).axes
+    moved = [layer for layer, brick in enumerate(stack.patches) if brick.get_x() > 0]  # pyright: ignore
+    assert len(stack.patches) == NUM_LAYERS
+    assert moved == [layer for layer, brick in enumerate(stack.patches) if brick.get_hatch()] == list(DROP)
+    assert [ax.get_title(loc="left") for ax in columns] == ["block\ninfluence", "angular"]
+    for ax in columns:
+        assert [layer for layer, bar in enumerate(ax.patches) if bar.get_hatch()] == list(DROP)
+
+
+def chosen_by(**settings: object) -> PruningPlan:
+    inputs = {f"prune.{name}": value for name, value in {"drop": None, "metric": None, **settings}.items()}
+    return replace(plan(), provenance=Provenance(inputs))
+
+
+@pytest.mark.parametrize(
+    ("made", "first", "decided"),
+    [
+        (chosen_by(), "block_influence", ["block_influence"]),
+        (chosen_by(contiguous=True), "angular, 3 from here", ["angular, 3 from here"]),
+        (chosen_by(metric="angular"), "angular", ["angular"]),
+        (chosen_by(weights={"angular": 1, "block_influence": 2}), "block_influence", ["block_influence", "angular"]),
+        (chosen_by(drop=[3, 4, 5]), "block_influence", []),
+    ],
+)
+def test_columns_that_layers_were_chosen_by_come_first(made: PruningPlan, first: str, decided: list[str]) -> None:
+    columns = depth_columns(importance(), made)
+    assert columns[0].name == first
+    assert [column.name for column in columns if column.decided] == decided
+    if made.provenance.inputs.get("prune.contiguous"):
+        assert columns[0].scores == (*importance().runs["angular"][2], None, None)
+
+
+def test_a_bar_far_out_is_broken_off_and_marked() -> None:
+    scores = (50.0, *([1.0] * (NUM_LAYERS - 1)))
+    _, column = depth_figure(plan(), replace(importance(), layers={"m": scores}, runs={})).axes
+    lengths = [bar.get_width() for bar in column.patches]  # pyright: ignore[reportAttributeAccessIssue]
+    assert max(lengths) == 1.0
+    assert [text.get_text() for text in column.texts if text.get_position()[1] == 0] == ["›"]
+
+
+def test_depth_figure_needs_no_importance_and_refuses_that_of_another_model() -> None:
+    assert len(depth_figure(plan(), None).axes) == 1
+    with pytest.raises(UserError, match=r"has 9 layers, plan\.json 8; measure again"):
+        depth_figure(plan(), replace(importance(), num_layers=9))
+
+
+def climbed(role: str, *levels: float) -> Evaluation:
+    tasks = (choice(role, f"track_{level:g}", "reasoning", "generation", chance=0.0) for level in levels)
+    return evaluation(role, tuple(replace(t, family="track", level=v) for t, v in zip(tasks, levels, strict=True)))
+
+
+def test_level_figure_draws_every_role_over_the_levels_that_all_share() -> None:
+    (ladder,) = ladders([climbed("teacher", 4, 1, 2), climbed("pruned", 1, 2, 8), evaluation("distilled")])
+    assert (ladder.family, ladder.protocol, ladder.levels) == ("track", "generation", (1, 2))
+    assert list(ladder.scores) == ["teacher", "pruned"]
+    (ax,) = level_figure([ladder]).axes
+    for role, scores in ladder.scores.items():
+        (line,) = [line for line in ax.get_lines() if line.get_label() == role]
+        assert list(line.get_ydata()) == [score.score for score in scores]  # pyright: ignore
+        drawn = [tuple(map(float, line.get_ydata())) for line in ax.get_lines()]  # pyright: ignore
+        assert {(score.ci_low, score.ci_high) for score in scores} <= set(drawn)
+    assert ladders([climbed("teacher", 1)]) == ()
+    with pytest.raises(UserError, match="no family of tasks"):
+        level_figure([])
 
 
 def test_training_figure_leaves_out_values_that_are_not_finite() -> None:

@@ -13,19 +13,43 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from results import DROP, NUM_LAYERS, SKILL, choice, evaluation, importance, plan, training, write_run
+from results import DROP, NUM_LAYERS, SKILL, choice, evaluation, importance, plan, provenance, training, write_run
 
 from shoal.artifact import ItemScore, TaskScore
 from shoal.compress.atlas import build_atlas
 from shoal.edits import SkipAttention, Swap
 from shoal.errors import UserError
-from shoal.eval.document import FLIPS_IN_MARKDOWN, Code, Flip, Flips, Paragraph, Table, block_markdown, inline, prose
-from shoal.eval.findings import Run, compare, protocol_gaps, read_run
+from shoal.eval.cautions import cautions_section
+from shoal.eval.document import (
+    FLIPS_IN_MARKDOWN,
+    Code,
+    Flip,
+    Flips,
+    Paragraph,
+    Table,
+    block_markdown,
+    inline,
+    prose,
+    to_markdown,
+)
+from shoal.eval.findings import Comparison, Run, compare, protocol_gaps, read_run
 from shoal.eval.flips import within
 from shoal.eval.headline import headline
-from shoal.eval.report import write_report
+from shoal.eval.rates import with_rates
+from shoal.eval.report import build_document, write_report
+from shoal.eval.search_section import read_search
 from shoal.eval.statistics import holm, paired
 from shoal.eval.wording import layers_text, redacted, signed
+from shoal.search import (
+    Column,
+    Correlation,
+    HealedPlan,
+    Interval,
+    PlanStanding,
+    Ranking,
+    SearchResult,
+    Standing,
+)
 
 VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>'--><style>*{display:none}</style>\x00\u202e"
@@ -72,6 +96,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str, Path]:
     path = write_report(folder)
     assert path == folder / "report.html"
     return Page(path.read_text()), (folder / "report.md").read_text(), folder
+
+
+def told(folder: Path) -> str:
+    """report.md of the folder, without drawing its figures."""
+    run = read_run(folder)
+    return to_markdown(build_document(run, compare(run), {}, read_search(folder)))
 
 
 def planted(text: str) -> tuple[TaskScore, TaskScore]:
@@ -191,8 +221,7 @@ def test_a_change_within_its_interval_is_no_change(tmp_path: Path) -> None:
     text = " ".join(headline(run, compare(run)))
     assert "no score clearly better" in text
     assert "no clear change on retrieval_continuation" in text
-    write_report(tmp_path)
-    assert "What a true change must be" in (tmp_path / "report.md").read_text()
+    assert "What a true change must be" in told(tmp_path)
 
 
 def test_worse_is_said_for_rising_nats_and_better_for_falling(report: tuple[Page, str, Path]) -> None:
@@ -349,15 +378,13 @@ def test_scores_of_other_settings_are_left_out_by_name(tmp_path: Path) -> None:
     row = next(row for row in comparison.rows if row.key[0] == "retrieval_continuation")
     assert "distilled" not in row.scores
     assert "num_fewshot is 0 in one evaluation and 5 in the other" in comparison.refused[0]
-    write_report(tmp_path)
-    assert "because settings differ" in (tmp_path / "report.md").read_text()
+    assert "because settings differ" in told(tmp_path)
 
 
 def test_an_evaluation_of_another_plan_is_pointed_out(tmp_path: Path) -> None:
     write_run(tmp_path)
     plan(DROP[:1]).write(tmp_path / "plan.json")
-    write_report(tmp_path)
-    assert "it belongs to another plan" in (tmp_path / "report.md").read_text()
+    assert "it belongs to another plan" in told(tmp_path)
 
 
 def read(source: str, **found: int) -> dict:
@@ -398,8 +425,7 @@ def test_overlap_of_training_and_evaluation_is_stated(
     if tasks:
         own = (choice("teacher", tasks, "knowledge", "continuation"),)
         evaluation("teacher", tasks=own).write(tmp_path / "eval" / "teacher.json")
-    write_report(tmp_path)
-    assert said in (tmp_path / "report.md").read_text()
+    assert said in told(tmp_path)
 
 
 def test_report_repeats_byte_for_byte(tmp_path: Path) -> None:
@@ -437,8 +463,7 @@ def test_markdown_keeps_commands_as_code_and_nothing_else(text: str, escaped: st
 
 def test_markdown_of_a_report_shows_no_escaped_backtick(tmp_path: Path) -> None:
     plan().write(tmp_path / "plan.json")
-    write_report(tmp_path)
-    markdown = (tmp_path / "report.md").read_text(encoding="utf-8")
+    markdown = told(tmp_path)
     assert "`shoal eval`" in markdown
     assert "\\`" not in markdown
 
@@ -491,3 +516,99 @@ def test_edits_are_told_without_paths(tmp_path: Path, drop: tuple[int, ...], sai
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "attention of layer 3 zeroed" in page
     assert ("Cut: layers" in page) == bool(drop)
+
+
+def climbing(role: str, level: int) -> TaskScore:
+    """A task of a family that gets harder, every item of which knows how its text went."""
+    share = 0.9 if level == 1 else 0.5 if level == 2 else 0.02
+    task = choice(role, f"track_{level}", "reasoning", "generation", chance=0.0, share=share)
+    rates = {"malformed": float(role == "pruned"), "repetition": 0.0, "cut_off": 0.0, "tokens": 12.0}
+    items = tuple(replace(item, rates=rates, question=f"What is {item.id}?") for item in task.items)
+    return with_rates(replace(task, family="track", level=float(level), items=items))
+
+
+def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
+    for role in SKILL:
+        evaluation(role, tuple(climbing(role, level) for level in (1, 2, 3))).write(tmp_path / "eval" / f"{role}.json")
+    page = Page(write_report(tmp_path).read_text())
+    assert "Track, generation, levels 1 to 3: clear of chance are teacher up to 2" in page.words
+    assert (tmp_path / "figures/levels.png").stat().st_size > 1000
+    assert "Without a readable answer 0.0 % [0.0, 3.7] 100.0 % [96.3, 100.0] 0.0 % [0.0, 3.7]" in page.words
+    assert "On track_1 (generation) 100 % of the texts of pruned held no answer that could be read" in page.words
+    assert "Question What is track_1-" in page.words
+    assert "question" in (tmp_path / "report.md").read_text()
+
+
+def test_cautions_come_first_and_say_where_nothing_was_found(report: tuple[Page, str, Path]) -> None:
+    titles = re.findall(r"^## (.*)$", report[1], flags=re.MULTILINE)
+    assert titles[:2] == ["At a glance", "Read with care"]
+    section = report[1].split("## Read with care")[1].split("\n## ")[0]
+    assert (
+        "**At chance from the start.** The intact teacher is not 3 standard errors above chance on reasoning" in section
+    )
+    nothing = cautions_section(*nothing_to_say())
+    assert "Nothing was found" in str(nothing)
+
+
+def nothing_to_say() -> tuple[Run, Comparison]:
+    tasks = {
+        role: tuple(choice(role, f"retrieval_{how}", "retrieval", how) for how in ("continuation", "generation"))
+        for role in ("teacher", "pruned")
+    }
+    run = Run(Path(), None, {}, None, None, None, {role: evaluation(role, own) for role, own in tasks.items()}, None)
+    return run, compare(run)
+
+
+def test_machines_and_versions_that_differ_are_a_caution(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    other = evaluation("distilled")
+    environment = {**other.provenance.environment, "torch": "2.12.0"}
+    replace(other, provenance=replace(other.provenance, environment=environment)).write(
+        tmp_path / "eval/distilled.json"
+    )
+    said = "The models were scored with torch 2.13.0 for teacher, 2.13.0 for pruned, 2.12.0 for distilled."
+    assert said in told(tmp_path)
+
+
+def test_a_likelihood_score_that_hides_damage_is_a_caution() -> None:
+    run, _ = nothing_to_say()
+    said_well = choice("teacher", "retrieval_continuation", "retrieval", "continuation")
+    pruned = (said_well, run.evaluations["pruned"].tasks[1])
+    run = replace(run, evaluations={**run.evaluations, "pruned": evaluation("pruned", pruned)})
+    assert "Of retrieval the pruned model keeps 100 % by retrieval_continuation" in str(
+        cautions_section(run, compare(run))
+    )
+
+
+def test_costs_and_the_search_are_told_where_they_are_recorded(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    searched().write(tmp_path / SearchResult.FILE)
+    markdown = told(tmp_path)
+    assert "| Distilling | 8 s | 4,000 | 1 GB |" in markdown
+    assert "| Healing 2 plans to choose from | – | 2,000 | – |" in markdown
+    section = markdown.split("## What the search over plans found")[1].split("\n## ")[0]
+    assert "2 plans, each healed for 1,000 tokens, best first" in section
+    assert "| low | 1 | 2 | 3, 4 |" in section
+    assert "The ranking before the heal did not hold" in section
+    assert "drop: [3, 4]" in section
+
+
+def searched() -> SearchResult:
+    none = Correlation(None, None)
+
+    def standing(value: float, rank: int, behind: float) -> Standing:
+        return Standing(Interval(value, value, value), rank, None, None, Interval(behind, behind, behind))
+
+    column = Column(
+        *("perplexity", "language", "rolling", "nats_per_token", 9, 0.0, False),
+        *(Interval(2, 2, 2), 1.0, "it has no chance level", none),
+    )
+    plans = tuple(
+        HealedPlan(name, {}, drop, (), f"named {name}", 6, None) for name, drop in (("own", (1, 2)), ("low", (3, 4)))
+    )
+    standings = (
+        PlanStanding("low", standing(3.0, 2, 0.1), standing(2.5, 1, 0.0), ()),
+        PlanStanding("own", standing(2.9, 1, 0.0), standing(2.7, 2, 0.2), ()),
+    )
+    ranking = Ranking("nats", (column,), standings, {"overall": none}, 9, "own", "low", Interval(-0.2, -0.3, -0.1))
+    return SearchResult(provenance(), 1000, plans, ranking)
