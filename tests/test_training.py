@@ -260,20 +260,38 @@ def test_recorded_signals_under_zero_3_give_the_curves_of_the_live_teacher(live,
         record={**RECORDED, "temperature": 2.0},
         **SERVED,
         deepspeed="deepspeed/zero3.json",
-        teacher={"recorded": str(tmp_path / "run" / "signals")},
+        teacher={"recorded": str(tmp_path / "run" / "signals"), "prefix": True},
     )
     finished(run(path, verb="record"))
     recorded = finished(run(path, ranks=2))
     names = [
         name for name in NAMES if name not in ("adaptive_kl", "taid", "dkd", "attention_relation", "value_relation")
     ]
-    assert recorded.training.settings["shared_layers"] == 0
-    assert live.training.settings["shared_layers"] == 2
+    assert recorded.training.settings["shared_layers"] == live.training.settings["shared_layers"] == 2
     for name in names:
         # 0.0008 (KL + sqrt(2 KL)) by docs/training.md, here at temperature 2, and bfloat16 states
         assert recorded.curve(name) == pytest.approx(live.curve(name), rel=4e-3, abs=4e-3), name
         assert recorded.curve(name) != live.curve(name) or name == "cross_entropy"
     assert recorded.curve("top1_agreement") == pytest.approx(live.curve("top1_agreement"), abs=0.1)
+
+
+def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teacher, cut, tmp_path):
+    settings: dict[str, Any] = {"trainable": "from_first_cut", "trainer": {"save_strategy": "steps", "save_steps": 4}}
+    with_prefix = {"recorded": str(tmp_path / "signals"), "prefix": True}
+    record = {"folder": str(tmp_path / "signals")}
+    path = recipe(tmp_path / "prefix", teacher, cut, **settings, record=record, teacher=with_prefix)
+    finished(run(path, verb="record"))
+    prefix = finished(run(path))
+    # what holds the prefix serves runs without it
+    alone = recipe(tmp_path / "alone", teacher, cut, **settings, record=record, teacher={"recorded": record["folder"]})
+    alone = finished(run(alone))
+    assert prefix.training.settings["shared_layers"] == 2
+    assert alone.training.settings["shared_layers"] == 0
+    same(prefix, alone, ["forward_kl"], within=1e-6)
+    went_on = finished(run(unfinished(prefix, tmp_path / "on", step=4)))
+    assert "going on from" in went_on.log
+    assert went_on.curve() == prefix.curve()
+    assert all(torch.equal(weight, prefix.weights()[name]) for name, weight in went_on.weights().items())
 
 
 def test_an_offloaded_teacher_gives_the_curve_of_one_on_the_device(live, teacher, cut, tmp_path):
