@@ -138,6 +138,8 @@ def guesses_of_walk(item: Item) -> dict[str, int | None]:
     lefts, rights = [left for left, _ in table], [right for _, right in table]
     options = [option.strip() for option in item.options]
     start = item.question.split("Start at ")[1].split()[0]
+    following = dict(table)
+    inside = [word for word in options if following[word] in options and word in (following[o] for o in options)]
     near = {word: abs(rights.index(word) - lefts.index(start)) for word in options}
     return {
         "highest row": named(item, min(options, key=rights.index)),
@@ -145,6 +147,7 @@ def guesses_of_walk(item: Item) -> dict[str, int | None]:
         "highest left": named(item, min(options, key=lefts.index)),
         "nearest to the start's row": named(item, min(options, key=near.__getitem__)),
         "farthest from the start's row": named(item, max(options, key=near.__getitem__)),
+        "stands between two options": named(item, (inside or options)[0]),
         "leads to another option": named(item, next((o for o in options if dict(table)[o] in options), options[0])),
         "another option leads here": named(
             item, next((dict(table)[o] for o in options if dict(table)[o] in options), options[0])
