@@ -26,7 +26,8 @@ from shoal.terms import DKD, TAID, AdaptiveKL, CrossEntropy, LogitTerm, TotalVar
 from .losses import Softmax, softened, temperature_of, token_losses
 
 BLOCK = 2**17
-"""Logits of one block on CPU: half a megabyte of fp32 per copy."""
+"""Logits of one block on CPU for every thread: half a megabyte of fp32 per copy. Smaller ones would have threads wait
+for each other at every operation."""
 LOGITS = 2**24
 """A chunk on CPU has at most so many logits: of a larger vocabulary fewer tokens, so that memory does not grow."""
 AGREEMENT_STRIDE = 8
@@ -201,7 +202,7 @@ class _Objective:
             kept = _with_tail(targets, part)
         values_TC = logits_CV.new_empty(len(self.terms), len(logits_CV), dtype=torch.float64)
         gradient_CV = torch.empty_like(logits_CV) if wanted else None
-        rows = max(1, BLOCK // logits_CV.shape[-1]) if logits_CV.device.type == "cpu" else len(logits_CV)
+        rows = _block_rows(logits_CV)
         for start in range(0, len(logits_CV) if self.terms else 0, rows):
             block = slice(start, start + rows)
             if kept is None:
@@ -241,7 +242,9 @@ class _Objective:
         if not coarse:
             assert total_RV is not None
             return total_RV
-        tempered_RV = logits_RV.to(p.log_NV.dtype) / self.targets.temperature
+        tempered_RV = logits_RV.to(p.log_NV.dtype, copy=True)
+        if self.targets.temperature != 1.0:
+            tempered_RV.div_(self.targets.temperature)
         kept_RK = tempered_RV.gather(-1, ids_RK)
         others_RV = tempered_RV.scatter_(-1, ids_RK, -torch.inf)
         peak_R1 = others_RV.amax(-1, keepdim=True)
@@ -357,7 +360,14 @@ def _accumulated(sum_so_far: Tensor | None, gradient: Tensor) -> Tensor:
     """In fp32 or better: chunks added up in bf16 would lose what is small."""
     if sum_so_far is None:
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    rows = BLOCK // max(1, gradient[0].numel()) if gradient.device.type == "cpu" else len(gradient)
-    for into, part in zip(sum_so_far.split(max(1, rows)), gradient.split(max(1, rows)), strict=True):
+    rows = _block_rows(gradient)
+    for into, part in zip(sum_so_far.split(rows), gradient.split(rows), strict=True):
         into.add_(part)  # at once it would make an fp32 copy of a bf16 gradient, as large as the head
     return sum_so_far
+
+
+def _block_rows(values: Tensor) -> int:
+    """How many rows to work on at one time, so that what they need stays in the cache."""
+    if values.device.type != "cpu":
+        return max(1, len(values))
+    return max(1, BLOCK * torch.get_num_threads() // max(1, values[0].numel()))
