@@ -235,6 +235,18 @@ def test_operations_per_token_follow_from_weights_and_length(tiny_job: Job) -> N
     assert found == 3 * (4 * layer + head)
 
 
+def test_layers_whose_state_is_recorded_are_not_run() -> None:
+    def cost(teacher: Teacher, shared: int) -> float:
+        found = job_of(trainable="from_first_cut", teacher=teacher)
+        assert found.shared_layers == shared
+        return flops_per_token(found.student, found.teacher, found.setting, shared=found.shared_layers > 0)
+
+    layer = 2 * (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48) + 4 * 32 * LENGTH
+    recorded, spared = Teacher(recorded="signals"), Teacher(recorded="signals", prefix=True)
+    assert cost(recorded, 0) - cost(spared, 2) == 2 * layer
+    assert cost(Teacher(), 2) - cost(spared, 2) == NUM_LAYERS * layer + 2 * 32 * VOCAB_SIZE
+
+
 # --- what stands beside plain training
 
 
@@ -537,6 +549,7 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
         "8 samples of 32 tokens are written at one time",
         "distill.local comes first",
         "recorded signals of these tokens would take",
+        "MB more (64 bytes a token)",
         "cheapest setting that fits",
     ):
         assert words in told, words
@@ -556,13 +569,15 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     file = tmp_path / "recipe.yaml"
     file.write_text(
         f"model: {folders[0]}\nrun_dir: {tmp_path}/run\nprune: {{drop: [2, 4]}}\n"
-        "distill: {sequence_length: 64, num_ranks: 3, batch_size: 6, lora: {rank: 2}, teacher: {recorded: signals}}\n"
+        "distill: {sequence_length: 64, num_ranks: 3, batch_size: 6, lora: {rank: 2}, trainable: near_gaps,\n"
+        "          teacher: {recorded: signals, prefix: true}}\n"
     )
     logged = logging.getLogger().handlers[:]
     assert run_verb("distill", str(file), [], dry_run=True) == 0
     told = capsys.readouterr().out
     assert "step:    3 rank(s) x 1 micro-batch(es) x 2 row(s) x 64 tokens" in told
     assert "weights, recorded, not loaded\n" in told
+    assert "the lowest 1 layers are not run, their state is recorded" in told
     assert run_verb("distill", str(file), ["distill.batch_size=7"], dry_run=True) == 2
     assert "7 rows do not divide over 3 ranks" in capsys.readouterr().err
     logging.getLogger().handlers[:] = logged

@@ -244,7 +244,7 @@ def _state_at_cut(job: Job) -> str:
         return ""
     each = job.teacher.hidden * job.setting.teacher_bytes
     return (
-        f"; with teacher.prefix, so that neither model runs its lowest {job.shared_layers} layers, "
+        "; with distill.teacher.prefix, which spares both models their lowest layers, "
         f"{size_text(each * job.num_steps * job.tokens_per_step)} more ({each:,} bytes a token)"
     )
 
