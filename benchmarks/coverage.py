@@ -1,4 +1,4 @@
-"""Do 95 % intervals of the atlas hold the truth 95 times in 100? Item scores are drawn from known chances per layer.
+"""Do 95 % intervals of atlas and report hold the truth 95 times in 100? Item scores are drawn from known chances.
 
     python benchmarks/coverage.py [--data-sets 2000] [--json FILE]
 
@@ -7,6 +7,10 @@ generated text (0/1, chance 0) and nats per token (skewed, a few hard items). Ev
 function as a sweep; a truth is the expected score of the drawn distribution, so luck in the intact score counts too.
 0/1 changes are discrete: where only a few items of a data set change, no interval can be right in 95 % of data sets for
 all truths, and these err to the safe side.
+
+What the report adds is planted for itself: the gap between what two protocols keep (on the same items and on others),
+retention of scores between 0 and 1, the mean of few items, rates of written text, and how often a test finds a change
+where there is none.
 """
 
 from __future__ import annotations
@@ -16,13 +20,16 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from shoal.artifact import ItemScore, TaskScore, write_json
 from shoal.compress.sweep_table import sweep_table
-from shoal.eval.statistics import interval
+from shoal.eval.rates import rate_difference, with_rates
+from shoal.eval.statistics import bootstrap_mean, interval, paired, retention, retention_gap
 from shoal.sweeps import Estimate, Unit
 
 Array = NDArray[np.float64]
@@ -50,16 +57,24 @@ def main() -> None:
         rows += planted_shares(name, items, intact, chance, arguments.data_sets)
     for items in (20, 60):
         rows += planted_nats(items, arguments.data_sets)
+    print_summary(rows)
+    report = planted_report(arguments.data_sets)
+    outside = [row for row in report if not row["low"] <= row["share"] <= row["high"]]
+    print(f"report: {len(report) - len(outside)} of {len(report)} inside what is promised")
+    for row in (*rows, *report):
+        print(json.dumps(row))
+    if arguments.json:
+        write_json(arguments.json, {"data_sets": arguments.data_sets, "rows": rows, "report": report})
+
+
+def print_summary(rows: list[dict[str, Any]]) -> None:
+    """How the atlas's intervals did, in a few lines."""
     for quantity in ("change", "retention"):
         found = [row for row in rows if quantity in row]
         mean = float(np.mean([row[quantity] for row in found]))
         often = [row[quantity] for row in found if row["changed"] >= 10]
         print(f"{quantity}: {mean:.3f} over all, {min(often):.3f} to {max(often):.3f} where 10 items or more change")
         print(f"  goal {GOAL[0]} to {GOAL[1]}; lowest of all {min(row[quantity] for row in found):.3f}")
-    for row in rows:
-        print(json.dumps(row))
-    if arguments.json:
-        write_json(arguments.json, {"data_sets": arguments.data_sets, "rows": rows})
 
 
 def planted_shares(name: str, items: int, intact: float, chance: float, data_sets: int) -> list[dict[str, float | str]]:
@@ -129,13 +144,116 @@ def coverage(
     return found
 
 
+def planted_report(data_sets: int) -> list[dict[str, Any]]:
+    """What the report's intervals and tests promise, and how often they keep it: `share` between `low` and `high`."""
+    found = []
+    for shared in (True, False):
+        for n in (100, 400):
+            name = f"gap of protocols, {'the same' if shared else 'other'} items"
+            found.append(_row(name, n, data_sets, gap_hits(n, data_sets, shared=shared)))
+    for n in (10, 20, 60):
+        found.append(_row("mean of nats", n, data_sets, mean_hits(n, data_sets)))
+        found.append(_row("mean of nats, unequal windows", n, data_sets, mean_hits(n, data_sets, unequal=True)))
+        found.append(_row("change of length", n, data_sets, rate_hits(n, data_sets, "mean_tokens")))
+    for n in (40, 200):
+        found.append(_row("retention of scores between 0 and 1", n, data_sets, soft_retention_hits(n, data_sets)))
+        found.append(_row("change of malformed answers", n, data_sets, rate_hits(n, data_sets, "malformed")))
+    for n in (8, 20, 60):
+        found.append(_row("no change found in nats", n, data_sets, false_alarms(n, data_sets), high=1.0))
+    return found
+
+
+def _row(name: str, n: int, data_sets: int, hits: int, *, high: float = 0.98) -> dict[str, Any]:
+    luck = 3 * (0.95 * 0.05 / data_sets) ** 0.5
+    return {"interval": name, "items": n, "share": hits / data_sets, "low": 0.93 - luck, "high": high + luck}
+
+
+def gap_hits(n: int, data_sets: int, *, shared: bool) -> int:
+    """Of two protocols, one gentle and one hard, whose luck per item is the same by half where items are shared."""
+    rng = np.random.default_rng(11)
+    right, lost, won, chance = (0.85, 0.6), (0.1, 0.4), (0.05, 0.02), (0.25, 0.0)
+    kept = [
+        (p * (1 - loss) + (1 - p) * gain - c) / (p - c)
+        for p, loss, gain, c in zip(right, lost, won, chance, strict=True)
+    ]
+    hits = 0
+    for number in range(data_sets):
+        luck = rng.normal(size=(2, n))  # of the item, for the intact model and for the change
+        pairs = []
+        for protocol in range(2):
+            own = rng.normal(size=(2, n))
+            draws = stats.norm.cdf((luck + own) / np.sqrt(2) if shared else own)
+            before = draws[0] < right[protocol]
+            after = np.where(before, draws[1] >= lost[protocol], draws[1] < won[protocol])
+            name = f"{number}" if shared else f"{number}-{protocol}"
+            pairs.append(tuple(_task(s.astype(float), chance[protocol], True, name) for s in (before, after)))
+        found = retention_gap(*pairs)
+        hits += found is not None and found[1] <= kept[0] - kept[1] <= found[2]
+    return hits
+
+
+def mean_hits(n: int, data_sets: int, *, unequal: bool = False) -> int:
+    """Of a role's nats per token, skewed."""
+    rng = np.random.default_rng(12)
+    weights = rng.integers(100, 512, size=n).astype(float) if unequal else np.ones(n)
+    limits = (bootstrap_mean(rng.gamma(4.0, 0.5, size=n).tolist(), weights.tolist()) for _ in range(data_sets))
+    return sum(low <= 2.0 <= high for low, high in limits)
+
+
+def soft_retention_hits(n: int, data_sets: int) -> int:
+    """Of scores like F1: teacher's mean 2/3, of which 3/4 stay."""
+    rng = np.random.default_rng(13)
+    hits = 0
+    for _ in range(data_sets):
+        before = rng.beta(2.0, 1.0, size=n)
+        found = retention(*(_task(scores, 0.0, True) for scores in (before, before * rng.beta(3.0, 1.0, size=n))))
+        hits += found.ci_low is not None and found.ci_high is not None and found.ci_low <= 0.75 <= found.ci_high
+    return hits
+
+
+def rate_hits(n: int, data_sets: int, name: str) -> int:
+    """Of the change of a rate of written text: 10 % to 30 % malformed, or 8 tokens more of about 20."""
+    rng = np.random.default_rng(14)
+    truth = 8.0 if name == "mean_tokens" else 0.2
+    hits = 0
+    for _ in range(data_sets):
+        broken = rng.random(n) < 0.1
+        later = broken | (rng.random(n) < 0.2 / 0.9)
+        length = rng.poisson(20, size=n)
+        longer = length + rng.poisson(8.0, size=n)
+        before, after = (_written(bad, tokens) for bad, tokens in ((broken, length), (later, longer)))
+        found = rate_difference(before, after, name)
+        hits += found.ci_low - 1e-9 <= truth <= found.ci_high + 1e-9
+    return hits
+
+
+def false_alarms(n: int, data_sets: int) -> int:
+    """How many data sets without a change a test at 5 % leaves alone."""
+    rng = np.random.default_rng(15)
+    alone = 0
+    for _ in range(data_sets):
+        before = rng.gamma(4.0, 0.5, size=n)
+        after = before + rng.normal(0.0, 0.3, size=n)
+        alone += paired(_task(before, 0.0, False), _task(after, 0.0, False)).p_value >= 0.05
+    return alone
+
+
+def _written(malformed_N: NDArray[np.bool_], tokens_N: NDArray[Any]) -> TaskScore:
+    made = _task(np.zeros(len(tokens_N)), 0.0, True)
+    items = tuple(
+        replace(item, rates={"malformed": float(bad), "repetition": 0.0, "cut_off": 0.0, "tokens": float(tokens)})
+        for item, bad, tokens in zip(made.items, malformed_N, tokens_N, strict=True)
+    )
+    return with_rates(replace(made, items=items))
+
+
 def holds(estimate: Estimate | None, truth: float) -> bool:
     """Whether the interval holds the truth, rounding aside."""
     return estimate is not None and estimate.low - 1e-9 <= truth <= estimate.high + 1e-9
 
 
-def _task(scores_N: Array, chance: float, higher_is_better: bool) -> TaskScore:
-    items = tuple(ItemScore(str(index), score) for index, score in enumerate(scores_N.tolist()))
+def _task(scores_N: Array, chance: float, higher_is_better: bool, name: str = "") -> TaskScore:
+    items = tuple(ItemScore(f"{name}{index}", score) for index, score in enumerate(scores_N.tolist()))
     metric, mean = "acc" if higher_is_better else "nats_per_token", float(scores_N.mean())
     made = TaskScore(
         "planted", "planted", "planted", metric, mean, mean, mean, len(items), chance, higher_is_better, "1", 0, items

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -37,10 +38,19 @@ def resampled_means(scores_NK: Array, weights_N: Array, resamples: int = NUM_RES
 
 def _counts(n: int, resamples: int) -> Iterator[Array]:
     """How often each item is drawn, (some R, N) at a time; how many at a time changes no draw."""
+    size = max(1, COUNT_ELEMENTS // n)
+    if resamples <= size:
+        yield _all_counts(n, resamples)
+        return
     rng = np.random.default_rng(RESAMPLE_SEED)
-    shares, size = np.full(n, 1 / n), max(1, COUNT_ELEMENTS // n)
     for start in range(0, resamples, size):
-        yield rng.multinomial(n, shares, size=min(size, resamples - start)).astype(np.float64)
+        yield rng.multinomial(n, np.full(n, 1 / n), size=min(size, resamples - start)).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _all_counts(n: int, resamples: int) -> Array:
+    """Kept, because drawing takes longer than what is computed from it, and most tasks have as many items as others."""
+    return np.random.default_rng(RESAMPLE_SEED).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
 def expanded_percentiles(means_RK: Array, value_K: Array, n: float) -> tuple[Array, Array]:
