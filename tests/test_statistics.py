@@ -13,10 +13,14 @@ from scipy import stats
 
 from shoal.artifact import ItemScore, TaskScore
 from shoal.errors import UserError
+from shoal.eval import resampling
 from shoal.eval import statistics as ours
+from shoal.eval.resampling import effective_n
 
 
-def task(scores: Sequence[float], *, weights: Sequence[float] | None = None, **changes: object) -> TaskScore:
+def task(
+    scores: Sequence[float] | np.ndarray, *, weights: Sequence[float] | None = None, **changes: object
+) -> TaskScore:
     items = tuple(
         ItemScore(f"item{index}", float(score), target="t", weight=1.0 if weights is None else weights[index])
         for index, score in enumerate(scores)
@@ -28,7 +32,7 @@ def task(scores: Sequence[float], *, weights: Sequence[float] | None = None, **c
     return dataclasses.replace(made, ci_low=low, ci_high=high)
 
 
-def nats(scores: Sequence[float], weights: Sequence[float] | None = None) -> TaskScore:
+def nats(scores: Sequence[float] | np.ndarray, weights: Sequence[float] | None = None) -> TaskScore:
     return task(scores, weights=weights, metric="nats_per_token", higher_is_better=False, chance=0.0)
 
 
@@ -210,3 +214,154 @@ def test_minimal_detectable_difference_of_few_items_is_everything() -> None:
     assert ours.minimal_detectable_difference(task([1, 0, 1]), task([1, 0, 1])) == 1.0
     spread = ours.minimal_detectable_difference(nats([1.0, 2.0, 3.0]), nats([1.1, 2.0, 2.9]))
     assert spread == pytest.approx((4.30265 + 0.84162) * 0.1 / math.sqrt(3), rel=1e-4)
+
+
+# --- few items, weights, all equal ----------------------------------------------------------------------------------
+
+
+def test_one_item_claims_nothing() -> None:
+    found = ours.paired(nats([2.0]), nats([3.0]))
+    assert (found.difference, found.ci_low, found.ci_high, found.p_value) == (1.0, -math.inf, math.inf, 1.0)
+    assert ours.bootstrap_mean([2.5]) == (2.5, 2.5)
+    assert ours.minimal_detectable_difference(nats([2.0]), nats([3.0])) == math.inf
+    right = ours.paired(task([0]), task([1]))
+    assert right.ci_low < 0 < right.ci_high
+    assert right.p_value == 1.0
+    assert ours.retention(task([1], chance=0.0), task([1], chance=0.0)).value == 1.0
+
+
+def test_items_that_are_all_equal_have_no_spread() -> None:
+    assert ours.bootstrap_mean([2.0] * 5) == (2.0, 2.0)
+    moved = ours.paired(nats([2.0] * 9), nats([2.5] * 9))
+    assert (moved.ci_low, moved.ci_high) == (0.5, 0.5)
+    assert moved.p_value < 0.001
+    clear, none = task([0.5] * 9, chance=0.0), task([0.5] * 9, chance=0.5)
+    assert ours.z_above_chance(clear) == math.inf
+    assert ours.z_above_chance(none) == 0.0
+
+
+def test_unequal_weights_count_as_fewer_items() -> None:
+    weights = np.array([400.0] * 10 + [1.0] * 30)
+    assert effective_n(np.ones(7)) == 7
+    assert effective_n(weights) == pytest.approx((4030**2) / (10 * 400**2 + 30))
+    values = np.random.default_rng(6).normal(3.0, 1.0, size=40)
+    low, high = ours.bootstrap_mean(values.tolist(), weights.tolist())
+    few_low, few_high = ours.bootstrap_mean(values[:10].tolist())
+    assert high - low == pytest.approx(few_high - few_low, rel=0.1)
+    lopsided = ours.bootstrap_mean([1.0, 2.0], [511.0, 1.0])
+    assert all(map(math.isfinite, lopsided))
+
+
+def test_bootstrap_of_the_mean_equals_scipys_but_for_the_widening() -> None:
+    values = np.random.default_rng(7).gamma(2.0, 1.0, size=30)
+    plain = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(8))
+    factor = math.sqrt(30 / 29) * stats.t.ppf(0.975, 29) / stats.norm.ppf(0.975)
+    expected = [values.mean() + factor * (limit - values.mean()) for limit in plain.confidence_interval]
+    assert ours.bootstrap_mean(values.tolist()) == pytest.approx(expected, abs=0.03)
+
+
+def test_many_items_are_resampled_in_parts_with_equal_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(9).normal(size=50).tolist()
+    whole = ours.bootstrap_mean(values)
+    monkeypatch.setattr(resampling, "COUNT_ELEMENTS", 50 * 700)
+    assert ours.bootstrap_mean(values) == pytest.approx(whole, abs=1e-12)
+
+
+# --- coverage and error rates of what the report adds ------------------------------------------------------------
+
+
+def test_a_mean_of_ten_items_is_covered() -> None:
+    rng = np.random.default_rng(10)
+    limits = [ours.bootstrap_mean(rng.gamma(4.0, 0.5, size=10).tolist()) for _ in range(400)]
+    assert 0.91 <= np.mean([low <= 2.0 <= high for low, high in limits]) <= 0.98
+
+
+def test_a_change_that_is_not_there_is_found_one_time_in_twenty() -> None:
+    rng = np.random.default_rng(11)
+    p_values = []
+    for _ in range(400):
+        before = rng.gamma(4.0, 0.5, size=10)
+        p_values.append(ours.paired(nats(before), nats(before + rng.normal(0, 0.3, size=10))).p_value)
+    assert 0.02 <= np.mean(np.array(p_values) < 0.05) <= 0.085
+
+
+def test_retention_of_scores_between_0_and_1_is_covered() -> None:
+    rng = np.random.default_rng(12)
+    hits = []
+    for _ in range(250):
+        before = rng.beta(2.0, 1.0, size=40)
+        found = ours.retention(task(before, chance=0.0), task(before * rng.beta(3.0, 1.0, size=40), chance=0.0))
+        assert found.ci_low is not None
+        assert found.ci_high is not None
+        hits.append(found.ci_low <= 0.75 <= found.ci_high)
+    assert 0.90 <= np.mean(hits) <= 0.99
+
+
+def two_protocols(rng: np.random.Generator, n: int, *, shared: bool) -> list[tuple[TaskScore, TaskScore]]:
+    """(teacher, cut model) under a gentle and a hard protocol that keep 0.875 and 0.5, with luck in common or not."""
+    luck = rng.random((2, n))
+    found = []
+    for name, (right, lost) in {"a": (0.8, 0.1), "b": (0.6, 0.5)}.items():
+        draws = luck if shared else rng.random((2, n))
+        before = draws[0] < right
+        after = before & (draws[1] >= lost)
+        pair = [task(scores.astype(float), chance=0.0) for scores in (before, after)]
+        if not shared:
+            named = [tuple(dataclasses.replace(item, id=name + item.id) for item in one.items) for one in pair]
+            pair = [dataclasses.replace(one, items=items) for one, items in zip(pair, named, strict=True)]
+        found.append((pair[0], pair[1]))
+    return found
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["the same items", "other items"])
+def test_the_gap_between_two_protocols_is_covered(shared: bool) -> None:
+    rng = np.random.default_rng(13)
+    found = [ours.retention_gap(*two_protocols(rng, 120, shared=shared)) for _ in range(250)]
+    limits = [one for one in found if one is not None]
+    assert len(limits) == 250
+    assert 0.91 <= np.mean([low <= 0.9 - 0.5 <= high for _, low, high in limits]) <= 0.99
+
+
+def test_the_gap_adds_limits_as_squares_and_uses_the_luck_that_two_protocols_share() -> None:
+    """Against the formula written out: each limit's square, less twice the correlation of the per-item influences."""
+    for shared in (True, False):
+        one, other = two_protocols(np.random.default_rng(14), 80, shared=shared)
+        kept = [ours.retention(*pair) for pair in (one, other)]
+        a, al, ah, b, bl, bh = np.array([(k.value, k.ci_low, k.ci_high) for k in kept], dtype=float).ravel()
+        rho = 0.0
+        if shared:
+            influence = []
+            for before, after in (one, other):
+                x, y = (np.array([item.score for item in side.items]) for side in (before, after))
+                influence.append((y - y.mean() / x.mean() * x) / x.mean())
+            rho = float(np.corrcoef(*influence)[0, 1])
+            assert rho > 0.2
+        found = ours.retention_gap(one, other)
+        assert found is not None
+        assert found[0] == pytest.approx(a - b)
+        assert found[1] == pytest.approx(
+            a - b - math.sqrt((a - al) ** 2 + (bh - b) ** 2 - 2 * rho * (a - al) * (bh - b))
+        )
+        assert found[2] == pytest.approx(
+            a - b + math.sqrt((ah - a) ** 2 + (b - bl) ** 2 - 2 * rho * (ah - a) * (b - bl))
+        )
+
+
+def test_there_is_no_gap_where_the_teacher_is_at_chance() -> None:
+    one, other = two_protocols(np.random.default_rng(15), 80, shared=True)
+    silent = (task([1, 0, 0, 0]), task([1, 0, 0, 0]))
+    assert ours.retention_gap(one, silent) is None
+    assert ours.retention_gap(other, silent) is None
+
+
+def test_the_detectable_difference_in_nats_has_the_promised_power() -> None:
+    rng = np.random.default_rng(16)
+    shown = []
+    spread = 0.4
+    reference = rng.normal(0.0, spread, size=20)
+    reference *= spread / reference.std(ddof=1)
+    least = ours.minimal_detectable_difference(nats(np.full(20, 3.0)), nats(3.0 + reference))
+    for _ in range(400):
+        change = rng.normal(least, spread, size=20)
+        shown.append(abs(change.mean()) / (change.std(ddof=1) / math.sqrt(20)) > stats.t.ppf(0.975, 19))
+    assert 0.74 <= np.mean(shown) <= 0.86
