@@ -1,6 +1,6 @@
 """What evaluating costs beside lm-eval's own transformers class, in turns, in one process, over the same requests.
 
-    python benchmarks/eval.py [endings examples letters texts quick] [--model demo:smollm2-135m] [--data FOLDER] [--repeats 3]
+    python benchmarks/eval.py [endings examples letters texts quick] [--model demo:smollm2-135m] [--data FOLDER]
 
 endings     HellaSwag's form: a context and four endings of some words each
 examples    the same behind five contexts with their right endings
