@@ -21,7 +21,9 @@ MAX_ITEMS = 60
 MAX_CHARACTERS = 400
 """Of one text."""
 MAX_BYTES = 1_000_000
-"""Of all texts together, as they stand in the page: a report stays small however many items there are."""
+"""Of all shown items together, as they stand in the page: a report stays small however many items there are."""
+MARKUP_BYTES = 600
+"""What the page puts around the texts of one item."""
 
 
 def flips_section(comparison: Comparison) -> Section | None:
@@ -70,7 +72,8 @@ def _with(group: Flips, items: Sequence[Flip]) -> Flips:
 
 
 def _size(flip: Flip) -> int:
-    return sum(len(html.escape(text).encode(errors="replace")) for text in vars(flip).values())
+    texts = (flip.item, flip.question, flip.expected, flip.before, flip.after)
+    return MARKUP_BYTES + sum(len(html.escape(text).encode(errors="replace")) for text in texts)
 
 
 def _flip(before: ItemScore, after: ItemScore) -> Flip:
