@@ -9,12 +9,13 @@ import yaml
 
 from shoal.artifact import Json
 from shoal.edits import in_words
+from shoal.redaction import redacted
 from shoal.search import SearchResult
 
 from .cautions import disjointness
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
 from .findings import ROLES, Run
-from .wording import DASH, bytes_text, duration_text, layers_text, listed, redacted
+from .wording import DASH, bytes_text, duration_text, layers_text, listed
 
 TERMS = (
     ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shoal.artifact import TaskScore
-from shoal.redaction import redacted as redacted
 
 from .findings import Row, is_share, measured_in_nats
 from .statistics import PairedDifference, Retention

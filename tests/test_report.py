@@ -39,7 +39,8 @@ from shoal.eval.rates import with_rates
 from shoal.eval.report import build_document, write_report
 from shoal.eval.search_section import read_search
 from shoal.eval.statistics import holm, paired
-from shoal.eval.wording import layers_text, redacted, signed
+from shoal.eval.wording import layers_text, signed
+from shoal.redaction import redacted
 from shoal.search import (
     Column,
     Correlation,
