@@ -72,6 +72,16 @@ class Writing:
     """All else that the task asks for: sampling, penalties, ..."""
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a text ended."""
+
+    num_tokens: int
+    """New tokens, the one that ended it included."""
+    finished: bool
+    """False = the limit of new tokens ended it."""
+
+
 class CausalLM(TemplateLM):
     """A transformers model as lm-eval asks for it; lm-eval deals its documents out by `rank` and `world_size`."""
 
@@ -93,6 +103,8 @@ class CausalLM(TemplateLM):
         self.batch_size = batch_size
         self.num_truncated = 0
         """Requests so far whose context lost its beginning because the model has too few positions."""
+        self.endings: dict[tuple[str, str], Ending] = {}
+        """By prompt and settings (as JSON) of every text that was written."""
         self._model = model
         self._branch = branch
         self._device: torch.device = model.device  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -229,9 +241,19 @@ class CausalLM(TemplateLM):
         encoded = [self._encode_prompt(prompt) for prompt in prompts]
         self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
         encoded = [ids[-room:] for ids in encoded]
-        written = self._write(encoded, Writing(max_new_tokens, stop, wanted), bar.update)
+        how = Writing(max_new_tokens, stop, wanted)
+        written = self._write(encoded, how, bar.update)
+        finish, key = self._finish(how), json.dumps(settings, sort_keys=True, default=str)
+        for prompt, tokens in zip(prompts, written, strict=True):
+            self.endings[prompt, key] = self._ending(tokens, max_new_tokens, finish)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
         return [postprocess_generated_text(text, stop, None) for text in texts]
+
+    def _ending(self, tokens: list[int], max_new_tokens: int, finish: Finish) -> Ending:
+        """Of a text that may have been padded to the length of others after its end."""
+        ends = self._end_ids()
+        own = tokens[: next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))]
+        return Ending(len(own), len(own) < max_new_tokens or finish(own))
 
     def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
         """The new tokens of every prompt."""

@@ -113,12 +113,15 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tupl
     from lm_eval import evaluator
 
     check_runnable(tasks, num_ranks=lm.world_size, max_length=lm.max_length)
+    lm.endings.clear()
     with _without_request_bars():
         # its bootstrap is left out: intervals are ours, paired over the kept items
         first = {name: list(range(count)) for name, count in counts.items()}
         results: Any = evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, samples=first, bootstrap_iters=0)
+    gathered = lm.gather_object(lm.endings)
     if results is None:
         return ()
+    endings = {key: ending for part in gathered for key, ending in part.items()}
     return tuple(
         task_score(
             name,
@@ -126,6 +129,7 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tupl
             results["samples"][name],
             num_fewshot=int(task.get_config("num_fewshot") or 0),
             count_tokens=lm.count_tokens,
+            endings=endings,
         )
         for name, task in tasks.items()
     )

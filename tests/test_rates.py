@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from tiny import tiny_model, tiny_tokenizer
 
 from shoal.artifact import ItemScore, TaskScore
 from shoal.errors import UserError
+from shoal.eval.engine import CausalLM, Ending, Writing
 from shoal.eval.intervals import newcombe_paired
 from shoal.eval.rates import answer_pattern, rate, rate_difference, text_rates, with_rates
 from shoal.eval.samples import ending_key, task_score
@@ -155,3 +158,30 @@ def test_scores_of_other_prompts_are_refused() -> None:
     asked = replace(made.items[1], question="something else")
     with pytest.raises(UserError, match="question of item 'i1' is"):
         paired(made, replace(made, items=(made.items[0], asked)))
+
+
+def test_the_engine_tells_texts_that_ended_from_texts_that_were_cut_off() -> None:
+    model: Any = tiny_model("llama", max_position_embeddings=4096)
+    lm = CausalLM(model, tiny_tokenizer(), 4)
+    prompts = ["one", "another prompt", "x"]
+    ids = {prompt: lm.tok_encode(prompt) for prompt in prompts}
+    with torch.no_grad():
+        plain = {
+            prompt: model.generate(torch.tensor([i]), max_new_tokens=9, do_sample=False)[0] for prompt, i in ids.items()
+        }
+    texts = {prompt: plain[prompt][len(ids[prompt]) :].tolist() for prompt in prompts}
+    last = lm.tokenizer.decode(texts["one"][2:4])  # two bytes, so that it is in one text and not in the others
+    for stop in ([], [last]):
+        settings = {"until": stop, "max_gen_toks": 9, "do_sample": False}
+        lm.generate_until([SimpleNamespace(args=(prompt, settings)) for prompt in prompts])
+        endings = {prompt: lm.endings[ending_key(prompt, settings)] for prompt in prompts}
+        assert endings["x"] == Ending(9, False)
+        assert endings["one"] == (Ending(4, True) if stop else Ending(9, False))
+
+
+def test_padding_after_the_end_is_no_part_of_a_text() -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
+    never = lm._finish(Writing(5, [], {}))
+    assert lm._ending([65, 66, 257, 257, 257], 5, never) == Ending(3, True)
+    assert lm._ending([65, 66, 67, 68, 69], 5, never) == Ending(5, False)
+    assert lm._ending([65, 66, 67, 68, 257], 5, never) == Ending(5, True)
