@@ -152,7 +152,8 @@ def test_the_shared_prefix_of_each_choice_gives_the_gradients_of_the_unshared_ru
         assert count == (2 if trainable == "near_gaps" else 3)
         prefix = SharedPrefix(student, teacher if way == "live" else None, first_change=count)
         replaying = prefix.replaying(torch.float32)
-        with torch.no_grad(), prefix.recording() if way == "live" else capturing(teacher, (count - 1,)) as seen:
+        recording = prefix.recording() if way == "live" else contextlib.nullcontext()
+        with torch.no_grad(), recording, capturing(teacher, (count - 1,)) as seen:
             final_hidden(teacher, ids, positions)
         if way == "recorded":
             prefix.take(seen.states[count - 1])
