@@ -14,9 +14,10 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.errors import UserError
-from shoal.eval.data_sets import bbh_options, parts_of, read_data_sets
+from shoal.eval.data_sets import parts_of, read_data_sets
 from shoal.eval.evaluate import evaluate
 from shoal.eval.protocols import task_names
+from shoal.eval.rows import bbh_options
 from shoal.eval.tasks import TASKS_DIR, known_tasks, load_tasks
 from shoal.recipe import Eval
 

@@ -11,7 +11,8 @@ The map of the house. The floor (this folder) imports no room:
     cost        what a model takes to keep and to run, told from its configuration
     demo        the bundled demo model, converted once
     data        text sources, tokenised and packed
-    abilities   seeded items for retrieval, knowledge and reasoning
+    abilities   seeded items for retrieval, knowledge and reasoning, and how written answers are matched
+    suites      sets of evaluation tasks by name, with their cost
     runtime     ranks, logging, seeding, environment stamp
     figures     the pictures that stages and report share
     cli         `shoal measure | prune | distill | eval | report | run`

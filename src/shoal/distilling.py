@@ -222,14 +222,14 @@ def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], di
     """What looks for evaluation items in training rows, by task; None where the recipe does not want it."""
     from shoal.eval.evaluate import num_items
     from shoal.eval.item_texts import item_texts
-    from shoal.eval.tasks import load_tasks
+    from shoal.eval.tasks import tasks_of
 
     settings = run.recipe.eval
     if not run.recipe.distill.overlap:
         return None
 
     def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        tasks = load_tasks(settings.tasks, include_path=settings.include_path, num_fewshot=settings.num_fewshot)
+        tasks = tasks_of(settings)
         documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
         found = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
         searched = min(rows.input_ids_NS.numel(), OVERLAP_TOKENS)

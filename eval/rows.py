@@ -1,0 +1,149 @@
+"""What a row of a data set says: its question, options and answer, read out by the templates of its description."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import StrictUndefined, Undefined
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shoal.abilities.item import digest
+from shoal.abilities.matching import LETTERS
+from shoal.errors import UserError
+
+if TYPE_CHECKING:
+    from .data_sets import Part
+
+log = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+Doc = dict[str, Any]
+
+
+def bbh_options(text: str, target: str) -> list[str]:
+    """The options of a BBH question: those it lists, or the pair its target is one of."""
+    _, found, listed = text.partition("Options:")
+    options = [line.strip().removeprefix("- ") for line in listed.splitlines() if line.strip()] if found else []
+    pairs = [["True", "False"], ["Yes", "No"], ["yes", "no"], ["valid", "invalid"]]
+    pair = next((pair for pair in pairs if target in pair), [])
+    return [option.split(") ", 1)[1] if option.startswith("(") else option for option in options] or pair
+
+
+def _without_marks(text: str) -> str:
+    """HellaSwag's text without the [title], [step] marks of WikiHow, cleaned as lm-eval does it."""
+    cleaned = text.strip().replace(" [title]", ". ")
+    while (start := cleaned.find("[")) >= 0 and (end := cleaned.find("]", start)) >= 0:
+        cleaned = cleaned[:start] + cleaned[end + 1 :]
+    return cleaned.replace("  ", " ")
+
+
+def _without_calculator(text: str) -> str:
+    """GSM8K's worked answer without its <<48/2=24>> marks."""
+    parts = text.split("<<")
+    return parts[0] + "".join(part.partition(">>")[2] for part in parts[1:])
+
+
+def _values_beside(pairs: Sequence[Sequence[str]], position: int) -> list[str]:
+    """The value at ``position`` among three others, in the order of a hash."""
+    gold = pairs[position][1]
+    others = sorted((value for _, value in pairs if value != gold), key=lambda value: digest(gold, value))
+    return sorted([gold, *others[:3]], key=digest)
+
+
+@cache
+def _jinja() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {
+        "without_marks": _without_marks,
+        "without_calculator": _without_calculator,
+        "bbh_options": bbh_options,
+        "as_json": lambda pairs: json.dumps(dict(pairs)),
+        "values_beside": _values_beside,
+    }
+    environment.globals["LETTERS"] = LETTERS
+    return environment
+
+
+def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
+    """The documents that ``rows`` describe, in their order; ``where`` they are from, in words, is for messages.
+
+    Raises:
+        UserError: no rows, one without a field that the description names, or with an answer outside its options.
+    """
+    data, jinja = part.data, _jinja()
+    if not rows:
+        raise UserError(f"eval.tasks: {part.name!r}: {where} holds no rows; a task needs at least one item")
+    templates = {
+        "question": data.question,
+        "context": data.context,
+        "ending": data.ending,
+        "worked": data.worked,
+        "page": data.page,
+    }
+    if data.page is not None:
+        del templates["question"]
+    written = {key: jinja.from_string(text) for key, text in templates.items() if text is not None}
+    expressions = {key: getattr(data, key) for key in ("options", "answer", "answers", "beginnings")}
+    values = {key: jinja.compile_expression(text, undefined_to_none=False) for key, text in expressions.items() if text}
+    kept = jinja.compile_expression(data.keep or "true")
+    left_out = 0
+    for number, row in enumerate(rows, 1):
+        at = f"eval.tasks: {part.name!r}: {where}, row {number}"
+        try:
+            if not kept(**row):
+                left_out += 1
+                continue
+            doc: Doc = {key: template.render(**row) for key, template in written.items()}
+            doc |= {key: _defined(expression(**row), key) for key, expression in values.items()}
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise UserError(
+                f"{at} cannot be read ({error}; its fields are {', '.join(row)}); correct the data or its description"
+            ) from error
+        yield _finished(doc, at)
+    if left_out:
+        log.info("%s: %d of %d rows are left out, since not (%s)", where, left_out, len(rows), data.keep)
+
+
+def _defined(value: Any, key: str) -> Any:
+    if isinstance(value, Undefined):
+        raise LookupError(f"no value for {key}")
+    return list(value) if not isinstance(value, str | int | float) else value
+
+
+def _finished(doc: Doc, at: str) -> Doc:
+    """The document with its identity and everything the protocols ask for."""
+    if "page" in doc:
+        return {"id": digest(doc["page"])[:16], **doc}
+    doc.setdefault("context", f"Question: {doc['question']}\nAnswer:")
+    if "options" in doc:
+        doc["options"] = [str(option) for option in doc["options"]]
+        doc["answer"] = _position(doc["answer"], doc["options"], at)
+        doc["answers"] = [doc["options"][doc["answer"]]]
+    else:
+        found = doc["answers"]
+        doc["answers"] = [str(answer) for answer in (found if isinstance(found, list) else [found])]
+        if not doc["answers"]:
+            raise UserError(f"{at} has no answer; correct the data")
+    doc.setdefault("worked", doc["answers"][0])
+    return {"id": digest(doc["context"], *doc.get("options", doc["answers"]))[:16], **doc}
+
+
+def _position(answer: Any, options: list[str], at: str) -> int:
+    """Which option is the right one."""
+    given = answer
+    if isinstance(answer, str) and answer in options:
+        return options.index(answer)
+    if isinstance(answer, str):
+        text = answer.strip().strip("()")
+        answer = int(text) if text.isdecimal() else LETTERS.find(text) if len(text) == 1 else -1
+    if not 0 <= int(answer) < len(options):
+        raise UserError(
+            f"{at}: the answer {given!r} is none of its {len(options)} options; correct the data, or answer in the "
+            "description"
+        )
+    return int(answer)
