@@ -82,10 +82,11 @@ def _needle(rng: random.Random, split: str, num_sentences: int, num_needles: int
     asked = [f"the {key}" for key in keys[:num_asked]]
     listed = f"{', '.join(asked[:-1])} and {asked[-1]}" if num_asked > 1 else asked[0]
     question = f"What is the code of {listed}?" if num_asked == 1 else f"What are the codes of {listed}, in this order?"
+    stem = f"The code of {listed} is" if num_asked == 1 else f"The codes of {listed} are"
     text = " ".join(sentences)
     return build_item(
         "needle",
-        f"{text}\n\nQuestion: {question}\nAnswer:",
+        f"{text}\n\nQuestion: {question}\nAnswer: {stem}",
         gold=f" {', '.join(gold)}",
         wrong=[f" {', '.join(codes)}" for codes in wrong],
         position=rng.randrange(NUM_OPTIONS),
