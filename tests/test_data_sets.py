@@ -67,6 +67,14 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "gsm8k/train.jsonl": [
         {"question": f"{n}+1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)
     ],
+    "svamp/test.jsonl": [
+        {
+            "Body": "Tom had 6 marbles, lost 3 and then 2.",
+            "Question": "How many are left?",
+            "Equation": "( 6.0 - ( 3.0 + 2.0 ) )",
+            "Answer": "1.0",
+        }
+    ],
     "wikitext2/test.jsonl": [{"page": "\n = A page = \n\n Text ."}],
     "boolq/validation.jsonl": [{"question": "is it so", "passage": "It is so.", "label": 1}],
     "bbh/navigate.jsonl": [
@@ -198,6 +206,7 @@ def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> No
     assert prompt.startswith("Question: 0+1?\nAnswer: 0+1=1\nThe answer is 1.\n\nQuestion: 1+1?")
     assert prompt.endswith("\n\nQuestion: Tom has 3 and buys 4. How many?\nAnswer:")
     assert asked("gsm8k_worked", data_dir)[0] == (prompt, " 3+4=7\nThe answer is 7.")
+    assert asked("svamp_worked", data_dir)[0][1] == " 6 - ( 3 + 2 ) = 1. The answer is 1."
     ((prompt, _),) = asked("triviaqa_generation", data_dir)
     assert prompt.count("Answer: ") == 3
     trivia = load("triviaqa_generation", data_dir)
