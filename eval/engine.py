@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -183,9 +184,18 @@ class CausalLM(TemplateLM):
         if missing:
             asked = [pairs[index] for index in missing]
             for found in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
+                self._refuse_nan(found.values())
                 self.items.add([keys[missing[index]] for index in found], list(found.values()))
                 progress(len(found))
         return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]
+
+    def _refuse_nan(self, scores: Iterable[Score]) -> None:
+        """Among options that are all NaN lm-eval would choose the first and go on."""
+        if any(math.isnan(log_prob) for log_prob, _ in scores):
+            raise UserError(
+                f"the model's likelihoods are no numbers in {self._model.dtype}; set dtype: float32 (or bfloat16) in "
+                "the recipe, or look for damaged weights"
+            )
 
     def _score_keys(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[str]:
         return [key_of("score", *pair) for pair in pairs]

@@ -336,3 +336,15 @@ def test_a_model_that_gives_no_numbers_is_refused_by_name() -> None:
         model.get_parameter("model.norm.weight")[0] = float("nan")
     with pytest.raises(UserError, match=r"logits that are not finite in torch\.float32; set dtype"):
         Decoder(model)
+
+
+def test_an_item_without_numbers_is_refused_and_not_kept() -> None:
+    """lm-eval would choose the first of options that are all NaN, and a cache would say so for good."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    lm = CausalLM(model, tiny_tokenizer(), 4)
+    model.get_parameter("model.embed_tokens.weight").data[lm.tok_encode("z", add_special_tokens=False)] = torch.nan
+    (finite,) = lm.loglikelihood(instances("loglikelihood", [("context", " a")]))
+    assert finite[0] < 0
+    with pytest.raises(UserError, match=r"no numbers in torch\.float32; set dtype"):
+        lm.loglikelihood(instances("loglikelihood", [("fuzz", " a"), ("fuzz", " b c")]))
+    assert len(lm.items) == 1
