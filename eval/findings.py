@@ -174,6 +174,16 @@ def compare(run: Run) -> Comparison:
     return Comparison(_with_adjusted_p(rows), tuple(refused))
 
 
+def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
+    """The run without the scores that were refused a place beside the others, for figures and curves."""
+    scores = {row.key: row.scores for row in comparison.rows}
+    evaluations = {
+        role: replace(found, tasks=tuple(task for task in found.tasks if role in scores.get(_key(task), {})))
+        for role, found in run.evaluations.items()
+    }
+    return replace(run, evaluations={role: found for role, found in evaluations.items() if found.tasks})
+
+
 def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, ItemScore]], ...]:
     """Items won and items lost from ``before`` to ``after``; empty for scores that are not right or wrong."""
     if not (is_binary(before) and is_binary(after)):

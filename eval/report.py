@@ -35,7 +35,7 @@ from .details import (
     training_section,
 )
 from .document import Document, Facts, Picture, Section, to_markdown
-from .findings import Comparison, Run, compare, read_run
+from .findings import Comparison, Run, compare, read_run, with_comparable_scores
 from .flips import flips_section
 from .headline import facts, headline
 from .page import to_html
@@ -61,7 +61,9 @@ def write_report(run_dir: Path) -> Path:
         UserError: there is nothing to report, an artifact cannot be read, or the disk is full.
     """
     run = read_run(run_dir)
-    document = build_document(run, compare(run), draw_figures(run), read_search(run_dir))
+    comparison = compare(run)
+    pictures = draw_figures(with_comparable_scores(run, comparison))
+    document = build_document(run, comparison, pictures, read_search(run_dir))
     write_text(run_dir / "report.md", to_markdown(document))
     path = run_dir / "report.html"
     write_text(path, to_html(document))
@@ -82,7 +84,7 @@ def build_document(
         Section("At a glance", (Facts(glance),)) if glance else None,
         cautions_section(run, comparison),
         scores_section(run, comparison, pictures.get("before_after")),
-        level_section(run, pictures.get("levels")),
+        level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
         no_signal_section(comparison),
         protocol_section(run, comparison),
         cut_section(run, [*those("depth" if run.plan else "importance"), *map(_folded, those("runs", "atlas"))]),

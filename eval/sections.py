@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from shoal.artifact import TaskScore
 from shoal.level_figure import Ladder, ladders
 
 from .document import Block, Bullets, Paragraph, Picture, Section, Table
 from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, protocol_gaps, writing
 from .rates import Rate
-from .statistics import PairedDifference
+from .statistics import PairedDifference, z_above_chance
 from .wording import (
     DASH,
     chance_text,
@@ -186,13 +187,18 @@ def level_section(run: Run, picture: Picture | None) -> Section | None:
 
 
 def _reach(ladder: Ladder) -> str:
-    """Up to which level every role is clear of chance, without a gap below."""
+    """Up to which level every role is clear of chance, as the intact teacher has to be, without a gap below."""
     told = []
     for role, scores in ladder.scores.items():
-        clear = [score.level for score in itertools.takewhile(lambda score: score.ci_low > score.chance, scores)]
+        clear = [score.level for score in itertools.takewhile(_is_clear, scores)]
         told.append(f"{role} {f'up to {clear[-1]:g}' if clear else 'at none'}")
     levels = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
     return f"{_heading(ladder.family)}, {ladder.protocol}, {levels}: clear of chance are {listed(told)}."
+
+
+def _is_clear(score: TaskScore) -> bool:
+    # one lucky answer lifts the interval off a chance of 0
+    return (z_above_chance(score) or 0.0) > SIGNAL_SIGMAS
 
 
 def _heading(name: str) -> str:

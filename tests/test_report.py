@@ -37,6 +37,7 @@ from shoal.eval.flips import within
 from shoal.eval.headline import headline
 from shoal.eval.rates import with_rates
 from shoal.eval.report import build_document, write_report
+from shoal.eval.samples import with_interval
 from shoal.eval.search_section import read_search
 from shoal.eval.statistics import holm, paired
 from shoal.eval.wording import layers_text, signed
@@ -528,6 +529,31 @@ def climbing(role: str, level: int) -> TaskScore:
     rates = {"malformed": float(role == "pruned"), "repetition": 0.0, "cut_off": 0.0, "tokens": 12.0}
     items = tuple(replace(item, rates=rates, question=f"What is {item.id}?") for item in task.items)
     return with_rates(replace(task, family="track", level=float(level), items=items))
+
+
+def test_a_role_with_other_settings_stands_in_no_figure_of_levels(tmp_path: Path) -> None:
+    """What a table refuses beside the others, a curve and its sentence may not say either."""
+    levels = tuple(climbing("teacher", level) for level in (1, 2, 3))
+    evaluation("teacher", levels).write(tmp_path / "eval/teacher.json")
+    other = tuple(replace(climbing("pruned", level), num_fewshot=3) for level in (1, 2, 3))
+    evaluation("pruned", other).write(tmp_path / "eval/pruned.json")
+    text = told(tmp_path)
+    assert "num\\_fewshot is 0" in text or "num_fewshot is 0" in text
+    assert "clear of chance are teacher up to 2." in text
+
+
+def test_one_lucky_answer_is_not_clear_of_chance(tmp_path: Path) -> None:
+    """A level on which the table finds no signal is not one that a model masters."""
+
+    def level(number: int, right: int) -> TaskScore:
+        items = tuple(ItemScore(str(i), float(i < right), "7", "7") for i in range(100))
+        task = replace(choice("teacher", f"track_{number}", "reasoning", "generation", chance=0.0), items=items)
+        return with_interval(replace(task, score=right / 100, family="track", level=float(number)))
+
+    evaluation("teacher", (level(1, 90), level(2, 2))).write(tmp_path / "eval/teacher.json")
+    text = told(tmp_path)
+    assert "clear of chance are teacher up to 1." in text
+    assert "No signal here" in text
 
 
 def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
