@@ -260,9 +260,11 @@ class CausalLM(TemplateLM):
         return [postprocess_generated_text(text, stop, None) for text in texts]
 
     def _ending(self, tokens: list[int], max_new_tokens: int, finish: Finish) -> Ending:
-        """Of a text that may have been padded to the length of others after its end."""
+        """Of a text that may have been padded, or written on, to the length of others after its end."""
         ends = self._end_ids()
         own = tokens[: next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))]
+        if finish.stops_within(own):
+            own = next(own[:count] for count in range(1, len(own) + 1) if finish(own[:count]) or count == len(own))
         return Ending(len(own), len(own) < max_new_tokens or finish(own))
 
     def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:

@@ -160,6 +160,10 @@ class Finish:
         # what stands at the edge of the window may decode differently inside the text
         return len(tokens) <= self._window or self._contains_stop(tokens)
 
+    def stops_within(self, tokens: list[int]) -> bool:
+        """Whether a stop string stands before the last of ``tokens``."""
+        return self._contains_stop(tokens[:-1])
+
     def _contains_stop(self, tokens: list[int]) -> bool:
         text = self._tokenizer.decode(tokens, skip_special_tokens=False)
         return any(stop in text for stop in self._stop)

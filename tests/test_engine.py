@@ -348,3 +348,19 @@ def test_an_item_without_numbers_is_refused_and_not_kept() -> None:
     with pytest.raises(UserError, match=r"no numbers in torch\.float32; set dtype"):
         lm.loglikelihood(instances("loglikelihood", [("fuzz", " a"), ("fuzz", " b c")]))
     assert len(lm.items) == 1
+
+
+def test_a_text_that_waited_for_others_ended_where_its_stop_string_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' generate writes every row on until the last one has met a stop string."""
+    asked = [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in ("Once upon a time", "x", "1 2 3 4")]
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
+    texts = lm.generate_until(instances("generate_until", asked))
+    stop = next(text for text in texts[0] if text not in texts[1])
+    asked = [(prompt, {"until": [stop], "max_gen_toks": 30}) for prompt, _ in asked]
+    expected = lm.generate_until(instances("generate_until", asked))
+    endings = {prompt: ending for (prompt, _), ending in lm.endings.items()}
+    other = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
+    monkeypatch.setattr(other, "_writes_greedily", lambda how: False)
+    assert other.generate_until(instances("generate_until", asked)) == expected
+    assert len({ending.num_tokens for ending in endings.values()}) > 1
+    assert {prompt: ending for (prompt, _), ending in other.endings.items()} == endings
