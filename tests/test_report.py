@@ -489,6 +489,13 @@ def test_wording_of_numbers_and_layers() -> None:
         "a": [{"password": "(hidden)"}],
         "url": "https://(hidden)@h/",
     }
+    kept = {"data": "s3://bucket/part@3", "keys": "a", "mail": "me@host"}
+    assert redacted({"aws_secret_access_key": "x", "api-key": "y", "git": "https://just-a-token@h/x", **kept}) == {
+        "aws_secret_access_key": "(hidden)",
+        "api-key": "(hidden)",
+        "git": "https://(hidden)@h/x",
+        **kept,
+    }
 
 
 def test_headline_of_a_plan_alone(tmp_path: Path) -> None:

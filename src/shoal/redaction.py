@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 HIDDEN = "(hidden)"
-_NAME = r"(token|secret|password|passwd|api_?key|credential|authorization)s?"
+_NAME = r"(token|secret|password|passwd|(api|secret|access|private)[_-]?key|credential|authorization)s?"
 _SECRET_KEY = re.compile(rf"{_NAME}$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(hf_|api_org_|sk-|wandb_v1_|ghp_|github_pat_)\w{16,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+_SECRET_VALUE = re.compile(r"\b(hf_|api_org_|sk-|wandb_v1_|ghp_|github_pat_)\w{16,}|(?<=://)[^/\s@]+(?=@)")
 _SECRET_ARGUMENT = re.compile(rf"(?P<key>{_NAME}=)(?![\d_.]+$).+", re.IGNORECASE)
 """`trainer.hub_token=x`, but not `num_tokens=80_000`."""
 SHORTEST_SECRET = 8
