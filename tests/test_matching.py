@@ -50,6 +50,18 @@ def test_chosen_option(text: str, chosen: int | None) -> None:
         (" Edward III of England", ["King Edward III", "Edward III"], True),
         ("", ["Paris"], False),
         (" anything", [""], False),
+        (" 3 apples", ["3"], True),
+        (" $1,234.", ["1234"], True),
+        (" (3)", ["3"], True),
+        (" 1966, I think", ["1966"], True),
+        (" -3", ["-3"], True),
+        (" \u22123", ["-3"], True),
+        (" -3", ["3"], False),
+        (" 3", ["-3"], False),
+        (" 3.5", ["3"], False),
+        (" 30", ["3"], False),
+        (" 3rd", ["3"], False),
+        (" three", ["3"], False),
     ],
 )
 def test_starts(text: str, answers: list[str], expected: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 LETTERS = string.ascii_uppercase
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+FIRST_NUMBER = re.compile(rf"^\W*?({NUMBER.pattern})(?!\w)")
 STATED = re.compile(r"answer is|####", flags=re.IGNORECASE)
 """What stands before the answer of a worked solution."""
 LETTER = re.compile(r"^\W*([A-Z])(?:\W|$)")
@@ -29,9 +30,19 @@ def plain(text: str) -> str:
 
 
 def starts(text: str, answers: Sequence[str]) -> bool:
-    """The first line starts with an answer as whole words: models go on after it ("Paris, which is")."""
-    line = f"{_without_article(plain(first_line(text)))} "
-    return any(line.startswith(f"{_without_article(plain(answer))} ") for answer in answers if plain(answer))
+    """The first line starts with an answer as whole words: models go on after it ("Paris, which is").
+
+    An answer that is a number is compared as one: -3 and 3.5 are not 3.
+    """
+    line = first_line(text).replace("\u2212", "-")
+    words, found = f"{_without_article(plain(line))} ", FIRST_NUMBER.match(line)
+    return any(
+        _value(found[1]) == _value(answer)
+        if found and NUMBER.fullmatch(answer.strip())
+        else words.startswith(f"{_without_article(plain(answer))} ")
+        for answer in answers
+        if plain(answer)
+    )
 
 
 def contains(text: str, answers: Sequence[str]) -> bool:
