@@ -31,7 +31,7 @@ from shoal.sweeps import Unit
 
 from ..eval.engine import CausalLM, Writing, connect_ranks
 from ..eval.evaluate import check_runnable, in_words, num_items, scores_of
-from ..eval.item_cache import ItemCache, key_of
+from ..eval.item_cache import ENGINE, ItemCache, key_of
 from ..eval.perplexity import perplexity
 from ..eval.scoring import Score, Tokens
 from ..eval.tasks import known_tasks, tasks_of
@@ -137,7 +137,7 @@ def sweep_by(
     tasks = tasks_of(evaluation, seed=seed)
     everything = with_intact(variants)
     lm.seed = seed
-    answered_by = fingerprint([identity, [repr(one.edits) for one in everything]])
+    answered_by = fingerprint([identity, ENGINE, [repr(one.edits) for one in everything]])
     lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
     if len(lm.items):
         log.info("sweep: goes on from %d requests that are answered already", len(lm.items))

@@ -88,6 +88,10 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     assert calls == [0, 0]
     run(variants, folder=tmp_path, identity="b")
     assert sum(calls) == answered + 12  # 4 * 3 were answered before the stop; another model's answers are not used
+    calls[:] = [0, 0]
+    monkeypatch.setattr(module, "ENGINE", module.ENGINE + 1)
+    run(variants, folder=tmp_path, identity="b")
+    assert sum(calls) == answered + 12  # nor are those of another engine
 
 
 def test_two_ranks_answer_from_each_others_files(tmp_path: Path) -> None:
