@@ -80,7 +80,7 @@ class ItemCache:
 
     def _read(self, path: Path) -> None:
         with explained_disk_errors(path):
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a damaged line is skipped
         found = [line for line in map(_parsed, lines) if line is not None]
         if not found or found[0] != {"identity": self._identity}:
             return  # not removed: another rank may be about to read it

@@ -130,6 +130,14 @@ def test_a_torn_last_line_is_asked_again_and_nothing_else(
     assert sum(line.startswith('["') for line in file.read_text().splitlines()) == 24 + 10 + 1
 
 
+def test_bytes_that_a_disk_lost_are_skipped(tmp_path: Path) -> None:
+    ItemCache(tmp_path, "a").add(["one", "two"], [[-1.5, True], [-2.5, False]])
+    file = tmp_path / "a-0.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"-2.5", b"\xff\x00.5"))
+    found = ItemCache(tmp_path, "a")
+    assert (len(found), found["one"]) == (1, [-1.5, True])
+
+
 def test_ranks_keep_files_of_their_own_and_read_all(
     tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]
 ) -> None:
