@@ -198,7 +198,7 @@ def test_a_teacher_is_whole_sharded_on_the_host_or_not_there(tiny_job: Job) -> N
     assert found(stage=3)[0] < whole
     assert found(teacher="offloaded")[1] == 2 * whole  # a node's two ranks have one each
     assert found(teacher="recorded") == (0, 0)
-    assert found(teacher="idle") == (whole, 0)  # loaded, whether or not a loss asks it anything
+    assert found(teacher="none") == (0, 0)  # no loss asks it anything
 
 
 def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: Job) -> None:
@@ -282,8 +282,9 @@ def test_a_teacher_is_where_the_recipe_says(tiny_job: Job) -> None:
     assert place() == "live"
     assert place(teacher=Teacher(offload=True)) == "offloaded"
     assert place(teacher=Teacher(recorded="signals")) == "recorded"
-    assert place(losses=(CrossEntropy(),)) == "idle"
-    assert place(losses=(CrossEntropy(),), trainable="from_first_cut") == "live"  # it runs the lowest layers
+    assert place(losses=(CrossEntropy(),)) == "none"
+    alone = job_of(losses=(CrossEntropy(),), trainable="from_first_cut")
+    assert (alone.setting.teacher, alone.shared_layers) == ("none", 0)  # nobody to share the lowest layers with
     assert place(losses=(CrossEntropy(), HiddenStates())) == "live"
     assert job_of(teacher=Teacher(dtype="float32")).memory.teacher == 2 * tiny_job.memory.teacher
 

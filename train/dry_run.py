@@ -111,7 +111,7 @@ def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
 def _about(job: Job) -> list[str]:
     student, teacher, setting = job.student, job.teacher, job.setting
     where = {
-        "idle": f"loaded, but not needed by these losses, {setting.teacher_bytes} bytes a weight",
+        "none": "not loaded, these losses do not ask it",
         "live": f"live, {setting.teacher_bytes} bytes a weight",
         "offloaded": f"live, its weights on the host, {setting.teacher_bytes} bytes each",
         "recorded": "recorded, not loaded",
@@ -230,11 +230,12 @@ def _disk(job: Job, run_dir: Path) -> list[str]:
     parts = ", ".join(f"{name}/ {size_text(size)}" for name, size in found.items())
     needed, free = sum(found.values()) - written_bytes(run_dir), free_disk(run_dir)
     verdict = "" if needed <= free else ": NOT ENOUGH, free some space or set run_dir to another disk"
-    signals = disk_bytes(job, record=True)["signals"]
+    signals = size_text(disk_bytes(job, record=True)["signals"])
+    recorded = f"  recorded signals of these tokens would take {signals} at k = 32{_state_at_cut(job)}"
     return [
         f"disk: {parts} ({job.kept_checkpoints} checkpoints kept, one more while it is written); {size_text(free)} free"
         f"{verdict}",
-        f"  recorded signals of these tokens would take {size_text(signals)} at k = 32{_state_at_cut(job)}",
+        *([] if job.setting.teacher == "none" else [recorded]),
     ]
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from shoal.artifact import PruningPlan
 from shoal.edits import edited_layers
 from shoal.models import text_config
-from shoal.terms import STATE_TERMS, HiddenStates, reads_distributions
+from shoal.terms import STATE_TERMS, HiddenStates, needs_teacher
 from shoal.training import Distill
 
 from .arguments import DEFAULTS, autocast_dtype, batch_split, deepspeed_config
@@ -88,7 +88,8 @@ def job(
     if settings.teacher.prefix:
         shared = recorded_layers(parts, plan, settings)
     else:
-        shared = 0 if settings.teacher.recorded is not None else shares_prefix(parts, plan)
+        runs = settings.teacher.recorded is None and needs_teacher(settings.losses)
+        shared = shares_prefix(parts, plan) if runs else 0
     teacher = teacher_size(teacher_config, attention=attention)
     setting = _setting(
         settings,
@@ -129,13 +130,12 @@ def teacher_dtype(config: PreTrainedConfig, settings: Distill, dtype: str) -> to
     return loaded_dtype(config, settings.teacher.dtype or dtype)
 
 
-def _teacher_place(settings: Distill, *, shared: int) -> TeacherPlace:
+def _teacher_place(settings: Distill) -> TeacherPlace:
     if settings.teacher.recorded is not None:
         return "recorded"
-    if settings.teacher.offload:
-        return "offloaded"
-    asked = shared or any(isinstance(term, STATE_TERMS) or reads_distributions(term) for term in settings.losses)
-    return "live" if asked else "idle"
+    if not needs_teacher(settings.losses):
+        return "none"
+    return "offloaded" if settings.teacher.offload else "live"
 
 
 def _setting(
@@ -173,7 +173,7 @@ def _setting(
         live=LIVE_ELEMENTS if live == "auto" else int(live),
         weight_bytes=weight_bytes,
         autocast="torch_autocast" in config,
-        teacher=_teacher_place(settings, shared=shared),
+        teacher=_teacher_place(settings),
         teacher_bytes=teacher_dtype.itemsize,
         device=device.type,
         sharing=_sharing(settings, teacher_dtype, weight_bytes),

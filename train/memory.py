@@ -38,7 +38,7 @@ DRAWN_BYTES = 36
 KEY_BYTES, VALUE_BYTES = 4, 2
 """Of a number in the cache of a model under bf16 autocast: rotary embedding makes keys fp32 again."""
 
-TeacherPlace = Literal["idle", "live", "offloaded", "recorded"]
+TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
 """idle: loaded, though no loss term asks it anything."""
 Sharing = Literal["none", "linear", "all"]
 
@@ -159,7 +159,8 @@ def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
         "the teacher's writing": fixed + setting.writes * setting.teacher_bytes * teacher.parameters,
     }
     peak_at = max(peaks, key=lambda name: peaks[name])
-    loading = 4 * student.parameters + setting.teacher_bytes * (setting.teacher != "recorded") * teacher.parameters
+    held = setting.teacher in ("live", "offloaded")
+    loading = 4 * student.parameters + setting.teacher_bytes * held * teacher.parameters
     return Memory(
         weights=weights,
         gradients=gradients * on_device,
@@ -181,7 +182,7 @@ def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
 
 def shared_weights(student: ModelSize, setting: Setting) -> int:
     """Frozen weights that are the teacher's tensors."""
-    if setting.stage == 3 or setting.teacher not in ("live", "idle") or setting.sharing == "none":
+    if setting.stage == 3 or setting.teacher != "live" or setting.sharing == "none":
         return 0
     shared = student.frozen if setting.sharing == "all" else student.frozen_linear
     return shared - _in_four_bits(student, setting)
@@ -293,7 +294,7 @@ def _state(student: ModelSize, setting: Setting) -> int:
 def _handed_over(student: ModelSize, setting: Setting) -> int:
     """Final hidden states: the student's and their supervised copy and gradient, and the teacher's and theirs."""
     own = _state(student, setting)
-    if setting.teacher in ("idle", "recorded"):
+    if setting.teacher in ("none", "recorded"):
         return 3 * own
     return 3 * own + 2 * own * setting.teacher_bytes // student.state_bytes
 
@@ -317,13 +318,13 @@ def _teacher(teacher: ModelSize, setting: Setting) -> tuple[int, int]:
     """On the device of a rank, and on the host of a node."""
     width = setting.teacher_bytes
     largest = max(layer.parameters for layer in teacher.layers)
-    if setting.teacher == "recorded":
+    if setting.teacher in ("none", "recorded"):
         return 0, 0
     if setting.teacher == "offloaded":  # a layer that runs and the next one on its way, embeddings or head
         return width * (2 * largest + teacher.head), setting.ranks_per_node * width * teacher.parameters
     if setting.stage == 3:
         shard = width * teacher.parameters // setting.ranks
-        return shard + (2 * width * largest if setting.ranks > 1 and setting.teacher == "live" else 0), 0
+        return shard + (2 * width * largest if setting.ranks > 1 else 0), 0
     return width * teacher.parameters, 0
 
 

@@ -22,7 +22,7 @@ from .adapters import add_adapters
 from .capture import Captured
 from .local import recorded_layers, unhealed
 from .memory import Setting
-from .signals import LiveTeacher, Teacher
+from .signals import LiveTeacher, NoTeacher, Teacher
 from .sizes import ModelSize, built
 from .states import StateLosses
 from .student import Objective, SharedPrefix, Signals, to_logits
@@ -103,7 +103,7 @@ def probe(
     with torch.device(device):
         student = built(student_config, dtype=torch.float32, attention=attention).train()
         trained = make_trainable(student, settings, plan)
-        if setting.teacher != "recorded":
+        if setting.teacher in ("live", "offloaded"):
             live = built(teacher_config, dtype=teacher_dtype, attention=attention).requires_grad_(False).eval()
             shared = unhealed(shares_prefix(trained, plan), plan, settings)
         elif settings.teacher.prefix:
@@ -167,7 +167,9 @@ def _step(
     states = StateLosses(terms, plan, student, live, num_shared=shared) if terms else None
     prefix = SharedPrefix(student, live, first_change=shared) if shared else None
     teacher: Teacher
-    if live is None:
+    if setting.teacher == "none":
+        teacher = NoTeacher()
+    elif live is None:
         config = text_config(student.config)
         teacher = _RandomRecording(config.vocab_size, config.hidden_size, states, prefix)
     else:
