@@ -549,6 +549,23 @@ def test_a_role_with_other_settings_stands_in_no_figure_of_levels(tmp_path: Path
     assert "clear of chance are teacher up to 2." in text
 
 
+def test_a_verdict_that_many_comparisons_could_bring_about_is_a_caution(tmp_path: Path) -> None:
+    """Lost on 9 items and won on 1 is clear alone (p = 0.02), not among ten tasks without any change."""
+
+    def task(number: int, lost: range) -> TaskScore:
+        items = tuple(ItemScore(str(i), float(i % 4 > 0 and i not in lost), "a", "a") for i in range(200))
+        made = replace(choice("teacher", f"task_{number}", f"skill {number}", "continuation"), items=items, n=200)
+        return with_interval(replace(made, score=sum(item.score for item in items) / 200))
+
+    for count, expected in ((1, False), (10, True)):
+        for role, lost in (("teacher", range(3, 4)), ("pruned", range(101, 112))):
+            tasks = tuple(task(number, lost if number == 0 else range(0)) for number in range(count))
+            evaluation(role, tasks).write(tmp_path / "eval" / f"{role}.json")
+        text = told(tmp_path)
+        assert ("after Holm's correction for all 10 tasks: task_0" in text) == expected
+        assert f"Cutting made 1 of {count} scores worse" in text
+
+
 def test_one_lucky_answer_is_not_clear_of_chance(tmp_path: Path) -> None:
     """A level on which the table finds no signal is not one that a model masters."""
 
