@@ -41,8 +41,18 @@ def test_a_suite_is_spelled_out_and_what_the_recipe_says_wins() -> None:
     first = suite.tasks[0]
     changed = evaluation(suite="quick", tasks=["kv_8pairs_generation", first], limit=3, limits={first: 2})
     assert changed.tasks == (*suite.tasks, "kv_8pairs_generation")
-    assert (changed.limit, changed.limits) == (3, {**suite.limits, first: 2})
+    assert (changed.limit, changed.limits) == (3, {**dict.fromkeys(suite.limits, 3), first: 2})
     assert evaluation(suite="quick", limit=None).limit is None
+
+
+def test_a_limit_caps_the_limits_of_the_suite_but_not_those_the_recipe_names() -> None:
+    assert read_suite("quick").limits == {"reasoning_generation": 16, "needle_20sentences_generation": 20}
+    capped = evaluation(suite="quick", limit=18)
+    assert capped.limits == {"reasoning_generation": 16, "needle_20sentences_generation": 18}
+    named = evaluation(suite="quick", limit=4, limits={"reasoning_generation": 9})
+    assert named.limits == {"reasoning_generation": 9, "needle_20sentences_generation": 4}
+    for recipe in (capped, named):
+        assert evaluation(**as_dict(recipe)) == recipe
 
 
 def test_spelling_it_out_twice_changes_nothing_and_no_suite_changes_nothing() -> None:

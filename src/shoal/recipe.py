@@ -167,7 +167,7 @@ class Eval(Section):
 
     suite: SuiteName | None = None
     """Tasks and limits by name, see configs/suites: quick (minutes, bundled data), standard or full. Tasks named beside
-    it are added, and everything else that is set here wins."""
+    it are added, and everything else that is set here wins; limit caps the suite's limits of single tasks too."""
     tasks: tuple[str, ...] = ("retrieval_continuation", "knowledge_continuation", "reasoning_continuation")
     """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
     limit: Positive | None = 200

@@ -53,8 +53,8 @@ def read_suite(name: str) -> Suite:
 def with_suite(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's plain mapping with the suite it names spelled out; a second time changes nothing.
 
-    Tasks that the recipe names itself are added to the suite's, and everything else that it sets wins. A mapping that
-    is wrong in some other way is left for the recipe to refuse.
+    Tasks that the recipe names itself are added to the suite's, and everything else that it sets wins; its limit caps
+    the suite's limits of single tasks too. A mapping that is wrong in some other way is left for the recipe to refuse.
     """
     section = raw.get("eval")
     if not isinstance(section, Mapping) or section.get("suite") not in get_args(SuiteName):
@@ -65,4 +65,7 @@ def with_suite(raw: Mapping[str, Any]) -> dict[str, Any]:
         return dict(raw)
     settings = {name: getattr(suite, name) for name in ("limit", "perplexity_tokens", "sequence_length")}
     tasks = list(dict.fromkeys([*suite.tasks, *given]))
-    return {**raw, "eval": {**settings, **section, "tasks": tasks, "limits": {**suite.limits, **limits}}}
+    own, cap = dict(suite.limits), section.get("limit")
+    if isinstance(cap, int):
+        own = {name: min(limit, cap) for name, limit in own.items()}
+    return {**raw, "eval": {**settings, **section, "tasks": tasks, "limits": {**own, **limits}}}
