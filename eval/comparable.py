@@ -145,10 +145,9 @@ def _read(folder: Path) -> Run:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
     if not any(role in run.evaluations for role in CUT_ROLES):
         only = "only the teacher was evaluated" if run.evaluations else "holds no evaluation"
-        raise UserError(
-            f"{folder}: {only}, so there is no score of a cut model in eval/ to compare; run `shoal eval` with its "
-            "recipe first"
-        )
+        is_cut = any((folder / name).is_dir() for name in ("student", "distilled"))
+        remedy = "run `shoal eval` with its recipe first" if is_cut else "run `shoal prune`, then `shoal eval` first"
+        raise UserError(f"{folder}: {only}, so there is no score of a cut model in eval/ to compare; {remedy}")
     return run
 
 

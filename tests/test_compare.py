@@ -195,6 +195,11 @@ def test_better_and_worse_are_said_after_the_correction_only(two: list[Path]) ->
     assert "B distilled against A distilled: worse on" in comparison_text(comparison)
 
 
+def test_tasks_of_few_items_are_named_before_the_numbers(two: list[Path]) -> None:
+    line = "Too few items: fewer than 50, so the intervals are wide: perplexity (language, rolling)."
+    assert line in comparison_text(compare_runs(two))
+
+
 def test_the_mean_over_tasks_adds_independent_limits_as_squares_and_shared_ones_as_they_are() -> None:
     def cell(name: str, kept: float, reach: float) -> Cell:
         return Cell(choice(name, 0.5, n=4), Retention(kept, kept - reach, kept + 2 * reach), None)
@@ -452,13 +457,19 @@ def test_a_missing_role_is_a_gap_that_is_named(tmp_path: Path) -> None:
 
 def test_folders_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    cut = write_run(tmp_path / "cut", roles=("teacher",))
+    (cut / "student").mkdir()
     refusals: list[tuple[list[Path], str]] = [
         ([one], "needs two run directories or more, there is .*one alone"),
         ([one, tmp_path / "other/../one"], "is given twice"),
         ([one, tmp_path / "nowhere"], "nowhere: no such run directory"),
         ([one, one / "plan.json"], "is a file; give the run directory"),
         ([one, write_run(tmp_path / "bare", roles=())], "holds no evaluation, so there is no score of a cut model"),
-        ([one, write_run(tmp_path / "intact", roles=("teacher",))], "only the teacher was evaluated"),
+        (
+            [one, write_run(tmp_path / "intact", roles=("teacher",))],
+            "only the teacher was .* `shoal prune`, then `shoal",
+        ),
+        ([one, cut], "only the teacher was evaluated.*; run `shoal eval` with its recipe first"),
     ]
     for folders, message in refusals:
         with pytest.raises(UserError, match=message):

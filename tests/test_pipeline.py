@@ -218,6 +218,20 @@ def test_roles_are_the_models_that_exist(make_run: Any) -> None:
     assert list(pipeline.roles(run)) == ["teacher", "pruned"]
 
 
+def test_evaluating_before_the_cut_says_that_only_the_teacher_is_scored(
+    make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "is_done", lambda *_: True)
+    run = make_run()
+    pipeline.evaluate(run)
+    assert f"{run.dir}/student does not exist: only the teacher is scored; `shoal prune` makes it" in caplog.text
+    caplog.clear()
+    pipeline.evaluate(make_run(prune={}))
+    pruning.prune(run)
+    pipeline.evaluate(run)
+    assert "only the teacher" not in caplog.text
+
+
 def hold(run: Run, holding: Event, release: Event) -> None:
     with locked(run):
         holding.set()

@@ -81,6 +81,9 @@ def evaluate(run: Run) -> None:
     found = roles(run)
     _require_models_of_this_run(run, found)
     require_same_tokenizer(found, trust_remote_code=run.recipe.trust_remote_code)
+    prune = run.recipe.prune
+    if list(found) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
+        log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     for role, folder in found.items():
         path = run.dir / "eval" / f"{role}.json"
         inputs = eval_inputs(run, folder)
