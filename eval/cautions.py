@@ -9,14 +9,13 @@ from shoal.data import BUNDLED, TEACHER_TEXT
 from shoal.recipe import CONFIGS_DIR
 
 from .document import Cautions, Paragraph, Section
-from .findings import LIKELIHOOD_PROTOCOLS, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
+from .findings import FEW_ITEMS, LIKELIHOOD_PROTOCOLS, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
 from .sections import fair_gaps
 from .statistics import minimal_detectable_difference
 from .wording import listed, task_name
 
 HELD_OUT = "python_docs_heldout"
 """The bundled source that belongs to evaluation."""
-FEW_ITEMS = 50
 WIDE_GAP = 0.2
 """Difference in retention from which two protocols are said to disagree."""
 OFTEN = 0.2

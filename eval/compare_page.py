@@ -16,7 +16,7 @@ from shoal.search import Interval
 from .compare import SIGNIFICANT, Cell, Model, RunComparison, by_ability, mean_kept, same_models
 from .compare_data import write_json_file
 from .document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown
-from .findings import SIGNAL_SIGMAS, is_share
+from .findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
 from .page import to_html
 from .statistics import minimal_detectable_difference
 from .wording import (
@@ -70,7 +70,7 @@ def build_document(comparison: RunComparison, picture: Picture | None) -> Docume
         Section("What is kept, at which cost", (picture,) if picture else (Paragraph(_no_figure(comparison)),)),
         Section("Task by task", tuple(_task_table(comparison, i) for i in range(len(comparison.tasks)))),
     ]
-    if known := [*comparison.left_out, *_same_lines(comparison), *_silent_lines(comparison), *comparison.notes]:
+    if known := _known(comparison):
         sections.insert(3, Section("What to know before reading on", (Bullets(tuple(known)),)))
     sections.append(Section("Versions and settings", (_versions_table(comparison),)))
     names = listed(f"{one.letter} ({one.name})" for one in comparison.contenders)
@@ -87,7 +87,7 @@ def comparison_text(comparison: RunComparison) -> str:
         narrow = [[row[i] for i in IN_TERMINAL] for row in (table.columns, *table.rows)]
         parts.append(f"{table.caption}\n{_aligned(narrow)}")
     parts.append("\n".join(verdicts(comparison)))
-    known = [*comparison.left_out, *_same_lines(comparison), *_silent_lines(comparison), *comparison.notes]
+    known = _known(comparison)
     parts += ["\n".join(f"- {line}" for line in known)] if known else []
     return clean("\n\n".join(parts))  # no name may steer the terminal
 
@@ -323,6 +323,17 @@ def _legend(comparison: RunComparison) -> str:
         "whole table; intervals and tests are in “Task by task”, and what true difference so many items would show "
         "four times out of five. Decoding in brackets is relative to the teacher that took turns with it."
     )
+
+
+def _known(comparison: RunComparison) -> list[str]:
+    """What a reader has to know before the numbers mean anything."""
+    lines = (*_same_lines(comparison), *_few_lines(comparison), *_silent_lines(comparison))
+    return [*comparison.left_out, *lines, *comparison.notes]
+
+
+def _few_lines(comparison: RunComparison) -> Iterator[str]:
+    if few := [_task_title(comparison, i) for i, task in enumerate(comparison.tasks) if task.n < FEW_ITEMS]:
+        yield f"Too few items: fewer than {FEW_ITEMS}, so the intervals are wide: {listed(few)}."
 
 
 def _same_lines(comparison: RunComparison) -> Iterator[str]:

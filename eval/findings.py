@@ -30,6 +30,8 @@ from .statistics import (
 ROLES = ("teacher", "pruned", "distilled")
 SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
+FEW_ITEMS = 50
+"""Below this many the intervals are so wide that a reader is told so."""
 LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
 
 A = TypeVar("A", bound=Artifact)

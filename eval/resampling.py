@@ -93,7 +93,15 @@ def bias_corrected(values_R: Array, value: float) -> tuple[float, float]:
 def bootstrap_p(means_RU: Array, change_U: Array, n: float) -> Array:
     """Two-sided p-values that the mean change is 0; 1 where no item has moved.
 
-    The resamples' spread is widened as that of the interval is, so that the two agree.
+    Student's t has this probability beyond zero, its scale being the expanded interval's reach towards zero: so p is
+    0.05 exactly where the interval ends at zero, and three items with little spread do not make it tiny, as counting
+    resamples beyond zero would. Where all items move alike there is no spread to go by, only their ``n`` equal signs.
+    Never below what so many resamples can show.
     """
-    as_far_U = (np.abs(means_RU - change_U) * expansion(n) >= np.abs(change_U)).sum(axis=0)
-    return (1 + as_far_U) / (1 + len(means_RU))
+    low_U, high_U = expanded_percentiles(means_RU, change_U, n)
+    reach_U = np.where(change_U > 0, change_U - low_U, high_U - change_U)
+    n, size_U = max(n, 2.0), np.abs(change_U)
+    spread_U = reach_U > 1e-9 * size_U  # rounding leaves a little
+    t_U = stats.t.ppf(0.975, n - 1) * size_U / np.where(spread_U, reach_U, 1.0)
+    p_U = np.where(spread_U, 2 * stats.t.sf(t_U, n - 1), np.where(change_U == 0, 1.0, 2 ** (1 - n)))
+    return np.maximum(p_U, 1 / (1 + len(means_RU)))

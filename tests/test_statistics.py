@@ -234,7 +234,7 @@ def test_items_that_are_all_equal_have_no_spread() -> None:
     assert ours.bootstrap_mean([2.0] * 5) == (2.0, 2.0)
     moved = ours.paired(nats([2.0] * 9), nats([2.5] * 9))
     assert (moved.ci_low, moved.ci_high) == (0.5, 0.5)
-    assert moved.p_value < 0.001
+    assert moved.p_value == 2**-8, "nine equal signs"
     clear, none = task([0.5] * 9, chance=0.0), task([0.5] * 9, chance=0.5)
     assert ours.z_above_chance(clear) == math.inf
     assert ours.z_above_chance(none) == 0.0
@@ -274,6 +274,24 @@ def test_a_mean_of_ten_items_is_covered() -> None:
     rng = np.random.default_rng(10)
     limits = [ours.bootstrap_mean(rng.gamma(4.0, 0.5, size=10).tolist()) for _ in range(400)]
     assert 0.91 <= np.mean([low <= 2.0 <= high for low, high in limits]) <= 0.98
+
+
+def test_p_of_a_few_nats_is_that_of_a_t_test_and_not_what_resampling_cannot_exceed() -> None:
+    change = [0.533, 0.498, 0.452]
+    found = ours.paired(nats([0.0] * 3), nats(change))
+    t = np.mean(change) / (np.std(change, ddof=1) / math.sqrt(3))
+    assert found.p_value == pytest.approx(2 * stats.t.sf(t, 2), rel=0.5)
+
+
+def test_p_is_below_a_twentieth_exactly_where_the_interval_excludes_zero() -> None:
+    rng = np.random.default_rng(15)
+    sides = []
+    for n in (3, 4, 10, 40):
+        for shift in rng.uniform(-1.0, 1.0, size=60):
+            found = ours.paired(nats([0.0] * n), nats(rng.gamma(2.0, 0.5, size=n) - 1.0 + shift))
+            sides.append(found.ci_low > 0 or found.ci_high < 0)
+            assert sides[-1] == (found.p_value < 0.05)
+    assert 40 < sum(sides) < 200
 
 
 def test_a_change_that_is_not_there_is_found_one_time_in_twenty() -> None:
