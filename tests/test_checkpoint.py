@@ -14,6 +14,7 @@ from shoal.train.checkpoint import (
     commit,
     last_complete,
     needs_universal,
+    refuse_other_run,
     remove_older,
     separate_groups,
 )
@@ -88,6 +89,16 @@ def test_a_checkpoint_of_another_run_is_refused_naming_the_field(tmp_path):
     committed(tmp_path, 1)
     with pytest.raises(UserError, match=r"distill\.trainer\.learning_rate is 0\.5 in this recipe but 0\.1 there"):
         last_complete(tmp_path, {**INPUTS, "distill.trainer.learning_rate": 0.5})
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_its_manifest_alone(tmp_path):
+    first, second = committed(tmp_path, 1, 2)
+    lose(first)
+    tear_manifest(second)
+    refuse_other_run(tmp_path, INPUTS)
+    refuse_other_run(tmp_path / "nowhere", INPUTS)
+    with pytest.raises(UserError, match=r"checkpoint-1: belongs to another run: model is 'other' in this recipe"):
+        refuse_other_run(tmp_path, {**INPUTS, "model": "other"})
 
 
 def test_removal_keeps_the_newest_complete_ones_and_does_not_count_unfinished_ones(tmp_path):

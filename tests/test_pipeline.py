@@ -18,10 +18,12 @@ from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 from shoal import distilling, measuring, pipeline, pruning
-from shoal.artifact import Importance, PruningPlan
+from shoal.artifact import Importance, Provenance, PruningPlan, Training
 from shoal.errors import UserError
 from shoal.recipe import parse_recipe
 from shoal.run import Run, locked
+from shoal.train.checkpoint import commit
+from shoal.train.distill import checkpoint_inputs
 
 FORK = multiprocessing.get_context("fork")
 
@@ -284,3 +286,41 @@ def test_a_recording_that_is_not_there_is_refused_before_anything_is_launched(tm
     )
     with pytest.raises(UserError, match=r"signals is no folder of recorded signals; run `shoal record` first"):
         distilling.check_recording(recipe)
+
+
+def trained_to(run: Run, step: int, **identity: Any) -> None:
+    """A checkpoint of this run, as two ranks would leave it."""
+    inputs = distilling.training_inputs(run, pruning.read_plan(run))
+    folder = run.dir / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    commit(folder, {**checkpoint_inputs(run.recipe.distill, inputs), **identity})
+
+
+def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promised(
+    make_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"num_tokens": 64, "sequence_length": 32}
+    run = make_run(distill=settings)
+    pruning.prune(run)
+    trained_to(run, 2)
+    (run.dir / "distilled").mkdir()
+    (run.dir / "distilled" / "config.json").write_text("{}")
+    inputs = distilling.training_inputs(run, pruning.read_plan(run))
+    made = Training(Provenance(inputs), 2, 64, 1.0, (), {}, {}, 0)
+    made.write(run.dir / Training.FILE)
+    assert distilling.distill_is_done(run)
+    other = make_run(distill={**settings, "num_tokens": 128})
+    with pytest.raises(UserError, match=r"checkpoint-2: belongs to another run: distill.num_tokens is 128 in this re"):
+        distilling.distill_is_done(other)
+    assert "making it again" not in caplog.text
+
+
+def test_the_batch_of_all_ranks_is_compared_before_the_launch(make_run: Any) -> None:
+    run = make_run(distill={"num_ranks": 2})
+    pruning.prune(run)
+    distilling.refuse_other_checkpoints(run)
+    trained_to(run, 1, **{"distill.batch_size": 8})
+    distilling.refuse_other_checkpoints(run)
+    with pytest.raises(UserError, match=r"distill.batch_size is 12 in this recipe but 8 there"):
+        distilling.refuse_other_checkpoints(make_run(distill={"num_ranks": 3}))
+    distilling.refuse_other_checkpoints(make_run(distill={"num_ranks": 3, "batch_size": 8}))

@@ -63,15 +63,30 @@ def last_complete(folder: Path, inputs: dict[str, Any]) -> Path | None:
         if problem is not None:
             log.warning("%s: %s; going back to the checkpoint before it", checkpoint, problem)
             continue
-        found = json.loads((checkpoint / MANIFEST).read_text())["inputs"]
-        differing = differences(inputs, found)
-        if differing:
-            raise UserError(
-                f"{checkpoint}: belongs to another run: {'; '.join(differing)}. Set the recipe back, choose another "
-                f"run_dir, or delete {folder} to train from the beginning"
-            )
+        _refuse_other_run(checkpoint, json.loads((checkpoint / MANIFEST).read_text()), inputs)
         return checkpoint
     return None
+
+
+def refuse_other_run(folder: Path, inputs: dict[str, Any]) -> None:
+    """Refuse the newest finished checkpoint under ``folder`` if it is another run's, by its manifest alone: its files
+    are not read, which takes minutes where they are large.
+
+    Raises:
+        UserError: it is.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # unfinished or torn: not gone on from
+            _refuse_other_run(checkpoint, json.loads((checkpoint / MANIFEST).read_text()), inputs)
+            return
+
+
+def _refuse_other_run(checkpoint: Path, manifest: dict[str, Any], inputs: dict[str, Any]) -> None:
+    if differing := differences(inputs, manifest["inputs"]):
+        raise UserError(
+            f"{checkpoint}: belongs to another run: {'; '.join(differing)}. Set the recipe back, choose another "
+            f"run_dir, or delete {checkpoint.parent} to train from the beginning"
+        )
 
 
 def layout(checkpoint: Path) -> dict[str, int]:

@@ -148,6 +148,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     if verb == "distill" and not launched:
         distilling.check_training_settings(recipe)
         distilling.check_recording(recipe)
+        distilling.refuse_other_checkpoints(run)
         _launch_distill(recipe, config, overrides)
         return
     if in_group:

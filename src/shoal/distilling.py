@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifact import PruningPlan, Training
+from shoal.artifact import PruningPlan, Training, differences
 from shoal.data import row_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
@@ -151,9 +151,32 @@ def distill_dry_run(run: Run) -> str:
 
 def distill_is_done(run: Run) -> bool:
     """Whether distilled/ is there already, so that no launcher need be started."""
+    refuse_other_checkpoints(run)
     if not (run.dir / "distilled" / "config.json").is_file():
         return False
     return is_done(Training, run.dir / Training.FILE, training_inputs(run, read_plan(run)), "distill")
+
+
+def refuse_other_checkpoints(run: Run) -> None:
+    """Refuse a training that its ranks would refuse, before any is started and before the log promises one.
+
+    Raises:
+        UserError: checkpoints of other settings are in the way, or the plan belongs to another run.
+    """
+    from shoal.train.checkpoint import refuse_other_run
+    from shoal.train.distill import checkpoint_inputs
+
+    checkpoints, settings = run.dir / "checkpoints", run.recipe.distill
+    has_student = (run.dir / PruningPlan.FILE).is_file() and (run.dir / "student" / "config.json").is_file()
+    if not has_student or not checkpoints.is_dir():
+        return
+    inputs, made = training_inputs(run, read_plan(run)), run.dir / Training.FILE
+    if made.is_file() and not differences(inputs, Training.read(made).provenance.inputs):
+        return  # trained already, whatever number of ranks would train it now
+    identity = checkpoint_inputs(settings, inputs)
+    if settings.batch_size is None:
+        identity["distill.batch_size"] *= ranks_to_start(settings.num_ranks)
+    refuse_other_run(checkpoints, identity)
 
 
 def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
