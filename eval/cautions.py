@@ -27,7 +27,6 @@ RATES = {
     "cut_off": "were cut off by the limit of new tokens",
 }
 PAIRS = (("teacher", "pruned"), ("pruned", "distilled"), ("teacher", "distilled"))
-SIGNIFICANT = 0.05
 Caution = tuple[str, str]
 """What it is about, what it means."""
 
@@ -38,7 +37,6 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         *_settings(run, comparison),
         *_overlap(run),
         *_few_items(comparison.rows),
-        *_many_comparisons(comparison.rows),
         *_protocols(comparison.rows),
         *_written_text(comparison.rows),
     )
@@ -47,8 +45,7 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         return Section(title, (Cautions(found),))
     text = (
         "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
-        "items, too few items, verdicts that many comparisons could bring about, tasks at chance, protocols that "
-        "disagree, generated text without a readable answer."
+        "items, too few items, tasks at chance, protocols that disagree, generated text without a readable answer."
     )
     return Section(title, (Paragraph(text),))
 
@@ -134,7 +131,7 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
             yield (
                 about,
                 f"No clear change from {before} to {after} does not mean that there is none. What a true change must "
-                f"be to show four times out of five: {told}{more}. A smaller one can hide.",
+                f"be to show, taken alone, four times out of five: {told}{more}. A smaller one can hide.",
             )
     if silent := [row for row in rows if not row.has_signal]:
         yield (
@@ -142,23 +139,6 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
             f"The intact teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance on {_names(silent)}. No "
             "conclusion rests on that; see “No signal here”.",
         )
-
-
-def _many_comparisons(rows: Sequence[Row]) -> Iterator[Caution]:
-    """Verdicts that rest on one interval among many: of a hundred, five exclude zero where nothing has changed."""
-    for pair in PAIRS:
-        compared = [row for row in rows if pair in row.adjusted_p]
-        lucky = [
-            row
-            for row in compared
-            if row.has_signal and row.verdict(*pair) != "unclear" and row.adjusted_p[pair] >= SIGNIFICANT
-        ]
-        if lucky:
-            yield (
-                "Many comparisons",
-                f"From {pair[0]} to {pair[1]} the change is clear taken alone, but not after Holm's correction for all "
-                f"{len(compared)} tasks: {_names(lucky)}. Among so many some look clear by luck.",
-            )
 
 
 def _detectable(row: Row, before: str, after: str) -> str | None:

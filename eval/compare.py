@@ -15,12 +15,10 @@ from shoal.search import Interval
 from .comparable import CUT_ROLES, Common, Contender, find_common, read_contenders, score_of
 from .findings import SIGNAL_SIGMAS
 from .intervals import combined
-from .statistics import PairedDifference, Retention, holm, paired, retention, z_above_chance
+from .statistics import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
 SPEED_MACHINE = ("device", "cpu_threads")
-SIGNIFICANT = 0.05
-"""Below it, after Holm's correction over the whole table, a difference is called one."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,7 @@ class Cell:
     @property
     def verdict(self) -> str | None:
         """`better` or `worse` than the first run, or `unclear`; None = not compared."""
-        if self.difference is None or self.adjusted_p is None:
-            return None
-        if self.adjusted_p >= SIGNIFICANT:
-            return "unclear"
-        return "better" if (self.difference.difference > 0) == self.score.higher_is_better else "worse"
+        return verdict(self.difference, self.adjusted_p, higher_is_better=self.score.higher_is_better)
 
 
 @dataclass(frozen=True)

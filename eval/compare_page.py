@@ -13,12 +13,12 @@ from shoal.figures import clean, inline_svg, save_figure
 from shoal.pareto_figure import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.search import Interval
 
-from .compare import SIGNIFICANT, Cell, Model, RunComparison, by_ability, mean_kept, same_models
+from .compare import Cell, Model, RunComparison, by_ability, mean_kept, same_models
 from .compare_data import write_json_file
 from .document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown
 from .findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
 from .page import to_html
-from .statistics import minimal_detectable_difference
+from .statistics import SIGNIFICANT, minimal_detectable_difference
 from .wording import (
     DASH,
     bytes_text,

@@ -24,6 +24,7 @@ from .statistics import (
     require_same_measurement,
     retention,
     retention_gap,
+    verdict,
     z_above_chance,
 )
 
@@ -89,13 +90,9 @@ class Row:
         return self.teacher_sigmas is None or self.teacher_sigmas > SIGNAL_SIGMAS
 
     def verdict(self, before: str, after: str) -> str | None:
-        """`better`, `worse` or `unclear` (the 95 % interval holds zero); None = not both evaluated."""
-        found = self.differences.get((before, after))
-        if found is None:
-            return None
-        if found.ci_low <= 0 <= found.ci_high:
-            return "unclear"
-        return "better" if (found.difference > 0) == self.higher_is_better else "worse"
+        """`better`, `worse` or `unclear`, after Holm's correction; None = not both evaluated."""
+        pair = (before, after)
+        return verdict(self.differences.get(pair), self.adjusted_p.get(pair), higher_is_better=self.higher_is_better)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The report's first sentences: what was cut, lost and regained. Claims rest on paired 95 % intervals only."""
+"""The report's first sentences: what was cut, lost and regained. Claims rest on corrected p-values only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_NAMES = 5
 
 
 def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
-    """A few plain sentences; better and worse are said only where the paired interval excludes zero."""
+    """A few plain sentences; better and worse are said only where the difference is significant."""
     sentences = [_cut(run)]
     roles = run.evaluations
     rows = [row for row in comparison.rows if row.has_signal]

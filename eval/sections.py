@@ -11,7 +11,7 @@ from shoal.level_figure import Ladder, ladders
 from .document import Block, Bullets, Paragraph, Picture, Section, Table
 from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, protocol_gaps, writing
 from .rates import Rate
-from .statistics import PairedDifference, z_above_chance
+from .statistics import SIGNIFICANT, PairedDifference, z_above_chance
 from .wording import (
     DASH,
     chance_text,
@@ -260,8 +260,9 @@ def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
         "paired-bootstrap": "a paired bootstrap",
     }
     legend = Paragraph(
-        "“Better” and “worse” are said only where the 95 % interval of the paired difference excludes zero. p is from "
-        f"{listed(used[test] for test in sorted(tests))}; p (Holm) allows for having looked at several tasks at once. "
+        f"“Better” and “worse” are said only where p (Holm) is below {SIGNIFICANT:g}: among many tasks, some change "
+        "clearly by luck, so p is corrected for having looked at all of them, while each interval stands for its own "
+        f"task alone. p is from {listed(used[test] for test in sorted(tests))}. "
         "Retention is (score − chance) / (teacher − chance): 100 % is the teacher, 0 % is guessing."
     )
     return [*(difference_table(rows, *pair, wanted[pair]) for pair in pairs), legend]

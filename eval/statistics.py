@@ -35,6 +35,10 @@ SAME_MEASUREMENT = (
 """Fields that must agree before two scores are compared."""
 
 
+SIGNIFICANT = 0.05
+"""Below it, after Holm's correction, a difference is called better or worse, in every table and sentence."""
+
+
 @dataclass(frozen=True)
 class PairedDifference:
     """after - before over the same items."""
@@ -175,6 +179,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - position) * p_values[index]))
         adjusted[index] = running
     return adjusted
+
+
+def verdict(found: PairedDifference | None, adjusted_p: float | None, *, higher_is_better: bool) -> str | None:
+    """`better`, `worse`, or `unclear` where p after Holm's correction is not significant; None = not compared."""
+    if found is None or adjusted_p is None:
+        return None
+    if adjusted_p >= SIGNIFICANT:
+        return "unclear"
+    return "better" if (found.difference > 0) == higher_is_better else "worse"
 
 
 def retention(before: TaskScore, after: TaskScore) -> Retention:
