@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -181,6 +183,21 @@ def test_interrupt_ends_quietly(
     monkeypatch.setattr(pruning, "prune", interrupt)
     assert run_verb("prune", recipe, []) == 130
     assert "shoal: interrupted; the same command goes on" in capsys.readouterr().err
+
+
+def test_termination_says_that_the_same_command_goes_on(
+    capfd: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(pruning, "prune", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    child = multiprocessing.get_context("fork").Process(target=run_verb, args=("prune", recipe, []))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGTERM
+    assert "shoal: stopped; what is answered or finished is kept, and the same command" in capfd.readouterr().err
+    monkeypatch.setattr(pruning, "prune", lambda _: None)
+    assert run_verb("prune", recipe, []) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_defect_of_ours_keeps_its_traceback(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:

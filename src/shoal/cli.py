@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("shoal")
 
 EXIT_STOPPED = 128 + signal.SIGTERM
+STOPPED = b"\nshoal: stopped; what is answered or finished is kept, and the same command goes on from there\n"
 VERBS = {
     "measure": "measure what every layer is worth: importance.json",
     "prune": "choose layers and cut them out: plan.json, student/",
@@ -74,7 +75,8 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
         if dry_run:
             _dry_run(verb, recipe)
         else:
-            _dispatch(verb, recipe, config, overrides)
+            with _said_when_stopped():
+                _dispatch(verb, recipe, config, overrides)
     except UserError as error:
         if not is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
@@ -86,6 +88,29 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
         print("shoal: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+@contextlib.contextmanager
+def _said_when_stopped() -> Iterator[None]:
+    """On SIGTERM, say that nothing is lost, then die of it as ever; training and its launcher listen themselves.
+
+    Several ranks say nothing: their launcher ends all of them where one has failed and has said why.
+    """
+    from shoal.runtime import world_size
+
+    process = os.getpid()
+
+    def stop(*_: object) -> None:
+        if world_size() == 1 and os.getpid() == process:  # a forked worker is ended in silence
+            os.write(2, STOPPED)  # print() may be what was interrupted
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _without_recipe(work: Callable[[], None]) -> int:
