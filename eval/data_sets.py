@@ -209,15 +209,39 @@ def read_data_sets(folder: Path) -> dict[str, DataSet]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-def read_splits(part: Part, data_dir: Path | None, **_: Any) -> Any:
-    """The splits `items` and, where there are any, `examples`, as lm-eval documents; lm-eval passes what it likes.
+class MissingFiles(UserError):
+    """Files that eval.data_dir lacks: ``files`` by their path in it, each with the data set that is read from it."""
+
+    def __init__(self, data_dir: Path, files: Mapping[str, DataSet]) -> None:
+        self.files = dict(files)
+        lacking = [f"{path} ({data.dataset!r}; {_what_is_there(data_dir / path)})" for path, data in files.items()]
+        hub = [data.dataset for data in files.values() if data.hub]
+        whole = f"leave eval.data_dir out to read {', '.join(dict.fromkeys(hub))} from the Hub"
+        super().__init__(
+            f"eval.data_dir: {str(data_dir)!r} lacks {', '.join(lacking)}; put {'it' if len(files) == 1 else 'them'} "
+            f"there (shoal's configs/tasks/README.md says what they hold), "
+            + (f"{whole}, or leave their tasks out" if hub else "or leave their tasks out")
+        )
+
+
+def _what_is_there(file: Path) -> str:
+    """What lies where a missing file should be."""
+    if not file.parent.is_dir():
+        return "there is no such folder"
+    return (
+        f"its folder holds {', '.join(sorted(other.name for other in file.parent.glob('*.jsonl'))) or 'no .jsonl file'}"
+    )
+
+
+def read_splits(part: Part, data_dir: Path | None, *, with_examples: bool, **_: Any) -> Any:
+    """The splits `items` and, if asked for, `examples`, as lm-eval documents; lm-eval passes what it likes.
 
     Raises:
         UserError: data that is not there or empty, or a row without a question or with an answer outside its options.
     """
     from datasets import Dataset
 
-    docs = {split: list(found) for split, found in _docs(part, data_dir).items()}
+    docs = {split: list(found) for split, found in _docs(part, data_dir, with_examples=with_examples).items()}
     if part.data.shuffled and part.data.bundled is None:
         docs["items"].sort(key=lambda doc: doc["id"])
     return {split: Dataset.from_list(found) for split, found in docs.items()}
@@ -231,11 +255,11 @@ def has_examples(part: Part, data_dir: Path | None) -> bool:
     return bool(data.shots) or bool(data.examples if data_dir is not None else data.hub and data.hub.examples)
 
 
-def _docs(part: Part, data_dir: Path | None) -> dict[str, Iterator[Doc]]:
+def _docs(part: Part, data_dir: Path | None, *, with_examples: bool) -> dict[str, Iterator[Doc]]:
     if part.data.bundled is not None:
         return {split: iter(found) for split, found in _bundled(part).items()}
-    where, rows = _rows(part, data_dir)
-    if part.data.shots:
+    where, rows = _rows(part, data_dir, with_examples=with_examples)
+    if part.data.shots and with_examples:
         rows["examples"] = list(part.data.shots)
     rows = {split: found if split == "items" else found[:NUM_EXAMPLES] for split, found in rows.items()}
     return {split: as_docs(part, found, f"{where} ({split})") for split, found in rows.items()}
@@ -284,36 +308,31 @@ def _generated(kind: str, num_items: int, settings: str) -> dict[str, list[Doc]]
     }
 
 
-def _rows(part: Part, data_dir: Path | None) -> tuple[str, dict[str, list[Row]]]:
+def _rows(part: Part, data_dir: Path | None, *, with_examples: bool) -> tuple[str, dict[str, list[Row]]]:
     """Where the rows are from, in words, and the rows by split."""
     data, hub = part.data, part.hub
     if data_dir is not None:
-        files = {"items": part.items, **({"examples": data.examples} if data.examples else {})}
+        files = {"items": part.items, **({"examples": data.examples} if data.examples and with_examples else {})}
         return f"{data_dir / data.place}", local_rows(data, data_dir, files)
     if hub is None:
         raise UserError(
             f"eval.tasks: {part.name!r} is not on the Hub; set eval.data_dir to a folder with "
             f"{data.place}/{part.items}, or leave the task out"
         )
-    return hub.path, _hub_rows(part, hub)
+    return hub.path, _hub_rows(part, hub, with_examples=with_examples)
 
 
 def local_rows(data: DataSet, data_dir: Path, files: Mapping[str, str]) -> dict[str, list[Row]]:
     """The rows of ``files`` (split -> name) of one data set in ``data_dir``.
 
     Raises:
-        UserError: the folder or a file is missing, empty, or no JSON lines.
+        MissingFiles: the folder or files in it are missing.
+        UserError: a file is empty, or no JSON lines.
     """
     folder = data_dir / data.place
     missing = [name for name in files.values() if not (folder / name).is_file()]
     if missing:
-        known = sorted(file.name for file in folder.glob("*.jsonl")) if folder.is_dir() else []
-        there = f"it holds {', '.join(known) or 'no .jsonl file'}" if folder.is_dir() else "there is no such folder"
-        instead = "leave eval.data_dir out to read it from the Hub" if data.hub else "leave its tasks out"
-        raise UserError(
-            f"eval.data_dir: {str(data_dir)!r} lacks {data.place}/{missing[0]}, which {data.dataset!r} is read from "
-            f"({there}); put it there, or {instead}"
-        )
+        raise MissingFiles(data_dir, {f"{data.place}/{name}": data for name in missing})
     return {split: _json_lines(folder / name) for split, name in files.items()}
 
 
@@ -334,10 +353,10 @@ def _json_lines(file: Path) -> list[Row]:
     return rows
 
 
-def _hub_rows(part: Part, hub: HubData) -> dict[str, list[Row]]:
+def _hub_rows(part: Part, hub: HubData, *, with_examples: bool) -> dict[str, list[Row]]:
     from datasets import load_dataset
 
-    splits = {"items": hub.items, **({"examples": hub.examples} if hub.examples else {})}
+    splits = {"items": hub.items, **({"examples": hub.examples} if hub.examples and with_examples else {})}
     try:
         loaded: Any = {split: load_dataset(hub.path, hub.name, split=name) for split, name in splits.items()}
     except Exception as error:  # the Hub, the network and `datasets` raise a dozen unrelated types here

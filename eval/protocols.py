@@ -33,20 +33,24 @@ def task_names(data: DataSet) -> dict[str, tuple[Part, str]]:
     return {f"{part.name}_{protocol}": (part, protocol) for part in parts_of(data) for protocol in data.protocols}
 
 
-def task_config(part: Part, protocol: str, data_dir: Path | None) -> Config:
-    """What lm-eval makes the task of."""
+def task_config(part: Part, protocol: str, data_dir: Path | None, num_fewshot: int | None = None) -> Config:
+    """What lm-eval makes the task of; ``num_fewshot`` None = as many examples as the description says.
+
+    Without examples to show none are read, so that nobody needs a training split for them.
+    """
     data = part.data
+    shots = data.num_fewshot if num_fewshot is None else num_fewshot
     metadata: Config = {"version": data.version, "ability": data.ability, "protocol": protocol}
     if part.level is not None:
         metadata |= {"family": data.family, "level": part.level}
-    shown = has_examples(part, data_dir)
+    shown = shots > 0 and has_examples(part, data_dir)
     own = FORMS[protocol](part)
     return {
         "task": f"{part.name}_{protocol}",
-        "custom_dataset": partial(read_splits, part, data_dir),
+        "custom_dataset": partial(read_splits, part, data_dir, with_examples=shown),
         "test_split": "items",
         "target_delimiter": " ",
-        "num_fewshot": data.num_fewshot if shown else 0,
+        "num_fewshot": shots if shown else 0,
         **({"fewshot_split": "examples"} if shown else {}),
         **own,
         "fewshot_config": {"sampler": "first_n", **own.get("fewshot_config", {})},

@@ -17,7 +17,7 @@ from typing import Any
 from shoal.errors import UserError
 from shoal.recipe import CONFIGS_DIR, Eval
 
-from .data_sets import DataSet, Part, local_rows, parts_of, read_data_sets
+from .data_sets import DataSet, MissingFiles, Part, local_rows, parts_of, read_data_sets
 from .protocols import task_config, task_names
 from .samples import check_answers
 
@@ -54,15 +54,20 @@ def load_tasks(
     made, tags = _made(folders)
     manager = _manager_that_knows([name for name in names if name not in made | tags], folders, (*made, *tags))
     tasks: dict[str, Any] = {}
-    with _data_from(local, folders) as opened:
+    missing: dict[str, DataSet] = {}
+    with _data_from(local, folders, num_fewshot) as opened:
         for name in names:
-            for one in tags.get(name, (name,)):
-                if one in made:
-                    tasks |= manager.load([task_config(*made[one], local)])["tasks"]
-                else:
-                    tasks |= _load(manager, one, opened)
-            if name in tags and name in manager.task_index:  # a group of files too
-                tasks |= _load(manager, name, opened)
+            files = [name] if name in tags and name in manager.task_index else []  # a group of files too
+            for one in (*tags.get(name, (name,)), *files):
+                try:
+                    if one in made:
+                        tasks |= manager.load([task_config(*made[one], local, num_fewshot)])["tasks"]
+                    else:
+                        tasks |= _load(manager, one, opened)
+                except MissingFiles as error:
+                    missing |= error.files
+    if missing and local is not None:  # all of them, so that one attempt is enough
+        raise MissingFiles(local, missing)
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
     return tasks
@@ -118,9 +123,10 @@ def _made(folders: Sequence[Path]) -> tuple[dict[str, tuple[Part, str]], dict[st
 
 
 @contextmanager
-def _data_from(data_dir: Path | None, folders: Sequence[Path]) -> Iterator[list[Any]]:
+def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int | None) -> Iterator[list[Any]]:
     """Let lm-eval's tasks take described data sets from ``data_dir`` instead of the Hub, without splits it lacks.
 
+    The file of few-shot examples may be missing where none are shown.
     Gives the tasks that have got their data, the one last that may fail over it.
     """
     from lm_eval.api.task import ConfigurableTask
@@ -133,7 +139,8 @@ def _data_from(data_dir: Path | None, folders: Sequence[Path]) -> Iterator[list[
         config = self.config
         found = None
         if data_dir is not None and config.custom_dataset is None:
-            found = _local_splits(described, config.dataset_path, config.dataset_name, data_dir)
+            shots = config.num_fewshot if num_fewshot is None else num_fewshot
+            found = _local_splits(described, config, data_dir, with_examples=bool(shots))
         if found is None:
             download(self, *args, **kwargs)
         else:
@@ -150,17 +157,24 @@ def _data_from(data_dir: Path | None, folders: Sequence[Path]) -> Iterator[list[
         ConfigurableTask.download = download
 
 
-def _local_splits(described: dict[str, DataSet], path: str, name: str | None, data_dir: Path) -> dict[str, Any] | None:
-    """The splits of a Hub data set, under the Hub's names, out of ``data_dir``; None where it is not described."""
+def _local_splits(
+    described: dict[str, DataSet], config: Any, data_dir: Path, *, with_examples: bool
+) -> dict[str, Any] | None:
+    """The splits of a task's Hub data set, under the Hub's names, out of ``data_dir``; None where it is not described.
+
+    Examples that are not asked for are taken along where they are there.
+    """
     from datasets import Dataset
 
+    path, name = config.dataset_path, config.dataset_name
     for part in (part for data in described.values() for part in parts_of(data)):
         hub = part.hub
         if hub is None or hub.path != path or (name not in (hub.name, None) and hub.part_column is None):
             continue
         files = {hub.items: part.items}
-        if hub.examples and part.data.examples:
-            files[hub.examples] = part.data.examples
+        shown = part.data.examples
+        if hub.examples and shown and (with_examples or (data_dir / part.data.place / shown).is_file()):
+            files[hub.examples] = shown
         rows = local_rows(part.data, data_dir, files)
         if name not in (hub.name, None):
             column = hub.part_column or ""

@@ -11,13 +11,15 @@ from typing import Any
 
 import lm_eval.tasks
 import pytest
+import yaml
+from jinja2.meta import find_undeclared_variables
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.errors import UserError
 from shoal.eval.data_sets import parts_of, read_data_sets
 from shoal.eval.evaluate import evaluate
 from shoal.eval.protocols import task_names
-from shoal.eval.rows import bbh_options
+from shoal.eval.rows import _jinja, bbh_options
 from shoal.eval.tasks import TASKS_DIR, known_tasks, load_tasks
 from shoal.recipe import Eval
 
@@ -348,15 +350,11 @@ def one_row(**changes: Any) -> dict[str, list[dict[str, Any]]]:
     [
         (
             {},
-            r"eval.data_dir: '.*' lacks arc_easy/test.jsonl, .* \(there is no such folder\); put it there, or leave",
+            r"lacks arc_easy/test.jsonl \('arc_easy'; there is no such folder\); put it there .* from the Hub",
         ),
         (
             {"arc_easy/validation.jsonl": [{}]},
-            r"lacks arc_easy/test.jsonl, .* \(it holds validation.jsonl\); put it there",
-        ),
-        (
-            {"arc_easy/test.jsonl": ROWS["arc_easy/test.jsonl"]},
-            r"lacks arc_easy/train.jsonl, .* \(it holds test.jsonl\)",
+            r"lacks arc_easy/test.jsonl \('arc_easy'; its folder holds validation.jsonl\); put it there",
         ),
         ({"arc_easy/test.jsonl": [], "arc_easy/train.jsonl": []}, r"arc_easy/test.jsonl: holds no rows; a task needs"),
         (
@@ -376,6 +374,49 @@ def one_row(**changes: Any) -> dict[str, list[dict[str, Any]]]:
 def test_data_that_is_not_as_expected_is_refused(rows: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load("arc_easy_continuation", write(tmp_path, rows))
+
+
+def test_examples_are_read_only_where_they_are_shown(tmp_path: Path) -> None:
+    write(tmp_path, {name: ROWS[name] for name in ("arc_easy/test.jsonl", "gsm8k/test.jsonl")})
+    assert load("arc_easy_continuation", tmp_path).config.num_fewshot == 0
+    assert load("gsm8k_generation", tmp_path, num_fewshot=0).config.num_fewshot == 0
+    with pytest.raises(UserError, match=r"lacks arc_easy/train.jsonl \('arc_easy'; its folder holds test.jsonl\)"):
+        load("arc_easy_continuation", tmp_path, num_fewshot=2)
+
+
+def test_an_outside_task_without_examples_needs_no_file_of_them(tmp_path: Path) -> None:
+    outside = {
+        "task": "outside",
+        "dataset_path": "allenai/ai2_arc",
+        "dataset_name": "ARC-Easy",
+        "training_split": "train",
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices.text}}",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+    }
+    (tmp_path / "outside.yaml").write_text(yaml.safe_dump(outside))
+    write(tmp_path, {"arc_easy/test.jsonl": ROWS["arc_easy/test.jsonl"]})
+    task = load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path)["outside"]
+    assert len(task.eval_docs) == len(ROWS["arc_easy/test.jsonl"])
+    with pytest.raises(UserError, match=r"lacks arc_easy/train.jsonl \("):
+        load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path, num_fewshot=1)
+    write(tmp_path, {"arc_easy/train.jsonl": ROWS["arc_easy/train.jsonl"]})
+    load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path, num_fewshot=1)
+
+
+def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
+    write(tmp_path, {"gsm8k/test.jsonl": ROWS["gsm8k/test.jsonl"]})
+    with pytest.raises(UserError) as refused:
+        load_tasks(["arc_easy_continuation", "gsm8k_generation", "nq_passage_generation"], data_dir=tmp_path)
+    assert str(refused.value) == (
+        f"eval.data_dir: {str(tmp_path)!r} lacks arc_easy/test.jsonl ('arc_easy'; there is no such folder), "
+        "gsm8k/train.jsonl ('gsm8k'; its folder holds test.jsonl), "
+        "nq_open_oracle/test.jsonl ('nq_passage'; there is no such folder); put them there (shoal's "
+        "configs/tasks/README.md says what they hold), leave eval.data_dir out to read arc_easy, gsm8k from the Hub, "
+        "or leave their tasks out"
+    )
 
 
 def test_lines_that_are_no_rows_are_refused(tmp_path: Path) -> None:
@@ -443,6 +484,22 @@ def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
     for protocol in ("loglikelihood", "continuation", "generation"):
         name = f"my_science_{protocol}"
         assert load_tasks([name], include_path=tmp_path, data_dir=tmp_path)[name].eval_docs[0]["answer"] == 1
+
+
+def test_the_readme_names_every_file_of_a_data_dir() -> None:
+    row = re.compile(r"^\| (`.*?) \| `(.*?\.jsonl)` \| (.*?) \| (.*?) \|$", re.MULTILINE)
+    lines = row.findall((TASKS_DIR / "README.md").read_text())
+    told = {place: (names, fields, shown) for names, place, fields, shown in lines}
+    outside = [data for data in DATA_SETS.values() if data.bundled is None]
+    assert {f"{data.place}/{data.items or ''}".replace("{}", "<part>") for data in outside} == set(told)
+    for data in outside:
+        names, fields, shown = told[f"{data.place}/{data.items or ''}".replace("{}", "<part>")]
+        assert data.dataset in re.findall(r"\w+", names)
+        assert shown.strip("`") == (data.examples or "-")
+        texts = [data.question if data.page is None else "", data.context, data.ending, data.worked, data.page]
+        texts += [f"{{{{{text}}}}}" for text in (data.options, data.answer, data.answers, data.beginnings) if text]
+        used = set[str]().union(*(find_undeclared_variables(_jinja().parse(text)) for text in texts if text))
+        assert used - {"LETTERS"} <= set(re.findall(r"\w+", fields)), data.dataset
 
 
 @pytest.mark.parametrize(
