@@ -18,6 +18,8 @@ HELD_OUT = "python_docs_heldout"
 """The bundled source that belongs to evaluation."""
 WIDE_GAP = 0.2
 """Difference in retention from which two protocols are said to disagree."""
+NEAR_CHANCE = 0.1
+"""A teacher whose interval reaches further above chance is not said to be at chance: too few items tell."""
 OFTEN = 0.2
 """Share of generated texts from which a defect of them is worth a word."""
 MAX_NAMES = 8
@@ -133,11 +135,16 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
                 f"No clear change from {before} to {after} does not mean that there is none. What a true change must "
                 f"be to show, taken alone, four times out of five: {told}{more}. A smaller one can hide.",
             )
-    if silent := [row for row in rows if not row.has_signal]:
+    silent = [row for row in rows if not row.has_signal]
+    unknown = [row for row in silent if row.scores["teacher"].ci_high > row.scores["teacher"].chance + NEAR_CHANCE]
+    told = f"The intact teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance on "
+    ends = "No conclusion rests on that; see “No signal here”."
+    if at_chance := [row for row in silent if row not in unknown]:
+        yield "At chance from the start", f"{told}{_names(at_chance)}. {ends}"
+    if unknown:
         yield (
-            "At chance from the start",
-            f"The intact teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance on {_names(silent)}. No "
-            "conclusion rests on that; see “No signal here”.",
+            "Not shown to be above chance",
+            f"{told}{_names(unknown)}, but with so few items it may be well above it. {ends}",
         )
 
 

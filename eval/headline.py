@@ -27,10 +27,10 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
     if not roles:
         sentences.append("No ability has been evaluated yet, so nothing is said here about what was lost.")
     silent = [row for row in comparison.rows if not row.has_signal]
-    if silent:
+    if silent and len(roles) > 1:
         sentences.append(
-            f"{_number(len(silent), 'task')} left out of these sentences because the intact model already fails there "
-            "(see “No signal here”)."
+            f"{_number(len(silent), 'task')} left out of these sentences because the intact model is not shown to be "
+            "above chance there (see “No signal here”)."
         )
     return tuple(sentence for sentence in sentences if sentence)
 

@@ -77,10 +77,11 @@ def no_signal_section(comparison: Comparison) -> Section | None:
         (
             Paragraph(
                 f"On these tasks the intact teacher is not more than {SIGNAL_SIGMAS:.0f} standard errors above what "
-                "guessing reaches. What a model cannot do, a cut cannot damage: these rows stay in the tables, but no "
-                "conclusion about the cut rests on them."
+                "guessing reaches: it cannot do them, or there are too few items to show that it can. What a "
+                "model cannot do, a cut cannot damage: these rows stay in the tables, but no conclusion about the cut "
+                "rests on them."
             ),
-            Table("Tasks on which the intact teacher is at chance", columns, rows),
+            Table("Tasks on which the intact teacher is not shown to be above chance", columns, rows),
         ),
     )
 
@@ -188,12 +189,16 @@ def level_section(run: Run, picture: Picture | None) -> Section | None:
 
 def _reach(ladder: Ladder) -> str:
     """Up to which level every role is clear of chance, as the intact teacher has to be, without a gap below."""
-    told = []
+    told, at_none = [], []
     for role, scores in ladder.scores.items():
-        clear = [score.level for score in itertools.takewhile(_is_clear, scores)]
-        told.append(f"{role} {f'up to {clear[-1]:g}' if clear else 'at none'}")
+        if clear := [score.level for score in itertools.takewhile(_is_clear, scores)]:
+            told.append(f"{role} up to {clear[-1]:g}")
+        else:
+            at_none.append(role)
     levels = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
-    return f"{_heading(ladder.family)}, {ladder.protocol}, {levels}: clear of chance are {listed(told)}."
+    reach = f"clear of chance are {listed(told)}" if told else "no model is clear of chance at any level"
+    others = f"; {listed(at_none)} at no level" if told and at_none else ""
+    return f"{_heading(ladder.family)}, {ladder.protocol}, {levels}: {reach}{others}."
 
 
 def _is_clear(score: TaskScore) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from results import DROP, NUM_LAYERS, SKILL, choice, evaluation, importance, plan, provenance, training, write_run
 
-from shoal.artifact import ItemScore, TaskScore
+from shoal.artifact import Evaluation, ItemScore, TaskScore
 from shoal.compress.atlas import build_atlas
 from shoal.edits import SkipAttention, Swap
 from shoal.errors import UserError
@@ -566,14 +566,39 @@ def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path:
         assert text.count("▼ worse") == worse
 
 
+def test_a_teacher_with_few_items_is_not_said_to_be_at_chance(tmp_path: Path) -> None:
+    """Two right of four against a chance of 25 % is anything between 15 % and 85 %; 25 of 100 is a guesser."""
+
+    def task(name: str, right: int, n: int) -> TaskScore:
+        items = tuple(ItemScore(str(i), float(i < right), "a", "a") for i in range(n))
+        made = replace(choice("teacher", name, "knowledge", "continuation"), items=items, n=n, score=right / n)
+        return with_interval(made)
+
+    evaluation("teacher", (task("few", 2, 4), task("many", 25, 100))).write(tmp_path / "eval/teacher.json")
+    text = told(tmp_path)
+    at_chance, unknown = text.split("**At chance from the start.**")[1].split("**Not shown to be above chance.**")
+    assert "many (continuation)" in at_chance
+    assert "few (continuation)" not in at_chance
+    assert "on few (continuation), but with so few items it may be well above it" in unknown
+    assert "left out of these sentences" not in text, "with the teacher alone there are none"
+
+
+def level(number: int, right: int) -> TaskScore:
+    """A level of a family with the first ``right`` of 100 items right."""
+    items = tuple(ItemScore(str(i), float(i < right), "7", "7") for i in range(100))
+    task = replace(choice("teacher", f"track_{number}", "reasoning", "generation", chance=0.0), items=items)
+    return with_interval(replace(task, score=right / 100, family="track", level=float(number)))
+
+
+def test_levels_that_nobody_masters_are_told_in_a_sentence(tmp_path: Path) -> None:
+    evaluation("pruned", (level(1, 2), level(2, 2))).write(tmp_path / "eval/pruned.json")
+    for right, expected in ((90, "clear of chance are teacher up to 1; pruned at no level."), (2, "no model is clear")):
+        evaluation("teacher", (level(1, right), level(2, 2))).write(tmp_path / "eval/teacher.json")
+        assert f"levels 1 to 2: {expected}" in told(tmp_path)
+
+
 def test_one_lucky_answer_is_not_clear_of_chance(tmp_path: Path) -> None:
     """A level on which the table finds no signal is not one that a model masters."""
-
-    def level(number: int, right: int) -> TaskScore:
-        items = tuple(ItemScore(str(i), float(i < right), "7", "7") for i in range(100))
-        task = replace(choice("teacher", f"track_{number}", "reasoning", "generation", chance=0.0), items=items)
-        return with_interval(replace(task, score=right / 100, family="track", level=float(number)))
-
     evaluation("teacher", (level(1, 90), level(2, 2))).write(tmp_path / "eval/teacher.json")
     text = told(tmp_path)
     assert "clear of chance are teacher up to 1." in text
@@ -636,7 +661,12 @@ def test_a_likelihood_score_that_hides_damage_is_a_caution() -> None:
 def test_costs_and_the_search_are_told_where_they_are_recorded(tmp_path: Path) -> None:
     write_run(tmp_path)
     searched().write(tmp_path / SearchResult.FILE)
+    teacher = Evaluation.read(tmp_path / "eval/teacher.json")
+    replace(teacher, num_requests=1092, num_kept=72).write(tmp_path / "eval/teacher.json")
     markdown = told(tmp_path)
+    assert "; 72 of 1,092 answers were kept from before | – | – |" in markdown
+    assert markdown.count("kept from before") == 1, "the others have asked everything themselves"
+    assert "Measuring the layers" not in markdown, "how long it took is not recorded"
     assert "| Distilling | 8 s | 4,000 | 1 GB |" in markdown
     assert "| Healing 2 plans to choose from | – | 2,000 | – |" in markdown
     section = markdown.split("## What the search over plans found")[1].split("\n## ")[0]
