@@ -94,15 +94,15 @@ def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
 def costs_section(run: Run, search: SearchResult | None) -> Section | None:
     """What the run took: time, tokens and memory of every stage that recorded them; None where none did."""
     rows = []
-    if run.importance:
-        rows.append(("Measuring the layers", DASH, f"{run.importance.num_tokens:,}", DASH))
     if search:
         healed = len({plan.same_as or plan.name for plan in search.plans})
         rows.append((f"Healing {healed} plans to choose from", DASH, f"{healed * search.num_tokens:,}", DASH))
     if training := run.training:
         cells = (duration_text(training.seconds), f"{training.num_tokens:,}", bytes_text(training.peak_memory_bytes))
         rows.append(("Distilling", *cells))
-    rows += [(f"Scoring {role}", duration_text(found.seconds), DASH, DASH) for role, found in run.evaluations.items()]
+    for role, found in run.evaluations.items():
+        kept = f"; {found.num_kept:,} of {found.num_requests:,} answers were kept from before" if found.num_kept else ""
+        rows.append((f"Scoring {role}", duration_text(found.seconds) + kept, DASH, DASH))
     if not rows:
         return None
     caption = f"What the run took; {DASH} = not recorded"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,12 +45,15 @@ def role_evaluation(
     this model (``inputs["model"]``) has answered there already is not asked again.
     """
     started = time.monotonic()
-    cache = None
+    cache = ItemCache()
     if items is not None:
         cache = ItemCache(items, identity_of(inputs["model"], model), rank=rank())
         if len(cache):
             log.info("eval: %s: %d requests are answered already in %s", role, len(cache), items)
     tasks = evaluate(model, tokenizer, settings, seed=seed, items=cache)
+    counts = torch.tensor([cache.num_asked, cache.num_kept], device=model.device)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
     return Evaluation(
         provenance=Provenance(inputs),
         role=role,
@@ -58,6 +62,8 @@ def role_evaluation(
         num_layers=text_config(model.config).num_hidden_layers,
         num_bytes=checkpoint_bytes(folder),
         seconds=time.monotonic() - started,
+        num_requests=int(counts[0]),
+        num_kept=int(counts[1]),
     )
 
 

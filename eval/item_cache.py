@@ -43,9 +43,21 @@ class ItemCache:
         self._identity = identity
         self._is_begun = False
         """Whether this rank's file holds answers of this identity."""
+        self._asked: set[str] = set()
         if folder is not None:
             for path in sorted(folder.glob(f"{name}-*.jsonl")):
                 self._read(path)
+        self._kept = frozenset(self._known)
+
+    @property
+    def num_asked(self) -> int:
+        """Requests so far, each once."""
+        return len(self._asked)
+
+    @property
+    def num_kept(self) -> int:
+        """Those of them that were on the disk from the beginning."""
+        return len(self._asked & self._kept)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -58,6 +70,7 @@ class ItemCache:
 
     def missing(self, keys: Sequence[str]) -> list[int]:
         """Where in ``keys`` those without an answer stand, each once."""
+        self._asked.update(keys)
         first: dict[str, int] = {}
         for index, key in enumerate(keys):
             if key not in self._known:

@@ -231,12 +231,16 @@ def test_a_role_asks_only_what_it_has_not_answered(
     first = run()
     forwards.clear()
     with caplog.at_level("INFO"):
-        assert run().tasks == first.tasks
+        again = run()
+    assert again.tasks == first.tasks
     assert not forwards
+    assert first.num_kept == 0
+    assert again.num_kept == again.num_requests == first.num_requests > 3
     assert "requests are answered already in" in caplog.text
     more = run(tasks=(*tasks, "reasoning_worked"))  # another task, and another batch size: the others stay as they are
     assert forwards
     assert more.tasks[:2] == first.tasks[:2]
+    assert more.num_kept == first.num_requests < more.num_requests
     forwards.clear()
     run(tasks=(*tasks, "reasoning_worked"), batch_size=2)
     assert not forwards

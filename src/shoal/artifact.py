@@ -210,6 +210,10 @@ class Evaluation(Artifact):
     num_bytes: int
     """Of the checkpoint's weights on disk."""
     seconds: float
+    num_requests: int = 0
+    """Asked of the model, each once; 0 = not recorded."""
+    num_kept: int = 0
+    """Of them, those whose answers were there before ``seconds`` began."""
 
 
 @dataclass(frozen=True)
