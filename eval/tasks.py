@@ -68,8 +68,10 @@ def load_tasks(
                     missing |= error.files
     if missing and local is not None:  # all of them, so that one attempt is enough
         raise MissingFiles(local, missing)
+    described = _data_sets(folders)
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
+        _set_ability(task, described)
     return tasks
 
 
@@ -166,21 +168,37 @@ def _local_splits(
     """
     from datasets import Dataset
 
+    part, name = _part_read_by(config, described), config.dataset_name
+    if part is None or part.hub is None:
+        return None
+    hub, shown = part.hub, part.data.examples
+    files = {hub.items: part.items}
+    if hub.examples and shown and (with_examples or (data_dir / part.data.place / shown).is_file()):
+        files[hub.examples] = shown
+    rows = local_rows(part.data, data_dir, files)
+    if name not in (hub.name, None):
+        column = hub.part_column or ""
+        rows = {split: [row for row in found if row[column] == name] for split, found in rows.items()}
+    return {split: Dataset.from_list([dict(row) for row in found]) for split, found in rows.items()}
+
+
+def _part_read_by(config: Any, described: dict[str, DataSet]) -> Part | None:
+    """The described part that has the Hub data set of a task's configuration."""
     path, name = config.dataset_path, config.dataset_name
     for part in (part for data in described.values() for part in parts_of(data)):
         hub = part.hub
-        if hub is None or hub.path != path or (name not in (hub.name, None) and hub.part_column is None):
-            continue
-        files = {hub.items: part.items}
-        shown = part.data.examples
-        if hub.examples and shown and (with_examples or (data_dir / part.data.place / shown).is_file()):
-            files[hub.examples] = shown
-        rows = local_rows(part.data, data_dir, files)
-        if name not in (hub.name, None):
-            column = hub.part_column or ""
-            rows = {split: [row for row in found if row[column] == name] for split, found in rows.items()}
-        return {split: Dataset.from_list([dict(row) for row in found]) for split, found in rows.items()}
+        if hub and hub.path == path and (name in (hub.name, None) or hub.part_column is not None):
+            return part
     return None
+
+
+def _set_ability(task: Any, described: dict[str, DataSet]) -> None:
+    """A task that does not say what it asks for, lm-eval's own for one, has the ability of the data that it reads."""
+    config = task.config
+    if config.custom_dataset is None and "ability" not in (config.metadata or {}):
+        part = _part_read_by(config, described)
+        if part is not None:
+            config.metadata = {**(config.metadata or {}), "ability": part.data.ability}
 
 
 @cache

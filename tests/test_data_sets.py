@@ -397,9 +397,14 @@ def test_an_outside_task_without_examples_needs_no_file_of_them(tmp_path: Path) 
         "doc_to_target": "{{choices.label.index(answerKey)}}",
     }
     (tmp_path / "outside.yaml").write_text(yaml.safe_dump(outside))
+    said = {**outside, "task": "said", "metadata": {"version": 2.0, "ability": "science"}}
+    (tmp_path / "said.yaml").write_text(yaml.safe_dump(said))
     write(tmp_path, {"arc_easy/test.jsonl": ROWS["arc_easy/test.jsonl"]})
     task = load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path)["outside"]
+    assert task.config.metadata["ability"] == "knowledge"  # that of the data it reads
     assert len(task.eval_docs) == len(ROWS["arc_easy/test.jsonl"])
+    said_itself = load_tasks(["said"], include_path=tmp_path, data_dir=tmp_path)["said"].config.metadata
+    assert (said_itself["ability"], said_itself["version"]) == ("science", 2.0)
     with pytest.raises(UserError, match=r"lacks arc_easy/train.jsonl \("):
         load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path, num_fewshot=1)
     write(tmp_path, {"arc_easy/train.jsonl": ROWS["arc_easy/train.jsonl"]})
