@@ -18,7 +18,7 @@ from .intervals import Array, wilson
 from .statistics import PairedDifference, bootstrap_mean, paired_values
 
 UNREADABLE = "[invalid]"
-"""What lm-eval's filters hand on where they find no answer."""
+"""What lm-eval's filters hand on where they find no answer, and what stands for a text that states none."""
 RATES = ("malformed", "repetition", "cut_off")
 """Shares of the texts, each a defect."""
 LENGTH = "mean_tokens"

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from shoal.abilities.matching import states_an_answer
 from shoal.artifact import ItemScore, TaskScore, fingerprint
 from shoal.errors import UserError
 
-from .rates import text_rates, with_rates
+from .protocols import match_stated
+from .rates import UNREADABLE, text_rates, with_rates
 from .statistics import interval
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
@@ -100,7 +102,7 @@ def task_score(
         prompts=prompts_fingerprint(task, chosen),
     )
     if task.OUTPUT_TYPE == "generate_until":
-        score = _with_text_rates(score, chosen, count_tokens, endings or {})
+        score = _with_text_rates(score, task, chosen, count_tokens, endings or {})
     return with_interval(score)
 
 
@@ -170,7 +172,11 @@ def _item_scores(
 
 
 def _with_text_rates(
-    score: TaskScore, samples: Sequence[Sample], count_tokens: CountTokens, endings: Mapping[tuple[str, str], Ending]
+    score: TaskScore,
+    task: Any,
+    samples: Sequence[Sample],
+    count_tokens: CountTokens,
+    endings: Mapping[tuple[str, str], Ending],
 ) -> TaskScore:
     """The score with what is known of every text besides its being right."""
     from lm_eval.models.utils import normalize_gen_kwargs
@@ -186,6 +192,8 @@ def _with_text_rates(
         most = normalize_gen_kwargs(settings, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)
         cut.append(counted >= most if ending is None else not ending.finished)
     read = [_first(sample["filtered_resps"]) for sample in samples]
+    if getattr(task.config, "process_results", None) is match_stated:  # where nothing is stated, nothing can be read
+        read = [one if states_an_answer(one) else UNREADABLE for one in read]
     rates = text_rates(texts, read, [item.target for item in score.items], lengths, cut)
     items = (replace(item, rates=found) for item, found in zip(score.items, rates, strict=True))
     return with_rates(replace(score, items=tuple(items)))

@@ -17,6 +17,7 @@ from shoal.artifact import ItemScore, TaskScore
 from shoal.errors import UserError
 from shoal.eval.engine import CausalLM, Ending, Writing
 from shoal.eval.intervals import newcombe_paired
+from shoal.eval.protocols import match_stated
 from shoal.eval.rates import answer_pattern, rate, rate_difference, text_rates, with_rates
 from shoal.eval.samples import ending_key, task_score
 from shoal.eval.statistics import mcnemar, paired
@@ -97,11 +98,13 @@ def test_the_change_of_the_length_is_bootstrapped() -> None:
 # --- from what lm-eval logs ---------------------------------------------------------------------------------------
 
 
-def logged(texts: Sequence[str], rule: str = "", **described: Any) -> TaskScore:
+def logged(texts: Sequence[str], rule: Any = "", **described: Any) -> TaskScore:
     """The score of written texts, of which every prompt is told apart by its number."""
     settings = {"max_gen_toks": 8, "until": ["\n"]}
     config = SimpleNamespace(
-        metadata=described, to_dict=lambda: {"generation_kwargs": settings, "process_results": rule}
+        metadata=described,
+        process_results=rule,
+        to_dict=lambda: {"generation_kwargs": settings, "process_results": rule},
     )
     task = SimpleNamespace(
         OUTPUT_TYPE="generate_until",
@@ -136,6 +139,12 @@ def test_the_engine_says_how_texts_ended_and_otherwise_their_tokens_are_counted(
     assert [item.rates["cut_off"] for item in made.items] == [0, 1, 1, 0]
     assert [item.rates["malformed"] for item in made.items] == [0, 0, 0, 1]
     assert made.rates["mean_tokens"] == 17 / 4
+
+
+def test_a_text_that_states_no_answer_is_malformed_where_the_answer_has_to_be_stated() -> None:
+    texts = [" From plum to battery. From battery to pillow.", "From plum to battery. The answer is Rome.", "####"]
+    assert [item.rates["malformed"] for item in logged(texts, match_stated).items] == [1, 0, 1]
+    assert [item.rates["malformed"] for item in logged(texts).items] == [0, 0, 1]
 
 
 def test_a_score_knows_its_family_level_and_questions() -> None:

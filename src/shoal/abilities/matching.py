@@ -65,7 +65,12 @@ def number(text: str, answers: Sequence[str]) -> bool:
 
 def stated(text: str, answers: Sequence[str]) -> bool:
     """What follows the first "answer is" starts with an answer; a text that never says so has given none."""
-    return bool(_stated(text)) and starts(_stated(text), answers)
+    return states_an_answer(text) and starts(_stated(text), answers)
+
+
+def states_an_answer(text: str) -> bool:
+    """Whether something follows an "answer is" or "####", right or wrong."""
+    return bool(_stated(text))
 
 
 def chosen_option(text: str, options: Sequence[str]) -> int | None:
