@@ -523,6 +523,11 @@ def test_memory_that_is_close_is_a_warning(
     assert "memory will be close" in caplog.text
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(20.1, "20.1 s"), (600, "10 min"), (7300, "2.03 h")])
+def test_a_duration_is_told_in_a_unit_that_it_fills(seconds: float, text: str) -> None:
+    assert report._duration(seconds) == text
+
+
 def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "matmul_flops_per_second", lambda device, dtype: 1e11)
     told = report.dry_run(

@@ -216,13 +216,19 @@ def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
             f"{peak / 1e12:.3g} TFLOP/s of a matrix product"
         )
     step = step_seconds(job.tokens_per_step // machines, rate, optimizer_s)
-    hours = job.num_steps * step / 3600
     return [
-        f"time: {job.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, {hours:.3g} h for "
+        f"time: {job.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, {_duration(job.num_steps * step)} for "
         f"{job.num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",
         f"  {how}",
         "  communication between ranks, scoring, sampling, a local stage and checkpoints come on top",
     ]
+
+
+def _duration(seconds: float) -> str:
+    """With three digits, in the largest unit that there is one of."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
 
 
 def _disk(job: Job, run_dir: Path) -> list[str]:

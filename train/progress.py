@@ -17,7 +17,11 @@ EVERY_S = 10.0
 
 
 class Progress(TrainerCallback):
-    """Logs loss, tokens per second over all ranks and the time left."""
+    """Logs loss, tokens per second over all ranks and the time left.
+
+    The rate is that of the report: from the beginning, without the time for scoring and saving. What is left of this
+    training includes such time, as far as it took any until now.
+    """
 
     def __init__(self, *, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
@@ -28,7 +32,7 @@ class Progress(TrainerCallback):
         self._started = (state.global_step, time.monotonic())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not is_main() or not logs or "loss" not in logs:
+        if not is_main() or not logs or "seconds" not in logs:
             return
         now = time.monotonic()
         if now - self._last_line < EVERY_S and state.global_step < state.max_steps:
@@ -42,6 +46,6 @@ class Progress(TrainerCallback):
             state.global_step,
             state.max_steps,
             logs["loss"],
-            self._tokens_per_step / seconds_per_step,
+            state.global_step * self._tokens_per_step / max(logs["seconds"], 1e-9),
             *divmod(int(left), 60),
         )
