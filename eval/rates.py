@@ -70,8 +70,8 @@ def values_of(score: TaskScore, name: str) -> Array:
 def rate(score: TaskScore, name: str) -> Rate:
     """One of NAMES over the texts of ``score``, which has rates."""
     values_N = values_of(score, name)
-    limits = bootstrap_mean(values_N.tolist()) if name == LENGTH else wilson(float(values_N.sum()), len(values_N))
-    return Rate(float(values_N.mean()), *limits)
+    low, high = bootstrap_mean(values_N.tolist()) if name == LENGTH else wilson(float(values_N.sum()), len(values_N))
+    return Rate(float(values_N.mean()), max(low, 0.0), high)  # no text is shorter than nothing
 
 
 def rate_difference(before: TaskScore, after: TaskScore, name: str) -> PairedDifference:

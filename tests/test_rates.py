@@ -61,6 +61,12 @@ def test_rates_of_a_task_are_means_over_its_texts() -> None:
     assert length.ci_low < 9.0 < length.ci_high
 
 
+def test_no_length_is_negative() -> None:
+    found = rate(written(["Rome"] * 4, lengths=[1, 1, 200, 1]), "mean_tokens")
+    assert found.ci_low == 0.0
+    assert found.ci_high > 100
+
+
 def test_a_text_of_which_the_tasks_filter_reads_nothing_is_malformed() -> None:
     (found,) = text_rates(["I think 7"], ["[invalid]"], ["7"], [3], [False])
     assert found == {"malformed": 1.0, "repetition": 0.0, "cut_off": 0.0, "tokens": 3.0}
