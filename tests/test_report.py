@@ -34,7 +34,7 @@ from shoal.eval.document import (
 )
 from shoal.eval.findings import Comparison, Run, compare, protocol_gaps, read_run
 from shoal.eval.flips import within
-from shoal.eval.headline import headline
+from shoal.eval.headline import facts, headline
 from shoal.eval.rates import with_rates
 from shoal.eval.report import build_document, write_report
 from shoal.eval.samples import with_interval
@@ -211,6 +211,17 @@ def test_headline_claims_only_what_the_tests_show(report: tuple[Page, str, Path]
     assert "Cutting made all 3 scores worse" in text
     assert "Distilling made the cut model better on all 3 of them" in text
     assert "One task is left out" in text
+
+
+def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, str, Path]) -> None:
+    run = read_run(report[2])
+    assert run.speed is not None
+    noisy = {
+        role: replace(run.speed.roles[role], decode_tokens_per_s=median, samples={"decode": samples})
+        for role, median, samples in (("teacher", 10.0, (8.0, 10.0, 16.0)), ("distilled", 12.0, (12.0, 14.0, 8.0)))
+    }
+    glance = facts(replace(run, speed=replace(run.speed, roles=noisy)))
+    assert ("1.20 ×", "decoding speed (single rounds: 0.50 to 1.50 ×)") in glance
 
 
 def test_a_change_within_its_interval_is_no_change(tmp_path: Path) -> None:
