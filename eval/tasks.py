@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from shoal.errors import UserError
 from shoal.recipe import CONFIGS_DIR, Eval
 
-from .data_sets import DataSet, MissingFiles, Part, local_rows, parts_of, read_data_sets
+from .data_sets import DataSet, MissingFiles, Part, TaskProtocol, local_rows, parts_of, read_data_sets
 from .protocols import task_config, task_names
 from .samples import check_answers
 
@@ -28,6 +28,8 @@ HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
 LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 """Data set paths under which `datasets` reads local files."""
 CHECKED_ITEMS = 20
+NAMED_TASKS = 6
+"""Of the tasks that a name covers, so many are named."""
 
 
 def load_tasks(
@@ -52,7 +54,7 @@ def load_tasks(
     if local is not None and not local.is_dir():
         raise UserError(f"eval.data_dir: {str(data_dir)!r} is no folder; name one that holds a folder per data set")
     made, tags = _made(folders)
-    manager = _manager_that_knows([name for name in names if name not in made | tags], folders, (*made, *tags))
+    manager = _manager_that_knows([name for name in names if name not in made | tags], folders, made, tags)
     tasks: dict[str, Any] = {}
     missing: dict[str, DataSet] = {}
     with _data_from(local, folders, num_fewshot) as opened:
@@ -209,20 +211,55 @@ def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
     return TaskManager(include_path=list(folders), include_defaults=with_all)
 
 
-def _manager_that_knows(names: Sequence[str], folders: tuple[Path, ...], made: Sequence[str] = ()) -> Any:
-    """lm-eval's index with these names in it; ``made`` are further names, for the hint at what was meant."""
+def _manager_that_knows(
+    names: Sequence[str],
+    folders: tuple[Path, ...],
+    made: dict[str, tuple[Part, str]],
+    tags: dict[str, tuple[str, ...]],
+) -> Any:
+    """lm-eval's index with these names in it; ``made`` and ``tags`` are further ones, for hints at what was meant."""
     ours = _manager(folders, with_all=False)
-    if all(name in ours.task_index for name in names):
+    outside = [name for name in names if name not in ours.task_index]
+    if not outside:
         return ours
     log.info("reading lm-eval's task collection (about 10 s the first time)")
     everything = _manager(folders, with_all=True)
-    for name in names:
+    for name in outside:
         if name not in everything.task_index:
-            close = difflib.get_close_matches(name, [*ours.all_tasks, *made], n=1, cutoff=0.5)
-            close = close or difflib.get_close_matches(name, everything.all_tasks, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"shoal's own are {', '.join(ours.all_subtasks)}"
+            hint = _what_was_meant(name, ours, made, tags, everything.all_tasks)
             raise UserError(f"eval.tasks: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
     return everything
+
+
+def _what_was_meant(
+    name: str,
+    ours: Any,
+    made: dict[str, tuple[Part, str]],
+    tags: dict[str, tuple[str, ...]],
+    others: Sequence[str],
+) -> str:
+    """The hint at an unknown name: the closest, of what it covers where only the protocol or the level is left out."""
+    tasks = dict.fromkeys([*ours.all_subtasks, *made])
+    covered: dict[str, dict[str, None]] = {}  # in their order
+    for task in tasks:
+        base, _, protocol = task.rpartition("_")
+        if protocol in get_args(TaskProtocol):
+            covered.setdefault(base, {})[task] = None
+    for task, (part, _) in made.items():
+        covered.setdefault(part.data.dataset, {})[task] = None
+    known = [*tasks, *ours.all_tasks, *tags, *covered]
+    close = [name] if name in covered else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    close = close or difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
+    group = f"{name}_suite"
+    if close and close[0] in covered:
+        found = list(covered[close[0]])
+        some = found if len(found) <= NAMED_TASKS else [*found[: NAMED_TASKS - 1], "...", found[-1]]
+        groups = [tag for tag, members in tags.items() if tag == group or set(found) <= set(members)]
+        meant = "" if close[0] == name else f"did you mean {close[0]!r}? "
+        return f"{meant}shoal asks it as {', '.join(some)}" + (f", all in the group {groups[0]}" if groups else "")
+    if group in tags:
+        return f"did you mean the group {group!r}?"
+    return f"did you mean {close[0]!r}?" if close else f"shoal's own are {', '.join(ours.all_subtasks)}"
 
 
 def _load(manager: Any, name: str, opened: list[Any]) -> dict[str, Any]:

@@ -457,8 +457,25 @@ def test_a_close_name_is_offered_for_a_misspelt_task(monkeypatch: pytest.MonkeyP
             super().__init__(include_path=include_path, include_defaults=False)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
-    with pytest.raises(UserError, match="did you mean 'state_tracking_k4_generation'"):
-        load("state_traking_k4_generation", None)
+    for name, hint in (
+        ("state_traking_k4_generation", r"did you mean 'state_tracking_k4_generation'\?$"),
+        (
+            "knowledge",
+            "; shoal asks it as knowledge_continuation, .*_generation, .*, all in the group knowledge_suite$",
+        ),
+        (
+            "state_tracking",
+            r"; shoal asks it as state_tracking_k1_.*, \.\.\., state_tracking_k8_.*the group depth_suite$",
+        ),
+        (
+            "state_tracking_k4",
+            "; shoal asks it as state_tracking_k4_continuation, state_tracking_k4_generation, all in",
+        ),
+        ("state_traking", r"did you mean 'state_tracking'\? shoal asks it as state_tracking_k1_"),
+        ("language", r"did you mean the group 'language_suite'\?$"),
+    ):
+        with pytest.raises(UserError, match=f"'{name}' is no task.*{hint}"):
+            load(name, None)
 
 
 OWN = """\
