@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -269,6 +270,36 @@ def test_lock_of_a_killed_process_is_free(make_run: Any) -> None:
     holder.join(60)
     with locked(run):
         pass
+
+
+def test_a_run_that_makes_nothing_leaves_nothing(make_run: Any) -> None:
+    run = make_run()
+    with pytest.raises(UserError, match="no"), locked(run):
+        raise UserError("no")
+    assert not run.dir.exists()
+    run.dir.mkdir()
+    with locked(run):
+        pass
+    assert not list(run.dir.iterdir()), "the folder is the user's"
+    with locked(run):
+        (run.dir / "plan.json").write_text("")
+    assert {file.name for file in run.dir.iterdir()} == {"plan.json", ".lock"}
+
+
+def test_a_lock_file_that_was_removed_while_waiting_is_no_lock(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stale = make_run(), []
+    original = fcntl.flock
+
+    def removed_first(handle: Any, how: int) -> None:
+        original(handle, how)
+        if not stale:
+            stale.append(handle)
+            (run.dir / ".lock").unlink()
+
+    monkeypatch.setattr("shoal.run.fcntl.flock", removed_first)
+    with locked(run):
+        assert stale[0].closed
+        assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def test_run_dir_that_cannot_be_made_is_refused(make_run: Any, tmp_path: Path) -> None:

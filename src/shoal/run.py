@@ -6,6 +6,7 @@ is there already, and otherwise makes it, after making sure of what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
@@ -30,6 +31,7 @@ from shoal.runtime import is_main, world_size
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"
 LOCK_WAIT_S = 30
 
 
@@ -93,30 +95,51 @@ def locked(run: Run) -> Iterator[None]:
     Raises:
         UserError: another living process holds it, or it cannot be created.
     """
-    try:
-        run.dir.mkdir(parents=True, exist_ok=True)
-        handle = (run.dir / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
-    with handle:
-        deadline = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
+    is_new = not run.dir.exists()
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        handle = _lock_file(run)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with handle:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"run_dir {run.dir}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
-                    ) from None
-                log.info("waiting for %s, which holds %s", holder, run.dir)
-                time.sleep(5)
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run_dir {run.dir}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
+                ) from None
+            log.info("waiting for %s, which holds %s", holder, run.dir)
+            time.sleep(5)
+            continue
+        if os.fstat(handle.fileno()).st_nlink:
+            break
+        handle.close()  # its last holder took it away in the meantime: nobody else would look at it
+    with handle:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
-        yield
+        try:
+            yield
+        finally:
+            _leave_nothing(run.dir, is_new=is_new)
+
+
+def _lock_file(run: Run) -> TextIO:
+    try:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        return (run.dir / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
+
+
+def _leave_nothing(folder: Path, *, is_new: bool) -> None:
+    """Remove our traces where nothing was made, such as a folder for a refused run with a misspelt run_dir."""
+    if folder.is_dir() and [file.name for file in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
+        if is_new:
+            with contextlib.suppress(OSError):  # somebody may be writing into it by now
+                folder.rmdir()
 
 
 def check_length(run: Run, sequence_length: int, setting: str) -> None:
