@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -49,8 +48,6 @@ if TYPE_CHECKING:
     NamedFigure = tuple[str, tuple[Figure, str, str]]
     """Name, then the figure, its title and what it shows."""
 
-log = logging.getLogger(__name__)
-
 FIGURES_DIR = "figures"
 
 
@@ -67,7 +64,6 @@ def write_report(run_dir: Path) -> Path:
     write_text(run_dir / "report.md", to_markdown(document))
     path = run_dir / "report.html"
     write_text(path, to_html(document))
-    log.info("report is at %s", path)
     return path
 
 
