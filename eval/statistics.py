@@ -257,7 +257,8 @@ def no_retention(teacher: TaskScore) -> str:
     if not teacher.higher_is_better:
         return f"{teacher.metric} has no chance level; compare the difference"
     if teacher.ci_low <= teacher.chance:
-        return f"the teacher is not above chance ({teacher.score:.2f} against {teacher.chance:.2f}, n = {teacher.n})"
+        told = f"{teacher.score:.2f} against {teacher.chance:.2f}, n = {teacher.n}"
+        return f"the teacher is not shown to be above chance ({told})"
     return ""
 
 

@@ -185,7 +185,10 @@ def test_scores_and_shares_of_every_plan_are_kept() -> None:
     [
         (["retrieval/loglikelihood"], r"no task gives 'retrieval/loglikelihood'; there is retrieval_continuation, "),
         ([LIKELY, "perplexity"], r"perplexity is in nats_per_token and retrieval_continuation a share above chance"),
-        (["reasoning_generation"], r"reasoning_generation ranks nothing: the teacher is not above chance \(0.00 "),
+        (
+            ["reasoning_generation"],
+            r"reasoning_generation ranks nothing: the teacher is not shown to be above chance \(0.00 ",
+        ),
     ],
 )
 def test_columns_that_cannot_rank_are_refused(rank_by: list[str], message: str) -> None:

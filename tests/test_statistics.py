@@ -187,7 +187,7 @@ def test_retention_says_why_it_is_none() -> None:
     at_chance = task([1, 0, 0, 0])
     found = ours.retention(at_chance, at_chance)
     assert found.value is None
-    assert "teacher is not above chance" in found.reason
+    assert "teacher is not shown to be above chance" in found.reason
 
 
 def test_standard_errors_above_chance() -> None:
