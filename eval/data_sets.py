@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -194,16 +195,27 @@ def read_data_sets(folder: Path) -> dict[str, DataSet]:
         except YAMLError as error:
             raise UserError(f"{file}: is not valid YAML: {error}") from error
         except ValidationError as error:
-            problems = [
-                f"{'.'.join(map(str, one['loc']))}: {one['msg']} (got {one['input']!r})" for one in error.errors()
-            ]
-            raise UserError("\n".join(f"{file}: {problem}" for problem in problems)) from error
+            raise UserError("\n".join(f"{file}: {_problem(one)}" for one in error.errors())) from error
         if data.dataset in found:
             raise UserError(
                 f"{file}: dataset {data.dataset!r} is described in another file of {folder} too; rename one"
             )
         found[data.dataset] = data
     return found
+
+
+def _problem(found: Any) -> str:
+    """One of pydantic's errors in a line, with the key that a wrong one may be meant for."""
+    *sections, key = found["loc"] or ("",)
+    place = ".".join(map(str, found["loc"]))
+    if found["type"] != "unexpected_keyword_argument":
+        return f"{place}: {found['msg']} (got {found['input']!r})"
+    section = {"hub": HubData, "parts": Parts}.get(str(sections[0]), DataSet) if sections else DataSet
+    known = [one.name for one in fields(section)]
+    close = get_close_matches(str(key), known, n=1, cutoff=0.5)
+    return f"{place}: unknown key; " + (
+        f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+    )
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
