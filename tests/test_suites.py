@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from results import evaluation as evaluation_of
 
 from shoal.errors import UserError
 from shoal.eval.evaluate import num_items
 from shoal.eval.suites import cost_of, in_words
 from shoal.eval.tasks import known_tasks, tasks_of
+from shoal.pipeline import _tell_of_left_out
 from shoal.recipe import Eval, as_dict, parse_recipe
 from shoal.suites import SUITES_DIR, Cost, SuiteName, read_suite
 
@@ -120,3 +122,16 @@ def test_a_cost_is_counted_by_hand_once() -> None:
     # 8 characters alike, then 1 of each prompt and 4 + 3 of its options
     assert cost_of({"t": Task()}, {"t": 2}) == Cost(items=2, requests=4, tokens=round((8 + 2 * (1 + 7)) / 3))
     assert cost_of({"t": Task()}, {"t": 20}).items == 20
+
+
+def test_an_evaluation_of_fewer_tasks_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, all_of_it = tmp_path / "teacher.json", evaluation_of("teacher")
+    tasks = all_of_it.tasks
+    with caplog.at_level("WARNING"):
+        _tell_of_left_out(file, all_of_it)
+        evaluation_of("teacher", tasks[:3]).write(file)
+        _tell_of_left_out(file, all_of_it)
+        assert not caplog.records
+        _tell_of_left_out(file, evaluation_of("teacher", tasks[:1]))
+    gone = ", ".join(sorted(task.task for task in tasks[1:3]))
+    assert f"eval teacher: 1 task in place of 3; {gone} are no longer scored, answers given stay in" in caplog.text

@@ -104,12 +104,28 @@ def evaluate(run: Run) -> None:
             items=run.dir / "eval" / "items",
         )
         if is_main():
+            _tell_of_left_out(path, result)
             result.write(path)
         del model
         barrier()
     if run.recipe.eval.speed and is_main():
         _speed(run, found)
     barrier()
+
+
+def _tell_of_left_out(path: Path, result: Evaluation) -> None:
+    """Log how many tasks of an earlier evaluation are no part of the one that takes its place."""
+    before = {task.task for task in Evaluation.read(path).tasks} if path.is_file() else set[str]()
+    now = {task.task for task in result.tasks}
+    if gone := before - now:
+        log.warning(
+            "eval %s: %d task%s in place of %d; %s no longer scored, answers given stay in eval/items",
+            result.role,
+            len(now),
+            "" if len(now) == 1 else "s",
+            len(before),
+            f"{', '.join(sorted(gone))} {'is' if len(gone) == 1 else 'are'}",
+        )
 
 
 def _require_models_of_this_run(run: Run, found: dict[str, Path]) -> None:
