@@ -227,7 +227,7 @@ def test_a_local_folder_of_real_data_can_be_named(tmp_path: Path) -> None:
 
 def test_a_defect_of_our_own_task_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN_TASK.format(name="own", data=tmp_path / "nothing.jsonl"))
-    manager = loading._manager_that_knows(["own"], (TASKS_DIR, tmp_path))
+    manager = loading._manager_that_knows(["own"], (TASKS_DIR, tmp_path), {}, {})
     assert loading._is_ours(manager, "knowledge_continuation")
     assert loading._is_ours(manager, "shoal_retrieval")
     assert not loading._is_ours(manager, "own")
