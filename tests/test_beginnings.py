@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 import torch
-from tiny import KINDS, SLIDING_WINDOW, tiny_model
+from tiny import KINDS, SLIDING_WINDOW, tiny_model, tokens_fed
 
 from shoal.eval.beginnings import Reader, Tokens, batches_by_beginning, common_beginnings, even_batches
 from shoal.eval.decoder import Decoder
@@ -97,14 +96,7 @@ def test_sharing_changes_no_value(kind: str, batch_size: int, monkeypatch: pytes
     assert len(SECOND) > 2 * SLIDING_WINDOW
     decoder, asked = Decoder(tiny_model(kind)), requests()
     whole = score(decoder, asked, batch_size=batch_size, branch=False)
-    fed: list[int] = []
-    original = Decoder.hidden
-
-    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
-        fed.append(input_ids_BS.numel())
-        return original(self, input_ids_BS, **settings)
-
-    monkeypatch.setattr(Decoder, "hidden", counting)
+    fed = tokens_fed(monkeypatch)
     shared = score(decoder, asked, batch_size=batch_size)
     assert [greedy for _, greedy in shared] == [greedy for _, greedy in whole]
     torch.testing.assert_close([value for value, _ in shared], [value for value, _ in whole], atol=1e-4, rtol=0)

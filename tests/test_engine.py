@@ -9,7 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer, tokens_fed
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -87,14 +87,7 @@ def test_greedy_continuation_is_recognised() -> None:
 def test_contexts_are_read_once_for_all_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
     assert lm._decoder  # made when first used, with a few tokens of its own
-    fed: list[int] = []
-    original = Decoder.hidden
-
-    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
-        fed.append(input_ids_BS.numel())
-        return original(self, input_ids_BS, **settings)
-
-    monkeypatch.setattr(Decoder, "hidden", counting)
+    fed = tokens_fed(monkeypatch)
     lm.loglikelihood(instances("loglikelihood", [("c" * 100, " " + letter) for letter in "abcd"]))
     assert sum(fed) <= 100 + 4 * 2
 
@@ -167,14 +160,7 @@ def test_few_shot_prompts_equal_lm_evals_own(kind: str) -> None:
 def test_examples_are_read_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
     assert lm._decoder  # made when first used, with a few tokens of its own
-    fed: list[int] = []
-    original = Decoder.hidden
-
-    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
-        fed.append(input_ids_BS.numel())
-        return original(self, input_ids_BS, **settings)
-
-    monkeypatch.setattr(Decoder, "hidden", counting)
+    fed = tokens_fed(monkeypatch)
     lm.generate_until(instances("generate_until", [(p, {"until": [], "max_gen_toks": 1}) for p in few_shot_prompts()]))
     beginning, longest = len(FEW_SHOT) + len("Question: wh"), max(map(len, QUESTIONS)) + len("\nAnswer:")
     assert len(fed) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -107,3 +108,18 @@ def tiny_checkpoint(
     tiny_model(kind, seed=seed, dtype=dtype, **overrides).save_pretrained(folder)
     tiny_tokenizer(pad_token=pad_token).save_pretrained(folder)
     return folder
+
+
+def tokens_fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on, how many tokens (padding included) each forward of a `Decoder` is given."""
+    from shoal.eval.decoder import Decoder
+
+    fed: list[int] = []
+    original = Decoder.hidden
+
+    def counting(self: Any, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
+        fed.append(input_ids_BS.numel())
+        return original(self, input_ids_BS, **settings)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    return fed
