@@ -13,7 +13,7 @@ cross_entropy  the text's own tokens, everything trained
 lora           cross-entropy through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
 forward_kl     the teacher's distributions, everything trained (Minitron, arXiv:2407.14679)
 streamline     only the layers before the gaps, on hidden states (LLM-Streamline, arXiv:2403.19135)
-self_written   the default's loss on text that the teacher wrote (arXiv:2602.01997)
+self_written   the default, with prose that the teacher wrote in place of the documentation (arXiv:2602.01997)
 local          shoal's local heal first, then the default
 """
 
@@ -55,7 +55,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "lora": {"trainable": "all", "lora": {"rank": 64}},
     "forward_kl": {"losses": TEACHER, **EVERYTHING},
     "streamline": {"losses": [{"kind": "hidden_states"}], "trainable": "near_gaps"},
-    "self_written": {"data": [{"path": "python_docs", "weight": 0.05}, {"path": "teacher_text", "weight": 0.95}]},
+    "self_written": {
+        "data": [
+            {"path": "python_docs", "weight": 0.02},
+            {"path": "teacher_text", "weight": 0.38},
+            {"path": "ability_texts", "weight": 0.6},
+        ]
+    },
     "local": {"local": {"num_tokens": 16_384}},
 }
 PROBE_STEPS = 4
@@ -119,7 +125,7 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
     }
     changes = copy.deepcopy(ARMS[arm])
     if any(source["path"] == "teacher_text" for source in changes.get("data", ())):
-        changes["writing"] = {"num_tokens": max(4000, tokens // 2)}
+        changes["writing"] = {"num_tokens": max(4000, tokens // 8), "folder": str(arguments.out.resolve() / "written")}
     trainer = {
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,

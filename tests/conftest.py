@@ -3,7 +3,11 @@
 Two idle thread pools that spin on the same cores make tests ten times slower.
 """
 
+import logging
 import os
+from collections.abc import Iterator
+
+import pytest
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -14,3 +18,17 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
+
+# W&B's background thread outlives the test that used it, and complains into the captured log of a later one (pytest
+# captures W&B's loggers though they do not propagate)
+logging.getLogger("wandb.sdk.lib.asyncio_manager").disabled = True
+
+
+@pytest.fixture(autouse=True)
+def _root_logger() -> Iterator[None]:
+    """A command called in this process sets up logging to a stream that closes with its test: take that back."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
