@@ -26,13 +26,17 @@ import math
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
 
-from shoal.artifact import Evaluation, TaskScore, Training
-from shoal.eval.statistics import paired, retention
+from shoal.artifact import Evaluation, ItemScore, TaskScore, Training
+from shoal.eval.statistics import interval, paired, retention
 
 DROP = (12, 13, 14, 18, 21, 22, 25, 26)
 TASKS = (
@@ -164,32 +168,56 @@ def shoal(verb: str, file: Path, *overrides: str) -> None:
 
 
 def table(arguments: argparse.Namespace) -> str:
-    """One row per arm: the mean over seeds, and of the first seed the gain over the pruned model and what is kept."""
+    """One row per arm: the mean over its seeds and their range, what is kept, and how far it is from the first arm."""
     what = f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
-    lines = []
-    for arm in arguments.arms:
-        runs = [arguments.out / what / f"{arm}-{seed}" for seed in arguments.seeds]
-        found = [scores(run, "distilled") for run in runs]
-        teacher, pruned = scores(runs[0], "teacher"), scores(runs[0], "pruned")
-        training = Training.read(runs[0] / Training.FILE)
-        cells = [f"{arm} ({training.num_tokens:,} tokens, {training.seconds:.0f} s)"]
-        for name, before in pruned.items():
-            values = [one[name].score for one in found]
-            gain = paired(before, found[0][name])
-            kept = retention(teacher[name], found[0][name]) if before.higher_is_better else None
-            cell = f"{sum(values) / len(values):.3f}"
-            if len(values) > 1:
+    places = {arm: {seed: arguments.out / what / f"{arm}-{seed}" for seed in arguments.seeds} for arm in arguments.arms}
+    runs = {
+        arm: {seed: run for seed, run in of_seeds.items() if (run / "eval/distilled.json").exists()}
+        for arm, of_seeds in places.items()
+    }
+    reference, *_ = runs.values()
+    teacher, pruned = (pooled(reference.values(), role) for role in ("teacher", "pruned"))
+    names = ["arm", *teacher]
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}", row("teacher", teacher), row("pruned", pruned)]
+    for arm, mine in ((arm, mine) for arm, mine in runs.items() if mine):
+        training = [Training.read(run / Training.FILE) for run in mine.values()]
+        seconds = ", ".join(f"{one.seconds:.0f}" for one in training)
+        cells = [f"{arm} ({training[0].num_tokens:,} tokens; {seconds} s)"]
+        common = [seed for seed in mine if seed in reference and mine is not reference]
+        here, there = (pooled([of[seed] for seed in common], "distilled") for of in (mine, reference))
+        for name, score in pooled(mine.values(), "distilled").items():
+            cell = f"{score.score:.3f} [{score.ci_low:.3f}, {score.ci_high:.3f}]"
+            if len(mine) > 1:
+                values = [scores(run, "distilled")[name].score for run in mine.values()]
                 cell += f" ({min(values):.3f} to {max(values):.3f})"
-            cell += f"; {gain.difference:+.3f} [{gain.ci_low:+.3f}, {gain.ci_high:+.3f}]"
-            if kept is not None and kept.value is not None:
-                cell += f"; keeps {kept.value:.2f}"
+            kept = retention(teacher[name], score)
+            if kept.value is not None:
+                cell += f"; keeps {kept.value:.2f} [{kept.ci_low:.2f}, {kept.ci_high:.2f}]"
+            if common:
+                change = paired(there[name], here[name])
+                cell += f"; {change.difference:+.3f} [{change.ci_low:+.3f}, {change.ci_high:+.3f}]"
             cells.append(cell)
-        if not lines:
-            names = ["arm", *pruned]
-            lines += [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-            lines += [row("teacher", teacher), row("pruned", pruned)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def pooled(runs: Iterable[Path], role: str) -> dict[str, TaskScore]:
+    """Scores over several seeds, which ask the same items: what one item counts is its mean over them."""
+    by_run = [scores(run, role) for run in runs]
+    found: dict[str, TaskScore] = {}
+    for name in by_run[0] if by_run else ():
+        tasks = [of_run[name] for of_run in by_run]
+        by_id: dict[str, list[ItemScore]] = defaultdict(list)
+        for item in (item for task in tasks for item in task.items):
+            by_id[item.id].append(item)
+        items = tuple(
+            replace(same[0], score=fmean(i.score for i in same), weight=fmean(i.weight for i in same))
+            for same in by_id.values()
+        )
+        task = replace(tasks[0], items=items, n=len(items), prompts="", score=fmean(task.score for task in tasks))
+        low, high = interval(task)
+        found[name] = replace(task, ci_low=low, ci_high=high)
+    return found
 
 
 def row(role: str, found: dict[str, TaskScore]) -> str:
