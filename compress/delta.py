@@ -6,7 +6,6 @@ loaded, and a model larger than memory is no matter.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from shoal.models import load_config, text_config
 
 from .quantised import without_quantization
 from .stored_names import NotByCopy, find_layers
-
-log = logging.getLogger(__name__)
 
 CHUNK = 2**22
 """Numbers of each checkpoint in memory at one time: 32 MiB in float64."""

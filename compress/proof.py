@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from .quantised import without_quantization
 from .special_cuts import GROUP_RULES
 from .stored_names import NotByCopy, load_without_data
 from .surgery import refuse_changed_layers
-
-log = logging.getLogger(__name__)
 
 PROOF_TOKENS = 24
 """Length of the random input on which a saved student must equal its teacher as planned."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from transformers import PreTrainedModel
 
 from shoal.artifact import Json, fingerprint
 from shoal.errors import explained_disk_errors
-
-log = logging.getLogger(__name__)
 
 ENGINE = 1
 """Raise it with every change of the engine that gives other values for the same request."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -15,8 +14,6 @@ import torch
 import torch.distributed as dist
 
 from shoal.runtime import device
-
-log = logging.getLogger(__name__)
 
 GRACE_S = 120
 """How long an orphaned rank may take to finish its step and save before it ends itself."""

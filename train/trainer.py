@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import shutil
 import time
@@ -38,8 +37,6 @@ from .signals import Teacher
 from .stop import StopRequest
 from .student import Objective, SharedPrefix
 from .watch import Score, Scorer, Watcher
-
-log = logging.getLogger(__name__)
 
 INPUTS = ("input_ids", "position_ids", "labels")
 """What the student's forward takes of a batch; the teacher may read more."""

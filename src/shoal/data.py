@@ -6,7 +6,6 @@ import difflib
 import functools
 import hashlib
 import itertools
-import logging
 import math
 import random
 from collections import Counter
@@ -39,8 +38,6 @@ from shoal.packing import (
 from shoal.section import TEACHER_TEXT, DataSource
 
 __all__ = ["IGNORED", "PackedRows"]
-
-log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 8
 """One topic in eight of Python's documentation is kept for evaluation."""
