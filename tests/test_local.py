@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from training_runs import Trial, finished, prepare, recipe, run
 from transformers import PreTrainedModel
 
+from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 from shoal.packing import PackedRows
@@ -125,6 +126,22 @@ def error_of_the_first_step(
         layer: ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean().item()
         for layer, (ours, theirs) in pairs.items()
     }
+
+
+def test_what_an_edit_zeroed_stays_zero_and_the_rest_of_the_layer_learns(tmp_path):
+    student, teacher = models()
+    skipped, masked = (f"model.layers.1.{name}.weight" for name in ("mlp.down_proj", "self_attn.o_proj"))
+    with torch.no_grad():
+        student.get_parameter(skipped).zero_()
+        student.get_parameter(masked)[:, 8:16] = 0
+    setattr(student.config, ZEROED_WEIGHTS, [skipped, masked])
+    before = student.get_parameter(masked).clone()
+    heal(student, teacher, tmp_path, num_steps=2)
+    assert not student.get_parameter(skipped).any()
+    moved = student.get_parameter(masked) != before
+    assert moved[:, :8].all()
+    assert moved[:, 16:].all()
+    assert not moved[:, 8:16].any()
 
 
 @pytest.mark.parametrize("step", [1, 5, 13])

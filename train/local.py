@@ -43,7 +43,7 @@ from .arguments import autocast_dtype
 from .capture import capturing
 from .states import Tokens, distances
 from .student import final_hidden
-from .trainable import Trained, shares_prefix
+from .trainable import Trained, keep_zeros, shares_prefix
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +199,7 @@ def heal_locally(
     layers = decoder_layers(student)
     student.requires_grad_(False)
     trained = {place.layer: layers[place.layer].requires_grad_(True) for place in places}
+    keep_zeros(student)
     optimizer = torch.optim.AdamW(
         [p for layer in trained.values() for p in layer.parameters()],
         lr=settings.learning_rate,
