@@ -24,26 +24,6 @@ LARGEST_GROWTH = 1.5
 """Layers near each other give 1; those that have nothing in common 1.7 (three of them), 2.6 (four), 3.6 (five)."""
 
 
-def merge_run(
-    model: PreTrainedModel,
-    start: int,
-    length: int,
-    *,
-    method: Method = "laco",
-    weights: Sequence[float] | None = None,
-) -> PreTrainedModel:
-    """A new model in which one layer, in the place of layer ``start``, stands for ``length`` layers from there on.
-
-    Several merges and drops at once are `with_layers(model, drop, {start: merged_layer(model, start, length), ...})`:
-    every merge then sees the intact model.
-
-    Raises:
-        UserError: as merged_layer and cut_model do.
-    """
-    merged = merged_layer(model, start, length, method=method, weights=weights)
-    return with_layers(model, range(start + 1, start + length), {start: merged})
-
-
 @torch.no_grad()
 def merged_layer(
     model: PreTrainedModel,

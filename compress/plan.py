@@ -56,18 +56,6 @@ def choose_changes(prune: Prune, *, num_layers: int, importance: Importance | No
     return Choice(tuple(sorted({*drop, *removed})), edits, "; ".join(filter(None, [reason, *map(in_words, edits)])))
 
 
-def choose_layers(prune: Prune, *, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], str]:
-    """The layers to drop and the reason, where only whole layers can be chosen; see choose_changes.
-
-    Raises:
-        UserError: as choose_changes does, and where the chosen order removes single halves.
-    """
-    choice = choose_changes(prune, num_layers=num_layers, importance=importance)
-    if choice.edits != prune.edits:
-        raise UserError(f"prune.metric={prune.metric}: removes halves of layers; choose a metric of whole layers here")
-    return choice.drop, choice.reason
-
-
 def check_choice(prune: Prune, *, num_layers: int) -> None:
     """Refuse what no measurement could make possible, before anything is measured.
 

@@ -61,29 +61,6 @@ def swapped(
         put_tensors(model, before, where="swap")
 
 
-def swap_weights(
-    model: PreTrainedModel,
-    donor: PreTrainedModel,
-    layers: Sequence[int],
-    *,
-    weight: float = 1.0,
-    parts: Sequence[Part] = (),
-) -> list[str]:
-    """Swap as swapped does, for good; returns the names of the tensors that were swapped, none at weight 0.
-
-    ``model`` gets new tensors, which are neither the donor's nor those that it shared with others.
-
-    Raises:
-        UserError: as swapped does.
-    """
-    tensors = _mixed(model, donor, layers, weight, parts)
-    if weight == 1:
-        copies = {id(tensor): _copy(tensor) for tensor in tensors.values()}
-        tensors = {name: copies[id(tensor)] for name, tensor in tensors.items()}
-    put_tensors(model, tensors, where="swap")
-    return sorted(tensors)
-
-
 def refuse_unswappable(
     model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], parts: Sequence[Part]
 ) -> list[str]:

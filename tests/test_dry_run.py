@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,11 @@ from shoal.artifact import Provenance, PruningPlan
 from shoal.checkpoint import read_shards
 from shoal.cli import run_verb
 from shoal.compress.dry_run import dry_run
-from shoal.compress.plan import choose_layers
+from shoal.compress.plan import choose_changes
 from shoal.cost import model_without_data
 from shoal.errors import UserError
 from shoal.models import load_model
 from shoal.recipe import parse_recipe
-
-
-@pytest.fixture(autouse=True)
-def log_as_before() -> Iterator[None]:
-    """A verb sets the log up anew."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +33,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def plan(**prune: Any) -> PruningPlan:
     settings = parse_recipe({"model": "m", "run_dir": "r", "prune": prune}).prune
-    drop, reason = choose_layers(settings, num_layers=NUM_LAYERS, importance=None)
-    return PruningPlan(Provenance({}), NUM_LAYERS, drop, reason, settings.edits)
+    choice = choose_changes(settings, num_layers=NUM_LAYERS, importance=None)
+    return PruningPlan(Provenance({}), NUM_LAYERS, choice.drop, choice.reason, choice.edits)
 
 
 def row(report: str, title: str) -> list[str]:

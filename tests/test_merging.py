@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BambaConfig, PreTrainedModel, Qwen3MoeConfig
 
 from shoal.compress.config_cut import KEPT_LAYERS
-from shoal.compress.merging import layer_tensors, merge_run, merged_layer, tensors_in_place, with_layers
+from shoal.compress.merging import layer_tensors, merged_layer, tensors_in_place, with_layers
 from shoal.compress.surgery import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models import decoder_layers
@@ -31,6 +31,12 @@ ALIKE = {
 
 def parameters(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
     return dict(decoder_layers(model)[layer].named_parameters())
+
+
+def merge_run(model: PreTrainedModel, start: int, length: int, **settings: Any) -> PreTrainedModel:
+    """The student in which one layer stands for a run."""
+    merged = merged_layer(model, start, length, **settings)
+    return with_layers(model, range(start + 1, start + length), {start: merged})
 
 
 def laco(run: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from sweep_results import importance as swept_importance
 
 from shoal.artifact import Importance, Provenance
 from shoal.compress.atlas import build_atlas
-from shoal.compress.plan import Choice, check_choice, choose_changes, choose_layers
+from shoal.compress.plan import Choice, check_choice, choose_changes
 from shoal.compress.sacrifice import expected_sacrifice, joint_change
 from shoal.compress.sweep_table import sweep_table
 from shoal.edits import Merge, SkipAttention, SkipMlp
@@ -40,7 +40,8 @@ def importance(num_layers: int = NUM_LAYERS, **runs: Any) -> Importance:
 
 
 def choose(scores: Importance | None = None, **prune: Any) -> tuple[tuple[int, ...], str]:
-    return choose_layers(Prune(**prune), num_layers=NUM_LAYERS, importance=scores)
+    choice = choose_changes(Prune(**prune), num_layers=NUM_LAYERS, importance=scores)
+    return choice.drop, choice.reason
 
 
 def test_explicit_list_is_sorted_and_needs_no_importance() -> None:
@@ -73,7 +74,7 @@ def test_ratio_is_rounded_down(ratio: float, count: int) -> None:
 
 def test_ratio_is_not_rounded_down_by_floating_point() -> None:
     scores = Importance(Provenance({}), 100, 1, {"block_influence": tuple(float(i) for i in range(100))}, {})
-    drop, _ = choose_layers(Prune(ratio=0.29), num_layers=100, importance=scores)
+    drop = choose_changes(Prune(ratio=0.29), num_layers=100, importance=scores).drop
     assert len(drop) == 29
 
 
@@ -302,8 +303,6 @@ def test_halves_become_edits_and_two_halves_of_one_layer_a_drop() -> None:
 def test_halves_stand_beside_the_edits_of_the_recipe() -> None:
     choice = change(num_drop=1, metric="block_pruner", protect=(), edits=(SKIP,))
     assert choice.edits == (SKIP, SkipAttention("skip_attention", (3,)), SkipMlp("skip_mlp", (0,)))
-    with pytest.raises(UserError, match="removes halves of layers; choose a metric of whole layers here"):
-        choose_layers(Prune(num_drop=1, metric="block_pruner"), num_layers=NUM_LAYERS, importance=swept())
 
 
 def test_orders_of_other_units_make_no_plan() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,15 +23,6 @@ from shoal.compress.targets import TARGETS, check_targets, refuse_for_targets, s
 from shoal.compress.vllm_rules import vllm_loads
 from shoal.errors import UserError
 from shoal.recipe import Target, parse_recipe
-
-
-@pytest.fixture(autouse=True)
-def log_as_before() -> Iterator[None]:
-    """A verb sets the log up anew."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 def cut(config: PreTrainedConfig, drop: Sequence[int]) -> PreTrainedConfig:
