@@ -38,11 +38,12 @@ def role_evaluation(
     inputs: dict[str, Json],
     seed: int,
     items: Path | None = None,
+    tasks: dict[str, Any] | None = None,
 ) -> Evaluation:
     """The artifact of one role: its scores, parameters, layers and the size of its weights in ``folder``.
 
     All ranks take part and all get it; ``inputs`` is its provenance. Answers are kept in the folder ``items``, and what
-    this model (``inputs["model"]``) has answered there already is not asked again.
+    this model (``inputs["model"]``) has answered there already is not asked again. ``tasks``: see evaluate.
     """
     started = time.monotonic()
     cache = ItemCache()
@@ -50,14 +51,14 @@ def role_evaluation(
         cache = ItemCache(items, identity_of(inputs["model"], model), rank=rank())
         if len(cache):
             log.info("eval: %s: %d requests are answered already in %s", role, len(cache), items)
-    tasks = evaluate(model, tokenizer, settings, seed=seed, items=cache)
+    scores = evaluate(model, tokenizer, settings, seed=seed, items=cache, tasks=tasks)
     counts = torch.tensor([cache.num_asked, cache.num_kept], device=model.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
     return Evaluation(
         provenance=Provenance(inputs),
         role=role,
-        tasks=tasks,
+        tasks=scores,
         num_parameters=num_parameters(model),
         num_layers=text_config(model.config).num_hidden_layers,
         num_bytes=checkpoint_bytes(folder),
@@ -74,18 +75,21 @@ def evaluate(
     *,
     seed: int,
     items: ItemCache | None = None,
+    tasks: dict[str, Any] | None = None,
 ) -> tuple[TaskScore, ...]:
     """The scores of ``settings.tasks`` and the perplexity, on every rank; answers in ``items`` are not asked again.
 
-    The items are the tasks' first ``settings.limit`` (or ``settings.limits`` of that task), the same for every model
-    and every seed; the seed decides only what lm-eval draws at random, such as few-shot examples.
+    ``tasks`` are those of the settings where they are loaded already. The items are the tasks' first ``settings.limit``
+    (or ``settings.limits`` of that task), the same for every model and every seed; the seed decides only what lm-eval
+    draws at random, such as few-shot examples.
 
     Raises:
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
     """
     connect_ranks(model.device)
     lm = CausalLM(model, tokenizer, settings.batch_size, items=items, progress=True)
-    tasks = tasks_of(settings, seed=seed)
+    if tasks is None:
+        tasks = tasks_of(settings, seed=seed)
     log.info("eval: %s", in_words(tasks, settings))
     scores = (*scores_of(lm, tasks, settings, seed=seed), perplexity(lm, settings))
     for score in scores:

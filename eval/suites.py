@@ -2,41 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from shoal.suites import Cost
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from shoal.artifact import Evaluation
+
+from .engine import NEW_TOKENS
+from .wording import duration_text, listed
 
 SAMPLED = 24
 """Items of a task that stand for all of it."""
 CHARACTERS_PER_TOKEN = 3
+MOSTLY_NEW = 0.5
+"""Share of its requests that a model must have answered anew for its time to say how long another one takes."""
 
 
-def cost_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_tokens: int = 0) -> Cost:
-    """The cost of ``counts`` items of every task, and of ``perplexity_tokens`` tokens of running text.
+@dataclass(frozen=True)
+class Work:
+    """What one model has to do."""
+
+    items: int
+    requests: int
+    """Prompts to write after and options to score."""
+    read: int
+    """Tokens of prompts and options."""
+    written: int
+    """Tokens at most."""
+
+    @property
+    def tokens(self) -> int:
+        """Read and written."""
+        return self.read + self.written
+
+
+def work_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_tokens: int = 0) -> Work:
+    """What ``counts`` items of every task take, and ``perplexity_tokens`` tokens of running text.
 
     Tokens are characters divided by three (prose has more to a token, digits and UUIDs fewer), and written ones the
     most that a task allows. What a task's prompts begin with alike (few-shot examples), and the prompt that the options
     of one question share, counts once, as the engine reads it once.
     """
     items = requests = 0
-    tokens = float(perplexity_tokens)
+    read, written = float(perplexity_tokens), 0.0
     for name, task in tasks.items():
         asked = [_requests(task, doc) for doc in islice(task.eval_docs, min(SAMPLED, counts[name]))]
         shared = _shared([found[0][0] for found in asked]) if len(asked) > 1 else 0
-        read = sum(_characters(found) - shared for found in asked) / CHARACTERS_PER_TOKEN
-        written = (task.config.generation_kwargs or {}).get("max_gen_toks", 0) * len(asked)
         scale = counts[name] / len(asked)
         items += counts[name]
         requests += round(scale * sum(len(found) for found in asked))
-        tokens += shared / CHARACTERS_PER_TOKEN + scale * (read + written)
-    return Cost(items, requests, round(tokens))
+        own = sum(_characters(found) - shared for found in asked)
+        read += (shared + scale * own) / CHARACTERS_PER_TOKEN
+        written += scale * sum(_new_tokens(args) for found in asked for args in found)
+    return Work(items, requests, round(read), round(written))
 
 
-def in_words(cost: Cost) -> str:
+def in_words(work: Work) -> str:
     """One line of a log."""
-    return f"{cost.items:,} items, {cost.requests:,} requests, about {cost.tokens:,} tokens"
+    written = f", at most {work.written:,} to write" if work.written else ""
+    return f"{work.items:,} items, {work.requests:,} requests, about {work.read:,} tokens to read{written}"
+
+
+def rest_in_words(done: Evaluation, others: Sequence[str]) -> str | None:
+    """How long the ``others`` will take by what ``done`` took; None where it had most of its answers already."""
+    new = done.num_requests - done.num_kept
+    if not others or new <= MOSTLY_NEW * done.num_requests:
+        return None
+    rest = done.seconds * done.num_requests / new * len(others)
+    took = f"{done.role} took {duration_text(done.seconds)}"
+    return f"{took}; about {duration_text(rest)} more for {listed(others)}, less where answers are kept"
 
 
 def _shared(prompts: list[str]) -> int:
@@ -55,3 +92,11 @@ def _requests(task: Any, doc: dict[str, Any]) -> list[tuple[Any, ...]]:
 def _characters(requests: list[tuple[Any, ...]]) -> int:
     prompts = dict.fromkeys(args[0] for args in requests)
     return sum(map(len, prompts)) + sum(len(args[1]) for args in requests if len(args) > 1 and isinstance(args[1], str))
+
+
+def _new_tokens(args: tuple[Any, ...]) -> int:
+    """How many a request may write."""
+    settings = args[1] if len(args) > 1 else None
+    if not isinstance(settings, dict):
+        return 0
+    return normalize_gen_kwargs(settings, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from results import evaluation as evaluation_of
+from tiny import tiny_checkpoint
 
+from shoal import pipeline
 from shoal.errors import UserError
 from shoal.eval.evaluate import num_items
-from shoal.eval.suites import cost_of, in_words
+from shoal.eval.suites import Work, in_words, rest_in_words, work_of
 from shoal.eval.tasks import known_tasks, tasks_of
 from shoal.pipeline import _tell_of_left_out
 from shoal.recipe import Eval, as_dict, parse_recipe
+from shoal.run import Run
 from shoal.suites import SUITES_DIR, Cost, SuiteName, read_suite
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -75,7 +80,7 @@ def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
         evaluation(suit="quick")
 
 
-def assert_costs(found: Cost, stated: Cost) -> None:
+def assert_costs(found: Work, stated: Cost) -> None:
     assert (found.items, found.requests) == (stated.items, stated.requests)
     assert abs(found.tokens / stated.tokens - 1) < 0.02, in_words(found)
 
@@ -84,7 +89,7 @@ def test_quick_needs_no_network_and_costs_what_it_says() -> None:
     settings = evaluation(suite="quick")
     tasks = tasks_of(settings)
     assert tuple(tasks) == settings.tasks
-    found = cost_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
+    found = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
     assert_costs(found, read_suite("quick").cost)
     protocols = {task.config.metadata["protocol"] for task in tasks.values()}
     assert protocols == {"loglikelihood", "continuation", "generation"}
@@ -96,7 +101,7 @@ def test_standard_reads_a_local_folder_and_costs_what_it_says() -> None:
     settings = evaluation(suite="standard", data_dir=str(SHARED))
     tasks = tasks_of(settings)
     counts = num_items(tasks, settings)
-    assert_costs(cost_of(tasks, counts, perplexity_tokens=settings.perplexity_tokens), read_suite("standard").cost)
+    assert_costs(work_of(tasks, counts, perplexity_tokens=settings.perplexity_tokens), read_suite("standard").cost)
 
 
 def test_a_cost_is_counted_by_hand_once() -> None:
@@ -120,8 +125,28 @@ def test_a_cost_is_counted_by_hand_once() -> None:
             return [One(" yes"), One(" no")]
 
     # 8 characters alike, then 1 of each prompt and 4 + 3 of its options
-    assert cost_of({"t": Task()}, {"t": 2}) == Cost(items=2, requests=4, tokens=round((8 + 2 * (1 + 7)) / 3))
-    assert cost_of({"t": Task()}, {"t": 20}).items == 20
+    assert work_of({"t": Task()}, {"t": 2}) == Work(items=2, requests=4, read=round((8 + 2 * (1 + 7)) / 3), written=0)
+    assert work_of({"t": Task()}, {"t": 20}).items == 20
+
+    class Writing(Task):
+        def construct_requests(self, doc: str, prompt: str, metadata: Any) -> Any:
+            settings = {"until": ["."], **({"max_new_tokens": 7} if doc == "ab" else {})}
+            return type("One", (), {"args": (prompt, settings)})()
+
+    # a task that does not say how much it wants may write 256 tokens, as the engine lets it
+    assert work_of({"w": Writing()}, {"w": 2}, perplexity_tokens=90) == Work(2, 2, round(10 / 3) + 90, 7 + 256)
+
+
+def test_how_long_the_other_models_will_take_is_told_by_one_that_answered_anew() -> None:
+    done = replace(evaluation_of("teacher"), seconds=300.0, num_requests=100, num_kept=0)
+    told = "teacher took 5 min; about 10 min more for pruned and distilled, less where answers are kept"
+    assert rest_in_words(done, ["pruned", "distilled"]) == told
+    assert rest_in_words(replace(done, num_kept=40), ["pruned"]) == (
+        "teacher took 5 min; about 8 min more for pruned, less where answers are kept"
+    )
+    assert rest_in_words(done, []) is None
+    assert rest_in_words(replace(done, num_kept=50), ["pruned"]) is None
+    assert rest_in_words(replace(done, num_requests=0), ["pruned"]) is None
 
 
 def test_an_evaluation_of_fewer_tasks_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,3 +160,27 @@ def test_an_evaluation_of_fewer_tasks_says_what_it_leaves_out(tmp_path: Path, ca
         _tell_of_left_out(file, evaluation_of("teacher", tasks[:1]))
     gone = ", ".join(sorted(task.task for task in tasks[1:3]))
     assert f"eval teacher: 1 task in place of 3; {gone} are no longer scored, answers given stay in" in caplog.text
+
+
+def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loading(Exception):
+        pass
+
+    def load_model(*_: Any, **__: Any) -> None:
+        raise Loading
+
+    monkeypatch.setattr(pipeline, "load_model", load_model)
+    settings = {"tasks": ["knowledge_continuation", "retrieval_generation"], "limit": 5, "perplexity_tokens": 500}
+    recipe = {"model": str(tiny_checkpoint(tmp_path, "llama")), "run_dir": str(tmp_path / "run"), "eval": settings}
+    with caplog.at_level("INFO"), pytest.raises(Loading):
+        pipeline.evaluate(Run(parse_recipe(recipe)))
+    told = [line for line in caplog.messages if "tokens to read" in line]
+    assert len(told) == 1
+    assert re.fullmatch(
+        r"eval: teacher, each: 10 items, 25 requests, about \d{3} tokens to read, at most 80 to write", told[0]
+    )
+    recipe["eval"] = {**settings, "tasks": ["knowledge_continuatoin"]}
+    with pytest.raises(UserError, match="did you mean 'knowledge_continuation'"):
+        pipeline.evaluate(Run(parse_recipe(recipe)))

@@ -76,6 +76,8 @@ def evaluate(run: Run) -> None:
     """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
     from shoal.eval.evaluate import role_evaluation
     from shoal.eval.same_tokenizer import require_same_tokenizer
+    from shoal.eval.suites import rest_in_words
+    from shoal.eval.tasks import tasks_of
 
     check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
     found = roles(run)
@@ -84,11 +86,14 @@ def evaluate(run: Run) -> None:
     prune = run.recipe.prune
     if list(found) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
-    for role, folder in found.items():
-        path = run.dir / "eval" / f"{role}.json"
-        inputs = eval_inputs(run, folder)
-        if is_done(Evaluation, path, inputs, f"eval {role}"):
-            continue
+    due = _due(run, found)
+    tasks = (
+        tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
+    )  # a wrong one is refused before a model loads
+    if due and is_main():
+        log.info("eval: %s, each: %s", ", ".join(due), _cost_in_words(run, tasks))
+    for number, (role, inputs) in enumerate(due.items(), 1):
+        folder, path = found[role], run.dir / "eval" / f"{role}.json"
         log.info("eval: %s (%s)", role, folder)
         seed_everything(run.recipe.seed)
         model = load_model(folder, device=device(), **run.load_args())
@@ -102,15 +107,34 @@ def evaluate(run: Run) -> None:
             inputs=inputs,
             seed=run.recipe.seed,
             items=run.dir / "eval" / "items",
+            tasks=tasks,
         )
         if is_main():
             _tell_of_left_out(path, result)
             result.write(path)
+            if rest := rest_in_words(result, list(due)[number:]):
+                log.info("eval: %s", rest)
         del model
         barrier()
     if run.recipe.eval.speed and is_main():
         _speed(run, found)
     barrier()
+
+
+def _due(run: Run, found: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Role -> what identifies its evaluation, of the models whose evaluation is not there."""
+    inputs = {role: eval_inputs(run, folder) for role, folder in found.items()}
+    files = {role: run.dir / "eval" / f"{role}.json" for role in found}
+    return {role: own for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
+
+
+def _cost_in_words(run: Run, tasks: dict[str, Any]) -> str:
+    """What every model has to do, by a few items of every task."""
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.suites import in_words, work_of
+
+    settings = run.recipe.eval
+    return in_words(work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens))
 
 
 def _tell_of_left_out(path: Path, result: Evaluation) -> None:
