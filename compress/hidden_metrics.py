@@ -107,7 +107,6 @@ class _Pairs(HiddenMetric):
     """A mean of one number per pair of the L+1 states."""
 
     yields: ClassVar[Yields] = "runs"
-    contiguous: ClassVar[bool] = True
 
     def sums_shape(self) -> tuple[int, ...]:
         return (self.size.num_layers + 1, self.size.num_layers + 1)

@@ -42,7 +42,6 @@ class LacoAcceptance(Metric):
 
     needs: ClassVar[Need] = "merges"
     yields: ClassVar[Yields] = "runs"
-    contiguous: ClassVar[bool] = True
 
 
 def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:

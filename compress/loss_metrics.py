@@ -72,7 +72,6 @@ class Sleb(LossMetric):
     """Layer after layer: min over l of L(gone + {l}), given what is gone (SLEB's M3, arXiv 2402.09025)."""
 
     yields: ClassVar[Yields] = "order"
-    greedy: ClassVar[bool] = True
 
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
@@ -92,7 +91,6 @@ class BlockPruner(LossMetric):
     """
 
     yields: ClassVar[Yields] = "order"
-    greedy: ClassVar[bool] = True
 
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:

@@ -15,7 +15,7 @@ from shoal.data import PackedRows
 from shoal.errors import UserError
 from shoal.sweeps import Removal
 
-Need = Literal["hidden", "gradients", "weights", "merges", "loss", "generation"]
+Need = Literal["hidden", "gradients", "weights", "merges", "loss"]
 Yields = Literal["layers", "runs", "order"]
 
 Layers = tuple[float, ...]
@@ -49,12 +49,10 @@ class Metric:
     needs: ClassVar[Need]
     """What must be computed: "hidden" = one forward pass without the output head; "gradients" = forwards and backwards;
     "weights" = nothing; "merges" = a forward of a few texts for every run of layers; "loss" = likelihoods of many
-    variants; "generation" = their texts."""
+    variants."""
     yields: ClassVar[Yields]
-    greedy: ClassVar[bool] = False
-    """Whether later choices depend on earlier ones, so that there is an order and no score of a layer by itself."""
-    contiguous: ClassVar[bool] = False
-    """Whether it scores runs of neighbouring layers as a whole."""
+    """layers: one score each; runs: one for every run of neighbouring layers; order: the units that go one after the
+    other, where later choices depend on earlier ones."""
 
 
 @dataclass(frozen=True)

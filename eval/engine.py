@@ -102,8 +102,6 @@ class CausalLM(TemplateLM):
         """Answers so far; who hands them in has them kept on disk."""
         self.tokenizer: Any = tokenizer
         self.batch_size = batch_size
-        self.num_truncated = 0
-        """Requests so far whose context lost its beginning because the model has too few positions."""
         self.endings: dict[tuple[str, str], Ending] = {}
         """By prompt and settings (as JSON) of every text that was written."""
         self._model = model
@@ -387,7 +385,6 @@ class CausalLM(TemplateLM):
             dist.barrier()
 
     def _report_truncation(self, num_truncated: int, num_requests: int, what: str) -> None:
-        self.num_truncated += num_truncated
         if num_truncated:
             log.warning(
                 "%d of %d requests are longer than the model's %d positions; the beginning of their %s was cut off",
