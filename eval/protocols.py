@@ -22,15 +22,10 @@ from shoal.abilities.matching import (
     stated,
 )
 
-from .data_sets import DataSet, Part, has_examples, parts_of, read_splits
+from .data_sets import Part, has_examples, read_splits
 
 Config = dict[str, Any]
 MEAN = {"aggregation": "mean", "higher_is_better": True}
-
-
-def task_names(data: DataSet) -> dict[str, tuple[Part, str]]:
-    """Task name -> its part and protocol."""
-    return {f"{part.name}_{protocol}": (part, protocol) for part in parts_of(data) for protocol in data.protocols}
 
 
 def task_config(part: Part, protocol: str, data_dir: Path | None, num_fewshot: int | None = None) -> Config:

@@ -5,31 +5,27 @@ A name is a task file's, a group's, or a data set's with a protocol behind it (d
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from shoal.errors import UserError
-from shoal.recipe import CONFIGS_DIR, Eval
+from shoal.recipe import Eval
 
-from .data_sets import DataSet, MissingFiles, Part, TaskProtocol, local_rows, parts_of, read_data_sets
-from .protocols import task_config, task_names
+from .data_sets import DataSet, MissingFiles, Part, local_rows, parts_of
+from .protocols import task_config
 from .samples import check_answers
+from .task_names import TASKS_DIR, described_data, made_tasks, refuse_unknown, task_folders, unknown
 
 log = logging.getLogger(__name__)
 
-TASKS_DIR = CONFIGS_DIR / "tasks"
-HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
 LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 """Data set paths under which `datasets` reads local files."""
 CHECKED_ITEMS = 20
-NAMED_TASKS = 6
-"""Of the tasks that a name covers, so many are named."""
 
 
 def load_tasks(
@@ -49,12 +45,13 @@ def load_tasks(
     Raises:
         UserError: an unknown name (with the closest known one), no such folder, or data that cannot be had.
     """
-    folders = _folders(include_path)
+    folders = task_folders(include_path)
+    refuse_unknown(names, include_path)
     local = None if data_dir is None else Path(data_dir).expanduser()
     if local is not None and not local.is_dir():
         raise UserError(f"eval.data_dir: {str(data_dir)!r} is no folder; name one that holds a folder per data set")
-    made, tags = _made(folders)
-    manager = _manager_that_knows([name for name in names if name not in made | tags], folders, made, tags)
+    made, tags = made_tasks(folders)
+    manager = _manager_that_knows([name for name in names if name not in made | tags], folders)
     tasks: dict[str, Any] = {}
     missing: dict[str, DataSet] = {}
     with _data_from(local, folders, num_fewshot) as opened:
@@ -70,7 +67,7 @@ def load_tasks(
                     missing |= error.files
     if missing and local is not None:  # all of them, so that one attempt is enough
         raise MissingFiles(local, missing)
-    described = _data_sets(folders)
+    described = described_data(folders)
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
         _set_ability(task, described)
@@ -90,40 +87,9 @@ def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
 
 def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:
     """The names of all tasks and groups: shoal's own, those of ``include_path``, and lm-eval's collection."""
-    folders = _folders(include_path)
-    made, tags = _made(folders)
+    folders = task_folders(include_path)
+    made, tags = made_tasks(folders)
     return {*_manager(folders, with_all=not ours_only).task_index, *made, *tags}
-
-
-def _folders(include_path: str | Path | None) -> tuple[Path, ...]:
-    """Where task files are looked for, each place once."""
-    folders = [TASKS_DIR, HUB_TASKS_DIR]
-    if include_path is not None:
-        folder = Path(include_path).expanduser()
-        if not folder.is_dir():
-            raise UserError(
-                f"eval.include_path: {str(include_path)!r} is no folder; name one that holds *.yaml task files"
-            )
-        if folder.resolve() not in [other.resolve() for other in folders]:
-            folders.append(folder)
-    return tuple(folders)
-
-
-def _data_sets(folders: Sequence[Path]) -> dict[str, DataSet]:
-    """The described data sets; one of the user's folder replaces ours of the same name."""
-    return {name: data for folder in folders for name, data in read_data_sets(folder).items()}
-
-
-def _made(folders: Sequence[Path]) -> tuple[dict[str, tuple[Part, str]], dict[str, tuple[str, ...]]]:
-    """The tasks that described data sets give, and the groups they are in."""
-    tasks: dict[str, tuple[Part, str]] = {}
-    tags: dict[str, tuple[str, ...]] = {}
-    for data in _data_sets(folders).values():
-        own = task_names(data)
-        tasks |= own
-        for tag in data.tags:
-            tags[tag] = (*tags.get(tag, ()), *own)
-    return tasks, tags
 
 
 @contextmanager
@@ -136,7 +102,7 @@ def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int 
     from lm_eval.api.task import ConfigurableTask
 
     download = ConfigurableTask.download
-    described = _data_sets(folders)
+    described = described_data(folders)
     opened: list[Any] = []
 
     def from_folder(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -211,13 +177,8 @@ def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
     return TaskManager(include_path=list(folders), include_defaults=with_all)
 
 
-def _manager_that_knows(
-    names: Sequence[str],
-    folders: tuple[Path, ...],
-    made: dict[str, tuple[Part, str]],
-    tags: dict[str, tuple[str, ...]],
-) -> Any:
-    """lm-eval's index with these names in it; ``made`` and ``tags`` are further ones, for hints at what was meant."""
+def _manager_that_knows(names: Sequence[str], folders: tuple[Path, ...]) -> Any:
+    """lm-eval's index with these names in it."""
     ours = _manager(folders, with_all=False)
     outside = [name for name in names if name not in ours.task_index]
     if not outside:
@@ -226,40 +187,8 @@ def _manager_that_knows(
     everything = _manager(folders, with_all=True)
     for name in outside:
         if name not in everything.task_index:
-            hint = _what_was_meant(name, ours, made, tags, everything.all_tasks)
-            raise UserError(f"eval.tasks: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
+            raise unknown(name, folders, everything.all_tasks)
     return everything
-
-
-def _what_was_meant(
-    name: str,
-    ours: Any,
-    made: dict[str, tuple[Part, str]],
-    tags: dict[str, tuple[str, ...]],
-    others: Sequence[str],
-) -> str:
-    """The hint at an unknown name: the closest, of what it covers where only the protocol or the level is left out."""
-    tasks = dict.fromkeys([*ours.all_subtasks, *made])
-    covered: dict[str, dict[str, None]] = {}  # in their order
-    for task in tasks:
-        base, _, protocol = task.rpartition("_")
-        if protocol in get_args(TaskProtocol):
-            covered.setdefault(base, {})[task] = None
-    for task, (part, _) in made.items():
-        covered.setdefault(part.data.dataset, {})[task] = None
-    known = [*tasks, *ours.all_tasks, *tags, *covered]
-    close = [name] if name in covered else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    close = close or difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
-    group = f"{name}_suite"
-    if close and close[0] in covered:
-        found = list(covered[close[0]])
-        some = found if len(found) <= NAMED_TASKS else [*found[: NAMED_TASKS - 1], "...", found[-1]]
-        groups = [tag for tag, members in tags.items() if tag == group or set(found) <= set(members)]
-        meant = "" if close[0] == name else f"did you mean {close[0]!r}? "
-        return f"{meant}shoal asks it as {', '.join(some)}" + (f", all in the group {groups[0]}" if groups else "")
-    if group in tags:
-        return f"did you mean the group {group!r}?"
-    return f"did you mean {close[0]!r}?" if close else f"shoal's own are {', '.join(ours.all_subtasks)}"
 
 
 def _load(manager: Any, name: str, opened: list[Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from tiny import tiny_model, tiny_tokenizer
 from shoal.errors import UserError
 from shoal.eval.data_sets import parts_of, read_data_sets
 from shoal.eval.evaluate import evaluate
-from shoal.eval.protocols import task_names
 from shoal.eval.rows import _jinja, bbh_options
+from shoal.eval.task_names import task_names
 from shoal.eval.tasks import TASKS_DIR, known_tasks, load_tasks
 from shoal.recipe import Eval
 

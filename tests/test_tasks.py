@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 
 from shoal.configs.tasks import items as task_items
 from shoal.errors import UserError
+from shoal.eval import task_names as naming
 from shoal.eval import tasks as loading
 from shoal.eval.tasks import TASKS_DIR, load_tasks
 
@@ -135,19 +138,59 @@ def test_own_tasks_load_without_reading_lm_evals_collection() -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_an_unknown_task_is_refused_with_the_closest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lm-eval's collection takes 10 s to read; its stand-in is our own folder."""
+@pytest.fixture
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's collection takes seconds to read; an empty one stands in for it, in text and as an index."""
     import lm_eval.tasks
 
     class Small(lm_eval.tasks.TaskManager):
         def __init__(self, include_path: Any = None, include_defaults: bool = True) -> None:
+            assert not include_defaults or Small.may_be_read
             super().__init__(include_path=include_path, include_defaults=False)
 
+        may_be_read = False
+
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
+    texts = ("task: unheard_of\ntag: [einfach, zwiefach_sets]\n# of qqq-old", "group: g\ntag:\n  - 'dreifach'\n")
+    monkeypatch.setattr(naming, "_collection", lambda: texts)
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_an_unknown_task_is_refused_with_the_closest_and_without_an_index() -> None:
     with pytest.raises(UserError, match=r"'retrival_continuation' is no task.*did you mean 'retrieval_continuation'"):
         load_tasks(["retrival_continuation"])
-    with pytest.raises(UserError, match=r"'qqqq' is no task.*shoal's own are knowledge_continuation"):
-        load_tasks(["qqqq"])
+    for wrong, right in (("unheard_off", "unheard_of"), ("zwiefach_set", "zwiefach_sets"), ("dreifahc", "dreifach")):
+        with pytest.raises(UserError, match=rf"'{wrong}' is no task.*did you mean '{right}'"):
+            load_tasks([wrong])
+    with pytest.raises(UserError, match=r"'qqq' is no task.*shoal's own are knowledge_continuation"):
+        load_tasks(["knowledge_continuation", "qqq"])
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_name_that_a_task_file_only_mentions_is_refused_by_the_index(tmp_path: Path) -> None:
+    import lm_eval.tasks
+
+    (tmp_path / "own.yaml").write_text(f"{OWN_TASK.format(name='own_tasks', data='x')}# not own_task\n")
+    naming.refuse_unknown(["own_task", "own_tasks", "unheard_of", "einfach", "dreifach"], tmp_path)
+    manager: Any = lm_eval.tasks.TaskManager
+    manager.may_be_read = True
+    with pytest.raises(
+        UserError, match=r"'own_task' is no task, neither of shoal nor of lm-eval; did you mean 'own_tasks'"
+    ):
+        load_tasks(["own_task"], include_path=tmp_path)
+
+
+def test_a_misspelt_task_is_refused_before_models_and_tasks_are_imported(tmp_path: Path) -> None:
+    """In a process of its own, with lm-eval's real collection."""
+    (tmp_path / "r.yaml").write_text(f"model: m\nrun_dir: {tmp_path / 'run'}\neval: {{tasks: [arc_eazy]}}\n")
+    code = (
+        "import sys; from shoal.cli import run_verb\n"
+        f"assert run_verb('eval', {str(tmp_path / 'r.yaml')!r}, ()) == 2\n"
+        "heavy = {'lm_eval', 'datasets', 'scipy', 'shoal.models'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'arc_eazy' is no task, neither of shoal nor of lm-eval; did you mean 'arc_easy'" in done.stderr
 
 
 def test_include_path_must_be_a_folder(tmp_path: Path) -> None:
@@ -227,7 +270,7 @@ def test_a_local_folder_of_real_data_can_be_named(tmp_path: Path) -> None:
 
 def test_a_defect_of_our_own_task_keeps_its_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN_TASK.format(name="own", data=tmp_path / "nothing.jsonl"))
-    manager = loading._manager_that_knows(["own"], (TASKS_DIR, tmp_path), {}, {})
+    manager = loading._manager_that_knows(["own"], (TASKS_DIR, tmp_path))
     assert loading._is_ours(manager, "knowledge_continuation")
     assert loading._is_ours(manager, "shoal_retrieval")
     assert not loading._is_ours(manager, "own")

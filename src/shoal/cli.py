@@ -160,6 +160,10 @@ def _dry_run(verb: str, recipe: Recipe) -> None:
 
 
 def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
+    if verb in ("eval", "run"):
+        from shoal.eval.task_names import refuse_unknown
+
+        refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)  # before all that is imported below
     from shoal import distilling, measuring, pipeline, pruning, runtime
     from shoal.run import Run, locked
     from shoal.tracking import wandb_mode
