@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.anatomy import anatomy, decoder_body, decoder_layers, text_config
+from shoal.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config
 from shoal.data import PackedRows
 from shoal.errors import UserError
 from shoal.models import logits_from_hidden
 
-from .layerwise import Call, Layerwise, state_of
+from .layerwise import Call, Layerwise
 from .sublayers import probe_ids, probing
 
 MAX_LOGITS = {"cpu": 1 << 22}
@@ -211,7 +211,7 @@ def require_one_path(model: PreTrainedModel) -> None:
     def enter(index: int) -> Any:
         def hook(_: Any, args: Any, kwargs: Any) -> None:
             order.append(index)
-            shapes.append(tuple((args[0] if args else kwargs["hidden_states"]).shape))
+            shapes.append(tuple(given_state(args, kwargs).shape))
 
         return hook
 

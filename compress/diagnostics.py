@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_layers
+from shoal.anatomy import decoder_layers, given_state, state_of
 from shoal.artifact import Provenance
 from shoal.data import PackedRows
 from shoal.depth import Attribution, Diagnostics, EffectiveDepth
@@ -37,7 +37,6 @@ from .depth_runs import (
     require_one_path,
     run_body,
 )
-from .layerwise import state_of
 from .logit_lens import lens_terms
 from .path_gradients import SITES, integrated_gradients, single_module
 from .residual_flow import LayerFlow, ResidualSums, add_batch, layer_flows
@@ -236,7 +235,7 @@ def _states_at(model: PreTrainedModel, chosen_T: Tensor) -> Iterator[list[Tensor
     layers, states = decoder_layers(model), []
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        state = args[0] if args else kwargs["hidden_states"]
+        state = given_state(args, kwargs)
         states.append(state.flatten(0, 1)[chosen_T])
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:

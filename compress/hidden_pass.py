@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_body
+from shoal.anatomy import decoder_body, given_state, state_of
 from shoal.errors import UserError
 from shoal.models import decoder_layers, text_config
 
@@ -130,7 +130,7 @@ def writes_into_input(model: PreTrainedModel) -> bool:
     given: list[tuple[Tensor, int]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state = args[0] if args else kwargs["hidden_states"]
+        state = given_state(args, kwargs)
         given.append((state, state._version))
 
     def after(_: nn.Module, __: Any, ___: Any) -> None:
@@ -226,11 +226,11 @@ def _observed(
     given: dict[int, Tensor] = {}
 
     def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given[layer] = (args[0] if args else kwargs["hidden_states"]).clone()
+        given[layer] = given_state(args, kwargs).clone()
 
     def after(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before_BSD = given.pop(layer) if writes else args[0] if args else kwargs["hidden_states"]
-        after_BSD = output[0] if isinstance(output, tuple) else output
+        before_BSD = given.pop(layer) if writes else given_state(args, kwargs)
+        after_BSD = state_of(output)
         for state in (before_BSD, after_BSD):
             refuse_other_shape(layer, state, shape)
         observe(layer, before_BSD.flatten(0, 1), after_BSD.flatten(0, 1))

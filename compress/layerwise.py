@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.anatomy import anatomy, decoder_body, decoder_layers, text_config
+from shoal.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config
 from shoal.errors import UserError
 
 from .surgery import skipped
@@ -126,7 +126,7 @@ class Layerwise:
         last = self.num_layers - 1
 
         def replay(layer: int, *args: Any, **kwargs: Any) -> Any:
-            return self._as_output(layer, hidden_BSD if layer == last else args[0] if args else kwargs["hidden_states"])
+            return self._as_output(layer, hidden_BSD if layer == last else given_state(args, kwargs))
 
         with self._replaced(replay):
             return self._body(**prepared.inputs).last_hidden_state
@@ -155,7 +155,7 @@ class Layerwise:
         last: list[Tensor] = []
 
         def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = given_state(args, kwargs)
             given[layer] = hidden, hidden._version
 
         def after(layer: int, output: Any) -> None:
@@ -225,8 +225,3 @@ class Layerwise:
 
 _refusals: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
 """What _prove found."""
-
-
-def state_of(output: Any) -> Tensor:
-    """The hidden state in what a layer returns."""
-    return output[0] if isinstance(output, tuple | list) else output

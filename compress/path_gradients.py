@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shoal.anatomy import state_of, with_state
 from shoal.depth import Attribution
 
 from .depth_runs import DepthRuns, Intact, Prompt, Readout, batch_of_prompts
-from .layerwise import Call, state_of
+from .layerwise import Call
 from .sublayers import Sublayers
 
 SITES = ("layer", "attention", "mlp")
@@ -142,7 +143,7 @@ class _Probability:
 def _put(given_NSD: Tensor) -> Callable[..., Any]:
     def hook(_: nn.Module, args: Any, output: Any) -> Any:
         given = given_NSD.reshape(state_of(output).shape).clone()  # some layers add to it in place
-        return type(output)([given, *output[1:]]) if isinstance(output, tuple | list) else given
+        return with_state(output, given)
 
     return hook
 

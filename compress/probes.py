@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_layers
+from shoal.anatomy import decoder_layers, given_state, state_of
 from shoal.data import load_labelled
 from shoal.depth import ConceptDepth, DepthPoint
 from shoal.errors import UserError
@@ -29,7 +29,6 @@ from shoal.recipe import ProbeSet
 
 from ..eval.intervals import wilson
 from .depth_runs import Prompt, batch_of_prompts, require_one_path, run_body
-from .layerwise import state_of
 from .sublayers import probing
 
 log = logging.getLogger(__name__)
@@ -188,7 +187,7 @@ def _states_of_last(model: PreTrainedModel, last_B: Tensor) -> Iterator[list[Ten
     layers, states, rows_B = decoder_layers(model), list[Tensor](), torch.arange(len(last_B), device=last_B.device)
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        states.append((args[0] if args else kwargs["hidden_states"])[rows_B, last_B])
+        states.append(given_state(args, kwargs)[rows_B, last_B])
 
     def leave(_: nn.Module, args: Any, output: Any) -> None:
         states.append(state_of(output)[rows_B, last_B])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from shoal.anatomy import given_state, state_of
 from shoal.data import PackedRows
 from shoal.edits import Replace
 from shoal.errors import UserError
@@ -119,8 +120,8 @@ class _Call:
     def again(self, layer: nn.Module, hidden_BSD: Tensor) -> Tensor:
         """The state after ``layer`` in the place of the first, with mask, positions and all else as they were."""
         if self.args:
-            return _state(layer(hidden_BSD, *self.args[1:], **self.kwargs))
-        return _state(layer(**{**self.kwargs, "hidden_states": hidden_BSD}))
+            return state_of(layer(hidden_BSD, *self.args[1:], **self.kwargs))
+        return state_of(layer(**{**self.kwargs, "hidden_states": hidden_BSD}))
 
 
 @dataclass(frozen=True)
@@ -143,15 +144,17 @@ class _Run:
         after_first: list[Tensor] = []
 
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden = given_state(args, kwargs)
             calls.append(_Call(args, kwargs, hidden.clone()))  # some layers add to their input in place
 
         def end(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            raise _RunEnds(_state(output))
+            raise _RunEnds(state_of(output))
 
         handles = [
             layers[self.first].register_forward_pre_hook(remember, with_kwargs=True),
-            layers[self.first].register_forward_hook(lambda _, __, output: after_first.append(_state(output).clone())),
+            layers[self.first].register_forward_hook(
+                lambda _, __, output: after_first.append(state_of(output).clone())
+            ),
             layers[self.last].register_forward_hook(end),
         ]
         try:
@@ -196,10 +199,6 @@ class _Run:
                 f"{self}: layer {self.first} of this {self.teacher.config.model_type} model gives another output when "
                 "it is called again, so it cannot be trained alone; merge or drop the run instead"
             )
-
-
-def _state(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _split(rows: PackedRows, batch_size: int, *, seed: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_layers, text_config
+from shoal.anatomy import decoder_layers, given_state, state_of, text_config, with_state
 
 from .depth_runs import TokenBatch, probe_batch, run_body
-from .layerwise import state_of
 from .sublayers import CHANGED_RESIDUAL, Sublayers, probing, silence, sublayers, where
 
 MIN_NORM = 1e-6
@@ -121,7 +120,7 @@ def _add_noise(_: nn.Module, args: Any, output: Any) -> Any:
     state = state_of(output)
     noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(0)).to(state)
     changed = state + noise * state.abs().max().clamp_min(1.0)
-    return type(output)([changed, *output[1:]]) if isinstance(output, tuple | list) else changed
+    return with_state(output, changed)
 
 
 def _remember(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
@@ -155,7 +154,7 @@ def _watched(
 
     def enter(index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            before[index] = (args[0] if args else kwargs["hidden_states"]).flatten(0, 1).clone()
+            before[index] = given_state(args, kwargs).flatten(0, 1).clone()
 
         return hook
 
@@ -195,7 +194,7 @@ def _watched(
 
 
 def _without_mlp(layer: nn.Module, flow: LayerFlow, given_TD: Tensor, args: Any, kwargs: Any) -> Tensor:
-    state = args[0] if args else kwargs["hidden_states"]
+    state = given_state(args, kwargs)
     again = given_TD.reshape(state.shape).clone()  # the layer may have written into its input
     with ExitStack() as stack:
         for name in flow.halves.mlp:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
-from shoal.anatomy import anatomy, decoder_layers
+from shoal.anatomy import anatomy, decoder_layers, given_state
 from shoal.checkpoint import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
 from shoal.errors import UserError
 from shoal.models import load_config, refuse_incomplete
@@ -222,7 +222,7 @@ class StreamedLayerwise(Layerwise):
             layer = self.layers[index]
             if index == but:
                 return type(layer).forward(layer, *args, **kwargs)
-            return self._as_output(index, args[0] if args else kwargs["hidden_states"])
+            return self._as_output(index, given_state(args, kwargs))
 
         with self._replaced(forward):
             yield

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.anatomy import decoder_layers, text_config
+from shoal.anatomy import decoder_layers, given_state, state_of, text_config, with_state
 
 SPECIAL_NAMES = {
     "norm_attn_norm": ("attention", "norm_attn_norm.attn"),  # DBRX
@@ -146,21 +146,21 @@ def silence(module: nn.Module) -> RemovableHandle:
 
     def nothing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         silent = silent_output(module, args, kwargs, output)
-        return type(output)([silent, *output[1:]]) if isinstance(output, tuple | list) else silent
+        return with_state(output, silent)
 
     return module.register_forward_hook(nothing, with_kwargs=True)
 
 
 def silent_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
     """What ``module`` returns when it adds nothing to the residual stream, given what a forward hook gets."""
-    return _residual(module, args, kwargs) if _takes_residual(module) else torch.zeros_like(_first(output))
+    return _residual(module, args, kwargs) if _takes_residual(module) else torch.zeros_like(state_of(output))
 
 
 def adds_something(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     """Whether ``module`` changes the residual stream, given what a forward hook gets."""
     if _takes_residual(module):
-        return not torch.equal(_first(output), _residual(module, args, kwargs))
-    return bool(_first(output).any())
+        return not torch.equal(state_of(output), _residual(module, args, kwargs))
+    return bool(state_of(output).any())
 
 
 def where(model: PreTrainedModel, layer: int) -> str:
@@ -194,10 +194,6 @@ def _half(name: str) -> str:
         if any(word in name for word in words):
             return half
     return ""
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _takes_residual(module: nn.Module) -> bool:
@@ -297,12 +293,12 @@ def _watch(
     """
 
     def starts(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        first_given = trace.given if trace.given is not None else args[0] if args else kwargs["hidden_states"]
+        first_given = trace.given if trace.given is not None else given_state(args, kwargs)
         trace.given, given = first_given.clone(), first_given.clone()
         return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
 
     def ends(_: nn.Module, args: Any, output: Any) -> None:
-        trace.returned[index] = _first(output).clone()
+        trace.returned[index] = state_of(output).clone()
 
     def adds(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if adds_something(module, args, kwargs, output):

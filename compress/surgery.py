@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from shoal.anatomy import anatomy
+from shoal.anatomy import anatomy, given_state, with_state
 from shoal.errors import UserError
 from shoal.models import decoder_layers, text_config
 
@@ -82,8 +82,7 @@ def kept_layers(num_layers: int, drop: Sequence[int]) -> tuple[int, ...]:
 
 
 def _pass_input_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
+    return with_state(output, given_state(args, kwargs))
 
 
 def _layers_prefix(model: PreTrainedModel) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_layers
+from shoal.anatomy import decoder_layers, given_state, state_of, with_state
 
 from ..eval.beginnings import batches
 from ..eval.decoder import Decoder, plain_cache
@@ -287,7 +287,7 @@ class RowEdits:
                 given: list[Tensor] = []
 
                 def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                    hidden = args[0] if args else kwargs["hidden_states"]
+                    hidden = given_state(args, kwargs)
                     given[:] = [hidden[self._rows[layer, edit]]]  # a copy: some layers write into their input
 
                 def pass_on(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
@@ -326,6 +326,6 @@ def _with_rows(output: Any, rows: Tensor, values: Tensor, num_rows: int) -> Any:
     """``output`` with the states of ``rows`` replaced; a mixture of experts may return all rows' tokens in one."""
     if not len(rows):
         return output
-    changed = (output[0] if isinstance(output, tuple | list) else output).clone()
+    changed = state_of(output).clone()
     changed.view(num_rows, -1)[rows] = values.reshape(len(rows), -1)
-    return type(output)([changed, *output[1:]]) if isinstance(output, tuple | list) else changed
+    return with_state(output, changed)

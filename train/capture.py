@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
+from shoal.anatomy import decoder_layers, state_of
 from shoal.errors import UserError
-from shoal.models import decoder_layers
 
 NO_STATES = "take hidden_states out of distill.losses"
 NO_RELATIONS = "take attention_relation and value_relation out of distill.losses"
@@ -63,7 +63,7 @@ def capturing(model: PreTrainedModel, layers: Collection[int], attention: Collec
     family = model.config.model_type
 
     def keep(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
+        state = state_of(output)
         if not isinstance(state, Tensor) or state.ndim != 3:
             raise UserError(f"{family}: layer {layer} does not return one stream of hidden states; {NO_STATES}")
         if layer not in seen.states:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_body, decoder_layers
+from shoal.anatomy import decoder_body, decoder_layers, state_of
 from shoal.errors import UserError
 from shoal.models import load_model, logits_from_hidden
 from shoal.recording import Record
@@ -156,7 +156,7 @@ def _keeping(teacher: PreTrainedModel, kept: dict[int, list[Tensor]]) -> Iterato
 
     def keeper(layer: int) -> Callable[..., None]:
         def keep(_module: Any, _args: Any, output: Any) -> None:
-            state = output[0] if isinstance(output, tuple) else output
+            state = state_of(output)
             kept[layer].append(state.to(torch.bfloat16).cpu())
 
         return keep
@@ -182,7 +182,7 @@ def _keeping_prefix(teacher: PreTrainedModel, layer: int | None, kept: list[Tens
         return
 
     def keep(_module: Any, _args: Any, output: Any) -> None:
-        state = output[0] if isinstance(output, tuple) else output
+        state = state_of(output)
         if not isinstance(state, Tensor) or state.ndim != 3:
             raise UserError(
                 f"{teacher.config.model_type}: layer {layer} does not return one stream of hidden states; leave "

@@ -1,4 +1,4 @@
-"""Where a causal language model keeps its decoder layers, final norm, embeddings and head.
+"""Where a causal language model keeps its decoder layers, final norm, embeddings and head, and a layer its state.
 
 One generic rule finds them: the decoder that transformers names, a list of as many modules as the configuration has
 layers, the norm beside that list. EXCEPTIONS holds what the rule cannot know.
@@ -6,10 +6,11 @@ layers, the norm beside that list. EXCEPTIONS holds what the rule cannot know.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
@@ -93,6 +94,21 @@ def decoder_body(model: PreTrainedModel) -> nn.Module:
     decoder = named if isinstance(named, PreTrainedModel) else model.base_model
     inner = getattr(decoder, "model", None)
     return inner if isinstance(inner, PreTrainedModel) else decoder
+
+
+def given_state(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden state in what a decoder layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def state_of(output: Any) -> Tensor:
+    """The hidden state in what a decoder layer, or a half of one, returns."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_state(output: Any, state: Tensor) -> Any:
+    """``output`` with another hidden state in it."""
+    return type(output)([state, *output[1:]]) if isinstance(output, tuple | list) else state
 
 
 def text_config(config: Any) -> Any:
