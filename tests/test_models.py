@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model as tiny_architecture
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, NUM_LAYERS, SHAPE, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PreTrainedModel
 
 from shoal import demo, models
+from shoal.anatomy import decoder_body
 from shoal.checkpoint import check_checkpoint, checkpoint_bytes, model_fingerprint, tokenizer_fingerprint, weight_files
 from shoal.errors import UserError
 from shoal.models import (
@@ -432,6 +434,22 @@ def test_logits_from_hidden_states_are_the_models_own(kind: str) -> None:
         assert torch.equal(found, model(input_ids=input_ids).logits)
         if kind in SCALED:
             assert not torch.allclose(found, head(hidden)), "the family's scale changes nothing here"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("recurrent_gemma", {"logits_soft_cap": 0.5}), ("inkling_text", {"unpadded_vocab_size": 90})],
+)
+def test_logits_of_families_with_ways_of_their_own_are_the_models(family: str, settings: dict[str, Any]) -> None:
+    model = tiny_architecture(family, **settings)
+    input_ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        hidden = decoder_body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+        head: Any = model.get_output_embeddings()
+        found, expected = logits_from_hidden(model)(hidden, head), model(input_ids=input_ids, use_cache=False).logits
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert found.shape != head(hidden).shape or not torch.allclose(found, head(hidden))
 
 
 # --- the demo model

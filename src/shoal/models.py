@@ -181,7 +181,8 @@ def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Te
     """The model's own way from final hidden states (..., D) to logits (..., V), given the head or its linear map.
 
     Some families scale or soft-cap what the head returns; a loss or score that takes hidden states to the head by
-    itself and forgets this is silently wrong (Cohere's and Granite's scale, Gemma 2's soft-cap).
+    itself and forgets this is silently wrong (Cohere's and Granite's scale, Gemma 2's soft-cap). Inkling divides what
+    the head reads, and has no logits for the padding of its vocabulary.
     """
     config = text_config(model.config)
     before_head = model.get_submodule("lm_head") if config.model_type == "modernbert-decoder" else None
@@ -192,10 +193,18 @@ def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Te
         scale *= config.logits_scaling
     else:
         divisor = getattr(config, "logits_scaling", None) or 1.0
-    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "output_logit_soft_cap", None)
+    caps = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+    cap = next(filter(None, (getattr(config, name, None) for name in caps)), None)
+    width, words = (
+        (config.logits_mup_width_multiplier, config.unpadded_vocab_size)
+        if config.model_type == "inkling_text"
+        else (1.0, None)
+    )
 
     def logits(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-        raw = head(hidden if before_head is None else before_head(hidden))
+        if width != 1.0:
+            hidden = hidden / width
+        raw = head(hidden if before_head is None else before_head(hidden))[..., :words]
         if scale != 1.0:
             raw = raw * scale
         if divisor != 1.0:
