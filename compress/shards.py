@@ -20,13 +20,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shoal.artifact import fingerprint, write_json
+from shoal.artifact import fingerprint, flush, write_json
 from shoal.checkpoint import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, read_header, sampled_ranges
 from shoal.errors import UserError
 from shoal.runtime import is_main
 
 from ..eval.wording import bytes_text
-from .staging import flush
 
 log = logging.getLogger(__name__)
 

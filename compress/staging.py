@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from shoal.artifact import put_in_place, remove_leftovers
+from shoal.artifact import flush, put_in_place, remove_leftovers
 from shoal.errors import UserError, explained_disk_errors
 
 log = logging.getLogger(__name__)
@@ -82,15 +82,6 @@ def resumable_folder(path: Path, key: str, *, setting: str = "run_dir") -> Itera
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def flush_folder(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import shutil
 from pathlib import Path
@@ -14,8 +13,8 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, whichever this version stands on
 )
 
-from shoal.artifact import write_text
-from shoal.errors import UserError, explained_disk_errors
+from shoal.artifact import write_text, written_file
+from shoal.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +76,8 @@ def complete_export(folder: Path, card: str, figures: Path) -> None:
         raise UserError(f"{folder}: has no config.json, so there is no checkpoint to export; run `shoal distill` first")
     write_text(folder / "README.md", card)
     for figure in sorted([*figures.glob("*.png"), *figures.glob("*.svg")]):
-        target = folder / FIGURES_DIR / figure.name
-        temporary = target.with_name(f".{figure.name}.{os.getpid()}.tmp")
-        with explained_disk_errors(target):
-            target.parent.mkdir(exist_ok=True)
-            try:
-                shutil.copyfile(figure, temporary)
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with written_file(folder / FIGURES_DIR / figure.name) as temporary:
+            shutil.copyfile(figure, temporary)
 
 
 def retry_command(folder: Path, repo: str, *, private: bool, endpoint: str | None = None) -> str:

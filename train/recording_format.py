@@ -18,8 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +29,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shoal.artifact import written_file
 from shoal.checkpoint import DOWNLOAD_AGAIN, read_header
-from shoal.errors import UserError, explained_disk_errors
+from shoal.errors import UserError
 
 LOWEST = -32.0
 """Log-probabilities below are stored as this one: e^-32 is 1.3e-14, nothing that any loss would feel."""
@@ -173,15 +172,8 @@ def write_shard(path: Path, planes: dict[str, Tensor], *, recording: str, settin
         UserError: the disk is full or cannot be written; what stood there before is untouched.
     """
     stamp = json.dumps({"recording": recording, "sha256": _checksum(planes)})  # one key: their order is not fixed
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    with explained_disk_errors(path, setting=setting):
-        try:
-            save_file(planes, temporary, metadata={"shoal": stamp})
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with written_file(path, setting=setting) as temporary:
+        save_file(planes, temporary, metadata={"shoal": stamp})
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -329,18 +329,36 @@ def _plain(value: Json) -> Json:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to the disk, rename: readers see the old or the new, never half."""
-    with explained_disk_errors(path):
+    """Write a text file as written_file does."""
+    with written_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_file(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
+    """A temporary name that becomes ``path`` when the block ends well: readers see the old or the new, never half.
+
+    What was written there is on the disk before it gets its name; ``setting`` is what a user can set to write
+    elsewhere.
+    """
+    with explained_disk_errors(path, setting=setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            flush(temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

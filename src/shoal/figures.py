@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifact import Evaluation, Importance, TaskScore, Training
-from shoal.errors import UserError, explained_disk_errors
+from shoal.artifact import Evaluation, Importance, TaskScore, Training, written_file
+from shoal.errors import UserError
 from shoal.terms import KINDS
 
 if TYPE_CHECKING:
@@ -176,14 +175,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     if suffix not in (".svg", ".png"):
         raise UserError(f"{path}: figures are written as .svg or .png; choose one of these suffixes")
     content = _rendered(figure, suffix[1:], facecolor="white")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with explained_disk_errors(path):
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with written_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def inline_svg(figure: Figure, name: str, *, title: str, description: str) -> str:
