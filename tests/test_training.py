@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from training_runs import (
     checkpointed_weights,
     finished,
     mask_labels_of_rows,
+    note_waits,
     prepare,
     recipe,
     run,
@@ -216,6 +218,22 @@ def test_a_batch_without_a_supervised_token_is_refused(teacher, cut, tmp_path):
     assert "step 1: its batch holds no supervised token; raise distill.batch_size" in refused.log
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, cut, tmp_path, stage):
+    losses = [term for term in ALL_LOSSES if term["kind"] != "adaptive_kl"]  # whose head is found step by step
+    trainer = {"per_device_train_batch_size": 1, "logging_steps": 4}
+    path = recipe(
+        tmp_path, teacher, cut, losses=losses, trainer=trainer, deepspeed=f"deepspeed/zero{stage}.json", num_tokens=1024
+    )
+    finished(run(path, before=partial(note_waits, tmp_path / "waits.json")))
+    steps = json.loads((tmp_path / "waits.json").read_text())
+    assert len(steps) == 4
+    for waits in steps:
+        assert [wait for wait in waits if wait.startswith("shoal")] == ["shoal: _numbers: tolist"]
+    # which waits to begin, and to log once the last of these steps has ended
+    assert not [wait for waits in steps[1:] for wait in waits if wait.startswith("transformers")]
+
+
 def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp_path):
     steps = 18
     trainer = {"save_strategy": "steps", "save_steps": 17, "learning_rate": 1e-5}
@@ -310,6 +328,7 @@ def test_adapters_above_a_shared_prefix_give_the_curve_without_sharing_and_a_pla
     shared = finished(run(recipe(tmp_path / "shared", teacher, cut, **ADAPTED)))
     alone = finished(run(recipe(tmp_path / "alone", teacher, cut, **ADAPTED), before=share_nothing))
     assert shared.training.settings["shared_layers"] == 1
+    assert re.search(r"teacher and student share \d+ MB of frozen weights", shared.log)
     assert alone.training.settings["shared_layers"] == 0
     same(shared, alone, ["forward_kl", "hidden_states"], within=1e-6)
     assert shared.curve()[-1] < shared.curve()[0]

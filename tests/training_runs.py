@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,7 @@ import yaml
 from ranks import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.artifact import Training
 from shoal.pruning import prune
@@ -207,6 +211,76 @@ def spoil_loss(step: int, factor: float, rank: int) -> None:
         return loss
 
     DistillTrainer.compute_loss = spoilt  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class OnHost(Tensor):
+    """A tensor of which the host may ask anything, also where training runs on a GPU; what is moved there is none."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().to(*args, **kwargs).as_subclass(Tensor)
+
+
+class Waits(TorchDispatchMode):
+    """Notes who asks a tensor for what a GPU would have to be waited for: a number, or the shape of a selection."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = [one for one in args[1] if one is not None] if name in ("index", "index_put_", "index_put") else ()
+        if name.startswith(self.OPERATIONS) or any(mask.dtype == torch.bool for mask in masks):
+            self.note(name, masks[0] if masks else args[0])
+        return func(*args, **(kwargs or {}))
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        if isinstance(tensor, OnHost):
+            return
+        for frame in reversed(traceback.extract_stack()):
+            whose = re.search(r"/(transformers|accelerate|deepspeed)/|/(train)/[^/]+$", frame.filename)
+            if whose:
+                self.seen.append(f"{whose[1] or 'shoal'}: {frame.name}: {name}")
+                return
+
+
+def note_waits(file: Path) -> None:
+    """Write to ``file`` who waits for the device, by step; everything that only the host knows is marked as such."""
+    from shoal.train import assembly, on_host
+    from shoal.train.trainer import DistillTrainer
+
+    waits, steps, end_step = Waits(), [], DistillTrainer.end_step
+
+    def copied(batch: dict[str, Tensor]) -> dict[str, Any]:
+        planes = (batch[name].as_subclass(OnHost) for name in ("labels", "position_ids", "input_ids"))
+        return {**batch, on_host.ON_HOST: on_host.OnHost(*planes, rows=originals["tolist"](batch["row"]))}
+
+    def asked(name: str, tensor: Tensor) -> Any:
+        waits.note(name, tensor)
+        return originals[name](tensor)
+
+    def ended(trainer: DistillTrainer) -> bool:
+        stopped = end_step(trainer)
+        steps.append(waits.seen.copy())
+        waits.seen.clear()
+        file.write_text(json.dumps(steps))
+        return stopped
+
+    train = DistillTrainer.train
+
+    def watched(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        waits.seen.clear()
+        with waits:
+            return train(trainer, *args, **kwargs)
+
+    # a CPU's tensor is read without an operation there
+    originals = {name: getattr(Tensor, name) for name in ("tolist", "cpu", "numpy")}
+    for name in originals:
+        setattr(Tensor, name, lambda tensor, name=name: asked(name, tensor))
+    assembly.with_host_copy = copied
+    DistillTrainer.train, DistillTrainer.end_step = watched, ended  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def spoil_gradient(step: int) -> None:

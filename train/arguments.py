@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "num_train_epochs": 1,
     "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # asks the device in every micro-batch; a loss that is no number ends the training
     "save_steps": 0.25,
     "disable_tqdm": True,
 }

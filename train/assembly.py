@@ -24,6 +24,7 @@ from .adapters import add_adapters
 from .arguments import autocast_dtype, zero_stage
 from .frozen import share_frozen, stored_names
 from .local import recorded_layers, unhealed
+from .on_host import with_host_copy
 from .on_policy import Sampler
 from .recorded import Recorded
 from .recording import recording_inputs, rows_from
@@ -206,5 +207,5 @@ def _recorded(
     )
 
 
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    return with_host_copy({key: torch.stack([row[key] for row in rows]) for key in rows[0]})

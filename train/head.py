@@ -299,7 +299,7 @@ def _agreement(logits_CV: Tensor, teacher_logits_CV: Tensor | None, firsts_C: Te
         return logits_CV.new_zeros(2, dtype=torch.float64)
     asked = logits_CV[picked]
     matches = (asked.gather(-1, firsts[:, None])[:, 0] == asked.amax(-1)).sum()
-    return torch.stack([matches, matches.new_tensor(len(firsts))]).double()
+    return torch.stack([matches, torch.full_like(matches, len(firsts))]).double()
 
 
 class _ChunkedHeadLoss(torch.autograd.Function):
@@ -337,8 +337,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         ]
         ctx.save_for_backward(hidden_grad_ND, *grads_as_stored)
         ctx.mark_non_differentiable(term_sums, agreement)
-        weights = term_sums.new_tensor([term.weight for term in objective.terms])
-        return (weights * term_sums).sum().float(), term_sums, agreement
+        # number by number: a list of them would be copied to the device, which waits for it
+        weighted = [value * term.weight for value, term in zip(term_sums.unbind(), objective.terms, strict=True)]
+        return sum(weighted, term_sums.new_zeros(())).float(), term_sums, agreement
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -41,6 +41,7 @@ from shoal.training import Distill, LocalHeal
 
 from .arguments import autocast_dtype
 from .capture import capturing
+from .on_host import queued
 from .states import Tokens, distances
 from .student import final_hidden
 from .trainable import Trained, keep_zeros, shares_prefix
@@ -260,15 +261,16 @@ def _step(
     for first in range(0, len(mine), settings.rows_at_once):
         batch = [rows[index] for index in mine[first : first + settings.rows_at_once]]
         ids, positions, labels = (
-            torch.stack([row[name] for row in batch]).to(device()) for name in ("input_ids", "position_ids", "labels")
+            torch.stack([row[name] for row in batch]) for name in ("input_ids", "position_ids", "labels")
         )
-        counted = Tokens.of(labels, positions).counted_BS
+        tokens = Tokens.of(labels, positions, device())
+        ids, positions = queued(ids, device()), queued(positions, device())
         with torch.no_grad(), torch.autocast(device().type, torch.bfloat16, enabled=autocast):
             with capturing(teacher, {place.target for place in places}) as seen:
                 final_hidden(teacher, ids, positions)
-            with _learning(student, places, seen.states, counted, sums):
+            with _learning(student, places, seen.states, tokens, sums):
                 final_hidden(student, ids, positions)
-        sums[-1] += counted.sum()
+        sums[-1] += len(tokens.counted)
     gradients = [p.grad for place in places for p in decoder_layers(student)[place.layer].parameters()]
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -284,7 +286,7 @@ def _step(
 
 @contextmanager
 def _learning(
-    student: PreTrainedModel, places: Sequence[Gap], targets: dict[int, Tensor], counted: Tensor, sums: Tensor
+    student: PreTrainedModel, places: Sequence[Gap], targets: dict[int, Tensor], tokens: Tokens, sums: Tensor
 ) -> Iterator[None]:
     """While the student runs, forward and backward of every trained layer happen where it is called."""
     layers = decoder_layers(student)
@@ -292,7 +294,7 @@ def _learning(
     try:
         for index, place in enumerate(places):
             layer = layers[place.layer]
-            layer.forward = _learner(layer.forward, targets[place.target], counted, sums, index)
+            layer.forward = _learner(layer.forward, targets[place.target], tokens, sums, index)
             wrapped.append(layer)
         yield
     finally:
@@ -301,13 +303,14 @@ def _learning(
 
 
 def _learner(
-    forward: Callable[..., Any], target_BSD: Tensor, counted_BS: Tensor, sums: Tensor, index: int
+    forward: Callable[..., Any], target_BSD: Tensor, tokens: Tokens, sums: Tensor, index: int
 ) -> Callable[..., Any]:
     def learn(*args: Any, **kwargs: Any) -> Any:
         with torch.enable_grad():
             output = forward(*args, **kwargs)
             state_BSD = output[0] if isinstance(output, tuple) else output
-            error = distances(state_BSD[counted_BS].float(), target_BSD[counted_BS].float(), "mse").sum()
+            ours_ND, theirs_ND = tokens.of_states(state_BSD).float(), tokens.of_states(target_BSD).float()
+            error = distances(ours_ND, theirs_ND, "mse").sum()
         error.backward()
         sums[index] += error.detach()
         if isinstance(output, tuple):

@@ -14,6 +14,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from transformers import PreTrainedModel
 
 from shoal.data import IGNORED
 from shoal.on_policy import OnPolicy
-from shoal.packing import ROW
 
+from .on_host import ON_HOST, on_host, queued
 from .sampling import sample
 
 
@@ -51,8 +52,8 @@ class Sampler:
         return random.Random(f"on_policy/{self.seed}/{step}").random() < self.settings.share
 
     def batches(
-        self, student: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], *, step: int
-    ) -> list[dict[str, Tensor]]:
+        self, student: PreTrainedModel, batches: Sequence[Mapping[str, Any]], *, step: int
+    ) -> list[dict[str, Any]]:
         """The micro-batches with as many rows of samples in place of their rows: labels on sampled tokens only.
 
         ``student`` is an ordinary model here, with its own forward, whole on every rank and under the precision that
@@ -60,11 +61,13 @@ class Sampler:
         """
         return [self._sampled(student, batch, step=step) for batch in batches]
 
-    def _sampled(self, student: PreTrainedModel, batch: Mapping[str, Tensor], *, step: int) -> dict[str, Tensor]:
-        planes = [batch[name].cpu().numpy() for name in ("input_ids", "position_ids", "labels")]
+    def _sampled(self, student: PreTrainedModel, batch: Mapping[str, Any], *, step: int) -> dict[str, Any]:
+        host = on_host(batch)
+        assert host.input_ids_BS is not None
+        planes = [plane.numpy() for plane in (host.input_ids_BS, host.position_ids_BS, host.labels_BS)]
         prompts: list[list[list[int]]] = []
         uniforms: list[np.ndarray] = []
-        for row, number in enumerate(batch[ROW].tolist()):
+        for row, number in enumerate(host.rows):
             chance = np.random.default_rng([self.seed, step, number])
             prompts.append(self._prompts(*(plane[row] for plane in planes), chance=chance))
             uniforms.append(chance.random((len(prompts[-1]), self.settings.new_tokens)))
@@ -80,7 +83,8 @@ class Sampler:
         )
         rows = [[(prompt, next(written)) for prompt in in_row] for in_row in prompts]
         laid_out = lay_out(rows, sequence_length=self.sequence_length, pad_id=self.pad_id)
-        return {name: plane.to(batch["input_ids"].device) for name, plane in laid_out.items()}
+        device = batch["input_ids"].device
+        return {**{name: queued(plane, device) for name, plane in laid_out.items()}, ON_HOST: on_host(laid_out)}
 
     def _prompts(
         self, ids: np.ndarray, positions: np.ndarray, labels: np.ndarray, *, chance: np.random.Generator

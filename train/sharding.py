@@ -64,7 +64,7 @@ def keep_gradient_norm(engine: Any) -> None:
 
     def clip() -> None:
         limit = engine.gradient_clipping()
-        engine._global_grad_norm = float(clip_grad_norm_(engine.module.parameters(), limit, mpu=engine.mpu))
+        engine._global_grad_norm = clip_grad_norm_(engine.module.parameters(), limit, mpu=engine.mpu)
 
     engine.clip_fp32_gradients = clip
 

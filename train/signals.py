@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.packing import ROW
-
 from .capture import Captured
+from .on_host import on_host, queued
 from .recorded import Recorded
 from .states import StateLosses
 from .student import SharedPrefix, Signals, final_hidden
@@ -76,13 +75,14 @@ class RecordedTeacher:
     def signals(self, batch: Mapping[str, Tensor]) -> Signals:
         """The rows' most probable tokens, and the recorded states that state terms compare with."""
         device = batch["input_ids"].device
-        rows = self._recorded.rows(batch[ROW].tolist())
+        rows = self._recorded.rows(on_host(batch).rows)
         if self._prefix is not None:
             assert rows.prefix_BSD is not None
-            self._prefix.take(rows.prefix_BSD.to(device))
+            self._prefix.take(queued(rows.prefix_BSD, device))
         captured = Captured()
         for layer in () if self._states is None else self._states.teacher_layers:
-            captured.states[layer] = rows.states[layer].to(device)
+            captured.states[layer] = queued(rows.states[layer], device)
         if not self._reads_logits:
             return Signals(captured=captured)
-        return Signals(ids_BSK=rows.ids_BSK.to(device), log_probs_BSK=rows.log_probs_BSK.to(device), captured=captured)
+        ids_BSK, log_probs_BSK = queued(rows.ids_BSK, device), queued(rows.log_probs_BSK, device)
+        return Signals(ids_BSK=ids_BSK, log_probs_BSK=log_probs_BSK, captured=captured)

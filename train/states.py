@@ -9,6 +9,7 @@ heads, d size of a head.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -21,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from shoal.artifact import PruningPlan
-from shoal.data import IGNORED
 from shoal.edits import Merge, Replace
 from shoal.errors import UserError
 from shoal.models import decoder_layers, text_config
 from shoal.terms import AttentionRelation, HiddenStates, StateTerm
 
 from .capture import AttentionInputs, Captured, capturing
+from .on_host import document_starts, learnt_places, queued
 
 WINDOW = 4
 """Neighbouring tokens of a document whose states are averaged where a term is multi-scale."""
@@ -124,19 +125,26 @@ class StateLosses:
         return capturing(self._teacher, self.teacher_layers, self.teacher_attention)
 
     def __call__(
-        self, student: Captured, teacher: Captured, labels_BS: Tensor, position_ids_BS: Tensor
+        self,
+        student: Captured,
+        teacher: Captured,
+        labels_BS: Tensor,
+        position_ids_BS: Tensor,
+        *,
+        device: torch.device | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Weighted sum of all terms over the counted tokens (scalar), and each term's own unweighted sum, float64.
 
         A token counts if its next one is supervised, as for the head, and if it is not its document's first: that one
         holds attention sinks, states of a hundred times the norm that say nothing. A term is the mean over its pairs.
         What is between states and loss is computed again in backward, so that only the states themselves are kept.
+        ``device`` is where the states are, if labels and positions are still on the host.
 
         Raises:
             UserError: no gradient would reach the student.
         """
-        tokens = Tokens.of(labels_BS, position_ids_BS)
-        device = labels_BS.device
+        device = device or labels_BS.device
+        tokens = Tokens.of(labels_BS, position_ids_BS, device)
         loss = torch.zeros((), device=device)
         sums: list[Tensor] = []
         for term, pairs in self._of_terms():
@@ -157,7 +165,7 @@ class StateLosses:
         Raises:
             RuntimeError: naming the term; a defect of shoal or of the model's code.
         """
-        tokens = Tokens.of(labels_BS, position_ids_BS)
+        tokens = Tokens.of(labels_BS, position_ids_BS, labels_BS.device)
         for term, pairs in self._of_terms():
             for layer, target in pairs:
                 student, leaves = _copied(teacher, layer, target)
@@ -206,24 +214,33 @@ def _copied(teacher: Captured, layer: int, target: int) -> tuple[Captured, list[
 class Tokens:
     """Which tokens count, and what lies next to each other."""
 
-    counted_BS: Tensor
-    counted_per_query: list[list[bool]]
-    """The same, for decisions that must not wait for the device."""
+    counted_N: Tensor
+    """Their places in the flattened (B x S), rising."""
     document_BS: Tensor
     """Number of every token's document."""
     per_window_W: Tensor
     """Counted tokens of every window that has some. Windows are tokens 0 to 3, 4 to 7, ... of a document."""
+    counted: list[int]
+    """counted_N, for decisions that must not wait for the device."""
 
     @classmethod
-    def of(cls, labels_BS: Tensor, position_ids_BS: Tensor) -> Tokens:
-        first_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
-        first_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
-        counted_BS = torch.zeros_like(first_BS)
-        counted_BS[:, :-1] = labels_BS[:, 1:] != IGNORED
-        counted_BS &= ~first_BS
-        window_BS = (first_BS | (position_ids_BS % WINDOW == 0)).flatten().cumsum(0).view_as(first_BS)
-        _, per_window_W = window_BS[counted_BS].unique_consecutive(return_counts=True)
-        return cls(counted_BS, counted_BS.tolist(), first_BS.cumsum(1), per_window_W)
+    def of(cls, labels_BS: Tensor, position_ids_BS: Tensor, device: torch.device) -> Tokens:
+        """For use on ``device``, where it need not be asked anything if labels and positions are on the host."""
+        first_BS = document_starts(position_ids_BS)
+        learnt_N = learnt_places(labels_BS)
+        counted_N = learnt_N[~first_BS.flatten()[learnt_N]]
+        window = (first_BS | (position_ids_BS % WINDOW == 0)).flatten().cumsum(0)
+        _, per_window_W = window[counted_N].unique_consecutive(return_counts=True)
+        on_device = (queued(values, device) for values in (counted_N, first_BS.cumsum(1), per_window_W))
+        return cls(*on_device, counted=counted_N.tolist())
+
+    def of_states(self, states_BSD: Tensor) -> Tensor:
+        """The states of the tokens that count, (N, D)."""
+        return states_BSD.flatten(0, 1)[self.counted_N]
+
+    def between(self, start: int, end: int) -> Tensor:
+        """The places from ``start`` to ``end`` of the flattened (B x S) that count, from ``start`` on."""
+        return self.counted_N[bisect_left(self.counted, start) : bisect_left(self.counted, end)] - start
 
 
 def _check(
@@ -268,7 +285,7 @@ def _full(values: Tensor) -> Tensor:
 
 
 def _token_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Tokens, distance: str) -> Tensor:
-    return distances(student_BSD[tokens.counted_BS], teacher_BSD[tokens.counted_BS], distance).sum()
+    return distances(tokens.of_states(student_BSD), tokens.of_states(teacher_BSD), distance).sum()
 
 
 def _pooled_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Tokens, distance: str) -> Tensor:
@@ -279,7 +296,8 @@ def _pooled_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Tokens, distan
     if not len(tokens.per_window_W):
         return _token_sum(student_BSD, teacher_BSD, tokens, distance)
     ours_WD, theirs_WD = (
-        torch.segment_reduce(states_BSD[tokens.counted_BS], "mean", lengths=tokens.per_window_W)
+        # unsafe: a look at the lengths would wait for the device
+        torch.segment_reduce(tokens.of_states(states_BSD), "mean", lengths=tokens.per_window_W, unsafe=True)
         for states_BSD in (student_BSD, teacher_BSD)
     )
     return (distances(ours_WD, theirs_WD, distance) * tokens.per_window_W).sum()
@@ -338,7 +356,8 @@ def _relation_sum(
     for row in range(batch):
         for start in range(0, length, step):
             end = min(start + step, length)
-            if not any(tokens.counted_per_query[row][start:end]):
+            counted = tokens.between(row * length + start, row * length + end)
+            if not len(counted):
                 continue
             total = total + _again(
                 _chunk_sum,
@@ -347,7 +366,7 @@ def _relation_sum(
                 theirs.x_BGRSd[row, :, :, start:end].detach(),
                 theirs.y_BGSd[row, :, :end].detach(),
                 tokens.document_BS[row, :end],
-                tokens.counted_BS[row, start:end],
+                counted,
                 ours,
                 theirs,
             )
@@ -368,15 +387,15 @@ def _chunk_sum(
     teacher_x_GRCd: Tensor,
     teacher_y_GKd: Tensor,
     document_K: Tensor,
-    counted_C: Tensor,
+    counted_N: Tensor,
     ours: _Relation,
     theirs: _Relation,
 ) -> Tensor:
-    seen_CK = _seen_CK(document_K, len(document_K) - len(counted_C), theirs.window)
+    seen_CK = _seen_CK(document_K, len(document_K) - x_GRCd.shape[2], theirs.window)
     student_GRCK = _log_relation(x_GRCd, y_GKd, seen_CK, ours)
     teacher_GRCK = _log_relation(teacher_x_GRCd, teacher_y_GKd, seen_CK, theirs)
     kl_GRCK = functional.kl_div(student_GRCK, teacher_GRCK, reduction="none", log_target=True)
-    return kl_GRCK.sum(-1).mean((0, 1))[counted_C].sum()
+    return kl_GRCK.sum(-1).mean((0, 1))[counted_N].sum()
 
 
 def _log_relation(x_GRCd: Tensor, y_GKd: Tensor, seen_CK: Tensor, how: _Relation) -> Tensor:

@@ -10,17 +10,13 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
-import torch
-import torch.distributed as dist
-
-from shoal.runtime import device
 
 GRACE_S = 120
 """How long an orphaned rank may take to finish its step and save before it ends itself."""
 
 
 class StopRequest:
-    """Set by a signal or by the watchdog on any rank, agreed on by all of them."""
+    """Set by a signal or by the watchdog on any rank; all of them agree on it at the end of a step, with its sums."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -28,16 +24,6 @@ class StopRequest:
     def ask(self, reason: str) -> None:
         if self.reason is None:
             self.reason = reason
-
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop; every rank calls this once per step."""
-        if not dist.is_initialized():
-            return self.reason is not None
-        flag = torch.tensor(float(self.reason is not None), device=device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if flag.item() > 0:
-            self.ask("another rank was asked to stop")
-        return flag.item() > 0
 
     def listen(self) -> None:
         """Take SIGTERM, and watch the launcher: a killed one leaves its ranks training as orphans that hold the run

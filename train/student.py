@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_body
-from shoal.data import IGNORED
+from shoal.anatomy import decoder_body, state_of, with_state
 from shoal.errors import UserError
 from shoal.models import decoder_layers, logits_from_hidden
 from shoal.terms import LOGIT_TERMS, TAID, LossTerm, term_names
@@ -25,6 +24,7 @@ from shoal.terms import LOGIT_TERMS, TAID, LossTerm, term_names
 from .capture import Captured
 from .head import Dense, TopK, chunked_head_loss
 from .losses import TaidState
+from .on_host import OnHost, learnt_places, queued
 from .states import StateLosses
 
 
@@ -99,29 +99,35 @@ class Objective:
         del self.student.forward, output_head(self.student).forward
 
     def _forward(
-        self, student: Any, input_ids: Tensor, position_ids: Tensor, labels: Tensor, signals: Signals
+        self,
+        student: Any,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        signals: Signals,
+        on_host: OnHost | None = None,
     ) -> tuple[Tensor, Tensor]:
-        states = self._states
+        states, host = self._states, on_host or OnHost(labels.cpu(), position_ids.cpu())
+        places_N = queued(learnt_places(host.labels_BS), labels.device)
         with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
             hidden_BSD = final_hidden(student, input_ids, position_ids)
-        loss, head_sums = output_head(student)(hidden_BSD, labels, signals)
-        sums = torch.zeros(len(self.terms) + 2, dtype=torch.float64, device=hidden_BSD.device)
-        sums[self._at_head] = head_sums[:-2]
-        sums[-2:] = head_sums[-2:]
+        loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, signals)
+        *at_head, matches, compared = head_sums.unbind()
+        # one by one: a list of indices would be copied to the device, which waits for it
+        sums = dict(zip(self._at_head, at_head, strict=True))
         if states is not None:
-            state_loss, state_sums = states(seen, signals.captured, labels, position_ids)
+            state_loss, state_sums = states(
+                seen, signals.captured, host.labels_BS, host.position_ids_BS, device=labels.device
+            )
             loss = loss + state_loss
-            sums[self._at_layers] = state_sums
-        return loss, sums
+            sums |= zip(self._at_layers, state_sums.unbind(), strict=True)
+        return loss, torch.stack([*(sums[index] for index in range(len(self.terms))), matches, compared])
 
     def _head_forward(
-        self, head: nn.Linear, hidden_BSD: Tensor, labels_BS: Tensor, signals: Signals
+        self, head: nn.Linear, hidden_BSD: Tensor, labels_BS: Tensor, places_N: Tensor, signals: Signals
     ) -> tuple[Tensor, Tensor]:
-        # position t predicts token t + 1; a row's first token is no one's target
-        supervised = labels_BS[:, 1:] != IGNORED
-
         def kept(plane: Tensor) -> Tensor:
-            return plane[:, :-1][supervised]
+            return plane.flatten(0, 1)[places_N]
 
         targets: Dense | TopK | None = None
         if signals.hidden_BSD is not None:
@@ -129,14 +135,14 @@ class Objective:
             targets = Dense(kept(signals.hidden_BSD), self._teacher_to_logits)
         elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
             targets = TopK(kept(signals.ids_BSK), kept(signals.log_probs_BSK), self._recorded_temperature)
-        if not supervised.any():  # of a micro-batch; the step as a whole has some
+        if not len(places_N):  # of a micro-batch; the step as a whole has some
             # zero, but through every parameter: ranks that share gradients must all have the same ones to share
             nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()
             return nothing, hidden_BSD.new_zeros(len(self._at_head) + 2, dtype=torch.float64)
         through = logits_from_hidden(self.student)
         loss, term_sums, agreement = chunked_head_loss(
             kept(hidden_BSD),
-            labels_BS[:, 1:][supervised],
+            labels_BS.flatten()[places_N + 1],  # position t predicts token t + 1
             targets,
             student_head=lambda hidden, *weights: through(hidden, lambda h: functional.linear(h, *weights)),
             student_parameters=(head.weight,) if head.bias is None else (head.weight, head.bias),
@@ -188,8 +194,8 @@ class SharedPrefix:
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, *, first_change: int) -> None:
         self._state_BSD: Tensor | None = None
-        self._is_tuple: bool | None = None
-        """Whether layers of this family return their state alone or as the first of several values."""
+        self._like: Any = None
+        """What layers of this family return: their state alone, or the first of several values."""
         self._layers = list(decoder_layers(student)[:first_change])
         self._teacher_layer = None if teacher is None else decoder_layers(teacher)[first_change - 1]
 
@@ -199,8 +205,8 @@ class SharedPrefix:
         assert self._teacher_layer is not None
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            self._is_tuple = isinstance(output, tuple)
-            self._state_BSD = output[0] if self._is_tuple else output
+            # layers above may read the other values too, the tokens that GLM's indexer has chosen for one
+            self._state_BSD, self._like = state_of(output), output
 
         handle = self._teacher_layer.register_forward_hook(keep)
         try:
@@ -221,10 +227,12 @@ class SharedPrefix:
         own_forward = first.forward
 
         def shaped(state: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._is_tuple is None:  # no teacher has shown it: one layer runs, once
+            if self._like is None:  # no teacher has shown it: one layer runs, once
                 with torch.no_grad():
-                    self._is_tuple = isinstance(own_forward(*args, **kwargs), tuple)
-            return (state,) if self._is_tuple else state
+                    shown = own_forward(*args, **kwargs)
+                # its other values are not those at the cut
+                self._like = type(shown)([None] * len(shown)) if isinstance(shown, tuple | list) else state[:0]
+            return with_state(self._like, state)
 
         def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             return shaped(hidden, hidden, *args, **kwargs)
@@ -239,5 +247,7 @@ class SharedPrefix:
             yield
         finally:
             self._state_BSD = None
+            if self._teacher_layer is not None:
+                self._like = None
             for layer in self._layers:
                 del layer.forward

@@ -29,6 +29,7 @@ from shoal.terms import term_names
 
 from .checkpoint import commit, layout, remove_older, separate_groups
 from .guard import LossGuard, refuse_step
+from .on_host import documents_known, on_host
 from .on_policy import Sampler as OnPolicySampler
 from .recompute import recompute_selectively
 from .sampling import own_forwards
@@ -84,16 +85,18 @@ class DistillTrainer(Trainer):
         self._on_policy = on_policy
         self._peak_tokens_per_s = peak_tokens_per_s
         self._batches: list[dict[str, Tensor]] = []
+        self._stop = stop
+        self._num_items: Tensor | int = 0
         self._step_sums = self._zero_sums()
-        self._window_sums = self._zero_sums()
+        self._window_sums = [0.0] * (len(objective.terms) + 2)
         self._steps_logged = 0
-        self._gradient_norm: Any = None
+        self._gradient_norm: Tensor | float | None = None
         self._rate = _Rate()
-        self.add_callback(_StepEnds(self, stop))
+        self.add_callback(_StepEnds(self))
 
     def _zero_sums(self) -> Tensor:
-        """Every term's mean over the step's supervised tokens, and the counts of top-1 agreement."""
-        return torch.zeros(len(self._objective.terms) + 2, dtype=torch.float64, device=self.args.device)
+        """Every term's mean over the step's supervised tokens, the counts of top-1 agreement, and whether to stop."""
+        return torch.zeros(len(self._objective.terms) + 3, dtype=torch.float64, device=self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -108,9 +111,7 @@ class DistillTrainer(Trainer):
             with self.plain_student() as student:
                 batches = self._on_policy.batches(student, batches, step=step)
             num_items = self._get_num_items_in_batch(batches, device)
-        if batches and not num_items:
-            raise UserError(f"step {step + 1}: its batch holds no supervised token; raise distill.batch_size")
-        self._batches = batches
+        self._batches, self._num_items = batches, 0 if num_items is None else num_items
         return batches, num_items
 
     def compute_loss(
@@ -126,49 +127,69 @@ class DistillTrainer(Trainer):
         of the whole step; averaging each micro-batch over its own tokens would make the loss depend on the split.
         """
         assert num_items_in_batch is not None
-        signals = self._teacher.signals(inputs)
+        host = on_host(inputs)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(documents_known(host, self.args.device))
+            signals = self._teacher.signals(inputs)
             if self._teacher_head is not None:
                 stack.enter_context(gathered(self._teacher_head))
             if self._prefix is not None:
                 stack.enter_context(
                     self._prefix.replaying(next(p for p in model.parameters() if p.requires_grad).dtype)
                 )
-            loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals)
+            loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals, on_host=host)
         num_terms = len(self._objective.terms)
         self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
-        self._step_sums[num_terms:] += sums[num_terms:]
+        self._step_sums[num_terms:-1] += sums[num_terms:]
         loss = loss_sum * (world_size() / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._gradient_norm = super()._get_grad_norm(model, grad_norm)
-        return self._gradient_norm
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """DeepSpeed has clipped; it is asked for the norm below."""
 
-    def end_step(self) -> None:
-        """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved."""
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Kept for ``end_step``: to log it the Trainer would wait for the device here."""
+        engine: Any = model
+        self._gradient_norm = engine.get_global_grad_norm()
+
+    def end_step(self) -> bool:
+        """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved; whether
+        any rank was asked to stop.
+
+        Here the host waits for the device, once per optimizer step: a later look would let a step that is no number
+        into a checkpoint, and what the device could have begun meanwhile is the beginning of the next step. Sums, norm
+        and the wish to stop come over together. DeepSpeed and, where it logs, the Trainer have waits of their own.
+        """
         sums, step = self._step_sums, self.state.global_step
+        sums[-1].fill_(self._stop.reason is not None)
         if dist.is_initialized():
             dist.all_reduce(sums)
+        gradient_norm = 0.0 if self._gradient_norm is None else self._gradient_norm
+        *counts, stopped, num_items, norm = _numbers(sums, self._num_items, gradient_norm)
+        self._step_sums = self._zero_sums()
+        if not num_items:
+            raise UserError(f"step {step}: its batch holds no supervised token; raise distill.batch_size")
         terms = self._objective.terms
-        means = sums[: len(terms)].tolist()
+        means = counts[: len(terms)]
         loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
         values = {"loss": loss, **dict(zip(term_names(terms), means, strict=True))}
         if self._gradient_norm is not None:
+            self._gradient_norm = norm
             # DeepSpeed calls one that is no number -1 or infinite, depending on the stage, and goes on
-            norm = float(self._gradient_norm)
             values["the norm of the gradient"] = norm if 0 <= norm < math.inf else math.nan
         if problem := self._guard.problem(values):
             raise refuse_step(problem, step, self._batches, Path(str(self.args.output_dir)).parent / "refused")
         self._objective.end_step(means, step=step, num_steps=self.state.max_steps)
-        self._window_sums += sums
-        self._step_sums = self._zero_sums()
+        self._window_sums = [before + now for before, now in zip(self._window_sums, counts, strict=True)]
+        if stopped:
+            self._stop.ask("another rank was asked to stop")
+        return stopped > 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every loss term, averaged over steps and summed over ranks, to what is logged."""
         steps = self.state.global_step - self._steps_logged
         if "loss" in logs and steps > 0:
-            *sums, matches, compared = self._window_sums.tolist()
+            *sums, matches, compared = self._window_sums
             names = term_names(self._objective.terms)
             logs |= {name: value / steps for name, value in zip(names, sums, strict=True)}
             if compared:
@@ -177,7 +198,9 @@ class DistillTrainer(Trainer):
             logs |= self._rate.read(steps * self.tokens_per_step)
             if self._peak_tokens_per_s is not None:
                 logs[PEAK_SHARE] = logs["tokens_per_s"] / self._peak_tokens_per_s
-            self._window_sums = self._zero_sums()
+            if self._gradient_norm is not None:
+                logs["grad_norm"] = float(self._gradient_norm)  # a number since the step's end
+            self._window_sums = [0.0] * len(self._window_sums)
             self._steps_logged = self.state.global_step
         super().log(logs, start_time)
 
@@ -322,19 +345,26 @@ class _Rate:
 class _StepEnds(TrainerCallback):
     """After every step: its curves, and whether any rank was asked to stop: finish it on all ranks, save, return."""
 
-    def __init__(self, trainer: DistillTrainer, stop: StopRequest) -> None:
+    def __init__(self, trainer: DistillTrainer) -> None:
         self._trainer = trainer
-        self._stop = stop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         keep_gradient_norm(self._trainer.model_wrapped)
         reduce_in_parts(self._trainer.model_wrapped)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.end_step()
-        if self._stop.agreed() and state.global_step < state.max_steps:
+        if self._trainer.end_step() and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True
+
+
+def _numbers(values: Tensor, *more: Tensor | float) -> list[float]:
+    """All of them as numbers, for which the host waits once."""
+    there = (
+        one.to(values.device, values.dtype, non_blocking=True) if isinstance(one, Tensor) else values.new_full((), one)
+        for one in more
+    )
+    return torch.cat([values, *(one.reshape(1) for one in there)]).tolist()
 
 
 @contextlib.contextmanager
