@@ -1,6 +1,7 @@
 """Which parameters are trained, and which stay as they are."""
 
 import contextlib
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -194,6 +195,21 @@ def test_a_recorded_state_is_gone_on_from_whatever_layers_return(family) -> None
     with torch.no_grad():
         assert torch.equal(final_hidden(model, ids, positions), expected)
     assert calls == [0, *range(count)]
+
+
+@pytest.mark.parametrize("family", ["bamba", "glm_moe_dsa", "openai-gpt"])
+def test_what_layers_return_beside_their_state_goes_on_to_the_layers_above_the_shared_ones(family) -> None:
+    from architectures import tiny_model as tiny_architecture
+
+    teacher = tiny_architecture(family)
+    student, count = copy.deepcopy(teacher), len(decoder_layers(teacher)) - 2
+    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
+    prefix = SharedPrefix(student, teacher, first_change=count)
+    for _ in range(2):
+        with torch.no_grad(), prefix.recording():
+            expected = final_hidden(teacher, ids, positions)
+        with torch.no_grad(), prefix.replaying(torch.float32):
+            assert torch.equal(final_hidden(student, ids, positions), expected)
 
 
 def test_a_prefix_is_only_recorded_where_layers_stay_the_teachers() -> None:
