@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from shoal.anatomy import anatomy
-from shoal.checkpoint import Shard, StoredTensor, read_shards
-from shoal.cost import model_without_data
+from shoal.checkpoint import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
+from shoal.cost import DTYPES, model_without_data
 from shoal.errors import UserError
 from shoal.models import load_config, text_config
 
@@ -26,7 +26,6 @@ from .stored_names import NotByCopy, find_layers
 
 CHUNK = 2**22
 """Numbers of each checkpoint in memory at one time: 32 MiB in float64."""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COUNTING = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
 """Masks and positions that old checkpoints hold; they are no weights, but must be equal."""
 BAR_WIDTH = 30
@@ -120,7 +119,7 @@ def delta_norms(base_folder: Path, donor_folder: Path) -> DeltaNorms:
         shapes = {name: tensor.shape for name, (_, tensor) in stored[0].items()}
         prefix = find_layers(shapes, skeleton, configs[0])
     except NotByCopy as error:
-        raise UserError(f"{base_folder}: {error}") from error
+        raise UserError(f"{base_folder}: {error}; give a plain checkpoint of transformers") from error
     base, donor = stored
     total = sum(tensor.end - tensor.start for _, tensor in (*base.values(), *donor.values()))
     deltas = []
@@ -204,9 +203,13 @@ def _squares(
             own += float(exact.square().sum())
             difference += float((donor_piece.double() - exact).square().sum())
         elif not torch.equal(base_piece, donor_piece):
-            raise UserError(f"{donor[0]}: {name} is {dtypes[1]}, no weight, and differs from {base[0]}'s")
+            raise UserError(
+                f"{donor[0]}: {name} is {dtypes[1]}, no weight, and differs from {base[0]}'s; give models of one kind"
+            )
     if not math.isfinite(difference):
-        raise UserError(f"{name}: holds numbers that are not finite, in {base[0]} or {donor[0]}")
+        raise UserError(
+            f"{name}: holds numbers that are not finite, in {base[0]} or {donor[0]}; {DOWNLOAD_AGAIN} that holds them"
+        )
     return (difference, own) if dtypes[0] in DTYPES else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from shoal.checkpoint import Shard, read_shards
 from shoal.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
 from shoal.edits import Merge, Replace, in_words
 from shoal.errors import UserError
+from shoal.machine import free_disk
 from shoal.models import load_config, text_config
 from shoal.recipe import Target
 
@@ -185,8 +185,7 @@ def _expectation(sides: tuple[_Side, _Side], length: int) -> list[str]:
 
 
 def _space(out: Path, needed: int) -> str:
-    parent = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = free_disk(out)
     line = f"disk: {bytes_text(needed)} needed for {out}, {bytes_text(free)} free there"
     return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"
 

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -33,7 +32,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig
 
 from shoal.artifact import Artifact
-from shoal.checkpoint import checkpoint_bytes, read_shards, weight_files
+from shoal.checkpoint import checkpoint_bytes, json_or_empty, read_shards, weight_files
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import load_config, text_config
 
@@ -174,8 +173,7 @@ def export_gguf(folder: Path, path: Path) -> GgufProof:
 def _refuse_tokenizer_code(folder: Path) -> None:
     """The converter would run code that comes with a tokenizer, without asking."""
     for file in ("tokenizer_config.json", "config.json"):
-        settings = json.loads((folder / file).read_text(encoding="utf-8")) if (folder / file).is_file() else {}
-        if "auto_map" in settings:
+        if "auto_map" in json_or_empty(folder / file):
             raise UserError(
                 f"{folder / file}: names code that comes with the checkpoint (auto_map), and llama.cpp's converter "
                 "would run it; remove that entry, or set export.gguf to false"

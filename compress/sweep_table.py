@@ -94,17 +94,17 @@ def measured(
     if len(units) != len(removed):
         raise ValueError(f"{len(units)} units but scores of {len(removed)} variants")
     by_key: list[Mapping[tuple[str, str, str], TaskScore]] = [
-        {_key(score): score for score in scores} for scores in removed
+        {score.key: score for score in scores} for scores in removed
     ]
     found = []
     for task in intact:
         require_items(task.task, len(task.items), len(units))
-        missing = [unit.name for unit, scores in zip(units, by_key, strict=True) if _key(task) not in scores]
+        missing = [unit.name for unit, scores in zip(units, by_key, strict=True) if task.key not in scores]
         if missing:
             raise UserError(
                 f"task {task.task!r}: has no {task.protocol} score without {missing[0]}; sweep it with the other tasks"
             )
-        variants = [scores[_key(task)] for scores in by_key]
+        variants = [scores[task.key] for scores in by_key]
         for variant in variants:
             require_same_measurement(task, variant)
         found.append((_measured(task, variants, operator == "layer"), variants))
@@ -250,10 +250,6 @@ def _text_shares(score: TaskScore) -> dict[str, float]:
 def _estimates(value_U: Array, low_U: Array, high_U: Array) -> list[Estimate]:
     rows = zip(value_U.tolist(), low_U.tolist(), high_U.tolist(), strict=True)
     return [Estimate(value, low, high) for value, low, high in rows]
-
-
-def _key(task: TaskScore) -> tuple[str, str, str]:
-    return task.task, task.protocol, task.metric
 
 
 def restricted(column: Measured, ids: Sequence[str]) -> Measured:

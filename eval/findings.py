@@ -155,11 +155,11 @@ def compare(run: Run) -> Comparison:
     """Every task with its paired differences; a role measured with other settings is refused, never shown beside."""
     refused: list[str] = []
     rows = []
-    keys = dict.fromkeys(_key(task) for evaluation in run.evaluations.values() for task in evaluation.tasks)
+    keys = dict.fromkeys(task.key for evaluation in run.evaluations.values() for task in evaluation.tasks)
     for key in keys:
         scores: dict[str, TaskScore] = {}
         for role, evaluation in run.evaluations.items():
-            task = next((task for task in evaluation.tasks if _key(task) == key), None)
+            task = next((task for task in evaluation.tasks if task.key == key), None)
             if task is None:
                 continue
             try:
@@ -177,7 +177,7 @@ def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
     """The run without the scores that were refused a place beside the others, for figures and curves."""
     scores = {row.key: row.scores for row in comparison.rows}
     evaluations = {
-        role: replace(found, tasks=tuple(task for task in found.tasks if role in scores.get(_key(task), {})))
+        role: replace(found, tasks=tuple(task for task in found.tasks if role in scores.get(task.key, {})))
         for role, found in run.evaluations.items()
     }
     return replace(run, evaluations={role: found for role, found in evaluations.items() if found.tasks})
@@ -323,10 +323,6 @@ def _adjusted(tasks: Sequence[dict[tuple[str, str], PairedDifference]]) -> list[
         for index, value in zip(holders, values, strict=True):
             adjusted[index][pair] = value
     return adjusted
-
-
-def _key(task: TaskScore) -> Key:
-    return task.task, task.protocol, task.metric
 
 
 def _read(kind: type[A], path: Path) -> A | None:

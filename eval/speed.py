@@ -9,7 +9,6 @@ import copy
 import logging
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 from shoal.artifact import BatchSpeed, Provenance, Speed, SpeedScore
 from shoal.cost import Cost, decode_bytes, model_cost, model_without_data, prefill_flops
 from shoal.errors import UserError
-from shoal.machine import device_memory
+from shoal.machine import device_memory, now
 from shoal.models import checkpoint_bytes, load_model, num_parameters, text_config
 from shoal.runtime import device
 
@@ -184,20 +183,13 @@ def _one_turn(decoder: Decoder, batch_size: int, prompt_tokens: int, new_tokens:
     vocab_size = text_config(decoder.model.config).vocab_size
     prompt_BS = torch.randint(0, vocab_size, (batch_size, prompt_tokens), device=decoder.device)
     cache = decoder.new_cache()
-    started = _now(decoder.device)
+    started = now(decoder.device)
     token_B = decoder.logits(decoder.hidden(prompt_BS, cache=cache)[:, -1]).argmax(dim=-1)
-    read = _now(decoder.device)
+    read = now(decoder.device)
     for _ in range(new_tokens):
         token_B = decoder.logits(decoder.hidden(token_B.unsqueeze(1), cache=cache)[:, -1]).argmax(dim=-1)
-    written = _now(decoder.device)
+    written = now(decoder.device)
     return read - started, written - read
-
-
-def _now(where: torch.device) -> float:
-    """Seconds, once all work given to an accelerator is done."""
-    if where.type != "cpu":
-        torch.accelerator.synchronize(where)
-    return time.perf_counter()
 
 
 def peak_growth(where: torch.device, work: Callable[[], object]) -> int:

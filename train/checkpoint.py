@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shoal.artifact import differences, write_text, written_folder
+from shoal.artifact import differences, file_hash, write_text, written_folder
 from shoal.errors import UserError
 from shoal.runtime import is_main, rank, world_size
 
@@ -180,8 +179,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _stamp(file: Path) -> dict[str, Any]:
-    with file.open("rb") as handle:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
 
 
 def _step(checkpoint: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from shoal.anatomy import text_config
 from shoal.artifact import PruningPlan
+from shoal.machine import now
 from shoal.recording import Record
 from shoal.terms import STATE_TERMS, reads_distributions
 from shoal.training import Distill
@@ -113,19 +113,19 @@ def probe(
     step = _step(student, live, plan, settings, setting, shared=shared)
     batch = _batch(text_config(student_config).vocab_size, setting, device)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6)
-    fastest, loss, begun = math.inf, math.nan, _now(device)
+    fastest, loss, begun = math.inf, math.nan, now(device)
     for number in range(PROBE_BATCHES):
-        started = _now(device)
+        started = now(device)
         if number and started - begun > PROBE_S:
             break
         total = step(batch)
         loss = total.item() / batch["input_ids"].numel()
         (total / batch["input_ids"].numel()).backward()
-        fastest = min(fastest, _now(device) - started)
+        fastest = min(fastest, now(device) - started)
     optimizer.step()  # makes its moments
-    started = _now(device)
+    started = now(device)
     optimizer.step()
-    return Pace(batch["input_ids"].numel() / fastest, _now(device) - started, loss)
+    return Pace(batch["input_ids"].numel() / fastest, now(device) - started, loss)
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,3 @@ def _batch(vocabulary: int, setting: Setting, device: torch.device) -> dict[str,
     ids = torch.randint(0, vocabulary, shape, device=device)
     positions = torch.arange(setting.sequence_length, device=device) % max(2, setting.sequence_length // 2)
     return {"input_ids": ids, "position_ids": positions.repeat(setting.rows, 1), "labels": ids}
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

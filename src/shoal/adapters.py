@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifact import fingerprint
+from shoal.artifact import file_hash, fingerprint
 from shoal.cache import cache_dir, made_once
 from shoal.checkpoint import (
     DOWNLOAD_AGAIN,
@@ -86,7 +85,7 @@ def merged_adapter(folder: Path) -> Path:
     _refuse_unmergeable(folder, config)
     base = _base(folder, config)
     content = {
-        "adapter": [_hash(folder / name) for name in (ADAPTER_CONFIG, WEIGHTS)],
+        "adapter": [file_hash(folder / name) for name in (ADAPTER_CONFIG, WEIGHTS)],
         "tokenizer": tokenizer_fingerprint(folder),
         "base": model_fingerprint(base),
     }
@@ -182,11 +181,6 @@ def _base(folder: Path, config: dict[str, Any]) -> Path:
 
 def _tokenizer_source(folder: Path, base: Path) -> Path:
     return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else base
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _merge(folder: Path, base: Path, out: Path) -> None:

@@ -197,6 +197,11 @@ class TaskScore:
     prompts: str = ""
     """Fingerprint of everything that was asked, few-shot examples included, and of the rules of matching."""
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells this score from the others of one evaluation."""
+        return self.task, self.protocol, self.metric
+
 
 @dataclass(frozen=True)
 class Evaluation(Artifact):
@@ -293,6 +298,12 @@ def fingerprint(value: Json) -> str:
     """A short content hash of any JSON-ready value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, however large it is."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def differences(expected: dict[str, Json], found: dict[str, Json]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from shoal.artifact import Importance
 from shoal.errors import UserError
-from shoal.figures import DROPPED, FAINT, INK, SERIES_COLOURS, WIDTH_INCHES, clean, figure_style, panels
+from shoal.figures import DROPPED, FAINT, INK, SERIES_COLOURS, WIDTH_INCHES, clean, figure_style, panels, refuse_foreign
 from shoal.sweeps import Agreement, Atlas, Estimate, ProtocolGap, Sweep, SweepColumn
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
         raise UserError(
             "importance.json: holds no swept task to draw; name some in measure.sweep.tasks and measure again"
         )
-    _refuse_foreign(drop, importance.num_layers)
+    refuse_foreign(drop, importance.num_layers)
     metrics = {name: tuple(scores) for name, scores in importance.layers.items()}
     metrics |= {name: runs[0] for name, runs in importance.runs.items()}
     cells = len(metrics) + len(atlas.columns) + bool(metrics)
@@ -334,9 +334,3 @@ def _name(text: str, limit: int = 30) -> str:
     """A name from data as one that fits: lines apart, without control characters, cut where it is long."""
     lines = [clean(line).replace("_", " ").strip() for line in text.split("\n")]
     return "\n".join(line if len(line) <= limit else line[: limit - 1] + "…" for line in lines)
-
-
-def _refuse_foreign(drop: Sequence[int], num_layers: int) -> None:
-    outside = [layer for layer in drop if not 0 <= layer < num_layers]
-    if outside:
-        raise UserError(f"importance.json: has {num_layers} layers, so layer {outside[0]} cannot be dropped")

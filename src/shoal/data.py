@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.artifact import fingerprint
+from shoal.artifact import file_hash, fingerprint
 from shoal.chat import Chat, chat_of, check_template, tokenised
 from shoal.errors import UserError
 from shoal.packing import (
@@ -469,11 +469,6 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
         if source.path in BUNDLED:
             content = texts_fingerprint(_bundled(source.path))
         elif source.path != TEACHER_TEXT:
-            content = [[file.name, _file_hash(file)] for file in _local_files(source) or ()]
+            content = [[file.name, file_hash(file)] for file in _local_files(source) or ()]
         parts.append([*astuple(source), content])
     return fingerprint(parts)
-
-
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shoal.artifact import file_hash
 from shoal.cache import cache_dir, made_once
 from shoal.errors import UserError
 
@@ -52,8 +52,7 @@ def _verified_source(name: str) -> Path:
     source = Path(spec.origin).parent / file_name
     if not source.is_file():
         raise UserError(f"model 'demo:{name}': {source} is missing; run: {DEMO_REMEDY} --force-reinstall")
-    with source.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    digest = file_hash(source)
     if not digest.startswith(digest_start):
         raise UserError(
             f"{source}: SHA-256 is {digest[:8]}..., expected {digest_start}...; run: {DEMO_REMEDY} --force-reinstall"

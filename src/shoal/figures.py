@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifact import Evaluation, Importance, TaskScore, Training, written_file
+from shoal.artifact import Evaluation, Importance, Training, written_file
 from shoal.errors import UserError
 from shoal.terms import KINDS
 
@@ -72,6 +72,12 @@ def clean(text: str) -> str:
     return _CONTROL.sub("\ufffd", text)
 
 
+def short(text: str, limit: int = 52) -> str:
+    """``text`` in one line of at most ``limit`` characters."""
+    text = " ".join(clean(text).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 def importance_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
     """One panel of bars per layer metric and one heat map (start by length) per run metric, the dropped layers marked.
 
@@ -80,9 +86,7 @@ def importance_figure(importance: Importance, drop: Sequence[int] = ()) -> Figur
     """
     if not importance.layers and not importance.runs:
         raise UserError("importance.json: holds no metric to draw; run `shoal measure` again")
-    outside = [layer for layer in drop if not 0 <= layer < importance.num_layers]
-    if outside:
-        raise UserError(f"importance.json: has {importance.num_layers} layers, so layer {outside[0]} cannot be dropped")
+    refuse_foreign(drop, importance.num_layers)
     heights = [1.9] * len(importance.layers) + [3.6] * len(importance.runs)
     figure, axes = panels(heights)
     with figure_style():
@@ -91,6 +95,20 @@ def importance_figure(importance: Importance, drop: Sequence[int] = ()) -> Figur
         for ax, (metric, rows) in zip(axes[len(importance.layers) :], importance.runs.items(), strict=True):
             _draw_runs(figure, ax, metric, rows, drop)
     return figure
+
+
+def refuse_foreign(drop: Sequence[int], num_layers: int) -> None:
+    """Refuse dropped layers that are none of the ``num_layers`` that importance.json speaks of.
+
+    Raises:
+        UserError: there is one.
+    """
+    outside = [layer for layer in drop if not 0 <= layer < num_layers]
+    if outside:
+        raise UserError(
+            f"importance.json: has {num_layers} layers, so layer {outside[0]} cannot be dropped; run `shoal measure` "
+            "again for this model"
+        )
 
 
 def training_figure(training: Training) -> Figure:
@@ -131,12 +149,12 @@ def before_after_figure(evaluations: Sequence[Evaluation]) -> Figure:
     Raises:
         UserError: no role has a task.
     """
-    keys = list(dict.fromkeys(_key(task) for evaluation in evaluations for task in evaluation.tasks))
+    keys = list(dict.fromkeys(task.key for evaluation in evaluations for task in evaluation.tasks))
     if not keys:
         raise UserError("eval: no evaluated task to draw; name some in eval.tasks")
     by_ability: dict[tuple[str, str], list[tuple[str, str, str]]] = {}
     for key in keys[:MAX_TASKS]:
-        task = next(t for e in evaluations for t in e.tasks if _key(t) == key)
+        task = next(t for e in evaluations for t in e.tasks if t.key == key)
         by_ability.setdefault((task.ability, "" if task.higher_is_better else task.metric), []).append(key)
     ordered = sorted(by_ability.items(), key=lambda item: bool(item[0][1]))
     figure, axes = panels([0.75 + 0.62 * len(rows) for _, rows in ordered])
@@ -305,7 +323,7 @@ def _draw_curves(ax: Axes, series: dict[str, tuple[list[float], list[float]]], t
     for index, (name, (steps, values)) in enumerate(series.items()):
         style = ("-", "--", "-.", ":")[index % 4]
         ax.plot(
-            steps, values, style, color=SERIES_COLOURS[index % 5], marker="osv^D"[index % 5], ms=4, label=_short(name)
+            steps, values, style, color=SERIES_COLOURS[index % 5], marker="osv^D"[index % 5], ms=4, label=short(name)
         )
     ax.set_title(title)
     ax.grid(axis="y")
@@ -325,7 +343,7 @@ def _draw_ability(
     count, higher = len(evaluations), not lower_is_better_unit
     for row, key in enumerate(keys):
         for position, evaluation in enumerate(evaluations):
-            task = next((task for task in evaluation.tasks if _key(task) == key), None)
+            task = next((task for task in evaluation.tasks if task.key == key), None)
             if task is None:
                 continue
             colour, marker = ROLE_STYLE.get(evaluation.role, (INK, "D"))
@@ -335,7 +353,7 @@ def _draw_ability(
             if higher and position == 0:
                 line = ([task.chance] * 2, [row - 0.14, row + 0.42])
                 ax.plot(*line, color=INK, lw=1.2, ls=(0, (3, 2)), label="chance")
-        ax.text(0, row - 0.3, _short(_row_label(key)), transform=ax.get_yaxis_transform(), fontsize=10, va="center")
+        ax.text(0, row - 0.3, short(_row_label(key)), transform=ax.get_yaxis_transform(), fontsize=10, va="center")
     ax.set_ylim(len(keys) - 0.45, -0.55)
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
@@ -344,20 +362,16 @@ def _draw_ability(
         low, high = ax.get_xlim()
         if low > -0.5 and high < 1.5:  # shares; other scores keep the range of their data
             ax.set_xlim(-0.02, 1.02)
-        ax.set_title(_short(_words(ability)), weight="bold")
+        ax.set_title(short(_words(ability)), weight="bold")
     else:
         ax.set_title(
-            _short(f"{_words(ability)}: {lower_is_better_unit.replace('_', ' ')}, lower is better"), weight="bold"
+            short(f"{_words(ability)}: {lower_is_better_unit.replace('_', ' ')}, lower is better"), weight="bold"
         )
 
 
 def _row_label(key: tuple[str, str, str]) -> str:
     task, protocol, _ = key
     return task if protocol in task else f"{task} · {protocol}"
-
-
-def _key(task: TaskScore) -> tuple[str, str, str]:
-    return task.task, task.protocol, task.metric
 
 
 def _series(training: Training, name: str) -> tuple[list[float], list[float]]:
@@ -369,8 +383,3 @@ def _series(training: Training, name: str) -> tuple[list[float], list[float]]:
 def _words(name: str) -> str:
     text = clean(name).replace("_", " ").strip()
     return text[:1].upper() + text[1:]
-
-
-def _short(text: str, limit: int = 52) -> str:
-    text = " ".join(clean(text).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

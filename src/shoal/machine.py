@@ -75,13 +75,14 @@ def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     left = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(8):
-        started = _now(device)
+        started = now(device)
         torch.mm(left, left)
-        best = min(best, _now(device) - started)
+        best = min(best, now(device) - started)
     return 2 * size**3 / best
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds of a clock, once all work given to ``device`` is done."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.errors import UserError
-from shoal.figures import FAINT, INK, ROLE_STYLE, clean, figure_style, panels
+from shoal.figures import FAINT, INK, ROLE_STYLE, clean, figure_style, panels, short
 from shoal.search import Interval
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ FULL_WIDTH_INCHES = 7.4
 ROW_INCHES = 2.1
 MARK_WIDTH = 0.07
 """Of the range of costs: marks that are closer than this stand side by side."""
-LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def pareto_figure(rows: Sequence[Sequence[ParetoPanel]], names: Mapping[str, str
                 _draw(ax, panel)
                 ax.set_ylim(low, high)
             axes[0].set_ylabel("kept of the teacher")
-            axes[0].set_title(_short(row[0].title, 56), weight="bold", fontsize=10)
+            axes[0].set_title(short(row[0].title, 56), weight="bold", fontsize=10)
         for ax, panel in zip(grid[-1], rows[-1], strict=True):
             better = "less" if panel.less_is_better else "more"
             ax.set_xlabel(f"{COSTS[panel.cost]}{_unit(panel)[1]}\n({better} is better)")
@@ -97,7 +96,7 @@ def pareto_figure(rows: Sequence[Sequence[ParetoPanel]], names: Mapping[str, str
         ]
         handles.append(Line2D([], [], color=INK, lw=1.1, ls=(0, (4, 2)), label="frontier"))
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), columnspacing=1.3)
-        keys = [Line2D([], [], ls="", label=f"{letter} = {_short(name)}") for letter, name in names.items()]
+        keys = [Line2D([], [], ls="", label=f"{letter} = {short(name, 60)}") for letter, name in names.items()]
         figure.legend(handles=keys, loc="outside lower left", handlelength=0, handletextpad=0, labelspacing=0.3)
     return figure
 
@@ -179,8 +178,3 @@ def _range(points: Sequence[ParetoPoint]) -> tuple[float, float]:
     low = max(min(point.kept.ci_low for point in points), min([*values, 0.0]) - 0.2)
     high = min(max(point.kept.ci_high for point in points), max([*values, 1.0]) + 0.25)
     return min(low, 0.0) - 0.1, max(high, 1.0) + 0.08
-
-
-def _short(text: str, limit: int = LONGEST_NAME) -> str:
-    text = " ".join(clean(text).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 import socket
@@ -22,7 +21,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from shoal.artifact import Artifact, differences, fingerprint, require_same_run
+from shoal.artifact import Artifact, differences, file_hash, fingerprint, require_same_run
 from shoal.edits import Swap
 from shoal.errors import UserError
 from shoal.models import load_config, model_fingerprint, resolve_model, text_config
@@ -147,7 +146,9 @@ def check_length(run: Run, sequence_length: int, setting: str) -> None:
     config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
-        raise UserError(f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}")
+        raise UserError(
+            f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}; lower it"
+        )
 
 
 def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str) -> bool:
@@ -191,6 +192,4 @@ def local_data_fingerprint(data_dir: str) -> str:
     """Content hash of the data sets in a folder, wherever that folder is."""
     folder = Path(data_dir).expanduser()
     files = sorted(folder.glob("*/*.jsonl"))
-    return fingerprint(
-        [[str(file.relative_to(folder)), hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
-    )
+    return fingerprint([[str(file.relative_to(folder)), file_hash(file)] for file in files])
