@@ -78,7 +78,8 @@ def _positions(name: str, order: Sequence[Removal], num_layers: int, setting: st
     for position, removal in enumerate(order):
         if removal.unit.part != "layer":
             raise UserError(
-                f"{setting}: {name} is an order of {removal.unit.part} units, which has no scores of layers"
+                f"{setting}: {name} is an order of {removal.unit.part} units, which has no scores of layers; name "
+                "another column"
             )
         for layer in removal.unit.layers:
             scores[layer] = float(position)

@@ -108,7 +108,9 @@ def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
 
 def refuse(field: str, value: Any, _: Sequence[int]) -> Any:
     """Raise the UserError that says what a cut cannot express and why."""
-    raise UserError(f"config.{field}={value!r}: ties layers to each other in a way shoal cannot cut yet")
+    raise UserError(
+        f"config.{field}={value!r}: ties layers to each other in a way shoal cannot cut yet; choose another model"
+    )
 
 
 def drop_mtp(field: str, value: Any, _: Sequence[int]) -> int:
@@ -309,7 +311,8 @@ def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str
         rebuilt = type(text).from_dict(kept)
     except (ValueError, StrictDataclassError) as error:
         raise UserError(
-            f"config: {text.model_type} does not allow what these cuts would leave: {' '.join(str(error).split())}"
+            f"config: {text.model_type} does not allow what these cuts would leave: {' '.join(str(error).split())}; "
+            "drop other layers"
         ) from error
     # loading details that are no part of the saved file
     rebuilt._attn_implementation = text._attn_implementation

@@ -61,7 +61,10 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
     runs = [(start, length) for length in range(1, longest + 1) for start in range(num_layers - length)]
     possible = [run for run in runs if _is_of_one_kind(model, *run)]
     if not possible:
-        raise UserError(f"measure: {names[0]} merges neighbouring layers, and no two of this model are of one kind")
+        raise UserError(
+            f"measure: {names[0]} merges neighbouring layers, and no two of this model are of one kind; take it out of "
+            "measure.metrics"
+        )
     scores = torch.zeros(longest, num_layers, dtype=torch.float64)
     mine = possible[rank() :: world_size()]
     for start, length in tqdm(mine, desc="merges", unit="run", disable=None if rank() == 0 else True):

@@ -149,7 +149,7 @@ def check_run(model: PreTrainedModel, start: int, length: int) -> range:
     """
     last = len(decoder_layers(model)) - 1
     if length < 1 or start < 0 or start + length - 1 > last:
-        raise UserError(f"layers {start}..{start + length - 1}: this model's layers are 0..{last}")
+        raise UserError(f"layers {start}..{start + length - 1}: this model's layers are 0..{last}; name only these")
     return range(start, start + length)
 
 

@@ -319,7 +319,10 @@ def _refuse_what_is_not_plain(folder: Path, config: Any, shards: Sequence[Shard]
     for shard in shards:
         for name, tensor in shard.tensors.items():
             if tensor.dtype not in DTYPES:
-                raise UserError(f"{shard.file}: {name} is stored as {tensor.dtype}, which cannot be computed with here")
+                raise UserError(
+                    f"{shard.file}: {name} is stored as {tensor.dtype}, which cannot be computed with layer by layer; "
+                    "unset measure.memory_gb"
+                )
 
 
 def _dtype(asked: str, config: Any, shards: Sequence[Shard]) -> torch.dtype:

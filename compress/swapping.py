@@ -31,7 +31,8 @@ SCALE_SETTINGS = (
     *("final_logit_softcapping", "output_logit_soft_cap"),
 )
 """Of the configuration, beside what the modules themselves show."""
-_NOT_SWAPPABLE = "; weights trained with the one do not fit the other"
+ANOTHER_DONOR = "give a donor of the model's own shape"
+_NOT_SWAPPABLE = f"; weights trained with the one do not fit the other: {ANOTHER_DONOR}"
 
 
 @contextmanager
@@ -161,10 +162,14 @@ def _refuse_different_models(
     model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], parts: Sequence[Part]
 ) -> None:
     if type(model) is not type(donor):
-        raise UserError(f"swap: the donor is a {type(donor).__name__}, the model a {type(model).__name__}")
+        raise UserError(
+            f"swap: the donor is a {type(donor).__name__}, the model a {type(model).__name__}; {ANOTHER_DONOR}"
+        )
     ours, theirs = anatomy(model), anatomy(donor)
     if len(ours.layers) != len(theirs.layers):
-        raise UserError(f"swap: the donor has {len(theirs.layers)} layers, the model {len(ours.layers)}")
+        raise UserError(
+            f"swap: the donor has {len(theirs.layers)} layers, the model {len(ours.layers)}; {ANOTHER_DONOR}"
+        )
     settings = (*POSITION_SETTINGS, *(SCALE_SETTINGS if parts else ()))
     for name in settings:
         our, their = (getattr(text_config(one.config), name, None) for one in (model, donor))
@@ -214,7 +219,9 @@ def _refuse_different_tensors(names: Sequence[str], ours: Mapping[str, Tensor], 
         old, new = ours[name], theirs.get(name)
         if new is None or old.shape != new.shape:
             found = "missing" if new is None else f"of shape {tuple(new.shape)}"
-            raise UserError(f"swap: {name} is {found} in the donor, and of shape {tuple(old.shape)} in the model")
+            raise UserError(
+                f"swap: {name} is {found} in the donor, and of shape {tuple(old.shape)} in the model; {ANOTHER_DONOR}"
+            )
         if old.dtype != new.dtype:
             raise UserError(
                 f"swap: {name} is {new.dtype} in the donor, and {old.dtype} in the model; "
@@ -227,7 +234,10 @@ def _refuse_partial_ties(names: Sequence[str], ours: Mapping[str, Tensor], their
     for name in names:
         other = first.setdefault(id(ours[name]), name)
         if theirs[name] is not theirs[other]:
-            raise UserError(f"swap: {other} and {name} are one tensor in the model, but two in the donor")
+            raise UserError(
+                f"swap: {other} and {name} are one tensor in the model, but two in the donor; swap neither of them, or "
+                f"{ANOTHER_DONOR}"
+            )
     for name, tensor in ours.items():
         other = first.get(id(tensor))
         if other is not None and name not in names:

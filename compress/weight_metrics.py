@@ -131,7 +131,10 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
     """
     total = int(calibration.follows_NS.sum())
     if total == 0:
-        raise UserError("measure: there is no token to predict: every document of the data has one token only")
+        raise UserError(
+            "measure: there is no token to predict: every document of the data has one token only; name a source of "
+            "longer text in measure.data"
+        )
     decoder = Decoder(model)
     sums = {own: torch.zeros_like(own, dtype=torch.float32) for layer in matrices for own in layer.values()}
     checks = torch.zeros(len(matrices), device=model.device)

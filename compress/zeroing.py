@@ -123,7 +123,9 @@ def _zero_halves(model: PreTrainedModel, layers: Sequence[int], half: Half) -> l
         found = with_halves(model, layer)
         outputs = _output_parameters(model, layer, found, half)
         if not outputs:
-            raise UserError(f"{where(model, layer)}: shoal does not know which weights write its {half}'s output")
+            raise UserError(
+                f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
+            )
         names += outputs
     names = list(dict.fromkeys(names))
     _refuse_unzeroable(model, names)
@@ -174,7 +176,10 @@ def _refuse_unzeroable(model: PreTrainedModel, names: Sequence[str]) -> None:
     changed = {id(model.get_parameter(name)): name for name in names}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in changed and name not in names:
-            raise UserError(f"{changed[id(parameter)]}: is also {name}, so zeroing it would change other layers too")
+            raise UserError(
+                f"{changed[id(parameter)]}: is also {name}, so zeroing it would change other layers too; "
+                "drop whole layers"
+            )
     for name in names:
         if (dtype := model.get_parameter(name).dtype) not in PLAIN_DTYPES:
             raise UserError(f"{name}: is stored as {dtype}, which is quantised; give the full-precision model")

@@ -139,7 +139,8 @@ def check_distillable(
     longest = getattr(configs[0], "max_position_embeddings", None)
     if longest is not None and settings.sequence_length > longest:
         raise UserError(
-            f"distill.sequence_length: {settings.sequence_length} is more than the {longest} positions of {teacher}"
+            f"distill.sequence_length: {settings.sequence_length} is more than the {longest} positions of {teacher}; "
+            "lower it"
         )
     if settings.teacher.recorded is not None:
         refuse_unrecorded(settings.losses, record, vocab_size=sizes[0])

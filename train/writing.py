@@ -329,7 +329,10 @@ def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> lis
         bare = [_without_end(ids, tokenizer) for ids in tokenizer(starts)["input_ids"]]
         openings += [ids[:length] for ids in bare if len(ids) >= length]
     if not openings:
-        raise UserError(f"distill.data: no document of the other sources has {length} tokens to open with")
+        raise UserError(
+            f"distill.data: no document of the other sources has {length} tokens to open with; lower "
+            "distill.writing.prompt_tokens, or name a source of longer text"
+        )
     return openings
 
 

@@ -179,7 +179,10 @@ def _enclosing_experts(name: str, modules: dict[str, nn.Module]) -> tuple[int, i
     for module in (block, *block.children()):
         if isinstance(top_k := getattr(module, "top_k", None), int):
             return top_k, getattr(experts, "num_experts", None)
-    raise UserError(f"{name}: shoal does not know how many of these experts a token is sent to")
+    raise UserError(
+        f"{name}: shoal does not know how many of these experts a token is sent to, so it cannot tell what this model "
+        "costs; leave --dry-run out, or set eval.speed: false"
+    )
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:

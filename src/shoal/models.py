@@ -117,7 +117,8 @@ def load_model(
                 f"attention: {attention} is not possible here ({_first_line(error)}); set another"
             ) from error
         raise UserError(
-            f"{folder}: transformers cannot load it as a causal language model: {_first_line(error)}"
+            f"{folder}: transformers cannot load it as a causal language model: {_first_line(error)}; "
+            "give another model"
         ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -172,9 +173,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
         if "model type" in str(error):
             raise UserError(
-                f"{folder}: this transformers does not know the architecture: {_first_line(error)}"
+                f"{folder}: this transformers does not know the architecture: {_first_line(error)}; "
+                "upgrade it, or give another model"
             ) from error
-        raise UserError(f"{folder}: config.json cannot be used: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: config.json cannot be used: {reason}; mend it, or {DOWNLOAD_AGAIN}") from error
 
 
 def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:
@@ -231,7 +234,8 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     except (ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{config.model_type}: transformers cannot build it as a causal language model: {reason}"
+            f"{config.model_type}: transformers cannot build it as a causal language model: {reason}; install what is "
+            "missing, or give another model"
         ) from error
 
 
@@ -239,7 +243,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model {name!r}: no such folder")
+        raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.py", "LICENSE*", "README.md"]
     try:
         return Path(
@@ -248,7 +252,7 @@ def _download(name: str, revision: str | None) -> Path:
             )
         )
     except errors.HFValidationError as error:
-        raise UserError(f"model {name!r}: neither a folder nor a Hub id nor demo:<name>") from error
+        raise UserError(f"model {name!r}: neither a folder nor a Hub id nor demo:<name>; give one of these") from error
     except errors.GatedRepoError as error:
         raise UserError(f"model {name!r}: is gated; accept its terms on the Hub and run `hf auth login`") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
