@@ -212,6 +212,23 @@ def test_what_layers_return_beside_their_state_goes_on_to_the_layers_above_the_s
             assert torch.equal(final_hidden(student, ids, positions), expected)
 
 
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_whose_keys_others_read_run_in_the_student_too(family) -> None:
+    from architectures import tiny_model as tiny_architecture
+
+    teacher = tiny_architecture(family)  # layers 4 and 5 read the keys and values of 2 and 3
+    student, cut = copy.deepcopy(teacher), plan(5, num_layers=7)
+    trained = train_only(student, "from_first_cut", cut)
+    count = shares_prefix(trained, cut)
+    assert (trained.layers, count) == ((5,), 2)
+    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
+    prefix = SharedPrefix(student, teacher, first_change=count)
+    with torch.no_grad(), prefix.recording():
+        expected = final_hidden(teacher, ids, positions)
+    with torch.no_grad(), prefix.replaying(torch.float32):
+        assert torch.equal(final_hidden(student, ids, positions), expected)
+
+
 def test_a_prefix_is_only_recorded_where_layers_stay_the_teachers() -> None:
     cut, low = plan(3, num_layers=7), plan(1, num_layers=7)
     recorded = Distill(trainable="from_first_cut", teacher=Teacher(recorded="signals", prefix=True))

@@ -23,7 +23,7 @@ from .pace import make_trainable
 from .recompute import SELECTIVE
 from .sizes import ModelSize, loaded_dtype, student_size, teacher_size
 from .states import SCORES, layer_pairs
-from .trainable import shares_prefix, trained_parts
+from .trainable import keys_from, shares_prefix, trained_parts
 from .writing import wants_teacher_text
 
 CHECKPOINTING_KEYS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
@@ -82,9 +82,9 @@ def job(
         UserError: what ``settings`` ask of ``plan`` and it does not have.
         RuntimeError: of torch, for a family that cannot be run without data.
     """
-    parts = trained_parts(
-        settings.trainable, plan, tied=bool(getattr(text_config(student_config), "tie_word_embeddings", False))
-    )
+    text = text_config(student_config)
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    parts = trained_parts(settings.trainable, plan, tied=tied, keys_from=keys_from(text))
     if settings.teacher.prefix:
         shared = recorded_layers(parts, plan, settings)
     else:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.anatomy import anatomy
+from shoal.anatomy import anatomy, text_config
 from shoal.artifact import PruningPlan
 from shoal.edits import ZEROED_WEIGHTS, Merge, Replace, Swap, edited_layers
 from shoal.errors import UserError
@@ -28,9 +29,21 @@ class Trained:
     head: bool = False
     rest: bool = False
     """Whatever else a model has: position embeddings, norms of embeddings, projections around the layers."""
+    keys_from: int | None = None
+    """See `keys_from`."""
 
 
-def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False) -> Trained:
+def keys_from(config: Any) -> int | None:
+    """The lowest layer whose keys and values are read by layers above that have none of their own (Gemma 3n and 4);
+    None where every layer has its own."""
+    kinds, shared = getattr(config, "layer_types", None), getattr(config, "num_kv_shared_layers", None)
+    if not kinds or not shared:
+        return None
+    own, users = kinds[:-shared], set(kinds[-shared:])
+    return min((max(layer for layer, kind in enumerate(own) if kind == read) for read in users & {*own}), default=None)
+
+
+def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys_from: int | None = None) -> Trained:
     """The parts that ``distill.trainable`` means for the student of ``plan``.
 
     A layer is next to a gap if a teacher's layer right below or above it is gone. An edited layer counts as one, since
@@ -40,6 +53,10 @@ def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False) -> T
     Raises:
         UserError: there is nothing of the kind to train.
     """
+    return replace(_named(trainable, plan, tied=tied), keys_from=keys_from)
+
+
+def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
     keep = plan.keep
     everything = tuple(range(len(keep)))
     match trainable:
@@ -87,11 +104,13 @@ def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
     """How many of the lowest layers can be run once for teacher and student: those that are equal and stay so.
 
     That is more than none where ``plan`` leaves the first layer as it is, and ``trained`` comes from from_first_cut,
-    near_gaps, replacement, or norm_and_head without tied embeddings.
+    near_gaps, replacement, or norm_and_head without tied embeddings. Layers whose keys and values others read have to
+    run beside those.
     """
     if trained.embeddings or trained.rest:
         return 0
-    return min([plan.first_change, *trained.layers[:1]])
+    read = [] if trained.keys_from is None else [trained.keys_from]
+    return min([plan.first_change, *trained.layers[:1], *read])
 
 
 def train_only(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> Trained:
@@ -103,7 +122,7 @@ def train_only(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> T
     parts = anatomy(student)
     embeddings, head = parts.embeddings, parts.head
     tied = embeddings is not None and head is not None and getattr(head, "weight", head) is embeddings.weight
-    trained = trained_parts(trainable, plan, tied=tied)
+    trained = trained_parts(trainable, plan, tied=tied, keys_from=keys_from(text_config(student.config)))
     student.requires_grad_(trained.rest)
     for layer, module in enumerate(parts.layers):
         module.requires_grad_(layer in trained.layers)

@@ -73,12 +73,14 @@ def record(run: Run) -> None:
 def _recorded_layers(run: Run) -> int:
     """How many of the lowest layers need not run in training, because the state above them is recorded."""
     from shoal.train.local import recorded_layers
-    from shoal.train.trainable import trained_parts
+    from shoal.train.trainable import keys_from, trained_parts
 
     plan, distill = read_plan(run), run.recipe.distill
     config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    return recorded_layers(trained_parts(distill.trainable, plan, tied=tied), plan, distill)
+    # below the first change, which is all that can be spared, the student's layers have the teacher's numbers
+    parts = trained_parts(distill.trainable, plan, tied=tied, keys_from=keys_from(config))
+    return recorded_layers(parts, plan, distill)
 
 
 def signals_folder(run: Run) -> Path:
