@@ -7,9 +7,11 @@ answer are read out of one; eval/protocols.py makes a task of it under every pro
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -111,6 +113,10 @@ class DataSet(Section):
     """How options are compared: by likelihood, or by likelihood per character."""
     lettered: bool = True
     """Written answers choose among lettered options; false = they answer the open question."""
+    chance: str | float | tuple[str | float, ...] | None = None
+    """Share of written answers that a guesser has right who takes one of the possible answers that the prompt names: a
+    number or a fraction such as 1/4, {} in it standing for the part, or a list of one for every part. None = 0, and for
+    lettered options one over their number."""
     match: Literal["starts", "contains", "exact", "number", "stated"] = "starts"
     """When written text counts as right, see shoal.abilities.matching."""
     shows_work: bool = False
@@ -133,6 +139,13 @@ class DataSet(Section):
             raise ValueError("beginnings and ending belong together; set both")
         if "rolling" in self.protocols and (self.page is None or len(self.protocols) > 1):
             raise ValueError("the protocol rolling needs page, and no other protocol beside it")
+        if self.chance is not None and "generation" not in self.protocols:
+            raise ValueError("chance is that of written answers; leave it out without the protocol generation")
+        parts = parts_of(self)
+        if isinstance(self.chance, tuple) and len(self.chance) != len(parts):
+            raise ValueError(f"chance names {len(self.chance)} numbers for {len(parts)} parts; give one for each")
+        for part in parts:
+            _ = part.chance
         if self.family is not None and not (self.parts and all(isinstance(v, int) for v in self.parts.values)):
             raise ValueError("family needs parts whose values are numbers")
 
@@ -160,6 +173,27 @@ class Part:
     def level(self) -> int | None:
         """What the dial stands at."""
         return self.value if isinstance(self.value, int) and self.data.family is not None else None
+
+    @property
+    def chance(self) -> float | None:
+        """What guessing reaches in writing, where the description says it.
+
+        Raises:
+            ValueError: it is no share.
+        """
+        given = self.data.chance
+        if isinstance(given, tuple):
+            given = given[self.data.parts.values.index(self.value) if self.data.parts and self.value is not None else 0]
+        if given is None:
+            return None
+        text = str(given).format(self.value)
+        try:
+            share = float(Fraction(text))
+        except (ValueError, ZeroDivisionError):
+            share = math.nan
+        if not 0 <= share < 1:
+            raise ValueError(f"chance is {text!r}; give a number from 0 to below 1, or a fraction such as 1/4")
+        return share
 
     @property
     def items(self) -> str:

@@ -92,6 +92,7 @@ def _continuation(part: Part) -> Config:
 def _generation(part: Part) -> Config:
     data = part.data
     chooses = data.lettered and (data.options is not None or data.bundled is not None)
+    chance = {} if chooses and part.chance is None else {"chance": part.chance or 0.0}  # else by options, see samples
     return {
         "output_type": "generate_until",
         "doc_to_text": lettered_prompt if chooses else "context",
@@ -100,7 +101,7 @@ def _generation(part: Part) -> Config:
         "generation_kwargs": {"until": list(data.stop), "max_gen_toks": data.max_new_tokens, "do_sample": False},
         "metric_list": [{"metric": "match", **MEAN}],
         "fewshot_config": {"doc_to_target": "worked"} if data.shows_work else {},
-        "metadata": {"metric": "match", "chance": 0.0},
+        "metadata": {"metric": "match", **chance},
     }
 
 

@@ -16,7 +16,7 @@ from shoal.abilities.matching import states_an_answer
 from shoal.artifact import ItemScore, TaskScore, fingerprint
 from shoal.errors import UserError
 
-from .protocols import match_stated
+from .protocols import letter_match, match_stated
 from .rates import UNREADABLE, text_rates, with_rates
 from .statistics import interval
 
@@ -272,7 +272,9 @@ def protocol_of(task: Any, samples: Sequence[Sample]) -> str:
 
 
 def _chance(task: Any, samples: Sequence[Sample]) -> float:
-    """What guessing reaches: one over the number of options, on average over the items; 0 for written text."""
+    """What guessing reaches: one over the number of options, on average over the items; 0 for other written text."""
+    if getattr(task.config, "process_results", None) is letter_match:
+        return float(np.mean([1 / len(sample["doc"]["options"]) for sample in samples]))
     if task.OUTPUT_TYPE != "multiple_choice":
         return 0.0
     return float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))

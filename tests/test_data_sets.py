@@ -148,6 +148,42 @@ def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -
             assert ("chance" in described) == (task.OUTPUT_TYPE != "multiple_choice")
 
 
+def test_written_answers_have_the_chance_of_a_guesser_who_takes_what_the_prompt_names() -> None:
+    for name, num_named in (
+        ("state_tracking_k2", 4),
+        ("state_tracking_written_k2", 4),
+        ("multi_hop_k3", 16),
+        ("multi_hop_written_k3", 16),
+        ("kv_8pairs", 8),
+        ("kv_32pairs", 32),
+        ("kv_position_at8", 33),
+        ("needle_20sentences", 4),
+        ("needle_depth_at50", 4),
+        ("needles_2of80", 4),
+        ("needles_8of80", 8),
+        ("needles_16of80", 16),
+    ):
+        task = load(f"{name}_generation", None)
+        assert task.config.metadata["chance"] == 1 / num_named
+        doc = task.eval_docs[0]
+        kind = name.split("_")[0].rstrip("s")
+        named = {
+            "state": re.findall(r"has the (\w+)", doc["question"]),
+            "multi": re.findall(r"(\w+) ->", doc["question"]),
+            "kv": re.findall(r': "([^"]+)"', doc["context"]),
+            "needle": re.findall(r"\b\d{4,}\b", doc["context"]),
+        }[kind]
+        assert len(set(named)) == num_named, "so many answers are named"
+        assert doc["answers"][0] in named
+    for name in ("nested_arithmetic_k2", "nested_arithmetic_written_k2", "needles_asked_2of8"):
+        assert load(f"{name}_generation", None).config.metadata["chance"] == 0
+
+
+def test_chance_is_no_matter_of_likelihoods() -> None:
+    assert "chance" not in load("state_tracking_k2_continuation", None).config.metadata
+    assert load("state_tracking_written_k2_worked", None).config.metadata["chance"] == 0
+
+
 # --- prompts ------------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +360,7 @@ def test_every_form_is_scored_through_a_model(data_dir: Path) -> None:
     assert found == {
         "arc_easy_loglikelihood": ("loglikelihood", "acc", (1 / 3 + 1 / 2) / 2, 2),
         "arc_easy_continuation": ("continuation", "acc_norm", (1 / 3 + 1 / 2) / 2, 2),
-        "arc_easy_generation": ("generation", "match", 0.0, 2),
+        "arc_easy_generation": ("generation", "match", (1 / 3 + 1 / 2) / 2, 2),
         "winogrande_continuation": ("continuation", "acc", 0.5, 1),
         "lambada_continuation": ("continuation", "acc", 0.0, 1),
         "wikitext2_rolling": ("rolling", "bits_per_byte", 0.0, 1),
@@ -533,6 +569,14 @@ def test_the_readme_names_every_file_of_a_data_dir() -> None:
         (("about: mine", "abuot: mine"), r"own.yaml: abuot: unknown key; did you mean 'about'\?"),
         (("about: mine", "zzz: 1\nabout: mine"), r"own.yaml: zzz: unknown key; known keys are dataset, about, "),
         (("about: mine", "hub: {pth: x, items: y}\nabout: mine"), r"hub.pth: unknown key; did you mean 'path'\?"),
+        (
+            ("about: mine", "chance: 1/0\nabout: mine"),
+            r"chance is '1/0'; give a number from 0 to below 1, or a fraction",
+        ),
+        (("about: mine", "chance: [1/4, 1/2]\nabout: mine"), r"chance names 2 numbers for 1 parts; give one for each"),
+        (("about: mine", "chance: half\nabout: mine"), r"chance is 'half'; give"),
+        (("about: mine", "chance: 1.5\nabout: mine"), r"chance is '1.5'; give"),
+        (("about: mine", "protocols: [continuation]\nchance: 0.5\nabout: mine"), r"chance is that of written answers"),
         (("about: mine", "family: x\nabout: mine"), r"family needs parts whose values are numbers"),
         (("about: mine", "about: [}"), r"own.yaml: is not valid YAML"),
         (("options: choices\nanswer: gold", "answers: gold"), r"the protocol loglikelihood needs options"),
