@@ -133,25 +133,38 @@ def test_gradients_of_adapters_do_not_depend_on_checkpointing(dropout) -> None:
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_the_frozen_weights_beside_adapters_are_the_teachers() -> None:
+@pytest.mark.parametrize("exact", [True, False], ids=["stored in bfloat16's numbers", "stored finer than the teacher"])
+def test_the_frozen_weights_beside_adapters_are_the_teachers_and_are_merged_as_if_they_were_not(
+    tmp_path, exact
+) -> None:
     teacher = tiny_model("llama").bfloat16().requires_grad_(False)
     student = tiny_model("llama")
-    student.load_state_dict({name: tensor.float() for name, tensor in teacher.state_dict().items()})
+    if exact:
+        student.load_state_dict({name: tensor.float() for name, tensor in teacher.state_dict().items()})
     cut = plan(2, num_layers=6)  # as many layers as the teacher's own, so that all are the teacher's
     student.config.num_hidden_layers, student.model.layers = (
         5,
         nn.ModuleList([*student.model.layers[:2], *student.model.layers[3:]]),
     )
+    student.save_pretrained(tmp_path)
     add_adapters(student, RANK_3, train_only(student, "near_gaps", cut), seed=0)
     move_adapters(student)
+    unshared = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = logits(student)
         before = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
-        saved = share_frozen(student, teacher, cut.keep, autocast_dtype=torch.bfloat16)
+        stored = stored_names(tmp_path)
+        saved = share_frozen(student, teacher, cut.keep, autocast_dtype=torch.bfloat16, stored=stored)
         assert torch.equal(logits(student), expected)
     own = [p for p in student.parameters() if p.data_ptr() not in {t.data_ptr() for t in teacher.parameters()}]
     assert before - saved == 4 * sum(p.numel() for p in own if not p.requires_grad)
-    assert all(p.requires_grad or p.ndim == 1 for p in own), "only norms and adapters are the student's own"
+    finer = student.get_input_embeddings().weight  # which is looked up and not cast
+    assert all(p.requires_grad or p.ndim == 1 or (p is finer and not exact) for p in own), "norms and adapters are own"
+    assert any("base_layer" in name for name, p in student.named_parameters() if not any(p is one for one in own))
+
+    finished = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
+    assert finished.keys() == unshared.keys() == stored
+    assert all(torch.equal(weight, unshared[name]) for name, weight in finished.items())
 
 
 def test_targets_that_do_not_exist_are_refused_with_close_ones() -> None:
