@@ -246,6 +246,13 @@ def test_layers_whose_state_is_recorded_are_not_run() -> None:
     assert cost(Teacher(), 2) - cost(spared, 2) == NUM_LAYERS * layer + 2 * 32 * VOCAB_SIZE
 
 
+def test_a_layer_that_the_local_stage_heals_is_not_shared_and_its_state_not_compared() -> None:
+    losses = (ForwardKL(), HiddenStates())
+    plain, healed = (job_of(trainable="from_first_cut", losses=losses, local=local) for local in (None, LocalHeal()))
+    assert (plain.shared_layers, healed.shared_layers) == (2, 1)  # training says as much of its own
+    assert healed.setting.captured == plain.setting.captured > 0
+
+
 # --- what stands beside plain training
 
 

@@ -17,7 +17,7 @@ from shoal.terms import STATE_TERMS, HiddenStates, needs_teacher
 from shoal.training import Distill
 
 from .arguments import DEFAULTS, autocast_dtype, batch_split, deepspeed_config
-from .local import gaps, recorded_layers
+from .local import gaps, recorded_layers, unhealed
 from .memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, Memory, Setting, Sharing, TeacherPlace, memory
 from .pace import make_trainable
 from .recompute import SELECTIVE
@@ -85,17 +85,18 @@ def job(
     text = text_config(student_config)
     tied = bool(getattr(text, "tie_word_embeddings", False))
     parts = trained_parts(settings.trainable, plan, tied=tied, keys_from=keys_from(text))
+    frozen = shares_prefix(parts, plan)
     if settings.teacher.prefix:
         shared = recorded_layers(parts, plan, settings)
     else:
         runs = settings.teacher.recorded is None and needs_teacher(settings.losses)
-        shared = shares_prefix(parts, plan) if runs else 0
+        shared = unhealed(frozen, plan, settings) if runs else 0
     teacher = teacher_size(teacher_config, attention=attention)
     setting = _setting(
         settings,
         teacher,
         plan,
-        shared=shared,
+        frozen=frozen,
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         teacher_dtype=teacher_dtype(teacher_config, settings, dtype),
@@ -143,7 +144,7 @@ def _setting(
     teacher: ModelSize,
     plan: PruningPlan,
     *,
-    shared: int,
+    frozen: int,
     ranks: int,
     ranks_per_node: int,
     teacher_dtype: torch.dtype,
@@ -181,7 +182,7 @@ def _setting(
         stored_bytes=stored_bytes,
         writes=wants_teacher_text(settings.data) and settings.writing.backend == "transformers",
     )
-    return _with_states(_with_company(setting, settings, plan), settings, teacher, plan, shared=shared)
+    return _with_states(_with_company(setting, settings, plan), settings, teacher, plan, frozen=frozen)
 
 
 def _sharing(settings: Distill, teacher_dtype: torch.dtype, weight_bytes: int) -> Sharing:
@@ -207,15 +208,15 @@ def _with_company(setting: Setting, settings: Distill, plan: PruningPlan) -> Set
     return setting
 
 
-def _with_states(setting: Setting, settings: Distill, teacher: ModelSize, plan: PruningPlan, *, shared: int) -> Setting:
+def _with_states(setting: Setting, settings: Distill, teacher: ModelSize, plan: PruningPlan, *, frozen: int) -> Setting:
     """What loss terms on states hold: each teacher's state once, and of both models what attention is computed from."""
     states: set[int] = set()
     attention: set[tuple[int, int]] = set()
     for term in settings.losses:
         if isinstance(term, HiddenStates):
-            states |= {target for _, target in layer_pairs(term, plan, num_shared=shared)}
+            states |= {target for _, target in layer_pairs(term, plan, num_shared=frozen)}
         elif isinstance(term, STATE_TERMS):
-            attention |= set(layer_pairs(term, plan, num_shared=shared))
+            attention |= set(layer_pairs(term, plan, num_shared=frozen))
     width = 2 if setting.teacher == "recorded" else setting.teacher_bytes
     numbers = teacher.pair_flops // 4 + 2 * teacher.key_numbers
     return replace(

@@ -85,7 +85,8 @@ def gaps(keep: Sequence[int], num_layers: int) -> tuple[Gap, ...]:
 def unhealed(shared: int, plan: PruningPlan, settings: Distill) -> int:
     """How many of the ``shared`` lowest layers are still the teacher's after the local stage, if there is one, which
     trains the layer before the first gap."""
-    return shared if settings.local is None else min(shared, gaps(plan.keep, plan.num_layers)[0].layer)
+    healed = () if settings.local is None else gaps(plan.keep, plan.num_layers)
+    return min([shared, *(gap.layer for gap in healed[:1])])
 
 
 def recorded_layers(trained: Trained, plan: PruningPlan, settings: Distill) -> int:
