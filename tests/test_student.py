@@ -162,6 +162,19 @@ def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "afmoe", "bloom", "opt"])
+def test_documents_of_a_row_stay_apart_where_a_family_forgets_their_positions(family):
+    from architectures import tiny_model as tiny_architecture
+
+    model = tiny_architecture(family)
+    ids, positions = torch.arange(5, 25)[None], torch.cat([torch.arange(8), torch.arange(12)])[None]
+    other = torch.cat([ids[:, :8].flip(1), ids[:, 8:]], 1)
+    with torch.no_grad():
+        one, two = (final_hidden(model, tokens, positions)[0] for tokens in (ids, other))
+    assert not torch.allclose(one[:8], two[:8], atol=1e-2)
+    assert torch.allclose(one[8:], two[8:], atol=1e-5)
+
+
 def test_a_head_that_is_not_linear_is_refused():
     model = tiny_model("llama")
     model.lm_head = torch.nn.Identity()

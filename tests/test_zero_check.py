@@ -106,3 +106,15 @@ def test_a_state_loss_that_is_not_zero_is_named(monkeypatch):
     monkeypatch.setattr(states, "distances", biased)
     with pytest.raises(RuntimeError, match=r"hidden_states: layer 1 compared with itself gives"):
         check(ForwardKL(), HiddenStates())
+
+
+@pytest.mark.parametrize(("family", "meet"), [("mamba", True), ("gpt_oss", False)])
+def test_documents_that_see_each_other_are_told(family, meet, caplog) -> None:
+    from architectures import tiny_model as tiny_architecture
+
+    ids = torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    packed = PackedRows(ids, torch.cat([torch.arange(10), torch.arange(30)]).int()[None])
+    for rows, told in ((packed, meet), (PackedRows(ids, torch.arange(40).int()[None]), False)):
+        caplog.clear()
+        check_objective(Distill(), tiny_architecture(family), rows, None, Record(), is_teacher=True)
+        assert (f"{family}: documents that share a row see each other" in caplog.text) == told

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_body, decoder_layers, state_of
+from shoal.anatomy import decoder_layers, state_of
 from shoal.errors import UserError
 from shoal.models import load_model, logits_from_hidden
 from shoal.recording import Record
@@ -26,6 +26,7 @@ from shoal.runtime import device, is_main, rank, world_size
 
 from .recording import Recording, plan_recording, recording_inputs, recording_layout, shard_name, shards_of
 from .recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
+from .student import final_hidden
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _record_shard(
     layout: Layout,
     tell: Callable[[int], Any],
 ) -> dict[str, Tensor]:
-    decoder, scaled, head = decoder_body(teacher), logits_from_hidden(teacher), teacher.get_output_embeddings()
+    scaled, head = logits_from_hidden(teacher), teacher.get_output_embeddings()
     assert head is not None
     batches: list[tuple[Tensor, Tensor, Tensor]] = []
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layout.states}
@@ -134,7 +135,7 @@ def _record_shard(
         part = slice(start, min(start + settings.batch_size, shard.stop))
         ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
         with _keeping(teacher, kept), _keeping_prefix(teacher, layout.prefix, prefix):
-            hidden_BSD = decoder(input_ids=ids_BS, position_ids=positions_BS, use_cache=False).last_hidden_state
+            hidden_BSD = final_hidden(teacher, ids_BS, positions_BS)
         found = top_k_signals(
             hidden_BSD.flatten(0, 1),
             lambda hidden: scaled(hidden, head),

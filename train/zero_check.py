@@ -5,6 +5,7 @@ S sequence, D hidden.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -29,6 +30,12 @@ from .student import final_hidden, output_head, to_logits
 
 TOKENS = 64
 """Of the first row, on which the objective is tried."""
+LOOKED_AT = 64
+"""Rows in which documents are looked for."""
+BEYOND_ROUNDING = 0.05
+"""Of a state's norm: in bfloat16 experts may round otherwise when other tokens come to them."""
+
+log = logging.getLogger(__name__)
 
 
 def check_objective(
@@ -62,6 +69,13 @@ def check_objective(
             size = text_config(model.config).hidden_size
             hidden_SD = torch.randn(len(labels_S), size, generator=torch.Generator().manual_seed(0)).to(where)
         else:
+            if (rows.position_ids_NS[:LOOKED_AT, 1:] == 0).any() and _documents_meet(model, row["input_ids"]):
+                log.warning(
+                    "%s: documents that share a row see each other: layers of this family carry a state from token to "
+                    "token and do not read where a document begins. Teacher and student read the same; fewer documents "
+                    "share a row where distill.sequence_length is shorter",
+                    model.config.model_type,
+                )
             with capturing as seen:
                 hidden_SD = final_hidden(model, row["input_ids"], row["position_ids"])[0, :-1]
             if states is not None and is_teacher:
@@ -76,6 +90,18 @@ def check_objective(
                 top_k=None if is_teacher else record.top_k,
                 chunk=settings.head_chunk,
             )
+
+
+def _documents_meet(model: PreTrainedModel, input_ids_1S: Tensor) -> bool:
+    """Whether the beginning of a row's second document changes with the first one, by more than rounding."""
+    half = input_ids_1S.shape[1] // 2
+    first, second = input_ids_1S[:, :half], input_ids_1S[:, half : 2 * half]
+    positions_1S = torch.arange(half, device=first.device).repeat(1, 2)
+    one, other = (
+        final_hidden(model, torch.cat([before, second], 1), positions_1S)[0, half : half + 4].float()
+        for before in (first, first.roll(1, 1))
+    )
+    return bool(((one - other).norm(dim=-1) / one.norm(dim=-1)).mean() > BEYOND_ROUNDING)
 
 
 def _through_gathered(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
