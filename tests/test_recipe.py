@@ -168,6 +168,30 @@ def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> No
     assert recipe.eval.limit is None
 
 
+def test_a_wrong_value_is_blamed_on_what_has_set_it(tmp_path: Path) -> None:
+    text = "distill: {num_tokens: 5, batch_size: 0, losses: [{kind: forward_kl, weight: -1}]}\nprune: {ratio: 2}"
+    overrides = ("distill.num_tokens=-2", "distill.num_tokens=-1", "distill.losses.0.temperature=0", "seeed=1")
+    assert {line.partition(" (got")[0] for line in refusal(tmp_path, text, *overrides)} == {
+        "override 'distill.num_tokens=-1': distill.num_tokens: must be greater than 0",
+        "override 'distill.losses.0.temperature=0': distill.losses.0.temperature: must be greater than 0",
+        "override 'seeed=1': seeed: unknown key; did you mean 'seed'?",
+        "distill.batch_size: must be greater than 0",
+        "distill.losses.0.weight: must be greater than or equal to 0",
+        "prune.ratio: must be less than 1",
+    }
+
+
+def test_a_wrong_entry_of_a_section_that_was_overridden_whole_is_blamed_on_the_override(tmp_path: Path) -> None:
+    assert refusal(
+        tmp_path, "measure: {num_token: 1}", "prune={num_drop: 2, ratio: 0.1}", "distill={num_token: 1}"
+    ) == [
+        "measure.num_token: unknown key; did you mean 'num_tokens'?",
+        "override 'distill={num_token: 1}': distill.num_token: unknown key; did you mean 'num_tokens'?",
+    ]
+    (line,) = refusal(tmp_path, "", "prune={drop: [1], num_drop: 2}")
+    assert line.startswith("override 'prune={drop: [1], num_drop: 2}': prune")
+
+
 def test_later_override_wins(tmp_path: Path) -> None:
     assert load(tmp_path, "", "seed=1", "seed=2").seed == 2
 
@@ -188,7 +212,7 @@ def test_override_of_bad_form_is_refused(tmp_path: Path, override: str) -> None:
         ("prune.drop=[1,", "override 'prune.drop=[1,': the value is not valid YAML: "),
         ("track.tags.3=a", "override 'track.tags.3=a': '3' is no position in a list of 1 (counted from 0)"),
         ("track.tags.x=a", "override 'track.tags.x=a': 'x' is no position in a list of 1 (counted from 0)"),
-        ("track.nme=a", "track.nme: unknown key; did you mean 'name'?"),
+        ("track.nme=a", "override 'track.nme=a': track.nme: unknown key; did you mean 'name'?"),
         ("prune.drop={a: 1, a: 2}", "override 'prune.drop={a: 1, a: 2}': the value is not valid YAML: key 'a' appears"),
     ],
 )

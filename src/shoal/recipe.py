@@ -254,7 +254,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     A name that is no file is looked up among the shipped recipes, so that `quickstart.yaml` works from any folder.
 
     Raises:
-        UserError: naming every problem at once as ``file: key.path: message (got value)``.
+        UserError: naming every problem at once as ``file: key.path: message (got value)``, or with the override that
+            has set it instead of the file.
     """
     file = _find_recipe(Path(path))
     try:
@@ -267,19 +268,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{file}: must be a mapping of settings, got {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
-    return parse_recipe(raw, source=str(file))
+    return parse_recipe(raw, source=str(file), overrides=overrides)
 
 
-def parse_recipe(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:
-    """The recipe that a plain mapping describes; problems are reported as in load_recipe."""
+def parse_recipe(raw: dict[str, Any], *, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
+    it."""
     try:
         recipe = TypeAdapter(Recipe).validate_python(with_suite(raw))
     except ValidationError as error:
-        raise UserError("\n".join(f"{source}: {line}" for line in _explain(error.errors()))) from error
+        raise UserError(_blamed(_explain(error.errors()), source, overrides)) from error
     problems = _contradictions(recipe)
     if problems:
-        raise UserError("\n".join(f"{source}: {line}" for line in problems))
+        raise UserError(_blamed(problems, source, overrides))
     return recipe
+
+
+def _blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:
+    """Every problem after what has set its place: the last override of it or of what it is in, else ``source``."""
+    lines = []
+    for problem in problems:
+        place = problem.partition(":")[0]
+        setters = [one for one in overrides if f"{place}.".startswith(f"{one.partition('=')[0]}.")]
+        lines.append(f"override {setters[-1]!r}: {problem}" if setters else f"{source}: {problem}")
+    return "\n".join(lines)
 
 
 def as_dict(section: Any) -> dict[str, Any]:
