@@ -15,8 +15,8 @@ from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
 from shoal.lora import Lora
 from shoal.models import decoder_layers
-from shoal.train.adapters import add_adapters, refuse_untrainable, remove_adapters
 from shoal.train.frozen import finished_state, share_frozen, stored_names
+from shoal.train.lora import add_adapters, refuse_untrainable, remove_adapters
 from shoal.train.trainable import train_only
 
 CUT = plan(3, num_layers=7)

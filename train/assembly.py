@@ -20,14 +20,14 @@ from shoal.runtime import device
 from shoal.terms import LOGIT_TERMS, STATE_TERMS, CrossEntropy, needs_teacher, reads_distributions
 from shoal.training import Distill
 
-from .adapters import add_adapters
 from .arguments import autocast_dtype, zero_stage
 from .frozen import share_frozen, stored_names
 from .local import recorded_layers, unhealed
+from .lora import add_adapters
 from .on_host import with_host_copy
 from .on_policy import Sampler
-from .recorded import Recorded
-from .recording import recording_inputs, rows_from
+from .recording_plan import recording_inputs, rows_from
+from .recording_reader import RecordingReader
 from .sampling import end_tokens
 from .sharding import place_teacher
 from .signals import LiveTeacher, NoTeacher, RecordedTeacher
@@ -108,8 +108,8 @@ def assemble(
     elif settings.teacher.recorded is None:
         teacher = NoTeacher()
     else:
-        recorded = _recorded(teacher_dir, rows, settings, record, states, inputs, prefix=shared or None)
-        teacher = RecordedTeacher(recorded, reads_logits=reads_logits, states=states, prefix=prefix)
+        reader = _recording(teacher_dir, rows, settings, record, states, inputs, prefix=shared or None)
+        teacher = RecordedTeacher(reader, reads_logits=reads_logits, states=states, prefix=prefix)
     objective = Objective(
         student,
         None if live is None else to_logits(live),
@@ -173,7 +173,7 @@ def _share_weights(
         log.info("teacher and student share %.0f MB of frozen weights", saved / 1e6)
 
 
-def _recorded(
+def _recording(
     teacher_dir: Path,
     rows: PackedRows,
     settings: Distill,
@@ -182,7 +182,7 @@ def _recorded(
     inputs: dict[str, Any],
     *,
     prefix: int | None,
-) -> Recorded:
+) -> RecordingReader:
     assert settings.teacher.recorded is not None
     identity = recording_inputs(
         record,
@@ -193,7 +193,7 @@ def _recorded(
         attention=inputs["attention"],
         prefix=prefix,
     )
-    return Recorded(
+    return RecordingReader(
         Path(settings.teacher.recorded).expanduser(),
         rows,
         inputs=identity,

@@ -21,7 +21,6 @@ from shoal.recipe import Distill, Track, as_dict
 from shoal.recording import Record
 from shoal.runtime import device, is_main, world_size
 
-from .adapters import refuse_untrainable
 from .arguments import (
     BATCH_SPLIT,
     check_names,
@@ -35,11 +34,12 @@ from .assembly import assemble
 from .checkpoint import last_complete, needs_universal
 from .heartbeat import Heartbeat
 from .local import local_stage
+from .lora import refuse_untrainable
 from .peak import peak_rate
 from .preflight import check_fit
 from .progress import Progress
-from .recorded import refuse_unrecorded
-from .recording import rows_from
+from .recording_plan import rows_from
+from .recording_reader import refuse_unrecorded
 from .results import write_results
 from .sharding import join_deepspeed
 from .stop import StopRequest

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from shoal.anatomy import anatomy, decoder_body, text_config
 from shoal.checkpoint import read_shards
 
-from .adapters import BASE, LINEAR, adapted_modules, weight_change
+from .lora import BASE, LINEAR, adapted_modules, weight_change
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +190,17 @@ def finished_state(
             value = (value.float() + weight_change(adapted[owner], state, owner)).to(dtype)
         finished[plain] = value
     return finished
+
+
+def save_finished(student: PreTrainedModel, finished: dict[str, Tensor], folder: Path, *, dtype: torch.dtype) -> None:
+    """Write the student with these weights, and ``dtype`` in its config.json: transformers puts there what the model in
+    memory has, float32 in training, and whoever loads the checkpoint would get that."""
+    student.save_pretrained(folder, state_dict=finished)
+    config = student.config
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def _holds(value: Tensor, original: Tensor) -> bool:

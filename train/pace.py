@@ -18,9 +18,9 @@ from shoal.recording import Record
 from shoal.terms import STATE_TERMS, reads_distributions
 from shoal.training import Distill
 
-from .adapters import add_adapters
 from .capture import Captured
 from .local import recorded_layers, unhealed
+from .lora import add_adapters
 from .memory import Setting
 from .signals import LiveTeacher, NoTeacher, Teacher
 from .sizes import ModelSize, built
@@ -103,14 +103,15 @@ def probe(
     with torch.device(device):
         student = built(student_config, dtype=torch.float32, attention=attention).train()
         trained = make_trainable(student, settings, plan)
+        frozen = shares_prefix(trained, plan)
         if setting.teacher in ("live", "offloaded"):
             live = built(teacher_config, dtype=teacher_dtype, attention=attention).requires_grad_(False).eval()
-            shared = unhealed(shares_prefix(trained, plan), plan, settings)
+            shared = unhealed(frozen, plan, settings)
         elif settings.teacher.prefix:
             shared = recorded_layers(trained, plan, settings)
     if setting.checkpointing and not setting.selective:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    step = _step(student, live, plan, settings, setting, shared=shared)
+    step = _step(student, live, plan, settings, setting, frozen=frozen, shared=shared)
     batch = _batch(text_config(student_config).vocab_size, setting, device)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6)
     fastest, loss, begun = math.inf, math.nan, now(device)
@@ -160,11 +161,12 @@ def _step(
     settings: Distill,
     setting: Setting,
     *,
+    frozen: int,
     shared: int,
 ) -> Callable[[dict[str, Tensor]], Tensor]:
     """Batch -> the loss sum of one micro-batch, as the trainer computes it."""
     terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
-    states = StateLosses(terms, plan, student, live, num_shared=shared) if terms else None
+    states = StateLosses(terms, plan, student, live, num_shared=frozen) if terms else None
     prefix = SharedPrefix(student, live, first_change=shared) if shared else None
     teacher: Teacher
     if setting.teacher == "none":

@@ -24,8 +24,8 @@ from shoal.recording import Record
 from shoal.run import barrier
 from shoal.runtime import device, is_main, rank, world_size
 
-from .recording import Recording, plan_recording, recording_inputs, recording_layout, shard_name, shards_of
 from .recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
+from .recording_plan import RecordingManifest, plan_recording, recording_inputs, recording_layout, shard_name, shards_of
 from .student import final_hidden
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def record_signals(
         settings, teacher, model=model, sequence_length=length, dtype=dtype, attention=attention, prefix=prefix
     )
     pending = plan_recording(rows, folder, settings, layout=layout, inputs=inputs, rows_from=rows_from)
-    if not pending and Recording.read(folder / Recording.FILE).num_rows >= len(rows):
+    if not pending and RecordingManifest.read(folder / RecordingManifest.FILE).num_rows >= len(rows):
         return
     record(load_model(teacher, device=device(), **load), rows, folder, settings, pending=pending)
 
@@ -81,7 +81,7 @@ def record(
     Raises:
         UserError: the disk is full after all, or the teacher's distributions are not finite. What is written stays.
     """
-    manifest = Recording.read(folder / Recording.FILE)
+    manifest = RecordingManifest.read(folder / RecordingManifest.FILE)
     mine = pending[rank() :: world_size()]
     setting = "run_dir" if settings.folder is None else "record.folder"
     with tqdm(total=sum(map(len, mine)), desc="record", unit="row", disable=not is_main()) as progress:
@@ -93,7 +93,7 @@ def record(
     if is_main():
         num_shards = max(len(shards_of(len(rows), settings.rows_per_shard)), len(manifest.shards))
         finished = replace(manifest, shards=_listed(folder, manifest, num_shards))
-        finished.write(folder / Recording.FILE)
+        finished.write(folder / RecordingManifest.FILE)
         log.info("record: %s rows in %s", f"{finished.num_rows:,}", folder)
     barrier()
 
@@ -208,7 +208,7 @@ def _refuse_non_finite(log_probs: Tensor, tail: Tensor, first_row: int) -> None:
         )
 
 
-def _listed(folder: Path, manifest: Recording, num_shards: int) -> tuple[dict[str, Any], ...]:
+def _listed(folder: Path, manifest: RecordingManifest, num_shards: int) -> tuple[dict[str, Any], ...]:
     """The manifest's entries, up to the first shard that is not full: rows are found by counting."""
     listed = []
     for index in range(num_shards):

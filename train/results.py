@@ -15,9 +15,9 @@ from shoal.machine import peak_memory
 from shoal.models import load_config
 from shoal.runtime import device, is_main, world_size
 
-from .adapters import remove_adapters
-from .frozen import finished_state
+from .frozen import finished_state, save_finished
 from .local import copy_all_but_weights
+from .lora import remove_adapters
 from .trainer import DistillTrainer
 from .watch import Watcher
 
@@ -53,9 +53,8 @@ def write_results(
         finished = finished_state(student, state, student_dir, dtype=stored)
         remove_adapters(student)
         student.config.use_cache = True  # the Trainer turned it off
-        student.config.dtype = stored
         with written_folder(run_dir / "distilled") as folder:
-            student.save_pretrained(folder, state_dict=finished)
+            save_finished(student, finished, folder, dtype=stored)
             copy_all_but_weights(student_dir, folder)
         history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
         seconds = [row["seconds"] for row in history if "seconds" in row]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .capture import Captured
 from .on_host import on_host, queued
-from .recorded import Recorded
+from .recording_reader import RecordingReader
 from .states import StateLosses
 from .student import SharedPrefix, Signals, final_hidden
 
@@ -65,9 +65,9 @@ class RecordedTeacher:
     """
 
     def __init__(
-        self, recorded: Recorded, *, reads_logits: bool, states: StateLosses | None, prefix: SharedPrefix | None
+        self, reader: RecordingReader, *, reads_logits: bool, states: StateLosses | None, prefix: SharedPrefix | None
     ) -> None:
-        self._recorded = recorded
+        self._reader = reader
         self._reads_logits = reads_logits
         self._states = states
         self._prefix = prefix
@@ -75,7 +75,7 @@ class RecordedTeacher:
     def signals(self, batch: Mapping[str, Tensor]) -> Signals:
         """The rows' most probable tokens, and the recorded states that state terms compare with."""
         device = batch["input_ids"].device
-        rows = self._recorded.rows(on_host(batch).rows)
+        rows = self._reader.rows(on_host(batch).rows)
         if self._prefix is not None:
             assert rows.prefix_BSD is not None
             self._prefix.take(queued(rows.prefix_BSD, device))

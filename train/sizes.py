@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from shoal.anatomy import anatomy
 from shoal.models import decoder_layers, num_parameters, text_config
 
-from .adapters import LINEAR
+from .lora import LINEAR
 from .student import final_hidden, output_head
 
 

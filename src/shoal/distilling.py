@@ -38,7 +38,7 @@ def record(run: Run) -> None:
     """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
     from shoal.train.distill import rows_to_train_on
     from shoal.train.record import record_signals
-    from shoal.train.recording import recording_layout, rows_from
+    from shoal.train.recording_plan import recording_layout, rows_from
 
     recipe = run.recipe
     settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)

@@ -1,4 +1,7 @@
-"""Recordings of a teacher's signals: what identifies one, and what of it is still to be written.
+"""A recording of the teacher's signals: what identifies one, and what of it is still to be written.
+
+The recipe's section is shoal.recording.Record; record.py writes shards, recording_reader.py reads them in training, and
+signals.RecordedTeacher hands them on.
 
 A recording is a folder of shards (see recording_format) and a manifest. Shards are written one by one, each under a
 temporary name, so that a recording that was killed goes on at the next one; the manifest lists them once all are there.
@@ -43,7 +46,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Recording(Artifact):
+class RecordingManifest(Artifact):
     """recording.json: what a folder of signals was recorded from. Without shards it is not finished."""
 
     FILE: ClassVar[str] = "recording.json"
@@ -152,9 +155,9 @@ def plan_recording(
     Raises:
         UserError: the folder holds a recording of something else, or the disk has no room for the rest.
     """
-    manifest = Recording(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
+    manifest = RecordingManifest(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
     _together(lambda: _claim(folder, manifest) if is_main() else None)
-    found = Recording.read(folder / Recording.FILE)
+    found = RecordingManifest.read(folder / RecordingManifest.FILE)
     shards = shards_of(len(rows), settings.rows_per_shard)
     mine = shards[rank() :: world_size()]
     missing = _together(lambda: [shard for shard in mine if not _is_there(folder, shard, rows, found, rows_from)])
@@ -163,15 +166,15 @@ def plan_recording(
     return pending
 
 
-def _claim(folder: Path, manifest: Recording) -> None:
+def _claim(folder: Path, manifest: RecordingManifest) -> None:
     """Make ``folder`` this recording's, or refuse it where it is another's."""
-    path = folder / Recording.FILE
+    path = folder / RecordingManifest.FILE
     if not path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder}: holds other files; set record.folder to an empty or new folder")
         manifest.write(path)
         return
-    found = Recording.read(path)
+    found = RecordingManifest.read(path)
     differing = differences(manifest.provenance.inputs, found.provenance.inputs)
     if found.rows_per_shard != manifest.rows_per_shard:
         differing.append(
@@ -186,7 +189,7 @@ def _claim(folder: Path, manifest: Recording) -> None:
     remove_unfinished(folder)
 
 
-def _is_there(folder: Path, shard: range, rows: TokenRows, found: Recording, rows_from: dict[str, Any]) -> bool:
+def _is_there(folder: Path, shard: range, rows: TokenRows, found: RecordingManifest, rows_from: dict[str, Any]) -> bool:
     """Whether the shard stands in ``folder`` whole."""
     path = folder / shard_name(shard.start // found.rows_per_shard)
     if not path.is_file():

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.artifact import differences, fingerprint
+from shoal.artifact import differences
 from shoal.errors import UserError
 from shoal.recording import Record
 from shoal.terms import LOGIT_TERMS, AttentionRelation, LossTerm, ValueRelation, reads_distributions
 
 from .head import refuse_for_top_k
-from .recording import PREFIX, Recording, refuse_other_rows, shard_name, shards_of, warn_of_versions
 from .recording_format import RECORD_AGAIN, ShardFile, TokenRows
+from .recording_plan import PREFIX, RecordingManifest, refuse_other_rows, shard_name, shards_of, warn_of_versions
 
 OPEN_SHARDS = 64
 """Shards that stay mapped; each holds a file descriptor."""
@@ -43,7 +43,7 @@ class RecordedRows(NamedTuple):
     """The state that the student goes on from, where it was asked for."""
 
 
-class Recorded:
+class RecordingReader:
     """A finished recording, opened for the rows of a run; reads any of them in any order.
 
     ``inputs``: as recording_inputs gives them for this run; a recording may hold a prefix that they do not ask for.
@@ -65,10 +65,10 @@ class Recorded:
         states: Collection[int] = (),
         temperatures: Collection[float] = (),
     ) -> None:
-        path = folder / Recording.FILE
+        path = folder / RecordingManifest.FILE
         if not path.is_file():
             raise UserError(f"{folder}: holds no recorded signals; run `shoal record` first")
-        manifest = Recording.read(path)
+        manifest = RecordingManifest.read(path)
         there = {key: value for key, value in manifest.provenance.inputs.items() if key != PREFIX or key in inputs}
         differing = differences(inputs, there)
         if differing:
@@ -92,15 +92,6 @@ class Recorded:
         shaped_otherwise = differences(rows_from, manifest.rows_from)
         for index, shard in enumerate(shards_of(len(rows), manifest.rows_per_shard)):
             refuse_other_rows(self._path(index), self._open(index).hashes, rows, shard.start, shaped_otherwise)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what was recorded, to the last byte; belongs to the identity of what is trained on it."""
-        return fingerprint([self._manifest.provenance.inputs, self._manifest.shards])
-
-    @property
-    def temperature(self) -> float:
-        return self._manifest.provenance.inputs["record.temperature"]
 
     def rows(self, indices: Sequence[int]) -> RecordedRows:
         """Signals of the rows ``indices``, which may repeat, in that order. On the CPU."""
@@ -135,7 +126,7 @@ class Recorded:
 
     @staticmethod
     def _refuse_missing(
-        path: Path, manifest: Recording, states: Collection[int], temperatures: Collection[float]
+        path: Path, manifest: RecordingManifest, states: Collection[int], temperatures: Collection[float]
     ) -> None:
         if lacking := sorted(set(states) - set(manifest.layout.states)):
             raise UserError(
