@@ -24,18 +24,19 @@ The loss: sums over supervised tokens
     losses              their formulae
     states              terms of what happens inside the layers
     capture             what these compare, taken in passing
+    on_host             what need not be asked of the device
     recompute           what is kept for the backward pass
 
 The teacher: what the student is compared with
     signals             live or recorded, one interface
-    recorded            read from a recording
-    record              writes one
-    recording           what identifies it and what of it is missing
+    record              writes a recording
+    recording_plan      what identifies it and what of it is missing
+    recording_reader    reads it in training
     recording_format    how it lies on the disk
 
 What is trained
     trainable           which parts
-    adapters            LoRA beside them
+    lora                adapters beside them
     frozen              one copy of the rest, written as it was stored
     local               every gap on its own, before the rest
 
