@@ -141,14 +141,7 @@ def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_co
         raise UserError(f"{out}: is the teacher's own folder, or holds it; choose another one for the student")
     load_tokenizer(folder, trust_remote_code=trust_remote_code)
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    module = type(config).__module__
-    if trust_remote_code:  # without consent the class of that name in transformers is taken
-        module = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", module)
-    if not module.startswith("transformers."):
-        raise UserError(
-            f"{folder}: is built by code that came with it ({module}); the cut could not be loaded without that "
-            "code, so shoal cuts only architectures that transformers has"
-        )
+    refuse_own_code(folder, config, trust_remote_code=trust_remote_code)
     num_layers = text_config(config).num_hidden_layers
     if plan.num_layers != num_layers:
         raise UserError(
@@ -159,6 +152,22 @@ def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_co
     if inside := [shard.file for shard in shards if shard.file.resolve().is_relative_to(out.resolve())]:
         raise UserError(f"{out}: holds {inside[0].name} of the teacher; choose another folder for the student")
     return Teacher(folder, config, shards, trust_remote_code)
+
+
+def refuse_own_code(folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> None:
+    """Refuse a model that transformers alone cannot build.
+
+    Raises:
+        UserError: its code came with the checkpoint.
+    """
+    module = type(config).__module__
+    if trust_remote_code:  # without consent the class of that name in transformers is taken
+        module = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", module)
+    if not module.startswith("transformers."):
+        raise UserError(
+            f"{folder}: is built by code that came with it ({module}); the cut could not be loaded without that "
+            "code, so shoal cuts only architectures that transformers has: give another model"
+        )
 
 
 def _shall_run(teacher: Teacher, proof: Proof) -> bool:

@@ -14,12 +14,12 @@ from shoal.artifact import PruningPlan
 from shoal.checkpoint import Shard, read_shards
 from shoal.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
 from shoal.edits import Merge, Replace, in_words
-from shoal.errors import UserError
 from shoal.machine import free_disk
 from shoal.models import load_config, text_config
 from shoal.recipe import Target
 
 from ..eval.wording import bytes_text, layers_text
+from .apply import refuse_own_code
 from .edit import refuse_impossible_edits
 from .proof import memory_shortage, why_not_run
 from .quantised import without_quantization
@@ -63,11 +63,7 @@ def dry_run(
             would not take.
     """
     config = load_config(teacher_folder, trust_remote_code=trust_remote_code)
-    if not type(config).__module__.startswith("transformers."):
-        raise UserError(
-            f"{teacher_folder}: is built by code that came with it ({type(config).__module__}); shoal cuts only "
-            "architectures that transformers has"
-        )
+    refuse_own_code(teacher_folder, config, trust_remote_code=trust_remote_code)
     shards = read_shards(teacher_folder)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from shoal.artifact import fingerprint, flush, write_json
 from shoal.checkpoint import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, read_header, sampled_ranges
-from shoal.errors import UserError
+from shoal.errors import DISK_FULL, UserError
 from shoal.runtime import is_main
 
 from ..eval.wording import bytes_text
@@ -38,7 +38,6 @@ BUFFER_BYTES = 8 * 2**20
 PART = ".part"
 """Suffix of a file that is not complete on the disk yet."""
 NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

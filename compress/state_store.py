@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from collections import defaultdict
@@ -13,9 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from shoal.errors import UserError
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from shoal.errors import DISK_FULL, UserError
 
 
 class Kept(Protocol):

@@ -113,13 +113,17 @@ def test_targets_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: P
 
 
 def test_a_full_disk_is_told(teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shoal.compress import dry_run as module
-
-    class Usage:
-        free = 10
-
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr("shoal.compress.dry_run.free_disk", lambda _: 10)
     assert "NOT ENOUGH" in dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "student")
+
+
+def test_code_that_comes_with_the_model_is_refused_as_by_pruning(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "remote.RemoteForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is built by code that came with it \(remote.RemoteForCausalLM\)"):
+        dry_run(folder, plan(drop=[1]), tmp_path / "student", trust_remote_code=True)
 
 
 def test_a_named_target_that_would_refuse_ends_it(tmp_path: Path) -> None:

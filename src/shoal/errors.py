@@ -18,10 +18,11 @@ class UserError(ValueError):
     """
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors where no more can be written."""
 _FULL_TEXTS = (
-    *(f"os error {number}" for number in _FULL),  # safetensors
-    *(os.strerror(number) for number in _FULL),
+    *(f"os error {number}" for number in DISK_FULL),  # safetensors
+    *(os.strerror(number) for number in DISK_FULL),
     "requested and",  # numpy: "102400 requested and 57344 written"
     "PytorchStreamWriter failed",
     "inline_container",  # torch.save: "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"
@@ -41,7 +42,7 @@ def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_d
     except Exception as error:
         text = str(error)
         number = error.errno if isinstance(error, OSError) else None
-        if number in _FULL or any(known in text for known in _FULL_TEXTS):
+        if number in DISK_FULL or any(known in text for known in _FULL_TEXTS):
             raise UserError(
                 f"{path}: the disk is full, or your quota or file size limit is reached; nothing was left half-written "
                 f"there. Free some space or set {setting} to another disk, then run the same command again"
