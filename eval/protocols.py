@@ -114,7 +114,7 @@ def _worked(part: Part) -> Config:
         "fewshot_config": {"doc_to_target": "worked"},
         "process_results": nats,
         "metric_list": [{"metric": "nats", "aggregation": "mean", "higher_is_better": False}],
-        "metadata": {"metric": "nats_per_token", "protocol": "continuation", "chance": 0.0},
+        "metadata": {"metric": "nats_per_token", "chance": 0.0},
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shoal.abilities.matching import states_an_answer
+from shoal.abilities.matching import MATCHING, states_an_answer
 from shoal.artifact import ItemScore, TaskScore, fingerprint
 from shoal.errors import UserError
 
@@ -102,6 +102,7 @@ def task_score(
         prompts=prompts_fingerprint(task, chosen),
     )
     if task.OUTPUT_TYPE == "generate_until":
+        score = replace(score, matching=MATCHING)
         score = _with_text_rates(score, task, chosen, count_tokens, endings or {})
     return with_interval(score)
 

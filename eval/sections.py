@@ -95,8 +95,9 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
             "A protocol is the way in which an ability is asked for. “loglikelihood” shows lettered options and looks "
             "which letter the model finds most likely; “continuation” does so with the full text of every option; "
             "“generation” lets the model write and checks what it wrote. The first two only ask for a ranking, so a "
-            "damaged model can still rank well while it no longer writes a usable answer. “rolling” is plain "
-            "prediction of running text. Layers that look spare under one protocol can be needed under another."
+            "damaged model can still rank well while it no longer writes a usable answer. “worked” is the likelihood "
+            "of the right answer with its working, in nats per token; “rolling” is plain prediction of running text. "
+            "Layers that look spare under one protocol can be needed under another."
         )
     ]
     rows = []

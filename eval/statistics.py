@@ -29,6 +29,7 @@ SAME_MEASUREMENT = (
     "chance",
     "higher_is_better",
     "version",
+    "matching",
     "num_fewshot",
     "n",
 )

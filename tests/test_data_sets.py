@@ -364,7 +364,7 @@ def test_every_form_is_scored_through_a_model(data_dir: Path) -> None:
         "winogrande_continuation": ("continuation", "acc", 0.5, 1),
         "lambada_continuation": ("continuation", "acc", 0.0, 1),
         "wikitext2_rolling": ("rolling", "bits_per_byte", 0.0, 1),
-        "triviaqa_worked": ("continuation", "nats_per_token", 0.0, 1),
+        "triviaqa_worked": ("worked", "nats_per_token", 0.0, 1),
         "nested_arithmetic_k2_generation": ("generation", "match", 0.0, 2),
     }
     assert (scores[-2].family, scores[-2].level) == ("nested_arithmetic", 2)

@@ -55,7 +55,7 @@ def test_scores_carry_what_a_reader_needs(scores: tuple[TaskScore, ...]) -> None
         ("knowledge_continuation", "knowledge", "continuation", "acc", 0.25, True),
         ("knowledge_loglikelihood", "knowledge", "loglikelihood", "acc", 0.25, True),
         ("retrieval_generation", "retrieval", "generation", "match", 0.1, True),
-        ("reasoning_worked", "reasoning", "continuation", "nats_per_token", 0.0, False),
+        ("reasoning_worked", "reasoning", "worked", "nats_per_token", 0.0, False),
         ("perplexity", "language", "rolling", "nats_per_token", 0.0, False),
     ]
     for score in scores[:4]:

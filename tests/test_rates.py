@@ -15,6 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from shoal.artifact import ItemScore, TaskScore
 from shoal.errors import UserError
+from shoal.eval import samples as scoring
 from shoal.eval.engine import CausalLM, Ending, Writing
 from shoal.eval.intervals import newcombe_paired
 from shoal.eval.protocols import match_stated
@@ -151,6 +152,12 @@ def test_a_text_that_states_no_answer_is_malformed_where_the_answer_has_to_be_st
     texts = [" From plum to battery. From battery to pillow.", "From plum to battery. The answer is Rome.", "####"]
     assert [item.rates["malformed"] for item in logged(texts, match_stated).items] == [1, 0, 1]
     assert [item.rates["malformed"] for item in logged(texts).items] == [0, 0, 1]
+
+
+def test_written_answers_carry_the_version_of_the_code_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert logged(["Rome"]).matching == scoring.MATCHING
+    monkeypatch.setattr(scoring, "MATCHING", 7)
+    assert logged(["Rome"]).matching == 7
 
 
 def test_a_score_knows_its_family_level_and_questions() -> None:

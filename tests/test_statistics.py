@@ -134,7 +134,7 @@ def test_items_are_paired_by_id_not_by_position() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"version": "2"}, {"num_fewshot": 5}, {"metric": "acc_norm"}, {"chance": 0.1}, {"protocol": "generation"}],
+    [{"version": "2"}, {"num_fewshot": 5}, {"metric": "acc_norm"}, {"chance": 0.1}, {"protocol": "x"}, {"matching": 2}],
     ids=lambda changes: next(iter(changes)),
 )
 def test_other_settings_are_refused_by_name(changes: dict[str, object]) -> None:

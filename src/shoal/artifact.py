@@ -174,7 +174,7 @@ class TaskScore:
     ability: str
     """retrieval, knowledge, reasoning, language, or the task's own group."""
     protocol: str
-    """loglikelihood, continuation, generation, or rolling (perplexity)."""
+    """loglikelihood, continuation, generation, worked (nats of the right answer), or rolling (perplexity)."""
     metric: str
     score: float
     ci_low: float
@@ -195,7 +195,9 @@ class TaskScore:
     """Of generated text, over the items: `malformed`, `repetition`, `cut_off` and `mean_tokens`; else empty. See
     eval/rates.py."""
     prompts: str = ""
-    """Fingerprint of everything that was asked, few-shot examples included, and of the rules of matching."""
+    """Fingerprint of everything that was asked, few-shot examples included, and of the task's rules of matching."""
+    matching: int = 1
+    """Of generated text: the version of the code that reads answers out of it (shoal.abilities.matching); else 1."""
 
     @property
     def key(self) -> tuple[str, str, str]:

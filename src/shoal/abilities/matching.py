@@ -7,6 +7,9 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MATCHING = 1
+"""Raise it with every change, here or in what uses this, by which a written answer may be read otherwise: scores of two
+versions are not compared. Evaluations that do not say theirs have the first."""
 LETTERS = string.ascii_uppercase
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 FIRST_NUMBER = re.compile(rf"^\W*?({NUMBER.pattern})(?!\w)")
