@@ -9,8 +9,8 @@ from test_trainable import plan
 from tiny import tiny_model
 from torch.nn import functional
 
-from shoal.models import decoder_layers
-from shoal.train.frozen import finished_state, share_frozen, stored_names
+from shoal.models import decoder_layers, load_model
+from shoal.train.frozen import finished_state, save_finished, share_frozen, stored_names
 from shoal.train.trainable import train_only
 
 CUT = plan(3, num_layers=7)
@@ -165,6 +165,12 @@ def test_what_was_trained_is_rounded_and_what_was_not_keeps_its_stored_dtype(tmp
     assert all(torch.equal(finished[name], stored[name]) for name in stored if name != trained)
     assert finished[odd].dtype == torch.float32
     assert torch.equal(finished[trained], student.get_parameter(trained).to(BF16))
+
+
+def test_a_finished_student_says_the_dtype_it_is_written_in(tmp_path) -> None:
+    student, _ = pair("llama", torch.float32)
+    save_finished(student, {n: t.to(BF16) for n, t in student.state_dict().items()}, tmp_path, dtype=BF16)
+    assert load_model(tmp_path).dtype == BF16
 
 
 def test_a_frozen_weight_that_is_not_the_stored_one_is_written_as_it_is(tmp_path) -> None:

@@ -10,18 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_model
 from torch import Tensor, nn
 from training_runs import Trial, finished, prepare, recipe, run
 from transformers import PreTrainedModel
 
+from shoal.artifact import Provenance, PruningPlan
 from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 from shoal.packing import PackedRows
 from shoal.train import local
-from shoal.train.local import Gap, LocalResult, gaps, heal_locally
-from shoal.training import LocalHeal
+from shoal.train.local import Gap, LocalResult, gaps, heal_locally, local_stage
+from shoal.training import Distill, LocalHeal
 
 KEEP = (0, 1, 4, 5)
 """Of the six layers; the one before the gap is layer 1, which is to give the state after layer 3."""
@@ -185,6 +187,37 @@ def test_the_weights_do_not_depend_on_how_many_rows_are_read_at_once(tmp_path):
     for name, weight in healed[0].items():
         for other in healed[1:]:
             torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-5)
+
+
+def test_what_is_not_healed_is_written_as_it_was_stored(tmp_path):
+    student, teacher = models()
+    odd, trained = "model.layers.3.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"
+    stored = {name: weight.to(torch.bfloat16) for name, weight in student.state_dict().items()}
+    stored[odd] = student.get_parameter(odd).detach().clone()  # one of a bfloat16 checkpoint in float32
+    student.save_pretrained(tmp_path / "student", state_dict=dict(stored))
+    config = tmp_path / "student" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "bfloat16"}))
+    teacher.save_pretrained(tmp_path / "teacher")
+    rows = text(8)
+    settings = Distill(local=LocalHeal(num_tokens=1, batch_size=4), sequence_length=24, precision="float32")
+    identity = dict.fromkeys(("model", "student", "prune.drop", "dtype", "attention", "distill.teacher"))
+    healed = local_stage(
+        tmp_path / "teacher",
+        tmp_path / "student",
+        PruningPlan(Provenance({}), num_layers=NUM_LAYERS, drop=(2, 3), reason=""),
+        rows,
+        settings,
+        folder=tmp_path / "local",
+        inputs=identity,
+        dtype="float32",
+        load={"attention": "sdpa", "trust_remote_code": False},
+    )
+    written = load_file(healed / "model.safetensors")
+    assert all(torch.equal(written[name], weight) for name, weight in stored.items() if ".layers.1." not in name)
+    assert written[odd].dtype == torch.float32
+    assert written[trained].dtype == torch.bfloat16
+    assert not torch.equal(written[trained], stored[trained])
+    assert json.loads((healed / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_what_cannot_be_healed_is_refused(tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ from shoal.training import Distill, LocalHeal
 
 from .arguments import autocast_dtype
 from .capture import capturing
+from .frozen import finished_state, save_finished
 from .on_host import queued
 from .states import Tokens, distances
 from .student import final_hidden
@@ -160,9 +161,12 @@ def local_stage(
     )
     if is_main():
         stored = getattr(torch, str(load_config(student_dir).dtype or "float32").removeprefix("torch."))
+        state = {name: w for name, w in student.state_dict().items() if name not in student.all_tied_weights_keys}
         with written_folder(healed) as unfinished:
             copy_all_but_weights(student_dir, unfinished)
-            student.to(stored).save_pretrained(unfinished)
+            save_finished(
+                student, finished_state(student, state, student_dir, dtype=stored), unfinished, dtype=stored
+            )
         write_json(told, {"inputs": identity, "before": result.before, "after": result.after})
         (folder / STATE_FILE).unlink(missing_ok=True)
     barrier()
