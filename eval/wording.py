@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shoal.artifact import TaskScore
+from shoal.units import bytes_text as bytes_text
 
 from .findings import Row, is_share, measured_in_nats
 from .statistics import PairedDifference, Retention
@@ -83,15 +84,6 @@ def layers_text(layers: Sequence[int]) -> str:
         parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(layer) for layer in run]
         start = end
     return ", ".join(parts)
-
-
-def bytes_text(count: float) -> str:
-    """A size in the unit a reader thinks in."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def count_text(count: float) -> str:

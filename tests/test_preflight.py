@@ -494,7 +494,7 @@ def test_a_run_without_the_memory_is_refused_with_what_fits(
 
 def test_a_run_without_the_disk_is_refused(folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int]) -> None:
     machine["disk"] = 1000
-    with pytest.raises(UserError, match=r"run_dir .*: training writes .* more at its worst moment and 0\.001 MB are"):
+    with pytest.raises(UserError, match=r"run_dir .*: training writes .* more at its worst moment and 1 kB are"):
         refuse(folders, tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with (tmp_path / "checkpoints" / "earlier").open("wb") as file:

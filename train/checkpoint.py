@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from shoal.artifact import differences, file_hash, write_text, written_folder
 from shoal.errors import UserError
-from shoal.runtime import is_main, rank, world_size
+from shoal.runtime import barrier, is_main, rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None
 
     Ranks share the hashing: a large checkpoint is read once by all of them together.
     """
-    _barrier()
+    barrier()
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     mine = {str(file.relative_to(folder)): _stamp(file) for file in files[rank() :: world_size()]}
     gathered: list[Any] = [mine]
@@ -48,7 +48,7 @@ def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None
         stamps = {name: stamp for part in gathered for name, stamp in part.items()}
         manifest = {"inputs": inputs, "layout": {"ranks": world_size(), "zero_stage": zero_stage}, "files": stamps}
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
-    _barrier()
+    barrier()
 
 
 def last_complete(folder: Path, inputs: dict[str, Any]) -> Path | None:
@@ -185,8 +185,3 @@ def _stamp(file: Path) -> dict[str, Any]:
 def _step(checkpoint: Path) -> int:
     digits = checkpoint.name.removeprefix("checkpoint-")
     return int(digits) if digits.isdigit() else -1
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

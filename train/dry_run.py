@@ -13,11 +13,12 @@ from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, free_disk, matmul_flops_per_second
 from shoal.models import text_config
 from shoal.training import Distill
+from shoal.units import bytes_text
 
 from .job import Job, job, teacher_dtype
 from .memory import Setting, memory, shared_weights
 from .pace import Pace, flops_per_token, probe, step_seconds
-from .preflight import cheapest, disk_bytes, fits, overrides, shortages, size_text, written_bytes
+from .preflight import cheapest, disk_bytes, fits, overrides, shortages, written_bytes
 
 ASSUMED_SHARE = 0.4
 """Of the measured peak of matrix products, where the models are too large to be tried here."""
@@ -158,12 +159,12 @@ def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
     for title, *numbers, verdict in cells:
         right = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
         lines.append("  ".join([title.ljust(widths[0]), *right, verdict]).rstrip())
-    on_device = "" if job.setting.device == "cpu" else f"{size_text(device_free)} on the device, "
+    on_device = "" if job.setting.device == "cpu" else f"{bytes_text(device_free)} on the device, "
     return [
         *lines,
         "the peak is no sum: gradients come as activations go; `host` is per node, `fixed` the process itself; where a "
         "verdict names something else than training, that is when the peak is",
-        f"free now: {on_device}{size_text(host_free)} on this node",
+        f"free now: {on_device}{bytes_text(host_free)} on this node",
     ]
 
 
@@ -177,7 +178,7 @@ def _beside(job: Job) -> list[str]:
         told.append(f"the lowest {job.shared_layers} layers are {how}")
     if setting.four_bits:
         told.append("frozen linear maps of the layers are held in 4 bits")
-    whole = size_text(setting.weight_bytes * student.parameters)
+    whole = bytes_text(setting.weight_bytes * student.parameters)
     if setting.stage == 3 and (setting.scored_rows or setting.samples):
         keys = ["distill.watch"] * (setting.scored_rows > 0) + ["distill.on_policy"] * (setting.samples > 0)
         told.append(f"{' and '.join(keys)}: ZeRO 3 gathers the whole student for that, {whole} on every rank")
@@ -187,7 +188,7 @@ def _beside(job: Job) -> list[str]:
             "written at one time; their cache is counted, the time they take is not"
         )
     if setting.captured:
-        held = size_text(setting.rows * setting.sequence_length * setting.captured)
+        held = bytes_text(setting.rows * setting.sequence_length * setting.captured)
         told.append(f"loss terms on states hold {held} of a micro-batch")
     if setting.healed_layers:
         told.append(
@@ -233,14 +234,14 @@ def _duration(seconds: float) -> str:
 
 def _disk(job: Job, run_dir: Path) -> list[str]:
     found = disk_bytes(job)
-    parts = ", ".join(f"{name}/ {size_text(size)}" for name, size in found.items())
+    parts = ", ".join(f"{name}/ {bytes_text(size)}" for name, size in found.items())
     needed, free = sum(found.values()) - written_bytes(run_dir), free_disk(run_dir)
     verdict = "" if needed <= free else ": NOT ENOUGH, free some space or set run_dir to another disk"
-    signals = size_text(disk_bytes(job, record=True)["signals"])
+    signals = bytes_text(disk_bytes(job, record=True)["signals"])
     recorded = f"  recorded signals of these tokens would take {signals} at k = 32{_state_at_cut(job)}"
     return [
-        f"disk: {parts} ({job.kept_checkpoints} checkpoints kept, one more while it is written); {size_text(free)} free"
-        f"{verdict}",
+        f"disk: {parts} ({job.kept_checkpoints} checkpoints kept, one more while it is written); {bytes_text(free)} "
+        f"free{verdict}",
         *([] if job.setting.teacher == "none" else [recorded]),
     ]
 
@@ -252,7 +253,7 @@ def _state_at_cut(job: Job) -> str:
     each = job.teacher.hidden * job.setting.teacher_bytes
     return (
         "; with distill.teacher.prefix, which spares both models their lowest layers, "
-        f"{size_text(each * job.num_steps * job.tokens_per_step)} more ({each:,} bytes a token)"
+        f"{bytes_text(each * job.num_steps * job.tokens_per_step)} more ({each:,} bytes a token)"
     )
 
 
@@ -267,7 +268,7 @@ def _proposal(job: Job, device_free: int, host_free: int) -> list[str]:
     if not lines:
         return ["cheapest setting that fits: this recipe's"]
     peak = memory(job.student, job.teacher, setting).peak
-    return [f"cheapest setting that fits ({size_text(peak)} at the peak):", *(f"  {line}" for line in lines)]
+    return [f"cheapest setting that fits ({bytes_text(peak)} at the peak):", *(f"  {line}" for line in lines)]
 
 
 def _millions(count: int) -> str:

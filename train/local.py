@@ -35,8 +35,7 @@ from shoal.errors import UserError, explained_disk_errors
 from shoal.models import decoder_layers, load_config, load_model
 from shoal.packing import PackedRows
 from shoal.recipe import as_dict
-from shoal.run import barrier
-from shoal.runtime import device, is_main, rank, world_size
+from shoal.runtime import barrier, device, is_main, rank, world_size
 from shoal.training import Distill, LocalHeal
 
 from .arguments import autocast_dtype
@@ -164,9 +163,7 @@ def local_stage(
         state = {name: w for name, w in student.state_dict().items() if name not in student.all_tied_weights_keys}
         with written_folder(healed) as unfinished:
             copy_all_but_weights(student_dir, unfinished)
-            save_finished(
-                student, finished_state(student, state, student_dir, dtype=stored), unfinished, dtype=stored
-            )
+            save_finished(student, finished_state(student, state, student_dir, dtype=stored), unfinished, dtype=stored)
         write_json(told, {"inputs": identity, "before": result.before, "after": result.after})
         (folder / STATE_FILE).unlink(missing_ok=True)
     barrier()

@@ -19,6 +19,7 @@ from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, free_disk
 from shoal.models import load_config
 from shoal.training import Distill
+from shoal.units import bytes_text
 
 from .job import Job, job
 from .memory import LIBRARY_BYTES, Memory, Setting, TeacherPlace, memory, shared_weights
@@ -121,9 +122,9 @@ def check_fit(
     needed = sum(disk_bytes(found).values()) - written_bytes(run_dir)
     if needed > free_disk(run_dir):
         problems.append(
-            f"run_dir {run_dir}: training writes {size_text(needed)} more at its worst moment and "
-            f"{size_text(free_disk(run_dir))} are free there; free some space, lower distill.trainer.save_total_limit, "
-            "or set run_dir to another disk"
+            f"run_dir {run_dir}: training writes {bytes_text(needed)} more at its worst moment and "
+            f"{bytes_text(free_disk(run_dir))} are free there; free some space, lower "
+            "distill.trainer.save_total_limit, or set run_dir to another disk"
         )
     if problems and not settings.check_memory:
         log.warning("this training will not fit, and starts because distill.check_memory is false: %s", problems[0])
@@ -137,8 +138,8 @@ def check_fit(
     elif not fits(found.memory, found.setting, device_free=free[0], host_free=free[1]):
         log.warning(
             "memory will be close: %s per rank expected, %s free; estimates err by a tenth",
-            size_text(found.memory.peak),
-            size_text(free[0]),
+            bytes_text(found.memory.peak),
+            bytes_text(free[0]),
         )
 
 
@@ -155,11 +156,11 @@ def shortages(job: Job, *, device_free: int, host_free: int) -> list[str]:
     if device > MARGIN * device_free:
         where = f"{setting.ranks_per_node} rank(s) on this node" if setting.device == "cpu" else "a rank"
         problems.append(
-            f"{where} need {size_text(device)} of memory at the peak ({found.peak_at}) and {size_text(device_free)} "
+            f"{where} need {bytes_text(device)} of memory at the peak ({found.peak_at}) and {bytes_text(device_free)} "
             f"are free{ADVICE.get(found.peak_at, '')}"
         )
     if setting.device != "cpu" and host > MARGIN * host_free:
-        problems.append(f"this node needs {size_text(host)} of host memory and {size_text(host_free)} are free")
+        problems.append(f"this node needs {bytes_text(host)} of host memory and {bytes_text(host_free)} are free")
     return problems
 
 
@@ -259,8 +260,3 @@ def overrides(job: Job, setting: Setting) -> list[str]:
             "distill.teacher.recorded=FOLDER (after `shoal record`)" if recorded else "distill.teacher.offload=true"
         )
     return lines
-
-
-def size_text(count: float) -> str:
-    """`3.1 GB`; small sizes in MB."""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -21,8 +21,7 @@ from shoal.anatomy import decoder_layers, state_of
 from shoal.errors import UserError
 from shoal.models import load_model, logits_from_hidden
 from shoal.recording import Record
-from shoal.run import barrier
-from shoal.runtime import device, is_main, rank, world_size
+from shoal.runtime import barrier, device, is_main, rank, world_size
 
 from .recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
 from .recording_plan import RecordingManifest, plan_recording, recording_inputs, recording_layout, shard_name, shards_of

@@ -26,6 +26,7 @@ from shoal.errors import UserError
 from shoal.models import load_config, text_config, tokenizer_fingerprint
 from shoal.recording import Record
 from shoal.runtime import environment, is_main, rank, world_size
+from shoal.units import bytes_text
 
 from .recording_format import (
     HEADER_BYTES,
@@ -225,15 +226,15 @@ def _announce(folder: Path, layout: Layout, num_shards: int, pending: Sequence[r
         len(pending),
         num_shards,
         layout.num_bytes(1) / layout.sequence_length,
-        _size(need),
-        _size(free),
+        bytes_text(need),
+        bytes_text(free),
         folder,
     )
     if free < need:
         raise UserError(
-            f"{folder}: recording needs {_size(need)} there and the disk has {_size(free)} free; set record.folder "
-            "to a folder on a larger disk, lower record.num_tokens, record.top_k or the number of record.states, or do "
-            "without distill.teacher.prefix"
+            f"{folder}: recording needs {bytes_text(need)} there and the disk has {bytes_text(free)} free; set "
+            "record.folder to a folder on a larger disk, lower record.num_tokens, record.top_k or the number of "
+            "record.states, or do without distill.teacher.prefix"
         )
 
 
@@ -245,10 +246,6 @@ def shards_of(num_rows: int, rows_per_shard: int) -> list[range]:
 def shard_name(index: int) -> str:
     """File name of a shard."""
     return f"shard-{index:06d}.safetensors"
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:,.2f} MB"
 
 
 def refuse_other_rows(

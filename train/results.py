@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from shoal.artifact import Provenance, Training, written_folder
 from shoal.machine import peak_memory
 from shoal.models import load_config
-from shoal.runtime import device, is_main, world_size
+from shoal.runtime import barrier, device, is_main, world_size
 
 from .frozen import finished_state, save_finished
 from .local import copy_all_but_weights
@@ -75,4 +75,4 @@ def write_results(
         ).write(run_dir / Training.FILE)
         if watcher is not None:
             watcher.forget()
-    dist.barrier()
+    barrier()

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from shoal.artifact import fingerprint, written_folder
 from shoal.data import TEACHER_TEXT, pack, texts_fingerprint
 from shoal.packing import PackedRows, Packing, read_rows
 from shoal.recipe import Distill
-from shoal.runtime import is_main
+from shoal.runtime import barrier, is_main
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +57,5 @@ def training_rows(
             if count["repeats"]:
                 times = "once" if count["repeats"] == 1 else f"{count['repeats']} times"
                 log.info("%s is smaller than its share of the budget and is repeated %s", name, times)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     return read_rows(path)

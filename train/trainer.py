@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from shoal.artifact import write_json
 from shoal.errors import UserError, explained_disk_errors
-from shoal.runtime import is_main, seed_everything, world_size
+from shoal.runtime import barrier, is_main, seed_everything, world_size
 from shoal.terms import term_names
 
 from .checkpoint import commit, layout, remove_older, separate_groups
@@ -260,8 +260,7 @@ class DistillTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main() and folder.exists():  # an unfinished or damaged one of an earlier life
             shutil.rmtree(folder)
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
         try:
             with explained_disk_errors(folder), self._rate.paused():
                 super()._save_checkpoint(model, trial)

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from shoal.artifact import differences, write_json, written_folder
-from shoal.runtime import is_main
+from shoal.runtime import barrier, is_main
 from shoal.training import Watch
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ class Watcher(TrainerCallback):
 
     def _keep(self, step: int, score: Score) -> None:
         best = self.best()
-        if best is not None and best["step"] != step:
+        if best is not None and best["step"] != step and not math.isnan(best["score"]):
             better = score.value > best["score"] if score.higher_is_better else score.value < best["score"]
             if not better:
                 return
@@ -95,8 +94,7 @@ class Watcher(TrainerCallback):
                 save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
                 told = {"step": step, "metric": self._settings.best, "score": score.value, "inputs": self._inputs}
                 write_json(folder / "best.json", told)
-        if dist.is_initialized():
-            dist.barrier()
+        barrier()
 
     def best(self) -> dict[str, Any] | None:
         """Step, metric and score of the best state that this run has kept so far."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -27,7 +26,7 @@ from shoal.artifact import fingerprint, write_json, write_text
 from shoal.chat import Chat, check_template
 from shoal.data import TEACHER_TEXT, documents, load_texts
 from shoal.errors import UserError
-from shoal.runtime import is_main, rank, world_size
+from shoal.runtime import barrier, is_main, rank, world_size
 from shoal.section import DataSource
 from shoal.writing import Writing
 
@@ -88,10 +87,10 @@ def write_texts(
             turn=rank(),
             turns=world_size(),
         )
-    _wait()
+    barrier()
     if is_main():
         _sift(place, identity, keep=settings.keep)
-    _wait()
+    barrier()
     return _kept(place)
 
 
@@ -147,11 +146,6 @@ def _lines(records: Sequence[dict[str, Any]]) -> str:
 def _read(file: Path) -> list[dict[str, Any]]:
     # not splitlines(), which also cuts at characters that JSON leaves as they are
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _write_batches(

@@ -59,6 +59,7 @@ This process and its machine
     errors              what a user can fix, and how it is said
     runtime             ranks, logging, seeding, environment stamp
     machine             memory, disk, speed
+    units               bytes in words
     tracking            the Weights & Biases run
     tracked             what is logged there
     redaction           secrets stay here

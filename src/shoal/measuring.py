@@ -25,8 +25,8 @@ from shoal.models import (
     text_config,
 )
 from shoal.recipe import Sweeps, as_dict
-from shoal.run import Run, barrier, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
-from shoal.runtime import device, is_main, seed_everything
+from shoal.run import Run, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
+from shoal.runtime import barrier, device, is_main, seed_everything
 from shoal.sweeps import Removal, Unit
 
 if TYPE_CHECKING:

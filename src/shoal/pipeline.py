@@ -31,7 +31,6 @@ from shoal.pruning import choose_plan, prune, read_plan, refuse_impossible_chang
 from shoal.recipe import as_dict
 from shoal.run import (
     Run,
-    barrier,
     check_length,
     is_done,
     local_data_fingerprint,
@@ -39,7 +38,7 @@ from shoal.run import (
     require,
     task_files_fingerprint,
 )
-from shoal.runtime import device, environment, is_main, seed_everything
+from shoal.runtime import barrier, device, environment, is_main, seed_everything
 
 log = logging.getLogger(__name__)
 

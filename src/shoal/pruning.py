@@ -16,8 +16,8 @@ from shoal.errors import UserError
 from shoal.measuring import measure, measure_inputs
 from shoal.models import load_config
 from shoal.recipe import as_dict
-from shoal.run import Run, barrier, is_done, require
-from shoal.runtime import is_main
+from shoal.run import Run, is_done, require
+from shoal.runtime import barrier, is_main
 
 log = logging.getLogger(__name__)
 

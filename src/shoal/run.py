@@ -19,14 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch.distributed as dist
-
 from shoal.artifact import Artifact, differences, file_hash, fingerprint, require_same_run
 from shoal.edits import Swap
 from shoal.errors import UserError
 from shoal.models import load_config, model_fingerprint, resolve_model, text_config
 from shoal.recipe import CONFIGS_DIR, Recipe
-from shoal.runtime import is_main, world_size
+from shoal.runtime import barrier, is_main
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +77,11 @@ class Run:
 
 def resolved(model: str, revision: str | None) -> Path:
     """The model's local folder. Rank 0 resolves it first: a download or conversion happens once per machine."""
-    if dist.is_initialized() and not is_main():
-        dist.barrier()
+    if not is_main():
+        barrier()
     folder = resolve_model(model, revision=revision)
-    if dist.is_initialized() and is_main():
-        dist.barrier()
+    if is_main():
+        barrier()
     return folder
 
 
@@ -172,12 +170,6 @@ def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str)
     provenance = kind.read(path).provenance
     remedy = f"Run `{verb}` again, or set run_dir to another folder"
     require_same_run(inputs, provenance, path, remedy=remedy)
-
-
-def barrier() -> None:
-    """Wait for all ranks, where there are several."""
-    if world_size() > 1 and dist.is_initialized():
-        dist.barrier()
 
 
 def task_files_fingerprint(include_path: str | None) -> str:

@@ -135,10 +135,16 @@ def set_up_distributed(timeout_s: int) -> None:
         ) from error
 
 
-def leave_distributed() -> None:
-    """End the process group: its threads, left to the interpreter's exit, sometimes abort a process that succeeded."""
+def barrier() -> None:
+    """Wait for all ranks, where they have joined."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def leave_distributed() -> None:
+    """End the process group: its threads, left to the interpreter's exit, sometimes abort a process that succeeded."""
+    barrier()
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
