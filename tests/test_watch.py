@@ -1,5 +1,6 @@
 """Scores while training: when, under which names, and which state is kept as the best."""
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -64,6 +65,14 @@ def test_the_best_state_is_kept_by_the_score_that_was_chosen(tmp_path, higher_is
     assert kept.best_state()["weight"].item() == best
     kept.forget()
     assert kept.best() is None
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    kept = watcher(tmp_path, every=2, best="knowledge")
+    Training(kept, {0: math.nan, 2: 0.6, 4: math.nan}).run(range(4), max_steps=4)
+    found = kept.best()
+    assert found is not None
+    assert found["step"] == 2
 
 
 def test_a_resumed_run_remembers_the_best_of_its_earlier_life_and_not_another_runs(tmp_path):

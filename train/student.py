@@ -195,7 +195,8 @@ def _positions_handed_on(decoder: nn.Module, position_ids: Tensor) -> Iterator[N
     """While ``decoder`` runs, masks are made from positions also where its family forgets them (gpt-oss, AFMoE, Bloom):
     documents would see each other there."""
     module = sys.modules.get(type(decoder).__module__)
-    found = {name: made for name in MASKS if (made := getattr(module, name, None)) is getattr(masking_utils, name)}
+    theirs: dict[str, Callable[..., Any]] = {name: getattr(masking_utils, name) for name in MASKS}
+    found = {name: made for name, made in theirs.items() if getattr(module, name, None) is made}
 
     def with_positions(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("position_ids") is None:
