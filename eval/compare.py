@@ -15,6 +15,7 @@ from shoal.search import Interval
 from .comparable import CUT_ROLES, Common, Contender, find_common, read_contenders, score_of
 from .findings import SIGNAL_SIGMAS
 from .intervals import combined
+from .speed_ratio import SpeedRatio, speed_ratio
 from .statistics import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
@@ -50,7 +51,7 @@ class Model:
     cells: tuple[Cell, ...]
     """In the order of the tasks."""
     speed: SpeedScore | None
-    speed_ratio: float | None
+    speed_ratio: SpeedRatio | None
     """Of decoding, to the teacher that took turns with it."""
 
     @property
@@ -148,7 +149,7 @@ def _model(
     role: str,
     contenders: Sequence[Contender],
     common: Common,
-    speeds: dict[tuple[str, str], tuple[SpeedScore, float | None]],
+    speeds: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]],
 ) -> Model:
     evaluation, first = contender.run.evaluations[role], contenders[0]
     teacher = _teacher_of(contender, contenders) if role != "teacher" else None
@@ -222,7 +223,7 @@ def _question(model: Model, column: int) -> tuple[str, str, int]:
 
 def _speeds(
     contenders: Sequence[Contender],
-) -> tuple[dict[tuple[str, str], tuple[SpeedScore, float | None]], list[str]]:
+) -> tuple[dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]], list[str]]:
     """(letter, role) -> speed and its ratio to the teacher's, of all runs that were timed like the first of them."""
     timed = [(contender, contender.run.speed) for contender in contenders if contender.run.speed is not None]
     reasons = [
@@ -233,7 +234,7 @@ def _speeds(
     if not timed:
         return {}, ["No run has a speed: it was not measured (`eval.speed: true`)."]
     first, speed = timed[0]
-    found: dict[tuple[str, str], tuple[SpeedScore, float | None]] = {}
+    found: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]] = {}
     for contender, own in timed:
         wanted, settings = _timing(speed), _timing(own)
         other = [field for field in wanted if wanted[field] != settings[field]]
@@ -246,7 +247,7 @@ def _speeds(
             continue
         teacher = own.roles.get("teacher")
         for role, score in own.roles.items():
-            ratio = score.decode_tokens_per_s / teacher.decode_tokens_per_s if teacher else None
+            ratio = speed_ratio(score, teacher, "decode") if teacher else None
             found[contender.letter, role] = score, ratio
     return found, reasons
 

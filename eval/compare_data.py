@@ -13,7 +13,7 @@ from .compare import Cell, Model, RunComparison
 
 TASK_FIELDS = (
     *("task", "ability", "protocol", "metric", "version", "num_fewshot"),
-    *("n", "chance", "higher_is_better", "family", "level"),
+    *("matching", "n", "chance", "higher_is_better", "family", "level"),
 )
 
 
@@ -56,7 +56,7 @@ def _run_data(contender: Contender) -> dict[str, Any]:
 
 
 def _model_data(model: Model) -> dict[str, Any]:
-    evaluation = model.evaluation
+    evaluation, ratio = model.evaluation, model.speed_ratio
     return {
         "run": model.contender.letter,
         "role": model.role,
@@ -65,7 +65,8 @@ def _model_data(model: Model) -> dict[str, Any]:
         "num_parameters": evaluation.num_parameters,
         "num_bytes": evaluation.num_bytes,
         "decode_tokens_per_s": model.speed.decode_tokens_per_s if model.speed else None,
-        "decode_ratio": model.speed_ratio,
+        "decode_ratio": ratio.value if ratio else None,
+        "decode_ratio_of_rounds": ratio.limits if ratio else None,
         "cells": [_cell_data(cell) for cell in model.cells],
     }
 

@@ -142,7 +142,7 @@ def _points(comparison: RunComparison, kept: Sequence[Interval | None], cost: Co
 
 def _cost(model: Model, cost: Cost) -> float | None:
     if cost == "decode":
-        return model.speed_ratio
+        return model.speed_ratio.value if model.speed_ratio else None
     return float(model.evaluation.num_parameters if cost == "parameters" else model.evaluation.num_bytes)
 
 
@@ -164,11 +164,8 @@ def _draw(comparison: RunComparison, folder: Path) -> Picture | None:
     title = "Retention against size" + (" and speed" if rows[0][-1].cost == "decode" else "")
     description = " ".join([_FIGURE_LEGEND, *_frontier_lines(rows)])
     figure = pareto_figure(rows, {one.letter: one.name for one in comparison.contenders})
-    for suffix in ("svg", "png"):
-        save_figure(figure, folder / f"{FIGURE}.{suffix}")
-    return Picture(
-        f"{FIGURE}.png", inline_svg(figure, FIGURE, title=title, description=description), title, description
-    )
+    drawn, _ = (save_figure(figure, folder / f"{FIGURE}.{suffix}") for suffix in ("svg", "png"))
+    return Picture(f"{FIGURE}.png", inline_svg(drawn, FIGURE, title=title, description=description), title, description)
 
 
 _FIGURE_LEGEND = (
@@ -229,7 +226,7 @@ def _cost_row(model: Model) -> tuple[str, ...]:
     found, training = model.evaluation, model.contender.run.training if model.role == "distilled" else None
     speed = DASH
     if model.speed:
-        ratio = "" if model.speed_ratio is None or model.role == "teacher" else f" ({model.speed_ratio:.2f} ×)"
+        ratio = "" if model.speed_ratio is None or model.role == "teacher" else f" ({model.speed_ratio.in_words()})"
         speed = f"{model.speed.decode_tokens_per_s:,.1f}{ratio}"
     cost = (f"{training.num_tokens:,}", f"{training.seconds / 3600:,.2f}") if training else (DASH, DASH)
     size = (count_text(found.num_parameters), str(found.num_layers), bytes_text(found.num_bytes))
@@ -321,7 +318,8 @@ def _legend(comparison: RunComparison) -> str:
         "is the teacher, 0 % guessing. Then the difference to the model of the same role in run "
         f"{first}, over the same items, in points or in the metric's own unit, with its p-value corrected over the "
         "whole table; intervals and tests are in “Task by task”, and what true difference so many items would show "
-        "four times out of five. Decoding in brackets is relative to the teacher that took turns with it."
+        "four times out of five. Decoding in brackets is relative to the teacher that took turns with it; "
+        "then the smallest and largest ratio of one round."
     )
 
 

@@ -8,6 +8,7 @@ from shoal.artifact import SpeedScore
 from shoal.edits import in_words
 
 from .findings import Comparison, Row, Run
+from .speed_ratio import speed_ratio
 from .wording import count_text, layers_text, listed, signed, task_name
 
 MAX_NAMES = 5
@@ -58,11 +59,9 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
 
 def _faster(teacher: SpeedScore, small: SpeedScore) -> tuple[str, str]:
     """The ratio of the median speeds of writing, and how far it went apart from round to round of taking turns."""
-    ratio = small.decode_tokens_per_s / teacher.decode_tokens_per_s
-    rounds = zip(small.samples.get("decode", ()), teacher.samples.get("decode", ()), strict=False)
-    ratios = [after / before for after, before in rounds]
-    told = f" (single rounds: {min(ratios):.2f} to {max(ratios):.2f} ×)" if ratios else ""
-    return f"{ratio:.2f} ×", f"decoding speed{told}"
+    found = speed_ratio(small, teacher, "decode")
+    told = f" (single rounds: {found.limits[0]:.2f} to {found.limits[1]:.2f} ×)" if found.limits else ""
+    return f"{found.value:.2f} ×", f"decoding speed{told}"
 
 
 def _cut(run: Run) -> str:

@@ -205,7 +205,6 @@ def _training_figures(run: Run) -> Iterator[NamedFigure]:
 
 
 def _drawn(run: Run, name: str, figure: Figure, title: str, description: str) -> Picture:
-    for suffix in ("svg", "png"):
-        save_figure(figure, run.folder / FIGURES_DIR / f"{name}.{suffix}")
-    svg = inline_svg(figure, name, title=title, description=description)
+    drawn, _ = (save_figure(figure, run.folder / FIGURES_DIR / f"{name}.{suffix}") for suffix in ("svg", "png"))
+    svg = inline_svg(drawn, name, title=title, description=description)
     return Picture(f"{FIGURES_DIR}/{name}.png", svg, title, description)

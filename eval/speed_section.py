@@ -9,6 +9,7 @@ from shoal.artifact import BatchSpeed, Speed, SpeedScore
 
 from .document import Block, Bullets, Paragraph, Section, Table
 from .findings import ROLES, Run
+from .speed_ratio import Kind, SpeedRatio, speed_ratio
 from .wording import DASH, bytes_text, count_text, duration_text
 
 Words = Callable[[float], str]
@@ -62,22 +63,21 @@ def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:
 
 def _speed_table(speed: Speed) -> Table:
     rows = []
+    kinds: tuple[Kind, ...] = ("prefill", "decode")
     for role, score in speed.roles.items():
         for batch in _batches(speed, score):
             teacher = _teacher_at(speed, batch.batch_size)
             cells = [role, f"{batch.batch_size:,}"]
-            for field, kind in (("prefill_tokens_per_s", "prefill"), ("decode_tokens_per_s", "decode")):
-                value, expected = getattr(batch, field), batch.expected.get(field)
-                cells.append(_with_range(value, batch.samples.get(kind, ())))
-                whole = getattr(teacher, field, None)
-                ratio = None if not whole or role == "teacher" else value / whole
-                cells.append(_beside(ratio, expected and whole and expected / whole, lambda x: f"{x:.2f} ×"))
+            for kind in kinds:
+                cells.append(_with_range(getattr(batch, f"{kind}_tokens_per_s"), batch.samples.get(kind, ())))
+                cells.append(DASH if teacher is None or role == "teacher" else _against(teacher, batch, kind))
             cells.insert(4, _beside(batch.first_token_s, batch.expected.get("first_token_s"), _seconds_text))
             cells.append(_beside(batch.peak_memory_bytes, batch.expected.get("peak_memory_bytes"), bytes_text))
             rows.append(tuple(cells))
     caption = (
         f"Speed with prompts of {speed.prompt_tokens:,} tokens and {speed.new_tokens:,} new ones, {speed.dtype}; "
-        "tokens per second over all sequences, slowest and fastest repeat in brackets"
+        "tokens per second over all sequences, slowest and fastest repeat in brackets; against the teacher the "
+        "smallest and largest ratio of one round, in which every model takes a turn"
     )
     columns = (
         "Model",
@@ -148,6 +148,17 @@ def _beside(value: float | None, expected: float | None, words: Words) -> str:
 
 def _with_range(value: float, samples: Sequence[float]) -> str:
     return f"{value:,.1f}" + (f" [{min(samples):,.1f}, {max(samples):,.1f}]" if samples else "")
+
+
+def _against(teacher: BatchSpeed, batch: BatchSpeed, kind: Kind) -> str:
+    """The ratio with its range over the rounds, and what was expected of it."""
+    field = f"{kind}_tokens_per_s"
+    found, expected = speed_ratio(batch, teacher, kind), batch.expected.get(field)
+    if expected is None:
+        return found.in_words()
+    wanted = SpeedRatio(expected / getattr(teacher, field), None).in_words()
+    same = wanted == SpeedRatio(found.value, None).in_words()
+    return f"{found.in_words()} ({'as expected' if same else f'expected {wanted}'})"
 
 
 def _seconds_text(seconds: float) -> str:

@@ -122,9 +122,11 @@ def write_run(
 
 
 def write_speed(folder: Path, factor: float, *, batch_size: int = 1) -> None:
+    lucks = {"teacher": (1.0, 0.8, 1.0), "pruned": (1.0, 1.0, 0.9), "distilled": (1.0, 1.0, 0.9)}
     roles = {
-        role: SpeedScore(1000.0, 20.0 * share, {})
+        role: SpeedScore(1000.0, 20.0 * share, {"decode": tuple(20.0 * share * luck for luck in noise)})
         for role, share in {"teacher": 1.0, "pruned": factor, "distilled": factor}.items()
+        for noise in [lucks[role]]
     }
     Speed(Provenance({"attention": "sdpa"}, ENVIRONMENT), roles, batch_size, 128, 32, "bfloat16").write(
         folder / "eval/speed.json"
@@ -276,6 +278,26 @@ def test_scores_of_another_measurement_are_refused(
     with pytest.raises(UserError) as refused:
         compare_runs([one, other])
     assert f"{other}/eval/teacher.json: {message.format(one=f'{one}/eval/teacher.json')}" in str(refused.value)
+
+
+def test_answers_that_were_matched_by_other_code_are_refused_and_old_files_have_the_first(tmp_path: Path) -> None:
+    def newer(task: TaskScore) -> TaskScore:
+        return replace(task, matching=2) if task.protocol == "generation" else task
+
+    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "other", change=newer)]
+    for file in runs[0].glob("eval/*.json"):  # as it was written before there were versions
+        body = json.loads(file.read_text())
+        for task in body["tasks"]:
+            assert task.pop("matching") == 1
+        file.write_text(json.dumps(body))
+    with pytest.raises(UserError) as refused:
+        compare_runs(runs)
+    told = (
+        f"{runs[1]}/eval/teacher.json: matching of task 'retrieval_generation' is 2, but 1 in "
+        f"{runs[0]}/eval/teacher.json (the version of the code that reads written answers)"
+    )
+    assert told in str(refused.value)
+    assert "retrieval_continuation" not in str(refused.value)
 
 
 def asking(prompts: str, question: str, **fields: Any) -> Change:
@@ -504,9 +526,14 @@ def test_speeds_are_relative_to_their_own_teacher_and_of_one_kind(two: list[Path
     write_speed(two[0], 1.5)
     write_speed(two[1], 1.8)
     comparison = compare_runs(two)
-    assert {model.speed_ratio for model in comparison.models} == {1.0, 1.5, 1.8}
+    found = [model.speed_ratio for model in comparison.models if model.speed_ratio]
+    assert {ratio.value for ratio in found} == {1.0, 1.5, 1.8}
+    assert found[0].limits == (1.0, 1.0)
+    assert found[-1].limits == pytest.approx((1.8 * 0.9, 1.8 / 0.8))
+    drawn = next(model for model in as_data(comparison)["models"] if (model["run"], model["role"]) == ("A", "pruned"))
+    assert (drawn["decode_ratio"], drawn["decode_ratio_of_rounds"]) == (1.5, pytest.approx((1.35, 1.875)))
     assert [panel.cost for panel in pareto_panels(comparison)[0]] == ["parameters", "decode"]
-    assert "30.0 (1.50 ×)" in comparison_text(comparison)
+    assert "30.0 (1.50 × [1.35, 1.88])" in comparison_text(comparison)
     write_speed(two[1], 1.8, batch_size=4)
     comparison = compare_runs(two)
     assert "The speeds of B are left out: batch_size is 4 there and 1 in A, so they are not of one kind." in (
@@ -572,7 +599,7 @@ def test_page_markdown_json_and_figure_tell_the_same(two: list[Path], tmp_path: 
     assert found["difference"]["adjusted_p"] == cell.adjusted_p
     assert data["runs"][1]["training_tokens"] == 82_000
     score, change = f"{100 * cell.score.score:.1f} %", f"{100 * abs(cell.difference.difference):.1f} points"
-    for text in (score, change, "82,000", "0.50", "30.0 (1.50 ×)", "5.0 million", "10 MB"):
+    for text in (score, change, "82,000", "0.50", "30.0 (1.50 × ", "1.35, 1.88", "5.0 million", "10 MB"):
         assert text in page.words
         assert text in markdown
     assert "(pareto.png)" in markdown

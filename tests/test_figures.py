@@ -182,9 +182,9 @@ def test_names_from_data_stay_text(tmp_path: Path) -> None:
     name = "$\\frac{a}$ <script>alert(1)</script>\x00"
     task = choice("teacher", name, "retrieval", "continuation")
     figure = before_after_figure([evaluation("teacher", tasks=(task,))])
-    save_figure(figure, tmp_path / "a.svg")
+    svg = save_figure(figure, tmp_path / "a.svg")
     assert any("<script>" in text and "\ufffd" in text for text in texts(tmp_path / "a.svg"))
-    assert "<script" not in inline_svg(figure, "x", title=name, description=name)
+    assert "<script" not in inline_svg(svg, "x", title=name, description=name)
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
@@ -202,9 +202,11 @@ def test_save_figure_refuses_other_formats(tmp_path: Path) -> None:
         save_figure(importance_figure(importance()), tmp_path / "a.gif")
 
 
-def test_inline_svgs_share_a_page_without_sharing_ids() -> None:
+def test_inline_svgs_share_a_page_without_sharing_ids(tmp_path: Path) -> None:
     figures = {"one": importance_figure(importance()), "two": training_figure(training())}
-    markups = [inline_svg(figure, name, title="T <1>", description="D") for name, figure in figures.items()]
+    files = {name: save_figure(figure, tmp_path / f"{name}.svg") for name, figure in figures.items()}
+    assert files["one"] == (tmp_path / "one.svg").read_bytes()
+    markups = [inline_svg(svg, name, title="T <1>", description="D") for name, svg in files.items()]
     ids = [found for markup in markups for found in re.findall(r'\bid="([^"]+)"', markup)]
     assert len(ids) == len(set(ids))
     for markup in markups:
@@ -214,6 +216,11 @@ def test_inline_svgs_share_a_page_without_sharing_ids() -> None:
             assert "".join(target) in ids
         assert INK not in markup
         assert "<style" not in markup
+        background = re.search(r'id="\w+-patch_1">\s*<path d="([^"]*)" style="fill: (.*?)"', markup)
+        assert background is not None
+        assert background[2] == "none", "a page shows through"
+        size = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', markup)[0]
+        assert set(size) <= set(background[1].split()), "it is the whole picture's"
 
 
 def test_colours_hold_on_white_and_on_near_black() -> None:

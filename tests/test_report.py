@@ -11,8 +11,10 @@ from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from results import DROP, NUM_LAYERS, SKILL, choice, evaluation, importance, plan, provenance, training, write_run
 
 from shoal.artifact import Evaluation, ItemScore, TaskScore
@@ -547,6 +549,22 @@ def climbing(role: str, level: int) -> TaskScore:
     rates = {"malformed": float(role == "pruned"), "repetition": 0.0, "cut_off": 0.0, "tokens": 12.0}
     items = tuple(replace(item, rates=rates, question=f"What is {item.id}?") for item in task.items)
     return with_rates(replace(task, family="track", level=float(level), items=items))
+
+
+def test_every_figure_is_drawn_once_for_the_file_and_the_page_and_once_as_png(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    savefig = Figure.savefig
+
+    def counted(self: Figure, *args: Any, **kwargs: Any) -> None:
+        drawn.append(kwargs["format"])
+        savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", counted)
+    files = sorted(file.suffix[1:] for file in (write_report(write_run(tmp_path)).parent / "figures").iterdir())
+    assert sorted(drawn) == files
+    assert files.count("svg") == files.count("png") > 1
 
 
 def test_a_role_with_other_settings_stands_in_no_figure_of_levels(tmp_path: Path) -> None:

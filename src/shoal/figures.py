@@ -183,8 +183,10 @@ def watched_series(training: Training) -> dict[str, tuple[list[float], list[floa
     return {name: points for name, points in series.items() if points[0]}
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> bytes:
     """Write the figure as SVG or PNG (by suffix) on white; readers see the old or the new file, never half.
+
+    Gives what was written, so that nobody has to draw it again for a page.
 
     Raises:
         UserError: another suffix, or a full or read-only disk.
@@ -192,18 +194,23 @@ def save_figure(figure: Figure, path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix not in (".svg", ".png"):
         raise UserError(f"{path}: figures are written as .svg or .png; choose one of these suffixes")
-    content = _rendered(figure, suffix[1:], facecolor="white")
+    content = _rendered(figure, suffix[1:])
     with written_file(path) as temporary:
         temporary.write_bytes(content)
+    return content
 
 
-def inline_svg(figure: Figure, name: str, *, title: str, description: str) -> str:
-    """The figure as an <svg> element for a page: transparent, in the page's text colour, with title and description.
+def inline_svg(svg: bytes, name: str, *, title: str, description: str) -> str:
+    """An SVG file of save_figure as an <svg> element for a page: transparent, in the page's text colour, described.
 
     Matplotlib numbers ids from one in every figure, so all ids get ``name`` in front: several figures share one page.
     """
-    markup = _rendered(figure, "svg", facecolor="none").decode()
+    markup = svg.decode()
     markup = markup[markup.index("<svg") :]
+    markup, num_backgrounds = re.subn(
+        r'(<g id="patch_1">\s*<path [^>]*style="fill: )#ffffff', r"\g<1>none", markup, count=1
+    )
+    assert num_backgrounds == 1
     markup = re.sub(r'\bid="', f'id="{name}-', markup)
     markup = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", markup)
     markup = markup.replace(INK, "currentColor")
@@ -219,11 +226,11 @@ def inline_svg(figure: Figure, name: str, *, title: str, description: str) -> st
     return f'<svg {spaces} {view.group()} stroke-linejoin="round" {label}>{heading}{body}'
 
 
-def _rendered(figure: Figure, kind: str, *, facecolor: str) -> bytes:
+def _rendered(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type")) if kind == "svg" else {"Software": None}
     with figure_style():
-        figure.savefig(buffer, format=kind, facecolor=facecolor, metadata=metadata)
+        figure.savefig(buffer, format=kind, facecolor="white", metadata=metadata)
     return buffer.getvalue()
 
 
