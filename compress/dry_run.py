@@ -17,8 +17,9 @@ from shoal.edits import Merge, Replace, in_words
 from shoal.machine import free_disk
 from shoal.models import load_config, text_config
 from shoal.recipe import Target
+from shoal.units import bytes_text
 
-from ..eval.wording import bytes_text, layers_text
+from ..eval.wording import layers_text
 from .apply import refuse_own_code
 from .edit import refuse_impossible_edits
 from .proof import memory_shortage, why_not_run

@@ -35,6 +35,7 @@ from shoal.artifact import Artifact
 from shoal.checkpoint import checkpoint_bytes, json_or_empty, read_shards, weight_files
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import load_config, text_config
+from shoal.units import bytes_text
 
 from .llama_cpp_rules import (
     CONVERTED,
@@ -184,7 +185,7 @@ def _refuse_full_disk(folder: Path, path: Path) -> None:
     needed, free = checkpoint_bytes(folder), shutil.disk_usage(path.parent).free
     if free < needed:
         raise UserError(
-            f"{path}: needs about {needed / 1e9:.1f} GB, but the disk has {free / 1e9:.1f} GB left; free some space or "
+            f"{path}: needs about {bytes_text(needed)}, but the disk has {bytes_text(free)} left; free some space or "
             "set run_dir to another disk"
         )
 

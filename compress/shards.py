@@ -24,8 +24,7 @@ from shoal.artifact import fingerprint, flush, write_json
 from shoal.checkpoint import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, read_header, sampled_ranges
 from shoal.errors import DISK_FULL, UserError
 from shoal.runtime import is_main
-
-from ..eval.wording import bytes_text
+from shoal.units import bytes_text
 
 log = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 from shoal.anatomy import text_config
 from shoal.data import PackedRows
 from shoal.errors import UserError
+from shoal.units import bytes_text
 
 from ..eval.decoder import LOGIT_ELEMENTS, Decoder
 from ..eval.scoring import Layout, Score, Tokens, layouts, settle
-from ..eval.wording import bytes_text
 from .hidden_pass import Batch, HiddenPass, refuse_other_shape
 from .layerwise import Prepared
 from .measure import Scores, measure_importance
