@@ -122,6 +122,21 @@ def test_cross_entropy_term_equals_the_models_own_loss():
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_what_stands_before_the_head_learns_too():
+    from architectures import tiny_model as tiny_architecture
+
+    student, teacher = (tiny_architecture("modernbert-decoder", vocab_size=272) for _ in range(2))
+    loss, _ = objective(student, teacher, terms=(CrossEntropy(),))
+    rows, weight = batch(), student.get_parameter("lm_head.dense.weight")
+    logits = student(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
+    expected = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(expected, weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_undoing_the_objective_gives_the_model_back():
     student = tiny_model("llama")
     before = student(input_ids=batch()["input_ids"]).logits

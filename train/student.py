@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, masking_utils
 
 from shoal.anatomy import decoder_body, state_of, with_state
 from shoal.errors import UserError
-from shoal.models import decoder_layers, logits_from_hidden
+from shoal.models import before_head, decoder_layers, logits_from_hidden
 from shoal.terms import LOGIT_TERMS, TAID, LossTerm, term_names
 
 from .capture import Captured
@@ -116,6 +116,9 @@ class Objective:
         places_N = queued(learnt_places(host.labels_BS), labels.device)
         with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
             hidden_BSD = final_hidden(student, input_ids, position_ids)
+        # here and not in the chunked loss, which takes gradients of the head alone
+        if (prepare := before_head(student)) is not None:
+            hidden_BSD = prepare(hidden_BSD)
         loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, signals)
         *at_head, matches, compared = head_sums.unbind()
         # one by one: a list of indices would be copied to the device, which waits for it
@@ -144,7 +147,7 @@ class Objective:
             # zero, but through every parameter: ranks that share gradients must all have the same ones to share
             nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()
             return nothing, hidden_BSD.new_zeros(len(self._at_head) + 2, dtype=torch.float64)
-        through = logits_from_hidden(self.student)
+        through = logits_from_hidden(self.student, prepared=True)
         loss, term_sums, agreement = chunked_head_loss(
             kept(hidden_BSD),
             labels_BS.flatten()[places_N + 1],  # position t predicts token t + 1

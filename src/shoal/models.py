@@ -180,15 +180,24 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{folder}: config.json cannot be used: {reason}; mend it, or {DOWNLOAD_AGAIN}") from error
 
 
-def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:
+def before_head(model: PreTrainedModel) -> nn.Module | None:
+    """What final hidden states pass through on their way to the linear head; None = nothing, as nearly everywhere."""
+    return model.get_submodule("lm_head") if text_config(model.config).model_type == "modernbert-decoder" else None
+
+
+def logits_from_hidden(
+    model: PreTrainedModel, *, prepared: bool = False
+) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:
     """The model's own way from final hidden states (..., D) to logits (..., V), given the head or its linear map.
+
+    ``prepared``: the states have passed through `before_head` already.
 
     Some families scale or soft-cap what the head returns; a loss or score that takes hidden states to the head by
     itself and forgets this is silently wrong (Cohere's and Granite's scale, Gemma 2's soft-cap). Inkling divides what
     the head reads, and has no logits for the padding of its vocabulary.
     """
     config = text_config(model.config)
-    before_head = model.get_submodule("lm_head") if config.model_type == "modernbert-decoder" else None
+    prepare = None if prepared else before_head(model)
     scale = divisor = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= getattr(config, name, None) or 1.0
@@ -207,7 +216,7 @@ def logits_from_hidden(model: PreTrainedModel) -> Callable[[Tensor, Callable[[Te
     def logits(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
         if width != 1.0:
             hidden = hidden / width
-        raw = head(hidden if before_head is None else before_head(hidden))[..., :words]
+        raw = head(hidden if prepare is None else prepare(hidden))[..., :words]
         if scale != 1.0:
             raw = raw * scale
         if divisor != 1.0:
