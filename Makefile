@@ -23,6 +23,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py
 	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/eval.py
 	$(BIN)/python benchmarks/surgery.py
 	$(BIN)/python benchmarks/coverage.py
 	$(BIN)/python benchmarks/streamed.py
