@@ -153,16 +153,20 @@ def test_a_teacher_in_fewer_bits_is_shared_and_the_student_written_as_it_was_sto
 def test_what_was_trained_is_rounded_and_what_was_not_keeps_its_stored_dtype(tmp_path) -> None:
     student, _ = pair("llama", torch.float32)
     stored = {name: tensor.to(BF16) for name, tensor in student.state_dict().items()}
-    odd = "model.layers.0.mlp.up_proj.weight"  # one tensor of a bfloat16 checkpoint in float32
-    with torch.no_grad():
-        student.get_parameter(odd).add_(1e-6)
-    stored[odd] = student.get_parameter(odd).detach().clone()
+    # two tensors of a bfloat16 checkpoint in float32
+    odd, trained_odd = "model.layers.0.mlp.up_proj.weight", "model.layers.3.input_layernorm.weight"
+    for name in (odd, trained_odd):
+        with torch.no_grad():
+            student.get_parameter(name).add_(1e-6)
+        stored[name] = student.get_parameter(name).detach().clone()
     student.save_pretrained(tmp_path, state_dict=dict(stored))
     trained = "model.layers.3.mlp.up_proj.weight"
     with torch.no_grad():
-        student.get_parameter(trained).add_(1e-3)
+        for name in (trained, trained_odd):
+            student.get_parameter(name).add_(1e-3)
     finished = finished_state(student, student.state_dict(), tmp_path, dtype=BF16)
-    assert all(torch.equal(finished[name], stored[name]) for name in stored if name != trained)
+    assert all(torch.equal(finished[name], stored[name]) for name in stored if name not in (trained, trained_odd))
+    assert torch.equal(finished[trained_odd], student.get_parameter(trained_odd))
     assert finished[odd].dtype == torch.float32
     assert torch.equal(finished[trained], student.get_parameter(trained).to(BF16))
 

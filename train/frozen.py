@@ -168,8 +168,10 @@ def finished_state(
 
     ``state`` is the whole state dict, ``folder`` the student's as it was before training. Frozen weights are the bits
     that are stored there, wherever those are what the model holds: it may hold them in fewer. Adapters are merged in
-    float32, into what is stored of a weight that is held in 4 bits. All that was trained is rounded to ``dtype`` once.
+    float32, into what is stored of a weight that is held in 4 bits. All that was trained is rounded once, to ``dtype``;
+    what the files have in float32 all the same (decays of state spaces, for one) stays in that.
     """
+    exact = {name for shard in read_shards(folder) for name, tensor in shard.tensors.items() if tensor.dtype == "F32"}
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     adapted = adapted_modules(student)
     quantised = {name for name, module in student.named_modules() if type(module).__name__ == "Linear4bit"}
@@ -180,14 +182,14 @@ def finished_state(
         owner = name.removesuffix(f"{BASE}weight")
         if name.partition(".lora_")[0] in adapted or name.partition(".weight.")[0] in quantised:
             continue  # an adapter's matrix, or a scale of 4-bit weights
-        original = stored.get(plain)
+        original, rounded = stored.get(plain), torch.float32 if plain in exact else dtype
         in_four_bits = name.removesuffix(".weight") in quantised
         if original is not None and (in_four_bits or _holds(value, original)):
             value = original
         elif value.is_floating_point():
-            value = value.to(dtype)
+            value = value.to(rounded)
         if owner in adapted:
-            value = (value.float() + weight_change(adapted[owner], state, owner)).to(dtype)
+            value = (value.float() + weight_change(adapted[owner], state, owner)).to(rounded)
         finished[plain] = value
     return finished
 
