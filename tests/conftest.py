@@ -6,6 +6,7 @@ Two idle thread pools that spin on the same cores make tests ten times slower.
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,15 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama checkpoint of six layers, which knows nothing. Read only."""
+    from tiny import tiny_checkpoint  # loads torch
+
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+
 
 # W&B's background thread outlives the test that used it, and complains into the captured log of a later one (pytest
 # captures W&B's loggers though they do not propagate)

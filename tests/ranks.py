@@ -11,15 +11,28 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
+import torch
+import torch.distributed as dist
+
 from shoal.runtime import free_port
 
 PRELOADED = ["shoal.cli", "shoal.pipeline", "shoal.train.distill", "deepspeed", "deepspeed.ops", "trl.models.utils"]
+
+
+@contextmanager
+def in_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
+    """For a function that torch's spawn calls on every rank: one of a group that meets in ``folder``."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    yield
+    dist.destroy_process_group()
 
 
 def run_ranks(

@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_surgery import logits
-from tiny import KINDS, NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
+from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from shoal import machine
@@ -63,10 +63,6 @@ def hashes(folder: Path) -> dict[str, str]:
         name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in tensors(folder).items()
     }
-
-
-def set_json(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def never(*_: Any, **__: Any) -> Any:

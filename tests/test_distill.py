@@ -24,11 +24,6 @@ from shoal.train.text import training_rows
 from shoal.training import Teacher
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
-
-
 def check(teacher, student, **settings):
     check_distillable(teacher, student, Distill(**settings), Record(), trust_remote_code=False)
 

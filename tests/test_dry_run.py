@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config
+from tiny import NUM_LAYERS, set_json, tiny_checkpoint, tiny_config
 
 from shoal.artifact import Provenance, PruningPlan
 from shoal.checkpoint import read_shards
@@ -119,9 +119,7 @@ def test_a_full_disk_is_told(teachers: dict[str, Path], tmp_path: Path, monkeypa
 
 def test_code_that_comes_with_the_model_is_refused_as_by_pruning(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "remote.RemoteForCausalLM"}
-    (folder / "config.json").write_text(json.dumps(config))
+    set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "remote.RemoteForCausalLM"})
     with pytest.raises(UserError, match=r"is built by code that came with it \(remote.RemoteForCausalLM\)"):
         dry_run(folder, plan(drop=[1]), tmp_path / "student", trust_remote_code=True)
 

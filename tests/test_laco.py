@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import in_group
 from test_measure import documents, packed
 from tiny import NUM_LAYERS, tiny_model
 from torch import nn
@@ -104,11 +105,9 @@ def test_padding_changes_no_score() -> None:
 
 
 def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    scores = measure_importance(tiny_model("llama"), ROWS, metrics=["laco_acceptance"], batch_size=2)
-    torch.save(scores.__dict__, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with in_group(rank, world_size, folder):
+        scores = measure_importance(tiny_model("llama"), ROWS, metrics=["laco_acceptance"], batch_size=2)
+        torch.save(scores.__dict__, f"{folder}/{rank}.pt")
 
 
 def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:

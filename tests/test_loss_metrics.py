@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import in_group
 from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
@@ -335,10 +336,8 @@ SHARES = {"uneven shares": 5, "a rank without rows": 1}
 
 
 def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    torch.save([all_metrics(num_rows) for num_rows in SHARES.values()], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with in_group(rank, world_size, folder):
+        torch.save([all_metrics(num_rows) for num_rows in SHARES.values()], f"{folder}/{rank}.pt")
 
 
 def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import in_group
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
@@ -186,10 +187,8 @@ def first_rows(count: int) -> PackedRows:
 
 
 def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    torch.save(measure(tiny_model("llama"), first_rows(num_rows)).__dict__, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with in_group(rank, world_size, folder):
+        torch.save(measure(tiny_model("llama"), first_rows(num_rows)).__dict__, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])

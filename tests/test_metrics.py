@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ranks import in_group
 from test_measure import documents, packed, raw_states
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import Tensor
@@ -215,16 +216,14 @@ def test_packing_changes_no_score() -> None:
 
 
 def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
-    torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
-    broken = tiny_model("llama")
-    broken.get_parameter("model.embed_tokens.weight").data[rows.input_ids_NS[num_rows // 2 - 1, 0]] = torch.nan
-    with pytest.raises(UserError) as refusal:  # both ranks, though one of them has the row
-        measure(broken, rows)
-    Path(folder, f"{rank}.txt").write_text(str(refusal.value))
-    torch.distributed.destroy_process_group()
+    with in_group(rank, world_size, folder):
+        rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
+        torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
+        broken = tiny_model("llama")
+        broken.get_parameter("model.embed_tokens.weight").data[rows.input_ids_NS[num_rows // 2 - 1, 0]] = torch.nan
+        with pytest.raises(UserError) as refusal:  # both ranks, though one of them has the row
+            measure(broken, rows)
+        Path(folder, f"{rank}.txt").write_text(str(refusal.value))
 
 
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shutil
 import struct
@@ -16,7 +15,7 @@ import pytest
 import torch
 from architectures import tiny_model as tiny_architecture
 from safetensors.torch import load_file, save_file
-from tiny import KINDS, NUM_LAYERS, SHAPE, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny import KINDS, NUM_LAYERS, SHAPE, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PreTrainedModel
 
 from shoal import demo, models
@@ -47,10 +46,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(whole: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(whole, tmp_path / "model"))
-
-
-def set_json(file: Path, **changes: Any) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def shard(folder: Path) -> None:

@@ -29,12 +29,6 @@ from shoal.train.distill import checkpoint_inputs
 FORK = multiprocessing.get_context("fork")
 
 
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama checkpoint of six layers."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
-
-
 @pytest.fixture
 def make_run(teacher: Path, tmp_path: Path) -> Any:
     """A run in this test's directory that drops layers 1 and 3, with other settings where a test gives them."""

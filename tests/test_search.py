@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import tiny_checkpoint
 
 from shoal import cli, distilling, measuring, pipeline, searching
 from shoal.artifact import Evaluation, Importance, Provenance, PruningPlan, Training
@@ -23,12 +22,6 @@ from shoal.searching import prune_of
 PLANS: list[dict[str, Any]] = [{"drop": [1, 3]}, {"metric": "block_influence", "num_drop": 2}]
 MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, "metrics": ["angular"]}
 EVAL = {"tasks": ["knowledge_generation"], "limit": 2, "perplexity_tokens": 200, "sequence_length": 64}
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama checkpoint of six layers, which knows nothing."""
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import in_group
 from test_measure import documents, packed
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import nn
@@ -120,11 +121,9 @@ def test_bfloat16_gradients_add_up_in_float32() -> None:
 
 
 def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
-    rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
-    torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with in_group(rank, world_size, folder):
+        rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
+        torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])

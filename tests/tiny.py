@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,11 @@ def tiny_checkpoint(
     tiny_model(kind, seed=seed, dtype=dtype, **overrides).save_pretrained(folder)
     tiny_tokenizer(pad_token=pad_token).save_pretrained(folder)
     return folder
+
+
+def set_json(file: Path, **changes: Any) -> None:
+    """Change some keys of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 def tokens_fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
