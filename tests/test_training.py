@@ -21,6 +21,7 @@ from training_runs import (
     checkpointed_weights,
     finished,
     mask_labels_of_rows,
+    note_rates,
     note_waits,
     prepare,
     recipe,
@@ -225,13 +226,18 @@ def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, 
     path = recipe(
         tmp_path, teacher, cut, losses=losses, trainer=trainer, deepspeed=f"deepspeed/zero{stage}.json", num_tokens=1024
     )
-    finished(run(path, before=partial(note_waits, tmp_path / "waits.json")))
+    hooks = (partial(note_waits, tmp_path / "waits.json"), partial(note_rates, tmp_path / "rates.json"))
+    trial = finished(run(path, before=partial(all_of, *hooks)))
     steps = json.loads((tmp_path / "waits.json").read_text())
     assert len(steps) == 4
     for waits in steps:
         assert [wait for wait in waits if wait.startswith("shoal")] == ["shoal: _numbers: tolist"]
     # which waits to begin, and to log once the last of these steps has ended
     assert not [wait for waits in steps[1:] for wait in waits if wait.startswith("transformers")]
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert rates[0] == 0, "the warm-up begins there"
+    (row,) = (row for row in trial.training.history if "loss" in row)
+    assert (row["step"], row["learning_rate"]) == (4, pytest.approx(rates[-1])), "what the step was made with"
 
 
 def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp_path):

@@ -283,6 +283,18 @@ def note_waits(file: Path) -> None:
     DistillTrainer.train, DistillTrainer.end_step = watched, ended  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def note_rates(file: Path) -> None:
+    """Write to ``file`` the learning rate of every step that the optimizer makes."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        rates.append(optimizer.param_groups[0]["lr"])
+        file.write_text(json.dumps(rates))
+        return step(optimizer, *args, **kwargs)
+
+    torch.optim.AdamW.step = noted  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def spoil_gradient(step: int) -> None:
     """From step number ``step`` on, gradients are no numbers where the loss still is one."""
     from shoal.train.trainer import DistillTrainer
