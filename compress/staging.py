@@ -22,13 +22,13 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def only_writer(path: Path, *, setting: str = "run_dir") -> Iterator[None]:
+def only_writer(path: Path) -> Iterator[None]:
     """Nobody else writes ``path`` while the block runs, whatever becomes of this process.
 
     Raises:
         UserError: another process is writing it.
     """
-    with explained_disk_errors(path, setting=setting):
+    with explained_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock_file = path.with_name(f".{path.name}.lock")
         handle = _locked(lock_file, path)
@@ -61,14 +61,14 @@ def _locked(lock_file: Path, path: Path) -> IO[str]:
 
 
 @contextmanager
-def resumable_folder(path: Path, key: str, *, setting: str = "run_dir") -> Iterator[Path]:
+def resumable_folder(path: Path, key: str) -> Iterator[Path]:
     """A hidden sibling folder that becomes ``path`` when the block ends well. Call it inside only_writer.
 
     It is named by ``key``, a fingerprint of all that goes into it. A process that is killed leaves it behind, and
     the next one with the same key finds it; a leftover with another key is deleted. An error deletes it too: what was
     refused must not be found again, and on a full disk its bytes are what the user needs.
     """
-    with explained_disk_errors(path, setting=setting):
+    with explained_disk_errors(path):
         folder = path.with_name(f".{path.name}.{key}.partial")
         remove_leftovers(path)
         for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):

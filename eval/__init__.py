@@ -37,6 +37,7 @@ Report: one page
     sections            what the model can do
     details             how it was done
     speed_section       speed and size
+    speed_ratio         how many times as fast, with its range
     search_section      what a search found
     search_table        its table
     flips               items that changed sides

@@ -26,25 +26,17 @@ REMEDIES = {
 }
 
 
-def push(
-    folder: Path,
-    card: str,
-    repo: str,
-    *,
-    private: bool,
-    endpoint: str | None = None,
-    figures: Path | None = None,
-) -> str:
+def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | None = None) -> str:
     """The URL of the Hub repository that now holds checkpoint, card and figures.
 
-    Card and figures are written into ``folder`` before anything is sent, so that a failed push leaves a complete
-    export. ``figures`` None = the folder figures/ beside ``folder``, where a run keeps them. After a failure, what is
-    already on the Hub is not sent a second time: unchanged files are skipped, and large ones are stored by content.
+    Card and figures, which a run keeps beside ``folder``, are written into it before anything is sent, so that a failed
+    push leaves a complete export. After a failure, what is already on the Hub is not sent a second time: unchanged
+    files are skipped, and large ones are stored by content.
 
     Raises:
         UserError: no token, a refusal, an unreachable Hub or a failed upload; with the command that goes on from there.
     """
-    complete_export(folder, card, figures or folder.parent / FIGURES_DIR)
+    complete_export(folder, card, folder.parent / FIGURES_DIR)
     token = get_token()
     if token is None:
         reason = "no Hugging Face token was found; run `hf auth login`"

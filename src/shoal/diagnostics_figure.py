@@ -193,6 +193,8 @@ def _layer_axis(ax: Axes, count: int) -> None:
     ax.grid(axis="y")
 
 
-def _short(text: str, limit: int = int(WIDTH_INCHES * 10)) -> str:
+def _short(text: str) -> str:
+    """Its end, where it is long: paths differ there."""
+    limit = int(WIDTH_INCHES * 10)
     text = " ".join(clean(text).split())
     return text if len(text) <= limit else "…" + text[len(text) - limit + 1 :]

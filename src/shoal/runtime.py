@@ -46,14 +46,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def set_up_logging(level: int = logging.INFO) -> None:
-    """Rank 0 logs at ``level`` to stderr, the others only what went wrong; library chatter is turned down.
+def set_up_logging() -> None:
+    """Rank 0 logs to stderr what goes on, the others only what went wrong; library chatter is turned down.
 
     The quickstart's reader should see shoal's lines, not those of six libraries.
     """
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
     logging.basicConfig(
-        level=level if is_main() else logging.ERROR,
+        level=logging.INFO if is_main() else logging.ERROR,
         format=f"%(asctime)s {prefix}%(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
