@@ -200,7 +200,9 @@ def test_what_is_not_healed_is_written_as_it_was_stored(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     rows = text(8)
     settings = Distill(local=LocalHeal(num_tokens=1, batch_size=4), sequence_length=24, precision="float32")
-    identity = dict.fromkeys(("model", "student", "prune.drop", "dtype", "attention", "distill.teacher"))
+    identity: dict[str, Any] = dict.fromkeys(
+        ("model", "student", "prune.drop", "dtype", "attention", "distill.teacher")
+    )
     healed = local_stage(
         tmp_path / "teacher",
         tmp_path / "student",

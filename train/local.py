@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from shoal.anatomy import state_of, with_state
 from shoal.artifact import PruningPlan, differences, write_json, written_folder
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import decoder_layers, load_config, load_model
@@ -310,14 +311,12 @@ def _learner(
     def learn(*args: Any, **kwargs: Any) -> Any:
         with torch.enable_grad():
             output = forward(*args, **kwargs)
-            state_BSD = output[0] if isinstance(output, tuple) else output
+            state_BSD = state_of(output)
             ours_ND, theirs_ND = tokens.of_states(state_BSD).float(), tokens.of_states(target_BSD).float()
             error = distances(ours_ND, theirs_ND, "mse").sum()
         error.backward()
         sums[index] += error.detach()
-        if isinstance(output, tuple):
-            return (state_BSD.detach(), *output[1:])
-        return state_BSD.detach()
+        return with_state(output, state_BSD.detach())
 
     return learn
 
