@@ -1,11 +1,14 @@
 """A training step that is not sound ends the training, and its batch can be looked at."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from shoal.train.guard import REMEMBERED_STEPS, LossGuard, load_batches, refuse_step
+from shoal.train.trainer import DistillTrainer
 
 
 def problems(guard: LossGuard, losses: list[float]) -> list[str | None]:
@@ -20,6 +23,20 @@ def test_a_healthy_curve_has_no_problem():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_no_number_is_named_whichever_term_it_is(value):
     assert LossGuard(None).problem({"loss": 1.0, "reverse_kl": value}) == f"reverse_kl is {value}"
+
+
+@pytest.mark.parametrize(
+    ("float16", "overflow", "norm"), [(True, True, None), (True, False, math.inf), (False, True, math.inf)]
+)
+def test_a_step_that_float16_skips_to_find_its_scale_has_no_norm_to_judge(float16, overflow, norm):
+    trainer: Any = SimpleNamespace(_autocast_dtype=None)
+    engine: Any = SimpleNamespace(
+        fp16_enabled=lambda: float16,
+        optimizer=SimpleNamespace(overflow=overflow),
+        get_global_grad_norm=lambda: math.inf,
+    )
+    DistillTrainer._get_grad_norm(trainer, engine)
+    assert trainer._gradient_norm == norm
 
 
 def test_a_spike_is_measured_against_the_median_of_the_steps_before():

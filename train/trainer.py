@@ -150,7 +150,10 @@ class DistillTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Kept for ``end_step``: to log it the Trainer would wait for the device here."""
         engine: Any = model
-        self._gradient_norm = engine.get_global_grad_norm()
+        # float16 finds its scale by steps that overflow: those are skipped, and the next one is tried with another
+        scaled = engine.fp16_enabled() or self._autocast_dtype is torch.float16
+        skipped = scaled and getattr(engine.optimizer, "overflow", False)
+        self._gradient_norm = None if skipped else engine.get_global_grad_norm()
 
     def end_step(self) -> bool:
         """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved; whether
