@@ -28,6 +28,7 @@ from shoal.train.job import Job, job
 from shoal.train.memory import KEY_BYTES, LIBRARY_BYTES, VALUE_BYTES, Setting, memory, shared_weights
 from shoal.train.pace import flops_per_token, make_trainable
 from shoal.train.preflight import cheapest, check_fit, disk_bytes, overrides, shortages
+from shoal.train.sharding import REDUCED_AT_ONCE
 from shoal.train.sizes import ModelSize, student_size
 from shoal.train.student import final_hidden
 from shoal.training import Distill, LocalHeal, Teacher, Watch
@@ -174,6 +175,15 @@ def test_states_are_sharded_as_the_stage_says(tiny_job: Job) -> None:
         (4 * weights, 4 * weights // 4, 8 * weights // 4 + 4 * weights // 4),
         (4 * weights // 4, 4 * weights // 4, 8 * weights // 4),
     ]
+
+
+def test_ranks_without_zero_add_up_a_few_gradients_at_a_time(tiny_job: Job) -> None:
+    student, teacher, setting = tiny_job.student, tiny_job.teacher, replace(tiny_job.setting, stage=0, ranks=2)
+    assert memory(student, teacher, setting).buffers == 4 * student.trained
+    larger = replace(student, trained=10**9)
+    assert memory(larger, teacher, setting).buffers == 4 * (REDUCED_AT_ONCE + student.head)
+    assert memory(replace(larger, head_trained=False), teacher, setting).buffers == 4 * REDUCED_AT_ONCE
+    assert memory(larger, teacher, replace(setting, ranks=1)).buffers == 0
 
 
 def test_offload_moves_states_to_the_host_of_a_node(tiny_job: Job) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .sharding import REDUCED_AT_ONCE
 from .sizes import ModelSize
 
 LOGIT_BYTES = 28
@@ -39,7 +40,7 @@ KEY_BYTES, VALUE_BYTES = 4, 2
 """Of a number in the cache of a model under bf16 autocast: rotary embedding makes keys fp32 again."""
 
 TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
-"""idle: loaded, though no loss term asks it anything."""
+"""none: no loss term asks it."""
 Sharing = Literal["none", "linear", "all"]
 
 
@@ -332,7 +333,9 @@ def _buffers(student: ModelSize, setting: Setting) -> tuple[int, int]:
     """For gradients on their way, and for gathered weights."""
     kinds = 2 if setting.autocast else 1  # one for what is sent in bf16, one for the rest
     if setting.stage == 0:
-        return 0 if setting.ranks == 1 else setting.weight_bytes * min(BUCKET_ELEMENTS, student.trained), 0
+        # the tensor that fills a buffer may be the largest
+        at_once = REDUCED_AT_ONCE + student.head * student.head_trained
+        return 0 if setting.ranks == 1 else setting.weight_bytes * min(at_once, student.trained), 0
     allocated = setting.bucket * kinds * (1 + (setting.overlap and setting.stage < 3))
     # allocated whole; but a CPU gives memory only for what is filled
     filled = allocated if setting.device != "cpu" else min(allocated, student.trained)
