@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +182,18 @@ def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
     assert re.fullmatch(
         r"eval: teacher, each: 10 items, 25 requests, about \d{3} tokens to read, at most 80 to write", told[0]
     )
+    drawn: list[float] = []
+
+    def drawing(settings: Eval, *, seed: int) -> dict[str, Any]:
+        drawn.append(random.random())
+        return tasks_of(settings, seed=seed)
+
+    monkeypatch.setattr("shoal.eval.tasks.tasks_of", drawing)
+    for before in range(2):
+        random.seed(before)
+        with pytest.raises(Loading):
+            pipeline.evaluate(Run(parse_recipe(recipe)))
+    assert drawn[0] == drawn[1], "what a task draws as it is loaded is the same whenever it is"
     recipe["eval"] = {**settings, "tasks": ["knowledge_continuatoin"]}
     with pytest.raises(UserError, match="did you mean 'knowledge_continuation'"):
         pipeline.evaluate(Run(parse_recipe(recipe)))

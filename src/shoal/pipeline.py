@@ -86,6 +86,7 @@ def evaluate(run: Run) -> None:
     if list(found) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     due = _due(run, found)
+    seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     tasks = (
         tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
     )  # a wrong one is refused before a model loads
