@@ -117,9 +117,9 @@ def take_turn(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if kind == "head":
         return head_turn(*map(int, numbers))
     if kind == "length":
-        return shoal_turn(arguments.out / "length" / numbers[0], arguments, tokens=512 * 4)
+        return shoal_turn(arguments.out / "length" / numbers[0], tokens=512 * 4)
     if kind in IN_SHOAL:
-        return shoal_turn(arguments.out / kind, arguments, tokens=arguments.sequence * arguments.batch)
+        return shoal_turn(arguments.out / kind, tokens=arguments.sequence * arguments.batch)
     turns: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "step": lambda a: bare_turn(a, shoal_loss),
         "models": lambda a: bare_turn(a, no_loss),
@@ -229,7 +229,7 @@ def bytes_per_token(arguments: argparse.Namespace, variant: str) -> float:
     return sum(file.stat().st_size for file in folder.iterdir()) / tokens
 
 
-def shoal_turn(folder: Path, arguments: argparse.Namespace, *, tokens: int) -> dict[str, Any]:
+def shoal_turn(folder: Path, *, tokens: int) -> dict[str, Any]:
     """`shoal distill` in this process, as the launcher runs it on one rank."""
     from shoal.cli import run_verb
 

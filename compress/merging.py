@@ -169,8 +169,8 @@ def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> Non
                     f"layers {first} and {layer} are of different kinds: {trait} is {expected.get(trait)!r} in one and "
                     f"{found.get(trait)!r} in the other; only layers of one kind can stand for each other"
                 )
-        computed = _computed(model, layer)
-        for name, buffer in _computed(model, first).items():
+        computed = buffers(decoder_layers(model)[layer], stored=False)  # part of its kind
+        for name, buffer in buffers(decoder_layers(model)[first], stored=False).items():
             if not buffer.is_meta and not torch.equal(buffer, computed[name]):
                 raise UserError(
                     f"layers {first} and {layer} are of different kinds: their computed {name} differs; "
@@ -211,11 +211,10 @@ def _kind(model: PreTrainedModel, layer: int) -> dict[str, object]:
     return {**layer_traits(module, layer), **shapes}
 
 
-def _computed(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
-    """Buffers that no checkpoint stores: made from the configuration, so that they are part of a layer's kind."""
-    module = decoder_layers(model)[layer]
-    stored = module.state_dict().keys()
-    return {name: buffer for name, buffer in module.named_buffers() if name not in stored}
+def buffers(module: nn.Module, *, stored: bool) -> dict[str, Tensor]:
+    """Those that a checkpoint holds, or those that are computed from the configuration."""
+    names = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if (name in names) == stored}
 
 
 def _factors(length: int, method: Method, weights: Sequence[float] | None) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from shoal.anatomy import anatomy, text_config
 from shoal.errors import UserError
 
-from .merging import put_tensors
+from .merging import buffers, put_tensors
 from .operators import checked
 from .surgery import layer_traits
 from .zeroing import PLAIN_DTYPES
@@ -130,13 +130,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
     """Everything that a checkpoint holds, by all names that it has in the model."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **_buffers(model, stored=True)}
-
-
-def _buffers(model: nn.Module, *, stored: bool) -> dict[str, Tensor]:
-    """Those that a checkpoint holds, or those that are computed from the configuration."""
-    names = model.state_dict().keys()
-    return {name: buffer for name, buffer in model.named_buffers() if (name in names) == stored}
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers(model, stored=True)}
 
 
 def _swapped_names(
@@ -188,8 +182,8 @@ def _refuse_different_buffers(model: PreTrainedModel, donor: PreTrainedModel, la
     """Of those that are computed from the configuration, in the swapped layers and outside of all layers."""
     ours = anatomy(model)
     layer_prefixes = tuple(f"{ours.layers_name}.{layer}." for layer in range(len(ours.layers)) if layer not in layers)
-    computed = _buffers(donor, stored=False)
-    for name, buffer in _buffers(model, stored=False).items():
+    computed = buffers(donor, stored=False)
+    for name, buffer in buffers(model, stored=False).items():
         if name.startswith(layer_prefixes):
             continue
         other = computed.get(name)

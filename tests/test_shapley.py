@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 
 from shoal.compress.shapley import Absent, antithetic_pairs, local_shapley, present_absent, shapley_of_walks
 from shoal.errors import UserError
-
-Worth = Callable[[Absent], float]
 
 
 def random_game(num_players: int, *, seed: int = 0) -> dict[Absent, float]:
