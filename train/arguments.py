@@ -219,6 +219,6 @@ def _read(source: str | dict[str, Any] | None) -> dict[str, Any]:
             try:
                 return json.loads(file.read_text())
             except json.JSONDecodeError as error:
-                raise UserError(f"{file}: is not valid JSON ({error})") from error
+                raise UserError(f"{file}: is not valid JSON ({error}); mend it, or name a shipped one") from error
     shipped = ", ".join(sorted(f"deepspeed/{file.name}" for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
     raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")

@@ -64,7 +64,8 @@ def layer_pairs(term: StateTerm, plan: PruningPlan, *, num_shared: int = 0) -> t
     named = term.layers
     if named and max(named) >= num_layers:
         raise UserError(
-            f"{term.kind}: layers: the student has {num_layers} layers, 0 to {num_layers - 1} (got {max(named)})"
+            f"{term.kind}: layers: the student has {num_layers} layers, 0 to {num_layers - 1} (got {max(named)}); name "
+            "only these"
         )
     if isinstance(term, HiddenStates):
         targets = layer_map(plan, term.map)

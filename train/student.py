@@ -42,7 +42,8 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(
-            f"{type(model).__name__}: its output head is {type(head).__name__}, distillation needs nn.Linear"
+            f"{type(model).__name__}: its output head is {type(head).__name__}, distillation needs nn.Linear; choose "
+            "another model"
         )
     return head
 
