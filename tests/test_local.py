@@ -22,7 +22,7 @@ from shoal.errors import UserError
 from shoal.models import decoder_layers
 from shoal.packing import PackedRows
 from shoal.train import local
-from shoal.train.local import Gap, LocalResult, gaps, heal_locally, local_stage
+from shoal.train.local import Gap, LocalResult, copy_all_but_weights, gaps, heal_locally, local_stage
 from shoal.training import Distill, LocalHeal
 
 KEEP = (0, 1, 4, 5)
@@ -220,6 +220,18 @@ def test_what_is_not_healed_is_written_as_it_was_stored(tmp_path):
     assert written[trained].dtype == torch.bfloat16
     assert not torch.equal(written[trained], stored[trained])
     assert json.loads((healed / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_what_lies_beside_the_weights_comes_along_in_folders_too(tmp_path):
+    beside = ("tokenizer.json", "LICENSE", "additional_chat_templates/tool_use.jinja")
+    ours = ("model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "modeling.py")
+    for name in (*beside, *ours):
+        (tmp_path / "student" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "student" / name).write_text(name)
+    (tmp_path / "made").mkdir()
+    copy_all_but_weights(tmp_path / "student", tmp_path / "made")
+    files = [file for file in (tmp_path / "made").rglob("*") if file.is_file()]
+    assert {str(file.relative_to(tmp_path / "made")) for file in files} == {*beside}
 
 
 def test_what_cannot_be_healed_is_refused(tmp_path, monkeypatch):

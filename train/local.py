@@ -384,8 +384,10 @@ def _rate(step: int, num_steps: int) -> float:
 
 
 def copy_all_but_weights(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, licence and notices as they came with the model, byte for byte."""
-    for file in source.iterdir():
-        ours = file.suffix in (".safetensors", ".py") or file.name in ("config.json", "generation_config.json")
-        if file.is_file() and not ours and not file.name.endswith(".index.json"):
-            shutil.copy2(file, folder / file.name)
+    """Tokenizer, chat templates, licence and notices as they came with the model, byte for byte."""
+    for beside in source.iterdir():
+        ours = beside.suffix in (".safetensors", ".py") or beside.name in ("config.json", "generation_config.json")
+        if beside.is_dir():
+            shutil.copytree(beside, folder / beside.name, dirs_exist_ok=True)
+        elif not ours and not beside.name.endswith(".index.json"):
+            shutil.copy2(beside, folder / beside.name)
