@@ -93,7 +93,7 @@ def test_quick_needs_no_network_and_costs_what_it_says() -> None:
     found = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
     assert_costs(found, read_suite("quick").cost)
     protocols = {task.config.metadata["protocol"] for task in tasks.values()}
-    assert protocols == {"loglikelihood", "continuation", "generation"}
+    assert protocols == {"loglikelihood", "continuation", "generation", "worked"}
 
 
 @pytest.mark.slow
