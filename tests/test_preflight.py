@@ -567,7 +567,7 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
         "this recipe",
         "measured here on micro-batches of the real objective",
         "weights once, which are frozen",
-        "the lowest 2 layers are run once for both",
+        "the lowest layer is run once for both",  # the local stage trains the other one below the cut
         "8 samples of 32 tokens are written at one time",
         "distill.local comes first",
         "recorded signals of these tokens would take",
@@ -598,7 +598,7 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     told = capsys.readouterr().out
     assert "step:    3 rank(s) x 1 micro-batch(es) x 2 row(s) x 64 tokens" in told
     assert "weights, recorded, not loaded\n" in told
-    assert "the lowest 1 layers are not run, their state is recorded" in told
+    assert "the lowest layer is not run, the state above is recorded" in told
     assert run_verb("distill", str(file), ["distill.batch_size=7"], dry_run=True) == 2
     assert "7 rows do not divide over 3 ranks" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -174,8 +174,9 @@ def _beside(job: Job) -> list[str]:
     if shared := shared_weights(student, setting):
         told.append(f"student and teacher hold {_millions(shared)} once, which are frozen")
     if job.shared_layers:
-        how = "not run, their state is recorded" if setting.teacher == "recorded" else "run once for both"
-        told.append(f"the lowest {job.shared_layers} layers are {how}")
+        how = "not run, the state above is recorded" if setting.teacher == "recorded" else "run once for both"
+        which = "layer is" if job.shared_layers == 1 else f"{job.shared_layers} layers are"
+        told.append(f"the lowest {which} {how}")
     if setting.four_bits:
         told.append("frozen linear maps of the layers are held in 4 bits")
     whole = bytes_text(setting.weight_bytes * student.parameters)
