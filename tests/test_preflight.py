@@ -132,7 +132,7 @@ def test_the_estimate_is_within_a_tenth_of_a_measured_peak() -> None:
     """Of a process of its own: two micro-batches of the objective, and AdamW. It was 1 % off."""
     done = subprocess.run([sys.executable, "-c", TRAIN], env=MAPPED, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    expected, measured = map(int, done.stdout.split())
+    expected, measured = map(int, done.stdout.splitlines()[-1].split())  # libraries may print before it
     assert expected == pytest.approx(measured, rel=0.1)
 
 
