@@ -112,7 +112,7 @@ def refusal(capsys: pytest.CaptureFixture[str], verb: str, recipe: str, *overrid
 @pytest.mark.parametrize(
     ("verb", "overrides", "message"),
     [
-        ("prune", ["prune.dorp=[1]"], r"recipe.yaml: prune.dorp: unknown key; did you mean 'drop'\?"),
+        ("prune", ["prune.dorp=[1]"], r"override 'prune.dorp=\[1\]': prune.dorp: unknown key; did you mean 'drop'\?"),
         ("prune", ["nonsense"], r"override 'nonsense': must have the form section.key=value"),
         ("prune", ["model=/nowhere"], r"model '/nowhere': no such folder"),
         ("measure", ["model=/nowhere"], r"model '/nowhere': no such folder"),
@@ -252,7 +252,7 @@ def test_shoal_as_a_user_types_it(recipe: str, tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "run").iterdir()} >= {"plan.json", "student"}
     refused = subprocess.run([*command, "prune.dorp=1"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert refused.stderr == f"shoal: error: {recipe}: prune.dorp: unknown key; did you mean 'drop'?\n"
+    assert refused.stderr == f"shoal: error: override 'prune.dorp=1': prune.dorp: unknown key; did you mean 'drop'?\n"
 
 
 def test_user_errors_are_value_errors() -> None:
