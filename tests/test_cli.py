@@ -252,7 +252,7 @@ def test_shoal_as_a_user_types_it(recipe: str, tmp_path: Path) -> None:
     assert {file.name for file in (tmp_path / "run").iterdir()} >= {"plan.json", "student"}
     refused = subprocess.run([*command, "prune.dorp=1"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert refused.stderr == f"shoal: error: override 'prune.dorp=1': prune.dorp: unknown key; did you mean 'drop'?\n"
+    assert refused.stderr == "shoal: error: override 'prune.dorp=1': prune.dorp: unknown key; did you mean 'drop'?\n"
 
 
 def test_user_errors_are_value_errors() -> None:
