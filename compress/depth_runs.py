@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config
 from shoal.data import PackedRows
+from shoal.document_masks import documents_apart
 from shoal.errors import UserError
 from shoal.models import logits_from_hidden
 
@@ -193,10 +194,11 @@ def body_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
 
 def run_body(model: PreTrainedModel, batch: TokenBatch) -> None:
     """One forward over ``batch`` up to the last layer, for those who watch it with hooks."""
-    body, layers = decoder_body(model), decoder_layers(model)
-    if not any(module is layers for module in body.modules()):
-        body = model  # ModernBERT's decoder names its head
-    body(**body_inputs(model, batch))
+    decoder, layers = decoder_body(model), decoder_layers(model)
+    body = decoder if any(module is layers for module in decoder.modules()) else model  # ModernBERT's names its head
+    inputs = body_inputs(model, batch)
+    with documents_apart(decoder, inputs["position_ids"]):
+        body(**inputs)
 
 
 def require_one_path(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_body, given_state, state_of
+from shoal.document_masks import documents_apart
 from shoal.errors import UserError
 from shoal.models import decoder_layers, text_config
 
@@ -189,8 +190,12 @@ def _run(
     *,
     writes: bool,
 ) -> None:
-    with _observed(layers, batch.input_ids_BS.shape, observe, writes=writes):
-        decoder_body(model)(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+    body = decoder_body(model)
+    with (
+        _observed(layers, batch.input_ids_BS.shape, observe, writes=writes),
+        documents_apart(body, batch.position_ids_BS),
+    ):
+        body(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
 
 
 def padding_apart(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

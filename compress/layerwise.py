@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config
+from shoal.document_masks import documents_apart
 from shoal.errors import UserError
 
 from .surgery import skipped
@@ -109,7 +110,7 @@ class Layerwise:
             calls.append(Call(args[1:], kwargs, by_name))
             return self._as_output(layer, hidden)
 
-        with self._replaced(record):
+        with self._replaced(record), documents_apart(self._body, inputs.get("position_ids")):
             self._body(**inputs)
         return Prepared(inputs, tuple(calls), first[0])
 

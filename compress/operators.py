@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_body, decoder_layers
 from shoal.data import PackedRows
+from shoal.document_masks import documents_apart
 from shoal.errors import UserError
 
 from .sublayers import Sublayers, probing, silence, sublayers, where
@@ -142,10 +143,11 @@ def head_means(
             stack.enter_context(projection.register_forward_pre_hook(adding(layer)))
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)
-            ids_BS, positions_BS = rows.input_ids_NS[batch], rows.position_ids_NS[batch]
-            decoder_body(model)(
-                input_ids=ids_BS.to(model.device), position_ids=positions_BS.to(model.device), use_cache=False
+            ids_BS, positions_BS = (
+                ids_NS[batch].to(model.device) for ids_NS in (rows.input_ids_NS, rows.position_ids_NS)
             )
+            with documents_apart(decoder_body(model), positions_BS):
+                decoder_body(model)(input_ids=ids_BS, position_ids=positions_BS, use_cache=False)
     num_tokens = rows.input_ids_NS.numel()
     return {layer: sums[layer].unflatten(0, (halves[layer].num_heads, -1)) / num_tokens for layer in layers}
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from shoal.anatomy import given_state, state_of
+from shoal.anatomy import decoder_body, given_state, state_of
 from shoal.data import PackedRows
+from shoal.document_masks import documents_apart
 from shoal.edits import Replace
 from shoal.errors import UserError
 from shoal.models import decoder_layers
@@ -158,11 +159,11 @@ class _Run:
             layers[self.last].register_forward_hook(end),
         ]
         try:
-            self.teacher(
-                input_ids=self.rows.input_ids_NS[batch].to(device),
-                position_ids=self.rows.position_ids_NS[batch].to(device),
-                use_cache=False,
-            )
+            positions_BS = self.rows.position_ids_NS[batch].to(device)
+            with documents_apart(decoder_body(self.teacher), positions_BS):
+                self.teacher(
+                    input_ids=self.rows.input_ids_NS[batch].to(device), position_ids=positions_BS, use_cache=False
+                )
         except _RunEnds as ended:
             return calls[0], after_first[0], ended.args[0]
         finally:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_body, decoder_layers
+from shoal.document_masks import documents_apart
 from shoal.errors import UserError
 from shoal.models import logits_from_hidden
 
@@ -193,10 +194,11 @@ def _backward(decoder: Decoder, calibration: Calibration, rows_B: Tensor) -> Ten
     device = decoder.device
     mask_BS, follows_BS = calibration.mask_NS[rows_B], calibration.follows_NS[rows_B]
     ids_BS = calibration.rows.input_ids_NS[rows_B].long().to(device)
-    positions_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], mask_BS).long()
-    arguments = decoder.arguments(ids_BS, position_ids_BS=positions_BS.to(device))
+    positions_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], mask_BS).long().to(device)
+    arguments = decoder.arguments(ids_BS, position_ids_BS=positions_BS)
     body: Any = decoder_body(decoder.model)
-    hidden_TD = body(**arguments).last_hidden_state.flatten(0, 1)
+    with documents_apart(body, positions_BS):
+        hidden_TD = body(**arguments).last_hidden_state.flatten(0, 1)
     leaf_TD = hidden_TD.detach().requires_grad_()
     predicted_P = follows_BS.flatten().nonzero().flatten().to(device)  # never a row's first token
     head: Any = decoder.model.get_output_embeddings()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model as tiny_architecture
 from ranks import in_group
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import Tensor
@@ -234,3 +235,18 @@ def test_states_that_overflow_are_refused_by_layer_and_batch(metric: str) -> Non
     message = r"the input of layer 0 is not finite .* in batch 2 \(row 4 .* torch.float32, .* set dtype: bfloat16"
     with pytest.raises(UserError, match=message):
         measure_importance(model, fine, metrics=[metric], batch_size=2)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "bloom", "opt"])
+def test_documents_of_a_row_stay_apart_where_a_family_forgets_their_positions(family: str) -> None:
+    model = tiny_architecture(family)
+    rows = packed([[8, 12], [8, 12]])
+    ids = rows.input_ids_NS % 90
+    exchanged = torch.cat([ids.flip(0)[:, :8], ids[:, 8:]], 1)
+    metrics = ("block_influence", "taylor", "single_drop_perplexity")
+    one, two = (
+        measure_importance(model, PackedRows(tokens, rows.position_ids_NS), metrics=metrics, batch_size=2)
+        for tokens in (ids, exchanged)
+    )
+    for metric in metrics:
+        assert one.layers[metric] == pytest.approx(two.layers[metric], rel=1e-4, abs=1e-6)

@@ -5,20 +5,19 @@ B batch, S sequence, D hidden, N supervised tokens.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_body, state_of, with_state
+from shoal.document_masks import documents_apart
 from shoal.errors import UserError
 from shoal.models import before_head, decoder_layers, logits_from_hidden
 from shoal.terms import LOGIT_TERMS, TAID, LossTerm, term_names
@@ -28,9 +27,6 @@ from .head import Dense, TopK, chunked_head_loss
 from .losses import TaidState
 from .on_host import OnHost, learnt_places, queued
 from .states import StateLosses
-
-MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
-"""Functions of transformers that read from positions where documents begin."""
 
 
 def output_head(model: PreTrainedModel) -> nn.Linear:
@@ -190,30 +186,8 @@ def to_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """What the head reads, (B, S, D). Attention keeps documents packed in one row apart: see shoal.packing."""
     decoder = decoder_body(model)
-    with _positions_handed_on(decoder, position_ids):
+    with documents_apart(decoder, position_ids):
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-
-
-@contextmanager
-def _positions_handed_on(decoder: nn.Module, position_ids: Tensor) -> Iterator[None]:
-    """While ``decoder`` runs, masks are made from positions also where its family forgets them (gpt-oss, AFMoE, Bloom):
-    documents would see each other there."""
-    module = sys.modules.get(type(decoder).__module__)
-    theirs: dict[str, Callable[..., Any]] = {name: getattr(masking_utils, name) for name in MASKS}
-    found = {name: made for name, made in theirs.items() if getattr(module, name, None) is made}
-
-    def with_positions(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = position_ids
-        return make(*args, **kwargs)
-
-    for name, made in found.items():
-        setattr(module, name, partial(with_positions, made))
-    try:
-        yield
-    finally:
-        for name, made in found.items():
-            setattr(module, name, made)
 
 
 class SharedPrefix:

@@ -43,6 +43,7 @@ Text
     data                sources, tokenised and drawn by weight
     chat                conversations
     packing             rows of one length
+    document_masks      documents of a row stay apart in every family
     abilities           seeded items for retrieval, knowledge and reasoning, and how written answers are matched
     overlap             evaluation items in training text
     loops               whether a text ends in one

@@ -1,0 +1,40 @@
+"""Documents that share a row stay apart, also in families that forget positions when they make masks.
+
+transformers' mask functions see from position ids where a document begins, but some families do not pass them on
+(gpt-oss, AFMoE, Bloom, MPT, OPT, XGLM): there every document would read those before it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import masking_utils
+
+MASKS = ("create_causal_mask", "create_sliding_window_causal_mask", "create_chunked_causal_mask")
+"""Functions of transformers that read from positions where documents begin."""
+
+
+@contextmanager
+def documents_apart(decoder: nn.Module, position_ids_BS: Tensor | None) -> Iterator[None]:
+    """While ``decoder`` (see anatomy.decoder_body) runs on these positions, its masks are made from them."""
+    module = sys.modules.get(type(decoder).__module__)
+    theirs: dict[str, Callable[..., Any]] = {name: getattr(masking_utils, name) for name in MASKS}
+    found = {name: made for name, made in theirs.items() if getattr(module, name, None) is made}
+
+    def with_positions(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = position_ids_BS
+        return make(*args, **kwargs)
+
+    for name, made in found.items():
+        setattr(module, name, partial(with_positions, made))
+    try:
+        yield
+    finally:
+        for name, made in found.items():
+            setattr(module, name, made)
