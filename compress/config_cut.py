@@ -310,9 +310,9 @@ def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str
     try:
         rebuilt = type(text).from_dict(kept)
     except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(
-            f"config: {text.model_type} does not allow what these cuts would leave: {' '.join(str(error).split())}; "
-            "drop other layers"
+            f"config: {text.model_type} does not allow what these cuts would leave: {reason}; drop other layers"
         ) from error
     # loading details that are no part of the saved file
     rebuilt._attn_implementation = text._attn_implementation
