@@ -4,7 +4,8 @@
 
 Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, data, row length and batch are the same,
 and so are the evaluated items. Equal wall time: an arm's tokens per second are measured in a short run first, and its
-budget set so that its schedule ends when the time does. What is there is not done again, so a broken run goes on.
+budget set so that its schedule ends when the time does; an arm whose teacher writes has that much less time to train.
+What is there is not done again, so a broken run goes on.
 
 default        what configs/quickstart.yaml does: the text's own tokens, from the first cut up
 teacher        the teacher's distributions instead, from the first cut up
@@ -26,6 +27,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
@@ -69,6 +71,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "local": {"local": {"num_tokens": 16_384}},
 }
 PROBE_STEPS = 4
+WRITTEN_SHARE = 1 / 8
+"""Tokens that the teacher writes, of those trained on; at least LEAST_WRITTEN."""
+LEAST_WRITTEN = 4000
 
 
 def main() -> None:
@@ -106,14 +111,31 @@ def heal(arm: str, seed: int, arguments: argparse.Namespace) -> Path:
 
 
 def budget(arm: str, arguments: argparse.Namespace) -> int:
-    """Tokens that the arm trains on in the time given, by a short run's steps but the first."""
-    run_dir = arguments.out / "probe" / arm
+    """Tokens that the arm trains on in the time given, by a short run's steps but the first.
+
+    What the teacher writes is timed as the difference to a second run, which finds it written.
+    """
     row_tokens = 2 * 512
-    file = recipe(arm, 0, arguments, run_dir=run_dir, tokens=(PROBE_STEPS + 1) * row_tokens)
-    shoal("distill", file, "distill.local=null")
-    seconds = [row["seconds"] for row in Training.read(run_dir / Training.FILE).history]
-    rate = (len(seconds) - 1) * row_tokens / (seconds[-1] - seconds[0])
-    return max(row_tokens, math.floor(arguments.seconds * rate / row_tokens) * row_tokens)
+    probes = [arguments.out / "probe" / name for name in ((arm, f"{arm}-again") if writes(arm) else (arm,))]
+    walls = [probe / "wall_s" for probe in probes]
+    for probe, wall in zip(probes, walls, strict=True):
+        file = recipe(arm, 0, arguments, run_dir=probe, tokens=(PROBE_STEPS + 1) * row_tokens)
+        if not wall.exists():
+            shoal("prune", file)
+            began = time.monotonic()
+            shoal("distill", file, "distill.local=null")
+            wall.write_text(str(time.monotonic() - began))
+    seconds = [row["seconds"] for row in Training.read(probes[-1] / Training.FILE).history]
+    token_s = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens)
+    if writes(arm):
+        first, again = (float(wall.read_text()) for wall in walls)
+        token_s += WRITTEN_SHARE * (first - again) / LEAST_WRITTEN
+    return max(row_tokens, math.floor(arguments.seconds / token_s / row_tokens) * row_tokens)
+
+
+def writes(arm: str) -> bool:
+    """Whether the teacher writes for this arm."""
+    return any(source["path"] == "teacher_text" for source in ARMS[arm].get("data", ()))
 
 
 def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path, tokens: int) -> Path:
@@ -125,11 +147,12 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "trainable": "from_first_cut",
         "precision": "bfloat16",
         "watch": None,
-        "deepspeed": "deepspeed/zero2.json",
+        "deepspeed": "deepspeed/zero0.json",  # one rank shares nothing out
     }
     changes = copy.deepcopy(ARMS[arm])
-    if any(source["path"] == "teacher_text" for source in changes.get("data", ())):
-        changes["writing"] = {"num_tokens": max(4000, tokens // 8), "folder": str(arguments.out.resolve() / "written")}
+    if writes(arm):
+        num_written = max(LEAST_WRITTEN, round(WRITTEN_SHARE * tokens))
+        changes["writing"] = {"num_tokens": num_written, "folder": str(arguments.out.resolve() / "written")}
     trainer = {
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
