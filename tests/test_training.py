@@ -212,6 +212,14 @@ def dealt_rows(trial: Trial, step: int) -> list[list[int]]:
     return sorted(read_rows(folder).input_ids_NS[(step - 1) * BATCH : step * BATCH].tolist())
 
 
+def test_evaluation_items_that_cannot_be_had_are_missed_before_any_step(teacher, cut, tmp_path):
+    refused = run(recipe(tmp_path, teacher, cut, overlap=True), "eval.tasks=[arc_easy]")
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert "arc_easy" in refused.log
+    assert "step 1/" not in refused.log
+
+
 def test_a_batch_without_a_supervised_token_is_refused(teacher, cut, tmp_path):
     refused = run(recipe(tmp_path, teacher, cut), before=partial(mask_labels_of_rows, *range(BATCH)))
     assert refused.result is not None

@@ -206,6 +206,8 @@ def distill(
     rows = rows_to_train_on(
         teacher_dir, tokenizer, settings, run_dir, inputs=inputs, trust_remote_code=trust_remote_code
     )
+    # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
+    overlap = {} if search_rows is None else _agreed(lambda: search_rows(rows, tokenizer))
     if settings.local is not None:
         student_dir = local_stage(
             teacher_dir,
@@ -262,9 +264,6 @@ def distill(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved"
         )
     objective.uninstall()
-    data: dict[str, Any] = {"sources": rows.counts}
-    if search_rows is not None and is_main():
-        data |= search_rows(rows, tokenizer)
     write_results(
         trainer,
         made.student,
@@ -272,7 +271,7 @@ def distill(
         run_dir=run_dir,
         inputs=inputs,
         watcher=made.watcher,
-        data=data,
+        data={"sources": rows.counts, **overlap},
         settings={
             "rows": fingerprint(rows.fingerprint),
             "shared_layers": made.shared_layers,

@@ -257,6 +257,8 @@ def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], di
         tasks = tasks_of(settings)
         documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
         found = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
+        if there := [f"{one.found} of {one.compared} of {task}" for task, one in found.items() if one.found]:
+            log.warning("evaluation items stand in the training text: %s; their scores may flatter", ", ".join(there))
         searched = min(rows.input_ids_NS.numel(), OVERLAP_TOKENS)
         return {"overlap": as_data(found), "tokens_searched_for_overlap": searched}
 
