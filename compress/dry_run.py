@@ -16,8 +16,8 @@ from shoal.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_witho
 from shoal.edits import Merge, Replace, in_words
 from shoal.machine import free_disk
 from shoal.models import load_config, text_config
+from shoal.plain_text import aligned, bytes_text
 from shoal.recipe import Target
-from shoal.units import bytes_text
 
 from ..eval.wording import layers_text
 from .apply import refuse_own_code
@@ -130,11 +130,7 @@ def _table(sides: tuple[_Side, _Side], length: int) -> list[str]:
     for title, values, text in rows:
         before, after = values
         cells.append((title, text(before), text(after), f"{after / before:.3f}" if before else ""))
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(row[column].rjust(widths[column]) for column in (1, 2, 3))]).rstrip()
-        for row in cells
-    ]
+    return aligned(cells)
 
 
 def _rows(sides: tuple[_Side, _Side], length: int) -> Iterator[tuple[str, tuple[float, float], Any]]:

@@ -35,7 +35,7 @@ from shoal.artifact import Artifact
 from shoal.checkpoint import checkpoint_bytes, json_or_empty, read_shards, weight_files
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import load_config, text_config
-from shoal.units import bytes_text
+from shoal.plain_text import bytes_text
 
 from .llama_cpp_rules import (
     CONVERTED,

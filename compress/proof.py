@@ -17,7 +17,7 @@ from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
 from shoal.machine import available_memory
 from shoal.models import align_weights, load_config, load_model, text_config
-from shoal.units import bytes_text
+from shoal.plain_text import bytes_text
 
 from .config_cut import KEPT_LAYERS, RULES, SPELT_OUT_BY, refuse_wrong_entries
 from .quantised import without_quantization

@@ -21,6 +21,7 @@ from shoal.document_masks import documents_apart
 from shoal.edits import Replace
 from shoal.errors import UserError
 from shoal.models import decoder_layers
+from shoal.schedule import warmup_cosine
 
 from .merging import check_run, layer_tensors
 
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 16
 """One row in sixteen, and at least one, is kept for the errors that are reported."""
-WARMUP_SHARE = 0.05
 FINAL_RATE = 0.25
 """Of the peak: 2e-4 falls to 5e-5 in the authors' code, from which the weight decay is too."""
 WEIGHT_DECAY = 1e-3
@@ -216,7 +216,9 @@ def _split(rows: PackedRows, batch_size: int, *, seed: int) -> tuple[Sequence[Te
 
 def _fit(layer: nn.Module, run: _Run, batches: Sequence[Tensor], *, learning_rate: float, unit: float) -> None:
     optimizer = torch.optim.AdamW(layer.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, len(batches)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, len(batches), final=FINAL_RATE)
+    )
     often = max(1, len(batches) // 10)
     start, num_tokens = time.monotonic(), 0
     for step, batch in enumerate(tqdm(batches, desc="replace", unit="step", disable=None), start=1):
@@ -232,15 +234,6 @@ def _fit(layer: nn.Module, run: _Run, batches: Sequence[Tensor], *, learning_rat
                 raise UserError(_diverged(run, learning_rate))
             speed = num_tokens / (time.monotonic() - start)
             log.info("%s: step %d of %d, error %.4f, %s tokens/s", run, step, len(batches), value, f"{speed:,.0f}")
-
-
-def _rate(step: int, num_steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then half a cosine."""
-    warmup = max(1, round(WARMUP_SHARE * num_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def _no_target(run: _Run, unit: float) -> str:

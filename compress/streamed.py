@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from shoal.anatomy import text_config
 from shoal.data import PackedRows
 from shoal.errors import UserError
-from shoal.units import bytes_text
+from shoal.plain_text import bytes_text
 
 from ..eval.decoder import LOGIT_ELEMENTS, Decoder
 from ..eval.scoring import Layout, Score, Tokens, layouts, settle

@@ -11,6 +11,7 @@ from shoal.artifact import write_text
 from shoal.errors import explained_disk_errors
 from shoal.figures import clean, inline_svg, save_figure
 from shoal.pareto_figure import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
+from shoal.plain_text import aligned
 from shoal.search import Interval
 
 from .compare import Cell, Model, RunComparison, by_ability, mean_kept, same_models
@@ -360,12 +361,7 @@ def _versions_table(comparison: RunComparison) -> Table:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first one flush left, for a terminal; columns that say nothing are left out."""
+    """Columns for a terminal; those that say nothing are left out."""
     cells = [[" ".join(cell.split()) for cell in row] for row in rows]
-    kept = [i for i in range(len(cells[0])) if any(row[i] != DASH for row in cells[1:])]
-    widths = {index: max(len(row[index]) for row in cells) for index in kept}
-    lines = [
-        "  ".join(row[i].ljust(widths[i]) if place == 0 else row[i].rjust(widths[i]) for place, i in enumerate(kept))
-        for row in cells
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    told = [column for column in zip(*cells, strict=True) if any(cell != DASH for cell in column[1:])]
+    return "\n".join(aligned(list(zip(*told, strict=True))))

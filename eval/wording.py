@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shoal.artifact import TaskScore
-from shoal.units import bytes_text as bytes_text
+from shoal.plain_text import bytes_text as bytes_text
 
 from .findings import Row, is_share, measured_in_nats
 from .statistics import PairedDifference, Retention

@@ -225,15 +225,6 @@ def test_every_training_row_is_used_once_and_no_held_out_row_is_among_them(monke
     assert sorted([*train, *held_out]) == list(range(37))
 
 
-def test_learning_rate_warms_up_and_falls_to_a_quarter() -> None:
-    rates = [replacement._rate(step, 100) for step in range(100)]
-    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
-    assert rates[52] == pytest.approx(0.625, abs=0.01)
-    assert rates[99] == pytest.approx(0.25, abs=1e-3)
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert replacement._rate(0, 1) == 1
-
-
 def test_progress_and_errors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="shoal"):
         train_replacement(tiny_model("llama"), settings(1, 2, 3), some_rows(44), seed=0)

@@ -12,8 +12,8 @@ from shoal.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, free_disk, matmul_flops_per_second
 from shoal.models import text_config
+from shoal.plain_text import aligned, bytes_text
 from shoal.training import Distill
-from shoal.units import bytes_text
 
 from .job import Job, job, teacher_dtype
 from .memory import Setting, memory, shared_weights
@@ -154,14 +154,9 @@ def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
         if found.peak_at != "training":
             verdict += f", {found.peak_at}"
         cells.append((title, *(f"{getattr(found, column) / 1e9:.2f}" for column in COLUMNS), verdict))
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = []
-    for title, *numbers, verdict in cells:
-        right = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
-        lines.append("  ".join([title.ljust(widths[0]), *right, verdict]).rstrip())
     on_device = "" if job.setting.device == "cpu" else f"{bytes_text(device_free)} on the device, "
     return [
-        *lines,
+        *aligned(cells, left=(0, len(cells[0]) - 1)),
         "the peak is no sum: gradients come as activations go; `host` is per node, `fixed` the process itself; where a "
         "verdict names something else than training, that is when the peak is",
         f"free now: {on_device}{bytes_text(host_free)} on this node",

@@ -37,6 +37,7 @@ from shoal.models import decoder_layers, load_config, load_model
 from shoal.packing import PackedRows
 from shoal.recipe import as_dict
 from shoal.runtime import barrier, device, is_main, rank, world_size
+from shoal.schedule import warmup_cosine
 from shoal.training import Distill, LocalHeal
 
 from .arguments import autocast_dtype
@@ -49,7 +50,6 @@ from .trainable import Trained, keep_zeros, shares_prefix
 
 log = logging.getLogger(__name__)
 
-WARMUP_SHARE = 0.05
 FINAL_RATE = 0.1
 """Of the peak learning rate."""
 MAX_GRADIENT_NORM = 1.0
@@ -216,7 +216,9 @@ def heal_locally(
             f"distill.local.batch_size: {settings.batch_size} rows are more than the {len(rows)} that there are; lower "
             "it or raise distill.num_tokens"
         )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, num_steps, final=FINAL_RATE)
+    )
     errors: list[list[float]] = []
     progress = _Progress(folder / STATE_FILE, inputs, trained, optimizer, schedule, errors)
     start = progress.restore()
@@ -372,15 +374,6 @@ class _Progress:
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return [sum(column) / len(column) for column in zip(*rows, strict=True)]
-
-
-def _rate(step: int, num_steps: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then half a cosine down to FINAL_RATE."""
-    warmup = max(1, round(WARMUP_SHARE * num_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def copy_all_but_weights(source: Path, folder: Path) -> None:

@@ -18,8 +18,8 @@ from shoal.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, free_disk
 from shoal.models import load_config
+from shoal.plain_text import bytes_text
 from shoal.training import Distill
-from shoal.units import bytes_text
 
 from .job import Job, job
 from .memory import LIBRARY_BYTES, Memory, Setting, TeacherPlace, memory, shared_weights

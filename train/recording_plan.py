@@ -24,9 +24,9 @@ import torch.distributed as dist
 from shoal.artifact import Artifact, Provenance, differences
 from shoal.errors import UserError
 from shoal.models import load_config, text_config, tokenizer_fingerprint
+from shoal.plain_text import bytes_text
 from shoal.recording import Record
 from shoal.runtime import environment, is_main, rank, world_size
-from shoal.units import bytes_text
 
 from .recording_format import (
     HEADER_BYTES,

@@ -60,7 +60,8 @@ This process and its machine
     errors              what a user can fix, and how it is said
     runtime             ranks, logging, seeding, environment stamp
     machine             memory, disk, speed
-    units               bytes in words
+    plain_text          numbers and tables for a terminal
+    schedule            the learning rate of loops of our own
     tracking            the Weights & Biases run
     tracked             what is logged there
     redaction           secrets stay here
