@@ -48,11 +48,12 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from shoal.artifact import Training, write_json
+from shoal.artifact import Training
 from shoal.data import load_texts, pack
 from shoal.models import load_model, load_tokenizer, resolve_model
 from shoal.packing import PackedRows
 from shoal.section import DataSource
+from shoal.whole_files import write_json
 
 DROP = (12, 13, 14, 18, 21, 22, 25, 26)
 VARIANTS = ("shoal", "lean", "prefix", "recorded", "spared", "step", "trl", "plain", "models")

@@ -32,11 +32,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from shoal.artifact import Provenance, PruningPlan, write_json
+from shoal.artifact import Provenance, PruningPlan
 from shoal.checkpoint import INDEX_FILE, checkpoint_bytes, weight_files
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery import cut_model
 from shoal.models import load_model
+from shoal.whole_files import write_json
 
 TIME_TARGET, MEMORY_TARGET = 1.3, 1.5
 WAYS = ("shoal", "cp", "cp_flushed", "in_memory")

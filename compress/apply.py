@@ -16,11 +16,12 @@ from typing import Literal
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_layers, text_config
-from shoal.artifact import PruningPlan, fingerprint, write_json
+from shoal.artifact import PruningPlan, fingerprint
 from shoal.checkpoint import Shard, json_or_empty, read_shards
 from shoal.errors import UserError
 from shoal.models import load_config, load_model, load_tokenizer, refuse_incomplete
 from shoal.plain_text import bytes_text
+from shoal.whole_files import write_json
 
 from .edit import NOTHING_MADE, Materials, edited, edited_student, materials, refuse_impossible_edits
 from .proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shoal.artifact import fingerprint, flush, write_json
+from shoal.artifact import fingerprint
 from shoal.checkpoint import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, read_header, sampled_ranges
 from shoal.errors import DISK_FULL, UserError
 from shoal.plain_text import bytes_text
 from shoal.runtime import is_main
+from shoal.whole_files import flush, write_json
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from shoal.artifact import flush, put_in_place, remove_leftovers
 from shoal.errors import UserError, explained_disk_errors
+from shoal.whole_files import flush, put_in_place, remove_leftovers
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from shoal.artifact import Provenance, write_json
+from shoal.artifact import Provenance
+from shoal.whole_files import write_json
 
 from .comparable import Contender
 from .compare import Cell, Model, RunComparison

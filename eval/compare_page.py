@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shoal.artifact import write_text
 from shoal.errors import explained_disk_errors
 from shoal.figures import clean, inline_svg, save_figure
 from shoal.pareto_figure import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.plain_text import aligned
 from shoal.search import Interval
+from shoal.whole_files import write_text
 
 from .compare import Cell, Model, RunComparison, by_ability, mean_kept, same_models
 from .compare_data import write_json_file

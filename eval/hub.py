@@ -13,8 +13,8 @@ from huggingface_hub.errors import (
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, whichever this version stands on
 )
 
-from shoal.artifact import write_text, written_file
 from shoal.errors import UserError
+from shoal.whole_files import write_text, written_file
 
 log = logging.getLogger(__name__)
 

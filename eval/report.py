@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.artifact import Evaluation, write_text
+from shoal.artifact import Evaluation
 from shoal.atlas_figure import atlas_figure
 from shoal.depth_figure import depth_figure
 from shoal.figures import (
@@ -22,6 +22,7 @@ from shoal.figures import (
 )
 from shoal.level_figure import Ladder, ladders, level_figure
 from shoal.search import SearchResult
+from shoal.whole_files import write_text
 
 from .cautions import cautions_section
 from .details import (

@@ -22,9 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shoal.artifact import differences, file_hash, write_text, written_folder
+from shoal.artifact import differences
 from shoal.errors import UserError
 from shoal.runtime import barrier, is_main, rank, world_size
+from shoal.whole_files import file_hash, write_text, written_folder
 
 log = logging.getLogger(__name__)
 

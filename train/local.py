@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import state_of, with_state
-from shoal.artifact import PruningPlan, differences, write_json, written_folder
+from shoal.artifact import PruningPlan, differences
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import decoder_layers, load_config, load_model
 from shoal.packing import PackedRows
@@ -39,6 +39,7 @@ from shoal.recipe import as_dict
 from shoal.runtime import barrier, device, is_main, rank, world_size
 from shoal.schedule import warmup_cosine
 from shoal.training import Distill, LocalHeal
+from shoal.whole_files import write_json, written_folder
 
 from .arguments import autocast_dtype
 from .capture import capturing

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shoal.artifact import written_file
 from shoal.checkpoint import DOWNLOAD_AGAIN, read_header
 from shoal.errors import UserError
+from shoal.whole_files import written_file
 
 LOWEST = -32.0
 """Log-probabilities below are stored as this one: e^-32 is 1.3e-14, nothing that any loss would feel."""

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from shoal.artifact import Provenance, Training, written_folder
+from shoal.artifact import Provenance, Training
 from shoal.machine import peak_memory
 from shoal.models import load_config
 from shoal.runtime import barrier, device, is_main, world_size
+from shoal.whole_files import written_folder
 
 from .frozen import finished_state, save_finished
 from .local import copy_all_but_weights

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from shoal.artifact import write_json
 from shoal.errors import UserError, explained_disk_errors
 from shoal.runtime import barrier, is_main, seed_everything, world_size
 from shoal.terms import term_names
+from shoal.whole_files import write_json
 
 from .checkpoint import commit, layout, remove_older, separate_groups
 from .guard import LossGuard, refuse_step

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from shoal.artifact import differences, write_json, written_folder
+from shoal.artifact import differences
 from shoal.runtime import barrier, is_main
 from shoal.training import Watch
+from shoal.whole_files import write_json, written_folder
 
 log = logging.getLogger(__name__)
 

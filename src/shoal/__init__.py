@@ -26,7 +26,8 @@ Stages: the verbs of the command
     pipeline            eval, report, export, and all in order
 
 What stages hand on
-    artifact            typed JSON with provenance; files that are whole or absent
+    artifact            typed JSON with provenance
+    whole_files         files and folders that are whole or absent
     sweeps              the tables of a sweep, the atlas
     depth               diagnostics and probes
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifact import file_hash, fingerprint
+from shoal.artifact import fingerprint
 from shoal.cache import cache_dir, made_once
 from shoal.checkpoint import (
     DOWNLOAD_AGAIN,
@@ -34,6 +34,7 @@ from shoal.models import (
     resolve_model,
     text_config,
 )
+from shoal.whole_files import file_hash
 
 log = logging.getLogger(__name__)
 

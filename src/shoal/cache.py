@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.artifact import written_folder
 from shoal.checkpoint import check_checkpoint
 from shoal.errors import UserError, explained_disk_errors
+from shoal.whole_files import written_folder
 
 log = logging.getLogger(__name__)
 

@@ -128,9 +128,9 @@ def _without_recipe(work: Callable[[], None]) -> int:
 
 def _delta(base: str, donor: str, out: str | None) -> None:
     """Print how far the weights of two models are from each other."""
-    from shoal.artifact import write_json
     from shoal.compress.delta import delta_norms
     from shoal.models import resolve_model
+    from shoal.whole_files import write_json
 
     found = delta_norms(resolve_model(base), resolve_model(donor))
     print(found.table())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.artifact import file_hash, fingerprint
+from shoal.artifact import fingerprint
 from shoal.chat import Chat, chat_of, check_template, tokenised
 from shoal.errors import UserError
 from shoal.packing import (
@@ -36,6 +36,7 @@ from shoal.packing import (
     write_rows,
 )
 from shoal.section import TEACHER_TEXT, DataSource
+from shoal.whole_files import file_hash
 
 __all__ = ["IGNORED", "PackedRows"]
 

@@ -14,9 +14,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifact import Evaluation, Importance, Training, written_file
+from shoal.artifact import Evaluation, Importance, Training
 from shoal.errors import UserError
 from shoal.terms import KINDS
+from shoal.whole_files import written_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.artifact import write_json
 from shoal.errors import UserError
+from shoal.whole_files import write_json
 
 IGNORED = -100
 ROW = "row"

@@ -11,17 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shoal.artifact import (
-    Artifact,
-    Evaluation,
-    Importance,
-    Provenance,
-    PruningPlan,
-    Speed,
-    Training,
-    write_json,
-    written_folder,
-)
+from shoal.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Speed, Training
 from shoal.data import TEACHER_TEXT, check_source, load_texts, sources_fingerprint
 from shoal.distilling import check_recording, check_training_settings, distill_is_done, training_inputs
 from shoal.errors import UserError
@@ -39,6 +29,7 @@ from shoal.run import (
     task_files_fingerprint,
 )
 from shoal.runtime import barrier, device, environment, is_main, seed_everything
+from shoal.whole_files import write_json, written_folder
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
-from shoal.artifact import Artifact, differences, file_hash, fingerprint, require_same_run
+from shoal.artifact import Artifact, differences, fingerprint, require_same_run
 from shoal.edits import Swap
 from shoal.errors import UserError
 from shoal.models import load_config, model_fingerprint, resolve_model, text_config
 from shoal.recipe import CONFIGS_DIR, Recipe
 from shoal.runtime import barrier, is_main
+from shoal.whole_files import file_hash
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,14 @@ import torch
 import yaml
 
 from shoal import distilling, pipeline, pruning
-from shoal.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences, write_text
+from shoal.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences
 from shoal.errors import UserError
 from shoal.measuring import measure, measure_inputs
 from shoal.recipe import Export, Prune, Recipe, as_dict, parse_recipe
 from shoal.run import Run, is_done, locked
 from shoal.search import HealedPlan, Search, SearchPlan, SearchResult
 from shoal.section import TEACHER_TEXT
+from shoal.whole_files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from shoal.artifact import Evaluation, Importance, PruningPlan, Speed, Training, write_json
+from shoal.artifact import Evaluation, Importance, PruningPlan, Speed, Training
 from shoal.models import DEMO_PREFIX, model_fingerprint
 from shoal.recipe import Track
 from shoal.redaction import redacted
 from shoal.runtime import is_main
 from shoal.tracking import UPLOAD_WAIT_S, attempt, finish, has_key, start, wandb_mode
+from shoal.whole_files import write_json
 
 if TYPE_CHECKING:
     from wandb import Artifact, Run

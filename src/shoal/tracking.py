@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from shoal.artifact import write_text
 from shoal.errors import UserError
 from shoal.recipe import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.runtime import environment, is_main
+from shoal.whole_files import write_text
 
 if TYPE_CHECKING:
     from wandb import Run

@@ -1,0 +1,139 @@
+"""Files and folders that are whole or absent, whoever dies while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import explained_disk_errors
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain JSON as write_text does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as written_file does."""
+    with written_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def written_file(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
+    """A temporary name that becomes ``path`` when the block ends well: readers see the old or the new, never half.
+
+    What was written there is on the disk before it gets its name; ``setting`` is what a user can set to write
+    elsewhere.
+    """
+    with explained_disk_errors(path, setting=setting):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        try:
+            yield temporary
+            flush(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_folder(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
+    """A temporary sibling folder that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    An existing ``path`` is replaced only then; ``setting`` is what a user can set to write elsewhere. Several processes
+    may do this at once: the last one to finish wins, and each removes only the leftovers of dead ones.
+    """
+    with explained_disk_errors(path, setting=setting):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        temporary, lock = _locked_folder(path)
+        try:
+            yield temporary
+            put_in_place(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new temporary sibling of ``path`` and the descriptor that holds its lock.
+
+    The operating system lets go of the lock when the process dies, however it dies; a process number in the name would
+    say nothing to another machine or container on the same disk.
+    """
+    while True:
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        temporary.mkdir()
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process took it for a leftover
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)  # it is just being removed, for the same reason
+            continue
+        except OSError:
+            return temporary, descriptor  # NFS cannot lock a folder: then nobody removes it, dead or alive
+        if temporary.exists():
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete the temporary siblings of ``path`` that dead processes left."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        try:
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue  # gone meanwhile, or no folder
+        with contextlib.suppress(OSError):  # a living process holds it, or this disk cannot lock
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
+        os.close(descriptor)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Rename ``temporary`` to ``path``, moving aside what is there, as often as others put something there."""
+    aside = temporary.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                if aside.exists():
+                    aside.rename(path)
+                raise
+        else:
+            shutil.rmtree(aside, ignore_errors=True)
+            return
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, however large it is."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
