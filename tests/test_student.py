@@ -190,6 +190,28 @@ def test_documents_of_a_row_stay_apart_where_a_family_forgets_their_positions(fa
     assert torch.allclose(one[8:], two[8:], atol=1e-5)
 
 
+def test_the_teachers_distribution_is_its_own_under_autocast_of_the_student():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    seen = []
+
+    def noted(hidden):
+        seen.append(to_logits(teacher)(hidden))
+        return seen[-1]
+
+    installed = Objective(student, noted, terms=TERMS, chunk=100)
+    installed.install()
+    rows = batch()
+    with torch.no_grad():
+        hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
+    with torch.autocast("cpu", torch.bfloat16):
+        student(**rows, signals=Signals(hidden))
+    installed.uninstall()
+    (logits,) = seen
+    assert logits.dtype == torch.float32
+    expected = output_head(teacher)(hidden)[:, :-1][rows["labels"][:, 1:] != IGNORED]
+    torch.testing.assert_close(logits, expected)
+
+
 def test_a_head_that_is_not_linear_is_refused():
     model = tiny_model("llama")
     model.lm_head = torch.nn.Identity()

@@ -137,7 +137,7 @@ class Objective:
         targets: Dense | TopK | None = None
         if signals.hidden_BSD is not None:
             assert self._teacher_to_logits is not None
-            targets = Dense(kept(signals.hidden_BSD), self._teacher_to_logits)
+            targets = Dense(kept(signals.hidden_BSD), _in_own_precision(self._teacher_to_logits))
         elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
             targets = TopK(kept(signals.ids_BSK), kept(signals.log_probs_BSK), self._recorded_temperature)
         if not len(places_N):  # of a micro-batch; the step as a whole has some
@@ -181,6 +181,16 @@ def to_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """The way from final hidden states to logits, scale and soft cap included."""
     through, head = logits_from_hidden(model), output_head(model)
     return lambda hidden: through(hidden, head)
+
+
+def _in_own_precision(to_logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same whatever the student is trained in: a teacher's layers have not seen autocast, nor should its head."""
+
+    def logits(hidden_ND: Tensor) -> Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return to_logits(hidden_ND)
+
+    return logits
 
 
 def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
