@@ -72,18 +72,28 @@ def survive(folder: Path, kills: int, seed: int, zero: int) -> dict[str, Any]:
         if code == 0:
             break
     assert _run(killed, "never", 0, 0) == 0
-    losses = [
-        [row["loss"] for row in Training.read(path.parent / "run/distill.json").history] for path in (alone, killed)
-    ]
+    curves = [_curves(Training.read(path.parent / "run/distill.json")) for path in (alone, killed)]
+    assert curves[0].keys() == curves[1].keys(), curves[0].keys() ^ curves[1].keys()
     weights = [load_file(path.parent / "run/distilled/model.safetensors") for path in (alone, killed)]
     left = sorted(file.name for file in (killed.parent / "run").rglob("*.tmp"))
     return {
         "kills": sum(hits.values()),
         "by moment": dict(hits),
-        "steps": len(losses[1]),
-        "largest loss difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "steps": sum(name == "loss" for _, name in curves[1]),
+        "values": len(curves[1]),
+        "largest difference of one": max(abs(value - curves[1][point]) for point, value in curves[0].items()),
         "weights equal bit for bit": all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]),
         "temporary files left": left,
+    }
+
+
+def _curves(training: Training) -> dict[tuple[float, str], float]:
+    """Every logged value by step and name, but for those that tell the time."""
+    return {
+        (row["step"], name): value
+        for row in training.history
+        for name, value in row.items()
+        if name not in ("seconds", "tokens_per_s", "peak_share")
     }
 
 
