@@ -26,6 +26,11 @@ from shoal.runtime import free_port
 PRELOADED = ["shoal.cli", "shoal.pipeline", "shoal.train.distill", "deepspeed", "deepspeed.ops", "trl.models.utils"]
 
 
+def environment(**more: str) -> dict[str, str]:
+    """This process's, for ranks that share its processors."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
+
+
 @contextmanager
 def in_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
     """For a function that torch's spawn calls on every rank: one of a group that meets in ``folder``."""

@@ -8,11 +8,11 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 
 from shoal.artifact import (
     Evaluation,
@@ -560,26 +560,6 @@ def test_a_task_on_which_the_teacher_guesses_is_in_the_table_but_in_no_sentence_
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the words."""
-
-    def __init__(self, markup: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(markup)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
 
 
 def test_page_markdown_json_and_figure_tell_the_same(two: list[Path], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from ranks import run_ranks
+from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
@@ -58,10 +58,6 @@ def recipe(folder: Path, teacher: Path, **distill) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
 
 
 def one_rank(**more: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ranks import run_ranks
+from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from torch.distributed.run import get_args_parser
@@ -74,10 +74,6 @@ def recipe(folder: Path, teacher: Path) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
 
 
 @pytest.mark.slow

@@ -9,11 +9,11 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 from matplotlib.figure import Figure
 from results import DROP, NUM_LAYERS, SKILL, choice, evaluation, importance, plan, provenance, training, write_run
 
@@ -55,43 +55,7 @@ from shoal.search import (
     Standing,
 )
 
-VOID = {"meta", "br", "wbr", "link", "img", "hr", "input"}
 ATTACK = "\"><img src=x onerror=alert(1)><script>alert('x')</script>'--><style>*{display:none}</style>\x00\u202e"
-
-
-class Page(HTMLParser):
-    """Every tag with its attributes, the text, and whether tags close in order."""
-
-    def __init__(self, markup: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.open: list[str] = []
-        self.crossed: list[str] = []
-        self.feed(markup)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.crossed.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from ranks import run_ranks
+from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,7 +107,7 @@ def run(
     path: Path, *overrides: str, verb: str = "distill", ranks: int = 1, before: Callable[[], None] | None = None
 ) -> Trial:
     """The verb on every rank to its end; ``before`` is called in each of them first."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WANDB_MODE": "offline"}
+    env = environment(WANDB_MODE="offline")
     arguments = [verb, "--config", str(path), *overrides]
     return Trial(path, run_ranks(arguments, ranks=ranks, env=env, cwd=path.parent, before=before))
 
