@@ -141,4 +141,5 @@ def _texts(folder: Path) -> Iterator[str]:
     for place, _, files in os.walk(folder):
         for file in sorted(files):
             if file.endswith(".yaml"):
-                yield Path(place, file).read_text(encoding="utf-8", errors="replace")
+                with open(os.path.join(place, file), encoding="utf-8", errors="replace") as text:
+                    yield text.read()

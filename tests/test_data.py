@@ -26,8 +26,8 @@ from shoal.data import (
     texts_fingerprint,
 )
 from shoal.errors import UserError
-from shoal.packing import FIELDS, IGNORED, PLANES, PackedRows, Packing, read_rows
-from shoal.section import DataSource
+from shoal.packing import FIELDS, IGNORED, PLANES, PackedRows, read_rows
+from shoal.section import DataSource, Packing
 
 TEXTS = ["Erste Zeile.\nZweite.", "Ein zweites Dokument mit Ümläuten.", "3"]
 EOS = 257

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal import __version__
+from shoal import __version__, runtime
 from shoal.errors import EXIT_USER_ERROR, UserError
-from shoal.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from shoal.recipe import Recipe
     from shoal.run import Run
 
 log = logging.getLogger("shoal")
@@ -67,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
     """Run one verb, or only say what prune or distill would do; returns the exit code."""
-    from shoal.runtime import is_main, set_up_logging
+    from shoal.recipe import load_recipe  # not for --help and --version
 
-    set_up_logging()
+    runtime.set_up_logging()
     try:
         recipe = load_recipe(config, overrides)
         if dry_run:
@@ -78,7 +78,7 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
             with _said_when_stopped():
                 _dispatch(verb, recipe, config, overrides)
     except UserError as error:
-        if not is_main():
+        if not runtime.is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
         print(f"shoal: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
@@ -96,12 +96,10 @@ def _said_when_stopped() -> Iterator[None]:
 
     Several ranks say nothing: their launcher ends all of them where one has failed and has said why.
     """
-    from shoal.runtime import world_size
-
     process = os.getpid()
 
     def stop(*_: object) -> None:
-        if world_size() == 1 and os.getpid() == process:  # a forked worker is ended in silence
+        if runtime.world_size() == 1 and os.getpid() == process:  # a forked worker is ended in silence
             os.write(2, STOPPED)  # print() may be what was interrupted
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -115,9 +113,7 @@ def _said_when_stopped() -> Iterator[None]:
 
 def _without_recipe(work: Callable[[], None]) -> int:
     """Do ``work``, which reads no recipe; returns the exit code."""
-    from shoal.runtime import set_up_logging
-
-    set_up_logging()
+    runtime.set_up_logging()
     try:
         work()
     except UserError as error:
@@ -128,6 +124,7 @@ def _without_recipe(work: Callable[[], None]) -> int:
 
 def _delta(base: str, donor: str, out: str | None) -> None:
     """Print how far the weights of two models are from each other."""
+    runtime.turn_down_libraries()
     from shoal.compress.delta import delta_norms
     from shoal.models import resolve_model
     from shoal.whole_files import write_json
@@ -152,6 +149,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _dry_run(verb: str, recipe: Recipe) -> None:
+    runtime.turn_down_libraries()
     from shoal import distilling, pruning
     from shoal.run import Run
 
@@ -164,7 +162,8 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         from shoal.eval.task_names import refuse_unknown
 
         refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)  # before all that is imported below
-    from shoal import distilling, measuring, pipeline, pruning, runtime
+    runtime.turn_down_libraries()
+    from shoal import distilling, measuring, pipeline, pruning
     from shoal.run import Run, locked
     from shoal.tracking import wandb_mode
 
@@ -224,7 +223,6 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
     import torch
 
     from shoal.machine import ranks_to_start
-    from shoal.runtime import free_port
 
     on_gpu = torch.accelerator.is_available()
     ranks = ranks_to_start(recipe.distill.num_ranks)
@@ -237,7 +235,7 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
         "--master_addr",
         "127.0.0.1",
         "--master_port",
-        str(free_port()),
+        str(runtime.free_port()),
         "--no_local_rank",
         "--log_level",
         "error",

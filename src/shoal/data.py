@@ -24,7 +24,6 @@ from shoal.packing import (
     FIELDS,
     IGNORED,
     PackedRows,
-    Packing,
     TokenDocument,
     best_fit_rows,
     collect,
@@ -35,7 +34,7 @@ from shoal.packing import (
     write_counts,
     write_rows,
 )
-from shoal.section import TEACHER_TEXT, DataSource
+from shoal.section import TEACHER_TEXT, DataSource, Packing
 from shoal.whole_files import file_hash
 
 __all__ = ["IGNORED", "PackedRows"]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +28,6 @@ from shoal.whole_files import write_json
 IGNORED = -100
 ROW = "row"
 """Key under which a row says which one it is."""
-Packing = Literal["split", "best_fit"]
-"""split: rows are filled to the last token, and a document that does not fit goes on in the next row as one of its own.
-best_fit: documents stay whole, and what is longer than a row is cut off; the rest of a row is filled with padding that
-is not learnt."""
 OPEN_ROWS = 16
 """Rows that best_fit keeps open at one time to find a place for the next document; more would waste less padding, but
 hold back more of the sources with short documents."""

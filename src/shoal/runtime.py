@@ -1,4 +1,7 @@
-"""Ranks, logging, seeding, and the stamp of the environment that goes into every artifact."""
+"""Ranks, logging, seeding, and the stamp of the environment that goes into every artifact.
+
+Torch takes seconds to load and is imported where it is used, so that a mistake in a recipe is told before.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,12 @@ import socket
 import sys
 import warnings
 from datetime import timedelta
-from typing import Any
-
-import numpy as np
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from shoal.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 STAMPED_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "datasets", "lm_eval")
 
@@ -39,6 +41,8 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The accelerator of this rank, else the CPU."""
+    import torch
+
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator()
         assert kind is not None
@@ -47,10 +51,7 @@ def device() -> torch.device:
 
 
 def set_up_logging() -> None:
-    """Rank 0 logs to stderr what goes on, the others only what went wrong; library chatter is turned down.
-
-    The quickstart's reader should see shoal's lines, not those of six libraries.
-    """
+    """Rank 0 logs to stderr what goes on, the others only what went wrong."""
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
     logging.basicConfig(
         level=logging.INFO if is_main() else logging.ERROR,
@@ -59,6 +60,11 @@ def set_up_logging() -> None:
         stream=sys.stderr,
         force=True,
     )
+
+
+def turn_down_libraries() -> None:
+    """Turn down the chatter of libraries: the quickstart's reader should see shoal's lines, not those of six others."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -85,6 +91,9 @@ def set_up_logging() -> None:
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -92,6 +101,8 @@ def seed_everything(seed: int) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine facts that a reader needs to repeat a figure."""
+    import torch
+
     packages = {name: importlib.metadata.version(name) for name in STAMPED_PACKAGES}
     return {
         "shoal": importlib.metadata.version("shoal"),
@@ -112,6 +123,9 @@ def set_up_distributed(timeout_s: int) -> None:
     Raises:
         UserError: the port is taken, or the other ranks cannot be reached.
     """
+    import torch
+    import torch.distributed as dist
+
     if dist.is_initialized():
         return
     if "RANK" not in os.environ:
@@ -137,14 +151,18 @@ def set_up_distributed(timeout_s: int) -> None:
 
 def barrier() -> None:
     """Wait for all ranks, where they have joined."""
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.barrier()
 
 
 def leave_distributed() -> None:
     """End the process group: its threads, left to the interpreter's exit, sometimes abort a process that succeeded."""
-    barrier()
+    import torch.distributed as dist
+
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

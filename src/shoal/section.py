@@ -15,6 +15,10 @@ Text = Annotated[str, Field(min_length=1)]
 
 TEACHER_TEXT = "teacher_text"
 """Name of the source that the teacher writes itself before training starts."""
+Packing = Literal["split", "best_fit"]
+"""split: rows are filled to the last token, and a document that does not fit goes on in the next row as one of its own.
+best_fit: documents stay whole, and what is longer than a row is cut off; the rest of a row is filled with padding that
+is not learnt."""
 
 
 class Section:

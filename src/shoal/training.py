@@ -11,8 +11,7 @@ from pydantic import Field
 from shoal import terms
 from shoal.lora import Lora
 from shoal.on_policy import OnPolicy
-from shoal.packing import Packing
-from shoal.section import TEACHER_TEXT, Data, DataSource, Positive, RowLength, Section
+from shoal.section import TEACHER_TEXT, Data, DataSource, Packing, Positive, RowLength, Section
 from shoal.terms import ForwardKL, LossTerm
 from shoal.writing import Writing
 
