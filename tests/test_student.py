@@ -137,6 +137,23 @@ def test_what_stands_before_the_head_learns_too():
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_what_stands_before_the_head_runs_once_per_micro_batch_and_not_for_every_chunk():
+    """Its weights may be sharded: ranks with unequal numbers of chunks would wait for each other."""
+    from architectures import tiny_model as tiny_architecture
+
+    student, teacher = (tiny_architecture("modernbert-decoder", vocab_size=272, seed=seed) for seed in (1, 2))
+    rows, calls = batch(), []
+    inputs = {"input_ids": rows["input_ids"], "position_ids": rows["position_ids"], "use_cache": False}
+    kept = rows["labels"][:, 1:] != IGNORED
+    with torch.no_grad():
+        expected = whole_kl(*(model(**inputs).logits[:, :-1][kept] for model in (student, teacher)))
+    for model in (student, teacher):
+        model.get_submodule("lm_head").register_forward_hook(lambda *_, model=model: calls.append(model))
+    loss, _ = objective(student, teacher)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert calls == [teacher, student]
+
+
 def test_undoing_the_objective_gives_the_model_back():
     student = tiny_model("llama")
     before = student(input_ids=batch()["input_ids"]).logits

@@ -36,7 +36,7 @@ from training_runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.on_policy import OnPolicy
-from shoal.packing import read_rows
+from shoal.packing import IGNORED, read_rows
 from shoal.train.assembly import _on_policy as sampler
 from shoal.train.guard import load_batches
 from shoal.train.on_policy import Sampler
@@ -151,6 +151,27 @@ def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_mic
     )
     sharded = finished(run(path, ranks=2, before=partial(mask_labels_of_rows, *EMPTY)))
     same(sharded, everything, [*NAMES, "taid_t"])
+
+
+def test_ranks_under_zero_3_whose_heads_need_different_numbers_of_chunks_give_the_curve_of_one(teacher, cut, tmp_path):
+    """Conversations hold unequal numbers of learnt tokens; a weight that a chunk gathers would wait for other ranks."""
+    chats, chunk = tmp_path / "chats.jsonl", 4
+    lengths = [1, 90, 2, 35, 60, 3, 20, 1] * 12
+    chats.write_text(
+        "".join(json.dumps({"prompt": "?" * (n % 7), "completion": chr(97 + n % 26) * n}) + "\n" for n in lengths)
+    )
+    data = {"path": str(chats), "prompt": "prompt", "completion": "completion"}
+    trials = []
+    for zero, ranks in [("zero0", 1), ("zero3", 2)]:
+        path = recipe(tmp_path / zero, teacher, cut, data=data, head_chunk=chunk, deepspeed=f"deepspeed/{zero}.json")
+        trials.append(finished(run(path, "distill.timeout_s=60", ranks=ranks)))
+    whole, sharded = trials
+    (folder,) = (sharded.dir / "text").glob("rows-*")
+    rows = read_rows(folder)
+    learnt = torch.stack([(rows[row]["labels"][1:] != IGNORED).sum() for row in range(BATCH * STEPS)])
+    chunks = (learnt.view(STEPS, 2, -1).sum(-1) / chunk).ceil()
+    assert (chunks[:, 0] != chunks[:, 1]).any(), "what this is about"
+    same(sharded, whole, ["forward_kl"])
 
 
 def test_a_run_that_is_not_watched_ends_with_the_same_bits(everything, teacher, cut, tmp_path):

@@ -125,7 +125,7 @@ def _record_shard(
     layout: Layout,
     tell: Callable[[int], Any],
 ) -> dict[str, Tensor]:
-    scaled, head = logits_from_hidden(teacher), teacher.get_output_embeddings()
+    scaled, head = logits_from_hidden(teacher, prepared=True), teacher.get_output_embeddings()
     assert head is not None
     batches: list[tuple[Tensor, Tensor, Tensor]] = []
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layout.states}

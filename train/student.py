@@ -113,9 +113,6 @@ class Objective:
         places_N = queued(learnt_places(host.labels_BS), labels.device)
         with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
             hidden_BSD = final_hidden(student, input_ids, position_ids)
-        # here and not in the chunked loss, which takes gradients of the head alone
-        if (prepare := before_head(student)) is not None:
-            hidden_BSD = prepare(hidden_BSD)
         loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, signals)
         *at_head, matches, compared = head_sums.unbind()
         # one by one: a list of indices would be copied to the device, which waits for it
@@ -178,9 +175,19 @@ class Objective:
 
 
 def to_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The way from final hidden states to logits, scale and soft cap included."""
-    through, head = logits_from_hidden(model), output_head(model)
-    return lambda hidden: through(hidden, head)
+    """The way from what the head reads to logits, scale and soft cap included.
+
+    Under ZeRO 3 the head has to be `gathered`, and its own forward is passed by: the hooks there let go of the weight
+    after every call and gather it for the next one. Ranks have unequal numbers of chunks, and a rank that gathers waits
+    for all others.
+    """
+    through, head = logits_from_hidden(model, prepared=True), output_head(model)
+
+    def linear(hidden: Tensor) -> Tensor:
+        sharded = hasattr(head.weight, "ds_id")
+        return functional.linear(hidden, head.weight, head.bias) if sharded else head(hidden)
+
+    return lambda hidden: through(hidden, linear)
 
 
 def _in_own_precision(to_logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -197,7 +204,9 @@ def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor
     """What the head reads, (B, S, D). Attention keeps documents packed in one row apart: see shoal.packing."""
     decoder = decoder_body(model)
     with documents_apart(decoder, position_ids):
-        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden_BSD = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    # here and not in the chunked loss, which takes gradients of the head alone
+    return hidden_BSD if (prepare := before_head(model)) is None else prepare(hidden_BSD)
 
 
 class SharedPrefix:

@@ -6,15 +6,13 @@ S sequence, D hidden.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from shoal.models import logits_from_hidden, text_config
+from shoal.models import text_config
 from shoal.packing import PackedRows
 from shoal.recording import Record
 from shoal.runtime import device
@@ -85,7 +83,7 @@ def check_objective(
             check_zero_at_teacher(
                 [term for term in settings.losses if isinstance(term, LOGIT_TERMS)],
                 hidden_SD,
-                _through_gathered(model) if sharded else to_logits(model),
+                to_logits(model),
                 labels_S,
                 top_k=None if is_teacher else record.top_k,
                 chunk=settings.head_chunk,
@@ -102,12 +100,3 @@ def _documents_meet(model: PreTrainedModel, input_ids_1S: Tensor) -> bool:
         for before in (first, first.roll(1, 1))
     )
     return bool(((one - other).norm(dim=-1) / one.norm(dim=-1)).mean() > BEYOND_ROUNDING)
-
-
-def _through_gathered(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The way from hidden states to logits while the head is gathered, past its own forward.
-
-    ZeRO 3 hangs hooks on that which, in a backward pass of the head alone, never let go of the weight.
-    """
-    through, head = logits_from_hidden(model), output_head(model)
-    return lambda hidden: through(hidden, lambda h: functional.linear(h, head.weight, head.bias))
