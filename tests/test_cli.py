@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -19,6 +20,7 @@ from shoal import __version__, cli, pruning
 from shoal.cli import main, run_verb
 from shoal.errors import UserError
 from shoal.run import Run
+from shoal.runtime import set_up_logging
 
 
 @pytest.fixture(autouse=True)
@@ -257,3 +259,42 @@ def test_shoal_as_a_user_types_it(recipe: str, tmp_path: Path) -> None:
 
 def test_user_errors_are_value_errors() -> None:
     assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "distill.trainer.hub_token=opensesame",
+        "track.api_key=opensesame",
+        "track.api_key=open opensesame",
+        "track={api_key: opensesame}",
+        "track.tags=opensesame{",
+        "model=https://user:opensesame@host/model",
+        "measure.data=[{path: https://user:opensesame@host/x, weight: none}]",
+        "seed=opensesame",
+    ],
+)
+def test_no_refusal_holds_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    if override.startswith(("seed", "track.tags")):
+        monkeypatch.setenv("SITE_PASSWORD", "opensesame")  # as a value of the environment it is known for one
+    (tmp_path / "r.yaml").write_text(f"model: nowhere\nrun_dir: {tmp_path}/run\n")
+    assert run_verb("measure", str(tmp_path / "r.yaml"), [override]) == 2
+    said = capsys.readouterr().err
+    assert "shoal: error: " in said
+    assert "opensesame" not in said
+    assert "(hidden)" in said
+
+
+def test_the_parser_and_the_log_hold_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SITE_PASSWORD", "opensesame")
+    with pytest.raises(SystemExit):
+        main(["measure", "--config", "r.yaml", "--api_key=hush-hush"])
+    set_up_logging()
+    logging.getLogger("shoal").error("in %s", "opensesame")
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --api_key=(hidden)" in said
+    assert "in (hidden)" in said

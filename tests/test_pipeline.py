@@ -208,6 +208,22 @@ def test_run_json_tells_the_story(make_run: Any) -> None:
     assert story["stages"] == {"plan.json": {"fingerprint": plan.fingerprint, "created": plan.created}}
 
 
+def test_run_json_holds_no_secret(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "opensesame")
+    token = "hf_" + "s" * 34
+    run = make_run(
+        track={"wandb": "off", "tags": [token, "db:opensesame"], "name": token},
+        distill={"trainer": {"hub_model_id": f"https://me:{token}@host/x", "learning_rate": 1e-3}},
+    )
+    run.dir.mkdir(parents=True)
+    pipeline._write_story(run)
+    text = (run.dir / "run.json").read_text()
+    assert token not in text
+    assert "opensesame" not in text
+    assert json.loads(text)["recipe"]["track"]["tags"] == ["(hidden)", "db:(hidden)"]
+    assert json.loads(text)["recipe"]["distill"]["trainer"]["learning_rate"] == 1e-3
+
+
 def test_roles_are_the_models_that_exist(make_run: Any) -> None:
     run = make_run()
     assert list(pipeline.roles(run)) == ["teacher"]

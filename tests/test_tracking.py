@@ -73,7 +73,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = tiny_checkpoint(folder, "llama")
     run = folder / "run"
     settings = {"model": str(teacher), "run_dir": str(run), "prune": {"drop": [2, 3]}}
-    settings |= {"track": {"wandb": "offline", "tags": ["a"]}}
+    settings |= {"track": {"wandb": "offline", "tags": ["a", HUB_TOKEN], "name": f"with {HUB_TOKEN}"}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
     overrides = [f"distill.trainer.lr_scheduler_kwargs={{a: {HUB_TOKEN}}}"]
     with pytest.MonkeyPatch.context() as patch, fresh_wandb(folder, patch):
@@ -98,7 +98,8 @@ def train(run_dir: Path, track: Track, recipe: dict[str, Any]) -> None:
 
 def log_steps(run_dir: Path, *steps: int) -> None:
     curves, state, control = Curves(run_dir), TrainerState(), TrainerControl()
-    arguments = TrainingArguments(output_dir=str(run_dir / "checkpoints"), use_cpu=True, report_to=[])
+    output = str(run_dir / "checkpoints")
+    arguments = TrainingArguments(output_dir=output, use_cpu=True, report_to=[], hub_model_id=HUB_TOKEN)
     curves.on_train_begin(arguments, state, control, model=None)
     for step in steps:
         state.global_step = step
@@ -360,7 +361,7 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
 def test_a_key_is_needed_only_where_online_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracking.wandb_mode(Track()) == "offline"
+    assert tracking.wandb_mode(Track()) == "off", "without a key, who wants files of W&B says so"
     assert tracking.wandb_mode(Track(wandb="off")) == "off"
     with pytest.raises(UserError, match=r"track\.wandb: online needs an API key; run `wandb login`"):
         tracking.wandb_mode(Track(wandb="online"))
@@ -369,14 +370,15 @@ def test_a_key_is_needed_only_where_online_is_asked_for(monkeypatch: pytest.Monk
     assert tracking.wandb_mode(Track(wandb="offline")) == "offline"
 
 
-def test_without_a_key_and_a_word_in_the_recipe_results_are_not_logged(
+def test_without_a_key_and_a_word_in_the_recipe_nothing_is_tracked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(tracked, "start", lambda *_, **__: pytest.fail("W&B was started"))
     write_results(tmp_path)
+    assert tracking.start(Track(), tmp_path, {"model": "x"}) is None
     log_results(Track(), tmp_path, {"model": "x", "revision": None}, teacher=tmp_path, score_rows=score_rows)
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith("wandb")]
 
 
 def test_a_missing_key_is_refused_before_any_work(
@@ -404,4 +406,8 @@ def test_secrets_are_hidden_by_name_form_and_because_the_environment_holds_them(
         "distill.trainer.hub_token=(hidden)",
         "x=(hidden)",
         "--config",
+    ]
+    nested = "distill.trainer={hub_token: 'ab c', eval_tokens: 5_000, other: {api_key: \"x, y\"}, last: 1}"
+    assert redacted_arguments([nested]) == [
+        "distill.trainer={hub_token: (hidden), eval_tokens: 5_000, other: {api_key: (hidden)}, last: 1}"
     ]

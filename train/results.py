@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from shoal.artifact import Provenance, Training
 from shoal.machine import peak_memory
 from shoal.models import load_config
+from shoal.redaction import redacted
 from shoal.runtime import barrier, device, is_main, world_size
 from shoal.whole_files import written_folder
 
@@ -66,7 +67,7 @@ def write_results(
             seconds=seconds[-1] if seconds else 0.0,
             history=tuple({key: float(value) for key, value in row.items()} for row in history),
             settings={
-                "trainer": trainer.args.to_sanitized_dict(),
+                "trainer": redacted(trainer.args.to_sanitized_dict()),
                 "deepspeed": trainer.args.hf_deepspeed_config.config,  # pyright: ignore[reportAttributeAccessIssue]
                 "world_size": world_size(),
                 **settings,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
 
+from shoal.redaction import redacted
 from shoal.tracking import attempt, is_tracking
 
 
@@ -26,7 +28,9 @@ class Curves(TrainerCallback):
     ) -> None:
         if is_tracking():
             with attempt("curves could not be begun", self._run_dir):
-                self._callback.on_train_begin(args, state, control, **kwargs)
+                public: Any = copy.copy(args)
+                public.to_dict = lambda: redacted(args.to_dict())
+                self._callback.on_train_begin(public, state, control, **kwargs)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if is_tracking():

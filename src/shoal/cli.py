@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from shoal import __version__, runtime
 from shoal.errors import EXIT_USER_ERROR, UserError
+from shoal.redaction import redacted, redacted_arguments
 
 if TYPE_CHECKING:
     from shoal.recipe import Recipe
@@ -80,7 +81,7 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
     except UserError as error:
         if not runtime.is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
-        print(f"shoal: error: {error}", file=sys.stderr, flush=True)
+        _print_error(error)
         return EXIT_USER_ERROR
     except LaunchEnded as ended:
         return ended.code
@@ -117,9 +118,13 @@ def _without_recipe(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        print(f"shoal: error: {error}", file=sys.stderr, flush=True)
+        _print_error(error)
         return EXIT_USER_ERROR
     return 0
+
+
+def _print_error(error: UserError) -> None:
+    print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
 
 
 def _delta(base: str, donor: str, out: str | None) -> None:
@@ -302,7 +307,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     words = known.verb == "compare"  # which takes run directories there instead
     unknown = [word for word in rest if word.startswith("-") or ("=" not in word and not words)]
     if unknown or (rest and known.verb == "delta"):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(redacted_arguments(unknown or rest))}")
     if words:
         known.runs += rest
         return known

@@ -19,6 +19,7 @@ from shoal.measuring import check_measure, measure, measure_inputs
 from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint
 from shoal.pruning import choose_plan, prune, read_plan, refuse_impossible_changes, refuse_unfit_student
 from shoal.recipe import as_dict
+from shoal.redaction import redacted
 from shoal.run import (
     Run,
     check_length,
@@ -308,7 +309,7 @@ def track(run: Run) -> None:
 
 
 def _write_story(run: Run) -> None:
-    """run.json: the resolved recipe, versions, and the fingerprint of every stage that is there."""
+    """run.json: the resolved recipe without secrets, versions, and the fingerprint of every stage that is there."""
     if not is_main():
         return
     stages = {}
@@ -323,5 +324,5 @@ def _write_story(run: Run) -> None:
         if (run.dir / name).is_file():
             provenance = kind.read(run.dir / name).provenance
             stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
-    story = {"recipe": as_dict(run.recipe), "environment": environment(), "stages": stages}
+    story = {"recipe": redacted(as_dict(run.recipe)), "environment": environment(), "stages": stages}
     write_json(run.dir / "run.json", story)

@@ -21,6 +21,7 @@ from shoal import search, training
 from shoal.edits import Edits, contradictions
 from shoal.errors import UserError
 from shoal.recording import Record
+from shoal.redaction import redacted, redacted_arguments
 from shoal.search import Search
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
@@ -197,7 +198,7 @@ class Track(Section):
     """Where curves, tables, figures and artifacts go: Weights & Biases."""
 
     wandb: Literal["online", "offline", "off"] | None = None
-    """None = online where an API key is found, else training alone, offline."""
+    """None = online where an API key is found, else off."""
     project: str = "shoal"
     name: str | None = None
     """None = that of the run directory."""
@@ -290,8 +291,12 @@ def _blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> s
     for problem in problems:
         place = problem.partition(":")[0]
         setters = [one for one in overrides if f"{place}.".startswith(f"{one.partition('=')[0]}.")]
-        lines.append(f"override {setters[-1]!r}: {problem}" if setters else f"{source}: {problem}")
+        lines.append(f"{_told(setters[-1])}: {problem}" if setters else f"{source}: {problem}")
     return "\n".join(lines)
+
+
+def _told(override: str) -> str:
+    return f"override {redacted_arguments([override])[0]!r}"
 
 
 def as_dict(section: Any) -> dict[str, Any]:
@@ -313,11 +318,11 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, leaf = key.split(".")
     if not equals or not all([*sections, leaf]):
-        raise UserError(f"override {override!r}: must have the form section.key=value")
+        raise UserError(f"{_told(override)}: must have the form section.key=value")
     try:
         value = read_yaml(text)
     except YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        raise UserError(f"{_told(override)}: the value is not valid YAML: {error}") from error
     node: Any = raw
     for name in sections:
         child = _entry(node, name, override)
@@ -325,7 +330,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             child = {}
             node[int(name) if isinstance(node, list) else name] = child
         if not isinstance(child, dict | list):
-            raise UserError(f"override {override!r}: {name!r} is {child!r}, not a section")
+            raise UserError(f"{_told(override)}: {name!r} is {redacted({name: child})[name]!r}, not a section")
         node = child
     _entry(node, leaf, override)
     node[int(leaf) if isinstance(node, list) else leaf] = value
@@ -337,7 +342,7 @@ def _entry(node: dict[str, Any] | list[Any], name: str, override: str) -> Any:
         return node.get(name)
     if not name.isdecimal() or int(name) >= len(node):
         raise UserError(
-            f"override {override!r}: {name!r} is no position in a list of {len(node)} (counted from 0); "
+            f"{_told(override)}: {name!r} is no position in a list of {len(node)} (counted from 0); "
             "give the whole list instead"
         )
     return node[int(name)]
@@ -374,7 +379,7 @@ def _explain(problems: Sequence[Any]) -> list[str]:
                 got[place] = f" (got {tag!r}" + (f"; did you mean {close[0]!r}?)" if close else ")")
             else:
                 message = _in_our_words(problem["msg"])
-                got[place] = f" (got {reprlib.repr(problem['input'])})"
+                got[place] = f" (got {reprlib.repr(redacted({last: problem['input']})[last])})"
         places.setdefault(place, []).append(message)
     return [f"{place}: {' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()]
 

@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 HIDDEN = "(hidden)"
-_NAME = r"(token|secret|password|passwd|(api|secret|access|private)[_-]?key|credential|authorization)s?"
+_NAME = r"(?:token|secret|password|passwd|(?:api|secret|access|private)[_-]?key|credential|authorization)s?"
 _SECRET_KEY = re.compile(rf"{_NAME}$", re.IGNORECASE)
 _SECRET_VALUE = re.compile(r"\b(hf_|api_org_|sk-|wandb_v1_|ghp_|github_pat_)\w{16,}|(?<=://)[^/\s@]+(?=@)")
-_SECRET_ARGUMENT = re.compile(rf"(?P<key>{_NAME}=)(?![\d_.]+$).+", re.IGNORECASE)
-"""`trainer.hub_token=x`, but not `num_tokens=80_000`."""
+_NUMBER = r" *[-+]?[\d_.]+(?:e[-+]?\d+)? *"
+_SECRET_ARGUMENT = re.compile(
+    rf"(?P<key>(?<!num_){_NAME}=)(?!{_NUMBER}$).+|"
+    rf"(?P<entry>(?<!num_){_NAME}['\"]?: *)(?!{_NUMBER}[,}}\]])(\"[^\"]*\"|'[^']*'|[^ ,}}\]]+)",
+    re.IGNORECASE,
+)
+"""`trainer.hub_token=x` and `trainer={hub_token: x}`, but not `num_tokens=80_000`."""
 SHORTEST_SECRET = 8
 """Shorter values of the environment are not looked for: they would be found in innocent words."""
 
@@ -24,7 +29,10 @@ def redacted(value: Any) -> Any:
 
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line without secrets."""
-    return [_SECRET_ARGUMENT.sub(rf"\g<key>{HIDDEN}", argument) for argument in redacted(arguments)]
+    return [
+        _SECRET_ARGUMENT.sub(lambda found: (found["key"] or found["entry"]) + HIDDEN, argument)
+        for argument in redacted(arguments)
+    ]
 
 
 def _redacted(value: Any, known: Sequence[str]) -> Any:

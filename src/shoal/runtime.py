@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import UserError
+from shoal.redaction import redacted
 
 if TYPE_CHECKING:
     import torch
@@ -50,16 +51,17 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def set_up_logging() -> None:
     """Rank 0 logs to stderr what goes on, the others only what went wrong."""
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
-    logging.basicConfig(
-        level=logging.INFO if is_main() else logging.ERROR,
-        format=f"%(asctime)s {prefix}%(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, handlers=[handler], force=True)
 
 
 def turn_down_libraries() -> None:

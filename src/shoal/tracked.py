@@ -23,7 +23,7 @@ from shoal.models import DEMO_PREFIX, model_fingerprint
 from shoal.recipe import Track
 from shoal.redaction import redacted
 from shoal.runtime import is_main
-from shoal.tracking import UPLOAD_WAIT_S, attempt, finish, has_key, start, wandb_mode
+from shoal.tracking import UPLOAD_WAIT_S, attempt, finish, start, wandb_mode
 from shoal.whole_files import write_json
 
 if TYPE_CHECKING:
@@ -69,10 +69,9 @@ def log_results(
     """Log on rank 0 what the run directory holds and has not been logged yet.
 
     ``teacher`` is its checkpoint; ``score_rows`` reads the before/after table of a run directory, whose columns are
-    role, task, protocol, metric, score and retention among others. Where ``track`` says nothing and there is no API
-    key, results are not logged: loading W&B costs seconds with every verb, so then only training is tracked.
+    role, task, protocol, metric, score and retention among others.
     """
-    if not is_main() or wandb_mode(track) == "off" or (track.wandb is None and not has_key()):
+    if not is_main() or wandb_mode(track) == "off":
         return
     with attempt("results could not be logged", run_dir):
         file = run_dir / LOGGED_FILE

@@ -48,7 +48,7 @@ def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
         return "online"
     if track.wandb == "online":
         raise UserError("track.wandb: online needs an API key; run `wandb login`, set WANDB_API_KEY, or use offline")
-    return "offline"
+    return "off"
 
 
 def start(track: Track, run_dir: Path, recipe: dict[str, Any], *, wait_s: float = UPLOAD_WAIT_S) -> Run | None:
@@ -135,9 +135,9 @@ def _open(
     if is_new:
         write_text(id_file, secrets.token_hex(4) + "\n")
     arguments: dict[str, Any] = {
-        "project": track.project,
-        "name": track.name or run_dir.resolve().name,
-        "tags": track.tags or None,
+        "project": redacted(track.project),
+        "name": redacted(track.name or run_dir.resolve().name),
+        "tags": redacted(track.tags) or None,
         "dir": str(run_dir),
         "id": id_file.read_text().strip(),
         "resume": "allow",
@@ -177,5 +177,5 @@ def _hidden_arguments() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """The first line of what went wrong, without secrets."""
-    line = str(redacted(str(error))).strip().split("\n")[0]
+    line = redacted(str(error)).strip().split("\n")[0]
     return line[:300] or type(error).__name__
