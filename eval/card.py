@@ -18,7 +18,7 @@ from shoal.redaction import redacted
 from .cautions import cautions_section
 from .document import Block, Bullets, Code, Paragraph, block_markdown, inline
 from .findings import Comparison, Row, Run, compare, is_share, read_run
-from .headline import headline
+from .headline import board, headline
 from .license import License, base_license, license_file
 from .report import FIGURES_DIR
 from .sections import difference_table, no_signal_section, score_table
@@ -141,7 +141,9 @@ def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
 def _body(run: Run, comparison: Comparison, base: str | None, found: License) -> list[Block | str]:
     assert run.plan is not None
     parts: list[Block | str] = [f"# {inline(_name(run, base))}"]
-    parts += [Paragraph(sentence) for sentence in headline(run, comparison)]
+    first, *others = (Paragraph(sentence) for sentence in headline(run, comparison))
+    lines = board(run, comparison)
+    parts += [first, *([lines] if lines else []), *others]
     if comparison.rows:
         parts += ["## Before and after", *_results(run, comparison)]
         parts += ["## Read with care", *cautions_section(run, comparison).blocks]

@@ -58,6 +58,8 @@ class Common:
     """Names, by ability in the order of the first run."""
     left_out: tuple[str, ...]
     """Why another task is not among them, a sentence each."""
+    precision: str = ""
+    """That and which runs were scored in other precisions; empty = all in one."""
 
 
 def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
@@ -119,8 +121,10 @@ def find_common(contenders: Sequence[Contender], *, across_teachers: bool = Fals
                 if (contender.letter, field) not in seen:
                     seen.add((contender.letter, field))
                     problems.append(problem)
+    precision = _precision(contenders)
     if not problems and not across_teachers:
-        problems += _unexplained(contenders, tasks)
+        why = "the precision moves it" if precision else "something that is not recorded differs"
+        problems += _unexplained(contenders, tasks, why)
     if problems:
         more = f"\nand {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
         raise UserError(
@@ -128,7 +132,7 @@ def find_common(contenders: Sequence[Contender], *, across_teachers: bool = Fals
             "Run `shoal eval` with the same settings in all of them (what they share is not scored again), or compare "
             "fewer runs"
         )
-    return Common(tuple(tasks), tuple(left_out))
+    return Common(tuple(tasks), tuple(left_out), precision)
 
 
 def score_of(evaluation: Evaluation, task: str) -> TaskScore:
@@ -243,7 +247,7 @@ def _differences(
     files = here[0].file(here[1]), there[0].file(there[1])
     one, other = here[0].run.evaluations[here[1]], there[0].run.evaluations[there[1]]
     scores = [(score_of(one, task), score_of(other, task)) for task in tasks]
-    found = [*_precision(here, there), *_text_settings(one, other, scores), *_prompt_settings(one, other, scores)]
+    found = [*_text_settings(one, other, scores), *_prompt_settings(one, other, scores)]
     same_text = not any(difference.field in TEXT_SETTINGS for difference in found)
     judged = [pair for pair in scores if pair[0].task != PERPLEXITY or same_text]
     found += [difference for pair in judged for difference in _score_settings(*pair, one, other)]
@@ -265,13 +269,6 @@ class _Difference:
     here: Any
     there: Any
     note: str = ""
-
-
-def _precision(here: tuple[Contender, str], there: tuple[Contender, str]) -> Iterator[_Difference]:
-    asked = [contender.run.evaluations[role].provenance.inputs.get("dtype") for contender, role in (here, there)]
-    types = [_dtype(*here), _dtype(*there)]
-    if asked[0] != asked[1] and types[0] != types[1]:
-        yield _Difference("dtype", *types)
 
 
 def _text_settings(
@@ -339,7 +336,7 @@ def _unequal(
             yield _Difference(field, *values, note)
 
 
-def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str]) -> Iterator[str]:
+def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str], why: str) -> Iterator[str]:
     """One teacher, equal settings and other scores: then something that nobody wrote down is not the same."""
     judged = [contender for contender in contenders if "teacher" in contender.run.evaluations]
     for contender in judged[1:]:
@@ -350,14 +347,16 @@ def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str]) -> Itera
                 yield (
                     f"{contender.file('teacher')}: task {task!r}: score is {after.score:.3f}, but {before.score:.3f} "
                     f"in {judged[0].file('teacher')}, for the same teacher on the same items (p < {SAME_TEACHER_P}): "
-                    "something that is not recorded differs"
+                    f"{why}"
                 )
 
 
-def _dtype(contender: Contender, role: str) -> str:
-    """The precision a role was scored in; `auto` is what its checkpoint is stored in, where that can still be read."""
+def dtype_of(contender: Contender, role: str) -> str:
+    """The precision a role was scored in; of `auto` what the run chose, else what its checkpoint is stored in."""
     asked = str(contender.run.evaluations[role].provenance.inputs.get("dtype", ABSENT))
     config = contender.run.folder / ("distilled" if role == "distilled" else "student") / "config.json"
+    if asked == "auto" and "dtype" in contender.run.numerics:
+        return str(contender.run.numerics["dtype"])
     if asked != "auto" or not config.is_file():
         return asked
     try:
@@ -365,6 +364,18 @@ def _dtype(contender: Contender, role: str) -> str:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{config}: is not valid JSON ({error}); make the checkpoint again") from error
     return str(stored.get("dtype") or stored.get("torch_dtype") or asked) if isinstance(stored, dict) else asked
+
+
+def _precision(contenders: Sequence[Contender]) -> str:
+    """What has to be said of scores in several precisions: the machine chooses one where the recipe says `auto`."""
+    found = {one.letter: tuple({dtype_of(one, role): None for role in one.run.evaluations}) for one in contenders}
+    if len(set(found.values())) == 1:
+        return ""
+    told = ", ".join(f"{letter} in {' and '.join(types)}" for letter, types in found.items())
+    return (
+        f"The runs were not scored in the same precision: {told}. Part of a difference between them may come from that "
+        "and not from the models; with the same `dtype` in all of them it could not."
+    )
 
 
 def _short(value: Any) -> str:

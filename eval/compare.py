@@ -74,6 +74,8 @@ class RunComparison:
     left_out: tuple[str, ...]
     """Tasks and speeds that are not in the table, and why."""
     notes: tuple[str, ...]
+    precision: str = ""
+    """What has to be said above the table where the runs were scored in other precisions; empty = all in one."""
 
     @property
     def num_differences(self) -> int:
@@ -107,6 +109,7 @@ def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> R
         models=_with_adjusted_p(models),
         left_out=(*common.left_out, *no_speed),
         notes=tuple(_notes(contenders, common)),
+        precision=common.precision,
     )
 
 

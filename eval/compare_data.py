@@ -9,7 +9,7 @@ from typing import Any
 from shoal.artifact import Provenance
 from shoal.whole_files import write_json
 
-from .comparable import Contender
+from .comparable import Contender, dtype_of
 from .compare import Cell, Model, RunComparison
 
 TASK_FIELDS = (
@@ -37,6 +37,7 @@ def as_data(comparison: RunComparison) -> dict[str, Any]:
             for task in comparison.tasks
         ],
         "models": [_model_data(model) for model in comparison.models],
+        "precision": comparison.precision or None,
         "num_differences": comparison.num_differences,
         "left_out": list(comparison.left_out),
         "notes": list(comparison.notes),
@@ -61,6 +62,7 @@ def _model_data(model: Model) -> dict[str, Any]:
     return {
         "run": model.contender.letter,
         "role": model.role,
+        "dtype": dtype_of(model.contender, model.role),
         "content": model.content,
         "num_layers": evaluation.num_layers,
         "num_parameters": evaluation.num_parameters,

@@ -14,6 +14,7 @@ from shoal.plain_text import aligned
 from shoal.search import Interval
 from shoal.whole_files import write_text
 
+from .comparable import dtype_of
 from .compare import Cell, Model, RunComparison, by_ability, mean_kept, same_models
 from .compare_data import write_json_file
 from .document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown
@@ -28,9 +29,12 @@ from .wording import (
     difference_text,
     listed,
     p_text,
+    protocol_text,
     retention_text,
     score_text,
+    score_words,
     signed,
+    tasks_text,
 )
 
 log = logging.getLogger(__name__)
@@ -65,9 +69,10 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
 
 def build_document(comparison: RunComparison, picture: Picture | None) -> Document:
     """The page: what may be said, the table, the figure, every task with its tests, and what to know."""
+    warning = [Paragraph(comparison.precision, warning=True)] if comparison.precision else []
     sections = [
         Section("The runs", (_runs_table(comparison),)),
-        Section("All models in one table", (_main_table(comparison), Paragraph(_legend(comparison)))),
+        Section("All models in one table", (*warning, _main_table(comparison), Paragraph(_legend(comparison)))),
         Section("What is kept, at which cost", (picture,) if picture else (Paragraph(_no_figure(comparison)),)),
         Section("Task by task", tuple(_task_table(comparison, i) for i in range(len(comparison.tasks)))),
     ]
@@ -82,7 +87,9 @@ def build_document(comparison: RunComparison, picture: Picture | None) -> Docume
 
 def comparison_text(comparison: RunComparison) -> str:
     """The table for a terminal: sizes and costs, then every task below the other, with intervals."""
-    parts = ["\n".join(_run_lines(comparison)), _aligned([_cost_columns(), *map(_cost_row, comparison.models)])]
+    parts = ["\n".join(_run_lines(comparison))]
+    parts += [comparison.precision] if comparison.precision else []
+    parts.append(_aligned([_cost_columns(), *map(_cost_row, comparison.models)]))
     for index in range(len(comparison.tasks)):
         table = _task_table(comparison, index)
         narrow = [[row[i] for i in IN_TERMINAL] for row in (table.columns, *table.rows)]
@@ -101,16 +108,24 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
         cells = [cell for cell in model.cells if cell.score.task not in comparison.silent]
         found = {verdict: [cell for cell in cells if cell.verdict == verdict] for verdict in ("better", "worse")}
         unclear = sum(cell.verdict == "unclear" for cell in cells)
-        parts = [f"{verdict} on {listed(_task(cell) for cell in those)}" for verdict, those in found.items() if those]
+        parts = [
+            f"{verdict} on {tasks_text([cell.score for cell in those])}" for verdict, those in found.items() if those
+        ]
         if unclear:
             parts.append(f"no clear difference on {unclear} of {len(cells)} {'task' if len(cells) == 1 else 'tasks'}")
         if parts:
-            yield f"{model.contender.letter} {model.role} against {first} {model.role}: {'; '.join(parts)}."
+            against = f"{model.contender.letter} {model.role} against {first} {model.role}"
+            yield f"{against}{', in another precision' if _other_dtype(comparison, model) else ''}: {'; '.join(parts)}."
     if comparison.num_differences:
         yield (
             f"“Better” and “worse” are said where p is below {SIGNIFICANT:g} after Holm's correction over all "
             f"{comparison.num_differences} differences of the table."
         )
+
+
+def _other_dtype(comparison: RunComparison, model: Model) -> bool:
+    """Whether the model was scored in another precision than the first run's of its role."""
+    return dtype_of(model.contender, model.role) != dtype_of(comparison.contenders[0], model.role)
 
 
 def pareto_panels(comparison: RunComparison) -> list[list[ParetoPanel]]:
@@ -119,7 +134,7 @@ def pareto_panels(comparison: RunComparison) -> list[list[ParetoPanel]]:
     for (ability, protocol), columns in by_ability(comparison).items():
         kept = [_kept(model, columns) for model in comparison.models]
         mean = f", mean of {len(columns)} tasks" if len(columns) > 1 else ""
-        title = f"{ability[:1].upper()}{ability[1:]}, {protocol}{mean}"
+        title = f"{ability[:1].upper()}{ability[1:]}, {protocol_text(protocol)}{mean}"
         panels = [ParetoPanel(title, cost, tuple(_points(comparison, kept, cost))) for cost in _costs(comparison)]
         if any(model.role != "teacher" and value for model, value in zip(comparison.models, kept, strict=True)):
             rows.append(panels)
@@ -301,15 +316,7 @@ def _no_difference(comparison: RunComparison, model: Model) -> str:
 
 
 def _task_title(comparison: RunComparison, index: int) -> str:
-    """Ability and protocol, and the task's name where it says more."""
-    task = comparison.tasks[index]
-    words = [word for word in (task.ability, task.protocol) if word not in task.task]
-    return f"{task.task} ({', '.join(words)})" if words else task.task
-
-
-def _task(cell: Cell) -> str:
-    score = cell.score
-    return score.task if score.protocol in score.task else f"{score.task} ({score.protocol})"
+    return ", ".join(score_words(comparison.tasks[index]))
 
 
 def _legend(comparison: RunComparison) -> str:
@@ -331,8 +338,8 @@ def _known(comparison: RunComparison) -> list[str]:
 
 
 def _few_lines(comparison: RunComparison) -> Iterator[str]:
-    if few := [_task_title(comparison, i) for i, task in enumerate(comparison.tasks) if task.n < FEW_ITEMS]:
-        yield f"Too few items: fewer than {FEW_ITEMS}, so the intervals are wide: {listed(few)}."
+    if few := [task for task in comparison.tasks if task.n < FEW_ITEMS]:
+        yield f"Too few items: fewer than {FEW_ITEMS}, so the intervals are wide: {tasks_text(few)}."
 
 
 def _same_lines(comparison: RunComparison) -> Iterator[str]:
@@ -343,8 +350,9 @@ def _same_lines(comparison: RunComparison) -> Iterator[str]:
 
 def _silent_lines(comparison: RunComparison) -> Iterator[str]:
     if comparison.silent:
+        silent = [task for task in comparison.tasks if task.task in comparison.silent]
         yield (
-            f"No signal on {listed(sorted(comparison.silent))}: the intact teacher is not more than "
+            f"No signal on {tasks_text(silent)}: the intact teacher is not more than "
             f"{SIGNAL_SIGMAS:.0f} standard errors above guessing there, so no sentence and no figure rests on it."
         )
 
@@ -354,7 +362,9 @@ def _versions_table(comparison: RunComparison) -> Table:
     found = [next(iter(one.run.evaluations.values())).provenance for one in comparison.contenders]
     fields = list(dict.fromkeys(field for provenance in found for field in provenance.environment))
     values = [(field, [str(one.environment.get(field, DASH)) for one in found]) for field in fields]
-    values += [(field, [str(one.inputs.get(field, DASH)) for one in found]) for field in ("dtype", "attention", "seed")]
+    values += [(field, [str(one.inputs.get(field, DASH)) for one in found]) for field in ("attention", "seed")]
+    first = [(one, next(iter(one.run.evaluations))) for one in comparison.contenders]
+    values.append(("dtype", [dtype_of(*one) for one in first]))
     columns = ("What", *(one.letter for one in comparison.contenders))
     rows = tuple((field.replace("_", " "), *row) for field, row in values)
     return Table("Versions and settings of the evaluations", columns, rows, frozenset(range(len(columns))), folded=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -11,11 +11,12 @@ from shoal.artifact import Json
 from shoal.edits import in_words
 from shoal.redaction import redacted
 from shoal.search import SearchResult
+from shoal.task_words import task_words
 
 from .cautions import disjointness
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
 from .findings import ROLES, Run
-from .wording import DASH, bytes_text, duration_text, layers_text, listed
+from .wording import DASH, bytes_text, duration_text, layers_text, listed, score_words
 
 TERMS = (
     ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),
@@ -116,7 +117,7 @@ def terms_section() -> Section:
 
 def settings_section(run: Run) -> Section:
     """The exact recipe, secrets hidden, and the versions it ran with."""
-    blocks: list[Block] = []
+    blocks: list[Block] = [Paragraph(told) for told in [precision_text(run.numerics)] if told]
     if run.recipe is None:
         blocks.append(Paragraph("run.json, which holds the recipe, is not in the run directory."))
     else:
@@ -125,8 +126,23 @@ def settings_section(run: Run) -> Section:
     if run.training and run.training.settings:
         text = yaml.safe_dump(redacted(run.training.settings), sort_keys=False, allow_unicode=True, width=100)
         blocks.append(Code(text, "yaml", "Training arguments and DeepSpeed configuration, as resolved"))
+    if names := _identifiers(run):
+        blocks.append(names)
     blocks += _environment_blocks(run)
     return Section("Exact settings and versions", tuple(blocks))
+
+
+def precision_text(numerics: Mapping[str, Any]) -> str:
+    """In which precision the run's numbers were made and why, one line; empty where it is not recorded."""
+    if not numerics:
+        return ""
+    weights, trained = (numerics.get(key) for key in ("dtype", "precision"))
+    told = f"Weights are {weights}" if weights else ""
+    if trained:
+        told += f"{', and ' if told else ''}training computes in {trained}"
+    device = f" on {device}" if (device := numerics.get("device")) and told else ""
+    reason = str(numerics.get("reason") or "").strip().rstrip(".")
+    return f"Numeric precision: {told}{device}{': ' if told and reason else ''}{reason}."
 
 
 def reproduce_section(run: Run) -> Section:
@@ -171,13 +187,24 @@ def _data_blocks(data: dict[str, Json]) -> list[Block]:
     overlap = data.get("overlap")
     if isinstance(overlap, dict) and overlap:
         rows = tuple(
-            (task, *(_count(one.get(key)) for key in ("items", "compared", "found"))) for task, one in overlap.items()
+            (", ".join(task_words(task)), *(_count(one.get(key)) for key in ("items", "compared", "found")))
+            for task, one in overlap.items()
         )
         blocks.append(Table("Evaluation items in the training text", ("Task", "Items", "Compared", "Found"), rows))
     others = tuple(f"{name.replace('_', ' ')}: {_count(value)}" for name, value in data.items() if _is_plain(value))
     if others:
         blocks.append(Bullets(others))
     return blocks
+
+
+def _identifiers(run: Run) -> Table | None:
+    """What every task is called in the recipe, and what makes its prompts; None where none was evaluated."""
+    tasks = {task.key: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
+    rows = tuple(
+        (", ".join(score_words(task)), *task.key, task.version, str(task.num_fewshot)) for task in tasks.values()
+    )
+    columns = ("Task", "Name in the recipe", "Protocol", "Metric", "Version", "Examples")
+    return Table("Tasks by their names", columns, rows, frozenset(range(5)), folded=True) if rows else None
 
 
 def _environment_blocks(run: Run) -> list[Block]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 
 from shoal.figures import clean
 
+MOST_STACKED = 12
+"""Columns up to which a row stays together on a phone; one of more is for comparing down its columns."""
+
 
 @dataclass(frozen=True)
 class Paragraph:
@@ -57,6 +60,13 @@ class Table:
     groups: tuple[tuple[str, int], ...] = ()
     """Headings over runs of rows: text and number of rows; () = no headings."""
     folded: bool = False
+    row_titles: tuple[str, ...] = ()
+    """What a row's heading stands for, shown by pointing at it: task identifiers; () = nothing."""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether a phone sets a row's cells below its heading, each under its column's name, instead of scrolling."""
+        return 4 <= len(self.columns) <= MOST_STACKED
 
     @property
     def grouped_rows(self) -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
@@ -98,19 +108,84 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Cautions:
-    """What a reader has to know before any number is believed."""
+class Place:
+    """Where one model stands on a scale from 0 to 1, with its 95 % interval."""
 
-    items: tuple[tuple[str, str], ...]
-    """What it is about and what it means."""
+    role: str
+    at: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class BoardLine:
+    """One way of asking for one ability."""
+
+    task: str
+    unit: str
+    """Of its scores; empty = percent."""
+    identifier: str
+    scores: tuple[str, ...]
+    """One per role of the board, each with its interval."""
+    changes: tuple[tuple[str, str], ...]
+    """One per pair of roles: the change with its interval, and `better`, `worse` or `unclear`."""
+    places: tuple[Place, ...] = ()
+    """() = no share, so it has no place between 0 and 100 %."""
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Board:
+    """What was lost and what came back, in numbers: a line per ability and way of asking."""
+
+    caption: str
+    roles: tuple[str, ...]
+    changes: tuple[str, ...]
+    """What each change is: `lost by the cut`."""
+    lines: tuple[BoardLine, ...]
+
+    def as_table(self) -> Table:
+        """The same without its scale, for readers of plain text."""
+        rows = tuple(
+            (", ".join(filter(None, (line.task, line.unit))), *line.scores, *(text for text, _ in line.changes))
+            for line in self.lines
+        )
+        titles = tuple(line.identifier for line in self.lines)
+        heads = ("Ability", *(role.capitalize() for role in self.roles), *self.changes)
+        return Table(self.caption, heads, rows, row_titles=titles)
+
+
+@dataclass(frozen=True)
+class Caution:
+    """One thing that a reader has to know before a number is believed."""
+
+    about: str
+    lead: str
+    """One sentence that stands alone."""
+    more: tuple[str, ...] = ()
+    """Where, how much and why."""
+
+
+@dataclass(frozen=True)
+class Cautions:
+    """All of them, the gravest first; a page shows the first few at once and folds the rest."""
+
+    items: tuple[Caution, ...]
 
     @property
-    def grouped(self) -> dict[str, list[str]]:
-        """What it is about -> everything that is said of it."""
-        found: dict[str, list[str]] = {}
-        for about, text in self.items:
-            found.setdefault(about, []).append(text)
-        return found
+    def shown(self) -> tuple[Caution, ...]:
+        return self.items[:CAUTIONS_SHOWN]
+
+    @property
+    def more(self) -> int:
+        """How many are not shown at once."""
+        return len(self.items) - len(self.shown)
+
+    @property
+    def folded(self) -> tuple[Caution, ...]:
+        """What is left to say: of those shown without the sentence that is seen already."""
+        rest = (Caution(one.about, "", one.more) for one in self.shown if one.more)
+        return (*rest, *self.items[CAUTIONS_SHOWN:])
 
 
 @dataclass(frozen=True)
@@ -166,7 +241,9 @@ class FlipBrowser:
         return sum(len(group.items) for group in self.groups)
 
 
-Block = Paragraph | Bullets | Facts | Terms | Table | Picture | Code | Cautions | FlipBrowser
+Block = Paragraph | Bullets | Facts | Terms | Table | Picture | Code | Board | Cautions | FlipBrowser
+CAUTIONS_SHOWN = 3
+"""Lines of them before a page folds the rest."""
 FLIPS_IN_MARKDOWN = 8
 """Items per task and direction: a Markdown table cannot be searched or folded."""
 
@@ -190,11 +267,14 @@ class Document:
     title: str
     headline: tuple[str, ...]
     sections: tuple[Section, ...]
+    opening: tuple[Block, ...] = ()
+    """What stands below the first sentence, before everything else."""
 
 
 def to_markdown(document: Document) -> str:
     """The document as GitHub-flavoured Markdown in which no text of a model or data set can act as markup."""
-    parts = [f"# {inline(document.title)}", *(inline(sentence) for sentence in document.headline)]
+    first, *others = [inline(sentence) for sentence in document.headline] or [""]
+    parts = [f"# {inline(document.title)}", first, *map(block_markdown, document.opening), *others]
     for section in document.sections:
         parts.append(f"## {inline(section.title)}")
         parts += [block_markdown(block) for block in section.blocks]
@@ -213,8 +293,10 @@ def block_markdown(block: Block) -> str:
         case Terms():
             return "\n".join(f"- **{inline(term)}**: {inline(meaning)}" for term, meaning in block.items)
         case Cautions():
-            lines = (f"- **{inline(about)}.** {' '.join(map(prose, texts))}" for about, texts in block.grouped.items())
+            lines = (f"- **{inline(one.about)}.** {' '.join(map(prose, (one.lead, *one.more)))}" for one in block.items)
             return "\n".join(lines)
+        case Board():
+            return block_markdown(block.as_table())
         case Table():
             rule = tuple(":--" if column in block.text_columns else "--:" for column in range(len(block.columns)))
             lines = [_row(block.columns), "|" + "|".join(rule) + "|"]

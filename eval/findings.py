@@ -5,6 +5,7 @@ Only numbers here; how they are worded in full and shown is sections.py.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,8 @@ class Run:
     training: Training | None
     evaluations: dict[str, Evaluation]
     speed: Speed | None
+    numerics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """In which precision the numbers were made and why, as run.json has it; empty = not recorded."""
 
     @property
     def model(self) -> str:
@@ -143,6 +146,7 @@ def read_run(folder: Path) -> Run:
         training=_read(Training, folder / Training.FILE),
         evaluations=evaluations,
         speed=_read(Speed, folder / Speed.FILE),
+        numerics=run_file.get("numerics") or {},
     )
     parts = (run.importance, run.plan, run.training, run.speed)
     if all(part is None for part in parts) and not evaluations:

@@ -7,12 +7,32 @@ from collections.abc import Sequence
 from shoal.artifact import SpeedScore
 from shoal.edits import in_words
 
-from .findings import Comparison, Row, Run
+from .document import Board, BoardLine, Place
+from .findings import ROLES, Comparison, Row, Run, is_share
 from .speed_ratio import speed_ratio
-from .wording import count_text, layers_text, listed, signed, task_name
+from .wording import (
+    MAX_NAMES,
+    change_text,
+    count_text,
+    glance_text,
+    glance_unit,
+    identifier_text,
+    layers_text,
+    listed,
+    named_or_counted,
+    signed,
+    task_name,
+    task_names,
+)
 
-MAX_NAMES = 5
-"""Tasks told by name in one sentence; all of them are in the tables."""
+CHANGES = {
+    ("teacher", "pruned"): "Lost by the cut",
+    ("pruned", "distilled"): "Brought back",
+    ("teacher", "distilled"): "Against the teacher",
+}
+"""(before, after) -> what the change between them is."""
+PROTOCOLS_DIFFER = 0.1
+"""From so much between what two ways of asking keep, both are shown at the top."""
 
 
 def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
@@ -35,6 +55,56 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
             "above chance there (see “No signal here”)."
         )
     return tuple(sentence for sentence in sentences if sentence)
+
+
+def board(run: Run, comparison: Comparison) -> Board | None:
+    """What was lost and came back by ability, as it is asked worst and best; None where nothing can be compared."""
+    roles = tuple(role for role in ROLES if role in run.evaluations)
+    pairs = [pair for pair in CHANGES if set(pair) <= set(roles)]
+    rows = [row for row in comparison.rows if row.has_signal and len(row.scores) > 1]
+    if not pairs or not rows:
+        return None
+    shown = [row for ability in dict.fromkeys(row.ability for row in rows) for row in _worst_and_best(ability, rows)]
+    lines = tuple(_board_line(row, roles, pairs) for row in shown)
+    return Board("What was lost and what came back", roles, tuple(CHANGES[pair] for pair in pairs), lines)
+
+
+def _worst_and_best(ability: str, rows: Sequence[Row]) -> list[Row]:
+    """Of an ability the way of asking by which the cut model keeps least, that by which it keeps most if that is
+    another, and of what has no chance level the one that rose most."""
+    own = [row for row in rows if row.ability == ability]
+    kept = sorted(((_kept(row), row) for row in own if row.higher_is_better), key=lambda one: one[0])
+    found = [row for _, row in kept[:1]]
+    if kept and kept[-1][0] - kept[0][0] >= PROTOCOLS_DIFFER:
+        found.append(kept[-1][1])
+    return found + sorted((row for row in own if not row.higher_is_better), key=_rise)[-1:]
+
+
+def _kept(row: Row) -> float:
+    """By the pruned model, or by the only one there is."""
+    found = next(iter(row.retained.values()), None)
+    return 1.0 if found is None or found.value is None else found.value
+
+
+def _rise(row: Row) -> float:
+    return next(iter(row.differences.values())).difference
+
+
+def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> BoardLine:
+    first = row.any_score
+    places, chance = (), None
+    if is_share(first):
+        places = tuple(Place(role, one.score, one.ci_low, one.ci_high) for role, one in row.scores.items())
+        chance = first.chance
+    return BoardLine(
+        task_name(row),
+        glance_unit(first),
+        identifier_text(first),
+        tuple(glance_text(row.scores.get(role)) for role in roles),
+        tuple((change_text(row, *pair), row.verdict(*pair) or "") for pair in pairs),
+        places,
+        chance,
+    )
 
 
 def facts(run: Run) -> tuple[tuple[str, str], ...]:
@@ -80,53 +150,42 @@ def _cut(run: Run) -> str:
 
 
 def _lost(rows: Sequence[Row]) -> str:
-    pair = ("teacher", "pruned")
-    worse, better, unclear = _sorted_by_verdict(rows, pair)
+    worse, better, unclear = _sorted_by_verdict(rows, ("teacher", "pruned"))
     total = len(worse) + len(better) + len(unclear)
     if not total:
         return ""
-    all_of_them = len(worse) == total > MAX_NAMES
-    how_many = f"all {total} scores" if len(worse) == total > 1 else f"{len(worse)} of {total} scores"
-    parts = [f"Cutting made {how_many} worse" + (f": {_names(worse)}" if worse and not all_of_them else "")]
-    if better:
-        parts.append(f"better: {_names(better)}")
-    if unclear:
-        parts.append(f"no clear change: {_names(unclear)}")
-    return "; ".join(parts) + "."
+    if len(worse) == total > 1:
+        return f"Cutting made all {total} scores worse."
+    told = f": {task_names(worse)}" if 0 < len(worse) <= MAX_NAMES else ""
+    return _sentence(
+        f"Cutting made {len(worse)} of {total} scores worse{told}",
+        ("better: ", better),
+        ("no clear change: ", unclear),
+    )
 
 
 def _came_back(rows: Sequence[Row]) -> str:
-    pair = ("pruned", "distilled")
-    worse, better, unclear = _sorted_by_verdict(rows, pair)
-    if not (worse or better or unclear):
-        return ""
+    worse, better, unclear = _sorted_by_verdict(rows, ("pruned", "distilled"))
     total = len(worse) + len(better) + len(unclear)
-    if not better:
-        first = "Distilling made no score clearly better than that of the cut model"
-    else:
-        of_all = f"{len(better)} of {total} scores: " if len(better) > MAX_NAMES and len(better) < total else ""
-        first = f"Distilling made the cut model better on {of_all}{_all_or_names(better, rows)}"
-    parts = [first]
-    if worse:
-        parts.append(f"worse on {_names(worse)}")
-    if unclear:
-        parts.append(f"no clear change on {_names(unclear)}")
-    return "; ".join(parts) + "."
+    if not total:
+        return ""
+    first = "Distilling made no score clearly better than that of the cut model"
+    if better:
+        which = f"all {total}" if len(better) == total > 1 else f"{len(better)} of {total}"
+        first = f"Distilling made {which} scores better than those of the cut model"
+    return _sentence(first, ("worse: ", worse), ("no clear change: ", unclear))
 
 
 def _still_missing(rows: Sequence[Row]) -> str:
     worse, better, unclear = _sorted_by_verdict(rows, ("teacher", "distilled"))
-    if not (worse or better or unclear):
-        return ""
-    parts = []
-    if worse:
-        parts.append(f"the distilled model is still worse than the teacher on {_all_or_names(worse, rows)}")
-    if unclear:
-        parts.append(f"it cannot be told from the teacher on {_all_or_names(unclear, rows)}")
-    if better:
-        parts.append(f"it is better than the teacher on {_names(better)}")
-    text = "; ".join(parts) + "."
-    return (text[0].upper() + text[1:]).replace("It ", "The distilled model ", 1)
+    those = (("still worse on ", worse), ("no clear difference on ", unclear), ("better on ", better))
+    first, *others = [f"{how}{named_or_counted(some)}" for how, some in those if some] or [""]
+    ending = ", where it may have learnt the form of the questions" if better else ""
+    return f"Against the teacher, the distilled model is {'; '.join((first, *others))}{ending}." if first else ""
+
+
+def _sentence(first: str, *others: tuple[str, Sequence[Row]]) -> str:
+    return "; ".join([first, *(f"{how}{named_or_counted(rows)}" for how, rows in others if rows)]) + "."
 
 
 def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> tuple[list[Row], list[Row], list[Row]]:
@@ -134,17 +193,6 @@ def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> tuple[list
         return [row for row in rows if row.verdict(*pair) == verdict]
 
     return those("worse"), those("better"), those("unclear")
-
-
-def _names(rows: Sequence[Row]) -> str:
-    names = [task_name(row) for row in rows]
-    if len(names) > MAX_NAMES:
-        return f"{', '.join(names[:MAX_NAMES])} and {len(names) - MAX_NAMES} more"
-    return listed(names)
-
-
-def _all_or_names(some: Sequence[Row], rows: Sequence[Row]) -> str:
-    return f"all {len(rows)} of them" if len(some) == len(rows) > 2 else _names(some)
 
 
 def _smallest(run: Run) -> str | None:

@@ -58,6 +58,7 @@ def _template() -> Template:
     environment.filters["breakable"] = _breakable
     environment.filters["figure"] = _with_interval
     environment.filters["verdict"] = _verdict
+    environment.globals["percent"] = lambda share: f"{100 * share:.1f}%"
     environment.filters["kind"] = lambda block: type(block).__name__
     return environment.get_template("report.html")
 
@@ -69,13 +70,14 @@ def _with_code(text: str) -> Markup:
 
 
 def _with_interval(text: str) -> Markup:
-    """A cell's figure escaped, with its interval on a line of its own below."""
+    """A cell's figure escaped, with its interval, and what stands behind a comma or in brackets, on lines below."""
     escaped = str(Markup.escape(clean(text)))
     return Markup(
         re.sub(
-            r" (\[[^\]]*\])(?:, (.*))?$",
+            r"(?: (\[[^\]]*\]))?(?:, (.*)| (\(.*\)))?$",
             lambda found: "".join(f' <span class="ci">{part}</span>' for part in found.groups() if part),
             escaped,
+            count=1,
         )
     )
 

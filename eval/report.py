@@ -37,7 +37,7 @@ from .details import (
 from .document import Document, Facts, Picture, Section, to_markdown
 from .findings import Comparison, Run, compare, read_run, with_comparable_scores
 from .flips import flips_section
-from .headline import facts, headline
+from .headline import board, facts, headline
 from .page import to_html
 from .search_section import read_search, search_section
 from .sections import level_section, no_signal_section, protocol_section, scores_section
@@ -76,9 +76,8 @@ def build_document(
     def those(*names: str) -> list[Picture]:
         return [pictures[name] for name in names if name in pictures]
 
-    glance = facts(run)
+    glance, lines = facts(run), board(run, comparison)
     sections: list[Section | None] = [
-        Section("At a glance", (Facts(glance),)) if glance else None,
         cautions_section(run, comparison),
         scores_section(run, comparison, pictures.get("before_after")),
         level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
@@ -99,6 +98,7 @@ def build_document(
         title=f"{run.model}: what a shallower model keeps",
         headline=headline(run, comparison),
         sections=tuple(section for section in sections if section is not None),
+        opening=(*([lines] if lines else []), *([Facts(glance)] if glance else [])),
     )
 
 

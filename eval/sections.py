@@ -16,12 +16,15 @@ from .wording import (
     DASH,
     chance_text,
     difference_text,
+    identifier_text,
     listed,
     p_text,
+    protocol_text,
     retention_text,
     score_text,
     signed,
     task_name,
+    unit_text,
 )
 
 RATES = {
@@ -92,12 +95,13 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
         return None
     blocks: list[Block] = [
         Paragraph(
-            "A protocol is the way in which an ability is asked for. “loglikelihood” shows lettered options and looks "
-            "which letter the model finds most likely; “continuation” does so with the full text of every option; "
-            "“generation” lets the model write and checks what it wrote. The first two only ask for a ranking, so a "
-            "damaged model can still rank well while it no longer writes a usable answer. “worked” is the likelihood "
-            "of the right answer with its working, in nats per token; “rolling” is plain prediction of running text. "
-            "Layers that look spare under one protocol can be needed under another."
+            "A protocol is the way in which an ability is asked for. Lettered options (`loglikelihood` in the recipe): "
+            "which letter does the model find most likely? Option text (`continuation`): the same with the full text "
+            "of every option. Generated (`generation`): the model writes, and what it wrote is checked. The first two "
+            "only ask for a ranking, so a damaged model can still rank well while it no longer writes a usable "
+            "answer. Worked answers (`worked`): the likelihood of the right answer with its working, in nats per "
+            "token. Running text (`rolling`): plain prediction. Layers that look spare under one protocol can be "
+            "needed under another."
         )
     ]
     rows = []
@@ -126,45 +130,42 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
 
 
 def score_table(run: Run, rows: Sequence[Row]) -> Table:
-    """Every task's scores by ability, with what is kept of them; scores come first: a phone shows the first columns."""
+    """Every task's scores by ability, with what is kept of them; in this order a phone sets what is kept below."""
     roles = [role for role in ROLES if role in run.evaluations]
     kept = [role for role in roles if any(role in row.retained for row in rows)]
     by_ability: dict[str, list[Row]] = {}
     for row in rows:
         by_ability.setdefault(row.ability, []).append(row)
+    shown = [row for group in by_ability.values() for row in group]
     body = []
-    for row in (row for group in by_ability.values() for row in group):
-        _, protocol, metric = row.key
+    for row in shown:
         first = row.any_score
         cells = [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
+        cells.append(f"{first.n:,}" + (f", chance {chance_text(first)}" if first.higher_is_better else ""))
         cells += [retention_text(row.retained.get(role)) for role in kept]
-        direction = "" if row.higher_is_better else " (lower is better)"
-        words = [protocol, metric + direction, f"{first.version}, {first.num_fewshot} shots"]
-        body.append((task_name(row), *cells, chance_text(first), f"{first.n:,}", *words))
-    titles = [*(role.capitalize() for role in roles), *(f"Kept, {role}" for role in kept)]
-    columns = ("Task", *titles, "Chance", "Items", "Protocol", "Metric", "Version")
+        body.append((task_name(row) + unit_text(first), *cells))
+    titles = [*(role.capitalize() for role in roles), "Items", *(f"Kept, {role}" for role in kept)]
     return Table(
         "Scores with 95 % intervals, and the share kept of what the teacher scores above chance",
-        columns,
+        ("Task", *titles),
         tuple(body),
-        text_columns=frozenset({0, *range(len(columns) - 3, len(columns))}),
         groups=tuple((_heading(ability), len(group)) for ability, group in by_ability.items()),
+        row_titles=tuple(identifier_text(row.any_score) for row in shown),
     )
 
 
 def difference_table(rows: Sequence[Row], before: str, after: str, caption: str) -> Table:
     """Paired differences between two roles."""
     pair = (before, after)
+    shown = [row for row in rows if pair in row.differences]
     body = []
-    for row in rows:
-        if pair in row.differences:
-            found = row.differences[pair]
-            cells = [task_name(row), difference_text(found, row.any_score), VERDICT_WORDS[row.verdict(*pair)]]
-            body.append(
-                (*cells, p_text(found.p_value), p_text(row.adjusted_p.get(pair)), f"{found.won} / {found.lost}")
-            )
+    for row in shown:
+        found = row.differences[pair]
+        cells = [task_name(row), difference_text(found, row.any_score), VERDICT_WORDS[row.verdict(*pair)]]
+        body.append((*cells, p_text(found.p_value), p_text(row.adjusted_p.get(pair)), f"{found.won} / {found.lost}"))
     columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")
-    return Table(caption, columns, tuple(body), frozenset({0, 2}))
+    titles = tuple(identifier_text(row.any_score) for row in shown)
+    return Table(caption, columns, tuple(body), frozenset({0, 2}), row_titles=titles)
 
 
 def level_section(run: Run, picture: Picture | None) -> Section | None:
@@ -184,7 +185,9 @@ def level_section(run: Run, picture: Picture | None) -> Section | None:
         scores = zip(*ladder.scores.values(), strict=True)
         rows = tuple((f"{level:g}", *map(score_text, one)) for level, one in zip(ladder.levels, scores, strict=True))
         columns = ("Level", *(role.capitalize() for role in ladder.scores))
-        blocks.append(Table(f"{_heading(ladder.family)} by level, {ladder.protocol}", columns, rows, folded=True))
+        blocks.append(
+            Table(f"{_heading(ladder.family)} by level, {protocol_text(ladder.protocol)}", columns, rows, folded=True)
+        )
     return Section("How many steps survive", tuple(blocks))
 
 
@@ -199,7 +202,7 @@ def _reach(ladder: Ladder) -> str:
     levels = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
     reach = f"clear of chance are {listed(told)}" if told else "no model is clear of chance at any level"
     others = f"; {listed(at_none)} at no level" if told and at_none else ""
-    return f"{_heading(ladder.family)}, {ladder.protocol}, {levels}: {reach}{others}."
+    return f"{_heading(ladder.family)}, {protocol_text(ladder.protocol)}, {levels}: {reach}{others}."
 
 
 def _is_clear(score: TaskScore) -> bool:
@@ -269,9 +272,14 @@ def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
         f"“Better” and “worse” are said only where p (Holm) is below {SIGNIFICANT:g}: among many tasks, some change "
         "clearly by luck, so p is corrected for having looked at all of them, while each interval stands for its own "
         f"task alone. p is from {listed(used[test] for test in sorted(tests))}. "
-        "Retention is (score − chance) / (teacher − chance): 100 % is the teacher, 0 % is guessing."
+        "What is kept is (score − chance) / (teacher − chance): 100 % is the teacher, 0 % is guessing"
+        f"{'; of more than 100 %, see “Read with care”' if _above_teacher(rows) else ''}."
     )
     return [*(difference_table(rows, *pair, wanted[pair]) for pair in pairs), legend]
+
+
+def _above_teacher(rows: Sequence[Row]) -> bool:
+    return any(row.verdict("teacher", "distilled") == "better" for row in rows)
 
 
 def fair_gaps(rows: Sequence[Row], role: str) -> list[tuple[Row, Row, float]]:

@@ -7,11 +7,16 @@ from collections.abc import Iterable, Sequence
 
 from shoal.artifact import TaskScore
 from shoal.plain_text import bytes_text as bytes_text
+from shoal.task_words import PROTOCOLS, task_words
 
 from .findings import Row, is_share, measured_in_nats
 from .statistics import PairedDifference, Retention
 
 DASH = "–"
+LARGEST_NATS = 50
+"""Above it a perplexity is too long a number to be read."""
+MAX_NAMES = 8
+"""Tasks told by name in one sentence; all of them are in the tables."""
 
 
 def score_text(score: TaskScore) -> str:
@@ -19,9 +24,66 @@ def score_text(score: TaskScore) -> str:
     if is_share(score):
         return f"{100 * score.score:.1f} % [{100 * score.ci_low:.1f}, {100 * score.ci_high:.1f}]"
     text = f"{score.score:.3f} [{score.ci_low:.3f}, {score.ci_high:.3f}]"
-    if measured_in_nats(score) and score.score < 50:
+    if measured_in_nats(score) and score.score < LARGEST_NATS:
         text += f", perplexity {math.exp(score.score):,.1f}"
     return text
+
+
+def glance_text(score: TaskScore | None) -> str:
+    """`64 % [54, 73]`, and text's nats as perplexity: few digits, for the first look."""
+    if score is None:
+        return DASH
+    values = (score.score, score.ci_low, score.ci_high)
+    if is_share(score):
+        value, low, high = (f"{100 * one:.0f}" for one in values)
+        return f"{value} % [{low}, {high}]"
+    if _as_perplexity(score):
+        value, low, high = (f"{math.exp(one):,.1f}" for one in values)
+    else:
+        value, low, high = (f"{one:.2f}" for one in values)
+    return f"{value} [{low}, {high}]"
+
+
+def glance_unit(score: TaskScore) -> str:
+    """What kind of number glance_text gives; empty for percent."""
+    if is_share(score):
+        return ""
+    unit = "perplexity" if _as_perplexity(score) else score.metric.replace("_", " ")
+    parts = (unit if unit != score.task else "", "" if score.higher_is_better else "lower is better")
+    return ", ".join(filter(None, parts))
+
+
+def change_text(row: Row, before: str, after: str) -> str:
+    """`▼ −42 points [−53, −30]`, or `no clear change [−3, +24]`: what the corrected test allows to say."""
+    found = row.differences.get((before, after))
+    if found is None:
+        return DASH
+    scale, digits, unit = (100, 0, " points") if is_share(row.any_score) else (1, 2, "")
+    unit = " nats" if measured_in_nats(row.any_score) else unit
+    value, low, high = (signed(scale * one, digits) for one in (found.difference, found.ci_low, found.ci_high))
+    sign = {"better": "▲ ", "worse": "▼ "}.get(row.verdict(before, after) or "")
+    return f"{sign}{value}{unit} [{low}, {high}]" if sign else f"no clear change [{low}, {high}]"
+
+
+def unit_text(score: TaskScore) -> str:
+    """What has to stand behind a task's words where its score is no share: `, nats per token (lower is better)`."""
+    if is_share(score):
+        return ""
+    return f", {score.metric.replace('_', ' ')}{'' if score.higher_is_better else ' (lower is better)'}"
+
+
+def protocol_text(protocol: str) -> str:
+    """How a protocol asks, in words."""
+    return PROTOCOLS.get(protocol, protocol)
+
+
+def identifier_text(score: TaskScore) -> str:
+    """The task as the recipe names it."""
+    return f"{score.task}, {score.protocol}, {score.metric}"
+
+
+def _as_perplexity(score: TaskScore) -> bool:
+    return score.protocol == "rolling" and measured_in_nats(score) and score.ci_high < LARGEST_NATS
 
 
 def difference_text(found: PairedDifference | None, score: TaskScore) -> str:
@@ -61,10 +123,34 @@ def signed(value: float, digits: int) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
 
+def score_words(score: TaskScore) -> tuple[str, ...]:
+    """What a score is of, in words; see task_words."""
+    return task_words(score.task, ability=score.ability, protocol=score.protocol, metric=score.metric)
+
+
 def task_name(row: Row) -> str:
-    """Task and protocol, each said once."""
-    task, protocol, _ = row.key
-    return task if protocol in task else f"{task} ({protocol})"
+    """`retrieval, option text`."""
+    return ", ".join(score_words(row.any_score))
+
+
+def tasks_text(scores: Iterable[TaskScore]) -> str:
+    """`retrieval (option text; generated) and perplexity (running text)`: for a sentence, every ability once."""
+    asked: dict[str, list[str]] = {}
+    for score in scores:
+        first, *others = score_words(score)
+        asked.setdefault(first, []).append(", ".join(others))
+    told = {first: "; ".join(filter(None, ways)) for first, ways in asked.items()}
+    return listed(f"{first} ({ways})" if ways else first for first, ways in told.items())
+
+
+def task_names(rows: Iterable[Row]) -> str:
+    """The tasks of a table's rows for a sentence."""
+    return tasks_text(row.any_score for row in rows)
+
+
+def named_or_counted(rows: Sequence[Row]) -> str:
+    """The tasks by name, or how many scores they are where a sentence has no room for so many."""
+    return task_names(rows) if len(rows) <= MAX_NAMES else f"{len(rows)} scores"
 
 
 def listed(words: Iterable[str]) -> str:

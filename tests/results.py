@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shoal.artifact import (
     Training,
 )
 from shoal.edits import Edits
+from shoal.eval.rates import with_rates
 from shoal.eval.statistics import interval
 from shoal.recipe import as_dict, parse_recipe
 
@@ -148,3 +150,76 @@ def write_run(folder: Path, *, recipe: dict[str, Any] | None = None) -> Path:
 def _with_interval(task: TaskScore) -> TaskScore:
     low, high = interval(task)
     return TaskScore(**{**task.__dict__, "ci_low": low, "ci_high": high})
+
+
+QUICKSTART = (
+    ("retrieval_loglikelihood", "retrieval", "loglikelihood", 0.25, 40, (11, 10, 12)),
+    ("retrieval_continuation", "retrieval", "continuation", 0.25, 100, (98, 66, 98)),
+    ("retrieval_generation", "retrieval", "generation", 0.1, 100, (64, 22, 98)),
+    ("knowledge_loglikelihood", "knowledge", "loglikelihood", 0.25, 40, (9, 11, 10)),
+    ("knowledge_continuation", "knowledge", "continuation", 0.25, 100, (93, 64, 85)),
+    ("knowledge_generation", "knowledge", "generation", 0.0, 100, (38, 1, 47)),
+    ("reasoning_1step_continuation", "reasoning", "continuation", 0.25, 100, (48, 35, 46)),
+    ("reasoning_generation", "reasoning", "generation", 0.0, 16, (1, 0, 0)),
+)
+"""Task, ability, protocol, chance, items, and how many of them teacher, pruned and distilled have right."""
+NATS = (
+    ("reasoning_worked", "reasoning", "worked", 100, (1.205, 1.964, 0.246)),
+    ("perplexity", "language", "rolling", 19, (2.557, 3.450, 2.851)),
+)
+
+
+def quickstart(role: str) -> Evaluation:
+    """An evaluation with the numbers of README's table."""
+    place = tuple(SKILL).index(role)
+    tasks = [_counted(role, *how, right[place]) for *how, right in QUICKSTART]  # pyright: ignore[reportCallIssue]
+    tasks += [_spread(role, *how, mean[place]) for *how, mean in NATS]  # pyright: ignore[reportCallIssue]
+    layers = 30 if role == "teacher" else 24
+    parameters = 134_515_008 - (30 - layers) * 3_540_096
+    return Evaluation(provenance(), role, tuple(tasks), parameters, layers, 2 * parameters, 100.0)
+
+
+def write_quickstart(folder: Path) -> Path:
+    """A run directory that reads as the one `make quickstart` leaves."""
+    write_run(folder, recipe={"model": "demo:smollm2-135m"})
+    depth = {"block_influence": tuple(0.1 + 0.01 * abs(layer - 15) for layer in range(30))}
+    Importance(provenance(), 30, 20_000, depth, {}).write(folder / "importance.json")
+    PruningPlan(provenance(), 30, (12, 13, 14, 21, 25, 26), "named in the recipe").write(folder / "plan.json")
+    for role in SKILL:
+        quickstart(role).write(folder / "eval" / f"{role}.json")
+    sources = {name: {"documents": 80, "tokens": 1234, "split": 7} for name in ("python_docs", "ability_texts")}
+    replace(training(), num_tokens=81_920, data={"sources": sources}).write(folder / "distill.json")
+    return folder
+
+
+def _counted(role: str, name: str, ability: str, protocol: str, chance: float, n: int, right: int) -> TaskScore:
+    """The first ``right`` items of an order of its own are right; of generated text some loop or are cut off."""
+    order = random.Random(name).sample(range(n), n)
+    looping = {"pruned": 0.6, "distilled": 0.25}.get(role, 0.1) if protocol == "generation" else None
+    items = tuple(
+        ItemScore(
+            f"{name}-{i}",
+            float(order[i] < right),
+            "the gold answer" if order[i] < right else f"{role} said so",
+            "the gold answer",
+            rates={} if looping is None else _rates(i < looping * n),
+            question=f"What is number {i} of {n}?",
+        )
+        for i in range(n)
+    )
+    metric = "match" if protocol == "generation" else "acc"
+    draft = TaskScore(name, ability, protocol, metric, right / n, 0, 0, n, chance, True, "1.0", 0, items)
+    return with_rates(_with_interval(draft))
+
+
+def _rates(looping: bool) -> dict[str, float]:
+    return {"malformed": 0.0, "repetition": float(looping), "cut_off": float(looping), "tokens": 12.0}
+
+
+def _spread(role: str, name: str, ability: str, protocol: str, n: int, mean: float) -> TaskScore:
+    noise = [random.Random(f"{name} {i}").gauss(0, 0.25) + random.Random(f"{role} {i}").gauss(0, 0.1) for i in range(n)]
+    middle = sum(noise) / n
+    items = tuple(ItemScore(f"{name}-{i}", mean + one - middle) for i, one in enumerate(noise))
+    return _with_interval(
+        TaskScore(name, ability, protocol, "nats_per_token", mean, 0, 0, n, 0.0, False, "1.0", 0, items)
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import MISSING, SKIP_REASON, Browser, started_browser
-from results import SKILL, choice, evaluation, plan, write_run
+from results import SKILL, choice, evaluation, plan, write_quickstart, write_run
 
 from shoal.artifact import ItemScore, TaskScore
 from shoal.eval.report import write_report
@@ -62,6 +62,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = as_dict(parse_recipe({"model": "demo:smollm2-135m", "run_dir": "runs/test"})) | {"model": PLANTED}
     (folder / "run.json").write_text(json.dumps({"recipe": recipe, "stages": {}}))
     return write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run with the numbers of README's table."""
+    return write_report(write_quickstart(tmp_path_factory.mktemp("quickstart")))
 
 
 def hostile(task: TaskScore) -> TaskScore:
@@ -145,17 +151,17 @@ def test_items_are_filtered_by_task_and_change(browser: Browser, page: Path) -> 
     found = browser.run(
         "const choose = (name, value) => { const field = document.querySelector(`.tools [name=${name}]`);"
         "  field.value = value; field.dispatchEvent(new Event('input')); };"
-        "choose('task', 'retrieval_continuation'); choose('change', 'won back by distilling');"
+        "choose('task', 'retrieval, option text'); choose('change', 'won back by distilling');"
         "document.querySelector('.tools [name=next]').click();"
         "return [document.querySelector('.tools output').textContent, document.querySelector('.stage h3').textContent,"
         "  [...document.querySelectorAll('.stage dt span')].map((s) => s.textContent)]"
     )
     count = browser.run(
-        "return [...document.querySelectorAll('.flips')].find((list) => list.dataset.task === 'retrieval_continuation'"
+        "return [...document.querySelectorAll('.flips')].find((list) => list.dataset.task === 'retrieval, option text'"
         " && list.dataset.change === 'won back by distilling').children.length"
     )
     assert found[0] == f"2 of {count}"
-    assert found[1].startswith("retrieval_continuation, won back by distilling · retrieval_continuation-")
+    assert found[1].startswith("retrieval, option text, won back by distilling · retrieval_continuation-")
     assert found[2] == ["✗ wrong", "✓ right"]
 
 
@@ -220,3 +226,116 @@ def test_a_screen_reader_finds_its_way(browser: Browser, page: Path) -> None:
     assert browser.run("return document.activeElement.textContent") == "Skip to the results"
     browser.press("Enter")
     assert browser.run("return document.activeElement.id") == "main"
+
+
+# --- what is seen first, on a screen and on a phone ------------------------------------------------------------------
+
+SEEN_TEXT = """
+const seen = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const parent = walker.currentNode.parentElement, range = document.createRange();
+  if (parent.closest('svg, script, .skip') || !parent.checkVisibility()) continue;
+  range.selectNodeContents(walker.currentNode);
+  const box = range.getBoundingClientRect();
+  if (box.width && box.top >= 0 && box.bottom <= innerHeight && box.left >= 0 && box.right <= innerWidth)
+    seen.push(walker.currentNode.data.trim());
+}
+return seen.filter(Boolean).join(' ');
+"""
+FIRST_TABLE = "[...document.querySelectorAll('main table')].find((t) => t.caption.textContent.startsWith('Scores'))"
+
+
+@pytest.mark.parametrize(("width", "height", "at_least"), [(1280, 800, 7), (390, 844, 5)])
+def test_the_first_screen_says_what_was_lost_and_what_came_back(
+    browser: Browser, quickstart: Path, width: int, height: int, at_least: int
+) -> None:
+    browser.resize(width, height)
+    browser.open(quickstart)
+    seen = browser.run(SEEN_TEXT)
+    lines = [
+        "retrieval, generated 64 % [54, 73] 22 % [15, 31] 98 % [93, 99]",
+        "retrieval, option text 98 % [93, 99] 66 % [56, 75] 98 % [93, 99]",
+        "knowledge, generated 38 % [29, 48] 1 % [0, 5] 47 % [38, 57]",
+        "knowledge, option text 93 % [86, 97] 64 % [54, 73] 85 % [77, 91]",
+        "reasoning, one step, option text 48 % [38, 58] 35 % [26, 45] 46 % [37, 56]",
+        "reasoning, worked answers nats per token, lower is better 1.21 [1.15, 1.26] 1.96 [1.91, 2.02] 0.25",
+        "perplexity, running text lower is better 12.9 [11.6, 14.2] 31.5 [28.3, 35.0] 17.3 [15.8, 18.8]",
+    ]
+    for line in lines[:at_least]:
+        assert line in seen
+    assert seen.index("▼ −42 points") < seen.index("▲ +76 points")
+    colours = browser.run(
+        "return [...document.querySelectorAll('.board thead .mark')].map((m) => getComputedStyle(m).backgroundColor)"
+    )
+    assert colours == ["rgb(125, 133, 144)", "rgb(213, 94, 0)", "rgb(31, 134, 200)"], "those of the figures"
+
+
+def test_no_table_of_scores_is_cut_at_1280_pixels(browser: Browser, quickstart: Path) -> None:
+    browser.resize(1280, 800)
+    browser.open(quickstart)
+    cut = browser.run(
+        "return [...document.querySelectorAll('main > section > .table, header > .table')]"
+        ".filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.ariaLabel)"
+    )
+    assert cut == []
+    assert browser.run(f"return {FIRST_TABLE}.getBoundingClientRect().right") <= 1280
+    words = browser.run(f"return [...{FIRST_TABLE}.querySelectorAll('thead th')].map((h) => h.textContent)")
+    assert words == ["Task", "Teacher", "Pruned", "Distilled", "Items", "Kept, pruned", "Kept, distilled"]
+    assert browser.run(f"return {FIRST_TABLE}.getBoundingClientRect().width") > 900
+
+
+def test_a_phone_shows_every_number_of_the_tables_without_scrolling_sideways(
+    browser: Browser, quickstart: Path
+) -> None:
+    browser.resize(390, 844)
+    browser.open(quickstart)
+    cells = browser.run(
+        f"return [...{FIRST_TABLE}.querySelectorAll('tbody td')].map((cell) => {{ const box = cell"
+        ".getBoundingClientRect(); return [cell.dataset.column, box.left, box.right, cell.textContent]; })"
+    )
+    columns = ["Teacher", "Pruned", "Distilled", "Items", "Kept, pruned", "Kept, distilled"]
+    assert [column for column, *_ in cells[: len(columns)]] == columns
+    assert all(0 <= left < right <= 390 for _, left, right, _ in cells)
+    labels = f"[...{FIRST_TABLE}.querySelectorAll('td')].map((c) => getComputedStyle(c, '::before').content)"
+    assert '"Distilled"' in browser.run(f"return {labels}")
+    columns = browser.run(
+        "const tables = [...document.querySelectorAll('main table')];"
+        "const cut = tables.find((table) => table.caption.textContent.startsWith('What the cut'));"
+        "return [...cut.querySelectorAll('tbody tr:first-child td')].map((cell) =>"
+        "  [cell.dataset.column, cell.getBoundingClientRect().right <= innerWidth])"
+    )
+    assert columns == [[name, True] for name in ("Difference", "Verdict", "p", "p (Holm)", "Items won / lost")]
+
+
+def test_warnings_are_three_lines_and_the_rest_is_folded(browser: Browser, quickstart: Path) -> None:
+    browser.resize(1280, 800)
+    browser.open(quickstart)
+    heights = browser.run("return [...document.querySelectorAll('ul.cautions li')].map((l) => l.offsetHeight)")
+    assert len(heights) == 3
+    assert max(heights) < 40, "a line each"
+    assert browser.run("return document.querySelector('details.cautions').open") is False
+    told = browser.run("return document.querySelector('details.cautions dd').checkVisibility()")
+    assert told is False
+    browser.command("Emulation.setScriptExecutionDisabled", value=True)
+    browser.run("document.querySelector('details.cautions summary').click()")
+    browser.command("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.run("return document.querySelector('details.cautions dd').checkVisibility()") is True
+
+
+def test_the_side_navigation_reads_as_links(browser: Browser, quickstart: Path) -> None:
+    browser.resize(1280, 800)
+    browser.open(quickstart)
+    style = "(node) => [getComputedStyle(node).color, getComputedStyle(node).textDecorationLine]"
+    found = browser.run(f"return [...document.querySelectorAll('nav a')].map({style})")
+    ink = browser.run("return getComputedStyle(document.body).color")
+    assert all(line == "underline" and colour != ink for colour, line in found)
+    assert {colour for colour, _ in found} == {"rgb(15, 95, 148)"}
+
+
+def test_a_table_wider_than_its_room_shows_that_it_scrolls(browser: Browser, quickstart: Path) -> None:
+    browser.resize(1280, 800)
+    browser.open(quickstart)
+    grounds = browser.run(
+        "return [...document.querySelectorAll('.scroll')].map((box) => getComputedStyle(box).backgroundAttachment)"
+    )
+    assert set(grounds) == {"local, local, scroll, scroll"}

@@ -198,7 +198,7 @@ def test_better_and_worse_are_said_after_the_correction_only(two: list[Path]) ->
 
 
 def test_tasks_of_few_items_are_named_before_the_numbers(two: list[Path]) -> None:
-    line = "Too few items: fewer than 50, so the intervals are wide: perplexity (language, rolling)."
+    line = "Too few items: fewer than 50, so the intervals are wide: perplexity (running text)."
     assert line in comparison_text(compare_runs(two))
 
 
@@ -225,7 +225,6 @@ def test_the_mean_over_tasks_adds_independent_limits_as_squares_and_shared_ones_
 @pytest.mark.parametrize(
     ("inputs", "environment", "message"),
     [
-        ({"dtype": "float32"}, {}, "dtype is 'float32', but 'bfloat16' in {one}"),
         (
             {"eval.perplexity_data": [{"path": "prose"}], "data": "text-2"},
             {},
@@ -366,15 +365,49 @@ def test_what_only_moves_scores_by_rounding_is_said_and_not_refused(tmp_path: Pa
     assert "torch differs (2.13.0 in A, 2.12.0 in B), which does not change what is asked." in notes
 
 
-def test_auto_is_the_precision_that_the_checkpoint_is_stored_in(tmp_path: Path) -> None:
+def test_runs_in_different_precision_share_a_table_that_says_so_above_everything(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    other = write_run(tmp_path / "other", inputs={"dtype": "float32"}, distilled=0.5, layers=4)
+    comparison = compare_runs([one, other])
+    said = "The runs were not scored in the same precision: A in bfloat16, B in float32."
+    text = comparison_text(comparison)
+    assert text.index(said) < text.index("Parameters")
+    assert "B distilled against A distilled, in another precision: worse on" in text
+    write_comparison(comparison, tmp_path / "out")
+    page = Page((tmp_path / "out/compare.html").read_text()).words
+    assert 0 < page.index(said) < page.index("Models, their scores and their costs")
+    data = json.loads((tmp_path / "out/compare.json").read_text())
+    assert data["precision"].startswith(said)
+    assert [(model["run"], model["dtype"]) for model in data["models"]] == [
+        *[("A", "bfloat16")] * 3,
+        *[("B", "float32")] * 2,
+    ]
+    same = compare_runs([one, write_run(tmp_path / "same", distilled=0.5, layers=4)])
+    assert "precision" not in comparison_text(same)
+    assert as_data(same)["precision"] is None
+
+
+def test_a_precision_that_moves_the_teachers_own_score_is_refused(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", inputs={"dtype": "float32"})
+    found = Evaluation.read(other / "eval/teacher.json")
+    items = tuple(replace(item, score=0.0) if i < 40 else item for i, item in enumerate(found.tasks[0].items))
+    changed = (scored(replace(found.tasks[0], items=items)), *found.tasks[1:])
+    replace(found, tasks=changed).write(other / "eval/teacher.json")
+    with pytest.raises(UserError, match=r"for the same teacher on the same items .*: the precision moves it"):
+        compare_runs([one, other])
+
+
+def test_auto_is_what_the_run_chose_or_else_the_precision_that_the_checkpoint_is_stored_in(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", inputs={"dtype": "auto"})
     for name in ("student", "distilled"):
         (other / name).mkdir()
         (other / name / "config.json").write_text('{"dtype": "bfloat16"}')
-    assert len(compare_runs([one, other]).tasks) == 4
+    assert compare_runs([one, other]).precision == ""
     (other / "distilled/config.json").write_text('{"dtype": "float32"}')
-    with pytest.raises(UserError, match=r"distilled\.json: dtype is 'float32', but 'bfloat16'"):
-        compare_runs([one, other])
+    assert "A in bfloat16, B in bfloat16 and float32" in compare_runs([one, other]).precision
+    (other / "run.json").write_text('{"numerics": {"dtype": "float16"}}')
+    assert "A in bfloat16, B in float16." in compare_runs([one, other]).precision
+    (other / "run.json").unlink()
     (other / "distilled/config.json").write_text("{")
     with pytest.raises(UserError, match=r"distilled/config\.json: is not valid JSON"):
         compare_runs([one, other])
@@ -399,11 +432,15 @@ def test_one_teacher_with_other_scores_is_refused_and_a_few_flips_are_told(tmp_p
 
 def test_all_problems_are_told_at_once_and_each_once(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
-    other = write_run(tmp_path / "other", inputs={"dtype": "float32", "data": "text-2"}, teacher="teacher-2")
+    other = write_run(tmp_path / "other", inputs={"eval.sequence_length": 256, "data": "text-2"}, teacher="teacher-2")
     with pytest.raises(UserError) as refused:
         compare_runs([one, other])
     lines = str(refused.value).split("\n")[1:-1]
-    assert [re.sub(r".*json: (\w+) is.*", r"\1", line) for line in lines] == ["model", "dtype", "data"]
+    assert [re.sub(r".*json: ([\w.]+) is.*", r"\1", line) for line in lines] == [
+        "model",
+        "data",
+        "eval.sequence_length",
+    ]
 
 
 # --- teachers -----------------------------------------------------------------------------------------------------
@@ -556,7 +593,7 @@ def test_a_task_on_which_the_teacher_guesses_is_in_the_table_but_in_no_sentence_
     comparison = compare_runs([write_run(tmp_path / name, scores=guessing) for name in ("one", "other")])
     assert comparison.silent == {"reasoning_continuation"}
     assert not [row for row in pareto_panels(comparison) if "easoning" in row[0].title]
-    assert "No signal on reasoning_continuation" in comparison_text(comparison)
+    assert "No signal on reasoning (option text)" in comparison_text(comparison)
 
 
 # --- what is written ----------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_before_after_figure_shows_scores_intervals_and_chance(tmp_path: Path) -
     assert (task.score,) in drawn
     assert (task.chance, task.chance) in drawn
     save_figure(figure, tmp_path / "a.svg")
-    assert {"teacher", "pruned", "distilled", "chance", "retrieval_continuation"} <= set(texts(tmp_path / "a.svg"))
+    assert {"teacher", "pruned", "distilled", "chance", "option text"} <= set(texts(tmp_path / "a.svg"))
 
 
 def test_before_after_figure_draws_what_there_is_of_one_role_and_refuses_nothing() -> None:

@@ -15,7 +15,20 @@ from typing import Any
 import pytest
 from html_page import Page
 from matplotlib.figure import Figure
-from results import DROP, NUM_LAYERS, SKILL, choice, evaluation, importance, plan, provenance, training, write_run
+from results import (
+    DROP,
+    NUM_LAYERS,
+    QUICKSTART,
+    SKILL,
+    choice,
+    evaluation,
+    importance,
+    plan,
+    provenance,
+    training,
+    write_quickstart,
+    write_run,
+)
 
 from shoal.artifact import Evaluation, ItemScore, TaskScore
 from shoal.compress.atlas import build_atlas
@@ -175,7 +188,7 @@ def test_headline_claims_only_what_the_tests_show(report: tuple[Page, str, Path]
     text = " ".join(headline(run, compare(run)))
     assert "3 of the 8 decoder layers" in text
     assert "Cutting made all 3 scores worse" in text
-    assert "Distilling made the cut model better on all 3 of them" in text
+    assert "Distilling made all 3 scores better than those of the cut model" in text
     assert "One task is left out" in text
 
 
@@ -199,8 +212,10 @@ def test_a_change_within_its_interval_is_no_change(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     text = " ".join(headline(run, compare(run)))
     assert "no score clearly better" in text
-    assert "no clear change on retrieval_continuation" in text
-    assert "What a true change must be" in told(tmp_path)
+    assert "no clear change: retrieval (option text)" in text
+    assert "From which size on a true change, taken alone, shows four times out of five: Pruned to distilled: " in told(
+        tmp_path
+    )
 
 
 def test_worse_is_said_for_rising_nats_and_better_for_falling(report: tuple[Page, str, Path]) -> None:
@@ -221,9 +236,9 @@ def test_p_values_are_corrected_over_tasks(report: tuple[Page, str, Path]) -> No
 def test_tasks_at_chance_are_listed_and_not_hidden(report: tuple[Page, str, Path]) -> None:
     page, markdown, _ = report
     section = markdown.split("## No signal here")[1].split("\n## ")[0]
-    assert "reasoning_generation" in section
-    assert "retrieval_continuation" not in section
-    assert "reasoning_generation" in markdown.split("## No signal here")[0]
+    assert "reasoning, generated" in section
+    assert "retrieval, option text" not in section
+    assert "reasoning, generated" in markdown.split("## No signal here")[0]
     assert "No signal here" in page.words
 
 
@@ -242,9 +257,9 @@ def test_flips_show_both_texts_and_their_counts(report: tuple[Page, str, Path]) 
     row = next(row for row in compare(read_run(folder)).rows if row.key[0] == "retrieval_continuation")
     won = paired(row.scores["pruned"], row.scores["distilled"]).won
     assert won > FLIPS_IN_MARKDOWN
-    assert f"retrieval_continuation: {won} items won back by distilling" in page.words
-    assert f"retrieval\\_continuation: {won} items" not in markdown  # inside a word it is no markup
-    assert f"retrieval_continuation: {won} items won back by distilling, {FLIPS_IN_MARKDOWN} shown" in markdown
+    assert f"retrieval, option text: {won} items won back by distilling" in page.words
+    assert "retrieval\\_continuation" not in markdown  # inside a word it is no markup
+    assert f"retrieval, option text: {won} items won back by distilling, {FLIPS_IN_MARKDOWN} shown" in markdown
     assert "pruned said so" in page.words
     assert len(page.all("details")) > 3
 
@@ -381,7 +396,7 @@ def read(source: str, **found: int) -> dict:
         (read("python_docs"), None, "Training and evaluation items are disjoint"),
         (read("my.jsonl"), None, "It was not checked whether training text and evaluation items overlap"),
         (read("python_docs_heldout"), None, "which is evaluation text"),
-        (read("python_docs"), "mmlu", "overlap for: mmlu"),
+        (read("python_docs"), "mmlu", "overlap for: MMLU, option text"),
         (
             read("my.jsonl", mmlu=0, gsm8k=0),
             None,
@@ -570,9 +585,9 @@ def test_a_teacher_with_few_items_is_not_said_to_be_at_chance(tmp_path: Path) ->
     evaluation("teacher", (task("few", 2, 4), task("many", 25, 100))).write(tmp_path / "eval/teacher.json")
     text = told(tmp_path)
     at_chance, unknown = text.split("**At chance from the start.**")[1].split("**Not shown to be above chance.**")
-    assert "many (continuation)" in at_chance
-    assert "few (continuation)" not in at_chance
-    assert "on few (continuation), but with so few items it may be well above it" in unknown
+    assert "many (option text)" in at_chance
+    assert "few (option text)" not in at_chance
+    assert "Neither is it on few (option text), but with so few items it may be well above it" in unknown
     assert "left out of these sentences" not in text, "with the teacher alone there are none"
 
 
@@ -602,21 +617,22 @@ def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
     for role in SKILL:
         evaluation(role, tuple(climbing(role, level) for level in (1, 2, 3))).write(tmp_path / "eval" / f"{role}.json")
     page = Page(write_report(tmp_path).read_text())
-    assert "Track, generation, levels 1 to 3: clear of chance are teacher up to 2" in page.words
+    assert "Track, generated, levels 1 to 3: clear of chance are teacher up to 2" in page.words
     assert (tmp_path / "figures/levels.png").stat().st_size > 1000
     assert "Without a readable answer 0.0 % [0.0, 3.7] 100.0 % [96.3, 100.0] 0.0 % [0.0, 3.7]" in page.words
-    assert "On track_1 (generation) 100 % of the texts of pruned held no answer that could be read" in page.words
+    assert "Many texts of the pruned model cannot be read." in page.words
+    told = "Held no answer that could be read, which counts as wrong: pruned 100 % on track 1 (generated) and 100 % on"
+    assert told in page.words
     assert "Question What is track_1-" in page.words
     assert "question" in (tmp_path / "report.md").read_text()
 
 
 def test_cautions_come_first_and_say_where_nothing_was_found(report: tuple[Page, str, Path]) -> None:
     titles = re.findall(r"^## (.*)$", report[1], flags=re.MULTILINE)
-    assert titles[:2] == ["At a glance", "Read with care"]
+    assert titles[:2] == ["Read with care", "Before and after"]
     section = report[1].split("## Read with care")[1].split("\n## ")[0]
-    assert (
-        "**At chance from the start.** The intact teacher is not 3 standard errors above chance on reasoning" in section
-    )
+    told = "The intact teacher is not 3 standard errors above chance on reasoning (generated)."
+    assert f"**At chance from the start.** {told}" in section
     nothing = cautions_section(*nothing_to_say())
     assert "Nothing was found" in str(nothing)
 
@@ -637,8 +653,10 @@ def test_machines_and_versions_that_differ_are_a_caution(tmp_path: Path) -> None
     replace(other, provenance=replace(other.provenance, environment=environment)).write(
         tmp_path / "eval/distilled.json"
     )
-    said = "The models were scored with torch 2.13.0 for teacher, 2.13.0 for pruned, 2.12.0 for distilled."
-    assert said in told(tmp_path)
+    text = told(tmp_path)
+    assert (
+        "The models were not scored with the same torch. torch: 2.13.0 for teacher, 2.13.0 for pruned, 2.12.0" in text
+    )
 
 
 def test_a_likelihood_score_that_hides_damage_is_a_caution() -> None:
@@ -646,9 +664,8 @@ def test_a_likelihood_score_that_hides_damage_is_a_caution() -> None:
     said_well = choice("teacher", "retrieval_continuation", "retrieval", "continuation")
     pruned = (said_well, run.evaluations["pruned"].tasks[1])
     run = replace(run, evaluations={**run.evaluations, "pruned": evaluation("pruned", pruned)})
-    assert "Of retrieval the pruned model keeps 100 % by retrieval_continuation" in str(
-        cautions_section(run, compare(run))
-    )
+    said = "The pruned model keeps 100 % of retrieval (option text), but"
+    assert said in str(cautions_section(run, compare(run)))
 
 
 def test_costs_and_the_search_are_told_where_they_are_recorded(tmp_path: Path) -> None:
@@ -688,3 +705,120 @@ def searched() -> SearchResult:
     )
     ranking = Ranking("nats", (column,), standings, {"overall": none}, 9, "own", "low", Interval(-0.2, -0.3, -0.1))
     return SearchResult(provenance(), 1000, plans, ranking)
+
+
+# --- what a reader sees first ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str, Path]:
+    """The report of a run with the numbers of README's table."""
+    folder = write_quickstart(tmp_path_factory.mktemp("quickstart"))
+    return Page(write_report(folder).read_text()), (folder / "report.md").read_text(), folder
+
+
+def test_the_report_opens_with_what_was_lost_and_what_came_back_in_numbers(
+    quickstart: tuple[Page, str, Path],
+) -> None:
+    opening = quickstart[1].split("\n## ")[0].replace("\\", "")
+    for line in (
+        "| retrieval, generated | 64 % [54, 73] | 22 % [15, 31] | 98 % [93, 99] | ▼ −42 points [−51, −31] | ▲ +76",
+        "| retrieval, option text | 98 % [93, 99] | 66 % [56, 75] | 98 % [93, 99] | ▼ −32 points",
+        "| knowledge, generated | 38 % [29, 48] | 1 % [0, 5] | 47 % [38, 57] |",
+        "| reasoning, one step, option text | 48 % [38, 58] | 35 % [26, 45] | 46 % [37, 56] |",
+        "| perplexity, running text, lower is better | 12.9 [11.6, 14.2] | 31.5 [28.3, 35.0] | 17.3 [15.8, 18.8] |",
+        "no clear change [−5, +1]",
+    ):
+        assert line in opening
+    assert "lettered options" not in opening, "the teacher is at chance there, so nothing was lost"
+    assert quickstart[0].words.index("64 %") < quickstart[0].words.index("Read with care")
+
+
+def test_a_change_is_a_number_in_the_opening_only_where_it_is_clear(tmp_path: Path) -> None:
+    """Seven of ten items changed their side, five of them for the worse: with ten items that is nothing."""
+    right = {"teacher": range(9), "pruned": range(3, 9)}
+    for role, kept in right.items():
+        items = tuple(ItemScore(str(i), float(i in kept), "a", "a") for i in range(10))
+        task = replace(choice("teacher", "retrieval_generation", "retrieval", "generation", chance=0.0), items=items)
+        task = with_interval(replace(task, n=10, score=len(kept) / 10))
+        evaluation(role, (task,)).write(tmp_path / "eval" / f"{role}.json")
+    opening = told(tmp_path).split("\n## ")[0]
+    assert "no clear change" in opening
+    assert "points" not in opening
+
+
+def test_one_way_of_asking_is_enough_where_all_keep_the_same(tmp_path: Path) -> None:
+    for role in ("teacher", "pruned"):
+        tasks = [choice(role, f"retrieval_{n}pairs_continuation", "retrieval", "continuation") for n in (5, 10, 20)]
+        same = tuple(replace(task, items=tasks[0].items, score=tasks[0].score) for task in tasks)
+        evaluation(role, same).write(tmp_path / "eval" / f"{role}.json")
+    opening = told(tmp_path).split("\n## ")[0]
+    assert opening.count("| retrieval, ") == 1
+
+
+def test_readers_see_words_and_find_identifiers_in_the_appendix(quickstart: tuple[Page, str, Path]) -> None:
+    page, markdown, folder = quickstart
+    names = [task[0] for task in QUICKSTART] + ["reasoning_worked"]
+    seen = re.sub(r"^```.*?^```$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    before, appendix = seen.split("**Tasks by their names**")
+    figures = "".join(file.read_text() for file in (folder / "figures").glob("*.svg"))
+    for name in names:
+        assert not re.search(rf"{name}(?!-\d)", before), name
+        assert f"| {name} |" in appendix
+        assert name not in figures
+    titles = [attributes["title"] for attributes in page.all("th") if "title" in attributes]
+    assert "retrieval_generation, generation, match" in titles
+    assert "retrieval, generated" in page.words
+
+
+def test_no_sentence_of_the_cautions_is_repeated_and_none_is_a_riddle(quickstart: tuple[Page, str, Path]) -> None:
+    section = quickstart[1].split("## Read with care")[1].split("\n## ")[0]
+    sentences = [one.strip() for line in section.split("\n") for one in re.split(r"(?<=\.) ", line) if len(one) > 25]
+    assert len(sentences) == len(set(sentences)) > 8
+    for riddle in ("1 other tasks", "texts of teacher", "cannot show any", "and 1 more"):
+        assert riddle not in quickstart[1]
+    page = quickstart[0].words
+    lead = "What is kept depends on how the model is asked: no number alone tells what it can do."
+    assert page.count(lead) == 1
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        ({"ability_texts": {"tokens": 5}}, "Its training text has that form, with other items."),
+        ({"my.jsonl": {"tokens": 5}}, "Whether its training text has that form is not known here."),
+    ],
+)
+def test_a_distilled_model_that_beats_its_teacher_may_have_learnt_the_form(
+    tmp_path: Path, sources: dict, said: str
+) -> None:
+    write_quickstart(tmp_path)
+    replace(training(), data={"sources": sources}).write(tmp_path / "distill.json")
+    text = told(tmp_path)
+    assert "The distilled model beats its teacher on 3 scores: it may have learnt the form of the questions." in text
+    assert f"knowledge (generated) and reasoning (worked answers). {said}" in text
+    assert "of more than 100 %, see “Read with care”" in text
+    write_run(tmp_path / "worse")
+    assert "beats its teacher" not in told(tmp_path / "worse")
+
+
+def test_the_precision_is_told_where_the_run_has_it_recorded(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    assert "Numeric precision" not in told(tmp_path)
+    story = json.loads((tmp_path / "run.json").read_text())
+    why = "bfloat16 is 60 times slower on this processor."
+    story["numerics"] = {"dtype": "float32", "precision": "float32", "reason": why, "device": "cpu"}
+    (tmp_path / "run.json").write_text(json.dumps(story))
+    settings = told(tmp_path).split("## Exact settings and versions")[1]
+    assert (
+        "Numeric precision: Weights are float32, and training computes in float32 on cpu: bfloat16 is 60 times slower "
+        "on this processor.\n"
+    ) in settings
+
+
+def test_roles_that_were_scored_in_different_precision_are_a_caution(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    for role, dtype in (("teacher", "bfloat16"), ("pruned", "float32"), ("distilled", "float32")):
+        made = replace(provenance(), inputs={"model": "abc", "dtype": dtype})
+        replace(evaluation(role), provenance=made).write(tmp_path / "eval" / f"{role}.json")
+    assert "not scored with the same dtype. dtype: bfloat16 for teacher, float32 for pruned" in told(tmp_path)

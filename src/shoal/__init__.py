@@ -62,6 +62,7 @@ This process and its machine
     runtime             ranks, logging, seeding, environment stamp
     machine             memory, disk, speed
     plain_text          numbers and tables for a terminal
+    task_words          words instead of task identifiers
     schedule            the learning rate of loops of our own
     tracking            the Weights & Biases run
     tracked             what is logged there

@@ -14,8 +14,9 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifact import Evaluation, Importance, Training
+from shoal.artifact import Evaluation, Importance, TaskScore, Training
 from shoal.errors import UserError
+from shoal.task_words import task_words
 from shoal.terms import KINDS
 from shoal.whole_files import written_file
 
@@ -330,8 +331,9 @@ def _draw_losses(ax: Axes, series: dict[str, tuple[list[float], list[float]]]) -
 def _draw_curves(ax: Axes, series: dict[str, tuple[list[float], list[float]]], title: str) -> None:
     for index, (name, (steps, values)) in enumerate(series.items()):
         style = ("-", "--", "-.", ":")[index % 4]
+        label = ", ".join(task_words(name))
         ax.plot(
-            steps, values, style, color=SERIES_COLOURS[index % 5], marker="osv^D"[index % 5], ms=4, label=short(name)
+            steps, values, style, color=SERIES_COLOURS[index % 5], marker="osv^D"[index % 5], ms=4, label=short(label)
         )
     ax.set_title(title)
     ax.grid(axis="y")
@@ -350,10 +352,12 @@ def _draw_ability(
 ) -> None:
     count, higher = len(evaluations), not lower_is_better_unit
     for row, key in enumerate(keys):
+        label = ""
         for position, evaluation in enumerate(evaluations):
             task = next((task for task in evaluation.tasks if task.key == key), None)
             if task is None:
                 continue
+            label = label or _row_label(task)
             colour, marker = ROLE_STYLE.get(evaluation.role, (INK, "D"))
             y = row + 0.1 + 0.2 * (position - (count - 1) / 2)
             ax.plot([task.ci_low, task.ci_high], [y, y], color=colour, lw=2, alpha=0.75, solid_capstyle="round")
@@ -361,7 +365,7 @@ def _draw_ability(
             if higher and position == 0:
                 line = ([task.chance] * 2, [row - 0.14, row + 0.42])
                 ax.plot(*line, color=INK, lw=1.2, ls=(0, (3, 2)), label="chance")
-        ax.text(0, row - 0.3, short(_row_label(key)), transform=ax.get_yaxis_transform(), fontsize=10, va="center")
+        ax.text(0, row - 0.3, short(label), transform=ax.get_yaxis_transform(), fontsize=10, va="center")
     ax.set_ylim(len(keys) - 0.45, -0.55)
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
@@ -377,9 +381,10 @@ def _draw_ability(
         )
 
 
-def _row_label(key: tuple[str, str, str]) -> str:
-    task, protocol, _ = key
-    return task if protocol in task else f"{task} · {protocol}"
+def _row_label(task: TaskScore) -> str:
+    """The task in words, without the ability that stands above its panel."""
+    first, *others = task_words(task.task, ability=task.ability, protocol=task.protocol, metric=task.metric)
+    return ", ".join(others if others and first == task.ability else (first, *others))
 
 
 def _series(training: Training, name: str) -> tuple[list[float], list[float]]:

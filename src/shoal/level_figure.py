@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from shoal.artifact import Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.figures import INK, ROLE_STYLE, clean, figure_style, panels
+from shoal.task_words import PROTOCOLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,5 +85,5 @@ def _draw(ax: Axes, ladder: Ladder) -> None:
     ax.set_xlabel("level")
     ax.set_ylabel(clean(ladder.metric).replace("_", " "))
     ax.grid(axis="y")
-    title = f"{clean(ladder.family).replace('_', ' ')} · {ladder.protocol}"
+    title = f"{clean(ladder.family).replace('_', ' ')} · {PROTOCOLS.get(ladder.protocol, ladder.protocol)}"
     ax.set_title(title[:1].upper() + title[1:], weight="bold")
