@@ -173,8 +173,8 @@ def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
         yield Caution("Too few items", lead)
     if hidden := [told for pair in PAIRS if (told := _hidden(rows, *pair))]:
         yield Caution(
-            "No clear change is not no change",
-            "A true change smaller than these items can show may hide.",
+            "Too small to show",
+            "Where no clear change is found, there may be one that these items are too few to show.",
             ("From which size on a true change, taken alone, shows four times out of five:", *hidden),
         )
 
@@ -240,5 +240,5 @@ def _written_text(rows: Sequence[Row]) -> Iterator[Caution]:
             told.append(f"{what}: {'; '.join(f'{role} {listed(own)}' for role, own in by_role.items())}.")
     if told:
         whose = listed(role for role in ROLES if role in roles)
-        lead = f"Many texts of the {whose} {'model' if len(roles) == 1 else 'models'} {listed(defects)}."
+        lead = f"Many texts of the {whose} {'model' if len(roles) == 1 else 'models'} {listed(defects, 'or')}."
         yield Caution("Generated text", lead, tuple(told))

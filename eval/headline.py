@@ -66,7 +66,8 @@ def board(run: Run, comparison: Comparison) -> Board | None:
         return None
     shown = [row for ability in dict.fromkeys(row.ability for row in rows) for row in _worst_and_best(ability, rows)]
     lines = tuple(_board_line(row, roles, pairs) for row in shown)
-    return Board("What was lost and what came back", roles, tuple(CHANGES[pair] for pair in pairs), lines)
+    caption = "What was lost and what came back" if "distilled" in roles else "What was lost"
+    return Board(caption, roles, tuple(CHANGES[pair] for pair in pairs), lines)
 
 
 def _worst_and_best(ability: str, rows: Sequence[Row]) -> list[Row]:

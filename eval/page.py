@@ -75,11 +75,15 @@ def _with_interval(text: str) -> Markup:
     return Markup(
         re.sub(
             r"(?: (\[[^\]]*\]))?(?:, (.*)| (\(.*\)))?$",
-            lambda found: "".join(f' <span class="ci">{part}</span>' for part in found.groups() if part),
+            lambda found: "".join(f' <span class="ci">{part}</span>' for part in _parts(*found.groups(""))),
             escaped,
             count=1,
         )
     )
+
+
+def _parts(interval: str, others: str, remark: str) -> list[str]:
+    return [part for part in (interval, *others.split(", "), remark) if part]
 
 
 def _verdict(text: str) -> str:

@@ -153,10 +153,10 @@ def named_or_counted(rows: Sequence[Row]) -> str:
     return task_names(rows) if len(rows) <= MAX_NAMES else f"{len(rows)} scores"
 
 
-def listed(words: Iterable[str]) -> str:
+def listed(words: Iterable[str], last: str = "and") -> str:
     """`a`, `a and b`, `a, b and c`."""
     words = list(words)
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}" if words else ""
 
 
 def layers_text(layers: Sequence[int]) -> str:

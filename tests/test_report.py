@@ -38,9 +38,11 @@ from shoal.eval.cautions import cautions_section
 from shoal.eval.document import (
     FLIPS_IN_MARKDOWN,
     Code,
+    Document,
     Flip,
     Flips,
     Paragraph,
+    Section,
     Table,
     block_markdown,
     inline,
@@ -50,6 +52,7 @@ from shoal.eval.document import (
 from shoal.eval.findings import Comparison, Run, compare, protocol_gaps, read_run
 from shoal.eval.flips import within
 from shoal.eval.headline import facts, headline
+from shoal.eval.page import to_html
 from shoal.eval.rates import with_rates
 from shoal.eval.report import build_document, write_report
 from shoal.eval.samples import with_interval
@@ -745,6 +748,14 @@ def test_a_change_is_a_number_in_the_opening_only_where_it_is_clear(tmp_path: Pa
     opening = told(tmp_path).split("\n## ")[0]
     assert "no clear change" in opening
     assert "points" not in opening
+
+
+def test_a_cell_of_the_page_has_its_figure_on_a_line_of_its_own() -> None:
+    blocks = Table("c", ("a", "b"), (("x", "60.0 % [50.2, 69.1], kept 61 %, +1.5 (p < 0.001)"), ("y", "30 (as <b>)")))
+    page = to_html(Document("t", ("h",), (Section("s", (blocks,)),)))
+    first = ["[50.2, 69.1]", "kept 61 %", "+1.5 (p &lt; 0.001)"]
+    assert '<td data-column="b">60.0 % ' + " ".join(f'<span class="ci">{part}</span>' for part in first) in page
+    assert '>30 <span class="ci">(as &lt;b&gt;)</span></td>' in page
 
 
 def test_one_way_of_asking_is_enough_where_all_keep_the_same(tmp_path: Path) -> None:
