@@ -118,7 +118,8 @@ def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
     ]
     edges = [0, *(round(num_layers * third / 3) for third in (1, 2, 3))]
     spans = [slice(min(a, num_layers - 1), max(a, b - 1) + 1) for a, b in itertools.pairwise(edges)]
-    mean, *thirds = (_mean_gap(gaps_RL, value_L, span, len(shared)) for span in (slice(None), *spans))
+    effective = min(likely.effective_n, written.effective_n)
+    mean, *thirds = (_mean_gap(gaps_RL, value_L, span, effective) for span in (slice(None), *spans))
     return ProtocolGap(
         ability=likely.task.ability,
         likelihood=likely.task.task,
@@ -153,7 +154,7 @@ def _correlation(one_R: Array, other_R: Array) -> float:
     return float(np.corrcoef(one_R, other_R)[0, 1]) if one_R.std() > 0 and other_R.std() > 0 else 0.0
 
 
-def _mean_gap(gaps_RL: Array, value_L: Array, span: slice, n: int) -> Estimate:
+def _mean_gap(gaps_RL: Array, value_L: Array, span: slice, n: float) -> Estimate:
     value = value_L[span].mean()
     low, high = expanded_percentiles(gaps_RL[:, span].mean(axis=1), value, n)
     return Estimate(float(value), float(low), float(high))

@@ -7,12 +7,13 @@ variant.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from shoal.sweeps import Unit
 from ..eval.engine import CausalLM, Writing, connect_ranks
 from ..eval.evaluate import check_runnable, in_words, num_items, scores_of
 from ..eval.item_cache import ENGINE, ItemCache, key_of
-from ..eval.perplexity import perplexity
+from ..eval.perplexity import perplexity, windows
 from ..eval.scoring import Score, Tokens
 from ..eval.tasks import known_tasks, tasks_of
 from .operators import heads_of_groups, with_halves, with_heads
@@ -205,14 +206,31 @@ def checked_tasks(
         UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it.
     """
     names, evaluation = task_names(settings), as_evaluation(settings)
-    try:
+    with _named_as_in_sweeps():
         tasks = tasks_of(replace(evaluation, tasks=names))
         check_runnable(tasks, num_ranks=world_size(), max_length=resolve_max_length(config, tokenizer))
         counts = num_items(tasks, evaluation)
-    except UserError as error:  # the same settings as those of evaluating, in another section
-        raise UserError(re.sub(r"\beval\.(?=[a-z_]+\b)", "measure.sweep.", str(error))) from error
     _refuse_written_text(settings, tasks)
     return tasks, counts
+
+
+def window_weights(settings: Sweeps, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """The weights of the items of the column of running text: how many tokens each window scores.
+
+    Raises:
+        UserError: text that cannot be read, or that holds no token.
+    """
+    with _named_as_in_sweeps():
+        return [float(len(scored)) for _, _, scored in windows(tokenizer, as_evaluation(settings))]
+
+
+@contextlib.contextmanager
+def _named_as_in_sweeps() -> Iterator[None]:
+    """The same settings as those of evaluating are in another section here."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"\beval\.(?=[a-z_]+\b)", "measure.sweep.", str(error))) from error
 
 
 def _refuse_written_text(settings: Sweeps, tasks: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from shoal.errors import UserError
 from shoal.sweeps import Effect, Estimate, Sweep, SweepColumn, Unit
 
 from ..eval.intervals import Array, newcombe_paired, paired_ratio, wilson
-from ..eval.resampling import bootstrap_p, expanded_percentiles, num_resamples, resampled_means
+from ..eval.resampling import bootstrap_p, effective_n, expanded_percentiles, num_resamples, resampled_means
 from ..eval.statistics import holm, is_binary, mcnemar, require_same_measurement, z_above_chance
 
 ALPHA = 0.05
@@ -39,6 +39,11 @@ class Measured:
     means_RK: Array | None
     """Resampled means; None for 0/1 scores of units that are no single layers, which need none."""
 
+    @property
+    def effective_n(self) -> float:
+        """How many items of equal weight these are worth."""
+        return effective_n(self.weights_N)
+
 
 def needed_items(num_units: int) -> int:
     """How many items a column needs, so that a unit whose removal loses every item can be told from chance at all.
@@ -49,8 +54,8 @@ def needed_items(num_units: int) -> int:
     return max(LEAST_ITEMS, math.ceil(math.log2(2 * num_units / ALPHA)))
 
 
-def require_items(task: str, n: int, num_units: int) -> None:
-    """Refuse a column of too few items; worth asking before anything is run.
+def require_items(task: str, n: int, num_units: int, *, weights: Sequence[float] | None = None) -> None:
+    """Refuse a column of too few items, or of items so unequal that few of them count; worth asking before a run.
 
     Raises:
         UserError: naming the task, its items, how many are needed and where to set them.
@@ -61,6 +66,13 @@ def require_items(task: str, n: int, num_units: int) -> None:
             f"task {task!r}: has {n} items, but over {num_units} removals no interval and no test can show an effect "
             f"with fewer than {need}; raise measure.sweep.limit (or measure.sweep.perplexity_tokens for texts), "
             "or leave the task out"
+        )
+    effective = n if weights is None else effective_n(np.asarray(weights, dtype=np.float64))
+    if effective < LEAST_ITEMS:
+        raise UserError(
+            f"task {task!r}: its {n} items are of so unequal weight that they are worth {effective:.1f} equal ones, of "
+            f"which an interval needs {LEAST_ITEMS}; raise measure.sweep.perplexity_tokens, lower "
+            "measure.sweep.sequence_length, or leave the task out"
         )
 
 
@@ -98,7 +110,7 @@ def measured(
     ]
     found = []
     for task in intact:
-        require_items(task.task, len(task.items), len(units))
+        require_items(task.task, len(task.items), len(units), weights=[item.weight for item in task.items])
         missing = [unit.name for unit, scores in zip(units, by_key, strict=True) if task.key not in scores]
         if missing:
             raise UserError(
@@ -181,7 +193,7 @@ def _binary_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], l
 
 def _mean_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], list[float]]:
     assert column.means_RK is not None
-    n = len(column.ids)
+    n = column.effective_n
     mean_K = np.average(column.scores_NK, axis=0, weights=column.weights_N)
     change_U, changes_RU = mean_K[1:] - mean_K[0], column.means_RK[:, 1:] - column.means_RK[:, :1]
     scores = _estimates(mean_K[1:], *expanded_percentiles(column.means_RK[:, 1:], mean_K[1:], n))
@@ -199,7 +211,7 @@ def _retentions(column: Measured) -> list[Estimate | None]:
         return [
             None if pair is None else Estimate(float(kept), *pair) for kept, pair in zip(kept_U, limits, strict=True)
         ]
-    return list(_estimates(kept_U, *expanded_percentiles(resampled_retention(column), kept_U, len(column.ids))))
+    return list(_estimates(kept_U, *expanded_percentiles(resampled_retention(column), kept_U, column.effective_n)))
 
 
 def resampled_retention(column: Measured) -> Array:

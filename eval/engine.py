@@ -126,8 +126,7 @@ class CausalLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        start = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if start is None else start
+        return prefix_token(self.tokenizer)
 
     @property
     def max_length(self) -> int:
@@ -402,6 +401,12 @@ class CausalLM(TemplateLM):
             leave=False,
             mininterval=1 if sys.stderr.isatty() else 30,
         )
+
+
+def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What text without a context follows: the start token, or the end token where there is none."""
+    made: Any = tokenizer
+    return made.eos_token_id if made.bos_token_id is None else made.bos_token_id
 
 
 def prompt_room(settings: dict[str, Any], max_length: int) -> tuple[int, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
 
 from shoal.artifact import ItemScore, TaskScore
 from shoal.data import load_texts
@@ -16,7 +17,7 @@ from shoal.errors import UserError
 from shoal.recipe import Eval
 from shoal.section import DataSource
 
-from .engine import CausalLM
+from .engine import CausalLM, prefix_token
 from .samples import with_interval
 
 CHARACTERS_PER_TOKEN = 12
@@ -40,7 +41,7 @@ def perplexity(lm: CausalLM, settings: Eval) -> TaskScore:
             f"eval.sequence_length: {settings.sequence_length} is more than the model's {lm.max_length} positions; "
             "lower it"
         )
-    found = windows(lm, settings)
+    found = windows(lm.tokenizer, settings)
     mine = found[lm.rank :: lm.world_size]
     scores = lm.log_likelihoods([(context, scored) for _, context, scored in mine])
     totals = {identity: -log_prob for (identity, _, _), (log_prob, _) in zip(mine, scores, strict=True)}
@@ -71,25 +72,26 @@ def perplexity(lm: CausalLM, settings: Eval) -> TaskScore:
     )
 
 
-def windows(lm: CausalLM, settings: Eval) -> list[Window]:
+def windows(tokenizer: PreTrainedTokenizerBase, settings: Eval) -> list[Window]:
     """The first ``perplexity_tokens`` tokens, each source its share. Ids tell other text or tokens apart."""
     total_weight = sum(source.weight for source in settings.perplexity_data)
     found: list[Window] = []
     for source in settings.perplexity_data:
         budget = round(settings.perplexity_tokens * source.weight / total_weight)
-        found += _source_windows(lm, source, budget, settings.sequence_length)
+        found += _source_windows(tokenizer, source, budget, settings.sequence_length)
     if not found:
         raise UserError("eval.perplexity_data: the text tokenises to nothing; name a source that holds text")
     return found
 
 
-def _source_windows(lm: CausalLM, source: DataSource, budget: int, length: int) -> list[Window]:
+def _source_windows(tokenizer: PreTrainedTokenizerBase, source: DataSource, budget: int, length: int) -> list[Window]:
     found: list[Window] = []
+    prefix = prefix_token(tokenizer)
     texts: Sequence[str] = load_texts(source, max_characters=budget * CHARACTERS_PER_TOKEN)
     for number, text in enumerate(texts):
-        ids = lm.tok_encode(text, add_special_tokens=False)[:budget]
+        ids = tokenizer.encode(text, add_special_tokens=False)[:budget]
         budget -= len(ids)
-        for index, pair in enumerate(get_rolling_token_windows(ids, lm.prefix_token_id, length, context_len=1)):
+        for index, pair in enumerate(get_rolling_token_windows(ids, prefix, length, context_len=1)):
             context, scored = make_disjoint_window(pair)
             digest = hashlib.sha256(repr((context, scored)).encode()).hexdigest()[:8]
             found.append((f"{source.path}:{number}:{index}:{digest}", context, scored))

@@ -99,6 +99,40 @@ def test_every_effect_equals_the_paired_comparison_of_the_two_scores() -> None:
         assert [effect.adjusted_p for effect in column.effects] == statistics.holm([e.p_value for e in column.effects])
 
 
+UNEQUAL = ([512.0] * 3 + [6.0] * 9) * 3
+"""Three documents as long as a window and nine short ones, three times over: 36 windows, as good as 9.6 equal ones."""
+
+
+def test_effects_of_unequal_windows_equal_the_paired_comparison() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.gamma(4.0, 0.5, len(UNEQUAL))
+    after = [before + rng.normal(0.04, 0.03, len(UNEQUAL)) for _ in range(2)]
+    (column,) = sweep_table(
+        "mlp",
+        [Unit((layer,), "mlp") for layer in range(2)],
+        [nats(before, weights=UNEQUAL)],
+        [[nats(values, weights=UNEQUAL)] for values in after],
+    ).columns
+    for effect, values in zip(column.effects, after, strict=True):
+        expected = statistics.paired(nats(before, weights=UNEQUAL), nats(values, weights=UNEQUAL))
+        assert (effect.change.low, effect.change.high) == pytest.approx((expected.ci_low, expected.ci_high), rel=1e-9)
+        assert effect.p_value == pytest.approx(expected.p_value, rel=1e-9)
+        low, high = statistics.bootstrap_mean(values.tolist(), UNEQUAL)
+        assert (effect.score.low, effect.score.high) == pytest.approx((low, high), rel=1e-9)
+
+
+def test_intervals_over_unequal_windows_hold_that_nothing_has_changed() -> None:
+    """1000 removals without any effect, as the columns of one sweep: 95 % of their intervals have to hold 0."""
+    rng = np.random.default_rng(3)
+    before = rng.gamma(4.0, 0.5, len(UNEQUAL))
+    variants = [[nats(before + rng.normal(0.0, 0.1, len(UNEQUAL)), weights=UNEQUAL)] for _ in range(1000)]
+    units = [Unit((layer,), "mlp") for layer in range(1000)]
+    (column,) = sweep_table("mlp", units, [nats(before, weights=UNEQUAL)], variants).columns
+    held = np.mean([effect.change.low <= 0 <= effect.change.high for effect in column.effects])
+    assert 0.93 <= held <= 0.98
+    assert np.mean([effect.p_value < 0.05 for effect in column.effects]) == pytest.approx(1 - held)
+
+
 def test_retention_is_the_share_of_the_score_above_chance() -> None:
     for column in atlas().columns[:3]:
         for effect, lost in zip(column.effects, LOST[column.task], strict=True):
@@ -256,6 +290,9 @@ def test_too_few_items_are_refused_before_and_after_the_sweep() -> None:
     with pytest.raises(UserError, match=message):
         require_items("retrieval_continuation", 6, 20)
     require_items("retrieval_continuation", 10, 20)
+    uneven = nats(np.arange(12.0), weights=UNEQUAL[:12])
+    with pytest.raises(UserError, match=r"its 12 items .* worth 3\.2 equal ones, of which an interval needs 8; raise"):
+        build_atlas([uneven], [[uneven]] * 2)
 
 
 def without_last(tasks: list[TaskScore]) -> list[TaskScore]:

@@ -165,6 +165,7 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "operators": ["cumulative", "layer"], "order": "knowledge"}}, "operator layer before"),
         ({"sweep": {**SWEEP, "sequence_length": 5000}}, "measure.sweep.sequence_length: 5000 is more than the 4096"),
         ({"sweep": {**SWEEP, "perplexity_data": {"path": "/nowhere.txt"}}}, "/nowhere.txt"),
+        ({"sweep": {**SWEEP, "perplexity_tokens": 300}}, "task 'perplexity': has [4-7] items, but over 6 removals"),
         ({"sweep": {**SWEEP, "limits": {"x": 9}}}, "measure.sweep.limits: 'x' is not among"),
         ({"sequence_length": 5000}, "measure.sequence_length: 5000 is more than the 4096 positions"),
     ],
@@ -175,6 +176,18 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
         measuring.measure(make_run(measure))
+
+
+def test_windows_too_unequal_for_an_interval_are_refused_before_anything_is_loaded(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    texts = ["some text as long as a window, or longer: " * 9, *["short"] * 20]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sweep = {**SWEEP, "perplexity_data": {"path": str(tmp_path / "texts.jsonl")}, "sequence_length": 512}
+    message = r"its 21 items are of so unequal weight that they are worth 1\.\d equal ones, .* raise measure.sweep."
+    with pytest.raises(UserError, match=message):
+        measuring.measure(make_run({"sweep": sweep}))
 
 
 def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(

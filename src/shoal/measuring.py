@@ -92,7 +92,7 @@ def check_measure(run: Run) -> None:
 
 
 def _check_sweep(run: Run, settings: Sweeps) -> None:
-    from shoal.compress.sweep import checked_tasks
+    from shoal.compress.sweep import checked_tasks, window_weights
     from shoal.compress.sweep_table import require_items
 
     config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
@@ -103,8 +103,8 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
         require_items(task, count, num_units)
     if settings.perplexity_tokens:
         check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
-        for source in settings.perplexity_data:
-            load_texts(source, max_characters=1)
+        weights = window_weights(settings, tokenizer)
+        require_items("perplexity", len(weights), num_units, weights=weights)
     if _is_streamed(run):
         _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
     if "cumulative" not in settings.operators:
