@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from shoal.abilities.matching import letter_pattern
 from shoal.artifact import TaskScore
 from shoal.loops import ends_in_loop
 
@@ -18,7 +19,7 @@ from .intervals import Array, wilson
 from .statistics import PairedDifference, bootstrap_mean, paired_values
 
 UNREADABLE = "[invalid]"
-"""What lm-eval's filters hand on where they find no answer, and what stands for a text that states none."""
+"""What lm-eval's filters hand on where they find no answer."""
 RATES = ("malformed", "repetition", "cut_off")
 """Shares of the texts, each a defect."""
 LENGTH = "mean_tokens"
@@ -35,23 +36,31 @@ class Rate:
 
 
 def text_rates(
-    texts: Sequence[str], filtered: Sequence[str], targets: Sequence[str], lengths: Sequence[int], cut: Sequence[bool]
+    texts: Sequence[str], readable: Sequence[bool], lengths: Sequence[int], cut: Sequence[bool]
 ) -> list[dict[str, float]]:
     """What artifact.ItemScore.rates holds, for every text.
 
-    ``filtered`` is what the task's own filter read out of the text, ``lengths`` are in new tokens, ``cut`` says which
-    texts ended by the limit of new tokens.
+    ``readable`` says out of which texts an answer can be read, ``lengths`` are in new tokens, ``cut`` says which texts
+    ended by the limit of new tokens.
     """
-    pattern = answer_pattern(targets)
     return [
         {
-            "malformed": float(read == UNREADABLE or pattern.search(text) is None),
+            "malformed": float(not can_be_read),
             "repetition": float(ends_in_loop(text)),
             "cut_off": float(was_cut),
             "tokens": float(length),
         }
-        for text, read, length, was_cut in zip(texts, filtered, lengths, cut, strict=True)
+        for text, can_be_read, length, was_cut in zip(texts, readable, lengths, cut, strict=True)
     ]
+
+
+def hold_answers(texts: Sequence[str], filtered: Sequence[str], targets: Sequence[str]) -> list[bool]:
+    """Whether every text holds something of the kind of the ``targets``, and its task's filter found something in it.
+
+    ``filtered`` is what the filter read out of the text.
+    """
+    pattern = answer_pattern(targets)
+    return [read != UNREADABLE and pattern.search(text) is not None for text, read in zip(texts, filtered, strict=True)]
 
 
 def with_rates(score: TaskScore) -> TaskScore:
@@ -88,11 +97,11 @@ def answer_pattern(targets: Sequence[str]) -> re.Pattern[str]:
     """What a text must hold to hold an answer at all, whatever the task's own rule of matching is.
 
     INFERRED: something of the kind that every target of the task holds. Where all targets are one letter, one of these
-    letters as a word of its own; where all hold a digit, a digit; else a letter or digit.
+    letters as a word of its own that is no article; where all hold a digit, a digit; else a letter or digit.
     """
     targets = [target.strip() for target in targets]
     if targets and all(len(target) == 1 and target.isalpha() for target in targets):
-        return re.compile(rf"\b[{''.join(sorted(set(targets)))}]\b", re.IGNORECASE)
+        return letter_pattern(targets)
     if targets and all(any(character.isdigit() for character in target) for target in targets):
         return re.compile(r"\d")
     return re.compile(r"[^\W_]")

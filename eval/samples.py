@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shoal.abilities.matching import MATCHING, states_an_answer
+from shoal.abilities.matching import MATCHING, chosen_option, states_an_answer
 from shoal.artifact import ItemScore, TaskScore, fingerprint
 from shoal.errors import UserError
 
 from .protocols import letter_match, match_stated
-from .rates import UNREADABLE, text_rates, with_rates
+from .rates import hold_answers, text_rates, with_rates
 from .statistics import interval
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
@@ -192,12 +192,23 @@ def _with_text_rates(
         lengths.append(counted if ending is None else ending.num_tokens)
         most = normalize_gen_kwargs(settings, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)
         cut.append(counted >= most if ending is None else not ending.finished)
-    read = [_first(sample["filtered_resps"]) for sample in samples]
-    if getattr(task.config, "process_results", None) is match_stated:  # where nothing is stated, nothing can be read
-        read = [one if states_an_answer(one) else UNREADABLE for one in read]
-    rates = text_rates(texts, read, [item.target for item in score.items], lengths, cut)
+    readable = _readable(task, samples, texts, [item.target for item in score.items])
+    rates = text_rates(texts, readable, lengths, cut)
     items = (replace(item, rates=found) for item, found in zip(score.items, rates, strict=True))
     return with_rates(replace(score, items=tuple(items)))
+
+
+def _readable(task: Any, samples: Sequence[Sample], texts: Sequence[str], targets: Sequence[str]) -> list[bool]:
+    """Out of which texts an answer can be read, right or wrong; by our own rules where the task is matched by them."""
+    read = [_first(sample["filtered_resps"]) for sample in samples]
+    rule = getattr(task.config, "process_results", None)
+    if rule is letter_match:
+        options = [sample["doc"]["options"] for sample in samples]
+        return [chosen_option(text, some) is not None for text, some in zip(read, options, strict=True)]
+    held = hold_answers(texts, read, targets)
+    if rule is match_stated:
+        held = [one and states_an_answer(text) for one, text in zip(held, read, strict=True)]
+    return held
 
 
 def _first(responses: Any) -> str:

@@ -11,7 +11,7 @@ from results import provenance
 
 from shoal.artifact import Importance, ItemScore, TaskScore
 from shoal.compress.atlas import build_atlas
-from shoal.eval.rates import text_rates, with_rates
+from shoal.eval.rates import hold_answers, text_rates, with_rates
 from shoal.eval.statistics import interval
 from shoal.sweeps import Atlas, Part, Removal, Unit
 
@@ -48,7 +48,7 @@ def task(
     made = replace(made, **changes)
     if made.protocol == "generation":
         written = [item.prediction for item in items]
-        rates = text_rates(written, written, [target] * count, [1] * count, [False] * count)
+        rates = text_rates(written, hold_answers(written, written, [target]), [1] * count, [False] * count)
         made = with_rates(
             replace(made, items=tuple(replace(i, rates=found) for i, found in zip(items, rates, strict=True)))
         )

@@ -15,7 +15,7 @@ from shoal import pipeline
 from shoal.artifact import Artifact, Evaluation, ItemScore, Provenance, TaskScore
 from shoal.errors import UserError
 from shoal.eval.findings import Comparison, Run, compare, gap_limits, protocol_gaps, read_run, writing
-from shoal.eval.rates import NAMES, text_rates, with_rates
+from shoal.eval.rates import NAMES, hold_answers, text_rates, with_rates
 from shoal.eval.same_tokenizer import require_same_tokenizer
 from shoal.eval.statistics import mcnemar
 from shoal.recipe import parse_recipe
@@ -85,7 +85,7 @@ def test_what_files_do_not_say_is_not_held_against_them(folder: Path) -> None:
 
 def capitals(role: str, name: str, texts: list[str]) -> TaskScore:
     n = len(texts)
-    rates = text_rates(texts, texts, ["Rome"] * n, [2] * n, [False] * n)
+    rates = text_rates(texts, hold_answers(texts, texts, ["Rome"]), [2] * n, [False] * n)
     items = tuple(
         ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
         for i, (text, found) in enumerate(zip(texts, rates, strict=True))

@@ -28,7 +28,19 @@ OPTIONS = ["an oak tree", "the sun", "Oslo", "Oslo and Rome"]
         ("Oslo and Rome", 3),
         ("E", None),
         ("I think so", None),
-        ("A big tree", 0),  # an article reads like a letter, here as in every harness
+        ("A big tree", None),  # an article, not a letter
+        ("A, a big tree", 0),
+        ("A because of the leaves", 0),
+        ("A - an oak tree", 0),
+        ("A (an oak tree)", 0),
+        ("**A** an oak tree", 0),
+        ("A-level questions", None),
+        ("The answer is A", 0),
+        ("the answer is a.", 0),
+        ("The answer is a big one", None),
+        ("The answer is an oak tree.", 0),
+        ("Answer: Oslo and Rome", 3),
+        ("The answer is \u212a", None),  # the sign of kelvin, which is no K
         ("", None),
         ("the moon", None),
         ("not B\nB", None),
@@ -37,6 +49,44 @@ OPTIONS = ["an oak tree", "the sun", "Oslo", "Oslo and Rome"]
 )
 def test_chosen_option(text: str, chosen: int | None) -> None:
     assert chosen_option(text, OPTIONS) == chosen
+
+
+PLANETS = ["The sun", "A star", "A planet", "The moon"]
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("A planet", 2),
+        ("a planet", 2),
+        ("The answer is a planet.", 2),
+        ("The answer is A planet", 2),
+        ("A planet, of course", 2),
+        ("A", 0),
+        ("A. The sun", 0),
+        ("A star", 1),
+        ("B planet", 1),
+    ],
+)
+def test_an_article_is_no_letter(text: str, chosen: int | None) -> None:
+    assert chosen_option(text, PLANETS) == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "chosen"),
+    [
+        ("C. elegans", ["D. rerio", "C. elegans", "a frog", "a fly"], 1),
+        ("B", ["A", "C", "B", "D"], 1),  # what is asked for is a letter
+        ("the answer is -3", ["3", "-3"], 1),
+        ("-3", ["3", "5"], None),
+        ("I think so", [f"number {digit}" for digit in range(10)], None),
+        ("I", [f"number {digit}" for digit in range(10)], 8),
+    ],
+)
+def test_an_options_text_goes_before_a_letter_and_a_letter_before_an_option_of_one_letter(
+    text: str, options: list[str], chosen: int | None
+) -> None:
+    assert chosen_option(text, options) == chosen
 
 
 @pytest.mark.parametrize(
@@ -62,6 +112,23 @@ def test_chosen_option(text: str, chosen: int | None) -> None:
         (" 30", ["3"], False),
         (" 3rd", ["3"], False),
         (" three", ["3"], False),
+        ("3.5km", ["3"], False),
+        ("12,500km", ["12"], False),
+        ("3/4", ["3"], False),
+        ("3 / 4", ["3"], False),
+        ("10:30", ["10"], False),
+        ("10-4", ["10"], False),
+        ("2^4", ["2"], False),
+        ("1,2,3", ["1"], False),
+        (".5", ["5"], False),
+        (".5", ["0.5"], True),
+        ("3.", ["3"], True),
+        ("3, 4 and 5", ["3"], True),
+        ("5-year-old", ["5"], True),
+        ("\u201cParis\u201d", ["Paris"], True),
+        ("\u00abParis\u00bb \u2014 of course", ["Paris"], True),
+        ("O\u2019Neill", ["O'Neill"], True),
+        ("5\u00b0", ["5\u20ac"], False),
     ],
 )
 def test_starts(text: str, answers: list[str], expected: bool) -> None:
@@ -94,6 +161,20 @@ def test_contains(text: str, answers: list[str], expected: bool) -> None:
         ("-5", "5", False),
         ("The answer is unclear: 7", "7", True),
         ("none", "7", False),
+        ("the answer is \\frac{3}{4}", "3", False),
+        ("the answer is \\frac{3}{4}", "0.75", True),
+        ("the answer is -\\dfrac{3}{4}.", "-0.75", True),
+        ("#### 1/2", "1", False),
+        ("#### 1/2", "0.5", True),
+        ("#### 1/2", "1/2", True),
+        ("#### 3", "3/4", False),
+        ("#### 1/0", "1", False),
+        ("#### 10:30", "10", False),
+        ("#### 2^4", "2", False),
+        ("#### 2^{4}", "2", False),
+        ("Step 1: 5", "5", True),
+        ("so .5", "5", False),
+        ("60 km/h", "60", True),
     ],
 )
 def test_number(text: str, answer: str, expected: bool) -> None:
@@ -105,5 +186,6 @@ def test_stated_and_exact() -> None:
     assert stated("The answer is the cup. The answer is pen.", ["cup"])
     assert not stated("Now Ann has the cup.", ["cup"])
     assert not stated("The answer is cupboard", ["cup"])
+    assert not stated("The answer is 3/4", ["3"])
     assert exact(" ] ) >\n", ["] ) >"])
     assert not exact("] )", ["] ) >"])

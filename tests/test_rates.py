@@ -18,8 +18,8 @@ from shoal.errors import UserError
 from shoal.eval import samples as scoring
 from shoal.eval.engine import CausalLM, Ending, Writing
 from shoal.eval.intervals import newcombe_paired
-from shoal.eval.protocols import match_stated
-from shoal.eval.rates import answer_pattern, rate, rate_difference, text_rates, with_rates
+from shoal.eval.protocols import letter_match, match_stated
+from shoal.eval.rates import answer_pattern, hold_answers, rate, rate_difference, text_rates, with_rates
 from shoal.eval.samples import ending_key, task_score
 from shoal.eval.statistics import mcnemar, paired
 
@@ -28,7 +28,7 @@ def written(
     texts: Sequence[str], *, lengths: Sequence[int] | None = None, cut: Sequence[bool] | None = None
 ) -> TaskScore:
     n = len(texts)
-    rates = text_rates(texts, texts, ["Rome"] * n, lengths or [3] * n, cut or [False] * n)
+    rates = text_rates(texts, hold_answers(texts, texts, ["Rome"]), lengths or [3] * n, cut or [False] * n)
     items = tuple(
         ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
         for i, (text, found) in enumerate(zip(texts, rates, strict=True))
@@ -44,6 +44,7 @@ def written(
         (["", "  \n", "...", "Rome", "7"], ["Rome", "a b"], [0, 0, 0, 1, 1]),
         (["The answer is 5.", "five", "", "x2"], ["#### 12", "3"], [1, 0, 0, 1]),
         (["A", "(b)", "Apple", "D"], ["A", "B", "C"], [1, 1, 0, 0]),
+        (["a planet", "It is a planet.", "the answer is a", "I say B", "A\na planet"], ["A", "B"], [0, 0, 1, 1, 1]),
     ],
 )
 def test_an_answer_is_something_of_the_kind_that_every_target_holds(
@@ -69,7 +70,8 @@ def test_no_length_is_negative() -> None:
 
 
 def test_a_text_of_which_the_tasks_filter_reads_nothing_is_malformed() -> None:
-    (found,) = text_rates(["I think 7"], ["[invalid]"], ["7"], [3], [False])
+    assert hold_answers(["I think 7", "7"], ["[invalid]", "7"], ["7"]) == [False, True]
+    (found,) = text_rates(["I think 7"], [False], [3], [False])
     assert found == {"malformed": 1.0, "repetition": 0.0, "cut_off": 0.0, "tokens": 3.0}
 
 
@@ -122,7 +124,7 @@ def logged(texts: Sequence[str], rule: Any = "", **described: Any) -> TaskScore:
     )
     samples = [
         {
-            "doc": {"id": f"i{n}", "question": f"question {n}" + "?" * (2000 * n)},
+            "doc": {"id": f"i{n}", "question": f"question {n}" + "?" * (2000 * n), "options": ["The sun", "A planet"]},
             "doc_id": n,
             "target": "Rome",
             "arguments": [(f"prompt {n}", settings)],
@@ -152,6 +154,11 @@ def test_a_text_that_states_no_answer_is_malformed_where_the_answer_has_to_be_st
     texts = [" From plum to battery. From battery to pillow.", "From plum to battery. The answer is Rome.", "####"]
     assert [item.rates["malformed"] for item in logged(texts, match_stated).items] == [1, 0, 1]
     assert [item.rates["malformed"] for item in logged(texts).items] == [0, 0, 1]
+
+
+def test_where_options_are_lettered_a_text_that_names_one_by_letter_or_text_is_readable() -> None:
+    texts = ["A planet", "a", "B", "It is a star", "D"]
+    assert [item.rates["malformed"] for item in logged(texts, letter_match, chance=0.5).items] == [0, 1, 0, 1, 1]
 
 
 def test_written_answers_carry_the_version_of_the_code_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from shoal.abilities import Item, items, words
-from shoal.abilities.matching import LETTERS, first_line, lettered_prompt, plain
+from shoal.abilities.matching import LETTERS, amounts, first_line, lettered_prompt, starts, value
 
 NUM_ITEMS = {"retrieval": 500, "reasoning": 501}
 """Every kind of reasoning equally often. Knowledge: all facts there are."""
@@ -40,21 +40,19 @@ def letters(doc: dict[str, Any]) -> list[str]:
 
 
 def first_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 if the first line starts with the right answer as a whole word, case and punctuation ignored.
+    """1 if the first line starts with the right answer as a whole word or number, case and punctuation ignored.
 
     A model goes on after the value ("Paris, which is"), so the whole line cannot be compared.
     """
-    line, final = plain(first_line(results[0])), plain(doc["final"])
-    return {"match": float(f"{line} ".startswith(f"{final} "))}
+    return {"match": float(starts(results[0], [doc["final"]]))}
 
 
 def final_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """1 if the last number (arithmetic), name (order) or place (state) in the first line is the right one."""
     line = first_line(results[0])
     if doc["kind"] == "arithmetic":
-        found = re.findall(r"-?\d+", line)
-    else:
-        found = [word for word in re.findall(r"\w+", line) if word in ANSWERS[doc["kind"]]]
+        return {"match": float(any(value(last) == value(doc["final"]) for last in amounts(line)[-1:]))}
+    found = [word for word in re.findall(r"\w+", line) if word in ANSWERS[doc["kind"]]]
     return {"match": float(bool(found) and found[-1] == doc["final"])}
 
 

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-MATCHING = 1
+MATCHING = 2
 """Raise it with every change, here or in what uses this, by which a written answer may be read otherwise: scores of two
 versions are not compared. Evaluations that do not say theirs have the first."""
 LETTERS = string.ascii_uppercase
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-FIRST_NUMBER = re.compile(rf"^\W*?({NUMBER.pattern})(?!\w)")
+NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
+FIRST_NUMBER = re.compile(rf"^\W*?({NUMBER.pattern})(?!\w|\^|[.,:\u2013-]\d|\s*/\s*\d)")
+"""A whole one: not the beginning of 3.5km, 3/4, 10:30 or 10-4."""
+AMOUNT = re.compile(
+    rf"(?P<sign>-?)\\[dt]?frac\s*\{{\s*(?P<top>{NUMBER.pattern})\s*\}}\s*\{{\s*(?P<bottom>{NUMBER.pattern})\s*\}}"
+    rf"|(?P<first>{NUMBER.pattern})(?:(?P<by>\s*/\s*|:|\^\{{?)(?P<second>{NUMBER.pattern}))?"
+)
+"""A number, a fraction, or what has a number in it but is another one: a power, a time of day."""
 STATED = re.compile(r"answer is|####", flags=re.IGNORECASE)
 """What stands before the answer of a worked solution."""
-LETTER = re.compile(r"^\W*([A-Z])(?:\W|$)")
-STATED_LETTER = re.compile(
-    r"\b(?:answer|option|choice)\b\W*(?:is\b|would be\b)?\W*\(?([A-Z])\)?(?:\W|$)", re.IGNORECASE
+NO_NOUN = (
+    r"(?=[^\S\n]*$|[^\w\s'\u2019/&-]|['\u2019/&-](?!\w)|\s+[(\[=:;\u2013\u2014-]"
+    r"|\s+(?:is|because|since|as|and|or|but)\b)"
 )
+"""What follows "A" or "I" that is a letter: a mark, the end, or a word that stands behind no article."""
+LETTER = re.compile(rf"^\W*([B-HJ-Z](?!\w)|[AI]{NO_NOUN})")
+STATING = r"(?i:\b(?:answer|option|choice)\b[^\w\u2212-]*(?:is\b|would be\b)?)"
+STATED_LETTER = re.compile(rf"{STATING}\W*([B-HJ-Zb-hj-z](?!\w)|[AIai]{NO_NOUN})")
+STATED_TEXT = re.compile(rf"{STATING}[^\w\u2212-]*(.+)")
 
 
 def first_line(text: str) -> str:
@@ -27,21 +39,21 @@ def first_line(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Without case, punctuation and double spaces."""
-    kept = "".join(" " if character in string.punctuation else character for character in text.casefold())
+    """Without case, punctuation and double spaces; signs that mean something (degrees, currencies) stay."""
+    kept = "".join(" " if _is_punctuation(character) else character for character in text.casefold())
     return " ".join(kept.split())
 
 
 def starts(text: str, answers: Sequence[str]) -> bool:
     """The first line starts with an answer as whole words: models go on after it ("Paris, which is").
 
-    An answer that is a number is compared as one: -3 and 3.5 are not 3.
+    An answer that is a number is compared as one: -3, 3.5, 3.5km and 3/4 are not 3.
     """
     line = first_line(text).replace("\u2212", "-")
     words, found = f"{_without_article(plain(line))} ", FIRST_NUMBER.match(line)
     return any(
-        _value(found[1]) == _value(answer)
-        if found and NUMBER.fullmatch(answer.strip())
+        found is not None and value(found[1]) == value(answer)
+        if NUMBER.fullmatch(answer.strip())
         else words.startswith(f"{_without_article(plain(answer))} ")
         for answer in answers
         if plain(answer)
@@ -61,9 +73,12 @@ def exact(text: str, answers: Sequence[str]) -> bool:
 
 
 def number(text: str, answers: Sequence[str]) -> bool:
-    """The number after "answer is" or "####", or else the last one of the text, equals an answer."""
-    found = NUMBER.findall(_stated(text))[:1] or NUMBER.findall(text)[-1:]
-    return bool(found) and any(_value(found[0]) == _value(answer) for answer in answers)
+    """The number after "answer is" or "####", or else the last one of the text, equals an answer.
+
+    Fractions (3/4, \\frac{3}{4}) have their value; a power or a time of day equals no number.
+    """
+    found = amounts(_stated(text))[:1] or amounts(text)[-1:]
+    return bool(found) and value(found[0]) is not None and value(found[0]) in map(value, answers)
 
 
 def stated(text: str, answers: Sequence[str]) -> bool:
@@ -77,17 +92,49 @@ def states_an_answer(text: str) -> bool:
 
 
 def chosen_option(text: str, options: Sequence[str]) -> int | None:
-    """Which option the first line names: by its letter ("B", "(B) Paris", "the answer is B") or, else, by its text.
+    """Which option the first line names: by its letter ("B", "(B) Paris", "the answer is B") or by its text.
 
-    None where it names none, or by its text more than one.
+    A line that is an option's text, or says after "the answer is" nothing else, names this one whatever its first
+    letter; a letter goes before text that only begins so. "A planet" has an article and no letter. None where no option
+    is named, or by its text more than one.
     """
     line = first_line(text)
+    told = [line, *(found[1] for found in [STATED_TEXT.search(line)] if found)]
+    same = [index for index, option in enumerate(options) if any(_is_text_of(one, option) for one in told)]
+    if len(same) == 1:
+        return same[0]
     for pattern in (LETTER, STATED_LETTER):
-        if (found := pattern.search(line)) and (index := LETTERS.find(found[1].upper())) < len(options):
+        if (found := pattern.search(line)) and (index := LETTERS.index(found[1].upper())) < len(options):
             return index
-    named = [index for index, option in enumerate(options) if starts(line, [option])]
-    longest = [index for index in named if len(options[index]) == max(len(options[other]) for other in named)]
-    return longest[0] if len(longest) == 1 else None
+    for one in told:
+        named = [index for index, option in enumerate(options) if starts(one, [option])]
+        longest = [index for index in named if len(options[index]) == max(len(options[other]) for other in named)]
+        if len(longest) == 1:
+            return longest[0]
+    return None
+
+
+def letter_pattern(letters: Iterable[str]) -> re.Pattern[str]:
+    """Finds one of these letters, as chosen_option tells letters from articles, anywhere and in either case."""
+    either = {case for letter in letters for case in (letter.upper(), letter.lower())}
+    articles, others = (re.escape("".join(sorted(some))) for some in (either & set("AaIi"), either - set("AaIi")))
+    forms = [f"[{others}](?!\\w)"] * bool(others) + [f"[{articles}]{NO_NOUN}"] * bool(articles)
+    return re.compile(rf"(?<!\w)(?:{'|'.join(forms)})", re.MULTILINE)
+
+
+def amounts(text: str) -> list[str]:
+    """Every number and fraction in ``text``, as it is written; a power or a time of day in one piece."""
+    return [found[0] for found in AMOUNT.finditer(text.replace("\u2212", "-"))]
+
+
+def value(text: str) -> float | None:
+    """Of the first number or fraction in ``text``; None where there is none, or one that has no plain value (2^4)."""
+    found = AMOUNT.search(text)
+    if found is None or (found["by"] or "/").strip() != "/":
+        return None
+    parts = found["top"] or found["first"], found["bottom"] or found["second"] or "1"
+    top, bottom = (float(part.replace(",", "")) for part in parts)
+    return (-top if found["sign"] else top) / bottom if bottom else None
 
 
 def lettered_prompt(doc: Mapping[str, Any]) -> str:
@@ -110,6 +157,11 @@ def _without_article(text: str) -> str:
     return re.sub(r"^(the|a|an) (?=.)", "", text)
 
 
-def _value(text: str) -> float | None:
-    found = NUMBER.search(text)
-    return float(found[0].replace(",", "")) if found else None
+def _is_text_of(text: str, option: str) -> bool:
+    """A number is left to `starts`, and a single letter is an option's letter first."""
+    wanted = _without_article(plain(option))
+    return len(wanted) > 1 and not NUMBER.fullmatch(option.strip()) and _without_article(plain(text)) == wanted
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
