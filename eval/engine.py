@@ -198,7 +198,16 @@ class CausalLM(TemplateLM):
         return [key_of("score", *pair) for pair in pairs]
 
     def _fit(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
-        """Both as the model can take them, and whether the context had to lose its beginning."""
+        """Both as the model can take them, and whether the context had to lose its beginning.
+
+        A context of white space alone goes to the continuation; what is left is asked as lm-eval asks it after an empty
+        one: behind the prefix token, unless that is what the continuation begins with.
+        """
+        if not context and continuation:
+            begins = continuation[0] == self.prefix_token_id
+            context, continuation = (
+                (continuation[:1], continuation[1:]) if begins else ([self.prefix_token_id], continuation)
+            )
         if not continuation:
             raise UserError("a task asks for the likelihood of an empty continuation; check its doc_to_choice")
         if len(continuation) > self.max_length:

@@ -157,9 +157,14 @@ def layouts(
     """What has to run to score every (context, continuation), batch after batch.
 
     With ``share`` beginnings that contexts have in common are read once, for which the decoder is run in between.
+
+    Raises:
+        ValueError: an empty context; the first token's score would be taken from the states of another row.
     """
     questions: dict[Tokens, Question] = {}
     for index, (context, continuation) in enumerate(requests):
+        if not context:
+            raise ValueError(f"a continuation is scored after at least one token, but request {index} has no context")
         question = questions.setdefault(context, Question(context))
         question.requests.setdefault(continuation, []).append(index)
     if share and decoder.can_branch:

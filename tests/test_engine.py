@@ -18,6 +18,7 @@ from shoal.eval import generation
 from shoal.eval.decoder import Decoder, branched
 from shoal.eval.engine import CausalLM
 from shoal.eval.generation import ROOM, RoomyLayer
+from shoal.eval.scoring import layouts
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 CONTEXTS = [
@@ -60,6 +61,23 @@ def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, boo
 def test_loglikelihood_equals_lm_evals_own(kind: str, batch_size: int) -> None:
     found = CausalLM(tiny_model(kind), tiny_tokenizer(), batch_size).loglikelihood(choices())
     assert_same(found, reference(kind).loglikelihood(choices(), disable_tqdm=True))
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_a_context_of_white_space_is_as_an_empty_one_where_nothing_starts_a_text(branch: bool) -> None:
+    """lm-eval moves the white space to the continuation, and its own class cannot score what then has no context."""
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4, branch=branch)
+    others = [("a", "b c"), ("x", "y")]
+    found = lm.loglikelihood(instances("loglikelihood", [(" ", "the value"), *others, (" \n", "</s>a")]))
+    expected = reference("llama").loglikelihood(
+        instances("loglikelihood", [("", " the value"), *others, ("", " \n</s>a")])
+    )
+    assert_same(found, expected)
+
+
+def test_a_layout_takes_no_rows_without_a_context() -> None:
+    with pytest.raises(ValueError, match="a continuation is scored after at least one token"):
+        list(layouts(Decoder(tiny_model("llama")), [((1,), (2,)), ((), (2, 3))], batch_size=2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
