@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_layers, text_config
 from shoal.artifact import PruningPlan, fingerprint
-from shoal.checkpoint import Shard, json_or_empty, read_shards
+from shoal.checkpoint import TOKENIZER_PATTERNS, Shard, has_tokenizer, json_or_empty, read_shards
+from shoal.edits import Replace
 from shoal.errors import UserError
 from shoal.models import load_config, load_model, load_tokenizer, refuse_incomplete
 from shoal.plain_text import bytes_text
@@ -42,11 +43,7 @@ from .surgery import kept_layers, refuse_changed_layers
 log = logging.getLogger(__name__)
 
 COPIED_FILES = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    *TOKENIZER_PATTERNS,
     "chat_template*",
     "additional_chat_templates",
     "*processor_config.json",
@@ -140,7 +137,10 @@ def apply_plan(
 def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: bool) -> Teacher:
     if folder.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out}: is the teacher's own folder, or holds it; choose another one for the student")
-    load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if has_tokenizer(folder):  # a damaged one is refused
+        load_tokenizer(folder, must_fit=False, trust_remote_code=trust_remote_code)
+    else:
+        log.info("prune: %s holds no tokenizer, so there is none to copy", folder)
     config = load_config(folder, trust_remote_code=trust_remote_code)
     refuse_own_code(folder, config, trust_remote_code=trust_remote_code)
     num_layers = text_config(config).num_hidden_layers
@@ -271,7 +271,8 @@ def _write_from_memory(
         path: load_model(path, attention=None, trust_remote_code=teacher.trust_remote_code)
         for path in set(donors.values())
     }
-    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
+    reads = any(isinstance(edit, Replace) for edit in plan.edits)
+    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code) if reads else None
     made = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
     edited_student(model, plan, made).save_pretrained(folder)
     return _planned_behaviour(model, plan, made) if runs else None

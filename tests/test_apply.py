@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import random
 import re
@@ -23,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_surgery import logits
-from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_tokenizer
+from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from shoal import machine
@@ -35,6 +36,7 @@ from shoal.compress.apply import apply_plan
 from shoal.compress.config_cut import KEPT_LAYERS
 from shoal.compress.staging import only_writer
 from shoal.compress.surgery import cut_model, skipped
+from shoal.edits import SkipMlp
 from shoal.errors import UserError
 from shoal.models import load_model, resolve_model, tokenizer_fingerprint
 
@@ -85,6 +87,25 @@ def test_plan_makes_a_plain_checkpoint_with_its_tokenizer(kind: str, tmp_path: P
     assert {"model.safetensors", "generation_config.json", "LICENSE"} <= names
     assert {name for name in names if name.endswith((".bin", ".pt", ".py"))} == set()
     assert str(tmp_path) not in (tmp_path / "student/config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_cut_needs_no_tokenizer_and_says_that_there_was_none(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="shoal")
+    tiny_model(kind).save_pretrained(tmp_path / "teacher")
+    apply_plan(tmp_path / "teacher", plan((1,)), tmp_path / "student")
+    assert "teacher holds no tokenizer, so there is none to copy" in caplog.text
+    edits = PruningPlan(Provenance({}), NUM_LAYERS, (), "named by the test", (SkipMlp("skip_mlp", (2,)),))
+    apply_plan(tmp_path / "teacher", edits, tmp_path / "edited")
+    assert not list((tmp_path / "student").glob("tokenizer*"))
+
+
+def test_a_cut_tells_of_a_tokenizer_larger_than_the_embedding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert "largest token id is 257 ('</s>'), but the model has embeddings for the ids 0 to 99 only" in caplog.text
 
 
 # --- copying

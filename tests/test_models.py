@@ -13,10 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_config
 from architectures import tiny_model as tiny_architecture
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, NUM_LAYERS, SHAPE, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, GraniteConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    PreTrainedModel,
+)
 
 from shoal import demo, models
 from shoal.anatomy import decoder_body
@@ -30,6 +38,7 @@ from shoal.models import (
     logits_from_hidden,
     num_parameters,
     resolve_model,
+    without_data,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -115,8 +124,46 @@ def test_tokenizer_with_neither_pad_nor_end_token_is_refused(folder: Path) -> No
 
 
 def delete_tokenizer(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
+    for file in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
         file.unlink()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokenizer_is_made_up_for_any_family(tmp_path: Path, kind: str) -> None:
+    folder = tiny_checkpoint(tmp_path, kind)
+    delete_tokenizer(folder)
+    with pytest.raises(UserError, match=r"no usable tokenizer \(there is no file of one\); copy the base model's"):
+        load_tokenizer(folder)
+
+
+def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    message = r"largest token id is 257 \('</s>'\), but the model has embeddings for the ids 0 to 99 only; copy the"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
+    assert len(load_tokenizer(folder, must_fit=False)) == 259
+    assert "embeddings for the ids 0 to 99 only" in caplog.text
+
+
+def test_tokens_beyond_the_embedding_that_no_text_holds_are_let_be(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", vocab_size=258, pad_token_id=0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder).pad_token_id == 257
+    tokenizer.chat_template = "<image>" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"largest token id is 259 \('<image>'\), .* the ids 0 to 257 only"):
+        load_tokenizer(folder)
+
+
+def test_a_family_with_more_rows_than_its_vocabulary_says_takes_as_large_a_tokenizer(tmp_path: Path) -> None:
+    """CPM-Ant's prompts have rows of their own behind the words."""
+    config = tiny_config("cpmant", vocab_size=250)
+    config.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert without_data(config).get_input_embeddings().weight.shape[0] > 258
+    assert load_tokenizer(tmp_path).pad_token_id == 258
 
 
 @pytest.mark.parametrize(

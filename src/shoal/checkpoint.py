@@ -16,6 +16,8 @@ from shoal.errors import UserError
 DOWNLOAD_AGAIN = "make or download the checkpoint again"
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+"""Everything a tokenizer may be stored in."""
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "unk_token")
 """What of tokenizer_config.json shapes tokens; the rest are paths, versions, and the pad token, which shoal masks."""
 INDEX_FILE = "model.safetensors.index.json"
@@ -183,6 +185,11 @@ def sampled_ranges(start: int, end: int) -> list[tuple[int, int]]:
     if end - start > 4 * SAMPLE_BYTES:
         return [(start + (end - SAMPLE_BYTES - start) * quarter // 3, SAMPLE_BYTES) for quarter in range(4)]
     return [(offset, min(SAMPLE_BYTES, end - offset)) for offset in range(start, end, SAMPLE_BYTES)]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether any file of a tokenizer lies there."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_PATTERNS)
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -21,7 +21,7 @@ from transformers import (
 
 from shoal.anatomy import decoder_layers as decoder_layers
 from shoal.anatomy import text_config as text_config
-from shoal.checkpoint import DOWNLOAD_AGAIN, check_checkpoint
+from shoal.checkpoint import DOWNLOAD_AGAIN, check_checkpoint, has_tokenizer
 from shoal.checkpoint import checkpoint_bytes as checkpoint_bytes
 from shoal.checkpoint import model_fingerprint as model_fingerprint
 from shoal.checkpoint import tokenizer_fingerprint as tokenizer_fingerprint
@@ -60,12 +60,19 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
     return folder
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer at ``folder``; without a pad token of its own it pads with its end token.
+def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer at ``folder``; without a pad token that the model can read it pads with its end token.
 
-    Padding is masked wherever shoal pads, so the choice of token changes no number.
+    Padding is masked wherever shoal pads, so the choice of token changes no number. ``must_fit`` False = it is only
+    looked at, so tokens that the model beside it has no embedding for are warned of instead of refused.
+
+    Raises:
+        UserError: none there, a damaged one, one that needs code, one with neither pad nor end token, or with more
+            tokens than the model beside it has embeddings.
     """
     try:
+        if not has_tokenizer(folder):  # of some families transformers would make one that knows no word
+            raise FileNotFoundError("there is no file of one")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the Rust tokenizers raise plain Exception for a damaged file
         if "trust_remote_code" in str(error):
@@ -73,13 +80,51 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise UserError(
             f"{folder}: no usable tokenizer ({_first_line(error)}); copy the base model's tokenizer files there"
         ) from error
-    if tokenizer.pad_token_id is None:
+    rows = _embedding_rows(folder, tokenizer, trust_remote_code=trust_remote_code)
+    if rows is not None and (problem := _tokens_without_embedding(tokenizer, rows)):
+        if must_fit:
+            raise UserError(f"{folder}: {problem}")
+        log.warning("%s: %s", folder, problem)
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"{folder}: the tokenizer has neither a pad nor an end token; set pad_token in tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _embedding_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> int | None:
+    """Of the model at ``folder``, where the tokenizer has ids beyond them; None where all fit or there is no model."""
+    if not (folder / "config.json").is_file():
+        return None
+    config, largest = load_config(folder, trust_remote_code=trust_remote_code), max(tokenizer.get_vocab().values())
+    if largest < text_config(config).vocab_size:
+        return None
+    # some families have more rows than their vocabulary says
+    rows = without_data(config, trust_remote_code=trust_remote_code).get_input_embeddings().weight.shape[0]
+    return rows if largest >= rows else None
+
+
+def _tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
+    """What is wrong with a tokenizer that makes ids from ``rows`` on out of text; empty where no text has them.
+
+    Published checkpoints have special tokens beyond their embeddings that no text holds: for padding, or for images.
+    """
+    made: Any = tokenizer
+    ids, added, template = made.get_vocab(), made.get_added_vocab(), str(made.chat_template or "")
+    used = {made.bos_token, made.eos_token, made.unk_token}
+    beyond = [
+        token for token in ids if ids[token] >= rows and (token not in added or token in used or token in template)
+    ]
+    if not beyond:
+        return ""
+    worst = max(beyond, key=lambda token: ids[token])
+    return (
+        f"the tokenizer's largest token id is {ids[worst]:,} ({worst!r}), but the model has embeddings for the ids 0 "
+        f"to {rows - 1:,} only; copy the tokenizer files that it was trained with there, or resize its embeddings and "
+        "save it again"
+    )
 
 
 def load_model(
