@@ -352,12 +352,10 @@ def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str], why: str
 
 
 def dtype_of(contender: Contender, role: str) -> str:
-    """The precision a role was scored in; of `auto` what the run chose, else what its checkpoint is stored in."""
+    """The precision a role was scored in; `stored`, once `auto`, is its checkpoint's, where that is still there."""
     asked = str(contender.run.evaluations[role].provenance.inputs.get("dtype", ABSENT))
     config = contender.run.folder / ("distilled" if role == "distilled" else "student") / "config.json"
-    if asked == "auto" and "dtype" in contender.run.numerics:
-        return str(contender.run.numerics["dtype"])
-    if asked != "auto" or not config.is_file():
+    if asked not in ("stored", "auto") or not config.is_file():
         return asked
     try:
         stored = json.loads(config.read_text(encoding="utf-8"))

@@ -133,16 +133,17 @@ def settings_section(run: Run) -> Section:
 
 
 def precision_text(numerics: Mapping[str, Any]) -> str:
-    """In which precision the run's numbers were made and why, one line; empty where it is not recorded."""
+    """In which precision the run was made and why, and whether its sizes followed; empty where it is not recorded."""
     if not numerics:
         return ""
-    weights, trained = (numerics.get(key) for key in ("dtype", "precision"))
-    told = f"Weights are {weights}" if weights else ""
+    scored, trained = numerics.get("dtype"), numerics.get("precision")
+    told = [f"models are measured and evaluated in {scored}"] if scored else []
     if trained:
-        told += f"{', and ' if told else ''}training computes in {trained}"
-    device = f" on {device}" if (device := numerics.get("device")) and told else ""
-    reason = str(numerics.get("reason") or "").strip().rstrip(".")
-    return f"Numeric precision: {told}{device}{': ' if told and reason else ''}{reason}."
+        told.append(f"training computes {'as DeepSpeed is configured' if trained == 'auto' else f'in {trained}'}")
+    device = f", on {numerics['device']}" if numerics.get("device") else ""
+    reasons = [str(numerics.get(key) or "").strip().rstrip(".") for key in ("reason", "size_reason")]
+    why, sizes = (": " + reasons[0] if reasons[0] else ""), (f" Sizes: {reasons[1]}." if reasons[1] else "")
+    return f"Numeric precision: {listed(told)}{device}{why}.{sizes}"
 
 
 def reproduce_section(run: Run) -> Section:

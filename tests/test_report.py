@@ -818,13 +818,16 @@ def test_the_precision_is_told_where_the_run_has_it_recorded(tmp_path: Path) -> 
     assert "Numeric precision" not in told(tmp_path)
     story = json.loads((tmp_path / "run.json").read_text())
     why = "bfloat16 is 60 times slower on this processor."
-    story["numerics"] = {"dtype": "float32", "precision": "float32", "reason": why, "device": "cpu"}
+    story["numerics"] = {"dtype": "float32", "precision": "float32", "reason": why, "device": "some CPU"}
     (tmp_path / "run.json").write_text(json.dumps(story))
     settings = told(tmp_path).split("## Exact settings and versions")[1]
-    assert (
-        "Numeric precision: Weights are float32, and training computes in float32 on cpu: bfloat16 is 60 times slower "
-        "on this processor.\n"
-    ) in settings
+    line = "models are measured and evaluated in float32 and training computes in float32, on some CPU: bfloat16 is 60"
+    assert f"Numeric precision: {line} times slower on this processor.\n" in settings
+    story["numerics"] |= {"precision": "auto", "size": 0.5, "size_reason": "half of the tokens, as this is slow"}
+    (tmp_path / "run.json").write_text(json.dumps(story))
+    text = told(tmp_path)
+    assert "training computes as DeepSpeed is configured, on some CPU" in text
+    assert "on this processor. Sizes: half of the tokens, as this is slow.\n" in text
 
 
 def test_roles_that_were_scored_in_different_precision_are_a_caution(tmp_path: Path) -> None:
