@@ -1,6 +1,7 @@
 """A checkpoint is complete or it does not count."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from shoal.errors import UserError
+from shoal.train import checkpoint as checkpoint_module
 from shoal.train.checkpoint import (
     MANIFEST,
     UNIVERSAL,
@@ -18,6 +20,14 @@ from shoal.train.checkpoint import (
     remove_older,
     separate_groups,
 )
+
+
+@pytest.fixture(autouse=True)
+def _own_key(tmp_path_factory, monkeypatch):
+    """No key but that of this test, and no run directory that is vouched for."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("SHOAL_TRUSTED_RUNS", raising=False)
+
 
 INPUTS = {"model": "abc", "distill.trainer.learning_rate": 0.1}
 
@@ -101,6 +111,56 @@ def test_a_checkpoint_of_another_run_is_refused_by_its_manifest_alone(tmp_path):
         refuse_other_run(tmp_path, {**INPUTS, "model": "other"})
 
 
+class Payload:
+    def __reduce__(self):
+        return print, ("code of somebody else runs",)
+
+
+def planted(folder):
+    """A file of another's making, its checksum put into the manifest."""
+    (folder / "shards" / "0.pt").write_bytes(pickle.dumps(Payload()))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["shards/0.pt"] = checkpoint_module._stamp(folder / "shards" / "0.pt")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def made_by_another(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "signature": "0" * 64}))
+
+
+def of_an_older_shoal(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({key: value for key, value in manifest.items() if key != "signature"}))
+
+
+@pytest.mark.parametrize("change", [planted, made_by_another, of_an_older_shoal])
+def test_a_checkpoint_that_this_user_has_not_signed_is_refused_without_consent(tmp_path, monkeypatch, change):
+    _, newest = committed(tmp_path / "run" / "checkpoints", 1, 2)
+    folder = newest.parent
+    last_complete(folder, INPUTS)
+    change(newest)
+    message = (
+        rf"checkpoint-2: is not signed with your key .*Delete {folder} to train from the beginning.*"
+        rf"SHOAL_TRUSTED_RUNS={tmp_path}/run"
+    )
+    for refuse in (last_complete, refuse_other_run):
+        with pytest.raises(UserError, match=message):
+            refuse(folder, INPUTS)
+    monkeypatch.setenv("SHOAL_TRUSTED_RUNS", str(tmp_path / "run"))
+    refuse_other_run(folder, INPUTS)
+    assert last_complete(folder, INPUTS) == newest
+
+
+def test_a_file_that_the_manifest_does_not_name_makes_a_checkpoint_damaged(tmp_path, caplog):
+    _, newest = committed(tmp_path, 1, 2)
+    (newest / "shards" / ".nfs01").write_text("left by the file system")
+    assert last_complete(tmp_path, INPUTS) == newest
+    (newest / "shards" / "a_mp_rank_00_model_states.pt").write_bytes(b"DeepSpeed would look for such names")
+    assert last_complete(tmp_path, INPUTS) == tmp_path / "checkpoint-1"
+    assert "holds shards/a_mp_rank_00_model_states.pt, which its manifest does not name" in caplog.text
+
+
 def test_removal_keeps_the_newest_complete_ones_and_does_not_count_unfinished_ones(tmp_path):
     committed(tmp_path, 1, 2, 3)
     checkpoint(tmp_path, 4)
@@ -155,6 +215,9 @@ def test_a_conversion_is_made_once_whole_and_again_where_it_is_damaged(tmp_path,
     (folder / UNIVERSAL / "zero" / "fp32.pt").write_bytes(b"12344")
     assert needs_universal(folder, zero_stage=2)
     assert len(made) == 2
+    made_by_another(folder / UNIVERSAL)
+    assert needs_universal(folder, zero_stage=2)
+    assert len(made) == 3, "one that somebody else has put there is not read"
     assert last_complete(tmp_path, INPUTS) == folder, "the ranks' own files count as before"
 
 

@@ -197,6 +197,26 @@ def test_rows_longer_than_the_model_are_refused_before_it_is_loaded(
         measuring.measure(run)
 
 
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda lock, precious: lock.symlink_to(precious),
+        lambda lock, _: os.mkfifo(lock),
+        lambda lock, _: lock.mkdir(),
+    ],
+)
+def test_a_lock_that_is_no_file_is_refused_and_what_it_leads_to_is_left_alone(
+    make_run: Any, tmp_path: Path, plant: Any
+) -> None:
+    run, precious = make_run(), tmp_path / "precious"
+    precious.write_text("precious")
+    run.dir.mkdir(parents=True)
+    plant(run.dir / ".lock", precious)
+    with pytest.raises(UserError, match=r"\.lock: is no regular file .*; remove it, or choose"), locked(run):
+        pass
+    assert precious.read_text() == "precious"
+
+
 def test_run_json_tells_the_story(make_run: Any) -> None:
     run = make_run()
     pruning.prune(run)

@@ -67,6 +67,7 @@ This process and its machine
     tracking            the Weights & Biases run
     tracked             what is logged there
     redaction           secrets stay here
+    trust               what of a run directory of somebody else is believed
 
 The rooms stand at the top of the repository:
 

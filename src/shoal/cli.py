@@ -171,10 +171,13 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     from shoal import distilling, measuring, pipeline, pruning
     from shoal.run import Run, locked
     from shoal.tracking import wandb_mode
+    from shoal.trust import refuse_links
 
     launched = "LOCAL_RANK" in os.environ
     run = Run(recipe)
     wandb_mode(recipe.track)  # refuses now, not after hours
+    if runtime.is_main():
+        refuse_links(run.dir)
     if verb in ("run", "search") and launched:
         raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
     in_group = launched or verb in ("distill", "record")

@@ -7,10 +7,12 @@ is there already, and otherwise makes it, after making sure of what it needs.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,11 +126,20 @@ def locked(run: Run) -> Iterator[None]:
 
 
 def _lock_file(run: Run) -> TextIO:
+    """Its file, open for reading and writing; never what a link in its place leads to."""
+    path = run.dir / LOCK
+    strange = UserError(f"{path}: is no regular file but a link, pipe or folder; remove it, or choose another run_dir")
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
-        return (run.dir / LOCK).open("a+")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise strange from error
         raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise strange
+    return open(descriptor, "r+")
 
 
 def _leave_nothing(folder: Path, *, is_new: bool) -> None:
