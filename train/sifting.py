@@ -44,6 +44,8 @@ def _reason_against(record: dict[str, Any], seen: set[str], *, keep: str) -> str
 
 MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
+WITH_UNIT = re.compile(rf"({NUMBER.pattern})(?:\s*\\text\{{[^{{}}]*\}}|(?:\s+[^\W\d_]+)*)")
+"""A number, and behind it at most words: `10-4` and `\\frac{3}{4}` end in a number that they are not."""
 
 
 def answers_alike(written: str, answer: str) -> bool:
@@ -51,11 +53,13 @@ def answers_alike(written: str, answer: str) -> bool:
 
     That is what the data's answer marks by `####` or \\boxed{}, else its last number, else its last line. Of what was
     written the same is looked at: what it marks, else its last number where a number is asked for, else its last line.
+    What is marked counts as a number only if it is one, with a unit or behind `=` too.
     """
     wanted = _marked(answer)
     numbers = NUMBER.findall(answer) if wanted is None else [NUMBER.fullmatch(wanted) and wanted]
     if numbers and numbers[-1]:
-        found = NUMBER.findall(_marked(written) or written)
+        marked = _marked(written)
+        found = _lone_number(marked) if marked else NUMBER.findall(written)
         return bool(found) and _value(found[-1]) == _value(numbers[-1])
     wanted = wanted or _last_line(answer)
     return bool(wanted) and _bare(wanted) == _bare(_marked(written) or _last_line(written))
@@ -64,6 +68,12 @@ def answers_alike(written: str, answer: str) -> bool:
 def _marked(text: str) -> str | None:
     found = MARKED.findall(text)
     return "".join(found[-1]).strip(" $%.") if found else None
+
+
+def _lone_number(marked: str) -> list[str]:
+    last = marked.replace("{,}", ",").rsplit("=", 1)[-1]
+    found = WITH_UNIT.fullmatch(last.strip(" $\\"))
+    return [found[1]] if found else []
 
 
 def _last_line(text: str) -> str:
