@@ -198,7 +198,14 @@ def random_attention(seed: int, *, softcap: float | None, window: int | None) ->
     torch.manual_seed(seed)
     shapes = ((2, 6, 12, 5), (2, 3, 12, 5), (2, 3, 12, 4))
     query, key, value = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
-    return AttentionInputs(query, key, value, scale=0.7 + 0.1 * seed, softcap=softcap, window=window)
+    seen = None if window is None else torch.tensor([[seen_keys(r, t, window) for t in range(12)] for r in range(2)])
+    mask = None if seen is None else seen.unsqueeze(1)
+    return AttentionInputs(query, key, value, scale=0.7 + 0.1 * seed, softcap=softcap, seen_B1SS=mask)
+
+
+def seen_keys(row: int, token: int, window: int) -> list[bool]:
+    document = documents(POSITIONS[row])
+    return [k <= token < k + window and document[k] == document[token] for k in range(12)]
 
 
 def reference_relation(term: StateTerm, ours: AttentionInputs, theirs: AttentionInputs) -> Tensor:
@@ -208,7 +215,7 @@ def reference_relation(term: StateTerm, ours: AttentionInputs, theirs: Attention
     for row, token in counted_tokens(labels(), POSITIONS):
         document = documents(POSITIONS[row])
         keys = [k for k in range(token + 1) if document[k] == document[token]]
-        keys = [k for k in keys if theirs.window is None or token - k < theirs.window]
+        keys = [k for k in keys if theirs.seen_B1SS is None or theirs.seen_B1SS[row, 0, token, k]]
         for head in range(heads):
             p, q = (probabilities(term, one, row, head, token, keys) for one in (theirs, ours))
             total = total + (p * (p.log() - q.log())).sum() / heads
@@ -278,13 +285,18 @@ def test_captured_states_are_the_raw_ones(family: str) -> None:
     assert not torch.equal(seen.states[num_layers - 1], shown.hidden_states[-1])  # which is behind the final norm
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3_text", "gpt2", "phi3", "mixtral", "qwen3", "deepseek_v3"]
-)
+NARROW = {
+    "gemma3_text": {"sliding_window": 3},
+    "llama4_text": {"attention_chunk_size": 4},
+    "phimoe": {"sliding_window": 3},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3", "mixtral", "qwen3", "deepseek_v3", *NARROW])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_relation_is_that_of_the_models_own_attention(family: str, implementation: str) -> None:
-    """Fused and latent projections, norms of heads, rotary embedding, soft caps, windows: all are in the inputs."""
-    narrow = {"sliding_window": 3} if family == "gemma3_text" else {}
+    """Fused and latent projections, norms of heads, rotary embedding, soft caps, masks: all are in the inputs."""
+    narrow: dict[str, Any] = NARROW.get(family, {})
     teacher, student = (architectures.tiny_model(family, seed=seed, **narrow) for seed in (0, 1))
     num_layers = len(decoder_layers(teacher))
     layers = tuple(range(num_layers))
@@ -548,11 +560,18 @@ def test_a_plan_of_other_models_is_refused() -> None:
         StateLosses(TERMS, plan((2, 3)), cut(teacher, (2, 3)), wide)
 
 
-@pytest.mark.parametrize("family", ["bloom", "mamba"])
-def test_attention_that_cannot_be_seen_is_refused(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "problem"),
+    [
+        ("bloom", "layer 3 has no attention that shoal can look into"),
+        ("mamba", "layer 3 has no attention that shoal can look into"),
+        ("doge", "attention of layer 3 adds biases to its scores"),
+    ],
+)
+def test_attention_that_cannot_be_seen_is_refused(family: str, problem: str) -> None:
     model = architectures.tiny_model(family)
     with (
-        pytest.raises(UserError, match=f"{family}: layer 3 has no attention that shoal can look into"),
+        pytest.raises(UserError, match=f"{family}: {problem}"),
         torch.no_grad(),
         capturing(model, [], [3]),
     ):

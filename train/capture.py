@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
@@ -33,8 +34,9 @@ class AttentionInputs:
     """Factor of the scores."""
     softcap: float | None = None
     """Scores are bent to lie within +/- this; None = they are not."""
-    window: int | None = None
-    """A token sees this many tokens, itself included; None = all before it."""
+    seen_B1SS: Tensor | None = None
+    """Which keys a query sees, by the mask that the layer was given (its first dimension may be 1); None = without a
+    mask: all of its document up to itself."""
 
 
 @dataclass
@@ -112,10 +114,12 @@ def _attention_calls(
         if layer is not None:
             if callers.setdefault(layer, id(module)) != id(module):
                 raise UserError(f"{family}: layer {layer} has more than one attention; {NO_RELATIONS}")
-            if kwargs.get("position_bias") is not None:
+            mask = args[0] if args else kwargs.get("attention_mask")
+            # one per head is no question of who sees whom: Doge adds what it has learnt of every key
+            if kwargs.get("position_bias") is not None or (mask is not None and mask.shape[1] != 1):
                 raise UserError(f"{family}: attention of layer {layer} adds biases to its scores; {NO_RELATIONS}")
             if layer not in seen:
-                seen[layer] = _inputs(query, key, value, kwargs)
+                seen[layer] = _inputs(query, key, value, mask, kwargs)
         return interface(module, query, key, value, *args, **kwargs)
 
     def recorded(interfaces: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -128,7 +132,9 @@ def _attention_calls(
         AttentionInterface.get_interface = get_interface
 
 
-def _inputs(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> AttentionInputs:
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: dict[str, Any]
+) -> AttentionInputs:
     scale = settings.get("scaling")
     return AttentionInputs(
         query,
@@ -136,5 +142,6 @@ def _inputs(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any])
         value,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=settings.get("softcap"),
-        window=settings.get("sliding_window"),
+        # eager attention adds its mask to the scores: 0 to what is seen
+        seen_B1SS=mask if mask is None or mask.dtype == torch.bool else mask == 0,
     )

@@ -322,20 +322,19 @@ class _Relation:
     y_BGSd: Tensor
     scale: float
     softcap: float | None
-    window: int | None
 
 
 def _queries_keys(inputs: AttentionInputs) -> _Relation:
     """The layer's own attention, before any sink takes its share."""
     num_groups = inputs.key_BGSd.shape[1]
     x_BGRSd = inputs.query_BHSd.unflatten(1, (num_groups, -1))
-    return _Relation(x_BGRSd, inputs.key_BGSd, inputs.scale, inputs.softcap, inputs.window)
+    return _Relation(x_BGRSd, inputs.key_BGSd, inputs.scale, inputs.softcap)
 
 
 def _values(inputs: AttentionInputs) -> _Relation:
     """Scaled products of the values themselves (MiniLM, Wang et al. 2020, arXiv:2002.10957, equation 5)."""
     value_BGSd = inputs.value_BGSd
-    return _Relation(value_BGSd.unsqueeze(2), value_BGSd, value_BGSd.shape[-1] ** -0.5, None, inputs.window)
+    return _Relation(value_BGSd.unsqueeze(2), value_BGSd, value_BGSd.shape[-1] ** -0.5, None)
 
 
 def _relation_sum(
@@ -343,7 +342,8 @@ def _relation_sum(
 ) -> Tensor:
     """KL(teacher || student) of every counted token's distribution over the tokens it sees, mean over heads, in nats.
 
-    Queries come in chunks whose scores are not kept, so that memory does not grow with S squared.
+    What it sees is what the teacher's layer sees. Queries come in chunks whose scores are not kept, so that memory does
+    not grow with S squared.
     """
     ours, theirs = relation(student), relation(teacher)
     if ours.x_BGRSd.shape[:4] != theirs.x_BGRSd.shape[:4]:
@@ -353,6 +353,7 @@ def _relation_sum(
         )
     batch, num_groups, num_readers, length, _ = ours.x_BGRSd.shape
     step = max(1, SCORES // (num_groups * num_readers * length))
+    seen_BSS = None if teacher.seen_B1SS is None else teacher.seen_B1SS.squeeze(1).expand(batch, -1, -1)
     total = _full(ours.x_BGRSd)[..., :0, :].sum()
     for row in range(batch):
         for start in range(0, length, step):
@@ -367,6 +368,7 @@ def _relation_sum(
                 theirs.x_BGRSd[row, :, :, start:end].detach(),
                 theirs.y_BGSd[row, :, :end].detach(),
                 tokens.document_BS[row, :end],
+                None if seen_BSS is None else seen_BSS[row, start:end, :end],
                 counted,
                 ours,
                 theirs,
@@ -374,12 +376,10 @@ def _relation_sum(
     return total
 
 
-def _seen_CK(document_K: Tensor, start: int, window: int | None) -> Tensor:
-    """Which keys the queries from ``start`` on see: those of their document that are not after them, in the window."""
+def _seen_CK(document_K: Tensor, start: int) -> Tensor:
+    """Which keys the queries from ``start`` on see without a mask: those of their document that are not after them."""
     key_K = torch.arange(len(document_K), device=document_K.device)
-    back_CK = key_K[start:, None] - key_K
-    seen_CK = (back_CK >= 0) & (document_K[start:, None] == document_K)
-    return seen_CK if window is None else seen_CK & (back_CK < window)
+    return (key_K[start:, None] >= key_K) & (document_K[start:, None] == document_K)
 
 
 def _chunk_sum(
@@ -388,11 +388,13 @@ def _chunk_sum(
     teacher_x_GRCd: Tensor,
     teacher_y_GKd: Tensor,
     document_K: Tensor,
+    seen_CK: Tensor | None,
     counted_N: Tensor,
     ours: _Relation,
     theirs: _Relation,
 ) -> Tensor:
-    seen_CK = _seen_CK(document_K, len(document_K) - x_GRCd.shape[2], theirs.window)
+    if seen_CK is None:
+        seen_CK = _seen_CK(document_K, len(document_K) - x_GRCd.shape[2])
     student_GRCK = _log_relation(x_GRCd, y_GKd, seen_CK, ours)
     teacher_GRCK = _log_relation(teacher_x_GRCd, teacher_y_GKd, seen_CK, theirs)
     kl_GRCK = functional.kl_div(student_GRCK, teacher_GRCK, reduction="none", log_target=True)
