@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from shoal.anatomy import anatomy
 from shoal.checkpoint import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
 from shoal.cost import DTYPES, model_without_data
 from shoal.errors import UserError
 from shoal.models import load_config, text_config
+from shoal.progress import BYTES, Work, progress
 
 from .quantised import without_quantization
 from .stored_names import NotByCopy, find_layers
@@ -123,9 +123,9 @@ def delta_norms(base_folder: Path, donor_folder: Path) -> DeltaNorms:
     base, donor = stored
     total = sum(tensor.end - tensor.start for _, tensor in (*base.values(), *donor.values()))
     deltas = []
-    with tqdm(total=total, unit="B", unit_scale=True, desc="delta", leave=False) as progress:
+    with progress("delta", total=total, unit=BYTES) as step:
         for name, pair in sorted(base.items(), key=lambda item: (item[1][0].name, item[1][1].start)):
-            sizes = _squares(name, pair, donor[name], progress)
+            sizes = _squares(name, pair, donor[name], step)
             if sizes is not None:
                 layer = _layer_of(name, prefix, len(anatomy(skeleton).layers))
                 deltas.append(TensorDelta(name, layer, *map(math.sqrt, sizes)))
@@ -189,7 +189,7 @@ def _layer_of(name: str, prefix: str, num_layers: int) -> int | None:
 
 
 def _squares(
-    name: str, base: tuple[Path, StoredTensor], donor: tuple[Path, StoredTensor], progress: Any
+    name: str, base: tuple[Path, StoredTensor], donor: tuple[Path, StoredTensor], step: Work
 ) -> tuple[float, float] | None:
     """Sums of squares of the difference and of the base; None for what is equal and no weight."""
     dtypes = base[1].dtype, donor[1].dtype
@@ -197,7 +197,7 @@ def _squares(
         raise UserError(f"{donor[0]}: {name} is {dtypes[1]}, but {dtypes[0]} in {base[0]}; give models of one kind")
     difference = own = 0.0
     for base_piece, donor_piece in zip(_pieces(name, *base), _pieces(name, *donor), strict=True):
-        progress.update(base_piece.nbytes + donor_piece.nbytes)
+        step(base_piece.nbytes + donor_piece.nbytes)
         if base_piece.is_floating_point():
             exact = base_piece.double()
             own += float(exact.square().sum())

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers, given_state, state_of
@@ -23,6 +22,7 @@ from shoal.artifact import Provenance
 from shoal.data import PackedRows
 from shoal.depth import Attribution, Diagnostics, EffectiveDepth
 from shoal.errors import UserError
+from shoal.progress import each, progress
 
 from .depth_effects import MIN_TOKENS, DepthEffects, cut_positions, measure_effects
 from .depth_runs import (
@@ -218,7 +218,7 @@ def _one_pass(
     sums, seen = ResidualSums(), 0
     every = max(1, math.ceil(num_tokens / lens_tokens))
     lens: list[Tensor] = [torch.zeros(len(decoder_layers(model)), 0, 2, dtype=torch.float64)]
-    for batch in tqdm(batches, desc="diagnose: one pass", unit="batch"):
+    for batch in each(batches, "diagnostics: one pass", unit="batches"):
         real_T = batch.real_BS.flatten().nonzero().flatten()
         chosen_T = real_T[(seen + torch.arange(len(real_T))) % every == 0].to(model.device)
         seen += len(real_T)
@@ -274,8 +274,8 @@ def _interventions(
         )
     cuts = cut_positions(prompts, effort.num_positions, seed=seed)
     num_runs = math.ceil(len(cuts) / batch_size) * (runs.num_layers * (1 if readout is None else 2) - 1)
-    with tqdm(total=num_runs, desc="diagnose: skips", unit="run") as bar:
-        effects = measure_effects(runs, readout, cuts, means_LD, batch_size=batch_size, progress=bar.update)
+    with progress("diagnostics: skips", total=num_runs, unit="runs") as step:
+        effects = measure_effects(runs, readout, cuts, means_LD, batch_size=batch_size, progress=step)
     found = [effects.skip_LL, effects.skip_output_L]
     _require_finite(model, *found, *([] if effects.erasure_output_L is None else [effects.erasure_output_L]))
     attributions = _attributions(model, runs, readout, prompts, flows, effort, batch_size) if readout else ()
@@ -301,7 +301,7 @@ def _attributions(
     sites = [site for site in effort.gradient_sites if site in modules]
     chosen = [_shortened(prompt, effort.gradient_tokens) for prompt in prompts[: effort.gradient_prompts]]
     pairs = [(prompt, site) for prompt in chosen for site in sites]
-    with tqdm(total=len(pairs) * runs.num_layers, desc="diagnose: gradients", unit="layer", disable=not pairs) as bar:
+    with progress("diagnostics: gradients", total=len(pairs) * runs.num_layers, unit="layers") as step:
         return tuple(
             integrated_gradients(
                 runs,
@@ -311,7 +311,7 @@ def _attributions(
                 modules[site],
                 steps=effort.steps,
                 batch_size=batch_size,
-                progress=bar.update,
+                progress=step,
             )
             for prompt, site in pairs
         )

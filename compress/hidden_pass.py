@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_body, given_state, state_of
 from shoal.document_masks import documents_apart
 from shoal.errors import UserError
 from shoal.models import decoder_layers, text_config
+from shoal.progress import each
 
 from .hidden_metrics import (
     Angular,
@@ -31,7 +31,7 @@ from .hidden_metrics import (
     StreamlineCosine,
     UpdateNorm,
 )
-from .metric import Calibration, Result, add_up_ranks, rank, refuse_fault
+from .metric import Calibration, Result, add_up_ranks, refuse_fault
 from .mka import MkaSimilarity
 from .observation import BatchView, Observation, Reading
 
@@ -60,13 +60,11 @@ def hidden_scores(model: PreTrainedModel, calibration: Calibration, names: Seque
     layers = decoder_layers(model)
     metrics = HiddenPass(model, calibration, names)
     writes = writes_into_input(model)
-    progress = tqdm(calibration.batches(), desc="measure", unit="batch", disable=None if rank() == 0 else True)
-    for rows_B in progress:
+    for rows_B in each(calibration.batches(), f"measure: {', '.join(names)}", unit="batches"):
         batch = metrics.batch(rows_B)
         seen = Observation(batch.view, len(layers), metrics.reads)
         _run(model, layers, batch, seen.observe, writes=writes)
         if not metrics.add(batch, seen):
-            progress.close()
             break
     return metrics.scores()
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_body, decoder_layers
 from shoal.errors import UserError
+from shoal.progress import each
 
 from .merging import merged_layer, refuse_different_kinds, tensors_in_place
 from .metric import Calibration, Metric, Need, Result, Yields, add_up_ranks, rank, world_size
@@ -67,7 +67,7 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
         )
     scores = torch.zeros(longest, num_layers, dtype=torch.float64)
     mine = possible[rank() :: world_size()]
-    for start, length in tqdm(mine, desc="merges", unit="run", disable=None if rank() == 0 else True):
+    for start, length in each(mine, "measure: merges", unit="runs"):
         tensors = merged_layer(model, start, length + 1, warn=False)
         with tensors_in_place(model, {start: tensors}), skipped(model, range(start + 1, start + length + 1)):
             merged = _final_states(model, texts)

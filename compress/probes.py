@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers, given_state, state_of
 from shoal.data import load_labelled
 from shoal.depth import ConceptDepth, DepthPoint
 from shoal.errors import UserError
+from shoal.progress import each
 from shoal.recipe import ProbeSet
 
 from ..eval.intervals import wilson
@@ -165,7 +165,7 @@ def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: 
     found: list[Tensor] = [torch.empty(0)] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].input_ids), index))
     with probing(model):
-        for start in tqdm(range(0, len(prompts), batch_size), desc=f"probe: {path}", unit="batch"):
+        for start in each(range(0, len(prompts), batch_size), f"measure: states for the probe {path}", unit="batches"):
             chosen = by_length[start : start + batch_size]
             batch = batch_of_prompts([prompts[index] for index in chosen])
             with _states_of_last(model, batch.real_BS.sum(1).to(model.device) - 1) as states:

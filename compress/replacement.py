@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_body, given_state, state_of
@@ -21,6 +20,7 @@ from shoal.document_masks import documents_apart
 from shoal.edits import Replace
 from shoal.errors import UserError
 from shoal.models import decoder_layers
+from shoal.progress import each
 from shoal.schedule import warmup_cosine
 
 from .merging import check_run, layer_tensors
@@ -221,7 +221,7 @@ def _fit(layer: nn.Module, run: _Run, batches: Sequence[Tensor], *, learning_rat
     )
     often = max(1, len(batches) // 10)
     start, num_tokens = time.monotonic(), 0
-    for step, batch in enumerate(tqdm(batches, desc="replace", unit="step", disable=None), start=1):
+    for step, batch in enumerate(each(batches, f"{run} by one", unit="steps"), start=1):
         loss = run.squared_errors(layer, batch).mean() / unit
         loss.backward()
         nn.utils.clip_grad_norm_(layer.parameters(), MAX_GRADIENT_NORM)

@@ -18,13 +18,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from shoal.artifact import fingerprint
 from shoal.checkpoint import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, read_header, sampled_ranges
 from shoal.errors import DISK_FULL, UserError
 from shoal.plain_text import bytes_text
-from shoal.runtime import is_main
+from shoal.progress import BYTES, progress
 from shoal.whole_files import flush, write_json
 
 log = logging.getLogger(__name__)
@@ -102,13 +100,13 @@ def write_shards(shards: Sequence[NewShard], folder: Path) -> None:
     if total > _room(folder):
         raise _disk_full(folder, total)
     with (
-        tqdm(total=rest, desc="copy", unit="B", unit_scale=True, disable=not is_main(), leave=False, delay=1) as bar,
+        progress("prune: copying", total=rest, unit=BYTES) as step,
         ThreadPoolExecutor(1) as flusher,
     ):
         flushes: list[Future[None]] = []
         try:
             for shard in missing:
-                _write(shard, folder / (shard.name + PART), bar.update)
+                _write(shard, folder / (shard.name + PART), step)
                 flushes.append(flusher.submit(_complete, folder / shard.name))
             for flush in flushes:
                 flush.result()

@@ -12,27 +12,27 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import text_config
 from shoal.data import PackedRows
 from shoal.errors import UserError
 from shoal.plain_text import bytes_text
+from shoal.progress import each
 
 from ..eval.decoder import LOGIT_ELEMENTS, Decoder
 from ..eval.scoring import Layout, Score, Tokens, layouts, settle
 from .hidden_pass import Batch, HiddenPass, refuse_other_shape
 from .layerwise import Prepared
 from .measure import Scores, measure_importance
-from .metric import Calibration, Result, rank
+from .metric import Calibration, Result
 from .metrics import METRICS
 from .observation import BatchView, Observation, Reading
 from .state_store import FileStore, Kept, StateStore
@@ -175,7 +175,7 @@ def score_variants_streamed(
         states=_most_states(variants, models[0].num_layers) * sum(_state_bytes(models[0], batch) for batch in batches),
     )
     states = [States(edited, layerwise, decoder, batch.passes, variants, store=store) for batch in batches]
-    for layer in _progress(models[0].num_layers, "sweep"):
+    for layer in each(range(models[0].num_layers), "sweep, layer by layer", unit="layers"):
         here = [edit for one in variants for at, edit in one.edits if at == layer]
         with ExitStack() as stack:
             stack.enter_context(models[0].layer(layer))
@@ -205,7 +205,7 @@ def _hidden_scores(
     waiting = [
         _WaitingBatch.of(metrics.batch(rows_B), layerwise, metrics.reads, store) for rows_B in calibration.batches()
     ]
-    for layer in _progress(model.num_layers, "measure"):
+    for layer in each(range(model.num_layers), "measure, layer by layer", unit="layers"):
         with model.layer(layer):
             for one in waiting:
                 one.advance(layerwise, layer)
@@ -290,10 +290,6 @@ class _WaitingObservation(Observation):
         for states, state in self._away:
             states.append(state.load())
         self._away.clear()
-
-
-def _progress(num_layers: int, name: str) -> Iterable[int]:
-    return tqdm(range(num_layers), desc=name, unit="layer", disable=None if rank() == 0 else True)
 
 
 def _bytes_per_token(model: StreamedModel) -> int:

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from lm_eval.models.utils import resolve_max_length
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.anatomy import decoder_layers, text_config
 from shoal.artifact import TaskScore, fingerprint
 from shoal.errors import UserError
+from shoal.progress import Work, each
 from shoal.recipe import Eval, Protocol, Sweeps
 from shoal.runtime import world_size
 from shoal.sweeps import Unit
@@ -146,7 +146,7 @@ def sweep_by(
     log.info("sweep: %d variants on %s", len(variants), in_words(tasks, evaluation))
     log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
     found: list[tuple[TaskScore, ...]] = []
-    for number in tqdm(range(len(everything)), desc="scored", unit="variant", disable=None if lm.rank == 0 else True):
+    for number in each(range(len(everything)), "sweep: scored", unit="variants"):
         lm.show(number)
         scores = scores_of(lm, tasks, evaluation, seed=seed)
         if settings.perplexity_tokens:
@@ -277,7 +277,7 @@ class VariantsLM(CausalLM):
     def __init__(
         self, edited: Edited, tokenizer: PreTrainedTokenizerBase, variants: Sequence[Variant], batch_size: int
     ) -> None:
-        super().__init__(edited.model, tokenizer, batch_size, progress=True)
+        super().__init__(edited.model, tokenizer, batch_size, called="sweep")
         self.current = 0
         self.seed = 0
         """Of sampled text."""
@@ -286,18 +286,17 @@ class VariantsLM(CausalLM):
         self._requests_at_once: int | None = REQUESTS_AT_ONCE * batch_size
 
     def show(self, number: int) -> None:
-        """Be that variant from now on; after the first one all answers are known and there is no progress to tell."""
+        """Be that variant from now on; after the first one all answers are known."""
         self.current = number
-        self._progress = self._progress and number == 0
 
-    def _score(self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]) -> list[Score]:
+    def _score(self, pairs: list[tuple[Tokens, Tokens]], step: Work) -> list[Score]:
         keys = self._score_keys(pairs)
         missing = self.items.missing(keys)
-        progress(len(pairs) - len(missing))
-        step = self._requests_at_once or max(1, len(missing))
-        for start in range(0, len(missing), step):
-            chosen = missing[start : start + step]
-            found = self._score_variants([pairs[index] for index in chosen], progress)
+        step.known(len(pairs) - len(missing))
+        size = self._requests_at_once or max(1, len(missing))
+        for start in range(0, len(missing), size):
+            chosen = missing[start : start + size]
+            found = self._score_variants([pairs[index] for index in chosen], step)
             self._refuse_no_numbers(found)
             self.items.add([keys[index] for index in chosen], [list(scores) for scores in zip(*found, strict=True)])
         return [tuple(self.items[key][self.current]) for key in keys]
@@ -312,23 +311,21 @@ class VariantsLM(CausalLM):
                     "weights"
                 )
 
-    def _score_variants(
-        self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]
-    ) -> list[list[Score]]:
+    def _score_variants(self, pairs: list[tuple[Tokens, Tokens]], step: Callable[[int], object]) -> list[list[Score]]:
         return score_variants(
-            self._edited, self._decoder, pairs, self._variants, batch_size=self.batch_size, progress=progress
+            self._edited, self._decoder, pairs, self._variants, batch_size=self.batch_size, progress=step
         )
 
-    def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
+    def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
         keys = self._text_keys(prompts, how)
         missing = self.items.missing(keys)
         missing.sort(key=lambda index: -len(prompts[index]))
-        progress(len(prompts) - len(missing))
+        step.known(len(prompts) - len(missing))
         for start in range(0, len(missing), self.batch_size):
             chosen = missing[start : start + self.batch_size]
             found = self._write_variants([prompts[index] for index in chosen], [keys[index] for index in chosen], how)
             self.items.add([keys[index] for index in chosen], [list(texts) for texts in zip(*found, strict=True)])
-            progress(len(chosen))
+            step(len(chosen))
         return [self.items[key][self.current] for key in keys]
 
     def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
@@ -382,9 +379,7 @@ class StreamedVariantsLM(VariantsLM):
         self._requests_at_once = None
         self._device = torch.device(streaming.device)  # the model itself has no weights to be anywhere
 
-    def _score_variants(
-        self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]
-    ) -> list[list[Score]]:
+    def _score_variants(self, pairs: list[tuple[Tokens, Tokens]], step: Callable[[int], object]) -> list[list[Score]]:
         return score_variants_streamed(
             self._folder,
             pairs,
@@ -392,10 +387,10 @@ class StreamedVariantsLM(VariantsLM):
             batch_size=self.batch_size,
             streaming=self._streaming,
             donor=self._donor,
-            progress=progress,
+            progress=step,
         )
 
-    def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
+    def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
         raise UserError(
             "measure.sweep.tasks: writing text takes the whole model in memory, which measure.memory_gb rules out; "
             "leave tasks of generation out, or unset measure.memory_gb"

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers
 from shoal.data import IGNORED
 from shoal.errors import UserError
+from shoal.progress import progress
 
 from ..eval.decoder import Decoder
 from .layerwise import Prepared
-from .metric import Calibration, add_up_ranks, rank, refuse_fault
+from .metric import Calibration, add_up_ranks, refuse_fault
 from .variants import STATE_BYTES, Edited, Path, Variant, layerwise_or_none
 
 MIDDLE_BYTES = 1 << 30
@@ -80,7 +80,7 @@ class VariantLosses:
         sums = torch.zeros(len(variants), dtype=torch.float64)
         fault: tuple[int, str] | None = None
         total = len(self._batches) * len(variants)
-        with tqdm(total=total, desc=what, unit="batch", disable=None if rank() == 0 else True) as progress:
+        with progress(f"measure: {what}", total=total, unit="batches") as step:
             for index, batch in enumerate(self._batches):
                 for number, hidden_BSD in self._final_states(index, variants):
                     loss_N = self._token_losses(hidden_BSD, batch)
@@ -88,7 +88,7 @@ class VariantLosses:
                     if fault is None and not bool(loss_N.isfinite().all()):
                         first = int(loss_N.isfinite().logical_not().nonzero()[0])
                         fault = _row_of(batch, first), f"the loss of {_in_words(variants[number])}"
-                    progress.update()
+                    step()
                 if fault is not None:
                     break
         refuse_fault(self._calibration, fault, self._edited.model.dtype)

@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_body, decoder_layers
 from shoal.document_masks import documents_apart
 from shoal.errors import UserError
 from shoal.models import logits_from_hidden
+from shoal.progress import each
 
 from ..eval.decoder import Decoder
 from .hidden_pass import padding_apart
-from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, rank, refuse_fault
+from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, refuse_fault
 from .quantised import without_quantization
 from .zeroing import PLAIN_DTYPES
 
@@ -140,9 +140,8 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
     sums = {own: torch.zeros_like(own, dtype=torch.float32) for layer in matrices for own in layer.values()}
     checks = torch.zeros(len(matrices), device=model.device)
     fault: tuple[int, str] | None = None
-    progress = tqdm(calibration.batches(), desc="gradients", unit="batch", disable=None if rank() == 0 else True)
     with _gradients_into(model, matrices, sums, checks) as weight, torch.enable_grad():
-        for rows_B in progress:
+        for rows_B in each(calibration.batches(), "measure: gradients", unit="batches"):
             num_predicted = int(calibration.follows_NS[rows_B].sum())
             if num_predicted == 0:
                 continue
@@ -152,7 +151,6 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
                 bad = (~checks.isfinite()).nonzero().flatten().tolist()
                 what = f"the gradient of layer {bad[-1]}" if loss.isfinite() else "the loss"
                 fault = int(rows_B[0]), what
-                progress.close()
                 break
     refuse_fault(calibration, fault, model.dtype)
     return dict(zip(sums, add_up_ranks(list(sums.values()), model.device), strict=True))

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,10 +31,10 @@ from lm_eval.models.utils import (
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
+from shoal.progress import Work, progress
 
 from .beginnings import Reader, Start, batches, batches_by_beginning, common_beginnings
 from .decoder import Decoder
@@ -94,9 +94,10 @@ class CausalLM(TemplateLM):
         *,
         items: ItemCache | None = None,
         branch: bool = True,
-        progress: bool = False,
+        called: str = "eval",
     ) -> None:
-        """``branch`` False scores every continuation by a forward of its own: same values, slower."""
+        """``branch`` False scores every continuation by a forward of its own: same values, slower. ``called`` is what
+        is being done, for the log."""
         super().__init__()
         self.items = ItemCache() if items is None else items
         """Answers so far; who hands them in has them kept on disk."""
@@ -106,11 +107,11 @@ class CausalLM(TemplateLM):
         """By prompt and settings (as JSON) of every text that was written."""
         self._model = model
         self._branch = branch
+        self._called = called
         self._device: torch.device = model.device  # pyright: ignore[reportIncompatibleVariableOverride]
         together = dist.is_available() and dist.is_initialized()
         self._rank = dist.get_rank() if together else 0
         self._world_size = dist.get_world_size() if together else 1
-        self._progress = progress and self._rank == 0
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -166,24 +167,24 @@ class CausalLM(TemplateLM):
     ) -> list[Score]:
         fitted = [self._fit(context, continuation) for _, context, continuation in requests]
         self._report_truncation(sum(cut for _, _, cut in fitted), len(fitted), "context")
-        with self._bar(len(requests), "scored") as bar:
-            scores = self._score([(context, continuation) for context, continuation, _ in fitted], bar.update)
+        with progress(f"{self._called}: likelihoods", total=len(requests), unit="requests") as step:
+            scores = self._score([(context, continuation) for context, continuation, _ in fitted], step)
         for (key, _, _), answer in zip(requests, scores, strict=True):
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, answer)
         return scores
 
-    def _score(self, pairs: list[tuple[Tokens, Tokens]], progress: Callable[[int], object]) -> list[Score]:
+    def _score(self, pairs: list[tuple[Tokens, Tokens]], step: Work) -> list[Score]:
         """Scores of (context, continuation) that fit the model."""
         keys = self._score_keys(pairs)
         missing = self.items.missing(keys)
-        progress(len(pairs) - len(missing))
+        step.known(len(pairs) - len(missing))
         if missing:
             asked = [pairs[index] for index in missing]
             for found in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
                 self._refuse_nan(found.values())
                 self.items.add([keys[missing[index]] for index in found], list(found.values()))
-                progress(len(found))
+                step(len(found))
         return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]
 
     def _refuse_nan(self, scores: Iterable[Score]) -> None:
@@ -240,16 +241,16 @@ class CausalLM(TemplateLM):
         for index, request in enumerate(requests):
             by_settings.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
         texts = [""] * len(requests)
-        with self._bar(len(requests), "generated") as bar:
+        with progress(f"{self._called}: writing", total=len(requests), unit="texts") as step:
             for indices in by_settings.values():
                 prompts = [requests[index].args[0] for index in indices]
-                answers = self._generate(prompts, copy.deepcopy(requests[indices[0]].args[1]), bar)
+                answers = self._generate(prompts, copy.deepcopy(requests[indices[0]].args[1]), step)
                 for index, text in zip(indices, answers, strict=True):
                     texts[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
 
-    def _generate(self, prompts: list[str], settings: dict[str, Any], bar: tqdm[Any]) -> list[str]:
+    def _generate(self, prompts: list[str], settings: dict[str, Any], step: Work) -> list[str]:
         """Texts of prompts that share their generation settings."""
         room, wanted = prompt_room(settings, self.max_length)
         stop = handle_stop_sequences(wanted.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id]))
@@ -258,7 +259,7 @@ class CausalLM(TemplateLM):
         self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
         encoded = [ids[-room:] for ids in encoded]
         how = Writing(max_new_tokens, stop, wanted)
-        written = self._write(encoded, how, bar.update)
+        written = self._write(encoded, how, step)
         finish, key = self._finish(how), json.dumps(settings, sort_keys=True, default=str)
         for prompt, tokens in zip(prompts, written, strict=True):
             self.endings[prompt, key] = self._ending(tokens, max_new_tokens, finish)
@@ -273,17 +274,17 @@ class CausalLM(TemplateLM):
             own = next(own[:count] for count in range(1, len(own) + 1) if finish(own[:count]) or count == len(own))
         return Ending(len(own), len(own) < max_new_tokens or finish(own))
 
-    def _write(self, prompts: list[list[int]], how: Writing, progress: Callable[[int], object]) -> list[list[int]]:
+    def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
         """The new tokens of every prompt."""
         keys, items = self._text_keys(prompts, how), self.items
         if how.settings.get("do_sample"):  # what is drawn depends on what was drawn before: nothing to be kept
             keys, items = [f"{key} {index}" for index, key in enumerate(keys)], ItemCache()
         missing = items.missing(keys)
-        progress(len(prompts) - len(missing))
+        step.known(len(prompts) - len(missing))
         if missing:
             for batch, texts in self._written([prompts[index] for index in missing], how):
                 items.add([keys[missing[index]] for index in batch], texts)
-                progress(len(batch))
+                step(len(batch))
         return [items[key] for key in keys]
 
     def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
@@ -401,15 +402,6 @@ class CausalLM(TemplateLM):
                 self.max_length,
                 what,
             )
-
-    def _bar(self, total: int, verb: str) -> tqdm[Any]:
-        return tqdm(
-            total=total,
-            desc=verb,
-            disable=not self._progress,
-            leave=False,
-            mininterval=1 if sys.stderr.isatty() else 30,
-        )
 
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -51,7 +51,7 @@ def role_evaluation(
         cache = ItemCache(items, identity_of(inputs["model"], model), rank=rank())
         if len(cache):
             log.info("eval: %s: %d requests are answered already in %s", role, len(cache), items)
-    scores = evaluate(model, tokenizer, settings, seed=seed, items=cache, tasks=tasks)
+    scores = evaluate(model, tokenizer, settings, seed=seed, items=cache, tasks=tasks, called=f"eval {role}")
     counts = torch.tensor([cache.num_asked, cache.num_kept], device=model.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -76,18 +76,19 @@ def evaluate(
     seed: int,
     items: ItemCache | None = None,
     tasks: dict[str, Any] | None = None,
+    called: str = "eval",
 ) -> tuple[TaskScore, ...]:
     """The scores of ``settings.tasks`` and the perplexity, on every rank; answers in ``items`` are not asked again.
 
     ``tasks`` are those of the settings where they are loaded already. The items are the tasks' first ``settings.limit``
     (or ``settings.limits`` of that task), the same for every model and every seed; the seed decides only what lm-eval
-    draws at random, such as few-shot examples.
+    draws at random, such as few-shot examples. ``called`` is what is being done, for the log.
 
     Raises:
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
     """
     connect_ranks(model.device)
-    lm = CausalLM(model, tokenizer, settings.batch_size, items=items, progress=True)
+    lm = CausalLM(model, tokenizer, settings.batch_size, items=items, called=called)
     if tasks is None:
         tasks = tasks_of(settings, seed=seed)
     log.info("eval: %s", in_words(tasks, settings))

@@ -55,7 +55,7 @@ class QuickScores:
         model.eval()
         try:
             with _random_state_kept(), torch.no_grad():
-                lm = CausalLM(model, self._tokenizer, self._settings.batch_size, progress=False)
+                lm = CausalLM(model, self._tokenizer, self._settings.batch_size, called="watch")
                 scores = list(scores_of(lm, self._tasks, self._settings, seed=self._seed))
                 if self._held_out:
                     scores.insert(0, perplexity(lm, self._settings))

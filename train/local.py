@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import state_of, with_state
@@ -35,6 +34,7 @@ from shoal.artifact import PruningPlan, differences
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import decoder_layers, load_config, load_model
 from shoal.packing import PackedRows
+from shoal.progress import each
 from shoal.recipe import as_dict
 from shoal.runtime import barrier, device, is_main, rank, world_size
 from shoal.schedule import warmup_cosine
@@ -226,8 +226,7 @@ def heal_locally(
     was_training = student.training
     student.eval()  # the target has no dropout
     began = time.monotonic()
-    bar = tqdm(range(start, num_steps), desc="local", unit="step", disable=None if is_main() else True)
-    for step in bar:
+    for step in each(range(start, num_steps), "local", unit="steps"):
         errors.append(_step(student, teacher, rows, places, step, settings, autocast=autocast))
         if not all(map(math.isfinite, errors[-1])):
             raise UserError(

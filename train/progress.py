@@ -1,51 +1,42 @@
-"""One line per logged step on rank 0: loss, rate, time left."""
+"""Training as a piece of work that tells how far it is: steps, loss, rate, time left."""
 
 from __future__ import annotations
 
-import logging
-import time
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback
 
-from shoal.runtime import is_main
-
-log = logging.getLogger(__name__)
-
-EVERY_S = 10.0
-"""Least time between two lines, so that a fast run does not scroll away what came before it."""
+from shoal.progress import doing, progress
 
 
 class Progress(TrainerCallback):
-    """Logs loss, tokens per second over all ranks and the time left.
+    """Tells steps and the time left by the clock, scoring and saving included, and beside them loss and tokens per
+    second over all ranks, which is the report's rate: from the beginning, without scoring and saving.
 
-    The rate is that of the report: from the beginning, without the time for scoring and saving. What is left of this
-    training includes such time, as far as it took any until now.
+    Entered around the whole of Trainer.train, which sets up DeepSpeed and reads a checkpoint before the first step.
     """
 
     def __init__(self, *, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
-        self._started = (0, time.monotonic())
-        self._last_line = float("-inf")
+        self._told = ExitStack()
+
+    def __enter__(self) -> Progress:
+        self._told.enter_context(doing("setting up DeepSpeed"))
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._told.__exit__(*failure)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = (state.global_step, time.monotonic())
+        self._told.close()
+        self._work = self._told.enter_context(progress("training", total=state.max_steps, unit="steps"))
+        self._work.known(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._work(state.global_step - self._work.done)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if not is_main() or not logs or "seconds" not in logs:
-            return
-        now = time.monotonic()
-        if now - self._last_line < EVERY_S and state.global_step < state.max_steps:
-            return
-        self._last_line = now
-        steps = state.global_step - self._started[0]
-        seconds_per_step = (now - self._started[1]) / max(steps, 1)
-        left = seconds_per_step * (state.max_steps - state.global_step)
-        log.info(
-            "step %d/%d  loss %.4f  %.0f tokens/s  %d:%02d left",
-            state.global_step,
-            state.max_steps,
-            logs["loss"],
-            state.global_step * self._tokens_per_step / max(logs["seconds"], 1e-9),
-            *divmod(int(left), 60),
-        )
+        if logs and "seconds" in logs:
+            rate = state.global_step * self._tokens_per_step / max(logs["seconds"], 1e-9)
+            self._work.note = f"loss {logs['loss']:.4f}, {rate:,.0f} tokens/s"

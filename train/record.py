@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from shoal.anatomy import decoder_layers, state_of
 from shoal.errors import UserError
 from shoal.models import load_model, logits_from_hidden
+from shoal.progress import progress
 from shoal.recording import Record
 from shoal.runtime import barrier, device, is_main, rank, world_size
 
@@ -83,9 +83,9 @@ def record(
     manifest = RecordingManifest.read(folder / RecordingManifest.FILE)
     mine = pending[rank() :: world_size()]
     setting = "run_dir" if settings.folder is None else "record.folder"
-    with tqdm(total=sum(map(len, mine)), desc="record", unit="row", disable=not is_main()) as progress:
+    with progress("record", total=sum(map(len, mine)), unit="rows") as step:
         for shard in mine:
-            planes = _record_shard(teacher, rows, shard, settings, manifest.layout, progress.update)
+            planes = _record_shard(teacher, rows, shard, settings, manifest.layout, step)
             path = folder / shard_name(shard.start // settings.rows_per_shard)
             write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
     barrier()

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from shoal.artifact import fingerprint
 from shoal.chat import Chat, check_template
 from shoal.data import TEACHER_TEXT, documents, load_texts
 from shoal.errors import UserError
+from shoal.progress import each
 from shoal.runtime import barrier, is_main, rank, world_size
 from shoal.section import DataSource
 from shoal.whole_files import write_json, write_text
@@ -168,7 +168,7 @@ def _write_batches(
         return
     log.info("the teacher writes %d texts of up to %d new tokens", len(prompts), settings.new_tokens)
     writer = load_writer()
-    for file, numbers in tqdm(missing.items(), desc="teacher text", unit="batch", disable=not is_main()):
+    for file, numbers in each([*missing.items()], "teacher text", unit="batches"):
         written = writer([prompts[number].ids for number in numbers], numbers)
         records = [
             _record(number, prompts[number], ids, tokenizer) for number, ids in zip(numbers, written, strict=True)

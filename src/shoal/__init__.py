@@ -59,6 +59,7 @@ Figures
 
 This process and its machine
     errors              what a user can fix, and how it is said
+    progress            what takes long says so: bars, lines, time left
     runtime             ranks, logging, seeding, environment stamp
     machine             memory, disk, speed
     plain_text          numbers and tables for a terminal

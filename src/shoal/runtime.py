@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from shoal.errors import UserError
+from shoal.progress import Lines
 from shoal.redaction import redacted
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class _WithoutSecrets(logging.Formatter):
 def set_up_logging() -> None:
     """Rank 0 logs to stderr what goes on, the others only what went wrong."""
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Lines(sys.stderr)
     handler.setFormatter(_WithoutSecrets(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, handlers=[handler], force=True)
 
