@@ -17,6 +17,7 @@ from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.models import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
 from shoal.packing import PackedRows
+from shoal.progress import doing
 from shoal.recipe import Distill, Track, as_dict
 from shoal.recording import Record
 from shoal.runtime import device, is_main, world_size
@@ -186,28 +187,30 @@ def distill(
     identity = checkpoint_inputs(settings, inputs)
     resume = _agreed(lambda: last_complete(checkpoints, identity))
     universal = resume is not None and _agreed(lambda: needs_universal(resume, zero_stage=zero_stage(settings)))
-    _agreed(
-        lambda: check_fit(
-            teacher_dir,
-            student_dir,
-            plan,
-            settings=settings,
-            run_dir=run_dir,
-            dtype=dtype,
-            attention=attention,
-            ranks=world_size(),
-            ranks_per_node=ranks_on_this_node(),
-            device=device(),
-            trust_remote_code=trust_remote_code,
+    with doing("working out what training takes"):
+        _agreed(
+            lambda: check_fit(
+                teacher_dir,
+                student_dir,
+                plan,
+                settings=settings,
+                run_dir=run_dir,
+                dtype=dtype,
+                attention=attention,
+                ranks=world_size(),
+                ranks_per_node=ranks_on_this_node(),
+                device=device(),
+                trust_remote_code=trust_remote_code,
+            )
         )
-    )
     tokenizer = load_tokenizer(teacher_dir, trust_remote_code=trust_remote_code)
     load = {"attention": attention, "trust_remote_code": trust_remote_code}
     rows = rows_to_train_on(
         teacher_dir, tokenizer, settings, run_dir, inputs=inputs, trust_remote_code=trust_remote_code
     )
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
-    overlap = {} if search_rows is None else _agreed(lambda: search_rows(rows, tokenizer))
+    with doing("looking for evaluation items in the training text"):
+        overlap = {} if search_rows is None else _agreed(lambda: search_rows(rows, tokenizer))
     if settings.local is not None:
         student_dir = local_stage(
             teacher_dir,
@@ -220,14 +223,18 @@ def distill(
             dtype=dtype,
             load=load,
         )
-    peak = peak_rate(teacher_dir, student_dir, plan, settings, dtype=dtype, load=load)
-    tracked = tracking.start(track, run_dir, recipe)
-    join_deepspeed()
+    with doing("measuring what the machine can do at best"):
+        peak = peak_rate(teacher_dir, student_dir, plan, settings, dtype=dtype, load=load)
+    with doing("starting the W&B run"):
+        tracked = tracking.start(track, run_dir, recipe)
+    with doing("loading DeepSpeed"):
+        join_deepspeed()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
     arguments, keep = training_arguments(
         settings, output_dir=checkpoints, seed=seed, report_to=[], load_universal=universal
     )
     stop = StopRequest()
+    progress = Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length)
     made = assemble(
         teacher_dir,
         student_dir,
@@ -243,7 +250,7 @@ def distill(
         stop=stop,
         scorer=scorer,
         callbacks=[
-            Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length),
+            progress,
             heartbeat,
             *([Curves(run_dir)] if tracked else []),
         ],
@@ -256,7 +263,8 @@ def distill(
     objective.install()
     stop.listen()
     _announce(made.student, rows, trainer, settings, resume)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    with progress:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if trainer.state.global_step < trainer.state.max_steps:
         heartbeat.stop()
         tracking.finish(run_dir)

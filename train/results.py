@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from shoal.artifact import Provenance, Training
 from shoal.machine import peak_memory
 from shoal.models import load_config
+from shoal.progress import doing
 from shoal.redaction import redacted
 from shoal.runtime import barrier, device, is_main, world_size
 from shoal.whole_files import written_folder
@@ -41,7 +42,8 @@ def write_results(
 
     Every rank calls this. ``data`` and ``settings`` go into distill.json.
     """
-    state = trainer.student_state()
+    with doing("bringing the student's weights together"):
+        state = trainer.student_state()
     peak = torch.tensor(float(peak_memory()), device=device())
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     best = None if watcher is None else watcher.best()
@@ -55,7 +57,7 @@ def write_results(
         finished = finished_state(student, state, student_dir, dtype=stored)
         remove_adapters(student)
         student.config.use_cache = True  # the Trainer turned it off
-        with written_folder(run_dir / "distilled") as folder:
+        with doing("writing distilled/"), written_folder(run_dir / "distilled") as folder:
             save_finished(student, finished, folder, dtype=stored)
             copy_all_but_weights(student_dir, folder)
         history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]

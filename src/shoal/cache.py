@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shoal.checkpoint import check_checkpoint
 from shoal.errors import UserError, explained_disk_errors
+from shoal.progress import doing
 from shoal.whole_files import written_folder
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SHOAL_CACHE") or Path(base) / "shoal")
 
 
-def made_once(folder: Path, make: Callable[[Path], None], *, doing: str) -> Path:
-    """The whole checkpoint at ``folder``, into which ``make`` writes it on first use; ``doing`` says so in the log.
+def made_once(folder: Path, make: Callable[[Path], None], *, what: str) -> Path:
+    """The whole checkpoint at ``folder``, into which ``make`` writes it on first use; ``what`` says so in the log.
 
     Of several processes one makes it and the others wait. What ``make`` leaves unfinished never stands there.
 
@@ -35,11 +36,12 @@ def made_once(folder: Path, make: Callable[[Path], None], *, doing: str) -> Path
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = (folder.parent / f".{folder.name}.lock").open("w")
     with lock:
-        log.info(doing)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_whole(folder):  # another process may have made it meanwhile
-            with written_folder(folder, setting="SHOAL_CACHE") as temporary:
-                make(temporary)
+        log.info(what)
+        with doing(what):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_whole(folder):  # another process may have made it meanwhile
+                with written_folder(folder, setting="SHOAL_CACHE") as temporary:
+                    make(temporary)
     return folder
 
 

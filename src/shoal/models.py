@@ -27,6 +27,7 @@ from shoal.checkpoint import model_fingerprint as model_fingerprint
 from shoal.checkpoint import tokenizer_fingerprint as tokenizer_fingerprint
 from shoal.demo import DEMO_PREFIX, resolve_demo
 from shoal.errors import UserError
+from shoal.progress import doing
 
 log = logging.getLogger(__name__)
 
@@ -146,14 +147,15 @@ def load_model(
     check_checkpoint(folder)
     load_config(folder, trust_remote_code=trust_remote_code)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with doing(f"loading {folder}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (ValueError, ImportError, OSError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
@@ -300,11 +302,12 @@ def _download(name: str, revision: str | None) -> Path:
         raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
     patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.py", "LICENSE*", "README.md"]
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
+        with doing(f"downloading {name} from the Hub"):
+            return Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
+                )
             )
-        )
     except errors.HFValidationError as error:
         raise UserError(f"model {name!r}: neither a folder nor a Hub id nor demo:<name>; give one of these") from error
     except errors.GatedRepoError as error:
