@@ -98,7 +98,7 @@ def write_shards(shards: Sequence[NewShard], folder: Path) -> None:
     if missing != list(shards):
         log.info("copy: %s of %s were copied before", bytes_text(total - rest), bytes_text(total))
     if total > _room(folder):
-        raise _disk_full(folder, total)
+        raise _disk_full(folder, total, errno.ENOSPC)
     with (
         progress("prune: copying", total=rest, unit=BYTES) as step,
         ThreadPoolExecutor(1) as flusher,
@@ -113,7 +113,7 @@ def write_shards(shards: Sequence[NewShard], folder: Path) -> None:
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            raise _disk_full(folder, total) from error
+            raise _disk_full(folder, total, error.errno) from error
     if len(shards) > 1:
         write_json(folder / INDEX_FILE, _index(shards))
 
@@ -257,9 +257,15 @@ def _room(folder: Path) -> int:
     return shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.iterdir())
 
 
-def _disk_full(folder: Path, num_bytes: int) -> UserError:
+def _disk_full(folder: Path, num_bytes: int, number: int) -> UserError:
+    """What is said of the system's error ``number``; what is free on the disk says nothing of a user's own limits."""
+    needed = f"the student needs {bytes_text(num_bytes)} ({num_bytes:,} bytes)"
+    if number == errno.ENOSPC:
+        problem = f"the disk is full: {needed}, and there is room for {bytes_text(_room(folder))}"
+        remedy = "Free some space or set run_dir to another disk"
+    else:
+        limit = "file size limit (`ulimit -f`)" if number == errno.EFBIG else "disk quota"
+        problem, remedy = f"your {limit} is reached: {needed}", "Raise it, or set run_dir to another disk"
     return UserError(
-        f"{folder.parent}: the disk is full, or your quota or file size limit is reached: the student needs "
-        f"{bytes_text(num_bytes)} ({num_bytes:,} bytes), and there is room for {bytes_text(_room(folder))}; nothing "
-        "was left half-written there. Free some space or set run_dir to another disk, then run the same command again"
+        f"{folder.parent}: {problem}; nothing was left half-written there. {remedy}, then run the same command again"
     )

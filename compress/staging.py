@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from shoal.errors import UserError, explained_disk_errors
-from shoal.whole_files import flush, put_in_place, remove_leftovers
+from shoal.whole_files import flush, make_folder, put_in_place, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def only_writer(path: Path) -> Iterator[None]:
         UserError: another process is writing it.
     """
     with explained_disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         lock_file = path.with_name(f".{path.name}.lock")
         handle = _locked(lock_file, path)
     try:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal.artifact import TaskScore
 from shoal.errors import UserError
-from shoal.sweeps import Effect, Estimate, Sweep, SweepColumn, Unit
+from shoal.sweeps import LEAST_ITEMS, Effect, Estimate, Sweep, SweepColumn, Unit
 
 from ..eval.intervals import Array, newcombe_paired, paired_ratio, wilson
 from ..eval.resampling import bootstrap_p, effective_n, expanded_percentiles, num_resamples, resampled_means
@@ -22,8 +22,6 @@ from ..eval.statistics import holm, is_binary, mcnemar, require_same_measurement
 ALPHA = 0.05
 SIGNAL_SIGMAS = 3.0
 """Standard errors above chance that the intact model needs before a share of its score can be kept or lost."""
-LEAST_ITEMS = 8
-"""Below, the percentiles of a bootstrap have too few different resamples behind them."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ TASK_FIELDS = (
 
 def write_json_file(comparison: RunComparison, path: Path) -> None:
     """The whole comparison with every number, for scripts; infinite ends of intervals are null."""
-    write_json(path, as_data(comparison))
+    write_json(path, as_data(comparison), setting="--json")
 
 
 def as_data(comparison: RunComparison) -> dict[str, Any]:

@@ -7,12 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shoal.errors import explained_disk_errors
 from shoal.figures import clean, inline_svg, save_figure
 from shoal.pareto_figure import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.plain_text import aligned
 from shoal.search import Interval
-from shoal.whole_files import write_text
+from shoal.whole_files import make_folder, write_text
 
 from .comparable import dtype_of
 from .compare import Cell, Model, RunComparison, by_ability, mean_kept, same_models
@@ -55,8 +54,7 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
     Raises:
         UserError: the folder cannot be written.
     """
-    with explained_disk_errors(folder, setting="--out"):
-        folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, setting="--out")
     picture = _draw(comparison, folder)
     document = build_document(comparison, picture)
     write_json_file(comparison, folder / f"{NAME}.json")

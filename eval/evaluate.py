@@ -23,6 +23,7 @@ from .engine import CausalLM, connect_ranks, prompt_room
 from .item_cache import ItemCache, identity_of
 from .perplexity import perplexity
 from .samples import task_score
+from .task_names import limit_without_task
 from .tasks import tasks_of
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def num_items(tasks: dict[str, Any], settings: Eval) -> dict[str, int]:
     """How many items of every task are scored."""
     unknown = sorted(set(settings.limits) - set(tasks))
     if unknown:
-        raise UserError(f"eval.limits: {unknown[0]!r} is not among the evaluated tasks, which are {', '.join(tasks)}")
+        raise UserError(f"eval.limits: {limit_without_task(unknown[0], tasks)}")
     wanted = {name: settings.limits.get(name, settings.limit) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in tasks.items()}
     return {name: min(wanted[name] or available[name], available[name]) for name in tasks}

@@ -338,6 +338,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error}); delete it and run a stage again") from error
     return body if isinstance(body, dict) else {}

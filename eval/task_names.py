@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
 from shoal.errors import UserError
-from shoal.recipe import CONFIGS_DIR
+from shoal.recipe import CONFIGS_DIR, Eval
 
 from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 
@@ -48,6 +48,28 @@ def unknown(name: str, folders: Sequence[Path], others: Sequence[str]) -> UserEr
     """What is said of a name that is no task's, ``others`` being names beside those in ``folders``."""
     hint = _what_was_meant(name, folders, others)
     return UserError(f"eval.tasks: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
+
+
+def limit_without_task(name: str, tasks: Iterable[str]) -> str:
+    """What is said of a limit for a task that is not asked."""
+    return (
+        f"{name!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to them, or leave its limit "
+        "out (on the command line: eval.limits={})"
+    )
+
+
+def limits_without_task(settings: Eval) -> Iterator[str]:
+    """`place: what is wrong` with limits of single tasks, as far as names tell; what lm-eval's mean its index knows."""
+    made, tags = made_tasks(task_folders(settings.include_path))
+    asked = [one for name in settings.tasks for one in tags.get(name, (name,))]
+    own = {value for folder in (TASKS_DIR, HUB_TASKS_DIR) for text in _texts(folder) for value in _defined(text)}
+    if made.keys() | own >= set(asked):
+        yield from (f"eval.limits: {limit_without_task(name, asked)}" for name in settings.limits if name not in asked)
+
+
+def _defined(text: str) -> list[str]:
+    """The tasks that a file defines, without groups and tags."""
+    return [value for key, value in _names(text) if key == "task"]
 
 
 def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:

@@ -7,8 +7,10 @@ import inspect
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -33,6 +35,24 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 """What differs from transformers' own defaults; `distill.trainer` overrides each."""
+MOST = 1e12
+"""No training argument is as large."""
+RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (0, 100),
+    "weight_decay": (0, 100),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, 1),
+    "max_grad_norm": (0, MOST),
+    "warmup_steps": (0, MOST),
+    "max_steps": (-1, MOST),
+    "num_train_epochs": (1e-9, MOST),
+    "logging_steps": (1e-9, MOST),
+    "save_steps": (1e-9, MOST),
+    "save_total_limit": (1, MOST),
+    "dataloader_num_workers": (0, MOST),
+}
+"""Training arguments that are at least the first and below the second number; transformers looks at few of them."""
 BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
 """How ranks and micro-batches share the rows of one optimizer step."""
 
@@ -115,7 +135,7 @@ def training_arguments(
 
 
 def check_names(settings: Distill) -> None:
-    """Refuse a training argument that transformers does not have, or a batch that is none, before anything is built.
+    """Refuse a training argument that transformers does not have, or a value that is none, before anything is built.
 
     Raises:
         UserError: naming it and the closest one there is, or the value.
@@ -135,6 +155,30 @@ def check_names(settings: Distill) -> None:
         value = settings.trainer.get(name, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"distill.trainer.{name}: must be a whole number of at least 1 (got {value!r})")
+    _check_values(settings.trainer)
+
+
+def _check_values(trainer: Mapping[str, Any]) -> None:
+    """Refuse numbers, booleans and mappings that are none: transformers would pass them on, to fail much later."""
+    hints = get_type_hints(TrainingArguments)
+    for name, value in trainer.items():
+        hint = hints[name]
+        kinds = {get_origin(kind) or kind for kind in get_args(hint) or (hint,)}
+        if value is None and NoneType in kinds:
+            continue
+        least, end = RANGES.get(name, (-MOST, MOST))
+        if kinds <= {bool, NoneType}:
+            right, what = isinstance(value, bool), "true or false"
+        elif dict in kinds:
+            right, what = isinstance(value, dict), "a mapping of settings"
+        elif kinds <= {int, float, NoneType}:
+            number: Any = value if isinstance(value, int if float not in kinds else int | float) else math.nan
+            right = not isinstance(value, bool) and least <= number < end
+            what = f"a {'' if float in kinds else 'whole '}number from {least:g} to below {end:g}"
+        else:
+            continue
+        if not right:
+            raise UserError(f"distill.trainer.{name}: must be {what} (got {value!r})")
 
 
 def zero_stage(settings: Distill) -> int:

@@ -104,7 +104,7 @@ def merged_adapter(folder: Path) -> Path:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / ADAPTER_CONFIG}: is not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / ADAPTER_CONFIG}: holds no settings; {DOWNLOAD_AGAIN}")

@@ -66,7 +66,7 @@ class Artifact:
             body = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise UserError(f"{path}: no such file; run the stage that makes it first") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{path}: is not valid JSON ({error}); delete it and run its stage again") from error
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable or delete it") from error

@@ -99,7 +99,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         names = {str(name) for name in content["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
     if elsewhere := sorted(name for name in names if Path(name).name != name):
         raise UserError(f"{index}: names {elsewhere[0]!r}, which is no file of this folder; {DOWNLOAD_AGAIN}")
@@ -148,6 +148,7 @@ def check_checkpoint(folder: Path) -> None:
         raise UserError(
             f"{folder}: has no config.json, so it is no Hugging Face checkpoint; give the folder that holds one"
         )
+    json_or_empty(folder / "config.json")
     read_shards(folder)
 
 
@@ -158,7 +159,7 @@ def model_fingerprint(folder: Path) -> str:
     size, and a training step, a requantisation or an edit of a single tensor all show.
     """
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json_or_empty(folder / "config.json")
     for volatile in ("_name_or_path", "_model_name_or_path", "transformers_version"):
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True).encode())
@@ -214,14 +215,17 @@ def json_or_empty(file: Path) -> dict[str, Any]:
     """The content of a settings file; empty where there is none.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: it is no JSON, or no mapping.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must be a mapping of settings, got {type(content).__name__}; {DOWNLOAD_AGAIN}")
+    return content
 
 
 def read_header(file: Path) -> Shard:
@@ -243,7 +247,7 @@ def read_header(file: Path) -> Shard:
         header: Any = json.loads(text)
         metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
         found = {name: _stored(entry, data_start) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, f"{size:,} bytes where a valid header should be") from error
     tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
     expected = max((tensor.end for tensor in tensors.values()), default=data_start)

@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal import __version__, runtime
-from shoal.errors import EXIT_USER_ERROR, UserError
+from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.redaction import redacted, redacted_arguments
 
 if TYPE_CHECKING:
@@ -72,12 +72,13 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
 
     runtime.set_up_logging()
     try:
-        recipe = load_recipe(config, overrides)
-        if dry_run:
-            _dry_run(verb, recipe)
-        else:
-            with _said_when_stopped():
-                _dispatch(verb, recipe, config, overrides)
+        with explained_paths():
+            recipe = load_recipe(config, overrides, further=_limits_without_task)
+            if dry_run:
+                _dry_run(verb, recipe)
+            else:
+                with _said_when_stopped():
+                    _dispatch(verb, recipe, config, overrides)
     except UserError as error:
         if not runtime.is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
@@ -116,7 +117,8 @@ def _without_recipe(work: Callable[[], None]) -> int:
     """Do ``work``, which reads no recipe; returns the exit code."""
     runtime.set_up_logging()
     try:
-        work()
+        with explained_paths():
+            work()
     except UserError as error:
         _print_error(error)
         return EXIT_USER_ERROR
@@ -135,9 +137,9 @@ def _delta(base: str, donor: str, out: str | None) -> None:
     from shoal.whole_files import write_json
 
     found = delta_norms(resolve_model(base), resolve_model(donor))
-    print(found.table())
+    _print(found.table())
     if out is not None:
-        write_json(Path(out), found.document())
+        write_json(Path(out), found.document(), setting="--json")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -147,7 +149,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from shoal.eval.compare_page import comparison_text, write_comparison
 
     found = compare_runs([Path(run) for run in arguments.runs], across_teachers=arguments.across_teachers)
-    print(comparison_text(found), flush=True)
+    _print(comparison_text(found))
     write_comparison(found, Path(arguments.out).expanduser())
     if arguments.json is not None:
         write_json_file(found, Path(arguments.json).expanduser())
@@ -159,7 +161,24 @@ def _dry_run(verb: str, recipe: Recipe) -> None:
     from shoal.run import Run
 
     told = {"prune": pruning.prune_dry_run, "distill": distilling.distill_dry_run}
-    print(told[verb](Run(recipe)))
+    _print(told[verb](Run(recipe)))
+
+
+def _print(text: str) -> None:
+    """Print a result. Whoever reads it may leave before its end, as `head` does; what is written to files goes on."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
+
+
+def _limits_without_task(recipe: Recipe) -> Iterable[str]:
+    """What task files say of eval.limits, before they are used: perhaps after a training."""
+    if set(recipe.eval.limits) <= set(recipe.eval.tasks):
+        return ()
+    from shoal.eval.task_names import limits_without_task
+
+    return limits_without_task(recipe.eval)
 
 
 def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
@@ -182,8 +201,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
     in_group = launched or verb in ("distill", "record")
     if verb == "distill" and not launched:
-        distilling.check_training_settings(recipe)
-        distilling.check_recording(recipe)
+        distilling.check_distill(run)
         distilling.refuse_other_checkpoints(run)
         _launch_distill(recipe, config, overrides)
         return
@@ -195,7 +213,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     if verb == "search":
         from shoal.searching import search
 
-        print(search(run, lambda own, file: _launch_distill(own, str(file), ())))
+        _print(search(run, lambda own, file: _launch_distill(own, str(file), ())))
         return
     if verb == "report":
         pipeline.require_results(run)
@@ -309,6 +327,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     known, rest = parser.parse_known_args(argv)
     words = known.verb == "compare"  # which takes run directories there instead
     unknown = [word for word in rest if word.startswith("-") or ("=" not in word and not words)]
+    if "--dry-run" in unknown:
+        able = " or ".join(f"`shoal {verb} --dry-run`" for verb in DRY_RUNS)
+        parser.error(f"`shoal {known.verb}` has no --dry-run; there is {able}")
     if unknown or (rest and known.verb == "delta"):
         parser.error(f"unrecognized arguments: {' '.join(redacted_arguments(unknown or rest))}")
     if words:

@@ -172,9 +172,9 @@ def _records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
         raise
     except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not readable"
         reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(
-            f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); {_known_sources(source.path)}"
-        ) from error
+        is_here = Path(source.path).expanduser().exists()
+        remedy = "mend the file, or leave it out" if is_here else _known_sources(source.path)
+        raise UserError(f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
 
 
 @functools.cache

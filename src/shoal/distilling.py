@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifact import PruningPlan, Training, differences
-from shoal.data import row_texts, sources_fingerprint
+from shoal.data import TEACHER_TEXT, check_source, row_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models import load_config, load_tokenizer, model_fingerprint, text_config
@@ -97,8 +97,10 @@ def distill(run: Run) -> None:
     recipe = run.recipe
     inputs = training_inputs(run, plan)
     distilled = run.dir / "distilled"
-    if (distilled / "config.json").is_file() and is_done(Training, run.dir / Training.FILE, inputs, "distill"):
+    if _is_trained(run, inputs):
         return
+    if "student" not in inputs:
+        raise _student_is_gone(run)
     seed_everything(recipe.seed)
     room.distill(
         run.teacher,
@@ -154,23 +156,41 @@ def distill_dry_run(run: Run) -> str:
 def distill_is_done(run: Run) -> bool:
     """Whether distilled/ is there already, so that no launcher need be started."""
     refuse_other_checkpoints(run)
-    if not (run.dir / "distilled" / "config.json").is_file():
-        return False
-    return is_done(Training, run.dir / Training.FILE, training_inputs(run, read_plan(run)), "distill")
+    return _has_distilled(run) and _is_trained(run, training_inputs(run, read_plan(run)))
+
+
+def _has_distilled(run: Run) -> bool:
+    return (run.dir / "distilled" / "config.json").is_file()
+
+
+def _is_trained(run: Run, inputs: dict[str, Any]) -> bool:
+    """Whether distilled/ is what ``inputs`` make; what is known of them is compared where student/ is gone."""
+    file = run.dir / Training.FILE
+    if _has_distilled(run) and file.is_file() and "student" not in inputs:
+        inputs = {**inputs, "student": Training.read(file).provenance.inputs.get("student")}
+    return _has_distilled(run) and is_done(Training, file, inputs, "distill")
+
+
+def _student_is_gone(run: Run) -> UserError:
+    return UserError(
+        f"{run.dir / 'student'}: is gone; run `shoal prune`, which makes it again, or choose another run_dir"
+    )
 
 
 def refuse_other_checkpoints(run: Run) -> None:
     """Refuse a training that its ranks would refuse, before any is started and before the log promises one.
 
     Raises:
-        UserError: checkpoints of other settings are in the way, or the plan belongs to another run.
+        UserError: checkpoints of other settings are in the way, the plan is of another run, or its student is gone.
     """
     from shoal.train.checkpoint import refuse_other_run
     from shoal.train.distill import checkpoint_inputs
 
     checkpoints, settings = run.dir / "checkpoints", run.recipe.distill
-    has_student = (run.dir / PruningPlan.FILE).is_file() and (run.dir / "student" / "config.json").is_file()
-    if not has_student or not checkpoints.is_dir():
+    has_plan, has_student = (run.dir / PruningPlan.FILE).is_file(), (run.dir / "student" / "config.json").is_file()
+    if has_plan and not has_student and not _has_distilled(run):
+        raise _student_is_gone(run)
+    if not (has_plan and has_student and checkpoints.is_dir()):
         return
     inputs, made = training_inputs(run, read_plan(run)), run.dir / Training.FILE
     if made.is_file() and not differences(inputs, Training.read(made).provenance.inputs):
@@ -182,20 +202,49 @@ def refuse_other_checkpoints(run: Run) -> None:
 
 
 def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
-    """The identity of distilled/."""
+    """The identity of distilled/; without `student` where that folder is gone."""
     from shoal.train.distill import distill_inputs
 
-    recipe = run.recipe
-    return distill_inputs(
+    recipe, student = run.recipe, run.dir / "student"
+    is_there = (student / "config.json").is_file()
+    inputs = distill_inputs(
         recipe.distill,
         recipe.record,
         teacher=run.teacher_fingerprint,
-        student=model_fingerprint(run.dir / "student"),
+        student=model_fingerprint(student) if is_there else "",
         drop=plan.drop,
         seed=recipe.seed,
         dtype=recipe.dtype,
         attention=recipe.attention,
     )
+    if not is_there:
+        del inputs["student"]
+    return inputs
+
+
+def check_distill(run: Run) -> None:
+    """Refuse what training would refuse, before anything is measured, cut or launched.
+
+    Raises:
+        UserError: impossible layers, unknown tasks, and what the checks below do.
+    """
+    from shoal.compress.plan import check_choice
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.tasks import tasks_of
+
+    recipe = run.recipe
+    check_training_settings(recipe)
+    check_recording(recipe)
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    if not (run.dir / PruningPlan.FILE).is_file():
+        check_choice(recipe.prune, num_layers=run.num_layers)
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=recipe.trust_remote_code)
+    for source in recipe.distill.data:
+        if source.path != TEACHER_TEXT:
+            distill = recipe.distill
+            check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
+    if recipe.distill.overlap:
+        num_items(tasks_of(recipe.eval), recipe.eval)
 
 
 def check_training_settings(recipe: Recipe) -> None:

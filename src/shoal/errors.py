@@ -30,6 +30,17 @@ _FULL_TEXTS = (
 
 
 @contextmanager
+def explained_paths() -> Iterator[None]:
+    """Turn a path that the system can have nowhere into a UserError; what reads or writes it need not look for that."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise UserError(f"{error.filename}: cannot be a path ({error.strerror}); choose another name") from error
+
+
+@contextmanager
 def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_dir") -> Iterator[None]:
     """Turn a full or read-only disk under ``path`` into a UserError that says to change ``setting``.
 
@@ -51,6 +62,7 @@ def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_d
             raise UserError(
                 f"{path}: cannot be written ({text}); set {setting} to a folder you may write to"
             ) from error
-        if number in (errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: a file is in the way ({text}); set {setting} to another folder") from error
+        if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            what = "folder" if number == errno.EISDIR else "file"
+            raise UserError(f"{path}: a {what} is in the way ({text}); set {setting} to another folder") from error
         raise

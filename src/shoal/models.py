@@ -21,7 +21,7 @@ from transformers import (
 
 from shoal.anatomy import decoder_layers as decoder_layers
 from shoal.anatomy import text_config as text_config
-from shoal.checkpoint import DOWNLOAD_AGAIN, check_checkpoint, has_tokenizer
+from shoal.checkpoint import DOWNLOAD_AGAIN, check_checkpoint, has_tokenizer, json_or_empty
 from shoal.checkpoint import checkpoint_bytes as checkpoint_bytes
 from shoal.checkpoint import model_fingerprint as model_fingerprint
 from shoal.checkpoint import tokenizer_fingerprint as tokenizer_fingerprint
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ALIGNMENT = 64
 """Bytes; torch gives every tensor it makes on the CPU an address that is a multiple of this."""
+MOST_LAYERS = 100_000
 NEEDS_CONSENT = (
     "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the recipe if you trust it"
 )
@@ -212,7 +213,12 @@ def _wrong_shapes(folder: Path) -> UserError:
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration at ``folder``, for checks that must not wait for weights."""
+    """The configuration at ``folder``, for checks that must not wait for weights.
+
+    Raises:
+        UserError: one that transformers cannot read, or of no model that writes text from left to right.
+    """
+    _refuse_no_layers(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -225,6 +231,15 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             ) from error
         reason = " ".join(str(error).split())
         raise UserError(f"{folder}: config.json cannot be used: {reason}; mend it, or {DOWNLOAD_AGAIN}") from error
+
+
+def _refuse_no_layers(folder: Path) -> None:
+    """Before transformers makes a list of them."""
+    whole = json_or_empty(folder / "config.json")
+    for section in (whole, whole.get("text_config")):
+        count = section.get("num_hidden_layers") if isinstance(section, dict) else None
+        if isinstance(count, int) and not 0 < count <= MOST_LAYERS:
+            raise UserError(f"{folder}: config.json says num_hidden_layers: {count}; mend it, or {DOWNLOAD_AGAIN}")
 
 
 def before_head(model: PreTrainedModel) -> nn.Module | None:

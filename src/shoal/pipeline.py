@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Speed, Training
-from shoal.data import TEACHER_TEXT, check_source, load_texts, sources_fingerprint
-from shoal.distilling import check_recording, check_training_settings, distill_is_done, training_inputs
+from shoal.data import load_texts, sources_fingerprint
+from shoal.distilling import check_distill, distill_is_done, training_inputs
 from shoal.errors import UserError
 from shoal.measuring import check_measure, measure, measure_inputs
 from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint
@@ -250,6 +250,7 @@ def preflight(run: Run) -> None:
         UserError: as the stages do.
     """
     from shoal.compress.plan import check_choice, is_automatic
+    from shoal.eval.evaluate import num_items
     from shoal.eval.tasks import tasks_of
 
     recipe = run.recipe
@@ -262,18 +263,11 @@ def preflight(run: Run) -> None:
     if not is_automatic(recipe.prune):
         refuse_unfit_student(run, choose_plan(run, None, {}))
     check_measure(run)
-    for name in ("distill", "eval"):
-        check_length(run, getattr(recipe, name).sequence_length, f"{name}.sequence_length")
-    check_training_settings(recipe)
-    check_recording(recipe)
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=recipe.trust_remote_code)
-    for source in recipe.distill.data:
-        if source.path != TEACHER_TEXT:
-            distill = recipe.distill
-            check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
+    check_distill(run)
+    check_length(run, recipe.eval.sequence_length, "eval.sequence_length")
     for source in recipe.eval.perplexity_data:
         load_texts(source, max_characters=1)
-    tasks_of(recipe.eval)
+    num_items(tasks_of(recipe.eval), recipe.eval)
 
 
 def run_all(run: Run, launch_distill: Callable[[], None]) -> None:

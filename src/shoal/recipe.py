@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -26,6 +26,7 @@ from shoal.search import Search
 from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
 from shoal.suites import SuiteName, with_suite
+from shoal.sweeps import LEAST_ITEMS
 from shoal.training import Distill
 
 Target = Literal["transformers", "vllm", "llama_cpp"]
@@ -249,10 +250,13 @@ if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
     CONFIGS_DIR = Path(__file__).parents[2] / "configs"
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, further: Callable[[Recipe], Iterable[str]] | None = None
+) -> Recipe:
     """The validated recipe at ``path`` with ``section.key=value`` overrides applied.
 
     A name that is no file is looked up among the shipped recipes, so that `quickstart.yaml` works from any folder.
+    ``further`` gives `place: what is wrong` of what a recipe alone cannot tell, to be reported with the rest.
 
     Raises:
         UserError: naming every problem at once as ``file: key.path: message (got value)``, or with the override that
@@ -269,17 +273,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{file}: must be a mapping of settings, got {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
-    return parse_recipe(raw, source=str(file), overrides=overrides)
+    return parse_recipe(raw, source=str(file), overrides=overrides, further=further)
 
 
-def parse_recipe(raw: dict[str, Any], *, source: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(
+    raw: dict[str, Any],
+    *,
+    source: str = "recipe",
+    overrides: Sequence[str] = (),
+    further: Callable[[Recipe], Iterable[str]] | None = None,
+) -> Recipe:
     """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
     it."""
     try:
         recipe = TypeAdapter(Recipe).validate_python(with_suite(raw))
     except ValidationError as error:
         raise UserError(_blamed(_explain(error.errors()), source, overrides)) from error
-    problems = _contradictions(recipe)
+    problems = [*_contradictions(recipe), *(further(recipe) if further is not None else ())]
     if problems:
         raise UserError(_blamed(problems, source, overrides))
     return recipe
@@ -307,6 +317,8 @@ def as_dict(section: Any) -> dict[str, Any]:
 def _find_recipe(path: Path) -> Path:
     if path.is_file():
         return path
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a recipe file, {path / 'NAME.yaml'}")
     shipped = CONFIGS_DIR / path.name
     if path.parent in (Path(), Path("configs")) and shipped.is_file():
         return shipped
@@ -449,6 +461,12 @@ def _sweep_contradictions(measure: Measure) -> list[str]:
     sweep, problems = measure.sweep, []
     if sweep is None:
         return problems
+    for place, limit in {"limit": sweep.limit, **{f"limits.{name}": own for name, own in sweep.limits.items()}}.items():
+        if limit is not None and limit < LEAST_ITEMS and sweep.tasks:
+            problems.append(
+                f"measure.sweep.{place}: with fewer than {LEAST_ITEMS} items no interval and no test can show an "
+                f"effect (got {limit})"
+            )
     if not sweep.tasks and not sweep.perplexity_tokens:
         problems.append("measure.sweep: scores nothing; name tasks, or set perplexity_tokens")
     if ("donor" in sweep.operators) != (sweep.donor is not None):

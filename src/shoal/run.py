@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shoal.artifact import Artifact, differences, fingerprint, require_same_run
+from shoal.demo import DEMO_PREFIX
 from shoal.edits import Swap
 from shoal.errors import UserError
 from shoal.models import load_config, model_fingerprint, resolve_model, text_config
@@ -79,7 +80,13 @@ class Run:
 
 
 def resolved(model: str, revision: str | None) -> Path:
-    """The model's local folder. Rank 0 resolves it first: a download or conversion happens once per machine."""
+    """The model's local folder. Rank 0 resolves it first: a download or conversion happens once per machine.
+
+    Raises:
+        UserError: as resolve_model, and a revision of what has none.
+    """
+    if revision is not None and (model.startswith(DEMO_PREFIX) or Path(model).expanduser().exists()):
+        raise UserError(f"model {model!r}: is not on the Hub and has no revision {revision!r}; leave the revision out")
     if not is_main():
         barrier()
     folder = resolve_model(model, revision=revision)
@@ -163,6 +170,8 @@ def check_length(run: Run, sequence_length: int, setting: str) -> None:
 
 def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str) -> bool:
     """Whether ``path`` holds exactly this result; what changed is logged where it does not."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder is in the way; delete it, or set run_dir to another folder")
     if not path.is_file():
         return False
     changed = differences(inputs, kind.read(path).provenance.inputs)

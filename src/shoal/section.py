@@ -1,11 +1,13 @@
-"""What every section of a recipe is made of: strict keys, bounded numbers, data sources."""
+"""What every section of a recipe is made of: strict keys and types, bounded numbers, data sources."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticKnownError
+from pydantic_core.core_schema import no_info_before_validator_function
 
 Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2)]
@@ -21,10 +23,43 @@ best_fit: documents stay whole, and what is longer than a row is cut off; the re
 is not learnt."""
 
 
-class Section:
-    """Refuses unknown keys: without this TypeAdapter would ignore a misspelt one and train with the default."""
+TOO_LARGE = 2**63
+"""What neither numpy nor torch count to."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=False)
+
+class Section:
+    """Refuses unknown keys, of which TypeAdapter alone would train with the default, and values of another type.
+
+    Pydantic's own strictness would refuse what YAML has no other way to say: a list for a tuple, 1e6 for 1000000.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _strict(handler(source))
+
+
+def _strict(schema: Any) -> Any:
+    """``schema`` whose numbers are given as numbers and whose booleans as booleans: no "1024", no true for 1."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_strict, schema))
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: _strict(value) for key, value in schema.items()}
+    if schema.get("type") == "bool":
+        return {**inner, "strict": True}
+    if schema.get("type") not in ("int", "float"):
+        return inner
+    kind = f"{schema['type']}_type"
+
+    def number(value: Any) -> Any:
+        if isinstance(value, str | bool):
+            raise PydanticKnownError(kind)  # pyright: ignore[reportArgumentType]
+        return value
+
+    bounded = inner if schema["type"] == "float" else {"lt": TOO_LARGE, **inner}
+    return no_info_before_validator_function(number, cast(CoreSchema, bounded))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""YAML as people expect it: version 1.2 scalars, and no key twice."""
+"""YAML as people expect it: version 1.2 scalars, no key twice, no character that no path can hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_yaml(text: str) -> Any:
     """What the YAML ``text`` says, as plain Python values.
 
     Raises:
-        YAMLError: it is not YAML, or a mapping holds a key twice.
+        YAMLError: it is not YAML, a mapping holds a key twice, or a text holds the character NUL.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -55,6 +55,13 @@ def _whole_number(loader: Any, node: Any) -> int:
     return int(text, 0 if text[:2] in ("0o", "0x") else 10)
 
 
+def _text(loader: Any, node: Any) -> str:
+    text = loader.construct_scalar(node)
+    if "\0" in text:
+        raise yaml.constructor.ConstructorError(None, None, "a text holds the character NUL", node.start_mark)
+    return text
+
+
 def _mapping_without_duplicates(loader: Any, node: Any) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
@@ -68,4 +75,5 @@ def _mapping_without_duplicates(loader: Any, node: Any) -> dict[Any, Any]:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)

@@ -161,7 +161,8 @@ def contradictions(distill: Distill) -> Iterator[str]:
         if key in distill.trainer:
             yield f"distill.trainer.{key}: {reason}"
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        if (distill.trainer.get(key) or {}).get("use_reentrant"):
+        given = distill.trainer.get(key)
+        if isinstance(given, dict) and given.get("use_reentrant"):
             yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
     for key in ("output_dir", "deepspeed", "seed", "run_name", "resume_from_checkpoint"):
         if key in distill.trainer:
@@ -192,6 +193,9 @@ def _of_written_text(distill: Distill) -> Iterator[str]:
             )
     wants_text = any(source.path == TEACHER_TEXT for source in distill.data)
     if writing != Writing() and not wants_text:
-        yield (f"distill.writing: has no effect, distill.data does not name {TEACHER_TEXT}; add it, or leave this out")
+        yield (
+            f"distill.writing: has no effect, distill.data does not name {TEACHER_TEXT}; add it, or leave this out "
+            "(on the command line: distill.writing={})"
+        )
     if wants_text and writing.keep == "correct" and (writing.prompts is None or not writing.prompts.is_chat):
         yield "distill.writing.keep: correct needs prompts with answers (columns prompt and completion, or messages)"

@@ -16,18 +16,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import explained_disk_errors
+from shoal.errors import UserError, explained_disk_errors
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, setting: str = "run_dir") -> None:
     """Write plain JSON as write_text does."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", setting=setting)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, setting: str = "run_dir") -> None:
     """Write a text file as written_file does."""
-    with written_file(path) as temporary:
+    with written_file(path, setting=setting) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path, *, setting: str = "run_dir") -> None:
+    """Make a folder and those above it, where they are not there; ``setting`` as in written_file.
+
+    Raises:
+        UserError: a file is in the way, or this place takes no folder of the user.
+    """
+    with explained_disk_errors(path, setting=setting):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as error:  # those above are made first, so it is this place that has none: /proc
+            raise UserError(
+                f"{path}: cannot be made ({error.strerror}); set {setting} to a folder you may write to"
+            ) from error
 
 
 @contextmanager
@@ -38,7 +53,7 @@ def written_file(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
     elsewhere.
     """
     with explained_disk_errors(path, setting=setting):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, setting=setting)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
             yield temporary
@@ -65,7 +80,7 @@ def written_folder(path: Path, *, setting: str = "run_dir") -> Iterator[Path]:
     may do this at once: the last one to finish wins, and each removes only the leftovers of dead ones.
     """
     with explained_disk_errors(path, setting=setting):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent, setting=setting)
         remove_leftovers(path)
         temporary, lock = _locked_folder(path)
         try:
