@@ -147,7 +147,7 @@ def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
         ({"sweep": {**SWEEP, "max_removed": 2}}, "measure.sweep.max_removed: has no effect"),
         ({"sweep": {**SWEEP, "greedy_weights": {"a": 1}}}, "measure.sweep.greedy_weights: have no effect"),
         ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: is empty"),
-        ({"sweep": {**SWEEP, "limit": 4}}, "has 4 items, but over 6 removals"),
+        ({"sweep": {**SWEEP, "limit": 4}}, "measure.sweep.limit: with fewer than 8 items"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": [1, 1]}}, r"each once and not all \(got \[1, 1\]\)"),
         ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": "taylr"}}, "measure.sweep.order"),
         (
