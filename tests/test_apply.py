@@ -334,7 +334,10 @@ def test_plan_for_another_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "reason"),
-    [("t5", "Unrecognized configuration class <class '.*T5Config'>"), ("gemma3n", "requires the timm library")],
+    [
+        ("t5", "is no causal language model of transformers"),
+        ("gemma3n", "transformers cannot build it .*requires the timm library.*; install what is missing"),
+    ],
 )
 def test_model_that_transformers_cannot_build_is_refused_with_its_reason(
     model_type: str, reason: str, tmp_path: Path
@@ -344,9 +347,7 @@ def test_model_that_transformers_cannot_build_is_refused_with_its_reason(
     folder = tiny_checkpoint(tmp_path, "llama")
     config = CONFIG_MAPPING[model_type]()
     config.save_pretrained(folder)
-    with pytest.raises(
-        UserError, match=rf"{model_type}: transformers cannot build it as a causal .* model: .*{reason}"
-    ):
+    with pytest.raises(UserError, match=rf"{model_type}: {reason}"):
         apply_plan(folder, plan((1,), text_config(config).num_hidden_layers), tmp_path / "student")
 
 

@@ -98,7 +98,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     index = folder / INDEX_FILE
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
-        names = {str(name) for name in content["weight_map"].values()}
+        names = set(content["weight_map"].values())
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a file name is no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: is damaged ({error!r}); {DOWNLOAD_AGAIN}") from error
     if elsewhere := sorted(name for name in names if Path(name).name != name):

@@ -16,6 +16,7 @@ from shoal.artifact import Importance, Provenance, TaskScore, fingerprint
 from shoal.data import PackedRows, load_labelled, load_texts, pack, sources_fingerprint
 from shoal.depth import Diagnostics, Probes
 from shoal.errors import UserError
+from shoal.machine import available_memory
 from shoal.models import (
     checkpoint_bytes,
     load_config,
@@ -24,6 +25,7 @@ from shoal.models import (
     model_fingerprint,
     text_config,
 )
+from shoal.plain_text import bytes_text
 from shoal.recipe import Sweeps, as_dict
 from shoal.run import Run, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
 from shoal.runtime import barrier, device, is_main, seed_everything
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOKEN_BYTES = 8
+"""Of one packed token: id and position."""
 TASK_ORDER = "task_greedy"
 DONOR_CONTENT = "measure.sweep.donor (content)"
 CHANGES_NO_NUMBER = ("batch_size", "diagnostics", "gradient_prompts", "probes", "memory_gb")
@@ -77,6 +81,11 @@ def check_measure(run: Run) -> None:
     """
     settings = run.recipe.measure
     check_length(run, settings.sequence_length, "measure.sequence_length")
+    if (needed := TOKEN_BYTES * settings.num_tokens) > available_memory():
+        raise UserError(
+            f"measure.num_tokens: {settings.num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
+            f"{bytes_text(available_memory())} are free; lower it"
+        )
     for source in settings.data:
         load_texts(source, max_characters=1)
     for probe in settings.probes:

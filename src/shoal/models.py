@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -35,6 +36,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 ALIGNMENT = 64
 """Bytes; torch gives every tensor it makes on the CPU an address that is a multiple of this."""
 MOST_LAYERS = 100_000
+NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
+"""How the names of architectures end that read text and write none."""
+NOT_CAUSAL = "is no causal language model of transformers, which writes text from left to right; give one that is"
+IMPOSSIBLE_SETTINGS = (KeyError, AssertionError, ArithmeticError, TypeError, SafetensorError)
+"""What building a model raises over settings that no code foresaw: an unknown activation, no heads, a torn file."""
 NEEDS_CONSENT = (
     "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the recipe if you trust it"
 )
@@ -157,6 +163,8 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
             )
+    except IMPOSSIBLE_SETTINGS as error:
+        raise UserError(f"{folder}: cannot be built or read as its files say ({error!r}); {DOWNLOAD_AGAIN}") from error
     except (ValueError, ImportError, OSError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
@@ -169,7 +177,7 @@ def load_model(
             "give another model"
         ) from error
     except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+        if "negative dimension" not in str(error) and "ignore_mismatched_sizes" not in str(error):
             raise
         raise _wrong_shapes(folder) from error
     model, report = loaded
@@ -218,10 +226,10 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         UserError: one that transformers cannot read, or of no model that writes text from left to right.
     """
-    _refuse_no_layers(folder)
+    _refuse_no_decoder(folder)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
         if "model type" in str(error):
@@ -233,13 +241,16 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UserError(f"{folder}: config.json cannot be used: {reason}; mend it, or {DOWNLOAD_AGAIN}") from error
 
 
-def _refuse_no_layers(folder: Path) -> None:
-    """Before transformers makes a list of them."""
+def _refuse_no_decoder(folder: Path) -> None:
+    """What can be seen before transformers makes a list of layers."""
     whole = json_or_empty(folder / "config.json")
     for section in (whole, whole.get("text_config")):
         count = section.get("num_hidden_layers") if isinstance(section, dict) else None
         if isinstance(count, int) and not 0 < count <= MOST_LAYERS:
             raise UserError(f"{folder}: config.json says num_hidden_layers: {count}; mend it, or {DOWNLOAD_AGAIN}")
+    names = whole.get("architectures")
+    if isinstance(names, list) and names and str(names[0]).endswith(NO_DECODERS):
+        raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
 
 
 def before_head(model: PreTrainedModel) -> nn.Module | None:
@@ -302,11 +313,23 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **settings)
-    except (ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except IMPOSSIBLE_SETTINGS as error:
         raise UserError(
-            f"{config.model_type}: transformers cannot build it as a causal language model: {reason}; install what is "
-            "missing, or give another model"
+            f"{config.model_type}: cannot be built as config.json says ({error!r}); {DOWNLOAD_AGAIN}"
+        ) from error
+    except RuntimeError as error:
+        if "negative dimension" not in str(error):
+            raise
+        raise UserError(
+            f"{config.model_type}: config.json gives a negative size ({error}); {DOWNLOAD_AGAIN}"
+        ) from error
+    except (ValueError, ImportError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(f"{config.model_type}: {NOT_CAUSAL}") from error
+        remedy = "install what is missing, or give" if isinstance(error, ImportError) else "give"
+        raise UserError(
+            f"{config.model_type}: transformers cannot build it as a causal language model: {_first_line(error)}; "
+            f"{remedy} another model"
         ) from error
 
 
