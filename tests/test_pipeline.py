@@ -385,3 +385,23 @@ def test_the_batch_of_all_ranks_is_compared_before_the_launch(make_run: Any) -> 
     with pytest.raises(UserError, match=r"distill.batch_size is 12 in this recipe but 8 there"):
         distilling.refuse_other_checkpoints(make_run(distill={"num_ranks": 3}))
     distilling.refuse_other_checkpoints(make_run(distill={"num_ranks": 3, "batch_size": 8}))
+
+
+def test_a_student_that_was_deleted_after_training_keeps_nobody_from_its_results(make_run: Any) -> None:
+    run = make_run()
+    pruning.prune(run)
+    inputs = distilling.training_inputs(run, pruning.read_plan(run))
+    Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).write(run.dir / Training.FILE)
+    (run.dir / "student").rename(run.dir / "distilled")
+    pipeline._require_models_of_this_run(run, pipeline.roles(run))
+    assert distilling.distill_is_done(run)
+    other = make_run(distill={"num_tokens": 7})
+    with pytest.raises(UserError, match=r"belongs to another run: distill.num_tokens is 7 in this recipe"):
+        pipeline._require_models_of_this_run(other, pipeline.roles(other))
+
+
+def test_a_limit_of_a_task_that_is_not_asked_is_refused_before_anything_is_measured(make_run: Any) -> None:
+    """A group's tasks are known to lm-eval's index alone, so that the recipe does not tell."""
+    run = make_run(eval={"tasks": ["shoal_retrieval"], "limits": {"knowledge_continuation": 3}})
+    with pytest.raises(UserError, match=r"eval.limits: 'knowledge_continuation' is not among .*eval.limits=\{\}"):
+        pipeline.preflight(run)
