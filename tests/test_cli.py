@@ -170,30 +170,21 @@ def test_run_inside_a_launcher_is_refused(
     assert "`shoal run` starts its own launcher" in refusal(capsys, "run", recipe)
 
 
-def test_interrupt_ends_quietly(
-    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_said_in_one_line(
+    capfd: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def interrupt(_: Run) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pruning, "prune", interrupt)
-    assert run_verb("prune", recipe, []) == 130
-    assert "shoal: interrupted; the same command goes on" in capsys.readouterr().err
-
-
-def test_termination_says_that_the_same_command_goes_on(
-    capfd: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(pruning, "prune", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(number)
+    monkeypatch.setattr(pruning, "prune", lambda _: os.kill(os.getpid(), number))
     child = multiprocessing.get_context("fork").Process(target=run_verb, args=("prune", recipe, []))
     child.start()
     child.join(60)
-    assert child.exitcode == -signal.SIGTERM
-    assert "shoal: stopped; what is answered or finished is kept, and the same command" in capfd.readouterr().err
+    assert child.exitcode == 128 + number
+    said = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert said == ["shoal: stopped; what is answered or finished is kept, and the same command goes on from there"]
     monkeypatch.setattr(pruning, "prune", lambda _: None)
     assert run_verb("prune", recipe, []) == 0
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_defect_of_ours_keeps_its_traceback(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,27 +197,22 @@ def test_defect_of_ours_keeps_its_traceback(recipe: str, monkeypatch: pytest.Mon
 
 
 class Launcher:
-    """Stands in for the DeepSpeed launcher: remembers its command and ends with a code."""
+    """Stands in for the DeepSpeed launcher: remembers its command and ends with a code, and whether it was stopped."""
 
-    pid = 0
-
-    def __init__(self, code: int) -> None:
-        self.code = code
+    def __init__(self, code: int, asked: int | None = None) -> None:
+        self.end = code, asked
         self.commands: list[list[str]] = []
 
-    def __call__(self, command: list[str], **_: object) -> Launcher:
+    def __call__(self, command: list[str], *_: object, **__: object) -> tuple[int, int | None]:
         self.commands.append(command)
-        return self
-
-    def wait(self) -> int:
-        return self.code
+        return self.end
 
 
 def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said(
     capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher = Launcher(2)
-    monkeypatch.setattr(cli.subprocess, "Popen", launcher)
+    monkeypatch.setattr(cli, "run_launcher", launcher)
     assert run_verb("distill", recipe, ["distill.num_ranks=2"]) == 2
     assert "error" not in capsys.readouterr().err
     (command,) = launcher.commands
@@ -234,12 +220,34 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
     assert command[-4:] == ["distill", "--config", recipe, "distill.num_ranks=2"]
 
 
-@pytest.mark.parametrize(("code", "exit_code"), [(1, 1), (143, 143), (-9, 137)])
-def test_failed_distill_passes_its_exit_code_on(
-    recipe: str, monkeypatch: pytest.MonkeyPatch, code: int, exit_code: int
+BEGINS = "there is no checkpoint yet, so the same command begins this training again"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "exit_code", "said"),
+    [
+        (Launcher(1), 1, f"distill ended with exit code 1; its message is above, and {BEGINS}"),
+        (Launcher(-9), 137, "a rank was ended by signal 9, Killed, most often because memory ran out; " + BEGINS),
+        (Launcher(247), 137, "a rank was ended by signal 9, Killed, most often because memory ran out; " + BEGINS),
+        (Launcher(245), 139, "a rank was ended by signal 11, Segmentation fault; " + BEGINS),
+        (Launcher(143), 143, ""),
+        (Launcher(130, signal.SIGINT), 130, ""),
+        (Launcher(254, signal.SIGINT), 130, f"shoal: stopped; {BEGINS}"),
+        (Launcher(0, signal.SIGTERM), 143, "shoal: stopped; the training had just ended, and the same command goes on"),
+    ],
+)
+def test_failed_distill_says_how_and_passes_its_exit_code_on(
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: Launcher,
+    exit_code: int,
+    said: str,
 ) -> None:
-    monkeypatch.setattr(cli.subprocess, "Popen", Launcher(code))
+    monkeypatch.setattr(cli, "run_launcher", launcher)
     assert run_verb("distill", recipe, []) == exit_code
+    last = [line for line in capsys.readouterr().err.splitlines() if "starting 1 rank" not in line and line]
+    assert said in last[-1] if said else not last
 
 
 @pytest.mark.slow

@@ -64,7 +64,11 @@ NOT_IDENTITY = {
 
 
 class Stopped(Exception):
-    """Training was asked to stop and has saved; the same command goes on."""
+    """Training was asked to stop by the signal ``number`` and has saved; the same command goes on."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+        self.number = number
 
 
 def distill_inputs(
@@ -173,7 +177,7 @@ def distill(
     gives what distill.json says of them.
 
     Raises:
-        Stopped: on SIGTERM or when the launcher is gone, after saving.
+        Stopped: on Ctrl-C, on SIGTERM or when the launcher is gone, after saving.
         UserError: input that cannot work.
     """
     check_names(settings)
@@ -261,15 +265,15 @@ def distill(
     )
     trainer, objective = made.trainer, made.objective
     objective.install()
-    stop.listen()
     _announce(made.student, rows, trainer, settings, resume)
-    with progress:
+    with progress, stop.listening():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if trainer.state.global_step < trainer.state.max_steps:
         heartbeat.stop()
         tracking.finish(run_dir)
         raise Stopped(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved"
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
+            stop.number,
         )
     objective.uninstall()
     write_results(

@@ -61,6 +61,7 @@ This process and its machine
     errors              what a user can fix, and how it is said
     progress            what takes long says so: bars, lines, time left
     runtime             ranks, logging, seeding, environment stamp
+    stopping            Ctrl-C, SIGTERM, and the end of all that was started
     machine             memory, disk, speed
     plain_text          numbers and tables for a terminal
     task_words          words instead of task identifiers

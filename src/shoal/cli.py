@@ -8,16 +8,16 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal import __version__, runtime
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.redaction import redacted, redacted_arguments
+from shoal.stopping import STOPS, on_stop, run_launcher, stop_at_once, watch_launcher
 
 if TYPE_CHECKING:
     from shoal.recipe import Recipe
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shoal")
 
-EXIT_STOPPED = 128 + signal.SIGTERM
-STOPPED = b"\nshoal: stopped; what is answered or finished is kept, and the same command goes on from there\n"
+STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
 VERBS = {
     "measure": "measure what every layer is worth: importance.json",
     "prune": "choose layers and cut them out: plan.json, student/",
@@ -54,16 +53,23 @@ class LaunchEnded(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `shoal` and of the scripts under launch/. Exits with 2 on wrong input, 143 on a clean stop."""
+    """Entry point of `shoal` and of the scripts under launch/. Exits with 2 on wrong input, 130 on Ctrl-C, 143 on
+    SIGTERM."""
+    watch_launcher()
+    with on_stop(lambda number: stop_at_once(number, "shoal: stopped")):
+        sys.exit(_main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _main(argv: list[str]) -> int:
     # idle OpenMP threads that spin make every other process on the machine several times slower; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    arguments = _parse(argv)
     if arguments.verb == "delta":
-        sys.exit(_without_recipe(lambda: _delta(arguments.base, arguments.donor, arguments.json)))
+        return _without_recipe(lambda: _delta(arguments.base, arguments.donor, arguments.json))
     if arguments.verb == "compare":
-        sys.exit(_without_recipe(lambda: _compare(arguments)))
+        return _without_recipe(lambda: _compare(arguments))
     dry = getattr(arguments, "dry_run", False)
-    sys.exit(run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry))
+    return run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry)
 
 
 def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
@@ -77,7 +83,8 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
             if dry_run:
                 _dry_run(verb, recipe)
             else:
-                with _said_when_stopped():
+                # training and its launcher listen themselves
+                with on_stop(lambda number: stop_at_once(number, STOPPED)):
                     _dispatch(verb, recipe, config, overrides)
     except UserError as error:
         if not runtime.is_main():
@@ -86,31 +93,7 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
         return EXIT_USER_ERROR
     except LaunchEnded as ended:
         return ended.code
-    except KeyboardInterrupt:
-        print("shoal: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 128 + signal.SIGINT
     return 0
-
-
-@contextlib.contextmanager
-def _said_when_stopped() -> Iterator[None]:
-    """On SIGTERM, say that nothing is lost, then die of it as ever; training and its launcher listen themselves.
-
-    Several ranks say nothing: their launcher ends all of them where one has failed and has said why.
-    """
-    process = os.getpid()
-
-    def stop(*_: object) -> None:
-        if runtime.world_size() == 1 and os.getpid() == process:  # a forked worker is ended in silence
-            os.write(2, STOPPED)  # print() may be what was interrupted
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _without_recipe(work: Callable[[], None]) -> int:
@@ -241,7 +224,7 @@ def _distill(run: Run) -> None:
         distilling.distill(run)
     except Stopped as stopped:
         log.warning("%s; the same command goes on from there", stopped)
-        sys.exit(EXIT_STOPPED)
+        sys.exit(128 + stopped.number)
 
 
 def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
@@ -252,7 +235,7 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
 
     on_gpu = torch.accelerator.is_available()
     ranks = ranks_to_start(recipe.distill.num_ranks)
-    environment = dict(os.environ)
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules come from no current folder
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -264,35 +247,36 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
         str(runtime.free_port()),
         "--no_local_rank",
         "--log_level",
-        "error",
+        "critical",
         "--module",
         "shoal.cli",
     ]
     command += ["distill", "--config", config, *overrides]
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
-    process = subprocess.Popen(command, env=environment)
-    before = signal.signal(signal.SIGTERM, lambda *_: _ask_ranks_to_stop(process.pid))
-    code = process.wait()
-    signal.signal(signal.SIGTERM, before)
-    if code == EXIT_USER_ERROR:
-        raise LaunchEnded(code)  # the rank has said why
-    if code != 0:
-        log.error(
-            "distill ended with exit code %d; its message is above, "
-            "and the same command goes on from the last checkpoint",
-            code,
-        )
-        raise LaunchEnded(code if code > 0 else 128 - code)
+    code, asked = run_launcher(command, environment, ranks="shoal.cli")
+    if code == 0 and asked is None:
+        return
+    number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
+    goes_on = _where_distill_goes_on(Path(recipe.run_dir).expanduser())
+    if code in (EXIT_USER_ERROR, *(128 + one for one in STOPS)):
+        pass  # the rank has said why, or that it has saved
+    elif asked is not None:
+        done = "the training had just ended, and the same command goes on from there"
+        print(f"\nshoal: stopped; {done if code == 0 else goes_on}", file=sys.stderr, flush=True)
+    elif number:
+        reason = ", most often because memory ran out" if number == signal.SIGKILL else ""
+        log.error("distill: a rank was ended by signal %d, %s%s; %s", number, signal.strsignal(number), reason, goes_on)
+    else:
+        log.error("distill ended with exit code %d; its message is above, and %s", code, goes_on)
+    raise LaunchEnded(128 + (asked or number) if asked or number else code)
 
 
-def _ask_ranks_to_stop(launcher: int) -> None:
-    """Pass SIGTERM on to the ranks, which save and stop; the launchers in between would kill them at once."""
-    import psutil
-
-    for child in psutil.Process(launcher).children(recursive=True):
-        words = child.cmdline()[:5]
-        if "shoal.cli" in words and not any("deepspeed" in word for word in words):
-            child.terminate()
+def _where_distill_goes_on(run_dir: Path) -> str:
+    """What the same command does after training was ended before its end."""
+    steps = [int(file.parent.name.split("-")[1]) for file in run_dir.glob("checkpoints/checkpoint-*/manifest.json")]
+    if steps:
+        return f"the same command goes on from checkpoint-{max(steps)}"
+    return "there is no checkpoint yet, so the same command begins this training again"
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

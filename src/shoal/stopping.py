@@ -1,0 +1,174 @@
+"""Ctrl-C and SIGTERM in every stage, and the end of all processes that were started.
+
+Python's own KeyboardInterrupt is not used: it is lost where it arrives in a destructor, and prints the tracebacks of
+whatever it interrupts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from shoal import runtime
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+LAUNCHED_BY = "SHOAL_LAUNCHED_BY"
+"""Variable of a launched process: the process number of the `shoal` that started the launcher."""
+ORPHAN_S = 8
+"""How long a rank without its launcher may take to finish its step and save."""
+SAVE_S = 120
+"""How long ranks may take for that when they are asked to stop."""
+QUIET_S = 5
+"""After how long it is said that they are waited for."""
+
+
+@contextmanager
+def on_stop(act: Callable[[int], None]) -> Iterator[None]:
+    """Call ``act`` with the number of every SIGINT and SIGTERM while the block runs.
+
+    A forked worker dies of them in silence. One that was ignored when the process began (a shell's background job)
+    stays so.
+    """
+    process = os.getpid()
+
+    def handle(number: int, _frame: object) -> None:
+        if os.getpid() == process:
+            act(number)
+        else:
+            die_of(number)
+
+    heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def die_of(number: int) -> None:
+    """End this process by the signal itself."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def stop_at_once(number: int, text: str) -> None:
+    """Say ``text`` and end this process and those it started, with the exit code that a shell gives for the signal.
+
+    Of several ranks the first speaks, and only of Ctrl-C: their launcher sends SIGTERM to all of them where one has
+    failed, which has then said why. What `shoal` has launched leaves the word to it.
+    """
+    if LAUNCHED_BY in os.environ:
+        die_of(number)
+    if runtime.world_size() == 1 or (number == signal.SIGINT and runtime.is_main()):
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"\n{text}\n".encode())  # print() may be what was interrupted
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    os._exit(128 + number)
+
+
+def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, ranks: str) -> tuple[int, int | None]:
+    """The exit code of a launcher of ranks, and the signal that this process was sent meanwhile, if any.
+
+    The launcher has a session of its own, so that a terminal's Ctrl-C reaches this process alone. It is passed on to
+    the ranks, whose command line holds the word ``ranks``; when they have saved, or at a second one, all that is left
+    ends.
+    """
+    environment = {**environment, LAUNCHED_BY: str(os.getpid())}
+    asked: list[int] = []
+    with on_stop(asked.append):
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        while (code := process.poll()) is None and not asked:
+            time.sleep(0.1)
+        patience_s = SAVE_S if code is None and _ask_to_stop(process.pid, ranks) else 0
+        begun, said = time.monotonic(), False
+        while process.poll() is None and len(asked) < 2 and (waited := time.monotonic() - begun) < patience_s:
+            if waited > QUIET_S and not said:
+                said = True
+                with contextlib.suppress(OSError):
+                    os.write(2, b"shoal: stopping: the ranks finish their step and save; Ctrl-C again ends them now\n")
+            time.sleep(0.1)
+        if asked:
+            _kill_group(process.pid)
+        return process.wait(), asked[0] if asked else None
+
+
+def _ask_to_stop(launcher: int, ranks: str) -> bool:
+    """Send SIGTERM to the ranks; whether there are any. The launchers in between would kill them at once, and a rank
+    whose interpreter is only just starting would print a traceback at SIGINT."""
+    found = False
+    for child in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            words = child.cmdline()[:5]
+            if ranks in words and not any("deepspeed" in word for word in words):
+                child.terminate()
+                found = True
+    return found
+
+
+def _kill_group(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def watch_launcher() -> None:
+    """From now on, end this process when the launcher that started it as a rank is gone, as SIGTERM would.
+
+    A killed launcher leaves its ranks as orphans that hold the run directory and the devices. A rank that is stuck in a
+    collective, whose other side is gone, is ended after ORPHAN_S.
+    """
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_watch, daemon=True).start()
+
+
+def _watch() -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = _launcher_processes()
+        if not launcher:
+            return
+        while all(_alive(process) for process in launcher):
+            time.sleep(0.2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_S)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _launcher_processes() -> list[psutil.Process]:
+    """The chain of launcher processes above this one: `shoal run` starts `deepspeed`, which starts a second launcher,
+    which starts the ranks.
+
+    Raises:
+        psutil.NoSuchProcess: `shoal` is gone already.
+    """
+    chain = [psutil.Process(int(os.environ[LAUNCHED_BY]))] if LAUNCHED_BY in os.environ else []
+    for process in psutil.Process().parents():
+        if not _is_launcher(process.cmdline()):
+            break
+        chain.append(process)
+    return chain
+
+
+def _is_launcher(command: list[str]) -> bool:
+    words = command[:5]
+    if any(Path(word).name == "shoal" or word == "shoal.cli" for word in words):
+        return True
+    names = ("deepspeed", "torchrun", "torch.distributed", "accelerate")
+    return any(name in word for word in words for name in names)
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
