@@ -174,8 +174,12 @@ def test_run_inside_a_launcher_is_refused(
 def test_a_stop_is_said_in_one_line(
     capfd: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    class Destructor:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)  # an exception that is raised in here is lost
+
     before = signal.getsignal(number)
-    monkeypatch.setattr(pruning, "prune", lambda _: os.kill(os.getpid(), number))
+    monkeypatch.setattr(pruning, "prune", lambda _: Destructor() and None)
     child = multiprocessing.get_context("fork").Process(target=run_verb, args=("prune", recipe, []))
     child.start()
     child.join(60)

@@ -251,20 +251,6 @@ def test_what_an_edit_zeroed_stays_zero_over_ranks_and_shards(teacher, tmp_path,
     )
 
 
-def test_sigterm_to_shoal_itself_reaches_the_ranks(teacher, tmp_path):
-    path = recipe(tmp_path, teacher, **MANY)
-    program = str(Path(sys.executable).with_name("shoal"))
-    process = subprocess.Popen(
-        [program, "distill", "--config", str(path)], env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    checkpoints = path.parent / "run" / "checkpoints"
-    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=120)
-    assert process.returncode == 143, log[-2000:]
-    assert "(SIGTERM), saved; the same command goes on" in log
-
-
 def start(path: Path, *overrides: str, ranks: int) -> subprocess.Popen[str]:
     deepspeed = str(Path(sys.executable).with_name("deepspeed"))
     script = [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]

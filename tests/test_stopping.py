@@ -1,0 +1,137 @@
+"""Ctrl-C and SIGTERM as a terminal and a scheduler send them: one line, an exit code, and nothing left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from ranks import environment
+from test_launch import MANY, recipe, wait_for
+from tiny import tiny_checkpoint
+
+from shoal.stopping import run_launcher
+
+pytestmark = pytest.mark.slow
+GONE_S = 10
+MEASURE = ("measure", "measure.num_tokens=3_000_000", "measure.sequence_length=64")
+EVAL = ("eval", "eval.tasks=[retrieval_generation]", "eval.limit=null", "eval.perplexity_tokens=3_000_000")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama_tied")
+
+
+class Shoal:
+    """`shoal ARGUMENTS` in a session of its own, as a terminal starts it, in ``folder``."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._file = folder / "stderr.txt"
+        with self._file.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("shoal")), *arguments],
+                env=environment(PYTHONPATH=os.environ.get("PYTHONPATH", "")),
+                stderr=stderr,
+                cwd=folder,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+
+    @property
+    def said(self) -> str:
+        return self._file.read_text()
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        return [c for c in self.children() if "shoal.cli" in (w := c.cmdline()[:5]) and "deepspeed" not in str(w)]
+
+    def stop(self, number: int) -> list[str]:
+        """Send a signal as a terminal does, to the whole process group; what is said from then on."""
+        before, started = len(self.said), self.children()
+        os.killpg(self.process.pid, number)
+        self.process.wait(timeout=60)
+        all_gone(started)
+        return [line for line in self.said[before:].splitlines() if line]
+
+
+def all_gone(started: list[psutil.Process]) -> None:
+    def gone() -> bool:
+        return not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in started)
+
+    wait_for(gone, "the processes that were started to end", GONE_S)
+
+
+@pytest.mark.parametrize(("arguments", "sign"), [(MEASURE, "measure: "), (EVAL, "eval: teacher (")])
+def test_ctrl_c_ends_a_stage_at_once(teacher: Path, tmp_path: Path, arguments: tuple[str, ...], sign: str) -> None:
+    path = recipe(tmp_path, teacher)
+    verb, *overrides = arguments
+    shoal = Shoal(tmp_path, verb, "--config", str(path), *overrides)
+    wait_for(lambda: sign in shoal.said, sign)
+    said = shoal.stop(signal.SIGINT)
+    assert shoal.process.returncode == 130, shoal.said
+    assert said[-1] == ("shoal: stopped; what is answered or finished is kept, and the same command goes on from there")
+    assert "Traceback" not in shoal.said
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
+def test_a_stop_of_shoal_saves_on_its_ranks(teacher: Path, tmp_path: Path, number: int, ranks: int) -> None:
+    """Also: what lies in the current folder is not taken for a module of the ranks."""
+    path = recipe(tmp_path, teacher, **MANY)
+    (tmp_path / "shoal").mkdir()
+    (tmp_path / "psutil.py").write_text("open('imported', 'w')")
+    shoal = Shoal(tmp_path, "distill", "--config", str(path), f"distill.num_ranks={ranks}")
+    checkpoints = tmp_path / "run/checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+    said = [line for line in shoal.stop(number) if "step " not in line or "stopped" in line]
+    assert shoal.process.returncode == 128 + number, shoal.said
+    (line,) = said
+    assert "(SIGTERM), saved; the same command goes on from there" in line
+    assert not (tmp_path / "imported").exists()
+
+
+def test_ctrl_c_before_the_ranks_train_says_that_there_is_no_checkpoint(teacher: Path, tmp_path: Path) -> None:
+    shoal = Shoal(tmp_path, "distill", "--config", str(recipe(tmp_path, teacher, **MANY)))
+    wait_for(shoal.ranks, "a rank")
+    said = shoal.stop(signal.SIGINT)
+    assert shoal.process.returncode == 130, shoal.said
+    assert said == ["shoal: stopped; there is no checkpoint yet, so the same command begins this training again"]
+
+
+def test_ranks_do_not_outlive_a_killed_shoal(teacher: Path, tmp_path: Path) -> None:
+    shoal = Shoal(tmp_path, "distill", "--config", str(recipe(tmp_path, teacher, **MANY)))
+    wait_for(shoal.ranks, "a rank")
+    started = shoal.children()
+    shoal.process.kill()
+    shoal.process.wait()
+    all_gone(started)
+
+
+def later(delay_s: float, act: Callable[[], None]) -> None:
+    threading.Timer(delay_s, act).start()
+
+
+def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -> None:
+    deaf = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[2], 'w'); time.sleep(60)"
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+    ready = tmp_path / "ready"
+    command = [sys.executable, "-c", launcher, deaf, "a.rank", str(ready)]
+    begun = time.monotonic()
+
+    def twice() -> None:
+        wait_for(ready.exists, "the rank")
+        os.kill(os.getpid(), signal.SIGINT)
+        later(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    later(0, twice)
+    assert run_launcher(command, os.environ, ranks="a.rank") == (-signal.SIGKILL, signal.SIGINT)
+    assert 1 < time.monotonic() - begun < 30
