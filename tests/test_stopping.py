@@ -121,7 +121,7 @@ def later(delay_s: float, act: Callable[[], None]) -> None:
 
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not_come_to_an_end(tmp_path: Path) -> None:
-    deaf = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open(sys.argv[2], 'w'); time.sleep(60)"
+    deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); open(sys.argv[2], 'w'); time.sleep(60)"
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
     ready = tmp_path / "ready"
     command = [sys.executable, "-c", launcher, deaf, "a.rank", str(ready)]

@@ -81,9 +81,9 @@ def stop_at_once(number: int, text: str) -> None:
 def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, ranks: str) -> tuple[int, int | None]:
     """The exit code of a launcher of ranks, and the signal that this process was sent meanwhile, if any.
 
-    The launcher has a session of its own, so that a terminal's Ctrl-C reaches this process alone. Its wish is passed on to
-    the ranks, whose command line holds the word ``ranks``; when they have saved, or at a second one, all that is left
-    ends.
+    The launcher has a session of its own, so that a terminal's Ctrl-C reaches this process alone. The
+    ranks, whose command line holds the word ``ranks``, are then asked to stop; when they have saved, or at a second
+    Ctrl-C, all that is left ends.
     """
     environment = {**environment, LAUNCHED_BY: str(os.getpid())}
     asked: list[int] = []
