@@ -52,7 +52,7 @@ def dry_run(
     donors: Mapping[int, Path] | None = None,
     proof: str = "auto",
     targets: Sequence[Target] = (),
-    dtype: str = "auto",
+    dtype: str = "stored",
     trust_remote_code: bool = False,
 ) -> str:
     """A report of what apply_plan would write to ``out``: lines of text. Nothing is written and no weight is read.

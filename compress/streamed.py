@@ -57,7 +57,7 @@ class Streaming:
     memory_bytes: int | None = None
     """What weights, hidden states and their numbers may take together, besides what Python and its libraries take; None
     = no limit. What of the states does not fit goes to a file."""
-    dtype: str = "auto"
+    dtype: str = "stored"
     device: torch.device | str = "cpu"
     attention: str | None = "sdpa"
     trust_remote_code: bool = False

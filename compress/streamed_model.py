@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from shoal.anatomy import anatomy, decoder_layers, given_state
 from shoal.checkpoint import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
 from shoal.errors import UserError
-from shoal.models import load_config, refuse_incomplete
+from shoal.models import load_config, named_dtype, refuse_incomplete
 
 from .layerwise import Call, Layerwise
 from .quantised import without_quantization
@@ -90,7 +90,7 @@ class StreamedModel:
         self,
         folder: Path,
         *,
-        dtype: str = "auto",
+        dtype: str = "stored",
         device: torch.device | str = "cpu",
         attention: str | None = "sdpa",
         trust_remote_code: bool = False,
@@ -327,8 +327,8 @@ def _refuse_what_is_not_plain(folder: Path, config: Any, shards: Sequence[Shard]
 
 def _dtype(asked: str, config: Any, shards: Sequence[Shard]) -> torch.dtype:
     """As transformers chooses: the configuration's, else that of the first floating-point tensor."""
-    if asked != "auto":
-        return getattr(torch, asked)
+    if named := named_dtype(asked):
+        return named
     if (said := getattr(config, "dtype", None)) is not None:
         return getattr(torch, said) if isinstance(said, str) else said
     stored = (DTYPES[tensor.dtype] for shard in shards for tensor in shard.tensors.values())

@@ -61,7 +61,7 @@ def measure_speed(
     prompt_tokens: int = 256,
     new_tokens: int = 32,
     repeats: int = 5,
-    dtype: str = "auto",
+    dtype: str = "stored",
     attention: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> Speed:

@@ -148,7 +148,7 @@ def test_checkpoints_know_the_real_batch_and_not_how_it_is_shared(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         chosen = Distill(**settings)
         own = distill_inputs(
-            chosen, Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="auto", attention="sdpa"
+            chosen, Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="stored", attention="sdpa"
         )
         return checkpoint_inputs(chosen, own)
 
@@ -163,11 +163,20 @@ def test_the_shipped_deepspeed_files_are_found_by_every_spelling():
         assert deepspeed_config(Distill(deepspeed=spelling))["zero_optimization"]["stage"] == 3
 
 
-def test_precision_defaults_to_autocast_over_fp32_weights():
+def test_half_precision_is_autocast_over_fp32_weights_where_the_device_is_fast_in_it(monkeypatch):
+    assert "torch_autocast" not in deepspeed_config(Distill()), "the tests' device is not"
+    rates = {"float32": 1e11, "bfloat16": 4e11, "float16": 1e11}
+    monkeypatch.setattr("shoal.numerics.product_rates", lambda device: rates)
     assert deepspeed_config(Distill())["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert "torch_autocast" not in deepspeed_config(Distill(precision="float32"))
     own = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
     assert "torch_autocast" not in deepspeed_config(Distill(deepspeed=own))
+
+
+def test_float16_is_autocast_with_loss_scaling_where_there_is_an_accelerator(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    config = deepspeed_config(Distill(precision="float16"))
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "float16"}  # DeepSpeed scales losses for this dtype
 
 
 def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
@@ -191,7 +200,8 @@ def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
         ),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "leave `scheduler` out; set lr_scheduler_type"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16 with ZeRO stage 0 starts Adam one step late"),
-        ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16 does not train on a CPU"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "deepspeed: fp16 does not train on a CPU"),
+        ({"precision": "float16"}, r"distill\.precision: fp16 does not train on a CPU; use distill\.precision: auto"),
         (
             {"deepspeed": {"bf16": {"enabled": True}}, "precision": "float32"},
             "float32 contradicts `bf16` in the DeepSpeed configuration",
@@ -213,7 +223,7 @@ def test_a_broken_deepspeed_file_is_named(tmp_path):
 def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
     def inputs(**settings):
         return distill_inputs(
-            Distill(**settings), Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="auto", attention="sdpa"
+            Distill(**settings), Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="stored", attention="sdpa"
         )
 
     assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})

@@ -78,7 +78,7 @@ def test_checkpoint_is_loaded_in_eval_mode_as_it_was_saved(tmp_path: Path, kind:
     assert len(decoder_layers(model)) == NUM_LAYERS
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+@pytest.mark.parametrize(("dtype", "expected"), [("stored", torch.bfloat16), ("float32", torch.float32)])
 def test_precision_is_as_stored_or_as_asked(tmp_path: Path, dtype: str, expected: torch.dtype) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
     assert load_model(folder, dtype=dtype).dtype == expected

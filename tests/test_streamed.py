@@ -43,7 +43,7 @@ def saved(folder: Path, kind: str, *, shards: bool = False, **overrides: Any) ->
     return folder / kind
 
 
-def whole(folder: Path, *, dtype: str = "auto") -> PreTrainedModel:
+def whole(folder: Path, *, dtype: str = "stored") -> PreTrainedModel:
     model = load_model(folder, dtype=dtype)
     align_weights(model)
     return model

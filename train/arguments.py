@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -15,9 +14,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 from transformers import TrainingArguments
 
+from shoal.deepspeed_file import precisions_named, read_deepspeed
 from shoal.errors import UserError
-from shoal.recipe import CONFIGS_DIR, Distill
-from shoal.runtime import world_size
+from shoal.numerics import fast_dtype
+from shoal.recipe import Distill
+from shoal.runtime import device, world_size
 
 log = logging.getLogger(__name__)
 
@@ -192,34 +193,47 @@ def autocast_dtype(settings: Distill) -> torch.dtype | None:
     return getattr(torch, str(wanted["dtype"]).removeprefix("torch.")) if wanted.get("enabled") else None
 
 
+def product_dtype(settings: Distill) -> torch.dtype:
+    """What most products of a training step are computed in: autocast's, else that of the weights."""
+    config = deepspeed_config(settings)
+    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    weights = next((dtype for key, dtype in halves.items() if config.get(key, {}).get("enabled")), torch.float32)
+    return autocast_dtype(settings) or weights
+
+
 def deepspeed_config(settings: Distill) -> dict[str, Any]:
     """The DeepSpeed configuration with what the recipe decides filled in.
 
     Raises:
         UserError: a file that is missing or no JSON, or settings that shoal knows to be wrong.
     """
-    config = _read(settings.deepspeed)
+    config = read_deepspeed(settings.deepspeed)
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {stage!r})")
     if "scheduler" in config:
         raise UserError("distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer")
-    named = [key for key in ("bf16", "fp16", "torch_autocast") if config.get(key, {}).get("enabled")]
-    if settings.precision is not None and named:
+    named = precisions_named(config)
+    if settings.precision != "auto" and named:
         raise UserError(
             f"distill.precision: {settings.precision} contradicts `{named[0]}` in the DeepSpeed configuration; "
             "leave one of them out"
         )
-    if settings.precision != "float32" and not named:
+    # a stage knows what `auto` is in its run directory and has put it in; settings on their own ask the device
+    precision = fast_dtype(device()).dtype if settings.precision == "auto" and not named else settings.precision
+    if precision in ("bfloat16", "float16"):
         # fp32 weights: a plain bf16 weight does not move at usual learning rates, its rounding is coarser than a step
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        config["torch_autocast"] = {"enabled": True, "dtype": precision}
     if "bf16" in named and stage == 0:
         raise UserError(
             "distill.deepspeed: bf16 with ZeRO stage 0 starts Adam one step late; use stage 1 to 3, or "
             "distill.precision: bfloat16 (autocast), which is exact at every stage"
         )
-    if "fp16" in named and not torch.accelerator.is_available():
-        raise UserError("distill.deepspeed: fp16 does not train on a CPU; use distill.precision: bfloat16")
+    if ("fp16" in named or precision == "float16") and not torch.accelerator.is_available():
+        key = "precision" if precision == "float16" else "deepspeed"
+        raise UserError(
+            f"distill.{key}: fp16 does not train on a CPU; use distill.precision: auto, and no fp16 section"
+        )
     for part in ("offload_optimizer", "offload_param"):
         place = config["zero_optimization"].get(part) or {}
         folder = place.get("nvme_path")
@@ -248,21 +262,3 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     ):
         config.setdefault(key, "auto")
     return config
-
-
-def _read(source: str | dict[str, Any] | None) -> dict[str, Any]:
-    if source is None:
-        return {}
-    if isinstance(source, dict):
-        return json.loads(json.dumps(source))
-    candidates = [Path(source), CONFIGS_DIR / source, CONFIGS_DIR.parent / source]
-    if source.startswith("configs/"):
-        candidates.append(CONFIGS_DIR / source.removeprefix("configs/"))
-    for file in candidates:
-        if file.is_file():
-            try:
-                return json.loads(file.read_text())
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}: is not valid JSON ({error}); mend it, or name a shipped one") from error
-    shipped = ", ".join(sorted(f"deepspeed/{file.name}" for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
-    raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")

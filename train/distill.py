@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import tracking
@@ -20,7 +19,7 @@ from shoal.packing import PackedRows
 from shoal.progress import doing
 from shoal.recipe import Distill, Track, as_dict
 from shoal.recording import Record
-from shoal.runtime import device, is_main, world_size
+from shoal.runtime import agreed, device, world_size
 
 from .arguments import (
     BATCH_SPLIT,
@@ -52,8 +51,6 @@ from .watch import Scorer
 from .writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 NOT_IDENTITY = {
     *("distill.num_ranks", "distill.timeout_s", "distill.stop_on_spike", "distill.check_memory", "distill.overlap"),
@@ -189,10 +186,10 @@ def distill(
     heartbeat = Heartbeat(run_dir, timeout_s=settings.timeout_s)
     heartbeat.start()
     identity = checkpoint_inputs(settings, inputs)
-    resume = _agreed(lambda: last_complete(checkpoints, identity))
-    universal = resume is not None and _agreed(lambda: needs_universal(resume, zero_stage=zero_stage(settings)))
+    resume = agreed(lambda: last_complete(checkpoints, identity))
+    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=zero_stage(settings)))
     with doing("working out what training takes"):
-        _agreed(
+        agreed(
             lambda: check_fit(
                 teacher_dir,
                 student_dir,
@@ -214,7 +211,7 @@ def distill(
     )
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
-        overlap = {} if search_rows is None else _agreed(lambda: search_rows(rows, tokenizer))
+        overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
     if settings.local is not None:
         student_dir = local_stage(
             teacher_dir,
@@ -292,20 +289,6 @@ def distill(
     )
     heartbeat.stop()
     tracking.finish(run_dir)
-
-
-def _agreed(decide: Callable[[], T]) -> T:
-    """What rank 0 decides, on every rank; its refusal is everyone's."""
-    answer: list[Any] = [None, None]
-    if is_main():
-        try:
-            answer[0] = decide()
-        except UserError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
 
 
 def rows_to_train_on(

@@ -117,7 +117,7 @@ def _about(job: Job) -> list[str]:
         "offloaded": f"live, its weights on the host, {setting.teacher_bytes} bytes each",
         "recorded": "recorded, not loaded",
     }
-    precision = "bf16 autocast" if setting.autocast else "no autocast"
+    precision = f"{str(job.product_dtype).removeprefix('torch.')} {'autocast' if setting.autocast else 'products'}"
     return [
         f"student: {len(student.layers)} layers, {_millions(student.parameters)}, {_millions(student.trained)} of them "
         f"trained; {setting.weight_bytes} bytes a weight, {precision}",
@@ -198,8 +198,7 @@ def _beside(job: Job) -> list[str]:
 
 def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
     setting = job.setting
-    dtype = torch.bfloat16 if setting.autocast or setting.weight_bytes == 2 else torch.float32
-    peak = matmul_flops_per_second(device, dtype)
+    peak = matmul_flops_per_second(device, job.product_dtype)
     flops = flops_per_token(job.student, job.teacher, setting, shared=job.shared_layers > 0)
     # ranks on one CPU share its cores, which a probe has had to itself
     machines = setting.ranks // setting.ranks_per_node if setting.device == "cpu" else setting.ranks

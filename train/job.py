@@ -16,7 +16,7 @@ from shoal.models import text_config
 from shoal.terms import STATE_TERMS, HiddenStates, needs_teacher
 from shoal.training import Distill
 
-from .arguments import DEFAULTS, autocast_dtype, batch_split, deepspeed_config
+from .arguments import DEFAULTS, autocast_dtype, batch_split, deepspeed_config, product_dtype
 from .local import gaps, recorded_layers, unhealed
 from .memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, Memory, Setting, Sharing, TeacherPlace, memory
 from .pace import make_trainable
@@ -46,6 +46,8 @@ class Job:
     """Frozen layers at the bottom that a live teacher runs for both, or that nobody runs: their state is recorded."""
     fixed_batch: bool
     """distill.batch_size: accumulation follows from it."""
+    product_dtype: torch.dtype = torch.float32
+    """What most matrix products are computed in."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -100,7 +102,7 @@ def job(
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         teacher_dtype=teacher_dtype(teacher_config, settings, dtype),
-        stored_bytes=loaded_dtype(student_config, "auto").itemsize,
+        stored_bytes=loaded_dtype(student_config, "stored").itemsize,
         device=device,
     )
     student = student_size(
@@ -123,6 +125,7 @@ def job(
         keeps_best=settings.watch is not None and settings.watch.best is not None,
         shared_layers=shared,
         fixed_batch=settings.batch_size is not None,
+        product_dtype=product_dtype(settings),
     )
 
 

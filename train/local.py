@@ -134,7 +134,8 @@ def local_stage(
     assert settings.local is not None
     healed, told = folder / "student", folder / "local.json"
     keys = ("model", "student", "prune.drop", "dtype", "attention", "distill.teacher")
-    autocast = autocast_dtype(settings) is not None
+    # no loss scaling here, without which float16 loses small gradients: what trains in it later heals in float32
+    autocast = autocast_dtype(settings) == torch.bfloat16
     identity = {key: inputs[key] for key in keys}
     identity |= {"rows": rows.fingerprint, "autocast": autocast, "distill.local": as_dict(settings.local)}
     if told.is_file() and not differences(identity, json.loads(told.read_text())["inputs"]):

@@ -18,6 +18,7 @@ from shoal.recording import Record
 from shoal.terms import STATE_TERMS, reads_distributions
 from shoal.training import Distill
 
+from .arguments import product_dtype
 from .capture import Captured
 from .local import recorded_layers, unhealed
 from .lora import add_adapters
@@ -179,11 +180,12 @@ def _step(
         teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
     head = None if live is None else to_logits(live)
     Objective(student, head, terms=settings.losses, chunk=settings.head_chunk, states=states).install()
+    product = product_dtype(settings)
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         signals = teacher.signals(batch)
         replaying = contextlib.nullcontext() if prefix is None else prefix.replaying(torch.float32)
-        with replaying, torch.autocast(student.device.type, torch.bfloat16, enabled=setting.autocast):
+        with replaying, torch.autocast(student.device.type, product, enabled=setting.autocast):
             return student(**batch, signals=signals)[0]
 
     return step

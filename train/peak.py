@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shoal.artifact import PruningPlan
 from shoal.machine import matmul_flops_per_second, ranks_on_this_node
 from shoal.models import load_config
@@ -54,8 +52,7 @@ def peak_rate(
         log.info("the share of the machine's peak is not told: %s", str(error).split("\n")[0])
         return None
     setting = found.setting
-    exact = torch.bfloat16 if setting.autocast or setting.weight_bytes == 2 else torch.float32
     flops = flops_per_token(found.student, found.teacher, setting, shared=found.shared_layers > 0)
     # ranks on one CPU share its cores
     machines = world_size() if device().type != "cpu" else max(1, world_size() // ranks)
-    return machines * matmul_flops_per_second(device(), exact) / flops
+    return machines * matmul_flops_per_second(device(), found.product_dtype) / flops

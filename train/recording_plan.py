@@ -104,7 +104,7 @@ def recording_layout(
     *,
     sequence_length: int,
     trust_remote_code: bool,
-    dtype: str = "auto",
+    dtype: str = "stored",
     prefix: int | None = None,
 ) -> Layout:
     """The planes that ``settings`` ask for of the teacher in this folder, told from its configuration. ``dtype`` is how

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from shoal.anatomy import anatomy
-from shoal.models import decoder_layers, num_parameters, text_config
+from shoal.models import decoder_layers, named_dtype, num_parameters, text_config
 
 from .lora import LINEAR
 from .student import final_hidden, output_head
@@ -96,10 +96,13 @@ def without_data() -> Iterator[None]:
 
 
 def loaded_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
-    """What a model that is loaded as ``dtype``, "auto" or a name of torch's, has as its precision."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None) or torch.float32
+    """What a model that is loaded as ``dtype``, a name of torch's or "stored", has as its precision."""
+    return (
+        named_dtype(dtype)
+        or getattr(config, "dtype", None)
+        or getattr(text_config(config), "dtype", None)
+        or torch.float32
+    )
 
 
 def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:

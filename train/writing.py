@@ -244,7 +244,7 @@ def vllm_writer(teacher: Path, tokenizer: Any, settings: Writing, *, seed: int, 
     check_backend(settings)
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
-    engine: Any = LLM(model=str(teacher), dtype=dtype, seed=seed)
+    engine: Any = LLM(model=str(teacher), dtype="auto" if dtype == "stored" else dtype, seed=seed)
     configured = (teacher / "generation_config.json").is_file()
     stops = end_tokens(GenerationConfig.from_pretrained(teacher) if configured else None, tokenizer.eos_token_id)
 

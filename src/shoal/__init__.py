@@ -8,6 +8,7 @@ What a run is told
     strict_yaml         YAML 1.2 scalars, no key twice
     edits               `prune.edits`: what is done to layers besides dropping them
     training            `distill`
+    deepspeed_file      `distill.deepspeed`
     terms               `distill.losses`
     lora                `distill.lora`
     on_policy           `distill.on_policy`
@@ -18,7 +19,7 @@ What a run is told
 
 Stages: the verbs of the command
     cli                 `shoal measure | prune | record | distill | eval | search | report | run | compare | delta`
-    run                 one recipe in its run directory: done, stale, locked
+    run                 one recipe in its run directory: precision, done, stale, locked
     measuring           measure
     pruning             prune
     distilling          record, distill
@@ -63,6 +64,7 @@ This process and its machine
     runtime             ranks, logging, seeding, environment stamp
     stopping            Ctrl-C, SIGTERM, and the end of all that was started
     machine             memory, disk, speed
+    numerics            the precision that a device multiplies fast in
     plain_text          numbers and tables for a terminal
     task_words          words instead of task identifiers
     schedule            the learning rate of loops of our own

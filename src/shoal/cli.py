@@ -141,10 +141,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _dry_run(verb: str, recipe: Recipe) -> None:
     runtime.turn_down_libraries()
     from shoal import distilling, pruning
-    from shoal.run import Run
+    from shoal.run import open_run
 
     told = {"prune": pruning.prune_dry_run, "distill": distilling.distill_dry_run}
-    _print(told[verb](Run(recipe)))
+    _print(told[verb](open_run(recipe)))
 
 
 def _print(text: str) -> None:
@@ -171,12 +171,12 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)  # before all that is imported below
     runtime.turn_down_libraries()
     from shoal import distilling, measuring, pipeline, pruning
-    from shoal.run import Run, locked
+    from shoal.run import Run, locked, open_run
     from shoal.tracking import wandb_mode
     from shoal.trust import refuse_links
 
     launched = "LOCAL_RANK" in os.environ
-    run = Run(recipe)
+    run = Run(recipe)  # its precision is settled where all ranks have joined
     wandb_mode(recipe.track)  # refuses now, not after hours
     if runtime.is_main():
         refuse_links(run.dir)
@@ -184,12 +184,14 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
     in_group = launched or verb in ("distill", "record")
     if verb == "distill" and not launched:
+        run = open_run(recipe)
         distilling.check_distill(run)
         distilling.refuse_other_checkpoints(run)
         _launch_distill(recipe, config, overrides)
         return
     if in_group:
         runtime.set_up_distributed(recipe.distill.timeout_s)
+    run = open_run(recipe)
     if verb == "run":
         pipeline.run_all(run, lambda: _launch_distill(recipe, config, overrides))
         return

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from shoal.anatomy import anatomy, decoder_layers, layer_config
 from shoal.checkpoint import Shard
 from shoal.errors import UserError
-from shoal.models import num_parameters, text_config, without_data
+from shoal.models import named_dtype, num_parameters, text_config, without_data
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names in safetensors files."""
@@ -91,10 +91,10 @@ def model_without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrain
     return model.eval()
 
 
-def dtype_to_run(config: PreTrainedConfig, shards: Sequence[Shard], wanted: str = "auto") -> torch.dtype:
+def dtype_to_run(config: PreTrainedConfig, shards: Sequence[Shard], wanted: str = "stored") -> torch.dtype:
     """In which a checkpoint is run: as ``wanted``, else as config.json says, else as most of its bytes are."""
-    if wanted != "auto":
-        return getattr(torch, wanted)
+    if named := named_dtype(wanted):
+        return named
     if said := getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None):
         return said
     sizes: dict[str, int] = {}

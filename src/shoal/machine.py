@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,8 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Where Linux tells a container its limits."""
 STATUS = Path("/proc/self/status")
 """Where Linux tells a process about itself."""
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux describes the processors."""
 
 
 def available_memory() -> int:
@@ -66,19 +70,49 @@ def ranks_to_start(wanted: int | None) -> int:
     return wanted or (torch.accelerator.device_count() if torch.accelerator.is_available() else 1)
 
 
+def device_name(device: torch.device) -> str:
+    """What the manufacturer calls ``device``; for a CPU what Linux says of it, with what it has for bfloat16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    facts: dict[str, str] = {}
+    if CPU_INFO.is_file():
+        lines = (line.partition(":") for line in CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines())
+        for name, _, value in lines:
+            facts.setdefault(name.strip(), value.strip())
+    flags = set(facts.get("flags", facts.get("Features", "")).split())
+    extras = [word for word in ("amx_bf16", "avx512_bf16", "bf16") if word in flags]
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} with {extras[0]}" if extras else name
+
+
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     """The best rate of a few square matrix products: what a training step is measured against.
 
-    A product of this size is as fast as they get, and takes a fraction of a second on two CPU cores.
+    A product of this size is as fast as they get, and takes a fraction of a second where the device has instructions
+    for ``dtype``. Where it has not, one may take seconds, and no more than one or two are made.
     """
-    size = 1024 if device.type == "cpu" else 8192
-    left = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
+    return fastest_products(device, (dtype,), size=1024 if device.type == "cpu" else 8192)[dtype]
+
+
+def fastest_products(
+    device: torch.device, dtypes: Sequence[torch.dtype], *, size: int, seconds: float = 2.0
+) -> dict[torch.dtype, float]:
+    """FLOP/s of the fastest of at most eight products of ``size`` x ``size`` matrices, by dtype.
+
+    Dtypes take turns, so that what else the machine does meets them alike; after ``seconds`` no further turn begins.
+    """
+    factors = {dtype: torch.randn(size, size, device=device, dtype=dtype) for dtype in dtypes}
+    best, begun = dict.fromkeys(dtypes, float("inf")), now(device)
     for _ in range(8):
-        started = now(device)
-        torch.mm(left, left)
-        best = min(best, now(device) - started)
-    return 2 * size**3 / best
+        for dtype, factor in factors.items():
+            started = now(device)
+            torch.mm(factor, factor)
+            best[dtype] = min(best[dtype], now(device) - started)
+        if now(device) - begun > seconds:
+            break
+    return {dtype: 2 * size**3 / time_s for dtype, time_s in best.items()}
 
 
 def now(device: torch.device) -> float:

@@ -138,14 +138,15 @@ def _tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> 
 def load_model(
     folder: Path,
     *,
-    dtype: str = "auto",
+    dtype: str = "stored",
     attention: str | None = "sdpa",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The causal language model at ``folder`` in eval mode, from safetensors only.
 
-    ``attention``: None = SDPA where the family has it, else eager.
+    ``dtype``: a name of torch's, or stored = that of the checkpoint. ``attention``: None = SDPA where the family has
+    it, else eager.
 
     Raises:
         UserError: an architecture this transformers does not know, remote code without consent, a damaged file, weights
@@ -157,7 +158,7 @@ def load_model(
         with doing(f"loading {folder}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                dtype=named_dtype(dtype) or "auto",
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
@@ -187,6 +188,11 @@ def load_model(
             "%s: %d tensors have no place in the model and are ignored (%s, ...)", folder, len(unused), unused[0]
         )
     return model.to(device).eval()
+
+
+def named_dtype(name: str) -> torch.dtype | None:
+    """The dtype that torch calls ``name``; None for `stored`, which each checkpoint says itself."""
+    return None if name == "stored" else getattr(torch, name)
 
 
 @torch.inference_mode(mode=False)  # the model stays one that can be trained, wherever this is called

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -318,5 +319,11 @@ def _write_story(run: Run) -> None:
         if (run.dir / name).is_file():
             provenance = kind.read(run.dir / name).provenance
             stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
-    story = {"recipe": redacted(as_dict(run.recipe)), "environment": environment(), "stages": stages}
+    numerics = None if run.numerics is None else asdict(run.numerics)
+    story = {
+        "recipe": redacted(as_dict(run.recipe)),
+        "numerics": numerics,
+        "environment": environment(),
+        "stages": stages,
+    }
     write_json(run.dir / "run.json", story)

@@ -23,7 +23,7 @@ from shoal.errors import UserError
 from shoal.recording import Record
 from shoal.redaction import redacted, redacted_arguments
 from shoal.search import Search
-from shoal.section import Data, DataSource, Positive, RowLength, Section, Text
+from shoal.section import Data, DataSource, Dtype, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
 from shoal.suites import SuiteName, with_suite
 from shoal.sweeps import LEAST_ITEMS
@@ -229,8 +229,9 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     revision: str | None = None
     """Hub revision of the model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision in which models are measured, evaluated and used as a frozen teacher; auto = as stored."""
+    dtype: Dtype = "auto"
+    """Precision in which models are measured, evaluated and used as a frozen teacher; auto = what the device multiplies
+    fast in, or what this run directory was begun in; stored = that of the checkpoint."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """flash_attention_2 is refused: with several rows in a batch its kernels let packed documents see each other."""
     trust_remote_code: bool = False

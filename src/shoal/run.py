@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import logging
 import os
 import socket
@@ -16,18 +17,21 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 from shoal.artifact import Artifact, differences, fingerprint, require_same_run
+from shoal.deepspeed_file import precisions_named, read_deepspeed
 from shoal.demo import DEMO_PREFIX
 from shoal.edits import Swap
 from shoal.errors import UserError
+from shoal.machine import device_name
 from shoal.models import load_config, model_fingerprint, resolve_model, text_config
+from shoal.numerics import DTYPES, SLOW, fast_dtype, slowness
 from shoal.recipe import CONFIGS_DIR, Recipe
-from shoal.runtime import barrier, is_main
+from shoal.runtime import agreed, barrier, device, is_main
 from shoal.whole_files import file_hash
 
 log = logging.getLogger(__name__)
@@ -37,10 +41,26 @@ LOCK_WAIT_S = 30
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """The precisions that a run computes in."""
+
+    dtype: str
+    """In which models are measured, evaluated and used as a teacher."""
+    precision: str
+    """In which the student is trained; `auto` where the DeepSpeed configuration names one."""
+    reason: str
+    """Why, in a sentence."""
+    device: str
+    """What the manufacturer calls it."""
+
+
+@dataclass(frozen=True)
 class Run:
-    """One recipe in its run directory."""
+    """One recipe in its run directory. `open_run` settles what the recipe leaves to the machine."""
 
     recipe: Recipe
+    numerics: Numerics | None = None
+    """None = the recipe leaves nothing open, and nobody has asked why."""
 
     @property
     def dir(self) -> Path:
@@ -77,6 +97,68 @@ class Run:
             "attention": recipe.attention,
             "trust_remote_code": recipe.trust_remote_code,
         }
+
+
+def open_run(recipe: Recipe) -> Run:
+    """The run of ``recipe`` in which no precision is `auto` any more. In a process group every rank calls this, and all
+    compute in what rank 0 finds.
+
+    A run directory goes on in what it was begun in, so that a run may move to another machine. Otherwise the device is
+    asked. A precision that the recipe names is kept; one that is much slower here than another is warned of.
+    """
+    numerics = agreed(lambda: _numerics(recipe))
+    log.info("precision: %s, training in %s (%s)", numerics.dtype, numerics.precision, numerics.reason)
+    teacher = recipe.distill.teacher
+    if teacher.dtype == "auto":
+        teacher = replace(teacher, dtype=numerics.dtype)
+    distill = replace(recipe.distill, precision=numerics.precision, teacher=teacher)
+    return Run(replace(recipe, dtype=numerics.dtype, distill=distill), numerics)
+
+
+def _numerics(recipe: Recipe) -> Numerics:
+    here, folder = device(), Path(recipe.run_dir).expanduser()
+    choice, name = fast_dtype(here), device_name(here)
+    dtype, precision = recipe.dtype, recipe.distill.precision
+    reasons = []
+    if dtype == "auto":
+        dtype, source = _begun_in(folder, "dtype") or (choice.dtype, None)
+        reasons.append(source or choice.reason)
+    if precision == "auto" and not precisions_named(read_deepspeed(recipe.distill.deepspeed)):
+        precision, source = _begun_in(folder, "distill.precision") or (choice.dtype, None)
+        reasons.append(source or choice.reason)
+    slow = {
+        key: slowness(value, here)
+        for key, value in (("dtype", recipe.dtype), ("distill.precision", recipe.distill.precision))
+        if value in DTYPES and slowness(value, here) > SLOW
+    }
+    if slow:
+        values = {key: recipe.dtype if key == "dtype" else recipe.distill.precision for key in slow}
+        log.warning(
+            "%s: products are %.2g times slower in it than in %s on %s; add %s to the command, or leave it out of the "
+            "recipe",
+            ", ".join(f"{key}: {value}" for key, value in values.items()),
+            max(slow.values()),
+            choice.dtype,
+            name,
+            " ".join(f"{key}={choice.dtype}" for key in values),
+        )
+    reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
+    return Numerics(dtype, precision, reason, name)
+
+
+def _begun_in(folder: Path, key: str) -> tuple[str, str] | None:
+    """What the results in a run directory were computed in under ``key``, and which of them says so."""
+    checkpoints = sorted(folder.glob("checkpoints/checkpoint-*/manifest.json"), reverse=True)
+    results = [folder / name for name in ("distill.json", "importance.json", "eval/teacher.json")]
+    for file in (*checkpoints, *results):
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            value = stored.get("provenance", stored)["inputs"].get(key)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not there, or damaged, which its own stage says in its own words
+        if value in DTYPES:
+            return value, f"{file.relative_to(folder)} of this run directory was made in {value}"
+    return None
 
 
 def resolved(model: str, revision: str | None) -> Path:

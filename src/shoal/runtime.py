@@ -13,8 +13,9 @@ import random
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shoal.errors import UserError
 from shoal.progress import Lines
@@ -22,6 +23,8 @@ from shoal.redaction import redacted
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 STAMPED_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "datasets", "lm_eval")
 
@@ -158,6 +161,24 @@ def barrier() -> None:
 
     if dist.is_initialized():
         dist.barrier()
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank that has joined; its refusal is everyone's."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return decide()
+    answer: list[Any] = [None, None]
+    if is_main():
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
 
 
 def leave_distributed() -> None:

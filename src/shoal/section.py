@@ -13,6 +13,9 @@ Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2)]
 """Tokens of one row; a row of one token holds nothing to predict."""
 Text = Annotated[str, Field(min_length=1)]
+Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
+"""Precision of a model that is run: by name, as its checkpoint stores it, or, auto, what the device multiplies fast in
+(see shoal.numerics)."""
 
 
 TEACHER_TEXT = "teacher_text"

@@ -6,16 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from shoal import terms
 from shoal.lora import Lora
 from shoal.on_policy import OnPolicy
-from shoal.section import TEACHER_TEXT, Data, DataSource, Packing, Positive, RowLength, Section
+from shoal.section import TEACHER_TEXT, Data, DataSource, Dtype, Packing, Positive, RowLength, Section
 from shoal.terms import ForwardKL, LossTerm
 from shoal.writing import Writing
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "replacement", "norm_and_head"]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(lambda value: "auto" if value is None else value),
+]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -25,7 +29,7 @@ class Teacher(Section):
 
     recorded: str | None = None
     """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher on every batch."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     """Precision of a live teacher; None = the recipe's dtype."""
     offload: bool = False
     """Keep a live teacher's weights in CPU memory and bring them over layer by layer: slower, and a large model less
@@ -102,8 +106,10 @@ class Distill(Section):
     stop_on_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
     """A step whose loss is more than so many times the median of the steps before ends the training, its batch kept for
     a look; None = only a loss that is no number does."""
-    precision: Literal["float32", "bfloat16"] | None = None
-    """bfloat16 = fp32 weights under bf16 autocast. None = what the DeepSpeed configuration says, else bfloat16."""
+    precision: Precision = "auto"
+    """float32, or fp32 weights under autocast to bfloat16 or float16 (the latter with loss scaling, on accelerators).
+    auto = what the DeepSpeed configuration says, else what the device multiplies fast in, or what this training was
+    begun in."""
     head_chunk: Positive = 256
     """Tokens whose full-vocabulary logits exist at one time."""
     check_memory: bool = True
