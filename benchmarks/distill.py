@@ -21,7 +21,7 @@ plain          a Trainer whose loss is F.kl_div on the logits of all tokens
 models         teacher forward, student forward and backward with their heads and nothing else: no loss, the backward
                pass starts at the sum of the logits; no optimizer
 
-All take the same rows, batch, optimizer and precision (fp32 weights, bf16 autocast, a bf16 teacher). TRL's trainer
+All take the same rows, batch, optimizer and --precision (autocast over fp32 weights, and the teacher). TRL's trainer
 hands no position_ids on and so knows no borders within a row; therefore every row is one document here. With --packed
 rows hold several: shoal and plain keep them apart, trl does not.
 """
@@ -51,7 +51,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from shoal.artifact import Training
 from shoal.data import load_texts, pack
 from shoal.models import load_model, load_tokenizer, resolve_model
+from shoal.numerics import fast_dtype
 from shoal.packing import PackedRows
+from shoal.runtime import device
 from shoal.section import DataSource
 from shoal.whole_files import write_json
 
@@ -89,7 +91,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every variant")
     parser.add_argument("--packed", action="store_true", help="rows of several documents")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
+    fast = fast_dtype(device()).dtype
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default=fast, help=f"here {fast}")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--turn", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -145,7 +145,6 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "num_tokens": tokens,
         "sequence_length": 512,
         "trainable": "from_first_cut",
-        "precision": "bfloat16",
         "watch": None,
         "deepspeed": "deepspeed/zero0.json",  # one rank shares nothing out
     }
@@ -165,7 +164,6 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "model": "demo:smollm2-135m",
         "run_dir": str(run_dir),
         "seed": seed,
-        "dtype": "bfloat16",
         "prune": {"drop": list(arguments.drop)},
         "distill": {**base, **changes, "trainer": trainer},
         "eval": {

@@ -28,13 +28,15 @@ from shoal.compress.measure import measure_importance
 from shoal.compress.streamed import Streaming, measure_streamed
 from shoal.data import PackedRows
 from shoal.models import load_model, without_data
+from shoal.numerics import fast_dtype
 
 METRICS = ("block_influence", "angular")
 LAYERS_PER_FILE = 4
 
 
 def write_model(folder: Path, num_bytes: int) -> None:
-    """A random Llama in bfloat16, written file by file so that it is never in memory as a whole."""
+    """A random Llama in a precision that is fast here, written file by file: never in memory as a whole."""
+    dtype = fast_dtype(torch.device("cpu")).dtype
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
@@ -43,9 +45,10 @@ def write_model(folder: Path, num_bytes: int) -> None:
         num_key_value_heads=8,
         num_hidden_layers=1,
         tie_word_embeddings=True,
-        dtype="bfloat16",
+        dtype=dtype,
     )
-    per_layer = 2 * sum(p.numel() for p in decoder_layers(without_data(config))[0].parameters())
+    stored = getattr(torch, dtype)
+    per_layer = stored.itemsize * sum(p.numel() for p in decoder_layers(without_data(config))[0].parameters())
     config.num_hidden_layers = max(LAYERS_PER_FILE, num_bytes // per_layer)
     config.save_pretrained(folder)
     shapes = {name: tuple(p.shape) for name, p in without_data(config).named_parameters()}
@@ -56,9 +59,9 @@ def write_model(folder: Path, num_bytes: int) -> None:
     torch.manual_seed(0)
     for file, names in files.items():
         tensors = {
-            name: torch.ones(shapes[name], dtype=torch.bfloat16)
+            name: torch.ones(shapes[name], dtype=stored)
             if len(shapes[name]) == 1
-            else 0.02 * torch.randn(shapes[name], dtype=torch.bfloat16)
+            else 0.02 * torch.randn(shapes[name], dtype=stored)
             for name in names
         }
         save_file(tensors, folder / file, metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_float16_is_not_chosen_on_a_cpu_however_fast_it_is(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
     """Sizes of the products that were timed, with a memory of this test's own."""
     sizes: list[int] = []
 
@@ -71,7 +72,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     monkeypatch.setattr(numerics, "product_rates", MEASURE)
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
     numerics._product_rates.cache_clear()
-    yield sizes  # pyright: ignore[reportReturnType]
+    yield sizes
     numerics._product_rates.cache_clear()
 
 
