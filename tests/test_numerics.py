@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +237,72 @@ def test_a_precision_that_is_not_much_slower_is_not_warned_of(
 def test_a_bad_deepspeed_file_is_refused_as_ever(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"distill\.deepspeed: no file 'nowhere\.json'"):
         open_run(recipe(tmp_path, distill={"deepspeed": "nowhere.json"}))
+
+
+# --- sizes that follow the machine's speed -------------------------------------------------------------------------
+
+SIZES = {
+    "full_size_gflops": 400,
+    "measure": {"num_tokens": 8192},
+    "distill": {
+        "data": ["python_docs", "teacher_text"],
+        "num_tokens": 81_920,
+        "writing": {"num_tokens": 4001},
+        "watch": {"perplexity_tokens": 4096},
+    },
+    "eval": {"limit": 100, "limits": {"reasoning_continuation": 7}, "perplexity_tokens": 8192},
+}
+
+
+def sizes(run: Run) -> list[int | None]:
+    distill, scores = run.recipe.distill, run.recipe.eval
+    watched = distill.watch and distill.watch.perplexity_tokens
+    trained = [run.recipe.measure.num_tokens, distill.num_tokens, distill.writing.num_tokens, watched]
+    return [*trained, scores.limit, *scores.limits.values(), scores.perplexity_tokens]
+
+
+@pytest.mark.parametrize(
+    ("rate", "share", "expected"),
+    [
+        (200, 1.0, [8192, 81_920, 4001, 4096, 100, 7, 8192]),
+        (75, 0.38, [3113, 31_130, 1521, 1557, 38, 3, 3113]),
+        (10, 0.25, [2048, 20_480, 1001, 1024, 25, 2, 2048]),
+    ],
+)
+def test_sizes_follow_the_speed_of_all_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, share: float, expected: list[int]
+) -> None:
+    monkeypatch.setattr(numerics, "product_rates", lambda device: rates(rate, 1, 1))
+    monkeypatch.setattr("shoal.run.product_rates", lambda device: rates(rate, 1, 1))
+    monkeypatch.setattr("shoal.run.num_cores", lambda: 2)
+    run = open_run(recipe(tmp_path, **SIZES))
+    assert sizes(run) == expected
+    assert run.recipe.full_size_gflops is None, "settled sizes are not settled again"
+    assert run.numerics is not None
+    assert run.numerics.size == share
+    assert (f"multiplies at {2 * rate} in float32" in run.numerics.size_reason) == (share < 1)
+
+
+def test_a_run_directory_keeps_its_sizes_on_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.run.product_rates", lambda device: rates(10, 1, 1))
+    slow = open_run(recipe(tmp_path, **SIZES))
+    slow.dir.mkdir()
+    (slow.dir / "run.json").write_text(json.dumps({"numerics": asdict(slow.numerics)}))  # pyright: ignore
+    monkeypatch.setattr("shoal.run.product_rates", lambda device: rates(1000, 1, 1))
+    assert open_run(recipe(tmp_path, **SIZES)).recipe == slow.recipe
+    assert sizes(open_run(recipe(tmp_path, **{**SIZES, "full_size_gflops": 500}))) != sizes(slow), "is another recipe"
+
+
+def test_sizes_are_what_they_say_without_a_speed_to_follow(tmp_path: Path) -> None:
+    run = open_run(recipe(tmp_path, **{**SIZES, "full_size_gflops": None}))
+    assert sizes(run) == [8192, 81_920, 4001, 4096, 100, 7, 8192]
+
+
+def test_unlimited_items_and_no_watch_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.run.product_rates", lambda device: rates(10, 1, 1))
+    run = open_run(recipe(tmp_path, full_size_gflops=400, distill={"watch": None}, eval={"limit": None}))
+    assert run.recipe.distill.watch is None
+    assert run.recipe.eval.limit is None
 
 
 def test_a_settled_recipe_is_settled_again_to_the_same(tmp_path: Path) -> None:

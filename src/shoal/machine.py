@@ -59,6 +59,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def num_cores() -> int:
+    """Physical cores that this process may use: what a matrix product is spread over."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+
 def ranks_on_this_node() -> int:
     """Processes that a launcher has started here: torchrun and DeepSpeed's call it differently; 1 without one."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")

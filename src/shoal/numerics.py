@@ -54,9 +54,9 @@ def choose(rates: Mapping[str, float], device: str) -> Choice:
     ratio = rates[half] / rates["float32"]
     speeds = f"{_giga(rates[half])} GFLOP/s in {half}, {_giga(rates['float32'])} in float32"
     if ratio >= GAIN:
-        return Choice(half, f"{device} multiplies {ratio:.2g} times as fast in {half} as in float32 ({speeds})")
+        return Choice(half, f"{device} multiplies {_times(ratio)} as fast in {half} as in float32 ({speeds})")
     # a rate below float32's says more upside down: "8 times as slow" and not "0.13 times as fast"
-    slower = f"{1 / ratio:.2g} times as slow" if ratio < 1 else f"only {ratio:.2g} times as fast"
+    slower = f"{_times(1 / ratio)} as slow" if ratio < 1 else f"only {_times(ratio)} as fast"
     return Choice("float32", f"{device} multiplies {slower} in {half} ({speeds})")
 
 
@@ -122,6 +122,10 @@ def _are_rates(rates: object) -> bool:
         and set(rates) == set(DTYPES)
         and all(isinstance(rate, float) and 0 < rate < float("inf") for rate in rates.values())
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}".removesuffix(".0") + " times" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def _giga(rate: float) -> str:

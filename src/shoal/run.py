@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import stat
@@ -27,9 +28,9 @@ from shoal.deepspeed_file import precisions_named, read_deepspeed
 from shoal.demo import DEMO_PREFIX
 from shoal.edits import Swap
 from shoal.errors import UserError
-from shoal.machine import device_name
+from shoal.machine import device_name, num_cores
 from shoal.models import load_config, model_fingerprint, resolve_model, text_config
-from shoal.numerics import DTYPES, SLOW, fast_dtype, slowness
+from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe import CONFIGS_DIR, Recipe
 from shoal.runtime import agreed, barrier, device, is_main
 from shoal.whole_files import file_hash
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LOCK_WAIT_S = 30
+LEAST_SIZE = 0.25
+"""Of a recipe's sizes, on however slow a device: with less there would be nothing to see."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,12 @@ class Numerics:
     """Why, in a sentence."""
     device: str
     """What the manufacturer calls it."""
+    full_size_gflops: float | None = None
+    """That of the recipe."""
+    size: float = 1.0
+    """What is left of the recipe's sizes, as a share of them."""
+    size_reason: str = ""
+    """Why, in a sentence, where that is less than 1."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,55 @@ def open_run(recipe: Recipe) -> Run:
     if teacher.dtype == "auto":
         teacher = replace(teacher, dtype=numerics.dtype)
     distill = replace(recipe.distill, precision=numerics.precision, teacher=teacher)
-    return Run(replace(recipe, dtype=numerics.dtype, distill=distill), numerics)
+    settled = replace(recipe, dtype=numerics.dtype, distill=distill, full_size_gflops=None)
+    if numerics.size < 1:
+        log.info("sizes: %s", numerics.size_reason)
+        settled = scaled(settled, numerics.size)
+    return Run(settled, numerics)
+
+
+def scaled(recipe: Recipe, share: float) -> Recipe:
+    """``recipe`` with fewer tokens and items: ``share`` of what it says of each, rounded up."""
+
+    def fewer(count: int) -> int:
+        return math.ceil(share * count)
+
+    distill, scores = recipe.distill, recipe.eval
+    return replace(
+        recipe,
+        measure=replace(recipe.measure, num_tokens=fewer(recipe.measure.num_tokens)),
+        distill=replace(
+            distill,
+            num_tokens=fewer(distill.num_tokens),
+            writing=replace(distill.writing, num_tokens=fewer(distill.writing.num_tokens)),
+            watch=distill.watch and replace(distill.watch, perplexity_tokens=fewer(distill.watch.perplexity_tokens)),
+        ),
+        eval=replace(
+            scores,
+            limit=scores.limit and fewer(scores.limit),
+            limits={task: fewer(limit) for task, limit in scores.limits.items()},
+            perplexity_tokens=fewer(scores.perplexity_tokens),
+        ),
+    )
+
+
+def _size(recipe: Recipe, dtype: str) -> tuple[float, str]:
+    """What this device, or the one that began the run directory, takes of the recipe's sizes, and why."""
+    if recipe.full_size_gflops is None:
+        return 1.0, ""
+    here, full = device(), recipe.full_size_gflops
+    begun = _mapping(Path(recipe.run_dir).expanduser() / "run.json", "numerics")
+    if begun.get("full_size_gflops") == full and begun.get("size_reason"):
+        return float(begun["size"]), str(begun["size_reason"])
+    rate = (num_cores() if here.type == "cpu" else 1) * product_rates(here)[dtype] / 1e9
+    share = round(min(1.0, max(LEAST_SIZE, rate / full)), 2)
+    if share == 1:
+        return share, ""
+    reason = (
+        f"{share:.0%} of this recipe's tokens and items, which are meant for {full:g} GFLOP/s: {device_name(here)} "
+        f"multiplies at {rate:,.0f} in {dtype}; full_size_gflops=null takes them all"
+    )
+    return share, reason
 
 
 def _numerics(recipe: Recipe) -> Numerics:
@@ -143,7 +200,7 @@ def _numerics(recipe: Recipe) -> Numerics:
             " ".join(f"{key}={choice.dtype}" for key in values),
         )
     reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
-    return Numerics(dtype, precision, reason, name)
+    return Numerics(dtype, precision, reason, name, recipe.full_size_gflops, *_size(recipe, choice.dtype))
 
 
 def _begun_in(folder: Path, key: str) -> tuple[str, str] | None:
@@ -151,14 +208,22 @@ def _begun_in(folder: Path, key: str) -> tuple[str, str] | None:
     checkpoints = sorted(folder.glob("checkpoints/checkpoint-*/manifest.json"), reverse=True)
     results = [folder / name for name in ("distill.json", "importance.json", "eval/teacher.json")]
     for file in (*checkpoints, *results):
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            value = stored.get("provenance", stored)["inputs"].get(key)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # not there, or damaged, which its own stage says in its own words
+        value = (_mapping(file, "provenance", "inputs") or _mapping(file, "inputs")).get(key)
         if value in DTYPES:
             return value, f"{file.relative_to(folder)} of this run directory was made in {value}"
     return None
+
+
+def _mapping(file: Path, *keys: str) -> dict[str, Any]:
+    """What ``file`` holds under ``keys``; empty where it is not there, or is damaged, which its own stage says in its
+    own words."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for key in keys:
+            found = found[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def resolved(model: str, revision: str | None) -> Path:
