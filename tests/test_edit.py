@@ -24,7 +24,7 @@ from shoal.compress.dry_run import dry_run
 from shoal.edits import ZEROED_WEIGHTS, removed_layers
 from shoal.errors import UserError
 from shoal.recipe import parse_recipe
-from shoal.run import Run
+from shoal.run import Run, open_run
 
 TEXT = {"data": "python_docs", "num_tokens": 512, "sequence_length": 64, "batch_size": 2}
 
@@ -229,7 +229,7 @@ def test_a_recipe_that_says_nothing_is_refused_before_measuring(folder: Path, tm
         ),
     ):
         teacher = tiny_checkpoint(tmp_path, "gemma3") if "merge" in str(prune) else folder
-        run = Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": prune}))
+        run = open_run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": prune}))
         with pytest.raises(UserError, match=message):
             pruning.prune(run)
         assert not (tmp_path / "run").exists()
@@ -239,7 +239,7 @@ def test_the_pipeline_carries_edits_out_and_knows_them_again(folder: Path, donor
     def run(weight: float) -> Run:
         edits = [{"kind": "swap", "layers": [2], "donor": str(donor), "weight": weight}]
         raw = {"model": str(folder), "run_dir": str(tmp_path / "run"), "prune": {"edits": edits}}
-        return Run(parse_recipe(raw))
+        return open_run(parse_recipe(raw))
 
     pruning.prune(run(1.0))
     saved = load_file(tmp_path / "run/student/model.safetensors")

@@ -26,7 +26,7 @@ from shoal.compress.surgery import cut_model
 from shoal.errors import UserError
 from shoal.models import load_config
 from shoal.recipe import parse_recipe
-from shoal.run import Run
+from shoal.run import Run, open_run
 
 with_converter = pytest.mark.skipif(
     not os.environ.get(gguf_export.CONVERTER_VARIABLE)
@@ -291,7 +291,7 @@ def test_quantised_weights_and_unknown_families_are_refused(tmp_path: Path, monk
 
 def run_of(teacher: Path, folder: Path, **settings: Any) -> Run:
     raw = {"model": str(teacher), "run_dir": str(folder), "prune": {"drop": [1, 3]}, "export": {"gguf": True}}
-    return Run(parse_recipe({**raw, **settings}))
+    return open_run(parse_recipe({**raw, **settings}))
 
 
 @with_converter

@@ -16,7 +16,7 @@ from shoal.artifact import Importance, PruningPlan
 from shoal.compress import measure as hidden_measure
 from shoal.errors import UserError
 from shoal.recipe import parse_recipe
-from shoal.run import Run
+from shoal.run import Run, open_run
 
 SWEEP: dict[str, Any] = {
     "tasks": ["knowledge"],
@@ -43,7 +43,7 @@ def make_run(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     def make(measure: dict[str, Any] | None = None, **settings: Any) -> Run:
         few = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, **(measure or {})}
         raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": few, **settings}
-        return Run(parse_recipe(raw))
+        return open_run(parse_recipe(raw))
 
     return make
 

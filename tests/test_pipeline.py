@@ -22,7 +22,7 @@ from shoal import distilling, measuring, pipeline, pruning
 from shoal.artifact import Importance, Provenance, PruningPlan, Training
 from shoal.errors import UserError
 from shoal.recipe import parse_recipe
-from shoal.run import Run, locked
+from shoal.run import Run, locked, open_run
 from shoal.train.checkpoint import commit
 from shoal.train.distill import checkpoint_inputs
 
@@ -35,7 +35,7 @@ def make_run(teacher: Path, tmp_path: Path) -> Any:
 
     def make(**settings: Any) -> Run:
         raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}, **settings}
-        return Run(parse_recipe(raw))
+        return open_run(parse_recipe(raw))
 
     return make
 

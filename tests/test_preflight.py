@@ -155,7 +155,13 @@ CUT = dropping(2, 4)
 
 def job_of(**settings: Any) -> Job:
     """On a GPU of which only the name is needed; four ranks."""
-    given = {"sequence_length": LENGTH, "deepspeed": "deepspeed/zero0.json", "num_tokens": 100_000, "watch": None}
+    given = {
+        "sequence_length": LENGTH,
+        "deepspeed": "deepspeed/zero0.json",
+        "num_tokens": 100_000,
+        "watch": None,
+        "precision": "bfloat16",
+    }
     return job(
         tiny_config("llama"),
         tiny_config("llama", num_hidden_layers=4),
@@ -562,7 +568,11 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
         tiny_config("llama", num_hidden_layers=4),
         CUT,
         settings=Distill(
-            sequence_length=LENGTH, trainable="from_first_cut", on_policy=OnPolicy(new_tokens=8), local=LocalHeal()
+            sequence_length=LENGTH,
+            trainable="from_first_cut",
+            on_policy=OnPolicy(new_tokens=8),
+            local=LocalHeal(),
+            precision="bfloat16",
         ),
         run_dir=tmp_path / "run",
         dtype="stored",

@@ -15,7 +15,7 @@ from shoal import cli, distilling, measuring, pipeline, searching
 from shoal.artifact import Evaluation, Importance, Provenance, PruningPlan, Training
 from shoal.errors import UserError
 from shoal.recipe import Prune, Recipe, as_dict, load_recipe, parse_recipe
-from shoal.run import Run
+from shoal.run import Run, open_run
 from shoal.search import SearchPlan, SearchResult
 from shoal.searching import prune_of
 
@@ -40,7 +40,7 @@ def make_run(teacher: Path, tmp_path: Path) -> Callable[..., Run]:
             "search": {"plans": plans, "num_tokens": 128, "rank_by": ["perplexity"], **(search or {})},
             **sections,
         }
-        return Run(parse_recipe(raw))
+        return open_run(parse_recipe(raw))
 
     return make
 
@@ -59,7 +59,7 @@ class Healer:
 
     def __call__(self, recipe: Recipe, file: Path) -> None:
         assert load_recipe(file) == recipe, "the launched ranks read another recipe"
-        run = Run(recipe)
+        run = open_run(recipe)
         self.healed.append(run.dir.name)
         if not self.scales:
             raise KeyboardInterrupt
@@ -127,7 +127,7 @@ def test_importance_and_teacher_of_the_run_itself_are_used(make_run: Any, monkey
     plans = [{"metric": "angular", "num_drop": 2}, {"drop": [1, 3]}]
     run = make_run(plans)
     measuring.measure(run)
-    pipeline.evaluate(Run(parse_recipe({**as_dict(run.recipe), "eval": {**EVAL, "speed": False}})))
+    pipeline.evaluate(open_run(parse_recipe({**as_dict(run.recipe), "eval": {**EVAL, "speed": False}})))
     teacher = (run.dir / "eval" / "teacher.json").read_bytes()
     monkeypatch.setattr("shoal.measuring.load_model", stop)
     searching.search(run, Healer(0.5, 0.1))
@@ -182,7 +182,7 @@ def test_a_candidate_shares_written_text_and_publishes_nothing(make_run: Any) ->
 
 
 def test_a_recipe_without_plans_is_refused_with_an_example(make_run: Any) -> None:
-    run = Run(parse_recipe({key: value for key, value in as_dict(make_run().recipe).items() if key != "search"}))
+    run = open_run(parse_recipe({key: value for key, value in as_dict(make_run().recipe).items() if key != "search"}))
     with pytest.raises(UserError, match=r"search: the recipe does not say which plans .* search: \{plans: \[\{metric"):
         searching.search(run, stop)
 

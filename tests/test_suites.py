@@ -19,7 +19,7 @@ from shoal.eval.suites import Work, in_words, rest_in_words, work_of
 from shoal.eval.tasks import known_tasks, tasks_of
 from shoal.pipeline import _tell_of_left_out
 from shoal.recipe import Eval, as_dict, parse_recipe
-from shoal.run import Run
+from shoal.run import open_run
 from shoal.suites import SUITES_DIR, Cost, SuiteName, read_suite
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -176,7 +176,7 @@ def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
     settings = {"tasks": ["knowledge_continuation", "retrieval_generation"], "limit": 5, "perplexity_tokens": 500}
     recipe = {"model": str(tiny_checkpoint(tmp_path, "llama")), "run_dir": str(tmp_path / "run"), "eval": settings}
     with caplog.at_level("INFO"), pytest.raises(Loading):
-        pipeline.evaluate(Run(parse_recipe(recipe)))
+        pipeline.evaluate(open_run(parse_recipe(recipe)))
     told = [line for line in caplog.messages if "tokens to read" in line]
     assert len(told) == 1
     assert re.fullmatch(
@@ -192,8 +192,8 @@ def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
     for before in range(2):
         random.seed(before)
         with pytest.raises(Loading):
-            pipeline.evaluate(Run(parse_recipe(recipe)))
+            pipeline.evaluate(open_run(parse_recipe(recipe)))
     assert drawn[0] == drawn[1], "what a task draws as it is loaded is the same whenever it is"
     recipe["eval"] = {**settings, "tasks": ["knowledge_continuatoin"]}
     with pytest.raises(UserError, match="did you mean 'knowledge_continuation'"):
-        pipeline.evaluate(Run(parse_recipe(recipe)))
+        pipeline.evaluate(open_run(parse_recipe(recipe)))

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shoal.artifact import Training
 from shoal.pruning import prune
 from shoal.recipe import load_recipe
-from shoal.run import Run
+from shoal.run import open_run
 
 DROP = [2, 3]
 STEPS = 8
@@ -64,7 +64,7 @@ class Trial:
 def prepare(folder: Path, teacher: Path) -> Path:
     """A run directory in which the cut is made already."""
     path = write_recipe(folder, teacher)
-    prune(Run(load_recipe(str(path), [])))
+    prune(open_run(load_recipe(str(path), [])))
     return folder / "run"
 
 
