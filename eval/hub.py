@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, whichever this version stands on
 )
+from huggingface_hub.utils._http import default_client_factory
 
 from shoal.errors import UserError
 from shoal.whole_files import write_text, written_file
@@ -19,6 +23,8 @@ from shoal.whole_files import write_text, written_file
 log = logging.getLogger(__name__)
 
 FIGURES_DIR = "figures"
+ANSWER_S = 180.0
+"""So long the Hub may take for an answer, or an upload for its next bytes; huggingface_hub itself waits for ever."""
 REMEDIES = {
     401: "the Hub does not accept the token; run `hf auth login` with one that may write",
     403: "the token may not write there; run `hf auth login` with one that may, or choose another export.hub_repo",
@@ -44,18 +50,35 @@ def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | N
     api = HfApi(endpoint=endpoint, token=token)
     try:
         log.info("pushing %s to %s", folder, repo)
-        url = str(api.create_repo(repo, private=private, exist_ok=True))
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message="Checkpoint, model card and figures from shoal",
-            ignore_patterns=["*.tmp", "*.old"],
-        )
+        with _bounded_answers():
+            url = str(api.create_repo(repo, private=private, exist_ok=True))
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message="Checkpoint, model card and figures from shoal",
+                ignore_patterns=["*.tmp", "*.old"],
+            )
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # RuntimeError: what huggingface_hub and hf_xet raise for a failed transfer; ValueError: a refused name or card
         reason = _reason(error).replace(token, "(hidden)")
         raise UserError(_failure(folder, repo, reason, private=private, endpoint=endpoint)) from error
     return url
+
+
+@contextmanager
+def _bounded_answers() -> Iterator[None]:
+    """Let no request of huggingface_hub wait for longer than ANSWER_S without a sign of the other side."""
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.timeout = ANSWER_S
+        return made
+
+    set_client_factory(client)
+    try:
+        yield
+    finally:
+        set_client_factory(default_client_factory)
 
 
 def complete_export(folder: Path, card: str, figures: Path) -> None:

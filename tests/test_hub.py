@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, get_session
 from results import evaluation, write_run
 
 from shoal.errors import UserError
@@ -44,6 +44,9 @@ class Hub(ThreadingHTTPServer):
         self.commits = 0
         self.fail: dict[str, int] = {}
         """Part of a path -> status with which it is answered."""
+        self.silent = ""
+        """A path with this in it is never answered."""
+        self.ended = threading.Event()
         self.fault_budget = 10**6
         """How many faults are served before the Hub is well again."""
 
@@ -127,6 +130,9 @@ class Answer(BaseHTTPRequestHandler):
     def refused(self) -> bool:
         # the storage behind the Hub is addressed by signed links and must not be shown the token
         expected = None if self.path.startswith("/objects/") else f"Bearer {TOKEN}"
+        if self.server.silent and self.server.silent in self.path:
+            self.server.ended.wait(60)
+            return True
         if self.headers.get("Authorization") != expected:
             self.answer({"error": "bad token"}, 401)
             return True
@@ -157,6 +163,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
+    server.ended.set()
     server.shutdown()
     server.server_close()
 
@@ -303,6 +310,21 @@ def test_an_unreachable_hub_is_explained(folder: Path, hub: Hub) -> None:
         send(folder, hub)
     assert f"HF_ENDPOINT={hub.url} hf upload {REPO}" in str(failure.value)
     assert is_whole(folder)
+
+
+@pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/objects/", "/commit/"])
+def test_a_hub_that_never_answers_is_given_up(
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("shoal.eval.hub.ANSWER_S", 0.3)
+    hub.silent = path
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"export to .*: the Hub .*push it again") as failure:
+        send(folder, hub)
+    assert time.monotonic() - began < 30
+    assert f"hf upload {REPO} {folder} . --private" in str(failure.value)
+    assert is_whole(folder)
+    assert get_session().timeout.read is None, "only the push is bounded"
 
 
 def test_a_bad_repository_name_is_explained(folder: Path, hub: Hub) -> None:
