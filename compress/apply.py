@@ -22,6 +22,7 @@ from shoal.edits import Replace
 from shoal.errors import UserError
 from shoal.models import load_config, load_model, load_tokenizer, refuse_incomplete
 from shoal.plain_text import bytes_text
+from shoal.progress import doing
 from shoal.whole_files import write_json
 
 from .edit import NOTHING_MADE, Materials, edited, edited_student, materials, refuse_impossible_edits
@@ -127,11 +128,14 @@ def apply_plan(
         for pattern in COPIED_FILES:
             for file in sorted(teacher_folder.glob(pattern)):
                 copy_beside(file, folder / file.name)
-        prove_by_files(folder, skeleton, keep)
+        with doing("prune: proving the student by its files"):
+            prove_by_files(folder, skeleton, keep)
         if runs:
             log.info("prune: running the teacher after %s, then the student", plan.in_words())
-            expected = expected or _planned_behaviour(teacher.load(), plan, NOTHING_MADE)
-            prove_by_run(folder, expected, reference=f"the teacher after {plan.in_words()}")
+            with doing("prune: running the teacher as planned"):
+                expected = expected or _planned_behaviour(teacher.load(), plan, NOTHING_MADE)
+            with doing("prune: proving the student by running it"):
+                prove_by_run(folder, expected, reference=f"the teacher after {plan.in_words()}")
 
 
 def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: bool) -> Teacher:
@@ -249,7 +253,8 @@ def _planned_copy(
 
 def _write_copy(copy: Copy, folder: Path) -> None:
     write_shards(copy.shards, folder)
-    compare_shards(copy.shards, folder)
+    with doing("prune: reading back what was copied"):
+        compare_shards(copy.shards, folder)
     copy.config.save_pretrained(folder)
     for name, content in copy.side_files.items():
         write_json(folder / name, content)
@@ -274,7 +279,8 @@ def _write_from_memory(
     reads = any(isinstance(edit, Replace) for edit in plan.edits)
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code) if reads else None
     made = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
-    edited_student(model, plan, made).save_pretrained(folder)
+    with doing("prune: writing the student"):
+        edited_student(model, plan, made).save_pretrained(folder)
     return _planned_behaviour(model, plan, made) if runs else None
 
 

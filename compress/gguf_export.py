@@ -36,6 +36,7 @@ from shoal.checkpoint import checkpoint_bytes, json_or_empty, read_shards, weigh
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models import load_config, text_config
 from shoal.plain_text import bytes_text
+from shoal.progress import doing, each
 
 from .llama_cpp_rules import (
     CONVERTED,
@@ -160,12 +161,13 @@ def export_gguf(folder: Path, path: Path) -> GgufProof:
     _refuse_tokenizer_code(folder)
     with explained_disk_errors(path):
         _refuse_full_disk(folder, path)
-        _convert(
-            find_converter(),
-            folder,
-            path,
-            options=["--no-mtp"] if converted_architecture(config) in WITHOUT_MTP else [],
-        )
+        with doing("gguf: converting"):
+            _convert(
+                find_converter(),
+                folder,
+                path,
+                options=["--no-mtp"] if converted_architecture(config) in WITHOUT_MTP else [],
+            )
     if (caveat := llama_cpp_caveat(config)) is not None:
         log.warning("export.gguf: %s", caveat)
     return check_gguf(path, folder)
@@ -243,7 +245,7 @@ def check_gguf(path: Path, folder: Path) -> GgufProof:
     balance: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # block -> order-free hash and count, stored - found
     unpaired: dict[str, list[str]] = defaultdict(list)
     num_equal = num_regrouped = 0
-    for name, stored in _text_tensors(folder):
+    for name, stored in each(_text_tensors(folder), "gguf: comparing with the checkpoint", unit="tensors"):
         target = found.get(names(name))
         if target is not None and _is_equal(name, stored, target, text, num_tokens):
             del found[target.name]

@@ -68,7 +68,10 @@ def probe_depth(
     split = _stratified(labels_N, probe_set, seed)
     prompts = [_prompt(tokenizer, text, probe_set) for text, _ in items]
     states_NLD = _last_states(model, [prompt for prompt, _ in prompts], batch_size, probe_set.path)
-    scores = [_score(states_NLD[:, depth], labels_N, split, probe_set.path) for depth in range(states_NLD.shape[1])]
+    scores = [
+        _score(states_NLD[:, depth], labels_N, split, probe_set.path)
+        for depth in each(range(states_NLD.shape[1]), f"measure: fitting the probe {probe_set.path}", unit="depths")
+    ]
     accuracy = tuple(right / len(split.test) for right, _, _ in scores)
     intervals = [wilson(right, len(split.test)) for right, _, _ in scores]
     most_frequent = np.bincount(labels_N[split.train]).argmax()

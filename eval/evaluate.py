@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.artifact import Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
 from shoal.models import checkpoint_bytes, num_parameters, text_config
+from shoal.progress import each
 from shoal.recipe import Eval
 from shoal.runtime import rank, seed_everything
 
@@ -184,11 +186,11 @@ def num_items(tasks: dict[str, Any], settings: Eval) -> dict[str, int]:
 
 @contextmanager
 def _without_request_bars() -> Iterator[None]:
-    """Keep lm-eval from drawing one bar per task for the milliseconds that making its prompts takes."""
+    """Tell of lm-eval's making of prompts as of all else, not by a bar of its own for every task."""
     from lm_eval.api import task as module
 
     bar = module.tqdm
-    module.tqdm = lambda items, **_: items  # pyright: ignore[reportAttributeAccessIssue]
+    module.tqdm = partial(each, what="eval: making prompts", unit="items")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

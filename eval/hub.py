@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils._http import default_client_factory
 
 from shoal.errors import UserError
+from shoal.progress import doing
 from shoal.whole_files import write_text, written_file
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | N
     api = HfApi(endpoint=endpoint, token=token)
     try:
         log.info("pushing %s to %s", folder, repo)
-        with _bounded_answers():
+        with _bounded_answers(), doing(f"pushing to {repo}"):
             url = str(api.create_repo(repo, private=private, exist_ok=True))
             api.upload_folder(
                 repo_id=repo,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from shoal.artifact import ItemScore, TaskScore
-from shoal.data import load_texts
+from shoal.data import first_tokens, load_texts
 from shoal.errors import UserError
 from shoal.recipe import Eval
 from shoal.section import DataSource
@@ -89,7 +90,7 @@ def _source_windows(tokenizer: PreTrainedTokenizerBase, source: DataSource, budg
     prefix = prefix_token(tokenizer)
     texts: Sequence[str] = load_texts(source, max_characters=budget * CHARACTERS_PER_TOKEN)
     for number, text in enumerate(texts):
-        ids = tokenizer.encode(text, add_special_tokens=False)[:budget]
+        ids = first_tokens(text, partial(tokenizer.encode, add_special_tokens=False), budget)
         budget -= len(ids)
         for index, pair in enumerate(get_rolling_token_windows(ids, prefix, length, context_len=1)):
             context, scored = make_disjoint_window(pair)

@@ -23,6 +23,7 @@ from shoal.cost import Cost, decode_bytes, model_cost, model_without_data, prefi
 from shoal.errors import UserError
 from shoal.machine import device_memory, now
 from shoal.models import checkpoint_bytes, load_model, num_parameters, text_config
+from shoal.progress import progress
 from shoal.runtime import device
 
 from .decoder import Decoder
@@ -153,15 +154,17 @@ def _measured(entries: Mapping[str, _Entry], work: tuple[int, int, int], rounds:
     """Every role's speeds at one batch size; ``work`` = batch size, prompt tokens and new tokens."""
     batch_size, prompt_tokens, new_tokens = work
     samples = {role: {kind: [] for kind in KINDS} for role in entries}
-    peaks = {
-        role: entry.weight_bytes
-        + peak_growth(entry.decoder.device, lambda entry=entry: _one_turn(entry.decoder, *work))
-        for role, entry in entries.items()
-    }
     order = list(entries)
-    for turn in range(rounds):
-        for role in order[turn % len(order) :] + order[: turn % len(order)]:
+    turns = [role for turn in range(rounds) for role in order[turn % len(order) :] + order[: turn % len(order)]]
+    with progress(f"speed: {batch_size} at once", total=len(order) + len(turns), unit="turns") as step:
+        peaks: dict[str, int] = {}
+        for role, entry in entries.items():
+            growth = peak_growth(entry.decoder.device, lambda entry=entry: _one_turn(entry.decoder, *work))
+            peaks[role] = entry.weight_bytes + growth
+            step()
+        for role in turns:
             first_s, decode_s = _one_turn(entries[role].decoder, *work)
+            step()
             samples[role]["prefill"].append(batch_size * prompt_tokens / first_s)
             samples[role]["decode"].append(batch_size * new_tokens / decode_s)
             samples[role]["first_token"].append(first_s)

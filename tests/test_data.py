@@ -19,6 +19,7 @@ from shoal import data
 from shoal.data import (
     BUNDLED,
     check_source,
+    first_tokens,
     load_texts,
     pack,
     python_docs,
@@ -205,6 +206,46 @@ def test_fingerprint_of_bundled_sources_is_that_of_their_text(monkeypatch: pytes
 
 
 # --- packing
+
+
+class Counting:
+    """The tiny tokenizer, which counts the characters that it is given."""
+
+    def __init__(self) -> None:
+        self.own = tiny_tokenizer()
+        self.characters = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def __call__(self, texts: Any, **settings: Any) -> Any:
+        self.characters += len(texts) if isinstance(texts, str) else sum(map(len, texts))
+        return self.own(texts, **settings)
+
+
+@pytest.mark.parametrize("texts", [["one two three " * 200_000], ["a", "one two three " * 200_000, "b c d"]])
+def test_of_a_very_long_line_only_the_beginning_is_tokenised_and_the_rows_are_those_of_the_whole(
+    texts: list[str],
+) -> None:
+    counting = Counting()
+    rows = pack([(DataSource("x"), texts)], counting, sequence_length=16, num_tokens=160, seed=0)
+    assert counting.characters < 10_000
+    whole = [text[:1000] for text in texts]  # the tiny tokenizer knows bytes: more than 160 tokens
+    same = pack([(DataSource("x"), whole)], tiny_tokenizer(), sequence_length=16, num_tokens=160, seed=0)
+    assert torch.equal(rows.input_ids_NS, same.input_ids_NS)
+    assert torch.equal(rows.position_ids_NS, same.position_ids_NS)
+
+
+def test_a_beginning_that_is_not_enough_is_made_longer() -> None:
+    seen: list[int] = []
+
+    def encode(text: str) -> list[int]:
+        seen.append(len(text))
+        return list(range(len(text) // 100))  # a hundred characters to a token
+
+    assert first_tokens("x" * 1_000_000, encode, 50) == list(range(50))
+    assert seen == [1824, 7296, 29184]
+    assert first_tokens("x" * 500, encode, 50) == list(range(5))
 
 
 def packed(

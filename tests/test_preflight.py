@@ -23,7 +23,7 @@ from shoal.machine import peak_memory, ranks_on_this_node
 from shoal.on_policy import OnPolicy
 from shoal.terms import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train import dry_run as report
-from shoal.train import preflight
+from shoal.train import pace, preflight
 from shoal.train.job import Job, job
 from shoal.train.memory import KEY_BYTES, LIBRARY_BYTES, VALUE_BYTES, Setting, memory, shared_weights
 from shoal.train.pace import flops_per_token, make_trainable
@@ -630,3 +630,35 @@ def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
     command = [sys.executable, "-c", "from shoal.machine import peak_memory; print(peak_memory())"]
     child = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert peak_memory() > len(ballast) > child
+
+
+@pytest.mark.parametrize(("token_s", "num_tokens"), [(0.001, 256), (0.1, 64), (3.0, 16)])
+def test_a_slow_machine_tries_a_piece_of_a_micro_batch_and_the_bound_holds(
+    monkeypatch: pytest.MonkeyPatch, token_s: float, num_tokens: int
+) -> None:
+    clock = [0.0]
+
+    def slow(*_: Any, **__: Any) -> Any:
+        def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            clock[0] += token_s * batch["input_ids"].numel()
+            return torch.zeros((), requires_grad=True) + 1.0
+
+        return step
+
+    monkeypatch.setattr(pace, "now", lambda _: clock[0])
+    monkeypatch.setattr(pace, "_step", slow)
+    tried = job_of(sequence_length=128, trainer={"per_device_train_batch_size": 2})
+    config = tiny_config("llama")
+    found = pace.probe(
+        config,
+        config,
+        PruningPlan(Provenance({}), NUM_LAYERS, (), ""),
+        Distill(sequence_length=128),
+        tried.setting,
+        teacher_dtype=torch.float32,
+        attention="sdpa",
+        device=torch.device("cpu"),
+    )
+    assert clock[0] <= max(pace.PROBE_S, token_s * pace.FIRST_TOKENS)
+    assert found.num_tokens == num_tokens
+    assert found.tokens_per_s == pytest.approx(1 / token_s)

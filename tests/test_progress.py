@@ -11,13 +11,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import training_runs
+from test_search import EVAL, MEASURE, Healer
 
+from shoal import distilling, measuring, pipeline, pruning
 from shoal import progress as module
+from shoal.checkpoint import checkpoint_bytes
 from shoal.progress import BYTES, POLL_S, Lines, Speaker, doing, each, progress
+from shoal.recipe import load_recipe, parse_recipe
+from shoal.run import Run
+from shoal.searching import search
 from shoal.train.progress import Progress
 
 
@@ -249,3 +257,170 @@ def test_a_training_that_fails_is_not_told_of_any_more(speaker, clock, caplog, m
         raise ValueError
     clock.run(speaker, 100.0)
     assert not caplog.messages
+
+
+def test_nothing_is_said_while_another_process_speaks(speaker, clock, caplog):
+    with speaker.telling("distill", None, ""):
+        with speaker.still(lambda: True):
+            clock.run(speaker, 60.0)
+        assert not caplog.messages
+        clock.run(speaker, 0.5)
+    assert caplog.messages[0] == "distill: 1:01 so far"
+
+
+@pytest.fixture
+def every_end_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(module, "FIRST_S", 0.0)
+    caplog.set_level("INFO")
+
+
+def tell_every_end() -> None:
+    module.FIRST_S = 0.0
+
+
+def told(messages: list[str], *names: str) -> None:
+    missing = [name for name in names if not any(line.startswith(f"{name}: ") for line in messages)]
+    assert not missing, messages
+
+
+@pytest.mark.usefixtures("every_end_is_told")
+def test_measuring_tells_of_every_pass(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = ["block_influence", "angular", "single_drop_perplexity", "taylor_second", "laco_merge"]
+    settings = {
+        **MEASURE,
+        "diagnostics": True,
+        "metrics": [name for name in metrics if name in measured_names()],
+        "sweep": {"tasks": ["knowledge_continuation"], "limit": 8, "operators": ["layer"]},
+    }
+    measuring.measure(Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": settings})))
+    told(
+        caplog.messages,
+        f"loading {teacher}",
+        "text: rows packed",
+        "measure: block_influence, angular",
+        "measure: single drops",
+        "sweep: likelihoods",
+        "sweep: scored",
+        "measure: intervals of the atlas",
+        "measure: drawing figures",
+        "diagnostics: one pass",
+        "diagnostics: skips",
+        "diagnostics: gradients",
+    )
+
+
+def measured_names() -> set[str]:
+    from shoal.compress.metrics import METRICS
+
+    return set(METRICS)
+
+
+@pytest.mark.usefixtures("every_end_is_told")
+def test_measuring_layer_by_layer_tells_of_every_layer(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {**MEASURE, "metrics": ["block_influence"], "memory_gb": 0.9 * checkpoint_bytes(teacher) / 2**30}
+    measuring.measure(Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path), "measure": settings})))
+    told(caplog.messages, "measure, layer by layer")
+
+
+@pytest.mark.usefixtures("every_end_is_told")
+def test_pruning_tells_of_copying_and_of_both_proofs(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pruning.prune(
+        Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}))
+    )
+    told(
+        caplog.messages,
+        "prune: copying",
+        "prune: reading back what was copied",
+        "prune: proving the student by its files",
+        "prune: running the teacher as planned",
+        "prune: proving the student by running it",
+    )
+
+
+def test_the_ranks_tell_of_recording_and_of_every_part_of_a_training(teacher: Path, tmp_path: Path) -> None:
+    training_runs.prepare(tmp_path, teacher)
+    path = training_runs.write_recipe(
+        tmp_path,
+        teacher,
+        data=[{"path": "python_docs", "weight": 0.5}, {"path": "teacher_text", "weight": 0.5}],
+        writing={"num_tokens": 200, "new_tokens": 8, "prompt_tokens": 8},
+        overlap=True,
+        local={"num_tokens": 512, "batch_size": 4},
+        watch={"every": 4, "tasks": ["knowledge_continuation"], "limit": 2, "perplexity_tokens": 100},
+        trainer={"save_strategy": "steps", "save_steps": 4},
+    )
+    recorded = training_runs.finished(training_runs.run(path, verb="record", before=tell_every_end))
+    told([line[9:] for line in recorded.log.splitlines()], "teacher text", "text: rows packed", "record")
+    trained = training_runs.finished(training_runs.run(path, before=tell_every_end))
+    told(
+        [line[9:] for line in trained.log.splitlines()],
+        "loading the libraries",
+        "joining the other ranks",
+        "working out what training takes",
+        "looking for evaluation items in the training text",
+        "local",
+        "measuring what the machine can do at best",
+        "loading DeepSpeed",
+        "setting up DeepSpeed",
+        "training",
+        "watch: likelihoods",
+        "saving checkpoint-4",
+        "writing distilled/",
+    )
+
+
+@pytest.mark.usefixtures("every_end_is_told")
+def test_evaluating_and_reporting_tell_of_requests_texts_and_speed(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {**EVAL, "tasks": ["knowledge_continuation", "knowledge_generation"], "speed_batch_sizes": [1]}
+    run = Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "eval": settings}))
+    run.dir.mkdir()
+    pipeline.evaluate(run)
+    pipeline.report(run)
+    told(
+        caplog.messages,
+        "eval: loading the tasks",
+        "eval: making prompts",
+        "eval teacher: likelihoods",
+        "eval teacher: writing",
+        "speed: 1 at once",
+        "writing the report",
+    )
+
+
+@pytest.mark.usefixtures("every_end_is_told")
+def test_a_dry_run_tells_what_it_times(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = training_runs.write_recipe(tmp_path, teacher)
+    distilling.distill_dry_run(Run(load_recipe(str(path), [])))
+    told(
+        caplog.messages,
+        "working out memory",
+        "building models of random weights",
+        "timing 16 tokens of the objective",
+        "timing the optimizer",
+        "timing a matrix product",
+        "looking for the cheapest setting that fits",
+    )
+
+
+@pytest.mark.usefixtures("every_end_is_told")
+def test_a_search_tells_how_many_plans_are_done(
+    teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = {
+        "model": str(teacher),
+        "run_dir": str(tmp_path / "run"),
+        "measure": MEASURE,
+        "distill": {"sequence_length": 64},
+        "eval": EVAL,
+        "track": {"wandb": "off"},
+        "search": {"plans": [{"drop": [1]}, {"drop": [3]}], "num_tokens": 128, "rank_by": ["perplexity"]},
+    }
+    search(Run(parse_recipe(raw)), Healer(1.0, 1.1))
+    told(caplog.messages, "search: plans cut", "search: plans before their heal", "search: plans healed")
+    assert "search: plans healed: 2 of 2 plans in 0:" in caplog.text

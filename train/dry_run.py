@@ -13,11 +13,12 @@ from shoal.errors import UserError
 from shoal.machine import available_memory, device_memory, free_disk, matmul_flops_per_second
 from shoal.models import text_config
 from shoal.plain_text import aligned, bytes_text
+from shoal.progress import doing
 from shoal.training import Distill
 
 from .job import Job, job, teacher_dtype
 from .memory import Setting, memory, shared_weights
-from .pace import Pace, flops_per_token, probe, step_seconds
+from .pace import PROBE_S, Pace, flops_per_token, probe, step_seconds
 from .preflight import cheapest, disk_bytes, fits, overrides, shortages, written_bytes
 
 ASSUMED_SHARE = 0.4
@@ -48,17 +49,18 @@ def dry_run(
         UserError: what the configuration contradicts, and a family whose memory cannot be told without running it.
     """
     try:
-        found = job(
-            teacher_config,
-            student_config,
-            plan,
-            settings,
-            dtype=dtype,
-            attention=attention,
-            ranks=ranks,
-            ranks_per_node=ranks_per_node,
-            device=device,
-        )
+        with doing("working out memory"):
+            found = job(
+                teacher_config,
+                student_config,
+                plan,
+                settings,
+                dtype=dtype,
+                attention=attention,
+                ranks=ranks,
+                ranks_per_node=ranks_per_node,
+                device=device,
+            )
     except RuntimeError as error:  # torch's, of operations that need numbers
         reason = str(error).strip().splitlines()[0][:120]
         raise UserError(
@@ -198,7 +200,8 @@ def _beside(job: Job) -> list[str]:
 
 def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
     setting = job.setting
-    peak = matmul_flops_per_second(device, job.product_dtype)
+    with doing("timing a matrix product"):
+        peak = matmul_flops_per_second(device, job.product_dtype)
     flops = flops_per_token(job.student, job.teacher, setting, shared=job.shared_layers > 0)
     # ranks on one CPU share its cores, which a probe has had to itself
     machines = setting.ranks // setting.ranks_per_node if setting.device == "cpu" else setting.ranks
@@ -208,7 +211,7 @@ def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
     else:
         rate, optimizer_s = pace.tokens_per_s, pace.optimizer_s
         how = (
-            f"measured here on micro-batches of the real objective: {rate * flops / peak:.0%} of the "
+            f"measured here on {_tried(pace, setting)} of the real objective: {rate * flops / peak:.0%} of the "
             f"{peak / 1e12:.3g} TFLOP/s of a matrix product"
         )
     step = step_seconds(job.tokens_per_step // machines, rate, optimizer_s)
@@ -218,6 +221,14 @@ def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
         f"  {how}",
         "  communication between ranks, scoring, sampling, a local stage and checkpoints come on top",
     ]
+
+
+def _tried(pace: Pace, setting: Setting) -> str:
+    """What the probe ran; a micro-batch that takes too long here is not tried whole."""
+    whole = setting.rows * setting.sequence_length
+    if pace.num_tokens == whole:
+        return "micro-batches"
+    return f"{pace.num_tokens:,} of the {whole:,} tokens of a micro-batch (a whole one takes over {PROBE_S:.0f} s)"
 
 
 def _duration(seconds: float) -> str:
@@ -253,7 +264,8 @@ def _state_at_cut(job: Job) -> str:
 
 
 def _proposal(job: Job, device_free: int, host_free: int) -> list[str]:
-    setting = next(cheapest(job, device_free=device_free, host_free=host_free), None)
+    with doing("looking for the cheapest setting that fits"):
+        setting = next(cheapest(job, device_free=device_free, host_free=host_free), None)
     if setting is None:
         return [
             "no setting fits with a margin of a tenth: more ranks, shorter rows (distill.sequence_length), a smaller "

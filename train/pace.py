@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shoal.anatomy import text_config
 from shoal.artifact import PruningPlan
 from shoal.machine import now
+from shoal.progress import doing
 from shoal.recording import Record
 from shoal.terms import STATE_TERMS, reads_distributions
 from shoal.training import Distill
@@ -30,9 +31,12 @@ from .student import Objective, SharedPrefix, Signals, to_logits
 from .trainable import Trained, shares_prefix, train_only
 
 PROBE_BATCHES = 3
-"""Micro-batches of a probe; the fastest counts, the first also brings the machine to work."""
+"""Whole micro-batches of a probe; the fastest counts, the first also brings the machine to work."""
+FIRST_TOKENS = 16
+"""Of the first piece that a probe runs; it grows by GROWTH to a whole micro-batch, as long as the time allows."""
+GROWTH = 4
 PROBE_S = 15.0
-"""After so many seconds no further one is begun."""
+"""What would go on for longer is not begun."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Pace:
     """One step of AdamW over everything that is trained."""
     loss: float
     """Of one token; of models with random weights, so it says only that the objective ran."""
+    num_tokens: int
+    """Of the largest piece that was run: a whole micro-batch, or what there was time for."""
 
 
 def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *, shared: bool) -> float:
@@ -97,11 +103,12 @@ def probe(
     """Run a few micro-batches of the real objective on random weights: how fast it is depends on their shapes alone.
 
     One rank, without DeepSpeed: what ranks send each other is not in it. Takes the memory that training takes at ZeRO
-    stage 0.
+    stage 0. Where a whole micro-batch would take longer than PROBE_S, a piece of it stands for it: the time of a token
+    then leaves out what attention takes more in longer rows.
     """
     torch.manual_seed(0)
     live, shared = None, 0
-    with torch.device(device):
+    with doing("building models of random weights"), torch.device(device):
         student = built(student_config, dtype=torch.float32, attention=attention).train()
         trained = make_trainable(student, settings, plan)
         frozen = shares_prefix(trained, plan)
@@ -113,21 +120,41 @@ def probe(
     if setting.checkpointing and not setting.selective:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     step = _step(student, live, plan, settings, setting, frozen=frozen, shared=shared)
-    batch = _batch(text_config(student_config).vocab_size, setting, device)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6)
-    fastest, loss, begun = math.inf, math.nan, now(device)
-    for number in range(PROBE_BATCHES):
-        started = now(device)
-        if number and started - begun > PROBE_S:
+    vocabulary, begun = text_config(student_config).vocab_size, now(device)
+    fastest, tokens, loss = math.inf, 0, math.nan
+    for piece in _pieces(setting):
+        size = piece.rows * piece.sequence_length
+        expected = size * fastest / tokens if tokens else 0.0
+        if now(device) - begun + expected > PROBE_S and tokens:
             break
-        total = step(batch)
-        loss = total.item() / batch["input_ids"].numel()
-        (total / batch["input_ids"].numel()).backward()
-        fastest = min(fastest, now(device) - started)
-    optimizer.step()  # makes its moments
-    started = now(device)
-    optimizer.step()
-    return Pace(batch["input_ids"].numel() / fastest, now(device) - started, loss)
+        batch = _batch(vocabulary, piece, device)
+        with doing(f"timing {size:,} tokens of the objective"):
+            started = now(device)
+            total = step(batch)
+            loss = total.item() / size
+            (total / size).backward()
+            taken = now(device) - started
+        fastest, tokens = taken if size > tokens else min(fastest, taken), size
+    with doing("timing the optimizer"):
+        optimizer.step()  # makes its moments
+        started = now(device)
+        optimizer.step()
+    return Pace(tokens / fastest, now(device) - started, loss, tokens)
+
+
+def _pieces(setting: Setting) -> Iterator[Setting]:
+    """What a probe runs, the smallest twice: the first run of all brings the machine to work and foretells nothing."""
+    length = min(FIRST_TOKENS, setting.sequence_length)
+    yield replace(setting, rows=1, sequence_length=length)
+    while length < setting.sequence_length:
+        yield replace(setting, rows=1, sequence_length=length)
+        length *= GROWTH
+    whole = setting.rows
+    if whole > 1:
+        yield replace(setting, rows=1)
+    for _ in range(PROBE_BATCHES):
+        yield setting
 
 
 @dataclass(frozen=True)

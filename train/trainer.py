@@ -23,6 +23,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from shoal.errors import UserError, explained_disk_errors
+from shoal.progress import doing
 from shoal.runtime import barrier, is_main, seed_everything, world_size
 from shoal.terms import term_names
 from shoal.whole_files import write_json
@@ -219,7 +220,7 @@ class DistillTrainer(Trainer):
         """Let ``watcher`` score the student now and then."""
 
         def scored() -> Mapping[str, Score]:
-            with self._rate.paused(), self.plain_student() as student:
+            with self._rate.paused(), doing("scoring the student"), self.plain_student() as student:
                 return score(student)
 
         def logged(values: dict[str, float]) -> None:
@@ -265,7 +266,7 @@ class DistillTrainer(Trainer):
             shutil.rmtree(folder)
         barrier()
         try:
-            with explained_disk_errors(folder), self._rate.paused():
+            with explained_disk_errors(folder), self._rate.paused(), doing(f"saving {folder.name}"):
                 super()._save_checkpoint(model, trial)
                 if is_main():
                     write_json(folder / OBJECTIVE_FILE, self._objective.state())

@@ -120,7 +120,9 @@ def _planned(
 def _sift(place: Path, identity: dict[str, Any], *, keep: str) -> None:
     """Bring the batches into one file. That file comes last: once it is there, nothing else is needed."""
     if not (place / TEXTS).exists():
-        kept, counts = sifted(_batches(place / BATCHES), keep=keep)
+        kept, counts = sifted(
+            each(_batches(place / BATCHES), "teacher text: choosing what to keep", unit="texts"), keep=keep
+        )
         write_json(place / "inputs.json", identity)
         write_json(place / COUNTS, counts)
         write_text(place / TEXTS, _lines(kept))

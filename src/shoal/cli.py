@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from shoal import __version__, runtime
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
+from shoal.progress import SPEAKER, doing
 from shoal.redaction import redacted, redacted_arguments
 from shoal.stopping import STOPS, on_stop, run_launcher, stop_at_once, watch_launcher
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shoal")
 
+STARTED = "SHOAL_STARTED"
+"""Names the file in the environment of ranks that rank 0 makes once it can speak for itself."""
 STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
 VERBS = {
     "measure": "measure what every layer is worth: importance.json",
@@ -81,10 +85,13 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
         with explained_paths():
             recipe = load_recipe(config, overrides, further=_limits_without_task)
             if dry_run:
-                _dry_run(verb, recipe)
+                with doing(f"{verb} --dry-run"):
+                    told = _dry_run(verb, recipe)
+                _print(told)
             else:
+                what = f"{verb}, in the ranks" if STARTED in os.environ else verb
                 # training and its launcher listen themselves
-                with on_stop(lambda number: stop_at_once(number, STOPPED)):
+                with on_stop(lambda number: stop_at_once(number, STOPPED)), doing(what):
                     _dispatch(verb, recipe, config, overrides)
     except UserError as error:
         if not runtime.is_main():
@@ -138,13 +145,14 @@ def _compare(arguments: argparse.Namespace) -> None:
         write_json_file(found, Path(arguments.json).expanduser())
 
 
-def _dry_run(verb: str, recipe: Recipe) -> None:
-    runtime.turn_down_libraries()
-    from shoal import distilling, pruning
-    from shoal.run import open_run
+def _dry_run(verb: str, recipe: Recipe) -> str:
+    with doing("loading the libraries"):
+        runtime.turn_down_libraries()
+        from shoal import distilling, pruning
+        from shoal.run import open_run
 
     told = {"prune": pruning.prune_dry_run, "distill": distilling.distill_dry_run}
-    _print(told[verb](open_run(recipe)))
+    return told[verb](open_run(recipe))
 
 
 def _print(text: str) -> None:
@@ -169,10 +177,13 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         from shoal.eval.task_names import refuse_unknown
 
         refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)  # before all that is imported below
-    runtime.turn_down_libraries()
-    from shoal import distilling, measuring, pipeline, pruning
-    from shoal.run import Run, locked, open_run
-    from shoal.tracking import wandb_mode
+    if STARTED in os.environ and runtime.is_main():
+        Path(os.environ[STARTED]).touch()
+    with doing("loading the libraries"):
+        runtime.turn_down_libraries()
+        from shoal import distilling, measuring, pipeline, pruning
+        from shoal.run import Run, locked, open_run
+        from shoal.tracking import wandb_mode
     from shoal.trust import refuse_links
 
     launched = "LOCAL_RANK" in os.environ
@@ -190,7 +201,8 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         _launch_distill(recipe, config, overrides)
         return
     if in_group:
-        runtime.set_up_distributed(recipe.distill.timeout_s)
+        with doing("joining the other ranks"):
+            runtime.set_up_distributed(recipe.distill.timeout_s)
     run = open_run(recipe)
     if verb == "run":
         pipeline.run_all(run, lambda: _launch_distill(recipe, config, overrides))
@@ -219,8 +231,9 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
 
 
 def _distill(run: Run) -> None:
-    from shoal import distilling
-    from shoal.train.distill import Stopped
+    with doing("loading DeepSpeed"):
+        from shoal import distilling
+        from shoal.train.distill import Stopped
 
     try:
         distilling.distill(run)
@@ -255,7 +268,10 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
     ]
     command += ["distill", "--config", config, *overrides]
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
-    code, asked = run_launcher(command, environment, ranks="shoal.cli")
+    with tempfile.TemporaryDirectory() as folder:
+        started = Path(folder) / "started"
+        with doing("distill, launcher and ranks"), SPEAKER.still(started.exists):
+            code, asked = run_launcher(command, environment | {STARTED: str(started)}, ranks="shoal.cli")
     if code == 0 and asked is None:
         return
     number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -34,10 +34,13 @@ from shoal.packing import (
     write_counts,
     write_rows,
 )
+from shoal.progress import progress
 from shoal.section import TEACHER_TEXT, DataSource, Packing
 from shoal.whole_files import file_hash
 
 __all__ = ["IGNORED", "PackedRows"]
+
+T = TypeVar("T")
 
 HELD_OUT_SHARE = 8
 """One topic in eight of Python's documentation is kept for evaluation."""
@@ -93,6 +96,10 @@ READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".p
 """File ending -> its reader in `datasets`; a .txt file is one document, which `datasets` would cut into lines."""
 HELD_CHARACTERS = 32_000_000
 """A source with less text than this is shuffled as a whole; a larger one streams through a buffer of this size."""
+CHARACTERS_PER_TOKEN = 16
+"""More than any tokenizer puts into a token of prose on average."""
+BORDER_TOKENS = 64
+"""Tokens at the end of a beginning that may be others where the text goes on."""
 AT_ONCE = 256
 CHARACTERS_AT_ONCE = 4_000_000
 """Most documents and characters tokenised together: fast tokenizers work through a list with all cores."""
@@ -275,8 +282,11 @@ def pack(
     names = source_names([source for source, _ in sources])
     counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
     limit = sequence_length if packing == "best_fit" else None
+    num_rows = -(-num_tokens // sequence_length)
+    # what best_fit leaves out of a document is counted, and of a conversation any part may be the one that teaches
+    enough = None if packing == "best_fit" else num_rows * sequence_length
     streams = [
-        _documents(source, texts, tokenizer, seed=seed + index, limit=limit, count=counts[name])
+        _documents(source, texts, tokenizer, seed=seed + index, limit=limit, enough=enough, count=counts[name])
         for index, (name, (source, texts)) in enumerate(zip(names, sources, strict=True))
     ]
     drawn = draw(streams, [source.weight for source, _ in sources])
@@ -285,16 +295,22 @@ def pack(
         rows = best_fit_rows(drawn, sequence_length, padding_id)
     else:
         rows = split_rows(drawn, sequence_length)
-    rows = teaching_rows(rows, names, counts)
-    num_rows = -(-num_tokens // sequence_length)
-    marked = packing == "best_fit" or any(source.assistant_only for source, _ in sources)
-    if folder is not None:
-        write_rows(folder, rows, num_rows, sequence_length, with_supervised=marked)
-        write_counts(folder, counts)
-        return read_rows(folder)
-    planes = collect(rows, num_rows, sequence_length, with_supervised=marked)
-    tensors = {name: torch.from_numpy(plane) for name, plane in planes.items()}
-    return PackedRows(tensors["input_ids"], tensors["position_ids"], counts, tensors.get("supervised"))
+    with progress("text: rows packed", total=num_rows, unit="rows") as step:
+        rows = _counted(teaching_rows(rows, names, counts), step)
+        marked = packing == "best_fit" or any(source.assistant_only for source, _ in sources)
+        if folder is not None:
+            write_rows(folder, rows, num_rows, sequence_length, with_supervised=marked)
+            write_counts(folder, counts)
+            return read_rows(folder)
+        planes = collect(rows, num_rows, sequence_length, with_supervised=marked)
+        tensors = {name: torch.from_numpy(plane) for name, plane in planes.items()}
+        return PackedRows(tensors["input_ids"], tensors["position_ids"], counts, tensors.get("supervised"))
+
+
+def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
+    for item in items:
+        step()
+        yield item
 
 
 def source_names(sources: Sequence[DataSource]) -> list[str]:
@@ -319,7 +335,8 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
     items = (item for item in documents(source) if item is not None)
     for item in items:
         found = True
-        if next(_tokenised([item], source, tokenizer, epoch=0, limit=limit, count=count), None) is not None:
+        one = _tokenised([item], source, tokenizer, epoch=0, limit=limit, enough=sequence_length, count=count)
+        if next(one, None) is not None:
             return
     raise _nothing_learnt(source) if found else _nothing_in(source)
 
@@ -350,13 +367,14 @@ def _documents(
     *,
     seed: int,
     limit: int | None,
+    enough: int | None,
     count: dict[str, int],
 ) -> Iterator[TokenDocument]:
     """The source's documents without end, in another order every epoch."""
     _refuse_impossible(source, texts, tokenizer)
     for epoch, items in _epochs(source, texts, seed=seed, count=count):
         nothing = True
-        for document in _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, count=count):
+        for document in _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, enough=enough, count=count):
             nothing = False
             yield document
         if nothing:
@@ -425,10 +443,15 @@ def _tokenised(
     *,
     epoch: int,
     limit: int | None,
+    enough: int | None,
     count: dict[str, int],
 ) -> Iterator[TokenDocument]:
-    """Documents with something to learn, cut to ``limit`` tokens; the others are counted as dropped once."""
-    for ids, supervised in _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer):
+    """Documents with something to learn, cut to ``limit`` tokens; the others are counted as dropped once.
+
+    Of a text no more than its first ``enough`` tokens are asked for.
+    """
+    made = _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer, enough)
+    for ids, supervised in made:
         document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch).cut(limit or len(ids))
         if document.teaches:
             yield document
@@ -442,12 +465,35 @@ def _chats(items: Iterable[str | Chat], source: DataSource, tokenizer: Any) -> I
         yield tokenised(item, tokenizer, assistant_only=source.assistant_only)
 
 
-def _texts(items: Iterable[str | Chat], tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Token lists with start (where the model has one it adds) and end token."""
+def first_tokens(text: str, encode: Callable[[str], list[int]], count: int) -> list[int]:
+    """The first ``count`` tokens of ``text``, or all of them, from little more of it than they take.
+
+    A single line can have millions of characters. A tokenizer joins letters within words, so a text that ends early
+    changes the tokens at its end alone: of a beginning, the last BORDER_TOKENS are not believed.
+    """
+    size = CHARACTERS_PER_TOKEN * (count + BORDER_TOKENS)
+    while size < len(text):
+        ids = encode(text[:size])
+        if len(ids) >= count + BORDER_TOKENS:
+            return ids[:count]
+        size *= 4
+    return encode(text)[:count]
+
+
+def _texts(items: Iterable[str | Chat], tokenizer: Any, enough: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Token lists with start (where the model has one it adds) and end token; of long texts the beginning."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    most = None if enough is None else CHARACTERS_PER_TOKEN * (enough + BORDER_TOKENS)
     items = iter(items)
     while batch := _take(items, CHARACTERS_AT_ONCE, most=AT_ONCE)[0]:
-        for ids in tokenizer(batch)["input_ids"]:
+        short = [text for text in batch if most is None or _size(text) <= most]
+        tokenised_short = iter(tokenizer(short)["input_ids"] if short else ())
+        for text in batch:
+            ids = (
+                next(tokenised_short)
+                if most is None or _size(text) <= most
+                else first_tokens(str(text), lambda one: tokenizer(one)["input_ids"], enough or 0)
+            )
             whole = ids if not ids or ids[-1:] == end else ids + end
             yield whole, np.ones(len(whole), bool)
 

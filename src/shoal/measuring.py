@@ -26,6 +26,7 @@ from shoal.models import (
     text_config,
 )
 from shoal.plain_text import bytes_text
+from shoal.progress import doing
 from shoal.recipe import Sweeps, as_dict
 from shoal.run import Run, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
 from shoal.runtime import barrier, device, is_main, seed_everything
@@ -289,7 +290,8 @@ def _swept(run: Run, sweeping: _Sweeping, settings: Sweeps, importance: Importan
         if is_main():
             _write_items(run.dir / "sweep" / operator, [unit.name for unit in units], intact, removed)
         if operator == "layer":
-            importance = replace(importance, atlas=build_atlas(intact, removed, metrics=_rankings(importance)))
+            with doing("measure: intervals of the atlas"):
+                importance = replace(importance, atlas=build_atlas(intact, removed, metrics=_rankings(importance)))
         else:
             table = sweep_table(operator, units, intact, removed)
             importance = replace(importance, sweeps={**importance.sweeps, operator: table})
@@ -410,8 +412,9 @@ def _write(run: Run, importance: Importance) -> None:
     from shoal.figures import save_figure
 
     importance.write(run.dir / Importance.FILE)
-    for name, figure in _figures(importance):
-        save_figure(figure, run.dir / "figures" / f"{name}.svg")
+    with doing("measure: drawing figures"):
+        for name, figure in _figures(importance):
+            save_figure(figure, run.dir / "figures" / f"{name}.svg")
     if importance.atlas is not None:
         for note in importance.atlas.notes:
             log.info("measure: %s", note)

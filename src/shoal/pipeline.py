@@ -18,6 +18,7 @@ from shoal.distilling import check_distill, distill_is_done, training_inputs
 from shoal.errors import UserError
 from shoal.measuring import check_measure, measure, measure_inputs
 from shoal.models import load_config, load_model, load_tokenizer, model_fingerprint
+from shoal.progress import doing
 from shoal.pruning import choose_plan, prune, read_plan, refuse_impossible_changes, refuse_unfit_student
 from shoal.recipe import as_dict
 from shoal.redaction import redacted
@@ -80,9 +81,8 @@ def evaluate(run: Run) -> None:
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     due = _due(run, found)
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
-    tasks = (
-        tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
-    )  # a wrong one is refused before a model loads
+    with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
+        tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
     if due and is_main():
         log.info("eval: %s, each: %s", ", ".join(due), _cost_in_words(run, tasks))
     for number, (role, inputs) in enumerate(due.items(), 1):
@@ -198,7 +198,8 @@ def report(run: Run) -> None:
 
     _require_this_run(run)
     _write_story(run)
-    path = write_report(run.dir)
+    with doing("writing the report"):
+        path = write_report(run.dir)
     log.info("report: %s", path)
     if run.recipe.export.gguf:
         export_gguf(run)

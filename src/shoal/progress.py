@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
@@ -96,6 +96,7 @@ class Speaker:
         self._last_said = self._clock()
         self._lock = threading.RLock()
         self._waiting = threading.Event()
+        self._others_speak: Callable[[], bool] = lambda: False
         self._thread: threading.Thread | None = None
 
     @property
@@ -128,9 +129,23 @@ class Speaker:
                 if finished and self._clock() - work.started >= FIRST_S:
                     self._say(work, finished=True)
 
+    @contextmanager
+    def still(self, when: Callable[[], bool]) -> Iterator[None]:
+        """Say nothing from when ``when`` is true: another process speaks."""
+        self._others_speak = when
+        try:
+            yield
+        finally:
+            self._others_speak = lambda: False
+
     def tick(self) -> None:
         """Draw the bars, or say a line if it is time for one."""
         with self._lock:
+            if self._others_speak():
+                for bar in self._bars.values():
+                    bar.close()
+                self._bars.clear()
+                return
             if not self._works:
                 return
             stream, now = self._stream or sys.stderr, self._clock()
@@ -209,9 +224,9 @@ def progress(what: str, *, total: int | None = None, unit: str) -> Iterator[Work
         yield work
 
 
-def each(items: Sequence[T], what: str, *, unit: str) -> Iterator[T]:
-    """The items one after the other, while it is told how many of them are done."""
-    with progress(what, total=len(items), unit=unit) as step:
+def each(items: Iterable[T], what: str, *, unit: str, total: int | None = None) -> Iterator[T]:
+    """The items one after the other, while it is told how many of them are done; ``total`` where they have no len."""
+    with progress(what, total=len(items) if isinstance(items, Sized) else total, unit=unit) as step:
         for item in items:
             yield item
             step()

@@ -22,6 +22,7 @@ from shoal import distilling, pipeline, pruning
 from shoal.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences
 from shoal.errors import UserError
 from shoal.measuring import measure, measure_inputs
+from shoal.progress import each
 from shoal.recipe import Export, Prune, Recipe, as_dict, parse_recipe
 from shoal.run import Run, is_done, locked
 from shoal.search import HealedPlan, Search, SearchPlan, SearchResult
@@ -77,15 +78,15 @@ def search(run: Run, launch: Launch) -> str:
         candidates = _candidates(run, settings)
         pipeline.preflight(candidates[0].run)
         _share_importance(run, candidates)
-        for candidate in candidates:
+        for candidate in each(candidates, "search: plans cut", unit="plans"):
             _cut(candidate)
         same_as = _same_layers(candidates)
         distinct = [candidate for candidate in candidates if candidate.name not in same_as]
         _share_teacher(run, distinct, settings)
-        for index, candidate in enumerate(distinct):
+        for index, candidate in enumerate(each(distinct, "search: plans before their heal", unit="plans")):
             log.info("search: %s (%d of %d) before its heal", candidate.name, index + 1, len(distinct))
             _evaluate(candidate)
-        for index, candidate in enumerate(distinct):
+        for index, candidate in enumerate(each(distinct, "search: plans healed", unit="plans")):
             log.info("search: healing %s (%d of %d)", candidate.name, index + 1, len(distinct))
             _heal(candidate, launch)
         return _result(run, settings, candidates, same_as)
