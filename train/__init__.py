@@ -49,7 +49,7 @@ Written text: not given, but made
 While it trains
     watch               scores of the student, its best state
     guard               a loss that jumps or is no number
-    progress            a line in the log
+    progress            what training tells of itself: steps, loss, rate, time left
     tracking            Weights & Biases
 
 Ranks: many processes, any of which may die
