@@ -292,7 +292,13 @@ def test_measuring_tells_of_every_pass(teacher: Path, tmp_path: Path, caplog: py
         "metrics": [name for name in metrics if name in measured_names()],
         "sweep": {"tasks": ["knowledge_continuation"], "limit": 8, "operators": ["layer"]},
     }
-    measuring.measure(Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": settings})))
+    measuring.measure(
+        Run(
+            parse_recipe(
+                {"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path / "run"), "measure": settings}
+            )
+        )
+    )
     told(
         caplog.messages,
         f"loading {teacher}",
@@ -320,7 +326,9 @@ def test_measuring_layer_by_layer_tells_of_every_layer(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {**MEASURE, "metrics": ["block_influence"], "memory_gb": 0.9 * checkpoint_bytes(teacher) / 2**30}
-    measuring.measure(Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path), "measure": settings})))
+    measuring.measure(
+        Run(parse_recipe({"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path), "measure": settings}))
+    )
     told(caplog.messages, "measure, layer by layer")
 
 
@@ -329,7 +337,11 @@ def test_pruning_tells_of_copying_and_of_both_proofs(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pruning.prune(
-        Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}))
+        Run(
+            parse_recipe(
+                {"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}
+            )
+        )
     )
     told(
         caplog.messages,
@@ -378,7 +390,9 @@ def test_evaluating_and_reporting_tell_of_requests_texts_and_speed(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {**EVAL, "tasks": ["knowledge_continuation", "knowledge_generation"], "speed_batch_sizes": [1]}
-    run = Run(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "eval": settings}))
+    run = Run(
+        parse_recipe({"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path / "run"), "eval": settings})
+    )
     run.dir.mkdir()
     pipeline.evaluate(run)
     pipeline.report(run)
@@ -414,6 +428,7 @@ def test_a_search_tells_how_many_plans_are_done(
 ) -> None:
     raw = {
         "model": str(teacher),
+        "dtype": "float32",
         "run_dir": str(tmp_path / "run"),
         "measure": MEASURE,
         "distill": {"sequence_length": 64},
