@@ -357,6 +357,8 @@ class CausalLM(TemplateLM):
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, ids.shape[1], len(rows)),
                 pad_token_id=self.tokenizer.pad_token_id,
+                # whole on every rank also where ZeRO 3 trains it, and ranks have unequal numbers of batches
+                synced_gpus=False,
                 **wanted,
             )
         return written[:, ids.shape[1] :].tolist()

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import GenerationConfig
 
@@ -279,3 +279,17 @@ def test_rows_of_different_lengths_are_filled_with_a_document_that_nobody_learns
     assert batch["input_ids"].tolist() == [[1, 2, 3, END, PAD, PAD], [4, 5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, -100, 3, END, -100, -100], [-100, 5, -100, -100, 8, 9]]
+
+
+def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(monkeypatch):
+    """As if on two ranks: without a process group any collective of transformers' loop fails."""
+    from transformers.generation import utils
+
+    from shoal.eval.engine import CausalLM
+
+    monkeypatch.setattr(utils, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(utils, "_get_torch_distributed_world_size", lambda: 2)
+    model, uniforms = tiny_model("llama"), torch.rand(1, 3, generator=torch.Generator().manual_seed(0))
+    assert len(sample(model, [[1, 2]], uniforms, temperature=1.0, end_ids=(), pad_id=PAD)[0]) == 3
+    lm = CausalLM(model, tiny_tokenizer(), 2)
+    assert len(lm._generate_with_transformers([[1, 2]], 3, [], {})[0]) == 3

@@ -42,7 +42,11 @@ def sample(
     choice = _Choice(uniforms_PT.to(device), temperature=temperature, top_p=top_p)
     with _writing(model), torch.no_grad():
         written = model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([choice])
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([choice]),
+            synced_gpus=False,  # the model is whole on every rank: none has to wait for another's longer text
         )
     return [_ended(row, end_ids) for row in written[:, width:].tolist()]
 
