@@ -24,7 +24,7 @@ from shoal import progress as module
 from shoal.checkpoint import checkpoint_bytes
 from shoal.progress import BYTES, POLL_S, Lines, Speaker, doing, each, progress
 from shoal.recipe import load_recipe, parse_recipe
-from shoal.run import Run
+from shoal.run import open_run
 from shoal.searching import search
 from shoal.train.progress import Progress
 
@@ -327,7 +327,9 @@ def test_measuring_layer_by_layer_tells_of_every_layer(
 ) -> None:
     settings = {**MEASURE, "metrics": ["block_influence"], "memory_gb": 0.9 * checkpoint_bytes(teacher) / 2**30}
     measuring.measure(
-        Run(parse_recipe({"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path), "measure": settings}))
+        open_run(
+            parse_recipe({"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path), "measure": settings})
+        )
     )
     told(caplog.messages, "measure, layer by layer")
 
@@ -410,7 +412,7 @@ def test_evaluating_and_reporting_tell_of_requests_texts_and_speed(
 @pytest.mark.usefixtures("every_end_is_told")
 def test_a_dry_run_tells_what_it_times(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = training_runs.write_recipe(tmp_path, teacher)
-    distilling.distill_dry_run(Run(load_recipe(str(path), [])))
+    distilling.distill_dry_run(open_run(load_recipe(str(path), [])))
     told(
         caplog.messages,
         "working out memory",
@@ -436,6 +438,6 @@ def test_a_search_tells_how_many_plans_are_done(
         "track": {"wandb": "off"},
         "search": {"plans": [{"drop": [1]}, {"drop": [3]}], "num_tokens": 128, "rank_by": ["perplexity"]},
     }
-    search(Run(parse_recipe(raw)), Healer(1.0, 1.1))
+    search(open_run(parse_recipe(raw)), Healer(1.0, 1.1))
     told(caplog.messages, "search: plans cut", "search: plans before their heal", "search: plans healed")
     assert "search: plans healed: 2 of 2 plans in 0:" in caplog.text

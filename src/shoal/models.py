@@ -110,7 +110,8 @@ def _embedding_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_r
     if largest < text_config(config).vocab_size:
         return None
     # some families have more rows than their vocabulary says
-    rows = without_data(config, trust_remote_code=trust_remote_code).get_input_embeddings().weight.shape[0]
+    embeddings: Any = without_data(config, trust_remote_code=trust_remote_code).get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
     return rows if largest >= rows else None
 
 

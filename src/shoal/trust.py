@@ -25,6 +25,8 @@ from shoal.errors import UserError
 
 log = logging.getLogger(__name__)
 
+WANDB_LOG = "debug-core.log"
+"""W&B puts this link to a log in the user's cache into its own folder, and nobody writes through it."""
 CONSENT = "SHOAL_TRUSTED_RUNS"
 """Environment variable: run directories, or folders of them, that the user vouches for; separated as in PATH."""
 KEY_BYTES = 32
@@ -62,6 +64,8 @@ def refuse_links(run_dir: Path) -> None:
         return
     root = run_dir.resolve()
     for entry in _entries(root):
+        if entry.name == WANDB_LOG and Path(entry.path).relative_to(root).parts[0] == "wandb":
+            continue
         if entry.is_symlink():
             target = Path(entry.path).resolve()
             if not target.is_relative_to(root):
