@@ -293,7 +293,7 @@ def test_measuring_tells_of_every_pass(teacher: Path, tmp_path: Path, caplog: py
         "sweep": {"tasks": ["knowledge_continuation"], "limit": 8, "operators": ["layer"]},
     }
     measuring.measure(
-        Run(
+        open_run(
             parse_recipe(
                 {"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path / "run"), "measure": settings}
             )
@@ -339,7 +339,7 @@ def test_pruning_tells_of_copying_and_of_both_proofs(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pruning.prune(
-        Run(
+        open_run(
             parse_recipe(
                 {"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}
             )
@@ -392,7 +392,7 @@ def test_evaluating_and_reporting_tell_of_requests_texts_and_speed(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {**EVAL, "tasks": ["knowledge_continuation", "knowledge_generation"], "speed_batch_sizes": [1]}
-    run = Run(
+    run = open_run(
         parse_recipe({"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path / "run"), "eval": settings})
     )
     run.dir.mkdir()
