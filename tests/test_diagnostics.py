@@ -28,6 +28,11 @@ from shoal.models import decoder_layers
 
 ROWS = packed([[40], [17, 23], [4, 36]])
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
+FLOAT32 = 2.0**-24
+"""Relative error of one rounding."""
+ROUNDINGS = 16
+"""As many may add up: a path's ends, its points and the probabilities are float32, logits of about 10 among them."""
+
 EFFORT = Effort(num_prompts=3, num_positions=2, prompt_tokens=28)
 PROMPTS = [
     Prompt(tuple((7 * token + 3) % 250 for token in range(start, start + length)), 3)
@@ -296,10 +301,11 @@ def test_integrated_gradients_equal_a_loop_over_whole_runs(kind: str, site: str)
             point = (baseline + step / steps * (output - baseline)).requires_grad_()
             total += torch.autograd.grad(probability(model, prompt, module, point), point)[0]
         wanted = ((output - baseline) * total / steps).sum(-1)
-        assert found.gradients[index] == pytest.approx(wanted.tolist(), rel=1e-4, abs=1e-8)
+        terms = ((output.abs() + baseline.abs()) * total.abs() / steps).sum(-1)
+        assert ((torch.tensor(found.gradients[index]) - wanted).abs() <= ROUNDINGS * FLOAT32 * terms).all()
         with torch.no_grad():
-            change = probability(model, prompt, module, output) - probability(model, prompt, module, baseline)
-        assert found.change[index] == pytest.approx(float(change), rel=1e-4)
+            ends = [float(probability(model, prompt, module, end)) for end in (output, baseline)]
+        assert found.change[index] == pytest.approx(ends[0] - ends[1], rel=0, abs=ROUNDINGS * FLOAT32 * sum(ends))
 
 
 @pytest.mark.parametrize("site", ["layer", "attention", "mlp"])
