@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from results import evaluation
 from sweep_results import importance as swept_importance
 
 from shoal.artifact import (
@@ -37,7 +41,7 @@ TASK = TaskScore(
     ability="knowledge",
     protocol="continuation",
     metric="acc",
-    score=0.5,
+    score=0.25,
     ci_low=0.1,
     ci_high=0.9,
     n=2,
@@ -83,7 +87,7 @@ def test_importance_of_before_there_were_sweeps_is_still_read(tmp_path: Path) ->
 
 def test_results_of_before_there_were_levels_and_batch_sizes_are_still_read(tmp_path: Path) -> None:
     made = {"schema": 1, "provenance": {"inputs": {}}}
-    task = {**dataclasses.asdict(TASK), "items": [{"id": "a", "score": 1.0}]}
+    task = {**dataclasses.asdict(TASK), "items": [{"id": "a", "score": 0.25}], "n": 1}
     for new in ("family", "level", "rates"):
         del task[new]
     sizes = {"num_parameters": 1, "num_layers": 1, "num_bytes": 1, "seconds": 1.0}
@@ -217,3 +221,91 @@ def test_artifact_of_another_run_is_refused_with_the_fields_that_differ(tmp_path
 def test_fingerprint_depends_on_values_and_not_on_order() -> None:
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert len({fingerprint(value) for value in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": [1]})}) == 5
+
+
+def numbers(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all numbers with a fraction in a JSON value."""
+    if isinstance(value, float):
+        yield where
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(item, (*where, key))
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS, ids=lambda artifact: type(artifact).__name__)
+@pytest.mark.parametrize("number", [math.nan, math.inf, "nan"])
+def test_no_number_of_an_artifact_may_be_none(tmp_path: Path, artifact: Artifact, number: Any) -> None:
+    path = tmp_path / "x.json"
+    artifact.write(path)
+    text = path.read_text()
+    kinds: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for place in numbers(json.loads(text)):
+        kinds.setdefault(tuple(key for key in place if isinstance(key, str)), place)
+    kinds.pop(("settings", "a"), None)
+    for *parents, last in kinds.values():
+        body = json.loads(text)
+        node = body
+        for key in parents:
+            node = node[key]
+        node[last] = number
+        path.write_text(json.dumps(body))
+        with pytest.raises(UserError, match=r"x\.json: .*; delete it and run its stage again") as refused:
+            type(artifact).read(path)
+        assert str(last) in str(refused.value) or isinstance(last, int)
+        assert "nan" in str(refused.value) or "inf" in str(refused.value)
+
+
+SWEPT = swept_importance()
+EVALUATED = evaluation("pruned")
+FIRST = EVALUATED.tasks[1]
+ATLAS = SWEPT.atlas
+assert ATLAS is not None
+
+
+@pytest.mark.parametrize(
+    ("artifact", "message"),
+    [
+        (replace(SWEPT, layers={"x": (0.1, 0.2)}), r"layers\.x: has 2 scores for 6 layers"),
+        (replace(SWEPT, num_layers=3), r"layers\.block_influence: has 6 scores for 3 layers"),
+        (replace(SWEPT, num_layers=0, layers={}), r"num_layers: is 0"),
+        (replace(SWEPT, errors={"x": (0.1,)}), r"errors\.x: has 1 scores for 6 layers"),
+        (replace(SWEPT, runs={"y": ((0.1,) * 6, (0.1,) * 6)}), r"runs\.y\.1: has 6 scores for 5 runs of 2 layers"),
+        (replace(SWEPT, runs={"y": ()}), r"runs\.y: is empty"),
+        (
+            replace(SWEPT, orders={"sleb": (Removal(Unit((6,)), 1.0),)}),
+            r"orders\.sleb\.0: names layer 6 of a model of 6 layers",
+        ),
+        (
+            replace(SWEPT, sweeps={"head": Sweep("head", (Unit((0,), "head", 3),), ATLAS.columns)}),
+            r"sweeps\.head\.columns\.0: has 6 effects for 1 units",
+        ),
+        (
+            replace(SWEPT, atlas=replace(ATLAS, sweep=replace(ATLAS.sweep, units=ATLAS.sweep.units[:-1]))),
+            r"atlas\.sweep\.columns\.0: has 6 effects for 5 units",
+        ),
+        (PruningPlan(MADE, 6, (3, 1), ""), r"drop: is \[3, 1\]; layers are named once, increasing"),
+        (PruningPlan(MADE, 6, (1, 1), ""), r"drop: is \[1, 1\]"),
+        (PruningPlan(MADE, 6, (1, 6), ""), r"drop: names layer 6 of a model of 6 layers"),
+        (PruningPlan(MADE, 2, (0, 1), ""), r"drop: leaves no layer"),
+        (PruningPlan(MADE, 6, (1, 2), ""), r"drop: is \[1, 2\], and the recipe that made it asked for \[1, 3\]"),
+        (replace(EVALUATED, tasks=()), r"tasks: is empty"),
+        (replace(EVALUATED, tasks=(FIRST, FIRST)), r"tasks\.1: retrieval_continuation .* is there twice"),
+        (replace(EVALUATED, tasks=(replace(FIRST, items=()),)), r"tasks\.0\.items: has 0 items, n says 100"),
+        (replace(EVALUATED, tasks=(replace(FIRST, items=(), n=0),)), r"tasks\.0\.n: is 0"),
+        (replace(EVALUATED, tasks=(replace(FIRST, n=99),)), r"tasks\.0\.items: has 100 items, n says 99"),
+        (replace(EVALUATED, tasks=(replace(FIRST, chance=1.0),)), r"tasks\.0\.chance: is 1\.0"),
+        (replace(EVALUATED, tasks=(replace(FIRST, score=0.99, ci_high=1.0),)), r"tasks\.0\.score: is 0\.99, .* items"),
+        (
+            replace(EVALUATED, tasks=(replace(FIRST, ci_low=0.9, ci_high=0.8),)),
+            r"tasks\.0\.ci_low: 0\.9 is above ci_high, 0\.8",
+        ),
+        (
+            replace(EVALUATED, tasks=(replace(FIRST, items=(replace(FIRST.items[0], weight=0.0), *FIRST.items[1:])),)),
+            r"tasks\.0\.items\.0\.weight: is 0\.0",
+        ),
+    ],
+)
+def test_an_artifact_that_contradicts_itself_is_refused(tmp_path: Path, artifact: Artifact, message: str) -> None:
+    artifact.write(tmp_path / "x.json")
+    with pytest.raises(UserError, match=rf"x\.json: {message}.*; delete it and run its stage again"):
+        type(artifact).read(tmp_path / "x.json")

@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import shutil
 import socket
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -116,6 +117,53 @@ def test_plan_of_other_settings_is_refused_with_the_field(make_run: Any) -> None
     pruning.prune(make_run())
     with pytest.raises(UserError, match=r"prune.drop is \[2\] in this recipe but \[1, 3\] there"):
         pruning.read_plan(make_run(prune={"drop": [2]}))
+
+
+@pytest.mark.parametrize(
+    ("prune", "change", "message"),
+    [
+        ({"drop": [1, 3]}, {"drop": [2, 3]}, r"drop: is \[2, 3\], and the recipe that made it asked for \[1, 3\]"),
+        ({"num_drop": 1}, {"drop": [2]}, r"says 'dropping 1 of 6 layers: 2', and .*student was not made so"),
+        ({"num_drop": 1}, {"num_layers": 7}, r"num_layers: is 7, and .* has 6 layers"),
+    ],
+)
+def test_a_plan_that_was_edited_is_not_believed(
+    make_run: Any, prune: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    run = make_run(prune=prune)
+    pruning.prune(run)
+    path = run.dir / "plan.json"
+    body = json.loads(path.read_text())
+    assert body["drop"] != change.get("drop")
+    pruning.read_plan(make_run(prune=prune))
+    path.write_text(json.dumps({**body, **change}))
+    for stage in (pruning.prune, pruning.read_plan):
+        with pytest.raises(UserError, match=rf"plan\.json: {message}"):
+            stage(make_run(prune=prune))
+
+
+def test_a_student_that_was_exchanged_is_not_believed(make_run: Any, tmp_path: Path) -> None:
+    run = make_run()
+    pruning.prune(run)
+    shutil.rmtree(run.dir / "student")
+    tiny_checkpoint(tmp_path / "other", "llama", seed=3).rename(run.dir / "student")
+    with pytest.raises(UserError, match=r"plan\.json: says .* was not made so: .*Delete plan\.json and run"):
+        pruning.read_plan(make_run())
+    (run.dir / "plan.json").unlink()
+    pruning.prune(make_run())
+    assert pruning.read_plan(make_run()).drop == (1, 3)
+
+
+def test_importance_of_another_depth_chooses_nothing(make_run: Any) -> None:
+    run = make_run(prune={"num_drop": 1})
+    measuring.measure(run)
+    path = run.dir / "importance.json"
+    body = json.loads(path.read_text())
+    layers = {name: scores[:3] for name, scores in body["layers"].items()}
+    runs = {name: [row[: 3 - n] for n, row in enumerate(rows[:3])] for name, rows in body["runs"].items()}
+    path.write_text(json.dumps({**body, "num_layers": 3, "layers": layers, "runs": runs}))
+    with pytest.raises(UserError, match=r"importance\.json: num_layers: is 3, and .* has 6 layers; delete it"):
+        pruning.prune(make_run(prune={"num_drop": 1}))
 
 
 def test_missing_plan_is_made_first_and_the_log_says_so(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import math
+import reprlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,7 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from shoal.edits import Edits, first_change, in_words
 from shoal.errors import UserError
 from shoal.runtime import environment
-from shoal.sweeps import Atlas, Removal, Sweep
+from shoal.sweeps import Atlas, Removal, Sweep, outside
 from shoal.whole_files import write_text
 
 Json = Any
@@ -43,7 +46,7 @@ class Provenance:
 class Artifact:
     """A JSON file of the run directory. Subclasses are frozen dataclasses whose fields are the file's keys."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     FILE: ClassVar[str] = ""
     SCHEMA: ClassVar[int] = 1
 
@@ -60,7 +63,7 @@ class Artifact:
         """The artifact at ``path``.
 
         Raises:
-            UserError: missing, not JSON, of another schema, or with wrong fields.
+            UserError: missing, not JSON, of another schema, with wrong fields, or contradicting itself.
         """
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
@@ -76,11 +79,21 @@ class Artifact:
                 f"{path}: has schema {schema}, this version reads {cls.SCHEMA}; delete it and run its stage again"
             )
         try:
-            return TypeAdapter(cls).validate_python(body)
+            found = TypeAdapter(cls).validate_python(body)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{path}: {where}: {first['msg']}; delete it and run its stage again") from error
+            got = reprlib.repr(first["input"])
+            raise UserError(
+                f"{path}: {where}: {first['msg']} (got {got}); delete it and run its stage again"
+            ) from error
+        if (problem := next(found.contradictions(), None)) is not None:
+            raise UserError(f"{path}: {problem}; delete it and run its stage again")
+        return found
+
+    def contradictions(self) -> Iterator[str]:
+        """`place: what is wrong`, for everything that single fields cannot tell."""
+        yield from ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,29 @@ class Importance(Artifact):
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     """Operator -> its table, for every operator but that of single layers."""
 
+    def contradictions(self) -> Iterator[str]:
+        count = self.num_layers
+        if count < 1:
+            yield f"num_layers: is {count}"
+        for field_name in ("layers", "errors"):
+            for metric, scores in getattr(self, field_name).items():
+                if len(scores) != count:
+                    yield f"{field_name}.{metric}: has {len(scores)} scores for {count} layers"
+        for metric, rows in self.runs.items():
+            if not rows:
+                yield f"runs.{metric}: is empty"
+            for length, row in enumerate(rows, 1):
+                if len(row) != count - length + 1:
+                    wanted = f"{count - length + 1} runs of {length} layers"
+                    yield f"runs.{metric}.{length - 1}: has {len(row)} scores for {wanted}"
+        for name, order in self.orders.items():
+            yield from outside(f"orders.{name}", [step.unit for step in order], num_layers=count)
+        sweeps = {f"sweeps.{name}": sweep for name, sweep in self.sweeps.items()}
+        if self.atlas is not None:
+            sweeps["atlas.sweep"] = self.atlas.sweep
+        for place, sweep in sweeps.items():
+            yield from sweep.contradictions(place, num_layers=count)
+
 
 @dataclass(frozen=True)
 class PruningPlan(Artifact):
@@ -121,6 +157,23 @@ class PruningPlan(Artifact):
     """How the layers were chosen, in words for a reader."""
     edits: Edits = ()
     """What was done to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
+    student: str = ""
+    """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
+
+    def contradictions(self) -> Iterator[str]:
+        drop, asked = list(self.drop), self.provenance.inputs.get("prune.drop")
+        if drop != sorted(set(drop)):
+            yield f"drop: is {drop}; layers are named once, increasing"
+        if wrong := [layer for layer in drop if not 0 <= layer < self.num_layers]:
+            yield f"drop: names layer {wrong[0]} of a model of {self.num_layers} layers"
+        if len(drop) >= self.num_layers:
+            yield "drop: leaves no layer"
+        if asked and not (set(asked) <= set(drop) if self.edits else set(asked) == set(drop)):
+            yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
+
+    def sealed(self, student: str) -> str:
+        """What the field ``student`` is with a student of this fingerprint."""
+        return fingerprint([self.num_layers, list(self.drop), [asdict(edit) for edit in self.edits], student])
 
     def in_words(self) -> str:
         """What is done to the teacher, in one line."""
@@ -196,6 +249,24 @@ class TaskScore:
         """What tells this score from the others of one evaluation."""
         return self.task, self.protocol, self.metric
 
+    def contradictions(self) -> Iterator[str]:
+        """`place: what is wrong`, as in an artifact."""
+        if self.n < 1:
+            yield f"n: is {self.n}"
+        if len(self.items) != self.n:
+            yield f"items: has {len(self.items)} items, n says {self.n}"
+        if not 0 <= self.chance < 1:
+            yield f"chance: is {self.chance}; it is 0 or more and less than 1"
+        for index, item in enumerate(self.items):
+            if item.weight <= 0:
+                yield f"items.{index}.weight: is {item.weight}"
+        if self.ci_low > self.ci_high:
+            yield f"ci_low: {self.ci_low} is above ci_high, {self.ci_high}"
+        total = math.fsum(item.weight for item in self.items)
+        mean = math.fsum(item.score * item.weight for item in self.items) / total
+        if not math.isclose(self.score, mean, rel_tol=1e-6, abs_tol=1e-9):
+            yield f"score: is {self.score}, and the mean over its items is {mean}"
+
 
 @dataclass(frozen=True)
 class Evaluation(Artifact):
@@ -213,6 +284,15 @@ class Evaluation(Artifact):
     """Asked of the model, each once; 0 = not recorded."""
     num_kept: int = 0
     """Of them, those whose answers were there before ``seconds`` began."""
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.tasks:
+            yield "tasks: is empty"
+        keys = [task.key for task in self.tasks]
+        for index, task in enumerate(self.tasks):
+            if task.key in keys[:index]:
+                yield f"tasks.{index}: {' '.join(task.key)} is there twice"
+            yield from (f"tasks.{index}.{problem}" for problem in task.contradictions())
 
 
 @dataclass(frozen=True)

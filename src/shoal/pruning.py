@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from shoal.artifact import Importance, Provenance, PruningPlan, differences
@@ -14,7 +16,7 @@ from shoal.data import load_texts, sources_fingerprint
 from shoal.edits import Edit, Replace
 from shoal.errors import UserError
 from shoal.measuring import measure, measure_inputs
-from shoal.models import load_config
+from shoal.models import load_config, model_fingerprint
 from shoal.recipe import as_dict
 from shoal.run import Run, is_done, require
 from shoal.runtime import barrier, is_main
@@ -54,7 +56,7 @@ def prune(run: Run) -> None:
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
     inputs = plan_inputs(run)
     if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
-        refuse_unfit_student(run, PruningPlan.read(path))
+        refuse_unfit_student(run, _plan_of_its_student(run))
         return
     _refuse_stale_training(run)
     plan = choose_plan(run, importance, inputs)
@@ -77,7 +79,7 @@ def prune(run: Run) -> None:
             proof=run.recipe.prune.proof,
             trust_remote_code=run.recipe.trust_remote_code,
         )
-        plan.write(path)
+        replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
         log.info("prune: %s", student)
         if not run.recipe.prune.targets:
             log_verdicts(check_targets(load_config(student)))
@@ -113,7 +115,7 @@ def read_plan(run: Run) -> PruningPlan:
     """plan.json of this run; made first where it is missing.
 
     Raises:
-        UserError: it belongs to another model or to other settings.
+        UserError: it belongs to another model, to other settings, or to another student.
     """
     path = run.dir / PruningPlan.FILE
     if not path.is_file():
@@ -121,7 +123,33 @@ def read_plan(run: Run) -> PruningPlan:
         prune(run)
     else:
         require(PruningPlan, path, plan_inputs(run), "shoal prune")
-    return PruningPlan.read(path)
+    return _plan_of_its_student(run)
+
+
+def _plan_of_its_student(run: Run) -> PruningPlan:
+    """plan.json, as student/ was made by it.
+
+    Raises:
+        UserError: it is for a model of another number of layers, or one of the two was changed after the cut.
+    """
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    plan = PruningPlan.read(path)
+    _refuse_other_depth(run, path, plan.num_layers)
+    made = plan.student and (student / "config.json").is_file()
+    if made and plan.student != plan.sealed(model_fingerprint(student)):
+        raise UserError(
+            f"{path}: says {plan.in_words()!r}, and {student} was not made so: one of them was changed after the cut. "
+            "Delete plan.json and run `shoal prune` again; to choose other layers, set prune.drop"
+        )
+    return plan
+
+
+def _refuse_other_depth(run: Run, path: Path, num_layers: int) -> None:
+    if num_layers != run.num_layers:
+        raise UserError(
+            f"{path}: num_layers: is {num_layers}, and {run.recipe.model} has {run.num_layers} layers; delete it and "
+            "run its stage again"
+        )
 
 
 def read_importance(run: Run) -> Importance | None:
@@ -132,7 +160,9 @@ def read_importance(run: Run) -> Importance | None:
     if not is_automatic(run.recipe.prune) or not path.is_file():
         return None
     require(Importance, path, measure_inputs(run), "shoal measure")
-    return Importance.read(path)
+    found = Importance.read(path)
+    _refuse_other_depth(run, path, found.num_layers)
+    return found
 
 
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:

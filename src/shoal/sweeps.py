@@ -7,7 +7,7 @@ per item lie beside the run's other files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +18,14 @@ LEAST_ITEMS = 8
 Part = Literal["layer", "attention", "mlp", "head", "kv_group", "donor"]
 
 
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is taken out of the intact model, or put in from a donor, in one variant."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     layers: tuple[int, ...]
     """0-based. Several where layers go together; then in the order in which they were added to the set."""
@@ -42,7 +45,7 @@ class Unit:
 class Removal:
     """One step of a greedy order."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     unit: Unit
     score: float
@@ -53,7 +56,7 @@ class Removal:
 class Estimate:
     """A value with its 95 % interval."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     value: float
     low: float
@@ -64,7 +67,7 @@ class Estimate:
 class Effect:
     """What one unit's removal does to one column."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     score: Estimate
     change: Estimate
@@ -88,7 +91,7 @@ class Effect:
 class SweepColumn:
     """One task under one protocol over all units of a sweep."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     task: str
     ability: str
@@ -133,19 +136,36 @@ class SweepColumn:
 class Sweep:
     """Every unit of one operator by every column."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     operator: str
     """layer, attention, mlp, head, kv_group, cumulative or donor."""
     units: tuple[Unit, ...]
     columns: tuple[SweepColumn, ...]
 
+    def contradictions(self, place: str, *, num_layers: int) -> Iterator[str]:
+        """`place: what is wrong` with it as a table about a model of ``num_layers``."""
+        yield from outside(f"{place}.units", self.units, num_layers=num_layers)
+        for index, column in enumerate(self.columns):
+            if len(column.effects) != len(self.units):
+                yield f"{place}.columns.{index}: has {len(column.effects)} effects for {len(self.units)} units"
+            if [len(row) for row in column.correlation] not in ([], list(range(1, len(self.units) + 1))):
+                yield f"{place}.columns.{index}.correlation: does not have a row per unit"
+
+
+def outside(place: str, units: Sequence[Unit], *, num_layers: int) -> Iterator[str]:
+    """`place: what is wrong` with units of layers that a model of ``num_layers`` does not have."""
+    for index, unit in enumerate(units):
+        for layer in unit.layers:
+            if not 0 <= layer < num_layers:
+                yield f"{place}.{index}: names layer {layer} of a model of {num_layers} layers"
+
 
 @dataclass(frozen=True)
 class ProtocolGap:
     """Retention by likelihood minus retention in generated text, on the items that both columns share."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     ability: str
     likelihood: str
@@ -168,7 +188,7 @@ class DepthProfile:
     w = max(0, 1 - retention); max(0, increase) for nats.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     task: str
     centroid: Estimate | None
@@ -184,7 +204,7 @@ class DepthProfile:
 class Stability:
     """How far a column's ranking of the layers agrees with itself on other items."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     thirds: float | None
     """Mean rank correlation between disjoint thirds of the items; None where a third tells no layers apart."""
@@ -196,7 +216,7 @@ class Stability:
 class Agreement:
     """How far columns rank the layers alike."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     columns: tuple[str, ...]
     """Metric names and task names."""
@@ -216,7 +236,7 @@ class Agreement:
 class Atlas:
     """What every layer is worth by task and protocol: the sweep of single-layer removals and what follows from it."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = STRICT
 
     sweep: Sweep
     gaps: tuple[ProtocolGap, ...]
