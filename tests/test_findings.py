@@ -12,7 +12,7 @@ import results
 from tiny import tiny_checkpoint, tiny_tokenizer
 
 from shoal import pipeline
-from shoal.artifact import Artifact, Evaluation, ItemScore, Provenance, TaskScore
+from shoal.artifact import Artifact, Evaluation, ItemScore, Provenance, PruningPlan, TaskScore
 from shoal.errors import UserError
 from shoal.eval.findings import Comparison, Run, compare, gap_limits, protocol_gaps, read_run, writing
 from shoal.eval.rates import NAMES, hold_answers, text_rates, with_rates
@@ -188,6 +188,10 @@ def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
     run = Stages(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}))
     pipeline.prune(run)
     saved(run.dir / "student", add_token)
+    made = PruningPlan.read(run.dir / "plan.json")
+    dataclasses.replace(made, student="").write(
+        run.dir / "plan.json"
+    )  # of before plans knew their student, else refused for that
     monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="number of tokens is 260 in the tokenizer of pruned"):
         pipeline.evaluate(run)

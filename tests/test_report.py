@@ -92,7 +92,8 @@ def planted(text: str) -> tuple[TaskScore, TaskScore]:
     """The same two items before and after, one lost, with hostile names and answers."""
     before = choice("teacher", text, text, "generation", n=2)
     before = replace(before, items=tuple(ItemScore(f"{text}{i}", 1.0, text, text) for i in range(2)), metric=text)
-    after = replace(before, items=(ItemScore(f"{text}0", 0.0, text, text), before.items[1]))
+    before = replace(before, score=1.0)
+    after = replace(before, score=0.5, ci_low=0.1, items=(ItemScore(f"{text}0", 0.0, text, text), before.items[1]))
     return before, after
 
 
