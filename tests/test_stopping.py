@@ -92,7 +92,8 @@ def test_a_stop_of_shoal_saves_on_its_ranks(teacher: Path, tmp_path: Path, numbe
     shoal = Shoal(tmp_path, "distill", "--config", str(path), f"distill.num_ranks={ranks}")
     checkpoints = tmp_path / "run/checkpoints"
     wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
-    said = [line for line in shoal.stop(number) if "step " not in line or "stopped" in line]
+    may_be_said = ("] step ", "waiting for the ranks")  # a slow machine's lines in between
+    said = [line for line in shoal.stop(number) if not any(text in line for text in may_be_said)]
     assert shoal.process.returncode == 128 + number, shoal.said
     (line,) = said
     assert "(SIGTERM), saved; the same command goes on from there" in line

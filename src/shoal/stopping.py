@@ -97,7 +97,7 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, rank
             if waited > QUIET_S and not said:
                 said = True
                 with contextlib.suppress(OSError):
-                    os.write(2, b"shoal: stopping: the ranks finish their step and save; Ctrl-C again ends them now\n")
+                    os.write(2, b"shoal: waiting for the ranks to save and end; Ctrl-C again ends them now\n")
             time.sleep(0.1)
         if asked:
             _kill_group(process.pid)
