@@ -270,12 +270,18 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
     with tempfile.TemporaryDirectory() as folder:
         started = Path(folder) / "started"
-        with doing("distill, launcher and ranks"), SPEAKER.still(started.exists):
-            code, asked = run_launcher(command, environment | {STARTED: str(started)}, ranks="shoal.cli")
-    if code == 0 and asked is None:
-        return
+        with doing("distill, launcher and ranks"):
+            with SPEAKER.still(started.exists):
+                code, asked = run_launcher(command, environment | {STARTED: str(started)}, ranks="shoal.cli")
+            if code != 0 or asked is not None:
+                raise _unfinished(code, asked, Path(recipe.run_dir).expanduser())  # in here: nothing is called done
+
+
+def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded:
+    """The end of ranks that have not come to theirs, said unless they have said it; ``asked`` is the signal that
+    stopped them."""
     number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
-    goes_on = _where_distill_goes_on(Path(recipe.run_dir).expanduser())
+    goes_on = _where_distill_goes_on(run_dir)
     if code in (EXIT_USER_ERROR, *(128 + one for one in STOPS)):
         pass  # the rank has said why, or that it has saved
     elif asked is not None:
@@ -286,7 +292,7 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
         log.error("distill: a rank was ended by signal %d, %s%s; %s", number, signal.strsignal(number), reason, goes_on)
     else:
         log.error("distill ended with exit code %d; its message is above, and %s", code, goes_on)
-    raise LaunchEnded(128 + (asked or number) if asked or number else code)
+    return LaunchEnded(128 + (asked or number) if asked or number else code)
 
 
 def _where_distill_goes_on(run_dir: Path) -> str:
