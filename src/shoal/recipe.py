@@ -234,7 +234,7 @@ class Recipe(Section):
     fast in, or what this run directory was begun in; stored = that of the checkpoint."""
     full_size_gflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """GFLOP/s of matrix products over all cores that the sizes of this recipe are meant for. On a slower device there
-    are fewer tokens (to measure, write, train and score) and fewer items, in proportion but a quarter at least, so that
+    are fewer tokens (to measure, write, train and score) and fewer items, in proportion but a fifth at least, so that
     the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """flash_attention_2 is refused: with several rows in a batch its kernels let packed documents see each other."""

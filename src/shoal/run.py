@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 LOCK_WAIT_S = 30
-LEAST_SIZE = 0.25
+LEAST_SIZE = 0.2
 """Of a recipe's sizes, on however slow a device: with less there would be nothing to see."""
 
 
