@@ -76,6 +76,17 @@ def test_an_empty_thought_that_stands_only_in_the_last_turn_is_understood() -> N
     assert learnt(TURNS, shipped("qwen3")) == ["It is 4.<|im_end|>", "<think>\n\n</think>\n\ne<|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    ("answers", "turn"),
+    [(["", QUESTION, "e"], 1), (["<think>x</think>y", QUESTION, "e"], 1), (["c", "d"], 2)],
+    ids=["empty answer", "thought in an earlier answer", "two answers in a row"],
+)
+def test_conversations_that_qwen3_writes_in_another_way_are_refused(answers: list[Any], turn: int) -> None:
+    turns = [each if isinstance(each, dict) else {"role": "assistant", "content": each} for each in answers]
+    with pytest.raises(UserError, match=rf"writes turn {turn} \(assistant\) of a conversation differently"):
+        learnt([QUESTION, *turns], shipped("qwen3"))
+
+
 def test_tool_calls_and_their_results_pass_through_the_template() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
     turns = [
