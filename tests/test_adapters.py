@@ -13,8 +13,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_merging import tiny_moe
-from tiny import SHAPE, VOCAB_SIZE, tiny_checkpoint, tiny_tokenizer
+from tiny import SHAPE, VOCAB_SIZE, tiny_checkpoint, tiny_moe, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 

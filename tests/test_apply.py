@@ -22,8 +22,8 @@ import architectures
 import exactness
 import pytest
 import torch
+from model_outputs import logits
 from safetensors.torch import load_file, save_file
-from test_surgery import logits
 from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 

@@ -11,7 +11,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from test_measure import documents, packed
+from packed_rows import documents, packed
 from tiny import NUM_LAYERS, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model as tiny_architecture
+from model_outputs import logits
 from safetensors.torch import load_file
-from test_surgery import logits
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from packed_rows import documents, packed
 from ranks import in_group
-from test_measure import documents, packed
 from tiny import NUM_LAYERS, tiny_model
 from torch import nn
 from torch.multiprocessing.spawn import spawn

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_surgery import logits
-from tiny import KINDS, NUM_LAYERS, SHAPE, tiny_model
+from model_outputs import logits
+from tiny import KINDS, NUM_LAYERS, tiny_model, tiny_moe
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BambaConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, BambaConfig, PreTrainedModel
 
 from shoal.compress.config_cut import KEPT_LAYERS
 from shoal.compress.merging import layer_tensors, merged_layer, tensors_in_place, with_layers
@@ -142,12 +142,6 @@ def test_merges_and_drops_at_once_see_the_intact_model(share: bool) -> None:
     twice = merge_run(once, 2, 2, method="weighted", weights=(0.3, 0.7))
     assert torch.equal(logits(student), logits(cut_model(twice, (1,))))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def tiny_moe(**overrides: Any) -> PreTrainedModel:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    settings: dict[str, Any] = SHAPE | experts | overrides
-    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**settings)).eval()
 
 
 def test_routers_and_experts_are_merged_by_their_index() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from packed_rows import documents, packed, raw_states
 from ranks import in_group
-from test_measure import documents, packed, raw_states
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn

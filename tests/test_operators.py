@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, SLIDING_WINDOW, tiny_model
+from masked_models import FAMILIES, ids, logits, text, tiny, with_heads
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -22,63 +23,17 @@ from shoal.compress.operators import (
     kv_groups_masked,
     mlp_skipped,
 )
-from shoal.compress.sublayers import Sublayers, sublayers
+from shoal.compress.sublayers import sublayers
 from shoal.compress.surgery import skipped
 from shoal.data import PackedRows
 from shoal.errors import UserError
 
-FAMILIES = (
-    *("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "glm4", "cohere2", "phi"),
-    *("gpt2", "gpt_neo", "gpt_neox", "opt", "bloom", "mpt", "starcoder2", "falcon", "gpt_bigcode"),
-    *("mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "granitemoehybrid", "llama4_text"),
-    *("lfm2", "qwen3_next", "jamba", "falcon_h1", "gemma3n_text", "minimax"),
-)
-"""Grouped and multi-query attention, query norms, post-norms, Conv1D, parallel halves, biases, residuals inside,
-experts, latent attention, convolutions, linear attention and state spaces beside attention."""
 Operator = Callable[[PreTrainedModel, Sequence[int]], AbstractContextManager[PreTrainedModel]]
 BOTH: dict[str, Operator] = {"attention": attention_skipped, "mlp": mlp_skipped}
 
 
-def tiny(name: str, **settings: Any) -> PreTrainedModel:
-    """The model of row ``name``, Llama's with two query heads per key-value head."""
-    return tiny_model(name, **({"num_key_value_heads": 2, **settings} if name == "llama" else settings))
-
-
-def ids(rows: int = 2, length: int = 2 * SLIDING_WINDOW, *, seed: int = 0) -> Tensor:
-    return torch.randint(5, 90, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, input_ids: Tensor | None = None) -> Tensor:
-    return model(input_ids=ids() if input_ids is None else input_ids, use_cache=False).logits
-
-
-def text(model: PreTrainedModel, *, use_cache: bool, padded: bool = True) -> list[list[int]]:
-    """Greedy text past the sliding window; the second row is padded on the left."""
-    input_ids = ids(2, SLIDING_WINDOW - 1, seed=3)
-    mask = torch.ones_like(input_ids)
-    mask[1, : 3 if padded else 0] = 0
-    generate: Any = model.generate
-    return generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        use_cache=use_cache,
-        do_sample=False,
-        max_new_tokens=5,
-        eos_token_id=-1,
-        no_repeat_ngram_size=1,
-    ).tolist()
-
-
 def hooks(model: PreTrainedModel) -> int:
     return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
-
-
-def with_heads(model: PreTrainedModel) -> tuple[int, Sublayers]:
-    """The last layer whose heads may be masked."""
-    return next(
-        (layer, found) for layer, found in reversed(list(enumerate(sublayers(model)))) if not found.head_refusal
-    )
 
 
 def by_hand(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import training_runs
-from test_search import EVAL, MEASURE, Healer
+from searches import EVAL, MEASURE, Healer
 
 from shoal import distilling, measuring, pipeline, pruning
 from shoal import progress as module

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_merging import tiny_moe
-from test_surgery import logits
-from tiny import KINDS, SHAPE, VOCAB_SIZE, tiny_model
+from model_outputs import logits
+from tiny import KINDS, SHAPE, VOCAB_SIZE, tiny_model, tiny_moe
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 

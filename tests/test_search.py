@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from searches import EVAL, MEASURE, Healer
 
-from shoal import cli, distilling, measuring, pipeline, searching
-from shoal.artifact import Evaluation, Importance, Provenance, PruningPlan, Training
+from shoal import cli, measuring, pipeline, searching
+from shoal.artifact import Evaluation, Importance, PruningPlan
 from shoal.errors import UserError
-from shoal.recipe import Prune, Recipe, as_dict, load_recipe, parse_recipe
+from shoal.recipe import Prune, as_dict, parse_recipe
 from shoal.run import Run, open_run
 from shoal.search import SearchPlan, SearchResult
 from shoal.searching import prune_of
 
 PLANS: list[dict[str, Any]] = [{"drop": [1, 3]}, {"metric": "block_influence", "num_drop": 2}]
-MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, "metrics": ["angular"]}
-EVAL = {"tasks": ["knowledge_generation"], "limit": 2, "perplexity_tokens": 200, "sequence_length": 64}
 
 
 @pytest.fixture
@@ -48,27 +45,6 @@ def make_run(teacher: Path, tmp_path: Path) -> Callable[..., Run]:
 @pytest.fixture(autouse=True)
 def log_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="shoal")
-
-
-class Healer:
-    """Stands in for the launcher: the "healed" student has the next of ``scales`` times its head."""
-
-    def __init__(self, *scales: float) -> None:
-        self.scales = list(scales)
-        self.healed: list[str] = []
-
-    def __call__(self, recipe: Recipe, file: Path) -> None:
-        assert load_recipe(file) == recipe, "the launched ranks read another recipe"
-        run = open_run(recipe)
-        self.healed.append(run.dir.name)
-        if not self.scales:
-            raise KeyboardInterrupt
-        shutil.copytree(run.dir / "student", run.dir / "distilled")
-        weights = load_file(run.dir / "student" / "model.safetensors")
-        weights["lm_head.weight"] *= self.scales.pop(0)
-        save_file(weights, run.dir / "distilled" / "model.safetensors", metadata={"format": "pt"})
-        inputs = distilling.training_inputs(run, PruningPlan.read(run.dir / "plan.json"))
-        Training(Provenance(inputs), 2, recipe.distill.num_tokens, 1.0, (), {}, {}, 1).write(run.dir / "distill.json")
 
 
 def stop(*_: Any) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model as tiny_family
-from test_measure import ROWS, packed
-from test_variants import VARIANTS, requests
+from packed_rows import ROWS, packed
 from tiny import KINDS, NUM_LAYERS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from variant_cases import VARIANTS, requests
 
 from shoal.anatomy import decoder_layers
 from shoal.checkpoint import StoredTensor, read_shards

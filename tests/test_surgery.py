@@ -6,21 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import KINDS, NUM_LAYERS, SLIDING_WINDOW, tiny_config, tiny_model
-from torch import Tensor, nn
-from transformers import Cohere2Config, LlamaConfig, PreTrainedModel
+from model_outputs import logits
+from tiny import KINDS, NUM_LAYERS, tiny_config, tiny_model
+from torch import nn
+from transformers import Cohere2Config, LlamaConfig
 
 from shoal.compress.config_cut import KEPT_LAYERS, cut_config
 from shoal.compress.surgery import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models import decoder_layers
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    """Logits of random rows three times as long as the sliding window."""
-    input_ids = torch.randint(0, 256, (2, 3 * SLIDING_WINDOW), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return model(input_ids=input_ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from architectures import tiny_model
 from exactness import is_tied
-from test_operators import FAMILIES, logits, tiny
+from masked_models import FAMILIES, logits, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

@@ -8,6 +8,7 @@ from architectures import ARCHITECTURES
 from architectures import tiny_model as tiny_family
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from transformers import PreTrainedModel
+from variant_cases import VARIANTS, requests
 
 from shoal.anatomy import decoder_layers
 from shoal.compress.layerwise import Layerwise
@@ -16,9 +17,7 @@ from shoal.compress.variant_generation import Limits, generate_variants
 from shoal.compress.variants import (
     INTACT,
     Edited,
-    Masked,
     Removed,
-    Silenced,
     Swapped,
     Variant,
     layerwise_or_none,
@@ -43,33 +42,6 @@ FAMILIES = (
     *RUN_AS_A_WHOLE,
 )
 """One of every kind; each row of architectures.py was tried once."""
-
-
-def requests(*, num_questions: int = 5, seed: int = 0) -> list[tuple[Tokens, Tokens]]:
-    """Contexts of several lengths, beyond the sliding window too, each with options of several lengths, and texts."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def tokens(length: int) -> Tokens:
-        return tuple(torch.randint(0, 250, (length,), generator=generator).tolist())
-
-    found = []
-    for number in range(num_questions):
-        context = tokens(4 + 5 * number)
-        found += [(context, tokens(length)) for length in (1, 3, 3, 6)]
-    return [*found, ((256,), tokens(20)), ((256,), tokens(9))]
-
-
-VARIANTS = [
-    INTACT,
-    *(without([layer]) for layer in range(NUM_LAYERS)),
-    without([1, 2]),
-    without([1, 4]),
-    without([0, 1, 2, 3, 4]),
-    *(variant(f"{half}{layer}", [(layer, Silenced(half))]) for layer in (0, 3) for half in ("attention", "mlp")),
-    variant("both halves", [(2, Silenced("mlp")), (2, Silenced("attention"))]),
-    variant("heads", [(5, Masked((1, 2))), (3, Masked((0,)))]),
-    variant("mixed", [(4, Removed()), (2, Silenced("mlp")), (1, Masked((3,)))]),
-]
 
 
 def assert_equal_scores(found: list[Score], expected: list[Score], tolerance: float = 1e-4) -> None:

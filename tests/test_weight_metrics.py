@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_rows import documents, packed
 from ranks import in_group
-from test_measure import documents, packed
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import nn
 from torch.multiprocessing.spawn import spawn

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
-from test_operators import FAMILIES, logits, text, tiny, with_heads
+from masked_models import FAMILIES, logits, text, tiny, with_heads
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 NUM_LAYERS = 6
@@ -129,3 +130,9 @@ def tokens_fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Decoder, "hidden", counting)
     return fed
+
+
+def tiny_moe(**overrides: Any) -> PreTrainedModel:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    settings: dict[str, Any] = SHAPE | experts | overrides
+    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**settings)).eval()
