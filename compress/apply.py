@@ -16,14 +16,14 @@ from typing import Literal
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from shoal.anatomy import anatomy, decoder_layers, text_config
-from shoal.artifact import PruningPlan, fingerprint
+from shoal.artifact import PruningPlan
 from shoal.checkpoint import TOKENIZER_PATTERNS, Shard, has_tokenizer, json_or_empty, read_shards
 from shoal.edits import Replace
 from shoal.errors import UserError
 from shoal.models import load_config, load_model, load_tokenizer, refuse_incomplete
 from shoal.plain_text import bytes_text
 from shoal.progress import doing
-from shoal.whole_files import write_json
+from shoal.whole_files import fingerprint, write_json
 
 from .edit import NOTHING_MADE, Materials, edited, edited_student, materials, refuse_impossible_edits
 from .proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run

@@ -18,12 +18,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from shoal.artifact import fingerprint
 from shoal.checkpoint import DTYPE_BITS, INDEX_FILE, SINGLE_FILE, Shard, StoredTensor, read_header, sampled_ranges
 from shoal.errors import DISK_FULL, UserError
 from shoal.plain_text import bytes_text
 from shoal.progress import BYTES, progress
-from shoal.whole_files import flush, write_json
+from shoal.whole_files import fingerprint, flush, write_json
 
 log = logging.getLogger(__name__)
 

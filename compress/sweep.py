@@ -23,12 +23,13 @@ from lm_eval.models.utils import resolve_max_length
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.anatomy import decoder_layers, text_config
-from shoal.artifact import TaskScore, fingerprint
+from shoal.artifact import TaskScore
 from shoal.errors import UserError
 from shoal.progress import Work, each
 from shoal.recipe import Eval, Protocol, Sweeps
 from shoal.runtime import world_size
 from shoal.sweeps import Unit
+from shoal.whole_files import fingerprint
 
 from ..eval.engine import CausalLM, Writing, connect_ranks
 from ..eval.evaluate import check_runnable, in_words, num_items, scores_of

@@ -13,7 +13,8 @@ import numpy as np
 
 from shoal.artifact import TaskScore
 from shoal.errors import UserError
-from shoal.sweeps import LEAST_ITEMS, Effect, Estimate, Sweep, SweepColumn, Unit
+from shoal.section import LEAST_ITEMS
+from shoal.sweeps import Effect, Estimate, Sweep, SweepColumn, Unit
 
 from ..eval.intervals import Array, newcombe_paired, paired_ratio, wilson
 from ..eval.resampling import bootstrap_p, effective_n, expanded_percentiles, num_resamples, resampled_means

@@ -15,8 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from shoal.artifact import Json, fingerprint
+from shoal.artifact import Json
 from shoal.errors import explained_disk_errors
+from shoal.whole_files import fingerprint
 
 ENGINE = 1
 """Raise it with every change of the engine that gives other values for the same request."""

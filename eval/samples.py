@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from shoal.abilities.matching import MATCHING, chosen_option, states_an_answer
-from shoal.artifact import ItemScore, TaskScore, fingerprint
+from shoal.artifact import ItemScore, TaskScore
 from shoal.errors import UserError
+from shoal.whole_files import fingerprint
 
 from .protocols import letter_match, match_stated
 from .rates import hold_answers, text_rates, with_rates

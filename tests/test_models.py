@@ -40,6 +40,7 @@ from shoal.models import (
     resolve_model,
     without_data,
 )
+from shoal.whole_files import cache_dir
 
 FORK = multiprocessing.get_context("fork")
 Change = Callable[[Path], object]
@@ -639,13 +640,13 @@ def test_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "a"))
-    assert demo.cache_dir() == tmp_path / "a"
+    assert cache_dir() == tmp_path / "a"
     monkeypatch.delenv("SHOAL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    assert demo.cache_dir() == tmp_path / "b" / "shoal"
+    assert cache_dir() == tmp_path / "b" / "shoal"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert demo.cache_dir() == tmp_path / ".cache" / "shoal"
+    assert cache_dir() == tmp_path / ".cache" / "shoal"
 
 
 def test_names_that_rooms_use_are_in_one_place() -> None:

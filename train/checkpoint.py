@@ -26,11 +26,10 @@ import torch
 import torch.distributed as dist
 
 from shoal.artifact import differences
-from shoal.cache import cache_dir
 from shoal.errors import UserError
 from shoal.runtime import barrier, is_main, rank, world_size
 from shoal.trust import CONSENT, is_signed, is_trusted, signed
-from shoal.whole_files import file_hash, write_text, written_folder
+from shoal.whole_files import cache_dir, file_hash, write_text, written_folder
 
 log = logging.getLogger(__name__)
 

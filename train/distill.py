@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal import tracking
-from shoal.artifact import PruningPlan, fingerprint
+from shoal.artifact import PruningPlan
 from shoal.data import sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
@@ -20,6 +20,7 @@ from shoal.progress import doing
 from shoal.recipe import Distill, Track, as_dict
 from shoal.recording import Record
 from shoal.runtime import agreed, device, world_size
+from shoal.whole_files import fingerprint
 
 from .arguments import (
     BATCH_SPLIT,

@@ -9,13 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from shoal.artifact import fingerprint
 from shoal.data import TEACHER_TEXT, pack, texts_fingerprint
 from shoal.packing import PackedRows, read_rows
 from shoal.recipe import Distill
 from shoal.runtime import barrier, is_main
 from shoal.section import Packing
-from shoal.whole_files import written_folder
+from shoal.whole_files import fingerprint, written_folder
 
 log = logging.getLogger(__name__)
 

@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from shoal.artifact import fingerprint
 from shoal.chat import Chat, check_template
 from shoal.data import TEACHER_TEXT, documents, load_texts
 from shoal.errors import UserError
 from shoal.progress import each
 from shoal.runtime import barrier, is_main, rank, world_size
 from shoal.section import DataSource
-from shoal.whole_files import write_json, write_text
+from shoal.whole_files import fingerprint, write_json, write_text
 from shoal.writing import Writing
 
 from .sampling import end_tokens, sample

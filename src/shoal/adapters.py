@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.artifact import fingerprint
-from shoal.cache import cache_dir, made_once
+from shoal.cache import made_once
 from shoal.checkpoint import (
     DOWNLOAD_AGAIN,
     TOKENIZER_FILES,
@@ -34,7 +33,7 @@ from shoal.models import (
     resolve_model,
     text_config,
 )
-from shoal.whole_files import file_hash
+from shoal.whole_files import cache_dir, file_hash, fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ runs are the same run exactly when these mappings are equal, and a refusal can n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import reprlib
@@ -22,7 +21,7 @@ from shoal.edits import Edits, first_change, in_words
 from shoal.errors import UserError
 from shoal.runtime import environment
 from shoal.sweeps import Atlas, Removal, Sweep, outside
-from shoal.whole_files import write_text
+from shoal.whole_files import fingerprint, write_text
 
 Json = Any
 
@@ -366,12 +365,6 @@ class Training(Artifact):
     """Documents, tokens, truncations and drops by source."""
     peak_memory_bytes: int
     """Of the largest rank."""
-
-
-def fingerprint(value: Json) -> str:
-    """A short content hash of any JSON-ready value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(expected: dict[str, Json], found: dict[str, Json]) -> list[str]:

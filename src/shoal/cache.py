@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +13,6 @@ from shoal.progress import doing
 from shoal.whole_files import written_folder
 
 log = logging.getLogger(__name__)
-
-
-def cache_dir() -> Path:
-    """Where they are kept: $SHOAL_CACHE, else shoal's folder in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SHOAL_CACHE") or Path(base) / "shoal")
 
 
 def made_once(folder: Path, make: Callable[[Path], None], *, what: str) -> Path:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from shoal.artifact import fingerprint
 from shoal.chat import Chat, chat_of, check_template, tokenised
 from shoal.errors import UserError
 from shoal.packing import (
@@ -36,7 +35,7 @@ from shoal.packing import (
 )
 from shoal.progress import progress
 from shoal.section import TEACHER_TEXT, DataSource, Packing
-from shoal.whole_files import file_hash
+from shoal.whole_files import file_hash, fingerprint
 
 __all__ = ["IGNORED", "PackedRows"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shoal.cache import cache_dir, made_once
+from shoal.cache import made_once
 from shoal.errors import UserError
-from shoal.whole_files import file_hash
+from shoal.whole_files import cache_dir, file_hash
 
 DEMO_PREFIX = "demo:"
 DEMO_MODELS = {

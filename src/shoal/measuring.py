@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.anatomy import layer_config
-from shoal.artifact import Importance, Provenance, TaskScore, fingerprint
+from shoal.artifact import Importance, Provenance, TaskScore
 from shoal.data import PackedRows, load_labelled, load_texts, pack, sources_fingerprint
 from shoal.depth import Diagnostics, Probes
 from shoal.errors import UserError
@@ -31,7 +31,7 @@ from shoal.recipe import Sweeps, as_dict
 from shoal.run import Run, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
 from shoal.runtime import barrier, device, is_main, seed_everything
 from shoal.sweeps import Removal, Unit
-from shoal.whole_files import write_json
+from shoal.whole_files import fingerprint, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,10 +23,9 @@ from shoal.errors import UserError
 from shoal.recording import Record
 from shoal.redaction import redacted, redacted_arguments
 from shoal.search import Search
-from shoal.section import Data, DataSource, Dtype, Positive, RowLength, Section, Text
+from shoal.section import LEAST_ITEMS, Data, DataSource, Dtype, Positive, RowLength, Section, Text
 from shoal.strict_yaml import YAMLError, read_yaml
 from shoal.suites import SuiteName, with_suite
-from shoal.sweeps import LEAST_ITEMS
 from shoal.training import Distill
 
 Target = Literal["transformers", "vllm", "llama_cpp"]

@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
-from shoal.artifact import Artifact, differences, fingerprint, require_same_run
+from shoal.artifact import Artifact, differences, require_same_run
 from shoal.deepspeed_file import precisions_named, read_deepspeed
 from shoal.demo import DEMO_PREFIX
 from shoal.edits import Swap
@@ -33,7 +33,7 @@ from shoal.models import load_config, model_fingerprint, resolve_model, text_con
 from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe import CONFIGS_DIR, Recipe
 from shoal.runtime import agreed, barrier, device, is_main
-from shoal.whole_files import file_hash
+from shoal.whole_files import file_hash, fingerprint
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from shoal.artifact import Artifact, fingerprint
+from shoal.artifact import Artifact
 from shoal.edits import Edits
 from shoal.section import Positive, Section, Text
+from shoal.whole_files import fingerprint
 
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 LONGEST_NAME = 48

@@ -121,3 +121,6 @@ def _as_sources(value: Any) -> Any:
 
 Data = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources), Field(min_length=1)]
 """One source or a list of them; a plain string is short for {path: string}."""
+
+LEAST_ITEMS = 8
+"""Items below which the percentiles of a bootstrap have too few different resamples behind them."""

@@ -13,8 +13,6 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-LEAST_ITEMS = 8
-"""Below, the percentiles of a bootstrap have too few different resamples behind them."""
 Part = Literal["layer", "attention", "mlp", "head", "kv_group", "donor"]
 
 

@@ -152,3 +152,15 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, however large it is."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: object) -> str:
+    """A short content hash of any JSON-ready value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cache_dir() -> Path:
+    """Folder of what shoal keeps between runs: $SHOAL_CACHE, else shoal's folder in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SHOAL_CACHE") or Path(base) / "shoal")
