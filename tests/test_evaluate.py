@@ -14,34 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from evaluations import SETTINGS, assert_same, run
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from shoal.artifact import Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.eval.engine import CausalLM
-from shoal.eval.evaluate import evaluate, role_evaluation
+from shoal.eval.evaluate import role_evaluation
 from shoal.eval.perplexity import perplexity, windows
 from shoal.eval.samples import item_ids, task_score
 from shoal.eval.statistics import paired
 from shoal.recipe import Eval
 from shoal.section import DataSource
-
-TASKS = ("knowledge_continuation", "knowledge_loglikelihood", "retrieval_generation", "reasoning_worked")
-SETTINGS = Eval(tasks=TASKS, limit=6, batch_size=5, perplexity_tokens=1500, sequence_length=256)
-
-
-def run(kind: str = "llama", seed: int = 0, **changes: Any) -> tuple[TaskScore, ...]:
-    settings = dataclasses.replace(SETTINGS, **changes)
-    model = tiny_model(kind, max_position_embeddings=4096)
-    return evaluate(model, tiny_tokenizer(), settings, seed=seed)
-
-
-def assert_same(found: tuple[TaskScore, ...], expected: tuple[TaskScore, ...]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        assert [dataclasses.replace(i, score=0.0) for i in one.items] == [
-            dataclasses.replace(i, score=0.0) for i in other.items
-        ]
-        torch.testing.assert_close([i.score for i in one.items], [i.score for i in other.items], atol=1e-5, rtol=0)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +219,7 @@ def test_only_the_first_filter_counts() -> None:
 RANK_SCRIPT = """
 import dataclasses, json, sys
 from pathlib import Path
-from test_evaluate import run
+from evaluations import run
 from shoal.runtime import rank
 from shoal.artifact import TaskScore
 from pydantic import TypeAdapter

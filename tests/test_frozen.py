@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from cut_students import plan
 from safetensors.torch import load_file
-from test_trainable import plan
 from tiny import tiny_model
 from torch.nn import functional
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
+from kept_answers import BATCH_SIZE, PROMPTS, asked, instances
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from shoal.checkpoint import model_fingerprint
@@ -23,25 +23,6 @@ from shoal.eval.engine import CausalLM
 from shoal.eval.evaluate import role_evaluation
 from shoal.eval.item_cache import ItemCache, identity_of, key_of
 from shoal.recipe import Eval
-
-BATCH_SIZE = 4
-CHOICES: list[tuple[Any, ...]] = [
-    (f"{number}. question", option) for number in range(12) for option in (" a b", " c d")
-]
-PROMPTS: list[tuple[Any, ...]] = [(f"{number}. prompt", {"until": [], "max_gen_toks": 3}) for number in range(10)]
-
-
-def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
-    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]  # pyright: ignore[reportArgumentType]
-
-
-def asked(folder: Path | None, *, rank: int = 0, part: slice = slice(None), kind: str = "llama") -> tuple[Any, Any]:
-    """Likelihoods and texts of the toy requests, answers kept in ``folder``."""
-    lm = CausalLM(
-        tiny_model(kind), tiny_tokenizer(), BATCH_SIZE, items=ItemCache(folder, kind, rank=rank) if folder else None
-    )
-    scores = lm.loglikelihood(instances("loglikelihood", CHOICES[part]))
-    return scores, lm.generate_until(instances("generate_until", PROMPTS[part]))
 
 
 @pytest.fixture
@@ -81,7 +62,7 @@ def test_equal_requests_are_asked_once(forwards: list[int]) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from test_item_cache import asked
+from kept_answers import asked
 from shoal.eval.decoder import Decoder
 
 left, original = int(sys.argv[2]), Decoder.hidden

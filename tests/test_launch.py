@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from long_training import MANY, MANY_STEPS, STEPS, recipe, wait_for
 from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
@@ -26,38 +27,7 @@ from shoal.artifact import Evaluation, Importance, Training
 from shoal.runtime import free_port
 
 ROOT = Path(__file__).parents[1]
-DROP = [2, 3]
-STEPS = 8
-MANY_STEPS = 60
-"""Long enough to be interrupted in the middle."""
-MANY = {"num_tokens": 64 * 4 * MANY_STEPS}
 pytestmark = pytest.mark.slow
-
-
-def recipe(folder: Path, teacher: Path, **distill) -> Path:
-    """A recipe whose training is small, exact and long enough to be interrupted."""
-    settings = {
-        "model": str(teacher),
-        "run_dir": str(folder / "run"),
-        "dtype": "float32",
-        "prune": {"drop": DROP},
-        "track": {"wandb": "off"},
-        "distill": {
-            "data": "python_docs",
-            "num_tokens": 64 * 4 * STEPS,
-            "sequence_length": 64,
-            "precision": "float32",
-            "deepspeed": "deepspeed/zero0.json",
-            "batch_size": 4,
-            "watch": None,
-            "trainer": {"learning_rate": 1e-3, "save_steps": 2},
-            **distill,
-        },
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
 
 
 def one_rank(**more: str) -> dict[str, str]:
@@ -256,14 +226,6 @@ def start(path: Path, *overrides: str, ranks: int) -> subprocess.Popen[str]:
     script = [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]
     command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), *script]
     return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def wait_for(condition, what: str, timeout_s: float = 120):
-    deadline = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
-    return found
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:

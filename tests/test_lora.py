@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model as tiny_architecture
-from test_trainable import names, plan
+from cut_students import names, plan
 from tiny import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM

@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from calibrations import ROWS, architecture, calibration, layer_calls, loss_without, measured, packed, plain_loss
 from ranks import in_group
 from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
 from shoal.artifact import Importance, Provenance
-from shoal.compress.loss_metrics import LOSS_METRICS, Sleb, loss_scores
+from shoal.compress.loss_metrics import LOSS_METRICS, Sleb
 from shoal.compress.measure import measure_importance
-from shoal.compress.metric import Calibration, Estimates, Order
+from shoal.compress.metric import Order
 from shoal.compress.plan import choose_changes
 from shoal.compress.shapley import local_shapley, shapley_of_walks
-from shoal.compress.surgery import cut_model
 from shoal.compress.variant_losses import VariantLosses
 from shoal.compress.variants import INTACT, Edited, without
 from shoal.data import PackedRows
@@ -36,56 +36,7 @@ from shoal.sweeps import Removal, Unit
 Half = tuple[str, int]
 
 
-def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0, below: int = 256) -> PackedRows:
-    """Rows of random tokens; every row is given as the lengths of its documents."""
-    positions = torch.tensor([[position for length in row for position in range(length)] for row in lengths])
-    ids = torch.randint(0, below, positions.shape, generator=torch.Generator().manual_seed(seed))
-    return PackedRows(ids, positions)
-
-
-ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
-DOCUMENT_LENGTHS = (20, 7, 13, 9, 10, 20, 19)
 CANDIDATES = tuple(range(1, NUM_LAYERS - 1))
-
-
-def calibration(rows: PackedRows = ROWS, *, batch_size: int = 2, **settings: Any) -> Calibration:
-    return Calibration(rows, batch_size, **settings)
-
-
-def measured(model: PreTrainedModel, *names: str, **settings: Any) -> dict[str, Any]:
-    found = loss_scores(model, calibration(**settings), names)
-    return {name: one.values if isinstance(one, Estimates) else one for name, one in found.items()}
-
-
-def architecture(name: str) -> PreTrainedModel:
-    from architectures import tiny_model as tiny_family
-
-    return tiny_family(name)
-
-
-def documents(rows: PackedRows) -> list[list[int]]:
-    found: list[list[int]] = []
-    for ids, positions in zip(rows.input_ids_NS.tolist(), rows.position_ids_NS.tolist(), strict=True):
-        for token, position in zip(ids, positions, strict=True):
-            if position == 0:
-                found.append([])
-            found[-1].append(token)
-    return found
-
-
-@torch.no_grad()
-def plain_loss(model: PreTrainedModel, rows: PackedRows = ROWS) -> float:
-    """Nats per predicted token in float64, from one document at a time."""
-    model, losses = model.double(), []
-    for document in documents(rows):
-        logits = model(torch.tensor([document]), use_cache=False).logits[0]
-        for position, token in enumerate(document[1:]):
-            losses.append(float(logits[position].logsumexp(0) - logits[position, token]))
-    return sum(losses) / len(losses)
-
-
-def loss_without(model: PreTrainedModel, drop: Sequence[int]) -> float:
-    return plain_loss(cut_model(model, drop))
 
 
 def loss_without_halves(model: PreTrainedModel, halves: Sequence[Half]) -> float:
@@ -105,20 +56,6 @@ def plain_greedy(units: Sequence[Any], loss: Callable[[list[Any]], float], count
         best = min(tried, key=lambda pair: pair[0])
         found.append((best[1], best[0]))
     return found
-
-
-def layer_calls(model: PreTrainedModel, run: Callable[[], object]) -> int:
-    count = 0
-
-    def add(*_: object) -> None:
-        nonlocal count
-        count += 1
-
-    handles = [layer.register_forward_hook(add) for layer in decoder_layers(model)]
-    run()
-    for handle in handles:
-        handle.remove()
-    return count
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------

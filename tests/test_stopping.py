@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from long_training import MANY, recipe, wait_for
 from ranks import environment
-from test_launch import MANY, recipe, wait_for
 from tiny import tiny_checkpoint
 
 from shoal.stopping import run_launcher

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_evaluate import assert_same
+from evaluations import assert_same
 from tiny import NUM_LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 

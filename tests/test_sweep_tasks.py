@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_evaluate import assert_same
+from evaluations import assert_same
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.compress import sweep as module

@@ -3,15 +3,13 @@
 import contextlib
 import copy
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter
+from cut_students import names, plan
 from tiny import tiny_model
 
-from shoal.artifact import Provenance, PruningPlan
-from shoal.edits import ZEROED_WEIGHTS, Edits
+from shoal.edits import ZEROED_WEIGHTS
 from shoal.errors import UserError
 from shoal.models import decoder_layers
 from shoal.train.capture import capturing
@@ -24,16 +22,6 @@ MERGE = {"kind": "merge", "layers": [2, 3]}
 REPLACE = {"kind": "replace", "layers": [6, 7, 8]}
 SKIP = {"kind": "skip_attention", "layers": [1]}
 SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "norm"]}
-
-
-def plan(*drop: int, num_layers: int = 10, edits: tuple[dict[str, Any], ...] = ()) -> PruningPlan:
-    return PruningPlan(
-        Provenance({}),
-        num_layers=num_layers,
-        drop=drop,
-        reason="",
-        edits=TypeAdapter(Edits).validate_python(edits),
-    )
 
 
 @pytest.mark.parametrize(
@@ -74,10 +62,6 @@ def test_what_a_plan_does_not_have_is_refused() -> None:
         trained_parts("replacement", plan(4, edits=(SKIP,)))
     with pytest.raises(UserError, match=r"from_first_cut .* drops the last ones; choose near_gaps"):
         trained_parts("from_first_cut", plan(8, 9))
-
-
-def names(student: Any) -> set[str]:
-    return {name for name, parameter in student.named_parameters() if parameter.requires_grad}
 
 
 def test_parameters_follow_the_choice_whatever_was_chosen_before() -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from test_loss_metrics import (
+from calibrations import (
     DOCUMENT_LENGTHS,
     ROWS,
     architecture,

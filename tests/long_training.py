@@ -1,0 +1,54 @@
+"""A training that is long enough to be interrupted."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import yaml
+
+DROP = [2, 3]
+
+
+STEPS = 8
+
+
+MANY_STEPS = 60
+"""Long enough to be interrupted in the middle."""
+
+
+MANY = {"num_tokens": 64 * 4 * MANY_STEPS}
+
+
+def recipe(folder: Path, teacher: Path, **distill) -> Path:
+    """A recipe whose training is small, exact and long enough to be interrupted."""
+    settings = {
+        "model": str(teacher),
+        "run_dir": str(folder / "run"),
+        "dtype": "float32",
+        "prune": {"drop": DROP},
+        "track": {"wandb": "off"},
+        "distill": {
+            "data": "python_docs",
+            "num_tokens": 64 * 4 * STEPS,
+            "sequence_length": 64,
+            "precision": "float32",
+            "deepspeed": "deepspeed/zero0.json",
+            "batch_size": 4,
+            "watch": None,
+            "trainer": {"learning_rate": 1e-3, "save_steps": 2},
+            **distill,
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def wait_for(condition, what: str, timeout_s: float = 120):
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+    return found
