@@ -26,12 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from shoal.artifact import ItemScore, TaskScore
-from shoal.compress.sweep_table import sweep_table
-from shoal.eval.rates import rate_difference, with_rates
-from shoal.eval.statistics import bootstrap_mean, interval, paired, retention, retention_gap
-from shoal.sweeps import Estimate, Unit
-from shoal.whole_files import write_json
+from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.artifacts.importance import Estimate, Unit
+from shoal.atomic_files import write_json
+from shoal.compress.sweeps.table import sweep_table
+from shoal.eval.harness.rates import rate_difference, with_rates
+from shoal.stats.paired import bootstrap_mean, interval, paired, retention, retention_gap
 
 Array = NDArray[np.float64]
 LOSS = (0.9, 0.4, 0.2, 0.1, 0.05, 0.02, 0.005)

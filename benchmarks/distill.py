@@ -48,14 +48,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from shoal.artifact import Training
-from shoal.data import load_texts, pack
-from shoal.models import load_model, load_tokenizer, resolve_model
+from shoal.artifacts.artifact import Training
+from shoal.atomic_files import write_json
+from shoal.data.packing import PackedRows
+from shoal.data.sources import load_texts, pack
+from shoal.models.load import load_model, load_tokenizer, resolve_model
 from shoal.numerics import fast_dtype
-from shoal.packing import PackedRows
+from shoal.recipe.section import DataSource
 from shoal.runtime import device
-from shoal.section import DataSource
-from shoal.whole_files import write_json
 
 DROP = (12, 13, 14, 18, 21, 22, 25, 26)
 VARIANTS = ("shoal", "lean", "prefix", "recorded", "spared", "step", "trl", "plain", "models")
@@ -300,7 +300,7 @@ def rows_of(arguments: argparse.Namespace) -> PackedRows:
 
 def models_of(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The teacher and the student, the latter in fp32 and training."""
-    from shoal.compress.surgery import cut_model
+    from shoal.compress.surgery.cut_model import cut_model
 
     folder = resolve_model(arguments.model)
     teacher = load_model(folder, dtype=arguments.precision).requires_grad_(False)
@@ -353,10 +353,10 @@ def bare_turn(arguments: argparse.Namespace, loss_of: Callable[..., Any]) -> dic
 def shoal_loss(
     student: PreTrainedModel, teacher: PreTrainedModel
 ) -> Callable[[dict[str, Tensor]], tuple[Tensor, bool]]:
-    from shoal.terms import ForwardKL
-    from shoal.train.signals import LiveTeacher
-    from shoal.train.student import Objective, to_logits
-    from shoal.training import Distill
+    from shoal.recipe.distill import Distill
+    from shoal.recipe.losses import ForwardKL
+    from shoal.train.objective.objective import Objective, to_logits
+    from shoal.train.teacher.signals import LiveTeacher
 
     Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=Distill().head_chunk).install()
     live = LiveTeacher(teacher, reads_logits=True, states=None, prefix=None)
@@ -557,9 +557,9 @@ def measure_head(arguments: argparse.Namespace) -> None:
 
 def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
     """What the loss takes beyond hidden states, head and their gradients; `whole` is one fp32 copy of all logits."""
-    from shoal.terms import ForwardKL
-    from shoal.train.head import Dense, chunked_head_loss
-    from shoal.training import Distill
+    from shoal.recipe.distill import Distill
+    from shoal.recipe.losses import ForwardKL
+    from shoal.train.objective.chunked_loss import Dense, chunked_head_loss
 
     generator = torch.Generator().manual_seed(0)
     hidden, teacher_hidden = (torch.randn(tokens, HEAD_SIZE, generator=generator) for _ in range(2))

@@ -32,14 +32,14 @@ from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
 from shoal.abilities import Item, items
-from shoal.compress.surgery import cut_model
-from shoal.data import load_texts
-from shoal.eval.engine import CausalLM
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.data.sources import load_texts
 from shoal.eval.evaluate import evaluate
-from shoal.models import load_model, load_tokenizer, resolve_model
-from shoal.recipe import load_recipe
+from shoal.eval.harness.engine import CausalLM
+from shoal.models.load import load_model, load_tokenizer, resolve_model
+from shoal.recipe.recipe import load_recipe
+from shoal.recipe.section import DataSource
 from shoal.runtime import device, environment
-from shoal.section import DataSource
 
 Pair = tuple[str, str]
 

@@ -27,22 +27,22 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel
 
-from shoal.compress import variant_generation
-from shoal.compress.hidden_pass import HIDDEN_METRICS
 from shoal.compress.measure import measure_importance
-from shoal.compress.metric import Calibration
-from shoal.compress.surgery import cut_model
-from shoal.compress.sweep import VariantsLM
-from shoal.compress.variant_generation import Limits, generate_variants
-from shoal.compress.variant_losses import own_documents
-from shoal.compress.variants import INTACT, Edited, layerwise_or_none, score_variants, without
-from shoal.data import PackedRows, load_texts, pack
-from shoal.eval.decoder import Decoder
-from shoal.eval.scoring import score
-from shoal.eval.tasks import load_tasks
-from shoal.models import decoder_layers, load_model, load_tokenizer, resolve_model
+from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
+from shoal.compress.metrics.metric import Calibration
+from shoal.compress.metrics.variant_losses import own_documents
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.compress.sweeps.sweep import VariantsLM
+from shoal.compress.variants import variant_generation
+from shoal.compress.variants.variant_generation import Limits, generate_variants
+from shoal.compress.variants.variants import INTACT, Edited, layerwise_or_none, score_variants, without
+from shoal.data.sources import PackedRows, load_texts, pack
+from shoal.eval.tasks.load import load_tasks
+from shoal.inference.decoder import Decoder
+from shoal.inference.scoring import score
+from shoal.models.load import decoder_layers, load_model, load_tokenizer, resolve_model
+from shoal.recipe.section import DataSource
 from shoal.runtime import device, environment
-from shoal.section import DataSource
 
 Timed = tuple[float, Any]
 

@@ -37,8 +37,8 @@ from typing import Any
 
 import yaml
 
-from shoal.artifact import Evaluation, ItemScore, TaskScore, Training
-from shoal.eval.statistics import interval, paired, retention
+from shoal.artifacts.artifact import Evaluation, ItemScore, TaskScore, Training
+from shoal.stats.paired import interval, paired, retention
 
 DROP = (12, 13, 14, 18, 21, 22, 25, 26)
 TASKS = (

@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from shoal.anatomy import decoder_layers
-from shoal.checkpoint import checkpoint_bytes
 from shoal.compress.measure import measure_importance
-from shoal.compress.streamed import Streaming, measure_streamed
-from shoal.data import PackedRows
-from shoal.models import load_model, without_data
+from shoal.compress.variants.streamed import Streaming, measure_streamed
+from shoal.data.sources import PackedRows
+from shoal.models.anatomy import decoder_layers
+from shoal.models.checkpoint_files import checkpoint_bytes
+from shoal.models.load import load_model, without_data
 from shoal.numerics import fast_dtype
 
 METRICS = ("block_influence", "angular")

@@ -13,8 +13,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from shoal.artifact import Importance
-from shoal.sweeps import Estimate, Sweep, SweepColumn
+from shoal.artifacts.artifact import Importance
+from shoal.artifacts.importance import Estimate, Sweep, SweepColumn
 
 Row = tuple[str, str, str]
 """Claim, verdict, statistic."""

@@ -32,12 +32,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from shoal.artifact import Provenance, PruningPlan
-from shoal.checkpoint import INDEX_FILE, checkpoint_bytes, weight_files
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.atomic_files import write_json
 from shoal.compress.apply import apply_plan
-from shoal.compress.surgery import cut_model
-from shoal.models import load_model
-from shoal.whole_files import write_json
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, weight_files
+from shoal.models.load import load_model
 
 TIME_TARGET, MEMORY_TARGET = 1.3, 1.5
 WAYS = ("shoal", "cp", "cp_flushed", "in_memory")

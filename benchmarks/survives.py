@@ -29,8 +29,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from shoal.artifact import Training
-from shoal.models import resolve_model
+from shoal.artifacts.artifact import Training
+from shoal.models.load import resolve_model
 from shoal.runtime import free_port
 
 STEPS = 40

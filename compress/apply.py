@@ -15,22 +15,23 @@ from typing import Literal
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from shoal.anatomy import anatomy, decoder_layers, text_config
-from shoal.artifact import PruningPlan
-from shoal.checkpoint import TOKENIZER_PATTERNS, Shard, has_tokenizer, json_or_empty, read_shards
-from shoal.edits import Replace
+from shoal.artifacts.artifact import PruningPlan
+from shoal.atomic_files import fingerprint, write_json
 from shoal.errors import UserError
-from shoal.models import load_config, load_model, load_tokenizer, refuse_incomplete
-from shoal.plain_text import bytes_text
+from shoal.formatting import bytes_text
+from shoal.models.anatomy import anatomy, decoder_layers, text_config
+from shoal.models.checkpoint_files import TOKENIZER_PATTERNS, Shard, has_tokenizer, json_or_empty, read_shards
+from shoal.models.load import load_config, load_model, load_tokenizer, refuse_incomplete
 from shoal.progress import doing
-from shoal.whole_files import fingerprint, write_json
+from shoal.recipe.edits import Replace
 
-from .edit import NOTHING_MADE, Materials, edited, edited_student, materials, refuse_impossible_edits
-from .proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
-from .quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
-from .shards import NewShard, compare_shards, new_shards, shards_fingerprint, write_shards
-from .staging import copy_beside, only_writer, resumable_folder
-from .stored_names import (
+from .edits.apply import NOTHING_MADE, Materials, edited, edited_student, materials, refuse_impossible_edits
+from .surgery.cut_model import kept_layers, refuse_changed_layers
+from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
+from .surgery.quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
+from .surgery.resumable_folder import copy_beside, only_writer, resumable_folder
+from .surgery.shards import NewShard, compare_shards, new_shards, shards_fingerprint, write_shards
+from .surgery.stored_names import (
     Loading,
     NotByCopy,
     find_layers,
@@ -39,7 +40,6 @@ from .stored_names import (
     other_towers,
     student_names,
 )
-from .surgery import kept_layers, refuse_changed_layers
 
 log = logging.getLogger(__name__)
 

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from shoal.anatomy import anatomy
-from shoal.checkpoint import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
-from shoal.cost import DTYPES, model_without_data
 from shoal.errors import UserError
-from shoal.models import load_config, text_config
+from shoal.models.anatomy import anatomy
+from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
+from shoal.models.cost import DTYPES, model_without_data
+from shoal.models.load import load_config, text_config
 from shoal.progress import BYTES, Work, progress
 
-from .quantised import without_quantization
-from .stored_names import NotByCopy, find_layers
+from .surgery.quantised import without_quantization
+from .surgery.stored_names import NotByCopy, find_layers
 
 CHUNK = 2**22
 """Numbers of each checkpoint in memory at one time: 32 MiB in float64."""

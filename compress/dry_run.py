@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from shoal.artifact import PruningPlan
-from shoal.checkpoint import Shard, read_shards
-from shoal.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
-from shoal.edits import Merge, Replace, in_words
+from shoal.artifacts.artifact import PruningPlan
+from shoal.formatting import aligned, bytes_text
 from shoal.machine import free_disk
-from shoal.models import load_config, text_config
-from shoal.plain_text import aligned, bytes_text
-from shoal.recipe import Target
+from shoal.models.checkpoint_files import Shard, read_shards
+from shoal.models.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
+from shoal.models.load import load_config, text_config
+from shoal.recipe.edits import Merge, Replace, in_words
+from shoal.recipe.recipe import Target
 
-from ..eval.wording import layers_text
+from ..eval.report.wording import layers_text
 from .apply import refuse_own_code
-from .edit import refuse_impossible_edits
-from .proof import memory_shortage, why_not_run
-from .quantised import without_quantization
-from .stored_names import NotByCopy, find_layers, student_names
-from .surgery import kept_layers, refuse_changed_layers
-from .targets import TARGETS, check_targets, refuse, student_config
+from .edits.apply import refuse_impossible_edits
+from .surgery.cut_model import kept_layers, refuse_changed_layers
+from .surgery.proof import memory_shortage, why_not_run
+from .surgery.quantised import without_quantization
+from .surgery.stored_names import NotByCopy, find_layers, student_names
+from .targets.check import TARGETS, check_targets, refuse, student_config
 
 NUM_TOKENS = 2048
 """Length at which caches and speeds are given, or the model's positions where those are fewer."""

@@ -12,19 +12,19 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.data import PackedRows
+from shoal.data.sources import PackedRows
 from shoal.errors import UserError
-from shoal.models import decoder_layers
+from shoal.models.load import decoder_layers
 
-from .metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
-from .metrics import METRICS, PASSES
+from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
+from .metrics.registry import METRICS, PASSES
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The measured part of shoal.artifact.Importance; a lower score means: remove first."""
+    """The measured part of shoal.artifacts.artifact.Importance; a lower score means: remove first."""
 
     num_layers: int
     num_tokens: int

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.artifact import Importance
-from shoal.edits import Edit, Edits, SkipAttention, SkipMlp, edited_layers, in_words, removed_layers
+from shoal.artifacts.artifact import Importance
+from shoal.artifacts.importance import Removal, SweepColumn
 from shoal.errors import UserError
-from shoal.recipe import Prune
-from shoal.sweeps import Removal, SweepColumn
+from shoal.recipe.edits import Edit, Edits, SkipAttention, SkipMlp, edited_layers, in_words, removed_layers
+from shoal.recipe.recipe import Prune
 
-from .atlas import cornerstones
-from .columns import layer_scores, ranks, swept_columns, unknown
-from .sacrifice import is_loss, joint_change
+from .sweeps.atlas import cornerstones
+from .sweeps.columns import layer_scores, ranks, swept_columns, unknown
+from .sweeps.expected_loss import is_loss, joint_change
 
 log = logging.getLogger(__name__)
 

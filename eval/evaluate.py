@@ -14,19 +14,19 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifact import Evaluation, Json, Provenance, TaskScore
+from shoal.artifacts.artifact import Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
-from shoal.models import checkpoint_bytes, num_parameters, text_config
+from shoal.models.load import checkpoint_bytes, num_parameters, text_config
 from shoal.progress import each
-from shoal.recipe import Eval
+from shoal.recipe.recipe import Eval
 from shoal.runtime import rank, seed_everything
 
-from .engine import CausalLM, connect_ranks, prompt_room
-from .item_cache import ItemCache, identity_of
-from .perplexity import perplexity
-from .samples import task_score
-from .task_names import limit_without_task
-from .tasks import tasks_of
+from .harness.engine import CausalLM, connect_ranks, prompt_room
+from .harness.item_cache import ItemCache, identity_of
+from .harness.perplexity import perplexity
+from .harness.samples import task_score
+from .tasks.load import tasks_of
+from .tasks.names import limit_without_task
 
 log = logging.getLogger(__name__)
 

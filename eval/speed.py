@@ -18,15 +18,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from shoal.artifact import BatchSpeed, Provenance, Speed, SpeedScore
-from shoal.cost import Cost, decode_bytes, model_cost, model_without_data, prefill_flops
+from shoal.artifacts.artifact import BatchSpeed, Provenance, Speed, SpeedScore
 from shoal.errors import UserError
+from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, now
-from shoal.models import checkpoint_bytes, load_model, num_parameters, text_config
+from shoal.models.cost import Cost, decode_bytes, model_cost, model_without_data, prefill_flops
+from shoal.models.load import checkpoint_bytes, load_model, num_parameters, text_config
 from shoal.progress import progress
 from shoal.runtime import device
-
-from .decoder import Decoder
 
 log = logging.getLogger(__name__)
 

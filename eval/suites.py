@@ -9,10 +9,10 @@ from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from shoal.artifact import Evaluation
+from shoal.artifacts.artifact import Evaluation
 
-from .engine import NEW_TOKENS
-from .wording import duration_text, listed
+from .harness.engine import NEW_TOKENS
+from .report.wording import duration_text, listed
 
 SAMPLED = 24
 """Items of a task that stand for all of it."""

@@ -12,32 +12,32 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.artifact import PruningPlan
-from shoal.models import align_weights, load_model
-from shoal.packing import PackedRows
-from shoal.recording import Record
+from shoal.artifacts.artifact import PruningPlan
+from shoal.data.packing import PackedRows
+from shoal.models.load import align_weights, load_model
+from shoal.recipe.distill import Distill
+from shoal.recipe.losses import LOGIT_TERMS, STATE_TERMS, CrossEntropy, needs_teacher, reads_distributions
+from shoal.recipe.recording import Record
 from shoal.runtime import device
-from shoal.terms import LOGIT_TERMS, STATE_TERMS, CrossEntropy, needs_teacher, reads_distributions
-from shoal.training import Distill
 
-from .arguments import autocast_dtype, zero_stage
-from .frozen import share_frozen, stored_names
-from .local import recorded_layers, unhealed
-from .lora import add_adapters
-from .on_host import with_host_copy
-from .on_policy import Sampler
-from .recording_plan import recording_inputs, rows_from
-from .recording_reader import RecordingReader
-from .sampling import end_tokens
-from .sharding import place_teacher
-from .signals import LiveTeacher, NoTeacher, RecordedTeacher
-from .states import StateLosses
-from .stop import StopRequest
-from .student import Objective, SharedPrefix, output_head, to_logits
-from .trainable import Trained, keep_zeros, shares_prefix, train_only
+from .callbacks.validation import Scorer, Watcher
+from .engine.arguments import autocast_dtype, zero_stage
+from .engine.sharding import place_teacher
+from .engine.stop import StopRequest
+from .generated.on_policy import Sampler
+from .generated.sampling import end_tokens
+from .objective.host_batch import with_host_copy
+from .objective.layer_losses import StateLosses
+from .objective.objective import Objective, SharedPrefix, output_head, to_logits
+from .objective.self_check import check_objective
+from .student.frozen import share_frozen, stored_names
+from .student.local_stage import recorded_layers, unhealed
+from .student.lora import add_adapters
+from .student.trainable import Trained, keep_zeros, shares_prefix, train_only
+from .teacher.recording_plan import recording_inputs, rows_from
+from .teacher.recording_reader import RecordingReader
+from .teacher.signals import LiveTeacher, NoTeacher, RecordedTeacher
 from .trainer import DistillTrainer
-from .watch import Scorer, Watcher
-from .zero_check import check_objective
 
 log = logging.getLogger(__name__)
 

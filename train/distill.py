@@ -9,20 +9,25 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal import tracking
-from shoal.artifact import PruningPlan
-from shoal.data import sources_fingerprint
+from shoal.artifacts.artifact import PruningPlan
+from shoal.atomic_files import fingerprint
+from shoal.data.packing import PackedRows
+from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
-from shoal.models import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
-from shoal.packing import PackedRows
+from shoal.models.load import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
 from shoal.progress import doing
-from shoal.recipe import Distill, Track, as_dict
-from shoal.recording import Record
+from shoal.recipe.recipe import Distill, Track, as_dict
+from shoal.recipe.recording import Record
 from shoal.runtime import agreed, device, world_size
-from shoal.whole_files import fingerprint
+from shoal.tracking import wandb_run
 
-from .arguments import (
+from .assembly import assemble
+from .callbacks.progress import Progress
+from .callbacks.validation import Scorer
+from .callbacks.wandb_curves import Curves
+from .dataset import training_rows
+from .engine.arguments import (
     BATCH_SPLIT,
     check_names,
     deepspeed_config,
@@ -31,25 +36,20 @@ from .arguments import (
     training_arguments,
     zero_stage,
 )
-from .assembly import assemble
-from .checkpoint import last_complete, needs_universal
-from .heartbeat import Heartbeat
-from .local import local_stage
-from .lora import refuse_untrainable
-from .peak import peak_rate
-from .preflight import check_fit
-from .progress import Progress
-from .recording_plan import rows_from
-from .recording_reader import refuse_unrecorded
-from .results import write_results
-from .sharding import join_deepspeed
-from .stop import StopRequest
-from .text import training_rows
-from .tracking import Curves
-from .trainable import trained_parts
+from .engine.checkpoint import last_complete, needs_universal
+from .engine.heartbeat import Heartbeat
+from .engine.sharding import join_deepspeed
+from .engine.stop import StopRequest
+from .generated.writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
+from .preflight.fit import check_fit
+from .preflight.mfu import peak_rate
+from .save import write_results
+from .student.local_stage import local_stage
+from .student.lora import refuse_untrainable
+from .student.trainable import trained_parts
+from .teacher.recording_plan import rows_from
+from .teacher.recording_reader import refuse_unrecorded
 from .trainer import DistillTrainer
-from .watch import Scorer
-from .writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def distill(
     with doing("measuring what the machine can do at best"):
         peak = peak_rate(teacher_dir, student_dir, plan, settings, dtype=dtype, load=load)
     with doing("starting the W&B run"):
-        tracked = tracking.start(track, run_dir, recipe)
+        tracked = wandb_run.start(track, run_dir, recipe)
     with doing("loading DeepSpeed"):
         join_deepspeed()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
@@ -268,7 +268,7 @@ def distill(
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     if trainer.state.global_step < trainer.state.max_steps:
         heartbeat.stop()
-        tracking.finish(run_dir)
+        wandb_run.finish(run_dir)
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
             stop.number,
@@ -289,7 +289,7 @@ def distill(
         },
     )
     heartbeat.stop()
-    tracking.finish(run_dir)
+    wandb_run.finish(run_dir)
 
 
 def rows_to_train_on(

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from shoal.artifact import PruningPlan
+from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
+from shoal.formatting import aligned, bytes_text
 from shoal.machine import available_memory, device_memory, free_disk, matmul_flops_per_second
-from shoal.models import text_config
-from shoal.plain_text import aligned, bytes_text
+from shoal.models.load import text_config
 from shoal.progress import doing
-from shoal.training import Distill
+from shoal.recipe.distill import Distill
 
-from .job import Job, job, teacher_dtype
-from .memory import Setting, memory, shared_weights
-from .pace import PROBE_S, Pace, flops_per_token, probe, step_seconds
-from .preflight import cheapest, disk_bytes, fits, overrides, shortages, written_bytes
+from .preflight.fit import cheapest, disk_bytes, fits, overrides, shortages, written_bytes
+from .preflight.memory import Setting, memory, shared_weights
+from .preflight.run_size import Job, job, teacher_dtype
+from .preflight.throughput import PROBE_S, Pace, flops_per_token, probe, step_seconds
 
 ASSUMED_SHARE = 0.4
 """Of the measured peak of matrix products, where the models are too large to be tried here."""

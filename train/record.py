@@ -16,16 +16,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.anatomy import decoder_layers, state_of
 from shoal.errors import UserError
-from shoal.models import load_model, logits_from_hidden
+from shoal.models.anatomy import decoder_layers, state_of
+from shoal.models.load import load_model, logits_from_hidden
 from shoal.progress import progress
-from shoal.recording import Record
+from shoal.recipe.recording import Record
 from shoal.runtime import barrier, device, is_main, rank, world_size
 
-from .recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
-from .recording_plan import RecordingManifest, plan_recording, recording_inputs, recording_layout, shard_name, shards_of
-from .student import final_hidden
+from .objective.objective import final_hidden
+from .teacher.recording_format import Layout, ShardFile, TokenRows, row_hashes, shard_planes, write_shard
+from .teacher.recording_plan import (
+    RecordingManifest,
+    plan_recording,
+    recording_inputs,
+    recording_layout,
+    shard_name,
+    shards_of,
+)
 
 log = logging.getLogger(__name__)
 

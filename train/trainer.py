@@ -22,23 +22,23 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from shoal.atomic_files import write_json
 from shoal.errors import UserError, explained_disk_errors
 from shoal.progress import doing
+from shoal.recipe.losses import term_names
 from shoal.runtime import barrier, is_main, seed_everything, world_size
-from shoal.terms import term_names
-from shoal.whole_files import write_json
 
-from .checkpoint import commit, layout, remove_older, separate_groups
-from .guard import LossGuard, refuse_step
-from .on_host import documents_known, on_host
-from .on_policy import Sampler as OnPolicySampler
-from .recompute import recompute_selectively
-from .sampling import own_forwards
-from .sharding import gathered, keep_gradient_norm, reduce_in_parts
-from .signals import Teacher
-from .stop import StopRequest
-from .student import Objective, SharedPrefix
-from .watch import Score, Scorer, Watcher
+from .callbacks.loss_spikes import LossGuard, refuse_step
+from .callbacks.validation import Score, Scorer, Watcher
+from .engine.checkpoint import commit, layout, remove_older, separate_groups
+from .engine.sharding import gathered, keep_gradient_norm, reduce_in_parts
+from .engine.stop import StopRequest
+from .generated.on_policy import Sampler as OnPolicySampler
+from .generated.sampling import own_forwards
+from .objective.activation_checkpointing import recompute_selectively
+from .objective.host_batch import documents_known, on_host
+from .objective.objective import Objective, SharedPrefix
+from .teacher.signals import Teacher
 
 INPUTS = ("input_ids", "position_ids", "labels")
 """What the student's forward takes of a batch; the teacher may read more."""
@@ -50,7 +50,7 @@ OBJECTIVE_FILE = "objective.json"
 
 
 class DistillTrainer(Trainer):
-    """Trains a student whose forward is that of an installed shoal.train.student.Objective."""
+    """Trains a student whose forward is that of an installed shoal.train.objective.objective.Objective."""
 
     # the loss below is already divided by the token count of the whole optimizer step
     loss_is_scaled_for_ga = True

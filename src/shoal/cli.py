@@ -22,8 +22,8 @@ from shoal.redaction import redacted, redacted_arguments
 from shoal.stopping import STOPS, on_stop, run_launcher, stop_at_once, watch_launcher
 
 if TYPE_CHECKING:
-    from shoal.recipe import Recipe
-    from shoal.run import Run
+    from shoal.recipe.recipe import Recipe
+    from shoal.stages.run import Run
 
 log = logging.getLogger("shoal")
 
@@ -78,7 +78,7 @@ def _main(argv: list[str]) -> int:
 
 def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
     """Run one verb, or only say what prune or distill would do; returns the exit code."""
-    from shoal.recipe import load_recipe  # not for --help and --version
+    from shoal.recipe.recipe import load_recipe  # not for --help and --version
 
     runtime.set_up_logging()
     try:
@@ -122,9 +122,9 @@ def _print_error(error: UserError) -> None:
 def _delta(base: str, donor: str, out: str | None) -> None:
     """Print how far the weights of two models are from each other."""
     runtime.turn_down_libraries()
+    from shoal.atomic_files import write_json
     from shoal.compress.delta import delta_norms
-    from shoal.models import resolve_model
-    from shoal.whole_files import write_json
+    from shoal.models.load import resolve_model
 
     found = delta_norms(resolve_model(base), resolve_model(donor))
     _print(found.table())
@@ -134,9 +134,9 @@ def _delta(base: str, donor: str, out: str | None) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     """Print the table of several runs, and write it with its figure."""
-    from shoal.eval.compare import compare_runs
-    from shoal.eval.compare_data import write_json_file
-    from shoal.eval.compare_page import comparison_text, write_comparison
+    from shoal.eval.compare.compare import compare_runs
+    from shoal.eval.compare.data import write_json_file
+    from shoal.eval.compare.page import comparison_text, write_comparison
 
     found = compare_runs([Path(run) for run in arguments.runs], across_teachers=arguments.across_teachers)
     _print(comparison_text(found))
@@ -148,10 +148,10 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _dry_run(verb: str, recipe: Recipe) -> str:
     with doing("loading the libraries"):
         runtime.turn_down_libraries()
-        from shoal import distilling, pruning
-        from shoal.run import open_run
+        from shoal.stages import distill, prune
+        from shoal.stages.run import open_run
 
-    told = {"prune": pruning.prune_dry_run, "distill": distilling.distill_dry_run}
+    told = {"prune": prune.prune_dry_run, "distill": distill.distill_dry_run}
     return told[verb](open_run(recipe))
 
 
@@ -167,23 +167,23 @@ def _limits_without_task(recipe: Recipe) -> Iterable[str]:
     """What task files say of eval.limits, before they are used: perhaps after a training."""
     if set(recipe.eval.limits) <= set(recipe.eval.tasks):
         return ()
-    from shoal.eval.task_names import limits_without_task
+    from shoal.eval.tasks.names import limits_without_task
 
     return limits_without_task(recipe.eval)
 
 
 def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
     if verb in ("eval", "run"):
-        from shoal.eval.task_names import refuse_unknown
+        from shoal.eval.tasks.names import refuse_unknown
 
         refuse_unknown(recipe.eval.tasks, recipe.eval.include_path)  # before all that is imported below
     if STARTED in os.environ and runtime.is_main():
         Path(os.environ[STARTED]).touch()
     with doing("loading the libraries"):
         runtime.turn_down_libraries()
-        from shoal import distilling, measuring, pipeline, pruning
-        from shoal.run import Run, locked, open_run
-        from shoal.tracking import wandb_mode
+        from shoal.stages import distill, measure, pipeline, prune
+        from shoal.stages.run import Run, locked, open_run
+        from shoal.tracking.wandb_run import wandb_mode
     from shoal.trust import refuse_links
 
     launched = "LOCAL_RANK" in os.environ
@@ -196,8 +196,8 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     in_group = launched or verb in ("distill", "record")
     if verb == "distill" and not launched:
         run = open_run(recipe)
-        distilling.check_distill(run)
-        distilling.refuse_other_checkpoints(run)
+        distill.check_distill(run)
+        distill.refuse_other_checkpoints(run)
         _launch_distill(recipe, config, overrides)
         return
     if in_group:
@@ -208,7 +208,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         pipeline.run_all(run, lambda: _launch_distill(recipe, config, overrides))
         return
     if verb == "search":
-        from shoal.searching import search
+        from shoal.stages.search import search
 
         _print(search(run, lambda own, file: _launch_distill(own, str(file), ())))
         return
@@ -219,9 +219,9 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
             _distill(run)
         else:
             stages = {
-                "measure": measuring.measure,
-                "prune": pruning.prune,
-                "record": distilling.record,
+                "measure": measure.measure,
+                "prune": prune.prune,
+                "record": distill.record,
                 "eval": pipeline.evaluate,
                 "report": pipeline.report,
             }
@@ -232,11 +232,11 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
 
 def _distill(run: Run) -> None:
     with doing("loading DeepSpeed"):
-        from shoal import distilling
+        from shoal.stages import distill
         from shoal.train.distill import Stopped
 
     try:
-        distilling.distill(run)
+        distill.distill(run)
     except Stopped as stopped:
         log.warning("%s; the same command goes on from there", stopped)
         sys.exit(128 + stopped.number)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
+from shoal.atomic_files import cache_dir, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, fastest_products
-from shoal.whole_files import cache_dir, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIZE = {"cpu": 512}

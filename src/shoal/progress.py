@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
-from shoal.plain_text import bytes_text, clock_text
+from shoal.formatting import bytes_text, clock_text
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from shoal.atomic_files import cache_dir
 from shoal.errors import UserError
-from shoal.whole_files import cache_dir
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,231 @@
+"""Run a model's decoder from any layer on, and read states through its head: what depth diagnostics are made of.
+
+Every intervention on depth (a layer skipped at some tokens, a state erased, a point on a path to a baseline) is a
+changed state at the door of one layer. What lies below is known from the intact run and is not computed again.
+
+B batch, S sequence, D hidden, V vocabulary, L layers, T chosen tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config
+from shoal.models.document_masks import documents_apart
+from shoal.models.load import logits_from_hidden
+
+from ..edits.sublayers import probe_ids, probing
+from ..variants.layerwise import Call, Layerwise
+
+MAX_LOGITS = {"cpu": 1 << 22}
+"""Entries (tokens times vocabulary) of one logits tensor, by device type."""
+DEFAULT_MAX_LOGITS = 1 << 26
+
+Observer = Callable[[int, Tensor, Tensor], None]
+"""Called with a layer's index, its input and its output."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text as tokens; its last ``num_answer`` tokens are the answer."""
+
+    input_ids: tuple[int, ...]
+    num_answer: int
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of tokens, on the CPU; what is no real token counts nowhere and is seen by no real token."""
+
+    input_ids_BS: Tensor
+    position_ids_BS: Tensor
+    real_BS: Tensor
+
+
+@dataclass(frozen=True)
+class Intact:
+    """An unchanged run."""
+
+    states: list[Tensor]
+    """L + 1 tensors (B, S, D): what enters every layer, and last what leaves the last one, before the final norm."""
+    calls: tuple[Call, ...]
+    """How the layers are called over these tokens."""
+
+
+def batches_of_rows(rows: PackedRows, batch_size: int, attention_mask_NS: Tensor | None = None) -> list[TokenBatch]:
+    """The rows in order; padding (0 in the mask) becomes documents of its own, which no attention leaves."""
+    real_NS = torch.ones(rows.input_ids_NS.shape, dtype=torch.bool)
+    positions_NS = rows.position_ids_NS
+    if attention_mask_NS is not None:
+        real_NS = attention_mask_NS.bool()
+        index_S = torch.arange(real_NS.shape[1])
+        last_real_NS = torch.where(real_NS, index_S, -1).cummax(dim=1).values
+        positions_NS = torch.where(real_NS, positions_NS, index_S - last_real_NS - 1)
+    parts = (part.split(batch_size) for part in (rows.input_ids_NS.long(), positions_NS.long(), real_NS))
+    return [TokenBatch(*batch) for batch in zip(*parts, strict=True)]
+
+
+def batch_of_prompts(prompts: Sequence[Prompt]) -> TokenBatch:
+    """The prompts as rows, padded on the right."""
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    ids_BS = torch.zeros(len(prompts), width, dtype=torch.long)
+    lengths_B = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+    for row, prompt in zip(ids_BS, prompts, strict=True):
+        row[: len(prompt.input_ids)] = torch.tensor(prompt.input_ids)
+    index_S = torch.arange(width)
+    real_BS = index_S < lengths_B[:, None]
+    return TokenBatch(ids_BS, torch.where(real_BS, index_S, index_S - lengths_B[:, None]), real_BS)
+
+
+def documents(rows: PackedRows, *, num_prompts: int, max_tokens: int, min_tokens: int, num_answer: int) -> list[Prompt]:
+    """The first ``num_prompts`` documents of the rows that have ``min_tokens``, cut at ``max_tokens``."""
+    found: list[Prompt] = []
+    for ids_S, positions_S in zip(rows.input_ids_NS, rows.position_ids_NS, strict=True):
+        starts = sorted({0, *(positions_S == 0).nonzero().flatten().tolist()})
+        for start, end in zip(starts, [*starts[1:], len(ids_S)], strict=True):
+            if len(found) == num_prompts:
+                return found
+            if end - start >= min_tokens:
+                found.append(Prompt(tuple(ids_S[start : min(end, start + max_tokens)].tolist()), num_answer))
+    return found
+
+
+class DepthRuns:
+    """One model's intact runs and its runs from a layer on.
+
+    Raises:
+        UserError: an architecture whose layers share more than the state that they pass on.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.layerwise = Layerwise(model)
+        self.num_layers = self.layerwise.num_layers
+
+    def intact(self, batch: TokenBatch) -> Intact:
+        """The states of an unchanged run."""
+        prepared = self.layerwise.prepare(body_inputs(self.model, batch))
+        states = [prepared.hidden_BSD]
+        for layer, call in enumerate(prepared.calls):
+            states.append(self.layerwise.run(layer, states[-1], call))
+        return Intact(states, prepared.calls)
+
+    def calls(self, batch: TokenBatch) -> tuple[Call, ...]:
+        """How every layer is called over ``batch``."""
+        return self.layerwise.prepare(body_inputs(self.model, batch)).calls
+
+    def run_from(self, start: int, state_BSD: Tensor, calls: Sequence[Call], observe: Observer | None = None) -> Tensor:
+        """What leaves the last layer when ``state_BSD`` enters layer ``start``; the number of layers = leaves it.
+
+        ``calls`` are those of an intact run over rows of the same tokens. Gradients flow if they are on.
+        """
+        for layer in range(start, self.num_layers):
+            # a copy goes in: some layers write into what they get
+            after_BSD = calls[layer].of(self.layerwise.layers[layer], state_BSD.clone())
+            if observe is not None:
+                observe(layer, state_BSD, after_BSD)
+            state_BSD = after_BSD
+        return state_BSD
+
+
+class Readout:
+    """From raw states to logits: the final norm, the head, and what the family does behind it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        parts = anatomy(model)
+        self.norm, self.head = parts.final_norm, parts.head
+        self._logits = logits_from_hidden(model)
+        self.vocab_size = int(text_config(model.config).vocab_size)
+        self.max_logits = MAX_LOGITS.get(model.device.type, DEFAULT_MAX_LOGITS)
+
+    def __call__(self, states_TD: Tensor) -> Tensor:
+        """Float32 logits (T, V)."""
+        assert self.head is not None
+        normed = states_TD if self.norm is None else self.norm(states_TD)
+        return self._logits(normed, self.head).float()
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        """Slices of tokens whose logits stay below the bound."""
+        step = max(1, self.max_logits // self.vocab_size)
+        return (slice(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step))
+
+
+def readout_refusal(model: PreTrainedModel) -> str:
+    """Why states cannot be read through final norm and head alone; empty = the model's own logits come out."""
+    family = text_config(model.config).model_type
+    if anatomy(model).head is None:
+        return f"{family}: has no output head that shoal knows"
+    last: list[Tensor] = []
+    with probing(model):
+        with decoder_layers(model)[-1].register_forward_hook(lambda *given: last.append(state_of(given[-1]).clone())):
+            wanted = model(**body_inputs(model, probe_batch(model))).logits[0].float()
+        last_TD = last[0][0]
+        known = last_TD.shape[-1] == text_config(model.config).hidden_size
+        found = Readout(model)(last_TD) if known else last_TD  # several streams side by side, merged by the model
+    tolerance = 64 * torch.finfo(model.dtype).eps * float(wanted.abs().max())
+    if found.shape != wanted.shape or float((found - wanted).abs().max()) > tolerance:
+        return f"{family}: does more between its last layer and its logits than the final norm and the head"
+    return ""
+
+
+def probe_batch(model: PreTrainedModel) -> TokenBatch:
+    """One row of a few tokens."""
+    ids_BS = probe_ids(model).cpu()
+    return TokenBatch(ids_BS, torch.arange(ids_BS.shape[1])[None], torch.ones_like(ids_BS, dtype=torch.bool))
+
+
+def body_inputs(model: PreTrainedModel, batch: TokenBatch) -> dict[str, Any]:
+    """Keyword arguments for the model or its body."""
+    return {
+        "input_ids": batch.input_ids_BS.to(model.device),
+        "position_ids": batch.position_ids_BS.to(model.device),
+        "use_cache": False,
+    }
+
+
+def run_body(model: PreTrainedModel, batch: TokenBatch) -> None:
+    """One forward over ``batch`` up to the last layer, for those who watch it with hooks."""
+    decoder, layers = decoder_body(model), decoder_layers(model)
+    body = decoder if any(module is layers for module in decoder.modules()) else model  # ModernBERT's names its head
+    inputs = body_inputs(model, batch)
+    with documents_apart(decoder, inputs["position_ids"]):
+        body(**inputs)
+
+
+def require_one_path(model: PreTrainedModel) -> None:
+    """Refuse a model in which depth is not one path of states, one per token, through every layer once.
+
+    Raises:
+        UserError: naming the family and what it does instead.
+    """
+    batch, shapes, order = probe_batch(model), list[tuple[int, ...]](), list[int]()
+    layers = decoder_layers(model)
+
+    def enter(index: int) -> Any:
+        def hook(_: Any, args: Any, kwargs: Any) -> None:
+            order.append(index)
+            shapes.append(tuple(given_state(args, kwargs).shape))
+
+        return hook
+
+    with ExitStack() as stack, probing(model):
+        for index, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+        run_body(model, batch)
+    family, remedy = text_config(model.config).model_type, "its depth cannot be diagnosed, leave diagnostics off"
+    if order != list(range(len(layers))):
+        raise UserError(f"diagnostics: {family} runs its layers in the order {order}; {remedy}")
+    for shape in shapes:
+        if len(shape) != 3 or shape[:2] != batch.input_ids_BS.shape:
+            raise UserError(
+                f"diagnostics: {family} passes states of shape {shape} from layer to layer, not one per token; {remedy}"
+            )

@@ -1,0 +1,206 @@
+"""Carry out a plan's edits: on the teacher while a block runs, and for good in a student.
+
+Both keep the order that shoal.recipe.edits names: swaps, then merges and replacements, then skips and masks. What is saved is
+proven against the teacher with the edits in force, so that neither way can be wrong alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.artifacts.artifact import PruningPlan
+from shoal.data.sources import load_texts, pack
+from shoal.errors import UserError
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import read_shards
+from shoal.models.cost import dtype_to_run, model_without_data
+from shoal.models.load import load_config, num_parameters
+from shoal.recipe.edits import (
+    ZEROED_WEIGHTS,
+    Edit,
+    HeadMask,
+    KvGroupMask,
+    Merge,
+    Replace,
+    SkipAttention,
+    SkipMlp,
+    Swap,
+    edited_layers,
+)
+from shoal.runtime import device
+
+from ..surgery.cut_model import cut_model, skipped
+from ..surgery.quantised import without_quantization
+from .masks import attention_skipped, heads_masked, kv_groups_masked, mlp_skipped
+from .merging import (
+    check_run,
+    merged_layer,
+    refuse_different_kinds,
+    refuse_shared_parameters,
+    tensors_in_place,
+    with_layers,
+)
+from .replacement import train_replacement
+from .swapping import refuse_unswappable, swapped
+from .zeroing import unsaved_parameters, zero_attention, zero_heads, zero_kv_groups, zero_mlp
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What edits need besides the teacher and the plan."""
+
+    donors: Mapping[int, PreTrainedModel]
+    """The models that swaps take from, by index of the edit."""
+    layers: Mapping[int, Mapping[str, Tensor]]
+    """Tensors of merged and replaced layers, by the teacher's index."""
+
+
+NOTHING_MADE = Materials({}, {})
+"""For a plan without edits."""
+
+
+def refuse_impossible_edits(
+    teacher_folder: Path, edits: Sequence[Edit], donors: Mapping[int, Path], *, trust_remote_code: bool = False
+) -> None:
+    """Refuse what configurations and headers alone show to be impossible, before any weight is read.
+
+    Heads, and halves that cannot be taken out, show only when the model runs.
+
+    Raises:
+        UserError: a quantised model, a run of layers of different kinds, a donor that does not fit, rows longer than
+            the model's positions.
+    """
+    if not edits:
+        return
+    teacher = _without_weights(teacher_folder, trust_remote_code=trust_remote_code)
+    positions = getattr(text_config(teacher.config), "max_position_embeddings", None)
+    for index, edit in enumerate(edits):
+        match edit:
+            case Swap():
+                donor = _without_weights(donors[index], trust_remote_code=trust_remote_code)
+                refuse_unswappable(teacher, donor, edit.layers, edit.parts)
+            case Merge():
+                refuse_different_kinds(teacher, check_run(teacher, edit.layers[0], len(edit.layers)))
+                for layer in edit.layers:
+                    refuse_shared_parameters(teacher, layer)
+            case Replace():
+                refuse_shared_parameters(teacher, edit.layers[0])
+                if positions is not None and edit.sequence_length > positions:
+                    raise UserError(
+                        f"prune.edits.{index}.sequence_length: {edit.sequence_length} is more than the {positions} "
+                        f"positions of {teacher_folder}; lower it"
+                    )
+
+
+def _without_weights(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
+    config, quantisation = without_quantization(load_config(folder, trust_remote_code=trust_remote_code))
+    if quantisation:
+        raise UserError(f"{folder}: is quantised, so its layers cannot be edited; give the full-precision model")
+    return model_without_data(config, dtype_to_run(config, read_shards(folder)))
+
+
+def materials(
+    teacher: PreTrainedModel, plan: PruningPlan, donors: Mapping[int, PreTrainedModel], tokenizer: Any, *, seed: int
+) -> Materials:
+    """Merge and train what the plan asks for, on the teacher with its swaps in force.
+
+    Raises:
+        UserError: donors, runs or data that do not fit.
+    """
+    if any(isinstance(edit, Replace) for edit in plan.edits):
+        cut_model(teacher, plan.drop, share=True)  # a cut that is impossible is refused before anything is trained
+    made: dict[int, Mapping[str, Tensor]] = {}
+    with _swaps(teacher, plan, donors):
+        for edit in plan.edits:
+            first = edited_layers(edit)[0]
+            if isinstance(edit, Merge):
+                made[first] = merged_layer(teacher, first, len(edit.layers), method=edit.method, weights=edit.weights)
+            elif isinstance(edit, Replace):
+                made[first] = _trained(teacher, edit, tokenizer, seed=seed)
+    return Materials(donors, made)
+
+
+def _trained(teacher: Any, edit: Replace, tokenizer: Any, *, seed: int) -> dict[str, Tensor]:
+    """On the accelerator where there is one; the teacher comes back."""
+    texts = [(source, load_texts(source, max_characters=16 * edit.num_tokens)) for source in edit.data]
+    rows = pack(texts, tokenizer, sequence_length=edit.sequence_length, num_tokens=edit.num_tokens, seed=seed)
+    home = teacher.device
+    trained = train_replacement(teacher.to(device()), edit, rows, seed=seed)
+    teacher.to(home)
+    return {name: tensor.to(home) for name, tensor in trained.tensors.items()}
+
+
+@contextmanager
+def edited(teacher: PreTrainedModel, plan: PruningPlan, made: Materials) -> Iterator[PreTrainedModel]:
+    """``teacher`` with everything that ``plan`` does to it in force, until the block ends."""
+    with ExitStack() as stack:
+        stack.enter_context(_swaps(teacher, plan, made.donors))
+        stack.enter_context(tensors_in_place(teacher, made.layers))
+        for edit in plan.edits:
+            match edit:
+                case SkipAttention():
+                    stack.enter_context(attention_skipped(teacher, edit.layers))
+                case SkipMlp():
+                    stack.enter_context(mlp_skipped(teacher, edit.layers))
+                case HeadMask():
+                    stack.enter_context(heads_masked(teacher, {edit.layer: edit.heads}))
+                case KvGroupMask():
+                    stack.enter_context(kv_groups_masked(teacher, {edit.layer: edit.groups}))
+        stack.enter_context(skipped(teacher, plan.drop))
+        yield teacher
+
+
+def edited_student(teacher: PreTrainedModel, plan: PruningPlan, made: Materials) -> PreTrainedModel:
+    """A new model that is ``teacher`` after ``plan``; the two share what was not changed.
+
+    Raises:
+        UserError: a cut or an edit that the architecture cannot express.
+    """
+    with _swaps(teacher, plan, made.donors):
+        student = with_layers(teacher, plan.drop, made.layers, share=True)
+    place = {old: new for new, old in enumerate(plan.keep)}
+    # of an edited teacher's zeros those are left that no swap, merge or training has filled
+    zeroed = [
+        name for name in getattr(student.config, ZEROED_WEIGHTS, None) or () if not student.get_parameter(name).all()
+    ]
+    for edit in plan.edits:
+        match edit:
+            case SkipAttention():
+                zeroed += zero_attention(student, [place[layer] for layer in edit.layers])
+            case SkipMlp():
+                zeroed += zero_mlp(student, [place[layer] for layer in edit.layers])
+            case HeadMask():
+                zeroed += zero_heads(student, place[edit.layer], edit.heads)
+            case KvGroupMask():
+                zeroed += zero_kv_groups(student, place[edit.layer], edit.groups)
+    if zeroed or hasattr(student.config, ZEROED_WEIGHTS):
+        setattr(student.config, ZEROED_WEIGHTS, sorted(set(zeroed)))
+    if unsaved := unsaved_parameters(teacher, plan.edits):
+        log.warning(
+            "prune: %s parameters (%.1f %% of the student) only calculate zeros now; they stay in the file and are "
+            "still computed, so skips and masks save neither memory nor time",
+            f"{unsaved:,}",
+            100 * unsaved / num_parameters(student),
+        )
+    return student
+
+
+@contextmanager
+def _swaps(
+    teacher: PreTrainedModel, plan: PruningPlan, donors: Mapping[int, PreTrainedModel]
+) -> Iterator[PreTrainedModel]:
+    with ExitStack() as stack:
+        for index, edit in enumerate(plan.edits):
+            if isinstance(edit, Swap):
+                stack.enter_context(swapped(teacher, donors[index], edit.layers, weight=edit.weight, parts=edit.parts))
+        yield teacher

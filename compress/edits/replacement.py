@@ -1,0 +1,246 @@
+"""Train one layer to stand for a run of neighbours. N rows, B batch, S sequence, D hidden."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.lr_schedule import warmup_cosine
+from shoal.models.anatomy import decoder_body, given_state, state_of
+from shoal.models.document_masks import documents_apart
+from shoal.models.load import decoder_layers
+from shoal.progress import each
+from shoal.recipe.edits import Replace
+
+from .merging import check_run, layer_tensors
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_SHARE = 16
+"""One row in sixteen, and at least one, is kept for the errors that are reported."""
+FINAL_RATE = 0.25
+"""Of the peak: 2e-4 falls to 5e-5 in the authors' code, from which the weight decay is too."""
+WEIGHT_DECAY = 1e-3
+MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class TrainedLayer:
+    """A layer that stands for a run, and how well it does so on rows it was not trained on.
+
+    Errors are E |f(h) - h'|^2 / E |h - h'|^2, h before the run and h' after it: 1 is what dropping the run costs.
+    """
+
+    tensors: dict[str, Tensor]
+    """Its parameters and stored buffers by their names in the layer, in the dtypes of the run's first layer."""
+    initial_error: float
+    """Of the run's first layer as it is, alone."""
+    error: float
+    """Of the trained layer, rounded to the dtypes it is saved in."""
+
+
+def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedRows, *, seed: int) -> TrainedLayer:
+    """One layer in the place of the first of ``settings.layers``, trained to give the state after the last of them.
+
+    The objective is that of LLM-Streamline (Chen et al. 2024, arXiv:2403.19135): min E |f(h) - h'|^2 over all tokens,
+    h before the run and h' after it as the layers have them, never behind the final norm. The layer starts as the run's
+    first, as theirs does: it gets that layer's input, kind and place in the student, and of the whole run only that
+    layer's weights were made for this input. The mean is divided by what dropping the run costs on the held-out rows:
+    a constant, so that errors of different runs compare and their gradients are clipped alike.
+
+    Every batch runs through the teacher up to the end of the run, without gradient, then forward and backward through
+    the one layer; no state is stored. Weights and Adam's moments are float32, under bfloat16 autocast where the teacher
+    has 16 bits. Dropout is off, since the target has none. Each row is used once, in a seeded order. On a CPU equal
+    seeds give equal bits.
+
+    The other layers of the run may be of other kinds than the first: only the state they leave counts.
+
+    Raises:
+        UserError: a run outside the model, a first layer that is quantised, cannot get tensors of its own or gives
+            another output when it is called again, less than two rows, states that are not finite, a run that changes
+            nothing, a training that diverges.
+    """
+    first, last = settings.layers[0], settings.layers[-1]
+    check_run(teacher, first, last - first + 1)
+    stored = layer_tensors(teacher, first)
+    _refuse_quantised(teacher, first)
+    train, held_out = _split(rows, settings.batch_size, seed=seed)
+    run = _Run(teacher, rows, first, last)
+    run.refuse_first_with_memory(held_out[0])
+    unit = run.mean_squared_error(None, held_out)
+    if not math.isfinite(unit) or unit == 0:
+        raise UserError(_no_target(run, unit))
+    layer = copy.deepcopy(decoder_layers(teacher)[first]).float().requires_grad_(True).eval()
+    initial_error = run.mean_squared_error(layer, held_out) / unit
+    log.info("%s by one: error of %d alone %.4f, of none 1", run, first, initial_error)
+    _fit(layer, run, train, learning_rate=settings.learning_rate, unit=unit)
+    tensors = {name: tensor.to(stored[name].dtype) for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(tensors)
+    error = run.mean_squared_error(layer, held_out) / unit
+    if not math.isfinite(error):
+        raise UserError(_diverged(run, settings.learning_rate))
+    log.info("%s by one: error %.4f on held-out rows", run, error)
+    if error >= min(1, initial_error):
+        log.warning(
+            "%s: the trained layer is no better than %s; raise num_tokens or change learning_rate",
+            run,
+            "none" if initial_error >= 1 else f"layer {first} as it is",
+        )
+    return TrainedLayer(tensors, initial_error, error)
+
+
+def _refuse_quantised(teacher: PreTrainedModel, layer: int) -> None:
+    fixed = [p.dtype for p in decoder_layers(teacher)[layer].parameters() if not p.is_floating_point()]
+    if fixed or getattr(teacher.config, "quantization_config", None) is not None:
+        raise UserError(f"replace: layer {layer} is quantised and cannot be trained; give the full-precision model")
+
+
+class _RunEnds(Exception):
+    """Ends the teacher's forward after the run; carries the state there."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One batch as the run's first layer received it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_BSD: Tensor
+
+    def again(self, layer: nn.Module, hidden_BSD: Tensor) -> Tensor:
+        """The state after ``layer`` in the place of the first, with mask, positions and all else as they were."""
+        if self.args:
+            return state_of(layer(hidden_BSD, *self.args[1:], **self.kwargs))
+        return state_of(layer(**{**self.kwargs, "hidden_states": hidden_BSD}))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The layers ``first`` to ``last`` of a teacher, at work on rows."""
+
+    teacher: PreTrainedModel
+    rows: PackedRows
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"replace: layers {self.first}..{self.last}"
+
+    @torch.no_grad()
+    def observe(self, batch: Tensor) -> tuple[_Call, Tensor, Tensor]:
+        """How the first layer is called on rows ``batch``, the state after it, and the state after the run."""
+        layers, device = decoder_layers(self.teacher), self.teacher.device
+        calls: list[_Call] = []
+        after_first: list[Tensor] = []
+
+        def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = given_state(args, kwargs)
+            calls.append(_Call(args, kwargs, hidden.clone()))  # some layers add to their input in place
+
+        def end(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            raise _RunEnds(state_of(output))
+
+        handles = [
+            layers[self.first].register_forward_pre_hook(remember, with_kwargs=True),
+            layers[self.first].register_forward_hook(
+                lambda _, __, output: after_first.append(state_of(output).clone())
+            ),
+            layers[self.last].register_forward_hook(end),
+        ]
+        try:
+            positions_BS = self.rows.position_ids_NS[batch].to(device)
+            with documents_apart(decoder_body(self.teacher), positions_BS):
+                self.teacher(
+                    input_ids=self.rows.input_ids_NS[batch].to(device), position_ids=positions_BS, use_cache=False
+                )
+        except _RunEnds as ended:
+            return calls[0], after_first[0], ended.args[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError(f"layer {self.last} was not called")
+
+    def squared_errors(self, layer: nn.Module | None, batch: Tensor) -> Tensor:
+        """(f(h) - h')^2 of every element in float32; without a layer f(h) is h."""
+        call, _, target_BSD = self.observe(batch)
+        hidden_BSD = call.hidden_BSD.float()
+        if layer is not None:
+            with torch.autocast(hidden_BSD.device.type, torch.bfloat16, enabled=self.teacher.dtype.itemsize == 2):
+                hidden_BSD = call.again(layer, hidden_BSD)
+        return (hidden_BSD.float() - target_BSD.to(hidden_BSD.device).float()).square()
+
+    @torch.no_grad()
+    def mean_squared_error(self, layer: nn.Module | None, batches: Sequence[Tensor]) -> float:
+        """E (f(h) - h')^2 over all elements of the rows in ``batches``."""
+        errors = [self.squared_errors(layer, batch) for batch in batches]
+        return sum(error.sum(dtype=torch.float64).item() for error in errors) / sum(error.numel() for error in errors)
+
+    @torch.no_grad()
+    def refuse_first_with_memory(self, batch: Tensor) -> None:
+        """Refuse a first layer that gives another output when it is called again as it was: a cache, or a defect here.
+
+        Raises:
+            UserError: it does.
+        """
+        call, expected_BSD, _ = self.observe(batch)
+        difference = (call.again(decoder_layers(self.teacher)[self.first], call.hidden_BSD) - expected_BSD).float()
+        if not difference.norm() <= 0.01 * expected_BSD.float().norm():  # sums of experts may round differently
+            raise UserError(
+                f"{self}: layer {self.first} of this {self.teacher.config.model_type} model gives another output when "
+                "it is called again, so it cannot be trained alone; merge or drop the run instead"
+            )
+
+
+def _split(rows: PackedRows, batch_size: int, *, seed: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Batches of row indices to train on and to test on."""
+    num_held_out = max(1, len(rows) // HELD_OUT_SHARE)
+    if len(rows) <= num_held_out:
+        raise UserError(
+            f"replace: {len(rows)} rows of {rows.input_ids_NS.shape[1]} tokens, but one is needed to train on and one "
+            "to test on; raise num_tokens or lower sequence_length"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return order[num_held_out:].split(batch_size), order[:num_held_out].split(batch_size)
+
+
+def _fit(layer: nn.Module, run: _Run, batches: Sequence[Tensor], *, learning_rate: float, unit: float) -> None:
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, len(batches), final=FINAL_RATE)
+    )
+    often = max(1, len(batches) // 10)
+    start, num_tokens = time.monotonic(), 0
+    for step, batch in enumerate(each(batches, f"{run} by one", unit="steps"), start=1):
+        loss = run.squared_errors(layer, batch).mean() / unit
+        loss.backward()
+        nn.utils.clip_grad_norm_(layer.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        num_tokens += len(batch) * run.rows.input_ids_NS.shape[1]
+        if step % often == 0:
+            if not math.isfinite(value := loss.item()):
+                raise UserError(_diverged(run, learning_rate))
+            speed = num_tokens / (time.monotonic() - start)
+            log.info("%s: step %d of %d, error %.4f, %s tokens/s", run, step, len(batches), value, f"{speed:,.0f}")
+
+
+def _no_target(run: _Run, unit: float) -> str:
+    if unit == 0:
+        return f"{run}: change nothing in any state, so there is nothing to train; drop them"
+    return f"{run}: their states overflow in {run.teacher.dtype}; set dtype: bfloat16 or dtype: float32 in the recipe"
+
+
+def _diverged(run: _Run, learning_rate: float) -> str:
+    return f"{run}: the trained layer is not finite any more; lower learning_rate (now {learning_rate:g})"

@@ -1,0 +1,433 @@
+"""Where a decoder layer keeps its two halves, token mixing and MLP, and whether they can be silenced exactly.
+
+Names only propose; what they propose is proven by running the model on a few tokens, every layer on the same input:
+
+- both halves silenced: the layer must pass its input on, bit for bit;
+- one half silenced: the other one must still change the stream, so neither holds a part of the other;
+- the token mixing silenced: no token may still see another one, so nothing that mixes tokens was forgotten;
+- every head's context scaled by a factor of its own: the slices of the output projection's input must follow, so that
+  each slice is one head's.
+
+B batch, S sequence, D hidden size, H query heads, d size of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, with_state
+
+SPECIAL_NAMES = {
+    "norm_attn_norm": ("attention", "norm_attn_norm.attn"),  # DBRX
+    "temporal_block": ("attention", "temporal_block"),  # RecurrentGemma
+    "fc2": ("mlp", "fc2"),  # OPT, XGLM, BioGPT: an MLP without a module of its own
+}
+"""Child of a layer -> its half and the module whose output the layer adds to the residual."""
+NO_HALF = ("norm", "ln_", "dropout", "cross", "hyper_connection", "_hc", "residual", "router")
+MLP_WORDS = ("mlp", "ffn", "feed_forward", "moe", "expert")
+ATTENTION_WORDS = ("attn", "attention", "mamba", "conv", "mixer")
+"""All other children, by what their names contain; NO_HALF goes first, then the MLP."""
+MLP_COMPANIONS = {"fc2": ("fc1",)}
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
+"""Last part of the name of the map from all heads' contexts to the residual stream."""
+
+CHANGED_RESIDUAL = {
+    "doge": "scales the residual stream in every layer",
+    "gemma3n_text": "mixes several residual streams in every layer",
+    "gemma4_text": "adds per-layer embeddings and scales the residual stream",
+    "minimax": "norms and scales the residual stream in every layer",
+    "openai-gpt": "norms the residual stream after every half",
+    "opt": "norms the residual stream after every half (the 350m shape)",
+}
+"""Families in which a layer with both halves silenced is not the identity, though each half adds nothing: read in
+their sources. In all others a layer that changes its input then has something that shoal does not know."""
+
+PROBE_LENGTH = 6
+LAST_ID = 5
+"""All probes end with this token; padding and the like have lower ids."""
+FIRST_IDS = (6, 12)
+SCALE_STEPS = 8
+"""Heads are scaled by 2**-1 to 2**-8, which is exact, and again from 2**-1 on."""
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """One decoder layer's halves; module names are relative to the layer."""
+
+    attention: tuple[str, ...]
+    """Token mixing: attention, or linear attention, a convolution or a state space in its place."""
+    mlp: tuple[str, ...]
+    """MLP or mixture of experts."""
+    refusal: str = ""
+    """Why halves cannot be silenced exactly here, with the remedy; empty = they can."""
+    projection: str = ""
+    """The attention's output projection; its input is the heads' contexts side by side."""
+    num_heads: int = 0
+    num_kv_heads: int = 0
+    head_refusal: str = ""
+    """Why single heads cannot be masked exactly here; empty = they can."""
+
+    @property
+    def mlp_holders(self) -> tuple[str, ...]:
+        """All modules that belong to the MLP; for most families just ``mlp``."""
+        return tuple(name for half in self.mlp for name in (*MLP_COMPANIONS.get(half, ()), half))
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that read one key-value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+_known: WeakKeyDictionary[nn.Module, tuple[Any, tuple[Sublayers, ...]]] = WeakKeyDictionary()
+
+
+def sublayers(model: PreTrainedModel) -> tuple[Sublayers, ...]:
+    """The halves of every decoder layer, proven by four runs over a few tokens; kept for the next call on this model.
+
+    Raises:
+        UserError: an architecture whose decoder layers are not one list. What is wrong with a single layer stands in
+            its ``refusal``: other layers may still be used.
+    """
+    layers = decoder_layers(model)
+    state = (tuple(map(id, layers)), model.config._attn_implementation)
+    known = _known.get(model)
+    if known is None or known[0] != state:
+        known = (state, _prove(model, [named_halves(layer) for layer in layers]))
+        _known[model] = known
+    return known[1]
+
+
+def prove_alone(model: PreTrainedModel, layer: int) -> None:
+    """Prove the halves of one layer, so that sublayers() knows them, while all others only pass their input on."""
+    layers = decoder_layers(model)
+    state = (tuple(map(id, layers)), model.config._attn_implementation)
+    known = _known.get(model)
+    if known is not None and known[0] == state:
+        found = list(known[1])
+    else:
+        reasons = [
+            f"{where(model, index)}: is not loaded, so nothing is known of its halves" for index in range(len(layers))
+        ]
+        found = [Sublayers((), (), refusal=reason, head_refusal=reason) for reason in reasons]
+    found[layer] = _prove(model, [named_halves(one) for one in layers])[layer]
+    _known[model] = (state, tuple(found))
+
+
+def named_halves(layer: nn.Module) -> Sublayers:
+    """The halves of a layer by the names of its children, unproven."""
+    found: dict[str, list[str]] = {"attention": [], "mlp": []}
+    for name, child in layer.named_children():
+        half, path = SPECIAL_NAMES.get(name, (_half(name), name))
+        if half and isinstance(child, nn.ModuleList):
+            found[half] += [f"{path}.{index}" for index in range(len(child))]
+        elif half:
+            found[half].append(path)
+    return Sublayers(tuple(found["attention"]), tuple(found["mlp"]))
+
+
+def silence(module: nn.Module) -> RemovableHandle:
+    """Let ``module`` run (and fill its cache) and then add nothing to the residual stream, until the handle is removed.
+
+    Most modules return what is added; those that take the residual and add it themselves (Bloom, MPT) return it.
+    """
+
+    def nothing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        silent = silent_output(module, args, kwargs, output)
+        return with_state(output, silent)
+
+    return module.register_forward_hook(nothing, with_kwargs=True)
+
+
+def silent_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    """What ``module`` returns when it adds nothing to the residual stream, given what a forward hook gets."""
+    return _residual(module, args, kwargs) if _takes_residual(module) else torch.zeros_like(state_of(output))
+
+
+def adds_something(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
+    """Whether ``module`` changes the residual stream, given what a forward hook gets."""
+    if _takes_residual(module):
+        return not torch.equal(state_of(output), _residual(module, args, kwargs))
+    return bool(state_of(output).any())
+
+
+def where(model: PreTrainedModel, layer: int) -> str:
+    """How messages name a layer: its index and the architecture."""
+    return f"layer {layer} of {text_config(model.config).model_type}"
+
+
+@contextmanager
+def probing(model: PreTrainedModel) -> Iterator[None]:
+    """No gradients, no dropout, and the mode restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def probe_ids(model: PreTrainedModel, *, first: int = FIRST_IDS[0]) -> Tensor:
+    """(1, S) token ids: ``first`` and its successors, then LAST_ID."""
+    ids = torch.tensor([[*range(first, first + PROBE_LENGTH - 1), LAST_ID]], device=model.device)
+    return ids % text_config(model.config).vocab_size
+
+
+def _half(name: str) -> str:
+    if any(word in name for word in NO_HALF):
+        return ""
+    for half, words in (("mlp", MLP_WORDS), ("attention", ATTENTION_WORDS)):
+        if any(word in name for word in words):
+            return half
+    return ""
+
+
+def _takes_residual(module: nn.Module) -> bool:
+    return "residual" in inspect.signature(module.forward).parameters
+
+
+def _residual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments["residual"]
+
+
+@dataclass
+class _Trace:
+    """What one run showed, by layer."""
+
+    given: Tensor | None = None
+    """What the first layer gets; every other one gets the same."""
+    returned: dict[int, Tensor] = field(default_factory=dict)
+    adding: set[int] = field(default_factory=set)
+    """Layers of which a half that is not silenced adds something."""
+    contexts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """What each map that may be the heads' output projection reads."""
+    num_heads: dict[int, int] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    """(heads, S, d); each key-value head may have been repeated for all query heads of its group."""
+
+    def unchanged(self, index: int) -> bool:
+        """Whether the layer passed its input on."""
+        assert self.given is not None
+        return torch.equal(self.given, self.returned[index])
+
+
+class _HeadProbe(TorchFunctionMode):
+    """Sees every softmax attention of four dimensions (B, H, S, .), whichever module computes it, and may scale what
+    each head attends to by the head's own factor."""
+
+    def __init__(self, trace: _Trace, *, scale: bool) -> None:
+        super().__init__()
+        self.trace, self.scale, self.layer = trace, scale, -1
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if self.layer < 0 or name not in ("softmax", "scaled_dot_product_attention") or out.dim() != 4:
+            return out
+        self.trace.num_heads[self.layer] = out.shape[1]
+        if name == "scaled_dot_product_attention":
+            self.trace.keys[self.layer] = (args[1] if len(args) > 1 else kwargs["key"])[0]
+        return out * _scale(out.shape[1], out)[:, None, None] if self.scale else out
+
+
+def _scale(num_heads: int, like: Tensor) -> Tensor:
+    """(H,) The heads' factors."""
+    return 0.5 ** (1 + torch.arange(num_heads, device=like.device) % SCALE_STEPS).to(like.dtype)
+
+
+def _prove(model: PreTrainedModel, named: list[Sublayers]) -> tuple[Sublayers, ...]:
+    with probing(model):
+        silent = _run(model, named, silenced=lambda found: (*found.attention, *found.mlp))
+        scaled = _run(model, named, silenced=lambda found: found.mlp, scale=True)
+        one, other = (_run(model, named, silenced=lambda found: found.attention, first=first) for first in FIRST_IDS)
+    proven = []
+    for index, found in enumerate(named):
+        refusal = _refusal(model, index, found, silent, scaled, one) or _mixing(model, index, one, other)
+        proven.append(replace(found, refusal=refusal, **_heads(model, index, found, silent, scaled)))
+    return tuple(proven)
+
+
+def _run(
+    model: PreTrainedModel,
+    named: list[Sublayers],
+    *,
+    silenced: Callable[[Sublayers], tuple[str, ...]],
+    first: int = FIRST_IDS[0],
+    scale: bool = False,
+) -> _Trace:
+    trace = _Trace()
+    probe = _HeadProbe(trace, scale=scale)
+    with ExitStack() as stack:
+        for index, (layer, found) in enumerate(zip(decoder_layers(model), named, strict=True)):
+            silent = silenced(found)
+            for name in silent:
+                stack.enter_context(silence(layer.get_submodule(name)))
+            heard = [name for name in (*found.attention, *found.mlp) if name not in silent]
+            for handle in _watch(index, layer, found, heard, trace, probe):
+                stack.enter_context(handle)
+        stack.enter_context(probe)
+        model(input_ids=probe_ids(model, first=first), use_cache=False)
+    return trace
+
+
+def _watch(
+    index: int, layer: nn.Module, found: Sublayers, heard: Sequence[str], trace: _Trace, probe: _HeadProbe
+) -> Iterator[RemovableHandle]:
+    """Hooks on states come before everybody else's, so that operators in force do not hide what is to be seen.
+
+    Whether a half adds something is asked behind them. States are copied, because some layers write into their input.
+    """
+
+    def starts(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        first_given = trace.given if trace.given is not None else given_state(args, kwargs)
+        trace.given, given = first_given.clone(), first_given.clone()
+        return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+
+    def ends(_: nn.Module, args: Any, output: Any) -> None:
+        trace.returned[index] = state_of(output).clone()
+
+    def adds(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if adds_something(module, args, kwargs, output):
+            trace.adding.add(index)
+
+    def contexts(name: str) -> Callable[[nn.Module, Any], None]:
+        def keep(_: nn.Module, args: Any) -> None:
+            trace.contexts.setdefault(index, {})[name] = args[0].clone()
+
+        return keep
+
+    def enters(*_: Any) -> None:
+        probe.layer = index
+
+    def leaves(*_: Any) -> None:
+        probe.layer = -1
+
+    yield layer.register_forward_pre_hook(starts, with_kwargs=True, prepend=True)
+    yield layer.register_forward_hook(ends, prepend=True)
+    for name in heard:
+        yield layer.get_submodule(name).register_forward_hook(adds, with_kwargs=True)
+    for name in found.attention:
+        yield layer.get_submodule(name).register_forward_pre_hook(enters)
+        yield layer.get_submodule(name).register_forward_hook(leaves)
+    for name in _projections(layer, found):
+        yield layer.get_submodule(name).register_forward_pre_hook(contexts(name), prepend=True)
+
+
+def _projections(layer: nn.Module, found: Sublayers) -> list[str]:
+    return [
+        f"{path}.{name}"
+        for path in found.attention
+        for name, module in layer.get_submodule(path).named_modules()
+        if name.rpartition(".")[2] in OUTPUT_PROJECTIONS and isinstance(module, nn.Linear | Conv1D)
+    ]
+
+
+def _refusal(
+    model: PreTrainedModel, index: int, found: Sublayers, silent: _Trace, no_mlp: _Trace, no_attention: _Trace
+) -> str:
+    """Why the halves that the names propose are not all that the layer does; empty if they are."""
+    place = where(model, index)
+    if not found.attention and not found.mlp:
+        return f"{place}: shoal does not know where this architecture keeps attention and MLP; drop whole layers"
+    if not found.attention or not found.mlp:
+        only = (found.attention or found.mlp)[0]
+        return f"{place}: is one sublayer only ({only}); silencing it is dropping the layer, so name it in prune.drop"
+    if text_config(model.config).model_type in CHANGED_RESIDUAL:
+        return ""
+    if not silent.unchanged(index):
+        return (
+            f"{place}: changes its input even with {', '.join(found.attention + found.mlp)} silenced (a bias after "
+            "them, or a part that shoal does not know), so that a half cannot be taken out exactly; drop whole layers"
+        )
+    for half, other, trace in (("MLP", "attention", no_mlp), ("attention", "MLP", no_attention)):
+        if index in trace.adding and trace.unchanged(index):
+            return (
+                f"{place}: what shoal takes for its {half} holds a part of its {other}, so that a half cannot be "
+                "taken out exactly; drop whole layers"
+            )
+    return ""
+
+
+def _mixing(model: PreTrainedModel, index: int, one: _Trace, other: _Trace) -> str:
+    """Why silencing the attention is not enough: the last token's state depends on the other tokens."""
+    assert one.given is not None
+    assert other.given is not None
+    tolerance = 32 * torch.finfo(one.given.dtype).eps  # experts work on groups of tokens: equal up to rounding
+    if _distance(one.given, other.given) <= tolerance < _distance(one.returned[index], other.returned[index]):
+        return (
+            f"{where(model, index)}: mixes tokens outside of what shoal takes for its attention, so that half cannot "
+            "be taken out exactly; drop whole layers"
+        )
+    return ""
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Of the last token's states (B, S, ...), relative."""
+    last, same = one[:, -1].float(), other[:, -1].float()
+    return float((last - same).abs().max() / last.abs().max().clamp_min(1e-30))
+
+
+def _heads(model: PreTrainedModel, index: int, found: Sublayers, silent: _Trace, scaled: _Trace) -> dict[str, Any]:
+    """The fields of Sublayers about single heads."""
+    layer, place = decoder_layers(model)[index], where(model, index)
+    num_heads, contexts = silent.num_heads.get(index, 0), silent.contexts.get(index, {})
+    if not num_heads:
+        return {"head_refusal": f"{place}: shows no heads of softmax attention (attention: sdpa or eager show them)"}
+    if not contexts:
+        return {"head_refusal": f"{place}: has no linear output projection that shoal knows over its heads"}
+    followed = [name for name in contexts if _followed(contexts[name], scaled.contexts[index][name], num_heads)]
+    if len(followed) != 1:
+        return {"head_refusal": f"{place}: mixes its heads before the output projection, so none can be masked alone"}
+    num_kv_heads = _num_kv_heads(model, layer, found, num_heads, silent.keys.get(index))
+    return {"projection": followed[0], "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+
+
+def _followed(context: Tensor, changed: Tensor, num_heads: int) -> bool:
+    """Whether ``changed`` is ``context`` (B, S, H * d) with every head's slice scaled as its head was."""
+    if context.dim() != 3 or context.shape[-1] % num_heads:
+        return False
+    context_BSHd, changed_BSHd = (state.unflatten(-1, (num_heads, -1)) for state in (context, changed))
+    expected_BSHd = context_BSHd * _scale(num_heads, context)[:, None]
+    # a wrong slice is off by a factor of two; what is left are numbers too small for their format
+    return torch.allclose(changed_BSHd, expected_BSHd, rtol=0.1, atol=torch.finfo(context.dtype).tiny)
+
+
+def _num_kv_heads(
+    model: PreTrainedModel, layer: nn.Module, found: Sublayers, num_heads: int, key: Tensor | None
+) -> int:
+    """Key-value heads by the model's own word, checked against its keys; eager attention does not show them."""
+    told = _told_kv_heads(model, layer.get_submodule(found.attention[0]), num_heads)
+    if key is None:
+        return told
+    if len(key) < num_heads:
+        return len(key)
+    distinct = 1 + sum(not torch.equal(one, next_one) for one, next_one in itertools.pairwise(key))
+    return next((number for number in (told, distinct) if _are_groups(key, number)), num_heads)
+
+
+def _told_kv_heads(model: PreTrainedModel, attention: nn.Module, num_heads: int) -> int:
+    for name in ("num_kv_heads", "num_key_value_heads", "kv_heads"):
+        if told := getattr(attention, name, None):
+            return told
+    if groups := getattr(attention, "num_key_value_groups", None):
+        return num_heads // groups
+    return getattr(text_config(model.config), "num_key_value_heads", None) or num_heads
+
+
+def _are_groups(key: Tensor, number: int) -> bool:
+    """Whether ``key`` (H, S, d) is made of ``number`` keys that stand side by side as often as each other."""
+    return len(key) % number == 0 and all(torch.equal(head, group[0]) for group in key.chunk(number) for head in group)

@@ -1,0 +1,189 @@
+"""Silence attention, MLP or heads of a student's layers for good: their output projections become zero.
+
+0 * x adds nothing wherever x is finite, so the student gives the same bits there as its teacher with the operator in
+force. Neither memory nor time is saved: see unsaved_parameters.
+
+H query heads, d size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shoal.errors import UserError
+from shoal.models.anatomy import anatomy, decoder_layers
+from shoal.recipe.edits import Edit, HeadMask, KvGroupMask, SkipAttention, SkipMlp
+
+from .masks import Half, checked, heads_of_groups, with_halves, with_heads
+from .merging import put_tensors
+from .sublayers import Sublayers, adds_something, probe_ids, probing, sublayers, where
+
+OUTPUT_MAPS = {
+    *("o_proj", "out_proj", "dense", "c_proj", "Wo", "linear_out"),  # of attention and what stands in its place
+    *("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear"),  # of MLPs and experts
+}
+"""Modules and parameters that write a half's result. What these names miss shows when the zeroed half is run."""
+OUTPUT_BIASES = ("bias", "experts.bias")
+"""Parameters of a half itself that are added to its result (JetMoE)."""
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def zero_attention(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
+    """Let the attention of ``layers`` add nothing for good; returns the names of the parameters that became zero.
+
+    They are new tensors: what ``model`` shares with its teacher stays as it is there. A context or expert that is not
+    finite gives NaN (0 * inf), where attention_skipped gives zero.
+
+    Raises:
+        UserError: as attention_skipped does; a half whose output weights shoal does not know, that are quantised, or
+            that other layers use too. The model is then as it was.
+    """
+    return _zero_halves(model, layers, "attention")
+
+
+def zero_mlp(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
+    """Let the MLP or mixture of experts of ``layers`` add nothing for good; the rest is as with zero_attention."""
+    return _zero_halves(model, layers, "mlp")
+
+
+@torch.no_grad()
+def zero_heads(model: PreTrainedModel, layer: int, heads: Sequence[int]) -> list[str]:
+    """Zero what the output projection reads from single query ``heads``; returns the names of the changed parameters.
+
+    A bias of the projection stays: it belongs to no head.
+
+    Raises:
+        UserError: an index that is no layer or no head, a layer whose heads cannot be masked alone, or a projection
+            that is quantised or that other layers use too.
+    """
+    found = with_heads(model, layer)
+    chosen = checked(heads, found.num_heads, f"{where(model, layer)}: head")
+    projection = decoder_layers(model)[layer].get_submodule(found.projection)
+    name = f"{_name_of(model, layer)}.{found.projection}.weight"
+    _refuse_unzeroable(model, [name])
+    weight = model.get_parameter(name).detach().clone()
+    inputs_dim = 0 if isinstance(projection, Conv1D) else 1
+    weight.unflatten(inputs_dim, (found.num_heads, -1)).index_fill_(
+        inputs_dim, torch.tensor(chosen, device=weight.device), 0
+    )
+    put_tensors(model, {name: weight}, where="zero_heads")
+    return [name]
+
+
+def zero_kv_groups(model: PreTrainedModel, layer: int, groups: Sequence[int]) -> list[str]:
+    """zero_heads for all query heads that read the key-value heads ``groups``.
+
+    Raises:
+        UserError: as zero_heads does.
+    """
+    return zero_heads(model, layer, heads_of_groups(model, layer, groups))
+
+
+def unsaved_parameters(model: PreTrainedModel, edits: Sequence[Edit]) -> int:
+    """Parameters of ``model`` that no longer matter after ``edits`` but stay in the file and are still computed with.
+
+    All of a skipped attention or MLP; of a masked head its share of the output projection. Layers are ``model``'s.
+
+    Raises:
+        UserError: as the operators do.
+    """
+    idle: dict[int, int] = {}
+    heads: dict[int, set[int]] = {}
+    for edit in edits:
+        if isinstance(edit, SkipAttention | SkipMlp):
+            for layer in edit.layers:
+                found = with_halves(model, layer)
+                names = found.attention if isinstance(edit, SkipAttention) else found.mlp_holders
+                modules = [decoder_layers(model)[layer].get_submodule(name) for name in names]
+                idle |= {id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}
+        elif isinstance(edit, HeadMask):
+            found = with_heads(model, edit.layer)
+            heads.setdefault(edit.layer, set()).update(checked(edit.heads, found.num_heads, "head"))
+        elif isinstance(edit, KvGroupMask):
+            heads.setdefault(edit.layer, set()).update(heads_of_groups(model, edit.layer, edit.groups))
+    for layer, masked in heads.items():
+        found = with_heads(model, layer)
+        weight = decoder_layers(model)[layer].get_submodule(found.projection).weight
+        assert isinstance(weight, Tensor)
+        idle.setdefault(id(weight), weight.numel() * len(masked) // found.num_heads)
+    return sum(idle.values())
+
+
+@torch.no_grad()
+def _zero_halves(model: PreTrainedModel, layers: Sequence[int], half: Half) -> list[str]:
+    names: list[str] = []
+    for layer in layers:
+        found = with_halves(model, layer)
+        outputs = _output_parameters(model, layer, found, half)
+        if not outputs:
+            raise UserError(
+                f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
+            )
+        names += outputs
+    names = list(dict.fromkeys(names))
+    _refuse_unzeroable(model, names)
+    zeros = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+    before = put_tensors(model, zeros, where="zero")
+    if loud := _loud_layers(model, layers, half):
+        put_tensors(model, before, where="zero")
+        raise UserError(
+            f"{where(model, loud[0])}: its {half} writes something even with {names[0]} and the like zeroed, so that a "
+            "checkpoint cannot hold it silenced; drop whole layers"
+        )
+    return names
+
+
+def _output_parameters(model: PreTrainedModel, layer: int, found: Sublayers, half: Half) -> list[str]:
+    """Full names of the parameters that write the half's result."""
+    names = []
+    for path in getattr(found, half):
+        module = decoder_layers(model)[layer].get_submodule(path)
+        for name, _ in module.named_parameters():
+            parts = {part.removesuffix("_bias") for part in (path.rpartition(".")[2], *name.split("."))}
+            if parts & OUTPUT_MAPS or name in OUTPUT_BIASES:
+                names.append(f"{_name_of(model, layer)}.{path}.{name}")
+    return names
+
+
+def _loud_layers(model: PreTrainedModel, layers: Sequence[int], half: Half) -> list[int]:
+    """Those of ``layers`` whose half still adds something, on a few tokens."""
+    loud: list[int] = []
+
+    def listening(layer: int) -> Any:
+        def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if adds_something(module, args, kwargs, output):
+                loud.append(layer)
+
+        return listen
+
+    with ExitStack() as stack, probing(model):
+        for layer in layers:
+            for name in getattr(sublayers(model)[layer], half):
+                module = decoder_layers(model)[layer].get_submodule(name)
+                stack.enter_context(module.register_forward_hook(listening(layer), with_kwargs=True, prepend=True))
+        model(input_ids=probe_ids(model), use_cache=False)
+    return loud
+
+
+def _refuse_unzeroable(model: PreTrainedModel, names: Sequence[str]) -> None:
+    changed = {id(model.get_parameter(name)): name for name in names}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in changed and name not in names:
+            raise UserError(
+                f"{changed[id(parameter)]}: is also {name}, so zeroing it would change other layers too; "
+                "drop whole layers"
+            )
+    for name in names:
+        if (dtype := model.get_parameter(name).dtype) not in PLAIN_DTYPES:
+            raise UserError(f"{name}: is stored as {dtype}, which is quantised; give the full-precision model")
+
+
+def _name_of(model: PreTrainedModel, layer: int) -> str:
+    return f"{anatomy(model).layers_name}.{layer}"

@@ -1,0 +1,139 @@
+"""What a metric says of itself, and what every pass over calibration data is given and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, distributed
+from transformers import PreTrainedModel
+
+from shoal.artifacts.importance import Removal
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+
+Need = Literal["hidden", "gradients", "weights", "merges", "loss"]
+Yields = Literal["layers", "runs", "order"]
+
+Layers = tuple[float, ...]
+"""One score per layer."""
+Runs = tuple[tuple[float, ...], ...]
+"""scores[n - 1][l] of the run of n layers that starts at layer l."""
+Order = tuple[Removal, ...]
+"""What a greedy metric removes, first removal first."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """One value per player with its standard error."""
+
+    values: tuple[float, ...]
+    standard_errors: tuple[float, ...]
+    """NaN where one draw alone tells nothing of its error; 0 where every possible draw was made."""
+    num_subnetworks: int
+    """How many different sets of players were asked for, the full one included."""
+
+
+Result = Layers | Runs | Order | Estimates
+
+
+class Metric:
+    """One way to say what layers are worth; a lower score means: remove first. The docstring gives formula and source.
+
+    Metrics of one need are measured together by one Pass, so that what they share is computed once.
+    """
+
+    needs: ClassVar[Need]
+    """What must be computed: "hidden" = one forward pass without the output head; "gradients" = forwards and backwards;
+    "weights" = nothing; "merges" = a forward of a few texts for every run of layers; "loss" = likelihoods of many
+    variants."""
+    yields: ClassVar[Yields]
+    """layers: one score each; runs: one for every run of neighbouring layers; order: the units that go one after the
+    other, where later choices depend on earlier ones."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The tokens to measure on, and how."""
+
+    rows: PackedRows
+    batch_size: int
+    """Rows per rank and forward."""
+    attention_mask_NS: Tensor | None = None
+    """0 where a token is padding; None = nowhere."""
+    num_drop: int | None = None
+    """How many removals greedy metrics make; None = as many as there can be."""
+    seed: int = 0
+    """Of what is drawn at random."""
+
+    @cached_property
+    def mask_NS(self) -> Tensor:
+        """Which tokens are real."""
+        if self.attention_mask_NS is None:
+            return torch.ones_like(self.rows.input_ids_NS, dtype=torch.bool)
+        return self.attention_mask_NS.bool()
+
+    @cached_property
+    def follows_NS(self) -> Tensor:
+        """Which tokens are real and come next in the document of the token before them."""
+        positions_NS, mask_NS = self.rows.position_ids_NS, self.mask_NS
+        follows_NS = torch.zeros_like(mask_NS)
+        follows_NS[:, 1:] = (positions_NS[:, 1:] == positions_NS[:, :-1] + 1) & mask_NS[:, 1:] & mask_NS[:, :-1]
+        return follows_NS
+
+    def batches(self) -> list[Tensor]:
+        """Row indices of this rank's batches: every world_size-th row, so that shares differ by one row at most."""
+        mine = torch.arange(rank(), len(self.rows), world_size())
+        return list(mine.split(self.batch_size)) if len(mine) else []
+
+
+Pass = Callable[[PreTrainedModel, Calibration, Sequence[str]], dict[str, Result]]
+"""Measures all named metrics of one need at once. All ranks call it and get the same."""
+
+
+def rank() -> int:
+    """This process's rank in the process group; 0 without one."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the process group; 1 without one."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def add_up_ranks(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Each tensor summed over all ranks, where it was."""
+    if not distributed.is_initialized():
+        return list(tensors)
+    summed = [tensor.to(device) for tensor in tensors]
+    for tensor in summed:
+        distributed.all_reduce(tensor)
+    return [tensor.to(own.device) for own, tensor in zip(tensors, summed, strict=True)]
+
+
+def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype: torch.dtype) -> None:
+    """Refuse on all ranks what one of them found; ``fault`` is the row and what is not finite there.
+
+    No rank may raise by itself: the others would wait for it.
+
+    Raises:
+        UserError: some rank found a fault; that of the lowest row is named.
+    """
+    if distributed.is_initialized():
+        found: list[tuple[int, str] | None] = [None] * world_size()
+        distributed.all_gather_object(found, fault)
+    else:
+        found = [fault]
+    faults = [fault for fault in found if fault is not None]
+    if faults:
+        row, what = min(faults)
+        batch = row // world_size() // calibration.batch_size
+        whose = f" of rank {row % world_size()}" if world_size() > 1 else ""
+        raise UserError(
+            f"measure: {what} is not finite (NaN or infinite) in batch {batch}{whose} (row {row} of the calibration "
+            f"data): the model computes in {dtype}, which may overflow; set dtype: bfloat16 or dtype: float32 in the "
+            "recipe. If it is no overflow, the weights are damaged: download the model again"
+        )

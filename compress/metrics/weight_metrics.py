@@ -1,0 +1,212 @@
+"""Metrics of weights and of their gradients. N rows, B batch, S sequence, T = B*S, V vocabulary, P predicted tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from shoal.errors import UserError
+from shoal.inference.decoder import Decoder
+from shoal.models.anatomy import anatomy, decoder_body, decoder_layers
+from shoal.models.document_masks import documents_apart
+from shoal.models.load import logits_from_hidden
+from shoal.progress import each
+
+from ..edits.zeroing import PLAIN_DTYPES
+from ..surgery.quantised import without_quantization
+from .hidden_pass import padding_apart
+from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, refuse_fault
+
+FIRST_PROTECTED, LAST_PROTECTED = 4, 2
+"""How many layers Taylor+ never removes at either end."""
+
+Matrices = list[dict[str, nn.Parameter]]
+"""Per layer: name in the layer -> parameter of two or more dimensions."""
+
+
+class Magnitude(Metric):
+    """Sum over a layer's weight matrices of |W| (Mag of Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
+
+    Norms and biases are left out: they are no matrices, and a norm's gains near 1 say nothing of the layer.
+    """
+
+    needs: ClassVar[Need] = "weights"
+    yields: ClassVar[Yields] = "layers"
+
+
+class Taylor(Metric):
+    """Sum over a layer's weight matrices of |W * dL/dW| (Shortened LLaMA, Kim et al. 2024, arXiv:2402.02834).
+
+    L is the mean loss of the next token over the calibration data; its gradient is complete before the absolute value
+    is taken. Norms and biases are left out. Memory: a float32 gradient of every decoder matrix, and one batch's
+    activations, since nothing is computed twice.
+    """
+
+    needs: ClassVar[Need] = "gradients"
+    yields: ClassVar[Yields] = "layers"
+
+
+class TaylorPlus(Taylor):
+    """Taylor, with the first four and the last two layers above all others (Taylor+ of arXiv:2402.02834).
+
+    The source never removes these six. Here twice the largest Taylor score is added to theirs, so that they go last and
+    among themselves in Taylor's order.
+    """
+
+
+def weight_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
+    """Magnitude, which needs no data.
+
+    Raises:
+        UserError: quantised weights.
+    """
+    scores = tuple(
+        sum(float(torch.linalg.vector_norm(matrix.detach(), ord=1, dtype=torch.float64)) for matrix in own.values())
+        for own in plain_matrices(model, needs=f"{names[0]} needs plain weights")
+    )
+    return dict.fromkeys(names, scores)
+
+
+def gradient_scores(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
+    """Taylor and TaylorPlus, from one pass forwards and backwards.
+
+    Raises:
+        UserError: quantised weights, no token to predict, a loss or gradient that is not finite.
+    """
+    matrices = plain_matrices(model, needs=f"{names[0]} needs gradients")
+    gradients = loss_gradients(model, calibration, matrices)
+    taylor = tuple(
+        sum(
+            float((matrix.detach().float() * gradients[matrix]).abs_().sum(dtype=torch.float64))
+            for matrix in own.values()
+        )
+        for own in matrices
+    )
+    return {name: protected(taylor) if name == "taylor_plus" else taylor for name in names}
+
+
+def protected(taylor: Layers) -> Layers:
+    """Taylor+ of Taylor."""
+    margin = 2 * max(taylor)
+    free = range(FIRST_PROTECTED, len(taylor) - LAST_PROTECTED)
+    return tuple(score if layer in free else score + margin for layer, score in enumerate(taylor))
+
+
+def plain_matrices(model: PreTrainedModel, *, needs: str) -> Matrices:
+    """Every decoder layer's matrices.
+
+    Raises:
+        UserError: quantised weights; the message begins with what ``needs`` them plain.
+    """
+    layers, prefix = decoder_layers(model), anatomy(model).layers_name
+    found = ""
+    if settings := without_quantization(model.config)[1]:
+        method = next(iter(settings.values())).get("quant_method", "quantization_config")
+        found = f"config.json says {method}"
+    for index, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            if parameter.dtype not in PLAIN_DTYPES and not found:
+                found = f"{prefix}.{index}.{name} is {parameter.dtype}"
+    if found:
+        raise UserError(
+            f"measure.metrics: {needs}, but this model is quantised ({found}); give the full-precision model, or "
+            "measure with metrics of hidden states or of the loss"
+        )
+    return [{name: own for name, own in layer.named_parameters() if own.ndim > 1} for layer in layers]
+
+
+def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: Matrices) -> dict[nn.Parameter, Tensor]:
+    """d(mean next-token loss over all rows of all ranks)/dW in float32, for every one of ``matrices``.
+
+    A batch's gradient is that of its mean loss, weighted by its tokens afterwards, so that it neither depends on how
+    the rows are split nor underflows in half precision.
+
+    Raises:
+        UserError: no token to predict, an architecture whose head is not known, a loss or gradient that is not finite.
+    """
+    total = int(calibration.follows_NS.sum())
+    if total == 0:
+        raise UserError(
+            "measure: there is no token to predict: every document of the data has one token only; name a source of "
+            "longer text in measure.data"
+        )
+    decoder = Decoder(model)
+    sums = {own: torch.zeros_like(own, dtype=torch.float32) for layer in matrices for own in layer.values()}
+    checks = torch.zeros(len(matrices), device=model.device)
+    fault: tuple[int, str] | None = None
+    with _gradients_into(model, matrices, sums, checks) as weight, torch.enable_grad():
+        for rows_B in each(calibration.batches(), "measure: gradients", unit="batches"):
+            num_predicted = int(calibration.follows_NS[rows_B].sum())
+            if num_predicted == 0:
+                continue
+            weight[0] = num_predicted / total
+            loss = _backward(decoder, calibration, rows_B)
+            if not (loss.isfinite() and checks.isfinite().all()):
+                bad = (~checks.isfinite()).nonzero().flatten().tolist()
+                what = f"the gradient of layer {bad[-1]}" if loss.isfinite() else "the loss"
+                fault = int(rows_B[0]), what
+                break
+    refuse_fault(calibration, fault, model.dtype)
+    return dict(zip(sums, add_up_ranks(list(sums.values()), model.device), strict=True))
+
+
+@contextmanager
+def _gradients_into(
+    model: PreTrainedModel, matrices: Matrices, sums: dict[nn.Parameter, Tensor], checks: Tensor
+) -> Iterator[list[float]]:
+    """Only ``matrices`` get gradients, and each goes into its sum, times the given weight, as soon as it is there."""
+    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in model.parameters()}
+    weight = [0.0]
+    model.requires_grad_(False)
+    handles = []
+    for layer, own in enumerate(matrices):
+        for matrix in own.values():
+
+            def take(parameter: Tensor, layer: int = layer, into: Tensor = sums[matrix]) -> None:
+                assert parameter.grad is not None
+                into.add_(parameter.grad, alpha=weight[0])
+                checks[layer].add_(parameter.grad.sum(dtype=torch.float32))
+                parameter.grad = None
+
+            matrix.requires_grad_(True)
+            matrix.grad = None
+            handles.append(matrix.register_post_accumulate_grad_hook(take))
+    try:
+        yield weight
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, (requires_grad, gradient) in before.items():
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+def _backward(decoder: Decoder, calibration: Calibration, rows_B: Tensor) -> Tensor:
+    """The batch's mean loss, after its gradients are computed. Logits are there for some positions at a time only."""
+    device = decoder.device
+    mask_BS, follows_BS = calibration.mask_NS[rows_B], calibration.follows_NS[rows_B]
+    ids_BS = calibration.rows.input_ids_NS[rows_B].long().to(device)
+    positions_BS = padding_apart(calibration.rows.position_ids_NS[rows_B], mask_BS).long().to(device)
+    arguments = decoder.arguments(ids_BS, position_ids_BS=positions_BS)
+    body: Any = decoder_body(decoder.model)
+    with documents_apart(body, positions_BS):
+        hidden_TD = body(**arguments).last_hidden_state.flatten(0, 1)
+    leaf_TD = hidden_TD.detach().requires_grad_()
+    predicted_P = follows_BS.flatten().nonzero().flatten().to(device)  # never a row's first token
+    head: Any = decoder.model.get_output_embeddings()
+    to_logits = logits_from_hidden(decoder.model)
+    loss = torch.zeros((), device=device)
+    for piece_P in predicted_P.split(decoder.positions_at_once()):
+        logits_PV = to_logits(leaf_TD[piece_P - 1], head).float()
+        part = functional.cross_entropy(logits_PV, ids_BS.flatten()[piece_P], reduction="sum") / len(predicted_P)
+        part.backward()
+        loss += part.detach()
+    assert leaf_TD.grad is not None
+    hidden_TD.backward(leaf_TD.grad)
+    return loss

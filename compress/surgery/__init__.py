@@ -1,0 +1,11 @@
+"""The student in memory and on disk, proven to be the teacher without the dropped layers.
+
+cut_model         in memory
+config_cut        its configuration
+special_cuts      families with rules of their own
+shards            by copying stored bytes
+stored_names      which tensors those are
+quantised         settings that name layers
+resumable_folder  a folder that is complete or absent
+proof             that the result is right
+"""

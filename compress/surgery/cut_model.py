@@ -1,0 +1,179 @@
+"""Cut decoder layers out of a model in memory, really or by skipping them.
+
+The student is never the teacher edited in place. Its configuration is built first, a fresh model is made from it, and
+tensors are copied by an old-to-new index map: whatever a family derives from a layer's index (attention kind, RoPE,
+cache slot, mixture of experts or not) is then right by construction, and compared with the teacher's layer afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from shoal.errors import UserError
+from shoal.models.anatomy import anatomy, given_state, with_state
+from shoal.models.load import decoder_layers, text_config
+
+from .config_cut import cut_config
+from .special_cuts import MAY_DIFFER, goes_with_a_dropped_layer, kept_part, teacher_leaf
+
+
+def cut_model(model: PreTrainedModel, drop: Sequence[int], *, share: bool = False) -> PreTrainedModel:
+    """A new model in eval mode without the layers ``drop`` (any order), in the teacher's dtypes and on its device.
+
+    The teacher stays as it is. With ``share`` the two use the same storage, which halves the memory where neither will
+    be trained.
+
+    Raises:
+        UserError: an index that is no layer, all layers, or a cut the architecture cannot express.
+    """
+    keep = kept_layers(len(decoder_layers(model)), drop)
+    config = cut_config(model.config, keep)
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        student = type(model)._from_config(config, dtype=model.dtype)
+    _fill(student, model, keep, share=share)
+    student.tie_weights()
+    refuse_changed_layers(model, student, keep)
+    if model.generation_config is not None:
+        student.generation_config = copy.deepcopy(model.generation_config)
+    return student.eval()
+
+
+@contextmanager
+def skipped(model: PreTrainedModel, drop: Sequence[int]) -> Iterator[PreTrainedModel]:
+    """``model`` with the layers ``drop`` passing their input on, until the block ends.
+
+    The layers still run and their result is thrown away. That is not the fast way but the exact one: a KV cache
+    measures the sequence by the layers' slots, and a slot that nobody fills shifts every position (slot 0) or fails.
+
+    Raises:
+        UserError: an index that is no layer, or all layers.
+    """
+    layers = decoder_layers(model)
+    kept_layers(len(layers), drop)
+    handles = [layers[layer].register_forward_hook(_pass_input_on, with_kwargs=True) for layer in drop]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def kept_layers(num_layers: int, drop: Sequence[int]) -> tuple[int, ...]:
+    """The layers that stay, increasing.
+
+    Raises:
+        UserError: ``drop`` names an index that is no layer, or all layers.
+    """
+    dropped = set(drop)
+    outside = sorted(layer for layer in dropped if not 0 <= layer < num_layers)
+    if outside:
+        raise UserError(f"drop: {outside[0]} is no layer of this model; its layers are 0..{num_layers - 1}")
+    if len(dropped) == num_layers:
+        raise UserError(f"drop: names all {num_layers} layers; keep at least one")
+    return tuple(layer for layer in range(num_layers) if layer not in dropped)
+
+
+def _pass_input_on(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    return with_state(output, given_state(args, kwargs))
+
+
+def _layers_prefix(model: PreTrainedModel) -> str:
+    return anatomy(model).layers_name + "."
+
+
+def _teacher_names(teacher: PreTrainedModel, names: Sequence[str], keep: Sequence[int]) -> dict[str, str]:
+    """Student tensor name -> the name of the teacher's tensor that it copies."""
+    prefix, config = _layers_prefix(teacher), text_config(teacher.config)
+
+    def rename(name: str) -> str:
+        if not name.startswith(prefix):
+            return name
+        index, rest = name.removeprefix(prefix).split(".", 1)
+        return f"{prefix}{keep[int(index)]}.{teacher_leaf(config, rest, keep)}"
+
+    return {name: rename(name) for name in names}
+
+
+def _fill(student: PreTrainedModel, teacher: PreTrainedModel, keep: Sequence[int], *, share: bool) -> None:
+    """Give every parameter and buffer of the student the teacher's tensor; account for every tensor of the teacher."""
+    source = {**dict(teacher.named_parameters(remove_duplicate=False)), **dict(teacher.named_buffers())}
+    wanted = [name for name, _ in (*student.named_parameters(remove_duplicate=False), *student.named_buffers())]
+    names = _teacher_names(teacher, wanted, keep)
+    _refuse_unmatched(names, teacher, source, keep)
+    for name, teacher_name in names.items():
+        owner, _, leaf = name.rpartition(".")
+        module = student.get_submodule(owner)
+        old = kept_part(name, source[teacher_name].detach(), keep, len(decoder_layers(teacher)))
+        shape = getattr(module, leaf).shape
+        if old.shape != shape:
+            raise UserError(
+                f"{teacher_name}: has shape {tuple(old.shape)} but the student needs {tuple(shape)}; "
+                f"shoal cannot cut the {teacher.config.model_type} family yet"
+            )
+        tensor = old if share else old.clone()
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=source[teacher_name].requires_grad)
+        else:
+            # computed ones (RoPE frequencies) too: a teacher cast to bf16 as a whole has other values than a fresh one
+            module._buffers[leaf] = tensor
+
+
+def _refuse_unmatched(
+    names: dict[str, str], teacher: PreTrainedModel, source: dict[str, Tensor], keep: Sequence[int]
+) -> None:
+    missing = sorted(set(names.values()) - source.keys())
+    prefix = _layers_prefix(teacher)
+    kept = tuple(f"{prefix}{layer}." for layer in keep)
+    stored = teacher.state_dict().keys()  # computed buffers of an attention kind that is gone need no place
+    unused = sorted(
+        name
+        for name in stored - set(names.values())
+        if not name.startswith(prefix)
+        or (name.startswith(kept) and not goes_with_a_dropped_layer(text_config(teacher.config), name, keep))
+    )
+    for found, text in ((missing, "the student needs but the teacher lacks"), (unused, "would be lost in the cut")):
+        if found:
+            raise UserError(
+                f"{found[0]}: a tensor that {text} ({len(found)} in all); "
+                f"shoal cannot cut the {teacher.config.model_type} family yet"
+            )
+
+
+def refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, keep: Sequence[int]) -> None:
+    """Compare every kept layer's plain attributes (attention kind, window, RoPE or not, ...) with the teacher's.
+
+    Logits on a short input would not show a window of 4,096 tokens that has become full attention.
+    """
+    old_layers, new_layers = decoder_layers(teacher), decoder_layers(student)
+    may_differ = MAY_DIFFER.get(text_config(teacher.config).model_type)
+    for new_index, old_index in enumerate(keep):
+        old = layer_traits(old_layers[old_index], old_index)
+        new = layer_traits(new_layers[new_index], new_index)
+        for trait in sorted(old.keys() | new.keys()):
+            if old.get(trait) != new.get(trait) and not (may_differ and may_differ.fullmatch(trait)):
+                raise UserError(
+                    f"layer {old_index}: its {trait} is {old.get(trait)!r} but would become {new.get(trait)!r} as "
+                    f"layer {new_index} of the student; this architecture cannot express the cut, choose other layers"
+                )
+
+
+def layer_traits(layer: nn.Module, index: int) -> dict[str, Any]:
+    """Classes and plain attributes of a layer's modules; its own index counts as 'its own index'."""
+    traits: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        traits[f"{name}.class"] = type(module).__name__
+        for key, value in vars(module).items():
+            plain = isinstance(value, bool | int | float | str | type(None))
+            if plain and key not in ("training", "_is_hf_initialized") and not key.startswith("_"):
+                if key in ("layer_idx", "layer_id", "layer_number") and isinstance(value, int) and value >= 0:
+                    value -= index  # -1 is no layer's: a block that several layers share
+                traits[f"{name}.{key}"] = value
+    return traits

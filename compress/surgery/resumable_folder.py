@@ -1,0 +1,100 @@
+"""A folder that is written over hours: one writer, no half-finished result, and an interrupted one goes on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from shoal.atomic_files import flush, make_folder, put_in_place, remove_leftovers
+from shoal.errors import UserError, explained_disk_errors
+
+log = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Nobody else writes ``path`` while the block runs, whatever becomes of this process.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    with explained_disk_errors(path):
+        make_folder(path.parent)
+        lock_file = path.with_name(f".{path.name}.lock")
+        handle = _locked(lock_file, path)
+    try:
+        yield
+    finally:
+        lock_file.unlink(missing_ok=True)
+        handle.close()
+
+
+def _locked(lock_file: Path, path: Path) -> IO[str]:
+    """The open and locked ``lock_file``: no folder, because NFS locks only what is open for writing."""
+    while True:
+        handle = lock_file.open("a")
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            raise UserError(
+                f"{path}: is being written by another process; wait for it or choose another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning("%s: this disk cannot lock files; start only one process that writes there", path)
+            return handle
+        if lock_file.exists() and os.path.samestat(os.fstat(handle.fileno()), lock_file.stat()):
+            return handle
+        handle.close()  # its last holder has just deleted it
+
+
+@contextmanager
+def resumable_folder(path: Path, key: str) -> Iterator[Path]:
+    """A hidden sibling folder that becomes ``path`` when the block ends well. Call it inside only_writer.
+
+    It is named by ``key``, a fingerprint of all that goes into it. A process that is killed leaves it behind, and
+    the next one with the same key finds it; a leftover with another key is deleted. An error deletes it too: what was
+    refused must not be found again, and on a full disk its bytes are what the user needs.
+    """
+    with explained_disk_errors(path):
+        folder = path.with_name(f".{path.name}.{key}.partial")
+        remove_leftovers(path)
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            if leftover != folder:
+                shutil.rmtree(leftover, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        try:
+            yield folder
+            flush_folder(folder)
+            put_in_place(folder, path)
+        except Exception:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Wait until everything in ``folder`` is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
+
+
+def copy_beside(source: Path, target: Path) -> None:
+    """Copy a file or a folder's files without their permissions: a read-only source must not make a read-only copy."""
+    if source.is_dir():
+        target.mkdir(exist_ok=True)
+        for entry in sorted(source.iterdir()):
+            copy_beside(entry, target / entry.name)
+    else:
+        shutil.copyfile(source, target)

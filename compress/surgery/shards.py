@@ -1,0 +1,278 @@
+"""Copy tensors from safetensors files to safetensors files by their bytes, without a model and without reading them.
+
+One new file per source file that keeps anything. Neighbouring tensors move in one call inside the kernel, so memory
+stays at a header whatever the size of a shard, and a disk that can share blocks shares them. Numbers, dtypes and
+quantised layouts cannot change, because nobody looks at them.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from shoal.atomic_files import fingerprint, flush, write_json
+from shoal.errors import DISK_FULL, UserError
+from shoal.formatting import bytes_text
+from shoal.models.checkpoint_files import (
+    DTYPE_BITS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Shard,
+    StoredTensor,
+    read_header,
+    sampled_ranges,
+)
+from shoal.progress import BYTES, progress
+
+log = logging.getLogger(__name__)
+
+ALIGNMENT = 8
+"""The data of a safetensors file start at a multiple of this, so that a memory map can be used as it is."""
+STEP_BYTES = 64 * 2**20
+"""Moved by one call; progress is shown this often."""
+BUFFER_BYTES = 8 * 2**20
+"""Where the kernel cannot copy by itself."""
+PART = ".part"
+"""Suffix of a file that is not complete on the disk yet."""
+NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@dataclass(frozen=True)
+class NewShard:
+    """A file to be written: a header, then byte runs of one source file."""
+
+    name: str
+    source: Shard
+    tensors: dict[str, str]
+    """Name in the source -> name here, in the order of the bytes."""
+    header: bytes
+    """Length field, JSON and padding."""
+    runs: tuple[tuple[int, int], ...]
+    """(first byte, one past the last byte) in the source file."""
+
+    @property
+    def num_data_bytes(self) -> int:
+        """Of the tensors."""
+        return sum(end - start for start, end in self.runs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole file."""
+        return len(self.header) + self.num_data_bytes
+
+
+def new_shards(shards: Sequence[Shard], names: Mapping[str, str]) -> list[NewShard]:
+    """The files that hold the tensors ``names`` (stored name -> new name) of ``shards``; none of them is empty."""
+    kept = [(shard, _aligned(shard, names)) for shard in shards]
+    kept = [(shard, tensors) for shard, tensors in kept if tensors]
+    file_names = (
+        [SINGLE_FILE]
+        if len(kept) == 1
+        else [f"model-{number:05d}-of-{len(kept):05d}.safetensors" for number in range(1, len(kept) + 1)]
+    )
+    return [
+        NewShard(
+            file_name, shard, {name: names[name] for name in tensors}, _header(shard, tensors, names), _runs(tensors)
+        )
+        for file_name, (shard, tensors) in zip(file_names, kept, strict=True)
+    ]
+
+
+def shards_fingerprint(shards: Sequence[NewShard]) -> str:
+    """What would be written, by the headers, the byte runs, and size and time of change of every source file."""
+    return fingerprint([[shard.name, shard.header.hex(), shard.runs, _identity(shard.source.file)] for shard in shards])
+
+
+def write_shards(shards: Sequence[NewShard], folder: Path) -> None:
+    """Write ``shards`` and their index to ``folder``; files that an interrupted call completed there are kept.
+
+    A file gets its name when its bytes are on the disk, so that a name means a complete file even after a power cut.
+    That flush runs beside the copying of the next file.
+
+    Raises:
+        UserError: not enough space, before anything is written or while it is; a source file that shrank meanwhile.
+    """
+    missing = [shard for shard in shards if not _is_complete(shard, folder)]
+    total, rest = (sum(shard.num_bytes for shard in some) for some in (shards, missing))
+    if missing != list(shards):
+        log.info("copy: %s of %s were copied before", bytes_text(total - rest), bytes_text(total))
+    if total > _room(folder):
+        raise _disk_full(folder, total, errno.ENOSPC)
+    with (
+        progress("prune: copying", total=rest, unit=BYTES) as step,
+        ThreadPoolExecutor(1) as flusher,
+    ):
+        flushes: list[Future[None]] = []
+        try:
+            for shard in missing:
+                _write(shard, folder / (shard.name + PART), step)
+                flushes.append(flusher.submit(_complete, folder / shard.name))
+            for flush in flushes:
+                flush.result()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            raise _disk_full(folder, total, error.errno) from error
+    if len(shards) > 1:
+        write_json(folder / INDEX_FILE, _index(shards))
+
+
+def compare_shards(shards: Sequence[NewShard], folder: Path) -> None:
+    """Read the written files back: headers whole, and of every tensor the bytes that a fingerprint samples.
+
+    Raises:
+        UserError: a file is not what it should be.
+    """
+    for shard in shards:
+        found = read_header(folder / shard.name)
+        with shard.source.file.open("rb") as source, found.file.open("rb") as target:
+            for old_name, new_name in shard.tensors.items():
+                old, new = shard.source.tensors[old_name], found.tensors.get(new_name)
+                if new is None or not _same(old, new, source.fileno(), target.fileno()):
+                    raise UserError(
+                        f"{found.file}: {new_name} is not what {old_name} is in {shard.source.file}; the disk lost "
+                        "bytes, or the source changed while it was copied: run the same command again"
+                    )
+
+
+def _aligned(shard: Shard, names: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """The kept tensors in an order in which each starts at a multiple of its number's size: wide numbers first.
+
+    The usual writers store them so already; then the order stays and neighbours stay neighbours.
+    """
+    kept = [name for name in shard.tensors if name in names]
+    return {
+        name: shard.tensors[name]
+        for name in sorted(kept, key=lambda name: -DTYPE_BITS.get(shard.tensors[name].dtype, 0))
+    }
+
+
+def _header(shard: Shard, tensors: Mapping[str, StoredTensor], names: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {**shard.metadata, "format": "pt"}}
+    position = 0
+    for name, tensor in tensors.items():
+        size = tensor.end - tensor.start
+        header[names[name]] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _runs(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[int, int], ...]:
+    runs: list[tuple[int, int]] = []
+    for tensor in tensors.values():
+        if runs and runs[-1][1] == tensor.start:
+            runs[-1] = (runs[-1][0], tensor.end)
+        else:
+            runs.append((tensor.start, tensor.end))
+    return tuple(runs)
+
+
+def _index(shards: Iterable[NewShard]) -> dict[str, object]:
+    weight_map = {name: shard.name for shard in shards for name in shard.tensors.values()}
+    total = sum(shard.num_data_bytes for shard in shards)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _identity(file: Path) -> list[object]:
+    status = file.stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _is_complete(shard: NewShard, folder: Path) -> bool:
+    file = folder / shard.name
+    if not file.is_file() or file.stat().st_size != shard.num_bytes:
+        return False
+    with file.open("rb") as handle:
+        return handle.read(len(shard.header)) == shard.header
+
+
+def _write(shard: NewShard, target: Path, advance: Callable[[int], object]) -> None:
+    with shard.source.file.open("rb") as source, target.open("wb") as handle:
+        handle.write(shard.header)
+        handle.flush()
+        advance(len(shard.header))
+        for start, end in shard.runs:
+            for moved in _move(source.fileno(), handle.fileno(), start, end):
+                advance(moved)
+                start += moved
+            if start != end:
+                raise UserError(
+                    f"{shard.source.file}: ends at byte {start:,}, but its header speaks of {end:,}: it changed while "
+                    "it was copied; make or download it again"
+                )
+
+
+def _move(source: int, target: int, start: int, end: int) -> Iterator[int]:
+    """Append the bytes ``start`` to ``end`` of ``source`` to ``target``; yields how many each step moved."""
+    in_kernel = hasattr(os, "copy_file_range")
+    while start < end:
+        size = min(end - start, STEP_BYTES)
+        if in_kernel:
+            try:
+                moved = os.copy_file_range(source, target, size, offset_src=start)
+            except OSError as error:
+                if error.errno not in NOT_IN_KERNEL:
+                    raise
+                moved = 0
+            in_kernel = moved > 0  # some network disks answer 0 instead of an error
+            if not in_kernel:
+                continue
+        else:
+            data = memoryview(os.pread(source, min(size, BUFFER_BYTES), start))
+            moved = len(data)
+            while data:
+                data = data[os.write(target, data) :]
+            if moved == 0:
+                return
+        start += moved
+        yield moved
+
+
+def _complete(file: Path) -> None:
+    """Flush the file to the disk, then give it its name."""
+    part = file.with_name(file.name + PART)
+    flush(part)
+    part.rename(file)
+
+
+def _same(old: StoredTensor, new: StoredTensor, source: int, target: int) -> bool:
+    if (old.dtype, old.shape, old.end - old.start) != (new.dtype, new.shape, new.end - new.start):
+        return False
+    shift = new.start - old.start
+    return all(
+        os.pread(source, size, offset) == os.pread(target, size, offset + shift)
+        for offset, size in sampled_ranges(old.start, old.end)
+    )
+
+
+def _room(folder: Path) -> int:
+    """Bytes that ``folder`` may hold in all: what is free, and what its files take."""
+    return shutil.disk_usage(folder).free + sum(file.stat().st_size for file in folder.iterdir())
+
+
+def _disk_full(folder: Path, num_bytes: int, number: int) -> UserError:
+    """What is said of the system's error ``number``; what is free on the disk says nothing of a user's own limits."""
+    needed = f"the student needs {bytes_text(num_bytes)} ({num_bytes:,} bytes)"
+    if number == errno.ENOSPC:
+        problem = f"the disk is full: {needed}, and there is room for {bytes_text(_room(folder))}"
+        remedy = "Free some space or set run_dir to another disk"
+    else:
+        limit = "file size limit (`ulimit -f`)" if number == errno.EFBIG else "disk quota"
+        problem, remedy = f"your {limit} is reached: {needed}", "Raise it, or set run_dir to another disk"
+    return UserError(
+        f"{folder.parent}: {problem}; nothing was left half-written there. {remedy}, then run the same command again"
+    )

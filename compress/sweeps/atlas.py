@@ -1,0 +1,195 @@
+"""The importance atlas: what every layer is worth by task and protocol, from the scores of all single-layer removals.
+
+Every quantity is INFERRED from the questions of arXiv 2510.02091; that study's own formulae and numbers are not public.
+N items, L layers, R resamples.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn, Unit
+from shoal.errors import UserError
+from shoal.stats.bootstrap import bias_corrected, expanded_percentiles
+from shoal.stats.intervals import Array, combined
+
+from ...eval.report.findings import LIKELIHOOD_PROTOCOLS
+from .agreement import agreement
+from .table import Measured, measured, needed_items, resampled_retention, restricted, retentions, table_of
+
+CORNERSTONE_RETENTION = 0.1
+
+
+def build_atlas(
+    intact: Sequence[TaskScore],
+    removed: Sequence[Sequence[TaskScore]],
+    *,
+    metrics: Mapping[str, Sequence[float]] | None = None,
+) -> Atlas:
+    """The atlas from the intact model's scores and, for every layer, the scores of the model without that layer.
+
+    ``metrics`` are other rankings of the layers (higher = keep) to compare with. Pure: equal input, equal atlas.
+
+    Raises:
+        UserError: no task, too few items, a layer without the scores of a task, or scores of other items or settings.
+    """
+    if not intact:
+        raise UserError("sweep: no task was scored, so there is no atlas; name some in measure.sweep.tasks")
+    units = tuple(Unit((layer,)) for layer in range(len(removed)))
+    sweep, columns = table_of("layer", units, measured("layer", units, intact, removed))
+    gaps, notes = _gaps(columns)
+    return Atlas(
+        sweep=sweep,
+        gaps=gaps,
+        depth=tuple(_depth(made, column) for made, column in zip(sweep.columns, columns, strict=True)),
+        agreement=agreement(columns, metrics or {}),
+        notes=tuple(notes),
+    )
+
+
+def layer_losses(column: SweepColumn) -> tuple[float, ...] | None:
+    """What each layer's removal costs, never below 0: 1 - retention; the increase for nats; None where undefined."""
+    if not column.higher_is_better:
+        return tuple(max(0.0, effect.change.value) for effect in column.effects)
+    kept = [effect.retention for effect in column.effects]
+    return None if None in kept else tuple(max(0.0, 1 - one.value) for one in kept if one is not None)
+
+
+def cornerstones(sweep: Sweep) -> tuple[int, ...]:
+    """Layers whose removal alone takes a task to chance: retention below 0.1 on any column (arXiv 2409.14381).
+
+    That study names the phenomenon; the threshold and `any` are INFERRED.
+
+    Raises:
+        UserError: no column has a retention.
+    """
+    if all(column.no_retention for column in sweep.columns):
+        raise UserError(
+            "prune.protect: cornerstone needs a task on which the intact model is clear of chance, but the sweep has "
+            "none; add one to measure.sweep.tasks, or name the layers to protect"
+        )
+    return tuple(
+        position
+        for position in range(len(sweep.units))
+        if any(
+            (kept := column.effects[position].retention) is not None and kept.value < CORNERSTONE_RETENTION
+            for column in sweep.columns
+        )
+    )
+
+
+def _gaps(columns: Sequence[Measured]) -> tuple[tuple[ProtocolGap, ...], list[str]]:
+    """For every pair of a likelihood and a generation column of one ability; and why a pair has none."""
+    found, notes = [], []
+    for likely in (column for column in columns if column.task.protocol in LIKELIHOOD_PROTOCOLS):
+        for written in (column for column in columns if column.task.protocol == "generation"):
+            if likely.task.ability == written.task.ability:
+                gap = _gap(likely, written)
+                notes += [gap] if isinstance(gap, str) else []
+                found += [gap] if isinstance(gap, ProtocolGap) else []
+    return tuple(found), notes
+
+
+def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
+    """Per layer by square-and-add of both retentions' limits, with their correlation over jointly resampled items."""
+    names = f"protocol gap of {likely.task.task} and {written.task.task}"
+    others = set(written.ids)
+    shared = [identity for identity in likely.ids if identity in others]
+    num_layers = likely.scores_NK.shape[1] - 1
+    if len(shared) < needed_items(num_layers):
+        return f"{names}: they share {len(shared)} items, {needed_items(num_layers)} are needed"
+    likely, written = restricted(likely, shared), restricted(written, shared)
+    one, other = retentions(likely), retentions(written)
+    for task, kept in ((likely.task.task, one), (written.task.task, other)):
+        if isinstance(kept, str):
+            return f"{names}: {task}: {kept}"
+    assert not isinstance(one, str)
+    assert not isinstance(other, str)
+    one_RL, other_RL = _jointly(likely, written)
+    gaps_RL = one_RL - other_RL
+    value_L = np.array([a.value - b.value for a, b in zip(one, other, strict=True)])
+    gaps = [
+        _difference(a, b, _correlation(one_RL[:, i], other_RL[:, i]))
+        for i, (a, b) in enumerate(zip(one, other, strict=True))
+    ]
+    edges = [0, *(round(num_layers * third / 3) for third in (1, 2, 3))]
+    spans = [slice(min(a, num_layers - 1), max(a, b - 1) + 1) for a, b in itertools.pairwise(edges)]
+    effective = min(likely.effective_n, written.effective_n)
+    mean, *thirds = (_mean_gap(gaps_RL, value_L, span, effective) for span in (slice(None), *spans))
+    return ProtocolGap(
+        ability=likely.task.ability,
+        likelihood=likely.task.task,
+        generation=written.task.task,
+        n=len(shared),
+        gaps=tuple(gaps),
+        mean=mean,
+        thirds=(thirds[0], thirds[1], thirds[2]),
+    )
+
+
+def _jointly(likely: Measured, written: Measured) -> tuple[Array, Array]:
+    """(R, L) twice: both retentions in the same resamples of the items, where both intact scores lie above chance."""
+    assert likely.means_RK is not None
+    assert written.means_RK is not None
+    one_RK, other_RK = likely.means_RK - likely.task.chance, written.means_RK - written.task.chance
+    usable = (one_RK[:, 0] > 0) & (other_RK[:, 0] > 0)
+    return one_RK[usable, 1:] / one_RK[usable, :1], other_RK[usable, 1:] / other_RK[usable, :1]
+
+
+def _difference(one: Estimate, other: Estimate, correlation: float) -> Estimate:
+    low, value, high = combined(
+        [one.value, -other.value],
+        [one.low, -other.high],
+        [one.high, -other.low],
+        np.array([[1.0, -correlation], [-correlation, 1.0]]),
+    )
+    return Estimate(float(value), float(low), float(high))
+
+
+def _correlation(one_R: Array, other_R: Array) -> float:
+    return float(np.corrcoef(one_R, other_R)[0, 1]) if one_R.std() > 0 and other_R.std() > 0 else 0.0
+
+
+def _mean_gap(gaps_RL: Array, value_L: Array, span: slice, n: float) -> Estimate:
+    value = value_L[span].mean()
+    low, high = expanded_percentiles(gaps_RL[:, span].mean(axis=1), value, n)
+    return Estimate(float(value), float(low), float(high))
+
+
+def _depth(made: SweepColumn, column: Measured) -> DepthProfile:
+    """Noise in single layers adds to w wherever it lies, which draws a centroid towards the middle of the model.
+
+    The interval tells the luck of the items, not this: with 200 items it covers 93 to 94 % where losses are spread over
+    layers, but too little where one end of the model has all of them and the others are pure noise.
+    """
+    losses = layer_losses(made)
+    if losses is None:
+        return DepthProfile(made.task, None, None, None, made.no_retention)
+    if len(losses) < 2 or sum(losses) == 0:
+        return DepthProfile(made.task, None, None, None, "no layer's removal makes it worse")
+    assert column.means_RK is not None
+    if made.higher_is_better:
+        losses_RL = np.maximum(0.0, 1 - resampled_retention(column))
+    else:
+        losses_RL = np.maximum(0.0, column.means_RK[:, 1:] - column.means_RK[:, :1])
+    loss_L, depth_L = np.array(losses), np.linspace(0.0, 1.0, len(losses))
+    centroid = float(loss_L @ depth_L / loss_L.sum())
+    losses_RL = losses_RL[losses_RL.sum(axis=1) > 0]
+    limits = bias_corrected(losses_RL @ depth_L / losses_RL.sum(axis=1), centroid)
+    return DepthProfile(made.task, Estimate(centroid, *limits), normalised_entropy(loss_L), gini(loss_L))
+
+
+def normalised_entropy(loss_L: Array) -> float:
+    """Entropy of the shares of ``loss_L`` as a share of that of equal shares; 0 where one layer has all."""
+    shares = loss_L[loss_L > 0] / loss_L.sum()
+    return float(max(0.0, -(shares * np.log(shares)).sum() / np.log(len(loss_L))))
+
+
+def gini(loss_L: Array) -> float:
+    """Mean absolute difference of all pairs over twice the mean: 0 = equal, 1 - 1/L = one layer has all."""
+    ordered, count = np.sort(loss_L), len(loss_L)
+    return float((2 * np.arange(1, count + 1) - count - 1) @ ordered / (count * ordered.sum()))

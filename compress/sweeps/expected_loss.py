@@ -1,0 +1,97 @@
+"""What a set of layers is expected to cost on every swept task, from the removals of single layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shoal.artifacts.artifact import Importance
+from shoal.artifacts.importance import Estimate, SweepColumn
+from shoal.recipe.edits import Edits, in_words
+from shoal.stats.intervals import combined
+
+from ...eval.report.wording import layers_text, signed
+
+
+def joint_change(column: SweepColumn, drop: Sequence[int]) -> Estimate:
+    """The sum of the single removals' changes with its 95 % interval (square-and-add over correlated changes).
+
+    INFERRED, and a guess by nature: removals interact, and two layers that can stand in for each other each look free.
+    """
+    layers = sorted(drop)
+    changes = [column.effects[layer].change for layer in layers]
+    correlation = np.eye(len(layers))
+    for i, one in enumerate(layers):
+        for j, other in enumerate(layers[:i]):
+            correlation[i, j] = correlation[j, i] = column.correlation[one][other]
+    low, value, high = combined(
+        [change.value for change in changes],
+        [change.low for change in changes],
+        [change.high for change in changes],
+        correlation,
+    )
+    return Estimate(float(value), float(low), float(high))
+
+
+def is_loss(column: SweepColumn, change: Estimate) -> bool:
+    """Whether the change is for the worse with its whole interval."""
+    return change.high < 0 if column.higher_is_better else change.low > 0
+
+
+def expected_sacrifice(importance: Importance, drop: Sequence[int], edits: Edits = ()) -> tuple[str, ...]:
+    """Lines for a reader: what dropping these layers is expected to cost on every swept task.
+
+    A set that the sweep of cumulative removals went through is told as it was measured. What edits cost is not known
+    from removals of layers, and said to be left out.
+    """
+    if importance.atlas is None:
+        return ("what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",)
+    left_out = (f"not counted: {'; '.join(map(in_words, edits))}",) if edits else ()
+    if not drop:
+        return left_out
+    measured = _measured(importance, drop)
+    if measured:
+        head = "measured without exactly these layers, before any distillation:"
+    else:
+        head = (
+            "expected sacrifice before any distillation, added up over removals of single layers (a rough guess and "
+            "rather too low, since layers that stand in for each other each look free):"
+        )
+    lines = (_line(column, drop, measured.get(column.task)) for column in importance.atlas.columns)
+    return (head, *lines, *left_out)
+
+
+def _line(column: SweepColumn, drop: Sequence[int], measured: Estimate | None) -> str:
+    change = measured or joint_change(column, drop)
+    text = f"  {column.task} ({column.protocol}): {_text(column, change)}"
+    critical = sorted(set(column.critical) & set(drop))
+    if critical:
+        text += f"; critical here: layer{'s' if len(critical) > 1 else ''} {layers_text(critical)}"
+    if column.higher_is_better and column.no_retention:
+        return f"{text}; no signal: {column.no_retention}"
+    return text if is_loss(column, change) or critical else f"{text}; no significant loss"
+
+
+def _text(column: SweepColumn, change: Estimate) -> str:
+    """`62.0 % -> 50.0 %, -12.0 points [-18.1, -6.2]`, never below nothing or above everything."""
+    intact, after = column.intact.value, column.intact.value + change.value
+    if column.higher_is_better and column.intact.low >= 0 and column.intact.high <= 1:
+        after = min(1.0, max(0.0, after))
+        limits = f"[{signed(100 * change.low, 1)}, {signed(100 * change.high, 1)}]"
+        points = f"{signed(100 * change.value, 1)} points {limits}"
+        return f"{100 * intact:.1f} % -> {100 * after:.1f} %, {points}, n = {column.n}"
+    limits = f"[{signed(change.low, 3)}, {signed(change.high, 3)}]"
+    return f"{intact:.3f} -> {after:.3f} {column.metric}, {signed(change.value, 3)} {limits}, n = {column.n}"
+
+
+def _measured(importance: Importance, drop: Sequence[int]) -> dict[str, Estimate]:
+    """Task -> change, where the cumulative sweep has a step with exactly these layers gone."""
+    sweep = importance.sweeps.get("cumulative")
+    if sweep is None:
+        return {}
+    steps = [set(unit.layers) for unit in sweep.units]
+    if set(drop) not in steps:
+        return {}
+    step = steps.index(set(drop))
+    return {column.task: column.effects[step].change for column in sweep.columns}

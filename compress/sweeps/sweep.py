@@ -1,0 +1,398 @@
+"""Score every variant of a model on lm-eval tasks, item by item, with the intact model in memory.
+
+The requests of a task do not depend on the model, so every request is answered for all variants at once, and lm-eval
+then scores each variant from these answers: any task it knows can be swept, at a fraction of one evaluation per
+variant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.utils import resolve_max_length
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.importance import Unit
+from shoal.atomic_files import fingerprint
+from shoal.errors import UserError
+from shoal.inference.scoring import Score, Tokens
+from shoal.models.anatomy import decoder_layers, text_config
+from shoal.progress import Work, each
+from shoal.recipe.recipe import Eval, Protocol, Sweeps
+from shoal.runtime import world_size
+
+from ...eval.evaluate import check_runnable, in_words, num_items, scores_of
+from ...eval.harness.engine import CausalLM, Writing, connect_ranks
+from ...eval.harness.item_cache import ENGINE, ItemCache, key_of
+from ...eval.harness.perplexity import perplexity, windows
+from ...eval.tasks.load import known_tasks, tasks_of
+from ..edits.masks import heads_of_groups, with_halves, with_heads
+from ..variants.streamed import Streaming, score_variants_streamed
+from ..variants.variant_generation import Limits, generate_variants
+from ..variants.variants import INTACT, Edited, Masked, Removed, Silenced, Swapped, Variant, score_variants, variant
+
+log = logging.getLogger(__name__)
+
+REQUESTS_AT_ONCE = 64
+"""Times the batch size: how many likelihoods are answered before they are written to disk."""
+TASK_NAMES: dict[Protocol, tuple[str, ...]] = {
+    "loglikelihood": ("{}_loglikelihood", "{}"),
+    "continuation": ("{}_continuation",),
+    "generation": ("{}_generation", "{}_generative"),
+}
+"""What a task is called under a protocol: shoal's own way, then lm-eval's (mmlu, mmlu_continuation, ...)."""
+
+
+def units_of(operator: str, model: PreTrainedModel, *, order: Sequence[int] = ()) -> tuple[Unit, ...]:
+    """What a sweep with ``operator`` takes out of ``model``, one after the other; ``order`` is for cumulative ones.
+
+    Raises:
+        UserError: a model whose halves or heads cannot be taken out one by one.
+    """
+    layers = range(len(decoder_layers(model)))
+    match operator:
+        case "layer" | "donor":
+            return tuple(Unit((layer,), operator) for layer in layers)
+        case "cumulative":
+            return tuple(Unit(tuple(order[:count])) for count in range(1, len(order) + 1))
+        case "attention" | "mlp":
+            for layer in layers:
+                with_halves(model, layer)
+            return tuple(Unit((layer,), operator) for layer in layers)
+        case "head":
+            counts = [with_heads(model, layer).num_heads for layer in layers]
+        case "kv_group":
+            counts = [with_heads(model, layer).num_kv_heads for layer in layers]
+        case _:
+            raise ValueError(f"no operator {operator!r}")
+    return tuple(Unit((layer,), operator, index) for layer in layers for index in range(counts[layer]))
+
+
+def variant_of(unit: Unit, model: PreTrainedModel) -> Variant:
+    """``model`` as it is without ``unit`` (of a donor: with it)."""
+    layer = unit.layers[0]
+    match unit.part:
+        case "layer":
+            return variant(unit.name, [(layer, Removed()) for layer in unit.layers])
+        case "donor":
+            return variant(unit.name, [(layer, Swapped())])
+        case "attention" | "mlp":
+            return variant(unit.name, [(layer, Silenced(unit.part))])
+        case "head":
+            assert unit.index is not None
+            return variant(unit.name, [(layer, Masked((unit.index,)))])
+        case "kv_group":
+            assert unit.index is not None
+            return variant(unit.name, [(layer, Masked(tuple(heads_of_groups(model, layer, [unit.index]))))])
+
+
+def sweep(
+    edited: Edited,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: Sequence[Variant],
+    settings: Sweeps,
+    *,
+    seed: int,
+    folder: Path | None = None,
+    identity: str = "",
+) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
+    """The scores of the intact model and of every variant over the same items, on every rank.
+
+    With ``folder`` answers are kept there, and a sweep that was stopped goes on from them; ``identity`` says of which
+    model they are.
+
+    Raises:
+        UserError: an unknown task, a task without the asked protocol, data that cannot be had.
+    """
+    lm = VariantsLM(edited, tokenizer, with_intact(variants), settings.batch_size)
+    return sweep_by(lm, variants, settings, seed=seed, folder=folder, identity=identity)
+
+
+def with_intact(variants: Sequence[Variant]) -> list[Variant]:
+    """The intact model, then all variants that differ from it."""
+    return [INTACT, *(one for one in variants if one.edits)]
+
+
+def sweep_by(
+    lm: VariantsLM,
+    variants: Sequence[Variant],
+    settings: Sweeps,
+    *,
+    seed: int,
+    folder: Path | None = None,
+    identity: str = "",
+) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
+    """As sweep does, with the answers of ``lm``, which was made for ``with_intact(variants)``."""
+    connect_ranks(lm.device)
+    evaluation = as_evaluation(replace(settings, tasks=task_names(settings), protocols=()))
+    tasks = tasks_of(evaluation, seed=seed)
+    everything = with_intact(variants)
+    lm.seed = seed
+    answered_by = fingerprint([identity, ENGINE, [repr(one.edits) for one in everything]])
+    lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
+    if len(lm.items):
+        log.info("sweep: goes on from %d requests that are answered already", len(lm.items))
+    shared, apart = layer_runs(everything, lm.num_layers)
+    log.info("sweep: %d variants on %s", len(variants), in_words(tasks, evaluation))
+    log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
+    found: list[tuple[TaskScore, ...]] = []
+    for number in each(range(len(everything)), "sweep: scored", unit="variants"):
+        lm.show(number)
+        scores = scores_of(lm, tasks, evaluation, seed=seed)
+        if settings.perplexity_tokens:
+            scores = (*scores, perplexity(lm, evaluation))
+        found.append(scores)
+    by_name = dict(zip((one.name for one in everything), found, strict=True))
+    return found[0], [by_name.get(one.name, found[0]) for one in variants]
+
+
+def layer_runs(variants: Sequence[Variant], num_layers: int) -> tuple[int, int]:
+    """How many layers a token passes until all variants have its final state: together, and one after the other."""
+    shared = apart = 0
+    for layer in range(num_layers):
+        removed = [(layer, Removed()) in one.edits for one in variants]
+        through = [one.edits for one, gone in zip(variants, removed, strict=True) if not gone]
+        paths = {tuple(edit for edit in edits if edit[0] <= layer) for edits in through}
+        shared += len(paths)
+        apart += len(variants) - sum(removed)
+    return shared, apart
+
+
+def task_names(settings: Sweeps) -> tuple[str, ...]:
+    """The tasks to run: with protocols, every task under each of them.
+
+    Raises:
+        UserError: a task that has no form under a protocol.
+    """
+    if not settings.protocols:
+        return settings.tasks
+    known = known_tasks(settings.include_path, ours_only=True)
+    if any(_under(protocol, task, known) is None for task in settings.tasks for protocol in settings.protocols):
+        known = known_tasks(settings.include_path)
+    found = []
+    for task in settings.tasks:
+        for protocol in settings.protocols:
+            name = _under(protocol, task, known)
+            if name is None:
+                candidates = [pattern.format(task) for pattern in TASK_NAMES[protocol]]
+                forms = [pattern.format(task) for patterns in TASK_NAMES.values() for pattern in patterns]
+                there = [form for form in forms if form in known]
+                close = difflib.get_close_matches(task, known, n=1, cutoff=0.6)
+                hint = f"it has {', '.join(there)}" if there else f"did you mean {close[0]!r}?" if close else ""
+                raise UserError(
+                    f"measure.sweep.protocols: task {task!r} has no protocol {protocol} "
+                    f"(there is no {' or '.join(candidates)}); {hint or 'name tasks in full and leave protocols out'}"
+                )
+            found.append(name)
+    return tuple(found)
+
+
+def checked_tasks(
+    settings: Sweeps, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tasks of a sweep and how many items each is scored on, with no model at hand.
+
+    Raises:
+        UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it.
+    """
+    names, evaluation = task_names(settings), as_evaluation(settings)
+    with _named_as_in_sweeps():
+        tasks = tasks_of(replace(evaluation, tasks=names))
+        check_runnable(tasks, num_ranks=world_size(), max_length=resolve_max_length(config, tokenizer))
+        counts = num_items(tasks, evaluation)
+    _refuse_written_text(settings, tasks)
+    return tasks, counts
+
+
+def window_weights(settings: Sweeps, tokenizer: PreTrainedTokenizerBase) -> list[float]:
+    """The weights of the items of the column of running text: how many tokens each window scores.
+
+    Raises:
+        UserError: text that cannot be read, or that holds no token.
+    """
+    with _named_as_in_sweeps():
+        return [float(len(scored)) for _, _, scored in windows(tokenizer, as_evaluation(settings))]
+
+
+@contextlib.contextmanager
+def _named_as_in_sweeps() -> Iterator[None]:
+    """The same settings as those of evaluating are in another section here."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(re.sub(r"\beval\.(?=[a-z_]+\b)", "measure.sweep.", str(error))) from error
+
+
+def _refuse_written_text(settings: Sweeps, tasks: dict[str, Any]) -> None:
+    """A task that only writes text goes by its plain name, which may be that of another's lettered options."""
+    others = tuple(protocol for protocol in settings.protocols if protocol != "generation")
+    if not others:
+        return
+    chosen = tasks if others == settings.protocols else task_names(replace(settings, protocols=others))
+    for name in chosen:
+        if name in tasks and tasks[name].OUTPUT_TYPE == "generate_until":
+            raise UserError(
+                f"measure.sweep.protocols: task {name!r} has no protocol {others[0]}, it writes text; name tasks in "
+                "full and leave protocols out"
+            )
+
+
+def _under(protocol: Protocol, task: str, known: set[str]) -> str | None:
+    """What ``task`` is called under ``protocol``."""
+    return next((name for pattern in TASK_NAMES[protocol] if (name := pattern.format(task)) in known), None)
+
+
+def as_evaluation(settings: Sweeps) -> Eval:
+    """The sweep's tasks and items as evaluating reads them."""
+    return Eval(
+        tasks=settings.tasks,
+        limit=settings.limit,
+        limits=settings.limits,
+        batch_size=settings.batch_size,
+        num_fewshot=settings.num_fewshot,
+        include_path=settings.include_path,
+        data_dir=settings.data_dir,
+        perplexity_data=settings.perplexity_data,
+        perplexity_tokens=max(1, settings.perplexity_tokens),
+        sequence_length=settings.sequence_length,
+    )
+
+
+class VariantsLM(CausalLM):
+    """As lm-eval sees it one model, the variant ``current``; a request is answered for all of them at once.
+
+    Its items are lists: what every variant answered, in their order.
+    """
+
+    def __init__(
+        self, edited: Edited, tokenizer: PreTrainedTokenizerBase, variants: Sequence[Variant], batch_size: int
+    ) -> None:
+        super().__init__(edited.model, tokenizer, batch_size, called="sweep")
+        self.current = 0
+        self.seed = 0
+        """Of sampled text."""
+        self.num_layers = text_config(edited.model.config).num_hidden_layers
+        self._edited, self._variants = edited, variants
+        self._requests_at_once: int | None = REQUESTS_AT_ONCE * batch_size
+
+    def show(self, number: int) -> None:
+        """Be that variant from now on; after the first one all answers are known."""
+        self.current = number
+
+    def _score(self, pairs: list[tuple[Tokens, Tokens]], step: Work) -> list[Score]:
+        keys = self._score_keys(pairs)
+        missing = self.items.missing(keys)
+        step.known(len(pairs) - len(missing))
+        size = self._requests_at_once or max(1, len(missing))
+        for start in range(0, len(missing), size):
+            chosen = missing[start : start + size]
+            found = self._score_variants([pairs[index] for index in chosen], step)
+            self._refuse_no_numbers(found)
+            self.items.add([keys[index] for index in chosen], [list(scores) for scores in zip(*found, strict=True)])
+        return [tuple(self.items[key][self.current]) for key in keys]
+
+    def _refuse_no_numbers(self, found: Sequence[Sequence[Score]]) -> None:
+        """Among options that are all NaN lm-eval would choose the first and go on."""
+        for one, scores in zip(self._variants, found, strict=True):
+            if any(math.isnan(log_prob) for log_prob, _ in scores):
+                raise UserError(
+                    f"measure.sweep: {one.name}: the model's likelihoods are no numbers then, in "
+                    f"{self._edited.model.dtype}; set dtype: float32 (or bfloat16) in the recipe, or look for damaged "
+                    "weights"
+                )
+
+    def _score_variants(self, pairs: list[tuple[Tokens, Tokens]], step: Callable[[int], object]) -> list[list[Score]]:
+        return score_variants(
+            self._edited, self._decoder, pairs, self._variants, batch_size=self.batch_size, progress=step
+        )
+
+    def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
+        keys = self._text_keys(prompts, how)
+        missing = self.items.missing(keys)
+        missing.sort(key=lambda index: -len(prompts[index]))
+        step.known(len(prompts) - len(missing))
+        for start in range(0, len(missing), self.batch_size):
+            chosen = missing[start : start + self.batch_size]
+            found = self._write_variants([prompts[index] for index in chosen], [keys[index] for index in chosen], how)
+            self.items.add([keys[index] for index in chosen], [list(texts) for texts in zip(*found, strict=True)])
+            step(len(chosen))
+        return [self.items[key][self.current] for key in keys]
+
+    def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
+        """Where texts are drawn, a repeated prompt gets draws of its own."""
+        keys = super()._text_keys(prompts, how)
+        if not how.settings.get("do_sample"):
+            return keys
+        seen: Counter[str] = Counter()
+        own = []
+        for key in keys:
+            own.append(key_of(key, self.seed, seen[key]))
+            seen[key] += 1
+        return own
+
+    def _write_variants(self, prompts: list[list[int]], keys: list[str], how: Writing) -> list[list[list[int]]]:
+        if self._writes_greedily(how):
+            limits = Limits(how.max_new_tokens, self._finish(how))
+            return generate_variants(
+                self._edited, self._decoder, prompts, self._variants, limits, batch_size=self.batch_size
+            )
+        found = []
+        for one in self._variants:
+            with self._edited.applied(one.edits):
+                if how.settings.get("do_sample"):
+                    found.append([self._draw(prompt, key, how) for prompt, key in zip(prompts, keys, strict=True)])
+                else:
+                    found.append(self._write_batch(prompts, how))
+        return found
+
+    def _draw(self, prompt: list[int], key: str, how: Writing) -> list[int]:
+        """A sampled text that is the same whatever was written before it, as when a sweep goes on."""
+        torch.manual_seed(int(key[:15], 16))
+        return self._write_batch([prompt], how)[0]
+
+
+class StreamedVariantsLM(VariantsLM):
+    """The same from the files of a model that is larger than memory: all likelihoods in one pass over them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        variants: Sequence[Variant],
+        batch_size: int,
+        *,
+        streaming: Streaming,
+        donor: Path | None = None,
+    ) -> None:
+        super().__init__(Edited(streaming.open(folder).model), tokenizer, variants, batch_size)
+        self._folder, self._streaming, self._donor = folder, streaming, donor
+        self._requests_at_once = None
+        self._device = torch.device(streaming.device)  # the model itself has no weights to be anywhere
+
+    def _score_variants(self, pairs: list[tuple[Tokens, Tokens]], step: Callable[[int], object]) -> list[list[Score]]:
+        return score_variants_streamed(
+            self._folder,
+            pairs,
+            self._variants,
+            batch_size=self.batch_size,
+            streaming=self._streaming,
+            donor=self._donor,
+            progress=step,
+        )
+
+    def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
+        raise UserError(
+            "measure.sweep.tasks: writing text takes the whole model in memory, which measure.memory_gb rules out; "
+            "leave tasks of generation out, or unset measure.memory_gb"
+        )

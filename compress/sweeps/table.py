@@ -1,0 +1,288 @@
+"""From scores per item, with every unit of an operator taken out in turn, to a table with intervals and tests.
+
+N items, U units, K = 1 + U columns of which the first is the intact model, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.importance import Effect, Estimate, Sweep, SweepColumn, Unit
+from shoal.errors import UserError
+from shoal.recipe.section import LEAST_ITEMS
+from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, num_resamples, resampled_means
+from shoal.stats.intervals import Array, newcombe_paired, paired_ratio, wilson
+from shoal.stats.paired import holm, is_binary, mcnemar, require_same_measurement, z_above_chance
+
+ALPHA = 0.05
+SIGNAL_SIGMAS = 3.0
+"""Standard errors above chance that the intact model needs before a share of its score can be kept or lost."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One column's scores per item, the intact model first."""
+
+    task: TaskScore
+    """Of the intact model."""
+    ids: tuple[str, ...]
+    scores_NK: Array
+    weights_N: Array
+    is_binary: bool
+    means_RK: Array | None
+    """Resampled means; None for 0/1 scores of units that are no single layers, which need none."""
+
+    @property
+    def effective_n(self) -> float:
+        """How many items of equal weight these are worth."""
+        return effective_n(self.weights_N)
+
+
+def needed_items(num_units: int) -> int:
+    """How many items a column needs, so that a unit whose removal loses every item can be told from chance at all.
+
+    Losing n of n items has the exact p-value 2 / 2**n, and Holm's correction multiplies the smallest by the number of
+    units.
+    """
+    return max(LEAST_ITEMS, math.ceil(math.log2(2 * num_units / ALPHA)))
+
+
+def require_items(task: str, n: int, num_units: int, *, weights: Sequence[float] | None = None) -> None:
+    """Refuse a column of too few items, or of items so unequal that few of them count; worth asking before a run.
+
+    Raises:
+        UserError: naming the task, its items, how many are needed and where to set them.
+    """
+    need = needed_items(num_units)
+    if n < need:
+        raise UserError(
+            f"task {task!r}: has {n} items, but over {num_units} removals no interval and no test can show an effect "
+            f"with fewer than {need}; raise measure.sweep.limit (or measure.sweep.perplexity_tokens for texts), "
+            "or leave the task out"
+        )
+    effective = n if weights is None else effective_n(np.asarray(weights, dtype=np.float64))
+    if effective < LEAST_ITEMS:
+        raise UserError(
+            f"task {task!r}: its {n} items are of so unequal weight that they are worth {effective:.1f} equal ones, of "
+            f"which an interval needs {LEAST_ITEMS}; raise measure.sweep.perplexity_tokens, lower "
+            "measure.sweep.sequence_length, or leave the task out"
+        )
+
+
+def sweep_table(
+    operator: str, units: Sequence[Unit], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
+) -> Sweep:
+    """The table of one operator: ``removed[i]`` are the scores without ``units[i]``, of the tasks of ``intact``.
+
+    Raises:
+        UserError: too few items, a unit without the scores of a task, or scores of other items or settings.
+    """
+    return table_of(operator, units, measured(operator, units, intact, removed))[0]
+
+
+def table_of(
+    operator: str, units: Sequence[Unit], columns: Sequence[tuple[Measured, Sequence[TaskScore]]]
+) -> tuple[Sweep, tuple[Measured, ...]]:
+    """The table, and what it was computed from."""
+    made = tuple(_column(column, variants, keep=operator == "layer") for column, variants in columns)
+    return Sweep(operator, tuple(units), made), tuple(column for column, _ in columns)
+
+
+def measured(
+    operator: str, units: Sequence[Unit], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
+) -> list[tuple[Measured, Sequence[TaskScore]]]:
+    """Every column's scores in one matrix, checked, with the scores of its variants.
+
+    Raises:
+        UserError: as sweep_table does.
+    """
+    if len(units) != len(removed):
+        raise ValueError(f"{len(units)} units but scores of {len(removed)} variants")
+    by_key: list[Mapping[tuple[str, str, str], TaskScore]] = [
+        {score.key: score for score in scores} for scores in removed
+    ]
+    found = []
+    for task in intact:
+        require_items(task.task, len(task.items), len(units), weights=[item.weight for item in task.items])
+        missing = [unit.name for unit, scores in zip(units, by_key, strict=True) if task.key not in scores]
+        if missing:
+            raise UserError(
+                f"task {task.task!r}: has no {task.protocol} score without {missing[0]}; sweep it with the other tasks"
+            )
+        variants = [scores[task.key] for scores in by_key]
+        for variant in variants:
+            require_same_measurement(task, variant)
+        found.append((_measured(task, variants, operator == "layer"), variants))
+    return found
+
+
+def _measured(task: TaskScore, variants: Sequence[TaskScore], resample: bool) -> Measured:
+    columns = [{item.id: item.score for item in score.items} for score in (task, *variants)]
+    ids = tuple(item.id for item in task.items)
+    scores_NK = np.array([[column[identity] for column in columns] for identity in ids], dtype=np.float64)
+    if not np.isfinite(scores_NK).all():
+        row, place = np.argwhere(~np.isfinite(scores_NK))[0]
+        raise UserError(
+            f"task {task.task!r}: item {ids[row]!r} has the score {scores_NK[row, place]} "
+            f"{f'in variant {place - 1}' if place else 'on the intact model'}; measure in another dtype (dtype: "
+            "float32), or leave the task out"
+        )
+    weights_N = np.array([item.weight for item in task.items], dtype=np.float64)
+    binary = is_binary(task) and all(is_binary(variant) for variant in variants)
+    means_RK = None
+    if resample or not binary:
+        means_RK = resampled_means(scores_NK, weights_N, num_resamples(len(variants)))
+    return Measured(task, ids, scores_NK, weights_N, binary, means_RK)
+
+
+def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> SweepColumn:
+    task = column.task
+    scores, changes, p_values = _binary_effects(column) if column.is_binary else _mean_effects(column)
+    kept = retentions(column)
+    adjusted = holm(p_values)
+    sign = 1.0 if task.higher_is_better else -1.0
+    effects = tuple(
+        Effect(
+            score=scores[unit],
+            change=changes[unit],
+            relative=changes[unit].value / task.score if task.score else None,
+            retention=None if isinstance(kept, str) else kept[unit],
+            p_value=p_values[unit],
+            adjusted_p=adjusted[unit],
+            critical=adjusted[unit] < ALPHA and sign * changes[unit].value < 0,
+            **_text_shares(variant),
+        )
+        for unit, variant in enumerate(variants)
+    )
+    return SweepColumn(
+        task=task.task,
+        ability=task.ability,
+        protocol=task.protocol,
+        metric=task.metric,
+        chance=task.chance,
+        higher_is_better=task.higher_is_better,
+        n=task.n,
+        version=task.version,
+        num_fewshot=task.num_fewshot,
+        intact=Estimate(task.score, task.ci_low, task.ci_high),
+        test="mcnemar-exact" if column.is_binary else "paired-bootstrap",
+        effects=effects,
+        no_retention=kept if isinstance(kept, str) else "",
+        correlation=_correlation_rows(column) if keep else (),
+        **_text_shares(task),
+    )
+
+
+def _binary_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], list[float]]:
+    scores, changes, p_values = [], [], []
+    for both, won, lost, neither in _tables(column):
+        n = both + won + lost + neither
+        scores.append(Estimate((both + won) / n, *wilson(both + won, n)))
+        limits = newcombe_paired(both=both, won=won, lost=lost, neither=neither)
+        changes.append(Estimate((won - lost) / n, *limits))
+        p_values.append(mcnemar(won, lost))
+    return scores, changes, p_values
+
+
+def _mean_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], list[float]]:
+    assert column.means_RK is not None
+    n = column.effective_n
+    mean_K = np.average(column.scores_NK, axis=0, weights=column.weights_N)
+    change_U, changes_RU = mean_K[1:] - mean_K[0], column.means_RK[:, 1:] - column.means_RK[:, :1]
+    scores = _estimates(mean_K[1:], *expanded_percentiles(column.means_RK[:, 1:], mean_K[1:], n))
+    changes = _estimates(change_U, *expanded_percentiles(changes_RU, change_U, n))
+    return scores, changes, bootstrap_p(changes_RU, change_U, n).tolist()
+
+
+def _retentions(column: Measured) -> list[Estimate | None]:
+    """Of a task whose intact score stands clear of chance."""
+    chance = column.task.chance
+    mean_K = np.average(column.scores_NK, axis=0, weights=column.weights_N) - chance
+    kept_U = mean_K[1:] / mean_K[0]
+    if column.is_binary:
+        limits = [paired_ratio(*table, chance) for table in _tables(column)]
+        return [
+            None if pair is None else Estimate(float(kept), *pair) for kept, pair in zip(kept_U, limits, strict=True)
+        ]
+    return list(_estimates(kept_U, *expanded_percentiles(resampled_retention(column), kept_U, column.effective_n)))
+
+
+def resampled_retention(column: Measured) -> Array:
+    """(R, U): retention in each resample in which the intact model lies above chance."""
+    assert column.means_RK is not None
+    above_RK = column.means_RK - column.task.chance
+    usable = above_RK[:, 0] > 0
+    return above_RK[usable, 1:] / above_RK[usable, :1]
+
+
+def _no_retention(task: TaskScore) -> str:
+    if not task.higher_is_better:
+        return f"{task.metric} has no chance level; read the change"
+    sigmas = z_above_chance(task)
+    if sigmas is None or sigmas <= SIGNAL_SIGMAS:
+        return f"the intact model is not clear of chance ({task.score:.2f} against {task.chance:.2f}, n = {task.n})"
+    return ""
+
+
+def _tables(column: Measured) -> list[tuple[int, int, int, int]]:
+    """Per unit: items right both times, only without the unit, only with it, never."""
+    before_N, after_NU = column.scores_NK[:, :1], column.scores_NK[:, 1:]
+    counts_4U = [
+        (before_N * after_NU).sum(0),
+        ((1 - before_N) * after_NU).sum(0),
+        (before_N * (1 - after_NU)).sum(0),
+        ((1 - before_N) * (1 - after_NU)).sum(0),
+    ]
+    return [(int(a), int(b), int(c), int(d)) for a, b, c, d in zip(*counts_4U, strict=True)]
+
+
+def _correlation_rows(column: Measured) -> tuple[tuple[float, ...], ...]:
+    """Lower triangle of the changes' correlations over items; 0 beside a unit that changes nothing."""
+    change_NU = column.scores_NK[:, 1:] - column.scores_NK[:, :1]
+    influence_NU = (change_NU - np.average(change_NU, axis=0, weights=column.weights_N)) * column.weights_N[:, None]
+    covariance_UU = influence_NU.T @ influence_NU
+    spread_U = np.sqrt(np.diag(covariance_UU))
+    scale_UU = np.outer(spread_U, spread_U)
+    correlation_UU = np.divide(covariance_UU, scale_UU, out=np.zeros_like(scale_UU), where=scale_UU > 0)
+    np.fill_diagonal(correlation_UU, 1.0)
+    return tuple(tuple(round(value, 4) for value in row[: i + 1].tolist()) for i, row in enumerate(correlation_UU))
+
+
+def _text_shares(score: TaskScore) -> dict[str, float]:
+    return {name: score.rates[name] for name in ("malformed", "repetition") if name in score.rates}
+
+
+def _estimates(value_U: Array, low_U: Array, high_U: Array) -> list[Estimate]:
+    rows = zip(value_U.tolist(), low_U.tolist(), high_U.tolist(), strict=True)
+    return [Estimate(value, low, high) for value, low, high in rows]
+
+
+def restricted(column: Measured, ids: Sequence[str]) -> Measured:
+    """The column over some of its items, in the order of ``ids``."""
+    if tuple(ids) == column.ids:
+        return column
+    places = {identity: place for place, identity in enumerate(column.ids)}
+    rows = np.array([places[identity] for identity in ids])
+    scores_NK, weights_N = column.scores_NK[rows], column.weights_N[rows]
+    items = {item.id: item for item in column.task.items}
+    kept = tuple(items[identity] for identity in ids)
+    score = float(np.average(scores_NK[:, 0], weights=weights_N))
+    task = replace(column.task, items=kept, n=len(kept), score=score)
+    means_RK = resampled_means(scores_NK, weights_N, num_resamples(scores_NK.shape[1] - 1))
+    return Measured(task, tuple(ids), scores_NK, weights_N, column.is_binary, means_RK)
+
+
+def retentions(column: Measured) -> list[Estimate] | str:
+    """Retention without each unit, or why there is none."""
+    why_not = _no_retention(column.task)
+    if why_not:
+        return why_not
+    found = [one for one in _retentions(column) if one is not None]
+    if len(found) < column.scores_NK.shape[1] - 1:
+        return f"the intact score ({column.task.score:.2f}) is too uncertain for a ratio to it, n = {column.task.n}"
+    return found

@@ -1,0 +1,115 @@
+"""Where a student will load, and load right, told from its configuration before it is written.
+
+Edits of single layers change no verdict. An attention, MLP or head that an edit silences is an ordinary part with zeros
+in its output projection: every runtime loads it and spends on it what it spent before. None needs the zeros gone: vLLM
+multiplies by them, and llama.cpp's quantised formats hold a block of zeros exactly, with scale 0 (ggml-quants.c).
+Layers that merges and replacements take in are gone like dropped ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig
+
+from shoal.errors import UserError
+from shoal.recipe.recipe import Target
+
+from ..surgery.config_cut import cut_config
+from ..surgery.quantised import without_quantization
+from . import llama_cpp, vllm
+
+log = logging.getLogger(__name__)
+
+TARGETS: tuple[Target, ...] = get_args(Target)
+TITLES: dict[Target, str] = {
+    "transformers": "transformers",
+    "vllm": f"vLLM {vllm.VERSION}",
+    "llama_cpp": f"llama.cpp {llama_cpp.VERSION}",
+}
+OTHER_LAYERS = "drop other layers, or take {target} out of prune.targets"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether one runtime loads a student and runs it as transformers does."""
+
+    target: Target
+    loads: Literal["yes", "no", "unknown"]
+    """`no` too where it would load and be another model."""
+    reason: str
+    remedy: str = ""
+    """What to do where it does not load."""
+
+    def in_words(self) -> str:
+        """One line for a reader."""
+        return f"{TITLES[self.target]}: {self.loads}, {self.reason}"
+
+
+def check_targets(student: PreTrainedConfig, *, targets: Sequence[Target] = TARGETS) -> list[Verdict]:
+    """What each of ``targets`` makes of a student with this configuration.
+
+    transformers is right by construction, and `shoal prune` proves it on the files. The others are judged by what their
+    sources do with the configuration; whether a kernel for some hardware exists is not asked.
+    """
+    return [_JUDGES[target](student) for target in targets]
+
+
+def student_config(teacher: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
+    """The configuration of the student that keeps the layers ``keep``, without settings of a quantisation.
+
+    Raises:
+        UserError: as cut_config.
+    """
+    return cut_config(without_quantization(teacher)[0], keep)
+
+
+def refuse_for_targets(student: PreTrainedConfig, targets: Sequence[Target]) -> None:
+    """Refuse a student that one of ``targets`` would not load or would take for another model; log what all of them do.
+
+    Raises:
+        UserError: as refuse does.
+    """
+    verdicts = check_targets(student, targets=targets)
+    refuse(verdicts)
+    log_verdicts(verdicts)
+
+
+def refuse(verdicts: Sequence[Verdict]) -> None:
+    """Nothing, unless one says no.
+
+    Raises:
+        UserError: naming every target that does, why, and what to do.
+    """
+    refused = [verdict for verdict in verdicts if verdict.loads == "no"]
+    if refused:
+        lines = (f"prune.targets: {TITLES[verdict.target]}: {verdict.reason}; {verdict.remedy}" for verdict in refused)
+        raise UserError("\n".join(lines))
+
+
+def log_verdicts(verdicts: Sequence[Verdict]) -> None:
+    """One line each; a warning where it is not a plain yes."""
+    for verdict in verdicts:
+        log.log(logging.INFO if verdict.loads == "yes" else logging.WARNING, "prune: %s", verdict.in_words())
+
+
+def _transformers(_: Any) -> Verdict:
+    return Verdict("transformers", "yes", "these are its own layers; shoal proves it on the written files")
+
+
+def _vllm(student: PreTrainedConfig) -> Verdict:
+    loads, reason = vllm.vllm_loads(student)
+    return Verdict("vllm", loads, reason, OTHER_LAYERS.format(target="vllm") if loads == "no" else "")
+
+
+def _llama_cpp(student: PreTrainedConfig) -> Verdict:
+    if refusal := llama_cpp.llama_cpp_refusal(student):
+        return Verdict("llama_cpp", "no", refusal, OTHER_LAYERS.format(target="llama_cpp"))
+    caveat = llama_cpp.llama_cpp_caveat(student)
+    return Verdict("llama_cpp", "yes", caveat or "it has a converter that takes every layer for what it is")
+
+
+_JUDGES = {"transformers": _transformers, "vllm": _vllm, "llama_cpp": _llama_cpp}

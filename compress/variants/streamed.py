@@ -1,0 +1,316 @@
+"""Measure a model that is larger than memory: one pass over its files, one layer's weights at a time.
+
+Where a model in memory takes batch after batch through all layers, here every layer takes all batches, of all variants,
+before the next one is loaded. The numbers are the same, because the same kernels run on the same tensors.
+
+L layers, B batch, S sequence, D hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.formatting import bytes_text
+from shoal.inference.decoder import LOGIT_ELEMENTS, Decoder
+from shoal.inference.scoring import Layout, Score, Tokens, layouts, settle
+from shoal.models.anatomy import text_config
+from shoal.progress import each
+
+from ..edits.sublayers import prove_alone
+from ..measure import Scores, measure_importance
+from ..metrics.hidden_pass import Batch, HiddenPass, refuse_other_shape
+from ..metrics.metric import Calibration, Result
+from ..metrics.observation import BatchView, Observation, Reading
+from ..metrics.registry import METRICS
+from .layerwise import Prepared
+from .state_store import FileStore, Kept, StateStore
+from .streamed_model import StreamedLayerwise, StreamedModel
+from .variants import Edited, Masked, Silenced, States, Swapped, Variant
+
+log = logging.getLogger(__name__)
+
+STATES_AT_WORK = 8
+"""Hidden states of a batch that a layer makes on its way, about."""
+WIDE_STATES_AT_WORK = 4
+"""So many more are as wide as the widest tensor of the layer."""
+NUMBERS_PER_STATE = 6
+"""What an observation keeps of a token and layer."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a checkpoint is read and what it may take."""
+
+    memory_bytes: int | None = None
+    """What weights, hidden states and their numbers may take together, besides what Python and its libraries take; None
+    = no limit. What of the states does not fit goes to a file."""
+    dtype: str = "stored"
+    device: torch.device | str = "cpu"
+    attention: str | None = "sdpa"
+    trust_remote_code: bool = False
+    spill_folder: Path | None = None
+    """Where that file lies, which has no name and vanishes with the process; None = the system's temporary folder."""
+
+    def open(self, folder: Path) -> StreamedModel:
+        return StreamedModel(
+            folder,
+            dtype=self.dtype,
+            device=self.device,
+            attention=self.attention,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def store(self, models: Sequence[StreamedModel], *, tokens_at_once: int, fixed: int, states: int) -> StateStore:
+        """Where ``states`` bytes of hidden states are kept, beside ``models`` and ``fixed`` bytes of other things.
+
+        Raises:
+            UserError: the limit is too small for one layer, or the disk for the states.
+        """
+        if self.memory_bytes is None:
+            return StateStore()
+        layer, rest = sum(model.layer_bytes for model in models), sum(model.rest_bytes for model in models)
+        at_work = sum(tokens_at_once * _bytes_per_token(model) for model in models[:1])
+        needed = layer + rest + at_work + fixed
+        if needed > self.memory_bytes:
+            raise UserError(
+                f"measure.memory_gb: {bytes_text(self.memory_bytes)} is too little to run one layer of "
+                f"{models[0].folder}, which takes {bytes_text(needed)}: {bytes_text(layer)} the largest layer, "
+                f"{bytes_text(rest)} embeddings and head, {bytes_text(at_work)} a batch at work, {bytes_text(fixed)} "
+                "masks and numbers; raise it, or lower measure.batch_size or measure.sequence_length"
+            )
+        if needed + states <= self.memory_bytes:
+            return StateStore()
+        folder = self.spill_folder or Path(tempfile.gettempdir())
+        if states > (free := shutil.disk_usage(folder).free):
+            raise UserError(
+                f"{folder}: {bytes_text(states)} of hidden states do not fit into {bytes_text(self.memory_bytes)} of "
+                f"memory, and only {bytes_text(free)} are free there; point TMPDIR to a larger disk, or measure on "
+                "fewer tokens or items"
+            )
+        log.info("measure: %s of hidden states go to a file in %s", bytes_text(states), folder)
+        return FileStore(folder)
+
+
+def measure_streamed(
+    folder: Path,
+    rows: PackedRows,
+    *,
+    metrics: Sequence[str],
+    batch_size: int,
+    streaming: Streaming,
+    attention_mask_NS: Tensor | None = None,
+) -> Scores:
+    """What measure_importance says of the checkpoint at ``folder``, from one pass over its files.
+
+    Raises:
+        UserError: a metric that needs more than hidden states; a limit too small for one layer; what StreamedModel,
+            StreamedLayerwise and measure_importance refuse.
+    """
+    for name in metrics:
+        if name in METRICS and (need := METRICS[name].needs) != "hidden":
+            raise UserError(
+                f"measure.metrics: {name} needs {need}, for which the whole model has to be in memory; leave it "
+                "out, or unset measure.memory_gb on a machine with more memory"
+            )
+    model = streaming.open(folder)
+    log.info("measure: layer by layer from %s", folder)
+
+    def hidden(_: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> dict[str, Result]:
+        return _hidden_scores(model, calibration, names, streaming)
+
+    return measure_importance(
+        model.model,
+        rows,
+        metrics=metrics,
+        batch_size=batch_size,
+        attention_mask_NS=attention_mask_NS,
+        passes={"hidden": hidden},
+    )
+
+
+def score_variants_streamed(
+    folder: Path,
+    requests: Sequence[tuple[Tokens, Tokens]],
+    variants: Sequence[Variant],
+    *,
+    batch_size: int,
+    streaming: Streaming,
+    donor: Path | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[list[Score]]:
+    """What score_variants says of the checkpoint at ``folder``, from one pass over its files and the donor's.
+
+    ``progress`` is told of answered requests when all layers are behind.
+
+    Raises:
+        UserError: a limit too small for one layer; what StreamedModel, StreamedLayerwise, Edited and Decoder refuse.
+    """
+    models = [streaming.open(one) for one in (folder, donor) if one is not None]
+    edited = Edited(*(one.model for one in models))
+    for one in models:
+        one.load_rest()
+    layerwise = StreamedLayerwise(edited.model)
+    with layerwise.stand_ins():
+        decoder = Decoder(edited.model)
+    batches = list(layouts(decoder, requests, batch_size=batch_size))
+    tokens_at_once = max((one.ids_BS.numel() for batch in batches for one in batch.passes), default=0)
+    logits = min(LOGIT_ELEMENTS, tokens_at_once * text_config(edited.model.config).vocab_size)
+    store = streaming.store(
+        models,
+        tokens_at_once=tokens_at_once,
+        fixed=2 * sum(map(_mask_bytes, batches)) + 8 * logits,  # in float32, and their log-softmax
+        states=_most_states(variants, models[0].num_layers) * sum(_state_bytes(models[0], batch) for batch in batches),
+    )
+    states = [States(edited, layerwise, decoder, batch.passes, variants, store=store) for batch in batches]
+    for layer in each(range(models[0].num_layers), "sweep, layer by layer", unit="layers"):
+        here = [edit for one in variants for at, edit in one.edits if at == layer]
+        with ExitStack() as stack:
+            stack.enter_context(models[0].layer(layer))
+            if any(isinstance(edit, Swapped) for edit in here):
+                stack.enter_context(models[1].layer(layer))
+            if any(isinstance(edit, Silenced | Masked) for edit in here):
+                with layerwise.stand_ins(but=layer):
+                    prove_alone(edited.model, layer)
+            for one in states:
+                one.advance()
+    answers: list[list[Score]] = [[(0.0, True)] * len(requests) for _ in variants]
+    for batch, one in zip(batches, states, strict=True):
+        done = 0
+        for number, variant in enumerate(variants):
+            done = len(settle(decoder, batch.locate(one.final(variant)), answers[number]))
+        progress(done)
+    return answers
+
+
+def _hidden_scores(
+    model: StreamedModel, calibration: Calibration, names: Sequence[str], streaming: Streaming
+) -> dict[str, Result]:
+    model.load_rest()
+    layerwise = StreamedLayerwise(model.model)
+    metrics = HiddenPass(model.model, calibration, names)
+    store = _store_of_pass(model, calibration, metrics.reads, streaming)
+    waiting = [
+        _WaitingBatch.of(metrics.batch(rows_B), layerwise, metrics.reads, store) for rows_B in calibration.batches()
+    ]
+    for layer in each(range(model.num_layers), "measure, layer by layer", unit="layers"):
+        with model.layer(layer):
+            for one in waiting:
+                one.advance(layerwise, layer)
+    waiting.reverse()
+    while waiting and metrics.add(*waiting.pop().seen_whole()):
+        pass
+    return metrics.scores()
+
+
+def _store_of_pass(
+    model: StreamedModel, calibration: Calibration, reads: Collection[Reading], streaming: Streaming
+) -> StateStore:
+    positions_NS = calibration.rows.position_ids_NS
+    tokens, length = positions_NS.numel(), positions_NS.shape[1]
+    vector = text_config(model.model.config).hidden_size * model.model.dtype.itemsize
+    documents = int((positions_NS == 0).sum()) + len(positions_NS)
+    layers = model.num_layers
+    states = 2 * tokens * vector
+    states += (layers + 1) * vector * (tokens * ("cosines" in reads) + documents * ("last" in reads))
+    spreads = 4 * layers * documents * (vector // model.model.dtype.itemsize)
+    numbers = 4 * layers * tokens * NUMBERS_PER_STATE
+    masks = 2 * tokens * length
+    return streaming.store(
+        [model],
+        tokens_at_once=min(len(positions_NS), calibration.batch_size) * length,
+        fixed=numbers + masks + spreads * len({"output_spread", "update_spread"} & set(reads)),
+        states=states,
+    )
+
+
+@dataclass
+class _WaitingBatch:
+    """A batch on its way through the layers."""
+
+    batch: Batch
+    seen: _WaitingObservation
+    prepared: Prepared
+    state: Kept
+    store: StateStore
+
+    @classmethod
+    def of(
+        cls, batch: Batch, layerwise: StreamedLayerwise, reads: Collection[Reading], store: StateStore
+    ) -> _WaitingBatch:
+        inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
+        made = layerwise.prepare(inputs)
+        seen = _WaitingObservation(batch.view, layerwise.num_layers, reads, store)
+        return cls(batch, seen, made.without_hidden(), store.keep(made.hidden_BSD), store)
+
+    def advance(self, layerwise: StreamedLayerwise, layer: int) -> None:
+        before_BSD = self.state.load()
+        after_BSD = layerwise.run(layer, before_BSD, self.prepared.calls[layer])
+        for state in (before_BSD, after_BSD):
+            refuse_other_shape(layer, state, self.batch.input_ids_BS.shape)
+        self.seen.observe(layer, before_BSD.flatten(0, 1), after_BSD.flatten(0, 1))
+        self.state = self.store.keep(after_BSD)
+
+    def seen_whole(self) -> tuple[Batch, Observation]:
+        """The batch, and all that was seen of it back in memory."""
+        self.seen.gather()
+        return self.batch, self.seen
+
+
+class _WaitingObservation(Observation):
+    """An observation of which what is large lies in a store while the batch waits for its next layer."""
+
+    def __init__(self, view: BatchView, num_layers: int, reads: Collection[Reading], store: StateStore) -> None:
+        super().__init__(view, num_layers, reads)
+        self._store = store
+        self._away: list[tuple[list[Tensor], Kept]] = []
+
+    def observe(self, layer: int, before_TD: Tensor, after_TD: Tensor) -> None:
+        super().observe(layer, before_TD, after_TD)
+        self._previous = None  # else the state would be held here
+        for states in (self._last, self._sample, self._kept):
+            self._away += [(states, self._store.keep(state)) for state in states]
+            states.clear()
+        self._buffers = []
+
+    def gather(self) -> None:
+        """Put everything back."""
+        for states, state in self._away:
+            states.append(state.load())
+        self._away.clear()
+
+
+def _bytes_per_token(model: StreamedModel) -> int:
+    """Of what a layer makes of a token on its way, in float32 at most, about."""
+    width = text_config(model.model.config).hidden_size
+    return 4 * (STATES_AT_WORK * width + WIDE_STATES_AT_WORK * model.widest)
+
+
+def _state_bytes(model: StreamedModel, layout: Layout) -> int:
+    """Of one variant's states of all passes."""
+    width = text_config(model.model.config).hidden_size
+    return sum(one.ids_BS.numel() for one in layout.passes) * width * model.model.dtype.itemsize
+
+
+def _mask_bytes(layout: Layout) -> int:
+    """Of the passes' attention masks: every token may see every token of its row and of what it goes on from."""
+    context = layout.passes[0].ids_BS.shape[1] if layout.branches else 0
+    return sum(one.ids_BS.numel() * (one.ids_BS.shape[1] + context) for one in layout.passes)
+
+
+def _most_states(variants: Sequence[Variant], num_layers: int) -> int:
+    """How many different states of one batch there are at one time, before and behind a layer together."""
+    counts = [len({tuple(e for e in one.edits if e[0] < layer) for one in variants}) for layer in range(num_layers + 1)]
+    return max(before + after for before, after in itertools.pairwise(counts))

@@ -1,0 +1,321 @@
+"""Greedy text of many variants of a model at once; every text is the one that the variant alone would write.
+
+Three steps. The intact model writes its text. Every variant reads the prompts, and that text as a draft, in one pass:
+variants share what is below their first difference, prompts the beginning they have in common, and up to the first
+token that a variant would have chosen otherwise the draft is its own text. From there on all unfinished texts of all
+variants are rows of one batch, on keys and values that the reading left behind; finished rows leave it.
+
+B batch, S sequence, D hidden, H key-value heads, d size of a head.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shoal.inference.decoder import Decoder, plain_cache
+from shoal.inference.generation import Texts, generate_greedily, write
+from shoal.inference.prefix_sharing import batches
+from shoal.inference.scoring import Pass
+from shoal.models.anatomy import decoder_layers, given_state, state_of, with_state
+
+from ..edits.masks import with_halves, with_heads
+from ..edits.sublayers import silent_output
+from .variants import INTACT, Edited, Masked, Removed, Silenced, States, Swapped, Variant, layerwise_or_none
+
+Tokens = list[int]
+
+DRAFT_TOKENS = {"cpu": 1}
+"""How much of the intact model's text is read as a draft, by device type; all of it elsewhere. Where multiplications
+take the time, as on a CPU, reading what most variants would not have written costs more than it saves."""
+
+CACHE_BYTES = 2 << 30
+"""Keys and values that reading the draft may leave behind; more variants than that are taken in groups."""
+WORTH_SHARING = 8
+"""Tokens that prompts must have in common before they are read once for all."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a text ends."""
+
+    max_new_tokens: int
+    is_finished: Callable[[Tokens], bool]
+
+
+def generate_variants(
+    edited: Edited,
+    decoder: Decoder,
+    prompts: Sequence[Tokens],
+    variants: Sequence[Variant],
+    limits: Limits,
+    *,
+    batch_size: int,
+) -> list[list[Tokens]]:
+    """The new tokens of every prompt under every variant: by variant, then in the order of ``prompts``.
+
+    Variants that cannot share a batch (swapped layers, or an architecture that has to run as a whole) write one after
+    the other.
+    """
+
+    def write_alone(chosen: Sequence[Tokens]) -> list[Tokens]:
+        return generate_greedily(decoder, chosen, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished)
+
+    together = _together(edited.model, decoder, variants)
+    written: list[list[Tokens]] = [[[] for _ in prompts] for _ in variants]
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for batch in batches(order, batch_size):
+        rows = [prompts[index] for index in batch]
+        found: dict[int, list[Tokens]] = {}
+        if together:
+            draft = write_alone(rows)
+            for number in together:
+                if not variants[number].edits:
+                    found[number] = draft
+            rest = [number for number in together if number not in found]
+            for group in batches(rest, _group_size(decoder, rows, limits)):
+                texts = _write_together(edited, decoder, rows, draft, [variants[number] for number in group], limits)
+                found.update(zip(group, texts, strict=True))
+        for number, one in enumerate(variants):
+            if number not in found:
+                with edited.applied(one.edits):
+                    found[number] = write_alone(rows)
+            for index, tokens in zip(batch, found[number], strict=True):
+                written[number][index] = tokens
+    return written
+
+
+def _together(model: PreTrainedModel, decoder: Decoder, variants: Sequence[Variant]) -> list[int]:
+    """The variants that can be rows of one batch, those with most in common next to each other."""
+    if not decoder.can_branch or layerwise_or_none(model) is None:
+        return []
+    chosen = [
+        number for number, one in enumerate(variants) if not any(isinstance(edit, Swapped) for _, edit in one.edits)
+    ]
+    return sorted(chosen, key=lambda number: [layer for layer, _ in variants[number].edits])
+
+
+def _group_size(decoder: Decoder, prompts: Sequence[Tokens], limits: Limits) -> int:
+    tokens = len(prompts) * (max(map(len, prompts)) + limits.max_new_tokens)
+    return max(1, CACHE_BYTES // (tokens * decoder.cache_bytes))
+
+
+def _write_together(
+    edited: Edited,
+    decoder: Decoder,
+    prompts: Sequence[Tokens],
+    draft: Sequence[Tokens],
+    variants: Sequence[Variant],
+    limits: Limits,
+) -> list[list[Tokens]]:
+    draft = [text[: DRAFT_TOKENS.get(decoder.device.type)] for text in draft]
+    reading = _Reading(edited, decoder, prompts, draft, variants)
+    written = [text for one in variants for text in reading.accepted(one)]
+    alive = [
+        index
+        for index, text in enumerate(written)
+        if not limits.is_finished(text) and len(text) < limits.max_new_tokens
+    ]
+    if alive:
+        texts = reading.texts(written, alive)
+        del reading
+        edits = RowEdits(edited.model, [variants[index // len(prompts)] for index in range(len(written))])
+        with edits.applied():
+            write(
+                decoder,
+                texts,
+                max_new_tokens=limits.max_new_tokens,
+                is_finished=limits.is_finished,
+                before_step=edits.choose,
+            )
+    return [written[start : start + len(prompts)] for start in range(0, len(written), len(prompts))]
+
+
+class _Reading:
+    """Every variant's pass over the prompts and the draft after them."""
+
+    def __init__(
+        self,
+        edited: Edited,
+        decoder: Decoder,
+        prompts: Sequence[Tokens],
+        draft: Sequence[Tokens],
+        variants: Sequence[Variant],
+    ) -> None:
+        self._decoder, self._prompts, self._draft, self._variants = decoder, prompts, draft, variants
+        self._shared = _common_beginning(prompts)
+        read = [
+            [*prompt[self._shared :], *text[:-1]] for prompt, text in zip(prompts, draft, strict=True)
+        ]  # nothing is asked after a draft's last token
+        layerwise = layerwise_or_none(edited.model)
+        assert layerwise is not None
+        self._num_layers = layerwise.num_layers
+        removed = [{layer for layer, edit in one.edits if edit == Removed()} for one in variants]
+        if set.intersection(*removed):  # a layer that nobody goes through would leave no slot
+            variants = [*variants, INTACT]
+        self._states = States(edited, layerwise, decoder, self._passes(read), variants, keep=True)
+        for _ in range(self._num_layers):
+            self._states.advance()
+
+    def _passes(self, read: list[Tokens]) -> list[Pass]:
+        ids_BS = self._decoder.right_padded(read)
+        if not self._shared:
+            return [Pass(ids_BS)]
+        context = torch.tensor([self._prompts[0][: self._shared]], device=self._decoder.device)
+        positions_BS = self._shared + torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
+        rows = torch.zeros(len(read), dtype=torch.long, device=ids_BS.device)
+        return [Pass(context), Pass(ids_BS, None, positions_BS, rows)]
+
+    def accepted(self, variant: Variant) -> list[Tokens]:
+        """For every prompt the draft's beginning that ``variant`` would have written too, and its own next token."""
+        hidden_BSD = self._states.final(variant)[-1]
+        starts = [len(prompt) - self._shared - 1 for prompt in self._prompts]
+        rows = [
+            hidden_BSD[row, start : start + len(text)]
+            for row, (start, text) in enumerate(zip(starts, self._draft, strict=True))
+        ]
+        size = self._decoder.positions_at_once()
+        choice = torch.cat([self._decoder.logits(part).argmax(dim=-1) for part in torch.cat(rows).split(size)]).tolist()
+        found = []
+        for text in self._draft:
+            own, choice = choice[: len(text)], choice[len(text) :]
+            same = next((index for index in range(len(text)) if own[index] != text[index]), len(text) - 1)
+            found.append([*text[:same], own[same]])
+        return found
+
+    def texts(self, written: list[Tokens], alive: list[int]) -> Texts:
+        """The texts ``alive`` (index: variant, then prompt), each ready to be fed its last token."""
+        device = self._decoder.device
+        lengths = [len(self._prompts[text % len(self._prompts)]) + len(written[text]) - 1 for text in alive]
+        longest = max(lengths)
+        cache = plain_cache(self._num_layers)
+        kept = self._states.kept
+        assert kept is not None
+        for layer, slots in enumerate(kept):
+            pair = [_right_aligned(slots, layer, self._sources(alive), lengths, which) for which in (0, 1)]
+            cache.update(pair[0], pair[1], layer)
+            slots.clear()
+        lengths_B1 = torch.tensor(lengths, device=device).unsqueeze(1)
+        mask_BS = (torch.arange(longest + 1, device=device) >= longest - lengths_B1).long()
+        ids_BS = torch.tensor([[written[text][-1]] for text in alive], device=device)
+        return Texts(cache, mask_BS, ids_BS, lengths_B1, list(alive), written)
+
+    def _sources(self, alive: list[int]) -> list[tuple[Variant, int]]:
+        """Variant and prompt of every text."""
+        count = len(self._prompts)
+        return [(self._variants[text // count], text % count) for text in alive]
+
+
+def _common_beginning(prompts: Sequence[Tokens]) -> int:
+    """Tokens with which all prompts begin, if it is worth reading them only once; every prompt keeps one of its own."""
+    longest = min(map(len, prompts)) - 1
+    columns = zip(*prompts, strict=False)
+    shared = min(longest, sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns)))
+    return shared if len(prompts) > 1 and shared >= WORTH_SHARING else 0
+
+
+def _right_aligned(
+    slots: dict[Any, tuple[Tensor, Tensor]],
+    layer: int,
+    sources: Sequence[tuple[Variant, int]],
+    lengths: Sequence[int],
+    which: int,
+) -> Tensor:
+    """(B, H, S, d) keys (0) or values (1) of the first ``lengths`` tokens, ending together; 0 before them.
+
+    A removed layer has left nothing behind; what stands in its place is never read.
+    """
+    some = next(iter(slots.values()))[which]
+    _, heads, _, width = some.shape
+    found = some.new_zeros(len(sources), heads, max(lengths), width)
+    for row, ((variant, prompt), length) in enumerate(zip(sources, lengths, strict=True)):
+        path = tuple(edit for edit in variant.edits if edit[0] <= layer)
+        if path in slots:
+            found[row, :, max(lengths) - length :] = slots[path][which][prompt, :, :length]
+    return found
+
+
+class RowEdits:
+    """Edits of layers that hold for some rows of the batch only."""
+
+    def __init__(self, model: PreTrainedModel, variants: Sequence[Variant]) -> None:
+        self._model = model
+        self._variants = variants
+        """Of every text."""
+        self._rows: dict[tuple[int, Any], Tensor] = {edit: torch.empty(0) for one in variants for edit in one.edits}
+        self._num_rows = 0
+
+    def choose(self, alive: Sequence[int]) -> None:
+        """Say which texts the rows of the next forward belong to."""
+        rows: dict[tuple[int, Any], list[int]] = {edit: [] for edit in self._rows}
+        for row, text in enumerate(alive):
+            for edit in self._variants[text].edits:
+                rows[edit].append(row)
+        device = self._model.device
+        self._rows = {edit: torch.tensor(found, dtype=torch.long, device=device) for edit, found in rows.items()}
+        self._num_rows = len(alive)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer, edit in self._rows:
+                for handle in self._handles(layer, edit):
+                    stack.callback(handle.remove)
+            yield
+
+    def _handles(self, layer: int, edit: Any) -> Iterator[Any]:
+        module = decoder_layers(self._model)[layer]
+        match edit:
+            case Removed():
+                given: list[Tensor] = []
+
+                def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                    hidden = given_state(args, kwargs)
+                    given[:] = [hidden[self._rows[layer, edit]]]  # a copy: some layers write into their input
+
+                def pass_on(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+                    return _with_rows(output, self._rows[layer, edit], given[0], self._num_rows)
+
+                yield module.register_forward_pre_hook(remember, with_kwargs=True)
+                yield module.register_forward_hook(pass_on)
+            case Silenced(half):
+                for name in getattr(with_halves(self._model, layer), half):
+                    yield self._silence(module.get_submodule(name), layer, edit)
+            case Masked(heads):
+                yield self._mask(layer, edit, heads)
+
+    def _silence(self, module: nn.Module, layer: int, edit: Any) -> Any:
+        def nothing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            silent, rows = silent_output(module, args, kwargs, output), self._rows[layer, edit]
+            return _with_rows(output, rows, silent.reshape(self._num_rows, -1)[rows], self._num_rows)
+
+        return module.register_forward_hook(nothing, with_kwargs=True)
+
+    def _mask(self, layer: int, edit: Any, heads: Sequence[int]) -> Any:
+        found = with_heads(self._model, layer)
+        projection = decoder_layers(self._model)[layer].get_submodule(found.projection)
+
+        def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            context = args[0].clone()
+            rows = self._rows[layer, edit]
+            for head in heads:
+                context.unflatten(-1, (found.num_heads, -1))[rows, ..., head, :] = 0
+            return (context, *args[1:])
+
+        return projection.register_forward_pre_hook(mask)
+
+
+def _with_rows(output: Any, rows: Tensor, values: Tensor, num_rows: int) -> Any:
+    """``output`` with the states of ``rows`` replaced; a mixture of experts may return all rows' tokens in one."""
+    if not len(rows):
+        return output
+    changed = state_of(output).clone()
+    changed.view(num_rows, -1)[rows] = values.reshape(len(rows), -1)
+    return with_state(output, changed)

@@ -1,0 +1,8 @@
+"""Several runs side by side.
+
+compare     side by side
+comparable  which may stand in one table
+data        for scripts
+page        for readers
+ranking     of plans, before and after a heal
+"""

@@ -1,0 +1,384 @@
+"""Runs that may stand in one table: everything that shapes a score has to agree, and what does not is named.
+
+A run is read from its directory alone: which recipe made it may be gone, its artifacts say what counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.errors import UserError
+from shoal.recipe.search import PERPLEXITY
+from shoal.stats.paired import SAME_MEASUREMENT, paired, require_same_measurement
+
+from ..report.findings import Run, read_run
+
+CUT_ROLES = ("pruned", "distilled")
+TEXT_SETTINGS = ("eval.perplexity_data", "data", "eval.perplexity_tokens", "eval.sequence_length")
+"""What the perplexity depends on; `data` is the hash of the text itself."""
+MOST_PROBLEMS = 8
+"""Named in one refusal."""
+SAME_TEACHER_P = 0.001
+"""Below it one teacher's two scores are two measurements, whatever the settings say."""
+ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of the runs that are compared."""
+
+    letter: str
+    """A, B, ... in the order given."""
+    name: str
+    """As much of its path as tells it from the others."""
+    run: Run
+
+    @property
+    def teacher(self) -> str | None:
+        """What identifies the teacher's content; None = the run does not say."""
+        if "teacher" in self.run.evaluations:
+            return self.run.evaluations["teacher"].provenance.inputs.get("model")
+        return self.run.plan.provenance.inputs.get("model") if self.run.plan else None
+
+    def file(self, role: str) -> Path:
+        """Where the scores of ``role`` are."""
+        return self.run.folder / "eval" / f"{role}.json"
+
+
+@dataclass(frozen=True)
+class Common:
+    """What can be compared."""
+
+    tasks: tuple[str, ...]
+    """Names, by ability in the order of the first run."""
+    left_out: tuple[str, ...]
+    """Why another task is not among them, a sentence each."""
+    precision: str = ""
+    """That and which runs were scored in other precisions; empty = all in one."""
+
+
+def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
+    """The runs, in the order given.
+
+    Raises:
+        UserError: fewer than two, one of them twice, a folder that is no run's or holds no score of a cut model, or
+            files of one run that do not belong together.
+    """
+    if len(folders) < 2:
+        given = f"there is {folders[0]} alone" if folders else "there is none"
+        raise UserError(f"compare: needs two run directories or more, {given}; for one run there is `shoal report`")
+    resolved = [folder.expanduser().resolve() for folder in folders]
+    for index, folder in enumerate(resolved):
+        if folder in resolved[:index]:
+            raise UserError(f"compare: {folders[index]} is given twice; give every run once")
+    found = zip(folders, distinct_names(resolved), strict=True)
+    contenders = tuple(Contender(_letter(i), name, _read(folder)) for i, (folder, name) in enumerate(found))
+    problems = [problem for contender in contenders for problem in _own_problems(contender)]
+    if problems:
+        raise UserError("\n".join(problems[:MOST_PROBLEMS]))
+    return contenders
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of every path, as many as are needed for all names to differ."""
+    parts = [folder.parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def find_common(contenders: Sequence[Contender], *, across_teachers: bool = False) -> Common:
+    """The tasks that every run was scored on, with equal settings.
+
+    A task that some run lacks is left out. One that all of them have, but not measured alike, is no reason to leave it
+    out: whoever reads the table would take the rest for the whole.
+
+    Raises:
+        UserError: another teacher (without ``across_teachers``), no common task, or settings that differ: the file, the
+            field and both values.
+    """
+    problems = [] if across_teachers else list(_teacher_problems(contenders))
+    tasks, left_out = _shared_tasks(contenders)
+    if across_teachers:
+        tasks, other_tokens = _without_token_counts(contenders, tasks)
+        left_out += other_tokens
+    first = contenders[0]
+    seen: set[tuple[str, str]] = set()
+    for contender in contenders:
+        for role in contender.run.evaluations:
+            reference = role if role in first.run.evaluations else next(iter(first.run.evaluations))
+            if contender is first:
+                reference = next(iter(first.run.evaluations))
+            here, there = (first, reference), (contender, role)
+            for field, problem in _differences(here, there, tasks):
+                if (contender.letter, field) not in seen:
+                    seen.add((contender.letter, field))
+                    problems.append(problem)
+    precision = _precision(contenders)
+    if not problems and not across_teachers:
+        why = "the precision moves it" if precision else "something that is not recorded differs"
+        problems += _unexplained(contenders, tasks, why)
+    if problems:
+        more = f"\nand {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+        raise UserError(
+            "compare: these runs cannot stand in one table\n" + "\n".join(problems[:MOST_PROBLEMS]) + more + "\n"
+            "Run `shoal eval` with the same settings in all of them (what they share is not scored again), or compare "
+            "fewer runs"
+        )
+    return Common(tuple(tasks), tuple(left_out), precision)
+
+
+def score_of(evaluation: Evaluation, task: str) -> TaskScore:
+    """The score of ``task``, which it has."""
+    return next(score for score in evaluation.tasks if score.task == task)
+
+
+def _read(folder: Path) -> Run:
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give the run directory, which holds eval/")
+    try:
+        run = read_run(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
+    if not any(role in run.evaluations for role in CUT_ROLES):
+        only = "only the teacher was evaluated" if run.evaluations else "holds no evaluation"
+        is_cut = any((folder / name).is_dir() for name in ("student", "distilled"))
+        remedy = "run `shoal eval` with its recipe first" if is_cut else "run `shoal prune`, then `shoal eval` first"
+        raise UserError(f"{folder}: {only}, so there is no score of a cut model in eval/ to compare; {remedy}")
+    return run
+
+
+def _letter(index: int) -> str:
+    """A to Z, then AA, AB, ..."""
+    head, tail = divmod(index, 26)
+    return (_letter(head - 1) if head else "") + chr(ord("A") + tail)
+
+
+def _own_problems(contender: Contender) -> Iterator[str]:
+    """Scores of another cut than the plan's, in a folder whose files otherwise belong together (see read_run)."""
+    plan = contender.run.plan
+    for role in CUT_ROLES if plan else ():
+        found = contender.run.evaluations.get(role)
+        if plan and found and found.num_layers != len(plan.keep):
+            yield (
+                f"{contender.file(role)}: num_layers is {found.num_layers}, but {contender.run.folder / plan.FILE} "
+                f"keeps {len(plan.keep)} of {plan.num_layers}; run `shoal eval` again"
+            )
+
+
+def _teacher_problems(contenders: Sequence[Contender]) -> Iterator[str]:
+    first = contenders[0]
+    for contender in contenders:
+        if contender.teacher is None:
+            yield (
+                f"{contender.run.folder}: does not say what its teacher is, having neither eval/teacher.json nor "
+                "plan.json; evaluate it, or say --across-teachers"
+            )
+        elif first.teacher is not None and contender.teacher != first.teacher:
+            files = [_teacher_file(one) for one in (contender, first)]
+            names = [f" ({one.run.model})" if one.run.recipe else "" for one in (contender, first)]
+            yield (
+                f"{files[0]}: model is {contender.teacher!r}{names[0]}, but {first.teacher!r}{names[1]} in {files[1]}: "
+                "another teacher; say --across-teachers to compare all the same"
+            )
+
+
+def _teacher_file(contender: Contender) -> Path:
+    has_scores = "teacher" in contender.run.evaluations
+    return contender.file("teacher") if has_scores else contender.run.folder / "plan.json"
+
+
+def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]]:
+    """Tasks that every evaluation of every run has, and why others are left out."""
+    names = {
+        (contender.letter, role): [task.task for task in evaluation.tasks]
+        for contender in contenders
+        for role, evaluation in contender.run.evaluations.items()
+    }
+    by_letter = {contender.letter: contender for contender in contenders}
+    abilities = {
+        task.task: task.ability for one in contenders for found in one.run.evaluations.values() for task in found.tasks
+    }
+    shared, left_out = [], []
+    for task in abilities:
+        lacking = [str(by_letter[letter].file(role)) for (letter, role), known in names.items() if task not in known]
+        if lacking:
+            rest = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            left_out.append(f"{task} is left out: it is not in {lacking[0]}{rest}.")
+        else:
+            shared.append(task)
+    if not shared:
+        sets = [f"{one.run.folder}: {', '.join(dict.fromkeys(_tasks_of(one))) or 'none'}" for one in contenders]
+        raise UserError("compare: no task was evaluated in all of these runs\n" + "\n".join(sets))
+    order = list(dict.fromkeys(abilities[task] for task in shared))
+    return sorted(shared, key=lambda task: order.index(abilities[task])), left_out
+
+
+def _tasks_of(contender: Contender) -> Iterator[str]:
+    return (task.task for evaluation in contender.run.evaluations.values() for task in evaluation.tasks)
+
+
+def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> tuple[list[str], list[str]]:
+    """Between tokenizers a token is not the same unit: scores per token stay out unless the text has equal tokens."""
+    evaluations = [evaluation for one in contenders for evaluation in one.run.evaluations.values()]
+    if PERPLEXITY in tasks:
+        windows = [{item.id for item in score_of(evaluation, PERPLEXITY).items} for evaluation in evaluations]
+        if all(one == windows[0] for one in windows):  # windows are named after the tokens in them
+            return tasks, []
+    per_token = [task for task in tasks if "per_token" in score_of(evaluations[0], task).metric]
+    reasons = [
+        f"{task} is left out: it counts tokens, and the teachers' tokenizers cut text into other ones."
+        for task in per_token
+    ]
+    return [task for task in tasks if task not in per_token], reasons
+
+
+def _differences(
+    here: tuple[Contender, str], there: tuple[Contender, str], tasks: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """(what differs, problem) for everything that shapes a score and is not the same in both evaluations."""
+    files = here[0].file(here[1]), there[0].file(there[1])
+    one, other = here[0].run.evaluations[here[1]], there[0].run.evaluations[there[1]]
+    scores = [(score_of(one, task), score_of(other, task)) for task in tasks]
+    found = [*_text_settings(one, other, scores), *_prompt_settings(one, other, scores)]
+    same_text = not any(difference.field in TEXT_SETTINGS for difference in found)
+    judged = [pair for pair in scores if pair[0].task != PERPLEXITY or same_text]
+    found += [difference for pair in judged for difference in _score_settings(*pair, one, other)]
+    for difference in found:
+        values = [_short(value) for value in (difference.there, difference.here)]
+        field, note = difference.field, f" ({difference.note})" if difference.note else ""
+        yield field, f"{files[1]}: {field} is {values[0]}, but {values[1]} in {files[0]}{note}"
+    for before, after in judged:
+        if not any(_score_settings(before, after, one, other)):
+            try:
+                require_same_measurement(before, after)
+            except UserError as error:
+                yield f"{before.task} items", f"{files[1]} and {files[0]}: {error}"
+
+
+@dataclass(frozen=True)
+class _Difference:
+    field: str
+    here: Any
+    there: Any
+    note: str = ""
+
+
+def _text_settings(
+    one: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
+) -> Iterator[_Difference]:
+    """What shapes the perplexity."""
+    if not any(before.task == PERPLEXITY for before, _ in scores):
+        return
+    found = list(_unequal(one.provenance.inputs, other.provenance.inputs, TEXT_SETTINGS))
+    named = any(difference.field == "eval.perplexity_data" for difference in found)
+    yield from (difference for difference in found if difference.field != "data" or not named)
+
+
+def _prompt_settings(
+    one: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
+) -> Iterator[_Difference]:
+    """What makes prompts and reads answers, where a score does not hold the fingerprint of its prompts itself."""
+    asked = [before for before, after in scores if not (before.prompts and after.prompts) and before.task != PERPLEXITY]
+    if not asked:
+        return
+    inputs = one.provenance.inputs, other.provenance.inputs
+    versions = one.provenance.environment, other.provenance.environment
+    yield from _unequal(*inputs, ("tasks",), note="the content of the task files: prompts and matching rules")
+    yield from _unequal(*versions, ("lm_eval",), note="its version makes the prompts")
+    if any(score.num_fewshot for score in asked):
+        yield from _unequal(*inputs, ("seed",), note="it draws the few-shot examples")
+
+
+def _score_settings(before: TaskScore, after: TaskScore, one: Evaluation, other: Evaluation) -> Iterator[_Difference]:
+    """Fields of a task's score that say what was measured."""
+    fields = [field for field in SAME_MEASUREMENT if getattr(before, field) != getattr(after, field)]
+    for field in fields:
+        limits = [_limit(evaluation, before.task) for evaluation in (other, one)]
+        note = f"eval.limit {limits[0]} and {limits[1]}" if field == "n" and limits[0] != limits[1] else ""
+        note = "the version of the code that reads written answers" if field == "matching" else note
+        yield _Difference(f"{field} of task {before.task!r}", getattr(before, field), getattr(after, field), note)
+    if not fields and before.prompts and after.prompts and before.prompts != after.prompts:
+        note = _why_prompts_differ(before, after, one, other)
+        yield _Difference(f"prompts of task {before.task!r}", before.prompts, after.prompts, note)
+
+
+def _why_prompts_differ(before: TaskScore, after: TaskScore, one: Evaluation, other: Evaluation) -> str:
+    """The first question that is not the same, else the settings that may have made the rest of the prompt another."""
+    asked = {item.id: item.question for item in before.items}
+    for item in after.items:
+        if item.question and asked.get(item.id) and item.question != asked[item.id]:
+            return f"item {item.id!r} asks {_short(item.question)} there and {_short(asked[item.id])} here"
+    causes = list(_unequal(one.provenance.inputs, other.provenance.inputs, ("tasks", "seed")))
+    causes += _unequal(one.provenance.environment, other.provenance.environment, ("lm_eval",))
+    told = "; ".join(f"{cause.field} is {_short(cause.there)} there and {_short(cause.here)} here" for cause in causes)
+    return told or "few-shot examples, wording or the rules of matching"
+
+
+def _limit(evaluation: Evaluation, task: str) -> Any:
+    inputs = evaluation.provenance.inputs
+    return (inputs.get("eval.limits") or {}).get(task, inputs.get("eval.limit"))
+
+
+def _unequal(
+    here: dict[str, Any], there: dict[str, Any], fields: Sequence[str], *, note: str = ""
+) -> Iterator[_Difference]:
+    for field in fields:
+        values = here.get(field, ABSENT), there.get(field, ABSENT)
+        if values[0] != values[1]:
+            yield _Difference(field, *values, note)
+
+
+def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str], why: str) -> Iterator[str]:
+    """One teacher, equal settings and other scores: then something that nobody wrote down is not the same."""
+    judged = [contender for contender in contenders if "teacher" in contender.run.evaluations]
+    for contender in judged[1:]:
+        for task in tasks:
+            before, after = (score_of(one.run.evaluations["teacher"], task) for one in (judged[0], contender))
+            found = paired(before, after)
+            if found.test == "mcnemar-exact" and found.p_value < SAME_TEACHER_P:
+                yield (
+                    f"{contender.file('teacher')}: task {task!r}: score is {after.score:.3f}, but {before.score:.3f} "
+                    f"in {judged[0].file('teacher')}, for the same teacher on the same items (p < {SAME_TEACHER_P}): "
+                    f"{why}"
+                )
+
+
+def dtype_of(contender: Contender, role: str) -> str:
+    """The precision a role was scored in; `stored`, once `auto`, is its checkpoint's, where that is still there."""
+    asked = str(contender.run.evaluations[role].provenance.inputs.get("dtype", ABSENT))
+    config = contender.run.folder / ("distilled" if role == "distilled" else "student") / "config.json"
+    if asked not in ("stored", "auto") or not config.is_file():
+        return asked
+    try:
+        stored = json.loads(config.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config}: is not valid JSON ({error}); make the checkpoint again") from error
+    return str(stored.get("dtype") or stored.get("torch_dtype") or asked) if isinstance(stored, dict) else asked
+
+
+def _precision(contenders: Sequence[Contender]) -> str:
+    """What has to be said of scores in several precisions: the machine chooses one where the recipe says `auto`."""
+    found = {one.letter: tuple({dtype_of(one, role): None for role in one.run.evaluations}) for one in contenders}
+    if len(set(found.values())) == 1:
+        return ""
+    told = ", ".join(f"{letter} in {' and '.join(types)}" for letter, types in found.items())
+    return (
+        f"The runs were not scored in the same precision: {told}. Part of a difference between them may come from that "
+        "and not from the models; with the same `dtype` in all of them it could not."
+    )
+
+
+def _short(value: Any) -> str:
+    """A value for a message: text sources without their unset keys."""
+    if isinstance(value, list):
+        value = [{k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else part for part in value]
+    text = value if value == ABSENT else repr(value)
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,315 @@
+"""Runs side by side: what each kept of its teacher, at what size, speed and cost, and what may be said of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.artifacts.artifact import Evaluation, Speed, SpeedScore, TaskScore
+from shoal.recipe.search import Interval
+from shoal.stats.intervals import combined
+from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
+
+from ..report.findings import SIGNAL_SIGMAS
+from ..report.speed_ratio import SpeedRatio, speed_ratio
+from .comparable import CUT_ROLES, Common, Contender, find_common, read_contenders, score_of
+
+SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
+SPEED_MACHINE = ("device", "cpu_threads")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one task."""
+
+    score: TaskScore
+    kept: Retention | None
+    """Of its teacher's score above chance; None for a teacher, and where no teacher was evaluated."""
+    difference: PairedDifference | None
+    """To the first run's model of the same role; None = there is no other such model."""
+    adjusted_p: float | None = None
+    """Its p-value after Holm's correction over all differences of the table."""
+
+    @property
+    def verdict(self) -> str | None:
+        """`better` or `worse` than the first run, or `unclear`; None = not compared."""
+        return verdict(self.difference, self.adjusted_p, higher_is_better=self.score.higher_is_better)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the table."""
+
+    contender: Contender
+    """The run that its scores are from; a teacher's is the first that evaluated it."""
+    role: str
+    evaluation: Evaluation
+    cells: tuple[Cell, ...]
+    """In the order of the tasks."""
+    speed: SpeedScore | None
+    speed_ratio: SpeedRatio | None
+    """Of decoding, to the teacher that took turns with it."""
+
+    @property
+    def content(self) -> str | None:
+        """What identifies its weights."""
+        return self.evaluation.provenance.inputs.get("model")
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """The table and what has to be known to read it."""
+
+    contenders: tuple[Contender, ...]
+    tasks: tuple[TaskScore, ...]
+    """One per column: its score in the first model."""
+    silent: frozenset[str]
+    """Tasks on which no intact teacher is clear of chance."""
+    models: tuple[Model, ...]
+    """Teachers first, then every run's."""
+    left_out: tuple[str, ...]
+    """Tasks and speeds that are not in the table, and why."""
+    notes: tuple[str, ...]
+    precision: str = ""
+    """What has to be said above the table where the runs were scored in other precisions; empty = all in one."""
+
+    @property
+    def num_differences(self) -> int:
+        """How many comparisons the correction allows for."""
+        return len({_question(m, index) for m in self.models for index, cell in enumerate(m.cells) if cell.difference})
+
+
+def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> RunComparison:
+    """Everything the table and the figure show of the runs in ``folders``.
+
+    Raises:
+        UserError: a folder without results, or results that cannot stand in one table.
+    """
+    contenders = read_contenders(folders)
+    common = find_common(contenders, across_teachers=across_teachers)
+    speeds, no_speed = _speeds(contenders)
+    models = [
+        *(_model(one, "teacher", contenders, common, speeds) for one in _first_of_each_teacher(contenders)),
+        *(
+            _model(one, role, contenders, common, speeds)
+            for one in contenders
+            for role in CUT_ROLES
+            if role in one.run.evaluations
+        ),
+    ]
+    first = models[0]
+    return RunComparison(
+        contenders=contenders,
+        tasks=tuple(cell.score for cell in first.cells),
+        silent=_silent(models, common.tasks),
+        models=_with_adjusted_p(models),
+        left_out=(*common.left_out, *no_speed),
+        notes=tuple(_notes(contenders, common)),
+        precision=common.precision,
+    )
+
+
+def mean_kept(cells: Sequence[Cell]) -> Interval | None:
+    """The mean retention over tasks, with the interval that theirs add up to; None where one has none.
+
+    Tasks that share items share their luck: their limits are added as if they erred together, others' as squares.
+    """
+    kept = [cell.kept for cell in cells if cell.kept is not None]
+    limits = [(k.value, k.ci_low, k.ci_high) for k in kept if k.value is not None and k.ci_low is not None]
+    if not cells or len(limits) < len(cells):
+        return None
+    values, lows, highs = (np.array(column, dtype=np.float64) / len(cells) for column in zip(*limits, strict=True))
+    items = [{item.id for item in cell.score.items} for cell in cells]
+    together = np.array([[float(bool(one & other)) for other in items] for one in items])
+    low, value, high = combined(values.tolist(), lows.tolist(), highs.tolist(), together).tolist()
+    return Interval(value, low, high)
+
+
+def by_ability(comparison: RunComparison) -> dict[tuple[str, str], list[int]]:
+    """(ability, protocol) -> columns with a retention to speak of: the teacher is clear of chance there."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for index, task in enumerate(comparison.tasks):
+        if task.higher_is_better and task.task not in comparison.silent:
+            found.setdefault((task.ability, task.protocol), []).append(index)
+    return found
+
+
+def same_models(comparison: RunComparison) -> list[list[Model]]:
+    """Models of several runs that are one and the same: two recipes often share their cut."""
+    groups: dict[tuple[str, str], list[Model]] = {}
+    for model in comparison.models:
+        if model.role != "teacher" and model.content is not None:
+            groups.setdefault((model.role, model.content), []).append(model)
+    return [group for group in groups.values() if len({one.contender.letter for one in group}) > 1]
+
+
+def _model(
+    contender: Contender,
+    role: str,
+    contenders: Sequence[Contender],
+    common: Common,
+    speeds: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]],
+) -> Model:
+    evaluation, first = contender.run.evaluations[role], contenders[0]
+    teacher = _teacher_of(contender, contenders) if role != "teacher" else None
+    other = first.run.evaluations.get(role) if role != "teacher" and contender is not first else None
+    if other and evaluation.provenance.inputs.get("model") == other.provenance.inputs.get("model") is not None:
+        other = None  # the same weights: nothing to compare
+    cells = []
+    for task in common.tasks:
+        score = score_of(evaluation, task)
+        kept = retention(score_of(teacher, task), score) if teacher else None
+        cells.append(Cell(score, kept, paired(score_of(other, task), score) if other else None))
+    speed, ratio = speeds.get((contender.letter, role), (None, None))
+    return Model(contender, role, evaluation, tuple(cells), speed, ratio)
+
+
+def _teacher_of(contender: Contender, contenders: Sequence[Contender]) -> Evaluation | None:
+    """The run's own evaluation of its teacher, else another run's of the same one."""
+    own = contender.run.evaluations.get("teacher")
+    if own or contender.teacher is None:
+        return own
+    same = (one.run.evaluations.get("teacher") for one in contenders if one.teacher == contender.teacher)
+    return next((found for found in same if found), None)
+
+
+def _first_of_each_teacher(contenders: Sequence[Contender]) -> Iterator[Contender]:
+    seen: set[str | None] = set()
+    for contender in contenders:
+        if "teacher" in contender.run.evaluations and contender.teacher not in seen:
+            seen.add(contender.teacher)
+            yield contender
+
+
+def _silent(models: Sequence[Model], tasks: Sequence[str]) -> frozenset[str]:
+    teachers = [model for model in models if model.role == "teacher"]
+    return frozenset(
+        task
+        for index, task in enumerate(tasks)
+        if teachers
+        and all(
+            (sigmas := z_above_chance(teacher.cells[index].score)) is not None and sigmas <= SIGNAL_SIGMAS
+            for teacher in teachers
+        )
+    )
+
+
+def _with_adjusted_p(models: Sequence[Model]) -> tuple[Model, ...]:
+    """Holm's correction over all differences; one model that several runs share makes one of them."""
+    compared = {
+        _question(model, index): cell.difference.p_value
+        for model in models
+        for index, cell in enumerate(model.cells)
+        if cell.difference
+    }
+    adjusted = dict(zip(compared, holm(list(compared.values())), strict=True))
+    return tuple(
+        replace(
+            model,
+            cells=tuple(
+                replace(cell, adjusted_p=adjusted[_question(model, index)]) if cell.difference else cell
+                for index, cell in enumerate(model.cells)
+            ),
+        )
+        for model in models
+    )
+
+
+def _question(model: Model, column: int) -> tuple[str, str, int]:
+    """What a difference of ``model`` asks: equal for runs that share it."""
+    return model.role, model.content or model.contender.letter, column
+
+
+def _speeds(
+    contenders: Sequence[Contender],
+) -> tuple[dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]], list[str]]:
+    """(letter, role) -> speed and its ratio to the teacher's, of all runs that were timed like the first of them."""
+    timed = [(contender, contender.run.speed) for contender in contenders if contender.run.speed is not None]
+    reasons = [
+        f"{one.letter} has no speed: it was not measured there (`eval.speed: true`)."
+        for one in contenders
+        if timed and one.run.speed is None
+    ]
+    if not timed:
+        return {}, ["No run has a speed: it was not measured (`eval.speed: true`)."]
+    first, speed = timed[0]
+    found: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]] = {}
+    for contender, own in timed:
+        wanted, settings = _timing(speed), _timing(own)
+        other = [field for field in wanted if wanted[field] != settings[field]]
+        if other:
+            field = other[0]
+            reasons.append(
+                f"The speeds of {contender.letter} are left out: {field} is {settings[field]!r} there and "
+                f"{wanted[field]!r} in {first.letter}, so they are not of one kind."
+            )
+            continue
+        teacher = own.roles.get("teacher")
+        for role, score in own.roles.items():
+            ratio = speed_ratio(score, teacher, "decode") if teacher else None
+            found[contender.letter, role] = score, ratio
+    return found, reasons
+
+
+def _timing(speed: Speed) -> dict[str, Any]:
+    """What speeds depend on, apart from the model."""
+    settings = {field: getattr(speed, field) for field in SPEED_SETTINGS}
+    machine = {field: speed.provenance.environment.get(field) for field in SPEED_MACHINE}
+    return {**settings, "attention": speed.provenance.inputs.get("attention"), **machine}
+
+
+def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
+    """Gaps, and differences between the runs that are no reason to refuse them."""
+    for contender in contenders:
+        for role in CUT_ROLES:
+            if role not in contender.run.evaluations:
+                yield f"{contender.letter} has no {role} model here: {contender.file(role)} does not exist."
+        if "teacher" not in contender.run.evaluations:
+            same = _teacher_of(contender, contenders)
+            said = "that of another run is used, of the same model" if same else "so nothing is known of what it kept"
+            yield f"{contender.letter} has no evaluation of its teacher; {said}."
+    judged = [contender for contender in contenders if "teacher" in contender.run.evaluations]
+    for contender in judged[1:]:
+        if contender.teacher == judged[0].teacher and contender.teacher is not None:
+            yield from _restless(judged[0], contender, common)
+    for name, values in _harmless(contenders).items():
+        told = ", ".join(f"{value} in {' and '.join(letters)}" for value, letters in values.items())
+        yield f"{name} differs ({told}), which does not change what is asked."
+
+
+def _restless(first: Contender, other: Contender, common: Common) -> Iterator[str]:
+    """What the same teacher did otherwise: the noise of the machine, which no interval over items holds."""
+    pairs = [[score_of(one.run.evaluations["teacher"], task) for one in (first, other)] for task in common.tasks]
+    found = [paired(before, after) for before, after in pairs]
+    binary = [one for one in found if one.test == "mcnemar-exact"]
+    changed = sum(one.won + one.lost for one in binary)
+    if changed:
+        yield (
+            f"The same teacher answered {changed} of {sum(one.n for one in binary):,} items otherwise in "
+            f"{other.letter} than in {first.letter} (another machine, library or batch size): so much of a difference "
+            "means nothing."
+        )
+
+
+def _harmless(contenders: Sequence[Contender]) -> dict[str, dict[str, list[str]]]:
+    """Setting -> value -> letters, of settings that differ and move scores by rounding at most."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in ("attention", "eval.batch_size"):
+        _collect(found, name, [(one.letter, _any(one).provenance.inputs.get(name)) for one in contenders])
+    for name in ("torch", "transformers", "device"):
+        _collect(found, name, [(one.letter, _any(one).provenance.environment.get(name)) for one in contenders])
+    return {name: values for name, values in found.items() if len(values) > 1}
+
+
+def _collect(found: dict[str, dict[str, list[str]]], name: str, values: Sequence[tuple[str, Any]]) -> None:
+    for letter, value in values:
+        if value is not None:
+            found.setdefault(name, {}).setdefault(str(value), []).append(letter)
+
+
+def _any(contender: Contender) -> Evaluation:
+    return next(iter(contender.run.evaluations.values()))

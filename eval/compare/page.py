@@ -1,0 +1,375 @@
+"""A comparison of runs in words, tables and one figure: for the terminal, as compare.md and as compare.html."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from shoal.atomic_files import make_folder, write_text
+from shoal.figures.pareto import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
+from shoal.figures.run_figures import clean, inline_svg, save_figure
+from shoal.formatting import aligned
+from shoal.recipe.search import Interval
+from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
+
+from ..report.document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown
+from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
+from ..report.page import to_html
+from ..report.wording import (
+    DASH,
+    bytes_text,
+    chance_text,
+    count_text,
+    difference_text,
+    listed,
+    p_text,
+    protocol_text,
+    retention_text,
+    score_text,
+    score_words,
+    signed,
+    tasks_text,
+)
+from .comparable import dtype_of
+from .compare import Cell, Model, RunComparison, by_ability, mean_kept, same_models
+from .data import write_json_file
+
+log = logging.getLogger(__name__)
+
+NAME = "compare"
+FIGURE = "pareto"
+IN_TERMINAL = (0, 1, 2, 3, 5, 7)
+"""Columns of a task's table that a terminal has room for."""
+FIRST_COSTS = 2
+"""Of the columns of costs: the model's name and its parameters stand before the scores."""
+PROPORTIONAL = 0.05
+"""Bytes per parameter that differ by more than this share make disk space a cost of its own."""
+
+
+def write_comparison(comparison: RunComparison, folder: Path) -> Path:
+    """The path of compare.html in ``folder``, written with compare.md, compare.json and the figure as SVG and PNG.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    make_folder(folder, setting="--out")
+    picture = _draw(comparison, folder)
+    document = build_document(comparison, picture)
+    write_json_file(comparison, folder / f"{NAME}.json")
+    write_text(folder / f"{NAME}.md", to_markdown(document))
+    path = folder / f"{NAME}.html"
+    write_text(path, to_html(document))
+    log.info("comparison is at %s", path)
+    return path
+
+
+def build_document(comparison: RunComparison, picture: Picture | None) -> Document:
+    """The page: what may be said, the table, the figure, every task with its tests, and what to know."""
+    warning = [Paragraph(comparison.precision, warning=True)] if comparison.precision else []
+    sections = [
+        Section("The runs", (_runs_table(comparison),)),
+        Section("All models in one table", (*warning, _main_table(comparison), Paragraph(_legend(comparison)))),
+        Section("What is kept, at which cost", (picture,) if picture else (Paragraph(_no_figure(comparison)),)),
+        Section("Task by task", tuple(_task_table(comparison, i) for i in range(len(comparison.tasks)))),
+    ]
+    if known := _known(comparison):
+        sections.insert(3, Section("What to know before reading on", (Bullets(tuple(known)),)))
+    sections.append(Section("Versions and settings", (_versions_table(comparison),)))
+    names = listed(f"{one.letter} ({one.name})" for one in comparison.contenders)
+    return Document(
+        f"{len(comparison.contenders)} runs compared: {names}", tuple(verdicts(comparison)), tuple(sections)
+    )
+
+
+def comparison_text(comparison: RunComparison) -> str:
+    """The table for a terminal: sizes and costs, then every task below the other, with intervals."""
+    parts = ["\n".join(_run_lines(comparison))]
+    parts += [comparison.precision] if comparison.precision else []
+    parts.append(_aligned([_cost_columns(), *map(_cost_row, comparison.models)]))
+    for index in range(len(comparison.tasks)):
+        table = _task_table(comparison, index)
+        narrow = [[row[i] for i in IN_TERMINAL] for row in (table.columns, *table.rows)]
+        parts.append(f"{table.caption}\n{_aligned(narrow)}")
+    parts.append("\n".join(verdicts(comparison)))
+    known = _known(comparison)
+    parts += ["\n".join(f"- {line}" for line in known)] if known else []
+    return clean("\n\n".join(parts))  # no name may steer the terminal
+
+
+def verdicts(comparison: RunComparison) -> Iterator[str]:
+    """What may be said of every run against the first, sentence by sentence."""
+    first = comparison.contenders[0].letter
+    compared = [model for model in comparison.models if any(cell.difference for cell in model.cells)]
+    for model in sorted(compared, key=lambda model: model.role != "distilled"):
+        cells = [cell for cell in model.cells if cell.score.task not in comparison.silent]
+        found = {verdict: [cell for cell in cells if cell.verdict == verdict] for verdict in ("better", "worse")}
+        unclear = sum(cell.verdict == "unclear" for cell in cells)
+        parts = [
+            f"{verdict} on {tasks_text([cell.score for cell in those])}" for verdict, those in found.items() if those
+        ]
+        if unclear:
+            parts.append(f"no clear difference on {unclear} of {len(cells)} {'task' if len(cells) == 1 else 'tasks'}")
+        if parts:
+            against = f"{model.contender.letter} {model.role} against {first} {model.role}"
+            yield f"{against}{', in another precision' if _other_dtype(comparison, model) else ''}: {'; '.join(parts)}."
+    if comparison.num_differences:
+        yield (
+            f"“Better” and “worse” are said where p is below {SIGNIFICANT:g} after Holm's correction over all "
+            f"{comparison.num_differences} differences of the table."
+        )
+
+
+def _other_dtype(comparison: RunComparison, model: Model) -> bool:
+    """Whether the model was scored in another precision than the first run's of its role."""
+    return dtype_of(model.contender, model.role) != dtype_of(comparison.contenders[0], model.role)
+
+
+def pareto_panels(comparison: RunComparison) -> list[list[ParetoPanel]]:
+    """One row per ability and protocol, one panel per cost; empty where no retention is known."""
+    rows = []
+    for (ability, protocol), columns in by_ability(comparison).items():
+        kept = [_kept(model, columns) for model in comparison.models]
+        mean = f", mean of {len(columns)} tasks" if len(columns) > 1 else ""
+        title = f"{ability[:1].upper()}{ability[1:]}, {protocol_text(protocol)}{mean}"
+        panels = [ParetoPanel(title, cost, tuple(_points(comparison, kept, cost))) for cost in _costs(comparison)]
+        if any(model.role != "teacher" and value for model, value in zip(comparison.models, kept, strict=True)):
+            rows.append(panels)
+    return rows
+
+
+def _kept(model: Model, columns: Sequence[int]) -> Interval | None:
+    return Interval(1.0, 1.0, 1.0) if model.role == "teacher" else mean_kept([model.cells[i] for i in columns])
+
+
+def _points(comparison: RunComparison, kept: Sequence[Interval | None], cost: Cost) -> Iterator[ParetoPoint]:
+    """One point per model; runs that share one share the point."""
+    letters = {id(group[0]): ", ".join(one.contender.letter for one in group) for group in same_models(comparison)}
+    again = {id(one) for group in same_models(comparison) for one in group[1:]}
+    for model, value in zip(comparison.models, kept, strict=True):
+        amount = _cost(model, cost)
+        if value is not None and amount is not None and id(model) not in again:
+            label = "" if model.role == "teacher" else letters.get(id(model), model.contender.letter)
+            yield ParetoPoint(label, model.role, amount, value)
+
+
+def _cost(model: Model, cost: Cost) -> float | None:
+    if cost == "decode":
+        return model.speed_ratio.value if model.speed_ratio else None
+    return float(model.evaluation.num_parameters if cost == "parameters" else model.evaluation.num_bytes)
+
+
+def _costs(comparison: RunComparison) -> list[Cost]:
+    """Costs that say something of their own: bytes only where they do not follow the parameters."""
+    density = [model.evaluation.num_bytes / model.evaluation.num_parameters for model in comparison.models]
+    costs: list[Cost] = ["parameters"]
+    if max(density) > (1 + PROPORTIONAL) * min(density):
+        costs.append("bytes")
+    if any(model.role != "teacher" and model.speed_ratio is not None for model in comparison.models):
+        costs.append("decode")
+    return costs
+
+
+def _draw(comparison: RunComparison, folder: Path) -> Picture | None:
+    rows = pareto_panels(comparison)
+    if not rows:
+        return None
+    title = "Retention against size" + (" and speed" if rows[0][-1].cost == "decode" else "")
+    description = " ".join([_FIGURE_LEGEND, *_frontier_lines(rows)])
+    figure = pareto_figure(rows, {one.letter: one.name for one in comparison.contenders})
+    drawn, _ = (save_figure(figure, folder / f"{FIGURE}.{suffix}") for suffix in ("svg", "png"))
+    return Picture(f"{FIGURE}.png", inline_svg(drawn, FIGURE, title=title, description=description), title, description)
+
+
+_FIGURE_LEGEND = (
+    "Every mark is a model, its letter the run (letters beside it: the runs that share it) and its bar the 95 % "
+    "interval of the share of the teacher's score above chance that it keeps. Marks of equal cost stand side by side. "
+    "The dashed stairs join the models that no other one beats in both directions; they go by the marks alone, and "
+    "where bars overlap the order is not settled."
+)
+
+
+def _frontier_lines(rows: Sequence[Sequence[ParetoPanel]]) -> Iterator[str]:
+    for panel in (panel for row in rows for panel in row):
+        names = [f"{point.label} {point.role}".strip() for point in frontier(panel)]
+        yield f"{panel.title}, by {COSTS[panel.cost]}: {listed(names)}."
+
+
+def _no_figure(comparison: RunComparison) -> str:
+    why = "no run has an evaluation of its teacher"
+    if any(model.role == "teacher" for model in comparison.models):
+        why = "the teacher is clear of chance on none of these tasks"
+    return f"There is no figure, because retention is a share of what the teacher can do, and {why}."
+
+
+def _runs_table(comparison: RunComparison) -> Table:
+    rows = []
+    for contender in comparison.contenders:
+        run = contender.run
+        cut = run.plan.in_words() if run.plan else "plan.json is not there"
+        how = run.plan.reason if run.plan else DASH
+        rows.append((contender.letter, contender.name, run.model if run.recipe else DASH, cut, how))
+    columns = ("Run", "Name", "Model", "Cut", "How it was chosen")
+    return Table("The runs and their cuts", columns, tuple(rows), frozenset(range(len(columns))))
+
+
+def _run_lines(comparison: RunComparison) -> Iterator[str]:
+    for contender in comparison.contenders:
+        cut = f": {contender.run.plan.in_words()}" if contender.run.plan else ""
+        yield f"{contender.letter} = {contender.name}{cut}"
+
+
+def _main_table(comparison: RunComparison) -> Table:
+    """Rows are models, columns every task and the costs; a phone shows the first ones."""
+    titles, costs = [_task_title(comparison, index) for index in range(len(comparison.tasks))], _cost_columns()
+    rows = []
+    for model in comparison.models:
+        cost = _cost_row(model)
+        rows.append((*cost[:FIRST_COSTS], *map(_cell_text, model.cells), *cost[FIRST_COSTS:]))
+    return Table(
+        "Models, their scores and their costs", (*costs[:FIRST_COSTS], *titles, *costs[FIRST_COSTS:]), tuple(rows)
+    )
+
+
+def _cost_columns() -> tuple[str, ...]:
+    return ("Model", "Parameters", "Layers", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
+
+
+def _cost_row(model: Model) -> tuple[str, ...]:
+    found, training = model.evaluation, model.contender.run.training if model.role == "distilled" else None
+    speed = DASH
+    if model.speed:
+        ratio = "" if model.speed_ratio is None or model.role == "teacher" else f" ({model.speed_ratio.in_words()})"
+        speed = f"{model.speed.decode_tokens_per_s:,.1f}{ratio}"
+    cost = (f"{training.num_tokens:,}", f"{training.seconds / 3600:,.2f}") if training else (DASH, DASH)
+    size = (count_text(found.num_parameters), str(found.num_layers), bytes_text(found.num_bytes))
+    return (_model_name(model), *size, speed, *cost)
+
+
+def _model_name(model: Model) -> str:
+    return model.role if model.role == "teacher" else f"{model.contender.letter} {model.role}"
+
+
+def _cell_text(cell: Cell) -> str:
+    """`48.3 % [36.2, 60.7], kept 33 %, +15.0 (p 0.310)`."""
+    parts = [score_text(cell.score)]
+    if cell.kept and cell.kept.value is not None:
+        parts.append(f"kept {100 * cell.kept.value:.0f} %".replace("-", "−"))
+    if cell.difference:
+        share = is_share(cell.score)
+        amount = signed((100 if share else 1) * cell.difference.difference, 1 if share else 3)
+        parts.append(f"{amount} (p {p_text(cell.adjusted_p)})")
+    return ", ".join(parts)
+
+
+def _task_table(comparison: RunComparison, index: int) -> Table:
+    """One task: every model's score, what it keeps, and its difference to the first run with the test behind it."""
+    task, first = comparison.tasks[index], comparison.contenders[0]
+    columns = ("Model", "Score", "Kept", f"Against {first.letter}", "p", "p (Holm)", "Won / lost", "Would show from")
+    rows = [_task_row(comparison, model, index) for model in comparison.models]
+    direction = "" if task.higher_is_better else ", lower is better"
+    chance = f", chance {chance_text(task)}" if task.higher_is_better else ""
+    caption = (
+        f"{_task_title(comparison, index)}: {task.metric}{direction}, {task.n:,} items{chance}, "
+        f"version {task.version}, {task.num_fewshot} shots"
+    )
+    return Table(caption, columns, tuple(rows), folded=len(comparison.tasks) > 12)
+
+
+def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str, ...]:
+    cell = model.cells[index]
+    row = (_model_name(model), score_text(cell.score), retention_text(cell.kept))
+    if cell.difference is None:
+        return (*row, _no_difference(comparison, model), *[DASH] * 4)
+    first = next(
+        one
+        for one in comparison.models
+        if one.role == model.role and one.contender.letter == comparison.contenders[0].letter
+    )
+    least = minimal_detectable_difference(first.cells[index].score, cell.score)
+    share = is_share(cell.score)
+    return (
+        *row,
+        difference_text(cell.difference, cell.score),
+        p_text(cell.difference.p_value),
+        p_text(cell.adjusted_p),
+        f"{cell.difference.won} / {cell.difference.lost}",
+        _least_text(least, share=share),
+    )
+
+
+def _least_text(least: float, *, share: bool) -> str:
+    """The smallest true difference that these items would show four times out of five."""
+    if not math.isfinite(least) or (share and least >= 1):
+        return "too few items"
+    return f"{100 * least:.1f} points" if share else f"{least:.3f}"
+
+
+def _no_difference(comparison: RunComparison, model: Model) -> str:
+    first = comparison.contenders[0]
+    if model.role == "teacher" or model.contender.letter == first.letter:
+        return DASH
+    return "the same model" if model.role in first.run.evaluations else f"{first.letter} has none"
+
+
+def _task_title(comparison: RunComparison, index: int) -> str:
+    return ", ".join(score_words(comparison.tasks[index]))
+
+
+def _legend(comparison: RunComparison) -> str:
+    first = comparison.contenders[0].letter
+    return (
+        "Each score has its 95 % interval in brackets. “Kept” is the share of the teacher's score above chance: 100 % "
+        "is the teacher, 0 % guessing. Then the difference to the model of the same role in run "
+        f"{first}, over the same items, in points or in the metric's own unit, with its p-value corrected over the "
+        "whole table; intervals and tests are in “Task by task”, and what true difference so many items would show "
+        "four times out of five. Decoding in brackets is relative to the teacher that took turns with it; "
+        "then the smallest and largest ratio of one round."
+    )
+
+
+def _known(comparison: RunComparison) -> list[str]:
+    """What a reader has to know before the numbers mean anything."""
+    lines = (*_same_lines(comparison), *_few_lines(comparison), *_silent_lines(comparison))
+    return [*comparison.left_out, *lines, *comparison.notes]
+
+
+def _few_lines(comparison: RunComparison) -> Iterator[str]:
+    if few := [task for task in comparison.tasks if task.n < FEW_ITEMS]:
+        yield f"Too few items: fewer than {FEW_ITEMS}, so the intervals are wide: {tasks_text(few)}."
+
+
+def _same_lines(comparison: RunComparison) -> Iterator[str]:
+    for group in same_models(comparison):
+        letters = listed(model.contender.letter for model in group)
+        yield f"The {group[0].role} models of {letters} are one and the same: their weights are equal."
+
+
+def _silent_lines(comparison: RunComparison) -> Iterator[str]:
+    if comparison.silent:
+        silent = [task for task in comparison.tasks if task.task in comparison.silent]
+        yield (
+            f"No signal on {tasks_text(silent)}: the intact teacher is not more than "
+            f"{SIGNAL_SIGMAS:.0f} standard errors above guessing there, so no sentence and no figure rests on it."
+        )
+
+
+def _versions_table(comparison: RunComparison) -> Table:
+    """What made the scores, run by run: equal values stand once."""
+    found = [next(iter(one.run.evaluations.values())).provenance for one in comparison.contenders]
+    fields = list(dict.fromkeys(field for provenance in found for field in provenance.environment))
+    values = [(field, [str(one.environment.get(field, DASH)) for one in found]) for field in fields]
+    values += [(field, [str(one.inputs.get(field, DASH)) for one in found]) for field in ("attention", "seed")]
+    first = [(one, next(iter(one.run.evaluations))) for one in comparison.contenders]
+    values.append(("dtype", [dtype_of(*one) for one in first]))
+    columns = ("What", *(one.letter for one in comparison.contenders))
+    rows = tuple((field.replace("_", " "), *row) for field, row in values)
+    return Table("Versions and settings of the evaluations", columns, rows, frozenset(range(len(columns))), folded=True)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns for a terminal; those that say nothing are left out."""
+    cells = [[" ".join(cell.split()) for cell in row] for row in rows]
+    told = [column for column in zip(*cells, strict=True) if any(cell != DASH for cell in column[1:])]
+    return "\n".join(aligned(list(zip(*told, strict=True))))

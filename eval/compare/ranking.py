@@ -1,0 +1,298 @@
+"""How plans rank before and after a heal, with what their differences may claim.
+
+What ranks plans is a weighted mean over tasks of the share that is kept of the teacher's score above chance. The
+teacher's scores are taken as they were measured: they only set the weights with which the plans' own scores add up, and
+all differences between plans are paired by item.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy import stats
+
+from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.errors import UserError
+from shoal.recipe.search import PERPLEXITY, Column, Correlation, Interval, PlanScore, PlanStanding, Ranking, Standing
+from shoal.stats.paired import Retention, no_retention, paired, retention
+
+from ..harness.samples import protocol_of
+from ..report.findings import LIKELIHOOD_PROTOCOLS
+
+Scores = Mapping[str, TaskScore]
+"""By task name."""
+Labels = tuple[str, str, str]
+"""Task, ability, protocol."""
+
+
+@dataclass(frozen=True)
+class RankedBy:
+    """What plans are ranked by: a weighted sum of scores."""
+
+    unit: Literal["retention", "nats"]
+    weights: dict[str, float]
+    """By task; they add up to 1."""
+
+
+def check_columns(tasks: Mapping[str, Any], rank_by: Sequence[str]) -> None:
+    """Refuse, before anything is scored, columns that none of the lm-eval ``tasks`` will give.
+
+    Raises:
+        UserError: such a column, or, where the recipe does not say what to rank by, no task that writes text.
+    """
+    labels = [
+        (name, str(described.get("ability") or name), str(described.get("protocol") or _protocol(task)))
+        for name, task in tasks.items()
+        for described in [task.config.metadata or {}]
+    ]
+    labels.append((PERPLEXITY, "language", "rolling"))
+    for name in rank_by:
+        _tasks_of(name, labels)
+    if not rank_by and not any(protocol == "generation" for *_, protocol in labels):
+        raise UserError(
+            f"search.tasks: none of {', '.join(tasks) or 'them'} writes text, and likelihood hides what a cut does to "
+            "that; add one such as retrieval_generation, or say in search.rank_by what to rank by"
+        )
+
+
+def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> RankedBy:
+    """What ranks plans, once the teacher is known.
+
+    Raises:
+        UserError: a column of ``rank_by`` that says nothing here, columns without a unit in common, or nothing left.
+    """
+    scores = {task.task: task for task in teacher.tasks}
+    labels = [(task.task, task.ability, task.protocol) for task in teacher.tasks]
+    if not rank_by:
+        return RankedBy("retention", _by_protocol(scores))
+    weights: dict[str, float] = {}
+    for name in rank_by:
+        meant = _tasks_of(name, labels)
+        for task in meant:
+            weights[task] = weights.get(task, 0.0) + 1 / (len(rank_by) * len(meant))
+    silent = {task: no_retention(scores[task]) for task in weights}
+    in_nats = [task for task in weights if not scores[task].higher_is_better]
+    if in_nats and len(in_nats) < len(weights):
+        other = next(task for task in weights if task not in in_nats)
+        raise UserError(
+            f"search.rank_by: {in_nats[0]} is in {scores[in_nats[0]].metric} and {other} a share above chance, which "
+            "have no mean; name columns of one kind"
+        )
+    units = sorted({scores[task].metric for task in in_nats})
+    if len(units) > 1:
+        raise UserError(f"search.rank_by: {units[0]} and {units[1]} have no mean; name columns of one unit")
+    if not in_nats and any(silent.values()):
+        task = next(task for task, reason in silent.items() if reason)
+        raise UserError(f"search.rank_by: {task} ranks nothing: {silent[task]}; name another column")
+    return RankedBy("nats" if in_nats else "retention", weights)
+
+
+def rank_plans(
+    teacher: Evaluation, plans: Mapping[str, tuple[Evaluation, Evaluation]], *, rank_by: Sequence[str] = ()
+) -> Ranking:
+    """The ranking of ``plans``, each with its scores before and after the heal.
+
+    Raises:
+        UserError: as measure_by does, and scores that were measured with different settings.
+    """
+    measure = measure_by(teacher, rank_by)
+    intact = _by_task(teacher)
+    before = {name: _by_task(pair[0]) for name, pair in plans.items()}
+    after = {name: _by_task(pair[1]) for name, pair in plans.items()}
+    standings = [_standings(measure, intact, scores) for scores in (before, after)]
+    order = sorted(plans, key=lambda name: standings[1][name].rank)
+    winner_after = order[0]
+    winner_before = min(order, key=lambda name: standings[0][name].rank)  # of several the one that is best later
+    used = [intact[task] for task in measure.weights]
+    return Ranking(
+        unit=measure.unit,
+        columns=tuple(_column(task, measure, before, after) for task in teacher.tasks),
+        plans=tuple(
+            PlanStanding(
+                name,
+                standings[0][name],
+                standings[1][name],
+                tuple(_plan_score(task, before[name], after[name]) for task in teacher.tasks),
+            )
+            for name in order
+        ),
+        agreement={
+            "overall": _overall_agreement(standings, lambda standing: standing.value),
+            "likelihood": _overall_agreement(standings, lambda standing: standing.likelihood),
+            "generation": _overall_agreement(standings, lambda standing: standing.generation),
+        },
+        num_items=len({(task.ability, item.id) for task in used for item in task.items}),
+        winner_before=winner_before,
+        winner_after=winner_after,
+        difference=_difference(measure, intact, after[winner_before], after[winner_after]),
+    )
+
+
+def correlation(one: Sequence[float], other: Sequence[float]) -> Correlation:
+    """Rank correlations of two lists of scores; None where one of them holds a single value only."""
+    if len(set(one)) < 2 or len(set(other)) < 2:
+        return Correlation(None, None)
+    ranks = [stats.rankdata(values) for values in (one, other)]
+    tau = float(stats.kendalltau(*ranks).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+    return Correlation(tau, float(np.corrcoef(*ranks)[0, 1].clip(-1, 1)))
+
+
+def _standings(measure: RankedBy, teacher: Scores, plans: Mapping[str, Scores]) -> dict[str, Standing]:
+    """Where every plan stands, before or after the heal."""
+    values = {name: _value(measure, teacher, scores) for name, scores in plans.items()}
+    sign = -1 if measure.unit == "retention" else 1
+    best = min(plans, key=lambda name: sign * values[name].value)
+    return {
+        name: Standing(
+            value=values[name],
+            rank=1 + sum(sign * other.value < sign * values[name].value for other in values.values()),
+            likelihood=_kept(teacher, scores, LIKELIHOOD_PROTOCOLS),
+            generation=_kept(teacher, scores, ("generation",)),
+            behind=_difference(measure, teacher, plans[best], scores),
+        )
+        for name, scores in plans.items()
+    }
+
+
+def _value(measure: RankedBy, teacher: Scores, scores: Scores) -> Interval:
+    if measure.unit == "nats":
+        parts = [(weight, scores[task]) for task, weight in measure.weights.items()]
+        value = sum(weight * score.score for weight, score in parts)
+        low = math.sqrt(sum((weight * (score.score - score.ci_low)) ** 2 for weight, score in parts))
+        high = math.sqrt(sum((weight * (score.ci_high - score.score)) ** 2 for weight, score in parts))
+        return _interval(value, value - low, value + high)
+    lost = _difference(measure, teacher, teacher, scores)
+    return _interval(1 + lost.value, 1 + lost.ci_low, 1 + lost.ci_high)
+
+
+def _kept(teacher: Scores, scores: Scores, protocols: Sequence[str]) -> Interval | None:
+    """The mean share kept over the tasks under ``protocols``; None where no task has such a share."""
+    tasks = [task.task for task in teacher.values() if task.protocol in protocols and not no_retention(task)]
+    if not tasks:
+        return None
+    return _value(RankedBy("retention", {task: 1 / len(tasks) for task in tasks}), teacher, scores)
+
+
+def _difference(measure: RankedBy, teacher: Scores, before: Scores, after: Scores) -> Interval:
+    """The value of ``after`` less that of ``before``, with the interval that the tasks' paired ones make.
+
+    Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
+    in Medicine 27:1693), so what holds for few items on one task holds for the sum. Tasks that ask the same items in
+    another way err together; their correlation is taken from the items' own differences.
+    """
+    tasks = list(measure.weights)
+    found = [paired(before[task], after[task]) for task in tasks]
+    scales = np.array([_scale(measure, teacher[task]) for task in tasks])
+    differences = np.array([one.difference for one in found])
+    correlations = np.array([[_correlated(before, after, one, other) for other in tasks] for one in tasks])
+
+    def reach(distances: Sequence[float]) -> float:
+        scaled = scales * np.array(distances)
+        return math.sqrt(max(0.0, float(scaled @ correlations @ scaled)))
+
+    value = float(scales @ differences)
+    low = reach([one.difference - one.ci_low for one in found])
+    high = reach([one.ci_high - one.difference for one in found])
+    return _interval(value, value - low, value + high)
+
+
+def _scale(measure: RankedBy, teacher: TaskScore) -> float:
+    weight = measure.weights[teacher.task]
+    return weight / (teacher.score - teacher.chance) if measure.unit == "retention" else weight
+
+
+def _correlated(before: Scores, after: Scores, one: str, other: str) -> float:
+    """How far the changes on two tasks go together, item by item; 0 where they share no items."""
+    if one == other:
+        return 1.0
+    if before[one].ability != before[other].ability:
+        return 0.0
+    changes = [_changes(before[task], after[task]) for task in (one, other)]
+    shared = sorted(changes[0].keys() & changes[1].keys())
+    pairs = np.array([[change[item] for item in shared] for change in changes])
+    if len(shared) < 3 or np.ptp(pairs, axis=1).min() == 0:
+        return 0.0
+    return float(np.corrcoef(pairs)[0, 1])
+
+
+def _changes(before: TaskScore, after: TaskScore) -> dict[str, float]:
+    earlier = {item.id: item.score for item in before.items}
+    return {item.id: item.score - earlier[item.id] for item in after.items}
+
+
+def _column(task: TaskScore, measure: RankedBy, before: Mapping[str, Scores], after: Mapping[str, Scores]) -> Column:
+    values = [[round(scores[task.task].score, 12) for scores in plans.values()] for plans in (before, after)]
+    return Column(
+        task=task.task,
+        ability=task.ability,
+        protocol=task.protocol,
+        metric=task.metric,
+        n=task.n,
+        chance=task.chance,
+        higher_is_better=task.higher_is_better,
+        teacher=Interval(task.score, task.ci_low, task.ci_high),
+        weight=measure.weights.get(task.task, 0.0),
+        no_retention=no_retention(task),
+        agreement=correlation(*values),
+    )
+
+
+def _plan_score(teacher: TaskScore, before: Scores, after: Scores) -> PlanScore:
+    scores = [before[teacher.task], after[teacher.task]]
+    intervals = [Interval(score.score, score.ci_low, score.ci_high) for score in scores]
+    return PlanScore(teacher.task, *intervals, *(_share(retention(teacher, score)) for score in scores))
+
+
+def _share(kept: Retention) -> Interval | None:
+    if kept.value is None or kept.ci_low is None or kept.ci_high is None:
+        return None
+    return Interval(kept.value, kept.ci_low, kept.ci_high)
+
+
+def _overall_agreement(
+    standings: Sequence[Mapping[str, Standing]], of: Callable[[Standing], Interval | None]
+) -> Correlation:
+    values = [[of(standing) for standing in of_plans.values()] for of_plans in standings]
+    before, after = ([one.value for one in side if one is not None] for side in values)
+    return correlation(before, after)
+
+
+def _by_protocol(scores: Scores) -> dict[str, float]:
+    """Likelihood and generated text half each, whatever the number of their tasks."""
+    usable = [task for task in scores.values() if not no_retention(task)]
+    likely = [task.task for task in usable if task.protocol in LIKELIHOOD_PROTOCOLS]
+    written = [task.task for task in usable if task.protocol == "generation"]
+    groups = [group for group in (likely, written) if group]
+    if not groups:
+        raise UserError(
+            "search.tasks: the teacher is above chance on none of them, so they rank nothing; name others, or rank by "
+            f"text alone with search.rank_by: [{PERPLEXITY}]"
+        )
+    return {task: 1 / (len(groups) * len(group)) for group in groups for task in group}
+
+
+def _tasks_of(name: str, labels: Sequence[Labels]) -> list[str]:
+    """The tasks that ``name`` means: a task's own name goes before an ability, or `ability/protocol`."""
+    exact = [task for task, *_ in labels if task == name]
+    found = exact or [task for task, ability, protocol in labels if name in (ability, f"{ability}/{protocol}")]
+    if not found:
+        known = dict.fromkeys(one for task, ability, protocol in labels for one in (task, f"{ability}/{protocol}"))
+        raise UserError(f"search.rank_by: no task gives {name!r}; there is {', '.join(known)}")
+    return found
+
+
+def _protocol(task: Any) -> str:
+    return protocol_of(task, [{"doc": task.eval_docs[0]}])
+
+
+def _by_task(evaluation: Evaluation) -> dict[str, TaskScore]:
+    return {task.task: task for task in evaluation.tasks}
+
+
+def _interval(value: float, low: float, high: float) -> Interval:
+    # sums of equal shares in another order must stay equal, or rounding would rank
+    return Interval(round(value, 12), round(low, 12), round(high, 12))

@@ -1,0 +1,286 @@
+"""The model card of an exported checkpoint: metadata the Hub understands, and what a user of the model has to know."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from shoal.artifacts.artifact import TaskScore
+from shoal.errors import UserError
+from shoal.models.load import DEMO_PREFIX
+from shoal.recipe.edits import in_words
+from shoal.redaction import redacted
+
+from ..report.cautions import cautions_section
+from ..report.document import Block, Bullets, Code, Paragraph, block_markdown, inline
+from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
+from ..report.headline import board, headline
+from ..report.report import FIGURES_DIR
+from ..report.sections import difference_table, no_signal_section, score_table
+from ..report.speed_section import speed_section
+from ..report.wording import bytes_text, duration_text, layers_text, listed
+from .license import License, base_license, license_file
+
+DEMO_BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Hub id of the model that a bundled demo model was made from."""
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")
+PICTURES = {
+    "before_after": "Scores before and after, with 95 % intervals",
+    "levels": "Scores by level of difficulty",
+    "importance": "Importance of the layers, the cut ones marked",
+    "training": "Training loss and learning rate by step",
+}
+"""Figures that a card shows, as far as the run has drawn them."""
+
+
+def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
+    """README.md for the distilled checkpoint of a run: YAML metadata with model-index, then Markdown.
+
+    ``base_folder`` is the teacher's checkpoint, whose card or license file names the license; None = from the recipe's
+    model: a local folder, or what the Hub's cache holds of it.
+
+    Raises:
+        UserError: the run has no plan, so there is nothing a card could describe.
+    """
+    run = read_run(run_dir)
+    if run.plan is None:
+        raise UserError(
+            f"{run_dir / 'plan.json'}: no such file; a model card describes a cut model, run `shoal prune` first"
+        )
+    base = base_model(run)
+    revision = (run.recipe or {}).get("revision")
+    found = base_license(run.model, hub_id=base, revision=revision, folder=base_folder)
+    datasets, paths = _training_data(run), sorted(_paths(run.recipe), key=len, reverse=True)
+    run = replace(run, recipe=_public(redacted(run.recipe)))
+    comparison = compare(run)
+    metadata = _metadata(run, comparison, base, found, datasets)
+    body = "\n\n".join(
+        block if isinstance(block, str) else block_markdown(block) for block in _body(run, comparison, base, found)
+    )
+    card = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
+    for path in paths:  # sources and tasks are called by their paths in results too
+        card = card.replace(path, _public(path))
+    return str(ModelCard(card))
+
+
+def base_model(run: Run) -> str | None:
+    """The base model's Hub id; None where the run started from a local folder, whose path is nobody else's business."""
+    name = run.model
+    if name.startswith(DEMO_PREFIX):
+        return DEMO_BASES.get(name.removeprefix(DEMO_PREFIX))
+    is_hub_id = run.recipe is not None and name.count("/") <= 1 and not name.startswith((".", "/", "~"))
+    return name if is_hub_id and not Path(name).exists() else None
+
+
+def _metadata(run: Run, comparison: Comparison, base: str | None, found: License, datasets: list[str]) -> ModelCardData:
+    fields: dict[str, Any] = {"base_model_relation": "finetune"} if base and run.training else {}
+    return ModelCardData(
+        base_model=base,
+        datasets=datasets or None,
+        library_name="transformers",
+        license=found.identifier or "other",
+        license_name=found.name if found.identifier else "see-base-model",
+        license_link=_license_link(run, found, base),
+        pipeline_tag="text-generation",
+        tags=["shoal", "layer-pruning", "knowledge-distillation", "arxiv:2510.02091"],
+        model_name=_name(run, base),
+        eval_results=[_eval_result(score, row, role) for row, role, score in _scores(run, comparison)] or None,
+        **fields,
+    )
+
+
+def _license_link(run: Run, found: License, base: str | None) -> str | None:
+    """An address, or a file of the export; a base card's own file counts only where it came along."""
+    link = found.link
+    if link and "://" not in link and not (run.folder / _role(run, "student") / link).is_file():
+        return f"https://huggingface.co/{base}/blob/main/{link}" if base else None
+    if found.identifier or link:
+        return link
+    return f"https://huggingface.co/{base}" if base else None
+
+
+def _scores(run: Run, comparison: Comparison) -> list[tuple[Row, str, TaskScore]]:
+    """What the exported model scored, task by task."""
+    role = _role(run, "pruned")
+    return [(row, role, row.scores[role]) for row in comparison.rows if role in row.scores]
+
+
+def _role(run: Run, otherwise: str) -> str:
+    return "distilled" if "distilled" in run.evaluations or run.training else otherwise
+
+
+def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
+    """One entry of the model-index. The Hub merges what shares a data set, so metrics carry their intervals."""
+    about: dict[str, Any] = {"num_items": score.n, "higher_is_better": score.higher_is_better}
+    about |= {"chance": score.chance} if score.higher_is_better else {}
+    about |= {"ci_low": round(score.ci_low, 6), "ci_high": round(score.ci_high, 6), "confidence": 0.95}
+    if teacher := row.scores.get("teacher"):
+        about["base_model_value"] = round(teacher.score, 6)
+    kept = row.retained.get(role)
+    if kept is not None and kept.value is not None and kept.ci_low is not None and kept.ci_high is not None:
+        about["retention"] = round(kept.value, 6)
+        about |= {"retention_low": round(kept.ci_low, 6), "retention_high": round(kept.ci_high, 6)}
+    return EvalResult(
+        task_type="text-generation",
+        task_name=f"{score.ability} ({score.protocol})",
+        dataset_type=score.task,
+        dataset_name=score.task,
+        dataset_config=score.protocol,
+        dataset_args={"protocol": score.protocol, "num_few_shot": score.num_fewshot, "task_version": score.version},
+        metric_type="accuracy" if is_share(score) and score.metric == "acc" else score.metric,
+        metric_name=score.metric,
+        metric_value=round(score.score, 6),
+        metric_args=about,
+    )
+
+
+def _body(run: Run, comparison: Comparison, base: str | None, found: License) -> list[Block | str]:
+    assert run.plan is not None
+    parts: list[Block | str] = [f"# {inline(_name(run, base))}"]
+    first, *others = (Paragraph(sentence) for sentence in headline(run, comparison))
+    lines = board(run, comparison)
+    parts += [first, *([lines] if lines else []), *others]
+    if comparison.rows:
+        parts += ["## Before and after", *_results(run, comparison)]
+        parts += ["## Read with care", *cautions_section(run, comparison).blocks]
+    parts += ["## What was cut", *_cut_lines(run, base), *_picture(run, "importance")]
+    if run.training:
+        parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
+    if run.speed:
+        parts += ["## Speed and size", *speed_section(run).blocks]
+    parts += ["## How to use it", Code(_USAGE.format(path=_repo(run) or "."), "python")]
+    parts += ["## Intended use", Paragraph(_INTENDED), "## Limits", _limits(run, comparison)]
+    parts += ["## License", Paragraph(_license_sentence(run, found, base))]
+    if run.recipe:
+        text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
+        parts += ["## Recipe", Paragraph("Made with shoal; this recipe makes it again."), Code(text, "yaml")]
+    return parts
+
+
+def _cut_lines(run: Run, base: str | None) -> list[Block]:
+    assert run.plan is not None
+    lines = [f"Base model: {base or 'a local checkpoint'}, {run.plan.num_layers} decoder layers"]
+    if run.plan.drop:
+        lines.append(f"Dropped layers (of the base model, counted from 0): {layers_text(run.plan.drop)}")
+        lines.append(f"Kept: {layers_text(run.plan.keep)}")
+    lines += [f"Edited: {in_words(edit)}" for edit in run.plan.edits]
+    lines.append(f"How they were chosen: {run.plan.reason}")
+    return [Bullets(tuple(lines))]
+
+
+def _training_lines(run: Run) -> Bullets:
+    assert run.training is not None
+    training, distill = run.training, (run.recipe or {}).get("distill") or {}
+    lines = [f"Distilled from the base model on {training.num_tokens:,} tokens in {training.num_steps:,} steps"]
+    if kinds := [str(loss["kind"]).replace("_", " ") for loss in distill.get("losses") or ()]:
+        lines.append(f"Objective: {listed(kinds)}")
+    if sources := training.data.get("sources"):
+        lines.append(f"Text: {listed(map(str, sources))}")
+    environment = training.provenance.environment
+    took = f"{duration_text(training.seconds)}, {bytes_text(training.peak_memory_bytes)} in the largest process"
+    lines.append(f"Took {took}; on {environment.get('world_size', 1)} x {environment.get('device', 'not recorded')}")
+    versions = [f"{name} {environment[name]}" for name in ("shoal", "torch", "transformers") if name in environment]
+    if versions:
+        lines.append(f"Versions: {listed(versions)}")
+    return Bullets(tuple(lines))
+
+
+def _results(run: Run, comparison: Comparison) -> list[Block | str]:
+    parts: list[Block | str] = [*_picture(run, "before_after"), score_table(run, comparison.rows)]
+    if any(("pruned", "distilled") in row.differences for row in comparison.rows):
+        caption = "Distilled minus pruned, paired over the same items"
+        parts.append(difference_table(comparison.rows, "pruned", "distilled", caption))
+    parts += _picture(run, "levels")
+    silent = no_signal_section(comparison)
+    if silent:
+        parts += ["### No signal here", *silent.blocks]
+    return parts
+
+
+def _picture(run: Run, name: str) -> list[str]:
+    file = f"{FIGURES_DIR}/{name}.png"
+    return [f"![{PICTURES[name]}]({file})"] if (run.folder / file).is_file() else []
+
+
+def _limits(run: Run, comparison: Comparison) -> Bullets:
+    lines = [
+        "It has the biases and gaps of its base model, and those that a cut adds.",
+        "Only the abilities in the table were measured. What is not in it, longer texts, other languages, safety "
+        "behaviour, may have suffered more.",
+        "Scores by likelihood can hide damage that shows when the model writes freely; look at the generation rows "
+        "first.",
+    ]
+    if not comparison.rows:
+        lines.append("Nothing was evaluated before this card was written.")
+    if run.training is None:
+        lines.append("It was not trained after the cut.")
+    return Bullets(tuple(lines))
+
+
+def _license_sentence(run: Run, found: License, base: str | None) -> str:
+    if found.identifier:
+        text = license_file(run.folder / _role(run, "student"))
+        where = f"; its text is in {text.name}" if text else ""
+        return f"{found.name or found.identifier}, taken over from {found.source}{where}."
+    return (
+        f"The base model ({base or 'a local checkpoint'}) carried no license statement when this card was made, so the "
+        "metadata says “other”. This model may be used as the base model's license allows; check it before you share."
+    )
+
+
+def _training_data(run: Run) -> list[str]:
+    """Hub ids of the data sets it was trained on; bundled texts and local files have none."""
+    sources = ((run.recipe or {}).get("distill") or {}).get("data") or []
+    paths = dict.fromkeys(str(source["path"]) for source in sources) if run.training else {}
+    return [path for path in paths if _is_hub_id(path)]
+
+
+def _is_hub_id(path: str) -> bool:
+    is_local = path.startswith((".", "/", "~")) or path.endswith(TEXT_SUFFIXES) or Path(path).exists()
+    return path.count("/") == 1 and not is_local
+
+
+def _repo(run: Run) -> str | None:
+    repo = ((run.recipe or {}).get("export") or {}).get("hub_repo")
+    return repo if isinstance(repo, str) else None
+
+
+def _name(run: Run, base: str | None) -> str:
+    if repo := _repo(run):
+        return repo.split("/")[-1]
+    assert run.plan is not None
+    return f"{(base or 'model').split('/')[-1]}-{len(run.plan.keep)}-layers"
+
+
+def _public(recipe: Any) -> Any:
+    """The recipe without absolute paths: a card is read by strangers, and their disks look different."""
+    if isinstance(recipe, dict):
+        return {key: _public(value) for key, value in recipe.items()}
+    if isinstance(recipe, list):
+        return [_public(value) for value in recipe]
+    is_path = isinstance(recipe, str) and recipe.startswith(("/", "~"))
+    return f".../{Path(recipe).name}" if is_path else recipe
+
+
+def _paths(recipe: Any) -> set[str]:
+    """Every absolute path in the recipe."""
+    if isinstance(recipe, dict | list):
+        return {path for value in (recipe.values() if isinstance(recipe, dict) else recipe) for path in _paths(value)}
+    return {recipe} if isinstance(recipe, str) and recipe != _public(recipe) and len(recipe) > 1 else set()
+
+
+_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "{path}"  # a Hub id or a local folder
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
+_INTENDED = (
+    "Research on which layers a language model needs, and as a smaller, faster stand-in for its base model where the "
+    "scores above are good enough. It is a plain Hugging Face checkpoint: no remote code, safetensors only."
+)

@@ -1,0 +1,129 @@
+"""The push to the Hugging Face Hub: first the local export is made whole, then it goes up in one resumable call."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token, set_client_factory
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]  # httpx's or httpx2's, whichever this version stands on
+)
+from huggingface_hub.utils._http import default_client_factory
+
+from shoal.atomic_files import write_text, written_file
+from shoal.errors import UserError
+from shoal.progress import doing
+
+log = logging.getLogger(__name__)
+
+FIGURES_DIR = "figures"
+ANSWER_S = 180.0
+"""So long the Hub may take for an answer, or an upload for its next bytes; huggingface_hub itself waits for ever."""
+REMEDIES = {
+    401: "the Hub does not accept the token; run `hf auth login` with one that may write",
+    403: "the token may not write there; run `hf auth login` with one that may, or choose another export.hub_repo",
+    404: "no such account or organisation; check the spelling of export.hub_repo",
+}
+
+
+def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | None = None) -> str:
+    """The URL of the Hub repository that now holds checkpoint, card and figures.
+
+    Card and figures, which a run keeps beside ``folder``, are written into it before anything is sent, so that a failed
+    push leaves a complete export. After a failure, what is already on the Hub is not sent a second time: unchanged
+    files are skipped, and large ones are stored by content.
+
+    Raises:
+        UserError: no token, a refusal, an unreachable Hub or a failed upload; with the command that goes on from there.
+    """
+    complete_export(folder, card, folder.parent / FIGURES_DIR)
+    token = get_token()
+    if token is None:
+        reason = "no Hugging Face token was found; run `hf auth login`"
+        raise UserError(_failure(folder, repo, reason, private=private, endpoint=endpoint))
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        log.info("pushing %s to %s", folder, repo)
+        with _bounded_answers(), doing(f"pushing to {repo}"):
+            url = str(api.create_repo(repo, private=private, exist_ok=True))
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message="Checkpoint, model card and figures from shoal",
+                ignore_patterns=["*.tmp", "*.old"],
+            )
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: what huggingface_hub and hf_xet raise for a failed transfer; ValueError: a refused name or card
+        reason = _reason(error).replace(token, "(hidden)")
+        raise UserError(_failure(folder, repo, reason, private=private, endpoint=endpoint)) from error
+    return url
+
+
+@contextmanager
+def _bounded_answers() -> Iterator[None]:
+    """Let no request of huggingface_hub wait for longer than ANSWER_S without a sign of the other side."""
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.timeout = ANSWER_S
+        return made
+
+    set_client_factory(client)
+    try:
+        yield
+    finally:
+        set_client_factory(default_client_factory)
+
+
+def complete_export(folder: Path, card: str, figures: Path) -> None:
+    """Put the card and the figures it shows next to the checkpoint; each file appears whole or not at all.
+
+    Raises:
+        UserError: ``folder`` holds no checkpoint, or the disk is full.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: has no config.json, so there is no checkpoint to export; run `shoal distill` first")
+    write_text(folder / "README.md", card)
+    for figure in sorted([*figures.glob("*.png"), *figures.glob("*.svg")]):
+        with written_file(folder / FIGURES_DIR / figure.name) as temporary:
+            shutil.copyfile(figure, temporary)
+
+
+def retry_command(folder: Path, repo: str, *, private: bool, endpoint: str | None = None) -> str:
+    """The command that pushes the export without shoal."""
+    words = ["hf", "upload", repo, str(folder), ".", *(["--private"] if private else [])]
+    prefix = f"HF_ENDPOINT={shlex.quote(endpoint)} " if endpoint else ""
+    return prefix + shlex.join(words)
+
+
+def _failure(folder: Path, repo: str, reason: str, *, private: bool, endpoint: str | None) -> str:
+    command = retry_command(folder, repo, private=private, endpoint=endpoint)
+    return (
+        f"export to {repo}: {reason}. The local export is complete at {folder}; push it again with the same shoal "
+        f"command or with: {command}"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in one line, from the deepest HTTP answer in the chain of causes."""
+    status, text = None, ""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError):
+            status = cause.response.status_code
+        text = str(cause).strip().split("\n")[0] or type(cause).__name__
+        cause = cause.__cause__
+    if status in REMEDIES:
+        return REMEDIES[status]
+    if status is not None:
+        return f"the Hub answered with HTTP status {status}"
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return f"the Hub cannot be reached ({text[:200]})"
+    return f"{text[:300]}"

@@ -1,0 +1,435 @@
+"""lm-eval's model interface over a transformers model in memory.
+
+Requests are tokenised exactly as lm-eval's own transformers class (HFLM) does it and get the same values; what differs
+is the work behind them: see scoring.py and generation.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jinja2
+import torch
+import torch.distributed as dist
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.errors import UserError
+from shoal.inference.decoder import Decoder
+from shoal.inference.generation import Finish, generate_greedily
+from shoal.inference.prefix_sharing import Reader, Start, batches, batches_by_beginning, common_beginnings
+from shoal.inference.scoring import Score, Tokens, scored
+from shoal.progress import Work, progress
+
+from .item_cache import ItemCache, key_of
+
+log = logging.getLogger(__name__)
+
+GREEDY_SETTINGS = {"do_sample", "temperature", "top_p", "top_k"}
+"""Settings of a generation configuration that change nothing about greedy text."""
+NEW_TOKENS = 256
+"""How many a task gets that does not say how many it wants, as in lm-eval."""
+NEUTRAL_SETTINGS = GREEDY_SETTINGS | {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "max_length",
+    "max_new_tokens",
+    "transformers_version",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+    "_from_model_config",
+}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a task wants its text written."""
+
+    max_new_tokens: int
+    stop: list[str]
+    settings: dict[str, Any]
+    """All else that the task asks for: sampling, penalties, ..."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a text ended."""
+
+    num_tokens: int
+    """New tokens, the one that ended it included."""
+    finished: bool
+    """False = the limit of new tokens ended it."""
+
+
+class CausalLM(TemplateLM):
+    """A transformers model as lm-eval asks for it; lm-eval deals its documents out by `rank` and `world_size`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 16,
+        *,
+        items: ItemCache | None = None,
+        branch: bool = True,
+        called: str = "eval",
+    ) -> None:
+        """``branch`` False scores every continuation by a forward of its own: same values, slower. ``called`` is what
+        is being done, for the log."""
+        super().__init__()
+        self.items = ItemCache() if items is None else items
+        """Answers so far; who hands them in has them kept on disk."""
+        self.tokenizer: Any = tokenizer
+        self.batch_size = batch_size
+        self.endings: dict[tuple[str, str], Ending] = {}
+        """By prompt and settings (as JSON) of every text that was written."""
+        self._model = model
+        self._branch = branch
+        self._called = called
+        self._device: torch.device = model.device  # pyright: ignore[reportIncompatibleVariableOverride]
+        together = dist.is_available() and dist.is_initialized()
+        self._rank = dist.get_rank() if together else 0
+        self._world_size = dist.get_world_size() if together else 1
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self._model)
+
+    @property
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return prefix_token(self.tokenizer)
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model has."""
+        return resolve_max_length(self._model.config, self.tokenizer)
+
+    @property
+    def max_gen_toks(self) -> int:
+        return NEW_TOKENS
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; no second start token where the text has one already."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
+            add_special_tokens = False
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **chosen)
+
+    def count_tokens(self, context: str, continuation: str) -> int:
+        """How many tokens of (context, continuation) are scored."""
+        if context == "":
+            return len(self.tok_encode(continuation, add_special_tokens=False))
+        return len(self._encode_pair(context, continuation)[1])
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def log_likelihoods(self, pairs: list[tuple[list[int], list[int]]]) -> list[Score]:
+        """Scores of (context, continuation) that are tokens already."""
+        return self._loglikelihood_tokens([(None, context, continuation) for context, continuation in pairs])
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Score]:
+        fitted = [self._fit(context, continuation) for _, context, continuation in requests]
+        self._report_truncation(sum(cut for _, _, cut in fitted), len(fitted), "context")
+        with progress(f"{self._called}: likelihoods", total=len(requests), unit="requests") as step:
+            scores = self._score([(context, continuation) for context, continuation, _ in fitted], step)
+        for (key, _, _), answer in zip(requests, scores, strict=True):
+            if key is not None:
+                self.cache_hook.add_partial("loglikelihood", key, answer)
+        return scores
+
+    def _score(self, pairs: list[tuple[Tokens, Tokens]], step: Work) -> list[Score]:
+        """Scores of (context, continuation) that fit the model."""
+        keys = self._score_keys(pairs)
+        missing = self.items.missing(keys)
+        step.known(len(pairs) - len(missing))
+        if missing:
+            asked = [pairs[index] for index in missing]
+            for found in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
+                self._refuse_nan(found.values())
+                self.items.add([keys[missing[index]] for index in found], list(found.values()))
+                step(len(found))
+        return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]
+
+    def _refuse_nan(self, scores: Iterable[Score]) -> None:
+        """Among options that are all NaN lm-eval would choose the first and go on."""
+        if any(math.isnan(log_prob) for log_prob, _ in scores):
+            raise UserError(
+                f"the model's likelihoods are no numbers in {self._model.dtype}; set dtype: float32 (or bfloat16) in "
+                "the recipe, or look for damaged weights"
+            )
+
+    def _score_keys(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[str]:
+        return [key_of("score", *pair) for pair in pairs]
+
+    def _fit(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+        """Both as the model can take them, and whether the context had to lose its beginning.
+
+        A context of white space alone goes to the continuation; what is left is asked as lm-eval asks it after an empty
+        one: behind the prefix token, unless that is what the continuation begins with.
+        """
+        if not context and continuation:
+            begins = continuation[0] == self.prefix_token_id
+            context, continuation = (
+                (continuation[:1], continuation[1:]) if begins else ([self.prefix_token_id], continuation)
+            )
+        if not continuation:
+            raise UserError("a task asks for the likelihood of an empty continuation; check its doc_to_choice")
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"an answer option has {len(continuation)} tokens, but the model has {self.max_length} positions; "
+                "leave this task out of eval.tasks"
+            )
+        whole = (*context, *continuation)[-(self.max_length + 1) :]
+        kept = whole[: len(whole) - len(continuation)]
+        return kept, tuple(continuation), len(kept) < len(context)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text in nats, in windows as long as the model allows, every token once."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                windows.append((None, *make_disjoint_window(pair)))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        by_settings: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            by_settings.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
+        texts = [""] * len(requests)
+        with progress(f"{self._called}: writing", total=len(requests), unit="texts") as step:
+            for indices in by_settings.values():
+                prompts = [requests[index].args[0] for index in indices]
+                answers = self._generate(prompts, copy.deepcopy(requests[indices[0]].args[1]), step)
+                for index, text in zip(indices, answers, strict=True):
+                    texts[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return texts
+
+    def _generate(self, prompts: list[str], settings: dict[str, Any], step: Work) -> list[str]:
+        """Texts of prompts that share their generation settings."""
+        room, wanted = prompt_room(settings, self.max_length)
+        stop = handle_stop_sequences(wanted.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id]))
+        max_new_tokens = wanted.pop("max_gen_toks")
+        encoded = [self._encode_prompt(prompt) for prompt in prompts]
+        self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
+        encoded = [ids[-room:] for ids in encoded]
+        how = Writing(max_new_tokens, stop, wanted)
+        written = self._write(encoded, how, step)
+        finish, key = self._finish(how), json.dumps(settings, sort_keys=True, default=str)
+        for prompt, tokens in zip(prompts, written, strict=True):
+            self.endings[prompt, key] = self._ending(tokens, max_new_tokens, finish)
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+        return [postprocess_generated_text(text, stop, None) for text in texts]
+
+    def _ending(self, tokens: list[int], max_new_tokens: int, finish: Finish) -> Ending:
+        """Of a text that may have been padded, or written on, to the length of others after its end."""
+        ends = self._end_ids()
+        own = tokens[: next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))]
+        if finish.stops_within(own):
+            own = next(own[:count] for count in range(1, len(own) + 1) if finish(own[:count]) or count == len(own))
+        return Ending(len(own), len(own) < max_new_tokens or finish(own))
+
+    def _write(self, prompts: list[list[int]], how: Writing, step: Work) -> list[list[int]]:
+        """The new tokens of every prompt."""
+        keys, items = self._text_keys(prompts, how), self.items
+        if how.settings.get("do_sample"):  # what is drawn depends on what was drawn before: nothing to be kept
+            keys, items = [f"{key} {index}" for index, key in enumerate(keys)], ItemCache()
+        missing = items.missing(keys)
+        step.known(len(prompts) - len(missing))
+        if missing:
+            for batch, texts in self._written([prompts[index] for index in missing], how):
+                items.add([keys[missing[index]] for index in batch], texts)
+                step(len(batch))
+        return [items[key] for key in keys]
+
+    def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
+        settings = (how.max_new_tokens, how.stop, sorted(how.settings.items()))
+        return [key_of("write", prompt, *settings) for prompt in prompts]
+
+    def _written(self, prompts: Sequence[list[int]], how: Writing) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
+        """Indices of prompts and their texts, batch after batch."""
+        if not self._writes_greedily(how):
+            for batch in batches(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])), self.batch_size):
+                yield batch, self._write_batch([prompts[index] for index in batch], how)
+            return
+        rows = [tuple(prompt) for prompt in prompts]
+        shared = common_beginnings(rows)
+        beginnings = [row[:count] for row, count in zip(rows, shared, strict=True)]
+        reader = Reader(self._decoder, beginnings)
+        # as many rows as there may be: it is the steps after the prompts that cost, and they have no padding
+        for batch in batches_by_beginning(
+            range(len(rows)),
+            self.batch_size,
+            lambda index: (beginnings[index], len(rows[index])),
+            enough_tokens=sys.maxsize,
+        ):
+            start = reader.start([rows[index] for index in batch], [shared[index] for index in batch])
+            yield batch, self._write_batch([prompts[index] for index in batch], how, start)
+
+    def _write_batch(self, rows: Sequence[list[int]], how: Writing, start: Start | None = None) -> list[list[int]]:
+        """The new tokens of ``rows``, whose beginning ``start`` may have been read already."""
+        if not self._writes_greedily(how):
+            return self._generate_with_transformers(rows, how.max_new_tokens, how.stop, how.settings)
+        finish = self._finish(how)
+        return generate_greedily(
+            self._decoder, rows, max_new_tokens=how.max_new_tokens, is_finished=finish, start=start
+        )
+
+    def _writes_greedily(self, how: Writing) -> bool:
+        """Whether the text can be written by our own loop; recurrent models, sampling and the like need another."""
+        return self._decoder.can_branch and self._is_plain_greedy(how.settings)
+
+    def _finish(self, how: Writing) -> Finish:
+        return Finish(self.tokenizer, self._end_ids(), how.stop)
+
+    def _encode_prompt(self, prompt: str) -> list[int]:
+        has_start = has_bos_prefix(prompt, getattr(self.tokenizer, "bos_token", None))
+        return self.tokenizer(prompt, **({"add_special_tokens": False} if has_start else {}))["input_ids"]
+
+    def _end_ids(self) -> set[int]:
+        """What ends a text: the tokenizer's end token and those of the model's generation configuration."""
+        ends = getattr(self._model.generation_config, "eos_token_id", None)
+        return {self.eot_token_id, *([ends] if isinstance(ends, int) else ends or [])}
+
+    def _is_plain_greedy(self, wanted: dict[str, Any]) -> bool:
+        """Whether text comes from the first choice alone: nothing sampled, nothing penalised by task or model."""
+        config = self._model.generation_config
+        model_settings = set() if config is None else config.to_diff_dict().keys() - NEUTRAL_SETTINGS
+        return not wanted.get("do_sample") and not wanted.keys() - GREEDY_SETTINGS and not model_settings
+
+    def _generate_with_transformers(
+        self, rows: Sequence[list[int]], max_new_tokens: int, stop: list[str], wanted: dict[str, Any]
+    ) -> list[list[int]]:
+        """Sampling, beams, penalties and models with a recurrent state are left to transformers."""
+        if not wanted.get("do_sample"):
+            wanted = {key: value for key, value in wanted.items() if key not in GREEDY_SETTINGS} | {"do_sample": False}
+        ids, mask, _ = self._decoder.left_padded(rows)
+        model: Any = self._model
+        with torch.no_grad():
+            written = model.generate(
+                input_ids=ids.masked_fill(mask == 0, self.tokenizer.pad_token_id),
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, ids.shape[1], len(rows)),
+                pad_token_id=self.tokenizer.pad_token_id,
+                # whole on every rank also where ZeRO 3 trains it, and ranks have unequal numbers of batches
+                synced_gpus=False,
+                **wanted,
+            )
+        return written[:, ids.shape[1] :].tolist()
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The conversation as the model's own template writes it; without the system turn if the template has none."""
+        arguments = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return self.tokenizer.apply_chat_template(chat_history, **arguments)
+        except jinja2.exceptions.TemplateError:
+            log.warning("the chat template takes no system turn; it is left out")
+            without = [turn for turn in chat_history if turn["role"] != "system"]
+            return self.tokenizer.apply_chat_template(without, **arguments)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return tensor
+        gathered = [torch.zeros_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor)
+        return torch.stack(gathered) if tensor.ndim == 0 else torch.cat(gathered)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        dist.gather_object(obj, gathered, dst=dst)
+        return gathered
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _report_truncation(self, num_truncated: int, num_requests: int, what: str) -> None:
+        if num_truncated:
+            log.warning(
+                "%d of %d requests are longer than the model's %d positions; the beginning of their %s was cut off",
+                num_truncated,
+                num_requests,
+                self.max_length,
+                what,
+            )
+
+
+def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What text without a context follows: the start token, or the end token where there is none."""
+    made: Any = tokenizer
+    return made.eos_token_id if made.bos_token_id is None else made.bos_token_id
+
+
+def prompt_room(settings: dict[str, Any], max_length: int) -> tuple[int, dict[str, Any]]:
+    """How many tokens of a prompt ``max_length`` positions leave room for, and a task's settings in lm-eval's names.
+
+    Raises:
+        UserError: for none.
+    """
+    wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, NEW_TOKENS))
+    if wanted["max_gen_toks"] >= max_length:
+        raise UserError(
+            f"a task asks for {wanted['max_gen_toks']} new tokens (max_gen_toks), but the model has {max_length} "
+            "positions; leave this task out of eval.tasks"
+        )
+    return max_length - wanted["max_gen_toks"], wanted
+
+
+def connect_ranks(device: torch.device) -> None:
+    """Let the ranks that a launcher started talk to each other, unless they already do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

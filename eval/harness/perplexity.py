@@ -1,0 +1,101 @@
+"""Nats per token of running text, window by window, so that two models can be paired on the same windows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
+
+from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.data.sources import first_tokens, load_texts
+from shoal.errors import UserError
+from shoal.recipe.recipe import Eval
+from shoal.recipe.section import DataSource
+
+from .engine import CausalLM, prefix_token
+from .samples import with_interval
+
+CHARACTERS_PER_TOKEN = 12
+"""More than any tokenizer puts into a token on average; how much text is read to have enough of it."""
+
+Window = tuple[str, list[int], list[int]]
+"""Item id, context tokens, scored tokens."""
+
+
+def perplexity(lm: CausalLM, settings: Eval) -> TaskScore:
+    """Mean negative log-likelihood per token of ``settings.perplexity_data``; exp of it is the perplexity.
+
+    A window never reaches over a document's end; every token is scored once, a window's first one after the start token
+    or its predecessor. Items are windows, weighted by their tokens. Ranks share the windows.
+
+    Raises:
+        UserError: a window longer than the model's positions, or text that cannot be read.
+    """
+    if settings.sequence_length > lm.max_length:
+        raise UserError(
+            f"eval.sequence_length: {settings.sequence_length} is more than the model's {lm.max_length} positions; "
+            "lower it"
+        )
+    found = windows(lm.tokenizer, settings)
+    mine = found[lm.rank :: lm.world_size]
+    scores = lm.log_likelihoods([(context, scored) for _, context, scored in mine])
+    totals = {identity: -log_prob for (identity, _, _), (log_prob, _) in zip(mine, scores, strict=True)}
+    if lm.world_size > 1:
+        gathered: list[Any] = [None] * lm.world_size
+        dist.all_gather_object(gathered, totals)
+        totals = {identity: total for part in gathered for identity, total in part.items()}
+    items = tuple(
+        ItemScore(identity, totals[identity] / len(scored), weight=float(len(scored))) for identity, _, scored in found
+    )
+    mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
+    return with_interval(
+        TaskScore(
+            task="perplexity",
+            ability="language",
+            protocol="rolling",
+            metric="nats_per_token",
+            score=mean,
+            ci_low=mean,
+            ci_high=mean,
+            n=len(items),
+            chance=0.0,
+            higher_is_better=False,
+            version=f"1.0, windows of {settings.sequence_length} tokens",
+            num_fewshot=0,
+            items=items,
+        )
+    )
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, settings: Eval) -> list[Window]:
+    """The first ``perplexity_tokens`` tokens, each source its share. Ids tell other text or tokens apart."""
+    total_weight = sum(source.weight for source in settings.perplexity_data)
+    found: list[Window] = []
+    for source in settings.perplexity_data:
+        budget = round(settings.perplexity_tokens * source.weight / total_weight)
+        found += _source_windows(tokenizer, source, budget, settings.sequence_length)
+    if not found:
+        raise UserError("eval.perplexity_data: the text tokenises to nothing; name a source that holds text")
+    return found
+
+
+def _source_windows(tokenizer: PreTrainedTokenizerBase, source: DataSource, budget: int, length: int) -> list[Window]:
+    found: list[Window] = []
+    prefix = prefix_token(tokenizer)
+    texts: Sequence[str] = load_texts(source, max_characters=budget * CHARACTERS_PER_TOKEN)
+    for number, text in enumerate(texts):
+        ids = first_tokens(text, partial(tokenizer.encode, add_special_tokens=False), budget)
+        budget -= len(ids)
+        for index, pair in enumerate(get_rolling_token_windows(ids, prefix, length, context_len=1)):
+            context, scored = make_disjoint_window(pair)
+            digest = hashlib.sha256(repr((context, scored)).encode()).hexdigest()[:8]
+            found.append((f"{source.path}:{number}:{index}:{digest}", context, scored))
+        if budget <= 0:
+            break
+    return found

@@ -1,0 +1,106 @@
+"""How written text fails: no answer can be read out of it, it ends in a loop, the limit cut it off; and how long it is.
+
+N texts. A damaged model often loses the habit of answering before it loses what it knows, so these stand beside scores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shoal.abilities.matching import letter_pattern
+from shoal.artifacts.artifact import TaskScore
+from shoal.data.repetition import ends_in_loop
+from shoal.stats.intervals import Array, wilson
+from shoal.stats.paired import PairedDifference, bootstrap_mean, paired_values
+
+UNREADABLE = "[invalid]"
+"""What lm-eval's filters hand on where they find no answer."""
+RATES = ("malformed", "repetition", "cut_off")
+"""Shares of the texts, each a defect."""
+LENGTH = "mean_tokens"
+NAMES = (*RATES, LENGTH)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One rate of one role with its 95 % interval: Wilson's for shares, bootstrap for the length."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+
+
+def text_rates(
+    texts: Sequence[str], readable: Sequence[bool], lengths: Sequence[int], cut: Sequence[bool]
+) -> list[dict[str, float]]:
+    """What artifact.ItemScore.rates holds, for every text.
+
+    ``readable`` says out of which texts an answer can be read, ``lengths`` are in new tokens, ``cut`` says which texts
+    ended by the limit of new tokens.
+    """
+    return [
+        {
+            "malformed": float(not can_be_read),
+            "repetition": float(ends_in_loop(text)),
+            "cut_off": float(was_cut),
+            "tokens": float(length),
+        }
+        for text, can_be_read, length, was_cut in zip(texts, readable, lengths, cut, strict=True)
+    ]
+
+
+def hold_answers(texts: Sequence[str], filtered: Sequence[str], targets: Sequence[str]) -> list[bool]:
+    """Whether every text holds something of the kind of the ``targets``, and its task's filter found something in it.
+
+    ``filtered`` is what the filter read out of the text.
+    """
+    pattern = answer_pattern(targets)
+    return [read != UNREADABLE and pattern.search(text) is not None for text, read in zip(texts, filtered, strict=True)]
+
+
+def with_rates(score: TaskScore) -> TaskScore:
+    """The same score with the means over its items, where these are written texts."""
+    if not score.items or not all(item.rates for item in score.items):
+        return score
+    return replace(score, rates={name: float(np.mean(values_of(score, name))) for name in NAMES})
+
+
+def values_of(score: TaskScore, name: str) -> Array:
+    """(N,): one of NAMES by item, in the order of the items."""
+    key = "tokens" if name == LENGTH else name
+    return np.array([item.rates[key] for item in score.items], dtype=np.float64)
+
+
+def rate(score: TaskScore, name: str) -> Rate:
+    """One of NAMES over the texts of ``score``, which has rates."""
+    values_N = values_of(score, name)
+    low, high = bootstrap_mean(values_N.tolist()) if name == LENGTH else wilson(float(values_N.sum()), len(values_N))
+    return Rate(float(values_N.mean()), max(low, 0.0), high)  # no text is shorter than nothing
+
+
+def rate_difference(before: TaskScore, after: TaskScore, name: str) -> PairedDifference:
+    """The change of one of NAMES from ``before`` to ``after``, item by item; an item is won where the value falls.
+
+    Exact McNemar test and Newcombe's interval for shares, paired bootstrap for the length.
+    """
+    later = dict(zip((item.id for item in after.items), values_of(after, name), strict=True))
+    before_N, after_N = values_of(before, name), np.array([later[item.id] for item in before.items])
+    return paired_values(before_N, after_N, np.ones_like(before_N), binary=name != LENGTH, higher_is_better=False)
+
+
+def answer_pattern(targets: Sequence[str]) -> re.Pattern[str]:
+    """What a text must hold to hold an answer at all, whatever the task's own rule of matching is.
+
+    INFERRED: something of the kind that every target of the task holds. Where all targets are one letter, one of these
+    letters as a word of its own that is no article; where all hold a digit, a digit; else a letter or digit.
+    """
+    targets = [target.strip() for target in targets]
+    if targets and all(len(target) == 1 and target.isalpha() for target in targets):
+        return letter_pattern(targets)
+    if targets and all(any(character.isdigit() for character in target) for target in targets):
+        return re.compile(r"\d")
+    return re.compile(r"[^\W_]")

@@ -1,0 +1,293 @@
+"""From lm-eval's logged samples to scores per item that two roles can be paired by."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from shoal.abilities.matching import MATCHING, chosen_option, states_an_answer
+from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.atomic_files import fingerprint
+from shoal.errors import UserError
+from shoal.stats.paired import interval
+
+from ..tasks.protocols import letter_match, match_stated
+from .rates import hold_answers, text_rates, with_rates
+
+PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
+"""Which of a task's metrics stands for it, if neither its metadata nor this list says: its first one."""
+ROLLING_METRICS = {
+    "bits_per_byte": ("bits_per_byte", math.log(2)),
+    "byte_perplexity": ("nats_per_byte", 1.0),
+    "word_perplexity": ("nats_per_word", 1.0),
+}
+"""lm-eval's metric -> ours, whose mean over items is meaningful, and its unit in nats."""
+
+QUESTION_CHARACTERS = 1500
+"""Of a question at most; the middle of a longer one is left out."""
+MATCHING_RULES = (
+    "output_type",
+    "process_docs",
+    "process_results",
+    "doc_to_target",
+    "doc_to_choice",
+    "filter_list",
+    "metric_list",
+    "generation_kwargs",
+    "target_delimiter",
+)
+"""Parts of a task's settings that decide what counts as right."""
+
+Sample = dict[str, Any]
+CountTokens = Callable[[str, str], int]
+
+
+class Ending(Protocol):
+    """How a text ended, as the engine knows it."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def finished(self) -> bool: ...
+
+
+def task_score(
+    name: str,
+    task: Any,
+    samples: Sequence[Sample],
+    *,
+    num_fewshot: int,
+    count_tokens: CountTokens,
+    endings: Mapping[tuple[str, str], Ending] | None = None,
+) -> TaskScore:
+    """The score of one task with its items, in the order of its data.
+
+    ``endings`` tells of written texts, by prompt and settings (ending_key), how they ended. Of a text that it does not
+    hold the tokens are counted anew, which is not exact: a damaged model spells words in other tokens.
+
+    Raises:
+        UserError: an answer that is none of the options, or a metric that has no value per item.
+    """
+    described: dict[str, Any] = task.config.metadata or {}
+    chosen = _one_filter(samples)
+    check_answers(name, task, chosen)
+    wanted = described.get("metric") or _main_metric(chosen[0]["metrics"])
+    metric, scored = _item_scores(name, task, chosen, wanted, count_tokens)
+    higher_is_better = bool(task.higher_is_better().get(wanted, not metric.startswith(("nats", "bits"))))
+    if chosen[0]["filter"] != "none":
+        metric = f"{metric} ({chosen[0]['filter']})"
+    score = TaskScore(
+        task=name,
+        ability=str(described.get("ability") or name),
+        protocol=str(described.get("protocol") or protocol_of(task, chosen)),
+        metric=metric,
+        score=float(np.average([item.score for item in scored], weights=[item.weight for item in scored])),
+        ci_low=0.0,
+        ci_high=0.0,
+        n=len(scored),
+        chance=float(described["chance"]) if "chance" in described else _chance(task, chosen),
+        higher_is_better=higher_is_better,
+        version=str(task.VERSION),
+        num_fewshot=num_fewshot,
+        items=tuple(scored),
+        family=described.get("family"),
+        level=float(described["level"]) if "level" in described else None,
+        prompts=prompts_fingerprint(task, chosen),
+    )
+    if task.OUTPUT_TYPE == "generate_until":
+        score = replace(score, matching=MATCHING)
+        score = _with_text_rates(score, task, chosen, count_tokens, endings or {})
+    return with_interval(score)
+
+
+def ending_key(prompt: str, settings: dict[str, Any]) -> tuple[str, str]:
+    """What a written text is found by."""
+    return prompt, json.dumps(settings, sort_keys=True, default=str)
+
+
+def prompts_fingerprint(task: Any, samples: Sequence[Sample]) -> str:
+    """A short hash of everything that is asked and of what counts as right; equal = the same test."""
+    settings: dict[str, Any] = task.config.to_dict()  # callables become their source
+    rules = str({name: settings[name] for name in MATCHING_RULES if name in settings})
+    # of a callable without source only its name is told, and where it happens to lie in memory
+    return fingerprint([[sample["arguments"] for sample in samples], re.sub(r" at 0x[0-9a-f]+", "", rules)])
+
+
+def with_interval(score: TaskScore) -> TaskScore:
+    """The same score with its 95 % interval."""
+    low, high = interval(score)
+    return replace(score, ci_low=low, ci_high=high)
+
+
+def item_ids(samples: Sequence[Sample]) -> list[str]:
+    """The data's own ids where every document has one and they differ, else position and content hash."""
+    own = [sample["doc"].get("id") if isinstance(sample["doc"], dict) else None for sample in samples]
+    if all(isinstance(value, str | int) for value in own) and max(Counter(own).values()) == 1:
+        return [str(value) for value in own]
+    return [f"{sample['doc_id']}-{sample['doc_hash'][:8]}" for sample in samples]
+
+
+def _one_filter(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples under the task's first filter, by document: ranks hand theirs in one after the other."""
+    first = samples[0]["filter"]
+    return sorted((sample for sample in samples if sample["filter"] == first), key=lambda sample: sample["doc_id"])
+
+
+def _main_metric(available: Sequence[str]) -> str:
+    return next((metric for metric in PREFERRED_METRICS if metric in available), available[0])
+
+
+def _item_scores(
+    name: str, task: Any, samples: Sequence[Sample], wanted: str, count_tokens: CountTokens
+) -> tuple[str, list[ItemScore]]:
+    """The metric's name as reported, and every item's value under it."""
+    metric, items = wanted, []
+    for identity, sample in zip(item_ids(samples), samples, strict=True):
+        weight = 1.0
+        if wanted == "nats_per_token":
+            value = sample["nats"] / count_tokens(*sample["arguments"][0])
+        elif wanted in ROLLING_METRICS:
+            metric, unit = ROLLING_METRICS[wanted]
+            log_prob, weight = sample[wanted]
+            value = -log_prob / weight / unit
+        else:
+            value = sample.get(wanted)
+        if isinstance(value, bool | np.generic):
+            value = float(value)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(
+                f"eval.tasks: {name!r} has no value of {wanted!r} for single items (got {value!r}); name one of "
+                f"{', '.join(sample['metrics'])} as metadata.metric in a task file of your own, or leave the task out"
+            )
+        prediction, target = _prediction(task, sample, wanted), _target(task, sample)
+        question = _question(task, sample)
+        items.append(ItemScore(identity, float(value), prediction, target, float(weight), question=question))
+    return metric, items
+
+
+def _with_text_rates(
+    score: TaskScore,
+    task: Any,
+    samples: Sequence[Sample],
+    count_tokens: CountTokens,
+    endings: Mapping[tuple[str, str], Ending],
+) -> TaskScore:
+    """The score with what is known of every text besides its being right."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    from .engine import NEW_TOKENS
+
+    texts, lengths, cut = [item.prediction for item in score.items], [], []
+    for text, sample in zip(texts, samples, strict=True):
+        prompt, settings = sample["arguments"][0]
+        ending = endings.get(ending_key(prompt, settings))
+        counted = count_tokens("", text) if ending is None and text else 0
+        lengths.append(counted if ending is None else ending.num_tokens)
+        most = normalize_gen_kwargs(settings, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)
+        cut.append(counted >= most if ending is None else not ending.finished)
+    readable = _readable(task, samples, texts, [item.target for item in score.items])
+    rates = text_rates(texts, readable, lengths, cut)
+    items = (replace(item, rates=found) for item, found in zip(score.items, rates, strict=True))
+    return with_rates(replace(score, items=tuple(items)))
+
+
+def _readable(task: Any, samples: Sequence[Sample], texts: Sequence[str], targets: Sequence[str]) -> list[bool]:
+    """Out of which texts an answer can be read, right or wrong; by our own rules where the task is matched by them."""
+    read = [_first(sample["filtered_resps"]) for sample in samples]
+    rule = getattr(task.config, "process_results", None)
+    if rule is letter_match:
+        options = [sample["doc"]["options"] for sample in samples]
+        return [chosen_option(text, some) is not None for text, some in zip(read, options, strict=True)]
+    held = hold_answers(texts, read, targets)
+    if rule is match_stated:
+        held = [one and states_an_answer(text) for one, text in zip(held, read, strict=True)]
+    return held
+
+
+def _first(responses: Any) -> str:
+    """The first text in what a task's filters left, which may be in lists of lists."""
+    while isinstance(responses, list | tuple):
+        responses = responses[0] if responses else ""
+    return str(responses)
+
+
+def _question(task: Any, sample: Sample) -> str:
+    """What the item asks, without few-shot examples; empty for running text."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return ""
+    asked = task.doc_to_text(sample["doc"])
+    if not isinstance(asked, str):  # several beginnings of one ending, of which the right one is to be found
+        asked = " / ".join(map(str, task.doc_to_choice(sample["doc"])))
+    if len(asked) <= QUESTION_CHARACTERS:
+        return asked
+    half = QUESTION_CHARACTERS // 2
+    return f"{asked[:half]} […] {asked[-half:]}"
+
+
+def _prediction(task: Any, sample: Sample, metric: str) -> str:
+    """What the model chose or wrote; nothing for a likelihood, which is no answer."""
+    if task.OUTPUT_TYPE == "generate_until":
+        return str(sample["resps"][0][0])
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return ""
+    choices = task.doc_to_choice(sample["doc"])
+    log_probs = [log_prob for log_prob, _ in sample["filtered_resps"][: len(choices)]]
+    if metric == "acc_norm":
+        log_probs = [log_prob / len(choice) for log_prob, choice in zip(log_probs, choices, strict=True)]
+    return choices[int(np.argmax(log_probs))].strip()
+
+
+def _target(task: Any, sample: Sample) -> str:
+    gold = sample["target"]
+    if task.OUTPUT_TYPE == "multiple_choice":
+        if task.multiple_input:
+            gold = task.doc_to_text(sample["doc"])
+        if isinstance(gold, int):
+            gold = task.doc_to_choice(sample["doc"])[gold]
+    return str(gold).strip()
+
+
+def check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:
+    """Refuse a right answer that is not among the options: lm-eval counts every model wrong there and goes on."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for sample in samples:
+        choices = task.doc_to_choice(sample["doc"])
+        gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        for answer in gold if isinstance(gold, list) else [gold]:
+            inside = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
+            if not inside:
+                raise UserError(
+                    f"eval.tasks: {name!r}, document {sample['doc_id']}: the answer {answer!r} is none of its "
+                    f"{len(choices)} options; correct its data or its doc_to_target"
+                )
+
+
+def protocol_of(task: Any, samples: Sequence[Sample]) -> str:
+    """The protocol of a task that does not say it, by how it asks: of options the first sample's are looked at."""
+    if task.OUTPUT_TYPE == "generate_until":
+        return "generation"
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return "rolling"
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(samples[0]["doc"])
+        if all(len(choice.strip()) == 1 and choice.strip().isalnum() for choice in choices):
+            return "loglikelihood"
+    return "continuation"
+
+
+def _chance(task: Any, samples: Sequence[Sample]) -> float:
+    """What guessing reaches: one over the number of options, on average over the items; 0 for other written text."""
+    if getattr(task.config, "process_results", None) is letter_match:
+        return float(np.mean([1 / len(sample["doc"]["options"]) for sample in samples]))
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return 0.0
+    return float(np.mean([1 / len(task.doc_to_choice(sample["doc"])) for sample in samples]))

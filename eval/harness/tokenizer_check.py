@@ -1,0 +1,61 @@
+"""Whether all roles cut text into the same tokens: scores of models that read different prompts are not comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import UserError
+from shoal.models.load import load_tokenizer, tokenizer_fingerprint
+
+SPECIAL = ("bos_token", "eos_token", "unk_token")
+"""Padding is masked, so its token may differ."""
+PROBE = "The naïve café cost 1,234.50 € in 2024; def f(x):\n\treturn  x**2  # 東京 🙂 \u200bend\n\n  A. B) C"
+"""Something of everything that rules of splitting and normalising treat apart."""
+
+
+def require_same_tokenizer(folders: Mapping[str, Path], *, trust_remote_code: bool = False) -> None:
+    """Refuse roles whose tokenizers differ in anything that shapes tokens; files may say the same in other words.
+
+    Raises:
+        UserError: naming the folder, what differs, and both values.
+    """
+    (first, reference), *others = folders.items()
+    expected = tokenizer_fingerprint(reference)
+    for role, folder in others:
+        if tokenizer_fingerprint(folder) == expected:
+            continue
+        loaded = [load_tokenizer(one, trust_remote_code=trust_remote_code) for one in (folder, reference)]
+        if difference := next(_differences(*loaded), None):
+            field, here, there = difference
+            raise UserError(
+                f"{folder}: {field} is {here!r} in the tokenizer of {role}, but {there!r} in that of {first} "
+                f"({reference}); scores of the two would be of different prompts. Copy the tokenizer files of {first} "
+                "there, or make it again with `shoal run`"
+            )
+
+
+def _differences(tokenizer: Any, reference: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(field, value, value of the reference), most telling first."""
+    here, there = tokenizer.get_vocab(), reference.get_vocab()
+    if len(here) != len(there):
+        yield "number of tokens", len(here), len(there)
+    for token in sorted(here.keys() | there.keys(), key=lambda token: there.get(token, len(there))):
+        if here.get(token) != there.get(token):
+            yield f"id of token {token!r}", here.get(token), there.get(token)
+    for name in SPECIAL:
+        if getattr(tokenizer, name) != getattr(reference, name):
+            yield name, getattr(tokenizer, name), getattr(reference, name)
+    own, other = (one.encode(PROBE) for one in (tokenizer, reference))
+    if own != other:
+        position = next(
+            (i for i, pair in enumerate(zip(own, other, strict=False)) if pair[0] != pair[1]), min(len(own), len(other))
+        )
+        yield (
+            f"token {position} of a probing text",
+            *(
+                one.convert_ids_to_tokens(ids[position : position + 1])
+                for one, ids in ((tokenizer, own), (reference, other))
+            ),
+        )

@@ -1,0 +1,74 @@
+"""A few scores of a model in the middle of its training: held-out text and a handful of items per task."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.recipe.recipe import Eval
+
+from .evaluate import scores_of
+from .harness.engine import CausalLM, connect_ranks
+from .harness.perplexity import perplexity
+from .tasks.load import tasks_of
+
+HELD_OUT = "perplexity"
+
+
+@dataclass(frozen=True)
+class QuickScore:
+    """One number of a curve."""
+
+    value: float
+    higher_is_better: bool
+
+
+class QuickScores:
+    """Scores the same items every time, so that what moves is the model. All ranks take part and all get the scores.
+
+    ``held_out`` text, ``settings.perplexity_tokens`` of it, is scored in nats per token, as `perplexity`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Eval, *, seed: int, held_out: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._held_out = held_out
+        self._seed = seed
+        self._tasks: dict[str, Any] = tasks_of(settings, seed=seed) if settings.tasks else {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a call will return scores for."""
+        return (*([HELD_OUT] if self._held_out else []), *self._tasks)
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, QuickScore]:
+        """Scores by task name. The model is left in the mode it came in, and so are all random number generators."""
+        connect_ranks(model.device)
+        was_training = model.training
+        model.eval()
+        try:
+            with _random_state_kept(), torch.no_grad():
+                lm = CausalLM(model, self._tokenizer, self._settings.batch_size, called="watch")
+                scores = list(scores_of(lm, self._tasks, self._settings, seed=self._seed))
+                if self._held_out:
+                    scores.insert(0, perplexity(lm, self._settings))
+        finally:
+            model.train(was_training)
+        return {score.task: QuickScore(score.score, score.higher_is_better) for score in scores}
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Training must draw the same numbers whether or not it is watched."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)

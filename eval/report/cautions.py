@@ -1,0 +1,244 @@
+"""What speaks against believing a report's numbers: the first thing a careful reader asks, so it is told first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from shoal.artifacts.artifact import Provenance
+from shoal.data.sources import BUNDLED, TEACHER_TEXT
+from shoal.recipe.recipe import CONFIGS_DIR
+from shoal.stats.paired import minimal_detectable_difference
+from shoal.task_words import ABILITIES, task_words
+
+from .document import Caution, Cautions, Paragraph, Section
+from .findings import FEW_ITEMS, LIKELIHOOD_PROTOCOLS, ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
+from .sections import fair_gaps
+from .wording import listed, named_or_counted, score_words, task_names
+
+HELD_OUT = "python_docs_heldout"
+"""The bundled source that belongs to evaluation."""
+WIDE_GAP = 0.2
+"""Difference in retention from which two protocols are said to disagree."""
+NEAR_CHANCE = 0.1
+"""A teacher whose interval reaches further above chance is not said to be at chance: too few items tell."""
+OFTEN = 0.2
+"""Share of generated texts from which a defect of them is worth a word."""
+MAX_HIDDEN = 8
+"""Tasks named in one sentence about what could not show."""
+RATES = {
+    "malformed": ("cannot be read", "Held no answer that could be read, which counts as wrong"),
+    "repetition": ("loop", "Ended in a loop"),
+    "cut_off": ("are cut off", "Were cut off by the limit of new tokens"),
+}
+"""Rate -> what is wrong with such a text, in short and in full."""
+PAIRS = (("teacher", "pruned"), ("pruned", "distilled"), ("teacher", "distilled"))
+
+
+def cautions_section(run: Run, comparison: Comparison) -> Section:
+    """Everything that was found to speak against the numbers, the gravest first, or that nothing was."""
+    found = (
+        *_settings(run, comparison),
+        *_overlap(run),
+        *_learnt_form(run, comparison.rows),
+        *_protocols(comparison.rows),
+        *_written_text(comparison.rows),
+        *_few_items(comparison.rows),
+    )
+    title = "Read with care"
+    if found:
+        return Section(title, (Cautions(found),))
+    text = (
+        "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
+        "items, too few items, tasks at chance, protocols that disagree, generated text without a readable answer."
+    )
+    return Section(title, (Paragraph(text),))
+
+
+def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
+    if refused := comparison.refused:
+        count = "One score is" if len(refused) == 1 else f"{len(refused)} scores are"
+        yield Caution("Settings differ", f"{count} left out of the tables, because settings differ.", refused)
+    for role, evaluation in run.evaluations.items():
+        if run.plan and role != "teacher" and evaluation.num_layers != len(run.plan.keep):
+            yield Caution(
+                "Another plan",
+                f"The evaluation of {role} is of a model with {evaluation.num_layers} layers, but the plan keeps "
+                f"{len(run.plan.keep)}; it belongs to another plan. Run `shoal eval` again.",
+            )
+    versions = {role: _made_with(evaluation.provenance) for role, evaluation in run.evaluations.items()}
+    differing: dict[str, str] = {}
+    for name in dict.fromkeys(key for made_with in versions.values() for key in made_with):
+        values = {role: str(made_with.get(name, "not recorded")) for role, made_with in versions.items()}
+        if len(set(values.values())) > 1:
+            differing[name.replace("_", " ")] = ", ".join(f"{value} for {role}" for role, value in values.items())
+    if differing:
+        lead = f"The models were not scored with the same {listed(differing)}."
+        yield Caution("Different machines or versions", lead, tuple(f"{k}: {told}." for k, told in differing.items()))
+
+
+def _made_with(provenance: Provenance) -> dict[str, Any]:
+    """The environment of an evaluation and the precision it was made in."""
+    return {key: provenance.inputs[key] for key in ("dtype",) if key in provenance.inputs} | provenance.environment
+
+
+def _overlap(run: Run) -> Iterator[Caution]:
+    """Whether training text and evaluation items can share content: known for shoal's own, not for others'."""
+    if run.training is None:
+        return
+    data, about = run.training.data, "Overlap of training and evaluation"
+    if HELD_OUT in (data.get("sources") or {}):
+        told = f"Training read {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
+        yield Caution(about, told)
+    elif overlap := data.get("overlap"):
+        if found := {task: one["found"] for task, one in overlap.items() if one["found"]}:
+            told = "; ".join(
+                f"{count} of {overlap[task]['compared']} of {', '.join(task_words(task))}"
+                for task, count in found.items()
+            )
+            yield Caution(about, f"Evaluation items were found in {_searched(run)}, by 13 words in succession: {told}.")
+    elif foreign := _foreign(run):
+        told = "; ".join(foreign)
+        yield Caution(about, f"It was not checked whether training text and evaluation items overlap for: {told}.")
+
+
+def disjointness(run: Run) -> str | None:
+    """Why training and evaluation share no items, where that is known; None where it is not, which is a caution."""
+    if run.training is None or any(_overlap(run)):
+        return None
+    if overlap := run.training.data.get("overlap"):
+        return f"No evaluation item of {len(overlap)} tasks was found in {_searched(run)}, by 13 words in succession."
+    return (
+        "Training and evaluation items are disjoint: a hash of its content puts every fact, word and documentation "
+        "topic into one of two splits; training draws from the one, evaluation from the other. What the teacher wrote "
+        "itself starts from training documents."
+    )
+
+
+def _searched(run: Run) -> str:
+    assert run.training is not None
+    searched = run.training.data.get("tokens_searched_for_overlap")
+    return "the training text" if searched is None else f"the first {searched:,} tokens of the training text"
+
+
+def _foreign(run: Run) -> list[str]:
+    """Sources and tasks that are not shoal's own, so that nothing keeps them apart."""
+    assert run.training is not None
+    tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
+    perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
+    held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
+    foreign = [name for name in run.training.data.get("sources") or {} if name not in (*BUNDLED, TEACHER_TEXT)]
+    return foreign + [
+        ", ".join(score_words(task))
+        for name, task in tasks.items()
+        if not (held_out if task.protocol == "rolling" else (CONFIGS_DIR / "tasks" / f"{name}.yaml").is_file())
+    ]
+
+
+def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
+    """A model that beats its teacher in what it was trained on has not become the better model."""
+    better = [row for row in rows if row.verdict("teacher", "distilled") == "better"]
+    if not better:
+        return
+    sources = (run.training.data.get("sources") or {}) if run.training else {}
+    seen = "ability_texts" in sources and all(row.ability in ABILITIES for row in better)
+    count = "one score" if len(better) == 1 else f"{len(better)} scores"
+    yield Caution(
+        "Better than its teacher",
+        f"The distilled model beats its teacher on {count}: it may have learnt the form of the questions.",
+        (
+            f"Concerned: {named_or_counted(better)}.",
+            "Its training text has that form, with other items."
+            if seen
+            else "Whether its training text has that form is not known here.",
+            "More than 100 % kept says that this form is answered better, not that the model can do more.",
+        ),
+    )
+
+
+def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
+    silent = [row for row in rows if not row.has_signal]
+    unknown = [row for row in silent if row.scores["teacher"].ci_high > row.scores["teacher"].chance + NEAR_CHANCE]
+    told = f"The intact teacher is not {SIGNAL_SIGMAS:.0f} standard errors above chance on "
+    ends = ("No conclusion rests on that; see “No signal here”.",)
+    if at_chance := [row for row in silent if row not in unknown]:
+        yield Caution("At chance from the start", f"{told}{named_or_counted(at_chance)}.", ends)
+        told, ends = "Neither is it on ", ()
+    if unknown:
+        lead = f"{told}{named_or_counted(unknown)}, but with so few items it may be well above it."
+        yield Caution("Not shown to be above chance", lead, ends)
+    if few := [row for row in rows if row.any_score.n < FEW_ITEMS]:
+        lead = f"Fewer than {FEW_ITEMS} items, so the intervals are wide: {named_or_counted(few)}."
+        yield Caution("Too few items", lead)
+    if hidden := [told for pair in PAIRS if (told := _hidden(rows, *pair))]:
+        yield Caution(
+            "Too small to show",
+            "Where no clear change is found, there may be one that these items are too few to show.",
+            ("From which size on a true change, taken alone, shows four times out of five:", *hidden),
+        )
+
+
+def _hidden(rows: Sequence[Row], before: str, after: str) -> str:
+    """From which size on a change would have shown where none did; empty where all are clear."""
+    told = [f"{task_names([row])} {least}" for row in rows if (least := _detectable(row, before, after)) is not None]
+    more = [f"and {len(told) - MAX_HIDDEN} more tasks"] if len(told) > MAX_HIDDEN else []
+    return f"{before.capitalize()} to {after}: {'; '.join([*told[:MAX_HIDDEN], *more])}." if told else ""
+
+
+def _detectable(row: Row, before: str, after: str) -> str | None:
+    """What an unclear comparison could have shown at all; None where it is clear or not there."""
+    if row.verdict(before, after) != "unclear" or not row.has_signal:
+        return None
+    least = minimal_detectable_difference(row.scores[before], row.scores[after])
+    if math.isinf(least) or (is_share(row.any_score) and least >= 1):
+        return f"at no size, as too few of {row.any_score.n:,} answers changed"
+    size = f"{100 * least:.1f} points" if is_share(row.any_score) else f"{least:.3f} {row.key[2].replace('_', ' ')}"
+    return f"from {size} on, with {row.any_score.n:,} items"
+
+
+def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
+    told: list[str] = []
+    for role in ("pruned", "distilled"):
+        widest: dict[str, tuple[Row, Row, float]] = {}
+        for found in fair_gaps(rows, role):
+            ability, gap = found[0].ability, found[2]
+            if abs(gap) >= WIDE_GAP and abs(gap) > abs(widest.get(ability, found)[2] if ability in widest else 0):
+                widest[ability] = found
+        for likely, written, gap in widest.values():
+            pair = (likely, written) if gap > 0 else (written, likely)
+            kept = [f"{100 * (row.retained[role].value or 0.0):.0f} %".replace("-", "−") for row in pair]
+            names = [task_names([row]) for row in pair]
+            told.append(f"The {role} model keeps {kept[0]} of {names[0]}, but {kept[1]} of {names[1]}.")
+    if told:
+        lead = "What is kept depends on how the model is asked: no number alone tells what it can do."
+        yield Caution("Protocols disagree", lead, tuple(told))
+    asked: dict[str, set[str]] = {}
+    for row in rows:
+        if row.key[1] != "rolling" and row.higher_is_better:
+            asked.setdefault(row.ability, set()).add(row.key[1])
+    if one_way := [ability for ability, protocols in asked.items() if protocols <= set(LIKELIHOOD_PROTOCOLS)]:
+        yield Caution(
+            "Never asked to write",
+            f"{listed(one_way)}: scored by likelihood only.",
+            ("A damaged model can still rank options well while it no longer writes a usable answer.",),
+        )
+
+
+def _written_text(rows: Sequence[Row]) -> Iterator[Caution]:
+    """How often texts could not be read, looped or were cut off: every defect once, with all its tasks."""
+    told, roles, defects = [], set[str](), []
+    for rate, (defect, what) in RATES.items():
+        by_role: dict[str, list[str]] = {}
+        for row in rows:
+            for role, score in row.scores.items():
+                if score.rates.get(rate, 0.0) >= OFTEN and row.has_signal:
+                    by_role.setdefault(role, []).append(f"{100 * score.rates[rate]:.0f} % on {task_names([row])}")
+        if by_role:
+            roles |= by_role.keys()
+            defects.append(defect)
+            told.append(f"{what}: {'; '.join(f'{role} {listed(own)}' for role, own in by_role.items())}.")
+    if told:
+        whose = listed(role for role in ROLES if role in roles)
+        lead = f"Many texts of the {whose} {'model' if len(roles) == 1 else 'models'} {listed(defects, 'or')}."
+        yield Caution("Generated text", lead, tuple(told))

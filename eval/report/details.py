@@ -1,0 +1,247 @@
+"""The report's sections on how it was done: the cut, training, costs, settings, versions, how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from shoal.artifacts.artifact import Json
+from shoal.recipe.edits import in_words
+from shoal.recipe.search import SearchResult
+from shoal.redaction import redacted
+from shoal.task_words import task_words
+
+from .cautions import disjointness
+from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
+from .findings import ROLES, Run
+from .wording import DASH, bytes_text, duration_text, layers_text, listed, score_words
+
+TERMS = (
+    ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),
+    ("Teacher", "The intact model."),
+    ("Pruned", "The teacher without the cut layers, before any training."),
+    ("Distilled", "The pruned model after it was trained to predict what the teacher predicts."),
+    ("Importance", "How much a layer changes what passes through it. Higher means: keep."),
+    ("Block influence", "One minus the cosine similarity between what enters a layer and what leaves it."),
+    (
+        "Angular distance",
+        "The angle between what enters a run of layers and what leaves it, from 0 (same) to 1 (opposite).",
+    ),
+    ("Chance", "The score that guessing reaches."),
+    ("Retention", "The share of the teacher's score above chance that is kept."),
+    (
+        "Nats and perplexity",
+        "Nats per token say how badly text is predicted; perplexity is exp(nats). Lower is better.",
+    ),
+    ("Paired difference", "The change between two models over the same items, which takes out the luck of the draw."),
+)
+
+
+def cut_section(run: Run, pictures: Sequence[Picture]) -> Section:
+    """Which layers were dropped, why, and the figures of what layers are worth."""
+    blocks: list[Block] = []
+    if run.plan is None:
+        blocks.append(Paragraph("No plan has been made yet: `shoal prune` fills this section."))
+    else:
+        drop = run.plan.drop
+        if drop:
+            blocks.append(Paragraph(f"Cut: layers {layers_text(drop)}. Kept: layers {layers_text(run.plan.keep)}."))
+        if run.plan.edits:
+            blocks.append(Paragraph(f"Edited: {listed(map(in_words, run.plan.edits))}."))
+        blocks.append(Paragraph(f"How they were chosen: {run.plan.reason}"))
+    if run.importance is None:
+        blocks.append(Paragraph("Importance was not measured in this run, so there is no figure of it."))
+        return Section("Which layers were cut, and why", tuple(blocks))
+    blocks += pictures
+    if run.importance.layers:
+        dropped = set(run.plan.drop) if run.plan else set()
+        metrics = tuple(run.importance.layers)
+        rows = tuple(
+            (
+                str(layer),
+                *(f"{run.importance.layers[metric][layer]:.4f}" for metric in metrics),
+                "cut" if layer in dropped else "kept",
+            )
+            for layer in range(run.importance.num_layers)
+        )
+        caption = f"Importance of every layer over {run.importance.num_tokens:,} tokens"
+        columns = ("Layer", *(metric.replace("_", " ") for metric in metrics), "Plan")
+        blocks.append(Table(caption, columns, rows, frozenset({0, len(metrics) + 1}), folded=True))
+    return Section("Which layers were cut, and why", tuple(blocks))
+
+
+def training_section(run: Run, pictures: Sequence[Picture]) -> Section:
+    """Loss curves, text and cost of the distillation."""
+    training = run.training
+    if training is None:
+        return Section("Training", (Paragraph("The cut model was not distilled in this run."),))
+    rate = training.num_tokens / training.seconds if training.seconds > 0 else 0.0
+    blocks: list[Block] = [
+        Paragraph(
+            f"{training.num_steps:,} optimizer steps over {training.num_tokens:,} tokens in "
+            f"{duration_text(training.seconds)} ({rate:,.0f} tokens/s); peak memory "
+            f"{bytes_text(training.peak_memory_bytes)} in the largest process."
+        )
+    ]
+    blocks += pictures
+    blocks += _data_blocks(training.data)
+    if kept_apart := disjointness(run):
+        blocks.append(Paragraph(kept_apart))
+    return Section("Training", tuple(blocks))
+
+
+def costs_section(run: Run, search: SearchResult | None) -> Section | None:
+    """What the run took: time, tokens and memory of every stage that recorded them; None where none did."""
+    rows = []
+    if search:
+        healed = len({plan.same_as or plan.name for plan in search.plans})
+        rows.append((f"Healing {healed} plans to choose from", DASH, f"{healed * search.num_tokens:,}", DASH))
+    if training := run.training:
+        cells = (duration_text(training.seconds), f"{training.num_tokens:,}", bytes_text(training.peak_memory_bytes))
+        rows.append(("Distilling", *cells))
+    for role, found in run.evaluations.items():
+        kept = f"; {found.num_kept:,} of {found.num_requests:,} answers were kept from before" if found.num_kept else ""
+        rows.append((f"Scoring {role}", duration_text(found.seconds) + kept, DASH, DASH))
+    if not rows:
+        return None
+    caption = f"What the run took; {DASH} = not recorded"
+    return Section("Costs", (Table(caption, ("Stage", "Time", "Tokens read", "Peak memory"), tuple(rows)),))
+
+
+def terms_section() -> Section:
+    """The words of the report, a sentence each."""
+    return Section("Words used here", (Terms(TERMS),))
+
+
+def settings_section(run: Run) -> Section:
+    """The exact recipe, secrets hidden, and the versions it ran with."""
+    blocks: list[Block] = [Paragraph(told) for told in [precision_text(run.numerics)] if told]
+    if run.recipe is None:
+        blocks.append(Paragraph("run.json, which holds the recipe, is not in the run directory."))
+    else:
+        text = yaml.safe_dump(redacted(run.recipe), sort_keys=False, allow_unicode=True, width=100)
+        blocks.append(Code(text, "yaml", "The recipe, with every default filled in"))
+    if run.training and run.training.settings:
+        text = yaml.safe_dump(redacted(run.training.settings), sort_keys=False, allow_unicode=True, width=100)
+        blocks.append(Code(text, "yaml", "Training arguments and DeepSpeed configuration, as resolved"))
+    if names := _identifiers(run):
+        blocks.append(names)
+    blocks += _environment_blocks(run)
+    return Section("Exact settings and versions", tuple(blocks))
+
+
+def precision_text(numerics: Mapping[str, Any]) -> str:
+    """In which precision the run was made and why, and whether its sizes followed; empty where it is not recorded."""
+    if not numerics:
+        return ""
+    scored, trained = numerics.get("dtype"), numerics.get("precision")
+    told = [f"models are measured and evaluated in {scored}"] if scored else []
+    if trained:
+        told.append(f"training computes {'as DeepSpeed is configured' if trained == 'auto' else f'in {trained}'}")
+    device = f", on {numerics['device']}" if numerics.get("device") else ""
+    reasons = [str(numerics.get(key) or "").strip().rstrip(".") for key in ("reason", "size_reason")]
+    why, sizes = (": " + reasons[0] if reasons[0] else ""), (f" Sizes: {reasons[1]}." if reasons[1] else "")
+    return f"Numeric precision: {listed(told)}{device}{why}.{sizes}"
+
+
+def reproduce_section(run: Run) -> Section:
+    """The commands that make this report again."""
+    lines = [
+        "Save the recipe above as recipe.yaml (hidden values filled in, if there are any).",
+        "Run `shoal run --config recipe.yaml run_dir=NEW_FOLDER` with the versions above.",
+        "Each stage prints its progress; the new report lies in NEW_FOLDER/report.html.",
+        "On another machine or other versions the last digits of the scores may differ; the intervals should overlap.",
+    ]
+    return Section("How to repeat this", (Bullets(tuple(lines)),))
+
+
+def missing_section(run: Run) -> Section | None:
+    """What this report could not show because a stage has not run; None where all ran."""
+    parts = [
+        ("importance.json (shoal measure)", run.importance),
+        ("plan.json (shoal prune)", run.plan),
+        ("distill.json (shoal distill)", run.training),
+        *((f"eval/{role}.json (shoal eval)", run.evaluations.get(role)) for role in ROLES),
+        ("eval/speed.json (shoal eval with eval.speed: true)", run.speed),
+    ]
+    absent = tuple(name for name, part in parts if part is None)
+    if not absent:
+        return None
+    return Section(
+        "Not in this report", (Paragraph("These results do not exist in the run directory:"), Bullets(absent))
+    )
+
+
+def _data_blocks(data: dict[str, Json]) -> list[Block]:
+    """Counts by source as a table; everything else that training recorded about its data as a line of its own."""
+    sources: Any = data.get("sources")
+    if not isinstance(sources, dict) or not all(isinstance(counts, dict) for counts in sources.values()):
+        sources = {}
+    sources = {name: {k: v for k, v in counts.items() if _is_plain(v)} for name, counts in sources.items()}
+    blocks: list[Block] = []
+    if sources:
+        fields = list(dict.fromkeys(field for counts in sources.values() for field in counts))
+        rows = tuple((name, *(_count(counts.get(field)) for field in fields)) for name, counts in sources.items())
+        blocks.append(Table("Training text by source", ("Source", *(f.replace("_", " ") for f in fields)), rows))
+    overlap = data.get("overlap")
+    if isinstance(overlap, dict) and overlap:
+        rows = tuple(
+            (", ".join(task_words(task)), *(_count(one.get(key)) for key in ("items", "compared", "found")))
+            for task, one in overlap.items()
+        )
+        blocks.append(Table("Evaluation items in the training text", ("Task", "Items", "Compared", "Found"), rows))
+    others = tuple(f"{name.replace('_', ' ')}: {_count(value)}" for name, value in data.items() if _is_plain(value))
+    if others:
+        blocks.append(Bullets(others))
+    return blocks
+
+
+def _identifiers(run: Run) -> Table | None:
+    """What every task is called in the recipe, and what makes its prompts; None where none was evaluated."""
+    tasks = {task.key: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
+    rows = tuple(
+        (", ".join(score_words(task)), *task.key, task.version, str(task.num_fewshot)) for task in tasks.values()
+    )
+    columns = ("Task", "Name in the recipe", "Protocol", "Metric", "Version", "Examples")
+    return Table("Tasks by their names", columns, rows, frozenset(range(5)), folded=True) if rows else None
+
+
+def _environment_blocks(run: Run) -> list[Block]:
+    artifacts: dict[str, Any] = {
+        "importance.json": run.importance,
+        "plan.json": run.plan,
+        "distill.json": run.training,
+        **{f"eval/{role}.json": evaluation for role, evaluation in run.evaluations.items()},
+        "eval/speed.json": run.speed,
+    }
+    found = {name: artifact.provenance for name, artifact in artifacts.items() if artifact is not None}
+    fields = list(dict.fromkeys(field for provenance in found.values() for field in provenance.environment))
+    rows = []
+    for field in fields:
+        values = {name: str(p.environment[field]) for name, p in found.items() if field in p.environment}
+        distinct = dict.fromkeys(values.values())
+        cell = (
+            next(iter(distinct))
+            if len(distinct) == 1
+            else "; ".join(f"{value} ({', '.join(n for n, v in values.items() if v == value)})" for value in distinct)
+        )
+        rows.append((field.replace("_", " "), cell))
+    stamps = tuple((name, p.created, p.fingerprint) for name, p in found.items())
+    return [
+        Table("Versions and machine", ("What", "Value"), tuple(rows), frozenset({0, 1})),
+        Table("Results this report was made from", ("File", "Made", "Fingerprint"), stamps, frozenset({0, 1, 2})),
+    ]
+
+
+def _is_plain(value: Json) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _count(value: Json) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return DASH if value is None else str(value)

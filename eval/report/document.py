@@ -1,0 +1,351 @@
+"""What a report consists of, apart from how it looks: sections of blocks.
+
+page.py turns them into HTML and this file into Markdown: from one list of blocks, so the two cannot disagree. Every
+string is plain text that may hold anything a model wrote; each output escapes it at the one place where it is written.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass, replace
+
+from shoal.figures.run_figures import clean
+
+MOST_STACKED = 12
+"""Columns up to which a row stays together on a phone; one of more is for comparing down its columns."""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Running text."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Bullets:
+    """An unordered list."""
+
+    items: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A few figures to take in at a glance."""
+
+    items: tuple[tuple[str, str], ...]
+    """Value and what it is."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A list of terms with their explanations."""
+
+    items: tuple[tuple[str, str], ...]
+    """Word and its meaning."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A captioned table; the first column names its row."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    """First cell = the row's heading."""
+    text_columns: frozenset[int] = frozenset({0})
+    """Columns of words; the others hold figures and are set flush right."""
+    groups: tuple[tuple[str, int], ...] = ()
+    """Headings over runs of rows: text and number of rows; () = no headings."""
+    folded: bool = False
+    row_titles: tuple[str, ...] = ()
+    """What a row's heading stands for, shown by pointing at it: task identifiers; () = nothing."""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether a phone sets a row's cells below its heading, each under its column's name, instead of scrolling."""
+        return 4 <= len(self.columns) <= MOST_STACKED
+
+    @property
+    def grouped_rows(self) -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
+        """Every heading with its rows; one without text where there are no headings."""
+        rows, found = iter(self.rows), []
+        for heading, count in self.groups or (("", len(self.rows)),):
+            found.append((heading, tuple(next(rows) for _ in range(count))))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its title and a description for those who cannot see it."""
+
+    file: str
+    """Path of the PNG, relative to the run directory."""
+    svg: str
+    """Trusted markup from shoal.figures.run_figures.inline_svg."""
+    title: str
+    description: str
+    folded: bool = False
+
+    @property
+    def width(self) -> int:
+        """In points, as it was drawn."""
+        found = re.search(r'viewBox="\S+ \S+ (\d+)', self.svg)
+        assert found is not None
+        return int(found[1])
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to be copied as it is."""
+
+    text: str
+    language: str
+    summary: str | None = None
+    """Folded under this line; None = open."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one model stands on a scale from 0 to 1, with its 95 % interval."""
+
+    role: str
+    at: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class BoardLine:
+    """One way of asking for one ability."""
+
+    task: str
+    unit: str
+    """Of its scores; empty = percent."""
+    identifier: str
+    scores: tuple[str, ...]
+    """One per role of the board, each with its interval."""
+    changes: tuple[tuple[str, str], ...]
+    """One per pair of roles: the change with its interval, and `better`, `worse` or `unclear`."""
+    places: tuple[Place, ...] = ()
+    """() = no share, so it has no place between 0 and 100 %."""
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Board:
+    """What was lost and what came back, in numbers: a line per ability and way of asking."""
+
+    caption: str
+    roles: tuple[str, ...]
+    changes: tuple[str, ...]
+    """What each change is: `lost by the cut`."""
+    lines: tuple[BoardLine, ...]
+
+    def as_table(self) -> Table:
+        """The same without its scale, for readers of plain text."""
+        rows = tuple(
+            (", ".join(filter(None, (line.task, line.unit))), *line.scores, *(text for text, _ in line.changes))
+            for line in self.lines
+        )
+        titles = tuple(line.identifier for line in self.lines)
+        heads = ("Ability", *(role.capitalize() for role in self.roles), *self.changes)
+        return Table(self.caption, heads, rows, row_titles=titles)
+
+
+@dataclass(frozen=True)
+class Caution:
+    """One thing that a reader has to know before a number is believed."""
+
+    about: str
+    lead: str
+    """One sentence that stands alone."""
+    more: tuple[str, ...] = ()
+    """Where, how much and why."""
+
+
+@dataclass(frozen=True)
+class Cautions:
+    """All of them, the gravest first; a page shows the first few at once and folds the rest."""
+
+    items: tuple[Caution, ...]
+
+    @property
+    def shown(self) -> tuple[Caution, ...]:
+        return self.items[:CAUTIONS_SHOWN]
+
+    @property
+    def more(self) -> int:
+        """How many are not shown at once."""
+        return len(self.items) - len(self.shown)
+
+    @property
+    def folded(self) -> tuple[Caution, ...]:
+        """What is left to say: of those shown without the sentence that is seen already."""
+        rest = (Caution(one.about, "", one.more) for one in self.shown if one.more)
+        return (*rest, *self.items[CAUTIONS_SHOWN:])
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One item that two roles answered differently."""
+
+    item: str
+    question: str
+    """Empty where it was not kept."""
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Items of one task that one role has right and another wrong."""
+
+    task: str
+    change: str
+    """What happened to them, in words: `lost by the cut`."""
+    won: bool
+    """Whether the role on the right is the one that has them right."""
+    before: str
+    """Role whose text stands on the left."""
+    after: str
+    count: int
+    """Of all such items, shown or not."""
+    items: tuple[Flip, ...]
+
+    @property
+    def caption(self) -> str:
+        text = f"{self.task}: {self.count:,} {'item' if self.count == 1 else 'items'} {self.change}"
+        return text if len(self.items) == self.count else f"{text}, {len(self.items)} shown"
+
+
+@dataclass(frozen=True)
+class FlipBrowser:
+    """All changed items: one at a time with filters where scripts run, lists that fold everywhere."""
+
+    groups: tuple[Flips, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(group.task for group in self.groups))
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(group.change for group in self.groups))
+
+    @property
+    def shown(self) -> int:
+        return sum(len(group.items) for group in self.groups)
+
+
+Block = Paragraph | Bullets | Facts | Terms | Table | Picture | Code | Board | Cautions | FlipBrowser
+CAUTIONS_SHOWN = 3
+"""Lines of them before a page folds the rest."""
+FLIPS_IN_MARKDOWN = 8
+"""Items per task and direction: a Markdown table cannot be searched or folded."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and the blocks under it."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def anchor(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Document:
+    """The whole report, independent of HTML and Markdown."""
+
+    title: str
+    headline: tuple[str, ...]
+    sections: tuple[Section, ...]
+    opening: tuple[Block, ...] = ()
+    """What stands below the first sentence, before everything else."""
+
+
+def to_markdown(document: Document) -> str:
+    """The document as GitHub-flavoured Markdown in which no text of a model or data set can act as markup."""
+    first, *others = [inline(sentence) for sentence in document.headline] or [""]
+    parts = [f"# {inline(document.title)}", first, *map(block_markdown, document.opening), *others]
+    for section in document.sections:
+        parts.append(f"## {inline(section.title)}")
+        parts += [block_markdown(block) for block in section.blocks]
+    return "\n\n".join(parts) + "\n"
+
+
+def block_markdown(block: Block) -> str:
+    """One block as Markdown."""
+    match block:
+        case Paragraph():
+            return ("> **Note.** " if block.warning else "") + prose(block.text)
+        case Bullets():
+            return "\n".join(f"- {prose(item)}" for item in block.items)
+        case Facts():
+            return "\n".join(f"- **{inline(value)}** {inline(label)}" for value, label in block.items)
+        case Terms():
+            return "\n".join(f"- **{inline(term)}**: {inline(meaning)}" for term, meaning in block.items)
+        case Cautions():
+            lines = (f"- **{inline(one.about)}.** {' '.join(map(prose, (one.lead, *one.more)))}" for one in block.items)
+            return "\n".join(lines)
+        case Board():
+            return block_markdown(block.as_table())
+        case Table():
+            rule = tuple(":--" if column in block.text_columns else "--:" for column in range(len(block.columns)))
+            lines = [_row(block.columns), "|" + "|".join(rule) + "|"]
+            for heading, rows in block.grouped_rows:
+                lines += [f"| **{inline(heading)}** " + "| " * len(block.columns[1:]) + "|"] if heading else []
+                lines += [_row(row) for row in rows]
+            return f"**{inline(block.caption)}**\n\n" + "\n".join(lines)
+        case Picture():
+            return f"![{inline(block.title)}]({block.file})\n\n{inline(block.description)}"
+        case Code():
+            fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", block.text)), default=0))
+            heading = f"**{inline(block.summary)}**\n\n" if block.summary else ""
+            return f"{heading}{fence}{block.language}\n{clean(block.text).rstrip()}\n{fence}"
+        case FlipBrowser():
+            return "\n\n".join(block_markdown(_as_table(group)) for group in block.groups)
+
+
+def _as_table(flips: Flips) -> Table:
+    shown = replace(flips, items=flips.items[:FLIPS_IN_MARKDOWN])
+    asked = any(flip.question for flip in shown.items)
+    head = ("item", *(["question"] if asked else []), "expected", shown.before, shown.after)
+    rows = tuple(
+        (flip.item, *([flip.question] if asked else []), flip.expected, flip.before, flip.after) for flip in shown.items
+    )
+    return Table(shown.caption, head, rows, frozenset(range(len(head))))
+
+
+def prose(text: str) -> str:
+    """inline(), with `like this` left as code where it can be nothing but a command, a key or a file name.
+
+    A span of these characters means nothing to Markdown, so it does no harm if a stray backtick pairs it otherwise.
+    """
+    parts = re.split(r"(`(?! )[\w ./:=,'-]+(?<! )`)", text)
+    return "".join(part if index % 2 else inline(part, strip=False) for index, part in enumerate(parts)).strip()
+
+
+def inline(text: str, *, strip: bool = True) -> str:
+    """Text for one line of Markdown: line breaks become a visible sign, everything that could be markup is escaped."""
+    line = clean(text.strip() if strip else text).replace("\r\n", "\n").replace("\n", " ⏎ ")
+    line = line.replace("\r", " ").replace("\t", " ")
+    line = html.escape(line, quote=False)
+    # `_` inside a word is no markup, and task names are full of it
+    return re.sub(r"(\\|[`*\[\]|~#]|(?<!\w)_|_(?!\w)|://)", lambda found: _escaped(found[0]), line)
+
+
+def _escaped(markup: str) -> str:
+    # a bare address would become a link on GitHub
+    return ":&#47;/" if markup == "://" else "\\" + markup
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(inline(cell) or " " for cell in cells) + " |"

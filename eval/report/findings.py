@@ -1,0 +1,352 @@
+"""What a run directory holds and what may be concluded from it: comparisons, flips, sentences for the headline.
+
+Only numbers here; how they are worded in full and shown is sections.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shoal.artifacts.artifact import (
+    Artifact,
+    Evaluation,
+    Importance,
+    ItemScore,
+    PruningPlan,
+    Speed,
+    TaskScore,
+    Training,
+)
+from shoal.errors import UserError
+from shoal.stats.paired import (
+    PairedDifference,
+    Retention,
+    holm,
+    is_binary,
+    paired,
+    require_same_measurement,
+    retention,
+    retention_gap,
+    verdict,
+    z_above_chance,
+)
+
+from ..harness.rates import NAMES, Rate, rate, rate_difference
+
+ROLES = ("teacher", "pruned", "distilled")
+SIGNAL_SIGMAS = 3.0
+"""A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
+FEW_ITEMS = 50
+"""Below this many the intervals are so wide that a reader is told so."""
+LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
+
+A = TypeVar("A", bound=Artifact)
+Key = tuple[str, str, str]
+"""Task, protocol, metric."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run directory holds; None or absent = that stage has not run."""
+
+    folder: Path
+    recipe: dict[str, Any] | None
+    stages: dict[str, Any]
+    importance: Importance | None
+    plan: PruningPlan | None
+    training: Training | None
+    evaluations: dict[str, Evaluation]
+    speed: Speed | None
+    numerics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """In which precision the numbers were made and why, as run.json has it; empty = not recorded."""
+
+    @property
+    def model(self) -> str:
+        """What the recipe calls the model, else what is known instead."""
+        name = (self.recipe or {}).get("model")
+        return name if isinstance(name, str) else "the model"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task under one protocol, over the roles that were evaluated on it with equal settings."""
+
+    key: Key
+    ability: str
+    scores: dict[str, TaskScore]
+    differences: dict[tuple[str, str], PairedDifference]
+    """(before role, after role) -> paired difference."""
+    retained: dict[str, Retention]
+    """Role -> share of the teacher's score above chance that it keeps."""
+    teacher_sigmas: float | None
+    """Standard errors of the teacher above chance; None where chance means nothing or there is no teacher."""
+    adjusted_p: dict[tuple[str, str], float]
+    """p-values of the differences after Holm's correction over all tasks."""
+
+    @property
+    def any_score(self) -> TaskScore:
+        return next(iter(self.scores.values()))
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.any_score.higher_is_better
+
+    @property
+    def has_signal(self) -> bool:
+        """False where the intact teacher does not stand clear of chance (lower-is-better metrics have none)."""
+        return self.teacher_sigmas is None or self.teacher_sigmas > SIGNAL_SIGMAS
+
+    def verdict(self, before: str, after: str) -> str | None:
+        """`better`, `worse` or `unclear`, after Holm's correction; None = not both evaluated."""
+        pair = (before, after)
+        return verdict(self.differences.get(pair), self.adjusted_p.get(pair), higher_is_better=self.higher_is_better)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """One rate of written text on one task: how often answers are unreadable, loop or are cut off, or how long."""
+
+    row: Row
+    name: str
+    """One of rates.NAMES."""
+    rates: dict[str, Rate]
+    """By role."""
+    differences: dict[tuple[str, str], PairedDifference]
+    """(before role, after role) -> change, item by item; lower is better."""
+    adjusted_p: dict[tuple[str, str], float]
+    """p-values of these after Holm's correction over the tasks that have this rate."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Every task with the scores of all roles that can be compared, and what had to be left out."""
+
+    rows: tuple[Row, ...]
+    refused: tuple[str, ...]
+    """Why a role's score was left out of a row: it was measured with other settings."""
+
+
+def read_run(folder: Path) -> Run:
+    """The artifacts of a run directory, whichever exist.
+
+    Raises:
+        UserError: no such folder, nothing of a run in it, an artifact that cannot be read, or artifacts of another run
+            among them.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run directory; run a stage of the recipe first")
+    evaluations = {
+        role: evaluation
+        for role in ROLES
+        if (evaluation := _read(Evaluation, folder / "eval" / f"{role}.json")) is not None
+    }
+    run_file = _read_json(folder / "run.json")
+    run = Run(
+        folder=folder,
+        recipe=run_file.get("recipe"),
+        stages=run_file.get("stages") or {},
+        importance=_read(Importance, folder / Importance.FILE),
+        plan=_read(PruningPlan, folder / PruningPlan.FILE),
+        training=_read(Training, folder / Training.FILE),
+        evaluations=evaluations,
+        speed=_read(Speed, folder / Speed.FILE),
+        numerics=run_file.get("numerics") or {},
+    )
+    parts = (run.importance, run.plan, run.training, run.speed)
+    if all(part is None for part in parts) and not evaluations:
+        raise UserError(f"{folder}: holds no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
+    _refuse_mixed_runs(run)
+    return run
+
+
+def compare(run: Run) -> Comparison:
+    """Every task with its paired differences; a role measured with other settings is refused, never shown beside."""
+    refused: list[str] = []
+    rows = []
+    keys = dict.fromkeys(task.key for evaluation in run.evaluations.values() for task in evaluation.tasks)
+    for key in keys:
+        scores: dict[str, TaskScore] = {}
+        for role, evaluation in run.evaluations.items():
+            task = next((task for task in evaluation.tasks if task.key == key), None)
+            if task is None:
+                continue
+            try:
+                if scores:
+                    require_same_measurement(next(iter(scores.values())), task)
+            except UserError as error:
+                refused.append(f"{role}: {error}")
+            else:
+                scores[role] = task
+        rows.append(_row(key, scores))
+    return Comparison(_with_adjusted_p(rows), tuple(refused))
+
+
+def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
+    """The run without the scores that were refused a place beside the others, for figures and curves."""
+    scores = {row.key: row.scores for row in comparison.rows}
+    evaluations = {
+        role: replace(found, tasks=tuple(task for task in found.tasks if role in scores.get(task.key, {})))
+        for role, found in run.evaluations.items()
+    }
+    return replace(run, evaluations={role: found for role, found in evaluations.items() if found.tasks})
+
+
+def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, ItemScore]], ...]:
+    """Items won and items lost from ``before`` to ``after``; empty for scores that are not right or wrong."""
+    if not (is_binary(before) and is_binary(after)):
+        return [], []
+    later = {item.id: item for item in after.items}
+    pairs = [(item, later[item.id]) for item in before.items if item.id in later]
+    return [p for p in pairs if p[0].score < p[1].score], [p for p in pairs if p[0].score > p[1].score]
+
+
+def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, float]]:
+    """(likelihood row, generation row, gap in retention) for each ability ``role`` was asked about in both ways."""
+    usable = [
+        row
+        for row in rows
+        if row.has_signal and (kept := row.retained.get(role)) is not None and kept.value is not None
+    ]
+    gaps = []
+    for likely in (row for row in usable if row.key[1] in LIKELIHOOD_PROTOCOLS):
+        for written in (row for row in usable if row.key[1] == "generation" and row.ability == likely.ability):
+            one, other = likely.retained[role].value, written.retained[role].value
+            assert one is not None
+            assert other is not None
+            gaps.append((likely, written, one - other))
+    return gaps
+
+
+def gap_limits(likely: Row, written: Row, role: str) -> tuple[float, float] | None:
+    """The 95 % interval of a protocol gap: what ``role`` keeps by likelihood minus what it keeps in writing.
+
+    None where either of the two has no retention.
+    """
+    found = retention_gap(*((row.scores["teacher"], row.scores[role]) for row in (likely, written)))
+    return found and found[1:]
+
+
+def writing(rows: Iterable[Row]) -> tuple[Writing, ...]:
+    """The rates of every task whose texts were counted, with their changes between roles; those of a task together."""
+    found = [
+        Writing(
+            row,
+            name,
+            {role: rate(score, name) for role, score in counted.items()},
+            {pair: rate_difference(counted[pair[0]], counted[pair[1]], name) for pair in _pairs(counted)},
+            {},
+        )
+        for row in rows
+        if (counted := {role: score for role, score in row.scores.items() if score.rates})
+        for name in NAMES
+    ]
+    adjusted = {name: _adjusted([one.differences for one in found if one.name == name]) for name in NAMES}
+    return tuple(replace(one, adjusted_p=adjusted[one.name].pop(0)) for one in found)
+
+
+def measured_in_nats(score: TaskScore) -> bool:
+    """Whether exp(score) is a perplexity: a mean negative log-likelihood in nats."""
+    return not score.higher_is_better and "bit" not in score.metric
+
+
+def is_share(score: TaskScore) -> bool:
+    """Whether the score is a share of items, to be written in percent."""
+    return score.higher_is_better and score.ci_low >= 0 and score.ci_high <= 1
+
+
+def _refuse_mixed_runs(run: Run) -> None:
+    """Refuse results of different models in one folder, as copying files or pruning again leaves them.
+
+    Which settings they were scored with is compared task by task: scoring one role anew is no other run.
+    """
+    for role, evaluation in run.evaluations.items():
+        if evaluation.role != role:
+            raise UserError(
+                f"{run.folder / 'eval' / role}.json: role is {evaluation.role!r}, but {role!r} in the file's name; "
+                "move it back to its own name, or run `shoal eval` again"
+            )
+    verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill"}
+    parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
+    for what, found in _identities(run, parts).items():
+        (first, _, expected), *others = found or [("", "", None)]
+        for file, field, value in others:
+            if value != expected:
+                verb = next((verb for kind, verb in verbs.items() if file == kind.FILE), "eval")
+                raise UserError(
+                    f"{run.folder / file}: {field} is {value!r}, but {expected!r} in {run.folder / first}: {what} of "
+                    f"another run. Run `shoal {verb}` again with this run's recipe, or delete the file"
+                )
+
+
+def _identities(
+    run: Run, parts: Sequence[Importance | PruningPlan | Training]
+) -> dict[str, list[tuple[str, str, Any]]]:
+    """What every file says that it was made from: (file, field, value), the file that the others follow from first."""
+    found: dict[str, list[tuple[str, str, Any]]] = {"the teacher": [], "the student": [], "the distilled model": []}
+    for part in parts:
+        found["the teacher"].append((part.FILE, "model", part.provenance.inputs.get("model")))
+    if run.training:
+        found["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
+    for what, role in zip(found, ROLES, strict=True):
+        if evaluation := run.evaluations.get(role):
+            found[what].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
+        if run.speed and role in run.speed.roles:
+            found[what].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
+    told = {what: [one for one in files if one[2] is not None] for what, files in found.items()}
+    if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
+        dropped = list(run.training.provenance.inputs["prune.drop"])
+        told["the cut"] = [(PruningPlan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]
+    return told
+
+
+def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
+    teacher = scores.get("teacher")
+    return Row(
+        key=key,
+        ability=next(iter(scores.values())).ability,
+        scores=scores,
+        differences={pair: paired(scores[pair[0]], scores[pair[1]]) for pair in _pairs(scores)},
+        retained={role: retention(teacher, score) for role, score in scores.items() if teacher and role != "teacher"},
+        teacher_sigmas=z_above_chance(teacher) if teacher else None,
+        adjusted_p={},
+    )
+
+
+def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
+    """(before, after) of all roles that are there."""
+    return [(a, b) for i, a in enumerate(ROLES) for b in ROLES[i + 1 :] if a in roles and b in roles]
+
+
+def _with_adjusted_p(rows: list[Row]) -> tuple[Row, ...]:
+    adjusted = _adjusted([row.differences for row in rows])
+    return tuple(replace(row, adjusted_p=found) for row, found in zip(rows, adjusted, strict=True))
+
+
+def _adjusted(tasks: Sequence[dict[tuple[str, str], PairedDifference]]) -> list[dict[tuple[str, str], float]]:
+    """By task and pair of roles: the p-value after Holm's correction over the tasks."""
+    adjusted: list[dict[tuple[str, str], float]] = [{} for _ in tasks]
+    for pair in dict.fromkeys(pair for differences in tasks for pair in differences):
+        holders = [index for index, differences in enumerate(tasks) if pair in differences]
+        values = holm([tasks[index][pair].p_value for index in holders])
+        for index, value in zip(holders, values, strict=True):
+            adjusted[index][pair] = value
+    return adjusted
+
+
+def _read(kind: type[A], path: Path) -> A | None:
+    return kind.read(path) if path.is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); delete it and run a stage again") from error
+    return body if isinstance(body, dict) else {}

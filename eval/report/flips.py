@@ -1,0 +1,92 @@
+"""Items that two models answered differently: which of them a report shows, and how much of their text."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from shoal.artifacts.artifact import ItemScore
+
+from .document import Flip, FlipBrowser, Flips, Paragraph, Section
+from .findings import Comparison, flipped
+from .wording import task_name
+
+CHANGES = (
+    ("pruned", "distilled", "won back by distilling", "lost by distilling"),
+    ("teacher", "pruned", "right only after the cut", "lost by the cut"),
+)
+"""Role before, role after, what the items are that were won and those that were lost."""
+MAX_ITEMS = 60
+"""Shown per task and direction."""
+MAX_CHARACTERS = 400
+"""Of one text."""
+MAX_BYTES = 1_000_000
+"""Of all shown items together, as they stand in the page: a report stays small however many items there are."""
+MARKUP_BYTES = 600
+"""What the page puts around the texts of one item."""
+
+
+def flips_section(comparison: Comparison) -> Section | None:
+    """Changed items with both texts; None where no task has right-or-wrong items that changed."""
+    found = [group for change in CHANGES for group in _groups(comparison, *change)]
+    if not found:
+        return None
+    browser = FlipBrowser(tuple(within(found, MAX_BYTES)))
+    text = "Single answers behind the scores: items that one model has right and the other wrong."
+    changed = sum(group.count for group in browser.groups)
+    if browser.shown < changed:
+        text += (
+            f" {browser.shown:,} of {changed:,} are shown, the first of every task and direction, of long texts "
+            f"the beginning and the end; all of them are in eval/*.json."
+        )
+    return Section("Items that changed sides", (Paragraph(text), browser))
+
+
+def _groups(comparison: Comparison, before: str, after: str, won_word: str, lost_word: str) -> list[Flips]:
+    found = []
+    for row in comparison.rows:
+        if before in row.scores and after in row.scores:
+            sides = zip(flipped(row.scores[before], row.scores[after]), (won_word, lost_word), strict=True)
+            for index, (pairs, word) in enumerate(sides):
+                if pairs:
+                    items = tuple(_flip(*pair) for pair in pairs[:MAX_ITEMS])
+                    found.append(Flips(task_name(row), word, index == 0, before, after, len(pairs), items))
+    return found
+
+
+def within(groups: Sequence[Flips], budget: int) -> list[Flips]:
+    """The groups with as many items as the budget allows, in turns, so that no task takes the room of another."""
+    kept: list[list[Flip]] = [[] for _ in groups]
+    for place in range(MAX_ITEMS):
+        for group, items in zip(groups, kept, strict=True):
+            if place < len(group.items):
+                budget -= _size(group.items[place])
+                if budget < 0:
+                    return [_with(group, items) for group, items in zip(groups, kept, strict=True)]
+                items.append(group.items[place])
+    return [_with(group, items) for group, items in zip(groups, kept, strict=True)]
+
+
+def _with(group: Flips, items: Sequence[Flip]) -> Flips:
+    return Flips(group.task, group.change, group.won, group.before, group.after, group.count, tuple(items))
+
+
+def _size(flip: Flip) -> int:
+    texts = (flip.item, flip.question, flip.expected, flip.before, flip.after)
+    return MARKUP_BYTES + sum(len(html.escape(text).encode(errors="replace")) for text in texts)
+
+
+def _flip(before: ItemScore, after: ItemScore) -> Flip:
+    return Flip(
+        item=_clipped(before.id),
+        question=_clipped(before.question),
+        expected=_clipped(before.target),
+        before=_clipped(before.prediction),
+        after=_clipped(after.prediction),
+    )
+
+
+def _clipped(text: str) -> str:
+    """The text, of a long one its beginning and end: a question stands at the end, a loop shows in both."""
+    text, half = text.strip(), MAX_CHARACTERS // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]} … {text[-half:]}"

@@ -1,0 +1,96 @@
+"""A document as one HTML page that opens from disk: no request, dark and light, made for phones and keyboards too.
+
+The page's policy lets exactly one style sheet and one script in, by their hashes: whatever a model or data set wrote
+could not run or load anything even if it were not escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from functools import cache
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from shoal.figures.run_figures import clean
+
+from .document import Document, FlipBrowser
+
+
+def to_html(document: Document) -> str:
+    """The page. Everything is escaped by the template engine except the figures' SVG, which shoal draws itself."""
+    browses = any(isinstance(block, FlipBrowser) for section in document.sections for block in section.blocks)
+    style, script = _source("report.css"), _source("flips.js") if browses else Markup("")
+    return _template().render(document=document, style=style, script=script, policy=_policy(style, script))
+
+
+def _policy(style: str, script: str) -> str:
+    """The Content Security Policy; figures carry style attributes and, for heat maps, pictures inside themselves."""
+    scripts = f"script-src {_hash(script)}; " if script else ""
+    return (
+        f"default-src 'none'; {scripts}style-src 'unsafe-inline'; style-src-elem {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _source(name: str) -> Markup:
+    return Markup((files("shoal.eval.report") / "templates" / name).read_text(encoding="utf-8"))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("shoal.eval.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+    )
+    environment.filters["code"] = _with_code
+    environment.filters["breakable"] = _breakable
+    environment.filters["figure"] = _with_interval
+    environment.filters["verdict"] = _verdict
+    environment.globals["percent"] = lambda share: f"{100 * share:.1f}%"
+    environment.filters["kind"] = lambda block: type(block).__name__
+    return environment.get_template("report.html")
+
+
+def _with_code(text: str) -> Markup:
+    """The text escaped, `like this` set as code; only used for the report's own sentences."""
+    escaped = str(Markup.escape(clean(text)))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped))
+
+
+def _with_interval(text: str) -> Markup:
+    """A cell's figure escaped, with its interval, and what stands behind a comma or in brackets, on lines below."""
+    escaped = str(Markup.escape(clean(text)))
+    return Markup(
+        re.sub(
+            r"(?: (\[[^\]]*\]))?(?:, (.*)| (\(.*\)))?$",
+            lambda found: "".join(f' <span class="ci">{part}</span>' for part in _parts(*found.groups(""))),
+            escaped,
+            count=1,
+        )
+    )
+
+
+def _parts(interval: str, others: str, remark: str) -> list[str]:
+    return [part for part in (interval, *others.split(", "), remark) if part]
+
+
+def _verdict(text: str) -> str:
+    """The class of a cell that begins with the sign of a verdict."""
+    return {"▲": " good", "▼": " bad"}.get(text[:1], "")
+
+
+def _breakable(text: str) -> Markup:
+    """The text escaped, with leave to break after an underscore: task names are long and phones narrow."""
+    return Markup(str(Markup.escape(clean(text))).replace("_", "_<wbr>"))

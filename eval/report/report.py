@@ -1,0 +1,211 @@
+"""The report of a run: one self-contained HTML page, the same in Markdown, and its figures, after any stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.artifacts.artifact import Evaluation
+from shoal.atomic_files import write_text
+from shoal.figures.atlas import atlas_figure
+from shoal.figures.depth import depth_figure
+from shoal.figures.levels import Ladder, ladders, level_figure
+from shoal.figures.run_figures import (
+    MAX_TASKS,
+    before_after_figure,
+    importance_figure,
+    inline_svg,
+    loss_series,
+    save_figure,
+    training_figure,
+)
+from shoal.recipe.search import SearchResult
+
+from .cautions import cautions_section
+from .details import (
+    costs_section,
+    cut_section,
+    missing_section,
+    reproduce_section,
+    settings_section,
+    terms_section,
+    training_section,
+)
+from .document import Document, Facts, Picture, Section, to_markdown
+from .findings import Comparison, Run, compare, read_run, with_comparable_scores
+from .flips import flips_section
+from .headline import board, facts, headline
+from .page import to_html
+from .search_section import read_search, search_section
+from .sections import level_section, no_signal_section, protocol_section, scores_section
+from .speed_section import speed_section
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    NamedFigure = tuple[str, tuple[Figure, str, str]]
+    """Name, then the figure, its title and what it shows."""
+
+FIGURES_DIR = "figures"
+
+
+def write_report(run_dir: Path) -> Path:
+    """The path of report.html, written with report.md and figures/ from whatever the run directory holds.
+
+    Raises:
+        UserError: there is nothing to report, an artifact cannot be read, or the disk is full.
+    """
+    run = read_run(run_dir)
+    comparison = compare(run)
+    pictures = draw_figures(with_comparable_scores(run, comparison))
+    document = build_document(run, comparison, pictures, read_search(run_dir))
+    write_text(run_dir / "report.md", to_markdown(document))
+    path = run_dir / "report.html"
+    write_text(path, to_html(document))
+    return path
+
+
+def build_document(
+    run: Run, comparison: Comparison, pictures: Mapping[str, Picture], search: SearchResult | None = None
+) -> Document:
+    """All sections that the run's results allow; what is absent is said to be absent."""
+
+    def those(*names: str) -> list[Picture]:
+        return [pictures[name] for name in names if name in pictures]
+
+    glance, lines = facts(run), board(run, comparison)
+    sections: list[Section | None] = [
+        cautions_section(run, comparison),
+        scores_section(run, comparison, pictures.get("before_after")),
+        level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
+        no_signal_section(comparison),
+        protocol_section(run, comparison),
+        cut_section(run, [*those("depth" if run.plan else "importance"), *map(_folded, those("runs", "atlas"))]),
+        training_section(run, those("training")),
+        search_section(search),
+        flips_section(comparison),
+        speed_section(run),
+        costs_section(run, search),
+        terms_section(),
+        settings_section(run),
+        reproduce_section(run),
+        missing_section(run),
+    ]
+    return Document(
+        title=f"{run.model}: what a shallower model keeps",
+        headline=headline(run, comparison),
+        sections=tuple(section for section in sections if section is not None),
+        opening=(*([lines] if lines else []), *([Facts(glance)] if glance else [])),
+    )
+
+
+def _folded(picture: Picture) -> Picture:
+    return replace(picture, folded=True)
+
+
+def draw_figures(run: Run) -> dict[str, Picture]:
+    """The run's figures by name, saved as SVG and PNG under figures/ and ready to stand in a page."""
+    drawn = dict(chain(_score_figures(run), _layer_figures(run), _training_figures(run)))
+    return {name: _drawn(run, name, *figure) for name, figure in drawn.items()}
+
+
+def _score_figures(run: Run) -> Iterator[NamedFigure]:
+    roles = list(run.evaluations.values())
+    found = ladders(roles)
+    alone = [_without(found, evaluation) for evaluation in roles]
+    single = alone if any(evaluation.tasks for evaluation in alone) else roles
+    if count := len({(task.task, task.protocol, task.metric) for one in single for task in one.tasks}):
+        which = "every task" if count <= MAX_TASKS else f"the first {MAX_TASKS} of {count} tasks"
+        yield (
+            "before_after",
+            (
+                before_after_figure(single),
+                "Scores before and after",
+                f"Each mark is a score and its bar the 95 % interval, by ability, for {which}; a dashed tick is "
+                f"chance. The numbers are in the table below{', families in the next figure' if found else ''}.",
+            ),
+        )
+    if found:
+        yield (
+            "levels",
+            (
+                level_figure(found),
+                "Score against level",
+                "Scores with 95 % intervals by level: steps of reasoning, pairs of a look-up, or what else the family "
+                "counts. A dashed line is chance.",
+            ),
+        )
+
+
+def _without(found: Sequence[Ladder], evaluation: Evaluation) -> Evaluation:
+    """The evaluation without the tasks of these families."""
+    on_ladders = {(score.task, score.protocol) for one in found for own in one.scores.values() for score in own}
+    tasks = tuple(task for task in evaluation.tasks if (task.task, task.protocol) not in on_ladders)
+    return replace(evaluation, tasks=tasks)
+
+
+def _layer_figures(run: Run) -> Iterator[NamedFigure]:
+    importance, drop = run.importance, run.plan.drop if run.plan else ()
+    if run.plan:
+        fitting = importance if importance and importance.num_layers == run.plan.num_layers else None
+        text = "Layers from the first, on top, to the last; those that were cut stand out of the stack, hatched."
+        if fitting:
+            text += (
+                " Beside each layer its importance by column, every column on its own scale: longer means keep. "
+                "Columns by which layers were chosen come first. An arrow ends a bar that reaches far beyond the "
+                "others, a frame marks a layer without which the task is significantly worse."
+            )
+        yield "depth", (depth_figure(run.plan, fitting), "The stack of layers and what was taken out of it", text)
+    if importance and (importance.layers or importance.runs):
+        yield (
+            "importance",
+            (
+                importance_figure(importance, drop),
+                "Importance of the layers",
+                "Bars: importance of each layer, the cut ones hatched and marked by a triangle. Heat map, where there "
+                "is one: importance of every run of neighbouring layers, by its first layer and its length.",
+            ),
+        )
+    if run.plan and importance and importance.runs:
+        yield (
+            "runs",
+            (
+                importance_figure(replace(importance, layers={}), drop),
+                "Importance of runs of layers",
+                "Importance of every run of neighbouring layers, by its first layer and its length; a frame marks the "
+                "cut where it is one run.",
+            ),
+        )
+    if importance and importance.atlas:
+        yield (
+            "atlas",
+            (
+                atlas_figure(importance, drop),
+                "What every layer is worth, by ability and protocol",
+                "Each row is a layer, each column a metric or a task under one protocol; the panels below show what is "
+                "left of every task without each layer, with 95 % intervals. Layers without which a task is "
+                "significantly worse are framed.",
+            ),
+        )
+
+
+def _training_figures(run: Run) -> Iterator[NamedFigure]:
+    if run.training and loss_series(run.training):
+        yield (
+            "training",
+            (
+                training_figure(run.training),
+                "Training curves",
+                "By optimizer step: the loss and each of its terms, held-out text and tasks where they were scored on "
+                "the way, and the learning rate.",
+            ),
+        )
+
+
+def _drawn(run: Run, name: str, figure: Figure, title: str, description: str) -> Picture:
+    drawn, _ = (save_figure(figure, run.folder / FIGURES_DIR / f"{name}.{suffix}") for suffix in ("svg", "png"))
+    svg = inline_svg(drawn, name, title=title, description=description)
+    return Picture(f"{FIGURES_DIR}/{name}.png", svg, title, description)

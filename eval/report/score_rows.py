@@ -1,0 +1,39 @@
+"""The before/after table as plain values, for programs: a row per role and task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.tracking.wandb_results import Rows
+
+from .findings import compare, read_run
+
+RATES = ("malformed", "repetition", "cut_off", "mean_tokens")
+"""Of generated text; None for the others."""
+COLUMNS = (
+    *("role", "task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance"),
+    *("retention", "retention_low", "retention_high", "higher_is_better", "num_fewshot", "version"),
+    *("family", "level", *RATES),
+)
+
+
+def score_rows(run_dir: Path) -> Rows:
+    """Every score of a run that may stand in one table, with its 95 % interval and the share of the teacher's it keeps.
+
+    Raises:
+        UserError: there is nothing in the run directory, or it cannot be read.
+    """
+    rows = []
+    for row in compare(read_run(run_dir)).rows:
+        for role, score in row.scores.items():
+            kept = row.retained.get(role)
+            share = (kept.value, kept.ci_low, kept.ci_high) if kept else (None, None, None)
+            rows.append(
+                (
+                    *(role, score.task, score.ability, score.protocol, score.metric),
+                    *(score.score, score.ci_low, score.ci_high, score.n, score.chance),
+                    *(*share, score.higher_is_better, score.num_fewshot, score.version),
+                    *(score.family, score.level, *map(score.rates.get, RATES)),
+                )
+            )
+    return Rows(COLUMNS, tuple(rows))

@@ -1,0 +1,184 @@
+"""A search in words and tables: for the terminal, and with every score as search.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import yaml
+
+from shoal.recipe.edits import in_words, removed_layers
+from shoal.recipe.recipe import as_dict
+from shoal.recipe.search import Column, Correlation, HealedPlan, Interval, PlanStanding, Ranking, SearchResult
+
+from .wording import DASH, layers_text, listed, signed
+
+NOTE = (
+    "The first plan was picked by these very items, which flatters its lead a little: score it on other items before "
+    "you quote the difference."
+)
+
+
+def search_text(result: SearchResult, *, every_score: bool = False) -> str:
+    """Markdown that also reads well as it stands; ``every_score`` adds each plan's score on each task."""
+    ranking = result.ranking
+    several = f"{len(ranking.plans)} plans, each healed for {result.num_tokens:,} tokens"
+    parts = [
+        f"# {several}",
+        ranked_by(ranking),
+        _table(standings(result)),
+        "\n".join(f"- {one}" for one in verdicts(result)),
+    ]
+    if any(plan.after.likelihood or plan.after.generation for plan in ranking.plans):
+        parts += ["## Kept of the teacher's scores above chance, by protocol", _kept(ranking)]
+    parts += ["## Before and after the heal: do the rankings agree?", _agreement(ranking)]
+    if every_score:
+        parts += ["## Every score", _scores(ranking), NOTE]
+    parts += [f"## The recipe of {result.winner.name}", f"```yaml\n{recipe_lines(result.winner)}```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def verdicts(result: SearchResult) -> list[str]:
+    """What may be concluded, sentence by sentence."""
+    ranking = result.ranking
+    first, before = ranking.winner_after, ranking.winner_before
+    with_items = f"with {ranking.num_items} items"
+    if ranking.held:
+        found = [f"The ranking before the heal held at its top: {first} is first before and after it."]
+    else:
+        noise = "more than noise" if ranking.difference.excludes_zero else "they cannot be told apart"
+        found = [
+            f"The ranking before the heal did not hold: {before} was first, {first} is. After the heal {first} is "
+            f"{_difference(ranking.difference, ranking)} from {before}: {noise} {with_items}."
+        ]
+    others = [plan for plan in ranking.plans if plan.name != first]
+    close = [plan.name for plan in others if not plan.after.behind.excludes_zero]
+    worse = [plan.name for plan in others if plan.after.behind.excludes_zero]
+    if worse:
+        found.append(f"Worse than {first} after the heal, by more than noise {with_items}: {listed(worse)}.")
+    if close:
+        found.append(f"Cannot be told apart from {first} after the heal {with_items}: {listed(close)}.")
+    sizes = sorted({plan.num_layers for plan in result.plans})
+    if len(sizes) > 1:
+        found.append(f"The plans leave different numbers of layers ({listed(map(str, sizes))}): size is compared too.")
+    found += [f"{plan.name} comes to the layers of {plan.same_as}, which were healed once." for plan in _same(result)]
+    return found
+
+
+def recipe_lines(plan: HealedPlan) -> str:
+    """The section prune that makes exactly this cut, without measuring anything."""
+    inside = removed_layers(plan.edits)
+    drop = [layer for layer in plan.drop if layer not in inside]
+    section = {
+        **({"drop": drop} if drop else {}),
+        **({"edits": [_plainly(edit) for edit in plan.edits]} if plan.edits else {}),
+    }
+    text = yaml.safe_dump({"prune": section}, sort_keys=False, default_flow_style=None, width=120)
+    return f"# {plan.reason}\n{text}"
+
+
+def _plainly(edit: object) -> dict[str, object]:
+    """An edit's settings, without those that are unset."""
+    return {key: value for key, value in as_dict(edit).items() if value is not None}
+
+
+def _same(result: SearchResult) -> Iterator[HealedPlan]:
+    return (plan for plan in result.plans if plan.same_as is not None)
+
+
+def ranked_by(ranking: Ranking) -> str:
+    """What the plans are ranked by, and which tasks are not counted, a sentence a line."""
+    what = "the mean share kept of the teacher's score above chance"
+    if ranking.unit == "nats":
+        metric = next(column.metric for column in ranking.columns if column.weight)
+        what = f"the mean {metric} (lower is better)"
+    columns = [f"{column.task} ({100 * column.weight:.0f} %)" for column in ranking.columns if column.weight]
+    silent = [column for column in ranking.columns if column.higher_is_better and column.no_retention]
+    lines = [f"Ranked by {what} over {listed(columns)}, {ranking.num_items} items in all."]
+    lines += [f"Not counted: {column.task}, {column.no_retention}." for column in silent]
+    return "\n".join(lines)
+
+
+def standings(result: SearchResult) -> list[list[str]]:
+    """Rows of every plan's standing, the best after the heal first; the first row holds the columns' names."""
+    ranking = result.ranking
+    plans = {plan.name: plan for plan in result.plans}
+    header = ["rank", "rank before", "plan", "drops", "mean before", "mean after", "behind the first"]
+    return [header, *(_standing(plan, plans[plan.name], ranking) for plan in ranking.plans)]
+
+
+def _kept(ranking: Ranking) -> str:
+    rows = [["plan", "likelihood before", "after", "generated text before", "after"]]
+    for plan in ranking.plans:
+        kept = (plan.before.likelihood, plan.after.likelihood, plan.before.generation, plan.after.generation)
+        rows.append([plan.name, *map(_percent, kept)])
+    return _table(rows)
+
+
+def _standing(plan: PlanStanding, healed: HealedPlan, ranking: Ranking) -> list[str]:
+    before, after = plan.before, plan.after
+    changed = ", ".join([*([layers_text(healed.drop)] if healed.drop else []), *map(in_words, healed.edits)])
+    first = plan.name == ranking.winner_after
+    return [
+        *(str(after.rank), str(before.rank), plan.name, changed),
+        *(_value(before.value, ranking), _value(after.value, ranking)),
+        DASH if first else _difference(after.behind, ranking),
+    ]
+
+
+def _agreement(ranking: Ranking) -> str:
+    rows = [(name, found) for name, found in ranking.agreement.items() if found.kendall is not None]
+    rows += [(column.task, column.agreement) for column in ranking.columns]
+    return _table([["ranked by", "Kendall's tau", "Spearman's rho"], *([name, *_both(found)] for name, found in rows)])
+
+
+def _both(found: Correlation) -> list[str]:
+    return [DASH if value is None else signed(value, 2) for value in (found.kendall, found.spearman)]
+
+
+def _scores(ranking: Ranking) -> str:
+    columns = {column.task: column for column in ranking.columns}
+    rows = [["task", "n", "teacher", "plan", "before", "after", "kept before", "kept after"]]
+    for task, column in columns.items():
+        for plan in ranking.plans:
+            score = next(score for score in plan.scores if score.task == task)
+            rows.append(
+                [
+                    *(task, str(column.n), _score(column.teacher, column), plan.name),
+                    *(_score(score.before, column), _score(score.after, column)),
+                    *(_percent(score.kept_before), _percent(score.kept_after)),
+                ]
+            )
+    return _table(rows)
+
+
+def _score(score: Interval, column: Column) -> str:
+    return _percent(score) if column.higher_is_better and score.ci_high <= 1 else _plain(score)
+
+
+def _value(value: Interval, ranking: Ranking) -> str:
+    return _percent(value) if ranking.unit == "retention" else _plain(value)
+
+
+def _difference(found: Interval, ranking: Ranking) -> str:
+    if ranking.unit == "nats":
+        return f"{signed(found.value, 3)} [{signed(found.ci_low, 3)}, {signed(found.ci_high, 3)}]"
+    value, low, high = (signed(100 * end, 1) for end in (found.value, found.ci_low, found.ci_high))
+    return f"{value} points [{low}, {high}]"
+
+
+def _percent(found: Interval | None) -> str:
+    if found is None:
+        return DASH
+    text = f"{100 * found.value:.1f} % [{100 * found.ci_low:.1f}, {100 * found.ci_high:.1f}]"
+    return text.replace("-", "−")
+
+
+def _plain(found: Interval) -> str:
+    return f"{found.value:.3f} [{found.ci_low:.3f}, {found.ci_high:.3f}]"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,165 @@
+"""The report's section on speed and size: what was measured, and beside it what the layer count lets expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from shoal.artifacts.artifact import BatchSpeed, Speed, SpeedScore
+
+from .document import Block, Bullets, Paragraph, Section, Table
+from .findings import ROLES, Run
+from .speed_ratio import Kind, SpeedRatio, speed_ratio
+from .wording import DASH, bytes_text, count_text, duration_text
+
+Words = Callable[[float], str]
+
+
+def speed_section(run: Run) -> Section:
+    """Parameters, bytes, cache, memory and speeds of every role."""
+    blocks: list[Block] = []
+    scores = run.speed.roles if run.speed else {}
+    if rows := [_size_row(run, role, scores.get(role)) for role in ROLES if role in run.evaluations or role in scores]:
+        titles = (
+            "Model",
+            "Layers",
+            "Parameters",
+            "Of the teacher",
+            "Weights on disk",
+            "Cache per token",
+            "Evaluated in",
+        )
+        blocks.append(Table("Size", titles, tuple(rows)))
+    if run.speed is None:
+        blocks.append(Paragraph("Speed was not measured in this run (`eval.speed` in the recipe)."))
+        return Section("Speed and size", tuple(blocks))
+    blocks += [_speed_table(run.speed), *_explanations(run.speed)]
+    if run.speed.left_out:
+        blocks.append(Bullets(tuple(f"{reason[0].upper()}{reason[1:]}." for reason in run.speed.left_out)))
+    return Section("Speed and size", tuple(blocks))
+
+
+def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:
+    evaluation, teacher = run.evaluations.get(role), run.evaluations.get("teacher")
+
+    def known(field: str, source: Any) -> float | None:
+        return next((value for one in (source, score) if (value := getattr(one, field, None)) is not None), None)
+
+    parameters, stored = known("num_parameters", evaluation), known("num_bytes", evaluation)
+    timed = run.speed.roles.get("teacher") if run.speed else None
+    whole = teacher.num_parameters if teacher else timed.num_parameters if timed else None
+    expected = score.expected if score else {}
+    cached = score.kv_bytes_per_token if score else None
+    return (
+        role,
+        str(known("num_layers", evaluation) or DASH),
+        _beside(parameters, expected.get("num_parameters"), count_text),
+        DASH if parameters is None or not whole else f"{100 * parameters / whole:.1f} %",
+        _beside(stored, expected.get("num_bytes"), bytes_text),
+        _beside(cached, expected.get("kv_bytes_per_token"), bytes_text),
+        duration_text(evaluation.seconds) if evaluation else DASH,
+    )
+
+
+def _speed_table(speed: Speed) -> Table:
+    rows = []
+    kinds: tuple[Kind, ...] = ("prefill", "decode")
+    for role, score in speed.roles.items():
+        for batch in _batches(speed, score):
+            teacher = _teacher_at(speed, batch.batch_size)
+            cells = [role, f"{batch.batch_size:,}"]
+            for kind in kinds:
+                cells.append(_with_range(getattr(batch, f"{kind}_tokens_per_s"), batch.samples.get(kind, ())))
+                cells.append(DASH if teacher is None or role == "teacher" else _against(teacher, batch, kind))
+            cells.insert(4, _beside(batch.first_token_s, batch.expected.get("first_token_s"), _seconds_text))
+            cells.append(_beside(batch.peak_memory_bytes, batch.expected.get("peak_memory_bytes"), bytes_text))
+            rows.append(tuple(cells))
+    caption = (
+        f"Speed with prompts of {speed.prompt_tokens:,} tokens and {speed.new_tokens:,} new ones, {speed.dtype}; "
+        "tokens per second over all sequences, slowest and fastest repeat in brackets; against the teacher the "
+        "smallest and largest ratio of one round, in which every model takes a turn"
+    )
+    columns = (
+        "Model",
+        "At once",
+        "Reading",
+        "Against the teacher",
+        "First token",
+        "Writing",
+        "Against the teacher",
+        "Peak memory",
+    )
+    return Table(caption, columns, tuple(rows))
+
+
+def _explanations(speed: Speed) -> list[Block]:
+    machine = speed.provenance.environment
+    where = ", ".join(f"{key.replace('_', ' ')} {machine[key]}" for key in ("device", "cpu_threads") if key in machine)
+    blocks: list[Block] = [
+        Paragraph(
+            "The models were timed in turns in one process, so that a busy moment of the machine hits all of them. "
+            f"Machine: {where or 'not recorded'}."
+        )
+    ]
+    if any(batch.peak_memory_bytes is not None for score in speed.roles.values() for batch in score.batches):
+        blocks.append(
+            Paragraph(
+                "Peak memory is what one model's weights, cache and intermediate tensors take at the fullest moment, "
+                "as torch's allocator counts it: without Python, libraries and what they set aside for themselves."
+            )
+        )
+    if any(score.expected or any(batch.expected for batch in score.batches) for score in speed.roles.values()):
+        blocks.append(
+            Paragraph(
+                "“Expected” is the teacher's value with as many layers as this model has, all like the average one. It "
+                "takes reading to be all multiplications, and writing to be all reading of weights and cache from "
+                "memory; what remains outside the layers, such as the map to the vocabulary, is not made smaller by a "
+                "cut. Measured far below that, something else takes the time."
+            )
+        )
+    return blocks
+
+
+def _batches(speed: Speed, score: SpeedScore) -> Sequence[BatchSpeed]:
+    """Of results from before there were several batch sizes, their one."""
+    if score.batches:
+        return score.batches
+    first = speed.batch_size * speed.prompt_tokens / score.prefill_tokens_per_s
+    return (
+        BatchSpeed(speed.batch_size, score.prefill_tokens_per_s, score.decode_tokens_per_s, first, None, score.samples),
+    )
+
+
+def _teacher_at(speed: Speed, batch_size: int) -> BatchSpeed | None:
+    teacher = speed.roles.get("teacher")
+    found = _batches(speed, teacher) if teacher else ()
+    return next((batch for batch in found if batch.batch_size == batch_size), None)
+
+
+def _beside(value: float | None, expected: float | None, words: Words) -> str:
+    """The value with what was expected; that is left out where the two read the same."""
+    if value is None:
+        return DASH
+    text = words(value)
+    if expected is None:
+        return text
+    return f"{text} (as expected)" if words(expected) == text else f"{text} (expected {words(expected)})"
+
+
+def _with_range(value: float, samples: Sequence[float]) -> str:
+    return f"{value:,.1f}" + (f" [{min(samples):,.1f}, {max(samples):,.1f}]" if samples else "")
+
+
+def _against(teacher: BatchSpeed, batch: BatchSpeed, kind: Kind) -> str:
+    """The ratio with its range over the rounds, and what was expected of it."""
+    field = f"{kind}_tokens_per_s"
+    found, expected = speed_ratio(batch, teacher, kind), batch.expected.get(field)
+    if expected is None:
+        return found.in_words()
+    wanted = SpeedRatio(expected / getattr(teacher, field), None).in_words()
+    same = wanted == SpeedRatio(found.value, None).in_words()
+    return f"{found.in_words()} ({'as expected' if same else f'expected {wanted}'})"
+
+
+def _seconds_text(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

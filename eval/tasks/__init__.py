@@ -1,0 +1,8 @@
+"""What is asked, by name.
+
+load       by name: ours, the user's, lm-eval's
+names      which names there are, without importing anything
+data_sets  what tasks are made of
+rows       question, options and answer of a row
+protocols  one data set under every protocol
+"""

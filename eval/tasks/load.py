@@ -1,0 +1,275 @@
+"""Tasks by name: shoal's own files in configs/tasks, a folder of the user's, and everything lm-eval ships.
+
+A name is a task file's, a group's, or a data set's with a protocol behind it (data_sets.py), which needs no file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import UserError
+from shoal.recipe.recipe import Eval
+
+from ..harness.samples import check_answers
+from .data_sets import DataSet, MissingFiles, Part, local_rows, parts_of
+from .names import TASKS_DIR, described_data, made_tasks, refuse_unknown, task_folders, unknown
+from .protocols import task_config
+
+log = logging.getLogger(__name__)
+
+LOCAL_FORMATS = ("json", "csv", "parquet", "text")
+"""Data set paths under which `datasets` reads local files."""
+CHECKED_ITEMS = 20
+
+
+def load_tasks(
+    names: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    num_fewshot: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Task name -> lm-eval task, groups expanded, in the order asked for.
+
+    ``num_fewshot`` None leaves every task its own number. With ``data_dir``, data sets that are described come from
+    there, whoever's task reads them. lm-eval's whole collection is read only where a name is not ours: that takes ten
+    seconds, reading ours a tenth of one.
+
+    Raises:
+        UserError: an unknown name (with the closest known one), no such folder, or data that cannot be had.
+    """
+    folders = task_folders(include_path)
+    refuse_unknown(names, include_path)
+    local = None if data_dir is None else Path(data_dir).expanduser()
+    if local is not None and not local.is_dir():
+        raise UserError(f"eval.data_dir: {str(data_dir)!r} is no folder; name one that holds a folder per data set")
+    made, tags = made_tasks(folders)
+    manager = _manager_that_knows([name for name in names if name not in made | tags], folders)
+    tasks: dict[str, Any] = {}
+    missing: dict[str, DataSet] = {}
+    with _data_from(local, folders, num_fewshot) as opened:
+        for name in names:
+            files = [name] if name in tags and name in manager.task_index else []  # a group of files too
+            for one in (*tags.get(name, (name,)), *files):
+                try:
+                    if one in made:
+                        tasks |= manager.load([task_config(*made[one], local, num_fewshot)])["tasks"]
+                    else:
+                        tasks |= _load(manager, one, opened)
+                except MissingFiles as error:
+                    missing |= error.files
+    if missing and local is not None:  # all of them, so that one attempt is enough
+        raise MissingFiles(local, missing)
+    described = described_data(folders)
+    for name, task in tasks.items():
+        _set_fewshot(name, task, num_fewshot, seed)
+        _set_ability(task, described)
+    return tasks
+
+
+def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
+    """The tasks that evaluating by ``settings`` asks, as load_tasks gives them."""
+    return load_tasks(
+        settings.tasks,
+        include_path=settings.include_path,
+        data_dir=settings.data_dir,
+        num_fewshot=settings.num_fewshot,
+        seed=seed,
+    )
+
+
+def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:
+    """The names of all tasks and groups: shoal's own, those of ``include_path``, and lm-eval's collection."""
+    folders = task_folders(include_path)
+    made, tags = made_tasks(folders)
+    return {*_manager(folders, with_all=not ours_only).task_index, *made, *tags}
+
+
+@contextmanager
+def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int | None) -> Iterator[list[Any]]:
+    """Let lm-eval's tasks take described data sets from ``data_dir`` instead of the Hub, without splits it lacks.
+
+    The file of few-shot examples may be missing where none are shown.
+    Gives the tasks that have got their data, the one last that may fail over it.
+    """
+    from lm_eval.api.task import ConfigurableTask
+
+    download = ConfigurableTask.download
+    described = described_data(folders)
+    opened: list[Any] = []
+
+    def from_folder(self: Any, *args: Any, **kwargs: Any) -> None:
+        config = self.config
+        found = None
+        if data_dir is not None and config.custom_dataset is None:
+            shots = config.num_fewshot if num_fewshot is None else num_fewshot
+            found = _local_splits(described, config, data_dir, with_examples=bool(shots))
+        if found is None:
+            download(self, *args, **kwargs)
+        else:
+            self.dataset = found
+            for split in ("training_split", "validation_split", "test_split"):
+                if getattr(config, split) not in found:
+                    setattr(config, split, None)
+        opened.append(self)
+
+    ConfigurableTask.download = from_folder
+    try:
+        yield opened
+    finally:
+        ConfigurableTask.download = download
+
+
+def _local_splits(
+    described: dict[str, DataSet], config: Any, data_dir: Path, *, with_examples: bool
+) -> dict[str, Any] | None:
+    """The splits of a task's Hub data set, under the Hub's names, out of ``data_dir``; None where it is not described.
+
+    Examples that are not asked for are taken along where they are there.
+    """
+    from datasets import Dataset
+
+    part, name = _part_read_by(config, described), config.dataset_name
+    if part is None or part.hub is None:
+        return None
+    hub, shown = part.hub, part.data.examples
+    files = {hub.items: part.items}
+    if hub.examples and shown and (with_examples or (data_dir / part.data.place / shown).is_file()):
+        files[hub.examples] = shown
+    rows = local_rows(part.data, data_dir, files)
+    if name not in (hub.name, None):
+        column = hub.part_column or ""
+        rows = {split: [row for row in found if row[column] == name] for split, found in rows.items()}
+    return {split: Dataset.from_list([dict(row) for row in found]) for split, found in rows.items()}
+
+
+def _part_read_by(config: Any, described: dict[str, DataSet]) -> Part | None:
+    """The described part that has the Hub data set of a task's configuration."""
+    path, name = config.dataset_path, config.dataset_name
+    for part in (part for data in described.values() for part in parts_of(data)):
+        hub = part.hub
+        if hub and hub.path == path and (name in (hub.name, None) or hub.part_column is not None):
+            return part
+    return None
+
+
+def _set_ability(task: Any, described: dict[str, DataSet]) -> None:
+    """A task that does not say what it asks for, lm-eval's own for one, has the ability of the data that it reads."""
+    config = task.config
+    if config.custom_dataset is None and "ability" not in (config.metadata or {}):
+        part = _part_read_by(config, described)
+        if part is not None:
+            config.metadata = {**(config.metadata or {}), "ability": part.data.ability}
+
+
+@cache
+def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
+    """lm-eval's index of task files; reading its whole collection takes ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(folders), include_defaults=with_all)
+
+
+def _manager_that_knows(names: Sequence[str], folders: tuple[Path, ...]) -> Any:
+    """lm-eval's index with these names in it."""
+    ours = _manager(folders, with_all=False)
+    outside = [name for name in names if name not in ours.task_index]
+    if not outside:
+        return ours
+    log.info("reading lm-eval's task collection (about 10 s the first time)")
+    everything = _manager(folders, with_all=True)
+    for name in outside:
+        if name not in everything.task_index:
+            raise unknown(name, folders, everything.all_tasks)
+    return everything
+
+
+def _load(manager: Any, name: str, opened: list[Any]) -> dict[str, Any]:
+    """The tasks behind a name, sorted: lm-eval keeps a tag's tasks in a set, whose order differs between ranks."""
+    if _is_ours(manager, name):
+        return dict(sorted(manager.load([name])["tasks"].items()))
+    _refuse_missing_files(name, manager.task_index[name])
+    try:
+        found = dict(sorted(manager.load([name])["tasks"].items()))
+    except UserError:
+        raise
+    except Exception as error:  # data sets, task code and lm-eval raise a dozen unrelated types here
+        if isinstance(error, IndexError) and opened:
+            _refuse_bad_items(name, opened[-1])
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
+        raise UserError(
+            f"eval.tasks: {name!r} cannot be loaded ({reason}). Its data may need the Hugging Face Hub: check the "
+            "network or the paths in its task file, or choose from shoal's own tasks, which need neither"
+        ) from error
+    for one, task in found.items():
+        _check_first_items(one, task)
+    return found
+
+
+def _refuse_missing_files(name: str, entry: Any) -> None:
+    """Refuse local data that is not there or empty, before `datasets` does in its own words."""
+    config: dict[str, Any] = entry.cfg or {}
+    if config.get("dataset_path") not in LOCAL_FORMATS:
+        return
+    given: dict[str, Any] = config.get("dataset_kwargs") or {}
+    listed = given.get("data_files") or given.get("data_dir") or []
+    grouped = list(listed.values()) if isinstance(listed, dict) else [listed]
+    for path in (path for group in grouped for path in (group if isinstance(group, list) else [group])):
+        place = Path(path)
+        if "://" in str(path) or any(character in str(path) for character in "*?["):
+            continue
+        if not place.exists():
+            parent = next(folder for folder in place.absolute().parents if folder.is_dir())
+            raise UserError(
+                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {str(path)!r}, which is not there (found as far as "
+                f"{parent}); correct dataset_kwargs, whose relative paths start from where shoal is started"
+            )
+        if place.is_file() and place.stat().st_size == 0:
+            raise UserError(
+                f"eval.tasks: {name!r} ({entry.yaml_path}) reads {str(path)!r}, which is empty; a task needs at least "
+                "one item, so name another file"
+            )
+
+
+def _refuse_bad_items(name: str, task: Any) -> None:
+    """Refuse a task whose first item lm-eval could not look at, because there is none or its answer is no option."""
+    if not len(task.eval_docs):
+        raise UserError(
+            f"eval.tasks: {name!r} has no items: the split it is scored on is empty; correct its data, its split or "
+            "its process_docs"
+        )
+    if task.OUTPUT_TYPE == "multiple_choice":
+        _check_first_items(name, task)
+
+
+def _check_first_items(name: str, task: Any) -> None:
+    """Refuse an answer that is no option before a model is loaded; all items are checked where they are scored."""
+    docs = islice(enumerate(task.eval_docs), CHECKED_ITEMS)
+    check_answers(name, task, [{"doc_id": n, "doc": doc, "target": task.doc_to_target(doc)} for n, doc in docs])
+
+
+def _is_ours(manager: Any, name: str) -> bool:
+    """Whether every file behind the name is one of shoal's; if one of those fails to load, the defect is ours."""
+    entry = manager.task_index[name]
+    files = [entry.yaml_path, *(manager.task_index[tagged].yaml_path for tagged in entry.tags if not entry.yaml_path)]
+    return all(TASKS_DIR.resolve() in file.resolve().parents for file in files if file is not None)
+
+
+def _set_fewshot(name: str, task: Any, num_fewshot: int | None, seed: int) -> None:
+    """As lm-eval's command line does it, but a task without examples is refused, not given its own test items."""
+    chosen = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
+    task.set_config(key="num_fewshot", value=chosen or 0)
+    given = task.fewshot_cfg.split is not None or task.fewshot_cfg.samples is not None
+    apart = task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs())
+    if chosen and not given and not apart:
+        raise UserError(
+            f"eval.num_fewshot: {name!r} has no examples beside the items it is scored on; set it to 0 (got {chosen})"
+        )
+    task.set_fewshot_seed(seed=seed)

@@ -1,0 +1,167 @@
+"""Which task names there are, read off the files' text, so that a misspelt one is refused before anything is imported.
+
+lm-eval's own index parses fourteen thousand files, and importing what it needs takes as long again. That a name stands
+in none of them is seen by reading them, in a tenth of the time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+from shoal.errors import UserError
+from shoal.recipe.recipe import CONFIGS_DIR, Eval
+
+from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
+
+TASKS_DIR = CONFIGS_DIR / "tasks"
+HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
+NAMED_TASKS = 6
+"""Of the tasks that a name covers, so many are named."""
+NAMES = re.compile(r"^(task|group|tag):[ \t]*(\S.*)$", flags=re.MULTILINE)
+LISTED_TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t].*\n?)+)", flags=re.MULTILINE)
+
+
+def refuse_unknown(names: Sequence[str], include_path: str | Path | None = None) -> None:
+    """Refuse a name that stands in no task file; one that is only mentioned in some is for the index to refuse.
+
+    Raises:
+        UserError: such a name, with what may be meant.
+    """
+    folders = task_folders(include_path)
+    made, tags = made_tasks(folders)
+    ours = [text for folder in folders for text in _texts(folder)]
+    outside = [name for name in names if not (name in made or name in tags or _stands_in(ours, name))]
+    for name in outside:
+        if not _stands_in(_collection(), name):
+            others = [found for text in _collection() for _, found in _names(text)]
+            raise unknown(name, folders, others)
+
+
+def unknown(name: str, folders: Sequence[Path], others: Sequence[str]) -> UserError:
+    """What is said of a name that is no task's, ``others`` being names beside those in ``folders``."""
+    hint = _what_was_meant(name, folders, others)
+    return UserError(f"eval.tasks: {name!r} is no task, neither of shoal nor of lm-eval; {hint}")
+
+
+def limit_without_task(name: str, tasks: Iterable[str]) -> str:
+    """What is said of a limit for a task that is not asked."""
+    return (
+        f"{name!r} is not among the evaluated tasks, which are {', '.join(tasks)}; add it to them, or leave its limit "
+        "out (on the command line: eval.limits={})"
+    )
+
+
+def limits_without_task(settings: Eval) -> Iterator[str]:
+    """`place: what is wrong` with limits of single tasks, as far as names tell; what lm-eval's mean its index knows."""
+    made, tags = made_tasks(task_folders(settings.include_path))
+    asked = [one for name in settings.tasks for one in tags.get(name, (name,))]
+    own = {value for folder in (TASKS_DIR, HUB_TASKS_DIR) for text in _texts(folder) for value in _defined(text)}
+    if made.keys() | own >= set(asked):
+        yield from (f"eval.limits: {limit_without_task(name, asked)}" for name in settings.limits if name not in asked)
+
+
+def _defined(text: str) -> list[str]:
+    """The tasks that a file defines, without groups and tags."""
+    return [value for key, value in _names(text) if key == "task"]
+
+
+def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:
+    """Where task files are looked for, each place once."""
+    folders = [TASKS_DIR, HUB_TASKS_DIR]
+    if include_path is not None:
+        folder = Path(include_path).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"eval.include_path: {str(include_path)!r} is no folder; name one that holds *.yaml task files"
+            )
+        if folder.resolve() not in [other.resolve() for other in folders]:
+            folders.append(folder)
+    return tuple(folders)
+
+
+def described_data(folders: Sequence[Path]) -> dict[str, DataSet]:
+    """The described data sets; one of the user's folder replaces ours of the same name."""
+    return {name: data for folder in folders for name, data in read_data_sets(folder).items()}
+
+
+def made_tasks(folders: Sequence[Path]) -> tuple[dict[str, tuple[Part, str]], dict[str, tuple[str, ...]]]:
+    """The tasks that described data sets give, each with its part and protocol, and the groups they are in."""
+    tasks: dict[str, tuple[Part, str]] = {}
+    tags: dict[str, tuple[str, ...]] = {}
+    for data in described_data(folders).values():
+        own = task_names(data)
+        tasks |= own
+        for tag in data.tags:
+            tags[tag] = (*tags.get(tag, ()), *own)
+    return tasks, tags
+
+
+def task_names(data: DataSet) -> dict[str, tuple[Part, str]]:
+    """Task name -> its part and protocol."""
+    return {f"{part.name}_{protocol}": (part, protocol) for part in parts_of(data) for protocol in data.protocols}
+
+
+def _what_was_meant(name: str, folders: Sequence[Path], others: Sequence[str]) -> str:
+    """The hint at an unknown name: the closest, of what it covers where only the protocol or the level is left out."""
+    made, tags = made_tasks(folders)
+    found = [pair for folder in folders for text in _texts(folder) for pair in _names(text)]
+    own = sorted({value for key, value in found if key == "task"})
+    tasks = dict.fromkeys([*own, *made])
+    covered: dict[str, dict[str, None]] = {}  # in their order
+    for task in tasks:
+        base, _, protocol = task.rpartition("_")
+        if protocol in get_args(TaskProtocol):
+            covered.setdefault(base, {})[task] = None
+    for task, (part, _) in made.items():
+        covered.setdefault(part.data.dataset, {})[task] = None
+    known = [*tasks, *sorted({value for _, value in found}), *tags, *covered]
+    close = [name] if name in covered else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    close = close or difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
+    group = f"{name}_suite"
+    if close and close[0] in covered:
+        under = list(covered[close[0]])
+        some = under if len(under) <= NAMED_TASKS else [*under[: NAMED_TASKS - 1], "...", under[-1]]
+        groups = [tag for tag, members in tags.items() if tag == group or set(under) <= set(members)]
+        meant = "" if close[0] == name else f"did you mean {close[0]!r}? "
+        return f"{meant}shoal asks it as {', '.join(some)}" + (f", all in the group {groups[0]}" if groups else "")
+    if group in tags:
+        return f"did you mean the group {group!r}?"
+    return f"did you mean {close[0]!r}?" if close else f"shoal's own are {', '.join(own)}"
+
+
+def _names(text: str) -> Iterator[tuple[str, str]]:
+    """(task, group or tag, name) that a file defines. Good enough for a hint: YAML has other ways to write them."""
+    for key, value in NAMES.findall(text):
+        for one in value.strip("[]").split(",") if value.startswith("[") else [value.split(" #")[0]]:
+            yield key, one.strip(" \"'")
+    for block in LISTED_TAGS.findall(text):
+        yield from (("tag", line.strip(" -\"'")) for line in block.splitlines())
+
+
+def _stands_in(texts: Sequence[str], name: str) -> bool:
+    whole = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    return any(name in text and whole.search(text) for text in texts)
+
+
+@cache
+def _collection() -> tuple[str, ...]:
+    """The text of lm-eval's task files, found without importing it."""
+    package = find_spec("lm_eval")
+    places = list(package.submodule_search_locations or ()) if package else []
+    return tuple(text for place in places for text in _texts(Path(place) / "tasks"))
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    """The text of every YAML file in a folder and below it."""
+    for place, _, files in os.walk(folder):
+        for file in sorted(files):
+            if file.endswith(".yaml"):
+                with open(os.path.join(place, file), encoding="utf-8", errors="replace") as text:
+                    yield text.read()

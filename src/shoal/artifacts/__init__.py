@@ -1,0 +1,6 @@
+"""What a stage hands on: typed JSON with provenance.
+
+artifact    typed JSON with provenance
+importance  the tables of a sweep, the atlas
+depth       diagnostics and probes
+"""

@@ -1,0 +1,395 @@
+"""What a stage hands on: typed JSON with a schema number and the provenance of what made it.
+
+Every artifact carries `provenance.inputs`, a flat mapping of everything that shaped it (fingerprints and settings). Two
+runs are the same run exactly when these mappings are equal, and a refusal can name the field that differs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from shoal.artifacts.importance import Atlas, Removal, Sweep, outside
+from shoal.atomic_files import fingerprint, write_text
+from shoal.errors import UserError
+from shoal.recipe.edits import Edits, first_change, in_words
+from shoal.runtime import environment
+
+Json = Any
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made an artifact, where and when."""
+
+    inputs: dict[str, Json]
+    """Flat: `model`, `data`, `prune.drop`, ... to a fingerprint or a setting."""
+    environment: dict[str, Json] = field(default_factory=environment)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the inputs."""
+        return fingerprint(self.inputs)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A JSON file of the run directory. Subclasses are frozen dataclasses whose fields are the file's keys."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+    FILE: ClassVar[str] = ""
+    SCHEMA: ClassVar[int] = 1
+
+    provenance: Provenance
+
+    def write(self, path: Path) -> None:
+        """Write the file at ``path``, whole or not at all."""
+        body = TypeAdapter(type(self)).dump_python(self, mode="json")
+        body = {"schema": self.SCHEMA, **body}
+        write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The artifact at ``path``.
+
+        Raises:
+            UserError: missing, not JSON, of another schema, with wrong fields, or contradicting itself.
+        """
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: no such file; run the stage that makes it first") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UserError(f"{path}: is not valid JSON ({error}); delete it and run its stage again") from error
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable or delete it") from error
+        schema = body.pop("schema", None) if isinstance(body, dict) else None
+        if schema != cls.SCHEMA:
+            raise UserError(
+                f"{path}: has schema {schema}, this version reads {cls.SCHEMA}; delete it and run its stage again"
+            )
+        try:
+            found = TypeAdapter(cls).validate_python(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            got = reprlib.repr(first["input"])
+            raise UserError(
+                f"{path}: {where}: {first['msg']} (got {got}); delete it and run its stage again"
+            ) from error
+        if (problem := next(found.contradictions(), None)) is not None:
+            raise UserError(f"{path}: {problem}; delete it and run its stage again")
+        return found
+
+    def contradictions(self) -> Iterator[str]:
+        """`place: what is wrong`, for everything that single fields cannot tell."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Importance(Artifact):
+    """importance.json: what every layer is worth. Higher = keep."""
+
+    FILE: ClassVar[str] = "importance.json"
+
+    num_layers: int
+    num_tokens: int
+    """Real (unpadded) tokens that were averaged over."""
+    layers: dict[str, tuple[float, ...]]
+    """Metric name -> one score per layer."""
+    runs: dict[str, tuple[tuple[float, ...], ...]]
+    """Metric name -> scores[n - 1][l] of the run of n layers that starts at layer l; row n - 1 has num_layers - n + 1
+    entries."""
+    errors: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    """Standard errors of the scores of metrics that are estimated from samples; None = not known."""
+    orders: dict[str, tuple[Removal, ...]] = field(default_factory=dict)
+    """Greedy metric name -> what it removes, first removal first."""
+    atlas: Atlas | None = None
+    """Single layers by task and protocol; None where no task was swept."""
+    sweeps: dict[str, Sweep] = field(default_factory=dict)
+    """Operator -> its table, for every operator but that of single layers."""
+
+    def contradictions(self) -> Iterator[str]:
+        count = self.num_layers
+        if count < 1:
+            yield f"num_layers: is {count}"
+        for field_name in ("layers", "errors"):
+            for metric, scores in getattr(self, field_name).items():
+                if len(scores) != count:
+                    yield f"{field_name}.{metric}: has {len(scores)} scores for {count} layers"
+        for metric, rows in self.runs.items():
+            if not rows:
+                yield f"runs.{metric}: is empty"
+            for length, row in enumerate(rows, 1):
+                if len(row) != count - length + 1:
+                    wanted = f"{count - length + 1} runs of {length} layers"
+                    yield f"runs.{metric}.{length - 1}: has {len(row)} scores for {wanted}"
+        for name, order in self.orders.items():
+            yield from outside(f"orders.{name}", [step.unit for step in order], num_layers=count)
+        sweeps = {f"sweeps.{name}": sweep for name, sweep in self.sweeps.items()}
+        if self.atlas is not None:
+            sweeps["atlas.sweep"] = self.atlas.sweep
+        for place, sweep in sweeps.items():
+            yield from sweep.contradictions(place, num_layers=count)
+
+
+@dataclass(frozen=True)
+class PruningPlan(Artifact):
+    """plan.json: which of the teacher's layers go. Indices are 0-based and the teacher's."""
+
+    FILE: ClassVar[str] = "plan.json"
+
+    num_layers: int
+    """Layers of the teacher."""
+    drop: tuple[int, ...]
+    """Strictly increasing."""
+    reason: str
+    """How the layers were chosen, in words for a reader."""
+    edits: Edits = ()
+    """What was done to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
+    student: str = ""
+    """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
+
+    def contradictions(self) -> Iterator[str]:
+        drop, asked = list(self.drop), self.provenance.inputs.get("prune.drop")
+        if drop != sorted(set(drop)):
+            yield f"drop: is {drop}; layers are named once, increasing"
+        if wrong := [layer for layer in drop if not 0 <= layer < self.num_layers]:
+            yield f"drop: names layer {wrong[0]} of a model of {self.num_layers} layers"
+        if len(drop) >= self.num_layers:
+            yield "drop: leaves no layer"
+        if asked and not (set(asked) <= set(drop) if self.edits else set(asked) == set(drop)):
+            yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
+
+    def sealed(self, student: str) -> str:
+        """What the field ``student`` is with a student of this fingerprint."""
+        return fingerprint([self.num_layers, list(self.drop), [asdict(edit) for edit in self.edits], student])
+
+    def in_words(self) -> str:
+        """What is done to the teacher, in one line."""
+        gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
+        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits)])
+
+    @property
+    def first_change(self) -> int:
+        """The lowest layer at which the student is not the teacher any more."""
+        return first_change(self.drop, self.edits)
+
+    @property
+    def keep(self) -> tuple[int, ...]:
+        """The teacher's layers that stay, increasing."""
+        dropped = set(self.drop)
+        return tuple(layer for layer in range(self.num_layers) if layer not in dropped)
+
+
+@dataclass(frozen=True)
+class ItemScore:
+    """One evaluated item under one protocol."""
+
+    id: str
+    score: float
+    """1/0 for accuracy-like metrics; nats per token for likelihood metrics."""
+    prediction: str = ""
+    """What the model chose or wrote."""
+    target: str = ""
+    weight: float = 1.0
+    """Share of this item in the task's mean: 1, or the tokens of a perplexity window."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Of generated text: `malformed`, `repetition` and `cut_off` as 1 or 0, `tokens` as a count; else empty."""
+    question: str = ""
+    """What was asked, without few-shot examples; the middle of a long one is left out."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task's mean under one protocol, with its interval and its items."""
+
+    task: str
+    """lm-eval task name."""
+    ability: str
+    """retrieval, knowledge, reasoning, language, or the task's own group."""
+    protocol: str
+    """loglikelihood, continuation, generation, worked (nats of the right answer), or rolling (perplexity)."""
+    metric: str
+    score: float
+    ci_low: float
+    ci_high: float
+    """95 % interval of the score."""
+    n: int
+    chance: float
+    higher_is_better: bool
+    version: str
+    """Task version: prompt and matching rules."""
+    num_fewshot: int
+    items: tuple[ItemScore, ...]
+    family: str | None = None
+    """Tasks that differ in nothing but their level; None = it stands alone."""
+    level: float | None = None
+    """What the dial of a family stands at: steps of reasoning, pairs of a look-up, position of the answer."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Of generated text, over the items: `malformed`, `repetition`, `cut_off` and `mean_tokens`; else empty. See
+    eval/harness/rates.py."""
+    prompts: str = ""
+    """Fingerprint of everything that was asked, few-shot examples included, and of the task's rules of matching."""
+    matching: int = 1
+    """Of generated text: the version of the code that reads answers out of it (shoal.abilities.matching); else 1."""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells this score from the others of one evaluation."""
+        return self.task, self.protocol, self.metric
+
+    def contradictions(self) -> Iterator[str]:
+        """`place: what is wrong`, as in an artifact."""
+        if self.n < 1:
+            yield f"n: is {self.n}"
+        if len(self.items) != self.n:
+            yield f"items: has {len(self.items)} items, n says {self.n}"
+        if not 0 <= self.chance < 1:
+            yield f"chance: is {self.chance}; it is 0 or more and less than 1"
+        for index, item in enumerate(self.items):
+            if item.weight <= 0:
+                yield f"items.{index}.weight: is {item.weight}"
+        if self.ci_low > self.ci_high:
+            yield f"ci_low: {self.ci_low} is above ci_high, {self.ci_high}"
+        total = math.fsum(item.weight for item in self.items)
+        mean = math.fsum(item.score * item.weight for item in self.items) / total
+        if not math.isclose(self.score, mean, rel_tol=1e-6, abs_tol=1e-9):
+            yield f"score: is {self.score}, and the mean over its items is {mean}"
+
+
+@dataclass(frozen=True)
+class Evaluation(Artifact):
+    """eval/<role>.json: the abilities of one model."""
+
+    role: str
+    """teacher, pruned or distilled."""
+    tasks: tuple[TaskScore, ...]
+    num_parameters: int
+    num_layers: int
+    num_bytes: int
+    """Of the checkpoint's weights on disk."""
+    seconds: float
+    num_requests: int = 0
+    """Asked of the model, each once; 0 = not recorded."""
+    num_kept: int = 0
+    """Of them, those whose answers were there before ``seconds`` began."""
+
+    def contradictions(self) -> Iterator[str]:
+        if not self.tasks:
+            yield "tasks: is empty"
+        keys = [task.key for task in self.tasks]
+        for index, task in enumerate(self.tasks):
+            if task.key in keys[:index]:
+                yield f"tasks.{index}: {' '.join(task.key)} is there twice"
+            yield from (f"tasks.{index}.{problem}" for problem in task.contradictions())
+
+
+@dataclass(frozen=True)
+class BatchSpeed:
+    """Median speeds of one role at one batch size, and the most memory it took."""
+
+    batch_size: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    first_token_s: float
+    """From handing over the prompts to knowing the first new token of each."""
+    peak_memory_bytes: int | None
+    """Weights, cache and intermediate tensors at the fullest moment; None = not measured."""
+    samples: dict[str, tuple[float, ...]]
+    """All repeats of `prefill`, `decode` and `first_token`, so that a reader sees the noise."""
+    expected: dict[str, float] = field(default_factory=dict)
+    """Name of a field above -> the teacher's value, scaled by what the layer count says; empty for the teacher."""
+
+
+@dataclass(frozen=True)
+class SpeedScore:
+    """Median speeds of one role at the first batch size, and its size."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    samples: dict[str, tuple[float, ...]]
+    """All repeats, so that a reader sees the noise."""
+    batches: tuple[BatchSpeed, ...] = ()
+    """One per batch size, increasing."""
+    num_layers: int | None = None
+    num_parameters: int | None = None
+    num_bytes: int | None = None
+    """Of the checkpoint's weights on disk."""
+    kv_bytes_per_token: int | None = None
+    """What one more token of one sequence adds to the cache."""
+    expected: dict[str, float] = field(default_factory=dict)
+    """Name of a size above -> what the teacher's would be with this role's number of layers; empty for the teacher."""
+
+
+@dataclass(frozen=True)
+class Speed(Artifact):
+    """eval/speed.json: the roles' speeds, measured interleaved in one process."""
+
+    FILE: ClassVar[str] = "eval/speed.json"
+
+    roles: dict[str, SpeedScore]
+    batch_size: int
+    """The first one, to which the speeds directly under a role belong."""
+    prompt_tokens: int
+    new_tokens: int
+    dtype: str
+    left_out: tuple[str, ...] = ()
+    """Why a batch size that was asked for is missing, a sentence each."""
+
+
+@dataclass(frozen=True)
+class Training(Artifact):
+    """distill.json: how the student was trained; written when distilled/ is complete."""
+
+    FILE: ClassVar[str] = "distill.json"
+
+    num_steps: int
+    num_tokens: int
+    """Tokens the student was trained on, over all ranks."""
+    seconds: float
+    history: tuple[dict[str, float], ...]
+    """Logged values by step: `step`, `loss`, each loss term, `learning_rate`, `grad_norm`, ..."""
+    settings: dict[str, Json]
+    """Resolved training arguments and DeepSpeed configuration."""
+    data: dict[str, Json]
+    """Documents, tokens, truncations and drops by source."""
+    peak_memory_bytes: int
+    """Of the largest rank."""
+
+
+def differences(expected: dict[str, Json], found: dict[str, Json]) -> list[str]:
+    """`field: X here, Y there` for every field in which two sets of inputs differ."""
+    missing = "absent"
+    return [
+        f"{key} is {expected.get(key, missing)!r} in this recipe but {found.get(key, missing)!r} there"
+        for key in sorted(expected.keys() | found.keys())
+        if _plain(expected.get(key, missing)) != _plain(found.get(key, missing))
+    ]
+
+
+def require_same_run(expected: dict[str, Json], found: Provenance, path: Path, *, remedy: str) -> None:
+    """Refuse an artifact that belongs to another run.
+
+    Only the fields of ``expected`` are compared, so that a stage can ask for what matters to it.
+
+    Raises:
+        UserError: naming the file, the fields and both values, and ``remedy``.
+    """
+    asked = {key: found.inputs[key] for key in expected if key in found.inputs}
+    differing = differences(expected, asked)
+    if differing:
+        raise UserError(f"{path}: belongs to another run: {'; '.join(differing)}. {remedy}")
+
+
+def _plain(value: Json) -> Json:
+    return json.loads(json.dumps(value, default=str))

@@ -1,0 +1,161 @@
+"""What a model does at which depth: the artifacts of depth diagnostics and of concept-depth probes.
+
+S sequence, L layers. Indices of layers are 0-based.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from shoal.artifacts.artifact import Artifact
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Integrated gradients of one prompt at one site of every layer."""
+
+    site: str
+    """layer, attention or mlp: whose output."""
+    input_ids: tuple[int, ...]
+    num_answer: int
+    gradients: tuple[tuple[float, ...], ...]
+    """One row per layer, one number per token; a row adds up to ``change`` as steps grow (completeness)."""
+    change: tuple[float, ...]
+    """F(x) - F(x0) by layer: F is the sum of the answer tokens' probabilities, x the intact output, x0 its mean over
+    the sequence at every token."""
+
+
+@dataclass(frozen=True)
+class EffectiveDepth:
+    """One rule's last layer of the first phase, 0-based."""
+
+    layer: int | None
+    ratio: float | None
+    """(layer + 1) / L."""
+    reason: str = ""
+    """Why there is none."""
+
+
+@dataclass(frozen=True)
+class Diagnostics(Artifact):
+    """diagnostics.json: how a model uses its depth. L layers; curves have one number per layer."""
+
+    FILE: ClassVar[str] = "diagnostics.json"
+
+    num_layers: int
+    num_tokens: int
+    """Real tokens in the means of ``cosines`` and ``sizes``."""
+    cosines: dict[str, tuple[float, ...]]
+    """layer, attention, mlp: mean cosine of what is written and what its writer has read. Negative = erases, near 0 =
+    new features, positive = amplifies."""
+    sizes: dict[str, tuple[float, ...]]
+    """Mean size of what is written over the size of what its writer has read."""
+    parallel: tuple[bool, ...]
+    """Whether a layer's attention and MLP both read its input; empty = unknown, see ``halves_refusal``."""
+    halves_refusal: str
+    """Why there are no curves of attention and MLP; empty = there are."""
+    lens_tokens: int
+    lens_kl: tuple[float, ...]
+    """Mean KL(p_l || p_final) in nats of what the head makes of layer l's input."""
+    lens_overlap: tuple[float, ...]
+    """Mean share of the top-5 tokens in common with the output's."""
+    lens_refusal: str
+    """Why states cannot be read through the head (no lens, no effect on the output, no integrated gradients)."""
+    num_cuts: int
+    """Prompts times cut positions, over which the effects are the largest."""
+    skip_effect: tuple[tuple[float, ...], ...]
+    """[s][l]: relative change of later layer l's update at tokens from the cut on, when layer s is skipped at the
+    tokens before it; 0 where l <= s."""
+    skip_output: tuple[float, ...]
+    """The same for next-token probabilities: Euclidean distance."""
+    erasure_output: tuple[float, ...]
+    """Change of the next-token probabilities behind a token whose state before layer l became the mean state."""
+    effects_refusal: str
+    """Why there are no effects or integrated gradients."""
+    gradient_steps: int
+    attributions: tuple[Attribution, ...]
+    effective_depth: dict[str, EffectiveDepth]
+    """cosine, kl, overlap."""
+
+    def in_words(self) -> str:
+        """A few lines for the log."""
+        lines = [f"depth of {self.num_layers} layers over {self.num_tokens:,} tokens"]
+        for rule, depth in self.effective_depth.items():
+            found = f"layer {depth.layer} ({depth.ratio:.0%})" if depth.ratio is not None else f"none: {depth.reason}"
+            lines.append(f"  effective depth by {rule}: {found}")
+        for what, values in (("erased the most", self.cosines["layer"]), ("wrote the least", self.sizes["layer"])):
+            least = min(range(self.num_layers), key=values.__getitem__)
+            lines.append(f"  layer {least} {what} ({values[least]:.3g})")
+        if self.skip_output:
+            most = max(range(self.num_layers), key=self.skip_output.__getitem__)
+            lines.append(
+                f"  skipping layer {most} at earlier tokens changed the output most ({self.skip_output[most]:.3g})"
+            )
+        for what, reason in (
+            ("attention and MLP", self.halves_refusal),
+            ("the lens", self.lens_refusal),
+            ("effects on later layers", self.effects_refusal),
+        ):
+            if reason:
+                lines.append(f"  nothing about {what}: {reason}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class DepthPoint:
+    """A depth, 0 to 1, or None with the reason."""
+
+    depth: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ConceptDepth:
+    """One set's probes; curves have L + 1 entries, by depth."""
+
+    path: str
+    classes: tuple[str, ...]
+    """Sorted; with two of them F1 is the second one's, with more its mean over classes."""
+    num_train: int
+    num_test: int
+    num_repeated: int
+    """Items left out because their text was there before."""
+    num_shortened: int
+    """Texts with more than ``max_tokens`` tokens."""
+    accuracy: tuple[float, ...]
+    """On the test part, as F1 and AUC."""
+    accuracy_low: tuple[float, ...]
+    accuracy_high: tuple[float, ...]
+    """95 % Wilson interval."""
+    f1: tuple[float, ...]
+    auc: tuple[float, ...]
+    """Area under the ROC curve; with more than two classes the mean of one against the rest."""
+    majority: float
+    """Accuracy on the test part of always saying the training part's most frequent class."""
+    variation: tuple[float | None, ...]
+    """b_l = accuracy_l / accuracy_{l-1} for l = 1 to L; None where the one before is 0."""
+    jump: DepthPoint
+    """First l / L with b_l >= 1.1."""
+    converging: DepthPoint
+    """Last l / L with |b_l - 1| < 0.03."""
+    enough: DepthPoint
+    """First l / L with 95 % of the best accuracy."""
+
+    def in_words(self) -> str:
+        """One line for the log."""
+        best = max(self.accuracy)
+        return (
+            f"{self.path}: best accuracy {best:.1%} (majority {self.majority:.1%}, n {self.num_test}), 95 % of it at "
+            f"depth {self.enough.depth:.2f} of the layers"
+        )
+
+
+@dataclass(frozen=True)
+class Probes(Artifact):
+    """probes.json: at which depth concepts can be read off."""
+
+    FILE: ClassVar[str] = "probes.json"
+
+    num_layers: int
+    sets: tuple[ConceptDepth, ...]

@@ -1,0 +1,240 @@
+"""Conversations: rendered with the tokenizer's chat template, and which of their tokens the assistant wrote.
+
+Templates with {% generation %} say themselves what the assistant writes. For all others every assistant turn is
+rendered twice, up to where it begins and up to its end, and must be found at that place of the whole conversation: a
+template that writes a turn differently depending on what follows is refused rather than guessed at.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from shoal.errors import UserError
+from shoal.recipe.section import DataSource
+
+ASSISTANT = "assistant"
+RENDER_S = 20
+"""Seconds in which a conversation has to be rendered; a millisecond is usual."""
+MARKS_ITSELF = re.compile(r"\{%-?\s*generation\s*-?%\}")
+REMEDY = "put {% generation %} and {% endgeneration %} around the assistant's text in the template, or set loss_on: all"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One conversation as the chat template takes it."""
+
+    messages: list[dict[str, Any]]
+    where: str
+    """Source and row, for messages."""
+    tools: list[Any] | None = None
+
+    @property
+    def num_characters(self) -> int:
+        """About how much memory it takes."""
+        return sum(len(str(value)) for message in self.messages for value in message.values())
+
+
+def chat_of(row: Mapping[str, Any], source: DataSource, where: str) -> Chat | None:
+    """The conversation in one row; None where it is empty.
+
+    Raises:
+        UserError: no such column, or no list of turns in it.
+    """
+    if source.messages is not None:
+        messages = _turns(_column(row, source.messages, where), source.messages, where)
+    else:
+        assert source.prompt is not None
+        assert source.completion is not None
+        sides = ((source.prompt, "user"), (source.completion, ASSISTANT))
+        messages = [turn for column, role in sides for turn in _side(_column(row, column, where), column, role, where)]
+    tools = None if source.tools is None else _column(row, source.tools, where)
+    if isinstance(tools, str):
+        tools = json.loads(tools) if tools.strip() else None
+    return Chat(messages, where, tools or None) if messages else None
+
+
+def _column(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise UserError(f"data {where}: has no column {name!r}; it has {', '.join(map(str, row))}")
+    return row[name]
+
+
+def _side(value: Any, column: str, role: str, where: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}] if value.strip() else []
+    return _turns(value, column, where)
+
+
+def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UserError(
+            f"data {where}: column {column!r} holds {type(value).__name__}, not a list of turns; name a column of "
+            "[{role, content}, ...], or set `column` instead for plain text"
+        )
+    for turn in value:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            what = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
+            raise UserError(f"data {where}: a turn in {column!r} {what}; every turn needs a role and a content")
+    return [dict(turn) for turn in value]
+
+
+def check_template(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that cannot render conversations of the source ``name``."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"data {name!r}: holds conversations, but the model's tokenizer has no chat template; take the tokenizer "
+            "of an instruction-tuned model, or render the conversations into a text column and name that as `column`"
+        )
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"data {name!r}: {type(tokenizer).__name__} does not tell which characters a token covers, which is needed "
+            "to know the assistant's; use a model with a tokenizer.json, or render the conversations into a text column"
+        )
+
+
+def tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list[int], np.ndarray]:
+    """Token ids, and which of them are learnt; what comes after the last of those is cut off, as nothing depends on it.
+
+    Raises:
+        UserError: the template refuses the conversation, or does not show where the assistant's turns are.
+    """
+    try:
+        with _in_time(chat):
+            return _tokenised(chat, tokenizer, assistant_only=assistant_only)
+    except (jinja2.TemplateError, TypeError) as error:
+        roles = ", ".join(message["role"] for message in chat.messages)
+        raise UserError(
+            f"data {chat.where}: the chat template refuses a conversation of {roles} ({str(error).strip()}); leave "
+            "such rows out or bring them into the order that the model was trained on"
+        ) from error
+
+
+@contextmanager
+def _in_time(chat: Chat) -> Iterator[None]:
+    """Refuse a template that does not end. Only the main thread can be woken; elsewhere it may take its time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise UserError(
+            f"data {chat.where}: the chat template has not ended within {RENDER_S} s; mend chat_template.jinja, or "
+            "take the tokenizer of the original model"
+        )
+
+    handler, timer = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, RENDER_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list[int], np.ndarray]:
+    if assistant_only and MARKS_ITSELF.search(tokenizer.get_chat_template(tools=chat.tools)):
+        found = tokenizer.apply_chat_template(
+            chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, learnt = found["input_ids"], np.array(found["assistant_masks"], dtype=bool)
+    else:
+        text = _render(chat, tokenizer)
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, learnt = found["input_ids"], np.ones(len(found["input_ids"]), dtype=bool)
+        if assistant_only:
+            learnt = _within(found["offset_mapping"], list(_assistant_spans(chat, text, tokenizer)))
+    end = len(ids) if not assistant_only else int(learnt.nonzero()[0][-1]) + 1 if learnt.any() else 0
+    return ids[:end], learnt[:end]
+
+
+def _render(chat: Chat, tokenizer: Any, upto: int | None = None, *, prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(
+        chat.messages[:upto], tools=chat.tools, tokenize=False, add_generation_prompt=prompt
+    )
+
+
+def _assistant_spans(chat: Chat, text: str, tokenizer: Any) -> Iterator[tuple[int, int]]:
+    """First and last character of every assistant turn in ``text``, without its header, with its end-of-turn token.
+
+    A turn that opens the conversation is left out: nobody asks the model for it.
+    """
+    for index, message in enumerate(chat.messages):
+        if message["role"] != ASSISTANT or index == 0:
+            continue
+        start = _start(chat, index, text, tokenizer)
+        turn = _render(chat, tokenizer, index + 1)
+        written = None if start is None else _as_in(text[start:], turn, message.get("content"), start, tokenizer)
+        if start is None or written is None:
+            raise _unclear(chat, index, tokenizer)
+        yield start, start + _without_layout(written, tokenizer)
+
+
+def _start(chat: Chat, index: int, text: str, tokenizer: Any) -> int | None:
+    """Where the turn begins that answers what comes before it; None where ``text`` does not show it.
+
+    That is where the generation prompt ends. Some templates let that prompt open a thought (DeepSeek-R1) which the
+    finished turn does not have: there the content has to stand where the two part.
+    """
+    prompt = _render(chat, tokenizer, index, prompt=True)
+    if text.startswith(prompt):
+        return len(prompt)
+    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+    said = _said(chat.messages[index].get("content"))
+    header = start > len(_render(chat, tokenizer, index))
+    return start if header and said and text[start:].lstrip().startswith(said) else None
+
+
+def _as_in(rest: str, turn: str, content: Any, start: int, tokenizer: Any) -> str | None:
+    """How the turn stands at the beginning of ``rest``; None where it cannot be told.
+
+    ``turn`` is a conversation in which it is the last one. Some templates add an empty thought (Qwen3) or an end token
+    (Phi-3) to the last turn only: there the content with the same ending has to stand in the middle.
+    """
+    if rest.startswith(turn[start:]):
+        return turn[start:]
+    said = _said(content)
+    places = [match.start() for match in re.finditer(re.escape(said), turn)] if said else []
+    endings = [turn[place:] for place in reversed(places)]  # the last place may be a piece of the end-of-turn token
+    endings += [ending.removesuffix(tokenizer.eos_token or "") for ending in endings]
+    blank = len(rest) - len(rest.lstrip())
+    return next((rest[: blank + len(ending)] for ending in endings if rest[blank:].startswith(ending)), None)
+
+
+def _said(content: Any) -> str:
+    return content.strip() if isinstance(content, str) else ""
+
+
+def _without_layout(written: str, tokenizer: Any) -> int:
+    """Length without the white space that a template puts behind an end-of-turn token: the model stops before it."""
+    bare = written.rstrip()
+    ends = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return len(bare) if any(bare.endswith(end) for end in ends if end.strip()) else len(written)
+
+
+def _unclear(chat: Chat, index: int, tokenizer: Any) -> UserError:
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return UserError(
+        f"data {chat.where}: the chat template of {name} writes turn {index} ({ASSISTANT}) of a conversation "
+        f"differently when the others follow, so its tokens cannot be told from the rest; {REMEDY}"
+    )
+
+
+def _within(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> np.ndarray:
+    """Which tokens touch one of the spans, which are in order and do not overlap."""
+    starts, ends = (np.array(side, dtype=np.int64) for side in zip(*offsets, strict=True)) if offsets else ([], [])
+    learnt = np.zeros(len(offsets), dtype=bool)
+    for first, last in spans:
+        learnt |= (np.asarray(ends) > first) & (np.asarray(starts) < last)
+    return learnt

@@ -1,0 +1,261 @@
+"""Tokenised documents packed into rows of one length, in memory or straight to disk.
+
+A row holds several documents back to back. `position_ids` start again at every document, and transformers' mask
+functions read that as a border no attention crosses; the label at a border is ignored, since no document can know the
+next.
+
+N rows, S sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.atomic_files import write_json
+from shoal.errors import UserError
+
+IGNORED = -100
+ROW = "row"
+"""Key under which a row says which one it is."""
+OPEN_ROWS = 16
+"""Rows that best_fit keeps open at one time to find a place for the next document; more would waste less padding, but
+hold back more of the sources with short documents."""
+MOST_DISCARDED = 1000
+"""Rows in succession without a learnt token after which packing gives up."""
+FIELDS: tuple[str, ...] = ("documents", "tokens", "supervised", "split", "truncated", "padding", "repeats")
+PLANES = {"input_ids": "<i4", "position_ids": "<i4", "supervised": "|b1"}
+COUNTS = "counts.json"
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """One document as token ids."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    """Which tokens are learnt; the first never is, whatever it says here."""
+    epoch: int = 0
+    """How often its source had been used up before."""
+    truncated: int = 0
+    """Tokens that were cut off its end."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def cut(self, length: int) -> TokenDocument:
+        """Its first ``length`` tokens."""
+        beyond = max(0, len(self) - length)
+        return TokenDocument(self.ids[:length], self.supervised[:length], self.epoch, beyond)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether it has a learnt token that others come before."""
+        return bool(self.supervised[1:].any())
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows of exactly S tokens. N rows, S sequence. 32-bit, and possibly memory-mapped: a token costs eight or nine
+    bytes."""
+
+    input_ids_NS: Tensor
+    position_ids_NS: Tensor
+    """Restart at 0 with every document."""
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Per source what its documents gave: FIELDS, and `dropped` documents."""
+    supervised_NS: Tensor | None = None
+    """Which tokens are learnt (bool); None = all. A document's first never is."""
+
+    def __len__(self) -> int:
+        return len(self.input_ids_NS)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        input_ids, position_ids = self.input_ids_NS[row].long(), self.position_ids_NS[row].long()
+        supervised = None if self.supervised_NS is None else self.supervised_NS[row]
+        labels = _labels(input_ids, position_ids, supervised)
+        number = torch.tensor(row)
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, ROW: number}
+
+    @property
+    def labels_NS(self) -> Tensor:
+        """The token itself where it is to be predicted from the ones before it, else IGNORED."""
+        return _labels(self.input_ids_NS.long(), self.position_ids_NS, self.supervised_NS)
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for plane in (self.input_ids_NS, self.position_ids_NS, self.supervised_NS):
+            if plane is not None:
+                digest.update(np.ascontiguousarray(plane.numpy()).data.cast("B"))
+        return digest.hexdigest()[:16]
+
+
+def _labels(input_ids: Tensor, position_ids: Tensor, supervised: Tensor | None) -> Tensor:
+    ignored = position_ids == 0 if supervised is None else (position_ids == 0) | ~supervised
+    return input_ids.masked_fill(ignored, IGNORED)
+
+
+class Row:
+    """A row being filled, and what of which source is in it."""
+
+    def __init__(self, length: int) -> None:
+        self.input_ids = np.zeros(length, np.int32)
+        self.position_ids = np.zeros(length, np.int32)
+        self.supervised = np.zeros(length, bool)
+        self.filled = 0
+        self.counts: dict[int, dict[str, int]] = {}
+        self.last_source = 0
+
+    @property
+    def room(self) -> int:
+        return len(self.input_ids) - self.filled
+
+    def add(self, source: int, document: TokenDocument, start: int = 0) -> int:
+        """Put in what fits of the document from ``start`` on; the number of tokens that did."""
+        size = min(self.room, len(document) - start)
+        place = slice(self.filled, self.filled + size)
+        self.input_ids[place] = document.ids[start : start + size]
+        self.position_ids[place] = np.arange(size)
+        self.supervised[place] = document.supervised[start : start + size]
+        self.supervised[self.filled] = False
+        count = self.counts.setdefault(source, dict.fromkeys(FIELDS, 0))
+        count["documents"] += start == 0
+        count["tokens"] += size
+        count["supervised"] += int(self.supervised[place].sum())
+        count["split"] += start + size < len(document)
+        count["truncated"] += document.truncated if start == 0 else 0
+        count["repeats"] = max(count["repeats"], document.epoch)
+        self.filled += size
+        self.last_source = source
+        return size
+
+    def close(self, padding_id: int) -> Row:
+        """Fill the rest with a document of padding that is not learnt."""
+        self.counts[self.last_source]["padding"] += self.room
+        self.input_ids[self.filled :] = padding_id
+        self.position_ids[self.filled :] = np.arange(self.room)
+        self.filled = len(self.input_ids)
+        return self
+
+
+def draw(streams: Sequence[Iterator[TokenDocument]], weights: Sequence[float]) -> Iterator[tuple[int, TokenDocument]]:
+    """Documents with the number of their source; next is the source that is furthest behind its share of tokens.
+
+    So the weights are exact within a document at every length, without randomness.
+    """
+    drawn, total = [0] * len(streams), sum(weights)
+    while True:
+        turn = min(range(len(streams)), key=lambda index: drawn[index] * total / weights[index])
+        document = next(streams[turn])
+        drawn[turn] += len(document)
+        yield turn, document
+
+
+def split_rows(documents: Iterable[tuple[int, TokenDocument]], length: int) -> Iterator[Row]:
+    """Rows filled to the last token; what does not fit goes on in the next row."""
+    row = Row(length)
+    for source, document in documents:
+        start = 0
+        while start < len(document):
+            start += row.add(source, document, start)
+            if not row.room:
+                yield row
+                row = Row(length)
+
+
+def best_fit_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, padding_id: int) -> Iterator[Row]:
+    """Rows of whole documents: each goes where it leaves the least room, and the fullest row leaves when none has any.
+
+    No document may be longer than a row. Only those that were drawn before decide, so a longer budget begins with the
+    rows of a shorter one.
+    """
+    rows: list[Row] = []
+    for source, document in documents:
+        row = min((row for row in rows if row.room >= len(document)), key=lambda row: row.room, default=None)
+        if row is None:
+            if len(rows) == OPEN_ROWS:
+                fullest = min(range(OPEN_ROWS), key=lambda index: rows[index].room)
+                yield rows.pop(fullest).close(padding_id)
+            row = Row(length)
+            rows.append(row)
+        row.add(source, document)
+        if not row.room:
+            rows.remove(row)
+            yield row.close(padding_id)
+
+
+def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[Row]:
+    """The rows in which something is learnt; ``counts`` grows with each. So no batch can be without a learnt token.
+
+    Raises:
+        UserError: a long succession of rows in which nothing is learnt.
+    """
+    discarded = 0
+    for row in rows:
+        if row.supervised.any():
+            discarded = 0
+            for source, found in row.counts.items():
+                count = counts[names[source]]
+                for key, value in found.items():
+                    count[key] = max(count[key], value) if key == "repeats" else count[key] + value
+            yield row
+            continue
+        discarded += 1
+        for source, found in row.counts.items():
+            counts[names[source]]["truncated"] += found["tokens"]
+        if discarded == MOST_DISCARDED:
+            raise UserError(
+                f"data {', '.join(map(repr, names))}: {discarded:,} rows in succession hold no token that is learnt; "
+                "raise sequence_length, set packing: best_fit, or set loss_on: all"
+            )
+
+
+def collect(rows: Iterable[Row], num_rows: int, length: int, *, with_supervised: bool) -> dict[str, np.ndarray]:
+    """The first ``num_rows`` rows in memory, by plane."""
+    names = [name for name in PLANES if with_supervised or name != "supervised"]
+    planes = {name: np.empty((num_rows, length), PLANES[name]) for name in names}
+    for index, row in enumerate(itertools.islice(rows, num_rows)):
+        for name, plane in planes.items():
+            plane[index] = getattr(row, name)
+    return planes
+
+
+def write_rows(folder: Path, rows: Iterable[Row], num_rows: int, length: int, *, with_supervised: bool) -> None:
+    """The first ``num_rows`` rows as one .npy file per plane, appended one by one: memory does not grow."""
+    with ExitStack() as stack:
+        files = {}
+        for name, dtype in PLANES.items():
+            if with_supervised or name != "supervised":
+                files[name] = stack.enter_context((folder / f"{name}.npy").open("wb"))
+                header: dict[str, Any] = {"descr": dtype, "fortran_order": False, "shape": (num_rows, length)}
+                np.lib.format.write_array_header_1_0(files[name], header)
+        for row in itertools.islice(rows, num_rows):
+            for name, file in files.items():
+                file.write(getattr(row, name).astype(PLANES[name], copy=False).tobytes())
+
+
+def write_counts(folder: Path, counts: dict[str, dict[str, int]]) -> None:
+    """What `read_rows` reads back as counts."""
+    write_json(folder / COUNTS, counts)
+
+
+def read_rows(folder: Path) -> PackedRows:
+    """Rows written by `write_rows`, mapped instead of read."""
+    planes = {
+        name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
+        for name in PLANES
+        if (folder / f"{name}.npy").is_file()
+    }
+    counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+    return PackedRows(planes["input_ids"], planes["position_ids"], counts, planes.get("supervised"))

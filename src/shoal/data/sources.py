@@ -1,0 +1,519 @@
+"""Sources of text and conversations, and how they become tokens: drawn by weight, streamed where they are large."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from shoal.atomic_files import file_hash, fingerprint
+from shoal.data.chat import Chat, chat_of, check_template, tokenised
+from shoal.data.packing import (
+    FIELDS,
+    IGNORED,
+    PackedRows,
+    TokenDocument,
+    best_fit_rows,
+    collect,
+    draw,
+    read_rows,
+    split_rows,
+    teaching_rows,
+    write_counts,
+    write_rows,
+)
+from shoal.errors import UserError
+from shoal.progress import progress
+from shoal.recipe.section import TEACHER_TEXT, DataSource, Packing
+
+__all__ = ["IGNORED", "PackedRows"]
+
+T = TypeVar("T")
+
+HELD_OUT_SHARE = 8
+"""One topic in eight of Python's documentation is kept for evaluation."""
+
+
+def python_docs(*, held_out: bool) -> list[str]:
+    """Python's documentation topics, split into training and held-out documents that share no paragraph.
+
+    Topics quote each other (`compound` contains `if`), so the split is by topic first, and then every paragraph that a
+    held-out document contains is taken out of the training documents.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    ours = [name for name in names if int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0]
+    kept_back = {paragraph.strip() for name in ours for paragraph in topics[name].split("\n\n")}
+    if held_out:
+        return _without_repeats(topics[name].split("\n\n") for name in ours)
+    others = (
+        [p for p in topics[name].split("\n\n") if p.strip() not in kept_back] for name in names if name not in ours
+    )
+    return _without_repeats(others)
+
+
+def _without_repeats(documents: Any) -> list[str]:
+    """Documents joined from paragraphs, each paragraph only where it is first seen."""
+    seen: set[str] = set()
+    joined = []
+    for paragraphs in documents:
+        fresh = []
+        for paragraph in paragraphs:
+            if paragraph.strip() and paragraph.strip() not in seen:
+                seen.add(paragraph.strip())
+                fresh.append(paragraph)
+        if fresh:
+            joined.append("\n\n".join(fresh))
+    return joined
+
+
+def ability_texts() -> list[str]:
+    """Prompts with answers of the three abilities, from the items that evaluation never sees."""
+    from shoal.abilities import training_texts
+
+    return training_texts(num_texts=4000, seed=0)
+
+
+BUNDLED: dict[str, Callable[[], list[str]]] = {
+    "python_docs": lambda: python_docs(held_out=False),
+    "python_docs_heldout": lambda: python_docs(held_out=True),
+    "ability_texts": ability_texts,
+}
+READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
+"""File ending -> its reader in `datasets`; a .txt file is one document, which `datasets` would cut into lines."""
+HELD_CHARACTERS = 32_000_000
+"""A source with less text than this is shuffled as a whole; a larger one streams through a buffer of this size."""
+CHARACTERS_PER_TOKEN = 16
+"""More than any tokenizer puts into a token of prose on average."""
+BORDER_TOKENS = 64
+"""Tokens at the end of a beginning that may be others where the text goes on."""
+AT_ONCE = 256
+CHARACTERS_AT_ONCE = 4_000_000
+"""Most documents and characters tokenised together: fast tokenizers work through a list with all cores."""
+
+
+def load_texts(source: DataSource, *, max_characters: int | None = None) -> list[str]:
+    """The documents of one source, in order; reading stops after ``max_characters``.
+
+    Raises:
+        UserError: nothing there, no such column, or no text in it.
+    """
+    if source.is_chat:
+        raise UserError(
+            f"data {source.path!r}: holds conversations, and only distill.data can take those; name a column of text"
+        )
+    texts: list[str] = []
+    characters = 0
+    for text in documents(source):
+        if text is not None:
+            texts.append(str(text))
+            characters += len(str(text))
+        if max_characters is not None and characters >= max_characters:
+            break
+    if not texts:
+        raise _nothing_in(source)
+    return texts
+
+
+def _nothing_in(source: DataSource) -> UserError:
+    column = source.messages or source.prompt or source.column
+    what = "conversation" if source.is_chat else "text"
+    return UserError(f"data {source.path!r}: holds no {what} in column {column!r}; name a source that does")
+
+
+def documents(source: DataSource) -> Iterator[str | Chat | None]:
+    """Every row's text or conversation, in order; None for an empty one."""
+    if source.path in BUNDLED:
+        yield from (text if text.strip() else None for text in _bundled(source.path))
+        return
+    if source.path == TEACHER_TEXT:
+        raise UserError(
+            f"data {TEACHER_TEXT!r}: is written while distilling, for distill.data only; name another source"
+        )
+    for number, (where, row) in enumerate(_records(source)):
+        if source.is_chat:
+            yield chat_of(row, source, f"{where!r} row {number}")
+        else:
+            text = _text(row, source.column, where)
+            yield text if text.strip() else None
+
+
+def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]]:
+    """Text and label of every row of a file, folder or Hub data set, in order.
+
+    Raises:
+        UserError: nothing there, a missing column, or a row without text or label.
+    """
+    found: list[tuple[str, Any]] = []
+    for number, (where, row) in enumerate(_records(source)):
+        text, label = _text(row, source.column, where), _field(row, label_column, where)
+        if not text.strip() or label is None:
+            empty = source.column if not text.strip() else label_column
+            raise UserError(f"data {where!r}: row {number} has nothing in column {empty!r}; fill it or leave it out")
+        found.append((text, label))
+    return found
+
+
+def _records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row, with the file or data set that it comes from."""
+    try:
+        files = _local_files(source)
+        if files is None:
+            yield from ((source.path, row) for row in _hub_rows(source))
+        for file in files or ():
+            yield from ((str(file), row) for row in _file_rows(file))
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises a dozen unrelated types for "not there" and "not readable"
+        reason = str(error).strip().split("\n")[0][:200]
+        is_here = Path(source.path).expanduser().exists()
+        remedy = "mend the file, or leave it out" if is_here else _known_sources(source.path)
+        raise UserError(f"data {source.path!r}: cannot be read ({type(error).__name__}: {reason}); {remedy}") from error
+
+
+@functools.cache
+def _bundled(name: str) -> tuple[str, ...]:
+    return tuple(BUNDLED[name]())
+
+
+def _local_files(source: DataSource) -> list[Path] | None:
+    """The files of a local source; None where the path can only be a Hub id.
+
+    Of a folder those that are named after the split (`train.jsonl`, `train-00000-of-00002.parquet`), else all.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in READERS)
+        if not files:
+            raise UserError(f"data {source.path!r}: the folder holds no {', '.join(READERS)} file; name one that does")
+        of_split = [file for file in files if file.stem == source.split or file.stem.startswith(f"{source.split}-")]
+        return of_split or files
+    if path.is_file():
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"data {source.path!r}: cannot read {path.suffix!r} files; use one of {', '.join(READERS)}")
+        return [path]
+    if source.path.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
+        raise UserError(f"data {source.path!r}: no such file or folder; {_known_sources(source.path)}")
+    return None
+
+
+def _file_rows(file: Path) -> Iterable[dict[str, Any]]:
+    if file.stat().st_size == 0:
+        raise UserError(f"data {str(file)!r}: the file is empty; name a source that holds text")
+    reader = READERS[file.suffix.lower()]
+    if reader == "text":
+        return [{"text": file.read_text(encoding="utf-8")}]
+    from datasets import load_dataset
+
+    return load_dataset(reader, data_files=str(file), split="train", streaming=True)
+
+
+def _hub_rows(source: DataSource) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset
+    from huggingface_hub import HfApi, constants
+
+    if not constants.HF_HUB_OFFLINE:
+        HfApi().dataset_info(source.path, timeout=10)  # load_dataset alone tries an unreachable Hub for half a minute
+    return load_dataset(source.path, source.name, split=source.split, streaming=True)
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    text = _field(row, column, where)
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"data {where!r}: column {column!r} holds {type(text).__name__}, not text; name a column of text"
+        )
+    return text or ""
+
+
+def _field(row: dict[str, Any], column: str, where: str) -> Any:
+    if column not in row:
+        raise UserError(f"data {where!r}: has no column {column!r}; it has {', '.join(map(str, row))}")
+    return row[column]
+
+
+def _known_sources(name: str) -> str:
+    known = [*BUNDLED, TEACHER_TEXT]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"bundled sources are {', '.join(known)}"
+
+
+def texts_fingerprint(texts: Sequence[str]) -> str:
+    """Content hash of documents in order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(len(text).to_bytes(8, "little") + text.encode())
+    return digest.hexdigest()[:16]
+
+
+def pack(
+    sources: Sequence[tuple[DataSource, Sequence[str] | None]],
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    num_tokens: int,
+    seed: int,
+    packing: Packing = "split",
+    folder: Path | None = None,
+) -> PackedRows:
+    """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
+
+    A source is read as a stream, or stands for the texts beside it. Its documents are drawn in a seeded order that does
+    not depend on ``num_tokens``: the rows of a smaller budget begin those of a larger one. A source that runs out
+    starts again in a new order: small data is repeated, never silently shortened. With ``folder`` rows go to files
+    there as they are made, and the result maps them.
+
+    Raises:
+        UserError: a source that gives nothing to learn, or cannot be read.
+    """
+    names = source_names([source for source, _ in sources])
+    counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
+    limit = sequence_length if packing == "best_fit" else None
+    num_rows = -(-num_tokens // sequence_length)
+    # what best_fit leaves out of a document is counted, and of a conversation any part may be the one that teaches
+    enough = None if packing == "best_fit" else num_rows * sequence_length
+    streams = [
+        _documents(source, texts, tokenizer, seed=seed + index, limit=limit, enough=enough, count=counts[name])
+        for index, (name, (source, texts)) in enumerate(zip(names, sources, strict=True))
+    ]
+    drawn = draw(streams, [source.weight for source, _ in sources])
+    if packing == "best_fit":
+        padding_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        rows = best_fit_rows(drawn, sequence_length, padding_id)
+    else:
+        rows = split_rows(drawn, sequence_length)
+    with progress("text: rows packed", total=num_rows, unit="rows") as step:
+        rows = _counted(teaching_rows(rows, names, counts), step)
+        marked = packing == "best_fit" or any(source.assistant_only for source, _ in sources)
+        if folder is not None:
+            write_rows(folder, rows, num_rows, sequence_length, with_supervised=marked)
+            write_counts(folder, counts)
+            return read_rows(folder)
+        planes = collect(rows, num_rows, sequence_length, with_supervised=marked)
+        tensors = {name: torch.from_numpy(plane) for name, plane in planes.items()}
+        return PackedRows(tensors["input_ids"], tensors["position_ids"], counts, tensors.get("supervised"))
+
+
+def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
+    for item in items:
+        step()
+        yield item
+
+
+def source_names(sources: Sequence[DataSource]) -> list[str]:
+    """The path of every source, with a number where several share one."""
+    often, seen, names = Counter(source.path for source in sources), Counter[str](), []
+    for source in sources:
+        seen[source.path] += 1
+        names.append(source.path if often[source.path] == 1 else f"{source.path} ({seen[source.path]})")
+    return names
+
+
+def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, packing: Packing = "split") -> None:
+    """Read as little of the source as shows that something can be learnt from it.
+
+    Raises:
+        UserError: it cannot be read, its column is missing or of another kind, its conversations cannot be rendered, or
+            nothing in it is learnt.
+    """
+    limit = sequence_length if packing == "best_fit" else None
+    _refuse_impossible(source, None, tokenizer)
+    count, found = Counter[str](), False
+    items = (item for item in documents(source) if item is not None)
+    for item in items:
+        found = True
+        one = _tokenised([item], source, tokenizer, epoch=0, limit=limit, enough=sequence_length, count=count)
+        if next(one, None) is not None:
+            return
+    raise _nothing_learnt(source) if found else _nothing_in(source)
+
+
+def _refuse_impossible(source: DataSource, texts: Sequence[str] | None, tokenizer: Any) -> None:
+    if not source.is_chat:
+        return
+    if texts is not None or source.path in (*BUNDLED, TEACHER_TEXT):
+        raise UserError(
+            f"data {source.path!r}: holds text, not conversations; leave messages, prompt and completion out"
+        )
+    check_template(tokenizer, source.path)
+
+
+def _nothing_learnt(source: DataSource) -> UserError:
+    if source.is_chat:
+        return UserError(
+            f"data {source.path!r}: no conversation has a token that is learnt (an answer of the assistant, and within "
+            "the row where packing is best_fit); name another column, raise sequence_length, or set loss_on: all"
+        )
+    return UserError(f"data {source.path!r}: every document tokenises to nothing; name a source that holds text")
+
+
+def _documents(
+    source: DataSource,
+    texts: Sequence[str] | None,
+    tokenizer: Any,
+    *,
+    seed: int,
+    limit: int | None,
+    enough: int | None,
+    count: dict[str, int],
+) -> Iterator[TokenDocument]:
+    """The source's documents without end, in another order every epoch."""
+    _refuse_impossible(source, texts, tokenizer)
+    for epoch, items in _epochs(source, texts, seed=seed, count=count):
+        nothing = True
+        for document in _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, enough=enough, count=count):
+            nothing = False
+            yield document
+        if nothing:
+            raise _nothing_learnt(source)
+
+
+def _epochs(
+    source: DataSource, texts: Sequence[str] | None, *, seed: int, count: dict[str, int]
+) -> Iterator[tuple[int, Iterable[str | Chat]]]:
+    """Every epoch's documents in its order: of a small source any order, of a large one as far as the buffer mixes."""
+
+    def read(*, counting: bool) -> Iterator[str | Chat]:
+        for item in documents(source) if texts is None else texts:
+            if item is not None:
+                yield item
+            elif counting:
+                count["dropped"] += 1
+
+    reader = read(counting=True)
+    held, size = _take(reader, HELD_CHARACTERS)
+    if not held:
+        raise _nothing_in(source)
+    for epoch in itertools.count():
+        order = random.Random(f"{seed}/{epoch}")
+        if size < HELD_CHARACTERS:
+            chosen = list(range(len(held)))
+            order.shuffle(chosen)
+            yield epoch, (held[index] for index in chosen)
+        elif epoch == 0:
+            reader, held = itertools.chain(held, reader), []  # the buffer is all that is kept
+            yield epoch, _mixed(reader, order)
+        else:
+            yield epoch, _mixed(read(counting=False), order)
+
+
+def _take(items: Iterator[str | Chat], characters: int, *, most: int | None = None) -> tuple[list[str | Chat], int]:
+    """Items until they have so many characters or are ``most``; the last may go beyond."""
+    taken, size = [], 0
+    while size < characters and len(taken) != most and (item := next(items, None)) is not None:
+        taken.append(item)
+        size += _size(item)
+    return taken, size
+
+
+def _size(item: str | Chat) -> int:
+    return len(item) if isinstance(item, str) else item.num_characters
+
+
+def _mixed(items: Iterator[str | Chat], order: random.Random) -> Iterator[str | Chat]:
+    """Drawn at random from a buffer of HELD_CHARACTERS that is filled up again after every draw."""
+    held, size = _take(items, HELD_CHARACTERS)
+    while held:
+        place = order.randrange(len(held))
+        held[place], held[-1] = held[-1], held[place]
+        item = held.pop()
+        more, added = _take(items, HELD_CHARACTERS - size + _size(item))
+        held += more
+        size += added - _size(item)
+        yield item
+
+
+def _tokenised(
+    items: Iterable[str | Chat],
+    source: DataSource,
+    tokenizer: Any,
+    *,
+    epoch: int,
+    limit: int | None,
+    enough: int | None,
+    count: dict[str, int],
+) -> Iterator[TokenDocument]:
+    """Documents with something to learn, cut to ``limit`` tokens; the others are counted as dropped once.
+
+    Of a text no more than its first ``enough`` tokens are asked for.
+    """
+    made = _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer, enough)
+    for ids, supervised in made:
+        document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch).cut(limit or len(ids))
+        if document.teaches:
+            yield document
+        elif epoch == 0:
+            count["dropped"] += 1
+
+
+def _chats(items: Iterable[str | Chat], source: DataSource, tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray]]:
+    for item in items:
+        assert isinstance(item, Chat)
+        yield tokenised(item, tokenizer, assistant_only=source.assistant_only)
+
+
+def first_tokens(text: str, encode: Callable[[str], list[int]], count: int) -> list[int]:
+    """The first ``count`` tokens of ``text``, or all of them, from little more of it than they take.
+
+    A single line can have millions of characters. A tokenizer joins letters within words, so a text that ends early
+    changes the tokens at its end alone: of a beginning, the last BORDER_TOKENS are not believed.
+    """
+    size = CHARACTERS_PER_TOKEN * (count + BORDER_TOKENS)
+    while size < len(text):
+        ids = encode(text[:size])
+        if len(ids) >= count + BORDER_TOKENS:
+            return ids[:count]
+        size *= 4
+    return encode(text)[:count]
+
+
+def _texts(items: Iterable[str | Chat], tokenizer: Any, enough: int | None) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Token lists with start (where the model has one it adds) and end token; of long texts the beginning."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    most = None if enough is None else CHARACTERS_PER_TOKEN * (enough + BORDER_TOKENS)
+    items = iter(items)
+    while batch := _take(items, CHARACTERS_AT_ONCE, most=AT_ONCE)[0]:
+        short = [text for text in batch if most is None or _size(text) <= most]
+        tokenised_short = iter(tokenizer(short)["input_ids"] if short else ())
+        for text in batch:
+            ids = (
+                next(tokenised_short)
+                if most is None or _size(text) <= most
+                else first_tokens(str(text), lambda one: tokenizer(one)["input_ids"], enough or 0)
+            )
+            whole = ids if not ids or ids[-1:] == end else ids + end
+            yield whole, np.ones(len(whole), bool)
+
+
+def row_texts(rows: PackedRows, tokenizer: Any, *, max_tokens: int | None = None) -> Iterator[str]:
+    """What is in the first rows, document by document, decoded; None = in all of them."""
+    last = len(rows) if max_tokens is None else math.ceil(max_tokens / rows.input_ids_NS.shape[1])
+    for ids, positions in zip(rows.input_ids_NS[:last], rows.position_ids_NS[:last], strict=True):
+        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        pieces = [ids[start:end].tolist() for start, end in itertools.pairwise(borders)]
+        yield from tokenizer.batch_decode(pieces, skip_special_tokens=True)
+
+
+def sources_fingerprint(sources: Sequence[DataSource]) -> str:
+    """Hash of what bundled and local sources hold; of Hub sources only the description, their revision is not known."""
+    parts = []
+    for source in sources:
+        content: Any = None
+        if source.path in BUNDLED:
+            content = texts_fingerprint(_bundled(source.path))
+        elif source.path != TEACHER_TEXT:
+            content = [[file.name, file_hash(file)] for file in _local_files(source) or ()]
+        parts.append([*astuple(source), content])
+    return fingerprint(parts)

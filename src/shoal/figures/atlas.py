@@ -1,0 +1,346 @@
+"""The figures of a sweep: the atlas of single layers, heads by layer, and what is left as ever more layers go.
+
+Nothing is said by colour alone: numbers stand in the cells, critical layers have a frame and bold numbers, dropped ones
+a mark beside their name. Intervals are drawn wherever there is one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from shoal.artifacts.artifact import Importance
+from shoal.artifacts.importance import Agreement, Atlas, Estimate, ProtocolGap, Sweep, SweepColumn
+from shoal.errors import UserError
+from shoal.figures.run_figures import (
+    DROPPED,
+    FAINT,
+    INK,
+    SERIES_COLOURS,
+    WIDTH_INCHES,
+    clean,
+    figure_style,
+    panels,
+    refuse_foreign,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CELL_INCHES = (0.56, 0.2)
+COLOURS = "cividis_r"
+"""Dark = costly. Even in lightness and equal for every kind of colour blindness."""
+DARK_TEXT, LIGHT_TEXT = "#101418", "#ffffff"
+"""On cells. Not INK, which becomes the page's text colour in inline SVG while cells keep theirs."""
+SERIES_STYLE = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"))
+
+
+def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
+    """Layers by metrics and by tasks under their protocols, then every column with its intervals, and protocol gaps.
+
+    Raises:
+        UserError: no task was swept, or a dropped layer is none of the model's.
+    """
+    atlas = importance.atlas
+    if atlas is None:
+        raise UserError(
+            "importance.json: holds no swept task to draw; name some in measure.sweep.tasks and measure again"
+        )
+    refuse_foreign(drop, importance.num_layers)
+    metrics = {name: tuple(scores) for name, scores in importance.layers.items()}
+    metrics |= {name: runs[0] for name, runs in importance.runs.items()}
+    cells = len(metrics) + len(atlas.columns) + bool(metrics)
+    width = max(WIDTH_INCHES, 1.1 + CELL_INCHES[0] * cells)
+    heights = [1.9 + CELL_INCHES[1] * importance.num_layers, *[1.45] * len(atlas.columns), *[1.45] * len(atlas.gaps)]
+    heights.append(0.8 + 0.26 * len(atlas.columns))
+    figure, axes = panels(heights, width=width)
+    with figure_style():
+        _draw_heat(axes[0], metrics, atlas, drop)
+        for index, column in enumerate(atlas.columns):
+            colour, name = SERIES_COLOURS[index % 5], _label(column, atlas.sweep)
+            _draw_column(axes[1 + index], column, name, colour, drop, range(importance.num_layers))
+        for index, gap in enumerate(atlas.gaps):
+            _draw_gap(axes[1 + len(atlas.columns) + index], gap, drop)
+        _draw_centroids(axes[-1], atlas)
+    return figure
+
+
+def agreement_figure(agreement: Agreement) -> Figure:
+    """Rank correlation of every two columns; below it the most that their items' noise leaves room for."""
+    names, count = [_name(column) for column in agreement.columns], len(agreement.columns)
+    figure, (ax,) = panels([1.6 + 0.42 * count], width=max(WIDTH_INCHES, 2.0 + 0.62 * count))
+    with figure_style():
+        values = [[math.nan if value is None else value for value in row] for row in agreement.spearman]
+        ax.imshow(values, cmap="cividis", vmin=-1, vmax=1, aspect="auto", interpolation="none")
+        for row in range(count):
+            for place in range(count):
+                value, most = agreement.spearman[row][place], agreement.ceiling[row][place]
+                text = "–" if value is None else f"{value:.2f}".replace("-", "−")
+                if row != place and most is not None:
+                    text += f"\n≤ {most:.2f}"
+                colour = DARK_TEXT if value is not None and value > 0.2 else LIGHT_TEXT
+                ax.text(place, row, text, ha="center", va="center", fontsize=7, color=colour if value else INK)
+        _name_cells(ax, names, names)
+        ax.set_title("Rank correlation between columns\n≤: what the noise of both columns' items leaves possible")
+    return figure
+
+
+def head_map_figure(sweep: Sweep) -> Figure:
+    """Layer by head (or key-value group), one map per column: how much worse the score is without each.
+
+    Raises:
+        UserError: the units are no heads or groups.
+    """
+    if not sweep.columns or any(unit.index is None for unit in sweep.units):
+        raise UserError(
+            f"importance.json: the sweep {sweep.operator!r} has no heads or groups to map; sweep head or kv_group"
+        )
+    layers = 1 + max(unit.layers[0] for unit in sweep.units)
+    places = 1 + max(unit.index or 0 for unit in sweep.units)
+    width = max(WIDTH_INCHES, 1.6 + 0.3 * places)
+    figure, axes = panels([1.0 + 0.17 * layers] * len(sweep.columns), width=width)
+    with figure_style():
+        for ax, column in zip(axes, sweep.columns, strict=True):
+            _draw_head_map(figure, ax, sweep, column, (layers, places))
+    return figure
+
+
+def curves_figure(sweep: Sweep) -> Figure:
+    """Every column over the layers, for operators whose units are one half of a layer or a donor's layer each.
+
+    Raises:
+        UserError: the sweep is empty, or a unit is no single layer's.
+    """
+    if not sweep.columns or not sweep.units:
+        raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
+    if any(len(unit.layers) != 1 or unit.index is not None for unit in sweep.units):
+        raise UserError(
+            f"importance.json: the sweep {sweep.operator!r} has no curve over layers; sweep attention or mlp"
+        )
+    places = [unit.layers[0] for unit in sweep.units]
+    figure, axes = panels([1.6] * len(sweep.columns))
+    with figure_style():
+        for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
+            _draw_column(ax, column, _label(column, sweep), SERIES_COLOURS[index % 5], (), places)
+        axes[-1].set_xlabel({"donor": "layer of the donor"}.get(sweep.operator, f"{sweep.operator} of layer"))
+    return figure
+
+
+def cumulative_figure(sweep: Sweep) -> Figure:
+    """Every column's score as ever more layers go, with its interval, the intact score and chance.
+
+    Raises:
+        UserError: the sweep has no column or no unit.
+    """
+    if not sweep.columns or not sweep.units:
+        raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
+    figure, axes = panels([1.7] * len(sweep.columns))
+    gone = [len(unit.layers) for unit in sweep.units]
+    with figure_style():
+        for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
+            scores = [column.intact, *(effect.score for effect in column.effects)]
+            _band(ax, [0, *gone], scores, SERIES_COLOURS[index % 5], SERIES_STYLE[index % 5])
+            ax.axhline(column.intact.value, color=FAINT, lw=1)
+            if column.higher_is_better:
+                ax.axhline(column.chance, color=INK, lw=1, ls=(0, (3, 2)))
+                ax.text(
+                    1, column.chance, "chance", transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=9
+                )
+            ax.set_title(_title(column, column.metric))
+            ax.grid(axis="y")
+        axes[-1].set_xlabel("layers removed")
+    return figure
+
+
+def _draw_heat(ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, drop: Sequence[int]) -> None:
+    num_layers = len(atlas.sweep.units)
+    names, shades, texts, frames = [], [], [], []
+    for name, scores in metrics.items():
+        names.append(_name(name))
+        shades.append(_rank_shades(scores))
+        texts.append([_short_number(score) for score in scores])
+        frames.append(())
+    if metrics:
+        names.append("")
+        shades.append([math.nan] * num_layers)
+        texts.append([""] * num_layers)
+        frames.append(())
+    for column in atlas.columns:
+        names.append(_name(_label(column, atlas.sweep).replace("/", "\n")))
+        shades.append([_loss_shade(column, layer) for layer in range(num_layers)])
+        texts.append([_cell_text(column, layer) for layer in range(num_layers)])
+        frames.append(column.critical)
+    grid = [[column[layer] for column in shades] for layer in range(num_layers)]
+    image = ax.imshow(grid, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    for place, (column_texts, critical) in enumerate(zip(texts, frames, strict=True)):
+        for layer, text in enumerate(column_texts):
+            _write_cell(ax, place, layer, text, grid[layer][place], framed=layer in critical)
+    rows = [f"{'× ' if layer in set(drop) else ''}{layer}" for layer in range(num_layers)]
+    _name_cells(ax, names, rows)
+    for layer in drop:
+        ax.get_yticklabels()[layer].set(color=DROPPED, weight="bold")
+    ax.set_ylabel("layer" + (" (× dropped)" if drop else ""))
+    head = "Without each layer: % of the score above chance that is kept,\nor nats added; framed = critical"
+    if metrics:
+        head += ". Metrics: darker = higher rank"
+    ax.set_title(head, fontsize=10)
+    image.set_rasterized(False)
+
+
+def _write_cell(ax: Axes, place: int, layer: int, text: str, shade: float, *, framed: bool) -> None:
+    from matplotlib.patches import Rectangle
+
+    colour = DARK_TEXT if not shade > 0.45 else LIGHT_TEXT
+    weight = "bold" if framed else "normal"
+    ax.text(place, layer, text, ha="center", va="center", fontsize=8, color=colour, weight=weight)
+    if framed:
+        ax.add_patch(Rectangle((place - 0.46, layer - 0.44), 0.92, 0.88, fill=False, ec=DROPPED, lw=1.4))
+
+
+def _draw_column(
+    ax: Axes, column: SweepColumn, name: str, colour: str, drop: Sequence[int], layers: Sequence[int]
+) -> None:
+    kept = [effect.retention for effect in column.effects]
+    if column.higher_is_better and all(one is not None for one in kept):
+        values, what, intact = [one for one in kept if one is not None], "share kept", 1.0
+    elif column.higher_is_better:
+        values, what, intact = [effect.score for effect in column.effects], column.metric, column.intact.value
+    else:
+        values, what, intact = [effect.change for effect in column.effects], f"{column.metric} added", 0.0
+    _band(ax, layers, values, colour, ("-", ""))
+    ax.axhline(intact, color=FAINT, lw=1)
+    critical = column.critical
+    if critical:
+        points = [layers[place] for place in critical], [values[place].value for place in critical]
+        ax.plot(*points, "D", color=DROPPED, ms=4.5, label="critical")
+    for part, dashes in (("malformed", (0, (4, 2))), ("repetition", (0, (1, 1)))):
+        shares = [getattr(effect, part) for effect in column.effects]
+        if any(shares):
+            ax.plot(layers, shares, color=INK, lw=1.1, ls=dashes, label=part)
+    if len(ax.get_legend_handles_labels()[0]) > bool(critical):
+        ax.legend(loc="center right", fontsize=8)
+    _mark_dropped(ax, drop)
+    ax.set_title(f"{_name(name)}: {_name(what)} (n = {column.n})")
+    ax.grid(axis="y")
+
+
+def _draw_gap(ax: Axes, gap: ProtocolGap, drop: Sequence[int]) -> None:
+    _band(ax, list(range(len(gap.gaps))), gap.gaps, SERIES_COLOURS[3], ("-", "."))
+    ax.axhline(0, color=INK, lw=1)
+    mean = f"mean {gap.mean.value:+.2f} [{gap.mean.low:+.2f}, {gap.mean.high:+.2f}]".replace("-", "−")
+    _mark_dropped(ax, drop)
+    names = f"{_name(gap.likelihood)} − {_name(gap.generation)}"
+    ax.set_title(f"Protocol gap, share kept: {mean}\n{names} (n = {gap.n})", fontsize=9)
+    ax.grid(axis="y")
+
+
+def _draw_centroids(ax: Axes, atlas: Atlas) -> None:
+    for row, profile in enumerate(atlas.depth):
+        label = _label(atlas.columns[row], atlas.sweep)
+        if profile.centroid is None:
+            label += f" ({profile.reason})"
+        else:
+            point = profile.centroid
+            ax.plot([point.low, point.high], [row, row], color=SERIES_COLOURS[row % 5], lw=2, solid_capstyle="round")
+            ax.plot([point.value], [row], SERIES_STYLE[row % 5][1], color=SERIES_COLOURS[row % 5], ms=6)
+        ax.text(0, row - 0.3, _name(label, 60), transform=ax.get_yaxis_transform(), fontsize=9, va="center")
+    ax.set_ylim(len(atlas.depth) - 0.4, -0.6)
+    ax.set_xlim(-0.02, 1.02)
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x")
+    ax.set_title("Depth centroid of what is lost")
+    ax.set_xlabel("0 = first layer, 1 = last")
+
+
+def _draw_head_map(figure: Figure, ax: Axes, sweep: Sweep, column: SweepColumn, shape: tuple[int, int]) -> None:
+    from matplotlib.patches import Rectangle
+
+    layers, places = shape
+    grid = [[math.nan] * places for _ in range(layers)]
+    scores = column.importances
+    for unit, score in zip(sweep.units, scores, strict=True):
+        grid[unit.layers[0]][unit.index or 0] = score
+    reach = max(abs(score) for score in scores) or 1.0
+    # white in the middle: both ends of this map differ in lightness and hue for every kind of colour blindness
+    image = ax.imshow(grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto", interpolation="none")
+    for position in column.critical:
+        unit = sweep.units[position]
+        corner = ((unit.index or 0) - 0.5, unit.layers[0] - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=INK, lw=1.6))
+    bar = figure.colorbar(image, ax=ax, pad=0.02, label="worse without it")
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+    ax.set_xlabel("head" if sweep.operator == "head" else "key-value group")
+    ax.set_ylabel("layer")
+    ax.set_title(_title(column, f"{column.metric} lost; framed: critical"))
+
+
+def _band(ax: Axes, places: Sequence[int], values: Sequence[Estimate], colour: str, style: tuple[str, str]) -> None:
+    lows, highs = [value.low for value in values], [value.high for value in values]
+    ax.fill_between(places, lows, highs, color=colour, alpha=0.25, lw=0)
+    ax.plot(places, [value.value for value in values], style[0], marker=style[1], color=colour, lw=1.5, ms=4)
+    ax.set_xlim(min(places) - 0.5, max(places) + 0.5)
+
+
+def _mark_dropped(ax: Axes, drop: Sequence[int]) -> None:
+    if drop:
+        low = ax.get_xaxis_transform()
+        ax.plot(list(drop), [-0.05] * len(drop), "^", color=DROPPED, ms=5, transform=low, clip_on=False)
+    ax.tick_params(axis="x", pad=7)
+
+
+def _loss_shade(column: SweepColumn, layer: int) -> float:
+    """Share of the score above chance that is lost, or of a token's probability for nats, in 0..1."""
+    effect = column.effects[layer]
+    if column.higher_is_better:
+        if effect.retention is None:
+            return math.nan
+        return min(1.0, max(0.0, 1 - effect.retention.value))
+    return 1 - math.exp(-max(0.0, effect.change.value))
+
+
+def _cell_text(column: SweepColumn, layer: int) -> str:
+    effect = column.effects[layer]
+    if not column.higher_is_better:
+        return _short_number(effect.change.value, sign=True)
+    return "–" if effect.retention is None else f"{100 * effect.retention.value:.0f}".replace("-", "−")
+
+
+def _rank_shades(scores: Sequence[float]) -> list[float]:
+    ordered = sorted(scores)
+    count = max(1, len(scores) - 1)
+    return [(ordered.index(score) + len(ordered) - 1 - ordered[::-1].index(score)) / 2 / count for score in scores]
+
+
+def _short_number(value: float, *, sign: bool = False) -> str:
+    """At most six characters."""
+    size = abs(value)
+    digits = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
+    text = f"{value:{'+' if sign else ''}.{digits}f}" if 1e-3 <= size < 1e4 or value == 0 else f"{value:.0e}"
+    return text.replace("-", "−")
+
+
+def _name_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
+    ax.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.tick_params(length=0)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+
+
+def _label(column: SweepColumn, sweep: Sweep) -> str:
+    """`ability/protocol`, or the task's name where that stands for several tasks."""
+    alone = sum(other.label == column.label for other in sweep.columns) == 1
+    return column.label if alone else column.task
+
+
+def _title(column: SweepColumn, what: str) -> str:
+    return f"{_name(column.ability)}, {_name(column.protocol)}: {_name(what)} (n = {column.n})"
+
+
+def _name(text: str, limit: int = 30) -> str:
+    """A name from data as one that fits: lines apart, without control characters, cut where it is long."""
+    lines = [clean(line).replace("_", " ").strip() for line in text.split("\n")]
+    return "\n".join(line if len(line) <= limit else line[: limit - 1] + "…" for line in lines)

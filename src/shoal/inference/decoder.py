@@ -1,0 +1,160 @@
+"""What scoring and generation need of a model: hidden states, logits where wanted, and a cache whose rows branch.
+
+B batch, S sequence, D hidden, V vocabulary, N positions.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_body
+from shoal.models.load import logits_from_hidden, text_config
+
+LOGIT_ELEMENTS = 2**25
+"""Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""
+ENOUGH_TOKENS = {"cpu": 128}
+"""From how many tokens on a forward gains nothing by more of them, by device type; 4096 elsewhere."""
+NEVER_BRANCH = ("cpmant", "dory", "git", "hrm_text", "llama4_text", "xlstm")
+"""Families whose cache looks as if its rows could be copied, but that then give other values: cpmant wants all earlier
+tokens beside it, dory grows it, xlstm is recurrent; git and llama4_text take padding on the left for text; hrm_text,
+a recurrence too, makes something of every rounding."""
+
+
+class Decoder:
+    """A causal language model, taken apart at its final hidden states.
+
+    Raises:
+        UserError: for an architecture whose head shoal would apply in another way than the model itself.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.device = model.device
+        self._body: Any = decoder_body(model)
+        self._head: Any = model.get_output_embeddings()
+        self._to_logits = logits_from_hidden(model)
+        parameters = inspect.signature(self._body.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        # transformers renames this argument from one minor version to the next
+        self._cache_name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
+        self.can_branch = (
+            self._cache_name is not None
+            and text_config(model.config).model_type not in NEVER_BRANCH
+            and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers)
+        )
+        """Whether rows of the cache are keys and values that can be copied; recurrent models get full forwards."""
+        self._check_head()
+
+    def new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    @torch.no_grad()
+    def hidden(
+        self,
+        input_ids_BS: Tensor,
+        *,
+        mask: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """Final hidden states (B, S, D); ``cache`` is extended, ``mask`` covers what it holds and the new tokens."""
+        arguments = self.arguments(input_ids_BS, mask=mask, position_ids_BS=position_ids_BS, cache=cache)
+        return self._body(**arguments).last_hidden_state
+
+    def arguments(
+        self,
+        input_ids_BS: Tensor,
+        *,
+        mask: Tensor | None = None,
+        position_ids_BS: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> dict[str, Any]:
+        """What the model's body is called with for this."""
+        arguments: dict[str, Any] = {"input_ids": input_ids_BS, "use_cache": cache is not None}
+        if cache is not None:
+            assert self._cache_name is not None, "a model that takes no cache was given one"
+            arguments[self._cache_name] = cache
+        if mask is not None and not bool(mask.all()):
+            arguments["attention_mask"] = mask
+        if position_ids_BS is not None and self._takes_positions:
+            arguments["position_ids"] = position_ids_BS
+        return arguments
+
+    @torch.no_grad()
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """fp32 logits (N, V), scaled and capped as the model does it."""
+        return self._to_logits(hidden_ND, self._head).float()
+
+    def positions_at_once(self) -> int:
+        """How many positions' logits fit into LOGIT_ELEMENTS."""
+        return max(1, LOGIT_ELEMENTS // text_config(self.model.config).vocab_size)
+
+    @property
+    def enough_tokens(self) -> int:
+        """From how many tokens on a forward rather ends than takes in more padding."""
+        return ENOUGH_TOKENS.get(self.device.type, 4096)
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        """What the keys and values of one token take; families differ too much to work it out."""
+        cache = self.new_cache()
+        self.hidden(torch.zeros(1, 1, dtype=torch.long, device=self.device), cache=cache)
+        slots: Any = cache.layers
+        return sum(slot.keys.nbytes + slot.values.nbytes for slot in slots)
+
+    def left_padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, mask and position ids (B, S) of rows that end together, as a cache that goes on needs them.
+
+        A sliding window counts cache slots, so no padding may lie between a row's tokens.
+        """
+        longest = max(map(len, rows))
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def right_padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids (B, S); what follows a row cannot be seen by it, so neither mask nor positions are needed."""
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+
+    def _check_head(self) -> None:
+        """Compare our way to the logits with the model's own, once, on a few tokens."""
+        ids = torch.arange(8, device=self.device).unsqueeze(0) % text_config(self.model.config).vocab_size
+        with torch.no_grad():
+            expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        found = self.logits(self.hidden(ids))
+        if not expected.isfinite().all():
+            raise UserError(
+                f"{type(self.model).__name__}: gives logits that are not finite in {self.model.dtype}; set dtype: "
+                "bfloat16 or dtype: float32 in the recipe, or look for damaged weights"
+            )
+        if not torch.allclose(found, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
+            raise UserError(
+                f"{type(self.model).__name__}: shoal does not know how this architecture turns hidden states into "
+                "logits; it cannot be evaluated yet"
+            )
+
+
+def plain_cache(num_layers: int) -> DynamicCache:
+    """A cache that keeps every token of every layer; one of the model's own kind forgets what left a window."""
+    cache = DynamicCache()
+    cache.layers.extend(DynamicLayer() for _ in range(num_layers))
+    return cache
+
+
+def branched(cache: DynamicCache, rows: Tensor) -> DynamicCache:
+    """A new cache with the given ``rows`` of ``cache``, each as often as it is named; ``cache`` stays as it is."""
+    branch = copy.copy(cache)
+    branch.layers = [copy.copy(layer) for layer in cache.layers]
+    branch.batch_select_indices(rows)
+    return branch

@@ -1,0 +1,169 @@
+"""Greedy text for many prompts at once, with as little as possible computed, read and moved.
+
+What transformers' generate does, as lm-eval's class calls it: every prompt is read whole, examples included, and padded
+to the longest of its batch; every new token copies all keys and values of all rows to put its own behind them; a row
+that is finished is written on until the last one is. Here beginnings that prompts share are read once (beginnings.py),
+new keys and values go into room that is kept behind the old ones, and rows leave the batch as soon as they are
+finished. What stays is what a token needs: the weights once per step for all rows, and each row's keys and values.
+
+Held at one time are the keys and values of at most 2 x batch size rows (beginnings and texts under way), each as long
+as prompt and text with up to ROOM unused positions; while rows leave, those of one layer twice.
+
+B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from shoal.inference.decoder import Decoder, branched
+from shoal.inference.prefix_sharing import Reader, Start
+
+ROOM = 64
+"""New positions for which a cache is enlarged at one time."""
+
+
+@dataclass
+class Texts:
+    """Texts under way, all at the same step: what each row has cached, and the tokens it has not been through yet."""
+
+    cache: DynamicCache
+    mask_BS: Tensor
+    """Over the cache and the new tokens."""
+    ids_BS: Tensor
+    positions_BS: Tensor
+    alive: list[int]
+    """Which text each row writes."""
+    written: list[list[int]]
+    """The new tokens of every text, finished ones too."""
+
+
+def generate_greedily(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    is_finished: Callable[[list[int]], bool],
+    start: Start | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, the one that finished it included.
+
+    ``is_finished`` sees a row's new tokens after every one of them. ``start`` is the beginning of these prompts, read
+    already.
+    """
+    if start is None:
+        start = Reader(decoder, ()).start([tuple(prompt) for prompt in prompts], [0] * len(prompts))
+    texts = Texts(
+        decoder.new_cache() if start.cache is None else start.cache,
+        start.mask,
+        start.ids_BS,
+        start.positions_BS,
+        list(range(len(prompts))),
+        [[] for _ in prompts],
+    )
+    write(decoder, texts, max_new_tokens=max_new_tokens, is_finished=is_finished)
+    return texts.written
+
+
+def write(
+    decoder: Decoder,
+    texts: Texts,
+    *,
+    max_new_tokens: int,
+    is_finished: Callable[[list[int]], bool],
+    before_step: Callable[[list[int]], object] = lambda alive: None,
+) -> None:
+    """Go on with every row of ``texts`` until it is finished or has ``max_new_tokens`` in all.
+
+    ``before_step`` is told which texts the rows of the next forward belong to.
+    """
+    texts.cache.layers = [RoomyLayer(one) if type(one) is DynamicLayer else one for one in texts.cache.layers]
+    while texts.alive:
+        before_step(texts.alive)
+        hidden_BSD = decoder.hidden(
+            texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache
+        )
+        token_B = decoder.logits(hidden_BSD[:, -1]).argmax(dim=-1)
+        kept = []
+        for row, (text, token) in enumerate(zip(texts.alive, token_B.tolist(), strict=True)):
+            texts.written[text].append(token)
+            if not is_finished(texts.written[text]) and len(texts.written[text]) < max_new_tokens:
+                kept.append(row)
+        position_B = texts.positions_BS[:, -1]
+        if len(kept) < len(texts.alive):
+            texts.alive = [texts.alive[row] for row in kept]
+            if not kept:
+                break
+            rows = torch.tensor(kept, device=decoder.device)
+            texts.cache, texts.mask_BS = branched(texts.cache, rows), texts.mask_BS[rows]
+            token_B, position_B = token_B[rows], position_B[rows]
+        texts.ids_BS, texts.positions_BS = token_B.unsqueeze(1), position_B.unsqueeze(1) + 1
+        texts.mask_BS = torch.cat([texts.mask_BS, torch.ones_like(texts.ids_BS)], dim=1)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them, so that a token's are written without moving those before it."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        """Goes on from ``layer``."""
+        super().__init__()
+        vars(self).update(vars(layer))
+        self._rooms: list[Tensor] = []
+        """What ``keys`` and ``values`` are the beginnings of."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        used, new = self.get_seq_length(), key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if not self._rooms or self._rooms[0].shape[-2] < used + new:
+            self._rooms = []
+            for old, more in ((self.keys, key_states), (self.values, value_states)):
+                room = more.new_empty(*more.shape[:-2], used + new + ROOM, more.shape[-1])
+                if used and old is not None:
+                    room[..., :used, :] = old
+                self._rooms.append(room)
+        for room, more in zip(self._rooms, (key_states, value_states), strict=True):
+            room[..., used : used + new, :] = more
+        self.keys, self.values = (room[..., : used + new, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        used = self.get_seq_length()
+        if used and not self._rooms:
+            super().batch_select_indices(indices)
+        elif used:
+            self._rooms = [room[indices] for room in self._rooms]
+            self.keys, self.values = (room[..., :used, :] for room in self._rooms)
+
+
+class Finish:
+    """Whether a row is done: it wrote an end token or one of the stop strings."""
+
+    def __init__(self, tokenizer: Any, end_ids: set[int], stop: Sequence[str]) -> None:
+        self._tokenizer, self._end_ids = tokenizer, end_ids
+        self._stop = [text for text in stop if text]
+        # four bytes make a character and a byte may be a token; the few more are for a first one cut in half
+        self._window = 4 * max(map(len, self._stop), default=0) + 4
+
+    def __call__(self, tokens: list[int]) -> bool:
+        if tokens[-1] in self._end_ids:
+            return True
+        if not self._contains_stop(tokens[-self._window :]):
+            return False
+        # what stands at the edge of the window may decode differently inside the text
+        return len(tokens) <= self._window or self._contains_stop(tokens)
+
+    def stops_within(self, tokens: list[int]) -> bool:
+        """Whether a stop string stands before the last of ``tokens``."""
+        return self._contains_stop(tokens[:-1])
+
+    def _contains_stop(self, tokens: list[int]) -> bool:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=False)
+        return any(stop in text for stop in self._stop)

@@ -1,0 +1,215 @@
+"""The beginnings that prompts have in common, each read once.
+
+A few-shot prompt is the examples of a task and a question: hundreds of tokens that all questions share, and some tens
+of its own. A beginning goes through the layers once; its keys and values are what every prompt after it goes on from,
+and what the options of a question, or the text written after it, go on from in turn: a tree, of which every token is
+computed once.
+
+No padding may lie between the tokens of a row, because sliding windows and relative positions count cache slots. So
+the rows of a batch end together and get equally many new tokens: where another row has more of its own, the last tokens
+of the beginning are read again, in the place of padding.
+
+B batch, S sequence of new tokens, P cached positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from shoal.inference.decoder import Decoder, plain_cache
+
+Tokens = tuple[int, ...]
+
+T = TypeVar("T")
+
+WORTH_SHARING = 0.125
+"""Share of their tokens that prompts must save by a common beginning."""
+EVEN = 0.85
+"""Share of the longest row of a batch that the others have at least."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Rows that end together, as the decoder takes them."""
+
+    ids_BS: Tensor
+    mask: Tensor
+    """(B, P + S) over what is cached and the new tokens."""
+    positions_BS: Tensor
+    cache: DynamicCache | None
+    """Of what goes before the new tokens; None = nothing does."""
+
+
+class Reader:
+    """Begins rows where the beginnings they share with others end.
+
+    A beginning is held from the first row that needs it to the last one.
+    """
+
+    def __init__(self, decoder: Decoder, beginnings: Sequence[Tokens]) -> None:
+        """``beginnings`` of all the rows that will be started, one for each; () = none."""
+        self._decoder = decoder
+        self._rows_left = Counter(beginnings)
+        self._slots: dict[Tokens, list[tuple[Tensor, Tensor] | None]] = {}
+        """Keys and values of every layer, without the batch dimension; None for a layer that reads those of another."""
+
+    def start(self, rows: Sequence[Tokens], shared: Sequence[int]) -> Start:
+        """``rows``, of which the first ``shared`` tokens are their beginnings."""
+        beginnings = [row[:count] for row, count in zip(rows, shared, strict=True)]
+        num_new = max(len(row) - count for row, count in zip(rows, shared, strict=True))
+        cached = [max(0, len(row) - num_new) for row in rows]
+        self._read([one for one in dict.fromkeys(beginnings) if one and one not in self._slots])
+        cache = self._resumed(beginnings, cached)
+        self._forget(beginnings)
+        ids, mask, positions = self._decoder.left_padded([row[skip:] for row, skip in zip(rows, cached, strict=True)])
+        cached_B1 = torch.tensor(cached, device=ids.device).unsqueeze(1)
+        filled = torch.arange(max(cached), device=ids.device) >= max(cached) - cached_B1
+        return Start(ids, torch.cat([filled.to(mask), mask], dim=1), cached_B1 + positions, cache)
+
+    def _read(self, beginnings: Sequence[Tokens]) -> None:
+        if not beginnings:
+            return
+        # a sliding layer's own kind would forget what a row that goes on earlier still sees
+        cache = plain_cache(len(self._decoder.new_cache().layers))
+        self._decoder.hidden(self._decoder.right_padded(beginnings), cache=cache)
+        layers: Any = cache.layers
+        for row, one in enumerate(beginnings):
+            slots = [(layer.keys, layer.values) if layer.is_initialized else None for layer in layers]
+            self._slots[one] = [
+                slot and (slot[0][row, :, : len(one)].clone(), slot[1][row, :, : len(one)].clone()) for slot in slots
+            ]
+
+    def _resumed(self, beginnings: Sequence[Tokens], cached: Sequence[int]) -> DynamicCache | None:
+        """A cache of the model's own kind with the first ``cached`` tokens of each beginning, ending together."""
+        if not any(cached):
+            return None
+        cache = self._decoder.new_cache()
+        for number in range(len(cache.layers)):
+            slots = [self._slots[one][number] if one else None for one in beginnings]
+            some = next((slot for slot in slots if slot is not None), None)
+            if some is not None:
+                keys = _right_aligned([slot and slot[0] for slot in slots], cached, like=some[0])
+                values = _right_aligned([slot and slot[1] for slot in slots], cached, like=some[1])
+                cache.update(keys, values, number)
+        return cache
+
+    def _forget(self, beginnings: Sequence[Tokens]) -> None:
+        self._rows_left.subtract(beginnings)
+        self._slots = {one: slots for one, slots in self._slots.items() if self._rows_left[one] > 0}
+
+
+def _right_aligned(states: Sequence[Tensor | None], counts: Sequence[int], *, like: Tensor) -> Tensor:
+    """(B, heads, P, size): the first ``counts`` positions of each of ``states``, zeros before them."""
+    heads, _, size = like.shape
+    longest = max(counts)
+    found = like.new_zeros(len(states), heads, longest, size)
+    for row, (one, count) in enumerate(zip(states, counts, strict=True)):
+        if one is not None:
+            found[row, :, longest - count :] = one[:, :count]
+    return found
+
+
+def common_beginnings(prompts: Sequence[Tokens]) -> list[int]:
+    """How many of its first tokens each prompt should share with others; 0 = none, and never all of them.
+
+    The sorted prompts are the leaves of a tree whose nodes are the runs with a common beginning. From the leaves up,
+    every node takes what saves more tokens: its own beginning for all of them, or what its parts have chosen.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: prompts[index])
+    totals = [0, *itertools.accumulate(len(prompts[index]) for index in order)]
+    nodes = [_Node(0, 0)]
+    for end in range(1, len(order) + 1):
+        common = _in_common(prompts[order[end - 1]], prompts[order[end]]) if end < len(order) else 0
+        node = _Node(common, end - 1)
+        while nodes[-1].length > common:
+            closed = nodes.pop()
+            closed.choose(end, totals[end] - totals[closed.start])
+            node.start = closed.start
+            (nodes[-1] if nodes[-1].length >= common else node).take(closed)
+        if nodes[-1].length < common:
+            nodes.append(node)
+    shared = [0] * len(prompts)
+    for length, start, end in nodes[0].chosen:
+        for index in order[start:end]:
+            shared[index] = length
+    return shared
+
+
+def batches_by_beginning(
+    items: Sequence[T], size: int, described: Callable[[T], tuple[Tokens, int]], *, enough_tokens: int
+) -> Iterator[list[T]]:
+    """Batches of at most ``size`` that need no more than ``size`` beginnings at a time.
+
+    ``described`` gives an item's beginning and length. Batches hold about equally many tokens of their rows' own; what
+    has no beginning stays among itself, because others would have to read as much as the longest.
+    """
+    by_beginning: dict[Tokens, list[tuple[int, T]]] = {}
+    for item in items:
+        beginning, length = described(item)
+        by_beginning.setdefault(beginning, []).append((length - len(beginning), item))
+    named = sorted(filter(None, by_beginning), key=lambda one: (-len(one), one))
+    for together in (*batches(named, size), [()]):
+        rows = [row for beginning in together for row in by_beginning.get(beginning, ())]
+        rows.sort(key=lambda row: -row[0])
+        for batch in even_batches(rows, size, length=lambda row: row[0], enough_tokens=enough_tokens):
+            yield [item for _, item in batch]
+
+
+def even_batches(
+    items: Sequence[T], size: int, *, length: Callable[[T], int], enough_tokens: int
+) -> Iterator[Sequence[T]]:
+    """Consecutive runs of at most ``size`` of ``items``, which come the longest first.
+
+    A batch with ``enough_tokens`` ends before an item so much shorter than its longest that padding would cost more
+    than EVEN allows.
+    """
+    start = 0
+    for end in range(1, len(items) + 1):
+        longest, count = length(items[start]), end - start
+        if end < len(items) and count < size:
+            is_enough = count * longest >= enough_tokens
+            if not is_enough or length(items[end]) >= EVEN * longest:
+                continue
+        yield items[start:end]
+        start = end
+
+
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive runs of at most ``size``."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@dataclass
+class _Node:
+    """A run of sorted prompts with a common beginning."""
+
+    length: int
+    start: int
+    saved: int = 0
+    """Tokens, by what is chosen."""
+    chosen: list[tuple[int, int, int]] = field(default_factory=list)
+    """Beginnings: their lengths, and the prompts from and up to where they are for."""
+
+    def choose(self, end: int, num_tokens: int) -> None:
+        """Take the own beginning where that saves as much as what the parts have chosen, and is worth it."""
+        saved = (end - self.start - 1) * self.length
+        if saved >= max(self.saved, WORTH_SHARING * num_tokens):
+            self.saved, self.chosen = saved, [(self.length, self.start, end)]
+
+    def take(self, part: _Node) -> None:
+        self.saved += part.saved
+        self.chosen += part.chosen
+
+
+def _in_common(one: Tokens, other: Tokens) -> int:
+    """Length of the common beginning; at least one token of each is left, whose state is asked for."""
+    longest = min(len(one), len(other)) - 1
+    return next((index for index in range(longest) if one[index] != other[index]), longest)

@@ -1,0 +1,11 @@
+"""Load and save causal language models, and know their parts.
+
+load              load and save causal language models
+anatomy           where their decoder layers live
+checkpoint_files  folders of files: whole or damaged, and what identifies them
+cost              what a model takes to keep and to run, told from its configuration
+adapters          LoRA adapters merged into their base
+demo              the bundled model, converted once
+cache             where such checkpoints are kept
+document_masks    documents of a row stay apart in every family
+"""

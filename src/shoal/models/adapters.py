@@ -1,0 +1,255 @@
+"""LoRA adapters given as a model: merged into their base once, as a plain checkpoint in shoal's cache."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.atomic_files import cache_dir, file_hash, fingerprint
+from shoal.errors import UserError
+from shoal.models.cache import made_once
+from shoal.models.checkpoint_files import (
+    DOWNLOAD_AGAIN,
+    TOKENIZER_FILES,
+    model_fingerprint,
+    read_header,
+    read_shards,
+    tokenizer_fingerprint,
+)
+from shoal.models.load import (
+    ADAPTER_CONFIG,
+    align_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    text_config,
+)
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "adapter_model.safetensors"
+INPUT_METHODS = (
+    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
+    *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
+)
+"""peft's methods that add virtual tokens or gates: there is no weight they could become."""
+SETTINGS = {
+    *("alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform"),
+    *("lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_modules", "target_parameters"),
+    *("trainable_token_indices", "use_dora", "use_rslora"),
+    # without effect on what the adapter computes, or looked at by name below
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
+    *("task_type", "lora_dropout", "ensure_weight_tying", "init_lora_weights", "megatron_core", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+}
+"""What an adapter may say; every other setting is a variant of LoRA that has no merge, or none that is known here."""
+INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""Those that leave the base's weights as they were."""
+TOKENIZER_PATTERNS = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    "additional_chat_templates",
+)
+BASE_PATTERNS = ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+PROOF_TOKENS = 24
+TOLERANCE = 1e-3
+"""Of the largest logit: a hundred times what sums in another order differ by in float32."""
+
+
+def merged_adapter(folder: Path) -> Path:
+    """The folder of a plain checkpoint: the adapter at ``folder`` merged into its base, on first use.
+
+    The base is the one that the adapter names, at the revision it names. The cache knows the result by the content of
+    adapter, tokenizer and base, so that a change of any of them is another model. The adapter's tokenizer is used where
+    it has one: it may have added tokens.
+
+    W + scale * B A is computed in float32 and rounded to the base's dtype once: in bfloat16 both the product and the
+    sum would be rounded, and an update under half a unit in the last place of W be lost more often. That takes four
+    bytes of memory per parameter of the base, once. Before the result appears, its logits in float32 must be those of
+    base and adapter side by side, and the saved checkpoint must give back the rounded model's bit for bit.
+
+    Raises:
+        UserError: an adapter that is no LoRA, cannot be merged exactly, does not fit its base, is pickled or damaged,
+            or lies beside a full model; a base that is missing, quantised or needs code of its own.
+    """
+    config = _read_config(folder)
+    _refuse_unmergeable(folder, config)
+    base = _base(folder, config)
+    content = {
+        "adapter": [file_hash(folder / name) for name in (ADAPTER_CONFIG, WEIGHTS)],
+        "tokenizer": tokenizer_fingerprint(folder),
+        "base": model_fingerprint(base),
+    }
+    target = cache_dir() / "adapters" / fingerprint(content)
+    num_parameters = sum(math.prod(tensor.shape) for shard in read_shards(base) for tensor in shard.tensors.values())
+    made_once(
+        target,
+        lambda temporary: _merge(folder, base, temporary),
+        what=f"merging {folder} into its base {base}, once (takes {4e-9 * num_parameters:.1f} GB of memory)",
+    )
+    log.info("%s is a LoRA adapter: the model is %s, where it is merged into its base", folder, target)
+    return target
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: is not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / ADAPTER_CONFIG}: holds no settings; {DOWNLOAD_AGAIN}")
+    return config
+
+
+def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse what can be seen without loading anything."""
+    if full := sorted(
+        file.name for pattern in ("model*.safetensors*", "pytorch_model*") for file in folder.glob(pattern)
+    ):
+        raise UserError(
+            f"{folder}: holds a full model ({full[0]}) and an adapter ({ADAPTER_CONFIG}), and could mean either; "
+            "move one of them to a folder of its own"
+        )
+    kind = config.get("peft_type")
+    if kind in INPUT_METHODS:
+        raise UserError(
+            f"{folder}: is a {kind} adapter, which works on the input: no weights could hold it; give a LoRA adapter "
+            "or a full model"
+        )
+    elsewhere = "merge it with peft's merge_and_unload(), save the result and give that"
+    if kind != "LORA":
+        raise UserError(f"{folder}: is a {kind} adapter, and shoal merges LORA only; {elsewhere}")
+    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
+        raise UserError(f"{folder}: is an adapter for {task}, not for a causal language model; give one of CAUSAL_LM")
+    for name in sorted(config.keys() - SETTINGS):
+        if config[name]:
+            raise UserError(
+                f"{folder}: its {ADAPTER_CONFIG} sets {name}, which shoal cannot merge; {elsewhere}, if peft can"
+            )
+    if (start := config.get("init_lora_weights", True)) not in INITIALISATIONS:
+        raise UserError(
+            f"{folder}: was initialised by {start}, which changes the base's weights too; save it as a plain LoRA "
+            "(peft's save_pretrained with path_initial_model_for_weight_conversion) and give that"
+        )
+    if not (folder / WEIGHTS).is_file():
+        pickled = (
+            " but a pickle, which can run code when it is read" if (folder / "adapter_model.bin").is_file() else ""
+        )
+        raise UserError(f"{folder}: has no {WEIGHTS}{pickled}; save the adapter as safetensors")
+    read_header(folder / WEIGHTS)
+
+
+def _base(folder: Path, config: dict[str, Any]) -> Path:
+    """The local folder of the model that the adapter was trained on."""
+    name, setting = config.get("base_model_name_or_path"), f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+    if not name or not isinstance(name, str):
+        raise UserError(f"{setting}: names no base model; set it to the model that the adapter was trained on")
+    if Path(name).expanduser().resolve() == folder.resolve():
+        raise UserError(f"{setting}: is the adapter itself; set it to the model that the adapter was trained on")
+    try:
+        base = resolve_model(name, revision=config.get("revision"))
+        described = load_config(base)
+    except UserError as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{setting}: {name} needs code that comes with it, which a merged checkpoint could not bring along; "
+                "give an adapter of an architecture that transformers has"
+            ) from error
+        raise UserError(f"{setting}: {error}") from error
+    if getattr(described, "quantization_config", None) is not None:
+        raise UserError(
+            f"{setting}: {name} is quantised, and a merge would be rounded away; set it to the full-precision model"
+        )
+    source = _tokenizer_source(folder, base)
+    tokens, rows = len(load_tokenizer(source)), text_config(described).vocab_size
+    if tokens > rows:
+        raise UserError(
+            f"{source}: has a tokenizer of {tokens:,} tokens, but {name} has {rows:,} rows of embeddings: they were "
+            "resized for training; resize the base's, save it and set it as base_model_name_or_path"
+        )
+    return base
+
+
+def _tokenizer_source(folder: Path, base: Path) -> Path:
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else base
+
+
+def _merge(folder: Path, base: Path, out: Path) -> None:
+    """Write the checkpoint of base and adapter to the folder ``out``.
+
+    Raises:
+        UserError: they do not fit, or their sum is not what they are side by side.
+    """
+    model = load_model(base)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about training, and about what is proven here
+        merged = _merged(model.float(), folder, base)
+    for name, tensor in merged.state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(dtypes[name])
+        if not tensor.isfinite().all():
+            raise UserError(f"{folder}: merged, {name} overflows {dtypes[name]}; convert {base} to bfloat16 first")
+    expected = _logits(merged)
+    merged.save_pretrained(out)
+    del model, merged
+    for source, patterns in ((_tokenizer_source(folder, base), TOKENIZER_PATTERNS), (base, BASE_PATTERNS)):
+        for file in (file for pattern in patterns for file in sorted(source.glob(pattern))):
+            copier = shutil.copytree if file.is_dir() else shutil.copyfile
+            copier(file, out / file.name)
+    if not torch.equal(_logits(load_model(out)), expected):
+        raise UserError(f"{folder}: merged and saved, it gives other logits than before; shoal cannot use it")
+
+
+def _merged(model: PreTrainedModel, folder: Path, base: Path) -> PreTrainedModel:
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+
+    try:
+        # the adapter's tensors overwrite whatever an initialisation would make
+        config = LoraConfig.from_pretrained(str(folder), init_lora_weights=False)
+        adapted = PeftModel.from_pretrained(model, folder, config=config, torch_device="cpu").eval()
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = "tensors of other shapes" if "size mismatch" in str(error) else str(error).strip().split("\n")[0]
+        raise UserError(_misfit(folder, base, reason)) from error
+    stored = read_header(folder / WEIGHTS).tensors.keys()
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    if missing := sorted(own - stored):
+        raise UserError(_misfit(folder, base, f"{WEIGHTS} lacks {missing[0]}"))
+    if unused := sorted(stored - own - adapted.state_dict().keys()):
+        raise UserError(_misfit(folder, base, f"{unused[0]} has no place in it"))
+    expected = _logits(adapted)
+    try:
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot be merged: {str(error).strip()}; give a full model") from error
+    difference, largest = (expected - _logits(merged)).abs().max().item(), expected.abs().max().item()
+    if not difference <= TOLERANCE * largest:
+        raise UserError(
+            f"{folder}: merged, it gives other logits than base and adapter side by side (by up to {difference:.3g}; "
+            f"the largest is {largest:.3g}), as a LoRA on one of two tied embeddings does; give a full model"
+        )
+    return merged
+
+
+def _misfit(folder: Path, base: Path, reason: str) -> str:
+    return (
+        f"{folder}: does not fit its base {base}: {reason}; set base_model_name_or_path in {ADAPTER_CONFIG} to the "
+        "model that the adapter was trained on"
+    )
+
+
+@torch.inference_mode()
+def _logits(model: Any) -> Tensor:
+    """Of a few random tokens."""
+    align_weights(model)
+    vocabulary = text_config(model.config).vocab_size
+    input_ids = torch.randint(0, vocabulary, (1, PROOF_TOKENS), generator=torch.Generator().manual_seed(0))
+    return model(input_ids=input_ids, use_cache=False).logits

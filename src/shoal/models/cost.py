@@ -1,0 +1,253 @@
+"""What a model costs to keep and to run, told from its configuration alone: no weight is loaded.
+
+The model is built without data, and a few tokens without data run through it. Shapes of parameters and of the cache
+come out as they would with data, so that they are transformers' own and not a table's. What running takes is a stated
+expectation: see decode_bytes and prefill_flops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers.initialization import no_init_weights
+
+from shoal.errors import UserError
+from shoal.models.anatomy import anatomy, decoder_layers, layer_config
+from shoal.models.checkpoint_files import Shard
+from shoal.models.load import named_dtype, num_parameters, text_config, without_data
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Names in safetensors files."""
+PROBE_TOKENS = (2, 3)
+"""Lengths of two inputs whose caches are compared: what has grown grows with every token."""
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one slot of the cache keeps of one sequence."""
+
+    token_bytes: int
+    """For every token: keys and values, or the latent in their place that transformers and vLLM keep of multi-head
+    latent attention; with it the keys of an indexer."""
+    max_tokens: int | None
+    """How many tokens at most, where a window bounds it."""
+    state_bytes: int
+    """Whatever the length: states of convolutions, linear attention and state spaces."""
+    pair_flops: int
+    """Floating point operations of attention for one token and one token that it sees, all heads."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One model's size. Counts are exact."""
+
+    num_layers: int
+    num_parameters: int
+    """Tied ones counted once."""
+    active_parameters: int
+    """Read to write one token of text: of routed experts those that a token is sent to, of embeddings nothing (single
+    rows), weights that several layers share once per layer, and the head."""
+    head_parameters: int
+    """Of these, the map to the vocabulary."""
+    layer_parameters: int
+    """Of all, those in the decoder layers."""
+    active_layer_parameters: int
+    cache: tuple[LayerCache, ...] | None
+    """By slot; None where transformers cannot run this family without data, or keeps another kind of cache."""
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """What the cache of one sequence of ``num_tokens`` takes."""
+        assert self.cache is not None
+        return sum(
+            slot.state_bytes + slot.token_bytes * min(num_tokens, slot.max_tokens or num_tokens) for slot in self.cache
+        )
+
+    def at_depth(self, num_layers: int) -> Cost:
+        """This cost with another number of layers, all like the average one; of the cache, evenly spaced slots."""
+        share = num_layers / self.num_layers
+        layers, active = round(share * self.layer_parameters), round(share * self.active_layer_parameters)
+        slots = self.cache and tuple(self.cache[index * len(self.cache) // num_layers] for index in range(num_layers))
+        return replace(
+            self,
+            num_layers=num_layers,
+            num_parameters=self.num_parameters - self.layer_parameters + layers,
+            active_parameters=self.active_parameters - self.active_layer_parameters + active,
+            layer_parameters=layers,
+            active_layer_parameters=active,
+            cache=slots,
+        )
+
+
+def model_without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of ``config`` on the meta device; its cache would be kept in ``dtype`` too."""
+    with no_init_weights():
+        model = without_data(config, dtype=dtype)
+    model.tie_weights()  # is part of the initialisation that was left out
+    return model.eval()
+
+
+def dtype_to_run(config: PreTrainedConfig, shards: Sequence[Shard], wanted: str = "stored") -> torch.dtype:
+    """In which a checkpoint is run: as ``wanted``, else as config.json says, else as most of its bytes are."""
+    if named := named_dtype(wanted):
+        return named
+    if said := getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None):
+        return said
+    sizes: dict[str, int] = {}
+    for tensor in (tensor for shard in shards for tensor in shard.tensors.values() if tensor.dtype in DTYPES):
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.start
+    return DTYPES[max(sizes, key=lambda name: sizes[name], default="F32")]
+
+
+def model_cost(model: PreTrainedModel) -> Cost:
+    """The cost of ``model``, which model_without_data made and which cannot be run afterwards.
+
+    Raises:
+        UserError: layers that are not one list, or a mixture of experts of which it is not known how many a token is
+            sent to.
+    """
+    head, decoder = model.get_output_embeddings(), _decoder(model)
+    head_parameters = sum(parameter.numel() for parameter in head.parameters()) if head is not None else 0
+    return Cost(
+        num_layers=text_config(model.config).num_hidden_layers,
+        num_parameters=num_parameters(model),
+        active_parameters=_active_parameters(decoder) + head_parameters,
+        head_parameters=head_parameters,
+        layer_parameters=num_parameters(decoder_layers(model)),
+        active_layer_parameters=_active_parameters(decoder_layers(model)),
+        cache=_cache(decoder, text_config(model.config)),
+    )
+
+
+def decode_bytes(cost: Cost, *, bytes_per_parameter: float, num_tokens: int, batch_size: int = 1) -> float:
+    """Bytes read from memory to write one token of each of ``batch_size`` sequences, after ``num_tokens`` others.
+
+    With few sequences every weight is used a few times per step only, so that reading them, and the cache, is what
+    takes the time.
+    """
+    cache = cost.cache_bytes(num_tokens) if cost.cache else 0
+    return cost.active_parameters * bytes_per_parameter + batch_size * cache
+
+
+def prefill_flops(cost: Cost, num_tokens: int) -> int:
+    """Floating point operations to read ``num_tokens``: two per active weight and token, the head for the last token
+    only, and attention, which grows with the square of the length up to its window.
+
+    Left out: what linear attention and state spaces do besides their weights, and everything element by element.
+    """
+    weights = 2 * (cost.active_parameters - cost.head_parameters) * num_tokens + 2 * cost.head_parameters
+    return weights + sum(slot.pair_flops * _num_pairs(num_tokens, slot.max_tokens) for slot in cost.cache or ())
+
+
+def _num_pairs(num_tokens: int, most_kept: int | None) -> int:
+    """Pairs of a token and one that it sees, itself among them; a window of W tokens keeps W - 1 others."""
+    window = num_tokens if most_kept is None else min(num_tokens, most_kept + 1)
+    return window * (window + 1) // 2 + (num_tokens - window) * window
+
+
+def _active_parameters(decoder: nn.Module) -> int:
+    # by module and with repetition: what several layers share is read by each of them
+    modules = dict(decoder.named_modules(remove_duplicate=False))
+    return sum(
+        parameter.numel() if experts is None or parameter.dim() < 2 else _of_chosen_experts(parameter, *experts)
+        for name, module in modules.items()
+        if not isinstance(module, nn.Embedding)
+        for experts in [_enclosing_experts(name, modules)]
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def _of_chosen_experts(parameter: Tensor, per_token: int, num_experts: int | None) -> int:
+    """Weights of all routed experts lie in one tensor, one expert after the other."""
+    return parameter.numel() // (num_experts or parameter.shape[0]) * per_token
+
+
+def _enclosing_experts(name: str, modules: dict[str, nn.Module]) -> tuple[int, int | None] | None:
+    """(experts per token, experts) of the mixture that the module ``name`` belongs to, None outside of one.
+
+    Transformers 5 keeps a mixture's routed experts in one module called `experts`, beside a router that knows top_k.
+    """
+    parts = name.split(".")
+    if "experts" not in parts:
+        return None
+    depth = parts.index("experts")
+    experts, block = modules[".".join(parts[: depth + 1])], modules[".".join(parts[:depth])]
+    for module in (block, *block.children()):
+        if isinstance(top_k := getattr(module, "top_k", None), int):
+            return top_k, getattr(experts, "num_experts", None)
+    raise UserError(
+        f"{name}: shoal does not know how many of these experts a token is sent to, so it cannot tell what this model "
+        "costs; leave --dry-run out, or set eval.speed: false"
+    )
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The module that holds the list of layers, and what comes before and after it but the head."""
+    return model.get_submodule(anatomy(model).layers_name.rpartition(".")[0])
+
+
+def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
+    for name, module in decoder.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            module.forward = _same_shape  # routing reads numbers, and there are none
+    short, long = PROBE_TOKENS
+    try:
+        before, after = (_slots(decoder, num_tokens) for num_tokens in PROBE_TOKENS)
+    except (RuntimeError, ValueError):  # an operation that reads numbers, or shapes that are made by numbers
+        return None
+    if before is None or after is None:
+        return None
+    found = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        token_bytes = (_num_bytes(new) - _num_bytes(old)) // (long - short)
+        window = getattr(new, "sliding_window", None)
+        found.append(
+            LayerCache(
+                token_bytes=token_bytes,
+                max_tokens=window - 1 if window else None,  # what is kept between two tokens
+                state_bytes=_num_bytes(old) - short * token_bytes,
+                pair_flops=_pair_flops(new, layer_config(text, index)),
+            )
+        )
+    return tuple(found)
+
+
+def _same_shape(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+@torch.no_grad()
+def _slots(decoder: nn.Module, num_tokens: int) -> list[Any] | None:
+    with torch.device("meta"):
+        input_ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        output: Any = decoder(input_ids=input_ids, use_cache=True)
+    cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+    slots = getattr(cache, "layers", None)
+    # a family's own kind of slot may compress what it keeps, and then tokens do not cost the same
+    known = slots and all(type(slot).__module__ == cache_utils.__name__ for slot in slots)
+    return list(slots) if slots and known else None
+
+
+def _num_bytes(slot: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(slot))
+
+
+def _tensors(slot: Any) -> Iterator[Tensor]:
+    for value in vars(slot).values():
+        for tensor in value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]:
+            if isinstance(tensor, Tensor) and tensor.dim() > 2:
+                yield tensor
+
+
+def _pair_flops(slot: Any, text: Any) -> int:
+    keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+        return 0
+    width = keys.shape[-1] + values.shape[-1]
+    if getattr(text, "kv_lora_rank", None):  # the latent is spread over the heads before they attend
+        width = text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
+    return 2 * text.num_attention_heads * width

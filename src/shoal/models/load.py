@@ -1,0 +1,372 @@
+"""Load and save causal language models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers as decoder_layers
+from shoal.models.anatomy import text_config as text_config
+from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, check_checkpoint, has_tokenizer, json_or_empty
+from shoal.models.checkpoint_files import checkpoint_bytes as checkpoint_bytes
+from shoal.models.checkpoint_files import model_fingerprint as model_fingerprint
+from shoal.models.checkpoint_files import tokenizer_fingerprint as tokenizer_fingerprint
+from shoal.models.demo import DEMO_PREFIX, resolve_demo
+from shoal.progress import doing
+
+log = logging.getLogger(__name__)
+
+ADAPTER_CONFIG = "adapter_config.json"
+ALIGNMENT = 64
+"""Bytes; torch gives every tensor it makes on the CPU an address that is a multiple of this."""
+MOST_LAYERS = 100_000
+NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
+"""How the names of architectures end that read text and write none."""
+NOT_CAUSAL = "is no causal language model of transformers, which writes text from left to right; give one that is"
+IMPOSSIBLE_SETTINGS = (KeyError, AssertionError, ArithmeticError, TypeError, SafetensorError)
+"""What building a model raises over settings that no code foresaw: an unknown activation, no heads, a torn file."""
+NEEDS_CONSENT = (
+    "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the recipe if you trust it"
+)
+
+
+def resolve_model(name: str, *, revision: str | None = None) -> Path:
+    """The local folder of model ``name``: a path, `demo:<name>` (converted on first use) or a Hub id (downloaded).
+
+    Of a LoRA adapter it is that of the model it makes of its base, merged on first use.
+
+    Raises:
+        UserError: nothing of that name; no network; pickled weights only; missing or torn weight files; an adapter that
+            cannot be merged.
+    """
+    if name.startswith(DEMO_PREFIX):
+        return resolve_demo(name.removeprefix(DEMO_PREFIX))
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = _download(name, revision)
+    if (folder / ADAPTER_CONFIG).is_file():
+        from shoal.models.adapters import merged_adapter  # which loads models itself
+
+        return merged_adapter(folder)
+    check_checkpoint(folder)
+    return folder
+
+
+def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer at ``folder``; without a pad token that the model can read it pads with its end token.
+
+    Padding is masked wherever shoal pads, so the choice of token changes no number. ``must_fit`` False = it is only
+    looked at, so tokens that the model beside it has no embedding for are warned of instead of refused.
+
+    Raises:
+        UserError: none there, a damaged one, one that needs code, one with neither pad nor end token, or with more
+            tokens than the model beside it has embeddings.
+    """
+    try:
+        if not has_tokenizer(folder):  # of some families transformers would make one that knows no word
+            raise FileNotFoundError("there is no file of one")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the Rust tokenizers raise plain Exception for a damaged file
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
+        raise UserError(
+            f"{folder}: no usable tokenizer ({_first_line(error)}); copy the base model's tokenizer files there"
+        ) from error
+    rows = _embedding_rows(folder, tokenizer, trust_remote_code=trust_remote_code)
+    if rows is not None and (problem := _tokens_without_embedding(tokenizer, rows)):
+        if must_fit:
+            raise UserError(f"{folder}: {problem}")
+        log.warning("%s: %s", folder, problem)
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"{folder}: the tokenizer has neither a pad nor an end token; set pad_token in tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _embedding_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> int | None:
+    """Of the model at ``folder``, where the tokenizer has ids beyond them; None where all fit or there is no model."""
+    if not (folder / "config.json").is_file():
+        return None
+    config, largest = load_config(folder, trust_remote_code=trust_remote_code), max(tokenizer.get_vocab().values())
+    if largest < text_config(config).vocab_size:
+        return None
+    # some families have more rows than their vocabulary says
+    embeddings: Any = without_data(config, trust_remote_code=trust_remote_code).get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
+    return rows if largest >= rows else None
+
+
+def _tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
+    """What is wrong with a tokenizer that makes ids from ``rows`` on out of text; empty where no text has them.
+
+    Published checkpoints have special tokens beyond their embeddings that no text holds: for padding, or for images.
+    """
+    made: Any = tokenizer
+    ids, added, template = made.get_vocab(), made.get_added_vocab(), str(made.chat_template or "")
+    used = {made.bos_token, made.eos_token, made.unk_token}
+    beyond = [
+        token for token in ids if ids[token] >= rows and (token not in added or token in used or token in template)
+    ]
+    if not beyond:
+        return ""
+    worst = max(beyond, key=lambda token: ids[token])
+    return (
+        f"the tokenizer's largest token id is {ids[worst]:,} ({worst!r}), but the model has embeddings for the ids 0 "
+        f"to {rows - 1:,} only; copy the tokenizer files that it was trained with there, or resize its embeddings and "
+        "save it again"
+    )
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "stored",
+    attention: str | None = "sdpa",
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The causal language model at ``folder`` in eval mode, from safetensors only.
+
+    ``dtype``: a name of torch's, or stored = that of the checkpoint. ``attention``: None = SDPA where the family has
+    it, else eager.
+
+    Raises:
+        UserError: an architecture this transformers does not know, remote code without consent, a damaged file, weights
+            that do not fit the configuration or are missing: transformers would fill those with random numbers.
+    """
+    check_checkpoint(folder)
+    load_config(folder, trust_remote_code=trust_remote_code)
+    try:
+        with doing(f"loading {folder}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=named_dtype(dtype) or "auto",
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except IMPOSSIBLE_SETTINGS as error:
+        raise UserError(f"{folder}: cannot be built or read as its files say ({error!r}); {DOWNLOAD_AGAIN}") from error
+    except (ValueError, ImportError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
+        if "ttention" in str(error):
+            raise UserError(
+                f"attention: {attention} is not possible here ({_first_line(error)}); set another"
+            ) from error
+        raise UserError(
+            f"{folder}: transformers cannot load it as a causal language model: {_first_line(error)}; "
+            "give another model"
+        ) from error
+    except RuntimeError as error:
+        if "negative dimension" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise _wrong_shapes(folder) from error
+    model, report = loaded
+    refuse_incomplete(folder, model.config.model_type, report["missing_keys"])
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning(
+            "%s: %d tensors have no place in the model and are ignored (%s, ...)", folder, len(unused), unused[0]
+        )
+    return model.to(device).eval()
+
+
+def named_dtype(name: str) -> torch.dtype | None:
+    """The dtype that torch calls ``name``; None for `stored`, which each checkpoint says itself."""
+    return None if name == "stored" else getattr(torch, name)
+
+
+@torch.inference_mode(mode=False)  # the model stays one that can be trained, wherever this is called
+def align_weights(model: nn.Module) -> None:
+    """Move weights that are mapped from a file to memory of their own wherever they lie at an odd address there.
+
+    Kernels may add up in another order at another alignment, and two files with the same tensors need not have them at
+    the same offsets. Whoever compares two models bit for bit calls this for both.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def refuse_incomplete(folder: Path, family: str, missing: Collection[str], mismatched: Collection[str] = ()) -> None:
+    """Refuse weights that lack tensors or have them in other shapes than config.json says.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    if missing:
+        raise UserError(
+            f"{folder}: the weights of {min(missing)} are missing ({len(missing)} tensors in all, for the "
+            f"{family} architecture that config.json names); {DOWNLOAD_AGAIN}"
+        )
+    if mismatched:
+        raise _wrong_shapes(folder)
+
+
+def _wrong_shapes(folder: Path) -> UserError:
+    return UserError(f"{folder}: the weights do not have the shapes that config.json says; {DOWNLOAD_AGAIN}")
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration at ``folder``, for checks that must not wait for weights.
+
+    Raises:
+        UserError: one that transformers cannot read, or of no model that writes text from left to right.
+    """
+    _refuse_no_decoder(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{folder}: {NEEDS_CONSENT}") from error
+        if "model type" in str(error):
+            raise UserError(
+                f"{folder}: this transformers does not know the architecture: {_first_line(error)}; "
+                "upgrade it, or give another model"
+            ) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: config.json cannot be used: {reason}; mend it, or {DOWNLOAD_AGAIN}") from error
+
+
+def _refuse_no_decoder(folder: Path) -> None:
+    """What can be seen before transformers makes a list of layers."""
+    whole = json_or_empty(folder / "config.json")
+    for section in (whole, whole.get("text_config")):
+        count = section.get("num_hidden_layers") if isinstance(section, dict) else None
+        if isinstance(count, int) and not 0 < count <= MOST_LAYERS:
+            raise UserError(f"{folder}: config.json says num_hidden_layers: {count}; mend it, or {DOWNLOAD_AGAIN}")
+    names = whole.get("architectures")
+    if isinstance(names, list) and names and str(names[0]).endswith(NO_DECODERS):
+        raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
+
+
+def before_head(model: PreTrainedModel) -> nn.Module | None:
+    """What final hidden states pass through on their way to the linear head; None = nothing, as nearly everywhere."""
+    return model.get_submodule("lm_head") if text_config(model.config).model_type == "modernbert-decoder" else None
+
+
+def logits_from_hidden(
+    model: PreTrainedModel, *, prepared: bool = False
+) -> Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]:
+    """The model's own way from final hidden states (..., D) to logits (..., V), given the head or its linear map.
+
+    ``prepared``: the states have passed through `before_head` already.
+
+    Some families scale or soft-cap what the head returns; a loss or score that takes hidden states to the head by
+    itself and forgets this is silently wrong (Cohere's and Granite's scale, Gemma 2's soft-cap). Inkling divides what
+    the head reads, and has no logits for the padding of its vocabulary.
+    """
+    config = text_config(model.config)
+    prepare = None if prepared else before_head(model)
+    scale = divisor = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    if config.model_type.startswith("hyperclovax"):
+        scale *= config.logits_scaling
+    else:
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+    caps = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+    cap = next(filter(None, (getattr(config, name, None) for name in caps)), None)
+    width, words = (
+        (config.logits_mup_width_multiplier, config.unpadded_vocab_size)
+        if config.model_type == "inkling_text"
+        else (1.0, None)
+    )
+
+    def logits(hidden: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        if width != 1.0:
+            hidden = hidden / width
+        raw = head(hidden if prepare is None else prepare(hidden))[..., :words]
+        if scale != 1.0:
+            raw = raw * scale
+        if divisor != 1.0:
+            raw = raw / divisor
+        return raw if cap is None else cap * torch.tanh(raw / cap)
+
+    return logits
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """The causal language model of ``config`` on the meta device; ``settings`` go to its constructor.
+
+    Raises:
+        UserError: transformers has no causal language model of that type, or needs a package that is not installed.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **settings)
+    except IMPOSSIBLE_SETTINGS as error:
+        raise UserError(
+            f"{config.model_type}: cannot be built as config.json says ({error!r}); {DOWNLOAD_AGAIN}"
+        ) from error
+    except RuntimeError as error:
+        if "negative dimension" not in str(error):
+            raise
+        raise UserError(
+            f"{config.model_type}: config.json gives a negative size ({error}); {DOWNLOAD_AGAIN}"
+        ) from error
+    except (ValueError, ImportError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise UserError(f"{config.model_type}: {NOT_CAUSAL}") from error
+        remedy = "install what is missing, or give" if isinstance(error, ImportError) else "give"
+        raise UserError(
+            f"{config.model_type}: transformers cannot build it as a causal language model: {_first_line(error)}; "
+            f"{remedy} another model"
+        ) from error
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.py", "LICENSE*", "README.md"]
+    try:
+        with doing(f"downloading {name} from the Hub"):
+            return Path(
+                snapshot_download(
+                    name, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
+                )
+            )
+    except errors.HFValidationError as error:
+        raise UserError(f"model {name!r}: neither a folder nor a Hub id nor demo:<name>; give one of these") from error
+    except errors.GatedRepoError as error:
+        raise UserError(f"model {name!r}: is gated; accept its terms on the Hub and run `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        raise UserError(
+            f"model {name!r} (revision {revision or 'main'}): not found on the Hub; check the spelling"
+        ) from error
+    except (OSError, errors.HTTPError, errors.RevisionResolutionError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise UserError(
+            f"model {name!r}: no such folder, and the Hub cannot be reached ({_first_line(error)}). "
+            "Give a local path, or demo:smollm2-135m which needs no network"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,207 @@
+"""How a cut model is trained on the full one: the recipe's section `distill`, and what it must not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from shoal.recipe import losses as terms
+from shoal.recipe.lora import Lora
+from shoal.recipe.losses import ForwardKL, LossTerm
+from shoal.recipe.on_policy import OnPolicy
+from shoal.recipe.section import TEACHER_TEXT, Data, DataSource, Dtype, Packing, Positive, RowLength, Section
+from shoal.recipe.writing import Writing
+
+Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "replacement", "norm_and_head"]
+Precision = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    BeforeValidator(lambda value: "auto" if value is None else value),
+]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Teacher(Section):
+    """Where the teacher's signals come from while the student trains."""
+
+    recorded: str | None = None
+    """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher on every batch."""
+    dtype: Dtype | None = None
+    """Precision of a live teacher; None = the recipe's dtype."""
+    offload: bool = False
+    """Keep a live teacher's weights in CPU memory and bring them over layer by layer: slower, and a large model less
+    on the device. Has no effect on numbers. ZeRO 3 shards it instead."""
+    prefix: bool = False
+    """Recorded signals hold the teacher's state below the lowest trained layer too, so that neither model runs what
+    lies under it. `shoal record` writes it where this is true, in the teacher's precision: a number per hidden
+    dimension and token. It serves runs whose plan and trainable leave as many layers untouched."""
+
+
+@dataclass(frozen=True)
+class LocalHeal(Section):
+    """A first stage that heals every gap on its own, on hidden states, without a graph from end to end."""
+
+    num_tokens: Positive = 50_000
+    """Of the same rows that training starts with, rounded up to whole steps."""
+    learning_rate: Above0 = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    batch_size: Positive = 8
+    """Rows per step over all ranks."""
+    rows_at_once: Positive = 4
+    """Rows per rank and forward."""
+
+
+@dataclass(frozen=True)
+class Watch(Section):
+    """What is scored while the student trains."""
+
+    every: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
+    """In steps, or below 1 as a share of all steps; scored before the first step and after the last one too."""
+    perplexity_tokens: Annotated[int, Field(ge=0)] = 4096
+    """Tokens of eval.perplexity_data; 0 = none."""
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks, one or two per ability; few items, since every look costs what they cost."""
+    limit: Positive = 32
+    """Items per task: the first ones that eval.limit would take."""
+    best: str | None = None
+    """The score, `perplexity` or a task, whose best state becomes distilled/; None = the last state."""
+
+
+@dataclass(frozen=True)
+class Distill(Section):
+    """How the cut model is trained on the full one."""
+
+    data: Data = (DataSource("python_docs"),)
+    num_tokens: Positive = 200_000
+    """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
+    sequence_length: RowLength = 512
+    batch_size: Positive | None = None
+    """Rows of one optimizer step over all ranks, so that a run means the same, and goes on, on any number of ranks;
+    gradients are accumulated accordingly. None = what one step of trainer.per_device_train_batch_size comes to."""
+    packing: Packing = "split"
+    """split: what does not fit a row goes on in the next as a document of its own. best_fit: documents stay whole, what
+    is longer than a row is cut, and rows are padded."""
+    overlap: bool = True
+    """Look for evaluation items in the training text, and report how many there are."""
+    losses: tuple[LossTerm, ...] = (ForwardKL(),)
+    trainable: Trainable = "all"
+    """What is trained: everything; all but embeddings and head; the layers from the first cut up, with the final norm
+    (an edited layer counts as a cut); those next to a gap; only what a replace or merge edit has put in; or final norm
+    and head. What lies below is still the teacher, so there it is computed once for both and needs neither a backward
+    pass nor optimizer state."""
+    lora: Lora | None = None
+    """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
+    teacher: Teacher = Teacher()
+    local: LocalHeal | None = None
+    """A stage before this one; None = none."""
+    writing: Writing = field(default_factory=Writing)
+    """What the teacher writes where data names the source `teacher_text`."""
+    on_policy: OnPolicy | None = None
+    """Steps in which the student learns from what it writes itself; None = none."""
+    watch: Watch | None = Watch()
+    """None = nothing is scored while training."""
+    stop_on_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
+    """A step whose loss is more than so many times the median of the steps before ends the training, its batch kept for
+    a look; None = only a loss that is no number does."""
+    precision: Precision = "auto"
+    """float32, or fp32 weights under autocast to bfloat16 or float16 (the latter with loss scaling, on accelerators).
+    auto = what the DeepSpeed configuration says, else what the device multiplies fast in, or what this training was
+    begun in."""
+    head_chunk: Positive = 256
+    """Tokens whose full-vocabulary logits exist at one time."""
+    check_memory: bool = True
+    """Refuse a run that does not fit into memory or on the disk before it starts; false = only say so."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Handed to transformers.TrainingArguments untouched."""
+    deepspeed: str | dict[str, Any] | None = "deepspeed/zero2.json"
+    """DeepSpeed configuration: a path, a name under configs/, or the mapping itself."""
+    num_ranks: Positive | None = None
+    """Processes that `shoal run` and `shoal distill` start on this machine; None = one per GPU, one on CPU."""
+    timeout_s: Positive = 1800
+    """Seconds a collective may wait for a late rank before the job ends."""
+
+
+REFUSED_TRAINER_KEYS = {
+    "bf16": "is set by distill.precision; use that",
+    "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
+    "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
+    "label_smoothing_factor": "would have no effect, the loss is distill.losses; leave it out",
+    "ignore_data_skip": "would train the same text again after a resume; leave it out",
+    "auto_find_batch_size": "would change the batch, and with it the curve, in the middle of a run; leave it out",
+    "save_only_model": "would make checkpoints that cannot be resumed; leave it out",
+    "load_best_model_at_end": "is done by distill.watch.best; use that",
+    "eval_strategy": "is done by distill.watch; use that",
+    "do_eval": "is done by distill.watch; use that",
+    "push_to_hub": "is done by export.hub_repo; use that",
+    "hub_token": "secrets do not belong in a recipe; run `hf auth login`",
+    "use_liger_kernel": "would replace the forward that holds the distillation loss; leave it out",
+}
+"""Training arguments that would be wrong, ignored or leaked here."""
+
+
+def contradictions(distill: Distill) -> Iterator[str]:
+    """`place: what is wrong`, for everything that single fields cannot express."""
+    yield from terms.contradictions(distill.losses)
+    teacher, watch = distill.teacher, distill.watch
+    if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
+        name = "offload" if teacher.offload else "dtype"
+        yield f"distill.teacher.{name}: has no effect on recorded signals; leave it out"
+    if teacher.prefix and teacher.recorded is None:
+        yield (
+            "distill.teacher.prefix: is about recorded signals, a live teacher runs the layers below the lowest "
+            "trained one for both models anyway; set teacher.recorded, or leave it out"
+        )
+    yield from _of_written_text(distill)
+    if watch is not None:
+        if not watch.tasks and not watch.perplexity_tokens:
+            yield "distill.watch: scores nothing; name tasks or set perplexity_tokens, or set distill.watch: null"
+        names = [*(["perplexity"] if watch.perplexity_tokens else []), *watch.tasks]
+        if watch.best is not None and watch.best not in names:
+            yield f"distill.watch.best: must be one of {', '.join(names)} (got {watch.best!r})"
+        if watch.every > 1 and watch.every != round(watch.every):
+            yield f"distill.watch.every: must be whole steps or a share below 1 (got {watch.every:g})"
+    for key, reason in REFUSED_TRAINER_KEYS.items():
+        if key in distill.trainer:
+            yield f"distill.trainer.{key}: {reason}"
+    for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        given = distill.trainer.get(key)
+        if isinstance(given, dict) and given.get("use_reentrant"):
+            yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
+    for key in ("output_dir", "deepspeed", "seed", "run_name", "resume_from_checkpoint"):
+        if key in distill.trainer:
+            where = {
+                "output_dir": "run_dir",
+                "deepspeed": "distill.deepspeed",
+                "seed": "seed",
+                "run_name": "track.name",
+            }
+            instead = where.get(key, "the same command again")
+            yield f"distill.trainer.{key}: is set by shoal; use {instead} instead"
+
+
+def _of_written_text(distill: Distill) -> Iterator[str]:
+    on_policy, writing = distill.on_policy, distill.writing
+    if on_policy is not None and on_policy.share > 0:
+        if distill.teacher.recorded is not None:
+            yield "distill.on_policy: nothing was recorded of what the student will write; leave teacher.recorded out"
+        if on_policy.prompt_tokens + on_policy.new_tokens > distill.sequence_length:
+            yield (
+                f"distill.on_policy: {on_policy.prompt_tokens} + {on_policy.new_tokens} tokens do not fit into a row; "
+                f"raise distill.sequence_length (now {distill.sequence_length})"
+            )
+        if not any(map(terms.reads_distributions, distill.losses)):
+            yield (
+                "distill.on_policy: without a teacher's judgement a student only repeats itself; "
+                "add a loss term that has one"
+            )
+    wants_text = any(source.path == TEACHER_TEXT for source in distill.data)
+    if writing != Writing() and not wants_text:
+        yield (
+            f"distill.writing: has no effect, distill.data does not name {TEACHER_TEXT}; add it, or leave this out "
+            "(on the command line: distill.writing={})"
+        )
+    if wants_text and writing.keep == "correct" and (writing.prompts is None or not writing.prompts.is_chat):
+        yield "distill.writing.keep: correct needs prompts with answers (columns prompt and completion, or messages)"

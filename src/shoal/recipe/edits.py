@@ -1,0 +1,187 @@
+"""What can be done to a teacher's layers besides dropping them: settings of every edit, and what they mean for a plan.
+
+Indices are 0-based and the teacher's. Edits act on the intact teacher in one order, whatever the order in the recipe:
+swaps first, then merges and replacements, then masks and skips. compress/edits/apply.py carries them out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Text
+
+ZEROED_WEIGHTS = "shoal_zeroed_weights"
+"""Configuration key that names the student's parameters in which an edit zeroed entries."""
+
+Index = Annotated[int, Field(ge=0)]
+Indices = Annotated[tuple[Index, ...], Field(min_length=1)]
+Run = Annotated[tuple[Index, ...], Field(min_length=2)]
+"""Neighbouring layers, increasing."""
+
+
+@dataclass(frozen=True)
+class SkipAttention(Section):
+    """The layers' attention writes nothing: its output projection becomes zero. Saves neither memory nor time."""
+
+    kind: Literal["skip_attention"]
+    layers: Indices
+
+
+@dataclass(frozen=True)
+class SkipMlp(Section):
+    """The layers' MLP, or mixture of experts, writes nothing. Saves neither memory nor time."""
+
+    kind: Literal["skip_mlp"]
+    layers: Indices
+
+
+@dataclass(frozen=True)
+class HeadMask(Section):
+    """Single query heads of one layer write nothing; other heads of the same key-value group are not touched."""
+
+    kind: Literal["head_mask"]
+    layer: Index
+    heads: Indices
+
+
+@dataclass(frozen=True)
+class KvGroupMask(Section):
+    """All query heads that read the named key-value heads write nothing."""
+
+    kind: Literal["kv_group_mask"]
+    layer: Index
+    groups: Indices
+
+
+@dataclass(frozen=True)
+class Swap(Section):
+    """Layers become base + weight * (donor - base)."""
+
+    kind: Literal["swap"]
+    layers: Indices
+    donor: Text
+    """Hub id, local path or demo:<name> of a model of the same shape."""
+    donor_revision: str | None = None
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """0 = the model's own weights, 1 = the donor's; both exact."""
+    parts: tuple[Literal["embeddings", "norm", "head"], ...] = ()
+    """What is swapped besides layers."""
+
+
+@dataclass(frozen=True)
+class Merge(Section):
+    """A run of layers becomes one, in the place of its first."""
+
+    kind: Literal["merge"]
+    layers: Run
+    method: Literal["laco", "weighted"] = "laco"
+    """laco: the first plus the differences of all others to it (Yang et al. 2024, arXiv:2402.11187)."""
+    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
+    """For `weighted`: one per layer, adding up to 1; None = equal."""
+
+
+@dataclass(frozen=True)
+class Replace(Section):
+    """A run of layers becomes one trained layer, in the place of its first, whose target is the state after the run
+    (LLM-Streamline, arXiv:2403.19135)."""
+
+    kind: Literal["replace"]
+    layers: Run
+    data: Data = field(default_factory=lambda: (DataSource("python_docs"),))
+    num_tokens: Positive = 50_000
+    sequence_length: RowLength = 512
+    batch_size: Positive = 4
+    """Rows per step."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
+
+
+Edit = Annotated[SkipAttention | SkipMlp | HeadMask | KvGroupMask | Swap | Merge | Replace, Field(discriminator="kind")]
+Edits = tuple[Edit, ...]
+
+
+def edited_layers(edit: Edit) -> tuple[int, ...]:
+    """The layers of the teacher that ``edit`` changes or removes."""
+    return (edit.layer,) if isinstance(edit, HeadMask | KvGroupMask) else edit.layers
+
+
+def removed_layers(edits: Sequence[Edit]) -> tuple[int, ...]:
+    """The layers that merges and replacements take into their first one, increasing."""
+    return tuple(sorted(layer for edit in edits if isinstance(edit, Merge | Replace) for layer in edit.layers[1:]))
+
+
+def first_change(drop: Sequence[int], edits: Sequence[Edit]) -> int:
+    """The lowest layer at which the student is not the teacher any more; 0 where its embeddings are others."""
+    if any(isinstance(edit, Swap) and "embeddings" in edit.parts for edit in edits):
+        return 0
+    return min([*drop, *(layer for edit in edits for layer in edited_layers(edit))])
+
+
+def contradictions(edits: Sequence[Edit], drop: Sequence[int]) -> Iterator[str]:
+    """`index: what is wrong`, for everything that needs no model to see."""
+    owners: dict[int, list[int]] = {}
+    swapped: dict[str, int] = {}
+    for index, edit in enumerate(edits):
+        named = edited_layers(edit)
+        yield from (f"{index}.{problem}" for problem in _own_problems(edit))
+        if gone := sorted(set(named) & set(drop)):
+            yield f"{index}.layers: names layer {gone[0]}, which prune.drop removes; take it out of one of them"
+        clashes = (
+            (layer, other)
+            for layer in sorted(set(named))
+            for other in owners.get(layer, ())
+            if any(isinstance(one, Merge | Replace) for one in (edit, edits[other])) or type(edit) is type(edits[other])
+        )
+        for layer, other in itertools.islice(clashes, 1):
+            yield f"{index}.layers: names layer {layer}, as {edits[other].kind} at {other} does; name it once"
+        for layer in set(named):
+            owners.setdefault(layer, []).append(index)
+        for part in edit.parts if isinstance(edit, Swap) else ():
+            if swapped.setdefault(part, index) != index:
+                yield f"{index}.parts: names {part}, as swap at {swapped[part]} does; name it once"
+
+
+def _own_problems(edit: Edit) -> Iterator[str]:
+    indices = (
+        edit.heads if isinstance(edit, HeadMask) else edit.groups if isinstance(edit, KvGroupMask) else edit.layers
+    )
+    what = "heads" if isinstance(edit, HeadMask) else "groups" if isinstance(edit, KvGroupMask) else "layers"
+    if twice := sorted({value for value in indices if list(indices).count(value) > 1}):
+        yield f"{what}: names {twice[0]} twice; name everything once"
+    elif isinstance(edit, Merge | Replace) and list(indices) != list(range(indices[0], indices[0] + len(indices))):
+        yield f"layers: must be neighbours in increasing order, as [4, 5, 6] (got {list(indices)})"
+    if not isinstance(edit, Merge):
+        return
+    if edit.method == "laco" and edit.weights is not None:
+        yield "weights: have no effect on laco; leave them out, or set method: weighted"
+    elif edit.weights is not None and len(edit.weights) != len(edit.layers):
+        yield f"weights: {len(edit.weights)} for {len(edit.layers)} layers; give one per layer"
+    elif edit.weights is not None and abs(sum(edit.weights) - 1) > 1e-6:
+        yield f"weights: add up to {sum(edit.weights):g}; let them add up to 1"
+
+
+def in_words(edit: Edit) -> str:
+    """What ``edit`` does, for a reader."""
+    layers = f"layer{'s' if len(edited_layers(edit)) > 1 else ''} {', '.join(map(str, edited_layers(edit)))}"
+    match edit:
+        case SkipAttention():
+            return f"attention of {layers} zeroed"
+        case SkipMlp():
+            return f"MLP of {layers} zeroed"
+        case HeadMask():
+            return f"heads {', '.join(map(str, edit.heads))} of {layers} zeroed"
+        case KvGroupMask():
+            return f"key-value groups {', '.join(map(str, edit.groups))} of {layers} zeroed"
+        case Swap():
+            parts = "".join(f" and {part}" for part in edit.parts)
+            local = edit.donor.startswith((".", "/", "~"))  # a card is read by strangers: no paths of one disk
+            donor = edit.donor.rstrip("/").rpartition("/")[2] if local else edit.donor
+            return f"{layers}{parts} swapped with {donor} at weight {edit.weight:g}"
+        case Merge():
+            return f"{layers} merged into one ({edit.method})"
+        case Replace():
+            return f"{layers} replaced by one trained layer"

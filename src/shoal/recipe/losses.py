@@ -1,0 +1,240 @@
+"""What a student can be trained to match: the settings of every term of the distillation loss.
+
+p = teacher's, q = student's distribution over the vocabulary at the term's temperature. A term's value is a sum over
+supervised tokens, in nats (relative squared error for states); the sum of all terms, each times its weight, is divided
+by the token count of the whole optimizer step. train/objective/divergences.py and train/objective/layer_losses.py compute them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from shoal.recipe.section import Section
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""Factor of the term in the loss; with 0 it is computed for its curve and trains nothing."""
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Softens teacher and student alike; the term is scaled by its square."""
+Inside = Annotated[float, Field(gt=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Layers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardKL(Section):
+    """KL(p || q): the student must cover everything the teacher considers."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseKL(Section):
+    """KL(q || p): the student must not say what the teacher would not, and may leave some of it out."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JSD(Section):
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (GKD, Agarwal et al. 2023,
+    arXiv:2306.13649); divided by beta it tends to KL(p || q), by 1 - beta to KL(q || p)."""
+
+    kind: Literal["jsd"] = "jsd"
+    weight: Weight = 1.0
+    beta: Inside = 0.5
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkewedForwardKL(Section):
+    """KL(p || alpha p + (1 - alpha) q), never above -log alpha (DistiLLM, Ko et al. 2024, arXiv:2402.03898)."""
+
+    kind: Literal["skewed_forward_kl"] = "skewed_forward_kl"
+    weight: Weight = 1.0
+    alpha: Inside = 0.1
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkewedReverseKL(Section):
+    """KL(q || (1 - alpha) p + alpha q), never above -log alpha (DistiLLM)."""
+
+    kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
+    weight: Weight = 1.0
+    alpha: Inside = 0.1
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveKL(Section):
+    """Forward and reverse KL, weighted per token by how far p and q are apart in the head and in the tail of p
+    (Wu et al. 2024, arXiv:2404.02657)."""
+
+    kind: Literal["adaptive_kl"] = "adaptive_kl"
+    weight: Weight = 1.0
+    head_mass: Inside = 0.5
+    """The head is the teacher's most probable tokens up to this mass, and always its first."""
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TAID(Section):
+    """KL(p_t || q), where p_t moves from the student's own distribution to the teacher's as training goes on
+    (Shing et al. 2025, arXiv:2501.16937)."""
+
+    kind: Literal["taid"] = "taid"
+    weight: Weight = 1.0
+    start: Share = 0.4
+    """The teacher's share t in the mixed logits at the first step."""
+    end: Share = 1.0
+    """Where t ends."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    """How much t may grow in one step beyond its straight line; 0 = keep to the line."""
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DKD(Section):
+    """alpha KL of (label, everything else) + beta KL within everything else (Zhao et al. 2022, arXiv:2203.08679)."""
+
+    kind: Literal["dkd"] = "dkd"
+    weight: Weight = 1.0
+    alpha: Weight = 1.0
+    beta: Weight = 0.5
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TotalVariation(Section):
+    """Half the sum of |p - q|, between 0 and 1; scaled by temperature squared like the others."""
+
+    kind: Literal["total_variation"] = "total_variation"
+    weight: Weight = 1.0
+    temperature: Temperature = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy(Section):
+    """-log q(label): learning from the text itself, without the teacher."""
+
+    kind: Literal["cross_entropy"] = "cross_entropy"
+    weight: Weight = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenStates(Section):
+    """The states after student layers against the teacher's."""
+
+    kind: Literal["hidden_states"] = "hidden_states"
+    weight: Weight = 1.0
+    map: Literal["gap_closing", "own"] = "gap_closing"
+    """Which teacher state a student layer is to give: the one its next kept layer was used to read (so that the layer
+    before a gap learns the gap), or the one the same layer gives in the teacher."""
+    distance: Literal["mse", "cosine"] = "mse"
+    """mse = squared error relative to the squared norm of the teacher's state; cosine = 1 - cosine."""
+    layers: Layers | None = None
+    """Student layers; None = from the first whose target is not equal from the start."""
+    multi_scale: bool = False
+    """Early layers match the states of tokens, late ones those pooled over neighbouring tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRelation(Section):
+    """KL between teacher's and student's attention distributions over the tokens that a layer sees."""
+
+    kind: Literal["attention_relation"] = "attention_relation"
+    weight: Weight = 1.0
+    layers: Layers | None = None
+    """Student layers; None = the last one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueRelation(Section):
+    """KL between teacher's and student's softmax(V V^T / sqrt(d)) (MiniLM, Wang et al. 2020, arXiv:2002.10957)."""
+
+    kind: Literal["value_relation"] = "value_relation"
+    weight: Weight = 1.0
+    layers: Layers | None = None
+    """Student layers; None = the last one."""
+
+
+LogitTerm = (
+    ForwardKL
+    | ReverseKL
+    | JSD
+    | SkewedForwardKL
+    | SkewedReverseKL
+    | AdaptiveKL
+    | TAID
+    | DKD
+    | TotalVariation
+    | CrossEntropy
+)
+StateTerm = HiddenStates | AttentionRelation | ValueRelation
+LossTerm = Annotated[LogitTerm | StateTerm, Field(discriminator="kind")]
+
+LOGIT_TERMS: tuple[type[LogitTerm], ...] = get_args(LogitTerm)
+"""Terms of what the head gives."""
+STATE_TERMS: tuple[type[StateTerm], ...] = get_args(StateTerm)
+"""Terms of what happens inside the layers."""
+KINDS: tuple[str, ...] = tuple(term().kind for term in (*LOGIT_TERMS, *STATE_TERMS))
+
+
+def needs_teacher(terms: Sequence[LossTerm]) -> bool:
+    """Whether any term looks at the teacher; one of weight 0 does too, its curve is logged."""
+    return any(not isinstance(term, CrossEntropy) for term in terms)
+
+
+def reads_distributions(term: LossTerm) -> bool:
+    """Whether the term looks at the teacher's distributions over the vocabulary."""
+    return isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
+
+
+def term_names(terms: Sequence[LossTerm]) -> list[str]:
+    """One curve name per term; a kind that appears twice is numbered."""
+    kinds = [term.kind for term in terms]
+    return [
+        kind if kinds.count(kind) == 1 else f"{kind}_{kinds[: index + 1].count(kind)}"
+        for index, kind in enumerate(kinds)
+    ]
+
+
+def contradictions(terms: Sequence[LossTerm], place: str = "distill.losses") -> list[str]:
+    """`place: what is wrong`, for everything that a single field cannot express."""
+    problems = [f"{place}.{index}.{problem}" for index, term in enumerate(terms) for problem in _own_problems(term)]
+    seen: dict[LossTerm, int] = {}
+    for index, term in enumerate(terms):
+        first = seen.setdefault(dataclasses.replace(term, weight=0.0), index)
+        if first != index:
+            problems.append(
+                f"{place}.{index}: is the {term.kind} at {first} again; give it once, with the sum of the weights"
+            )
+    if not any(term.weight > 0 for term in terms):
+        problems.append(f"{place}: every weight is 0, nothing would be trained; give one a weight above 0")
+    return problems
+
+
+def _own_problems(term: LossTerm) -> Iterator[str]:
+    match term:
+        case TAID() if term.start > term.end:
+            yield f"start: must not be above end, {term.end:g} (got {term.start:g})"
+        case TAID() if term.end == 0:
+            yield "end: the target would stay the student itself, which trains nothing; set it above 0"
+        case DKD(alpha=0, beta=0):
+            yield "alpha: is 0 and so is beta, the term would always be 0; give one of them a value above 0"
+        case HiddenStates() | AttentionRelation() | ValueRelation():
+            layers = term.layers or ()
+            if twice := sorted({layer for layer in layers if layers.count(layer) > 1}):
+                yield f"layers: names layer {twice[0]} twice; name it once"
+        case _:
+            pass

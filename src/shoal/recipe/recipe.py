@@ -1,0 +1,489 @@
+"""What a run is: every setting a frozen dataclass, read from YAML and `section.key=value` overrides.
+
+Pydantic validates at the border only; inside, sections are plain frozen dataclasses, and a function is given its own
+section or plain arguments, never the whole recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from shoal.errors import UserError
+from shoal.recipe import distill as training
+from shoal.recipe import search
+from shoal.recipe.distill import Distill
+from shoal.recipe.edits import Edits, contradictions
+from shoal.recipe.recording import Record
+from shoal.recipe.search import Search
+from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Dtype, Positive, RowLength, Section, Text
+from shoal.recipe.suites import SuiteName, with_suite
+from shoal.recipe.yaml import YAMLError, read_yaml
+from shoal.redaction import redacted, redacted_arguments
+
+Target = Literal["transformers", "vllm", "llama_cpp"]
+"""What a student can be asked to load in."""
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+Protocol = Literal["loglikelihood", "continuation", "generation"]
+Operator = Literal["layer", "cumulative", "attention", "mlp", "head", "kv_group", "donor"]
+
+
+@dataclass(frozen=True)
+class Sweeps(Section):
+    """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of."""
+
+    tasks: tuple[str, ...] = ()
+    """lm-eval task or group names, shoal's own and all others; with ``protocols`` without their protocol's ending."""
+    protocols: tuple[Protocol, ...] = ()
+    """Every task under each of these, as far as there are tasks called so; none = tasks are named in full."""
+    operators: tuple[Operator, ...] = ("layer",)
+    """What is done to the intact model, one unit at a time: a layer, a half of one, a query head or a key-value group
+    taken out, or a donor's layer put in; cumulative = ever more layers taken out, by ``order``."""
+    limit: Positive | None = 100
+    """Items per task; None = all."""
+    limits: dict[str, Positive] = field(default_factory=dict)
+    """Items of single tasks that get another number, by task name."""
+    batch_size: Positive = 8
+    """Prompts or questions per rank at one time, each under all variants."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """None = each task's own default."""
+    include_path: str | None = None
+    """A further folder of task YAMLs."""
+    data_dir: str | None = None
+    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
+    perplexity_data: Data = (DataSource("python_docs_heldout"),)
+    perplexity_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens of running text to score as one more column; 0 = none."""
+    sequence_length: RowLength = 512
+    """Window of the perplexity measurement, in tokens."""
+    order: tuple[int, ...] | str = "block_influence"
+    """Cumulative removals go through these layers, or through all by a measured metric, the least important first."""
+    max_removed: Positive | None = None
+    """After how many layers cumulative removals end; None = when one layer is left."""
+    greedy: Positive | None = None
+    """Removals of a task-aware order: at every step the layer goes without which the tasks' mean score is best. Made
+    beside the operators, as `task_greedy`; every step costs as much as the operator layer on what is left."""
+    greedy_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(default_factory=dict)
+    """Weights of tasks in that mean; none = all tasks count the same."""
+    donor: Text | None = None
+    """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
+    donor_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class ProbeSet(Section):
+    """A labelled text set whose concept is looked for at every depth."""
+
+    path: Text
+    """A local .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub data set id."""
+    text: str = "text"
+    """The column that holds the text."""
+    label: str = "label"
+    """The column that holds the class: a word, a number, or true and false."""
+    split: str = "train"
+    name: str | None = None
+    """Configuration name of a Hub data set."""
+    max_items: Positive = 2000
+    """A seeded draw of so many items where there are more."""
+    max_tokens: Positive = 512
+    """Of a longer text the last so many tokens, since the last one's state is read."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+
+    @property
+    def source(self) -> DataSource:
+        """Where the texts come from."""
+        return DataSource(self.path, column=self.text, split=self.split, name=self.name)
+
+
+@dataclass(frozen=True)
+class Measure(Section):
+    """How layer importance is measured."""
+
+    data: Data = (DataSource("python_docs"),)
+    num_tokens: Positive = 20_000
+    sequence_length: RowLength = 512
+    batch_size: Positive = 4
+    """Sequences per rank and forward."""
+    metrics: tuple[str, ...] = ("block_influence", "angular")
+    num_drop: Positive | None = None
+    """How many removals greedy metrics make; None = a quarter of the layers."""
+    sweep: Sweeps | None = None
+    """None = no task is scored."""
+    diagnostics: bool = False
+    """Depth diagnostics too: diagnostics.json."""
+    gradient_prompts: Annotated[int, Field(ge=0)] = 0
+    """Prompts over which diagnostics take integrated gradients, by far their most expensive part; 0 = none."""
+    probes: tuple[ProbeSet, ...] = ()
+    """Labelled texts whose classes are looked for after every layer: probes.json."""
+    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Where the weights need more than this, measure layer by layer from the files; None = hold the model in memory."""
+
+
+@dataclass(frozen=True)
+class Prune(Section):
+    """Which layers go: an explicit list, or how many by which metric."""
+
+    drop: tuple[int, ...] | None = None
+    """Explicit 0-based teacher layers to drop; excludes metric, num_drop, ratio and contiguous."""
+    metric: str | None = None
+    """Which column of importance.json chooses: a metric, a greedy order, a swept task, or `ability/protocol`; None =
+    block_influence, or angular when contiguous."""
+    weights: dict[str, Weight] = field(default_factory=dict)
+    """Instead of one metric a mix of columns, by name: the weighted mean of each layer's rank under them, since shares,
+    nats and cosines have only ranks in common."""
+    num_drop: Positive | None = None
+    """How many layers; an order of halves (attention, MLP) takes two halves for each."""
+    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the layers to drop, rounded down; give this or num_drop."""
+    contiguous: bool = False
+    """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
+    protect: tuple[int | Literal["cornerstone"], ...] = (0, -1)
+    """Layers never dropped; negative counts from the end. `cornerstone` = those whose removal alone takes a swept task
+    to chance (less than 0.1 of its score above chance is kept)."""
+    spare: tuple[Text, ...] = ()
+    """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
+    there stay, and so does every layer with which the summed loss would become significant."""
+    edits: Edits = ()
+    """What else is done to the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
+    proof: Literal["auto", "run", "files"] = "auto"
+    """How the written student is proven: by running it against the teacher, or by comparing files and layers only,
+    which needs no memory; auto = run wherever the model fits into memory and can run here."""
+    targets: tuple[Target, ...] = ()
+    """Where the student must load and be the same model; a plan for which one of them would not is refused. Without
+    any, what each of them would do is logged."""
+
+
+@dataclass(frozen=True)
+class Eval(Section):
+    """What the models are scored on."""
+
+    suite: SuiteName | None = None
+    """Tasks and limits by name, see configs/suites: quick (minutes, bundled data), standard or full. Tasks named beside
+    it are added, and everything else that is set here wins; limit caps the suite's limits of single tasks too."""
+    tasks: tuple[str, ...] = ("retrieval_continuation", "knowledge_continuation", "reasoning_continuation")
+    """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
+    limit: Positive | None = 200
+    """Items per task; None = all."""
+    limits: dict[str, Positive] = field(default_factory=dict)
+    """Items of single tasks that get another number, by task name."""
+    batch_size: Positive = 16
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """None = each task's own default."""
+    include_path: str | None = None
+    """A further folder of task YAMLs."""
+    data_dir: str | None = None
+    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
+    perplexity_data: Data = (DataSource("python_docs_heldout"),)
+    perplexity_tokens: Positive = 10_000
+    sequence_length: RowLength = 512
+    """Window of the perplexity measurement, in tokens."""
+    speed: bool = True
+    """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
+    distilled, interleaved."""
+    speed_batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """How many sequences at once that is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""
+
+
+@dataclass(frozen=True)
+class Track(Section):
+    """Where curves, tables, figures and artifacts go: Weights & Biases."""
+
+    wandb: Literal["online", "offline", "off"] | None = None
+    """None = online where an API key is found, else off."""
+    project: str = "shoal"
+    name: str | None = None
+    """None = that of the run directory."""
+    tags: tuple[str, ...] = ()
+    upload_weights: bool = False
+    """Upload student/ and distilled/ as artifacts; otherwise artifacts only say where they lie."""
+
+
+@dataclass(frozen=True)
+class Export(Section):
+    """Where the result is published."""
+
+    hub_repo: str | None = None
+    """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
+    private: bool = True
+    gguf: bool = False
+    """Write the result as one GGUF file too, for llama.cpp, in the precision it is stored in."""
+
+
+@dataclass(frozen=True)
+class Recipe(Section):
+    """Everything one run is made of."""
+
+    model: Text
+    """Hub id, local path or demo:<name>."""
+    run_dir: Text
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    revision: str | None = None
+    """Hub revision of the model."""
+    dtype: Dtype = "auto"
+    """Precision in which models are measured, evaluated and used as a frozen teacher; auto = what the device multiplies
+    fast in, or what this run directory was begun in; stored = that of the checkpoint."""
+    full_size_gflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """GFLOP/s of matrix products over all cores that the sizes of this recipe are meant for. On a slower device there
+    are fewer tokens (to measure, write, train and score) and fewer items, in proportion but a fifth at least, so that
+    the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """flash_attention_2 is refused: with several rows in a batch its kernels let packed documents see each other."""
+    trust_remote_code: bool = False
+    measure: Measure = Measure()
+    prune: Prune = Prune()
+    record: Record = field(default_factory=Record)
+    distill: Distill = field(default_factory=Distill)
+    search: Search | None = None
+    """What `shoal search` compares; no other verb looks at it."""
+    eval: Eval = Eval()
+    track: Track = Track()
+    export: Export = Export()
+
+
+CONFIGS_DIR = Path(__file__).parents[1] / "configs"
+if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
+    CONFIGS_DIR = Path(__file__).parents[3] / "configs"
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, further: Callable[[Recipe], Iterable[str]] | None = None
+) -> Recipe:
+    """The validated recipe at ``path`` with ``section.key=value`` overrides applied.
+
+    A name that is no file is looked up among the shipped recipes, so that `quickstart.yaml` works from any folder.
+    ``further`` gives `place: what is wrong` of what a recipe alone cannot tell, to be reported with the rest.
+
+    Raises:
+        UserError: naming every problem at once as ``file: key.path: message (got value)``, or with the override that
+            has set it instead of the file.
+    """
+    file = _find_recipe(Path(path))
+    try:
+        raw = read_yaml(file.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: is not valid YAML: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); choose a file you may read") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: must be a mapping of settings, got {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_recipe(raw, source=str(file), overrides=overrides, further=further)
+
+
+def parse_recipe(
+    raw: dict[str, Any],
+    *,
+    source: str = "recipe",
+    overrides: Sequence[str] = (),
+    further: Callable[[Recipe], Iterable[str]] | None = None,
+) -> Recipe:
+    """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
+    it."""
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(with_suite(raw))
+    except ValidationError as error:
+        raise UserError(_blamed(_explain(error.errors()), source, overrides)) from error
+    problems = [*_contradictions(recipe), *(further(recipe) if further is not None else ())]
+    if problems:
+        raise UserError(_blamed(problems, source, overrides))
+    return recipe
+
+
+def _blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:
+    """Every problem after what has set its place: the last override of it or of what it is in, else ``source``."""
+    lines = []
+    for problem in problems:
+        place = problem.partition(":")[0]
+        setters = [one for one in overrides if f"{place}.".startswith(f"{one.partition('=')[0]}.")]
+        lines.append(f"{_told(setters[-1])}: {problem}" if setters else f"{source}: {problem}")
+    return "\n".join(lines)
+
+
+def _told(override: str) -> str:
+    return f"override {redacted_arguments([override])[0]!r}"
+
+
+def as_dict(section: Any) -> dict[str, Any]:
+    """A section (or the recipe) as plain JSON-ready values."""
+    return TypeAdapter(type(section)).dump_python(section, mode="json")
+
+
+def _find_recipe(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name a recipe file, {path / 'NAME.yaml'}")
+    shipped = CONFIGS_DIR / path.name
+    if path.parent in (Path(), Path("configs")) and shipped.is_file():
+        return shipped
+    names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
+    raise UserError(f"{path}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}")
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, leaf = key.split(".")
+    if not equals or not all([*sections, leaf]):
+        raise UserError(f"{_told(override)}: must have the form section.key=value")
+    try:
+        value = read_yaml(text)
+    except YAMLError as error:
+        raise UserError(f"{_told(override)}: the value is not valid YAML: {error}") from error
+    node: Any = raw
+    for name in sections:
+        child = _entry(node, name, override)
+        if child is None:
+            child = {}
+            node[int(name) if isinstance(node, list) else name] = child
+        if not isinstance(child, dict | list):
+            raise UserError(f"{_told(override)}: {name!r} is {redacted({name: child})[name]!r}, not a section")
+        node = child
+    _entry(node, leaf, override)
+    node[int(leaf) if isinstance(node, list) else leaf] = value
+
+
+def _entry(node: dict[str, Any] | list[Any], name: str, override: str) -> Any:
+    """What ``node`` holds under ``name``, for a list a position in it; None where a mapping has no such key."""
+    if isinstance(node, dict):
+        return node.get(name)
+    if not name.isdecimal() or int(name) >= len(node):
+        raise UserError(
+            f"{_told(override)}: {name!r} is no position in a list of {len(node)} (counted from 0); "
+            "give the whole list instead"
+        )
+    return node[int(name)]
+
+
+def _explain(problems: Sequence[Any]) -> list[str]:
+    """One line per place; the branches of a choice between types are joined with `or`."""
+    places: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
+    for problem in problems:
+        *parents, last = problem["loc"]
+        if problem["type"] == "too_short" and any(_is_inside(other["loc"], problem["loc"]) for other in problems):
+            continue  # wrong entries are not counted, so that a list of them alone seems to be empty
+        if problem["type"] == "unexpected_keyword_argument":
+            real, sections = _walk(parents)
+            place = ".".join(map(str, [*real, last]))
+            known = [f.name for section in sections for f in dataclasses.fields(section)]
+            close = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
+            message = "unknown key; " + (
+                f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+            )
+        else:
+            place = ".".join(map(str, _walk(problem["loc"])[0]))
+            if problem["type"] in ("missing", "missing_argument"):
+                message = f"is required; add it to the file, or to the command as {place}=VALUE"
+            elif problem["type"] == "union_tag_not_found":
+                kinds = [get_args(get_type_hints(section)["kind"])[0] for section in _walk(problem["loc"])[1]]
+                message = f"needs a kind: one of {', '.join(kinds)}"
+            elif problem["type"] == "union_tag_invalid":
+                place += ".kind"
+                kinds, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
+                close = difflib.get_close_matches(tag, re.findall(r"'(.*?)'", kinds), n=1, cutoff=0.6)
+                message = f"must be one of {kinds}"  # all of them: the closest in spelling may not be what was meant
+                got[place] = f" (got {tag!r}" + (f"; did you mean {close[0]!r}?)" if close else ")")
+            else:
+                message = _in_our_words(problem["msg"])
+                got[place] = f" (got {reprlib.repr(redacted({last: problem['input']})[last])})"
+        places.setdefault(place, []).append(message)
+    return [f"{place}: {' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()]
+
+
+def _is_inside(location: Sequence[int | str], outer: Sequence[int | str]) -> bool:
+    return len(location) > len(outer) and tuple(location[: len(outer)]) == tuple(outer)
+
+
+def _in_our_words(message: str) -> str:
+    """Pydantic's message in the words of YAML: its user never heard of a tuple or an instance."""
+    message = re.sub(r"^(Input|Value|[Tt]uple|String) should ", "must ", message)
+    message = re.sub(r"dictionary or an instance of \w+|valid dictionary", "mapping of settings", message)
+    message = re.sub(r" after validation, not \d+", "", message)
+    message = re.sub(r", unable to (interpret|parse).*", "", message)
+    return message.replace("valid tuple", "list").replace("a valid integer", "a whole number").replace("valid ", "")
+
+
+def _walk(location: Sequence[int | str]) -> tuple[list[int | str], list[Any]]:
+    """``location`` without the names of type branches that pydantic puts into it, and the sections it may end in."""
+    sections: list[Any] = [Recipe]
+    real: list[int | str] = []
+    for part in location:
+        if isinstance(part, int):
+            real.append(part)
+            continue
+        hints = [get_type_hints(section, include_extras=True) for section in sections]
+        tagged = [section for section, hint in zip(sections, hints, strict=True) if part in get_args(hint.get("kind"))]
+        if len(sections) > 1 and tagged:
+            sections = tagged
+        elif found := [hint[part] for hint in hints if part in hint]:
+            real.append(part)
+            sections = [section for hint in found for section in _dataclasses_in(hint)]
+    return real, sections
+
+
+def _dataclasses_in(hint: Any) -> list[Any]:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return [hint]
+    return [section for argument in get_args(hint) for section in _dataclasses_in(argument)]
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """Rules between settings that single fields cannot express."""
+    prune, problems = recipe.prune, _sweep_contradictions(recipe.measure)
+    if prune.drop is not None:
+        for name in ("metric", "weights", "num_drop", "ratio", "contiguous", "spare"):
+            if getattr(prune, name) not in (None, False, {}, ()):
+                problems.append(f"prune.{name}: has no effect beside prune.drop; give one of them")
+        if "cornerstone" in prune.protect:
+            problems.append("prune.protect: cornerstone has no effect beside prune.drop; leave it out")
+    elif prune.num_drop is not None and prune.ratio is not None:
+        problems.append("prune.ratio: prune.num_drop is given too; give one of them")
+    if prune.weights and prune.metric is not None:
+        problems.append("prune.weights: prune.metric is given too; give one of them")
+    if prune.weights and prune.contiguous:
+        problems.append("prune.weights: mixes scores of single layers; set prune.contiguous: false, or leave it out")
+    problems += [f"prune.edits.{problem}" for problem in contradictions(prune.edits, prune.drop or ())]
+    problems += training.contradictions(recipe.distill)
+    if recipe.search is not None:
+        problems += search.contradictions(recipe.search, recipe.distill.trainer)
+    if recipe.export.hub_repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.export.hub_repo):
+        problems.append(f"export.hub_repo: must have the form owner/name (got {recipe.export.hub_repo!r})")
+    return problems
+
+
+def _sweep_contradictions(measure: Measure) -> list[str]:
+    sweep, problems = measure.sweep, []
+    if sweep is None:
+        return problems
+    for place, limit in {"limit": sweep.limit, **{f"limits.{name}": own for name, own in sweep.limits.items()}}.items():
+        if limit is not None and limit < LEAST_ITEMS and sweep.tasks:
+            problems.append(
+                f"measure.sweep.{place}: with fewer than {LEAST_ITEMS} items no interval and no test can show an "
+                f"effect (got {limit})"
+            )
+    if not sweep.tasks and not sweep.perplexity_tokens:
+        problems.append("measure.sweep: scores nothing; name tasks, or set perplexity_tokens")
+    if ("donor" in sweep.operators) != (sweep.donor is not None):
+        problems.append(
+            "measure.sweep.donor: needs the operator donor, and the operator the donor; give both or none of them"
+        )
+    if not sweep.operators and sweep.greedy is None:
+        problems.append("measure.sweep.operators: is empty; name at least one, or set measure.sweep.greedy")
+    if sweep.greedy_weights and sweep.greedy is None:
+        problems.append("measure.sweep.greedy_weights: have no effect without measure.sweep.greedy; leave them out")
+    if sweep.max_removed is not None and "cumulative" not in sweep.operators:
+        problems.append("measure.sweep.max_removed: has no effect without the operator cumulative; leave it out")
+    if isinstance(sweep.order, tuple) and "cumulative" not in sweep.operators:
+        problems.append("measure.sweep.order: has no effect without the operator cumulative; leave it out")
+    return problems

@@ -1,0 +1,126 @@
+"""What every section of a recipe is made of: strict keys and types, bounded numbers, data sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, PydanticKnownError
+from pydantic_core.core_schema import no_info_before_validator_function
+
+Positive = Annotated[int, Field(gt=0)]
+RowLength = Annotated[int, Field(ge=2)]
+"""Tokens of one row; a row of one token holds nothing to predict."""
+Text = Annotated[str, Field(min_length=1)]
+Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
+"""Precision of a model that is run: by name, as its checkpoint stores it, or, auto, what the device multiplies fast in
+(see shoal.numerics)."""
+
+
+TEACHER_TEXT = "teacher_text"
+"""Name of the source that the teacher writes itself before training starts."""
+Packing = Literal["split", "best_fit"]
+"""split: rows are filled to the last token, and a document that does not fit goes on in the next row as one of its own.
+best_fit: documents stay whole, and what is longer than a row is cut off; the rest of a row is filled with padding that
+is not learnt."""
+
+
+TOO_LARGE = 2**63
+"""What neither numpy nor torch count to."""
+
+
+class Section:
+    """Refuses unknown keys, of which TypeAdapter alone would train with the default, and values of another type.
+
+    Pydantic's own strictness would refuse what YAML has no other way to say: a list for a tuple, 1e6 for 1000000.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return _strict(handler(source))
+
+
+def _strict(schema: Any) -> Any:
+    """``schema`` whose numbers are given as numbers and whose booleans as booleans: no "1024", no true for 1."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_strict, schema))
+    if not isinstance(schema, dict):
+        return schema
+    inner = {key: _strict(value) for key, value in schema.items()}
+    if schema.get("type") == "bool":
+        return {**inner, "strict": True}
+    if schema.get("type") not in ("int", "float"):
+        return inner
+    kind = f"{schema['type']}_type"
+
+    def number(value: Any) -> Any:
+        if isinstance(value, str | bool):
+            raise PydanticKnownError(kind)  # pyright: ignore[reportArgumentType]
+        return value
+
+    bounded = inner if schema["type"] == "float" else {"lt": TOO_LARGE, **inner}
+    return no_info_before_validator_function(number, cast(CoreSchema, bounded))
+
+
+@dataclass(frozen=True)
+class DataSource(Section):
+    """Where text comes from, and how much of it."""
+
+    path: Text
+    """A bundled name (see shoal.data.sources.BUNDLED), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or
+    a Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``,
+    else all."""
+    column: str = "text"
+    """The column that holds the text."""
+    messages: str | None = None
+    """The column that holds conversations, instead of text: lists of turns {role, content}, rendered with the
+    tokenizer's chat template."""
+    prompt: str | None = None
+    """With ``completion``: columns of a question and its answer, text or lists of turns, rendered as a conversation."""
+    completion: str | None = None
+    tools: str | None = None
+    """A column of tool descriptions for the chat template."""
+    loss_on: Literal["assistant", "all"] | None = None
+    """The tokens that are learnt: what the assistant says and the end of its turn, or everything. None = assistant for
+    conversations, all for text."""
+    split: str = "train"
+    name: str | None = None
+    """Configuration name of a Hub data set."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Share of the token budget, relative to the other sources."""
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion belong together; set both, or neither")
+        if self.messages is not None and self.prompt is not None:
+            raise ValueError("messages and prompt name two kinds of conversation; set one of them")
+        if self.is_chat and self.column != "text":
+            raise ValueError(f"column {self.column!r} would not be read beside a column of conversations; leave it out")
+        if not self.is_chat and (self.tools is not None or self.loss_on == "assistant"):
+            one = "tools" if self.tools is not None else "loss_on: assistant"
+            raise ValueError(f"{one} needs conversations; set messages, or prompt and completion")
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it holds conversations instead of text."""
+        return self.messages is not None or self.prompt is not None
+
+    @property
+    def assistant_only(self) -> bool:
+        """Whether only the assistant's tokens are learnt."""
+        return self.is_chat and self.loss_on != "all"
+
+
+def _as_sources(value: Any) -> Any:
+    listed = value if isinstance(value, list | tuple) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in listed]
+
+
+Data = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources), Field(min_length=1)]
+"""One source or a list of them; a plain string is short for {path: string}."""
+
+LEAST_ITEMS = 8
+"""Items below which the percentiles of a bootstrap have too few different resamples behind them."""

@@ -1,0 +1,314 @@
+"""The record and distill stages: signals/, distilled/ and distill.json, and what they refuse before anything starts.
+
+Room code is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.artifacts.artifact import PruningPlan, Training, differences
+from shoal.data.contamination import as_data, find_overlap
+from shoal.data.packing import PackedRows
+from shoal.data.sources import TEACHER_TEXT, check_source, row_texts, sources_fingerprint
+from shoal.errors import UserError
+from shoal.machine import ranks_to_start
+from shoal.models.load import load_config, load_tokenizer, model_fingerprint, text_config
+from shoal.recipe.recipe import Recipe, as_dict
+from shoal.runtime import device, seed_everything
+from shoal.stages.prune import choose_plan, read_importance, read_plan
+from shoal.stages.run import Run, check_length, is_done
+from shoal.tracking.wandb_run import wandb_mode
+
+log = logging.getLogger(__name__)
+
+RECORDING = "recording.json"
+OVERLAP_TOKENS = 50_000_000
+"""So much of the training text is searched for evaluation items at most: minutes, not hours."""
+
+
+def record(run: Run) -> None:
+    """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
+    from shoal.train.distill import rows_to_train_on
+    from shoal.train.record import record_signals
+    from shoal.train.teacher.recording_plan import recording_layout, rows_from
+
+    recipe = run.recipe
+    settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
+    trust = recipe.trust_remote_code
+    check_length(run, settings.sequence_length, "distill.sequence_length")
+    prefix = _recorded_layers(run) if settings.teacher.prefix else None
+    # refuses what the teacher cannot give before any text is read
+    recording_layout(recipe.record, run.teacher, sequence_length=settings.sequence_length, trust_remote_code=trust)
+    seed_everything(recipe.seed)
+    inputs = {
+        "model": run.teacher_fingerprint,
+        "data": sources_fingerprint(settings.data),
+        "seed": recipe.seed,
+        "dtype": recipe.dtype,
+        "attention": recipe.attention,
+        **{f"distill.{key}": value for key, value in as_dict(settings).items()},
+    }
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=trust)
+    rows = rows_to_train_on(run.teacher, tokenizer, settings, run.dir, inputs=inputs, trust_remote_code=trust)
+    record_signals(
+        run.teacher,
+        rows,
+        signals_folder(run),
+        recipe.record,
+        model=run.teacher_fingerprint,
+        rows_from=rows_from(inputs),
+        prefix=prefix,
+        **run.load_args(),
+    )
+
+
+def _recorded_layers(run: Run) -> int:
+    """How many of the lowest layers need not run in training, because the state above them is recorded."""
+    from shoal.train.student.local_stage import recorded_layers
+    from shoal.train.student.trainable import keys_from, trained_parts
+
+    plan, distill = read_plan(run), run.recipe.distill
+    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    # below the first change, which is all that can be spared, the student's layers have the teacher's numbers
+    parts = trained_parts(distill.trainable, plan, tied=tied, keys_from=keys_from(config))
+    return recorded_layers(parts, plan, distill)
+
+
+def signals_folder(run: Run) -> Path:
+    """Where this recipe's signals are written."""
+    folder = run.recipe.record.folder
+    return run.dir / "signals" if folder is None else Path(folder).expanduser()
+
+
+def distill(run: Run) -> None:
+    """distilled/ and distill.json. All ranks take part, inside an initialised process group."""
+    from shoal.train import distill as room
+
+    plan = read_plan(run)
+    recipe = run.recipe
+    inputs = training_inputs(run, plan)
+    distilled = run.dir / "distilled"
+    if _is_trained(run, inputs):
+        return
+    if "student" not in inputs:
+        raise _student_is_gone(run)
+    seed_everything(recipe.seed)
+    room.distill(
+        run.teacher,
+        run.dir / "student",
+        plan,
+        run_dir=run.dir,
+        settings=recipe.distill,
+        record=recipe.record,
+        track=recipe.track,
+        scorer=_scorer(run),
+        search_rows=_search_rows(run),
+        inputs=inputs,
+        recipe=as_dict(recipe),
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    log.info("distill: %s", distilled)
+
+
+def distill_dry_run(run: Run) -> str:
+    """What `shoal distill` would take on this machine, for a reader. Writes nothing and trains nothing.
+
+    Raises:
+        UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
+            memory cannot be told without running it.
+    """
+    from shoal.compress.targets.check import student_config
+    from shoal.train.dry_run import dry_run
+
+    recipe = run.recipe
+    check_training_settings(recipe)
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    has_plan = (run.dir / PruningPlan.FILE).is_file()
+    plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
+    teacher = load_config(run.teacher, trust_remote_code=recipe.trust_remote_code)
+    ranks = ranks_to_start(recipe.distill.num_ranks)
+    return dry_run(
+        teacher,
+        student_config(teacher, plan.keep),
+        plan,
+        settings=recipe.distill,
+        run_dir=run.dir,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+        ranks=ranks,
+        ranks_per_node=min(ranks, ranks_to_start(None)) if device().type != "cpu" else ranks,
+        device=device(),
+    )
+
+
+def distill_is_done(run: Run) -> bool:
+    """Whether distilled/ is there already, so that no launcher need be started."""
+    refuse_other_checkpoints(run)
+    return _has_distilled(run) and _is_trained(run, training_inputs(run, read_plan(run)))
+
+
+def _has_distilled(run: Run) -> bool:
+    return (run.dir / "distilled" / "config.json").is_file()
+
+
+def _is_trained(run: Run, inputs: dict[str, Any]) -> bool:
+    """Whether distilled/ is what ``inputs`` make; what is known of them is compared where student/ is gone."""
+    file = run.dir / Training.FILE
+    if _has_distilled(run) and file.is_file() and "student" not in inputs:
+        inputs = {**inputs, "student": Training.read(file).provenance.inputs.get("student")}
+    return _has_distilled(run) and is_done(Training, file, inputs, "distill")
+
+
+def _student_is_gone(run: Run) -> UserError:
+    return UserError(
+        f"{run.dir / 'student'}: is gone; run `shoal prune`, which makes it again, or choose another run_dir"
+    )
+
+
+def refuse_other_checkpoints(run: Run) -> None:
+    """Refuse a training that its ranks would refuse, before any is started and before the log promises one.
+
+    Raises:
+        UserError: checkpoints of other settings are in the way, the plan is of another run, or its student is gone.
+    """
+    from shoal.train.distill import checkpoint_inputs
+    from shoal.train.engine.checkpoint import refuse_other_run
+
+    checkpoints, settings = run.dir / "checkpoints", run.recipe.distill
+    has_plan, has_student = (run.dir / PruningPlan.FILE).is_file(), (run.dir / "student" / "config.json").is_file()
+    if has_plan and not has_student and not _has_distilled(run):
+        raise _student_is_gone(run)
+    if not (has_plan and has_student and checkpoints.is_dir()):
+        return
+    inputs, made = training_inputs(run, read_plan(run)), run.dir / Training.FILE
+    if made.is_file() and not differences(inputs, Training.read(made).provenance.inputs):
+        return  # trained already, whatever number of ranks would train it now
+    identity = checkpoint_inputs(settings, inputs)
+    if settings.batch_size is None:
+        identity["distill.batch_size"] *= ranks_to_start(settings.num_ranks)
+    refuse_other_run(checkpoints, identity)
+
+
+def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """The identity of distilled/; without `student` where that folder is gone."""
+    from shoal.train.distill import distill_inputs
+
+    recipe, student = run.recipe, run.dir / "student"
+    is_there = (student / "config.json").is_file()
+    inputs = distill_inputs(
+        recipe.distill,
+        recipe.record,
+        teacher=run.teacher_fingerprint,
+        student=model_fingerprint(student) if is_there else "",
+        drop=plan.drop,
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        attention=recipe.attention,
+    )
+    if not is_there:
+        del inputs["student"]
+    return inputs
+
+
+def check_distill(run: Run) -> None:
+    """Refuse what training would refuse, before anything is measured, cut or launched.
+
+    Raises:
+        UserError: impossible layers, unknown tasks, and what the checks below do.
+    """
+    from shoal.compress.plan import check_choice
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.tasks.load import tasks_of
+
+    recipe = run.recipe
+    check_training_settings(recipe)
+    check_recording(recipe)
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    if not (run.dir / PruningPlan.FILE).is_file():
+        check_choice(recipe.prune, num_layers=run.num_layers)
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=recipe.trust_remote_code)
+    for source in recipe.distill.data:
+        if source.path != TEACHER_TEXT:
+            distill = recipe.distill
+            check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
+    if recipe.distill.overlap:
+        num_items(tasks_of(recipe.eval), recipe.eval)
+
+
+def check_training_settings(recipe: Recipe) -> None:
+    """Refuse training settings that cannot work, without loading anything.
+
+    Raises:
+        UserError: an unknown training argument, a wrong DeepSpeed configuration, tracking without a key.
+    """
+    from shoal.train.engine.arguments import check_names, deepspeed_config
+
+    check_names(recipe.distill)
+    deepspeed_config(recipe.distill)
+    wandb_mode(recipe.track)
+
+
+def check_recording(recipe: Recipe) -> None:
+    """Refuse a recording that is not there, before anything is measured, cut or launched.
+
+    Raises:
+        UserError: it is not.
+    """
+    recorded = recipe.distill.teacher.recorded
+    if recorded is not None and not (Path(recorded).expanduser() / RECORDING).is_file():
+        raise UserError(
+            f"distill.teacher.recorded: {recorded} is no folder of recorded signals; run `shoal record` first, which "
+            "writes RUN_DIR/signals, or name the folder that it wrote"
+        )
+
+
+def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
+    """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
+    from shoal.eval.quick_eval import QuickScores
+
+    watch, settings = run.recipe.distill.watch, run.recipe.eval
+    if watch is None:
+        return None
+    quick = dataclasses.replace(
+        settings,
+        tasks=watch.tasks,
+        limit=watch.limit,
+        limits={},
+        perplexity_tokens=max(1, watch.perplexity_tokens),
+        sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
+    )
+    return partial(QuickScores, settings=quick, seed=run.recipe.seed, held_out=watch.perplexity_tokens > 0)
+
+
+def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None:
+    """What looks for evaluation items in training rows, by task; None where the recipe does not want it."""
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.harness.item_texts import item_texts
+    from shoal.eval.tasks.load import tasks_of
+
+    settings = run.recipe.eval
+    if not run.recipe.distill.overlap:
+        return None
+
+    def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        tasks = tasks_of(settings)
+        documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
+        found = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
+        if there := [f"{one.found} of {one.compared} of {task}" for task, one in found.items() if one.found]:
+            log.warning("evaluation items stand in the training text: %s; their scores may flatter", ", ".join(there))
+        searched = min(rows.input_ids_NS.numel(), OVERLAP_TOKENS)
+        return {"overlap": as_data(found), "tokens_searched_for_overlap": searched}
+
+    return search

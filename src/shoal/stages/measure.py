@@ -1,0 +1,490 @@
+"""The measure stage: importance.json, diagnostics.json and their figures."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.artifacts.artifact import Importance, Provenance, TaskScore
+from shoal.artifacts.depth import Diagnostics, Probes
+from shoal.artifacts.importance import Removal, Unit
+from shoal.atomic_files import fingerprint, write_json
+from shoal.data.sources import PackedRows, load_labelled, load_texts, pack, sources_fingerprint
+from shoal.errors import UserError
+from shoal.formatting import bytes_text
+from shoal.machine import available_memory
+from shoal.models.anatomy import layer_config
+from shoal.models.load import checkpoint_bytes, load_config, load_model, load_tokenizer, model_fingerprint, text_config
+from shoal.progress import doing
+from shoal.recipe.recipe import Sweeps, as_dict
+from shoal.runtime import barrier, device, is_main, seed_everything
+from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from shoal.compress.variants.streamed import Streaming
+
+log = logging.getLogger(__name__)
+
+TOKEN_BYTES = 8
+"""Of one packed token: id and position."""
+TASK_ORDER = "task_greedy"
+DONOR_CONTENT = "measure.sweep.donor (content)"
+CHANGES_NO_NUMBER = ("batch_size", "diagnostics", "gradient_prompts", "probes", "memory_gb")
+"""Settings of measuring that importance.json does not depend on."""
+
+
+def measure_inputs(run: Run) -> dict[str, Any]:
+    """What identifies importance.json; batch sizes change no number."""
+    section = as_dict(run.recipe.measure)
+    swept = section.pop("sweep")
+    inputs = {
+        "model": run.teacher_fingerprint,
+        "data": sources_fingerprint(run.recipe.measure.data),
+        "seed": run.recipe.seed,
+        "dtype": run.recipe.dtype,
+        "attention": run.recipe.attention,
+        **{f"measure.{key}": value for key, value in section.items() if key not in CHANGES_NO_NUMBER},
+    }
+    settings = run.recipe.measure.sweep
+    if settings is None:
+        return inputs
+    inputs |= {f"measure.sweep.{key}": value for key, value in swept.items() if key not in ("batch_size", "data_dir")}
+    inputs["measure.sweep.tasks (files)"] = task_files_fingerprint(settings.include_path)
+    if settings.data_dir is not None:
+        inputs["measure.sweep.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
+    if settings.perplexity_tokens:
+        inputs["measure.sweep.perplexity_data (content)"] = sources_fingerprint(settings.perplexity_data)
+    if settings.donor is not None:
+        inputs[DONOR_CONTENT] = model_fingerprint(resolved(settings.donor, settings.donor_revision))
+    return inputs
+
+
+def check_measure(run: Run) -> None:
+    """Refuse what measuring would refuse, before any weight is loaded.
+
+    Raises:
+        UserError: rows longer than the model's positions, contradicting settings, unknown tasks or unreadable data.
+    """
+    settings = run.recipe.measure
+    check_length(run, settings.sequence_length, "measure.sequence_length")
+    if (needed := TOKEN_BYTES * settings.num_tokens) > available_memory():
+        raise UserError(
+            f"measure.num_tokens: {settings.num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
+            f"{bytes_text(available_memory())} are free; lower it"
+        )
+    for source in settings.data:
+        load_texts(source, max_characters=1)
+    for probe in settings.probes:
+        load_labelled(probe.source, probe.label)
+    for name, wanted in (("diagnostics", settings.diagnostics), ("probes", settings.probes)):
+        if wanted and _is_streamed(run):
+            raise UserError(
+                f"measure.{name}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
+                "checkpoint's size"
+            )
+    if settings.sweep is not None:
+        _check_sweep(run, settings.sweep)
+
+
+def _check_sweep(run: Run, settings: Sweeps) -> None:
+    from shoal.compress.sweeps.sweep import checked_tasks, window_weights
+    from shoal.compress.sweeps.table import require_items
+
+    config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    tasks, counts = checked_tasks(settings, config, tokenizer)
+    num_units = max((_num_units(text_config(config), operator) for operator in settings.operators), default=1)
+    for task, count in counts.items():
+        require_items(task, count, num_units)
+    if settings.perplexity_tokens:
+        check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
+        weights = window_weights(settings, tokenizer)
+        require_items("perplexity", len(weights), num_units, weights=weights)
+    if _is_streamed(run):
+        _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
+    if "cumulative" not in settings.operators:
+        return
+    if isinstance(settings.order, tuple):
+        _check_order(settings.order, run.num_layers)
+    else:
+        _check_order_name(settings.order, settings, run.recipe.measure.metrics, tasks)
+
+
+def _check_order_name(name: str, settings: Sweeps, metrics: Sequence[str], tasks: dict[str, Any]) -> None:
+    """Refuse an order that nothing will give before the sweep of single layers has taken its hours."""
+    if name in metrics:
+        return
+    abilities = {task: str((made.config.metadata or {}).get("ability") or task) for task, made in tasks.items()}
+    if settings.perplexity_tokens:
+        abilities["perplexity"] = "language"
+    ability, _, protocol = name.partition("/")
+    meant = [name] if name in abilities else [task for task, its in abilities.items() if its == ability]
+    if "layer" not in _before(settings.operators, "cumulative") or not meant:
+        raise UserError(
+            f"measure.sweep.order: {name!r} is not measured here; name one of measure.metrics ({', '.join(metrics)}), "
+            f"or put the operator layer before cumulative to order by a task ({', '.join(abilities)})"
+        )
+    if len(meant) > 1 and not protocol:
+        raise UserError(f"measure.sweep.order: {name!r} could be {' or '.join(meant)}; name one of them")
+
+
+def _num_units(config: Any, operator: str) -> int:
+    """About how many variants a sweep has; what no layer has is refused with the model at hand."""
+    layers = range(config.num_hidden_layers)
+    field = {"head": "num_attention_heads", "kv_group": "num_key_value_heads"}.get(operator)
+    if field is None:
+        return len(layers)
+    return sum(getattr(layer_config(config, layer), field, None) or 1 for layer in layers)
+
+
+def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
+    """Refuse what takes the whole model in memory where measure.memory_gb says that it does not fit."""
+    written = sorted(name for name, kind in kinds.items() if kind == "generate_until")
+    if written:
+        raise UserError(
+            f"measure.sweep.tasks: {written[0]!r} writes text, which takes the whole model in memory; leave it out, or "
+            "raise measure.memory_gb above the checkpoint's size"
+        )
+    inside = [operator for operator in settings.operators if operator not in ("layer", "cumulative", "donor")]
+    if inside:
+        raise UserError(
+            f"measure.sweep.operators: {inside[0]} takes the whole model in memory; leave it out, or raise "
+            "measure.memory_gb above the checkpoint's size"
+        )
+
+
+def _is_streamed(run: Run) -> bool:
+    """Whether the model is larger than what the recipe lets it take, so that it is measured layer by layer."""
+    limit = run.recipe.measure.memory_gb
+    return limit is not None and checkpoint_bytes(run.teacher) > limit * 2**30
+
+
+def _streaming(run: Run) -> Streaming:
+    from shoal.compress.variants.streamed import Streaming
+
+    limit = run.recipe.measure.memory_gb
+    assert limit is not None
+    return Streaming(memory_bytes=int(limit * 2**30), device=device(), spill_folder=run.dir, **run.load_args())
+
+
+def measure(run: Run) -> None:
+    """importance.json and its figures, and diagnostics.json where it is asked for. All ranks take part."""
+    inputs = measure_inputs(run)
+    path = run.dir / Importance.FILE
+    done = is_done(Importance, path, inputs, "measure")
+    diagnosed = not run.recipe.measure.diagnostics or _is_diagnosed(run)
+    probed = not run.recipe.measure.probes or is_done(Probes, run.dir / Probes.FILE, _probes_inputs(run), "probes")
+    if done and diagnosed and probed:
+        return
+    check_measure(run)
+    seed_everything(run.recipe.seed)
+    rows = _rows(run)
+    model = None if _is_streamed(run) else load_model(run.teacher, device=device(), **run.load_args())
+    if not done:
+        importance = _measured(run, model, rows, inputs)
+        if is_main():
+            _write(run, importance)
+        barrier()
+    if not diagnosed and is_main():
+        _diagnose(run, model, rows)
+    if not probed and is_main():
+        _probe(run, model)
+    barrier()
+
+
+def _rows(run: Run) -> PackedRows:
+    settings = run.recipe.measure
+    log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
+    return pack(
+        [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data],
+        load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code),
+        sequence_length=settings.sequence_length,
+        num_tokens=settings.num_tokens,
+        seed=run.recipe.seed,
+    )
+
+
+def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) -> Importance:
+    from shoal.compress.measure import measure_importance
+    from shoal.compress.variants.streamed import measure_streamed
+
+    settings = run.recipe.measure
+    common: dict[str, Any] = {"metrics": settings.metrics, "batch_size": settings.batch_size}
+    sweeping = None if settings.sweep is None else _sweeping(run, model, settings.sweep)
+    if model is None:
+        scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
+    else:
+        num_drop = settings.num_drop or max(1, run.num_layers // 4)
+        scores = measure_importance(model, rows, num_drop=num_drop, seed=run.recipe.seed, **common)
+    importance = Importance(
+        Provenance(inputs),
+        num_layers=scores.num_layers,
+        num_tokens=scores.num_tokens,
+        layers=scores.layers,
+        runs=scores.runs,
+        errors=scores.errors,
+        orders=scores.orders,
+    )
+    if settings.sweep is None or sweeping is None:
+        return importance
+    return _swept(run, sweeping, settings.sweep, importance)
+
+
+@dataclass(frozen=True)
+class _Sweeping:
+    """What sweeps need, made before anything is measured, so that what they refuse is refused at once."""
+
+    skeleton: Any
+    """The model; where it is too large, without its weights."""
+    sweep: Callable[..., Any]
+    units: dict[str, tuple[Unit, ...]]
+    """By operator; cumulative ones wait for their order."""
+
+
+def _sweeping(run: Run, model: Any, settings: Sweeps) -> _Sweeping:
+    from shoal.compress.sweeps.sweep import units_of
+
+    skeleton = _streaming(run).open(run.teacher).model if model is None else model
+    sweep = _streamed_sweep(run, settings) if model is None else _sweep_in_memory(run, model, settings)
+    known = [operator for operator in settings.operators if operator != "cumulative"]
+    return _Sweeping(skeleton, sweep, {operator: units_of(operator, skeleton) for operator in known})
+
+
+def _swept(run: Run, sweeping: _Sweeping, settings: Sweeps, importance: Importance) -> Importance:
+    """``importance`` with the atlas and the tables of all operators."""
+    from shoal.compress.sweeps.atlas import build_atlas
+    from shoal.compress.sweeps.sweep import units_of, variant_of
+    from shoal.compress.sweeps.table import sweep_table
+
+    skeleton, sweep = sweeping.skeleton, sweeping.sweep
+    donor = measure_inputs(run).get(DONOR_CONTENT)
+    identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, donor])
+    for operator in settings.operators:
+        units = sweeping.units.get(operator)
+        if units is None:
+            order = _order(settings, importance)[: settings.max_removed]
+            units = units_of(operator, skeleton, order=order)
+        log.info("measure: sweep of operator %s, %d variants", operator, len(units))
+        intact, removed = sweep(
+            [variant_of(unit, skeleton) for unit in units],
+            settings,
+            seed=run.recipe.seed,
+            folder=run.dir / "sweep" / operator,
+            identity=identity,
+        )
+        if is_main():
+            _write_items(run.dir / "sweep" / operator, [unit.name for unit in units], intact, removed)
+        if operator == "layer":
+            with doing("measure: intervals of the atlas"):
+                importance = replace(importance, atlas=build_atlas(intact, removed, metrics=_rankings(importance)))
+        else:
+            table = sweep_table(operator, units, intact, removed)
+            importance = replace(importance, sweeps={**importance.sweeps, operator: table})
+    if settings.greedy is not None:
+        order = _task_order(run, sweep, settings, settings.greedy, identity)
+        importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
+    return importance
+
+
+def _task_order(
+    run: Run, sweep: Callable[..., Any], settings: Sweeps, num_removals: int, identity: str
+) -> tuple[Removal, ...]:
+    """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
+    from shoal.compress.metrics.greedy import greedy_order, layer_units, task_objective
+
+    rounds = itertools.count()
+
+    def evaluate(variants: Any) -> Any:
+        folder = run.dir / "sweep" / TASK_ORDER / str(next(rounds))
+        return sweep(variants, settings, seed=run.recipe.seed, folder=folder, identity=identity)[1]
+
+    return greedy_order(
+        layer_units(run.num_layers, protected=(0, run.num_layers - 1)),
+        task_objective(evaluate, weights=settings.greedy_weights or None),
+        num_removals=num_removals,
+        higher_is_better=True,
+        name=TASK_ORDER,
+    )
+
+
+def _sweep_in_memory(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
+    from shoal.compress.sweeps.sweep import sweep
+    from shoal.compress.variants.variants import Edited
+
+    donor = None
+    if settings.donor is not None:
+        donor = load_model(resolved(settings.donor, settings.donor_revision), device=device(), **run.load_args())
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    return partial(sweep, Edited(model, donor), tokenizer)
+
+
+def _streamed_sweep(run: Run, settings: Sweeps) -> Callable[..., Any]:
+    from shoal.compress.sweeps.sweep import StreamedVariantsLM, sweep_by, with_intact
+
+    donor = None if settings.donor is None else resolved(settings.donor, settings.donor_revision)
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+
+    def sweep(variants: Any, settings: Sweeps, **arguments: Any) -> Any:
+        lm = StreamedVariantsLM(
+            run.teacher,
+            tokenizer,
+            with_intact(variants),
+            settings.batch_size,
+            streaming=_streaming(run),
+            donor=donor,
+        )
+        return sweep_by(lm, variants, settings, **arguments)
+
+    return sweep
+
+
+def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
+    """The layers that cumulative removals take out, first one first; one layer always stays."""
+    from shoal.compress.sweeps.columns import layer_scores
+
+    num_layers = importance.num_layers
+    if isinstance(settings.order, str):
+        scores = layer_scores(settings.order, importance, setting="measure.sweep.order")
+        return tuple(sorted(range(num_layers), key=lambda layer: (scores[layer], layer))[:-1])
+    _check_order(settings.order, num_layers)
+    return settings.order
+
+
+def _before(operators: Sequence[str], one: str) -> Sequence[str]:
+    return operators[: operators.index(one)]
+
+
+def _check_order(order: tuple[int, ...], num_layers: int) -> None:
+    wrong = next((layer for layer in order if not 0 <= layer < num_layers or order.count(layer) > 1), None)
+    if wrong is not None or not order or len(order) == num_layers:
+        raise UserError(
+            f"measure.sweep.order: must name some of the layers 0..{num_layers - 1}, each once and not all "
+            f"(got {list(order)})"
+        )
+
+
+def _rankings(importance: Importance) -> dict[str, tuple[float, ...]]:
+    """Every metric that ranks layers, higher = keep."""
+    from shoal.compress.sweeps.columns import layer_scores
+
+    of_layers = [name for name, order in importance.orders.items() if all(one.unit.part == "layer" for one in order)]
+    names = (*importance.layers, *importance.runs, *of_layers)
+    return {name: layer_scores(name, importance, setting="measure.metrics") for name in names}
+
+
+def _write_items(
+    folder: Path, names: Sequence[str], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
+) -> None:
+    """<task>.json for every task: the score of every item without each unit, in the order of the ids."""
+    for index, task in enumerate(intact):
+        name = re.sub(r"[^\w.-]+", "-", task.task)
+        write_json(
+            folder / f"{name}.json",
+            {
+                "task": task.task,
+                "metric": task.metric,
+                "ids": [item.id for item in task.items],
+                "intact": [item.score for item in task.items],
+                "without": {
+                    unit: [item.score for item in scores[index].items]
+                    for unit, scores in zip(names, removed, strict=True)
+                },
+            },
+        )
+
+
+def _write(run: Run, importance: Importance) -> None:
+    from shoal.figures.run_figures import save_figure
+
+    importance.write(run.dir / Importance.FILE)
+    with doing("measure: drawing figures"):
+        for name, figure in _figures(importance):
+            save_figure(figure, run.dir / "figures" / f"{name}.svg")
+    if importance.atlas is not None:
+        for note in importance.atlas.notes:
+            log.info("measure: %s", note)
+    log.info("measure: %s", run.dir / Importance.FILE)
+
+
+def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
+    from shoal.figures.atlas import agreement_figure, atlas_figure, cumulative_figure, curves_figure, head_map_figure
+    from shoal.figures.run_figures import importance_figure
+
+    if importance.layers or importance.runs:
+        yield "importance", importance_figure(importance)
+    if importance.atlas is not None:
+        yield "atlas", atlas_figure(importance)
+        yield "agreement", agreement_figure(importance.atlas.agreement)
+    for operator, table in importance.sweeps.items():
+        if operator in ("head", "kv_group"):
+            yield operator, head_map_figure(table)
+        elif operator == "cumulative":
+            yield operator, cumulative_figure(table)
+        else:
+            yield operator, curves_figure(table)
+
+
+def _depth_inputs(run: Run, *names: str) -> dict[str, Any]:
+    inputs = measure_inputs(run)
+    return {name: inputs[name] for name in ("model", "seed", "dtype", "attention", *names)}
+
+
+def _diagnostics_inputs(run: Run) -> dict[str, Any]:
+    prompts = run.recipe.measure.gradient_prompts
+    named = ("data", "measure.num_tokens", "measure.sequence_length")
+    return {**_depth_inputs(run, *named), "measure.gradient_prompts": prompts}
+
+
+def _is_diagnosed(run: Run) -> bool:
+    return is_done(Diagnostics, run.dir / Diagnostics.FILE, _diagnostics_inputs(run), "diagnostics")
+
+
+def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
+    from shoal.compress.depth.diagnostics import Effort, diagnose
+    from shoal.figures.diagnostics import diagnostics_figure
+    from shoal.figures.run_figures import save_figure
+
+    found = diagnose(
+        model,
+        rows,
+        provenance=Provenance(_diagnostics_inputs(run)),
+        batch_size=run.recipe.measure.batch_size,
+        effort=Effort(gradient_prompts=run.recipe.measure.gradient_prompts),
+        seed=run.recipe.seed,
+    )
+    found.write(run.dir / found.FILE)
+    save_figure(diagnostics_figure(found), run.dir / "figures" / "diagnostics.svg")
+    log.info("measure: %s", found.in_words())
+
+
+def _probes_inputs(run: Run) -> dict[str, Any]:
+    probes = run.recipe.measure.probes
+    return {
+        **_depth_inputs(run),
+        "measure.probes": [as_dict(probe) for probe in probes],
+        "measure.probes (content)": sources_fingerprint([probe.source for probe in probes]),
+    }
+
+
+def _probe(run: Run, model: Any) -> None:
+    from shoal.compress.depth.probes import probe_depth
+    from shoal.figures.diagnostics import probes_figure
+    from shoal.figures.run_figures import save_figure
+
+    settings = run.recipe.measure
+    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    sets = []
+    for probe in settings.probes:
+        sets.append(probe_depth(model, tokenizer, probe, batch_size=settings.batch_size, seed=run.recipe.seed))
+        log.info("measure: %s", sets[-1].in_words())
+    found = Probes(Provenance(_probes_inputs(run)), run.num_layers, tuple(sets))
+    found.write(run.dir / found.FILE)
+    save_figure(probes_figure(found), run.dir / "figures" / "probes.svg")

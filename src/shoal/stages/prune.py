@@ -1,0 +1,230 @@
+"""The prune stage: plan.json and student/, chosen by a metric or named, refused early where they cannot work.
+
+Room code is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shoal.artifacts.artifact import Importance, Provenance, PruningPlan, differences
+from shoal.data.sources import load_texts, sources_fingerprint
+from shoal.errors import UserError
+from shoal.models.load import load_config, model_fingerprint
+from shoal.recipe.edits import Edit, Replace
+from shoal.recipe.recipe import as_dict
+from shoal.runtime import barrier, is_main
+from shoal.stages.measure import measure, measure_inputs
+from shoal.stages.run import Run, is_done, require
+
+log = logging.getLogger(__name__)
+
+
+def plan_inputs(run: Run) -> dict[str, Any]:
+    """What identifies plan.json and student/: the importance layers were chosen by and what edits read included."""
+    from shoal.compress.plan import is_automatic
+
+    prune = run.recipe.prune
+    other = ("proof", "targets", "edits")
+    section = {f"prune.{key}": value for key, value in as_dict(prune).items() if key not in other}
+    inputs = {"model": run.teacher_fingerprint, **section}
+    if is_automatic(prune):
+        inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
+    for index, edit in enumerate(prune.edits):
+        inputs[f"prune.edits.{index}"] = as_dict(edit)
+        if isinstance(edit, Replace):
+            inputs[f"prune.edits.{index}.data"] = sources_fingerprint(edit.data)
+            inputs |= {"seed": run.recipe.seed, "dtype": run.recipe.dtype, "attention": run.recipe.attention}
+    donors = run.donor_fingerprints.items()
+    return {**inputs, **{f"prune.edits.{index}.donor": found for index, found in donors}}
+
+
+def prune(run: Run) -> None:
+    """plan.json and student/. Measures first where the layers are chosen by a metric."""
+    from shoal.compress.plan import check_choice, is_automatic
+
+    if is_automatic(run.recipe.prune) and not (run.dir / Importance.FILE).is_file():
+        check_choice(run.recipe.prune, num_layers=run.num_layers)
+        refuse_impossible_changes(run)
+        log.info("prune: needs %s, measuring first", Importance.FILE)
+        measure(run)
+    importance = read_importance(run)
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    inputs = plan_inputs(run)
+    if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
+        refuse_unfit_student(run, _plan_of_its_student(run))
+        return
+    _refuse_stale_training(run)
+    plan = choose_plan(run, importance, inputs)
+    _refuse_unreadable_data(plan.edits)
+    refuse_unfit_student(run, plan)
+    log.info("prune: %s", plan.in_words())
+    for line in _sacrifice(run, importance, plan):
+        log.info("prune: %s", line)
+    if is_main():
+        from shoal.compress.apply import apply_plan
+        from shoal.compress.targets.check import check_targets, log_verdicts
+
+        path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
+        apply_plan(
+            run.teacher,
+            plan,
+            student,
+            donors=run.donors,
+            seed=run.recipe.seed,
+            proof=run.recipe.prune.proof,
+            trust_remote_code=run.recipe.trust_remote_code,
+        )
+        replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
+        log.info("prune: %s", student)
+        if not run.recipe.prune.targets:
+            log_verdicts(check_targets(load_config(student)))
+    barrier()
+
+
+def prune_dry_run(run: Run) -> str:
+    """What `shoal prune` would do and what would come of it, for a reader. Writes nothing and measures nothing.
+
+    Raises:
+        UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
+    """
+    from shoal.compress.dry_run import dry_run
+
+    recipe = run.recipe
+    _refuse_unreadable_data(recipe.prune.edits)
+    importance = read_importance(run)
+    plan = choose_plan(run, importance, {})
+    told = dry_run(
+        run.teacher,
+        plan,
+        run.dir / "student",
+        donors=run.donors,
+        proof=recipe.prune.proof,
+        targets=recipe.prune.targets,
+        dtype=recipe.dtype,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    return "\n".join([told, *_sacrifice(run, importance, plan)])
+
+
+def read_plan(run: Run) -> PruningPlan:
+    """plan.json of this run; made first where it is missing.
+
+    Raises:
+        UserError: it belongs to another model, to other settings, or to another student.
+    """
+    path = run.dir / PruningPlan.FILE
+    if not path.is_file():
+        log.info("needs %s, pruning first", PruningPlan.FILE)
+        prune(run)
+    else:
+        require(PruningPlan, path, plan_inputs(run), "shoal prune")
+    return _plan_of_its_student(run)
+
+
+def _plan_of_its_student(run: Run) -> PruningPlan:
+    """plan.json, as student/ was made by it.
+
+    Raises:
+        UserError: it is for a model of another number of layers, or one of the two was changed after the cut.
+    """
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    plan = PruningPlan.read(path)
+    _refuse_other_depth(run, path, plan.num_layers)
+    made = plan.student and (student / "config.json").is_file()
+    if made and plan.student != plan.sealed(model_fingerprint(student)):
+        raise UserError(
+            f"{path}: says {plan.in_words()!r}, and {student} was not made so: one of them was changed after the cut. "
+            "Delete plan.json and run `shoal prune` again; to choose other layers, set prune.drop"
+        )
+    return plan
+
+
+def _refuse_other_depth(run: Run, path: Path, num_layers: int) -> None:
+    if num_layers != run.num_layers:
+        raise UserError(
+            f"{path}: num_layers: is {num_layers}, and {run.recipe.model} has {run.num_layers} layers; delete it and "
+            "run its stage again"
+        )
+
+
+def read_importance(run: Run) -> Importance | None:
+    """importance.json, where layers are chosen by it and it is there."""
+    from shoal.compress.plan import is_automatic
+
+    path = run.dir / Importance.FILE
+    if not is_automatic(run.recipe.prune) or not path.is_file():
+        return None
+    require(Importance, path, measure_inputs(run), "shoal measure")
+    found = Importance.read(path)
+    _refuse_other_depth(run, path, found.num_layers)
+    return found
+
+
+def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
+    """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written."""
+    from shoal.compress.plan import choose_changes
+
+    choice = choose_changes(run.recipe.prune, num_layers=run.num_layers, importance=importance)
+    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits)
+
+
+def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:
+    """What the plan is expected to cost, for a reader; nothing where no task was swept on this model."""
+    from shoal.compress.sweeps.expected_loss import expected_sacrifice
+
+    path = run.dir / Importance.FILE
+    if importance is None and path.is_file():
+        found = Importance.read(path)
+        importance = None if differences(measure_inputs(run), found.provenance.inputs) else found
+    if importance is None or importance.atlas is None:
+        return ()
+    return expected_sacrifice(importance, plan.drop, plan.edits)
+
+
+def refuse_impossible_changes(run: Run) -> None:
+    """Refuse edits that apply_plan would refuse before it loads a model, and data that cannot be read."""
+    from shoal.compress.edits.apply import refuse_impossible_edits
+
+    edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
+    refuse_impossible_edits(run.teacher, edits, run.donors, trust_remote_code=trusted)
+    _refuse_unreadable_data(edits)
+
+
+def _refuse_unreadable_data(edits: Sequence[Edit]) -> None:
+    for source in {source for edit in edits if isinstance(edit, Replace) for source in edit.data}:
+        load_texts(source, max_characters=1)
+
+
+def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
+    """Refuse a plan whose student a target or the GGUF export would not take, or would take for another model."""
+    from shoal.compress.targets.check import refuse_for_targets, student_config
+
+    targets, gguf = run.recipe.prune.targets, run.recipe.export.gguf
+    if not targets and not gguf:
+        return
+    config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    student = student_config(config, plan.keep)
+    if targets:
+        refuse_for_targets(student, targets)
+    if gguf:
+        from shoal.compress.targets.gguf import refuse_gguf
+
+        refuse_gguf(student)
+
+
+def _refuse_stale_training(run: Run) -> None:
+    if any((run.dir / "checkpoints").glob("checkpoint-*")) and (run.dir / PruningPlan.FILE).is_file():
+        raise UserError(
+            f"{run.dir}: holds checkpoints trained on another cut "
+            f"({'; '.join(_plan_changes(run)) or 'student/ is gone'}). "
+            "Set the recipe back, choose another run_dir, or delete its checkpoints folder"
+        )
+
+
+def _plan_changes(run: Run) -> list[str]:
+    return differences(plan_inputs(run), PruningPlan.read(run.dir / PruningPlan.FILE).provenance.inputs)

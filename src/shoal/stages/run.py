@@ -1,0 +1,355 @@
+"""One recipe in its run directory, and what every stage asks of it.
+
+Every stage does the same three things: works out the inputs that identify its result, returns at once when that result
+is there already, and otherwise makes it, after making sure of what it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TextIO
+
+from shoal.artifacts.artifact import Artifact, differences, require_same_run
+from shoal.atomic_files import file_hash, fingerprint
+from shoal.errors import UserError
+from shoal.machine import device_name, num_cores
+from shoal.models.demo import DEMO_PREFIX
+from shoal.models.load import load_config, model_fingerprint, resolve_model, text_config
+from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
+from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
+from shoal.recipe.edits import Swap
+from shoal.recipe.recipe import CONFIGS_DIR, Recipe
+from shoal.runtime import agreed, barrier, device, is_main
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+LOCK_WAIT_S = 30
+LEAST_SIZE = 0.2
+"""Of a recipe's sizes, on however slow a device: with less there would be nothing to see."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The precisions that a run computes in."""
+
+    dtype: str
+    """In which models are measured, evaluated and used as a teacher."""
+    precision: str
+    """In which the student is trained; `auto` where the DeepSpeed configuration names one."""
+    reason: str
+    """Why, in a sentence."""
+    device: str
+    """What the manufacturer calls it."""
+    full_size_gflops: float | None = None
+    """That of the recipe."""
+    size: float = 1.0
+    """What is left of the recipe's sizes, as a share of them."""
+    size_reason: str = ""
+    """Why, in a sentence, where that is less than 1."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe in its run directory. `open_run` settles what the recipe leaves to the machine."""
+
+    recipe: Recipe
+    numerics: Numerics | None = None
+    """None = the recipe leaves nothing open, and nobody has asked why."""
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.recipe.run_dir).expanduser()
+
+    @cached_property
+    def teacher(self) -> Path:
+        """The teacher's local folder."""
+        return resolved(self.recipe.model, self.recipe.revision)
+
+    @cached_property
+    def donors(self) -> dict[int, Path]:
+        """The local folders of the models that swaps take layers from, by index in prune.edits."""
+        edits = enumerate(self.recipe.prune.edits)
+        return {index: resolved(edit.donor, edit.donor_revision) for index, edit in edits if isinstance(edit, Swap)}
+
+    @cached_property
+    def donor_fingerprints(self) -> dict[int, str]:
+        return {index: model_fingerprint(folder) for index, folder in self.donors.items()}
+
+    @cached_property
+    def teacher_fingerprint(self) -> str:
+        return model_fingerprint(self.teacher)
+
+    @property
+    def num_layers(self) -> int:
+        config = load_config(self.teacher, trust_remote_code=self.recipe.trust_remote_code)
+        return text_config(config).num_hidden_layers
+
+    def load_args(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "dtype": recipe.dtype,
+            "attention": recipe.attention,
+            "trust_remote_code": recipe.trust_remote_code,
+        }
+
+
+def open_run(recipe: Recipe) -> Run:
+    """The run of ``recipe`` in which no precision is `auto` any more. In a process group every rank calls this, and all
+    compute in what rank 0 finds.
+
+    A run directory goes on in what it was begun in, so that a run may move to another machine. Otherwise the device is
+    asked. A precision that the recipe names is kept; one that is much slower here than another is warned of.
+    """
+    numerics = agreed(lambda: _numerics(recipe))
+    log.info("precision: %s, training in %s (%s)", numerics.dtype, numerics.precision, numerics.reason)
+    teacher = recipe.distill.teacher
+    if teacher.dtype == "auto":
+        teacher = replace(teacher, dtype=numerics.dtype)
+    distill = replace(recipe.distill, precision=numerics.precision, teacher=teacher)
+    settled = replace(recipe, dtype=numerics.dtype, distill=distill, full_size_gflops=None)
+    if numerics.size < 1:
+        log.info("sizes: %s", numerics.size_reason)
+        settled = scaled(settled, numerics.size)
+    return Run(settled, numerics)
+
+
+def scaled(recipe: Recipe, share: float) -> Recipe:
+    """``recipe`` with fewer tokens and items: ``share`` of what it says of each, rounded up."""
+
+    def fewer(count: int) -> int:
+        return math.ceil(share * count)
+
+    distill, scores = recipe.distill, recipe.eval
+    return replace(
+        recipe,
+        measure=replace(recipe.measure, num_tokens=fewer(recipe.measure.num_tokens)),
+        distill=replace(
+            distill,
+            num_tokens=fewer(distill.num_tokens),
+            writing=replace(distill.writing, num_tokens=fewer(distill.writing.num_tokens)),
+            watch=distill.watch and replace(distill.watch, perplexity_tokens=fewer(distill.watch.perplexity_tokens)),
+        ),
+        eval=replace(
+            scores,
+            limit=scores.limit and fewer(scores.limit),
+            limits={task: fewer(limit) for task, limit in scores.limits.items()},
+            perplexity_tokens=fewer(scores.perplexity_tokens),
+        ),
+    )
+
+
+def _size(recipe: Recipe, dtype: str) -> tuple[float, str]:
+    """What this device, or the one that began the run directory, takes of the recipe's sizes, and why."""
+    if recipe.full_size_gflops is None:
+        return 1.0, ""
+    here, full = device(), recipe.full_size_gflops
+    begun = _mapping(Path(recipe.run_dir).expanduser() / "run.json", "numerics")
+    if begun.get("full_size_gflops") == full and begun.get("size_reason"):
+        return float(begun["size"]), str(begun["size_reason"])
+    rate = (num_cores() if here.type == "cpu" else 1) * product_rates(here)[dtype] / 1e9
+    share = round(min(1.0, max(LEAST_SIZE, rate / full)), 2)
+    if share == 1:
+        return share, ""
+    reason = (
+        f"{share:.0%} of this recipe's tokens and items, which are meant for {full:g} GFLOP/s: {device_name(here)} "
+        f"multiplies at {rate:,.0f} in {dtype}; full_size_gflops=null takes them all"
+    )
+    return share, reason
+
+
+def _numerics(recipe: Recipe) -> Numerics:
+    here, folder = device(), Path(recipe.run_dir).expanduser()
+    choice, name = fast_dtype(here), device_name(here)
+    dtype, precision = recipe.dtype, recipe.distill.precision
+    reasons = []
+    if dtype == "auto":
+        dtype, source = _begun_in(folder, "dtype") or (choice.dtype, None)
+        reasons.append(source or choice.reason)
+    if precision == "auto" and not precisions_named(read_deepspeed(recipe.distill.deepspeed)):
+        precision, source = _begun_in(folder, "distill.precision") or (choice.dtype, None)
+        reasons.append(source or choice.reason)
+    slow = {
+        key: slowness(value, here)
+        for key, value in (("dtype", recipe.dtype), ("distill.precision", recipe.distill.precision))
+        if value in DTYPES and slowness(value, here) > SLOW
+    }
+    if slow:
+        values = {key: recipe.dtype if key == "dtype" else recipe.distill.precision for key in slow}
+        log.warning(
+            "%s: products are %.2g times slower in it than in %s on %s; add %s to the command, or leave it out of the "
+            "recipe",
+            ", ".join(f"{key}: {value}" for key, value in values.items()),
+            max(slow.values()),
+            choice.dtype,
+            name,
+            " ".join(f"{key}={choice.dtype}" for key in values),
+        )
+    reason = "; ".join(dict.fromkeys(reasons)) or "the recipe names it"
+    return Numerics(dtype, precision, reason, name, recipe.full_size_gflops, *_size(recipe, choice.dtype))
+
+
+def _begun_in(folder: Path, key: str) -> tuple[str, str] | None:
+    """What the results in a run directory were computed in under ``key``, and which of them says so."""
+    checkpoints = sorted(folder.glob("checkpoints/checkpoint-*/manifest.json"), reverse=True)
+    results = [folder / name for name in ("distill.json", "importance.json", "eval/teacher.json")]
+    for file in (*checkpoints, *results):
+        value = (_mapping(file, "provenance", "inputs") or _mapping(file, "inputs")).get(key)
+        if value in DTYPES:
+            return value, f"{file.relative_to(folder)} of this run directory was made in {value}"
+    return None
+
+
+def _mapping(file: Path, *keys: str) -> dict[str, Any]:
+    """What ``file`` holds under ``keys``; empty where it is not there, or is damaged, which its own stage says in its
+    own words."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for key in keys:
+            found = found[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def resolved(model: str, revision: str | None) -> Path:
+    """The model's local folder. Rank 0 resolves it first: a download or conversion happens once per machine.
+
+    Raises:
+        UserError: as resolve_model, and a revision of what has none.
+    """
+    if revision is not None and (model.startswith(DEMO_PREFIX) or Path(model).expanduser().exists()):
+        raise UserError(f"model {model!r}: is not on the Hub and has no revision {revision!r}; leave the revision out")
+    if not is_main():
+        barrier()
+    folder = resolve_model(model, revision=revision)
+    if is_main():
+        barrier()
+    return folder
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Keep every other process out of the run directory; the operating system lets go when this one dies.
+
+    Raises:
+        UserError: another living process holds it, or it cannot be created.
+    """
+    is_new = not run.dir.exists()
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        handle = _lock_file(run)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with handle:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run_dir {run.dir}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
+                ) from None
+            log.info("waiting for %s, which holds %s", holder, run.dir)
+            time.sleep(5)
+            continue
+        if os.fstat(handle.fileno()).st_nlink:
+            break
+        handle.close()  # its last holder took it away in the meantime: nobody else would look at it
+    with handle:
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        try:
+            yield
+        finally:
+            _leave_nothing(run.dir, is_new=is_new)
+
+
+def _lock_file(run: Run) -> TextIO:
+    """Its file, open for reading and writing; never what a link in its place leads to."""
+    path = run.dir / LOCK
+    strange = UserError(f"{path}: is no regular file but a link, pipe or folder; remove it, or choose another run_dir")
+    try:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise strange from error
+        raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise strange
+    return open(descriptor, "r+")
+
+
+def _leave_nothing(folder: Path, *, is_new: bool) -> None:
+    """Remove our traces where nothing was made, such as a folder for a refused run with a misspelt run_dir."""
+    if folder.is_dir() and [file.name for file in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
+        if is_new:
+            with contextlib.suppress(OSError):  # somebody may be writing into it by now
+                folder.rmdir()
+
+
+def check_length(run: Run, sequence_length: int, setting: str) -> None:
+    """Refuse rows longer than the model's positions, before any weight is loaded."""
+    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and sequence_length > longest:
+        raise UserError(
+            f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}; lower it"
+        )
+
+
+def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str) -> bool:
+    """Whether ``path`` holds exactly this result; what changed is logged where it does not."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder is in the way; delete it, or set run_dir to another folder")
+    if not path.is_file():
+        return False
+    changed = differences(inputs, kind.read(path).provenance.inputs)
+    if changed:
+        log.info("%s: %s is out of date (%s), making it again", stage, path.name, "; ".join(changed))
+        return False
+    log.info("%s: done already (%s)", stage, path)
+    return True
+
+
+def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str) -> None:
+    """Refuse the artifact at ``path`` if anything but ``inputs`` made it; ``verb`` is the command that makes it again.
+
+    Raises:
+        UserError: naming the first field that differs.
+    """
+    provenance = kind.read(path).provenance
+    remedy = f"Run `{verb}` again, or set run_dir to another folder"
+    require_same_run(inputs, provenance, path, remedy=remedy)
+
+
+def task_files_fingerprint(include_path: str | None) -> str:
+    """Content hash of the task files that may be read: items, prompts and matching rules are part of a score."""
+    folders = [CONFIGS_DIR / "tasks", CONFIGS_DIR / "hub_tasks", Path(__file__).parents[1] / "abilities"]
+    folders += [Path(include_path).expanduser()] if include_path else []
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".yaml", ".py")]
+    return fingerprint([[file.name, file.read_text(encoding="utf-8")] for file in files])
+
+
+def local_data_fingerprint(data_dir: str) -> str:
+    """Content hash of the data sets in a folder, wherever that folder is."""
+    folder = Path(data_dir).expanduser()
+    files = sorted(folder.glob("*/*.jsonl"))
+    return fingerprint([[str(file.relative_to(folder)), file_hash(file)] for file in files])

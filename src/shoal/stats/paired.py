@@ -1,0 +1,332 @@
+"""Intervals, paired tests and retention: what a before/after table may claim.
+
+Two roles answer the same items, so every comparison is per item: the noise of which items were drawn cancels.
+
+N items, R bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import optimize, stats
+
+from shoal.artifacts.artifact import TaskScore
+from shoal.errors import UserError
+from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, resampled_means
+from shoal.stats.intervals import Z95, Array, combined, newcombe_paired, paired_ratio, wilson
+
+SAME_MEASUREMENT = (
+    "task",
+    "ability",
+    "protocol",
+    "metric",
+    "chance",
+    "higher_is_better",
+    "version",
+    "matching",
+    "num_fewshot",
+    "n",
+)
+"""Fields that must agree before two scores are compared."""
+
+
+SIGNIFICANT = 0.05
+"""Below it, after Holm's correction, a difference is called better or worse, in every table and sentence."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """after - before over the same items."""
+
+    n: int
+    difference: float
+    ci_low: float
+    ci_high: float
+    """95 %: Newcombe's score interval for 0/1 scores, bootstrap otherwise."""
+    p_value: float
+    test: Literal["mcnemar-exact", "paired-bootstrap"]
+    won: int
+    """Items on which `after` is better; better means lower for lower-is-better metrics."""
+    lost: int
+
+
+@dataclass(frozen=True)
+class Retention:
+    """(after - chance) / (before - chance), or None with the reason why that ratio would mean nothing."""
+
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    reason: str = ""
+
+
+def bootstrap_mean(values: Sequence[float], weights: Sequence[float] | None = None) -> tuple[float, float]:
+    """95 % interval of the (weighted) mean by resampling items, seeded.
+
+    One item has no spread to resample: both ends are its value, and whoever shows them says that n is 1.
+    """
+    values_N = np.asarray(values, dtype=np.float64)
+    weights_N = np.ones_like(values_N) if weights is None else np.asarray(weights, dtype=np.float64)
+    mean = float(np.average(values_N, weights=weights_N))
+    if len(values_N) == 1:
+        return mean, mean
+    return _limits(resampled_means(values_N[:, None], weights_N)[:, 0], mean, weights_N)
+
+
+def interval(task: TaskScore) -> tuple[float, float]:
+    """The 95 % interval of a task's score from its items: Wilson for 0/1 scores, bootstrap otherwise."""
+    scores = [item.score for item in task.items]
+    if is_binary(task):
+        return wilson(sum(scores), len(scores))
+    return bootstrap_mean(scores, [item.weight for item in task.items])
+
+
+def is_binary(task: TaskScore) -> bool:
+    """Whether the items count as right or wrong. Nats are never counted so, whatever their values happen to be."""
+    return task.higher_is_better and all(item.score in (0.0, 1.0) and item.weight == 1.0 for item in task.items)
+
+
+def paired(before: TaskScore, after: TaskScore) -> PairedDifference:
+    """The change from ``before`` to ``after``, item by item.
+
+    0/1 scores: exact McNemar test, and Newcombe's interval for paired proportions (1998, Stat. in Medicine 17:2635,
+    method 10), whose coverage holds near 0 and 1 and with few discordant items. Others: paired bootstrap.
+
+    Raises:
+        UserError: the scores were measured with different settings or over different items; names the field.
+    """
+    require_same_measurement(before, after)
+    binary = is_binary(before) and is_binary(after)
+    return paired_values(*_aligned(before, after), binary=binary, higher_is_better=before.higher_is_better)
+
+
+def paired_values(
+    before_N: Array, after_N: Array, weights_N: Array, *, binary: bool, higher_is_better: bool
+) -> PairedDifference:
+    """The change between two values of the same items; ``binary`` = these are 0 or 1, and weights are 1.
+
+    One item that is not 0 or 1 says nothing of the spread: its interval is unbounded and its p-value 1.
+    """
+    n, change_N = len(before_N), after_N - before_N
+    gain_N = change_N if higher_is_better else -change_N
+    won, lost = int((gain_N > 0).sum()), int((gain_N < 0).sum())
+    difference = float(np.average(change_N, weights=weights_N))
+    if binary:
+        low, high = newcombe_paired(**_table(before_N, after_N))
+        return PairedDifference(n, difference, low, high, mcnemar(won, lost), "mcnemar-exact", won, lost)
+    if n == 1:
+        return PairedDifference(n, difference, -math.inf, math.inf, 1.0, "paired-bootstrap", won, lost)
+    means_R = resampled_means(change_N[:, None], weights_N)[:, 0]
+    low, high = _limits(means_R, difference, weights_N)
+    p_value = float(bootstrap_p(means_R[:, None], np.array([difference]), effective_n(weights_N))[0])
+    return PairedDifference(n, difference, low, high, p_value if won or lost else 1.0, "paired-bootstrap", won, lost)
+
+
+def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
+    """Refuse two scores that do not measure the same thing.
+
+    Raises:
+        UserError: naming the field that differs, or the first item that only one of them has.
+    """
+    for field in SAME_MEASUREMENT:
+        here, there = getattr(before, field), getattr(after, field)
+        if here != there:
+            raise UserError(
+                f"task {before.task!r}: {field} is {here!r} in one evaluation and {there!r} in the other; "
+                "they cannot be compared, evaluate both with the same settings"
+            )
+    if before.prompts and after.prompts and before.prompts != after.prompts:  # old results hold none
+        raise UserError(
+            f"task {before.task!r}: prompts has the fingerprint {before.prompts} in one evaluation and {after.prompts} "
+            "in the other: few-shot examples, wording or the rules of matching differ; evaluate both with the same "
+            "settings"
+        )
+    differing = sorted({item.id for item in before.items} ^ {item.id for item in after.items})
+    if differing:
+        raise UserError(
+            f"task {before.task!r}: items differ ({len(differing)} are in one evaluation only, for example "
+            f"{differing[0]!r}); evaluate both with the same settings"
+        )
+    others = {item.id: item for item in after.items}
+    for item in before.items:
+        other = others[item.id]
+        asked = not item.question or not other.question or item.question == other.question  # old results hold none
+        if item.target != other.target or not asked:
+            field = "question" if item.target == other.target else "target"
+            raise UserError(
+                f"task {before.task!r}: {field} of item {item.id!r} is {getattr(item, field)!r} in one evaluation and "
+                f"{getattr(other, field)!r} in the other; evaluate both with the same data and prompts"
+            )
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Exact two-sided p-value that wins and losses are equally likely (binomial test over the discordant items)."""
+    if won + lost == 0:
+        return 1.0
+    return float(stats.binomtest(won, won + lost, 0.5).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for having looked at several tasks (Holm 1979), in the order given."""
+    adjusted = [0.0] * len(p_values)
+    running = 0.0
+    for position, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        running = max(running, min(1.0, (len(p_values) - position) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def verdict(found: PairedDifference | None, adjusted_p: float | None, *, higher_is_better: bool) -> str | None:
+    """`better`, `worse`, or `unclear` where p after Holm's correction is not significant; None = not compared."""
+    if found is None or adjusted_p is None:
+        return None
+    if adjusted_p >= SIGNIFICANT:
+        return "unclear"
+    return "better" if (found.difference > 0) == higher_is_better else "worse"
+
+
+def retention(before: TaskScore, after: TaskScore) -> Retention:
+    """Which share of the teacher's score above chance is kept, with a paired 95 % interval.
+
+    Defined for higher-is-better metrics whose teacher lies above chance with its whole interval. Nats per token have no
+    chance level, and a ratio over a teacher that is at chance is noise over noise. 0/1 scores: see paired_ratio; others
+    are resampled.
+    """
+    require_same_measurement(before, after)
+    if reason := no_retention(before):
+        return Retention(None, None, None, reason)
+    before_N, after_N, weights_N = _aligned(before, after)
+    value = (after.score - before.chance) / (before.score - before.chance)
+    if is_binary(before) and is_binary(after):
+        limits = paired_ratio(**_table(before_N, after_N), chance=before.chance)
+    else:
+        above_R2 = resampled_means(np.stack([before_N, after_N], axis=1), weights_N) - before.chance
+        ratios_R = above_R2[above_R2[:, 0] > 0, 1] / above_R2[above_R2[:, 0] > 0, 0]
+        limits = _limits(ratios_R, value, weights_N)
+    if limits is None:
+        return Retention(None, None, None, f"the teacher's score is too uncertain for a ratio to it (n = {before.n})")
+    return Retention(float(value), *limits)
+
+
+def retention_gap(
+    one: tuple[TaskScore, TaskScore], other: tuple[TaskScore, TaskScore]
+) -> tuple[float, float, float] | None:
+    """Retention of ``one`` minus that of ``other`` with its 95 % interval; each is (teacher, after).
+
+    The limits of both are added as squares. Where the two ask the same items, such as one ability under two protocols,
+    their luck is shared and the correlation of the two retentions over the items enters. None where one has none.
+    """
+    kept = [retention(*pair) for pair in (one, other)]
+    limits = [(k.value, k.ci_low, k.ci_high) for k in kept if k.value is not None and k.ci_low is not None]
+    if len(limits) < 2:
+        return None
+    (a, a_low, a_high), (b, b_low, b_high) = np.array(limits, dtype=np.float64).tolist()
+    shared = -_shared_luck(one, other)  # the second part is negated
+    correlation_22 = np.array([[1.0, shared], [shared, 1.0]])
+    low, gap, high = combined([a, -b], [a_low, -b_high], [a_high, -b_low], correlation_22).tolist()
+    return gap, low, high
+
+
+def _shared_luck(one: tuple[TaskScore, TaskScore], other: tuple[TaskScore, TaskScore]) -> float:
+    """Correlation of two retentions through their items; 0 where the items are not the same."""
+    influences = []
+    for before, after in (one, other):
+        later = {item.id: item.score for item in after.items}
+        above = before.score - before.chance
+        kept = (after.score - before.chance) / above
+        influences.append(
+            {
+                i.id: i.weight * (later[i.id] - after.score - kept * (i.score - before.score)) / above
+                for i in before.items
+            }
+        )
+    if influences[0].keys() != influences[1].keys():
+        return 0.0
+    first_N, second_N = (np.array([part[key] for key in influences[0]]) for part in influences)
+    scale = math.sqrt(float(first_N @ first_N) * float(second_N @ second_N))
+    return float(first_N @ second_N) / scale if scale > 0 else 0.0
+
+
+def no_retention(teacher: TaskScore) -> str:
+    """Why no share of this score can be kept; empty where one can."""
+    if not teacher.higher_is_better:
+        return f"{teacher.metric} has no chance level; compare the difference"
+    if teacher.ci_low <= teacher.chance:
+        told = f"{teacher.score:.2f} against {teacher.chance:.2f}, n = {teacher.n}"
+        return f"the teacher is not shown to be above chance ({told})"
+    return ""
+
+
+def z_above_chance(task: TaskScore) -> float | None:
+    """How many standard errors a higher-is-better score lies above chance; None for lower-is-better ones.
+
+    The standard error is that of a guesser (score test) where chance is inside (0, 1). At chance 0 a guesser has no
+    spread, so the score's own is taken, with two successes and two failures added (Agresti and Coull 1998).
+    """
+    if not task.higher_is_better:
+        return None
+    if 0 < task.chance < 1 and is_binary(task):
+        return (task.score - task.chance) / math.sqrt(task.chance * (1 - task.chance) / task.n)
+    if is_binary(task):
+        share = (task.score * task.n + 2) / (task.n + 4)
+        return (task.score - task.chance) / math.sqrt(share * (1 - share) / (task.n + 4))
+    above = task.score - task.chance
+    spread = float(np.std([item.score for item in task.items], ddof=1)) if task.n > 1 else math.inf
+    if spread == 0:
+        return math.copysign(math.inf, above) if above else 0.0
+    return above / (spread / math.sqrt(task.n))
+
+
+def minimal_detectable_difference(before: TaskScore, after: TaskScore, *, power: float = 0.8) -> float:
+    """The smallest true difference that ``n`` items would show at the 5 % level with this power, in the metric's unit.
+
+    For 0/1 scores from the share of discordant items (Connor 1987), at least three of them; 1 where none can be shown.
+    """
+    before_N, after_N, weights_N = _aligned(before, after)
+    z_power, n = float(stats.norm.ppf(power)), before.n
+    if not (is_binary(before) and is_binary(after)):
+        if n == 1:
+            return math.inf
+        change_N, effective = after_N - before_N, max(effective_n(weights_N), 2.0)
+        share_N = weights_N / weights_N.sum()
+        error = math.sqrt(float(share_N**2 @ (change_N - share_N @ change_N) ** 2) * effective / (effective - 1))
+        return (float(stats.t.ppf(0.975, effective - 1)) + z_power) * error
+    discordant = min(1.0, max(int((before_N != after_N).sum()), 3) / n)
+
+    def shortfall(difference: float) -> float:
+        spread = math.sqrt(max(discordant - difference**2, 0.0))
+        return difference * math.sqrt(n) - Z95 * math.sqrt(discordant) - z_power * spread
+
+    if shortfall(discordant) < 0:
+        return 1.0
+    return float(optimize.brentq(shortfall, 0.0, discordant))  # pyright: ignore[reportArgumentType]
+
+
+def _table(before_N: Array, after_N: Array) -> dict[str, int]:
+    """How many 0/1 items were right both times, only after, only before, never."""
+    return {
+        "both": int((before_N * after_N).sum()),
+        "won": int(((1 - before_N) * after_N).sum()),
+        "lost": int((before_N * (1 - after_N)).sum()),
+        "neither": int(((1 - before_N) * (1 - after_N)).sum()),
+    }
+
+
+def _limits(means_R: Array, value: float, weights_N: Array) -> tuple[float, float]:
+    low, high = expanded_percentiles(means_R, np.asarray(value), effective_n(weights_N))
+    return float(low), float(high)
+
+
+def _aligned(before: TaskScore, after: TaskScore) -> tuple[Array, Array, Array]:
+    """Scores of both, and the weights, in the order of ``before``'s items."""
+    by_id = {item.id: item.score for item in after.items}
+    return (
+        np.array([item.score for item in before.items], dtype=np.float64),
+        np.array([by_id[item.id] for item in before.items], dtype=np.float64),
+        np.array([item.weight for item in before.items], dtype=np.float64),
+    )

@@ -1,0 +1,352 @@
+"""Attention, MLP and heads silenced while a block runs: against forwards written out by hand, and undone exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, SLIDING_WINDOW, tiny_model
+from masked_models import FAMILIES, ids, logits, text, tiny, with_heads
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shoal.compress.edits.masks import attention_skipped, head_means, heads_masked, kv_groups_masked, mlp_skipped
+from shoal.compress.edits.sublayers import sublayers
+from shoal.compress.surgery.cut_model import skipped
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers
+
+Operator = Callable[[PreTrainedModel, Sequence[int]], AbstractContextManager[PreTrainedModel]]
+BOTH: dict[str, Operator] = {"attention": attention_skipped, "mlp": mlp_skipped}
+
+
+def hooks(model: PreTrainedModel) -> int:
+    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in model.modules())
+
+
+def by_hand(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    no_attention: tuple[int, ...] = (),
+    no_mlp: tuple[int, ...] = (),
+    heads: Any = None,
+) -> Tensor:
+    """Logits (B, S, V) of a Llama in float64, from its definition, without the named halves and {layer: heads}."""
+    weights = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
+    config = model.config
+    num_heads, num_kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    length = input_ids.shape[1]
+    frequencies = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2).double() / size)
+    angles = torch.outer(torch.arange(length).double(), frequencies).repeat(1, 2)
+
+    def norm(hidden: Tensor, name: str) -> Tensor:
+        return hidden * (hidden.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt() * weights[name]
+
+    def rotated(x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return x * angles.cos() + torch.cat([-x[..., half:], x[..., :half]], -1) * angles.sin()
+
+    hidden = weights["model.embed_tokens.weight"][input_ids]
+    for layer in range(config.num_hidden_layers):
+        own = {name.split(".", 3)[3]: w for name, w in weights.items() if name.startswith(f"model.layers.{layer}.")}
+        normed = norm(hidden, f"model.layers.{layer}.input_layernorm.weight")
+        query, key, value = (
+            (normed @ own[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (count, size)).transpose(1, 2)
+            for name, count in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads))
+        )
+        contexts = []
+        for head in range(num_heads):
+            group = head * num_kv_heads // num_heads
+            scores = rotated(query[:, head]) @ rotated(key[:, group]).mT / size**0.5
+            scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+            context = scores.softmax(-1) @ value[:, group]
+            contexts.append(0 * context if head in (heads or {}).get(layer, ()) else context)
+        if layer not in no_attention:
+            hidden = hidden + torch.cat(contexts, -1) @ own["self_attn.o_proj.weight"].T
+        if layer not in no_mlp:
+            normed = norm(hidden, f"model.layers.{layer}.post_attention_layernorm.weight")
+            gate = functional.silu(normed @ own["mlp.gate_proj.weight"].T)
+            hidden = hidden + (gate * (normed @ own["mlp.up_proj.weight"].T)) @ own["mlp.down_proj.weight"].T
+    return norm(hidden, "model.norm.weight") @ weights["lm_head.weight"].T
+
+
+@torch.no_grad()
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_every_operator_equals_a_llama_written_by_hand() -> None:
+    model = tiny("llama")
+    assert_close(logits(model), by_hand(model, ids()))
+    with attention_skipped(model, [0, 3]):
+        assert_close(logits(model), by_hand(model, ids(), no_attention=(0, 3)))
+        with mlp_skipped(model, [3, 5]), heads_masked(model, {1: [2]}):
+            expected = by_hand(model, ids(), no_attention=(0, 3), no_mlp=(3, 5), heads={1: [2]})
+            assert_close(logits(model), expected)
+    for head in range(4):
+        with heads_masked(model, {2: [head], 4: [0, head]}):
+            assert_close(logits(model), by_hand(model, ids(), heads={2: [head], 4: [0, head]}))
+    with kv_groups_masked(model, {2: [1]}):
+        assert_close(logits(model), by_hand(model, ids(), heads={2: [2, 3]}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_skipped_half_adds_nothing_and_the_cache_stays_right(name: str) -> None:
+    model = tiny(name)
+    intact = logits(model)
+    hooks_before = hooks(model)
+    row = ARCHITECTURES[name]
+    seen = {intact.sum().item()}
+    for operator in BOTH.values():
+        for layers in ([0], [2, len(decoder_layers(model)) - 1]):
+            with operator(model, layers):
+                seen.add(logits(model).sum().item())
+                if layers == [0] and not row.cache:  # a KV cache measures the sequence by layer 0
+                    cached, uncached = (text(model, use_cache=use, padded=not row.padding) for use in (True, False))
+                    assert cached == uncached
+            assert hooks(model) == hooks_before
+            assert torch.equal(logits(model), intact)
+    assert len(seen) == 5, "an operator without effect proves nothing"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_halves_skipped_is_the_layer_skipped(name: str) -> None:
+    model = tiny(name)
+    with attention_skipped(model, [1]), mlp_skipped(model, [1]):
+        found = logits(model)
+    if name in ("gemma3n_text", "minimax"):  # these scale the residual stream itself, whatever their halves add
+        assert found.isfinite().all()
+        return
+    with skipped(model, [1]):
+        assert torch.equal(logits(model), found)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_masked_head_is_its_slice_of_the_projections_input(name: str) -> None:
+    """The layer's projection is read with the slice zeroed, and everything before it is what it was."""
+    model = tiny(name)
+    layer, found = with_heads(model)
+    projection: Any = decoder_layers(model)[layer].get_submodule(found.projection)
+    seen: list[Tensor] = []
+    handle = projection.register_forward_hook(lambda _, args, output: seen.extend([args[0].clone(), output.clone()]))
+    logits(model)
+    head = found.num_heads - 1
+    with heads_masked(model, {layer: [head]}):
+        logits(model)
+    handle.remove()
+    context, _, masked_context, output = (state.double() for state in seen)
+    size = context.shape[-1] // found.num_heads
+    expected = context.clone()
+    expected[..., head * size : (head + 1) * size] = 0
+    assert torch.equal(masked_context, expected)
+    assert not torch.equal(masked_context, context)
+    weight, bias = projection.weight.double(), projection.bias
+    by_definition = expected @ (weight if isinstance(projection, Conv1D) else weight.T)
+    assert_close(output, by_definition if bias is None else by_definition + bias.double())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "falcon", "deepseek_v3", "lfm2"])
+def test_masked_heads_work_with_a_cache(name: str) -> None:
+    model = tiny(name)
+    layer, _ = with_heads(model)
+    with heads_masked(model, {layer: [0, 1, 3]}):
+        assert text(model, use_cache=True) == text(model, use_cache=False)
+
+
+def test_everything_is_undone_after_an_error_and_in_any_nesting() -> None:
+    model = tiny("llama")
+    intact, before = logits(model), hooks(model)
+    with attention_skipped(model, [1]):
+        outer = logits(model)
+        with (
+            pytest.raises(KeyError),
+            mlp_skipped(model, [1]),
+            heads_masked(model, {0: [1]}),
+            attention_skipped(model, [1]),
+        ):
+            raise KeyError
+        assert torch.equal(logits(model), outer)
+        with pytest.raises(UserError), mlp_skipped(model, [2, 6]):
+            pass
+        assert torch.equal(logits(model), outer)
+    assert torch.equal(logits(model), intact)
+    assert hooks(model) == before
+
+
+def test_operators_copy_no_weight_and_let_gradients_through() -> None:
+    model = tiny("llama")
+    weights = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    with mlp_skipped(model, [1]), heads_masked(model, {2: [0]}):
+        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == weights
+        model(input_ids=ids()).logits.square().mean().backward()
+    layers: Any = decoder_layers(model)
+    assert layers[1].mlp.down_proj.weight.grad is None
+    assert layers[0].mlp.down_proj.weight.grad.any()
+    columns = layers[2].self_attn.o_proj.weight.grad.unflatten(1, (4, 8)).abs().sum((0, 2))
+    assert [bool(column) for column in columns] == [False, True, True, True]
+
+
+def test_the_published_masking_silences_whole_groups() -> None:
+    """It zeroes rows of queries, keys and values and columns of the output; the value rows belong to a group."""
+    model = tiny("llama")
+    head, size = 2, 8
+    with heads_masked(model, {3: [head]}, legacy_gqa=True):
+        found = logits(model)
+    with kv_groups_masked(model, {3: [head // 2]}):
+        assert torch.equal(logits(model), found)
+    with heads_masked(model, {3: [head]}):
+        assert not torch.equal(logits(model), found)
+    attention: Any = decoder_layers(model)[3].get_submodule("self_attn")
+    group = head // (4 // 2)
+    with torch.no_grad():
+        attention.q_proj.weight[head * size : (head + 1) * size] = 0
+        attention.k_proj.weight[group * size : (group + 1) * size] = 0
+        attention.v_proj.weight[group * size : (group + 1) * size] = 0
+        attention.o_proj.weight[:, head * size : (head + 1) * size] = 0
+    torch.testing.assert_close(logits(model), found)
+    single = tiny_model("llama", num_key_value_heads=4)
+    with heads_masked(single, {3: [head]}):
+        alone = logits(single)
+    with heads_masked(single, {3: [head]}, legacy_gqa=True):
+        assert torch.equal(logits(single), alone)
+
+
+def rows(num: int = 5, length: int = 12) -> PackedRows:
+    positions = torch.cat([torch.arange(5), torch.arange(length - 5)]).expand(num, -1)
+    return PackedRows(ids(num, length, seed=7).int(), positions.int())
+
+
+def contexts(model: PreTrainedModel, layer: int, run: Callable[[], object]) -> list[Tensor]:
+    """What the layer's projection reads in each call, by head: (B, S, H, d)."""
+    found = sublayers(model)[layer]
+    seen: list[Tensor] = []
+    projection = decoder_layers(model)[layer].get_submodule(found.projection)
+    with projection.register_forward_hook(
+        lambda _, args, __: seen.append(args[0].unflatten(-1, (found.num_heads, -1)))
+    ):
+        run()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "lfm2"])
+def test_means_are_those_of_all_tokens_whatever_the_batches(name: str) -> None:
+    model = tiny(name).train()
+    layer, _ = with_heads(model)
+    data = rows()
+    found = head_means(model, data, [layer], batch_size=2)[layer]
+    assert all(one.training for one in model.modules())
+    model.eval()
+    positions: dict[str, Tensor] = {"position_ids": data.position_ids_NS.long()}
+
+    def run() -> None:
+        with torch.no_grad():
+            model(input_ids=data.input_ids_NS.long(), use_cache=False, **positions)
+
+    (context,) = contexts(model, layer, run)
+    torch.testing.assert_close(found, context.double().mean((0, 1)), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(head_means(model, data, [layer], batch_size=5)[layer], found, rtol=1e-5, atol=1e-7)
+
+
+def test_mean_ablation_puts_the_mean_in_the_heads_place() -> None:
+    model = tiny("llama")
+    means = head_means(model, rows(), [1, 4], batch_size=3)
+    (intact,) = contexts(model, 4, lambda: logits(model))
+    with heads_masked(model, {4: [1, 3]}, replacement="mean", means=means):
+        (found,) = contexts(model, 4, lambda: logits(model))
+    assert torch.equal(found[:, :, [0, 2]], intact[:, :, [0, 2]])
+    assert torch.equal(found[:, :, [1, 3]], means[4][[1, 3]].float().expand(*found.shape[:2], 2, 8))
+    with kv_groups_masked(model, {4: [0]}, replacement="mean", means=means):
+        (grouped,) = contexts(model, 4, lambda: logits(model))
+    assert torch.equal(grouped[0, 0, [0, 1]], means[4][[0, 1]].float())
+    assert torch.equal(grouped[:, :, 2:], intact[:, :, 2:])
+
+
+@pytest.mark.parametrize("num_rows", [2, 3, 7])
+def test_resampling_takes_the_head_from_another_sequence(num_rows: int) -> None:
+    model = tiny("llama")
+    batch = ids(num_rows)
+    orders = set()
+    for seed in range(5):
+        with torch.no_grad():
+            (intact,) = contexts(model, 2, lambda: logits(model, batch))
+            with heads_masked(model, {2: [3], 4: [0]}, replacement="resample", seed=seed):
+                (found,) = contexts(model, 2, lambda: logits(model, batch))
+                (again,) = contexts(model, 2, lambda: logits(model, batch))
+        assert torch.equal(found, again)
+        assert torch.equal(found[:, :, :3], intact[:, :, :3])
+        order = [next(o for o in range(num_rows) if torch.equal(row[:, 3], intact[o, :, 3])) for row in found]
+        assert sorted(order) == list(range(num_rows))
+        assert all(other != row for row, other in enumerate(order))
+        orders.add(tuple(order))
+    assert len(orders) > 1 or num_rows == 2
+
+
+def test_resampling_refuses_what_has_no_other_sequence_of_the_same_positions() -> None:
+    model = tiny("llama")
+    with heads_masked(model, {2: [3]}, replacement="resample"):
+        with pytest.raises(UserError, match=r"resample takes contexts from other sequences .* only one"):
+            logits(model, ids(1))
+        mask = torch.ones(2, 2 * SLIDING_WINDOW)
+        model(input_ids=ids(), attention_mask=mask)
+        mask[0, 0] = 0
+        with pytest.raises(UserError, match="resample needs sequences of one length, and some are padded"):
+            model(input_ids=ids(), attention_mask=mask)
+    model(input_ids=ids(), attention_mask=mask)
+
+
+MEANS = {2: torch.zeros(4, 8)}
+NO_REPLACEMENT: Any = "noise"
+
+
+@pytest.mark.parametrize(
+    ("operate", "message"),
+    [
+        (lambda model: attention_skipped(model, [6]), r"layer 6: is out of range; there are 0\.\.5"),
+        (lambda model: mlp_skipped(model, [-1]), r"layer -1: is out of range; there are 0\.\.5"),
+        (lambda model: heads_masked(model, {6: [0]}), r"layer 6: is out of range"),
+        (lambda model: heads_masked(model, {2: [4]}), r"layer 2 of llama: head 4: is out of range; there are 0\.\.3"),
+        (
+            lambda model: kv_groups_masked(model, {2: [2]}),
+            r"layer 2 of llama: key-value head 2: is out of range; .*0\.\.1",
+        ),
+        (lambda model: heads_masked(model, {2: [0]}, replacement="mean"), "mean needs them, no other does"),
+        (lambda model: heads_masked(model, {2: [0]}, means=MEANS), "replacement 'zero' and means do not fit"),
+        (lambda model: heads_masked(model, {1: [0]}, replacement="mean", means=MEANS), "hold nothing for layer 1"),
+        (
+            lambda model: heads_masked(model, {2: [0]}, replacement=NO_REPLACEMENT),
+            "'noise' is none; there is zero, mean",
+        ),
+    ],
+)
+def test_what_is_no_layer_head_or_replacement_is_refused(operate: Callable[[Any], Any], message: str) -> None:
+    model = tiny("llama")
+    with pytest.raises(UserError, match=message), operate(model):
+        pass
+    assert hooks(model) == 0
+
+
+def test_means_of_nothing_are_refused() -> None:
+    empty = PackedRows(torch.zeros(0, 4).int(), torch.zeros(0, 4).int())
+    with pytest.raises(UserError, match="there is no token to average over"):
+        head_means(tiny("llama"), empty, [0], batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "operate", "message"),
+    [
+        ("mamba", lambda model: attention_skipped(model, [1]), "layer 1 of mamba: is one sublayer only"),
+        ("rwkv", lambda model: mlp_skipped(model, [1]), "layer 1 of rwkv: mixes tokens outside"),
+        ("lfm2", lambda model: heads_masked(model, {0: [0]}), "layer 0 of lfm2: shows no heads"),
+        ("diffllama", lambda model: kv_groups_masked(model, {0: [0]}), "layer 0 of diffllama: mixes its heads"),
+    ],
+)
+def test_layers_without_exact_halves_are_refused(name: str, operate: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message), operate(tiny(name)):
+        pass

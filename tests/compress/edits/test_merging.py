@@ -1,0 +1,340 @@
+"""Merged layers against the formulae written out; what cannot stand for each other is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from model_outputs import logits
+from tiny import KINDS, NUM_LAYERS, tiny_model, tiny_moe
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BambaConfig, PreTrainedModel
+
+from shoal.compress.edits.merging import layer_tensors, merged_layer, tensors_in_place, with_layers
+from shoal.compress.surgery.config_cut import KEPT_LAYERS
+from shoal.compress.surgery.cut_model import cut_model, skipped
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+
+ALIKE = {
+    "llama": (0, 4),
+    "llama_tied": (2, 4),
+    "qwen2": (3, 3),
+    "qwen3": (1, 5),
+    "gemma3": (3, 2),
+}
+"""A run of layers of one kind in every family: first layer and length."""
+
+
+def parameters(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
+    return dict(decoder_layers(model)[layer].named_parameters())
+
+
+def merge_run(model: PreTrainedModel, start: int, length: int, **settings: Any) -> PreTrainedModel:
+    """The student in which one layer stands for a run."""
+    merged = merged_layer(model, start, length, **settings)
+    return with_layers(model, range(start + 1, start + length), {start: merged})
+
+
+def laco(run: Sequence[Tensor]) -> Tensor:
+    """The formula as it is printed, in float64."""
+    first, *others = [tensor.double() for tensor in run]
+    return first + sum((other - first for other in others), torch.zeros_like(first))
+
+
+def laco_as_released(run: Sequence[Tensor]) -> Tensor:
+    """What the authors' code computes: the base of every difference is the sum so far."""
+    total, *others = [tensor.double() for tensor in run]
+    for other in others:
+        total = total + (other - total)
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_laco_is_the_printed_formula_for_every_parameter(kind: str, dtype: torch.dtype) -> None:
+    model = tiny_model(kind, dtype=dtype)
+    start, length = ALIKE[kind]
+    student = merge_run(model, start, length)
+    run = [parameters(model, layer) for layer in range(start, start + length)]
+    for name, found in parameters(student, start).items():
+        expected = laco([own[name] for own in run])
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("length", "same"), [(2, True), (3, False), (4, False)])
+def test_laco_differs_from_the_released_code_beyond_two_layers(length: int, same: bool) -> None:
+    model = tiny_model("llama")
+    merged = merged_layer(model, 1, length)
+    run = [parameters(model, layer) for layer in range(1, 1 + length)]
+    for name, found in merged.items():
+        released = laco_as_released([own[name] for own in run])
+        torch.testing.assert_close(released, run[-1][name].double())  # it keeps the last layer and nothing else
+        assert torch.equal(found, run[-1][name]) == same
+
+
+@pytest.mark.parametrize("weights", [None, (0.2, 0.5, 0.3), (1.5, -0.5, 0.0)])
+def test_weighted_merge_is_the_weighted_sum(weights: tuple[float, ...] | None) -> None:
+    model = tiny_model("qwen3")
+    merged = merged_layer(model, 2, 3, method="weighted", weights=weights)
+    for name, found in merged.items():
+        expected = sum(
+            weight * parameters(model, 2 + k)[name].double() for k, weight in enumerate(weights or (1 / 3,) * 3)
+        )
+        assert isinstance(expected, Tensor)
+        torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=1e-9)
+
+
+def test_all_weight_on_one_layer_is_the_cut_that_keeps_it() -> None:
+    model = tiny_model("llama")
+    student = merge_run(model, 2, 3, method="weighted", weights=(0, 0, 1))
+    assert torch.equal(logits(student), logits(cut_model(model, (2, 3))))
+    first = merge_run(model, 2, 3, method="weighted", weights=(1, 0, 0))
+    assert torch.equal(logits(first), logits(cut_model(model, (3, 4))))
+
+
+def test_rounding_happens_once_and_at_the_end() -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    values = (256.0, 1.0, 1.0, 1.0)  # bfloat16 cannot hold 257: added one by one in it the ones would vanish
+    for layer, value in enumerate(values):
+        nn.init.constant_(decoder_layers(model)[layer].get_parameter("mlp.up_proj.weight"), value)
+    merged = merged_layer(model, 0, 4, method="weighted", weights=(1, 2, -3, 1))
+    assert (merged["mlp.up_proj.weight"] == 256).all()
+    merged = merged_layer(model, 0, 4, method="weighted", weights=(0.25, 0.25, 0.25, 0.25))
+    assert (merged["mlp.up_proj.weight"] == torch.tensor(64.75).bfloat16()).all()
+
+
+def test_merging_equal_layers_changes_no_bit() -> None:
+    model = tiny_model("llama")
+    for layer in (2, 3):
+        decoder_layers(model)[layer].load_state_dict(decoder_layers(model)[1].state_dict())
+    for method in ("laco", "weighted"):
+        merged = merged_layer(model, 1, 3, method=method)
+        assert all(torch.equal(tensor, parameters(model, 1)[name]) for name, tensor in merged.items())
+
+
+def test_student_reloads_and_its_config_names_the_first_layer(tmp_path: Any) -> None:
+    model = tiny_model("gemma3", dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    student = merge_run(model, 3, 2)
+    assert getattr(student.config, KEPT_LAYERS) == [0, 1, 2, 3, 5]
+    assert not torch.equal(logits(student), logits(cut_model(model, (4,))))
+    student.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")), logits(student))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_merges_and_drops_at_once_see_the_intact_model(share: bool) -> None:
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = {0: merged_layer(model, 0, 2), 3: merged_layer(model, 3, 2, method="weighted", weights=(0.3, 0.7))}
+    student = with_layers(model, (1, 2, 4), tensors, share=share)
+    assert getattr(student.config, KEPT_LAYERS) == [0, 3, 5]
+    # one after the other, each in a model of its own
+    once = merge_run(model, 0, 2)
+    twice = merge_run(once, 2, 2, method="weighted", weights=(0.3, 0.7))
+    assert torch.equal(logits(student), logits(cut_model(twice, (1,))))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_routers_and_experts_are_merged_by_their_index() -> None:
+    model = tiny_moe()
+    merged = merged_layer(model, 1, 3)
+    assert {name for name in merged if "experts" in name or "gate" in name}
+    for name, found in merged.items():
+        expected = laco([parameters(model, layer)[name] for layer in (1, 2, 3)])
+        torch.testing.assert_close(found, expected.float(), rtol=2e-7, atol=1e-9)
+
+
+def test_stored_buffers_are_merged_and_computed_ones_stay() -> None:
+    model = tiny_model("llama")
+    for layer in (1, 2, 3):
+        decoder_layers(model)[layer].register_buffer("offset", torch.tensor([float(layer)]))
+        decoder_layers(model)[layer].register_buffer("table", torch.arange(3), persistent=False)
+    assert merged_layer(model, 1, 3)["offset"].item() == 1 + (2 - 1) + (3 - 1)
+    assert "table" not in merged_layer(model, 1, 3)
+    decoder_layers(model)[3].get_buffer("table").add_(1)
+    with pytest.raises(UserError, match=r"layers 1 and 3 are of different kinds: their computed table differs"):
+        merged_layer(model, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "run", "message"),
+    [
+        (
+            lambda: tiny_model("gemma3"),
+            (1, 2),
+            r"layers 1 and 2 are of different kinds: self_attn.is_sliding is True in one and False",
+        ),
+        (
+            lambda: tiny_model("qwen2"),
+            (2, 2),
+            r"layers 2 and 3 are of different kinds: self_attn.layer_type is 'full_attention' in one and 'sliding_",
+        ),
+        (
+            lambda: tiny_moe(mlp_only_layers=[2]),
+            (1, 2),
+            r"mlp.class is 'Qwen3MoeSparseMoeBlock' in one and 'Qwen3MoeMLP' in the other; only layers of one kind",
+        ),
+    ],
+)
+def test_layers_of_different_kinds_are_refused(model: Any, run: tuple[int, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        merged_layer(model(), *run)
+
+
+def test_mamba_and_attention_layers_are_refused() -> None:
+    config = BambaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=4,
+        mamba_chunk_size=8,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=r"layers 0 and 1 are of different kinds"):
+        merged_layer(model, 0, 2)
+
+
+@pytest.mark.parametrize(("distance", "warned"), [(1.0, True), (0.01, False)])
+def test_laco_of_layers_far_from_each_other_is_warned_of(
+    distance: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    layers = decoder_layers(model)
+    for layer in (2, 3, 4):
+        near = {
+            name: torch.lerp(layers[1].get_parameter(name), own, distance)
+            for name, own in layers[layer].named_parameters()
+        }
+        layers[layer].load_state_dict(near)
+    merged = merged_layer(model, 1, 4)
+    sizes = [
+        sum(own.double().square().sum().item() for own in tensors.values() if own.ndim > 1) ** 0.5
+        for tensors in (merged, parameters(model, 1))
+    ]
+    start = f"merge of layers 1..4: the merged weights are {sizes[0] / sizes[1]:.1f} times as large as those of layer 1"
+    assert [record.getMessage().startswith(start) for record in caplog.records] == [True] * warned
+    merged_layer(model, 1, 4, method="weighted")
+    assert len(caplog.records) == warned
+
+
+def test_layers_of_different_shapes_are_refused() -> None:
+    model = tiny_model("llama")
+    setattr(decoder_layers(model)[2].get_submodule("mlp.up_proj"), "weight", nn.Parameter(torch.ones(40, 32)))  # noqa: B010
+    with pytest.raises(
+        UserError, match=r"shape of mlp.up_proj.weight is \(48, 32\) in one and \(40, 32\) in the other"
+    ):
+        merged_layer(model, 1, 2)
+
+
+def test_parameters_shared_with_other_layers_are_refused() -> None:
+    model = tiny_model("llama")
+    layers = decoder_layers(model)
+    setattr(layers[5].get_submodule("mlp.up_proj"), "weight", layers[2].get_parameter("mlp.up_proj.weight"))  # noqa: B010
+    with pytest.raises(UserError, match=r"layer 2: shares parameters with other layers of this llama model"):
+        merged_layer(model, 1, 2)
+    with pytest.raises(UserError, match=r"layer 5: shares parameters"):
+        with_layers(model, (), {5: {}})
+
+
+def test_tensors_that_are_no_floating_point_stay_where_equal_and_are_refused_where_not() -> None:
+    model = tiny_model("llama")
+    for layer in decoder_layers(model):
+        layer.register_buffer("codes", torch.ones(2, dtype=torch.int8))
+    merged = merged_layer(model, 1, 2)["codes"]
+    assert merged.dtype == torch.int8
+    assert torch.equal(merged, torch.ones(2, dtype=torch.int8))
+    decoder_layers(model)[2].get_buffer("codes").add_(1)
+    with pytest.raises(UserError, match=r"codes of layers 1..2 is torch.int8 and differs; only floating-point numbers"):
+        merged_layer(model, 1, 2)
+
+
+def test_overflow_is_refused() -> None:
+    model = tiny_model("llama", dtype=torch.float16)
+    for layer, value in {1: -30_000.0, 2: 30_000.0, 3: 30_000.0}.items():
+        nn.init.constant_(decoder_layers(model)[layer].get_parameter("mlp.up_proj.weight"), value)
+    with pytest.raises(UserError, match=r"layers 1..3: mlp.up_proj.weight is not finite in torch.float16; merge fewer"):
+        merged_layer(model, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("run", "settings", "message"),
+    [
+        ((4, 3), {}, r"layers 4..6: this model's layers are 0..5"),
+        ((-1, 2), {}, r"layers -1..0: this model's layers are 0..5"),
+        ((2, 1), {}, r"merge of 1 layers: takes at least two"),
+        ((2, 2), {"method": "slerp"}, r"'slerp' is no method; there is laco and weighted"),
+        ((2, 2), {"weights": (0.5, 0.5)}, r"weights have no effect on laco"),
+        ((2, 2), {"method": "weighted", "weights": (1.0,)}, r"has 1 weights for 2 layers; give one per layer"),
+        ((2, 2), {"method": "weighted", "weights": (0.5, 0.4)}, r"weights add up to 0.9; let them add up to 1"),
+        ((2, 2), {"method": "weighted", "weights": (0.5, math.nan)}, r"weights add up to nan"),
+        ((2, 2), {"method": "weighted", "weights": (math.inf, -math.inf)}, r"weights add up to nan"),
+    ],
+)
+def test_impossible_merges_are_refused(run: tuple[int, int], settings: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        merged_layer(tiny_model("llama"), *run, **settings)
+
+
+@pytest.mark.parametrize(
+    ("drop", "layers", "message"),
+    [
+        ((1,), {1: {}}, r"layer 1: is dropped and given new tensors at once"),
+        ((1,), {6: {}}, r"layers 6..6: this model's layers are 0..5"),
+        ((1,), {2: {"mlp.gate.weight": torch.ones(1)}}, r"layer 2: has no tensor mlp.gate.weight; these tensors are"),
+        (
+            (1,),
+            {2: {"input_layernorm.weight": torch.ones(32, dtype=torch.bfloat16)}},
+            r"layer 2: input_layernorm.weight is torch.float32 \(32,\), but torch.bfloat16 \(32,\) is to take",
+        ),
+    ],
+)
+def test_tensors_without_a_place_are_refused(drop: Any, layers: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        with_layers(tiny_model("llama"), drop, layers)
+
+
+def test_own_tensors_of_a_layer_put_back_change_no_bit() -> None:
+    model = tiny_model("qwen2")
+    student = with_layers(model, (), {layer: layer_tensors(model, layer) for layer in range(NUM_LAYERS)})
+    assert torch.equal(logits(student), logits(model))
+
+
+def test_tensors_in_place_are_the_student_with_layers_skipped_and_leave_the_teacher_as_it_was() -> None:
+    model = tiny_model("gemma3")
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    intact = logits(model)
+    made = {3: merged_layer(model, 3, 2)}
+    with tensors_in_place(model, made), skipped(model, (4,)):
+        assert torch.equal(logits(model), logits(merge_run(tiny_model("gemma3"), 3, 2)))
+    assert torch.equal(logits(model), intact)
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0]  # an optimizer would find its own parameters
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_a_refused_tensor_leaves_every_layer_as_it_was() -> None:
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    half_right = {"input_layernorm.weight": torch.ones(32), "mlp.up_proj.weight": torch.ones(3)}
+    with (
+        pytest.raises(UserError, match=r"layer 3: mlp.up_proj.weight is torch.float32 \(48, 32\), but"),
+        tensors_in_place(model, {1: layer_tensors(model, 2), 3: half_right}),
+    ):
+        pass
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,262 @@
+"""Layers of a donor in the place of a model's own: exact at both ends, linear between, and undone exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from exactness import is_tied
+from masked_models import FAMILIES, logits, tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shoal.compress.edits.masks import mlp_skipped
+from shoal.compress.edits.swapping import Part, swapped
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers
+
+ALL: tuple[Part, ...] = ("embeddings", "norm", "head")
+
+
+def pair(name: str = "llama", **donor_settings: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    return tiny(name), tiny(name, **{"seed": 1, **donor_settings})
+
+
+def swap(model: PreTrainedModel, donor: PreTrainedModel, layers: Sequence[int], **settings: Any) -> None:
+    """Swap and swap back: for what is refused."""
+    with swapped(model, donor, layers, **settings):
+        pass
+
+
+def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "zamba2", "mamba", "gemma4_text"])
+def test_everything_swapped_is_the_donor_and_nothing_swapped_the_model(name: str) -> None:
+    model, donor = pair(name)
+    every = range(len(decoder_layers(model)))
+    base, other = logits(model), logits(donor)
+    assert not torch.equal(base, other)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with swapped(model, donor, every, parts=ALL):
+        assert torch.equal(logits(model), other)
+        assert not changed(tensors(donor), tensors(model))
+    with swapped(model, donor, every, weight=0.0, parts=ALL):
+        assert torch.equal(logits(model), base)
+    with swapped(model, donor, ()):
+        assert torch.equal(logits(model), base)
+    with swapped(model, donor, every, weight=0.5, parts=ALL):
+        assert is_tied(model) == is_tied(donor)
+        assert logits(model).isfinite().all()
+        assert not torch.equal(logits(model), base)
+    assert torch.equal(logits(model), base)
+    assert torch.equal(logits(donor), other)
+    assert all(parameters[key] is one for key, one in model.named_parameters(remove_duplicate=False))
+
+
+def test_a_swapped_layer_is_the_donors_own_memory_and_the_rest_the_models() -> None:
+    model, donor = pair()
+    ours, theirs = dict(model.named_parameters()), dict(donor.named_parameters())
+    with swapped(model, donor, [1, 4], parts=["norm"]):
+        for name, parameter in model.named_parameters():
+            is_swapped = name.startswith(("model.layers.1.", "model.layers.4.")) or name == "model.norm.weight"
+            assert parameter is (theirs if is_swapped else ours)[name]
+
+
+@pytest.mark.parametrize("part", ALL)
+def test_every_part_is_what_its_name_says(part: Part) -> None:
+    model, donor = pair("gpt2", tie_word_embeddings=False)
+    model = tiny_model("gpt2", tie_word_embeddings=False)
+    names = {
+        "embeddings": {"transformer.wte.weight", "transformer.wpe.weight"},
+        "norm": {"transformer.ln_f.weight", "transformer.ln_f.bias"},
+        "head": {"lm_head.weight"},
+    }
+    before = tensors(model)
+    with swapped(model, donor, (), parts=[part]):
+        assert changed(before, tensors(model)) == names[part]
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, -0.5, 1.5])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_between_the_two_every_weight_is_the_formulas(weight: float, dtype: str) -> None:
+    model, donor = (getattr(one, dtype.removesuffix("32"))() for one in pair("qwen3"))
+    base, other = tensors(model), tensors(donor)
+    with swapped(model, donor, [2, 3], weight=weight):
+        found = tensors(model)
+    for name, tensor in base.items():
+        expected = tensor
+        if name.startswith(("model.layers.2.", "model.layers.3.")):
+            expected = (tensor.double() + weight * (other[name].double() - tensor.double())).to(tensor.dtype)
+            assert not torch.equal(found[name], tensor)
+        assert torch.equal(found[name], expected), name
+        assert found[name].dtype == tensor.dtype
+
+
+def test_a_direction_reversed_meets_in_the_middle() -> None:
+    model, donor = pair()
+    with swapped(model, donor, [3], weight=0.25):
+        one = tensors(model)
+    with swapped(donor, model, [3], weight=0.75):
+        other = tensors(donor)
+    for name in one:
+        if name.startswith("model.layers.3."):
+            torch.testing.assert_close(one[name], other[name])
+
+
+def test_swaps_are_undone_after_an_error_and_in_any_nesting() -> None:
+    model, donor = pair()
+    third = tiny("llama", seed=2)
+    before, base = dict(model.named_parameters()), logits(model)
+    with swapped(model, donor, [1, 2]):
+        first = logits(model)
+        with swapped(model, third, [2, 3], weight=0.5), mlp_skipped(model, [1]):
+            assert not torch.equal(logits(model), first)
+        assert torch.equal(logits(model), first)
+        with pytest.raises(ZeroDivisionError), swapped(model, third, [2, 3]), mlp_skipped(model, [1]):
+            _ = 1 / 0
+        assert torch.equal(logits(model), first)
+        with pytest.raises(UserError), swapped(model, third, [0, 6]):
+            pass
+        assert torch.equal(logits(model), first)
+    assert torch.equal(logits(model), base)
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_operators_in_force_stay_in_force_in_a_swapped_layer() -> None:
+    model, donor = pair()
+    with mlp_skipped(donor, range(6)):
+        expected = logits(donor)
+    with mlp_skipped(model, range(6)), swapped(model, donor, range(6), parts=ALL):
+        assert torch.equal(logits(model), expected)
+
+
+def test_tied_embeddings_are_swapped_as_one_or_not_at_all(tmp_path: Path) -> None:
+    model, donor = (tiny_model("llama", seed=seed, tie_word_embeddings=True) for seed in (0, 1))
+    for weight in (1.0, 0.5):
+        with swapped(model, donor, (), weight=weight, parts=["embeddings", "head"]):
+            assert is_tied(model)
+        assert is_tied(model)
+    one, other = "model.embed_tokens.weight", "lm_head.weight"
+    for part, (swapped_one, left) in {"embeddings": (one, other), "head": (other, one)}.items():
+        parts: Any = [part]
+        with pytest.raises(UserError, match=rf"{swapped_one} is one tensor with {left}, which is not swapped"):
+            swap(model, donor, (), parts=parts)
+    untied = tiny_model("llama", seed=1, tie_word_embeddings=False)
+    with pytest.raises(UserError, match="are one tensor in the model, but two in the donor"):
+        swap(model, untied, (), parts=["embeddings", "head"])
+    expected = logits(donor)
+    with swapped(untied, donor, range(6), parts=ALL):
+        assert torch.equal(logits(untied), expected)
+        assert not is_tied(untied)
+    with swapped(model, donor, range(6), parts=ALL):
+        assert is_tied(model)
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+
+
+def test_a_donor_of_another_vocabulary_gives_its_layers() -> None:
+    model, donor = pair(vocab_size=100)
+    with swapped(model, donor, [1]):
+        pass
+    with pytest.raises(
+        UserError, match=r"lm_head\.weight is of shape \(100, 32\) in the donor, and of shape \(96, 32\)"
+    ):
+        swap(model, donor, (), parts=["head"])
+
+
+def rope(theta: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+SLIDING = ["sliding_attention"] * 6
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"num_hidden_layers": 5}, "the donor has 5 layers, the model 6"),
+    ("llama", rope(5e5), r"rope_parameters of the configuration is .*500000.* in the donor, but .*10000"),
+    ("llama", {"rms_norm_eps": 1e-3}, r"layer 2: input_layernorm\.variance_epsilon is 0\.001 in the donor, but 1e-06"),
+    ("llama", {"hidden_act": "gelu"}, r"layer 2: mlp\.act_fn\.class is 'GELUActivation' in the donor"),
+    ("llama", {"intermediate_size": 40}, r"layer 2: mlp\.intermediate_size is 40 in the donor, but 48"),
+    ("llama", {"num_key_value_heads": 4}, r"layer 2: self_attn\.num_key_value_groups is 1 in the donor, but 2"),
+    ("llama", {"attention_bias": True}, r"layer 2: self_attn\.\w_proj\.bias|has a tensor"),
+    ("qwen2", {"layer_types": SLIDING}, r"layer 2: self_attn\.\w+ is .* in the donor"),
+    ("granite", {"residual_multiplier": 0.5}, r"layer 2: residual_multiplier is 0\.5 in the donor"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_models_that_do_not_fit_are_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    model, donor = pair(name, **settings)
+    before = dict(model.named_parameters())
+    with pytest.raises(UserError, match=message):
+        swap(model, donor, [2])
+    assert all(before[key] is parameter for key, parameter in model.named_parameters())
+
+
+PART_REFUSED: list[tuple[str, dict[str, Any], Part, str]] = [
+    ("llama", {"rms_norm_eps": 1e-3}, "norm", r"the final norm: variance_epsilon is 0\.001 in the donor"),
+    ("granite", {"logits_scaling": 2.0}, "head", r"logits_scaling of the configuration is 2\.0 in the donor"),
+    ("gemma2", {"final_logit_softcapping": 5.0}, "norm", r"final_logit_softcapping of the configuration is 5\.0"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "part", "message"), PART_REFUSED, ids=lambda value: str(value)[:40])
+def test_parts_that_do_not_fit_are_refused(name: str, settings: dict[str, Any], part: Part, message: str) -> None:
+    model, donor = pair(name, **settings)
+    with pytest.raises(UserError, match=message):
+        swap(model, donor, (), parts=[part])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny("qwen3"), "the donor is a Qwen3ForCausalLM, the model a LlamaForCausalLM"),
+        (lambda: tiny("llama").bfloat16(), r"is torch\.bfloat16 in the donor, and torch\.float32 in the model"),
+    ],
+)
+def test_donors_of_another_class_or_dtype_are_refused(make: Callable[[], PreTrainedModel], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        swap(tiny("llama"), make(), [2])
+
+
+def test_an_unknown_part_is_refused() -> None:
+    parts: Any = ["norms"]
+    with pytest.raises(UserError, match="'norms' is no part; there is embeddings, norm and head"):
+        swap(*pair(), (), parts=parts)
+
+
+def test_one_of_several_layers_that_share_weights_is_refused() -> None:
+    model, donor = (tiny("zamba2", seed=seed, tie_word_embeddings=True) for seed in (0, 1))  # shares blocks only so
+    sharing = [index for index, layer in enumerate(decoder_layers(model)) if hasattr(layer, "shared_transformer")]
+    with pytest.raises(UserError, match=r"is one tensor with .*, which is not swapped; swap both of them or none"):
+        swap(model, donor, sharing[:1])
+    swap(model, donor, sharing)
+
+
+def test_weights_that_overflow_are_refused() -> None:
+    model, donor = (one.half() for one in pair())
+    with pytest.raises(UserError, match=r"is not finite in torch\.float16 at weight 1e\+06"):
+        swap(model, donor, [2], weight=1e6)
+
+
+def test_what_is_not_floating_point_has_nothing_between() -> None:
+    model, donor = pair()
+    for one, value in ((model, 1), (donor, 2)):
+        decoder_layers(one)[2].register_buffer("counter", torch.tensor([value]))
+    with pytest.raises(
+        UserError, match=r"layers\.2\.counter: is stored as torch\.int64, of which there is nothing between"
+    ):
+        swap(model, donor, [2], weight=0.5)
+    with swapped(model, donor, [2]):
+        assert model.get_buffer("model.layers.2.counter") == 2
+    assert model.get_buffer("model.layers.2.counter") == 1
+    decoder_layers(donor)[2].register_buffer("counter", torch.tensor([1]))
+    swap(model, donor, [2], weight=0.5)

@@ -1,0 +1,205 @@
+"""Sublayers zeroed for good: the same bits as with the operator in force, on disk too, and zero they stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model
+from masked_models import FAMILIES, logits, text, tiny, with_heads
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from shoal.compress.edits.masks import attention_skipped, heads_masked, kv_groups_masked, mlp_skipped
+from shoal.compress.edits.zeroing import unsaved_parameters, zero_attention, zero_heads, zero_kv_groups, zero_mlp
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers
+from shoal.models.load import num_parameters
+from shoal.recipe.edits import ZEROED_WEIGHTS, HeadMask, KvGroupMask, SkipAttention, SkipMlp, Swap
+from shoal.train.student.trainable import keep_zeros
+
+WRITERS = {
+    "llama": ({"self_attn.o_proj.weight"}, {"mlp.down_proj.weight"}),
+    "gpt2": ({"attn.c_proj.weight", "attn.c_proj.bias"}, {"mlp.c_proj.weight", "mlp.c_proj.bias"}),
+    "opt": ({"self_attn.out_proj.weight", "self_attn.out_proj.bias"}, {"fc2.weight", "fc2.bias"}),
+    "gpt_oss": (
+        {"self_attn.o_proj.weight", "self_attn.o_proj.bias"},
+        {"mlp.experts.down_proj", "mlp.experts.down_proj_bias"},
+    ),
+    "deepseek_v3": (
+        {"self_attn.o_proj.weight"},
+        {"mlp.experts.down_proj", "mlp.shared_experts.down_proj.weight"},
+    ),
+    "granitemoehybrid": (
+        {"mamba.out_proj.weight"},
+        {"block_sparse_moe.experts.down_proj", "shared_mlp.output_linear.weight"},
+    ),
+    "jetmoe": (
+        {"self_attention.experts.output_linear.weight", "self_attention.experts.bias"},
+        {"mlp.output_linear.weight", "mlp.bias"},
+    ),
+    "dbrx": ({"norm_attn_norm.attn.out_proj.weight"}, {"ffn.experts.mlp.w2"}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_zeroed_weights_give_the_bits_of_the_operator_in_force(name: str, tmp_path: Path) -> None:
+    teacher = tiny(name)
+    last = len(decoder_layers(teacher)) - 1
+    layer, _ = with_heads(teacher)
+    with attention_skipped(teacher, [0, 3]), mlp_skipped(teacher, [2, last]), heads_masked(teacher, {layer: [1, 3]}):
+        expected, expected_text = logits(teacher), text(teacher, use_cache=True, padded=False)
+    intact = logits(teacher)
+    student = cut_model(teacher, (), share=True)
+    names = [*zero_attention(student, [0, 3]), *zero_mlp(student, [2, last]), *zero_heads(student, layer, [1, 3])]
+    assert torch.equal(logits(student), expected)
+    assert torch.equal(logits(teacher), intact), "the teacher's storage is the student's no more"
+
+    old, new = dict(teacher.named_parameters()), dict(student.named_parameters())
+    assert {key for key in new if not torch.equal(old[key], new[key])} == {key for key in names if old[key].any()}
+    kept = [key for key in new if key not in names and "per_layer" not in key]  # Gemma3n's tables are cut by columns
+    assert all(new[key].data_ptr() == old[key].data_ptr() for key in kept)
+    assert all(new[key].requires_grad == old[key].requires_grad for key in names)
+
+    student.save_pretrained(tmp_path)
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(reloaded), expected)
+    assert text(reloaded, use_cache=True, padded=False) == expected_text
+    assert set(names) <= dict(reloaded.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_weights_that_write_a_half_become_zero_and_no_others(name: str) -> None:
+    attention, mlp = WRITERS[name]
+    model = tiny(name)
+    layer = 0 if name == "granitemoehybrid" else len(decoder_layers(model)) - 1
+    prefix = next(key for key, module in model.named_modules() if module is decoder_layers(model)[layer])
+    assert set(zero_attention(model, [layer])) == {f"{prefix}.{key}" for key in attention}
+    assert set(zero_mlp(model, [layer])) == {f"{prefix}.{key}" for key in mlp}
+    for key in (*attention, *mlp):
+        assert not model.get_parameter(f"{prefix}.{key}").any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "gpt_bigcode", "deepseek_v2"])
+def test_zeroed_groups_are_masked_groups(name: str) -> None:
+    model = tiny(name)
+    layer, found = with_heads(model)
+    group = found.num_kv_heads - 1
+    with kv_groups_masked(model, {layer: [group]}):
+        expected = logits(model)
+    (changed,) = zero_kv_groups(model, layer, [group])
+    assert torch.equal(logits(model), expected)
+    zeros = (model.get_parameter(changed) == 0).float().mean().item()
+    assert zeros == pytest.approx(1 / found.num_kv_heads)
+
+
+def test_zeroing_after_a_drop_counts_the_students_layers() -> None:
+    teacher = tiny("llama")
+    student = cut_model(teacher, (1,), share=True)
+    assert zero_mlp(student, [1]) == ["model.layers.1.mlp.down_proj.weight"]
+    assert zero_heads(student, 4, [0]) == ["model.layers.4.self_attn.o_proj.weight"]
+    whole = cut_model(teacher, ())
+    zero_mlp(whole, [2])
+    zero_heads(whole, 5, [0])
+    assert torch.equal(logits(cut_model(whole, (1,))), logits(student))
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gpt2", "deepseek_v3"])
+def test_zeros_stay_zero_in_training(name: str) -> None:
+    student = tiny(name)
+    layer, _ = with_heads(student)
+    names = [*zero_mlp(student, [1, 4]), *zero_attention(student, [2]), *zero_heads(student, layer, [1])]
+    setattr(student.config, ZEROED_WEIGHTS, names)
+    keep_zeros(student)
+    zeros = {key: student.get_parameter(key) == 0 for key in names}
+    before = {key: parameter.detach().clone() for key, parameter in student.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in student.parameters() if parameter.requires_grad], lr=0.01, weight_decay=0.1
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        student(input_ids=torch.arange(5, 25)[None]).logits.square().mean().backward()
+        optimizer.step()
+    for key in names:
+        parameter = student.get_parameter(key)
+        assert not parameter[zeros[key]].any()
+        assert zeros[key].all() == torch.equal(parameter, before[key])
+    assert not torch.equal(before[names[-1]], student.get_parameter(names[-1])), "the other heads learn"
+
+
+def test_not_finite_contexts_are_silenced_by_the_operator_only() -> None:
+    model = tiny("llama")
+    projection: Any = decoder_layers(model)[0].get_submodule("self_attn.v_proj")
+    projection.weight.data[0, 0] = torch.inf
+    with attention_skipped(model, [0]):
+        assert logits(model).isfinite().all()
+    with pytest.raises(UserError, match="writes something even with"):
+        zero_attention(model, [0])
+
+
+def test_a_half_that_still_writes_is_refused_and_left_as_it_was() -> None:
+    class Biased(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.shift = inner, nn.Parameter(torch.ones(32))
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.inner(hidden) + self.shift
+
+    model = tiny("llama")
+    layer: Any = decoder_layers(model)[2]
+    layer.mlp = Biased(layer.mlp)
+    before = dict(model.named_parameters())
+    with mlp_skipped(model, [2]):
+        logits(model)
+    with pytest.raises(UserError, match=r"layer 2 of llama: its mlp writes something even with .*down_proj\.weight"):
+        zero_mlp(model, [1, 2])
+    assert all(parameter is before[key] for key, parameter in model.named_parameters())
+
+
+def test_what_cannot_be_zeroed_is_refused_before_anything_changes() -> None:
+    model = tiny("llama")
+    with pytest.raises(UserError, match=r"layer 6: is out of range"):
+        zero_attention(model, [0, 6])
+    with pytest.raises(UserError, match=r"layer 2 of llama: head 4: is out of range"):
+        zero_heads(model, 2, [0, 4])
+    with pytest.raises(UserError, match=r"key-value head 2: is out of range"):
+        zero_kv_groups(model, 2, [2])
+    with pytest.raises(UserError, match=r"layer 0 of mamba: is one sublayer only"):
+        zero_mlp(tiny("mamba"), [0])
+    with pytest.raises(UserError, match=r"layer 1 of ctrl: shoal does not know which weights write its mlp's output"):
+        zero_mlp(tiny("ctrl"), [1])
+    assert all(parameter.any() for parameter in model.parameters())
+
+    layers: Any = decoder_layers(model)
+    layers[4].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight: is also model\.layers\.4\.mlp\.down_proj"):
+        zero_mlp(model, [1])
+    assert set(zero_mlp(model, [1, 4])) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 4)}
+
+    layers[3].self_attn.o_proj.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"o_proj\.weight: is stored as torch\.int8, which is quantised"):
+        zero_heads(model, 3, [0])
+
+
+def test_unsaved_parameters_are_counted_once() -> None:
+    model = tiny("llama")
+    attention, mlp, head = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48, 32 * 8
+    edits = [SkipAttention("skip_attention", (0, 2)), SkipMlp("skip_mlp", (2,))]
+    assert unsaved_parameters(model, edits) == 2 * attention + mlp
+    masks = [HeadMask("head_mask", 4, (1, 2)), KvGroupMask("kv_group_mask", 4, (1,)), HeadMask("head_mask", 0, (3,))]
+    assert unsaved_parameters(model, masks) == 3 * head + head
+    assert unsaved_parameters(model, [*edits, *masks]) == 2 * attention + mlp + 3 * head
+    assert unsaved_parameters(model, [Swap("swap", (1,), "donor")]) == 0
+    everything = SkipAttention("skip_attention", tuple(range(6))), SkipMlp("skip_mlp", tuple(range(6)))
+    norms_and_ends = 32 * (2 * 6 + 1) + 2 * 96 * 32
+    assert unsaved_parameters(model, everything) == num_parameters(model) - norms_and_ends
+    opt = tiny_model("opt")
+    assert unsaved_parameters(opt, [SkipMlp("skip_mlp", (0,))]) == sum(
+        parameter.numel()
+        for name in ("fc1", "fc2")
+        for parameter in decoder_layers(opt)[0].get_submodule(name).parameters()
+    )

@@ -1,0 +1,293 @@
+"""Metrics of the loss against float64 loops over really cut models that share no code with them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calibrations import ROWS, architecture, calibration, layer_calls, loss_without, measured, packed, plain_loss
+from ranks import in_group
+from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
+from torch.multiprocessing.spawn import spawn
+from transformers import PreTrainedModel
+
+from shoal.artifacts.artifact import Importance, Provenance
+from shoal.artifacts.importance import Removal, Unit
+from shoal.compress.measure import measure_importance
+from shoal.compress.metrics.loss_metrics import LOSS_METRICS, Sleb
+from shoal.compress.metrics.metric import Order
+from shoal.compress.metrics.shapley import local_shapley, shapley_of_walks
+from shoal.compress.metrics.variant_losses import VariantLosses
+from shoal.compress.plan import choose_changes
+from shoal.compress.variants.variants import INTACT, Edited, without
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.inference.decoder import Decoder
+from shoal.models.load import decoder_layers
+from shoal.recipe.edits import SkipAttention, SkipMlp
+from shoal.recipe.recipe import Prune
+
+Half = tuple[str, int]
+
+
+CANDIDATES = tuple(range(1, NUM_LAYERS - 1))
+
+
+def loss_without_halves(model: PreTrainedModel, halves: Sequence[Half]) -> float:
+    silenced = copy.deepcopy(model)
+    for half, layer in halves:
+        name = "self_attn.o_proj" if half == "attention" else "mlp.down_proj"
+        for parameter in decoder_layers(silenced)[layer].get_submodule(name).parameters():
+            torch.nn.init.zeros_(parameter)
+    return plain_loss(silenced)
+
+
+def plain_greedy(units: Sequence[Any], loss: Callable[[list[Any]], float], count: int) -> list[tuple[Any, float]]:
+    found: list[tuple[Any, float]] = []
+    for _ in range(count):
+        gone = [unit for unit, _ in found]
+        tried = [(loss([*gone, unit]), unit) for unit in units if unit not in gone]
+        best = min(tried, key=lambda pair: pair[0])
+        found.append((best[1], best[0]))
+    return found
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_drop_perplexity_equals_the_float64_loop(kind: str) -> None:
+    model = tiny_model(kind)
+    found = measured(model, "single_drop_perplexity")["single_drop_perplexity"]
+    expected = [math.exp(loss_without(model, [layer])) for layer in range(NUM_LAYERS)]
+    assert found == pytest.approx(expected, rel=3e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_sleb_equals_the_float64_loop_over_cut_models(kind: str) -> None:
+    model = tiny_model(kind)
+    order = measured(model, "sleb", num_drop=3)["sleb"]
+    expected = plain_greedy(CANDIDATES, lambda drop: loss_without(model, drop), 3)
+    assert [removal.unit for removal in order] == [Unit((layer,)) for layer, _ in expected]
+    assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_removal_of_sleb_is_the_lowest_single_drop_perplexity(seed: int) -> None:
+    model = tiny_model("llama", seed=seed)
+    found = measured(model, "single_drop_perplexity", "sleb", num_drop=1)
+    perplexities = found["single_drop_perplexity"]
+    (first,) = found["sleb"]
+    assert first.unit == Unit((min(CANDIDATES, key=lambda layer: perplexities[layer]),))
+    assert math.exp(first.score) == perplexities[first.unit.layers[0]]
+
+
+def sleb_layers(num_layers: int, order: Sequence[int]) -> int:
+    """Layers that have to run for one batch: candidates share what is below them, and what is below the middle is
+    remembered until a layer below it goes."""
+    half, count = num_layers // 2, 0
+    for number in range(len(order)):
+        gone = set(order[:number])
+        kept = [layer for layer in range(num_layers) if layer not in gone]
+        candidates = [layer for layer in kept if 0 < layer < num_layers - 1]
+        for layer in kept:
+            if layer < half and number > 0 and order[number - 1] >= half:
+                continue
+            # all that is gone is gone at the middle too, where the round before has been with the one removed last
+            last = max(candidate for candidate in candidates if candidate < half or layer >= half or number == 0)
+            count += sum(candidate < layer for candidate in candidates) + (layer < last)
+    return count
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_sleb_runs_three_fifths_of_a_plain_loops_layers(seed: int) -> None:
+    num_layers, num_drop = 16, 4
+    model = tiny_model("llama", num_hidden_layers=num_layers, seed=seed)
+    losses = VariantLosses(model, calibration(packed([[20]])))
+    found: list[Order] = []
+
+    def run() -> None:
+        found.append(Sleb.scores(losses, model, calibration(num_drop=num_drop)))
+
+    calls = layer_calls(model, run) - num_drop * num_layers  # every round asks how layers are called
+    assert calls == sleb_layers(num_layers, [removal.unit.layers[0] for removal in found[0]])
+    plain = sum((num_layers - 2 - gone) * (num_layers - 1 - gone) for gone in range(num_drop))
+    assert calls <= 0.6 * plain
+
+
+def test_sleb_without_a_number_removes_all_candidates_but_one() -> None:
+    order = measured(tiny_model("llama"), "sleb")["sleb"]
+    assert len(order) == NUM_LAYERS - 3
+    assert {removal.unit.layers[0] for removal in order} < set(CANDIDATES)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_blockpruner_equals_the_float64_loop_over_models_with_silent_halves(kind: str) -> None:
+    model = tiny_model(kind)
+    order = measured(model, "blockpruner", num_drop=2)["blockpruner"]
+    halves = [(half, layer) for layer in CANDIDATES for half in ("attention", "mlp")]
+    expected = plain_greedy(halves, lambda gone: loss_without_halves(model, gone), 4)
+    assert [removal.unit for removal in order] == [Unit((layer,), half) for (half, layer), _ in expected]  # pyright: ignore[reportArgumentType]
+    assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
+
+
+def test_present_absent_equals_its_definition() -> None:
+    model = tiny_model("llama")  # one of six layers is absent, and all six subnetworks are measured
+    found = measured(model, "present_absent")["present_absent"]
+    losses = [loss_without(model, [layer]) for layer in range(NUM_LAYERS)]
+    expected = [losses[layer] - (sum(losses) - losses[layer]) / (NUM_LAYERS - 1) for layer in range(NUM_LAYERS)]
+    assert found == pytest.approx(expected, abs=4e-6)
+
+
+def test_local_shapley_is_near_the_value_over_all_walks(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("llama")
+    caplog.set_level("INFO")
+    found = measured(model, "local_shapley")["local_shapley"]
+    assert "no walk is cut short" in caplog.text  # random weights are worse than guessing
+    losses = {
+        frozenset(drop): loss_without(model, drop) if drop else plain_loss(copy.deepcopy(model))
+        for size in range(4)
+        for drop in itertools.combinations(range(NUM_LAYERS), size)
+    }
+    every_walk = [list(itertools.permutations(range(NUM_LAYERS)))]
+    exact = shapley_of_walks(lambda sets: [-losses[absent] for absent in sets], NUM_LAYERS, every_walk, window=3)
+    errors = [float(part.split("+- ")[1]) for part in caplog.text.split("standard errors: ")[1].split(", layer")]
+    assert len(errors) == NUM_LAYERS
+    for value, error, expected in zip(found, errors, exact.values, strict=True):
+        assert 0 < error < 1
+        assert abs(value - expected) < 4 * error
+
+
+ONE_TOKEN = PackedRows(torch.full((2, 12), 9), torch.arange(12).expand(2, 12))
+
+
+def model_that_needs_layer_2() -> PreTrainedModel:
+    """It expects token 9 after token 9 whatever single layer is missing, but layer 2, without which it expects
+    anything else."""
+    model = tiny_model("llama")
+    decoder, edited = Decoder(model), Edited(model)
+    states = []
+    for drop in [(), *((layer,) for layer in range(NUM_LAYERS))]:
+        with edited.applied(without(drop).edits):
+            states.append(decoder.hidden(ONE_TOKEN.input_ids_NS[:1])[0, -1])  # the same at every position
+    wanted = torch.tensor([3.0, 2, 2, -3, 2, 2, 2])
+    head = model.get_parameter("lm_head.weight").data.zero_()
+    head[9] = torch.linalg.lstsq(torch.stack(states), wanted[:, None], driver="gelsd").solution[:, 0]
+    return model
+
+
+def test_local_shapley_stops_walks_at_the_loss_of_guessing(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_that_needs_layer_2()
+    losses = VariantLosses(model, calibration(ONE_TOKEN))
+    intact, *singles = losses([INTACT, *(without([layer]) for layer in range(NUM_LAYERS))])
+    guessing = math.log(VOCAB_SIZE)
+    assert [single > guessing for single in [intact, *singles]] == [False, False, False, True, False, False, False]
+    caplog.set_level("INFO")
+    found = measured(model, "local_shapley", rows=ONE_TOKEN)["local_shapley"]
+    assert "no walk is cut short" not in caplog.text
+
+    def game(sets: Sequence[frozenset[int]]) -> list[float]:
+        return [-loss for loss in losses([without(absent) for absent in sets])]
+
+    settings = {"window": 3, "num_subnetworks": 8 * NUM_LAYERS}
+    whole, cut = (local_shapley(game, NUM_LAYERS, chance=chance, **settings) for chance in (-math.inf, -guessing))
+    assert found == pytest.approx(cut.values)
+    assert found != pytest.approx(whole.values, abs=0.01)
+    assert cut.num_subnetworks < whole.num_subnetworks
+
+
+@pytest.mark.parametrize(
+    ("name", "num_drop", "message"),
+    [
+        (
+            "sleb",
+            5,
+            r"sleb: 5 removals are asked for, but there are 4 units that may go \(layer 1, layer 2, layer 3, la",
+        ),
+        (
+            "blockpruner",
+            5,
+            r"blockpruner: 10 removals are asked for, but there are 8 units that may go \(attention 1, m",
+        ),
+        ("sleb", 0, r"sleb: 0 removals are asked for"),
+    ],
+)
+def test_more_removals_than_candidates_are_refused(name: str, num_drop: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measured(tiny_model("llama"), name, num_drop=num_drop)
+
+
+def test_a_perplexity_beyond_all_numbers_is_refused() -> None:
+    model = tiny_model("llama")
+    model.get_parameter("lm_head.weight").data *= 1e4
+    with pytest.raises(
+        UserError, match=r"without layer \d the loss is .* whose perplexity no number can hold; use sleb"
+    ):
+        measured(model, "single_drop_perplexity")
+
+
+def test_a_family_without_halves_is_refused_before_anything_is_measured() -> None:
+    message = (
+        r"measure.metrics: blockpruner: layer 1 of mamba: is one sublayer only .*; here use sleb, which removes whole"
+    )
+    with pytest.raises(UserError, match=message):
+        measured(architecture("mamba"), "blockpruner", rows=packed([[9]], below=90), num_drop=1)
+
+
+def test_a_plan_can_be_made_of_what_is_measured() -> None:
+    model = tiny_model("llama")
+    scores = measure_importance(model, ROWS, metrics=list(LOSS_METRICS), batch_size=2, num_drop=2)
+    importance = Importance(
+        Provenance({}),
+        num_layers=scores.num_layers,
+        num_tokens=scores.num_tokens,
+        layers=scores.layers,
+        runs=scores.runs,
+        orders=scores.orders,
+    )
+    assert scores.num_tokens == ROWS.input_ids_NS.numel()
+    for name, metric in LOSS_METRICS.items():
+        choice = choose_changes(Prune(metric=name, num_drop=2), num_layers=NUM_LAYERS, importance=importance)
+        halves = sum(len(edit.layers) for edit in choice.edits if isinstance(edit, SkipAttention | SkipMlp))
+        assert 2 * len(choice.drop) + halves == 4
+        assert (metric.yields == "order") == (name in scores.orders)
+    of_sleb = choose_changes(Prune(metric="sleb", num_drop=2), num_layers=NUM_LAYERS, importance=importance)
+    assert set(of_sleb.drop) == {removal.unit.layers[0] for removal in scores.orders["sleb"]}
+
+
+# --- ranks --------------------------------------------------------------------------------------------------------
+
+
+def all_metrics(num_rows: int) -> dict[str, Any]:
+    rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
+    return measured(tiny_model("llama"), *LOSS_METRICS, rows=rows, num_drop=2)
+
+
+SHARES = {"uneven shares": 5, "a rank without rows": 1}
+
+
+def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
+    with in_group(rank, world_size, folder):
+        torch.save([all_metrics(num_rows) for num_rows in SHARES.values()], f"{folder}/{rank}.pt")
+
+
+def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
+    spawn(_measure_on_rank, (2, str(tmp_path)), nprocs=2)
+    with torch.serialization.safe_globals([Removal, Unit]):
+        first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first == second
+    for found, num_rows in zip(first, SHARES.values(), strict=True):
+        alone = all_metrics(num_rows)
+        assert found.keys() == alone.keys() == LOSS_METRICS.keys()
+        for name, expected in alone.items():
+            if LOSS_METRICS[name].yields == "order":
+                assert [removal.unit for removal in found[name]] == [removal.unit for removal in expected]
+                assert [r.score for r in found[name]] == pytest.approx([r.score for r in expected], abs=1e-6)
+            else:
+                assert found[name] == pytest.approx(expected, rel=1e-6, abs=1e-6)

@@ -1,0 +1,259 @@
+"""Every metric of hidden states against a float64 reference written from its formula, and what none may depend on.
+
+The reference runs one document at a time, as plain loops over the model's raw states.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from packed_rows import documents, packed, raw_states
+from ranks import in_group
+from tiny import KINDS, NUM_LAYERS, tiny_model
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+from transformers import PreTrainedModel
+
+from shoal.compress.measure import Scores, measure_importance
+from shoal.compress.metrics import observation
+from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS, writes_into_input
+from shoal.compress.metrics.registry import METRICS, PASSES
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+
+ROWS = packed([[40], [17, 23], [1, 19, 20], [40], [39, 1]], seed=1)
+
+
+def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> Scores:
+    return measure_importance(model, rows, metrics=list(HIDDEN_METRICS), batch_size=batch_size, **arguments)
+
+
+def assert_close(one: Scores, other: Scores) -> None:
+    assert one.num_tokens == other.num_tokens
+    for name in HIDDEN_METRICS:
+        # a token whose rank changes by rounding may fall into another cell of MKA's maps
+        tolerance = 0.02 if name == "mka_similarity" else 2e-6
+        if METRICS[name].yields == "layers":
+            assert one.layers[name] == pytest.approx(other.layers[name], abs=tolerance), name
+        else:
+            for row, other_row in zip(one.runs[name], other.runs[name], strict=True):
+                assert row == pytest.approx(other_row, abs=tolerance), name
+
+
+def states_by_document(model: PreTrainedModel, rows: PackedRows) -> list[Tensor]:
+    return [raw_states(model, document) for document in documents(rows)]
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def test_the_registry_tells_what_each_metric_is() -> None:
+    for name, metric in METRICS.items():
+        assert metric.needs in PASSES, name
+        assert metric.yields in ("layers", "runs", "order"), name
+        assert metric.__doc__
+        assert "arXiv" in metric.__doc__ or name == "avss_update", name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streamline_cosine_is_half_of_one_minus_the_mean_cosine_of_all_tokens(kind: str) -> None:
+    model = tiny_model(kind)
+    found = measure(model).runs["streamline_cosine"]
+    states = states_by_document(model, ROWS)
+    assert [len(row) for row in found] == list(range(NUM_LAYERS, 0, -1))
+    for length in range(1, NUM_LAYERS + 1):
+        for start in range(NUM_LAYERS - length + 1):
+            kept = [
+                0.5 + 0.5 * float(one @ other / (one.norm() * other.norm()))
+                for document in states
+                for one, other in zip(document[start], document[start + length], strict=True)
+            ]
+            assert found[length - 1][start] == pytest.approx(1 - mean(kept), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_norm_is_the_mean_relative_size_of_what_a_layer_adds(kind: str) -> None:
+    model = tiny_model(kind)
+    states = states_by_document(model, ROWS)
+    expected = [
+        mean(
+            [
+                float((after - before).norm() / before.norm())
+                for document in states
+                for before, after in zip(document[layer], document[layer + 1], strict=True)
+            ]
+        )
+        for layer in range(NUM_LAYERS)
+    ]
+    assert measure(model).layers["update_norm"] == pytest.approx(expected, rel=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["output", "update"])
+def test_avss_is_variance_over_sparsity(kind: str, mode: str) -> None:
+    model = tiny_model(kind)
+    states = states_by_document(model, ROWS)
+    ratios = []
+    for layer in range(NUM_LAYERS):
+        variances, silent = [], []
+        for document in states:
+            active = document[layer + 1] - (document[layer] if mode == "update" else 0)
+            pooled = [mean(unit.tolist()) for unit in active.T]
+            variances.append(mean([(unit - mean(pooled)) ** 2 for unit in pooled]))
+            for token in active.tolist():
+                threshold = 1e-3 * math.sqrt(mean([unit**2 for unit in token]))
+                silent += [float(abs(unit) < threshold) for unit in token]
+        ratios.append(mean(variances) / (mean(silent) + 1e-6))
+    expected = [ratio / sum(ratios) for ratio in ratios]
+    found = measure(model).layers[f"avss_{mode}"]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert sum(found) == pytest.approx(1)
+
+
+def test_avss_of_a_layer_without_silent_units_is_finite() -> None:
+    model = tiny_model("llama")
+    one_token = packed([[1]])
+    found = measure(model, one_token)
+    assert all(math.isfinite(score) for name in ("avss_output", "avss_update") for score in found.layers[name])
+
+
+def diffusion_map(states: np.ndarray) -> np.ndarray:
+    size = len(states)
+    distances = np.array([[np.linalg.norm(one - other) for other in states] for one in states])
+    unit = np.median([distances[i, j] for i in range(size) for j in range(i)])
+    kernel = np.exp(-((distances / unit / 8) ** 0.5))
+    density = kernel.sum(axis=1)
+    kernel = np.array([[kernel[i, j] / (density[i] * density[j]) ** 0.5 for j in range(size)] for i in range(size)])
+    steps = kernel / kernel.sum(axis=1, keepdims=True)  # a random walk; its right eigenvectors are the coordinates
+    values, vectors = (np.real(found) for found in np.linalg.eig(steps))
+    order = np.argsort(-values)
+    assert values[order[0]] == pytest.approx(1)
+    return np.stack([values[k] * vectors[:, k] for k in order[1:3]], axis=1)
+
+
+def quarters(coordinates: np.ndarray) -> list[tuple[int, ...]]:
+    size = len(coordinates)
+    shares = np.array([(coordinates < point).sum(axis=0) / size for point in coordinates])
+    return [tuple(row) for row in np.floor(4 * shares + 1e-9).astype(int).tolist()]
+
+
+def entropy(cells: list[Any]) -> float:
+    return -sum(count / len(cells) * math.log(count / len(cells)) for count in Counter(cells).values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_mka_similarity_is_mutual_information_of_diffusion_maps(kind: str) -> None:
+    model = tiny_model(kind)
+    states = torch.cat([document[:, 1:] for document in states_by_document(model, ROWS)], dim=1).numpy()
+    assert states.shape[1] == 191  # all but the first token of nine documents: fewer than the sample
+    cells = [quarters(diffusion_map(layer)) for layer in states]
+    expected = []
+    for before, after in itertools.pairwise(cells):
+        both = entropy(before) + entropy(after) - entropy(list(zip(before, after, strict=True)))
+        expected.append(1 - both / math.sqrt(entropy(before) * entropy(after)))
+    assert measure(model).layers["mka_similarity"] == pytest.approx(expected, abs=0.02)
+
+
+def test_layers_that_do_nothing_score_lowest_under_every_metric() -> None:
+    model = tiny_model("llama")
+    for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+        decoder_layers(model)[2].get_parameter(name).data.zero_()
+    scores = measure(model)
+    for name in ("block_influence", "update_norm", "avss_update", "mka_similarity"):
+        assert scores.layers[name][2] == 0, name
+        assert min(scores.layers[name][:2] + scores.layers[name][3:]) > 0, name
+    for name in ("angular", "streamline_cosine"):
+        assert scores.runs[name][0][2] == pytest.approx(0, abs=1e-6), name
+
+
+def test_zero_states_are_no_fault() -> None:
+    model = tiny_model("llama")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    scores = measure(model)
+    assert scores.layers["avss_output"] == scores.layers["update_norm"] == (0.0,) * NUM_LAYERS
+    assert all(score == 0 for row in scores.runs["streamline_cosine"] for score in row)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_no_score_depends_on_the_batch_size(batch_size: int) -> None:
+    model = tiny_model("gemma3")
+    assert_close(measure(model), measure(model, batch_size=batch_size))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_score(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observation, "SPARSE_BELOW", 0.1)  # so that padding has silent units too
+    model, padding = tiny_model("gemma3"), 5
+    shape = (len(ROWS), ROWS.input_ids_NS.shape[1] + padding)
+    ids, positions, mask = torch.full(shape, 5), torch.full(shape, 17), torch.zeros(shape, dtype=torch.long)
+    for row, amount in enumerate([0, 2, 5, 3, 1]):
+        start = amount if side == "left" else 0
+        real = slice(start, start + shape[1] - padding)
+        ids[row, real], positions[row, real] = ROWS.input_ids_NS[row], ROWS.position_ids_NS[row]
+        mask[row, real] = 1
+    assert_close(measure(model), measure(model, PackedRows(ids, positions), attention_mask_NS=mask))
+
+
+def test_packing_changes_no_score() -> None:
+    model = tiny_model("llama")
+    alone = documents(ROWS)
+    longest = max(document.shape[1] for document in alone)
+    ids = torch.cat([torch.nn.functional.pad(document, (0, longest - document.shape[1])) for document in alone])
+    lengths = torch.tensor([[document.shape[1]] for document in alone])
+    positions = torch.arange(longest).expand_as(ids)
+    mask = (positions < lengths).long()
+    assert_close(measure(model), measure(model, PackedRows(ids, positions), attention_mask_NS=mask))
+
+
+def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
+    with in_group(rank, world_size, folder):
+        rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
+        torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
+        broken = tiny_model("llama")
+        broken.get_parameter("model.embed_tokens.weight").data[rows.input_ids_NS[num_rows // 2 - 1, 0]] = torch.nan
+        with pytest.raises(UserError) as refusal:  # both ranks, though one of them has the row
+            measure(broken, rows)
+        Path(folder, f"{rank}.txt").write_text(str(refusal.value))
+
+
+@pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
+def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
+    spawn(_measure_on_rank, (2, str(tmp_path), num_rows), nprocs=2)
+    first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
+    assert first == second
+    refusals = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
+    assert len(refusals) == 1
+    where = "batch 0 of rank 1 (row 1 of" if num_rows == 5 else "batch 0 of rank 0 (row 0 of"
+    assert f"the input of layer 0 is not finite (NaN or infinite) in {where}" in refusals.pop()
+    rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
+    assert_close(first, measure(tiny_model("llama"), rows))
+
+
+def test_layers_that_write_into_their_input_are_seen_through() -> None:
+    plain, writing = tiny_model("llama"), tiny_model("llama")
+    assert not writes_into_input(plain)
+    for layer in decoder_layers(writing):
+        own = layer.forward
+
+        def forward(hidden_states: Tensor, *args: Any, _own: Any = own, **kwargs: Any) -> Tensor:
+            return hidden_states.copy_(_own(hidden_states, *args, **kwargs))
+
+        layer.forward = forward
+    assert writes_into_input(writing)
+    assert measure(plain) == measure(writing)
+
+
+def test_bfloat16_scores_are_near_those_of_float32() -> None:
+    exact, rounded = measure(tiny_model("qwen3")), measure(tiny_model("qwen3", dtype=torch.bfloat16))
+    assert rounded.layers["update_norm"] == pytest.approx(exact.layers["update_norm"], rel=0.01)
+    assert rounded.runs["streamline_cosine"][0] == pytest.approx(exact.runs["streamline_cosine"][0], abs=0.005)

@@ -1,0 +1,131 @@
+"""Losses under variants against float64 loops over really cut models, and what they must not depend on."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from calibrations import (
+    DOCUMENT_LENGTHS,
+    ROWS,
+    architecture,
+    calibration,
+    layer_calls,
+    loss_without,
+    measured,
+    packed,
+    plain_loss,
+)
+from tiny import KINDS, NUM_LAYERS, tiny_model
+
+from shoal.compress.metrics.variant_losses import VariantLosses
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.compress.variants.variants import INTACT, without
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_are_those_of_really_cut_models_document_by_document(kind: str) -> None:
+    model = tiny_model(kind)
+    losses = VariantLosses(model, calibration())
+    drops = [(), (0,), (3,), (1, 4), (2, 3, 5)]
+    expected = [loss_without(model, drop) if drop else plain_loss(copy.deepcopy(model)) for drop in drops]
+    assert losses([without(drop) for drop in drops]) == pytest.approx(expected, abs=2e-6)
+    assert losses.num_tokens == sum(length - 1 for length in DOCUMENT_LENGTHS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_losses_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    model, variants = tiny_model("qwen2"), [INTACT, without([2])]
+    expected = VariantLosses(model, calibration())(variants)
+    assert VariantLosses(model, calibration(batch_size=batch_size))(variants) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_loss(side: str) -> None:
+    model, variants = tiny_model("llama"), [INTACT, without([2])]
+    width, padding = ROWS.input_ids_NS.shape[1], 4
+    ids = torch.full((len(ROWS), width + padding), 5)
+    positions = torch.full_like(ids, 17)
+    mask = torch.zeros_like(ids)
+    start = padding if side == "left" else 0
+    for tensor, filling in ((ids, ROWS.input_ids_NS), (positions, ROWS.position_ids_NS), (mask, 1)):
+        tensor[:, start : start + width] = filling
+    if side == "right":  # looks like more of the last document
+        positions[:, width:] = ROWS.position_ids_NS[:, -1:] + 1 + torch.arange(padding)
+    padded = VariantLosses(model, calibration(PackedRows(ids, positions), attention_mask_NS=mask))
+    plain = VariantLosses(model, calibration())
+    assert padded.num_tokens == plain.num_tokens
+    assert padded(variants) == pytest.approx(plain(variants), abs=1e-6)
+
+
+def test_an_architecture_that_runs_as_a_whole_gives_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, variants = tiny_model("gemma3"), [INTACT, without([2]), without([1, 4])]
+    layer_by_layer = VariantLosses(model, calibration())(variants)
+    monkeypatch.setattr("shoal.compress.metrics.variant_losses.layerwise_or_none", lambda _: None)
+    assert VariantLosses(model, calibration())(variants) == pytest.approx(layer_by_layer, abs=1e-6)
+
+
+def test_groups_of_variants_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, variants = tiny_model("llama"), [without([layer]) for layer in range(NUM_LAYERS)]
+    at_once = VariantLosses(model, calibration())(variants)
+    monkeypatch.setattr("shoal.compress.metrics.variant_losses.STATE_BYTES", 2 * 40 * 32 * 4)
+    assert VariantLosses(model, calibration())(variants) == at_once
+
+
+def test_rows_without_two_tokens_of_one_document_are_refused() -> None:
+    lonely = packed([[1, 1, 1], [1, 1, 1]])
+    with pytest.raises(UserError, match="holds no document of two tokens"):
+        measured(tiny_model("llama"), "sleb", rows=lonely)
+    nothing = torch.zeros(0, 4, dtype=torch.long)
+    with pytest.raises(UserError, match="holds no document of two tokens"):
+        measured(tiny_model("llama"), "sleb", rows=PackedRows(nothing, nothing))
+
+
+def test_losses_that_are_not_finite_are_refused_by_variant_and_row() -> None:
+    model = tiny_model("llama")
+    model.get_parameter("model.embed_tokens.weight").data[77] = torch.nan
+    ids = ROWS.input_ids_NS.masked_fill(ROWS.input_ids_NS == 77, 5)
+    ids[2, 12] = 77
+    message = r"the loss of the model without layer 0 is not finite .* in batch 1 \(row 2 of the calibration data\)"
+    with pytest.raises(UserError, match=message):
+        measured(model, "single_drop_perplexity", rows=PackedRows(ids, ROWS.position_ids_NS))
+    ids[2, 12], ids[1, 3] = 5, 77
+    with pytest.raises(UserError, match=r"in batch 0 \(row 1 of the calibration data\)"):
+        measured(model, "sleb", rows=PackedRows(ids, ROWS.position_ids_NS), batch_size=100)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
+def test_documents_stay_apart_where_the_model_knows_no_positions(name: str) -> None:
+    model, rows = architecture(name), packed([[12], [5, 7], [9, 3]], below=90)
+    found = measured(model, "single_drop_perplexity", rows=rows)["single_drop_perplexity"]
+    expected = [math.exp(plain_loss(cut_model(model, [layer]), rows)) for layer in range(len(decoder_layers(model)))]
+    assert found == pytest.approx(expected, rel=3e-6)
+
+
+def test_metrics_share_their_losses() -> None:
+    model = tiny_model("llama")
+    losses = VariantLosses(model, calibration())
+    singles = [without([layer]) for layer in range(NUM_LAYERS)]
+    found = losses(singles)
+    assert layer_calls(model, lambda: losses(singles[::-1])) == 0
+    assert losses([without([3], "another name")]) == [found[3]]
+
+
+def test_states_at_the_middle_are_held_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    variants = [without([layer]) for layer in range(NUM_LAYERS)]
+    expected = VariantLosses(model, calibration())(variants)
+    monkeypatch.setattr("shoal.compress.metrics.variant_losses.MIDDLE_BYTES", 3 * 2 * 19 * 32 * 4)
+    losses = VariantLosses(model, calibration())
+    assert losses(variants) == expected
+    assert 0 < losses._middle_bytes <= 3 * 2 * 19 * 32 * 4
+    assert losses._middle_bytes == sum(state.nbytes for known in losses._middle for state in known.values())
+    losses([without([0, 1])])
+    assert [list(known) for known in losses._middle if known] == [[without([0, 1]).edits]] * len(
+        [known for known in losses._middle if known]
+    )

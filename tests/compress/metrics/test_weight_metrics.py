@@ -1,0 +1,172 @@
+"""Metrics of weights and gradients against a float64 model and autograd's own gradient of the whole loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from packed_rows import documents, packed
+from ranks import in_group
+from tiny import KINDS, NUM_LAYERS, tiny_model
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from transformers import PreTrainedModel
+
+from shoal.compress.measure import Scores, measure_importance
+from shoal.compress.metrics import weight_metrics
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+
+ALL = ("magnitude", "taylor", "taylor_plus")
+ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
+
+
+def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: object) -> Scores:
+    return measure_importance(model, rows, metrics=ALL, batch_size=batch_size, **arguments)  # pyright: ignore[reportArgumentType]
+
+
+def reference(model: PreTrainedModel, rows: PackedRows = ROWS) -> tuple[list[float], list[float]]:
+    """Magnitude and Taylor: every document alone, the loss over all their tokens as one graph."""
+    model = model.double()
+    losses = []
+    for document in documents(rows):
+        log_p = model(document, use_cache=False).logits[0].log_softmax(dim=-1)
+        losses += [-log_p[place, token] for place, token in enumerate(document[0, 1:])]
+    (sum(losses, torch.zeros(())) / len(losses)).backward()
+    magnitude, taylor = [0.0] * NUM_LAYERS, [0.0] * NUM_LAYERS
+    for name, parameter in model.named_parameters():
+        if ".layers." in name and parameter.ndim == 2:
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            assert parameter.grad is not None
+            magnitude[layer] += float(parameter.detach().abs().sum())
+            taylor[layer] += float((parameter.detach() * parameter.grad).abs().sum())
+    return magnitude, taylor
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_magnitude_and_taylor_equal_the_float64_reference(kind: str) -> None:
+    scores = measure(tiny_model(kind)).layers
+    magnitude, taylor = reference(tiny_model(kind))
+    assert scores["magnitude"] == pytest.approx(magnitude, rel=1e-6)
+    assert scores["taylor"] == pytest.approx(taylor, rel=1e-4)
+
+
+def test_taylor_plus_lifts_the_first_four_and_last_two_layers_above_all_others() -> None:
+    scores = measure(tiny_model("llama", num_hidden_layers=9)).layers
+    taylor, plus = scores["taylor"], scores["taylor_plus"]
+    free = [4, 5, 6]
+    assert [plus[layer] for layer in free] == [taylor[layer] for layer in free]
+    guarded = [0, 1, 2, 3, 7, 8]
+    assert min(plus[layer] for layer in guarded) > max(taylor)
+    assert sorted(guarded, key=lambda layer: plus[layer]) == sorted(guarded, key=lambda layer: taylor[layer])
+
+
+def test_a_model_of_protected_layers_only_keeps_taylors_order() -> None:
+    scores = measure(tiny_model("llama")).layers
+    order = {
+        name: sorted(range(NUM_LAYERS), key=lambda layer: scores[name][layer]) for name in ("taylor", "taylor_plus")
+    }
+    assert order["taylor"] == order["taylor_plus"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_taylor_does_not_depend_on_the_batch_size(batch_size: int) -> None:
+    model = tiny_model("gemma3")
+    expected = measure(model).layers["taylor"]
+    assert measure(model, batch_size=batch_size).layers["taylor"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_taylor_does_not_depend_on_how_logits_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    expected = measure(model).layers["taylor"]
+    monkeypatch.setattr(weight_metrics.Decoder, "positions_at_once", lambda _: 7)
+    assert measure(model).layers["taylor"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_taylor_score(side: str) -> None:
+    model, padding = tiny_model("gemma3"), 5
+    shape = (len(ROWS), ROWS.input_ids_NS.shape[1] + padding)
+    ids, positions, mask = torch.full(shape, 5), torch.full(shape, 17), torch.zeros(shape, dtype=torch.long)
+    for row, amount in enumerate([0, 2, 5, 3, 1]):
+        start = amount if side == "left" else 0
+        real = slice(start, start + shape[1] - padding)
+        ids[row, real], positions[row, real] = ROWS.input_ids_NS[row], ROWS.position_ids_NS[row]
+        if side == "right":  # the padding looks like more of the last document
+            positions[row, real.stop :] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(shape[1] - real.stop)
+        mask[row, real] = 1
+    found = measure(model, PackedRows(ids, positions), attention_mask_NS=mask).layers["taylor"]
+    assert found == pytest.approx(measure(model).layers["taylor"], rel=1e-5)
+
+
+def test_only_layer_matrices_get_gradients_and_nothing_stays_changed() -> None:
+    model = tiny_model("llama_tied")
+    frozen = model.get_parameter("model.layers.1.mlp.up_proj.weight").requires_grad_(False)
+    own = model.get_parameter("model.norm.weight")
+    own.grad = torch.ones_like(own)
+    expected = measure(tiny_model("llama_tied")).layers
+    with torch.no_grad():
+        assert measure(model).layers == expected
+    assert not frozen.requires_grad
+    assert own.requires_grad
+    assert torch.equal(own.grad, torch.ones_like(own))
+    assert all(parameter.grad is None for parameter in model.parameters() if parameter is not own)
+
+
+def test_bfloat16_gradients_add_up_in_float32() -> None:
+    exact = measure(tiny_model("qwen3")).layers["taylor"]
+    assert measure(tiny_model("qwen3", dtype=torch.bfloat16)).layers["taylor"] == pytest.approx(exact, rel=0.1)
+
+
+def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
+    with in_group(rank, world_size, folder):
+        rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
+        torch.save(measure(tiny_model("llama"), rows).__dict__, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
+def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
+    spawn(_measure_on_rank, (2, str(tmp_path), num_rows), nprocs=2)
+    first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
+    assert first == second
+    rows = PackedRows(ROWS.input_ids_NS[:num_rows], ROWS.position_ids_NS[:num_rows])
+    expected = measure(tiny_model("llama"), rows)
+    for name in ALL:
+        assert first.layers[name] == pytest.approx(expected.layers[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_quantised_models_are_refused(metric: str) -> None:
+    needs = f"measure.metrics: {metric} needs {'plain weights' if metric == 'magnitude' else 'gradients'}"
+    model = tiny_model("llama")
+    layer = decoder_layers(model)[2].get_submodule("mlp.up_proj")
+    layer.register_parameter("weight", nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False))
+    message = (
+        rf"{needs}, but this model is quantised \(model.layers.2.mlp.up_proj.weight is torch.int8\); give the full"
+    )
+    with pytest.raises(UserError, match=message):
+        measure_importance(model, ROWS, metrics=[metric], batch_size=2)
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UserError, match=rf"{needs}, but this model is quantised \(config.json says gptq\)"):
+        measure_importance(model, ROWS, metrics=[metric], batch_size=2)
+
+
+def test_data_without_a_token_to_predict_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no token to predict: every document of the data has one token only"):
+        measure_importance(tiny_model("llama"), packed([[1], [1]]), metrics=["taylor"], batch_size=2)
+
+
+def test_losses_and_gradients_that_are_not_finite_are_refused() -> None:
+    model = tiny_model("llama")
+    model.get_parameter("model.embed_tokens.weight").data[77] = torch.nan
+    rows = PackedRows(ROWS.input_ids_NS.masked_fill(ROWS.input_ids_NS == 77, 5), ROWS.position_ids_NS)
+    rows.input_ids_NS[4, 3] = 77
+    with pytest.raises(UserError, match=r"measure: the loss is not finite \(NaN or infinite\) in batch 2 \(row 4 "):
+        measure_importance(model, rows, metrics=["taylor"], batch_size=2)
+    model = tiny_model("llama")
+    decoder_layers(model)[3].register_full_backward_hook(lambda *_: (torch.full((2, 20, 32), torch.inf),))
+    with pytest.raises(UserError, match=r"measure: the gradient of layer 2 is not finite .* in batch 0 \(row 0 "):
+        measure_importance(model, ROWS, metrics=["taylor"], batch_size=2)

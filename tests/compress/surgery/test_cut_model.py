@@ -1,0 +1,277 @@
+"""What a cut does to a model and its configuration; test_architectures.py proves that it is exact, family by family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from model_outputs import logits
+from tiny import KINDS, NUM_LAYERS, tiny_config, tiny_model
+from torch import nn
+from transformers import Cohere2Config, LlamaConfig
+
+from shoal.compress.surgery.config_cut import KEPT_LAYERS, cut_config
+from shoal.compress.surgery.cut_model import cut_model, skipped
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dropping_nothing_changes_no_bit(kind: str) -> None:
+    teacher = tiny_model(kind)
+    student = cut_model(teacher, ())
+    assert torch.equal(logits(teacher), logits(student))
+    assert student.config.num_hidden_layers == NUM_LAYERS
+
+
+def test_skipping_is_undone_at_the_end_and_after_an_error() -> None:
+    model = tiny_model("llama")
+    intact = logits(model)
+    with skipped(model, (1,)):
+        assert not torch.equal(intact, logits(model))
+    assert torch.equal(intact, logits(model))
+    with pytest.raises(KeyError), skipped(model, (1,)):
+        raise KeyError
+    assert torch.equal(intact, logits(model))
+
+
+def test_student_shares_no_storage_with_its_teacher_unless_asked() -> None:
+    teacher = tiny_model("qwen3")
+    pointers = {tensor.data_ptr() for tensor in teacher.state_dict().values()}
+    assert not any(tensor.data_ptr() in pointers for tensor in cut_model(teacher, (2,)).state_dict().values())
+    assert all(tensor.data_ptr() in pointers for tensor in cut_model(teacher, (2,), share=True).state_dict().values())
+
+
+def test_bfloat16_teacher_gives_a_bfloat16_student() -> None:
+    teacher = tiny_model("gemma3", dtype=torch.bfloat16)
+    student = cut_model(teacher, (0, 4))
+    with skipped(teacher, (0, 4)):
+        assert torch.equal(logits(teacher), logits(student))
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert student.config.dtype == torch.bfloat16
+
+
+def test_a_teacher_cast_as_a_whole_gives_an_equal_student() -> None:
+    teacher = tiny_model("llama").bfloat16()  # RoPE frequencies become bfloat16 too
+    student = cut_model(teacher, (3,))
+    with skipped(teacher, (3,)):
+        assert torch.equal(logits(teacher), logits(student))
+
+
+def test_generation_settings_are_kept() -> None:
+    teacher = tiny_model("llama")
+    assert teacher.generation_config is not None
+    teacher.generation_config.repetition_penalty = 1.25
+    student = cut_model(teacher, (3,))
+    assert student.generation_config is not None
+    assert student.generation_config.repetition_penalty == 1.25
+    assert not student.training
+
+
+def test_every_kept_layer_keeps_its_attention_kind() -> None:
+    config = cut_config(tiny_model("gemma3").config, (1, 2, 4))
+    assert config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert "sliding_window_pattern" not in config.to_dict()
+    config = cut_config(tiny_model("qwen2").config, (0, 3, 5))
+    assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    assert config.max_window_layers == 1
+    rules: dict[str, Any] = {"sliding_window_pattern": 4, "layer_switch": 4}
+    config = cut_config(Cohere2Config(num_hidden_layers=4, **rules), (1, 2, 3))
+    assert config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
+    assert not rules.keys() & config.to_dict().keys()
+
+
+def test_config_names_the_layers_of_the_first_teacher_after_two_cuts() -> None:
+    once = cut_config(tiny_config("llama"), (0, 2, 3, 5))
+    assert getattr(cut_config(once, (1, 3)), KEPT_LAYERS) == [2, 5]
+
+
+def test_cutting_a_config_leaves_the_teachers_alone() -> None:
+    config = tiny_config("gemma3")
+    before = config.to_dict()
+    cut_config(config, (0, 5))
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "keep", "expected"),
+    [
+        ("first_k_dense_replace", 2, (0, 2, 3), 1),
+        ("mlp_only_layers", [0, 2, 5], (0, 1, 5), [0, 2]),
+        ("moe_layer_freq", [0, 1, 1, 0, 1, 1], (0, 3, 4), [0, 0, 1]),
+        ("moe_layer_freq", 2, (0, 1, 4, 5), 2),
+        ("hybrid_override_pattern", "MEM*ME", (0, 3, 5), "M*E"),
+        ("decoder_sparse_step", 2, (2, 3, 4, 5), 2),
+        ("num_nextn_predict_layers", 1, (0, 1), 0),
+        ("num_mtp_layers", 2, (0, 1), 0),
+        ("num_mtp_modules", 3, (0, 1), 0),
+        ("mtp_num_hidden_layers", 1, (0, 1), 0),
+        ("attn_type_list", [0, 0, 1, 0, 0, 1], (0, 2, 3), [0, 1, 0]),
+        ("moe_topk", [1, 2, 3, 4, 5, 6], (0, 2, 3), [1, 3, 4]),
+        ("moe_topk", 2, (0, 2, 3), 2),
+        ("num_kv_shared_layers", 0, (0, 1), 0),
+        ("num_dense_layers", 3, (1, 3, 4), 1),
+        ("num_blocks", 6, (0, 3), 2),
+        ("ple_layer_ids", [1, 4, 6], (3, 4, 5), [1, 3]),
+        ("attention_types", [[["global", "local"], 3]], (0, 2, 3), [[["global", "global", "local"], 1]]),
+        ("cross_attention_layers", [2, 4], (0, 4, 5), [1]),
+        (
+            "linear_attn_config",
+            {"kda_layers": [1, 2, 4, 5], "full_attn_layers": [3, 6], "num_heads": 2},
+            (1, 2, 5),
+            {"kda_layers": [1], "full_attn_layers": [2, 3], "num_heads": 2},
+        ),
+    ],
+)
+def test_rule_of_a_field(field: str, value: Any, keep: tuple[int, ...], expected: Any) -> None:
+    assert getattr(cut_config(tiny_config("llama", **{field: value}), keep), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("decoder_sparse_step", 2, r"decoder_sparse_step=2: says that one layer in 2 is special"),
+        ("num_kv_shared_layers", 2, r"num_kv_shared_layers=2: ties layers to each other"),
+        ("no_rope_layers", [1, 0], r"no_rope_layers: has 2 entries for 6 layers"),
+        ("moe_intermediate_size", [16, 8], r"moe_intermediate_size: has 2 entries for 6 layers"),
+        (
+            "odd_layers",
+            [1, 3],
+            r"config.odd_layers: is a list about layers \(2 entries, 6 layers\) that shoal does not",
+        ),
+        ("cross_attention_layers", [0, 2], r"would begin with layer 0, .*; keep a layer before 0"),
+        ("rescale_every", 6, r"rescale_every=6: ties layers to each other"),
+        (
+            "flavours",
+            list("abcdef"),
+            r"config.flavours: is a list about layers \(6 entries, 6 layers\) that shoal does not know",
+        ),
+        ("quantization_config", {"quant_method": "fp8"}, r"quantised weights cannot be cut"),
+        (KEPT_LAYERS, [0, 1], r"names 2 layers but the model has 6"),
+    ],
+)
+def test_config_that_a_cut_cannot_express_is_refused(field: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cut_config(tiny_config("llama", **{field: value}), (0, 2, 3, 4, 5))
+
+
+def test_hybrid_model_without_its_last_attention_layer_is_refused() -> None:
+    from transformers import Lfm2Config
+
+    config = Lfm2Config(num_hidden_layers=6, full_attn_idxs=[1, 4])
+    assert cut_config(config, (0, 2, 4)).layer_types == ["conv", "conv", "full_attention"]
+    with pytest.raises(UserError, match=r"leaves only conv layers; .* keep one layer of full_attention"):
+        cut_config(config, (0, 2, 3))
+
+
+def test_settings_of_single_layers_are_renumbered() -> None:
+    from transformers import Gemma4TextConfig
+
+    config = Gemma4TextConfig(num_hidden_layers=6, hidden_size_per_layer_input=0)
+    assert set(config.to_dict()["per_layer_config"]) == {"5"}
+    assert set(cut_config(config, (0, 2, 5)).to_dict()["per_layer_config"]) == {"2"}
+
+
+def test_cut_that_the_configuration_class_forbids_is_refused() -> None:
+    from transformers import OlmoHybridConfig
+
+    config = OlmoHybridConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(UserError, match=r"olmo_hybrid does not allow what these cuts would leave: .* at least one"):
+        cut_config(config, (0,))
+
+
+def test_family_whose_layers_read_each_other_is_refused() -> None:
+    from transformers import ZayaConfig
+
+    with pytest.raises(UserError, match=r"zaya: the router of every layer reads .*; shoal cannot cut this family"):
+        cut_config(ZayaConfig(num_hidden_layers=2, num_experts_per_tok=1), (0,))
+
+
+def test_deepstack_vision_features_are_refused() -> None:
+    from transformers import Gemma3Config
+
+    config = Gemma3Config(text_config=tiny_config("gemma3").to_dict())
+    assert cut_config(config, (0, 1)).get_text_config().num_hidden_layers == 2
+    setattr(config.vision_config, "deepstack_visual_indexes", [1, 2])  # noqa: B010
+    with pytest.raises(UserError, match=r"vision_config.deepstack_visual_indexes"):
+        cut_config(config, (0, 1))
+
+
+class AlternatingConfig(LlamaConfig):
+    """Attention kinds computed from the index: no cut can carry them over."""
+
+    model_type = "alternating"
+
+    @property
+    def layer_types(self) -> list[str]:
+        kinds = ("full_attention", "sliding_attention")
+        return [kinds[layer % 2] for layer in range(self.num_hidden_layers)]
+
+
+class StubbornConfig(LlamaConfig):
+    model_type = "stubborn"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.num_hidden_layers = 6
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AlternatingConfig(num_hidden_layers=6), r"config.layer_types: reads .* after a reload"),
+        (StubbornConfig(num_hidden_layers=6), r"num_hidden_layers: reads 6 after a reload instead of 5"),
+    ],
+)
+def test_config_that_does_not_survive_a_reload_is_refused(config: LlamaConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cut_config(config, (0, 2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("function", [cut_model, lambda model, drop: skipped(model, drop).__enter__()])
+@pytest.mark.parametrize(
+    ("drop", "message"),
+    [((6,), r"6 is no layer of this model; its layers are 0..5"), (range(6), r"names all 6 layers; keep at least one")],
+)
+def test_drops_outside_the_model_are_refused(function: Any, drop: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        function(tiny_model("llama"), drop)
+
+
+def test_a_layer_named_twice_is_dropped_once() -> None:
+    teacher = tiny_model("llama")
+    with skipped(teacher, (4, 1, 4)):
+        expected = logits(teacher)
+    assert torch.equal(logits(cut_model(teacher, (4, 1, 4))), expected)
+    assert torch.equal(logits(cut_model(teacher, (1, 4))), expected)
+
+
+def test_tensor_that_would_be_lost_is_refused() -> None:
+    teacher = tiny_model("llama")
+    decoder_layers(teacher)[2].register_parameter("gate", nn.Parameter(torch.ones(1)))
+    cut_model(teacher, (2,))
+    with pytest.raises(UserError, match=r"layers.2.gate: a tensor that would be lost in the cut"):
+        cut_model(teacher, (1,))
+
+
+def test_tensor_that_the_teacher_lacks_is_refused() -> None:
+    teacher = tiny_model("llama")
+    del decoder_layers(teacher)[2].get_submodule("input_layernorm")._parameters["weight"]
+    with pytest.raises(UserError, match=r"layers.2.input_layernorm.weight: a tensor that the student needs"):
+        cut_model(teacher, (1,))
+
+
+def test_tensor_of_another_shape_is_refused() -> None:
+    teacher = tiny_model("llama")
+    norm = decoder_layers(teacher)[2].get_submodule("input_layernorm")
+    norm._parameters["weight"] = nn.Parameter(torch.ones(3))
+    with pytest.raises(UserError, match=r"input_layernorm.weight: has shape \(3,\) but the student needs \(32,\)"):
+        cut_model(teacher, (1,))
+
+
+def test_layer_that_would_change_its_kind_is_refused() -> None:
+    teacher = tiny_model("gemma3")
+    setattr(decoder_layers(teacher)[2].get_submodule("self_attn"), "sliding_window", 4)  # noqa: B010
+    with pytest.raises(UserError, match=r"layer 2: its self_attn.sliding_window is 4 but would become None as layer 1"):
+        cut_model(teacher, (0,))

@@ -1,0 +1,533 @@
+"""The atlas: every statistic against an independent reference, planted truths found, intervals that cover them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, atlas, nats, right, scores, task
+
+from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.importance import Unit
+from shoal.compress.sweeps.agreement import agreement, column_stability, jaccard, spearman
+from shoal.compress.sweeps.atlas import build_atlas, cornerstones, gini, layer_losses, normalised_entropy
+from shoal.compress.sweeps.table import Measured, needed_items, require_items, sweep_table
+from shoal.data.repetition import ends_in_loop
+from shoal.errors import UserError
+from shoal.stats import bootstrap, paired
+from shoal.stats.bootstrap import expanded_percentiles, resampled_means
+from shoal.stats.intervals import newcombe_paired, paired_ratio, wilson
+
+TABLES = [(30, 2, 9, 10), (40, 0, 0, 11), (50, 1, 0, 0), (5, 3, 40, 12), (0, 1, 45, 20), (45, 9, 2, 10)]
+"""Items right both times, only after, only before, never."""
+
+
+def wilson_reach(count: int, n: int) -> tuple[float, float]:
+    low, high = wilson(count, n)
+    return count / n - low, high - count / n
+
+
+def corrected_phi(both: int, won: int, lost: int, neither: int) -> float:
+    covariance = both * neither - won * lost
+    if covariance > 0:
+        covariance = max(0, covariance - (both + won + lost + neither) / 2)
+    margins = (both + won) * (lost + neither) * (both + lost) * (won + neither)
+    return covariance / math.sqrt(margins) if margins else 0.0
+
+
+def limit_of(both: int, won: int, lost: int, neither: int, chance: float, side: int) -> Callable[[float], float]:
+    """Lower (-1) or upper (+1) square-and-add limit of (after - chance) - r (before - chance), as a function of r."""
+    n = both + won + lost + neither
+    after, before = (both + won) / n, (both + lost) / n
+    after_down, after_up = wilson_reach(both + won, n)
+    before_down, before_up = wilson_reach(both + lost, n)
+    phi = corrected_phi(both, won, lost, neither)
+
+    def limit(r: float) -> float:
+        a = after_down if side < 0 else after_up
+        # -r * before falls by before's upper reach where r > 0, by its lower one where r < 0
+        b = (before_up if r > 0 else before_down) if side < 0 else (before_down if r > 0 else before_up)
+        reach = math.sqrt(max(0.0, a**2 + (r * b) ** 2 - 2 * phi * a * r * b))
+        return (after - chance) - r * (before - chance) + side * reach
+
+    return limit
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("chance", [0.0, 0.25])
+def test_retention_limits_are_where_the_limits_of_the_difference_to_a_multiple_are_zero(
+    table: tuple[int, int, int, int], chance: float
+) -> None:
+    found = paired_ratio(*table, chance)
+    assert found is not None
+    for limit, side in zip(found, (-1, 1), strict=True):
+        expected = optimize.brentq(limit_of(*table, chance, side), -20.0, 20.0)  # pyright: ignore[reportArgumentType]
+        assert limit == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_retention_holds_one_exactly_where_the_change_holds_zero(table: tuple[int, int, int, int]) -> None:
+    both, won, lost, neither = table
+    low, high = newcombe_paired(both=both, won=won, lost=lost, neither=neither)
+    ratio = paired_ratio(*table, 0.25)
+    assert ratio is not None
+    assert (low <= 0 <= high) == (ratio[0] <= 1 <= ratio[1])
+
+
+def test_retention_over_a_score_that_may_be_at_chance_has_no_limits() -> None:
+    assert paired_ratio(2, 0, 8, 20, 0.25) is None
+
+
+def test_every_effect_equals_the_paired_comparison_of_the_two_scores() -> None:
+    intact, removed = scores()
+    for index, column in enumerate(atlas().columns):
+        for effect, variant in zip(column.effects, (tasks[index] for tasks in removed), strict=True):
+            expected = paired.paired(intact[index], variant)
+            assert effect.change.value == pytest.approx(expected.difference, abs=1e-12)
+            assert effect.p_value == pytest.approx(expected.p_value, abs=1e-12)
+            assert effect.score.value == pytest.approx(variant.score)
+            assert effect.relative == pytest.approx(expected.difference / intact[index].score)
+            assert column.test == expected.test
+            if column.test == "mcnemar-exact":
+                assert (effect.change.low, effect.change.high) == (expected.ci_low, expected.ci_high)
+                assert (effect.score.low, effect.score.high) == wilson(variant.score * NUM_ITEMS, NUM_ITEMS)
+        assert [effect.adjusted_p for effect in column.effects] == paired.holm([e.p_value for e in column.effects])
+
+
+UNEQUAL = ([512.0] * 3 + [6.0] * 9) * 3
+"""Three documents as long as a window and nine short ones, three times over: 36 windows, as good as 9.6 equal ones."""
+
+
+def test_effects_of_unequal_windows_equal_the_paired_comparison() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.gamma(4.0, 0.5, len(UNEQUAL))
+    after = [before + rng.normal(0.04, 0.03, len(UNEQUAL)) for _ in range(2)]
+    (column,) = sweep_table(
+        "mlp",
+        [Unit((layer,), "mlp") for layer in range(2)],
+        [nats(before, weights=UNEQUAL)],
+        [[nats(values, weights=UNEQUAL)] for values in after],
+    ).columns
+    for effect, values in zip(column.effects, after, strict=True):
+        expected = paired.paired(nats(before, weights=UNEQUAL), nats(values, weights=UNEQUAL))
+        assert (effect.change.low, effect.change.high) == pytest.approx((expected.ci_low, expected.ci_high), rel=1e-9)
+        assert effect.p_value == pytest.approx(expected.p_value, rel=1e-9)
+        low, high = paired.bootstrap_mean(values.tolist(), UNEQUAL)
+        assert (effect.score.low, effect.score.high) == pytest.approx((low, high), rel=1e-9)
+
+
+def test_intervals_over_unequal_windows_hold_that_nothing_has_changed() -> None:
+    """1000 removals without any effect, as the columns of one sweep: 95 % of their intervals have to hold 0."""
+    rng = np.random.default_rng(3)
+    before = rng.gamma(4.0, 0.5, len(UNEQUAL))
+    variants = [[nats(before + rng.normal(0.0, 0.1, len(UNEQUAL)), weights=UNEQUAL)] for _ in range(1000)]
+    units = [Unit((layer,), "mlp") for layer in range(1000)]
+    (column,) = sweep_table("mlp", units, [nats(before, weights=UNEQUAL)], variants).columns
+    held = np.mean([effect.change.low <= 0 <= effect.change.high for effect in column.effects])
+    assert 0.93 <= held <= 0.98
+    assert np.mean([effect.p_value < 0.05 for effect in column.effects]) == pytest.approx(1 - held)
+
+
+def test_retention_is_the_share_of_the_score_above_chance() -> None:
+    for column in atlas().columns[:3]:
+        for effect, lost in zip(column.effects, LOST[column.task], strict=True):
+            assert effect.retention is not None
+            expected = ((64 - lost) / 80 - column.chance) / (64 / 80 - column.chance)
+            assert effect.retention.value == pytest.approx(expected)
+            assert effect.retention.low <= expected <= effect.retention.high
+
+
+def test_planted_layers_are_critical_in_their_own_columns_only() -> None:
+    found = {column.task: column.critical for column in atlas().columns}
+    assert found["retrieval_continuation"] == (0, 2)
+    assert found["retrieval_generation"] == (0, 2, 4)
+    assert found["knowledge_continuation"] == (0, 5)
+
+
+def test_a_layer_whose_removal_helps_is_not_critical() -> None:
+    variants = [[task(right(0.5, won=30))], [task(right(0.5, lost=30))]]
+    (column,) = build_atlas([task(right(0.5))], variants).columns
+    assert column.effects[0].adjusted_p < 0.001
+    assert column.critical == (1,)
+    worse = [[nats(np.linspace(1, 2, 40) + shift)] for shift in (-0.5, 0.5)]
+    assert build_atlas([nats(np.linspace(1, 2, 40))], worse).columns[0].critical == (1,)
+
+
+def test_a_layer_is_critical_only_after_holms_correction() -> None:
+    variants = [[task(right(0.8, lost))] for lost in (6, 0, 0, 40)]
+    (column,) = build_atlas([task(right(0.8))], variants).columns
+    assert column.effects[0].p_value == 0.03125
+    assert column.effects[0].adjusted_p == pytest.approx(3 * 0.03125)
+    assert column.critical == (3,)
+
+
+def test_changes_of_layers_are_correlated_over_items_with_their_weights() -> None:
+    rng = np.random.default_rng(6)
+    weights, base = (rng.random(30) + 0.2).tolist(), rng.random(30)
+    moved = rng.normal(0.0, 1.0, size=(30, 2)) @ [[1.0, 0.8], [0.0, 0.6]]
+    variants = [[nats(base + column, weights=weights)] for column in moved.T] + [[nats(base, weights=weights)]]
+    (column,) = build_atlas([nats(base, weights=weights)], variants).columns
+    share = np.array(weights) / sum(weights)
+    influence = share[:, None] * (moved - share @ moved)
+    expected = (influence[:, 0] @ influence[:, 1]) / np.sqrt((influence**2).sum(axis=0).prod())
+    assert column.correlation[1] == (pytest.approx(expected, abs=1e-4), 1.0)
+    assert column.correlation[2] == (0.0, 0.0, 1.0)
+
+
+def test_layers_whose_removal_helps_weigh_nothing_in_depth() -> None:
+    better = build_atlas([task(right(0.5))], [[task(right(0.5, won=10))], [task(right(0.5, lost=16))]])
+    assert layer_losses(better.columns[0]) == (0.0, pytest.approx(0.8))
+    base = np.linspace(1, 2, 40)
+    lower = build_atlas([nats(base)], [[nats(base - 0.5)], [nats(base)], [nats(base + 0.25)]])
+    assert layer_losses(lower.columns[0]) == (0.0, 0.0, pytest.approx(0.25))
+    assert lower.depth[0].centroid is not None
+    assert lower.depth[0].centroid.value == 1.0
+
+
+def test_importance_is_higher_for_layers_to_keep_whatever_the_direction_of_the_metric() -> None:
+    made = atlas()
+    assert made.columns[0].importances == pytest.approx([lost / 80 for lost in LOST["retrieval_continuation"]])
+    assert made.columns[3].importances[0] == pytest.approx(4.0, abs=0.01)
+
+
+def test_equal_input_gives_an_equal_atlas_in_whatever_order_items_come() -> None:
+    intact, removed = scores()
+    turned = [[replace(score, items=score.items[::-1]) for score in tasks] for tasks in removed]
+    assert build_atlas(intact, removed) == build_atlas(intact, turned)
+
+
+def test_resampled_means_equal_a_loop_over_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    values, weights = rng.random((12, 3)), rng.random(12) + 0.5
+    whole = resampled_means(values, weights, 50)
+    counts = np.random.default_rng(bootstrap.RESAMPLE_SEED).multinomial(12, np.full(12, 1 / 12), size=50)
+    for row, drawn in zip(whole, counts, strict=True):
+        items = np.repeat(np.arange(12), drawn)
+        assert row == pytest.approx(np.average(values[items], axis=0, weights=weights[items]))
+    monkeypatch.setattr(bootstrap, "COUNT_ELEMENTS", 40)
+    assert resampled_means(values, weights, 50) == pytest.approx(whole, abs=1e-12)
+
+
+def test_many_units_get_enough_resamples_to_survive_holm() -> None:
+    for units in (3, 30, 1000):
+        assert units / (1 + bootstrap.num_resamples(units)) < 0.05
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.25])
+@pytest.mark.parametrize(("loss", "won"), [(0.02, 0.01), (0.1, 0.05), (0.3, 0.02), (0.95, 0.0)])
+def test_intervals_of_change_and_retention_cover_planted_truths(chance: float, loss: float, won: float) -> None:
+    """1500 data sets of 150 items; where fewer than ten items change, the intervals err to the safe side."""
+    rng, intact, n = np.random.default_rng(1), 0.7, 150
+    shares = [intact * (1 - loss), (1 - intact) * won, intact * loss, (1 - intact) * (1 - won)]
+    change = shares[1] - shares[2]
+    kept = (intact + change - chance) / (intact - chance)
+    held = np.zeros(2)
+    for both, gained, gone, neither in rng.multinomial(n, shares, size=1500).tolist():
+        low, high = newcombe_paired(both=both, won=gained, lost=gone, neither=neither)
+        ratio = paired_ratio(both, gained, gone, neither, chance)
+        assert ratio is not None
+        held += [low <= change <= high, ratio[0] <= kept <= ratio[1]]
+    most = 0.97 if n * (shares[1] + shares[2]) >= 10 else 1.0
+    assert (held / 1500 >= 0.93).all()
+    assert (held / 1500 <= most).all()
+
+
+@pytest.mark.parametrize("n", [20, 60])
+def test_intervals_of_a_mean_change_in_nats_cover_planted_truths(n: int) -> None:
+    """1500 data sets of skewed increases side by side as columns: they share the resamples, not the items."""
+    rng = np.random.default_rng(2)
+    changes = 0.2 * rng.gamma(4.0, 0.25, size=(n, 1500)) + rng.normal(0.0, 0.1, size=(n, 1500))
+    means = resampled_means(changes, np.ones(n))
+    low, high = expanded_percentiles(means, changes.mean(axis=0), n)
+    assert 0.93 <= ((low <= 0.2) & (high >= 0.2)).mean() <= 0.97
+
+
+def test_scores_in_nats_have_a_change_and_no_retention() -> None:
+    column = atlas().columns[3]
+    assert column.no_retention == "nats_per_token has no chance level; read the change"
+    assert all(effect.retention is None for effect in column.effects)
+    untouched = column.effects[1]
+    assert (untouched.change.value, untouched.change.low, untouched.change.high, untouched.p_value) == (0, 0, 0, 1)
+
+
+def test_a_task_without_signal_has_no_retention_and_says_why() -> None:
+    made = task(right(0.3))
+    (column,) = build_atlas([made], [[made], [made]]).columns
+    assert column.no_retention == "the intact model is not clear of chance (0.30 against 0.25, n = 80)"
+    assert layer_losses(column) is None
+
+
+def test_weights_of_items_count() -> None:
+    weights = [1.0] * 10 + [9.0] * 10
+    before = np.arange(20.0)
+    after = before + np.repeat([0.0, 1.0], 10)
+    made = build_atlas([nats(before, weights=weights)], [[nats(after, weights=weights)]])
+    assert made.columns[0].effects[0].change.value == pytest.approx(0.9)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_units", "need"), [(1, 8), (30, 11), (1024, 16)])
+def test_needed_items_are_the_fewest_that_could_show_anything(num_units: int, need: int) -> None:
+    assert needed_items(num_units) == need
+    worst = paired.holm([paired.mcnemar(0, need), *[1.0] * (num_units - 1)])[0]
+    assert worst < 0.05
+    if need > 8:
+        assert paired.holm([paired.mcnemar(0, need - 1), *[1.0] * (num_units - 1)])[0] > 0.05
+
+
+def test_too_few_items_are_refused_before_and_after_the_sweep() -> None:
+    message = r"task 'retrieval_continuation': has 6 items, .* fewer than 10; raise measure.sweep.limit"
+    few = task(right(0.5, count=6))
+    with pytest.raises(UserError, match=message):
+        build_atlas([few], [[few]] * 20)
+    with pytest.raises(UserError, match=message):
+        require_items("retrieval_continuation", 6, 20)
+    require_items("retrieval_continuation", 10, 20)
+    uneven = nats(np.arange(12.0), weights=UNEQUAL[:12])
+    with pytest.raises(UserError, match=r"its 12 items .* worth 3\.2 equal ones, of which an interval needs 8; raise"):
+        build_atlas([uneven], [[uneven]] * 2)
+
+
+def without_last(tasks: list[TaskScore]) -> list[TaskScore]:
+    return tasks[:-1]
+
+
+def with_other_version(tasks: list[TaskScore]) -> list[TaskScore]:
+    return [replace(score, version="2") for score in tasks]
+
+
+def with_nan(tasks: list[TaskScore]) -> list[TaskScore]:
+    first, *rest = tasks[0].items
+    return [replace(tasks[0], items=(replace(first, score=math.nan), *rest)), *tasks[1:]]
+
+
+def with_other_item(tasks: list[TaskScore]) -> list[TaskScore]:
+    first, *rest = tasks[0].items
+    return [replace(tasks[0], items=(replace(first, id="other"), *rest)), *tasks[1:]]
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        (without_last, "task 'language_rolling': has no rolling score without layer 2; sweep it with the other tasks"),
+        (with_other_version, "version is '1' in one evaluation and '2' in the other"),
+        (with_other_item, r"items differ \(2 are in one evaluation only"),
+        (with_nan, r"item 'retrieval-0' has the score nan in variant 2; measure in another dtype"),
+    ],
+)
+def test_unlike_scores_are_refused(spoilt: Callable[[list[TaskScore]], list[TaskScore]], message: str) -> None:
+    intact, removed = scores()
+    removed[2] = spoilt(removed[2])
+    with pytest.raises(UserError, match=message):
+        build_atlas(intact, removed)
+
+
+def test_an_atlas_of_no_task_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no task was scored, .* name some in measure.sweep.tasks"):
+        build_atlas([], [[]])
+
+
+def test_units_and_scores_must_be_as_many() -> None:
+    with pytest.raises(ValueError, match="2 units but scores of 1 variants"):
+        sweep_table("head", [Unit((0,), "head", 0), Unit((0,), "head", 1)], scores()[0], [scores()[0]])
+
+
+# --- written text -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "loops"),
+    [
+        ("The answer is " + "Rome and " * 4, True),
+        ("The answer is " + "Rome and " * 3 + "Ro", True),
+        ("x" * 23, False),
+        ("x" * 24, True),
+        ("0 1 " * 6, True),
+        ("so so so", False),
+        ("Rome and Rome and then the whole sentence goes on without a loop at all", False),
+        ("a long sentence of many words. " * 2, False),
+        ("a long sentence of many words.\n" * 3, True),
+        ("", False),
+    ],
+)
+def test_a_text_loops_where_its_end_is_copies_of_one_piece(text: str, loops: bool) -> None:
+    assert ends_in_loop(text) is loops
+
+
+def test_written_columns_tell_malformed_and_looping_texts() -> None:
+    texts = ["", "Rome", "Rome, " * 9, "Paris"] * 10
+    written = task(right(0.5, count=40), "retrieval_generation", texts=texts)
+    plain = task(right(0.5, count=40), "retrieval_generation")
+    (column,) = build_atlas([plain], [[written]]).columns
+    assert (column.malformed, column.repetition) == (0.0, 0.0)
+    assert (column.effects[0].malformed, column.effects[0].repetition) == (0.25, 0.25)
+    assert atlas().columns[0].effects[0].malformed is None
+
+
+# --- gaps, depth, agreement ---------------------------------------------------------------------------------------
+
+
+def test_protocol_gap_is_the_difference_of_the_retentions_of_shared_items() -> None:
+    (gap,) = atlas().gaps
+    assert (gap.ability, gap.likelihood, gap.generation, gap.n) == (
+        "retrieval",
+        "retrieval_continuation",
+        "retrieval_generation",
+        NUM_ITEMS,
+    )
+    one, other = LOST["retrieval_continuation"], LOST["retrieval_generation"]
+    expected = [(1 - one[i] / 80 / 0.55) - (1 - other[i] / 80 / 0.8) for i in range(NUM_LAYERS)]
+    assert [estimate.value for estimate in gap.gaps] == pytest.approx(expected)
+    assert gap.mean.value == pytest.approx(np.mean(expected))
+    assert [third.value for third in gap.thirds] == pytest.approx(np.reshape(expected, (3, 2)).mean(axis=1).tolist())
+    assert [estimate.low > 0 for estimate in gap.gaps] == [False, False, False, False, True, False]
+
+
+def test_gap_pairs_items_by_id_and_leaves_out_what_only_one_protocol_asked() -> None:
+    intact, removed = scores()
+    whole = build_atlas(intact[:2], [tasks[:2] for tasks in removed]).gaps[0]
+
+    def more(score: TaskScore) -> TaskScore:
+        extra = tuple(replace(item, id=f"more-{item.id}", score=1.0 - item.score) for item in score.items[:40])
+        items = (*extra, *score.items[::-1])
+        return task([i.score for i in items], score.task, ids=[i.id for i in items])
+
+    mixed = build_atlas([intact[0], more(intact[1])], [[tasks[0], more(tasks[1])] for tasks in removed])
+    assert mixed.gaps[0].n == NUM_ITEMS
+    for one, other in zip(whole.gaps, mixed.gaps[0].gaps, strict=True):
+        assert other.value == pytest.approx(one.value)
+
+
+def test_a_column_has_no_gap_to_itself() -> None:
+    made, lost = task(right(0.8), chance=0.0), task(right(0.8, 20), chance=0.0)
+    same = [replace(made, protocol="generation", task="retrieval_written") for made in (made, lost)]
+    (gap,) = build_atlas([made, same[0]], [[lost, same[1]]]).gaps
+    assert (gap.gaps[0].value, gap.mean.value) == (0, 0)
+    assert gap.gaps[0].high - gap.gaps[0].low < 0.01  # both limits of a retention differ a little in reach
+
+
+def test_gaps_that_cannot_be_computed_are_noted() -> None:
+    written = task(right(0.8), "retrieval_generation", ids=[f"other-{i}" for i in range(NUM_ITEMS)])
+    made = build_atlas([task(right(0.8)), written], [[task(right(0.8)), written]])
+    assert made.gaps == ()
+    assert made.notes == (
+        "protocol gap of retrieval_continuation and retrieval_generation: they share 0 items, 8 are needed",
+    )
+    silent = task(right(0.0), "retrieval_generation")
+    made = build_atlas([task(right(0.8)), silent], [[task(right(0.8)), silent]])
+    assert "retrieval_generation: the intact model is not clear of chance" in made.notes[0]
+
+
+def test_depth_centroid_and_concentration_equal_their_definitions() -> None:
+    made = atlas()
+    for column, profile in zip(made.columns, made.depth, strict=True):
+        if column.higher_is_better:
+            kept = [effect.retention.value for effect in column.effects if effect.retention]
+            weights = [max(0.0, 1 - value) for value in kept]
+        else:
+            weights = [max(0.0, effect.change.value) for effect in column.effects]
+        assert profile.centroid is not None
+        expected = sum(w * layer / (NUM_LAYERS - 1) for layer, w in enumerate(weights)) / sum(weights)
+        assert profile.centroid.value == pytest.approx(expected)
+        assert profile.centroid.low <= expected <= profile.centroid.high
+        shares = [w / sum(weights) for w in weights if w > 0]
+        assert profile.entropy == pytest.approx(-sum(s * math.log(s) for s in shares) / math.log(NUM_LAYERS))
+        pairs = sum(abs(a - b) for a, b in itertools.product(weights, weights))
+        assert profile.gini == pytest.approx(pairs / (2 * NUM_LAYERS * sum(weights)))
+
+
+def test_one_layer_has_all_the_weight_and_equal_layers_share_it() -> None:
+    alone, equal = np.array([0.0, 0.0, 1.0, 0.0]), np.ones(4)
+    assert (normalised_entropy(alone), gini(alone)) == (0.0, 0.75)
+    assert (normalised_entropy(equal), gini(equal)) == pytest.approx((1.0, 0.0))
+
+
+def test_a_model_that_loses_nothing_has_no_centroid() -> None:
+    made = task(right(0.8))
+    (profile,) = build_atlas([made], [[made], [made]]).depth
+    assert (profile.centroid, profile.reason) == (None, "no layer's removal makes it worse")
+
+
+def test_cornerstones_are_the_layers_that_take_a_task_to_chance() -> None:
+    assert cornerstones(atlas().sweep) == (0,)
+    at_chance = task(right(0.25))
+    with pytest.raises(UserError, match="cornerstone needs a task on which the intact model is clear of chance"):
+        cornerstones(build_atlas([at_chance], [[at_chance]]).sweep)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_rank_correlation_equals_scipys(ties: bool) -> None:
+    one, other = np.random.default_rng(3).integers(0, 4 if ties else 10**6, size=(2, 20)).astype(float)
+    assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other)[0])
+    assert spearman(one, np.ones(20)) is None
+
+
+def test_shared_removals_are_counted_with_ties_by_lower_index() -> None:
+    assert jaccard((0.0, 0.0, 0.0, 1.0), (0.0, 1.0, 1.0, 0.0), 2) == pytest.approx(1 / 3)
+    assert jaccard((1.0, 2.0), (3.0, 4.0), 1) == 1.0
+
+
+def test_columns_and_metrics_are_compared_together() -> None:
+    made = atlas()
+    found = made.agreement
+    assert found.columns == ("block_influence", *(column.task for column in made.columns))
+    assert found.k == 1
+    rows = [(0.9, 0.05, 0.1, 0.3, 0.2, 0.15), *(column.importances for column in made.columns)]
+    for i, j in itertools.product(range(5), range(5)):
+        assert found.spearman[i][j] == pytest.approx(stats.spearmanr(rows[i], rows[j])[0])
+    assert found.ceiling[0] == (None,) * 5
+    reliability = [found.stability[column.task].reliability for column in made.columns]
+    assert found.ceiling[1][2] == pytest.approx(math.sqrt((reliability[0] or 0) * (reliability[1] or 0)))
+
+
+def noisy(loss: np.ndarray, items: int, rng: np.random.Generator) -> Measured:
+    """A column of nats whose layers cost ``loss`` on average."""
+    base = rng.normal(2.0, 0.3, size=(items, 1))
+    scores_NK = np.hstack([base, base + loss + rng.normal(0, 0.5, size=(items, len(loss)))])
+    ids = tuple(map(str, range(items)))
+    return Measured(nats(base[:, 0]), ids, scores_NK, np.ones(items), False, None)
+
+
+def test_stability_tells_noise_from_layers_that_differ() -> None:
+    rng = np.random.default_rng(4)
+    nothing, clear = column_stability(noisy(np.zeros(20), 90, rng)), column_stability(noisy(np.arange(20.0), 90, rng))
+    assert nothing.thirds is not None
+    assert abs(nothing.thirds) < 0.25
+    assert clear.thirds == pytest.approx(1.0)
+    assert clear.reliability == pytest.approx(1.0)
+
+
+def test_ceiling_is_what_two_measurements_of_the_same_importance_reach() -> None:
+    """Two columns of one truth on different items: their rank correlation is the ceiling, far below 1."""
+    rng = np.random.default_rng(5)
+    found, ceilings = [], []
+    for _ in range(12):
+        loss = rng.normal(0.0, 0.08, size=30)
+        one, other = noisy(loss, 60, rng), noisy(loss, 60, rng)
+        other = replace(other, task=replace(other.task, task="again"))
+        made = agreement([one, other], {})
+        found.append(made.spearman[0][1])
+        ceilings.append(made.ceiling[0][1])
+    assert 0.3 < np.mean(found) < 0.9
+    assert np.mean(found) == pytest.approx(np.mean(ceilings), abs=0.1)
+
+
+def test_stability_of_a_column_that_ranks_nothing_is_unknown() -> None:
+    made = task(right(0.8))
+    found = build_atlas([made], [[made], [made]]).agreement
+    assert found.stability[made.task].thirds is None
+    assert found.spearman == ((None,),)
+
+
+def test_an_atlas_of_one_layer_is_finite() -> None:
+    intact, removed = scores()
+    made = build_atlas(intact, removed[:1])
+    assert made.depth[0].centroid is None
+    assert all(math.isfinite(third.value) for third in made.gaps[0].thirds)

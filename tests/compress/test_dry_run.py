@@ -1,0 +1,209 @@
+"""`shoal prune --dry-run`: what it says is what pruning then does, and it does nothing itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import NUM_LAYERS, set_json, tiny_checkpoint, tiny_config
+
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.cli import run_verb
+from shoal.compress.dry_run import dry_run
+from shoal.compress.plan import choose_changes
+from shoal.errors import UserError
+from shoal.models.checkpoint_files import read_shards
+from shoal.models.cost import model_without_data
+from shoal.models.load import load_model
+from shoal.recipe.recipe import parse_recipe
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By family, in bfloat16."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return {kind: tiny_checkpoint(folder, kind, dtype=torch.bfloat16) for kind in ("llama", "llama_tied", "gemma3")}
+
+
+def plan(**prune: Any) -> PruningPlan:
+    settings = parse_recipe({"model": "m", "run_dir": "r", "prune": prune}).prune
+    choice = choose_changes(settings, num_layers=NUM_LAYERS, importance=None)
+    return PruningPlan(Provenance({}), NUM_LAYERS, choice.drop, choice.reason, choice.edits)
+
+
+def row(report: str, title: str) -> list[str]:
+    """Before, after and ratio of the line that starts with ``title``."""
+    (line,) = [line for line in report.splitlines() if line.startswith(f"{title}  ")]
+    return re.split(r" {2,}", line.removeprefix(title).strip())
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*")}
+
+
+def stored_bytes(folder: Path) -> int:
+    return sum(tensor.end - tensor.start for shard in read_shards(folder) for tensor in shard.tensors.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "gemma3"])
+def test_what_it_says_is_what_pruning_writes(
+    teachers: dict[str, Path], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {teachers[kind]}\nrun_dir: {tmp_path}/run\nprune: {{drop: [1, 3]}}\n")
+    before = listing(tmp_path), listing(teachers[kind])
+    assert run_verb("prune", str(file), [], dry_run=True) == 0
+    report = capsys.readouterr().out
+    assert (listing(tmp_path), listing(teachers[kind])) == before
+    assert run_verb("prune", str(file), []) == 0
+    folders = teachers[kind], tmp_path / "run" / "student"
+    sizes = [sum(parameter.numel() for parameter in load_model(folder).parameters()) for folder in folders]
+    assert row(report, "layers") == ["6", "4", "0.667"]
+    assert row(report, "parameters") == [f"{sizes[0]:,}", f"{sizes[1]:,}", f"{sizes[1] / sizes[0]:.3f}"]
+    assert row(report, "weights on disk")[:2] == [f"{stored_bytes(folder) / 1000:.3g} kB" for folder in folders]
+    assert "drops:   1, 3\nkeeps:   0, 2, 4, 5" in report
+
+
+def test_cache_by_kind_of_layer(teachers: dict[str, Path], tmp_path: Path) -> None:
+    report = dry_run(teachers["gemma3"], plan(drop=[0, 2]), tmp_path / "student")
+    token = 2 * 2 * 8 * 2  # keys and values, two heads of 8, bfloat16
+    # layers 2 and 5 see everything, the others 8 tokens, of which 7 are kept
+    assert row(report, "cache per token") == [f"{2 * token} B", f"{token} B", "0.500"]
+    assert row(report, "cache per token, up to 7 tokens") == [f"{4 * token} B", f"{3 * token} B", "0.750"]
+    whole = [count * token * 1024 + sliding * token * 7 for count, sliding in ((2, 4), (1, 3))]
+    assert row(report, "cache of 1,024 tokens")[:2] == [f"{size / 1000:.3g} kB" for size in whole]
+
+
+def test_expected_speed_by_hand(teachers: dict[str, Path], tmp_path: Path) -> None:
+    report = dry_run(teachers["llama"], plan(drop=[0, 1, 2]), tmp_path / "student")
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32
+    head, norm, length, token = 272 * 32, 32, 1024, 2 * 2 * 8 * 2
+    read = [2 * (layers * layer + norm + head) + layers * token * length for layers in (6, 3)]
+    pairs = length * (length + 1) // 2
+    work = [2 * (layers * layer + norm) * length + 2 * head + layers * 2 * 4 * 16 * pairs for layers in (6, 3)]
+    assert f"decode  {read[0] / read[1]:.2f} x as fast, one sequence behind 1,024 tokens" in report
+    assert f"prefill {work[0] / work[1]:.2f} x as fast, 1,024 tokens" in report
+    assert "expected, not measured" in report
+
+
+def test_merged_layers_are_gone_and_silenced_ones_are_not(teachers: dict[str, Path], tmp_path: Path) -> None:
+    edits = [{"kind": "merge", "layers": [2, 3, 4]}, {"kind": "skip_mlp", "layers": [1]}]
+    report = dry_run(teachers["llama"], plan(edits=edits), tmp_path / "student")
+    assert row(report, "layers")[:2] == ["6", "4"]
+    assert "edit:    layers 2, 3, 4 merged into one (laco)\n" in report
+    assert "edit:    MLP of layer 1 zeroed (saves neither memory nor time)" in report
+    silenced = dry_run(teachers["llama"], plan(edits=edits[1:]), tmp_path / "student")
+    assert row(silenced, "parameters read per token")[2] == "1.000"
+    assert "decode  1.00 x" in silenced
+
+
+def test_targets_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> None:
+    report = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
+    assert len(re.findall(r"^(transformers|vLLM [\d.]+|llama\.cpp b\d+): yes, ", report, re.M)) == 3
+    assert re.search(r"^disk: [\d.]+ kB needed for .*folder, .* free there$", report, re.M)
+    assert "proof: by its files, and the kind and settings of every layer, and by running" in report
+    files = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "student", proof="files")
+    assert "(prune.proof: files)" in files
+
+
+def test_a_full_disk_is_told(teachers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.compress.dry_run.free_disk", lambda _: 10)
+    assert "NOT ENOUGH" in dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "student")
+
+
+def test_code_that_comes_with_the_model_is_refused_as_by_pruning(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama")
+    set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "remote.RemoteForCausalLM"})
+    with pytest.raises(UserError, match=r"is built by code that came with it \(remote.RemoteForCausalLM\)"):
+        dry_run(folder, plan(drop=[1]), tmp_path / "student", trust_remote_code=True)
+
+
+def test_a_named_target_that_would_refuse_ends_it(tmp_path: Path) -> None:
+    teacher = tiny_checkpoint(tmp_path, "qwen2")
+    with pytest.raises(UserError, match=r"prune\.targets: vLLM .* some layers slide"):
+        dry_run(teacher, plan(drop=[1]), tmp_path / "student", targets=("vllm",))
+    assert re.search(r"^vLLM [\d.]+: no, ", dry_run(teacher, plan(drop=[1]), tmp_path / "student"), re.M)
+
+
+def test_scores_that_are_not_there_are_asked_for(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {teachers['llama']}\nrun_dir: {tmp_path}/run\nprune: {{num_drop: 2}}\n")
+    assert run_verb("prune", str(file), [], dry_run=True) == 2
+    assert "run `shoal measure` first" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_that_are_there_are_used(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {teachers['llama']}\nrun_dir: {tmp_path}/run\n"
+        "measure: {num_tokens: 256, sequence_length: 32}\nprune: {num_drop: 2}\n"
+    )
+    assert run_verb("measure", str(file), []) == 0
+    before = listing(tmp_path)
+    assert run_verb("prune", str(file), [], dry_run=True) == 0
+    assert "the 2 of 6 layers with the lowest block_influence" in capsys.readouterr().out
+    assert listing(tmp_path) == before
+
+
+def test_an_index_out_of_range_is_refused_as_by_pruning(
+    teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {teachers['llama']}\nrun_dir: {tmp_path}/run\nprune: {{drop: [6]}}\n")
+    assert run_verb("prune", str(file), [], dry_run=True) == 2
+    assert "prune.drop: 6 is no layer of this model" in capsys.readouterr().err
+
+
+def test_quantised_weights_count_as_they_are_stored(teachers: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "fp8"
+    folder.mkdir()
+    for file in teachers["llama"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        rows, columns = tensors[name].shape
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(rows // 16, columns // 16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    report = dry_run(folder, plan(drop=[1, 3]), tmp_path / "student")
+    kept = [tensor for name, tensor in tensors.items() if not re.search(r"layers\.[13]\.", name)]
+    sizes = [sum(tensor.nbytes for tensor in some) for some in (tensors.values(), kept)]
+    assert row(report, "weights on disk")[:2] == [f"{size / 1000:.3g} kB" for size in sizes]
+    plain = dry_run(teachers["llama"], plan(drop=[1, 3]), tmp_path / "student")
+    assert row(report, "parameters") == row(plain, "parameters")
+    assert sizes[0] < 0.8 * stored_bytes(teachers["llama"])
+
+
+def test_a_model_of_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    """The file is a header and a hole: its bytes take no disk, and reading them would take their size in memory."""
+    config: Any = tiny_config("llama", hidden_size=4096, intermediate_size=11008, head_dim=128, num_attention_heads=32)
+    model = model_without_data(config, torch.bfloat16)
+    config.save_pretrained(tmp_path)
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in model.state_dict().items():
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert end > 1_500_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = dry_run(tmp_path, plan(drop=[2]), tmp_path / "student")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kilobytes
+    assert row(report, "weights on disk")[0] == f"{end / 1e9:.3g} GB"

@@ -1,0 +1,220 @@
+"""Scores against an independent float64 reference, and what they must not depend on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model as tiny_architecture
+from packed_rows import ROWS, documents, packed, raw_states
+from ranks import in_group
+from tiny import KINDS, NUM_LAYERS, tiny_model
+from torch.multiprocessing.spawn import spawn
+from transformers import PreTrainedModel
+
+from shoal.compress.measure import Scores, measure_importance
+from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
+from shoal.compress.metrics.registry import METRICS
+from shoal.data.sources import PackedRows
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+
+ALL = ("block_influence", "angular")
+
+
+def measure(model: PreTrainedModel, rows: PackedRows = ROWS, *, batch_size: int = 2, **arguments: Any) -> Scores:
+    return measure_importance(model, rows, metrics=ALL, batch_size=batch_size, **arguments)
+
+
+def reference(model: PreTrainedModel, rows: PackedRows) -> tuple[list[float], dict[tuple[int, int], float]]:
+    """Block influence and angular distances from one document at a time, by the definitions."""
+    influence: list[list[float]] = [[] for _ in range(NUM_LAYERS)]
+    angles: dict[tuple[int, int], list[float]] = {}
+    for document in documents(rows):
+        states = raw_states(model, document)
+        for layer in range(NUM_LAYERS):
+            for before, after in zip(states[layer], states[layer + 1], strict=True):
+                influence[layer].append(1 - float(before @ after / (before.norm() * after.norm())))
+        for length in range(1, NUM_LAYERS + 1):
+            for start in range(NUM_LAYERS - length + 1):
+                one, other = states[start, -1], states[start + length, -1]
+                cosine = max(-1.0, min(1.0, float(one @ other / (one.norm() * other.norm()))))
+                angles.setdefault((length, start), []).append(math.acos(cosine) / math.pi)
+    mean = {key: sum(values) / len(values) for key, values in angles.items()}
+    return [sum(values) / len(values) for values in influence], mean
+
+
+def assert_close(one: Scores, other: Scores, tolerance: float) -> None:
+    assert (one.num_layers, one.num_tokens) == (other.num_layers, other.num_tokens)
+    assert one.layers["block_influence"] == pytest.approx(other.layers["block_influence"], abs=tolerance)
+    for row, other_row in zip(one.runs["angular"], other.runs["angular"], strict=True):
+        assert row == pytest.approx(other_row, abs=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_equal_the_float64_reference(kind: str) -> None:
+    model = tiny_model(kind)
+    scores = measure(model)
+    influence, angles = reference(model, ROWS)
+    assert scores.num_layers == NUM_LAYERS
+    assert scores.num_tokens == ROWS.input_ids_NS.numel()
+    assert scores.layers["block_influence"] == pytest.approx(influence, abs=2e-6)
+    assert [len(row) for row in scores.runs["angular"]] == list(range(NUM_LAYERS, 0, -1))
+    for (length, start), angle in angles.items():
+        assert scores.runs["angular"][length - 1][start] == pytest.approx(angle, abs=2e-6)
+
+
+def test_last_layer_is_measured_before_the_final_norm() -> None:
+    model = tiny_model("llama")
+    gain = model.get_parameter("model.norm.weight")
+    gain.data = torch.linspace(-3, 3, len(gain))  # makes the two states point elsewhere
+    last = measure(model).layers["block_influence"][-1]
+    after_norm = []
+    for document in documents(ROWS):
+        with torch.no_grad():
+            states = model(document, output_hidden_states=True).hidden_states
+        after_norm += (1 - torch.cosine_similarity(states[-2][0], states[-1][0], dim=-1)).tolist()
+    assert abs(sum(after_norm) / len(after_norm) - last) > 0.1
+    assert last == pytest.approx(reference(model, ROWS)[0][-1], abs=2e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_scores_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    model = tiny_model("gemma3")
+    assert_close(measure(model), measure(model, batch_size=batch_size), 1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_padding_changes_no_score(kind: str, side: str) -> None:
+    model = tiny_model(kind)
+    width, padding = ROWS.input_ids_NS.shape[1], 6
+    amounts = torch.tensor([0, 2, 6, 3, 1])
+    ids = torch.full(
+        (len(ROWS), width + padding), 5
+    )  # no padding token: its states are all zero and hide a forgotten mask
+    positions = torch.full_like(ids, 17)
+    mask = torch.zeros_like(ids)
+    for row, amount in enumerate(amounts.tolist()):
+        start = amount if side == "left" else 0
+        ids[row, start : start + width] = ROWS.input_ids_NS[row]
+        positions[row, start : start + width] = ROWS.position_ids_NS[row]
+        if side == "right":  # the padding looks like more of the last document
+            positions[row, width:] = ROWS.position_ids_NS[row, -1] + 1 + torch.arange(padding)
+        mask[row, start : start + width] = 1
+    scores = measure(model, PackedRows(ids, positions), attention_mask_NS=mask)
+    assert_close(measure(model), scores, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_do_nothing_score_exactly_zero(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    for layer in decoder_layers(model):
+        for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+            layer.get_parameter(name).data.zero_()
+    scores = measure(model)
+    assert scores.layers["block_influence"] == (0.0,) * NUM_LAYERS
+    assert all(value == pytest.approx(0, abs=1e-7) for row in scores.runs["angular"] for value in row)
+
+
+def test_bfloat16_scores_are_finite_and_near_the_reference() -> None:
+    model = tiny_model("qwen3", dtype=torch.bfloat16)
+    influence, _ = reference(model, ROWS)
+    assert measure(model).layers["block_influence"] == pytest.approx(influence, abs=0.01)
+
+
+def test_zero_states_count_as_unchanged() -> None:
+    model = tiny_model("llama")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert measure(model).layers["block_influence"] == (0.0,) * NUM_LAYERS
+
+
+def test_the_output_head_is_never_run_and_hooks_are_gone() -> None:
+    model = tiny_model("llama")
+    calls = []
+    model.get_submodule("lm_head").register_forward_hook(lambda *_: calls.append(1))
+    measure(model)
+    assert calls == []
+    assert not any(layer._forward_hooks for layer in decoder_layers(model))
+
+
+def test_one_metric_alone_gives_the_same_scores() -> None:
+    model = tiny_model("llama")
+    both = measure(model)
+    for name in ALL:
+        scores = measure_importance(model, ROWS, metrics=[name], batch_size=2)
+        assert {**scores.layers, **scores.runs}[name] == {**both.layers, **both.runs}[name]
+        assert [METRICS[name].yields] == [kind for kind in ("layers", "runs") if getattr(scores, kind)]
+
+
+def first_rows(count: int) -> PackedRows:
+    return PackedRows(ROWS.input_ids_NS[:count], ROWS.position_ids_NS[:count])
+
+
+def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> None:
+    with in_group(rank, world_size, folder):
+        torch.save(measure(tiny_model("llama"), first_rows(num_rows)).__dict__, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
+def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
+    spawn(_measure_on_rank, (2, str(tmp_path), num_rows), nprocs=2)
+    first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
+    assert first == second
+    assert_close(first, measure(tiny_model("llama"), first_rows(num_rows)), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (["block_influense"], r"'block_influense' is no metric; did you mean 'block_influence'\?"),
+        (["xyz"], r"'xyz' is no metric; there is block_influence, angular"),
+        ([], r"measure.metrics: is empty; name at least one of block_influence, angular"),
+    ],
+)
+def test_unknown_metrics_are_refused(metrics: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measure_importance(tiny_model("llama"), ROWS, metrics=metrics, batch_size=2)
+
+
+def test_rows_without_a_token_are_refused() -> None:
+    empty = torch.zeros(0, 4, dtype=torch.long)
+    with pytest.raises(UserError, match=r"there is no token to measure on"):
+        measure(tiny_model("llama"), PackedRows(empty, empty))
+    with pytest.raises(UserError, match=r"there is no token to measure on"):
+        measure(tiny_model("llama"), attention_mask_NS=torch.zeros_like(ROWS.input_ids_NS))
+
+
+@pytest.mark.parametrize("metric", HIDDEN_METRICS)
+def test_states_that_overflow_are_refused_by_layer_and_batch(metric: str) -> None:
+    model = tiny_model("llama")
+    model.get_parameter("model.embed_tokens.weight").data[77] = torch.nan
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data[:, 0] = torch.inf
+    fine = PackedRows(ROWS.input_ids_NS.masked_fill(ROWS.input_ids_NS == 77, 5), ROWS.position_ids_NS)
+    message = r"measure: the output of layer 3 is not finite \(NaN or infinite\) in batch 0 \(row 0 of the calibration"
+    with pytest.raises(UserError, match=message):
+        measure_importance(model, fine, metrics=[metric], batch_size=2)
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").data.fill_(0)
+    fine.input_ids_NS[4, 3] = 77
+    message = r"the input of layer 0 is not finite .* in batch 2 \(row 4 .* torch.float32, .* set dtype: bfloat16"
+    with pytest.raises(UserError, match=message):
+        measure_importance(model, fine, metrics=[metric], batch_size=2)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "bloom", "opt"])
+def test_documents_of_a_row_stay_apart_where_a_family_forgets_their_positions(family: str) -> None:
+    model = tiny_architecture(family)
+    rows = packed([[8, 12], [8, 12]])
+    ids = rows.input_ids_NS % 90
+    exchanged = torch.cat([ids.flip(0)[:, :8], ids[:, 8:]], 1)
+    metrics = ("block_influence", "taylor", "single_drop_perplexity")
+    one, two = (
+        measure_importance(model, PackedRows(tokens, rows.position_ids_NS), metrics=metrics, batch_size=2)
+        for tokens in (ids, exchanged)
+    )
+    for metric in metrics:
+        assert one.layers[metric] == pytest.approx(two.layers[metric], rel=1e-4, abs=1e-6)

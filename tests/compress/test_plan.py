@@ -1,0 +1,468 @@
+"""How layers are chosen, and which choices are refused."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sweep_results import LOST, NUM_ITEMS, atlas, right, task
+from sweep_results import importance as swept_importance
+
+from shoal.artifacts.artifact import Importance, Provenance
+from shoal.artifacts.importance import Removal, Unit
+from shoal.compress.plan import Choice, check_choice, choose_changes
+from shoal.compress.sweeps.atlas import build_atlas
+from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
+from shoal.compress.sweeps.table import sweep_table
+from shoal.errors import UserError
+from shoal.recipe.edits import Merge, SkipAttention, SkipMlp
+from shoal.recipe.recipe import Prune, parse_recipe
+
+NUM_LAYERS = 6
+INFLUENCE = (0.9, 0.2, 0.1, 0.3, 0.1, 0.05)
+
+
+def importance(num_layers: int = NUM_LAYERS, **runs: Any) -> Importance:
+    """Angular scores that make the run starting at layer 2 the cheapest unprotected one, and the tail cheaper still."""
+    angular = tuple(
+        tuple(
+            0.01 if start + length == num_layers else abs(start - 2) + 0.1 for start in range(num_layers - length + 1)
+        )
+        for length in range(1, num_layers + 1)
+    )
+    return Importance(
+        Provenance({}), num_layers, 100, {"block_influence": INFLUENCE[:num_layers]}, {"angular": angular, **runs}
+    )
+
+
+def choose(scores: Importance | None = None, **prune: Any) -> tuple[tuple[int, ...], str]:
+    choice = choose_changes(Prune(**prune), num_layers=NUM_LAYERS, importance=scores)
+    return choice.drop, choice.reason
+
+
+def test_explicit_list_is_sorted_and_needs_no_importance() -> None:
+    assert choose(drop=(4, 1)) == ((1, 4), "2 of 6 layers named in the recipe")
+
+
+def test_explicit_list_overrides_the_default_protection_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    drop, reason = choose(drop=(5, 0))
+    assert drop == (0, 5)
+    assert reason.endswith("among them layers 0, 5, which an automatic choice would protect")
+    assert "layers 0, 5" in caplog.text
+
+
+def test_lowest_scores_go_first_and_equal_ones_by_lower_index() -> None:
+    drop, reason = choose(importance(), num_drop=1)
+    assert drop == (2,)
+    assert choose(importance(), num_drop=3)[0] == (1, 2, 4)
+    assert reason == "the 1 of 6 layers with the lowest block_influence (0.1 to 0.1); layers 0, 5 protected"
+
+
+def test_protected_layers_stay_and_may_be_counted_from_the_end() -> None:
+    assert choose(importance(), num_drop=2, protect=())[0] == (2, 5)
+    assert choose(importance(), num_drop=2, protect=(2, -2))[0] == (1, 5)
+
+
+@pytest.mark.parametrize(("ratio", "count"), [(0.2, 1), (0.34, 2), (0.5, 3)])
+def test_ratio_is_rounded_down(ratio: float, count: int) -> None:
+    assert len(choose(importance(), ratio=ratio)[0]) == count
+
+
+def test_ratio_is_not_rounded_down_by_floating_point() -> None:
+    scores = Importance(Provenance({}), 100, 1, {"block_influence": tuple(float(i) for i in range(100))}, {})
+    drop = choose_changes(Prune(ratio=0.29), num_layers=100, importance=scores).drop
+    assert len(drop) == 29
+
+
+def test_a_run_longer_than_was_measured_is_refused() -> None:
+    scores = importance(laco_acceptance=((0.1,) * NUM_LAYERS, (0.2,) * (NUM_LAYERS - 1)))
+    with pytest.raises(UserError, match=r"runs of up to 2 layers, but 3 are to go; set measure.num_drop: 3"):
+        choose(scores, num_drop=3, contiguous=True, metric="laco_acceptance", protect=())
+
+
+def test_contiguous_takes_the_cheapest_run_without_a_protected_layer() -> None:
+    drop, reason = choose(importance(), num_drop=2, contiguous=True)
+    assert drop == (2, 3)
+    assert reason == "the run of 2 of 6 layers with the lowest angular (0.1) of 3 possible; layers 0, 5 protected"
+    assert choose(importance(), num_drop=2, contiguous=True, protect=(2,))[0] == (4, 5)
+
+
+def test_a_metric_of_runs_can_choose_single_layers() -> None:
+    assert choose(importance(), num_drop=2, metric="angular")[0] == (1, 2)
+
+
+def test_importance_read_from_disk_gives_the_same_choice(tmp_path: Path) -> None:
+    importance().write(tmp_path / "importance.json")
+    loaded = Importance.read(tmp_path / "importance.json")
+    for prune in ({"num_drop": 3}, {"num_drop": 3, "contiguous": True}):
+        assert choose(loaded, **prune) == choose(importance(), **prune)
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"drop": ()}, r"prune.drop: is empty"),
+        ({"drop": (-1,)}, r"prune.drop: -1 is negative; .* the last one is 5"),
+        ({"drop": (6,)}, r"prune.drop: 6 is no layer of this model; its layers are 0..5"),
+        ({"drop": (2, 2)}, r"prune.drop: names layer 2 twice"),
+        ({"drop": tuple(range(6))}, r"prune.drop: names all 6 layers; keep at least one"),
+        ({"drop": (1, 2), "protect": (2,)}, r"names layer 2, which prune.protect=\[2\] forbids"),
+        ({"protect": (9,), "num_drop": 1}, r"prune.protect: 9 is no layer of this model"),
+        ({}, r"give prune.drop, prune.num_drop, prune.ratio or prune.edits"),
+        ({"ratio": 0.1}, r"prune.ratio=0.1: is less than one of 6 layers; give at least 0.167"),
+        ({"num_drop": 6}, r"prune.num_drop=6: would drop all 6 layers; drop at most 5"),
+        ({"num_drop": 5}, r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\]\)"),
+        (
+            {"num_drop": 4, "protect": (3,), "contiguous": True},
+            r"no run of 4 .* protected layers \[3\]; the longest has 3",
+        ),
+        ({"num_drop": 1, "metric": "block_influense"}, r"is not in importance.json; did you mean block_influence\?"),
+        ({"num_drop": 1, "metric": "xyz"}, r"it has angular or block_influence. To add it, name it in measure.metrics"),
+        (
+            {"num_drop": 1, "metric": "block_influence", "contiguous": True},
+            r"needs a metric of runs; use angular, or set",
+        ),
+    ],
+)
+def test_impossible_choice_is_refused(prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        choose(importance(), **prune)
+
+
+def test_automatic_choice_without_importance_is_refused() -> None:
+    with pytest.raises(UserError, match=r"needs importance.json; run `shoal measure` first"):
+        choose(num_drop=2)
+
+
+def test_importance_of_another_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"was measured on a model of 4 layers, this one has 6"):
+        choose(importance(4), num_drop=1)
+
+
+MERGE = Merge("merge", (2, 3))
+SKIP = SkipAttention("skip_attention", (1,))
+
+
+def test_layers_that_a_merge_takes_in_are_dropped_and_told() -> None:
+    assert choose(edits=(MERGE, SKIP)) == (
+        (3,),
+        "layers 2, 3 merged into one (laco); attention of layer 1 zeroed",
+    )
+    drop, reason = choose(drop=(5,), edits=(MERGE,))
+    assert drop == (3, 5)
+    assert (
+        reason
+        == "1 of 6 layers named in the recipe, among them layer 5, which an automatic choice would protect"
+        + ("; layers 2, 3 merged into one (laco)")
+    )
+
+
+def test_edited_layers_are_not_chosen_automatically() -> None:
+    assert choose(importance(), num_drop=2)[0] == (2, 4)
+    assert choose(importance(), num_drop=2, edits=(SkipAttention("skip_attention", (2,)),))[0] == (1, 4)
+    assert choose(importance(), num_drop=1, contiguous=True, edits=(MERGE,))[0] == (1, 3)
+
+
+def test_empty_drop_list_is_no_mistake_beside_edits() -> None:
+    assert choose(drop=(), edits=(SKIP,)) == ((), "attention of layer 1 zeroed")
+
+
+def test_edits_that_this_model_cannot_take_are_refused() -> None:
+    with pytest.raises(UserError, match=r"prune.edits.1: 6 is no layer of this model; its layers are 0..5"):
+        choose(edits=(SKIP, SkipAttention("skip_attention", (6,))))
+    with pytest.raises(UserError, match=r"drop and edits together remove all 6 layers"):
+        choose(drop=(0, 1, 2, 3, 4), edits=(Merge("merge", (4, 5)),))
+    check_choice(Prune(edits=(SKIP,)), num_layers=NUM_LAYERS)
+    with pytest.raises(UserError, match=r"1 is no layer"):
+        check_choice(Prune(edits=(SKIP,)), num_layers=1)
+
+
+# --- columns of a sweep -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def swept() -> Importance:
+    return swept_importance()
+
+
+def change(scores: Importance | None = None, **prune: Any) -> Choice:
+    return choose_changes(Prune(**prune), num_layers=NUM_LAYERS, importance=scores or swept())
+
+
+@pytest.mark.parametrize("metric", ["knowledge_continuation", "knowledge/continuation", "knowledge"])
+def test_a_swept_task_chooses_by_its_name_or_by_ability_and_protocol(metric: str) -> None:
+    choice = change(num_drop=3, metric=metric, protect=(0,))
+    assert choice.drop == (2, 3, 4)
+    assert choice.reason == f"the 3 of 6 layers with the lowest {metric} (0 to 0); layer 0 protected"
+
+
+def test_lower_is_better_columns_choose_what_raises_them_least() -> None:
+    assert change(num_drop=2, metric="language/rolling").drop == (1, 3)
+
+
+def test_two_abilities_choose_other_layers() -> None:
+    assert change(num_drop=4, metric="retrieval/continuation", protect=(0,)).drop == (1, 3, 4, 5)
+    assert change(num_drop=2, metric="retrieval/continuation", protect=(1, 3)).drop == (4, 5)
+    assert change(num_drop=2, metric="knowledge/continuation", protect=(1, 3)).drop == (2, 4)
+
+
+def test_a_name_of_several_columns_is_refused() -> None:
+    message = r"prune.metric=retrieval: retrieval could be retrieval_continuation or retrieval_generation .* mix them"
+    with pytest.raises(UserError, match=message):
+        change(num_drop=1, metric="retrieval")
+
+
+def test_a_name_that_was_not_swept_is_refused_with_the_closest_one() -> None:
+    with pytest.raises(UserError, match=r"prune.metric=knowledge/generation: .* did you mean knowledge/continuation"):
+        change(num_drop=1, metric="knowledge/generation")
+    with pytest.raises(UserError, match=r"prune.weights.blok_influence: .* did you mean block_influence\?"):
+        change(num_drop=1, weights={"blok_influence": 1.0})
+    with pytest.raises(UserError, match=r"a task: in measure.sweep.tasks\) and measure again"):
+        change(num_drop=1, metric="zzz")
+    with pytest.raises(UserError, match=r"prune.spare: retreival: .* did you mean retrieval\?"):
+        change(num_drop=1, spare=("retreival",))
+    with pytest.raises(UserError, match=r"prune.spare: block_influence: .* name it in measure.sweep.tasks and measure"):
+        change(num_drop=1, spare=("block_influence",))
+
+
+def test_swept_columns_cannot_choose_runs() -> None:
+    for metric in ("knowledge_continuation", "sleb"):
+        with pytest.raises(UserError, match=rf"prune.metric={metric}: scores single layers, but prune.contiguous"):
+            change(num_drop=2, metric=metric, contiguous=True)
+
+
+def test_a_task_without_signal_warns(caplog: pytest.LogCaptureFixture) -> None:
+    made = task(right(0.3), "reasoning_continuation")
+    scores = replace(swept(), atlas=build_atlas([made], [[made]] * NUM_LAYERS))
+    change(scores, num_drop=1, metric="reasoning")
+    assert "reasoning_continuation says little about layers: the intact model is not clear of chance" in caplog.text
+
+
+def test_weights_mix_ranks() -> None:
+    """block_influence ranks 1 2 5 4 3 from layer 1 on (0.2 apart with 0 for the lowest); knowledge ties 2, 3 and 4."""
+    influence = {1: 0.0, 2: 0.2, 5: 0.4, 4: 0.6, 3: 0.8, 0: 1.0}
+    knowledge = {2: 0.2, 3: 0.2, 4: 0.2, 1: 0.6, 5: 0.8, 0: 1.0}
+    mixed = {layer: 0.75 * influence[layer] + 0.25 * knowledge[layer] for layer in range(1, 6)}
+    expected = sorted(mixed, key=lambda layer: mixed[layer])
+    for count in range(1, 5):
+        choice = change(num_drop=count, weights={"block_influence": 3.0, "knowledge": 1.0}, protect=(0,))
+        assert choice.drop == tuple(sorted(expected[:count]))
+        assert "lowest mean rank of 0.75 block_influence + 0.25 knowledge (" in choice.reason
+
+
+def test_a_mix_can_hold_metrics_of_runs_and_orders_of_layers() -> None:
+    assert change(num_drop=1, weights={"angular": 1.0}, protect=()).drop == (0,)
+    assert change(num_drop=3, weights={"sleb": 1.0}, protect=()).drop == (0, 1, 3)
+    with pytest.raises(UserError, match="block_pruner is an order of attention units, which has no scores of layers"):
+        change(num_drop=1, weights={"block_pruner": 1.0})
+
+
+# --- greedy orders ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_removals_of_an_order_go() -> None:
+    choice = change(num_drop=2, metric="sleb", protect=())
+    assert (choice.drop, choice.edits) == ((0, 3), ())
+    assert choice.reason == "the first 2 of 6 layers of the order of sleb (4 without them)"
+
+
+def test_protected_layers_of_an_order_are_passed_over_and_told() -> None:
+    choice = change(num_drop=2, metric="sleb")
+    assert choice.drop == (1, 3)
+    assert choice.reason == (
+        "the first 2 of 6 layers of the order of sleb that may go (1 passed over); layers 0, 5 protected"
+    )
+
+
+def test_an_order_that_is_too_short_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"has 3 layers that are not protected \(\[0, 5\]\), 4 are needed; raise measure.num"
+    ):
+        change(num_drop=4, metric="sleb")
+    with pytest.raises(UserError, match=r"has 4 halves that are not protected .*, 6 are needed"):
+        change(num_drop=3, metric="block_pruner")
+
+
+def test_halves_become_edits_and_two_halves_of_one_layer_a_drop() -> None:
+    choice = change(num_drop=2, metric="block_pruner", protect=())
+    assert choice.drop == (3,)
+    assert choice.edits == (SkipMlp("skip_mlp", (0, 1)),)
+    choice = change(num_drop=2, metric="block_pruner")
+    assert (choice.drop, choice.edits) == (
+        (3,),
+        (SkipAttention("skip_attention", (2,)), SkipMlp("skip_mlp", (1,))),
+    )
+    assert choice.reason.startswith("the first 4 halves of the order of block_pruner that may go (1 passed over)")
+    assert choice.reason.endswith("; attention of layer 2 zeroed; MLP of layer 1 zeroed")
+
+
+def test_halves_stand_beside_the_edits_of_the_recipe() -> None:
+    choice = change(num_drop=1, metric="block_pruner", protect=(), edits=(SKIP,))
+    assert choice.edits == (SKIP, SkipAttention("skip_attention", (3,)), SkipMlp("skip_mlp", (0,)))
+
+
+def test_orders_of_other_units_make_no_plan() -> None:
+    heads = tuple(Removal(Unit((layer,), "head", 0), 0.0) for layer in range(4))
+    runs = (Removal(Unit((1, 2)), 0.0),)
+    mixed = (Removal(Unit((1,)), 0.0), Removal(Unit((2,), "mlp"), 0.0))
+    for order, part in ((heads, "head"), (runs, "layer"), (mixed, "layer, mlp")):
+        scores = replace(swept(), orders={"x": order})
+        with pytest.raises(
+            UserError, match=f"prune.metric=x: is an order of {part} units, of which no plan can be made"
+        ):
+            change(scores, num_drop=1, metric="x")
+
+
+# --- what may not be spent ----------------------------------------------------------------------------------------
+
+
+def test_spared_abilities_keep_their_critical_layers() -> None:
+    """By block_influence the first to go are 1, 2, 5; retrieval needs 0 and 2, in writing also 4."""
+    assert change(num_drop=2, protect=()).drop == (1, 2)
+    choice = change(num_drop=2, protect=(), spare=("retrieval/continuation",))
+    assert choice.drop == (1, 5)
+    assert choice.reason.endswith("; layers 0, 2 protected; nothing significant spent on retrieval_continuation")
+    assert change(num_drop=3, protect=(), spare=("retrieval/continuation",)).drop == (1, 4, 5)
+    assert change(num_drop=3, protect=(), spare=("retrieval",)).drop == (1, 3, 5)
+    with pytest.raises(UserError, match=r"only 3 of 6 are not protected .* shorten prune.protect or prune.spare"):
+        change(num_drop=4, protect=(), spare=("retrieval",))
+
+
+def creeping() -> Importance:
+    """Each of layers 1 to 5 loses three other items of retrieval: none is critical alone, together they are."""
+    variants = []
+    for layer in range(NUM_LAYERS):
+        scores = right(0.8, 60) if layer == 0 else right(0.8)
+        scores[3 * layer : 3 * layer + 3] = 0.0
+        variants.append([task(scores)])
+    return replace(swept(), atlas=build_atlas([task(right(0.8))], variants))
+
+
+def test_losses_that_are_small_alone_may_not_add_up() -> None:
+    scores = creeping()
+    assert scores.atlas is not None
+    (column,) = scores.atlas.columns
+    assert column.critical == (0,)
+    assert joint_change(column, (1,)).high > 0 > joint_change(column, (1, 2, 3, 4)).high
+    with pytest.raises(UserError, match=r"only 1|only 2|only 3") as refused:
+        change(scores, num_drop=5, protect=(), spare=("retrieval",))
+    assert "can go without a significant loss on retrieval_continuation, by the sum of their single removals" in str(
+        refused.value
+    )
+    with pytest.raises(UserError, match="can go without a significant loss"):
+        change(scores, num_drop=4, protect=(), contiguous=True, spare=("retrieval",))
+    with pytest.raises(UserError, match="can go without a significant loss"):
+        change(
+            replace(scores, orders={"sleb": tuple(Removal(Unit((layer,)), 0.0) for layer in range(1, 6))}),
+            num_drop=5,
+            metric="sleb",
+            protect=(),
+            spare=("retrieval",),
+        )
+    assert change(scores, num_drop=1, protect=(), spare=("retrieval",)).drop == (1,)
+
+
+def test_cornerstone_layers_can_be_protected() -> None:
+    assert change(num_drop=1, metric="angular", protect=()).drop == (0,)
+    choice = change(num_drop=1, metric="angular", protect=("cornerstone",))
+    assert choice.drop == (1,)
+    assert choice.reason.endswith("; layer 0 protected")
+    with pytest.raises(UserError, match=r"prune.protect: cornerstone needs swept tasks, importance.json holds none"):
+        change(importance(), num_drop=1, protect=(0, "cornerstone"))
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"drop": [1], "weights": {"angular": 1}}, "prune.weights: has no effect beside prune.drop"),
+        ({"drop": [1], "spare": ["retrieval"]}, "prune.spare: has no effect beside prune.drop"),
+        ({"drop": [1], "protect": [0, "cornerstone"]}, "prune.protect: cornerstone has no effect beside prune.drop"),
+        (
+            {"weights": {"angular": 1}, "metric": "angular"},
+            "prune.weights: prune.metric is given too; give one of them",
+        ),
+        ({"weights": {"angular": 1}, "contiguous": True}, "prune.weights: mixes scores of single layers"),
+        ({"weights": {"angular": 0}}, r"prune.weights: must be greater than 0 \(got 0\)"),
+        ({"protect": ["keystone"]}, r"prune.protect.0: must be .*'cornerstone' \(got 'keystone'\)"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_recipe({"model": "m", "run_dir": "r", "prune": prune})
+
+
+def test_a_recipe_can_protect_numbers_and_cornerstones() -> None:
+    prune = parse_recipe({"model": "m", "run_dir": "r", "prune": {"protect": [0, -1, "cornerstone"]}}).prune
+    assert prune.protect == (0, -1, "cornerstone")
+    check_choice(Prune(num_drop=1, protect=prune.protect), num_layers=NUM_LAYERS)
+
+
+# --- what a plan costs --------------------------------------------------------------------------------------------
+
+
+def test_joint_change_is_the_sum_with_the_interval_of_correlated_changes() -> None:
+    column = atlas().columns[1]
+    drop = (2, 4)
+    found = joint_change(column, drop)
+    changes = [column.effects[layer].change for layer in drop]
+    assert found.value == pytest.approx(-(30 + 25) / NUM_ITEMS)
+    lost = np.array([[i < LOST[column.task][layer] for i in range(NUM_ITEMS)] for layer in drop], dtype=float)
+    rho = np.corrcoef(lost)[0, 1]
+    down, up = [c.value - c.low for c in changes], [c.high - c.value for c in changes]
+    assert found.low == pytest.approx(
+        found.value - np.sqrt(down[0] ** 2 + down[1] ** 2 + 2 * rho * down[0] * down[1]), abs=1e-4
+    )
+    assert found.high == pytest.approx(
+        found.value + np.sqrt(up[0] ** 2 + up[1] ** 2 + 2 * rho * up[0] * up[1]), abs=1e-4
+    )
+    alone = joint_change(column, (2,))
+    assert (alone.low, alone.high) == pytest.approx((changes[0].low, changes[0].high))
+
+
+def test_expected_sacrifice_names_every_column_and_the_critical_layers() -> None:
+    head, *lines = expected_sacrifice(swept(), (2, 3))
+    assert head.startswith(
+        "expected sacrifice before any distillation, added up over removals of single layers (a rough"
+    )
+    assert lines[0].startswith("  retrieval_continuation (continuation): 80.0 % -> 42.5 %, −37.5 points [−")
+    assert lines[0].endswith("n = 80; critical here: layer 2")
+    assert lines[2].startswith("  knowledge_continuation (continuation): 80.0 % -> 80.0 %, 0.0 points [")
+    assert lines[2].endswith("n = 80; no significant loss")
+    assert lines[3].startswith("  language_rolling (rolling): 2.500 -> 2.7")
+    assert " nats_per_token, +0.2" in lines[3]
+
+
+def test_expected_sacrifice_stays_between_nothing_and_everything() -> None:
+    line = expected_sacrifice(swept(), (0, 2, 4))[2]
+    assert "80.0 % -> 0.0 %, −143.8 points" in line
+
+
+def test_a_set_that_was_swept_is_told_as_measured() -> None:
+    cumulative = sweep_table(
+        "cumulative",
+        [Unit((3,)), Unit((3, 2))],
+        [task(right(0.8))],
+        [[task(right(0.8))], [task(right(0.8, 50))]],
+    )
+    scores = replace(swept(), sweeps={"cumulative": cumulative})
+    head, first, second, *_ = expected_sacrifice(scores, (2, 3))
+    assert head == "measured without exactly these layers, before any distillation:"
+    assert "80.0 % -> 17.5 %, −62.5 points" in first
+    assert "retrieval_generation" in second
+    assert "expected sacrifice" in expected_sacrifice(scores, (2, 4))[0]
+
+
+def test_what_is_not_known_is_said() -> None:
+    assert expected_sacrifice(importance(), (2,)) == (
+        "what this costs is not known: importance.json holds no swept task (measure.sweep.tasks)",
+    )
+    assert expected_sacrifice(swept(), ()) == ()
+    assert expected_sacrifice(swept(), (2,), (SKIP,))[-1] == "not counted: attention of layer 1 zeroed"
+    assert expected_sacrifice(swept(), (), (SKIP,)) == ("not counted: attention of layer 1 zeroed",)
+    made = task(right(0.3), "reasoning_continuation")
+    scores = replace(swept(), atlas=build_atlas([made], [[made]] * NUM_LAYERS))
+    assert "; no signal: the intact model is not clear of chance" in expected_sacrifice(scores, (2,))[1]

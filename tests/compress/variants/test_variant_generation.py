@@ -1,0 +1,121 @@
+"""Texts of variants written as rows of one batch, against each variant writing alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import KINDS, NUM_LAYERS, tiny_model
+
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.compress.variants import variant_generation
+from shoal.compress.variants.variant_generation import Limits, generate_variants
+from shoal.compress.variants.variants import INTACT, Edited, Masked, Silenced, Swapped, Variant, variant, without
+from shoal.inference.decoder import Decoder
+from shoal.inference.generation import generate_greedily
+from shoal.models.anatomy import decoder_layers
+
+VARIANTS = [
+    without([0]),
+    INTACT,
+    *(without([layer]) for layer in range(1, NUM_LAYERS)),
+    without([1, 4]),
+    variant("attention", [(2, Silenced("attention"))]),
+    variant("mlp", [(4, Silenced("mlp")), (1, Silenced("attention"))]),
+    variant("heads", [(5, Masked((1, 2))), (3, Masked((0,)))]),
+]
+VARIED: dict[str, Any] = {"initializer_range": 0.3}
+"""At which greedy text varies and equal texts mean something."""
+LIMITS = Limits(12, lambda tokens: tokens[-1] % 17 == 0)
+
+
+def prompts(*, shared: int, count: int = 4, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> list[int]:
+        return torch.randint(0, 250, (length,), generator=generator).tolist()
+
+    beginning = tokens(shared)
+    return [[*beginning, *tokens(2 + 4 * number)] for number in range(count)]
+
+
+def alone(edited: Edited, asked: Sequence[list[int]], one: Variant) -> list[list[int]]:
+    with edited.applied(one.edits):
+        return generate_greedily(
+            Decoder(edited.model), asked, max_new_tokens=LIMITS.max_new_tokens, is_finished=LIMITS.is_finished
+        )
+
+
+@pytest.fixture(params=[1, None], ids=["one token drafted", "all drafted"])
+def drafts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without drafts: a CPU reads only one token of them of its own accord."""
+    monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {"cpu": request.param})
+
+
+@pytest.mark.usefixtures("drafts")
+@pytest.mark.parametrize("shared", [0, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_variants_are_those_of_each_variant_alone(kind: str, shared: int) -> None:
+    edited = Edited(tiny_model(kind, **VARIED))
+    asked = prompts(shared=shared)
+    found = generate_variants(edited, Decoder(edited.model), asked, VARIANTS, LIMITS, batch_size=3)
+    assert [len(texts) for texts in found] == [len(asked)] * len(VARIANTS)
+    for one, texts in zip(VARIANTS, found, strict=True):
+        assert texts == alone(edited, asked, one), one.name
+    assert len({str(texts) for texts in found}) > len(VARIANTS) // 2
+    lengths = {len(text) for texts in found for text in texts}
+    assert len(lengths) > 2  # rows leave the batch at different times
+
+
+def test_texts_without_layers_are_those_that_transformers_writes_with_the_cut_model() -> None:
+    model = tiny_model("qwen3", **VARIED)
+    asked = prompts(shared=20)
+    drops = [(0,), (2,), (1, 4)]
+    limits = Limits(10, lambda _: False)
+    found = generate_variants(
+        Edited(model), Decoder(model), asked, [without(drop) for drop in drops], limits, batch_size=4
+    )
+    for drop, texts in zip(drops, found, strict=True):
+        cut = cut_model(model, drop)
+        for prompt, text in zip(asked, texts, strict=True):
+            written = cut.generate(  # pyright: ignore[reportCallIssue]
+                torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=-1
+            )
+            assert written[0, len(prompt) :].tolist() == text
+
+
+def test_swapped_layers_write_one_after_the_other() -> None:
+    edited = Edited(tiny_model("llama", **VARIED), tiny_model("llama", seed=1, **VARIED))
+    one = variant("swap", [(2, Swapped())])
+    asked = prompts(shared=0)
+    found = generate_variants(edited, Decoder(edited.model), asked, [one, INTACT], LIMITS, batch_size=2)
+    assert found == [alone(edited, asked, one), alone(edited, asked, INTACT)]
+    assert found[0] != found[1]
+
+
+def test_groups_of_variants_write_what_all_at_once_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    edited = Edited(tiny_model("llama", **VARIED))
+    arguments = (edited, Decoder(edited.model), prompts(shared=20), VARIANTS, LIMITS)
+    at_once = generate_variants(*arguments, batch_size=4)
+    monkeypatch.setattr(variant_generation, "CACHE_BYTES", 1 << 17)
+    assert variant_generation._group_size(arguments[1], prompts(shared=20), LIMITS) < 4
+    assert generate_variants(*arguments, batch_size=4) == at_once
+
+
+def test_a_variant_that_writes_the_intact_text_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", **VARIED)
+    with torch.no_grad():
+        for parameter in decoder_layers(model)[3].parameters():
+            parameter.zero_()  # so that nobody misses this layer
+    monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {})
+    edited, asked = Edited(model), prompts(shared=0)
+    decoded: list[int] = []
+    write = variant_generation.write
+    monkeypatch.setattr(variant_generation, "write", lambda *a, **k: decoded.append(1) or write(*a, **k))
+    found = generate_variants(edited, Decoder(model), asked, [without([3])], LIMITS, batch_size=4)
+    assert decoded == []
+    assert found[0] == alone(edited, asked, INTACT)
+    generate_variants(edited, Decoder(model), asked, [without([2])], LIMITS, batch_size=4)
+    assert decoded == [1]

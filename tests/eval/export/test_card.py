@@ -1,0 +1,226 @@
+"""The model card parses where it will be read, says what was done, and gives no machine's secrets or paths away."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from results import SKILL, evaluation, plan, training, write_quickstart, write_run
+
+from shoal.errors import UserError
+from shoal.eval.export.card import model_card
+from shoal.recipe.edits import SkipMlp, Swap
+
+
+def metadata(card: str) -> Any:
+    """The card's metadata as huggingface_hub reads it; its type there is narrower than what it returns."""
+    return ModelCard(card).data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", recipe={"export": {"hub_repo": "someone/shallow-model"}})
+
+
+def test_metadata_is_what_the_hub_parses(folder: Path) -> None:
+    data = metadata(model_card(folder))
+    assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert data.license == "apache-2.0"
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert "layer-pruning" in data.tags
+    assert data.model_name == "shallow-model"
+
+
+def test_model_index_holds_the_distilled_scores(folder: Path) -> None:
+    results = metadata(model_card(folder)).eval_results
+    tasks = evaluation("distilled").tasks
+    assert [(r.dataset_name, r.metric_value) for r in results] == [(t.task, round(t.score, 6)) for t in tasks]
+    by_name = {result.dataset_name: result for result in results}
+    assert by_name["retrieval_generation"].metric_type == "accuracy"
+    assert by_name["retrieval_generation"].metric_args["num_items"] == 100
+    assert by_name["python_docs_heldout"].metric_type == "nats_per_token"
+    assert len({result.unique_identifier for result in results}) == len(results)
+
+
+def test_every_result_keeps_its_own_interval_where_a_task_has_two_metrics(folder: Path) -> None:
+    whole = evaluation("distilled")
+    first = next(task for task in whole.tasks if task.task == "retrieval_continuation")
+    second = replace(first, metric="acc_norm", items=first.items[:50], n=50, score=0.52, ci_low=0.4, ci_high=0.6)
+    evaluation("distilled", (first, second)).write(folder / "eval" / "distilled.json")
+    found = {result.metric_name: result for result in metadata(model_card(folder)).eval_results}
+    for task in (first, second):
+        result = found[task.metric]
+        assert (result.dataset_config, result.metric_value) == ("continuation", round(task.score, 6))
+        assert result.metric_args["num_items"] == task.n
+        assert (result.metric_args["ci_low"], result.metric_args["ci_high"]) == pytest.approx(
+            (task.ci_low, task.ci_high)
+        )
+    assert found["acc"].metric_type == "accuracy"
+    assert found["acc_norm"].metric_type == "acc_norm"
+
+
+def test_model_index_says_what_the_base_model_scored_and_what_is_kept(folder: Path) -> None:
+    results = {result.dataset_name: result for result in metadata(model_card(folder)).eval_results}
+    about = results["retrieval_generation"].metric_args
+    scores = {role: next(t for t in evaluation(role).tasks if t.task == "retrieval_generation") for role in SKILL}
+    assert about["base_model_value"] == scores["teacher"].score
+    assert about["retention"] == pytest.approx(scores["distilled"].score / scores["teacher"].score, abs=1e-6)
+    assert about["retention_low"] < about["retention"] < about["retention_high"]
+    assert "retention" not in results["python_docs_heldout"].metric_args
+
+
+def test_metadata_names_base_model_relation_and_training_data(tmp_path: Path) -> None:
+    data = [{"path": "python_docs"}, {"path": "org/texts"}, {"path": "local/texts.jsonl"}, {"path": "/disk/mine"}]
+    distill = {"data": data, "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]}
+    card = model_card(write_run(tmp_path, recipe={"model": "org/base-8b", "distill": distill}))
+    found = metadata(card)
+    assert (found.base_model, found.base_model_relation, found.datasets) == ("org/base-8b", "finetune", ["org/texts"])
+    assert "Objective: forward kl and cross entropy" in card
+    assert "Distilled from the base model on 4,000 tokens in 20 steps" in card
+
+
+def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
+    card = model_card(folder)
+    for text in (
+        "Dropped layers (of the base model, counted from 0): 3 to 5",
+        "Scores with 95 % intervals",
+        "Distilled minus pruned, paired over the same items",
+        "### No signal here",
+        "## Read with care",
+        "## Speed and size",
+        'path = "someone/shallow-model"',
+        "## Intended use",
+        "## Limits",
+        "num_tokens: 200000",
+        "4,000 tokens",
+    ):
+        assert text in card
+    assert "figures/" not in card
+
+
+def test_card_opens_with_what_was_lost_and_what_came_back(tmp_path: Path) -> None:
+    card = model_card(write_quickstart(tmp_path)).replace("\\", "")
+    opening = card.split("## Before and after")[0]
+    assert "| retrieval, generated | 64 % [54, 73] | 22 % [15, 31] | 98 % [93, 99] |" in opening
+    assert "retrieval_generation" not in card.split("## Recipe")[0].split("\n---\n")[1]
+
+
+def test_card_shows_the_figures_that_exist(folder: Path) -> None:
+    (folder / "figures").mkdir()
+    for name in ("before_after", "importance", "training", "atlas"):
+        (folder / "figures" / f"{name}.png").write_bytes(b"png")
+    card = model_card(folder)
+    assert "(figures/before_after.png)" in card
+    assert "(figures/importance.png)" in card
+    assert "(figures/training.png)" in card
+    assert "figures/levels.png" not in card
+
+
+def test_license_comes_from_the_base_models_card(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: llama3\nlicense_link: https://x.test/l\n---\nhi\n"
+    )
+    folder = write_run(tmp_path / "run", recipe={"model": str(base)})
+    data = metadata(model_card(folder))
+    assert (data.license, data.license_name, data.license_link) == ("other", "llama3", "https://x.test/l")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert metadata(model_card(folder)).license == "mit"
+    assert metadata(model_card(folder, base_folder=base)).license == "mit"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Apache License\n   Version 2.0, January 2004", ("apache-2.0", None, None)),
+        ("                      MIT License\n\nCopyright", ("mit", None, None)),
+        ("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\nLlama 3.1 Version", ("llama3.1", None, None)),
+        ("Somebody's Own Terms", ("other", "license-of-the-base-model", "LICENSE.txt")),
+    ],
+)
+def test_license_comes_from_the_base_models_file_where_its_card_says_nothing(
+    tmp_path: Path, text: str, expected: tuple[str | None, ...]
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlanguage: en\n---\n")
+    (base / "LICENSE.txt").write_text(text)
+    folder = write_run(tmp_path / "run", recipe={"model": str(base)})
+    (folder / "distilled").mkdir()
+    (folder / "distilled" / "LICENSE.txt").write_text(text)
+    card = model_card(folder)
+    data = metadata(card)
+    assert (data.license, data.get("license_name"), data.get("license_link")) == expected
+    assert "taken over from the file LICENSE.txt that came with the base model; its text is in LICENSE.txt." in card
+
+
+def test_a_license_link_of_the_base_card_that_did_not_come_along_becomes_an_address(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", recipe={"model": "org/base"})
+    base = tmp_path / "snapshot"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+    assert metadata(model_card(folder, base_folder=base)).license_link == (
+        "https://huggingface.co/org/base/blob/main/LICENSE"
+    )
+    (folder / "distilled").mkdir()
+    (folder / "distilled" / "LICENSE").write_text("terms")
+    assert metadata(model_card(folder, base_folder=base)).license_link == "LICENSE"
+
+
+@pytest.mark.parametrize("readme", [None, "no metadata at all", "---\nlicense: [unclosed\n---\n"])
+def test_unknown_license_is_called_other_and_said(tmp_path: Path, readme: str | None) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    if readme is not None:
+        (base / "README.md").write_text(readme)
+    card = model_card(write_run(tmp_path / "run", recipe={"model": str(base)}))
+    assert metadata(card).license == "other"
+    assert "carried no license statement" in card
+
+
+def test_a_local_base_model_keeps_its_path_to_itself(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    data = [{"path": str(tmp_path / "texts")}]
+    recipe = {"model": str(base), "run_dir": str(tmp_path / "run"), "distill": {"data": data}}
+    folder = write_run(tmp_path / "run", recipe=recipe)
+    replace(training(), data={"sources": {str(tmp_path / "texts"): {"tokens": 5}}}).write(folder / "distill.json")
+    card = model_card(folder)
+    assert "Text: .../texts" in card
+    assert str(tmp_path) not in card
+    assert metadata(card).base_model is None
+
+
+def test_card_gives_no_secret_away(tmp_path: Path) -> None:
+    secret = "hf_" + "q" * 34
+    folder = write_run(tmp_path, recipe={"distill": {"trainer": {"api_token": secret, "run": secret}}})
+    assert secret not in model_card(folder)
+
+
+def test_card_of_a_cut_model_without_evaluation_says_so(tmp_path: Path) -> None:
+    plan().write(tmp_path / "plan.json")
+    card = model_card(tmp_path)
+    assert "Nothing was evaluated" in card
+    assert "It was not trained after the cut" in card
+    assert metadata(card).eval_results is None
+
+
+def test_card_tells_edits_and_no_path_of_a_donor(tmp_path: Path) -> None:
+    edits = (SkipMlp("skip_mlp", (3,)), Swap("swap", (5,), f"{tmp_path}/donor"))
+    plan((), edits).write(tmp_path / "plan.json")
+    card = model_card(tmp_path)
+    assert "Edited: MLP of layer 3 zeroed" in card
+    assert "Edited: layer 5 swapped with donor at weight 1" in card
+    assert "Dropped layers" not in card
+    assert str(tmp_path) not in card
+
+
+def test_card_needs_a_plan(tmp_path: Path) -> None:
+    evaluation("teacher").write(tmp_path / "eval" / "teacher.json")
+    with pytest.raises(UserError, match=r"plan\.json: no such file"):
+        model_card(tmp_path)

@@ -1,0 +1,338 @@
+"""The push against a stub of the Hub's HTTP API on loopback: what arrives, what is resent, what a failure says."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard, constants, get_session
+from results import evaluation, write_run
+
+from shoal.errors import UserError
+from shoal.eval.export.card import model_card
+from shoal.eval.export.hub import push
+
+TOKEN = "hf_" + "t" * 34
+REPO = "someone/shallow"
+WEIGHTS = b"w" * 4000
+CARD = "---\nlicense: mit\n---\n# card\n"
+
+
+class Hub(ThreadingHTTPServer):
+    """Holds one repository: files by path, large objects by content hash."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.files: dict[str, str] = {}
+        self.small: dict[str, bytes] = {}
+        self.objects: dict[str, bytes] = {}
+        self.uploads: list[str] = []
+        self.created: list[dict[str, Any]] = []
+        self.validated: list[str] = []
+        self.commits = 0
+        self.fail: dict[str, int] = {}
+        """Part of a path -> status with which it is answered."""
+        self.silent = ""
+        """A path with this in it is never answered."""
+        self.ended = threading.Event()
+        self.fault_budget = 10**6
+        """How many faults are served before the Hub is well again."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.refused():
+            return
+        path = self.path.split("?")[0]
+        if path == "/api/repos/create":
+            self.server.created.append(json.loads(body))
+            self.answer({"url": f"{self.server.url}/{REPO}"})
+        elif path == "/api/validate-yaml":
+            self.server.validated.append(json.loads(body)["content"])
+            self.answer({"errors": [], "warnings": []})
+        elif path == f"/api/models/{REPO}/preupload/main":
+            self.answer({"files": [self.upload_mode(file) for file in json.loads(body)["files"]]})
+        elif path == f"/{REPO}.git/info/lfs/objects/batch":
+            self.answer({"transfer": "basic", "objects": [self.lfs_action(o) for o in json.loads(body)["objects"]]})
+        elif path == f"/api/models/{REPO}/commit/main":
+            self.commit([json.loads(line) for line in body.splitlines()])
+            self.answer({"commitUrl": f"{self.server.url}/{REPO}/commit/1", "commitOid": "1" * 40})
+        else:
+            self.answer({"error": f"the stub has no {self.path}"}, 418)
+
+    def do_PUT(self) -> None:
+        length = self.headers.get("Content-Length")
+        content = self.rfile.read(int(length)) if length else b"".join(self.chunks())
+        if self.refused():
+            return
+        oid = self.path.removeprefix("/objects/")
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.server.objects[oid] = content
+        self.server.uploads.append(oid)
+        self.answer({})
+
+    def do_GET(self) -> None:
+        if not self.refused():
+            self.answer({"id": REPO, "sha": "1" * 40, "siblings": [], "tags": [], "downloads": 0, "private": True})
+
+    def chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def upload_mode(self, file: dict[str, Any]) -> dict[str, Any]:
+        mode = "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular"
+        return {
+            "path": file["path"],
+            "uploadMode": mode,
+            "shouldIgnore": False,
+            "oid": self.server.files.get(file["path"]),
+        }
+
+    def lfs_action(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        if wanted["oid"] in self.server.objects:
+            return wanted
+        return wanted | {"actions": {"upload": {"href": f"{self.server.url}/objects/{wanted['oid']}"}}}
+
+    def commit(self, lines: list[dict[str, Any]]) -> None:
+        self.server.commits += 1
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "lfsFile":
+                assert value["oid"] in self.server.objects
+                self.server.files[value["path"]] = value["oid"]
+            elif line["key"] == "file":
+                content = base64.b64decode(value["content"])
+                self.server.small[value["path"]] = content
+                blob = b"blob %d\0" % len(content) + content
+                self.server.files[value["path"]] = hashlib.sha1(blob).hexdigest()
+
+    def refused(self) -> bool:
+        # the storage behind the Hub is addressed by signed links and must not be shown the token
+        expected = None if self.path.startswith("/objects/") else f"Bearer {TOKEN}"
+        if self.server.silent and self.server.silent in self.path:
+            self.server.ended.wait(60)
+            return True
+        if self.headers.get("Authorization") != expected:
+            self.answer({"error": "bad token"}, 401)
+            return True
+        for part, status in self.server.fail.items():
+            if part in self.path and self.server.fault_budget > 0:
+                self.server.fault_budget -= 1
+                self.answer({"error": "broken on purpose"}, status)
+                return True
+        return False
+
+    def answer(self, body: dict[str, Any], status: int = 200) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    # Xet speaks a protocol of its own to servers of its own; without it everything goes through the HTTP API.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.ended.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """distilled/ with figures/ beside it, as a run leaves them."""
+    checkpoint = tmp_path / "distilled"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(WEIGHTS)
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    (figures / "before_after.png").write_bytes(b"png")
+    return checkpoint
+
+
+def is_whole(folder: Path) -> bool:
+    return (
+        (folder / "README.md").read_text() == CARD
+        and (folder / "figures" / "before_after.png").read_bytes() == b"png"
+        and (folder / "model.safetensors").read_bytes() == WEIGHTS
+        and not list(folder.rglob("*.tmp"))
+    )
+
+
+def send(folder: Path, hub: Hub, **options: Any) -> str:
+    return push(folder, CARD, REPO, private=True, endpoint=hub.url, **options)
+
+
+def test_push_sends_checkpoint_card_and_figures(folder: Path, hub: Hub) -> None:
+    assert send(folder, hub) == f"{hub.url}/{REPO}"
+    assert set(hub.files) == {"README.md", "config.json", "model.safetensors", "figures/before_after.png"}
+    assert hub.small["README.md"].decode() == CARD
+    assert hub.objects[hub.files["model.safetensors"]] == WEIGHTS
+    assert hub.created[0]["visibility"] == "private"
+    assert is_whole(folder)
+
+
+def test_the_card_of_a_run_arrives_so_that_its_results_can_be_read(tmp_path: Path, hub: Hub) -> None:
+    run = write_run(tmp_path / "run", recipe={"export": {"hub_repo": REPO}})
+    checkpoint = run / "distilled"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    push(checkpoint, model_card(run), REPO, private=True, endpoint=hub.url)
+    assert hub.small["README.md"] == (checkpoint / "README.md").read_bytes()
+    arrived: Any = ModelCard.load(checkpoint / "README.md").data
+    assert {result.dataset_name for result in arrived.eval_results} == {t.task for t in evaluation("distilled").tasks}
+    assert set(hub.validated) == {hub.small["README.md"].decode()}
+
+
+def test_a_public_push_asks_for_a_public_repository(folder: Path, hub: Hub) -> None:
+    push(folder, CARD, REPO, private=False, endpoint=hub.url)
+    assert hub.created[0]["visibility"] == "public"
+
+
+def test_pushing_again_sends_nothing_and_makes_no_commit(folder: Path, hub: Hub) -> None:
+    send(folder, hub)
+    before = (len(hub.uploads), hub.commits)
+    assert send(folder, hub) == f"{hub.url}/{REPO}"
+    assert (len(hub.uploads), hub.commits) == before
+
+
+@pytest.mark.parametrize("where", ["/commit/", "/objects/"])
+def test_a_failure_midway_leaves_a_whole_export_and_the_retry_sends_the_rest(
+    folder: Path, hub: Hub, where: str
+) -> None:
+    hub.fail = {where: 500}
+    with pytest.raises(UserError, match="HTTP status 500") as failure:
+        send(folder, hub)
+    assert f"The local export is complete at {folder}" in str(failure.value)
+    assert f"hf upload {REPO} {folder} . --private" in str(failure.value)
+    assert is_whole(folder)
+    assert not hub.files
+    arrived = set(hub.uploads)
+    assert len(arrived) == (2 if where == "/commit/" else 0)
+    hub.fail, hub.uploads = {}, []
+    send(folder, hub)
+    assert set(hub.files) == {"README.md", "config.json", "model.safetensors", "figures/before_after.png"}
+    assert not arrived & set(hub.uploads)
+
+
+def test_a_push_that_is_killed_goes_on_with_what_is_missing(folder: Path, hub: Hub) -> None:
+    hub.fail = {"/commit/": 503}  # waited out, so that the process can be killed after the objects have arrived
+    process = multiprocessing.get_context("fork").Process(target=send, args=(folder, hub))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(set(hub.uploads)) < 2:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not hub.files
+    arrived = set(hub.uploads)
+    hub.fail, hub.uploads = {}, []
+    send(folder, hub)
+    assert set(hub.files) == {"README.md", "config.json", "model.safetensors", "figures/before_after.png"}
+    assert not arrived & set(hub.uploads)
+    assert is_whole(folder)
+
+
+def test_a_passing_fault_is_waited_out(folder: Path, hub: Hub) -> None:
+    hub.fail, hub.fault_budget = {"/objects/": 503}, 2
+    send(folder, hub)
+    assert hub.objects[hub.files["model.safetensors"]] == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, "does not accept the token; run `hf auth login`"), (403, "may not write there")]
+)
+def test_a_refused_token_is_explained(folder: Path, hub: Hub, status: int, said: str) -> None:
+    hub.fail = {"/api/": status}
+    with pytest.raises(UserError, match=said):
+        send(folder, hub)
+    assert is_whole(folder)
+
+
+def test_a_wrong_token_is_never_shown(
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = "hf_" + "x" * 34
+    monkeypatch.setenv("HF_TOKEN", wrong)
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(UserError) as failure:
+        send(folder, hub)
+    assert wrong not in str(failure.value)
+    assert wrong not in caplog.text
+
+
+def test_no_token_says_how_to_log_in(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.eval.export.hub.get_token", lambda: None)
+    with pytest.raises(UserError, match="no Hugging Face token was found; run `hf auth login`"):
+        send(folder, hub)
+    assert is_whole(folder)
+    assert not hub.created
+
+
+def test_an_unreachable_hub_is_explained(folder: Path, hub: Hub) -> None:
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(UserError, match="cannot be reached") as failure:
+        send(folder, hub)
+    assert f"HF_ENDPOINT={hub.url} hf upload {REPO}" in str(failure.value)
+    assert is_whole(folder)
+
+
+@pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/objects/", "/commit/"])
+def test_a_hub_that_never_answers_is_given_up(
+    folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setattr("shoal.eval.export.hub.ANSWER_S", 0.3)
+    hub.silent = path
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"export to .*: the Hub .*push it again") as failure:
+        send(folder, hub)
+    assert time.monotonic() - began < 30
+    assert f"hf upload {REPO} {folder} . --private" in str(failure.value)
+    assert is_whole(folder)
+    assert get_session().timeout.read is None, "only the push is bounded"
+
+
+def test_a_bad_repository_name_is_explained(folder: Path, hub: Hub) -> None:
+    with pytest.raises(UserError, match="export to some--one/x"):
+        push(folder, CARD, "some--one/x", private=True, endpoint=hub.url)
+
+
+def test_a_folder_without_checkpoint_is_refused(tmp_path: Path, hub: Hub) -> None:
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        send(tmp_path, hub)
+    assert not hub.created

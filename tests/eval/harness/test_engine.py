@@ -1,0 +1,372 @@
+"""The engine gives the values of lm-eval's own transformers class, whatever way it takes to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from tiny import tiny_model, tiny_tokenizer, tokens_fed
+from transformers import LlamaConfig
+from transformers.cache_utils import DynamicLayer
+
+from shoal.errors import UserError
+from shoal.eval.harness.engine import CausalLM
+from shoal.inference import generation
+from shoal.inference.decoder import Decoder, branched
+from shoal.inference.generation import ROOM, RoomyLayer
+from shoal.inference.scoring import layouts
+
+KINDS = ("llama", "qwen2", "qwen3", "gemma3")
+CONTEXTS = [
+    "Question: which of these is a fruit?\nAnswer:",
+    "The capital of France is",
+    "A context that ends with spaces  ",
+    "x",
+    "",
+    "<s>Already with its start token:",
+]
+ROUNDINGS = 100
+"""Of float32 that may add up on the way to a logit: some ten in each of six layers, and those of the head."""
+OPTIONS = [" apple", " a stone", " b", " Übergröße", "!"]
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]  # pyright: ignore[reportArgumentType]
+
+
+def choices() -> list[Instance]:
+    pairs = [(context, option) for context in CONTEXTS for option in OPTIONS]
+    return instances("loglikelihood", [*pairs, *pairs[:3], ("single continuation", " only once")])
+
+
+def hflm(model: Any, batch_size: int = 3) -> Any:
+    """lm-eval's own class over a model in memory; its decorator hides its type."""
+    make: Any = HFLM
+    return make(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=batch_size)
+
+
+def reference(kind: str, **overrides: Any) -> Any:
+    return hflm(tiny_model(kind, **overrides))
+
+
+def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> None:
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    torch.testing.assert_close(
+        [value for value, _ in found], [value for value, _ in expected], atol=1e-4, rtol=ROUNDINGS * 2**-24
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_loglikelihood_equals_lm_evals_own(kind: str, batch_size: int) -> None:
+    found = CausalLM(tiny_model(kind), tiny_tokenizer(), batch_size).loglikelihood(choices())
+    assert_same(found, reference(kind).loglikelihood(choices(), disable_tqdm=True))
+
+
+@pytest.mark.parametrize("branch", [True, False])
+def test_a_context_of_white_space_is_as_an_empty_one_where_nothing_starts_a_text(branch: bool) -> None:
+    """lm-eval moves the white space to the continuation, and its own class cannot score what then has no context."""
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4, branch=branch)
+    others = [("a", "b c"), ("x", "y")]
+    found = lm.loglikelihood(instances("loglikelihood", [(" ", "the value"), *others, (" \n", "</s>a")]))
+    expected = reference("llama").loglikelihood(
+        instances("loglikelihood", [("", " the value"), *others, ("", " \n</s>a")])
+    )
+    assert_same(found, expected)
+
+
+def test_a_layout_takes_no_rows_without_a_context() -> None:
+    with pytest.raises(ValueError, match="a continuation is scored after at least one token"):
+        list(layouts(Decoder(tiny_model("llama")), [((1,), (2,)), ((), (2, 3))], batch_size=2))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_branching_changes_no_value(kind: str) -> None:
+    branching = CausalLM(tiny_model(kind), tiny_tokenizer(), 4)
+    assert branching._decoder.can_branch
+    whole = CausalLM(tiny_model(kind), tiny_tokenizer(), 5, branch=False)
+    assert_same(branching.loglikelihood(choices()), whole.loglikelihood(choices()))
+
+
+def test_greedy_continuation_is_recognised() -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
+    (text,) = lm.generate_until(instances("generate_until", [("abcdefgh", {"until": [], "max_gen_toks": 1})]))
+    text = text or "a"
+    found = lm.loglikelihood(instances("loglikelihood", [("abcdefgh", text), ("abcdefgh", "q"), ("abcdefgh", "zz")]))
+    assert [greedy for _, greedy in found].count(True) <= 1
+    assert_same(
+        found,
+        reference("llama").loglikelihood(
+            instances("loglikelihood", [("abcdefgh", text), ("abcdefgh", "q"), ("abcdefgh", "zz")]), disable_tqdm=True
+        ),
+    )
+
+
+def test_contexts_are_read_once_for_all_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
+    assert lm._decoder  # made when first used, with a few tokens of its own
+    fed = tokens_fed(monkeypatch)
+    lm.loglikelihood(instances("loglikelihood", [("c" * 100, " " + letter) for letter in "abcd"]))
+    assert sum(fed) <= 100 + 4 * 2
+
+
+def test_one_token_options_share_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
+    assert lm._decoder  # made when first used, with a few tokens of its own
+    shapes: list[tuple[int, ...]] = []
+    original = Decoder.hidden
+
+    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
+        shapes.append(tuple(input_ids_BS.shape))
+        return original(self, input_ids_BS, **settings)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    lm.loglikelihood(instances("loglikelihood", [("context", letter) for letter in "abcd"]))
+    assert shapes == [(1, 7)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_rolling_equals_lm_evals_own_over_several_windows(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    texts = [("A text longer than the model's positions. " * 4,), ("short",), ("Größe und Maß",)]
+    lm = CausalLM(tiny_model(kind, max_position_embeddings=32), tiny_tokenizer(), 4)
+    found = lm.loglikelihood_rolling(instances("loglikelihood_rolling", texts))
+    hf = reference(kind, max_position_embeddings=32)
+    expected = hf.loglikelihood_rolling(instances("loglikelihood_rolling", texts), disable_tqdm=True)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert "longer than the model's" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generated_text_equals_lm_evals_own(kind: str) -> None:
+    prompts = ["Once upon a time", "x", "A much longer prompt than the others, of many words", "<s>start", "1 2 3 4"]
+    settings = [{"until": ["e", "\n\n"], "max_gen_toks": 24}, {"until": ["\n"], "max_gen_toks": 9}]
+    requests = instances(
+        "generate_until", [(prompt, chosen) for chosen in settings for prompt in prompts[:3] + prompts[4:]]
+    )
+    lm = CausalLM(tiny_model(kind), tiny_tokenizer(), 4)
+    assert lm._is_plain_greedy({"do_sample": False})
+    found = lm.generate_until(requests)
+    assert found == reference(kind).generate_until(requests, disable_tqdm=True)
+    assert any(found)
+
+
+FEW_SHOT = "Question: what is red?\nAnswer: a rose\n\nQuestion: what is cold?\nAnswer: the ice\n\n"
+QUESTIONS = ["what is hot?", "what is a very long question about?", "who?", "what is hot and not cold?"]
+FURTHER_KINDS = ("gpt2", "bloom", "deepseek_v3", "gpt_oss", "gemma2")
+"""Learned and relative positions, latent attention, sinks and experts, soft caps."""
+
+
+def few_shot_prompts() -> list[str]:
+    return [f"{FEW_SHOT}Question: {question}\nAnswer:" for question in QUESTIONS]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *FURTHER_KINDS])
+def test_few_shot_prompts_equal_lm_evals_own(kind: str) -> None:
+    """Log-likelihoods and text, where the examples are read once for all questions."""
+    model = (
+        tiny_model(kind)
+        if kind in KINDS
+        else architectures.tiny_model(kind, vocab_size=272, max_position_embeddings=256)
+    )
+    lm, hf = CausalLM(model, tiny_tokenizer(), 3), hflm(model)
+    pairs = instances("loglikelihood", [(prompt, option) for prompt in few_shot_prompts() for option in OPTIONS])
+    assert_same(lm.loglikelihood(pairs), hf.loglikelihood(pairs, disable_tqdm=True))
+    requests = instances("generate_until", [(p, {"until": ["\n"], "max_gen_toks": 12}) for p in few_shot_prompts()])
+    assert lm.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
+
+
+def test_examples_are_read_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 2)
+    assert lm._decoder  # made when first used, with a few tokens of its own
+    fed = tokens_fed(monkeypatch)
+    lm.generate_until(instances("generate_until", [(p, {"until": [], "max_gen_toks": 1}) for p in few_shot_prompts()]))
+    beginning, longest = len(FEW_SHOT) + len("Question: wh"), max(map(len, QUESTIONS)) + len("\nAnswer:")
+    assert len(fed) == 3
+    assert sum(fed) < beginning + 4 * longest
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+def test_a_long_text_outgrows_the_room_behind_its_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "ROOM", 7)
+    prompts = ["Once upon a time", "x", "1 2 3 4"]
+    requests = instances("generate_until", [(p, {"until": [], "max_gen_toks": 20}) for p in prompts])
+    found = CausalLM(tiny_model(kind), tiny_tokenizer(), 4).generate_until(requests)
+    assert found == reference(kind).generate_until(requests, disable_tqdm=True)
+
+
+def test_a_cache_with_room_holds_what_a_plain_one_holds() -> None:
+    torch.manual_seed(0)
+    plain, roomy = DynamicLayer(), RoomyLayer(DynamicLayer())
+    for count in (5, 1, 1, ROOM, 1, 3):
+        new = torch.randn(3, 2, count, 4), torch.randn(3, 2, count, 6)
+        for one, other in zip(plain.update(*new), roomy.update(*new), strict=True):
+            assert torch.equal(one, other)
+        chosen = torch.tensor([2, 0, 1])
+        plain.batch_select_indices(chosen)
+        roomy.batch_select_indices(chosen)
+        assert roomy.get_seq_length() == plain.get_seq_length()
+    rooms = [room.data_ptr() for room in roomy._rooms]
+    roomy.update(torch.randn(3, 2, 1, 4), torch.randn(3, 2, 1, 6))
+    assert [room.data_ptr() for room in roomy._rooms] == rooms
+
+
+def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 8)
+    prompts = ["Once upon", "abc", "hello there", "1 2 3"]
+    free = lm.generate_until(instances("generate_until", [(p, {"until": [], "max_gen_toks": 12}) for p in prompts]))
+    stop = next(text[2] for text in free if len(text) > 3)
+    sizes: list[int] = []
+    original = Decoder.hidden
+
+    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
+        sizes.append(len(input_ids_BS))
+        return original(self, input_ids_BS, **settings)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    stopped = lm.generate_until(
+        instances("generate_until", [(p, {"until": [stop], "max_gen_toks": 12}) for p in prompts])
+    )
+    assert sizes[0] == 4
+    assert sizes[-1] < 4
+    assert stopped == [text.split(stop)[0] for text in free]
+
+
+def test_penalties_of_the_model_are_left_to_transformers() -> None:
+    model, hf = tiny_model("llama"), reference("llama")
+    for settings in (model.generation_config, hf.model.generation_config):
+        assert settings is not None
+        settings.repetition_penalty = 1.5
+    requests = instances(
+        "generate_until", [("abcabcabc", {"until": [], "max_gen_toks": 16}), ("x", {"until": [], "max_gen_toks": 16})]
+    )
+    lm = CausalLM(model, tiny_tokenizer(), 2)
+    assert not lm._is_plain_greedy({"do_sample": False, "temperature": 0.0})
+    assert lm.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
+
+
+def test_long_contexts_are_cut_from_the_left_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    pairs = [("c" * length, option) for length in (10, 60, 80) for option in (" yes", " maybe")]
+    lm = CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 4)
+    found = lm.loglikelihood(instances("loglikelihood", pairs))
+    hf = reference("llama", max_position_embeddings=32)
+    assert_same(found, hf.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True))
+    assert "4 of 6 requests are longer than the model's 32 positions" in caplog.text
+
+
+def test_long_prompts_are_cut_from_the_left_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    requests = instances(
+        "generate_until", [("p" * 70 + "q", {"until": [], "max_gen_toks": 8}), ("x", {"until": [], "max_gen_toks": 8})]
+    )
+    lm = CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 2)
+    found = lm.generate_until(requests)
+    assert found == reference("llama", max_position_embeddings=32).generate_until(requests, disable_tqdm=True)
+    assert "1 of 2 requests are longer than the model's 32 positions; the beginning of their prompt" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (lambda lm: lm.loglikelihood(instances("loglikelihood", [("c", "o" * 40)])), "an answer option has 40 tokens"),
+        (lambda lm: lm.loglikelihood(instances("loglikelihood", [("c", "")])), "empty continuation"),
+        (
+            lambda lm: lm.generate_until(instances("generate_until", [("c", {"until": [], "max_gen_toks": 32})])),
+            "asks for 32 new tokens",
+        ),
+    ],
+)
+def test_what_the_model_cannot_hold_is_refused(run: Any, message: str) -> None:
+    lm = CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 4)
+    with pytest.raises(UserError, match=message):
+        run(lm)
+
+
+def test_an_unknown_head_is_refused() -> None:
+    model = tiny_model("llama")
+    model.config.logit_scale = 3.0  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(UserError, match="LlamaForCausalLM: shoal does not know how this architecture"):
+        Decoder(model)
+
+
+def test_branched_cache_leaves_the_original_as_it_was() -> None:
+    decoder = Decoder(tiny_model("gemma3"))
+    cache = decoder.new_cache()
+    decoder.hidden(torch.arange(24).reshape(2, 12), cache=cache)
+    layers: list[Any] = cache.layers
+    before = [layer.keys.clone() for layer in layers]
+    branch = branched(cache, torch.tensor([1, 1, 0]))
+    decoder.hidden(torch.tensor([[5], [6], [7]]), cache=branch)
+    assert cache.get_seq_length() == 12
+    assert branch.get_seq_length() == 13
+    for layer, keys in zip(layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+
+
+def test_recurrent_models_get_full_forwards() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=272, hidden_size=16, num_hidden_layers=2, state_size=4, bos_token_id=256, eos_token_id=257
+    )
+    model = MambaForCausalLM(config).eval()
+    lm = CausalLM(model, tiny_tokenizer(), 4)
+    assert not lm._decoder.can_branch
+    hf = hflm(model, batch_size=1)
+    requests = choices()[:6]
+    assert_same(lm.loglikelihood(requests), hf.loglikelihood(requests, disable_tqdm=True))
+
+
+def test_chat_template_drops_a_system_turn_that_the_template_refuses() -> None:
+    tokenizer = tiny_tokenizer()
+    refuse = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{refuse}{{{{ m.content }}}}{{% endfor %}}"
+    lm = CausalLM(tiny_model("llama"), tokenizer, 1)
+    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    assert lm.apply_chat_template(turns) == "U"
+    assert CausalLM(tiny_model("llama"), tiny_tokenizer(), 1).apply_chat_template(turns[1:]) == "user: U\nassistant: "
+
+
+def test_llama_config_is_what_the_reference_reads() -> None:
+    """Guards the two tests above that rely on max_position_embeddings."""
+    assert isinstance(tiny_model("llama", max_position_embeddings=32).config, LlamaConfig)
+    assert CausalLM(tiny_model("llama", max_position_embeddings=32), tiny_tokenizer(), 1).max_length == 32
+
+
+def test_a_model_that_gives_no_numbers_is_refused_by_name() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = float("nan")
+    with pytest.raises(UserError, match=r"logits that are not finite in torch\.float32; set dtype"):
+        Decoder(model)
+
+
+def test_an_item_without_numbers_is_refused_and_not_kept() -> None:
+    """lm-eval would choose the first of options that are all NaN, and a cache would say so for good."""
+    model = tiny_model("llama", tie_word_embeddings=False)
+    lm = CausalLM(model, tiny_tokenizer(), 4)
+    model.get_parameter("model.embed_tokens.weight").data[lm.tok_encode("z", add_special_tokens=False)] = torch.nan
+    (finite,) = lm.loglikelihood(instances("loglikelihood", [("context", " a")]))
+    assert finite[0] < 0
+    with pytest.raises(UserError, match=r"no numbers in torch\.float32; set dtype"):
+        lm.loglikelihood(instances("loglikelihood", [("fuzz", " a"), ("fuzz", " b c")]))
+    assert len(lm.items) == 1
+
+
+def test_a_text_that_waited_for_others_ended_where_its_stop_string_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' generate writes every row on until the last one has met a stop string."""
+    asked = [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in ("Once upon a time", "x", "1 2 3 4")]
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
+    texts = lm.generate_until(instances("generate_until", asked))
+    stop = next(text for text in texts[0] if text not in texts[1])
+    asked = [(prompt, {"until": [stop], "max_gen_toks": 30}) for prompt, _ in asked]
+    expected = lm.generate_until(instances("generate_until", asked))
+    endings = {prompt: ending for (prompt, _), ending in lm.endings.items()}
+    other = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
+    monkeypatch.setattr(other, "_writes_greedily", lambda how: False)
+    assert other.generate_until(instances("generate_until", asked)) == expected
+    assert len({ending.num_tokens for ending in endings.values()}) > 1
+    assert {prompt: ending for (prompt, _), ending in other.endings.items()} == endings

@@ -1,0 +1,238 @@
+"""Answers are kept as they come in: what was stopped loses one batch, what is repeated computes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kept_answers import BATCH_SIZE, PROMPTS, asked, instances
+from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+
+from shoal.eval.evaluate import role_evaluation
+from shoal.eval.harness import item_cache
+from shoal.eval.harness.engine import CausalLM
+from shoal.eval.harness.item_cache import ItemCache, identity_of, key_of
+from shoal.inference.decoder import Decoder
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.recipe.recipe import Eval
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of every forward through a model's layers."""
+    rows: list[int] = []
+    original = Decoder.hidden
+
+    def counting(self: Decoder, input_ids_BS: torch.Tensor, **settings: Any) -> torch.Tensor:
+        rows.append(len(input_ids_BS))
+        return original(self, input_ids_BS, **settings)
+
+    monkeypatch.setattr(Decoder, "hidden", counting)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[Any, Any]:
+    return asked(None)
+
+
+def test_a_repeated_evaluation_computes_nothing(tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]) -> None:
+    assert asked(tmp_path) == expected
+    assert forwards
+    forwards.clear()
+    assert asked(tmp_path) == expected
+    assert not forwards
+
+
+def test_equal_requests_are_asked_once(forwards: list[int]) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), BATCH_SIZE)
+    first, second = lm.generate_until(instances("generate_until", [PROMPTS[0], PROMPTS[0]]))
+    assert first == second
+    assert max(forwards) == 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from kept_answers import asked
+from shoal.inference.decoder import Decoder
+
+left, original = int(sys.argv[2]), Decoder.hidden
+
+def dying(self, *args, **settings):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return original(self, *args, **settings)
+
+Decoder.hidden = dying
+asked(Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_evaluation_loses_at_most_one_batch(
+    tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]
+) -> None:
+    """24 options of 12 questions are three batches of three forwards, and so are 10 prompts of three tokens; one more
+    is the decoder's look at the model. It dies in the second batch of texts."""
+    asked(None)
+    whole = len(forwards)
+    assert whole == 1 + 3 * 3 + 3 * 3
+    died = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), "14"], cwd=Path(__file__).parents[4] / "support", check=False
+    )
+    assert died.returncode == -signal.SIGKILL
+    forwards.clear()
+    assert asked(tmp_path) == expected
+    assert len(forwards) == 1 + 2 * 3
+
+
+def test_a_torn_last_line_is_asked_again_and_nothing_else(
+    tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]
+) -> None:
+    asked(tmp_path)
+    (file,) = tmp_path.glob("*.jsonl")
+    whole = file.read_text()
+    file.write_text(whole[:-20])
+    forwards.clear()
+    assert asked(tmp_path) == expected
+    assert set(forwards) == {1}
+    assert len(forwards) == 1 + 3
+    forwards.clear()
+    assert asked(tmp_path) == expected
+    assert not forwards
+    assert sum(line.startswith('["') for line in file.read_text().splitlines()) == 24 + 10 + 1
+
+
+def test_bytes_that_a_disk_lost_are_skipped(tmp_path: Path) -> None:
+    ItemCache(tmp_path, "a").add(["one", "two"], [[-1.5, True], [-2.5, False]])
+    file = tmp_path / "a-0.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"-2.5", b"\xff\x00.5"))
+    found = ItemCache(tmp_path, "a")
+    assert (len(found), found["one"]) == (1, [-1.5, True])
+
+
+def test_ranks_keep_files_of_their_own_and_read_all(
+    tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]
+) -> None:
+    for rank in range(2):
+        asked(tmp_path, rank=rank, part=slice(rank, None, 2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama-0.jsonl", "llama-1.jsonl"]
+    forwards.clear()
+    for rank in range(3):  # also on another number of ranks
+        scores, texts = asked(tmp_path, rank=rank)
+        assert texts == expected[1]
+        assert [value for value, _ in scores] == pytest.approx([value for value, _ in expected[0]], abs=1e-5)
+    assert not forwards
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_values_come_back_bit_for_bit(tmp_path: Path) -> None:
+    values = [[0.1 + 0.2, True], [-math.inf, False], [1e-310, False], [5, 6, 7]]
+    keys = [key_of("score", index) for index in range(len(values))]
+    ItemCache(tmp_path, "a").add(keys, values)
+    again = ItemCache(tmp_path, "a")
+    assert [again[key] for key in keys] == values
+    assert again.missing([*keys, "new", "new"]) == [4]
+
+
+def test_answers_of_another_model_are_neither_used_nor_lost(tmp_path: Path, forwards: list[int]) -> None:
+    asked(tmp_path)
+    first = len(forwards)
+    asked(tmp_path, kind="qwen3")
+    assert len(forwards) == 2 * first
+    forwards.clear()
+    asked(tmp_path)
+    asked(tmp_path, kind="qwen3")
+    assert not forwards
+
+
+def test_a_file_whose_head_names_another_identity_is_begun_anew(tmp_path: Path) -> None:
+    ItemCache(tmp_path, "a", name="same").add(["k"], [1])
+    other = ItemCache(tmp_path, "b", name="same")
+    assert "k" not in other
+    other.add(["l"], [2])
+    assert [json.loads(line) for line in (tmp_path / "same-0.jsonl").read_text().splitlines()] == [
+        {"identity": "b"},
+        ["l", 2],
+    ]
+
+
+def test_everything_that_shapes_an_answer_is_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tiny_checkpoint(tmp_path / "m", "llama")
+    model = tiny_model("llama")
+    content = model_fingerprint(folder)
+    found = [identity_of(content, model)]
+    assert identity_of(model_fingerprint(folder), tiny_model("llama")) == found[0]
+
+    found.append(identity_of(model_fingerprint(tiny_checkpoint(tmp_path / "w", "llama", seed=1)), model))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    found.append(identity_of(model_fingerprint(folder), model))
+    found.append(identity_of(content, tiny_model("llama", dtype=torch.bfloat16)))
+    model.config._attn_implementation = "eager"
+    found.append(identity_of(content, model))
+    model.config._attn_implementation = "sdpa"
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = 65
+    found.append(identity_of(content, model))
+    monkeypatch.setattr(item_cache, "ENGINE", item_cache.ENGINE + 1)
+    found.append(identity_of(content, tiny_model("llama")))
+    assert len(set(found)) == len(found) == 7
+
+
+def test_a_role_asks_only_what_it_has_not_answered(
+    tmp_path: Path, forwards: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", "llama", max_position_embeddings=4096)
+    model = tiny_model("llama", max_position_embeddings=4096)
+    tasks = ("knowledge_continuation", "retrieval_generation")
+
+    def run(**changes: Any) -> Any:
+        settings = Eval(**{"tasks": tasks, "limit": 3, "perplexity_tokens": 300, "sequence_length": 128, **changes})
+        return role_evaluation(
+            "teacher",
+            model,
+            tiny_tokenizer(),
+            settings,
+            folder=folder,
+            inputs={"model": model_fingerprint(folder)},
+            seed=0,
+            items=tmp_path / "items",
+        )
+
+    first = run()
+    forwards.clear()
+    with caplog.at_level("INFO"):
+        again = run()
+    assert again.tasks == first.tasks
+    assert not forwards
+    assert first.num_kept == 0
+    assert again.num_kept == again.num_requests == first.num_requests > 3
+    assert "requests are answered already in" in caplog.text
+    more = run(tasks=(*tasks, "reasoning_worked"))  # another task, and another batch size: the others stay as they are
+    assert forwards
+    assert more.tasks[:2] == first.tasks[:2]
+    assert more.num_kept == first.num_requests < more.num_requests
+    forwards.clear()
+    run(tasks=(*tasks, "reasoning_worked"), batch_size=2)
+    assert not forwards
+
+
+def test_drawn_text_is_not_kept(tmp_path: Path, forwards: list[int]) -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), BATCH_SIZE, items=ItemCache(tmp_path, "a"))
+    settings = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
+    torch.manual_seed(0)
+    texts = lm.generate_until(instances("generate_until", [("x", settings)] * 8))
+    assert len(set(texts)) > 1
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,216 @@
+"""How written text fails: each rate by its definition, and the change between two models item by item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from tiny import tiny_model, tiny_tokenizer
+
+from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.errors import UserError
+from shoal.eval.harness import samples as scoring
+from shoal.eval.harness.engine import CausalLM, Ending, Writing
+from shoal.eval.harness.rates import answer_pattern, hold_answers, rate, rate_difference, text_rates, with_rates
+from shoal.eval.harness.samples import ending_key, task_score
+from shoal.eval.tasks.protocols import letter_match, match_stated
+from shoal.stats.intervals import newcombe_paired
+from shoal.stats.paired import mcnemar, paired
+
+
+def written(
+    texts: Sequence[str], *, lengths: Sequence[int] | None = None, cut: Sequence[bool] | None = None
+) -> TaskScore:
+    n = len(texts)
+    rates = text_rates(texts, hold_answers(texts, texts, ["Rome"]), lengths or [3] * n, cut or [False] * n)
+    items = tuple(
+        ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
+        for i, (text, found) in enumerate(zip(texts, rates, strict=True))
+    )
+    mean = float(np.mean([item.score for item in items]))
+    made = TaskScore("capitals", "knowledge", "generation", "match", mean, mean, mean, n, 0.0, True, "1", 0, items)
+    return with_rates(made)
+
+
+@pytest.mark.parametrize(
+    ("texts", "targets", "readable"),
+    [
+        (["", "  \n", "...", "Rome", "7"], ["Rome", "a b"], [0, 0, 0, 1, 1]),
+        (["The answer is 5.", "five", "", "x2"], ["#### 12", "3"], [1, 0, 0, 1]),
+        (["A", "(b)", "Apple", "D"], ["A", "B", "C"], [1, 1, 0, 0]),
+        (["a planet", "It is a planet.", "the answer is a", "I say B", "A\na planet"], ["A", "B"], [0, 0, 1, 1, 1]),
+    ],
+)
+def test_an_answer_is_something_of_the_kind_that_every_target_holds(
+    texts: list[str], targets: list[str], readable: list[int]
+) -> None:
+    assert [answer_pattern(targets).search(text) is not None for text in texts] == list(map(bool, readable))
+
+
+def test_rates_of_a_task_are_means_over_its_texts() -> None:
+    made = written(["Rome", "...", "Rome, " * 9, "Paris"], lengths=[1, 2, 30, 3], cut=[False, False, True, False])
+    assert made.rates == {"malformed": 0.25, "repetition": 0.25, "cut_off": 0.25, "mean_tokens": 9.0}
+    found = rate(made, "cut_off")
+    expected = stats.binomtest(1, 4).proportion_ci(method="wilson")
+    assert (found.value, found.ci_low, found.ci_high) == pytest.approx((0.25, expected.low, expected.high))
+    length = rate(made, "mean_tokens")
+    assert length.ci_low < 9.0 < length.ci_high
+
+
+def test_no_length_is_negative() -> None:
+    found = rate(written(["Rome"] * 4, lengths=[1, 1, 200, 1]), "mean_tokens")
+    assert found.ci_low == 0.0
+    assert found.ci_high > 100
+
+
+def test_a_text_of_which_the_tasks_filter_reads_nothing_is_malformed() -> None:
+    assert hold_answers(["I think 7", "7"], ["[invalid]", "7"], ["7"]) == [False, True]
+    (found,) = text_rates(["I think 7"], [False], [3], [False])
+    assert found == {"malformed": 1.0, "repetition": 0.0, "cut_off": 0.0, "tokens": 3.0}
+
+
+def test_scores_that_are_no_texts_have_no_rates() -> None:
+    made = written(["Rome", "Paris"])
+    likely = replace(made, items=tuple(replace(item, rates={}) for item in made.items), rates={})
+    assert with_rates(likely).rates == {}
+
+
+def test_changes_of_a_share_are_paired_by_item_and_fewer_defects_are_a_gain() -> None:
+    before = written(["..."] * 12 + ["Rome"] * 38)
+    after = written(["Rome"] * 11 + ["..."] + ["..."] * 2 + ["Rome"] * 36)
+    shuffled = replace(after, items=after.items[::-1])
+    for other in (after, shuffled):
+        found = rate_difference(before, other, "malformed")
+        assert (found.won, found.lost, found.test) == (11, 2, "mcnemar-exact")
+        assert found.difference == pytest.approx(-9 / 50)
+        assert found.p_value == mcnemar(11, 2)
+        assert (found.ci_low, found.ci_high) == newcombe_paired(both=1, won=2, lost=11, neither=36)
+
+
+def test_the_change_of_the_length_is_bootstrapped() -> None:
+    rng = np.random.default_rng(0)
+    short, long = rng.integers(5, 15, 40), rng.integers(5, 15, 40) + 20
+    found = rate_difference(
+        written(["Rome"] * 40, lengths=short.tolist()), written(["Rome"] * 40, lengths=long.tolist()), "mean_tokens"
+    )
+    expected = stats.t.interval(0.95, 39, (long - short).mean(), stats.sem(long - short))
+    assert found.test == "paired-bootstrap"
+    assert (found.ci_low, found.ci_high) == pytest.approx(expected, abs=0.15)
+
+
+# --- from what lm-eval logs ---------------------------------------------------------------------------------------
+
+
+def logged(texts: Sequence[str], rule: Any = "", **described: Any) -> TaskScore:
+    """The score of written texts, of which every prompt is told apart by its number."""
+    settings = {"max_gen_toks": 8, "until": ["\n"]}
+    config = SimpleNamespace(
+        metadata=described,
+        process_results=rule,
+        to_dict=lambda: {"generation_kwargs": settings, "process_results": rule},
+    )
+    task = SimpleNamespace(
+        OUTPUT_TYPE="generate_until",
+        VERSION="1.0",
+        config=config,
+        higher_is_better=lambda: {"match": True},
+        doc_to_text=lambda doc: doc["question"],
+    )
+    samples = [
+        {
+            "doc": {"id": f"i{n}", "question": f"question {n}" + "?" * (2000 * n), "options": ["The sun", "A planet"]},
+            "doc_id": n,
+            "target": "Rome",
+            "arguments": [(f"prompt {n}", settings)],
+            "resps": [[text]],
+            "filtered_resps": [text],
+            "filter": "none",
+            "metrics": ["match"],
+            "match": float(text == "Rome"),
+        }
+        for n, text in enumerate(texts)
+    ]
+    endings: Any = {ending_key("prompt 1", settings): SimpleNamespace(num_tokens=8, finished=False)}
+    return task_score(
+        "capitals", task, samples, num_fewshot=0, count_tokens=lambda _, text: len(text.split()), endings=endings
+    )
+
+
+def test_the_engine_says_how_texts_ended_and_otherwise_their_tokens_are_counted() -> None:
+    made = logged(["Rome", "a b", "a b c d e f g h", ""])
+    assert [item.rates["tokens"] for item in made.items] == [1, 8, 8, 0]
+    assert [item.rates["cut_off"] for item in made.items] == [0, 1, 1, 0]
+    assert [item.rates["malformed"] for item in made.items] == [0, 0, 0, 1]
+    assert made.rates["mean_tokens"] == 17 / 4
+
+
+def test_a_text_that_states_no_answer_is_malformed_where_the_answer_has_to_be_stated() -> None:
+    texts = [" From plum to battery. From battery to pillow.", "From plum to battery. The answer is Rome.", "####"]
+    assert [item.rates["malformed"] for item in logged(texts, match_stated).items] == [1, 0, 1]
+    assert [item.rates["malformed"] for item in logged(texts).items] == [0, 0, 1]
+
+
+def test_where_options_are_lettered_a_text_that_names_one_by_letter_or_text_is_readable() -> None:
+    texts = ["A planet", "a", "B", "It is a star", "D"]
+    assert [item.rates["malformed"] for item in logged(texts, letter_match, chance=0.5).items] == [0, 1, 0, 1, 1]
+
+
+def test_written_answers_carry_the_version_of_the_code_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert logged(["Rome"]).matching == scoring.MATCHING
+    monkeypatch.setattr(scoring, "MATCHING", 7)
+    assert logged(["Rome"]).matching == 7
+
+
+def test_a_score_knows_its_family_level_and_questions() -> None:
+    made = logged(["Rome", "Paris"], family="steps", level=3)
+    assert (made.family, made.level) == ("steps", 3.0)
+    assert made.items[0].question == "question 0"
+    assert len(made.items[1].question) < 1510
+    assert made.items[1].question.startswith("question 1?")
+    assert (logged(["Rome"]).family, logged(["Rome"]).level) == (None, None)
+
+
+def test_scores_of_other_prompts_are_refused() -> None:
+    made = logged(["Rome", "Paris"])
+    assert made.prompts == logged(["Lyon", "Nice"]).prompts != logged(["Rome", "Paris"], "other").prompts
+    ours, other = (logged(["Rome"], f"<function f at 0x7f{number}>").prompts for number in (1, 2))
+    assert ours == other  # where a function lies in memory is no rule
+    with pytest.raises(UserError, match=r"'capitals': prompts has the fingerprint \w+ .* evaluate both"):
+        paired(made, replace(made, prompts="0" * 16))
+    assert paired(made, replace(made, prompts="")).n == 2  # results of before there were fingerprints
+    asked = replace(made.items[1], question="something else")
+    with pytest.raises(UserError, match="question of item 'i1' is"):
+        paired(made, replace(made, items=(made.items[0], asked)))
+
+
+def test_the_engine_tells_texts_that_ended_from_texts_that_were_cut_off() -> None:
+    model: Any = tiny_model("llama", max_position_embeddings=4096)
+    lm = CausalLM(model, tiny_tokenizer(), 4)
+    prompts = ["one", "another prompt", "x"]
+    ids = {prompt: lm.tok_encode(prompt) for prompt in prompts}
+    with torch.no_grad():
+        plain = {
+            prompt: model.generate(torch.tensor([i]), max_new_tokens=9, do_sample=False)[0] for prompt, i in ids.items()
+        }
+    texts = {prompt: plain[prompt][len(ids[prompt]) :].tolist() for prompt in prompts}
+    last = lm.tokenizer.decode(texts["one"][2:4])  # two bytes, so that it is in one text and not in the others
+    for stop in ([], [last]):
+        settings = {"until": stop, "max_gen_toks": 9, "do_sample": False}
+        lm.generate_until([SimpleNamespace(args=(prompt, settings)) for prompt in prompts])
+        endings = {prompt: lm.endings[ending_key(prompt, settings)] for prompt in prompts}
+        assert endings["x"] == Ending(9, False)
+        assert endings["one"] == (Ending(4, True) if stop else Ending(9, False))
+
+
+def test_padding_after_the_end_is_no_part_of_a_text() -> None:
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
+    never = lm._finish(Writing(5, [], {}))
+    assert lm._ending([65, 66, 257, 257, 257], 5, never) == Ending(3, True)
+    assert lm._ending([65, 66, 67, 68, 69], 5, never) == Ending(5, False)
+    assert lm._ending([65, 66, 67, 68, 257], 5, never) == Ending(5, True)

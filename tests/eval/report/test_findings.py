@@ -1,0 +1,197 @@
+"""Results of another run, and roles that read other tokens, are refused with file, field, both values and a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import results
+from tiny import tiny_checkpoint, tiny_tokenizer
+
+from shoal.artifacts.artifact import Artifact, Evaluation, ItemScore, Provenance, PruningPlan, TaskScore
+from shoal.errors import UserError
+from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
+from shoal.eval.harness.tokenizer_check import require_same_tokenizer
+from shoal.eval.report.findings import Comparison, Run, compare, gap_limits, protocol_gaps, read_run, writing
+from shoal.recipe.recipe import parse_recipe
+from shoal.stages import pipeline
+from shoal.stages.run import Run as Stages
+from shoal.stats.paired import mcnemar
+
+
+def write(folder: Path, file: str, artifact: Artifact, **inputs: Any) -> None:
+    dataclasses.replace(artifact, provenance=Provenance(inputs, {}, "")).write(folder / file)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run whose files say what they were made from, as the stages write them."""
+    write(tmp_path, "plan.json", results.plan(), model="T")
+    write(tmp_path, "importance.json", results.importance(), model="T")
+    write(tmp_path, "distill.json", results.training(), model="T", student="S", **{"prune.drop": list(results.DROP)})
+    for role, model in (("teacher", "T"), ("pruned", "S"), ("distilled", "D")):
+        write(tmp_path, f"eval/{role}.json", results.evaluation(role), model=model)
+    write(tmp_path, "eval/speed.json", results.speed(), teacher="T", pruned="S", distilled="D")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (
+            "importance.json",
+            {"model": "U"},
+            r"/importance.json: model is 'U', but 'T' in .*/plan.json: .*shoal measure",
+        ),
+        ("distill.json", {"model": "U"}, r"/distill.json: model is 'U', but 'T' in .*/plan.json: .*`shoal distill`"),
+        ("eval/teacher.json", {"model": "U"}, r"/teacher.json: model is 'U', but 'T' in .*the teacher of another run"),
+        ("eval/pruned.json", {"model": "U"}, r"/pruned.json: model is 'U', but 'S' in .*/distill.json: .*`shoal eval`"),
+        (
+            "eval/speed.json",
+            {"distilled": "U"},
+            r"/speed.json: distilled is 'U', but 'D' in .*distilled.json: .*delete",
+        ),
+        ("distill.json", {"prune.drop": [1]}, r"/distill.json: prune.drop is \[1\], but \[3, 4, 5\] in .*/plan.json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and value.endswith("json") else "",
+)
+def test_results_of_another_run_are_refused(folder: Path, file: str, changes: dict[str, Any], message: str) -> None:
+    assert set(read_run(folder).evaluations) == {"teacher", "pruned", "distilled"}
+    body = json.loads((folder / file).read_text())
+    body["provenance"]["inputs"] |= changes
+    (folder / file).write_text(json.dumps(body))
+    with pytest.raises(UserError, match=message):
+        read_run(folder)
+
+
+def test_an_evaluation_under_another_roles_name_is_refused(folder: Path) -> None:
+    (folder / "eval/distilled.json").unlink()
+    (folder / "eval/pruned.json").rename(folder / "eval/distilled.json")
+    with pytest.raises(UserError, match=r"distilled.json: role is 'pruned', but 'distilled' in the file's name; move"):
+        read_run(folder)
+
+
+def test_what_files_do_not_say_is_not_held_against_them(folder: Path) -> None:
+    made = Evaluation.read(folder / "eval/pruned.json")
+    write(folder, "eval/pruned.json", made)
+    assert "pruned" in read_run(folder).evaluations
+
+
+# --- written text and protocols -----------------------------------------------------------------------------------
+
+
+def capitals(role: str, name: str, texts: list[str]) -> TaskScore:
+    n = len(texts)
+    rates = text_rates(texts, hold_answers(texts, texts, ["Rome"]), [2] * n, [False] * n)
+    items = tuple(
+        ItemScore(str(i), float(text == "Rome"), text, "Rome", rates=found)
+        for i, (text, found) in enumerate(zip(texts, rates, strict=True))
+    )
+    score = sum(item.score for item in items) / n
+    return with_rates(TaskScore(name, "knowledge", "generation", "match", score, 0, 1, n, 0.0, True, "1", 0, items))
+
+
+def compared(**tasks: tuple[TaskScore, ...]) -> Comparison:
+    evaluations = {role: results.evaluation(role, scores) for role, scores in tasks.items()}
+    return compare(Run(Path(), None, {}, None, None, None, evaluations, None))
+
+
+def test_rates_of_written_text_are_paired_between_roles_and_corrected_over_tasks() -> None:
+    fine, broken, worse = ["Rome"] * 40, ["..."] * 6 + ["Rome"] * 34, ["..."] * 12 + ["Rome"] * 28
+    comparison = compared(
+        teacher=(capitals("teacher", "one", fine), capitals("teacher", "two", fine), results.nats("teacher")),
+        pruned=(capitals("pruned", "one", broken), capitals("pruned", "two", worse), results.nats("pruned")),
+    )
+    found = writing(comparison.rows)
+    assert [(one.row.key[0], one.name) for one in found] == [(task, name) for task in ("one", "two") for name in NAMES]
+    pair = ("teacher", "pruned")
+    first, second = (one for one in found if one.name == "malformed")
+    assert first.rates["teacher"].value == 0.0
+    assert second.rates["pruned"].value == 0.3
+    assert first.rates["pruned"].ci_low < 0.15 < first.rates["pruned"].ci_high
+    assert second.differences[pair].ci_low > 0
+    assert (first.differences[pair].won, first.differences[pair].lost) == (0, 6)
+    assert [one.adjusted_p[pair] for one in (first, second)] == [mcnemar(0, 6), 2 * mcnemar(0, 12)]
+
+
+def test_a_protocol_gap_has_an_interval_that_holds_it() -> None:
+    comparison = compared(
+        **{
+            role: (
+                results.choice(role, "capitals", "knowledge", "continuation", n=200),
+                results.choice(role, "capitals", "knowledge", "generation", n=200, chance=0.0, share=0.8),
+            )
+            for role in ("teacher", "pruned")
+        }
+    )
+    ((likely, written, gap),) = protocol_gaps(comparison.rows, "pruned")
+    limits = gap_limits(likely, written, "pruned")
+    assert limits is not None
+    assert limits[0] < gap < limits[1]
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, change: Any = lambda tokenizer: None) -> Path:
+    tokenizer = tiny_tokenizer()
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def add_token(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["Rome"])
+
+
+def other_end(tokenizer: Any) -> None:
+    tokenizer.eos_token = "<pad>"
+
+
+def no_prefix(tokenizer: Any) -> None:
+    from tokenizers import normalizers
+
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            add_token,
+            r"/p: number of tokens is 260 in the tokenizer of pruned, but 259 in that of teacher \(.*/t\).*Copy",
+        ),
+        (other_end, r"eos_token is '<pad>' in the tokenizer of pruned, but '</s>' in that of teacher"),
+        (no_prefix, r"token 0 of a probing text is \['t'\] in the tokenizer of pruned, but \['T'\]"),
+    ],
+)
+def test_a_tokenizer_that_differs_between_roles_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    folders = {"teacher": saved(tmp_path / "t"), "pruned": saved(tmp_path / "p", change)}
+    with pytest.raises(UserError, match=message):
+        require_same_tokenizer(folders)
+
+
+def test_files_that_say_the_same_in_other_words_are_the_same_tokenizer(tmp_path: Path) -> None:
+    whole, other = saved(tmp_path / "t"), saved(tmp_path / "p")
+    body = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(body, indent=7))
+    require_same_tokenizer({"teacher": whole, "pruned": other})
+
+
+def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tiny_checkpoint(tmp_path, "llama")
+    run = Stages(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}))
+    pipeline.prune(run)
+    saved(run.dir / "student", add_token)
+    made = PruningPlan.read(run.dir / "plan.json")
+    dataclasses.replace(made, student="").write(
+        run.dir / "plan.json"
+    )  # of before plans knew their student, else refused for that
+    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="number of tokens is 260 in the tokenizer of pruned"):
+        pipeline.evaluate(run)

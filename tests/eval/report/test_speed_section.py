@@ -1,0 +1,101 @@
+"""The report's section on speed and size shows everything that was measured, each beside what was expected."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import results
+
+from shoal.artifacts.artifact import BatchSpeed, Speed
+from shoal.eval.report.document import Bullets, Paragraph, Table
+from shoal.eval.report.findings import Run, read_run
+from shoal.eval.report.speed_ratio import SpeedRatio, speed_ratio
+from shoal.eval.report.speed_section import speed_section
+
+
+def tables(run: Run) -> list[Table]:
+    return [block for block in speed_section(run).blocks if isinstance(block, Table)]
+
+
+def words(run: Run) -> str:
+    blocks = speed_section(run).blocks
+    return "\n".join(block.text for block in blocks if isinstance(block, Paragraph))
+
+
+def test_sizes_stand_beside_what_was_expected(tmp_path: Path) -> None:
+    size, _ = tables(read_run(results.write_run(tmp_path)))
+    assert size.columns[2:6] == ("Parameters", "Of the teacher", "Weights on disk", "Cache per token")
+    teacher, pruned, _ = size.rows
+    assert teacher[1:6] == ("8", "8.0 million", "100.0 %", "32 MB", "8.19 kB")
+    as_expected = ("5.0 million (as expected)", "62.5 %", "20 MB (as expected)", "5.12 kB (as expected)")
+    assert pruned[2:6] == as_expected
+
+
+def test_every_batch_size_is_shown_with_time_memory_and_expectation(tmp_path: Path) -> None:
+    run = read_run(results.write_run(tmp_path))
+    _, speed = tables(run)
+    assert [row[:2] for row in speed.rows[:4]] == [("teacher", "1"), ("teacher", "4"), ("pruned", "1"), ("pruned", "4")]
+    assert speed.rows[0][2:] == ("1,000.0 [990.0, 1,000.0]", "–", "128 ms", "20.0 [19.0, 21.0]", "–", "33.6 MB")
+    assert speed.rows[3][2:] == (
+        "6,000.0 [5,940.0, 6,000.0]",
+        "1.50 × [1.50, 1.50] (expected 1.60 ×)",
+        "85.3 ms (expected 80 ms)",
+        "60.0 [57.0, 63.0]",
+        "1.50 × [1.50, 1.50] (expected 1.60 ×)",
+        "21 MB (expected 20.5 MB)",
+    )
+    assert "as many layers as this model has" in words(run)
+    assert "Machine: device cpu, cpu threads 1." in words(run)
+    (left_out,) = (block for block in speed_section(run).blocks if isinstance(block, Bullets))
+    assert left_out.items[0].startswith("Batch size 16 is left out")
+
+
+def test_a_ratio_has_the_range_of_the_rounds_in_which_both_took_a_turn(tmp_path: Path) -> None:
+    teacher = BatchSpeed(1, 100.0, 10.0, 0.1, None, {"prefill": (90.0, 100.0, 120.0), "decode": (10.0, 8.0)})
+    small = BatchSpeed(1, 150.0, 16.0, 0.1, None, {"prefill": (150.0, 130.0, 180.0), "decode": (16.0, 16.0)})
+    assert speed_ratio(small, teacher, "prefill") == SpeedRatio(1.5, (1.3, 150 / 90))
+    assert speed_ratio(small, teacher, "decode").in_words() == "1.60 × [1.60, 2.00]"
+    assert speed_ratio(replace(small, samples={}), teacher, "decode").in_words() == "1.60 ×"
+    assert speed_ratio(replace(small, samples={"decode": (16.0,)}), teacher, "decode").limits is None
+    run = read_run(results.write_run(tmp_path))
+    assert run.speed is not None
+    noisy = replace(run.speed.roles["pruned"].batches[0], samples={"prefill": (), "decode": (19.0, 42.0)})
+    roles = run.speed.roles | {"pruned": replace(run.speed.roles["pruned"], batches=(noisy,))}
+    _, table = tables(replace(run, speed=replace(run.speed, roles=roles)))
+    row = next(row for row in table.rows if row[0] == "pruned")
+    assert (row[3], row[6]) == ("1.50 × (expected 1.60 ×)", "1.50 × [1.00, 2.00] (expected 1.60 ×)")
+
+
+def test_old_results_of_one_batch_size_are_still_shown(tmp_path: Path) -> None:
+    run = read_run(results.write_run(tmp_path))
+    assert isinstance(run.speed, Speed)
+    roles = {
+        role: replace(
+            s, batches=(), num_layers=None, num_parameters=None, num_bytes=None, kv_bytes_per_token=None, expected={}
+        )
+        for role, s in run.speed.roles.items()
+    }
+    old = replace(run, speed=replace(run.speed, roles=roles, left_out=()))
+    size, speed = tables(old)
+    assert size.rows[1][2:6] == ("5.0 million", "62.5 %", "20 MB", "–")
+    assert speed.rows[1][1:] == (
+        "1",
+        "1,500.0 [1,485.0, 1,500.0]",
+        "1.50 × [1.50, 1.50]",
+        "85.3 ms",
+        "30.0 [28.5, 31.5]",
+        "1.50 × [1.50, 1.50]",
+        "–",
+    )
+    assert "Peak memory is" not in words(old)
+    assert "Expected" not in words(old)
+
+
+def test_a_run_without_speed_or_without_evaluations_shows_what_it_has(tmp_path: Path) -> None:
+    run = read_run(results.write_run(tmp_path))
+    (size,) = tables(replace(run, speed=None))
+    assert size.rows[0][5] == "–"
+    assert "Speed was not measured" in words(replace(run, speed=None))
+    sizes = tables(replace(run, evaluations={}))[0]
+    assert sizes.rows[1][1:] == ("5", *tables(run)[0].rows[1][2:6], "–")

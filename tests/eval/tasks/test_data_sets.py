@@ -1,0 +1,596 @@
+"""One description of a data set gives the same items under every protocol, asked as lm-eval asks them."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import pytest
+import yaml
+from jinja2.meta import find_undeclared_variables
+from tiny import tiny_model, tiny_tokenizer
+
+from shoal.errors import UserError
+from shoal.eval.evaluate import evaluate
+from shoal.eval.tasks.data_sets import parts_of, read_data_sets
+from shoal.eval.tasks.load import TASKS_DIR, known_tasks, load_tasks
+from shoal.eval.tasks.names import task_names
+from shoal.eval.tasks.rows import _jinja, bbh_options
+from shoal.recipe.recipe import Eval
+
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")
+DATA_SETS = read_data_sets(TASKS_DIR)
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "arc_easy/test.jsonl": [
+        {
+            "id": "1",
+            "question": "What burns?",
+            "choices": {"text": ["wood", "rock", "sand"], "label": ["A", "B", "C"]},
+            "answerKey": "A",
+        },
+        {
+            "id": "2",
+            "question": "What flies?",
+            "choices": {"text": ["a cow", "a bird"], "label": ["1", "2"]},
+            "answerKey": "2",
+        },
+    ],
+    "arc_easy/train.jsonl": [
+        {
+            "id": "3",
+            "question": "What swims?",
+            "choices": {"text": ["fish", "rock"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+    ],
+    "winogrande/validation.jsonl": [
+        {"sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"},
+    ],
+    "hellaswag/validation.jsonl": [
+        {
+            "activity_label": "Cooking",
+            "ctx_a": "[header] A pan [title] is hot.",
+            "ctx_b": "she",
+            "endings": ["stirs [step] it.", "sings."],
+            "label": "0",
+        },
+    ],
+    "lambada_openai/test.jsonl": [{"text": "She gave the dog a bone"}],
+    "triviaqa/validation.jsonl": [
+        {"question": "Who was king?", "answer": {"value": "Edward III", "aliases": ["King Edward III"]}}
+    ],
+    "gsm8k/test.jsonl": [{"question": "Tom has 3 and buys 4. How many?", "answer": "3+4=<<3+4=7>>7\n#### 7"}],
+    "gsm8k/train.jsonl": [
+        {"question": f"{n}+1?", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(6)
+    ],
+    "svamp/test.jsonl": [
+        {
+            "Body": "Tom had 6 marbles, lost 3 and then 2.",
+            "Question": "How many are left?",
+            "Equation": "( 6.0 - ( 3.0 + 2.0 ) )",
+            "Answer": "1.0",
+        }
+    ],
+    "wikitext2/test.jsonl": [{"page": "\n = A page = \n\n Text ."}],
+    "boolq/validation.jsonl": [{"question": "is it so", "passage": "It is so.", "label": 1}],
+    "bbh/navigate.jsonl": [
+        {"input": "Broken?\nOptions:\n(A) Earth\n(B) Fire", "target": "Earth, Fire"},
+        {"input": "Do you return?\nOptions:\n- Yes\n- No", "target": "No"},
+    ],
+    "kv_retrieval/kv_10_keys.jsonl": [
+        {"ordered_kv_records": [[f"k{n}", f"v{n}"] for n in range(10)], "key": "k4", "value": "v4", "gold_index": 4}
+    ],
+}
+
+
+def write(folder: Path, rows: dict[str, list[dict[str, Any]]]) -> Path:
+    for name, found in rows.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("data"), ROWS)
+
+
+def load(name: str, folder: Path | None, **settings: Any) -> Any:
+    return load_tasks([name], data_dir=folder, **settings)[name]
+
+
+def requests(task: Any, doc: dict[str, Any]) -> list[tuple[Any, ...]]:
+    prompt = task.fewshot_context(doc, int(task.config.num_fewshot or 0))
+    made = task.construct_requests(doc, prompt, metadata=("t", 0, 1))
+    return [one.args for one in (made if isinstance(made, list) else [made])]
+
+
+def asked(name: str, folder: Path | None, number: int = 0) -> list[tuple[Any, ...]]:
+    task = load(name, folder)
+    return requests(task, task.eval_docs[number])
+
+
+# --- the descriptions ---------------------------------------------------------------------------------------------
+
+
+def test_names_are_no_others_and_have_a_level_where_they_have_a_family() -> None:
+    names = [name for data in DATA_SETS.values() for name in task_names(data)]
+    assert len(set(names)) == len(names) > 200
+    files = {file.stem for file in TASKS_DIR.glob("*.yaml")}
+    assert not files & set(names)
+    assert set(names) <= known_tasks(ours_only=True)
+    for data in DATA_SETS.values():
+        levels = [part.level for part in parts_of(data)]
+        assert (data.family is None) == (levels[0] is None)
+        assert levels == sorted(levels, key=lambda level: level or 0)
+
+
+def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -> None:
+    for data in (data for data in DATA_SETS.values() if data.bundled and data.page is None):
+        part = parts_of(data)[0]
+        tasks = {protocol: load(f"{part.name}_{protocol}", None) for protocol in data.protocols}
+        ids = {tuple(task.eval_docs["id"]) for task in tasks.values()}
+        assert len(ids) == 1
+        assert len(set(ids.pop())) == 200
+        for protocol, task in tasks.items():
+            described = task.config.metadata
+            assert described["family"] == data.family
+            assert described["level"] == part.value
+            first = requests(task, task.eval_docs[0])
+            assert not first[0][0].endswith(" ")
+            assert (task.OUTPUT_TYPE == "generate_until") == (protocol == "generation")
+            assert ("chance" in described) == (task.OUTPUT_TYPE != "multiple_choice")
+
+
+def test_written_answers_have_the_chance_of_a_guesser_who_takes_what_the_prompt_names() -> None:
+    for name, num_named in (
+        ("state_tracking_k2", 4),
+        ("state_tracking_written_k2", 4),
+        ("multi_hop_k3", 16),
+        ("multi_hop_written_k3", 16),
+        ("kv_8pairs", 8),
+        ("kv_32pairs", 32),
+        ("kv_position_at8", 33),
+        ("needle_20sentences", 4),
+        ("needle_depth_at50", 4),
+        ("needles_2of80", 4),
+        ("needles_8of80", 8),
+        ("needles_16of80", 16),
+    ):
+        task = load(f"{name}_generation", None)
+        assert task.config.metadata["chance"] == 1 / num_named
+        doc = task.eval_docs[0]
+        kind = name.split("_")[0].rstrip("s")
+        named = {
+            "state": re.findall(r"has the (\w+)", doc["question"]),
+            "multi": re.findall(r"(\w+) ->", doc["question"]),
+            "kv": re.findall(r': "([^"]+)"', doc["context"]),
+            "needle": re.findall(r"\b\d{4,}\b", doc["context"]),
+        }[kind]
+        assert len(set(named)) == num_named, "so many answers are named"
+        assert doc["answers"][0] in named
+    for name in ("nested_arithmetic_k2", "nested_arithmetic_written_k2", "needles_asked_2of8"):
+        assert load(f"{name}_generation", None).config.metadata["chance"] == 0
+
+
+def test_chance_is_no_matter_of_likelihoods() -> None:
+    assert "chance" not in load("state_tracking_k2_continuation", None).config.metadata
+    assert load("state_tracking_written_k2_worked", None).config.metadata["chance"] == 0
+
+
+# --- prompts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_with_options_is_asked_under_three_protocols(data_dir: Path) -> None:
+    tasks = {p: load(f"arc_easy_{p}", data_dir) for p in ("loglikelihood", "continuation", "generation")}
+    ids = [list(task.eval_docs["id"]) for task in tasks.values()]
+    assert ids[0] == ids[1] == ids[2]
+    found = {p: next(requests(t, doc) for doc in t.eval_docs if "burns" in doc["question"]) for p, t in tasks.items()}
+    lettered = "What burns?\nA. wood\nB. rock\nC. sand\nAnswer:"
+    assert found["loglikelihood"] == [(lettered, " A"), (lettered, " B"), (lettered, " C")]
+    plain = "Question: What burns?\nAnswer:"
+    assert found["continuation"] == [(plain, " wood"), (plain, " rock"), (plain, " sand")]
+    ((prompt, settings),) = found["generation"]
+    assert (prompt, settings["until"]) == (lettered, ["\n"])
+    assert tasks["generation"].process_results(tasks["generation"].eval_docs[0], [" A"]).keys() == {"match"}
+    for doc in tasks["generation"].eval_docs:
+        right = "A" if "burns" in doc["question"] else "B"
+        written = {letter: tasks["generation"].process_results(doc, [f" {letter}"])["match"] for letter in "AB"}
+        assert written == {letter: float(letter == right) for letter in "AB"}
+
+
+def test_few_shot_examples_come_from_the_other_file_and_end_in_their_answer(data_dir: Path) -> None:
+    for protocol, answer in (("loglikelihood", "A"), ("continuation", "fish"), ("generation", "A")):
+        task = load(f"arc_easy_{protocol}", data_dir, num_fewshot=1)
+        prompt = requests(task, task.eval_docs[0])[0][0]
+        shown, rest = prompt.split("\n\n")
+        assert shown.endswith(f"Answer: {answer}")
+        assert "swims" in shown
+        assert rest.endswith("Answer:")
+    with pytest.raises(UserError, match="'boolq_continuation' has no examples beside the items"):
+        load("boolq_continuation", data_dir, num_fewshot=1)
+
+
+def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> None:
+    assert asked("winogrande_continuation", data_dir) == [
+        ("Ann thanked Eve because Ann", " had helped."),
+        ("Ann thanked Eve because Eve", " had helped."),
+    ]
+    assert asked("winogrande_loglikelihood", data_dir)[0][0].endswith("stand for?\nA. Ann\nB. Eve\nAnswer:")
+    context = "Cooking:  A pan. is hot. She"
+    assert asked("hellaswag_continuation", data_dir) == [
+        (context.replace("  ", " "), " stirs it."),
+        (context.replace("  ", " "), " sings."),
+    ]
+    assert asked("lambada_continuation", data_dir) == [("She gave the dog a", " bone")]
+    assert asked("wikitext2_rolling", data_dir) == [("\n = A page = \n\n Text .",)]
+    assert asked("boolq_continuation", data_dir)[1] == ("It is so.\nQuestion: is it so?\nAnswer:", " yes")
+    assert len(load("bbh_navigate_loglikelihood", data_dir).eval_docs) == 1  # the other's answer is no option
+    assert asked("bbh_navigate_loglikelihood", data_dir)[0][0] == "Do you return?\nA. Yes\nB. No\nAnswer:"
+    prompt, options = (
+        asked("kv_file_10pairs_continuation", data_dir)[0][0],
+        asked("kv_file_10pairs_continuation", data_dir),
+    )
+    assert '"k4": "v4"' in prompt
+    assert " v4" in [option for _, option in options]
+    assert len({option for _, option in options}) == 4
+    ((prompt, _),) = asked("gsm8k_generation", data_dir)
+    assert prompt.startswith("Question: 0+1?\nAnswer: 0+1=1\nThe answer is 1.\n\nQuestion: 1+1?")
+    assert prompt.endswith("\n\nQuestion: Tom has 3 and buys 4. How many?\nAnswer:")
+    assert asked("gsm8k_worked", data_dir)[0] == (prompt, " 3+4=7\nThe answer is 7.")
+    assert asked("svamp_worked", data_dir)[0][1] == " 6 - ( 3 + 2 ) = 1. The answer is 1."
+    ((prompt, _),) = asked("triviaqa_generation", data_dir)
+    assert prompt.count("Answer: ") == 3
+    trivia = load("triviaqa_generation", data_dir)
+    assert trivia.process_results(trivia.eval_docs[0], [" Edward III of England"]) == {"match": 1.0}
+    assert trivia.process_results(trivia.eval_docs[0], [" Edward IV"]) == {"match": 0.0}
+
+
+def test_depth_tasks_show_solved_examples_of_the_same_number_of_steps() -> None:
+    ((prompt, settings),) = asked("state_tracking_k3_generation", None)
+    questions = prompt.split("\n\n")
+    assert len(questions) == 4
+    assert all(question.count("swap") == 3 for question in questions)
+    assert settings["until"] == ["\n"]
+    written = load("state_tracking_written_k3_generation", None)
+    doc = written.eval_docs[0]
+    assert requests(written, doc)[0][0].count("The answer is") == 3
+    assert written.process_results(doc, [f" {doc['worked']}"]) == {"match": 1.0}
+    assert written.process_results(doc, [f" {doc['answers'][0]}"]) == {"match": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [
+        ("Which?\nOptions:\n(A) a dog\n(B) 3) cats", "(B)", ["a dog", "3) cats"]),
+        ("Is it?\nOptions:\n- Yes\n- No", "No", ["Yes", "No"]),
+        ("not True is", "False", ["True", "False"]),
+        ("Plausible?", "yes", ["yes", "no"]),
+        ("Count them", "7", []),
+    ],
+)
+def test_options_of_bbh(text: str, target: str, expected: list[str]) -> None:
+    assert bbh_options(text, target) == expected
+
+
+# --- as lm-eval asks ----------------------------------------------------------------------------------------------
+
+SHIPPED = {
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "lambada": "lambada/lambada_openai.yaml",
+}
+NUM_COMPARED = 60
+
+
+@pytest.fixture(scope="module")
+def first_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first rows of the real files, since lm-eval's templates take their time."""
+    folder = tmp_path_factory.mktemp("first")
+    for file in SHARED.glob("*/*.jsonl"):
+        (folder / file.parent.name).mkdir(exist_ok=True)
+        with file.open(encoding="utf-8") as lines:
+            (folder / file.parent.name / file.name).write_text("".join(islice(lines, NUM_COMPARED)), encoding="utf-8")
+    return folder
+
+
+@needs_data
+@pytest.mark.parametrize("name", SHIPPED)
+def test_option_text_is_asked_as_lm_eval_asks_it_and_its_own_task_reads_the_folder_too(
+    name: str, tmp_path: Path, first_rows: Path
+) -> None:
+    file = Path(lm_eval.tasks.__file__).parent / SHIPPED[name]
+    (tmp_path / "theirs.yaml").write_text(f"include: {file}\ntask: theirs\n")
+    theirs = load_tasks(["theirs"], include_path=tmp_path, data_dir=first_rows)["theirs"]
+    ours = load(f"{name}_continuation", first_rows)
+    expected = sorted(requests(theirs, doc) for doc in theirs.eval_docs)
+    assert sorted(requests(ours, doc) for doc in ours.eval_docs) == expected
+    assert len(expected) == NUM_COMPARED
+
+
+@needs_data
+def test_mmlu_comes_from_the_folder_as_one_column_or_by_subject(tmp_path: Path) -> None:
+    file = next((Path(lm_eval.tasks.__file__).parent / "mmlu" / "default").glob("mmlu_anatomy.yaml"))
+    (tmp_path / "theirs.yaml").write_text(f"include: {file}\ntask: theirs\n")
+    theirs = load_tasks(["theirs"], include_path=tmp_path, data_dir=SHARED, num_fewshot=5)["theirs"]
+    assert set(theirs.eval_docs["subject"]) == {"anatomy"}
+    assert requests(theirs, theirs.eval_docs[0])[0][0].count("Answer:") == 6
+    whole = load("mmlu_all_loglikelihood", SHARED)
+    assert len(set(whole.eval_docs["subject"][:1000])) > 40
+
+
+@needs_data
+def test_every_described_data_set_can_be_read_from_the_folder_with_its_answers_among_the_options() -> None:
+    """Reading refuses an answer outside the options, so that loading is the test; one protocol reads for all."""
+    for data in (data for data in DATA_SETS.values() if data.items and data.protocols and data.dataset != "bbh"):
+        name = next(iter(task_names(data)))
+        assert len(load(name, SHARED).eval_docs) > 20
+    for part in ("sports_understanding", "movie_recommendation"):
+        docs = load(f"bbh_{part}_continuation", SHARED).eval_docs
+        assert all(len(doc["options"]) >= 2 for doc in docs)
+
+
+# --- through a model ----------------------------------------------------------------------------------------------
+
+
+def test_every_form_is_scored_through_a_model(data_dir: Path) -> None:
+    names = (
+        "arc_easy_loglikelihood",
+        "arc_easy_continuation",
+        "arc_easy_generation",
+        "winogrande_continuation",
+        "lambada_continuation",
+        "wikitext2_rolling",
+        "triviaqa_worked",
+        "nested_arithmetic_k2_generation",
+    )
+    settings = Eval(tasks=names, data_dir=str(data_dir), limit=2, perplexity_tokens=64, sequence_length=64)
+    scores = evaluate(tiny_model("llama", max_position_embeddings=1024), tiny_tokenizer(), settings, seed=0)
+    found = {score.task: (score.protocol, score.metric, score.chance, score.n) for score in scores[:-1]}
+    assert found == {
+        "arc_easy_loglikelihood": ("loglikelihood", "acc", (1 / 3 + 1 / 2) / 2, 2),
+        "arc_easy_continuation": ("continuation", "acc_norm", (1 / 3 + 1 / 2) / 2, 2),
+        "arc_easy_generation": ("generation", "match", (1 / 3 + 1 / 2) / 2, 2),
+        "winogrande_continuation": ("continuation", "acc", 0.5, 1),
+        "lambada_continuation": ("continuation", "acc", 0.0, 1),
+        "wikitext2_rolling": ("rolling", "bits_per_byte", 0.0, 1),
+        "triviaqa_worked": ("worked", "nats_per_token", 0.0, 1),
+        "nested_arithmetic_k2_generation": ("generation", "match", 0.0, 2),
+    }
+    assert (scores[-2].family, scores[-2].level) == ("nested_arithmetic", 2)
+    assert [item.id for item in scores[0].items] == [item.id for item in scores[2].items]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def one_row(**changes: Any) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "arc_easy/test.jsonl": [{**ROWS["arc_easy/test.jsonl"][0], **changes}],
+        "arc_easy/train.jsonl": ROWS["arc_easy/train.jsonl"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            {},
+            r"lacks arc_easy/test.jsonl \('arc_easy'; there is no such folder\); put it there .* from the Hub",
+        ),
+        (
+            {"arc_easy/validation.jsonl": [{}]},
+            r"lacks arc_easy/test.jsonl \('arc_easy'; its folder holds validation.jsonl\); put it there",
+        ),
+        ({"arc_easy/test.jsonl": [], "arc_easy/train.jsonl": []}, r"arc_easy/test.jsonl: holds no rows; a task needs"),
+        (
+            one_row(answerKey="C", choices={"text": ["x", "y"], "label": ["A", "B"]}),
+            r"row 1 cannot be read .*correct the data",
+        ),
+        (
+            one_row(choices={"text": ["x", "y"], "label": ["A", "B", "A2"]}, answerKey="A2"),
+            r"\(items\), row 1: the answer 2 is none of its 2 options; correct the data",
+        ),
+        (
+            {**one_row(), "arc_easy/test.jsonl": [{"q": "x"}]},
+            r"row 1 cannot be read \('question' is undefined; its fields are q\)",
+        ),
+    ],
+)
+def test_data_that_is_not_as_expected_is_refused(rows: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        load("arc_easy_continuation", write(tmp_path, rows))
+
+
+def test_examples_are_read_only_where_they_are_shown(tmp_path: Path) -> None:
+    write(tmp_path, {name: ROWS[name] for name in ("arc_easy/test.jsonl", "gsm8k/test.jsonl")})
+    assert load("arc_easy_continuation", tmp_path).config.num_fewshot == 0
+    assert load("gsm8k_generation", tmp_path, num_fewshot=0).config.num_fewshot == 0
+    with pytest.raises(UserError, match=r"lacks arc_easy/train.jsonl \('arc_easy'; its folder holds test.jsonl\)"):
+        load("arc_easy_continuation", tmp_path, num_fewshot=2)
+
+
+def test_an_outside_task_without_examples_needs_no_file_of_them(tmp_path: Path) -> None:
+    outside = {
+        "task": "outside",
+        "dataset_path": "allenai/ai2_arc",
+        "dataset_name": "ARC-Easy",
+        "training_split": "train",
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices.text}}",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+    }
+    (tmp_path / "outside.yaml").write_text(yaml.safe_dump(outside))
+    said = {**outside, "task": "said", "metadata": {"version": 2.0, "ability": "science"}}
+    (tmp_path / "said.yaml").write_text(yaml.safe_dump(said))
+    write(tmp_path, {"arc_easy/test.jsonl": ROWS["arc_easy/test.jsonl"]})
+    task = load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path)["outside"]
+    assert task.config.metadata["ability"] == "knowledge"  # that of the data it reads
+    assert len(task.eval_docs) == len(ROWS["arc_easy/test.jsonl"])
+    said_itself = load_tasks(["said"], include_path=tmp_path, data_dir=tmp_path)["said"].config.metadata
+    assert (said_itself["ability"], said_itself["version"]) == ("science", 2.0)
+    with pytest.raises(UserError, match=r"lacks arc_easy/train.jsonl \("):
+        load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path, num_fewshot=1)
+    write(tmp_path, {"arc_easy/train.jsonl": ROWS["arc_easy/train.jsonl"]})
+    load_tasks(["outside"], include_path=tmp_path, data_dir=tmp_path, num_fewshot=1)
+
+
+def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
+    write(tmp_path, {"gsm8k/test.jsonl": ROWS["gsm8k/test.jsonl"]})
+    with pytest.raises(UserError) as refused:
+        load_tasks(["arc_easy_continuation", "gsm8k_generation", "nq_passage_generation"], data_dir=tmp_path)
+    assert str(refused.value) == (
+        f"eval.data_dir: {str(tmp_path)!r} lacks arc_easy/test.jsonl ('arc_easy'; there is no such folder), "
+        "gsm8k/train.jsonl ('gsm8k'; its folder holds test.jsonl), "
+        "nq_open_oracle/test.jsonl ('nq_passage'; there is no such folder); put them there (shoal's "
+        "configs/tasks/README.md says what they hold), leave eval.data_dir out to read arc_easy, gsm8k from the Hub, "
+        "or leave their tasks out"
+    )
+
+
+def test_lines_that_are_no_rows_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, one_row())
+    for text, message in (
+        ("{'a': 1}", r"test.jsonl:1: is no JSON \(.*\); write one object"),
+        ("[1]", "is list, not an object"),
+    ):
+        (tmp_path / "arc_easy" / "test.jsonl").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load("arc_easy_continuation", tmp_path)
+
+
+def test_a_data_dir_must_be_a_folder_and_what_the_hub_lacks_needs_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"eval.data_dir: '.*nowhere' is no folder; name one that holds a folder per"):
+        load("arc_easy_continuation", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"'nq_passage' is not on the Hub; set eval.data_dir"):
+        load("nq_passage_generation", None)
+
+
+def test_without_network_the_remedy_is_a_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked the network"))
+    with pytest.raises(
+        UserError, match=r"'piqa' cannot be read from the Hub \(baber/piqa: .*set eval.data_dir to a folder"
+    ):
+        load("piqa_continuation", None)
+
+
+def test_a_close_name_is_offered_for_a_misspelt_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Small(lm_eval.tasks.TaskManager):
+        def __init__(self, include_path: Any = None, include_defaults: bool = True) -> None:
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
+    for name, hint in (
+        ("state_traking_k4_generation", r"did you mean 'state_tracking_k4_generation'\?$"),
+        (
+            "knowledge",
+            "; shoal asks it as knowledge_continuation, .*_generation, .*, all in the group knowledge_suite$",
+        ),
+        (
+            "state_tracking",
+            r"; shoal asks it as state_tracking_k1_.*, \.\.\., state_tracking_k8_.*the group depth_suite$",
+        ),
+        (
+            "state_tracking_k4",
+            "; shoal asks it as state_tracking_k4_continuation, state_tracking_k4_generation, all in",
+        ),
+        ("state_traking", r"did you mean 'state_tracking'\? shoal asks it as state_tracking_k1_"),
+        ("language", r"did you mean the group 'language_suite'\?$"),
+    ):
+        with pytest.raises(UserError, match=f"'{name}' is no task.*{hint}"):
+            load(name, None)
+
+
+OWN = """\
+dataset: own
+about: mine
+ability: knowledge
+items: test.jsonl
+options: choices
+answer: gold
+"""
+
+
+def test_a_description_of_the_users_own_works_beside_ours(tmp_path: Path) -> None:
+    tasks, data = tmp_path / "tasks", tmp_path / "data"
+    tasks.mkdir()
+    (tasks / "own.yaml").write_text(OWN)
+    (data / "own").mkdir(parents=True)
+    (data / "own" / "test.jsonl").write_text(json.dumps({"question": "q", "choices": ["x", "y"], "gold": "y"}))
+    task = load_tasks(["own_continuation"], include_path=tasks, data_dir=data)["own_continuation"]
+    assert [doc["answer"] for doc in task.eval_docs] == [1]
+
+
+def test_the_description_in_the_readme_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(dataset: .*?)```", (TASKS_DIR / "README.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "own.yaml").write_text(block)
+    row = {"question": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
+    write(tmp_path, {"my_science/test.jsonl": [row], "my_science/train.jsonl": [row]})
+    for protocol in ("loglikelihood", "continuation", "generation"):
+        name = f"my_science_{protocol}"
+        assert load_tasks([name], include_path=tmp_path, data_dir=tmp_path)[name].eval_docs[0]["answer"] == 1
+
+
+def test_the_readme_names_every_file_of_a_data_dir() -> None:
+    row = re.compile(r"^\| (`.*?) \| `(.*?\.jsonl)` \| (.*?) \| (.*?) \|$", re.MULTILINE)
+    lines = row.findall((TASKS_DIR / "README.md").read_text())
+    told = {place: (names, fields, shown) for names, place, fields, shown in lines}
+    outside = [data for data in DATA_SETS.values() if data.bundled is None]
+    assert {f"{data.place}/{data.items or ''}".replace("{}", "<part>") for data in outside} == set(told)
+    for data in outside:
+        names, fields, shown = told[f"{data.place}/{data.items or ''}".replace("{}", "<part>")]
+        assert data.dataset in re.findall(r"\w+", names)
+        assert shown.strip("`") == (data.examples or "-")
+        texts = [data.question if data.page is None else "", data.context, data.ending, data.worked, data.page]
+        texts += [f"{{{{{text}}}}}" for text in (data.options, data.answer, data.answers, data.beginnings) if text]
+        used = set[str]().union(*(find_undeclared_variables(_jinja().parse(text)) for text in texts if text))
+        assert used - {"LETTERS"} <= set(re.findall(r"\w+", fields)), data.dataset
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("answer: gold\n", ""), r"own.yaml: .*options and answer belong together; set both"),
+        (("options: choices\nanswer: gold\n", ""), r"needs options and answer, or answers of an open question"),
+        (("items: test.jsonl\n", ""), r"needs either bundled, or items"),
+        (("about: mine", "abuot: mine"), r"own.yaml: abuot: unknown key; did you mean 'about'\?"),
+        (("about: mine", "zzz: 1\nabout: mine"), r"own.yaml: zzz: unknown key; known keys are dataset, about, "),
+        (("about: mine", "hub: {pth: x, items: y}\nabout: mine"), r"hub.pth: unknown key; did you mean 'path'\?"),
+        (
+            ("about: mine", "chance: 1/0\nabout: mine"),
+            r"chance is '1/0'; give a number from 0 to below 1, or a fraction",
+        ),
+        (("about: mine", "chance: [1/4, 1/2]\nabout: mine"), r"chance names 2 numbers for 1 parts; give one for each"),
+        (("about: mine", "chance: half\nabout: mine"), r"chance is 'half'; give"),
+        (("about: mine", "chance: 1.5\nabout: mine"), r"chance is '1.5'; give"),
+        (("about: mine", "protocols: [continuation]\nchance: 0.5\nabout: mine"), r"chance is that of written answers"),
+        (("about: mine", "family: x\nabout: mine"), r"family needs parts whose values are numbers"),
+        (("about: mine", "about: [}"), r"own.yaml: is not valid YAML"),
+        (("options: choices\nanswer: gold", "answers: gold"), r"the protocol loglikelihood needs options"),
+        (("about: mine", "protocols: [rolling]\nabout: mine"), r"the protocol rolling needs page"),
+    ],
+)
+def test_a_wrong_description_is_refused(change: tuple[str, str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN.replace(*change))
+    with pytest.raises(UserError, match=message):
+        load_tasks(["own_continuation"], include_path=tmp_path)
+
+
+def test_a_description_cannot_reach_beyond_the_row(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN + 'question: "{{question.__class__.__mro__}}"\n')
+    write(tmp_path, {"own/test.jsonl": [{"question": "q", "choices": ["x"], "gold": 0}]})
+    with pytest.raises(UserError, match=r"row 1 cannot be read \(.*__class__"):
+        load_tasks(["own_continuation"], include_path=tmp_path, data_dir=tmp_path)

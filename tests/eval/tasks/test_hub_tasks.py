@@ -1,0 +1,89 @@
+"""MMLU as one column per protocol asks what lm-eval's 57 tasks ask, and the same items under every protocol."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import pytest
+
+from shoal.eval.tasks.load import load_tasks
+from shoal.recipe.recipe import CONFIGS_DIR
+
+THEIRS = {
+    "loglikelihood": "mmlu_anatomy",
+    "continuation": "mmlu_anatomy_continuation",
+    "generation": "mmlu_anatomy_generative",
+}
+LOCAL = """\
+include: {shipped}
+task: {name}
+dataset_path: json
+dataset_name: null
+dataset_kwargs: {{data_files: {{test: {data}, dev: {data}}}}}
+"""
+
+
+def questions(subjects: list[str], per_subject: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "question": f" {subject}?{number} ",
+            "subject": subject,
+            "choices": ["w", "x", "y", "zz"],
+            "answer": number % 4,
+        }
+        for subject in subjects
+        for number in range(per_subject)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Ours and lm-eval's by protocol, over the same rows of a local file."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "mmlu.jsonl"
+    rows = questions(["anatomy", "high_school_us_history"], 30)
+    data.write_text("\n".join(map(json.dumps, rows)))
+    theirs = Path(lm_eval.tasks.__file__).parent / "mmlu"
+    for protocol, name in THEIRS.items():
+        shipped = {f"ours_{protocol}": CONFIGS_DIR / "hub_tasks" / f"mmlu_all_{protocol}.yaml"}
+        (shipped[f"theirs_{protocol}"],) = (
+            file for file in theirs.glob("*/mmlu_anatomy.yaml") if f'task": "{name}"' in file.read_text()
+        )
+        for local, file in shipped.items():
+            (folder / f"{local}.yaml").write_text(LOCAL.format(shipped=file.resolve(), name=local, data=data))
+    return load_tasks([f"{side}_{protocol}" for side in ("ours", "theirs") for protocol in THEIRS], include_path=folder)
+
+
+@functools.cache
+def asked(task: Any) -> dict[str, Any]:
+    """Question -> prompt, options and answer."""
+    found = {}
+    for doc in task.eval_docs:
+        options = task.doc_to_choice(doc) if task.OUTPUT_TYPE == "multiple_choice" else None
+        found[doc["question"]] = task.fewshot_context(doc, 0), options, task.doc_to_target(doc)
+    return found
+
+
+@pytest.mark.parametrize("protocol", THEIRS)
+def test_prompts_options_and_matching_are_those_of_lm_eval(protocol: str, tasks: dict[str, Any]) -> None:
+    ours, theirs = tasks[f"ours_{protocol}"], tasks[f"theirs_{protocol}"]
+    anatomy = [name for name in asked(ours) if "anatomy" in name]
+    assert len(anatomy) == 30
+    for question in anatomy:
+        prompt, options, answer = asked(ours)[question]
+        assert (prompt, options, str(answer)) == (*asked(theirs)[question][:2], str(asked(theirs)[question][2]))
+    for key in ("output_type", "generation_kwargs", "filter_list", "target_delimiter"):
+        assert ours.config.to_dict().get(key) == theirs.config.to_dict().get(key)
+
+
+def test_all_protocols_ask_the_same_items_and_the_first_ones_are_of_all_subjects(tasks: dict[str, Any]) -> None:
+    orders = {tuple(tasks[f"ours_{protocol}"].eval_docs["question"]) for protocol in THEIRS}
+    (order,) = orders
+    assert len(order) == 60
+    assert 5 < sum("anatomy" in question for question in order[:20]) < 15
+    prompts = [prompt for prompt, _, _ in asked(tasks["ours_continuation"]).values()]
+    assert sum("about high school us history.\n" in prompt for prompt in prompts) == 30

@@ -1,0 +1,281 @@
+"""shoal's task files ask what they should, match answers as they should, and others can be named beside them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.configs.tasks import items as task_items
+from shoal.errors import UserError
+from shoal.eval.tasks import load as loading
+from shoal.eval.tasks import names as naming
+from shoal.eval.tasks.load import TASKS_DIR, load_tasks
+
+NAMES = sorted(file.stem for file in TASKS_DIR.glob("*.yaml") if not file.stem.startswith("_"))
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+OWN_TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_target: "{{{{choices.label.index(answerKey)}}}}"
+doc_to_choice: "{{{{choices.text}}}}"
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture(scope="module")
+def every_task() -> dict[str, Any]:
+    return load_tasks(NAMES)
+
+
+def prompt(task: Any) -> str:
+    return task.fewshot_context(task.eval_docs[0], task.config.num_fewshot)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_file_is_complete(name: str, every_task: dict[str, Any]) -> None:
+    task = every_task[name]
+    described = task.config.metadata
+    assert {"version", "ability", "protocol", "chance", "metric"} <= described.keys()
+    assert name.startswith(described["ability"])
+    assert len(task.eval_docs) >= 200
+    assert len(set(task.eval_docs["id"])) == len(task.eval_docs)
+    assert not set(task.eval_docs["id"]) & set(task.dataset["train"]["id"])
+    assert ("family" in described) == ("level" in described)
+    assert not prompt(task).endswith(" ")
+    if task.OUTPUT_TYPE == "multiple_choice":
+        for doc in list(task.eval_docs)[:20]:
+            choices = task.doc_to_choice(doc)
+            assert described["chance"] == 1 / len(choices)
+            assert all(choice[0] == " " for choice in choices)
+            assert 0 <= task.doc_to_target(doc) < len(choices)
+
+
+def test_protocols_of_an_ability_ask_the_same_items(every_task: dict[str, Any]) -> None:
+    for ability in ("retrieval", "retrieval_uuid", "knowledge", "reasoning"):
+        ids = [every_task[f"{ability}_{p}"].eval_docs["id"] for p in ("loglikelihood", "continuation", "generation")]
+        assert list(ids[0]) == list(ids[1]) == list(ids[2])
+
+
+def test_lettered_prompt_is_as_intended() -> None:
+    doc = {"question": "What is the capital of Peru?", "options": [" Lima", " Oslo", " Rome", " Bern"]}
+    expected = "What is the capital of Peru?\nA. Lima\nB. Oslo\nC. Rome\nD. Bern\nAnswer:"
+    assert task_items.lettered_text(doc) == expected
+    assert task_items.letters(doc) == [" A", " B", " C", " D"]
+
+
+def test_continuation_prompt_is_the_items_own(every_task: dict[str, Any]) -> None:
+    task = every_task["reasoning_continuation"]
+    doc = task.eval_docs[0]
+    assert prompt(task) == doc["context"]
+    requests = task.construct_requests(doc, prompt(task), metadata=("t", 0, 1))
+    assert [request.args for request in requests] == [(doc["context"], option) for option in doc["options"]]
+
+
+def test_written_reasoning_is_shown_three_training_examples(every_task: dict[str, Any]) -> None:
+    task = every_task["reasoning_generation"]
+    shown = prompt(task).split("\n\n")
+    examples = list(task.dataset["train"])[:3]
+    assert shown[:3] == [doc["context"] + doc["gold"] for doc in examples]
+    assert shown[3] == task.eval_docs[0]["context"]
+
+
+@pytest.mark.parametrize(
+    ("written", "final", "right"),
+    [
+        (' "1234"', "1234", True),
+        (" Paris, which is a city\nand", "Paris", True),
+        ("\n\nparis.", "Paris", True),
+        (" New York.", "New  York", True),
+        (" not Paris", "Paris", False),
+        (" 12345", "1234", False),
+        (" 1234.5", "1234", False),
+        (" \u201cParis\u201d", "Paris", True),
+        ("", "Paris", False),
+        (" the city\nParis", "Paris", False),
+    ],
+)
+def test_first_answer(written: str, final: str, right: bool) -> None:
+    assert task_items.first_answer({"final": final}, [written]) == {"match": float(right)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "final", "right"),
+    [
+        ("arithmetic", " 3 + 4 = 7. The answer is 7.", "7", True),
+        ("arithmetic", " The answer is 17.", "7", False),
+        ("arithmetic", " 7 apples, then 8", "7", False),
+        ("arithmetic", " none", "7", False),
+        ("arithmetic", " The answer is 1.7.", "7", False),
+        ("arithmetic", " so 3/7", "7", False),
+        ("arithmetic", " 10 - 3 = 7", "7", True),
+        ("order", " Adam is taller than Alice. So Alice is the shortest.", "Adam", False),
+        ("order", " Adam is taller than Alice. Adam is the tallest.", "Adam", True),
+        ("state", " So the ball is in the kitchen.\nThe ball is in the tent.", "kitchen", True),
+    ],
+)
+def test_final_answer(kind: str, written: str, final: str, right: bool) -> None:
+    assert task_items.final_answer({"kind": kind, "final": final}, [written]) == {"match": float(right)}
+
+
+def test_groups_expand_in_one_order() -> None:
+    found = list(load_tasks(["shoal_knowledge", "retrieval_uuid_generation"]))
+    assert found == [
+        "knowledge_continuation",
+        "knowledge_generation",
+        "knowledge_loglikelihood",
+        "retrieval_uuid_generation",
+    ]
+
+
+def test_own_tasks_load_without_reading_lm_evals_collection() -> None:
+    started = time.perf_counter()
+    load_tasks(["knowledge_continuation"])
+    assert time.perf_counter() - started < 5
+
+
+@pytest.fixture
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's collection takes seconds to read; an empty one stands in for it, in text and as an index."""
+    import lm_eval.tasks
+
+    class Small(lm_eval.tasks.TaskManager):
+        def __init__(self, include_path: Any = None, include_defaults: bool = True) -> None:
+            assert not include_defaults or Small.may_be_read
+            super().__init__(include_path=include_path, include_defaults=False)
+
+        may_be_read = False
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Small)
+    texts = ("task: unheard_of\ntag: [einfach, zwiefach_sets]\n# of qqq-old", "group: g\ntag:\n  - 'dreifach'\n")
+    monkeypatch.setattr(naming, "_collection", lambda: texts)
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_an_unknown_task_is_refused_with_the_closest_and_without_an_index() -> None:
+    with pytest.raises(UserError, match=r"'retrival_continuation' is no task.*did you mean 'retrieval_continuation'"):
+        load_tasks(["retrival_continuation"])
+    for wrong, right in (("unheard_off", "unheard_of"), ("zwiefach_set", "zwiefach_sets"), ("dreifahc", "dreifach")):
+        with pytest.raises(UserError, match=rf"'{wrong}' is no task.*did you mean '{right}'"):
+            load_tasks([wrong])
+    with pytest.raises(UserError, match=r"'qqq' is no task.*shoal's own are knowledge_continuation"):
+        load_tasks(["knowledge_continuation", "qqq"])
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_name_that_a_task_file_only_mentions_is_refused_by_the_index(tmp_path: Path) -> None:
+    import lm_eval.tasks
+
+    (tmp_path / "own.yaml").write_text(f"{OWN_TASK.format(name='own_tasks', data='x')}# not own_task\n")
+    naming.refuse_unknown(["own_task", "own_tasks", "unheard_of", "einfach", "dreifach"], tmp_path)
+    manager: Any = lm_eval.tasks.TaskManager
+    manager.may_be_read = True
+    with pytest.raises(
+        UserError, match=r"'own_task' is no task, neither of shoal nor of lm-eval; did you mean 'own_tasks'"
+    ):
+        load_tasks(["own_task"], include_path=tmp_path)
+
+
+def test_a_misspelt_task_is_refused_before_models_and_tasks_are_imported(tmp_path: Path) -> None:
+    """In a process of its own, with lm-eval's real collection."""
+    (tmp_path / "r.yaml").write_text(f"model: m\nrun_dir: {tmp_path / 'run'}\neval: {{tasks: [arc_eazy]}}\n")
+    code = (
+        "import sys; from shoal.cli import run_verb\n"
+        f"assert run_verb('eval', {str(tmp_path / 'r.yaml')!r}, ()) == 2\n"
+        "heavy = {'lm_eval', 'datasets', 'scipy', 'shoal.models.load'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "'arc_eazy' is no task, neither of shoal nor of lm-eval; did you mean 'arc_easy'" in done.stderr
+
+
+def test_include_path_must_be_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"eval.include_path: '.*nowhere' is no folder"):
+        load_tasks(["knowledge_continuation"], include_path=tmp_path / "nowhere")
+
+
+def test_a_task_file_whose_data_is_missing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "lost.yaml").write_text(OWN_TASK.format(name="lost", data=tmp_path / "nothing.jsonl"))
+    with pytest.raises(
+        UserError, match=r"'lost' \(.*lost.yaml\) reads '.*nothing.jsonl', which is not there .*correct dataset_kwargs"
+    ):
+        load_tasks(["lost"], include_path=tmp_path)
+    (tmp_path / "nothing.jsonl").touch()
+    with pytest.raises(
+        UserError, match=r"'lost' \(.*\) reads '.*nothing.jsonl', which is empty; a task needs at least"
+    ):
+        load_tasks(["lost"], include_path=tmp_path)
+
+
+def test_a_folder_that_a_task_file_names_must_be_there(tmp_path: Path) -> None:
+    text = OWN_TASK.format(name="lost", data="x").replace(
+        "{data_files: {test: x}}", f"{{data_dir: {tmp_path}/no/such}}"
+    )
+    (tmp_path / "lost.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"reads '.*/no/such', which is not there \(found as far as {tmp_path}\)"):
+        load_tasks(["lost"], include_path=tmp_path)
+
+
+def test_a_split_without_items_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(
+        '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}'
+    )
+    (tmp_path / "nothing.py").write_text("def of(dataset):\n    return dataset.select([])\n")
+    text = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl") + "process_docs: !function nothing.of\n"
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"'own' has no items: the split it is scored on is empty; correct its data"):
+        load_tasks(["own"], include_path=tmp_path)
+
+
+def test_an_answer_that_is_no_option_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"question": "q", "choices": ["a", "b"], "answer": 2}')
+    text = OWN_TASK.format(name="own", data=tmp_path / "data.jsonl")
+    text = text.replace('"{{choices.label.index(answerKey)}}"', "answer").replace('"{{choices.text}}"', "choices")
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"'own', document 0: the answer 2 is none of its 2 options; correct its data"):
+        load_tasks(["own"], include_path=tmp_path)
+
+
+def test_a_hub_task_without_network_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    text = OWN_TASK.format(name="far", data="x").replace("dataset_path: json", "dataset_path: nobody/nothing")
+    text = "\n".join(line for line in text.splitlines() if "dataset_kwargs" not in line)
+    (tmp_path / "far.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"'far' cannot be loaded .*may need the Hugging Face Hub"):
+        load_tasks(["far"], include_path=tmp_path)
+
+
+def test_examples_are_never_taken_from_the_scored_items(tmp_path: Path) -> None:
+    row = '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}\n'
+    (tmp_path / "data.jsonl").write_text(row)
+    (tmp_path / "own.yaml").write_text(OWN_TASK.format(name="own", data=tmp_path / "data.jsonl"))
+    assert load_tasks(["own"], include_path=tmp_path)["own"].config.num_fewshot == 0
+    with pytest.raises(UserError, match=r"eval.num_fewshot: 'own' has no examples"):
+        load_tasks(["own"], include_path=tmp_path, num_fewshot=2)
+
+
+@pytest.mark.skipif(not (SHARED / "arc_easy").is_dir(), reason="no folder of real test sets beside the repository")
+def test_a_local_folder_of_real_data_can_be_named(tmp_path: Path) -> None:
+    data = SHARED / "arc_easy" / "test.jsonl"
+    (tmp_path / "arc.yaml").write_text(OWN_TASK.format(name="arc_easy_local", data=data))
+    task = load_tasks(["arc_easy_local"], include_path=tmp_path)["arc_easy_local"]
+    doc = task.eval_docs[0]
+    assert prompt(task) == f"Question: {doc['question']}\nAnswer:"
+    assert task.doc_to_choice(doc)[task.doc_to_target(doc)]
+
+
+def test_a_defect_of_our_own_task_keeps_its_traceback(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN_TASK.format(name="own", data=tmp_path / "nothing.jsonl"))
+    manager = loading._manager_that_knows(["own"], (TASKS_DIR, tmp_path))
+    assert loading._is_ours(manager, "knowledge_continuation")
+    assert loading._is_ours(manager, "shoal_retrieval")
+    assert not loading._is_ours(manager, "own")

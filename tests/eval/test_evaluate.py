@@ -1,0 +1,271 @@
+"""One model's evaluation: stable items, equal numbers for every batch size and rank count, honest refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluations import SETTINGS, assert_same, run
+from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
+
+from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.errors import UserError
+from shoal.eval.evaluate import role_evaluation
+from shoal.eval.harness.engine import CausalLM
+from shoal.eval.harness.perplexity import perplexity, windows
+from shoal.eval.harness.samples import item_ids, task_score
+from shoal.recipe.recipe import Eval
+from shoal.recipe.section import DataSource
+from shoal.stats.paired import paired
+
+
+@pytest.fixture(scope="module")
+def scores() -> tuple[TaskScore, ...]:
+    return run()
+
+
+def test_scores_carry_what_a_reader_needs(scores: tuple[TaskScore, ...]) -> None:
+    described = [(s.task, s.ability, s.protocol, s.metric, s.chance, s.higher_is_better) for s in scores]
+    assert described == [
+        ("knowledge_continuation", "knowledge", "continuation", "acc", 0.25, True),
+        ("knowledge_loglikelihood", "knowledge", "loglikelihood", "acc", 0.25, True),
+        ("retrieval_generation", "retrieval", "generation", "match", 0.1, True),
+        ("reasoning_worked", "reasoning", "worked", "nats_per_token", 0.0, False),
+        ("perplexity", "language", "rolling", "nats_per_token", 0.0, False),
+    ]
+    for score in scores[:4]:
+        assert score.n == len(score.items) == 6
+        assert score.version == "1.0"
+        assert score.ci_low <= score.score <= score.ci_high
+        assert len({item.id for item in score.items}) == 6
+        assert all(item.target for item in score.items)
+    assert scores[1].items[0].prediction in "ABCD"
+    assert scores[1].items[0].target in "ABCD"
+
+
+def test_nats_per_token_of_a_random_model_are_near_the_uniform_guess(scores: tuple[TaskScore, ...]) -> None:
+    for score in scores[3:]:
+        assert 0.5 * math.log(272) < score.score < 3 * math.log(272)
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 64}], ids=str)
+def test_batch_size_changes_nothing(scores: tuple[TaskScore, ...], changes: dict[str, Any]) -> None:
+    assert_same(run(**changes), scores)
+
+
+def test_the_seed_changes_no_item(scores: tuple[TaskScore, ...]) -> None:
+    assert_same(run(seed=7), scores)
+
+
+def test_roles_pair_item_by_item(scores: tuple[TaskScore, ...]) -> None:
+    for before, after in zip(scores, run(kind="qwen3"), strict=True):
+        assert paired(before, after).n == before.n
+
+
+def test_few_shot_prompts_are_counted_in_the_score() -> None:
+    (score, _) = run(tasks=("knowledge_continuation",), num_fewshot=2, limit=3)
+    assert score.num_fewshot == 2
+
+
+def test_role_evaluation_is_an_artifact(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096)
+    model = tiny_model("llama", max_position_embeddings=4096)
+    settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",))
+    made = role_evaluation("pruned", model, tiny_tokenizer(), settings, folder=folder, inputs={"model": "m"}, seed=0)
+    made.write(tmp_path / "pruned.json")
+    assert Evaluation.read(tmp_path / "pruned.json") == made
+    assert (made.role, made.num_layers, made.provenance.inputs) == ("pruned", 6, {"model": "m"})
+    assert made.num_bytes > 0
+    assert made.num_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_perplexity_equals_a_plain_forward_over_each_window() -> None:
+    model = tiny_model("gemma3")
+    lm = CausalLM(model, tiny_tokenizer(), 4)
+    settings = Eval(perplexity_tokens=500, sequence_length=64)
+    found = perplexity(lm, settings)
+    total, count = 0.0, 0
+    for _, context, scored in windows(lm.tokenizer, settings):
+        ids = torch.tensor([context + scored])
+        with torch.no_grad():
+            log_probs = model(ids).logits[0, :-1].double().log_softmax(-1)
+        total -= float(log_probs.gather(1, ids[0, 1:, None])[len(context) - 1 :].sum())
+        count += len(scored)
+    assert count == 500
+    assert found.score == pytest.approx(total / count, abs=1e-5)
+    assert sum(item.weight for item in found.items) == 500
+
+
+def test_perplexity_shares_its_tokens_by_weight(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text to read " * 100)
+    sources = (DataSource(str(tmp_path / "a.txt"), weight=3.0), DataSource("python_docs_heldout"))
+    lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
+    found = windows(lm.tokenizer, Eval(perplexity_data=sources, perplexity_tokens=400, sequence_length=64))
+    ours = sum(len(scored) for identity, _, scored in found if identity.startswith(str(tmp_path)))
+    assert (ours, sum(len(scored) for _, _, scored in found)) == (300, 400)
+
+
+def test_a_window_longer_than_the_model_is_refused() -> None:
+    lm = CausalLM(tiny_model("llama", max_position_embeddings=128), tiny_tokenizer(), 4)
+    with pytest.raises(UserError, match=r"eval\.sequence_length: 256 is more than the model's 128 positions"):
+        perplexity(lm, SETTINGS)
+
+
+def own_task(folder: Path, text: str, rows: list[dict[str, Any]]) -> Eval:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}}}\ntest_split: test\n"
+    (folder / "own.yaml").write_text(f"task: own\n{data}{text}")
+    return dataclasses.replace(SETTINGS, tasks=("own",), include_path=str(folder), perplexity_tokens=100)
+
+
+MULTIPLE = "output_type: multiple_choice\ndoc_to_text: q\ndoc_to_choice: options\ndoc_to_target: answer\n"
+
+
+def test_a_task_without_metadata_is_described_from_itself(tmp_path: Path) -> None:
+    rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}, {"q": "c d", "options": ["A", "B", "C"], "answer": 0}]
+    (score, _) = run(**dataclasses.asdict(own_task(tmp_path, MULTIPLE, rows)) | unchanged())
+    assert (score.ability, score.protocol, score.metric, score.n) == ("own", "loglikelihood", "acc_norm", 2)
+    assert score.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert score.items[0].id.startswith("0-")
+
+
+def unchanged() -> dict[str, Any]:
+    """asdict turns the data sources into mappings; runs keep the default ones."""
+    return {"perplexity_data": SETTINGS.perplexity_data}
+
+
+def test_an_answer_outside_the_options_is_refused(tmp_path: Path) -> None:
+    settings = own_task(
+        tmp_path,
+        MULTIPLE,
+        [
+            {"q": "a b", "options": ["A", "B"], "answer": 1},
+            {"q": "c d", "options": ["A", "B"], "answer": 2},
+        ],
+    )
+    with pytest.raises(UserError, match="'own', document 1: the answer 2 is none of its 2 options"):
+        run(**dataclasses.asdict(settings) | unchanged())
+
+
+def test_rolling_tasks_count_bytes(tmp_path: Path) -> None:
+    text = 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: q\n'
+    text += "metric_list: [{metric: bits_per_byte}]\n"
+    settings = own_task(tmp_path, text, [{"q": "a text"}, {"q": "another, longer text"}])
+    (score, _) = run(**dataclasses.asdict(settings) | unchanged())
+    assert (score.metric, score.protocol, score.higher_is_better) == ("bits_per_byte", "rolling", False)
+    assert [item.weight for item in score.items] == [6.0, 20.0]
+    assert 4 < score.score < 25
+
+
+def test_a_metric_without_a_value_per_item_is_refused(tmp_path: Path) -> None:
+    text = MULTIPLE + "metric_list: [{metric: mcc, aggregation: matthews_corrcoef, higher_is_better: true}]\n"
+    settings = own_task(tmp_path, text, [{"q": "a b", "options": ["A", "B"], "answer": 1}])
+    with pytest.raises(UserError, match="'own' has no value of 'mcc' for single items"):
+        run(**dataclasses.asdict(settings) | unchanged())
+
+
+def test_tasks_that_run_model_code_are_refused(tmp_path: Path) -> None:
+    settings = own_task(tmp_path, MULTIPLE + "unsafe_code: true\n", [{"q": "a", "options": ["A", "B"], "answer": 1}])
+    with pytest.raises(UserError, match="'own' runs code that the model writes"):
+        run(**dataclasses.asdict(settings) | unchanged())
+
+
+def test_ids_fall_back_to_position_and_content() -> None:
+    own = [
+        {"doc": {"id": "x"}, "doc_id": 0, "doc_hash": "a" * 64},
+        {"doc": {"id": "y"}, "doc_id": 1, "doc_hash": "b" * 64},
+    ]
+    assert item_ids(own) == ["x", "y"]
+    own[1]["doc"] = {"id": "x"}
+    assert item_ids(own) == ["0-aaaaaaaa", "1-bbbbbbbb"]
+
+
+def test_only_the_first_filter_counts() -> None:
+    class Task:
+        OUTPUT_TYPE, VERSION = "generate_until", 3.0
+        config = type("Config", (), {"metadata": None, "tag": None, "to_dict": lambda self: {}})()
+
+        def doc_to_text(self, doc: dict[str, Any]) -> str:
+            return "Six and one?"
+
+        def higher_is_better(self) -> dict[str, bool]:
+            return {"exact_match": True}
+
+    def sample(number: int, kind: str, value: float) -> dict[str, Any]:
+        shared = {"doc": {}, "doc_id": number, "doc_hash": str(number) * 64, "target": "7", "resps": [["seven"]]}
+        shared |= {"arguments": [("Six and one?", {"max_gen_toks": 4})], "filtered_resps": ["seven"]}
+        return {**shared, "filter": kind, "metrics": ["exact_match"], "exact_match": value}
+
+    logged = [sample(1, "strict", 0.0), sample(1, "loose", 1.0), sample(0, "strict", 1.0), sample(0, "loose", 1.0)]
+    score = task_score("gsm", Task(), logged, num_fewshot=5, count_tokens=lambda *_: 1)
+    assert (score.score, score.metric, score.version, score.protocol) == (
+        0.5,
+        "exact_match (strict)",
+        "3.0",
+        "generation",
+    )
+    assert [item.score for item in score.items] == [1.0, 0.0]
+
+
+RANK_SCRIPT = """
+import dataclasses, json, sys
+from pathlib import Path
+from evaluations import run
+from shoal.runtime import rank
+from shoal.artifacts.artifact import TaskScore
+from pydantic import TypeAdapter
+scores = run(tasks=("retrieval_continuation", "shoal_knowledge", "reasoning_worked"), limit=5)
+Path(sys.argv[1] + f"/{rank()}.json").write_bytes(TypeAdapter(tuple[TaskScore, ...]).dump_json(scores))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
+    from pydantic import TypeAdapter
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_SCRIPT, str(tmp_path)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parents[2] / "support",
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    read = TypeAdapter(tuple[TaskScore, ...]).validate_json
+    found = [read((tmp_path / f"{rank}.json").read_bytes()) for rank in range(2)]
+    assert found[0] == found[1]
+    expected = run(tasks=("retrieval_continuation", "shoal_knowledge", "reasoning_worked"), limit=5)
+    assert_same(found[0], expected)
+    assert [score.task for score in found[0]] == [score.task for score in expected]
+
+
+def test_one_task_may_get_a_number_of_items_of_its_own():
+    scores = run(tasks=("knowledge_continuation", "reasoning_worked"), limit=5, limits={"reasoning_worked": 2})
+    assert [score.n for score in scores[:2]] == [5, 2]
+    whole = run(tasks=("reasoning_worked",), limit=5)
+    assert [item.id for item in scores[1].items] == [item.id for item in whole[0].items[:2]]
+
+
+def test_a_limit_for_a_task_that_is_not_evaluated_is_refused():
+    with pytest.raises(UserError, match=r"eval\.limits: 'gsm8k' is not among the evaluated tasks, which are knowledge"):
+        run(tasks=("knowledge_continuation",), limits={"gsm8k": 3})

@@ -1,0 +1,199 @@
+"""Suites: what a name stands for, what it costs, and how a recipe adds to it."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from results import evaluation as evaluation_of
+from tiny import tiny_checkpoint
+
+from shoal.errors import UserError
+from shoal.eval.evaluate import num_items
+from shoal.eval.suites import Work, in_words, rest_in_words, work_of
+from shoal.eval.tasks.load import known_tasks, tasks_of
+from shoal.recipe.recipe import Eval, as_dict, parse_recipe
+from shoal.recipe.suites import SUITES_DIR, Cost, SuiteName, read_suite
+from shoal.stages import pipeline
+from shoal.stages.pipeline import _tell_of_left_out
+from shoal.stages.run import open_run
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+NAMES = get_args(SuiteName)
+
+
+def evaluation(**settings: Any) -> Eval:
+    return parse_recipe({"model": "m", "run_dir": "r", "eval": settings}).eval
+
+
+def test_there_is_a_file_for_every_name_and_it_asks_only_tasks_that_exist() -> None:
+    assert {file.stem for file in SUITES_DIR.glob("*.yaml")} == set(NAMES)
+    known = known_tasks(ours_only=True)
+    for name in NAMES:
+        suite = read_suite(name)
+        assert not set(suite.tasks) - known
+        assert len(set(suite.tasks)) == len(suite.tasks)
+        assert set(suite.limits) <= set(suite.tasks)
+
+
+def test_a_suite_is_spelled_out_and_what_the_recipe_says_wins() -> None:
+    suite = read_suite("quick")
+    plain = evaluation(suite="quick")
+    assert plain.tasks == suite.tasks
+    assert (plain.limit, plain.limits) == (suite.limit, suite.limits)
+    assert (plain.perplexity_tokens, plain.sequence_length) == (suite.perplexity_tokens, suite.sequence_length)
+    first = suite.tasks[0]
+    changed = evaluation(suite="quick", tasks=["kv_8pairs_generation", first], limit=3, limits={first: 2})
+    assert changed.tasks == (*suite.tasks, "kv_8pairs_generation")
+    assert (changed.limit, changed.limits) == (3, {**dict.fromkeys(suite.limits, 3), first: 2})
+    assert evaluation(suite="quick", limit=None).limit is None
+
+
+def test_a_limit_caps_the_limits_of_the_suite_but_not_those_the_recipe_names() -> None:
+    assert read_suite("quick").limits == {"reasoning_generation": 16, "needle_20sentences_generation": 20}
+    capped = evaluation(suite="quick", limit=18)
+    assert capped.limits == {"reasoning_generation": 16, "needle_20sentences_generation": 18}
+    named = evaluation(suite="quick", limit=4, limits={"reasoning_generation": 9})
+    assert named.limits == {"reasoning_generation": 9, "needle_20sentences_generation": 4}
+    for recipe in (capped, named):
+        assert evaluation(**as_dict(recipe)) == recipe
+
+
+def test_spelling_it_out_twice_changes_nothing_and_no_suite_changes_nothing() -> None:
+    recipe = parse_recipe({"model": "m", "run_dir": "r", "eval": {"suite": "standard", "tasks": ["piqa_generation"]}})
+    assert parse_recipe(as_dict(recipe)) == recipe
+    assert evaluation() == Eval()
+    assert evaluation(tasks=["a"]).tasks == ("a",)
+
+
+def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
+    with pytest.raises(UserError, match=r"eval.suite: must be 'quick', 'standard' or 'full' \(got 'fast'\)"):
+        evaluation(suite="fast")
+    with pytest.raises(UserError, match=r"eval.tasks: must be .*list.* \(got 'a'\)"):
+        evaluation(suite="quick", tasks="a")
+    with pytest.raises(UserError, match=r"eval.limits.*\(got 3\)"):
+        evaluation(suite="quick", limits=3)
+    with pytest.raises(UserError, match=r"eval.suit: unknown key; did you mean 'suite'"):
+        evaluation(suit="quick")
+
+
+def assert_costs(found: Work, stated: Cost) -> None:
+    assert (found.items, found.requests) == (stated.items, stated.requests)
+    assert abs(found.tokens / stated.tokens - 1) < 0.02, in_words(found)
+
+
+def test_quick_needs_no_network_and_costs_what_it_says() -> None:
+    settings = evaluation(suite="quick")
+    tasks = tasks_of(settings)
+    assert tuple(tasks) == settings.tasks
+    found = work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens)
+    assert_costs(found, read_suite("quick").cost)
+    protocols = {task.config.metadata["protocol"] for task in tasks.values()}
+    assert protocols == {"loglikelihood", "continuation", "generation", "worked"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")
+def test_standard_reads_a_local_folder_and_costs_what_it_says() -> None:
+    settings = evaluation(suite="standard", data_dir=str(SHARED))
+    tasks = tasks_of(settings)
+    counts = num_items(tasks, settings)
+    assert_costs(work_of(tasks, counts, perplexity_tokens=settings.perplexity_tokens), read_suite("standard").cost)
+
+
+def test_a_cost_is_counted_by_hand_once() -> None:
+    class Task:
+        task_name = "t"
+
+        class config:
+            num_fewshot = 0
+            generation_kwargs = None
+
+        eval_docs = ("ab", "ac")
+
+        def fewshot_context(self, doc: str, num_fewshot: int) -> str:
+            return f"shared {doc}" + num_fewshot * "x"
+
+        def construct_requests(self, doc: str, prompt: str, metadata: Any) -> list[Any]:
+            class One:
+                def __init__(self, option: str) -> None:
+                    self.args = (prompt, option)
+
+            return [One(" yes"), One(" no")]
+
+    # 8 characters alike, then 1 of each prompt and 4 + 3 of its options
+    assert work_of({"t": Task()}, {"t": 2}) == Work(items=2, requests=4, read=round((8 + 2 * (1 + 7)) / 3), written=0)
+    assert work_of({"t": Task()}, {"t": 20}).items == 20
+
+    class Writing(Task):
+        def construct_requests(self, doc: str, prompt: str, metadata: Any) -> Any:
+            settings = {"until": ["."], **({"max_new_tokens": 7} if doc == "ab" else {})}
+            return type("One", (), {"args": (prompt, settings)})()
+
+    # a task that does not say how much it wants may write 256 tokens, as the engine lets it
+    assert work_of({"w": Writing()}, {"w": 2}, perplexity_tokens=90) == Work(2, 2, round(10 / 3) + 90, 7 + 256)
+
+
+def test_how_long_the_other_models_will_take_is_told_by_one_that_answered_anew() -> None:
+    done = replace(evaluation_of("teacher"), seconds=300.0, num_requests=100, num_kept=0)
+    told = "teacher took 5 min; about 10 min more for pruned and distilled, less where answers are kept"
+    assert rest_in_words(done, ["pruned", "distilled"]) == told
+    assert rest_in_words(replace(done, num_kept=40), ["pruned"]) == (
+        "teacher took 5 min; about 8 min more for pruned, less where answers are kept"
+    )
+    assert rest_in_words(done, []) is None
+    assert rest_in_words(replace(done, num_kept=50), ["pruned"]) is None
+    assert rest_in_words(replace(done, num_requests=0), ["pruned"]) is None
+
+
+def test_an_evaluation_of_fewer_tasks_says_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file, all_of_it = tmp_path / "teacher.json", evaluation_of("teacher")
+    tasks = all_of_it.tasks
+    with caplog.at_level("WARNING"):
+        _tell_of_left_out(file, all_of_it)
+        evaluation_of("teacher", tasks[:3]).write(file)
+        _tell_of_left_out(file, all_of_it)
+        assert not caplog.records
+        _tell_of_left_out(file, evaluation_of("teacher", tasks[:1]))
+    gone = ", ".join(sorted(task.task for task in tasks[1:3]))
+    assert f"eval teacher: 1 task in place of 3; {gone} are no longer scored, answers given stay in" in caplog.text
+
+
+def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loading(Exception):
+        pass
+
+    def load_model(*_: Any, **__: Any) -> None:
+        raise Loading
+
+    monkeypatch.setattr(pipeline, "load_model", load_model)
+    settings = {"tasks": ["knowledge_continuation", "retrieval_generation"], "limit": 5, "perplexity_tokens": 500}
+    recipe = {"model": str(tiny_checkpoint(tmp_path, "llama")), "run_dir": str(tmp_path / "run"), "eval": settings}
+    with caplog.at_level("INFO"), pytest.raises(Loading):
+        pipeline.evaluate(open_run(parse_recipe(recipe)))
+    told = [line for line in caplog.messages if "tokens to read" in line]
+    assert len(told) == 1
+    assert re.fullmatch(
+        r"eval: teacher, each: 10 items, 25 requests, about \d{3} tokens to read, at most 80 to write", told[0]
+    )
+    drawn: list[float] = []
+
+    def drawing(settings: Eval, *, seed: int) -> dict[str, Any]:
+        drawn.append(random.random())
+        return tasks_of(settings, seed=seed)
+
+    monkeypatch.setattr("shoal.eval.tasks.load.tasks_of", drawing)
+    for before in range(2):
+        random.seed(before)
+        with pytest.raises(Loading):
+            pipeline.evaluate(open_run(parse_recipe(recipe)))
+    assert drawn[0] == drawn[1], "what a task draws as it is loaded is the same whenever it is"
+    recipe["eval"] = {**settings, "tasks": ["knowledge_continuatoin"]}
+    with pytest.raises(UserError, match="did you mean 'knowledge_continuation'"):
+        pipeline.evaluate(open_run(parse_recipe(recipe)))

@@ -1,0 +1,311 @@
+"""Artifacts on disk: read back whole, refused when damaged or of another run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from results import evaluation
+from sweep_results import importance as swept_importance
+
+from shoal.artifacts.artifact import (
+    Artifact,
+    BatchSpeed,
+    Evaluation,
+    Importance,
+    ItemScore,
+    Provenance,
+    PruningPlan,
+    Speed,
+    SpeedScore,
+    TaskScore,
+    Training,
+    differences,
+    fingerprint,
+    require_same_run,
+)
+from shoal.artifacts.importance import Removal, Sweep, Unit
+from shoal.errors import UserError
+
+MADE = Provenance({"model": "abc", "prune.drop": [1, 3], "seed": 0})
+TASK = TaskScore(
+    task="knowledge_continuation",
+    ability="knowledge",
+    protocol="continuation",
+    metric="acc",
+    score=0.25,
+    ci_low=0.1,
+    ci_high=0.9,
+    n=2,
+    chance=0.25,
+    higher_is_better=True,
+    version="1",
+    num_fewshot=0,
+    items=(ItemScore("a", 1.0, "Köln\u2028", "Köln", rates={"cut_off": 1.0}), ItemScore("b", 0.0, weight=3.0)),
+    family="steps",
+    level=2.0,
+    rates={"cut_off": 0.5},
+)
+BATCH = BatchSpeed(8, 3.0, 4.0, 0.1, None, {"first_token": (0.1, 0.2)}, {"decode_tokens_per_s": 4.5})
+ARTIFACTS = (
+    Importance(MADE, num_layers=2, num_tokens=9, layers={"x": (0.1, 1 / 3)}, runs={"y": ((0.5, 1e-30), (2.0,))}),
+    swept_importance(),
+    PruningPlan(MADE, num_layers=6, drop=(1, 3), reason="named"),
+    Evaluation(MADE, role="teacher", tasks=(TASK,), num_parameters=10**12, num_layers=2, num_bytes=9, seconds=0.5),
+    Speed(MADE, {"teacher": SpeedScore(1.0, 2.0, {"prefill": (1.0, 2.0)})}, 1, 2, 3, "float32"),
+    Speed(MADE, {"pruned": SpeedScore(1.0, 2.0, {}, (BATCH,), 2, 10**12, 9, 4)}, 1, 2, 3, "float32", ("no room",)),
+    Training(MADE, 3, 100, 1.5, ({"step": 1.0, "loss": 0.7},), {"a": None}, {"docs": {"tokens": 3}}, 5),
+)
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS, ids=lambda artifact: type(artifact).__name__)
+def test_artifact_is_read_back_equal(tmp_path: Path, artifact: Artifact) -> None:
+    path = tmp_path / "deep" / "er" / "x.json"
+    artifact.write(path)
+    again = type(artifact).read(path)
+    assert again == artifact
+    assert again.provenance.fingerprint == artifact.provenance.fingerprint
+    assert json.loads(path.read_text(encoding="utf-8"))["schema"] == artifact.SCHEMA
+    assert os.listdir(path.parent) == ["x.json"]
+
+
+def test_importance_of_before_there_were_sweeps_is_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "importance.json"
+    old = {"schema": 1, "provenance": {"inputs": {}}, "num_layers": 1, "num_tokens": 9, "layers": {}, "runs": {}}
+    path.write_text(json.dumps(old))
+    found = Importance.read(path)
+    assert (found.orders, found.atlas, found.sweeps) == ({}, None, {})
+
+
+def test_results_of_before_there_were_levels_and_batch_sizes_are_still_read(tmp_path: Path) -> None:
+    made = {"schema": 1, "provenance": {"inputs": {}}}
+    task = {**dataclasses.asdict(TASK), "items": [{"id": "a", "score": 0.25}], "n": 1}
+    for new in ("family", "level", "rates"):
+        del task[new]
+    sizes = {"num_parameters": 1, "num_layers": 1, "num_bytes": 1, "seconds": 1.0}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({**made, "role": "teacher", "tasks": [task], **sizes}))
+    (found,) = Evaluation.read(path).tasks
+    assert (found.family, found.level, found.rates, found.items[0].rates) == (None, None, {}, {})
+    role = {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 2.0, "samples": {}}
+    settings = {"batch_size": 1, "prompt_tokens": 2, "new_tokens": 3, "dtype": "float32"}
+    path.write_text(json.dumps({**made, "roles": {"teacher": role}, **settings}))
+    speed = Speed.read(path)
+    assert (speed.left_out, speed.roles["teacher"].batches, speed.roles["teacher"].kv_bytes_per_token) == ((), (), None)
+
+
+def test_orders_and_sweeps_are_read_back_equal(tmp_path: Path) -> None:
+    half = Unit((2,), "attention")
+    sweeps = {"head": Sweep("head", (Unit((0,), "head", 3),), ())}
+    made = Importance(MADE, 3, 1, {}, {}, orders={"block_pruner": (Removal(half, 2.5),)}, sweeps=sweeps)
+    made.write(tmp_path / "x.json")
+    assert Importance.read(tmp_path / "x.json") == made
+
+
+def test_a_sweep_with_a_misspelt_field_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    swept_importance().write(path)
+    path.write_text(path.read_text().replace('"adjusted_p"', '"adjusted"', 1))
+    with pytest.raises(
+        UserError, match=r"atlas.sweep.columns.0.effects.0.adjusted.*; delete it and run its stage again"
+    ):
+        Importance.read(path)
+
+
+@pytest.mark.parametrize(
+    ("unit", "name"),
+    [
+        (Unit((3,)), "layer 3"),
+        (Unit((3, 1)), "layers 3, 1"),
+        (Unit((3,), "attention"), "attention 3"),
+        (Unit((3,), "kv_group", 2), "kv group 3.2"),
+    ],
+)
+def test_units_have_names(unit: Unit, name: str) -> None:
+    assert unit.name == name
+
+
+def test_plan_keeps_what_it_does_not_drop() -> None:
+    assert PruningPlan(MADE, num_layers=6, drop=(1, 3), reason="").keep == (0, 2, 4, 5)
+
+
+def test_provenance_records_versions_and_time() -> None:
+    assert MADE.environment["torch"] == torch.__version__
+    assert MADE.created.endswith("+00:00")
+
+
+def test_missing_artifact_says_which_stage_to_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"plan.json: no such file; run the stage that makes it first"):
+        PruningPlan.read(tmp_path / "plan.json")
+
+
+def plan_with(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "plan.json"
+    PruningPlan(MADE, 6, (1, 3), "").write(path)
+    body = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in body.items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 99}, "has schema 99, this version reads 1; delete it"),
+        ({"schema": None}, "has schema None, this version reads 1; delete it"),
+        ({"drop": "x"}, r"plan.json: drop: .*; delete it and run its stage again"),
+        ({"reason": None}, r"plan.json: reason: .*; delete it and run its stage again"),
+        ({"more": 1}, r"plan.json: more: .*; delete it and run its stage again"),
+    ],
+)
+def test_artifact_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        PruningPlan.read(plan_with(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 1', b"\xff\xfe", b"\0" * 100])
+def test_damaged_artifact_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"plan.json: is not valid JSON .*; delete it and run its stage again"):
+        PruningPlan.read(path)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null"])
+def test_json_that_is_no_artifact_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="has schema None"):
+        PruningPlan.read(path)
+
+
+def test_folder_in_place_of_an_artifact_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        PruningPlan.read(tmp_path)
+
+
+def test_number_that_json_cannot_hold_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        Importance(MADE, 1, 1, {"x": (float("nan"),)}, {}).write(tmp_path / "x.json")
+    assert os.listdir(tmp_path) == []
+
+
+def test_differences_names_every_field_and_both_values() -> None:
+    here = {"model": "a", "seed": 0, "drop": (1, 2), "new": None}
+    there = {"model": "b", "seed": 0, "drop": [1, 2], "old": 3}
+    assert differences(here, there) == [
+        "model is 'a' in this recipe but 'b' there",
+        "new is None in this recipe but 'absent' there",
+        "old is 'absent' in this recipe but 3 there",
+    ]
+    assert differences(here, here) == []
+
+
+def test_artifact_of_another_run_is_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
+    require_same_run({"model": "abc", "prune.drop": (1, 3)}, MADE, tmp_path, remedy="")
+    with pytest.raises(UserError) as refused:
+        require_same_run({"model": "xyz", "ratio": 0.5, "seed": 0}, MADE, tmp_path / "p.json", remedy="Do that.")
+    assert str(refused.value) == (
+        f"{tmp_path}/p.json: belongs to another run: model is 'xyz' in this recipe but 'abc' there; "
+        "ratio is 0.5 in this recipe but 'absent' there. Do that."
+    )
+
+
+def test_fingerprint_depends_on_values_and_not_on_order() -> None:
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
+    assert len({fingerprint(value) for value in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": [1]})}) == 5
+
+
+def numbers(value: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all numbers with a fraction in a JSON value."""
+    if isinstance(value, float):
+        yield where
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(item, (*where, key))
+
+
+@pytest.mark.parametrize("artifact", ARTIFACTS, ids=lambda artifact: type(artifact).__name__)
+@pytest.mark.parametrize("number", [math.nan, math.inf, "nan"])
+def test_no_number_of_an_artifact_may_be_none(tmp_path: Path, artifact: Artifact, number: Any) -> None:
+    path = tmp_path / "x.json"
+    artifact.write(path)
+    text = path.read_text()
+    kinds: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    for place in numbers(json.loads(text)):
+        kinds.setdefault(tuple(key for key in place if isinstance(key, str)), place)
+    kinds.pop(("settings", "a"), None)
+    for *parents, last in kinds.values():
+        body = json.loads(text)
+        node = body
+        for key in parents:
+            node = node[key]
+        node[last] = number
+        path.write_text(json.dumps(body))
+        with pytest.raises(UserError, match=r"x\.json: .*; delete it and run its stage again") as refused:
+            type(artifact).read(path)
+        assert str(last) in str(refused.value) or isinstance(last, int)
+        assert "nan" in str(refused.value) or "inf" in str(refused.value)
+
+
+SWEPT = swept_importance()
+EVALUATED = evaluation("pruned")
+FIRST = EVALUATED.tasks[1]
+ATLAS = SWEPT.atlas
+assert ATLAS is not None
+
+
+@pytest.mark.parametrize(
+    ("artifact", "message"),
+    [
+        (replace(SWEPT, layers={"x": (0.1, 0.2)}), r"layers\.x: has 2 scores for 6 layers"),
+        (replace(SWEPT, num_layers=3), r"layers\.block_influence: has 6 scores for 3 layers"),
+        (replace(SWEPT, num_layers=0, layers={}), r"num_layers: is 0"),
+        (replace(SWEPT, errors={"x": (0.1,)}), r"errors\.x: has 1 scores for 6 layers"),
+        (replace(SWEPT, runs={"y": ((0.1,) * 6, (0.1,) * 6)}), r"runs\.y\.1: has 6 scores for 5 runs of 2 layers"),
+        (replace(SWEPT, runs={"y": ()}), r"runs\.y: is empty"),
+        (
+            replace(SWEPT, orders={"sleb": (Removal(Unit((6,)), 1.0),)}),
+            r"orders\.sleb\.0: names layer 6 of a model of 6 layers",
+        ),
+        (
+            replace(SWEPT, sweeps={"head": Sweep("head", (Unit((0,), "head", 3),), ATLAS.columns)}),
+            r"sweeps\.head\.columns\.0: has 6 effects for 1 units",
+        ),
+        (
+            replace(SWEPT, atlas=replace(ATLAS, sweep=replace(ATLAS.sweep, units=ATLAS.sweep.units[:-1]))),
+            r"atlas\.sweep\.columns\.0: has 6 effects for 5 units",
+        ),
+        (PruningPlan(MADE, 6, (3, 1), ""), r"drop: is \[3, 1\]; layers are named once, increasing"),
+        (PruningPlan(MADE, 6, (1, 1), ""), r"drop: is \[1, 1\]"),
+        (PruningPlan(MADE, 6, (1, 6), ""), r"drop: names layer 6 of a model of 6 layers"),
+        (PruningPlan(MADE, 2, (0, 1), ""), r"drop: leaves no layer"),
+        (PruningPlan(MADE, 6, (1, 2), ""), r"drop: is \[1, 2\], and the recipe that made it asked for \[1, 3\]"),
+        (replace(EVALUATED, tasks=()), r"tasks: is empty"),
+        (replace(EVALUATED, tasks=(FIRST, FIRST)), r"tasks\.1: retrieval_continuation .* is there twice"),
+        (replace(EVALUATED, tasks=(replace(FIRST, items=()),)), r"tasks\.0\.items: has 0 items, n says 100"),
+        (replace(EVALUATED, tasks=(replace(FIRST, items=(), n=0),)), r"tasks\.0\.n: is 0"),
+        (replace(EVALUATED, tasks=(replace(FIRST, n=99),)), r"tasks\.0\.items: has 100 items, n says 99"),
+        (replace(EVALUATED, tasks=(replace(FIRST, chance=1.0),)), r"tasks\.0\.chance: is 1\.0"),
+        (replace(EVALUATED, tasks=(replace(FIRST, score=0.99, ci_high=1.0),)), r"tasks\.0\.score: is 0\.99, .* items"),
+        (
+            replace(EVALUATED, tasks=(replace(FIRST, ci_low=0.9, ci_high=0.8),)),
+            r"tasks\.0\.ci_low: 0\.9 is above ci_high, 0\.8",
+        ),
+        (
+            replace(EVALUATED, tasks=(replace(FIRST, items=(replace(FIRST.items[0], weight=0.0), *FIRST.items[1:])),)),
+            r"tasks\.0\.items\.0\.weight: is 0\.0",
+        ),
+    ],
+)
+def test_an_artifact_that_contradicts_itself_is_refused(tmp_path: Path, artifact: Artifact, message: str) -> None:
+    artifact.write(tmp_path / "x.json")
+    with pytest.raises(UserError, match=rf"x\.json: {message}.*; delete it and run its stage again"):
+        type(artifact).read(tmp_path / "x.json")

@@ -1,0 +1,283 @@
+"""Conversations become tokens of which the assistant's are learnt, or are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from pydantic import TypeAdapter, ValidationError
+from tiny import tiny_tokenizer
+
+from shoal.data.chat import Chat, chat_of, tokenised
+from shoal.data.sources import check_source, load_texts, pack, sources_fingerprint
+from shoal.errors import UserError
+from shoal.recipe.section import DataSource
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+"""Chat templates of known models as they are shipped, and with {% generation %} added."""
+ENDS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>", "<turn|>"]
+QUESTION = {"role": "user", "content": "What is 2 + 2?"}
+ANSWER = {"role": "assistant", "content": "It is 4."}
+TURNS = [QUESTION, ANSWER, {"role": "user", "content": "And e?"}, {"role": "assistant", "content": "e"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def tokenizer_with(template: str) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ENDS})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def shipped(name: str) -> Any:
+    return tokenizer_with((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
+
+
+def learnt(messages: list[dict[str, Any]], tokenizer: Any) -> list[str]:
+    """The runs of learnt tokens, as text."""
+    ids, mask = tokenised(Chat(messages, "'x' row 0"), tokenizer, assistant_only=True)
+    runs: list[list[int]] = []
+    for before, token, taught in zip([False, *mask.tolist()], ids, mask.tolist(), strict=False):
+        if taught:
+            runs.append([]) if not before else None
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("llama3", "<|eot_id|>"),
+        ("llama3_1", "<|eot_id|>"),
+        ("qwen2_5", "<|im_end|>"),
+        ("gemma3", "<end_of_turn>"),
+        ("cohere", "<|END_OF_TURN_TOKEN|>"),
+        ("qwen3_instruct_2507", "<|im_end|>"),
+        ("deepseek_r1_distill", "<｜end▁of▁sentence｜>"),
+    ],
+)
+def test_what_the_assistant_says_is_learnt_with_the_end_of_its_turn(name: str, end: str) -> None:
+    said = [f"It is 4.{end}", f"e{end}"]
+    assert learnt(TURNS, shipped(name)) == said
+    assert learnt([SYSTEM, *TURNS], shipped(name)) == said
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "cohere2", "phi3", "qwen3_instruct_2507", "qwen2_5_vl", "gemma"])
+def test_a_template_that_marks_the_assistant_gives_the_same_but_for_layout(name: str) -> None:
+    """The mask that transformers makes from {% generation %} is the reference for the one found by rendering twice."""
+    marked, found = (learnt(TURNS, shipped(each)) for each in (f"{name}_training", name))
+    assert [text.rstrip() for text in marked] == found
+
+
+def test_an_empty_thought_that_stands_only_in_the_last_turn_is_understood() -> None:
+    assert learnt(TURNS, shipped("qwen3")) == ["It is 4.<|im_end|>", "<think>\n\n</think>\n\ne<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "turn"),
+    [(["", QUESTION, "e"], 1), (["<think>x</think>y", QUESTION, "e"], 1), (["c", "d"], 2)],
+    ids=["empty answer", "thought in an earlier answer", "two answers in a row"],
+)
+def test_conversations_that_qwen3_writes_in_another_way_are_refused(answers: list[Any], turn: int) -> None:
+    turns = [each if isinstance(each, dict) else {"role": "assistant", "content": each} for each in answers]
+    with pytest.raises(UserError, match=rf"writes turn {turn} \(assistant\) of a conversation differently"):
+        learnt([QUESTION, *turns], shipped("qwen3"))
+
+
+def test_tool_calls_and_their_results_pass_through_the_template() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+    turns = [
+        QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "4"},
+        ANSWER,
+    ]
+    first, second = learnt(turns, shipped("qwen2_5"))
+    assert first.startswith("<tool_call>")
+    assert first.endswith("</tool_call><|im_end|>")
+    assert '"name": "add"' in first
+    assert second == "It is 4.<|im_end|>"
+
+
+def test_a_template_without_end_token_gives_what_it_writes() -> None:
+    assert learnt(TURNS, tiny_tokenizer()) == ["It is 4.\n", "e\n"]
+
+
+def test_what_follows_the_last_answer_is_cut_off() -> None:
+    tokenizer = tiny_tokenizer()
+    ids, mask = tokenised(Chat([*TURNS, QUESTION], "x"), tokenizer, assistant_only=True)
+    assert mask[-1]
+    assert str(tokenizer.decode(ids)).endswith("assistant: e\n")
+    ids, mask = tokenised(Chat([*TURNS, QUESTION], "x"), tokenizer, assistant_only=False)
+    assert mask.all()
+    assert str(tokenizer.decode(ids)).endswith("user: What is 2 + 2?\n")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # only the last assistant turn is written as it was said
+        "{% for m in messages %}[{{ m.role }}]{{ m.content if m.role == 'user' or loop.last else 'earlier' }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+        # the number of turns stands in front
+        "{{ messages | length }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
+        # another end in the middle
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ '<stop>' if loop.last else '<more>' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    ],
+)
+def test_a_template_in_which_turns_depend_on_later_ones_is_refused(template: str) -> None:
+    message = r"data 'x' row 0: the chat template of .* writes turn 1 \(assistant\) .* or set loss_on: all"
+    with pytest.raises(UserError, match=message):
+        learnt(TURNS, tokenizer_with(template))
+    assert tokenised(Chat(TURNS, "x"), tokenizer_with(template), assistant_only=False)[1].all()
+
+
+def test_a_role_that_the_template_refuses_is_named() -> None:
+    with pytest.raises(
+        UserError, match=r"data 'x' row 0: .* refuses a conversation of system, user, .*System role not"
+    ):
+        learnt([SYSTEM, *TURNS], shipped("gemma"))
+
+
+# --- sources
+
+
+def written(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def packed(source: DataSource, **settings: Any) -> Any:
+    settings = {"sequence_length": 64, "num_tokens": 128, "seed": 0, **settings}
+    return pack([(source, None)], tiny_tokenizer(), **settings)
+
+
+def texts_learnt(rows: Any) -> set[str]:
+    """Every run of labels in the rows, as text."""
+    text = "".join(
+        "|" if label < 0 else str(tiny_tokenizer().decode([label])) for label in rows.labels_NS.flatten().tolist()
+    )
+    return {piece for piece in text.split("|") if piece}
+
+
+def test_a_column_of_conversations_teaches_only_the_answers(tmp_path: Path) -> None:
+    rows = packed(
+        DataSource(written(tmp_path, [{"messages": [QUESTION, ANSWER]}]), messages="messages"), packing="best_fit"
+    )
+    assert texts_learnt(rows) == {"It is 4.\n"}
+    count = rows.counts[next(iter(rows.counts))]
+    assert count["supervised"] == (rows.labels_NS >= 0).sum()
+
+
+def test_loss_on_all_teaches_the_questions_too(tmp_path: Path) -> None:
+    path = written(tmp_path, [{"messages": [QUESTION, ANSWER]}])
+    rows = packed(DataSource(path, messages="messages", loss_on="all"), packing="best_fit")
+    assert texts_learnt(rows) == {"ser: What is 2 + 2?\nassistant: It is 4.\n"}
+
+
+@pytest.mark.parametrize(
+    "row", [{"q": "What?", "a": "That."}, {"q": [{"role": "user", "content": "What?"}], "a": "That."}]
+)
+def test_prompt_and_completion_are_a_conversation(tmp_path: Path, row: dict[str, Any]) -> None:
+    rows = packed(DataSource(written(tmp_path, [row]), prompt="q", completion="a"), packing="best_fit")
+    assert texts_learnt(rows) == {"That.\n"}
+
+
+def test_conversations_that_teach_nothing_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [{"messages": turns} for turns in ([QUESTION], [], None, [QUESTION, ANSWER])]
+    found = packed(DataSource(written(tmp_path, rows), messages="messages"))
+    count = found.counts[next(iter(found.counts))]
+    assert count["dropped"] == 3
+    assert texts_learnt(found) <= {"It is 4.\n", "It is 4.", *("It is 4.\n"[n:] for n in range(9))}
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([{"text": "a"}], {"messages": "messages"}, r"row 0: has no column 'messages'; it has text"),
+        ([{"m": "Hello"}], {"messages": "m"}, r"row 0: column 'm' holds str, not a list of turns; name a column of"),
+        ([{"m": ["Hello"]}], {"messages": "m"}, r"row 0: a turn in 'm' is str; every turn needs a role and a content"),
+        ([{"m": [{"from": "human", "value": "x"}]}], {"messages": "m"}, r"a turn in 'm' has from, value; every turn"),
+        ([{"m": [QUESTION]}], {"messages": "m"}, r"no conversation has a token that is learnt .* or set loss_on: all"),
+        ([{"m": []}], {"messages": "m"}, r"holds no conversation in column 'm'; name a source that does"),
+    ],
+)
+@pytest.mark.parametrize("read", ["pack", "check"])
+def test_a_source_that_cannot_teach_is_refused(
+    tmp_path: Path, rows: list[Any], settings: dict[str, Any], message: str, read: str
+) -> None:
+    source = DataSource(written(tmp_path, rows), **settings)
+    with pytest.raises(UserError, match=message):
+        packed(source) if read == "pack" else check_source(source, tiny_tokenizer(), sequence_length=64)
+
+
+def test_an_answer_beyond_the_row_is_not_learnt_where_documents_stay_whole(tmp_path: Path) -> None:
+    source = DataSource(written(tmp_path, [{"m": [{"role": "user", "content": "x" * 99}, ANSWER]}]), messages="m")
+    with pytest.raises(UserError, match=r"within the row where packing is best_fit\); name another column, raise seq"):
+        packed(source, packing="best_fit")
+    with pytest.raises(UserError, match="raise sequence_length"):
+        check_source(source, tiny_tokenizer(), sequence_length=64, packing="best_fit")
+
+
+def test_rows_in_which_nothing_is_learnt_are_left_out(tmp_path: Path) -> None:
+    """The question fills whole rows: no batch may consist of those."""
+    source = DataSource(written(tmp_path, [{"m": [{"role": "user", "content": "x" * 200}, ANSWER]}]), messages="m")
+    rows = packed(source, num_tokens=64 * 20)
+    assert (rows.labels_NS >= 0).any(dim=1).all()
+    count = rows.counts[source.path]
+    assert count["truncated"] > 0
+    assert count["tokens"] == rows.input_ids_NS.numel()
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path) -> None:
+    source = DataSource(written(tmp_path, [{"m": TURNS}]), messages="m")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    message = (
+        "holds conversations, but the model's tokenizer has no chat template; take the tokenizer of an instruction"
+    )
+    with pytest.raises(UserError, match=message):
+        check_source(source, tokenizer, sequence_length=64)
+    with pytest.raises(UserError, match=message):
+        pack([(source, None)], tokenizer, sequence_length=64, num_tokens=64, seed=0)
+
+
+def test_conversations_are_refused_where_text_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds conversations, and only distill\.data can take those"):
+        load_texts(DataSource(written(tmp_path, [{"m": TURNS}]), messages="m"))
+    with pytest.raises(UserError, match=r"'python_docs': holds text, not conversations; leave messages"):
+        packed(DataSource("python_docs", messages="m"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "q"}, "prompt and completion belong together"),
+        ({"prompt": "q", "completion": "a", "messages": "m"}, "two kinds of conversation"),
+        ({"messages": "m", "column": "story"}, "column 'story' would not be read"),
+        ({"loss_on": "assistant"}, "loss_on: assistant needs conversations"),
+        ({"tools": "t"}, "tools needs conversations"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TypeAdapter(DataSource).validate_python({"path": "x", **settings})
+
+
+def test_what_is_learnt_is_part_of_the_identity() -> None:
+    kinds: list[dict[str, Any]] = [{}, {"messages": "m"}, {"messages": "m", "loss_on": "all"}, {"messages": "n"}]
+    assert len({sources_fingerprint([DataSource("teacher_text", **kind)]) for kind in kinds}) == len(kinds)
+
+
+def test_tools_reach_the_template(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    for value in ([tool], json.dumps([tool])):
+        chat = chat_of({"m": TURNS, "t": value}, DataSource("x", messages="m", tools="t"), "x")
+        assert chat is not None
+        ids, _ = tokenised(chat, shipped("qwen2_5"), assistant_only=True)
+        assert '"name": "add"' in shipped("qwen2_5").decode(ids)

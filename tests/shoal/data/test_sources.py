@@ -1,0 +1,586 @@
+"""Where text comes from, and how it becomes rows in which documents cannot see each other."""
+
+from __future__ import annotations
+
+import json
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tiny import KINDS, SHAPE, SLIDING_WINDOW, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+
+from shoal.data import sources as data
+from shoal.data.packing import FIELDS, IGNORED, PLANES, PackedRows, read_rows
+from shoal.data.sources import (
+    BUNDLED,
+    check_source,
+    first_tokens,
+    load_texts,
+    pack,
+    python_docs,
+    sources_fingerprint,
+    texts_fingerprint,
+)
+from shoal.errors import UserError
+from shoal.recipe.section import DataSource, Packing
+
+TEXTS = ["Erste Zeile.\nZweite.", "Ein zweites Dokument mit Ümläuten.", "3"]
+EOS = 257
+
+
+# --- sources
+
+
+def paragraphs(documents: list[str]) -> set[str]:
+    return {paragraph.strip() for text in documents for paragraph in text.split("\n\n")}
+
+
+def test_python_docs_train_and_held_out_share_no_paragraph() -> None:
+    train, held_out = python_docs(held_out=False), python_docs(held_out=True)
+    assert not paragraphs(train) & paragraphs(held_out)
+    assert sum(map(len, train)) > 200_000
+    assert sum(map(len, held_out)) > 20_000
+    assert all(text.strip() for text in train + held_out)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_python_docs_repeat_no_paragraph(held_out: bool) -> None:
+    found = [p.strip() for text in python_docs(held_out=held_out) for p in text.split("\n\n") if p.strip()]
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_source_is_the_same_every_time(name: str) -> None:
+    texts = load_texts(DataSource(name))
+    assert len(texts) > 5
+    assert texts == BUNDLED[name]()
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows in the format that the file's ending names."""
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        lines = [",".join(rows[0]), *(",".join(f'"{value}"' for value in row.values()) for row in rows)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet", "csv"])
+def test_every_kind_of_table_is_read(tmp_path: Path, ending: str) -> None:
+    path = write_rows(tmp_path / f"x.{ending}", [{"id": f"n{n}", "story": text} for n, text in enumerate(TEXTS[:2])])
+    assert load_texts(DataSource(str(path), column="story")) == TEXTS[:2]
+
+
+def test_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("Ümläute\n\nund Absätze\n", encoding="utf-8")
+    assert load_texts(DataSource(str(tmp_path / "x.txt"))) == ["Ümläute\n\nund Absätze\n"]
+
+
+def test_folder_is_read_whole_and_in_order_of_names(tmp_path: Path) -> None:
+    write_rows(tmp_path / "b.jsonl", [{"text": "b"}])
+    write_rows(tmp_path / "a.parquet", [{"text": "a"}])
+    (tmp_path / "c.txt").write_text("c")
+    (tmp_path / "README.md").write_text("not this")
+    assert load_texts(DataSource(str(tmp_path))) == ["a", "b", "c"]
+
+
+def test_folder_with_splits_gives_the_files_of_one(tmp_path: Path) -> None:
+    for name in ("test", "train-00000-of-00002", "train-00001-of-00002", "training"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": name}])
+    assert load_texts(DataSource(str(tmp_path))) == ["train-00000-of-00002", "train-00001-of-00002"]
+    assert load_texts(DataSource(str(tmp_path), split="test")) == ["test"]
+
+
+def test_blank_and_missing_texts_are_left_out(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"text": "  \n"}, {"text": None}, {"text": "a"}])
+    assert load_texts(DataSource(str(path))) == ["a"]
+
+
+def test_reading_stops_after_enough_characters(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"text": "abcd"}] * 10)
+    assert load_texts(DataSource(str(path)), max_characters=9) == ["abcd"] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "column", "message"),
+    [
+        ([{"a": "x", "b": "y"}], "text", r"x.jsonl': has no column 'text'; it has a, b"),
+        ([{"text": " "}], "text", r"holds no text in column 'text'; name a source that does"),
+        ([{"text": [{"role": "user"}]}], "text", r"column 'text' holds list, not text; name a column of text"),
+        ([{"text": 3}], "text", r"column 'text' holds int, not text; name a column of text"),
+    ],
+)
+def test_table_without_the_text_is_refused(tmp_path: Path, rows: list[Any], column: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_texts(DataSource(str(write_rows(tmp_path / "x.jsonl", rows)), column=column))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"", r"x.jsonl': the file is empty; name a source that holds text"),
+        ("x.txt", b" \n", r"x.txt': holds no text in column 'text'"),
+        ("x.txt", b"\xff\xfe", r"x.txt': cannot be read \(UnicodeDecodeError: "),
+        ("x.jsonl", b'{"text": "a"}\n{"text', r"x.jsonl': cannot be read \("),
+        ("x.parquet", b"not parquet", r"x.parquet': cannot be read \("),
+        ("x.pdf", b"%PDF", r"x.pdf': cannot read '.pdf' files; use one of .jsonl, .json, .txt, .csv, .parquet"),
+    ],
+)
+def test_unreadable_file_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_texts(DataSource(str(tmp_path / name)))
+
+
+def test_folder_without_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the folder holds no .jsonl, .json, .txt, .csv, .parquet file"):
+        load_texts(DataSource(str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/x", "./x", "~/no such file.txt", "x.jsonl"])
+def test_missing_file_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"no such file or folder; bundled sources are python_docs, "):
+        load_texts(DataSource(name))
+
+
+def test_teacher_text_outside_of_distilling_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data 'teacher_text': is written while distilling, for distill.data only"):
+        load_texts(DataSource("teacher_text"))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
+def test_unreachable_hub_is_explained_within_seconds(monkeypatch: pytest.MonkeyPatch, setting: str, value: Any) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", setting == "HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(f"huggingface_hub.constants.{setting}", value)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"data 'python_doc': cannot be read .*; did you mean 'python_docs'\?"):
+        load_texts(DataSource("python_doc"))
+    assert time.monotonic() - start < 10
+
+
+# --- identity
+
+
+def test_fingerprint_of_texts_sees_content_order_and_borders() -> None:
+    prints = {texts_fingerprint(texts) for texts in (["a", "b"], ["b", "a"], ["ab"], ["a", "b", ""], ["a", "c"])}
+    assert len(prints) == 5
+
+
+def test_fingerprint_of_sources_sees_settings_and_content(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "folder" / "x.jsonl", [{"text": "a"}])
+    seen = [
+        sources_fingerprint([DataSource(str(file))]),
+        sources_fingerprint([DataSource(str(file), weight=2)]),
+        sources_fingerprint([DataSource(str(file.parent))]),
+        sources_fingerprint([DataSource("python_docs")]),
+        sources_fingerprint([DataSource("teacher_text")]),
+        sources_fingerprint([DataSource("python_docs"), DataSource("teacher_text")]),
+    ]
+    write_rows(file, [{"text": "b"}])
+    seen += [sources_fingerprint([DataSource(str(path))]) for path in (file, file.parent)]
+    write_rows(file.parent / "y.jsonl", [{"text": "c"}])
+    seen += [sources_fingerprint([DataSource(str(file.parent))])]
+    assert len(set(seen)) == len(seen)
+    assert sources_fingerprint([DataSource("python_docs")]) == seen[3]
+
+
+def test_fingerprint_of_bundled_sources_is_that_of_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sources_fingerprint([DataSource("python_docs")])
+    data._bundled.cache_clear()
+    monkeypatch.setitem(BUNDLED, "python_docs", lambda: ["other"])
+    assert sources_fingerprint([DataSource("python_docs")]) != before
+    data._bundled.cache_clear()
+
+
+# --- packing
+
+
+class Counting:
+    """The tiny tokenizer, which counts the characters that it is given."""
+
+    def __init__(self) -> None:
+        self.own = tiny_tokenizer()
+        self.characters = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def __call__(self, texts: Any, **settings: Any) -> Any:
+        self.characters += len(texts) if isinstance(texts, str) else sum(map(len, texts))
+        return self.own(texts, **settings)
+
+
+@pytest.mark.parametrize("texts", [["one two three " * 200_000], ["a", "one two three " * 200_000, "b c d"]])
+def test_of_a_very_long_line_only_the_beginning_is_tokenised_and_the_rows_are_those_of_the_whole(
+    texts: list[str],
+) -> None:
+    counting = Counting()
+    rows = pack([(DataSource("x"), texts)], counting, sequence_length=16, num_tokens=160, seed=0)
+    assert counting.characters < 10_000
+    whole = [text[:1000] for text in texts]  # the tiny tokenizer knows bytes: more than 160 tokens
+    same = pack([(DataSource("x"), whole)], tiny_tokenizer(), sequence_length=16, num_tokens=160, seed=0)
+    assert torch.equal(rows.input_ids_NS, same.input_ids_NS)
+    assert torch.equal(rows.position_ids_NS, same.position_ids_NS)
+
+
+def test_a_beginning_that_is_not_enough_is_made_longer() -> None:
+    seen: list[int] = []
+
+    def encode(text: str) -> list[int]:
+        seen.append(len(text))
+        return list(range(len(text) // 100))  # a hundred characters to a token
+
+    assert first_tokens("x" * 1_000_000, encode, 50) == list(range(50))
+    assert seen == [1824, 7296, 29184]
+    assert first_tokens("x" * 500, encode, 50) == list(range(5))
+
+
+def packed(
+    *sources: tuple[float, list[str]],
+    length: int = 16,
+    num_tokens: int = 160,
+    seed: int = 0,
+    packing: Packing = "split",
+    folder: Path | None = None,
+) -> PackedRows:
+    named = [(DataSource(f"source{n}", weight=weight), texts) for n, (weight, texts) in enumerate(sources)]
+    return pack(
+        named,
+        tiny_tokenizer(),
+        sequence_length=length,
+        num_tokens=num_tokens,
+        seed=seed,
+        packing=packing,
+        folder=folder,
+    )
+
+
+def documents_of(rows: PackedRows) -> list[list[int]]:
+    """Token lists between the positions that are 0, by the definition of position_ids."""
+    documents: list[list[int]] = []
+    for ids, positions in zip(rows.input_ids_NS.tolist(), rows.position_ids_NS.tolist(), strict=True):
+        assert positions[0] == 0
+        for token, position in zip(ids, positions, strict=True):
+            if position == 0:
+                documents.append([])
+            assert position == len(documents[-1])
+            documents[-1].append(token)
+    return documents
+
+
+@pytest.mark.parametrize(("num_tokens", "num_rows"), [(1, 1), (16, 1), (17, 2), (160, 10)])
+def test_budget_is_rounded_up_to_whole_rows(num_tokens: int, num_rows: int) -> None:
+    rows = packed((1, TEXTS), num_tokens=num_tokens)
+    assert rows.input_ids_NS.shape == rows.position_ids_NS.shape == rows.labels_NS.shape == (num_rows, 16)
+    assert len(rows) == num_rows
+    assert rows[0]["input_ids"].dtype == rows[0]["position_ids"].dtype == torch.int64
+
+
+def test_every_token_is_kept_in_order_and_ends_with_the_end_token() -> None:
+    texts = [f"document {n} " * (n % 5 + 1) for n in range(30)]
+    tokenizer = tiny_tokenizer()
+    total = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    rows = packed((1, texts), num_tokens=total, length=32)
+    stream = rows.input_ids_NS.flatten()[:total].tolist()
+    found, start = [], 0
+    for end in (index for index, token in enumerate(stream) if token == EOS):
+        found.append(tokenizer.decode(stream[start:end]))
+        start = end + 1
+    assert start == total
+    assert sorted(found) == sorted(texts)
+    assert found != texts, "the order is shuffled"
+
+
+def test_positions_restart_at_every_document_and_every_row() -> None:
+    texts = ["a" * 5, "b" * 40]
+    for document in documents_of(packed((1, texts))):
+        assert len({token for token in document if token != EOS}) <= 1, "two texts in one document"
+
+
+def test_labels_are_the_tokens_except_where_a_document_starts() -> None:
+    rows = packed((1, TEXTS))
+    starts = rows.position_ids_NS == 0
+    assert starts.any()
+    assert (rows.labels_NS[starts] == IGNORED).all()
+    assert torch.equal(rows.labels_NS[~starts], rows.input_ids_NS[~starts].long())
+    assert torch.equal(rows[3]["labels"], rows.labels_NS[3])
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (1, 3), (0.2, 0.5)])
+def test_sources_get_their_share_within_one_document(weights: tuple[float, float]) -> None:
+    texts = (["a" * 9] * 7, ["b" * 29] * 2)
+    rows = packed(*zip(weights, texts, strict=True), num_tokens=4000)
+    for index, letter in enumerate("ab"):
+        count = sum(token == ord(letter) - 33 for token in rows.input_ids_NS.flatten().tolist())
+        assert tiny_tokenizer()(letter)["input_ids"] == [ord(letter) - 33]
+        share = count * (len(texts[index][0]) + 1) / len(texts[index][0])
+        assert share == pytest.approx(4000 * weights[index] / sum(weights), abs=60)
+        assert rows.counts[f"source{index}"]["tokens"] == pytest.approx(share, abs=2)
+
+
+def test_shares_hold_where_long_documents_are_cut() -> None:
+    """What is cut off is not trained on, so it must not count for a source's share either."""
+    rows = packed((1, ["a" * 100, "b" * 70]), (3, ["c" * 4, "d" * 3]), num_tokens=16 * 2000, packing="best_fit")
+    given = [rows.counts[f"source{n}"]["tokens"] for n in range(2)]
+    assert given[1] / given[0] == pytest.approx(3, rel=0.05)
+
+
+def test_counts_add_up() -> None:
+    rows = packed((1, ["a" * 5]), (1, ["b" * 40, "c"]))
+    assert sum(count["tokens"] for count in rows.counts.values()) == rows.input_ids_NS.numel()
+    documents = documents_of(rows)
+    borders = sum(count["documents"] + count["split"] for count in rows.counts.values())
+    assert borders in (len(documents), len(documents) + 1), "a document cut by the very end has no second half"
+
+
+def test_small_data_is_repeated_in_another_order() -> None:
+    texts = [f"{n:02d}" for n in range(20)]
+    rows = packed((1, texts), num_tokens=3 * 20 * 3, length=60)
+    epochs = rows.input_ids_NS.tolist()
+    decoded = [str(tiny_tokenizer().decode(ids)).split("</s>")[:-1] for ids in epochs]
+    assert [sorted(epoch) for epoch in decoded] == [texts] * 3
+    assert len({tuple(epoch) for epoch in decoded}) == 3
+
+
+def test_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
+    texts = [f"{n} und mehr" for n in range(50)]
+    first, again, other = packed((1, texts)), packed((1, texts)), packed((1, texts), seed=1)
+    assert torch.equal(first.input_ids_NS, again.input_ids_NS)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_longer_budget_starts_with_the_rows_of_the_shorter() -> None:
+    short, long = packed((1, TEXTS), (2, ["x" * 50])), packed((1, TEXTS), (2, ["x" * 50]), num_tokens=800)
+    assert torch.equal(short.input_ids_NS, long.input_ids_NS[: len(short)])
+
+
+def test_end_token_is_not_doubled_where_the_tokenizer_adds_it() -> None:
+    class Adding:
+        eos_token_id = EOS
+
+        def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[1, 2, EOS] for _ in texts]}
+
+    rows = pack([(DataSource("x"), TEXTS)], Adding(), sequence_length=6, num_tokens=6, seed=0)
+    assert rows.input_ids_NS.tolist() == [[1, 2, EOS, 1, 2, EOS]]
+
+
+def test_source_without_tokens_is_refused() -> None:
+    with pytest.raises(UserError, match="every document tokenises to nothing"):
+        packed((1, ["", ""]))
+
+
+def mixture_of_experts() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = MixtralConfig(**{**SHAPE, "sliding_window": SLIDING_WINDOW, "num_local_experts": 4})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
+def test_documents_in_a_row_cannot_see_each_other(kind: str) -> None:
+    model = mixture_of_experts() if kind == "mixtral" else tiny_model(kind)
+    rows = packed((1, ["x" * 6, "y" * 12, "z" * 9]), length=48, num_tokens=96)
+    input_ids, position_ids = rows.input_ids_NS.long(), rows.position_ids_NS.long()
+    starts = [index for index in range(48) if position_ids[0, index] == 0]
+    assert len(starts) >= 3
+    first, last = starts[1], starts[2]
+    changed = input_ids.clone()
+    changed[0, first:last] = 7
+    with torch.inference_mode():
+        before = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        after = model(input_ids=changed, position_ids=position_ids, use_cache=False).logits
+        alone = model(input_ids=input_ids[:1, first:last], use_cache=False).logits
+    same = torch.ones(2, 48, dtype=torch.bool)
+    same[0, first:last] = False
+    if kind == "mixtral":  # an expert works through its tokens of all rows together, which rounds differently
+        torch.testing.assert_close(before[same], after[same], rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(before[same], after[same])
+    assert not torch.equal(before[~same], after[~same])
+    torch.testing.assert_close(before[0, first:last], alone[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
+def test_a_document_gives_the_same_logits_and_loss_wherever_it_stands(kind: str) -> None:
+    model = mixture_of_experts() if kind == "mixtral" else tiny_model(kind)
+    texts = ["x" * 6, "second of them", "z" * 9]
+    orders = [
+        packed((1, texts), length=32, num_tokens=32 * 3, seed=seed, packing=packing)
+        for seed in range(3)
+        for packing in ("split", "best_fit")
+    ]
+    document = torch.tensor([*tiny_tokenizer()(texts[1])["input_ids"], EOS])
+    seen = []
+    for rows in orders:
+        with torch.inference_mode():
+            logits = model(
+                input_ids=rows.input_ids_NS.long(), position_ids=rows.position_ids_NS.long(), use_cache=False
+            ).logits
+        for row, start in rows.position_ids_NS.eq(0).nonzero().tolist():
+            place = (row, slice(start, start + len(document)))
+            if torch.equal(rows.input_ids_NS[place].long(), document):
+                found = logits[place]
+                loss = torch.nn.functional.cross_entropy(found[:-1], rows.labels_NS[place][1:], ignore_index=IGNORED)
+                seen.append((row, start, found, loss))
+    assert len({start for _, start, _, _ in seen}) > 3, "it never moved"
+    for _, _, found, loss in seen[1:]:
+        torch.testing.assert_close(found, seen[0][2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss, seen[0][3], rtol=1e-5, atol=1e-6)
+
+
+# --- whole documents
+
+
+MANY = ["".join(chr(97 + (n * 7 + i) % 26) for i in range(n % 11 + 1)) for n in range(60)]
+
+
+def test_best_fit_keeps_documents_whole_and_marks_the_padding() -> None:
+    texts = ["abcd", "efghij", "klmn"]  # no sum of their lengths fills a row
+    rows = packed((1, texts), num_tokens=16 * 12, packing="best_fit")
+    assert rows.supervised_NS is not None
+    whole = {(*tiny_tokenizer()(text)["input_ids"], EOS) for text in texts}
+    padding = learnt = 0
+    for document in documents_of(rows):
+        if set(document) == {258}:  # the padding token
+            padding += len(document)
+        else:
+            assert tuple(document) in whole
+            learnt += len(document) - 1
+    count = rows.counts["source0"]
+    assert count["padding"] == padding > 0
+    assert count["tokens"] + padding == rows.input_ids_NS.numel()
+    assert count["supervised"] == learnt == (rows.labels_NS != IGNORED).sum()
+    assert count["split"] == 0
+    assert padding < 0.15 * rows.input_ids_NS.numel()
+
+
+def test_best_fit_cuts_what_is_longer_than_a_row_and_counts_it() -> None:
+    rows = packed((1, ["abcdefgh" * 5]), num_tokens=32, packing="best_fit")
+    expected = tiny_tokenizer()("abcdefgh" * 2)["input_ids"]
+    assert rows.input_ids_NS.tolist() == [expected] * 2
+    assert rows.counts["source0"]["truncated"] == 2 * (41 - 16)
+
+
+def test_padding_belongs_to_no_document() -> None:
+    """What stands before padding cannot change by it, nor can it be learnt."""
+    rows = packed((1, ["abc"]), length=10, num_tokens=10, packing="best_fit")
+    assert rows.input_ids_NS[0, 8:].tolist() == [258, 258]
+    assert rows.position_ids_NS[0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert (rows.labels_NS[0, 8:] == IGNORED).all()
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_rows_of_a_smaller_budget_begin_those_of_a_larger(packing: Packing, monkeypatch: pytest.MonkeyPatch) -> None:
+    for held in (data.HELD_CHARACTERS, 40):  # as a whole, and through the buffer
+        monkeypatch.setattr(data, "HELD_CHARACTERS", held)
+        sources = ((1, MANY), (2.5, ["x" * 50, "y" * 30, "z"]))
+        large = packed(*sources, num_tokens=16 * 200, packing=packing)
+        for num_rows in (1, 2, 7, 64, 199):
+            small = packed(*sources, num_tokens=16 * num_rows, packing=packing)
+            for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
+                assert torch.equal(getattr(small, plane), getattr(large, plane)[:num_rows])
+
+
+# --- larger than memory
+
+
+def test_a_large_source_is_mixed_through_a_buffer_and_never_held_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    texts = [f"{n:04d}" for n in range(500)]
+    path = write_rows(tmp_path / "x.jsonl", [{"text": text} for text in texts])
+    monkeypatch.setattr(data, "HELD_CHARACTERS", 80)
+    monkeypatch.setattr(data, "AT_ONCE", 4)
+    read = 0
+
+    def counted(source: DataSource) -> Any:
+        nonlocal read
+        for item in raw(source):
+            read += 1
+            yield item
+
+    raw = data.documents
+    monkeypatch.setattr(data, "documents", counted)
+    source = DataSource(str(path))
+    drawn = [
+        item
+        for epoch, items in [next(iter(data._epochs(source, None, seed=0, count={"dropped": 0})))]
+        for item in items
+        if epoch == 0
+    ]
+    assert sorted(map(str, drawn)) == texts
+    assert drawn != texts
+    assert max(abs(int(str(item)) - place) for place, item in enumerate(drawn)) > 20
+    early = [int(str(item)) for item in drawn[:50]]
+    assert max(early) < 50 + 21, "20 documents are held, so none can come much earlier than it stands"
+    read = 0
+    rows = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=0)
+    assert read < 80, "reading stops with the budget"
+    again = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=0)
+    assert rows.fingerprint == again.fingerprint
+    other = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=200, seed=1)
+    assert rows.fingerprint != other.fingerprint
+    longer = pack([(source, None)], tiny_tokenizer(), sequence_length=10, num_tokens=6000, seed=0)
+    assert longer.counts[str(path)]["repeats"] == 2
+    assert torch.equal(longer.input_ids_NS[:20], rows.input_ids_NS)
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_rows_go_to_disk_as_they_are_made(tmp_path: Path, packing: Packing) -> None:
+    on_disk = packed((1, MANY), packing=packing, folder=tmp_path)
+    in_memory = packed((1, MANY), packing=packing)
+    assert on_disk.fingerprint == in_memory.fingerprint == read_rows(tmp_path).fingerprint
+    assert on_disk.counts == in_memory.counts == read_rows(tmp_path).counts
+    assert torch.equal(on_disk.labels_NS, in_memory.labels_NS)
+    names = {file.stem for file in tmp_path.glob("*.npy")}
+    assert names == set(PLANES) - ({"supervised"} if packing == "split" else set())
+
+
+def test_packing_to_disk_takes_no_memory_that_grows_with_the_budget(tmp_path: Path) -> None:
+    class Quick:
+        """As many tokens as it is asked for, at once."""
+
+        eos_token_id = EOS
+
+        def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+            return {"input_ids": [ids for _ in texts]}
+
+    ids = list(range(1000))
+    peaks = []
+    for num_tokens in (500_000, 3_000_000):
+        tracemalloc.start()
+        source = DataSource("x")
+        pack([(source, ["a"])], Quick(), sequence_length=1024, num_tokens=num_tokens, seed=0, folder=tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 2_000_000
+    assert (tmp_path / "input_ids.npy").stat().st_size > 12_000_000
+
+
+def test_sources_of_one_path_are_counted_apart() -> None:
+    sources = [(DataSource("a"), ["x"]), (DataSource("a", name="other"), ["yy"]), (DataSource("b"), ["z"])]
+    rows = pack(sources, tiny_tokenizer(), sequence_length=8, num_tokens=80, seed=0)
+    assert list(rows.counts) == ["a (1)", "a (2)", "b"]
+    assert all(set(count) == {*FIELDS, "dropped"} for count in rows.counts.values())
+    assert sum(count["tokens"] for count in rows.counts.values()) == 80
+
+
+def test_check_of_a_source_reads_no_more_than_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": ""}\n{"text": "something"}\n' + '{"text": "more"}\n' * 3 + '{"story": 1}\n')
+    check_source(DataSource(str(path)), tiny_tokenizer(), sequence_length=8)
+    with pytest.raises(UserError, match="has no column 'title'; it has text"):
+        check_source(DataSource(str(path), column="title"), tiny_tokenizer(), sequence_length=8)

@@ -1,0 +1,237 @@
+"""The figures of a sweep show what they promise, say nothing by colour alone, and repeat byte by byte."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from dataclasses import replace
+from pathlib import Path
+from subprocess import run
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import pytest
+from sweep_results import NUM_LAYERS, right, scores, task
+from sweep_results import importance as swept_importance
+
+from shoal.artifacts.artifact import Importance
+from shoal.artifacts.importance import Sweep, Unit
+from shoal.compress.sweeps.atlas import build_atlas
+from shoal.compress.sweeps.table import sweep_table
+from shoal.errors import UserError
+from shoal.figures.atlas import (
+    DARK_TEXT,
+    LIGHT_TEXT,
+    agreement_figure,
+    atlas_figure,
+    cumulative_figure,
+    curves_figure,
+    head_map_figure,
+)
+from shoal.figures.run_figures import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DROP = (1, 5)
+
+
+@functools.cache
+def swept() -> Importance:
+    return swept_importance()
+
+
+def cells(ax: Axes) -> dict[tuple[int, int], Any]:
+    """(column, row) -> the text that stands there."""
+    found = {}
+    for text in ax.texts:
+        x, y = text.get_position()
+        found[round(x), round(y)] = text
+    return found
+
+
+def saved_texts(figure: Figure, path: Path) -> list[str]:
+    save_figure(figure, path)
+    return [node.text or "" for node in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def heads() -> Sweep:
+    units = [Unit((layer,), "head", head) for layer in range(3) for head in range(4)]
+    made = task(right(0.8), "retrieval_generation")
+    variants = [[task(right(0.8, 40 if unit.name == "head 1.2" else 1), "retrieval_generation")] for unit in units]
+    return sweep_table("head", units, [made], variants)
+
+
+def cumulative() -> Sweep:
+    units = [Unit(tuple(range(1, count + 1))) for count in range(1, 4)]
+    return sweep_table("cumulative", units, [task(right(0.8))], [[task(right(0.8, 10 * n))] for n in (1, 2, 4)])
+
+
+def test_every_cell_of_the_map_holds_its_number() -> None:
+    heat = atlas_figure(swept(), DROP).axes[0]
+    names = [label.get_text() for label in heat.get_xticklabels()]
+    assert names == [
+        "block influence",
+        "angular",
+        "",
+        "retrieval\ncontinuation",
+        "retrieval\ngeneration",
+        "knowledge\ncontinuation",
+        "language\nrolling",
+    ]
+    texts = {place: text.get_text() for place, text in cells(heat).items()}
+    assert texts[0, 0] == "0.900"
+    assert texts[3, 2] == "32"  # (34/80 - 1/4) / (64/80 - 1/4)
+    assert texts[3, 0] == "−36"
+    assert texts[4, 3] == "100"
+    assert texts[6, 5].startswith("+0.30")
+
+
+def test_critical_layers_have_a_frame_and_bold_numbers() -> None:
+    heat = atlas_figure(swept()).axes[0]
+    frames = {(round(box.get_x() + 0.46), round(box.get_y() + 0.44)) for box in heat.patches}  # pyright: ignore
+    expected = {(3, 0), (3, 2), (4, 0), (4, 2), (4, 4), (5, 0), (5, 5)}
+    assert {place for place in frames if place[0] < 6} == expected
+    bold = {place for place, text in cells(heat).items() if text.get_weight() == "bold"}
+    assert bold == frames
+
+
+def test_dropped_layers_have_a_mark_beside_their_name() -> None:
+    labels = [label.get_text() for label in atlas_figure(swept(), DROP).axes[0].get_yticklabels()]
+    assert labels == ["0", "× 1", "2", "3", "4", "× 5"]
+
+
+def test_every_column_has_a_panel_with_its_intervals_and_every_gap_one() -> None:
+    figure = atlas_figure(swept())
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles[1] == "retrieval/continuation: share kept (n = 80)"
+    assert titles[4] == "language/rolling: nats per token added (n = 80)"
+    assert titles[5].startswith("Protocol gap, share kept: mean −0.04 [−0.07, −0.02]\n")
+    assert titles[6] == "Depth centroid of what is lost"
+    atlas = swept().atlas
+    assert atlas is not None
+    band = figure.axes[1].collections[0].get_paths()[0].vertices
+    reached = {round(float(y), 6) for _, y in band}  # pyright: ignore
+    for effect in atlas.columns[0].effects:
+        assert effect.retention is not None
+        assert {round(effect.retention.low, 6), round(effect.retention.high, 6)} <= reached
+
+
+def test_malformed_and_looping_texts_are_drawn_where_there_are_some() -> None:
+    made = task(right(0.8), "retrieval_generation")
+    broken = task(right(0.8, 40), "retrieval_generation", texts=["", "so so " * 9] * 40)
+    atlas = build_atlas([made], [[made], [broken]])
+    figure = atlas_figure(replace(swept(), num_layers=2, atlas=atlas, layers={}, runs={}))
+    assert [line.get_label() for line in figure.axes[1].get_lines()][-2:] == ["malformed", "repetition"]
+
+
+def test_tasks_of_one_ability_and_protocol_are_named() -> None:
+    intact, removed = scores()
+    again = [replace(tasks[0], task="retrieval_uuid_continuation") for tasks in (intact, *removed)]
+    atlas = build_atlas(
+        [intact[0], again[0]], [[tasks[0], more] for tasks, more in zip(removed, again[1:], strict=True)]
+    )
+    names = [label.get_text() for label in atlas_figure(replace(swept(), atlas=atlas)).axes[0].get_xticklabels()]
+    assert names[-2:] == ["retrieval continuation", "retrieval uuid continuation"]
+
+
+def test_a_column_without_retention_is_drawn_by_its_score() -> None:
+    made = task(right(0.3), "reasoning_continuation")
+    atlas = build_atlas([made], [[made]] * NUM_LAYERS)
+    figure = atlas_figure(replace(swept(), atlas=atlas))
+    assert figure.axes[1].get_title(loc="left") == "reasoning/continuation: acc (n = 80)"
+    assert "–" in {text.get_text() for text in figure.axes[0].texts}
+    assert any("(the intact model is not" in text.get_text() for text in figure.axes[-1].texts)
+
+
+def test_agreement_shows_the_ceiling_beside_the_correlation(tmp_path: Path) -> None:
+    atlas = swept().atlas
+    assert atlas is not None
+    texts = saved_texts(agreement_figure(atlas.agreement), tmp_path / "a.svg")
+    assert any(text.startswith("≤ ") for text in texts)
+    assert "block influence" in texts
+    one = build_atlas([task(right(0.8))], [[task(right(0.8))], [task(right(0.8, 30))]])
+    assert agreement_figure(one.agreement).axes[0].texts[0].get_text() == "1.00"
+
+
+def test_halves_and_donor_layers_are_drawn_over_the_layers_they_belong_to() -> None:
+    units = [Unit((layer,), "attention") for layer in (1, 3, 4)]
+    table = sweep_table("attention", units, [task(right(0.8))], [[task(right(0.8, lost))] for lost in (0, 30, 1)])
+    (ax,) = curves_figure(table).axes
+    assert [list(line.get_xdata()) for line in ax.get_lines()][::2] == [[1, 3, 4], [3]]  # pyright: ignore
+    assert ax.get_xlabel() == "attention of layer"
+    with pytest.raises(UserError, match="'head' has no curve over layers; sweep attention or mlp"):
+        curves_figure(heads())
+    with pytest.raises(UserError, match="'attention' is empty"):
+        curves_figure(replace(table, columns=()))
+
+
+def test_head_map_has_a_cell_per_head_and_frames_the_critical_one() -> None:
+    figure = head_map_figure(heads())
+    grid = figure.axes[0].images[0].get_array()
+    assert grid is not None
+    assert grid.shape == (3, 4)
+    assert grid[1][2] == pytest.approx(0.5)
+    (frame,) = figure.axes[0].patches
+    assert frame.get_xy() == (1.5, 0.5)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_cumulative_curve_starts_at_the_intact_model() -> None:
+    (ax,) = cumulative_figure(cumulative()).axes
+    line = ax.get_lines()[0]
+    assert list(line.get_xdata()) == [0, 1, 2, 3]  # pyright: ignore[reportArgumentType]
+    assert list(line.get_ydata()) == pytest.approx([0.8, 0.675, 0.55, 0.3])  # pyright: ignore[reportArgumentType]
+
+
+def test_figures_refuse_what_they_cannot_draw() -> None:
+    with pytest.raises(UserError, match=r"holds no swept task to draw; name some in measure.sweep.tasks"):
+        atlas_figure(replace(swept(), atlas=None))
+    with pytest.raises(UserError, match="layer 6 cannot be dropped"):
+        atlas_figure(swept(), (6,))
+    with pytest.raises(UserError, match="'cumulative' has no heads or groups to map"):
+        head_map_figure(cumulative())
+    with pytest.raises(UserError, match="'cumulative' is empty"):
+        cumulative_figure(replace(cumulative(), columns=()))
+
+
+def test_equal_input_gives_equal_bytes_and_one_file(tmp_path: Path) -> None:
+    for suffix in ("svg", "png"):
+        for name in ("a", "b"):
+            save_figure(atlas_figure(swept(), DROP), tmp_path / f"{name}.{suffix}")
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_names_from_data_stay_text(tmp_path: Path) -> None:
+    name = "$\\frac{a}$ <b>x</b>\x00"
+    made = [task(right(0.8, lost), name, chance=0.25, ability=name, protocol="continuation") for lost in (0, 30)]
+    figure = atlas_figure(replace(swept(), num_layers=1, layers={}, runs={}, atlas=build_atlas(made[:1], [made[1:]])))
+    assert any("<b>" in text and "\ufffd" in text for text in saved_texts(figure, tmp_path / "a.svg"))
+
+
+def luminance(colour: Any) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_numbers_can_be_read_on_every_shade() -> None:
+    from matplotlib.colors import to_rgb
+
+    heat = atlas_figure(swept()).axes[0]
+    image = heat.images[0]
+    grid = image.get_array()
+    assert grid is not None
+    used = set()
+    for (column, row), text in cells(heat).items():
+        if not text.get_text():
+            continue
+        cell, ink = luminance(image.cmap(image.norm(grid[row][column]))), luminance(to_rgb(text.get_color()))
+        assert (max(cell, ink) + 0.05) / (min(cell, ink) + 0.05) >= 3.9, (column, row)
+        used.add(text.get_color())
+    assert used == {DARK_TEXT, LIGHT_TEXT}
+
+
+def test_importing_the_figures_does_not_load_matplotlib() -> None:
+    code = "import sys, shoal.figures.atlas; assert 'matplotlib' not in sys.modules"
+    assert run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,242 @@
+"""Figures hold what they claim, are text in SVG, repeat bit for bit, and never take names from data for markup."""
+
+from __future__ import annotations
+
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from subprocess import run
+
+import pytest
+from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, training
+
+from shoal.artifacts.artifact import Evaluation, Importance, Provenance, PruningPlan, Training
+from shoal.errors import UserError
+from shoal.figures.depth import depth_columns, depth_figure
+from shoal.figures.levels import ladders, level_figure
+from shoal.figures.run_figures import (
+    FAINT,
+    INK,
+    ROLE_STYLE,
+    SERIES_COLOURS,
+    before_after_figure,
+    importance_figure,
+    inline_svg,
+    loss_series,
+    save_figure,
+    training_figure,
+)
+
+ROLES = ("teacher", "pruned", "distilled")
+
+
+def texts(path: Path) -> list[str]:
+    return [node.text or "" for node in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance by the WCAG 2 definition."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    bright, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_importance_figure_marks_the_dropped_layers_and_the_run() -> None:
+    figure = importance_figure(importance(), DROP)
+    bars, heat, _ = figure.axes
+    assert len(bars.patches) == NUM_LAYERS
+    assert [index for index, bar in enumerate(bars.patches) if bar.get_hatch()] == list(DROP)
+    assert heat.patches[0].get_xy() == (DROP[0] - 0.5, len(DROP) - 0.5)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_scattered_drops_mark_no_run() -> None:
+    _, heat, _ = importance_figure(importance(), (1, 4)).axes
+    assert not heat.patches
+
+
+def test_importance_figure_refuses_an_empty_artifact_and_a_foreign_layer() -> None:
+    with pytest.raises(UserError, match="holds no metric"):
+        importance_figure(replace(importance(), layers={}, runs={}))
+    with pytest.raises(UserError, match="layer 8 cannot be dropped"):
+        importance_figure(importance(), (8,))
+
+
+def test_training_figure_draws_every_loss_term_and_the_learning_rate() -> None:
+    losses, rate = training_figure(training()).axes
+    assert [line.get_label() for line in losses.get_lines()] == ["Loss", "Forward kl", "Cross entropy"]
+    assert rate.get_title(loc="left") == "Learning rate"
+
+
+def test_training_figure_shows_what_was_scored_on_the_way() -> None:
+    watched = {"step": 5.0, "watch/perplexity": 3.2, "watch/retrieval": 0.4}
+    figure = training_figure(replace(training(), history=(*training().history, watched)))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    held_out, tasks = figure.axes[1:3]
+    assert titles[1:3] == ["Held-out text while training, nats per token", "Tasks while training, score"]
+    for ax, score in ((held_out, 3.2), (tasks, 0.4)):
+        (line,) = ax.get_lines()
+        assert [list(line.get_xdata()), list(line.get_ydata())] == [[5.0], [score]]  # pyright: ignore
+
+
+def test_depth_figure_pulls_the_cut_layers_out_of_the_stack() -> None:
+    stack, *columns = depth_figure(plan(), importance()).axes
+    moved = [layer for layer, brick in enumerate(stack.patches) if brick.get_x() > 0]  # pyright: ignore
+    assert len(stack.patches) == NUM_LAYERS
+    assert moved == [layer for layer, brick in enumerate(stack.patches) if brick.get_hatch()] == list(DROP)
+    assert [ax.get_title(loc="left") for ax in columns] == ["block\ninfluence", "angular"]
+    for ax in columns:
+        assert [layer for layer, bar in enumerate(ax.patches) if bar.get_hatch()] == list(DROP)
+
+
+def chosen_by(**settings: object) -> PruningPlan:
+    inputs = {f"prune.{name}": value for name, value in {"drop": None, "metric": None, **settings}.items()}
+    return replace(plan(), provenance=Provenance(inputs))
+
+
+@pytest.mark.parametrize(
+    ("made", "first", "decided"),
+    [
+        (chosen_by(), "block_influence", ["block_influence"]),
+        (chosen_by(contiguous=True), "angular, 3 from here", ["angular, 3 from here"]),
+        (chosen_by(metric="angular"), "angular", ["angular"]),
+        (chosen_by(weights={"angular": 1, "block_influence": 2}), "block_influence", ["block_influence", "angular"]),
+        (chosen_by(drop=[3, 4, 5]), "block_influence", []),
+    ],
+)
+def test_columns_that_layers_were_chosen_by_come_first(made: PruningPlan, first: str, decided: list[str]) -> None:
+    columns = depth_columns(importance(), made)
+    assert columns[0].name == first
+    assert [column.name for column in columns if column.decided] == decided
+    if made.provenance.inputs.get("prune.contiguous"):
+        assert columns[0].scores == (*importance().runs["angular"][2], None, None)
+
+
+def test_a_bar_far_out_is_broken_off_and_marked() -> None:
+    scores = (50.0, *([1.0] * (NUM_LAYERS - 1)))
+    _, column = depth_figure(plan(), replace(importance(), layers={"m": scores}, runs={})).axes
+    lengths = [bar.get_width() for bar in column.patches]  # pyright: ignore[reportAttributeAccessIssue]
+    assert max(lengths) == 1.0
+    assert [text.get_text() for text in column.texts if text.get_position()[1] == 0] == ["›"]
+
+
+def test_depth_figure_needs_no_importance_and_refuses_that_of_another_model() -> None:
+    assert len(depth_figure(plan(), None).axes) == 1
+    with pytest.raises(UserError, match=r"has 9 layers, plan\.json 8; measure again"):
+        depth_figure(plan(), replace(importance(), num_layers=9))
+
+
+def climbed(role: str, *levels: float) -> Evaluation:
+    tasks = (choice(role, f"track_{level:g}", "reasoning", "generation", chance=0.0) for level in levels)
+    return evaluation(role, tuple(replace(t, family="track", level=v) for t, v in zip(tasks, levels, strict=True)))
+
+
+def test_level_figure_draws_every_role_over_the_levels_that_all_share() -> None:
+    (ladder,) = ladders([climbed("teacher", 4, 1, 2), climbed("pruned", 1, 2, 8), evaluation("distilled")])
+    assert (ladder.family, ladder.protocol, ladder.levels) == ("track", "generation", (1, 2))
+    assert list(ladder.scores) == ["teacher", "pruned"]
+    (ax,) = level_figure([ladder]).axes
+    for role, scores in ladder.scores.items():
+        (line,) = [line for line in ax.get_lines() if line.get_label() == role]
+        assert list(line.get_ydata()) == [score.score for score in scores]  # pyright: ignore
+        drawn = [tuple(map(float, line.get_ydata())) for line in ax.get_lines()]  # pyright: ignore
+        assert {(score.ci_low, score.ci_high) for score in scores} <= set(drawn)
+    assert ladders([climbed("teacher", 1)]) == ()
+    with pytest.raises(UserError, match="no family of tasks"):
+        level_figure([])
+
+
+def test_training_figure_leaves_out_values_that_are_not_finite() -> None:
+    history = ({"step": 1.0, "loss": float("nan")}, {"step": 2.0, "loss": 1.5})
+    assert loss_series(replace(training(), history=history)) == {"loss": ([2.0], [1.5])}
+    with pytest.raises(UserError, match="holds no loss"):
+        training_figure(replace(training(), history=()))
+
+
+def test_before_after_figure_shows_scores_intervals_and_chance(tmp_path: Path) -> None:
+    figure = before_after_figure([evaluation(role) for role in ROLES])
+    abilities = [ax.get_title(loc="left") for ax in figure.axes]
+    assert abilities == ["Retrieval", "Reasoning", "Language: nats per token, lower is better"]
+    task = choice("teacher", "retrieval_continuation", "retrieval", "continuation")
+    drawn = [tuple(map(float, line.get_xdata())) for line in figure.axes[0].get_lines()]  # pyright: ignore
+    assert (task.ci_low, task.ci_high) in drawn
+    assert (task.score,) in drawn
+    assert (task.chance, task.chance) in drawn
+    save_figure(figure, tmp_path / "a.svg")
+    assert {"teacher", "pruned", "distilled", "chance", "option text"} <= set(texts(tmp_path / "a.svg"))
+
+
+def test_before_after_figure_draws_what_there_is_of_one_role_and_refuses_nothing() -> None:
+    assert before_after_figure([evaluation("pruned")]).axes
+    with pytest.raises(UserError, match="no evaluated task"):
+        before_after_figure([evaluation("teacher", tasks=())])
+
+
+def test_names_from_data_stay_text(tmp_path: Path) -> None:
+    name = "$\\frac{a}$ <script>alert(1)</script>\x00"
+    task = choice("teacher", name, "retrieval", "continuation")
+    figure = before_after_figure([evaluation("teacher", tasks=(task,))])
+    svg = save_figure(figure, tmp_path / "a.svg")
+    assert any("<script>" in text and "\ufffd" in text for text in texts(tmp_path / "a.svg"))
+    assert "<script" not in inline_svg(svg, "x", title=name, description=name)
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_equal_input_gives_equal_bytes(tmp_path: Path, suffix: str) -> None:
+    for name in ("a", "b"):
+        save_figure(importance_figure(importance(), DROP), tmp_path / f"{name}.{suffix}")
+    content = (tmp_path / f"a.{suffix}").read_bytes()
+    assert content == (tmp_path / f"b.{suffix}").read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"a.{suffix}", f"b.{suffix}"]
+    assert b"<metadata" not in content
+
+
+def test_save_figure_refuses_other_formats(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"written as \.svg or \.png"):
+        save_figure(importance_figure(importance()), tmp_path / "a.gif")
+
+
+def test_inline_svgs_share_a_page_without_sharing_ids(tmp_path: Path) -> None:
+    figures = {"one": importance_figure(importance()), "two": training_figure(training())}
+    files = {name: save_figure(figure, tmp_path / f"{name}.svg") for name, figure in figures.items()}
+    assert files["one"] == (tmp_path / "one.svg").read_bytes()
+    markups = [inline_svg(svg, name, title="T <1>", description="D") for name, svg in files.items()]
+    ids = [found for markup in markups for found in re.findall(r'\bid="([^"]+)"', markup)]
+    assert len(ids) == len(set(ids))
+    for markup in markups:
+        root = ElementTree.fromstring(markup)
+        assert [root[0].text, root[1].text] == ["T <1>", "D"]
+        for target in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', markup):
+            assert "".join(target) in ids
+        assert INK not in markup
+        assert "<style" not in markup
+        background = re.search(r'id="\w+-patch_1">\s*<path d="([^"]*)" style="fill: (.*?)"', markup)
+        assert background is not None
+        assert background[2] == "none", "a page shows through"
+        size = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', markup)[0]
+        assert set(size) <= set(background[1].split()), "it is the whole picture's"
+
+
+def test_colours_hold_on_white_and_on_near_black() -> None:
+    for colour in (FAINT, *SERIES_COLOURS, *(colour for colour, _ in ROLE_STYLE.values())):
+        for page in ("#ffffff", "#14171c"):
+            assert contrast(colour, page) >= 3, (colour, page)
+    assert len({marker for _, marker in ROLE_STYLE.values()}) == len(ROLE_STYLE)
+
+
+def test_a_long_model_and_one_metric_are_drawn() -> None:
+    scores = (5.0, *([0.01] * 79))
+    artifact = Importance(importance().provenance, 80, 10, {"block_influence": scores}, {})
+    assert importance_figure(artifact).axes[0].get_yscale() == "log"
+    assert isinstance(training(), Training)
+
+
+def test_importing_figures_does_not_load_matplotlib() -> None:
+    code = "import sys, shoal.figures.run_figures; assert 'matplotlib' not in sys.modules"
+    assert run([sys.executable, "-c", code], check=False).returncode == 0

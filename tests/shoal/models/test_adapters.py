@@ -1,0 +1,446 @@
+"""LoRA adapters as a model: merged as their formula says, or refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import SHAPE, VOCAB_SIZE, tiny_checkpoint, tiny_moe, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+from shoal.errors import UserError
+from shoal.models import adapters
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import decoder_layers, load_model, load_tokenizer, resolve_model
+
+PROJECTIONS = ["q_proj", "v_proj"]
+PEFT_CHATTER = [
+    "ignore::FutureWarning",
+    "ignore:.*tie_word_embeddings",
+    "ignore:.*save_embedding_layers",
+    "ignore:.*lora_bias",
+    "ignore:.*LoRA tensor",
+]
+pytestmark = [pytest.mark.filterwarnings(chatter) for chatter in PEFT_CHATTER]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def loaded(folder: Path, dtype: str = "float32") -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def trained(base: Path, folder: Path, config: Any, *, dtype: str = "float32") -> Path:
+    """An adapter of ``base`` in ``folder``, with every trainable number moved as training would."""
+    adapted = get_peft_model(loaded(base, dtype), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(
+        **({"r": 4, "lora_alpha": 12, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM"} | settings)
+    )
+
+
+def logits(model: Any) -> Tensor:
+    input_ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        return model.eval()(input_ids=input_ids, use_cache=False).logits
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def edit(folder: Path, **settings: Any) -> None:
+    """Change the adapter's settings; None takes one out."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return tiny_checkpoint(tmp_path, "llama")
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return trained(base, tmp_path / "adapter", lora())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+def test_weights_are_the_formula_rounded_once(tmp_path: Path, dtype: str, rank_stabilised: bool) -> None:
+    """W + scale * B A in float64, scale = alpha / r, or alpha / sqrt(r)."""
+    base = tiny_checkpoint(tmp_path, "qwen3", dtype=getattr(torch, dtype))
+    config = lora(use_rslora=rank_stabilised, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 3})
+    folder = resolve_model(str(trained(base, tmp_path / "adapter", config)))
+    low_rank = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    before, after = tensors_of(base), tensors_of(folder)
+    assert before.keys() == after.keys()
+    changed = 0
+    for name, old in before.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}.lora"
+        if f"{stem}_A.weight" not in low_rank:
+            assert torch.equal(after[name], old), name
+            continue
+        a, b = (low_rank[f"{stem}_{side}.weight"].double() for side in "AB")
+        rank, alpha = (2, 3) if "v_proj" in name else (4, 12)
+        exact = old.double() + alpha / (rank**0.5 if rank_stabilised else rank) * b @ a
+        assert after[name].dtype == old.dtype
+        if dtype == "float32":
+            torch.testing.assert_close(after[name].double(), exact, rtol=1e-6, atol=1e-7)
+        else:  # equal to the correctly rounded sum but where float32 falls on the other side of a tie
+            assert (after[name] == exact.to(old.dtype)).float().mean() > 0.999
+        changed += 1
+    assert changed == 12
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {"use_dora": True}),
+        ("qwen2", {"bias": "all"}),
+        ("qwen2", {"bias": "lora_only"}),
+        ("qwen2", {"lora_bias": True}),
+        ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("llama_tied", {"modules_to_save": ["lm_head"]}),
+        ("llama_tied", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("llama", {"target_modules": ["embed_tokens", "lm_head"]}),
+        ("llama", {"trainable_token_indices": [1, 2, 255]}),
+        ("llama_tied", {"trainable_token_indices": [1, 2, 255]}),
+        ("gemma3", {"target_modules": "all-linear", "init_lora_weights": "gaussian"}),
+        ("gemma3", {"layers_to_transform": [1, 4]}),
+    ],
+    ids=str,
+)
+def test_merged_model_is_base_and_adapter_side_by_side(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    base = tiny_checkpoint(tmp_path, kind)
+    adapter = trained(base, tmp_path / "adapter", lora(**settings))
+    expected = logits(PeftModel.from_pretrained(loaded(base), adapter))
+    merged = loaded(resolve_model(str(adapter)))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    assert (logits(loaded(base)) - expected).abs().max() > 0.01
+
+
+def test_experts_are_merged(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    tiny_moe().save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = trained(base, tmp_path / "adapter", lora(target_parameters=parameters))
+    expected = logits(PeftModel.from_pretrained(loaded(base), adapter))
+    merged = loaded(resolve_model(str(adapter)))
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+    experts = decoder_layers(loaded(base))[0].get_parameter("mlp.experts.down_proj")
+    assert not torch.equal(decoder_layers(merged)[0].get_parameter("mlp.experts.down_proj"), experts)
+
+
+def test_merging_in_float32_loses_less_than_in_bfloat16(tmp_path: Path) -> None:
+    """Why four bytes per parameter are spent."""
+    base = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
+    adapter = trained(base, tmp_path / "adapter", lora())
+    expected = logits(PeftModel.from_pretrained(loaded(base), adapter))
+    naive: Any = PeftModel.from_pretrained(loaded(base, "bfloat16"), adapter, autocast_adapter_dtype=False)
+    naive = naive.merge_and_unload().float()
+    ours = load_model(resolve_model(str(adapter)), dtype="float32")
+    assert (logits(ours) - expected).norm() < (logits(naive) - expected).norm()
+
+
+def test_the_result_is_a_plain_checkpoint_with_the_bases_settings(tmp_path: Path, cache: Path) -> None:
+    base = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
+    (base / "LICENSE").write_text("a licence")
+    (base / "preprocessor_config.json").write_text("{}")
+    folder = resolve_model(str(trained(base, tmp_path / "adapter", lora())))
+    assert folder.is_relative_to(cache)
+    assert not any("adapter" in file.name for file in folder.iterdir())
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config == json.loads((base / "config.json").read_text())
+    assert (folder / "LICENSE").read_text() == "a licence"
+    assert (folder / "preprocessor_config.json").read_text() == "{}"
+    assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert load_model(folder).dtype == torch.bfloat16
+    assert sorted(file.name for file in folder.parent.iterdir()) == sorted([f".{folder.name}.lock", folder.name])
+
+
+def test_dtypes_of_single_tensors_are_kept(tmp_path: Path) -> None:
+    """DeepSeek's routers stay in float32."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+    }
+    settings: dict[str, Any] = SHAPE | latent | experts | {"first_k_dense_replace": 1, "num_key_value_heads": 4}
+    base = tmp_path / "base"
+    model = AutoModelForCausalLM.from_config(DeepseekV3Config(**settings), dtype=torch.bfloat16)
+    for layer in decoder_layers(model)[1:]:
+        layer.get_submodule("mlp.gate").float()
+    model.save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    adapter = trained(base, tmp_path / "adapter", lora(target_modules=["q_a_proj", "o_proj"]))
+    folder = resolve_model(str(adapter))
+    dtypes = [{name: tensor.dtype for name, tensor in tensors_of(where).items()} for where in (base, folder)]
+    assert set(dtypes[0].values()) == {torch.bfloat16, torch.float32}
+    assert dtypes[0] == dtypes[1]
+
+
+def test_it_is_merged_once_and_the_log_says_where(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="shoal"):
+        folder = resolve_model(str(adapter))
+    merging, where = (record.getMessage() for record in caplog.records)
+    assert merging.startswith(f"merging {adapter} into its base ")
+    assert where == f"{adapter} is a LoRA adapter: the model is {folder}, where it is merged into its base"
+    monkeypatch.setattr(adapters, "_merge", lambda *_: pytest.fail("merged twice"))
+    assert resolve_model(str(adapter)) == folder
+
+
+@pytest.mark.parametrize("part", ["base", "adapter", "settings", "tokenizer"])
+def test_another_base_adapter_or_tokenizer_is_another_model(base: Path, adapter: Path, part: str) -> None:
+    first = resolve_model(str(adapter))
+    if part == "base":
+        tiny_checkpoint(base.parent, "llama", seed=7)
+    elif part == "adapter":
+        rewrite(adapter, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
+    elif part == "settings":
+        edit(adapter, lora_alpha=24)
+    else:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.save_pretrained(adapter)
+    second = resolve_model(str(adapter))
+    assert second != first
+    assert model_fingerprint(second) != model_fingerprint(first)
+
+
+def test_the_adapters_tokenizer_is_used_where_it_has_one(adapter: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(adapter)
+    assert load_tokenizer(resolve_model(str(adapter))).convert_tokens_to_ids("<tool>") == 259
+
+
+def test_an_adapter_of_an_adapter_is_merged_into_the_merged_one(adapter: Path, tmp_path: Path) -> None:
+    first = resolve_model(str(adapter))
+    second = trained(first, tmp_path / "second", lora())
+    expected = logits(loaded(resolve_model(str(second))))
+    edit(second, base_model_name_or_path=str(adapter))
+    assert torch.equal(logits(loaded(resolve_model(str(second)))), expected)
+
+
+def test_the_base_is_taken_at_the_adapters_revision(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def resolve(name: str, *, revision: str | None = None) -> Path:
+        asked.append((name, revision))
+        return base
+
+    monkeypatch.setattr(adapters, "resolve_model", resolve)
+    edit(adapter, base_model_name_or_path="org/base", revision="abc123")
+    adapters.merged_adapter(adapter)
+    assert asked == [("org/base", "abc123")]
+
+
+def test_an_interrupted_merge_leaves_nothing(adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(adapters.shutil, "copyfile", stop)
+        with pytest.raises(KeyboardInterrupt):
+            resolve_model(str(adapter))
+    assert not [folder for folder in (cache / "adapters").iterdir() if folder.is_dir()]
+    load_model(resolve_model(str(adapter)))
+
+
+# --- refused ------------------------------------------------------------------------------------------------------
+
+
+def refused(adapter: Path, message: str, cache: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_model(str(adapter))
+    assert not any((cache / "adapters").glob("[!.]*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "PREFIX_TUNING"}, r"is a PREFIX_TUNING adapter, which works on the input: no weights could"),
+        ({"peft_type": "IA3"}, r"is a IA3 adapter, and shoal merges LORA only; merge it with peft's merge_and_unload"),
+        ({"peft_type": None}, r"is a None adapter, and shoal merges LORA only"),
+        ({"task_type": "SEQ_CLS"}, r"is an adapter for SEQ_CLS, not for a causal language model"),
+        ({"layer_replication": [[0, 4], [2, 6]]}, r"adapter_config.json sets layer_replication, which shoal cannot"),
+        ({"alora_invocation_tokens": [1, 2]}, r"sets alora_invocation_tokens, which shoal cannot merge"),
+        ({"megatron_config": {"a": 1}}, r"sets megatron_config, which shoal cannot merge"),
+        ({"use_something_new": True}, r"sets use_something_new, which shoal cannot merge"),
+        ({"init_lora_weights": "pissa"}, r"was initialised by pissa, which changes the base's weights too; save it as"),
+        (
+            {"base_model_name_or_path": None},
+            r"names no base model; set it to the model that the adapter was trained on",
+        ),
+        (
+            {"base_model_name_or_path": "./gone"},
+            r"base_model_name_or_path in .*config.json: model './gone': no such fol",
+        ),
+        ({"base_model_name_or_path": "org/gone"}, r"base_model_name_or_path in .*: model 'org/gone': .*local path"),
+        ({"target_modules": ["wqkv"]}, r"does not fit its base .*llama: .*wqkv.* not found.*; set base_model_name_or"),
+        ({"r": "four"}, r"does not fit its base"),
+        ({"r": 8}, r"does not fit its base .*: tensors of other shapes; set base_model_name_or_path"),
+        ({"target_modules": ["q_proj"]}, r"does not fit its base .*v_proj.lora_A.weight has no place in it"),
+        ({"target_modules": [*PROJECTIONS, "k_proj"]}, r"adapter_model.safetensors lacks .*k_proj.lora_A.weight; set"),
+    ],
+)
+def test_settings_that_cannot_be_merged_are_refused(
+    adapter: Path, settings: dict[str, Any], message: str, cache: Path
+) -> None:
+    edit(adapter, **settings)
+    refused(adapter, message, cache)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]), r"is a IA3 adapter"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), r"is a PREFIX_TUNING adapter"),
+    ],
+)
+def test_other_methods_that_peft_saves_are_refused(
+    base: Path, tmp_path: Path, config: Any, message: str, cache: Path
+) -> None:
+    refused(trained(base, tmp_path / "other", config), message, cache)
+
+
+def test_everything_that_peft_saves_of_a_plain_lora_is_known(adapter: Path) -> None:
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    assert {name for name in saved.keys() - adapters.SETTINGS if saved[name]} == set()
+    assert saved.keys() >= adapters.SETTINGS - {"runtime_config"}
+
+
+def test_a_full_model_beside_the_adapter_is_refused(adapter: Path, base: Path, cache: Path) -> None:
+    shutil.copyfile(base / "config.json", adapter / "config.json")  # some trainers save the base's: no ambiguity
+    resolve_model(str(adapter))
+    shutil.rmtree(cache)
+    shutil.copyfile(base / "model.safetensors", adapter / "model.safetensors")
+    refused(adapter, r"holds a full model \(model.safetensors\) and an adapter .*, and could mean either; move", cache)
+
+
+def test_pickled_missing_and_damaged_adapters_are_refused(adapter: Path, cache: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    refused(adapter, r"adapter_model.safetensors: is damaged", cache)
+    file.unlink()
+    refused(adapter, r"adapter: has no adapter_model.safetensors; save the adapter as safetensors", cache)
+    torch.save({}, adapter / "adapter_model.bin")
+    refused(adapter, r"has no adapter_model.safetensors but a pickle, which can run code when it is read; save", cache)
+    (adapter / "adapter_config.json").write_text("{")
+    refused(adapter, r"adapter_config.json: is not valid JSON", cache)
+    (adapter / "adapter_config.json").write_text("[]")
+    refused(adapter, r"adapter_config.json: holds no settings", cache)
+
+
+def test_an_adapter_of_itself_is_refused(adapter: Path, cache: Path) -> None:
+    edit(adapter, base_model_name_or_path=str(adapter))
+    refused(adapter, r"base_model_name_or_path in .*: is the adapter itself; set it to the model", cache)
+
+
+def test_a_quantised_base_is_refused(adapter: Path, base: Path, cache: Path) -> None:
+    file = base / "config.json"
+    config = json.loads(file.read_text()) | {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    }
+    file.write_text(json.dumps(config))
+    refused(
+        adapter, r"llama is quantised, and a merge would be rounded away; set it to the full-precision model", cache
+    )
+
+
+def test_a_base_with_code_of_its_own_is_refused(adapter: Path, base: Path, cache: Path) -> None:
+    file = base / "config.json"
+    config = json.loads(file.read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    file.write_text(json.dumps(config))
+    refused(adapter, r"llama needs code that comes with it, which a merged checkpoint could not bring along", cache)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
+def test_an_adapter_of_another_architecture_is_refused(adapter: Path, tmp_path: Path, kind: str, cache: Path) -> None:
+    edit(adapter, base_model_name_or_path=str(tiny_checkpoint(tmp_path, kind, hidden_size=64)))
+    refused(adapter, r"does not fit its base .*: tensors of other shapes; set base_model_name_or_path", cache)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(adapter: Path, base: Path, cache: Path) -> None:
+    """peft itself would leave the tensors of the missing layers out without a word."""
+    tiny_checkpoint(base.parent, "llama", num_hidden_layers=4)
+    refused(adapter, r"does not fit its base .*: .*layers.4.self_attn.q_proj.lora_A.weight has no place in it", cache)
+
+
+def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path, cache: Path) -> None:
+    grown = loaded(base)
+    grown.resize_token_embeddings(VOCAB_SIZE + 8)
+    adapted = get_peft_model(grown, lora(modules_to_save=["embed_tokens", "lm_head"]))
+    adapted.save_pretrained(str(tmp_path / "grown"))
+    edit(tmp_path / "grown", base_model_name_or_path=str(base))
+    refused(tmp_path / "grown", r"does not fit its base .*: tensors of other shapes", cache)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{number}>" for number in range(20)])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    refused(tmp_path / "grown", r"has a tokenizer of 279 tokens, but .* has 272 rows of embeddings: they were", cache)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_lora_on_one_of_two_tied_embeddings_is_refused(tmp_path: Path, target: str, cache: Path) -> None:
+    """peft merges it into both with a warning only."""
+    base = tiny_checkpoint(tmp_path, "llama_tied")
+    adapter = trained(base, tmp_path / "adapter", lora(target_modules=[*PROJECTIONS, target]))
+    refused(adapter, r"merged, it gives other logits than base and adapter side by side \(by up to .*tied embed", cache)
+
+
+def test_a_bias_without_a_place_is_refused(base: Path, tmp_path: Path, cache: Path) -> None:
+    adapter = trained(base, tmp_path / "adapter", lora(lora_bias=True))
+    refused(adapter, r"cannot be merged: Impossible to merge LoRA with `lora_bias=True` because the base layer", cache)
+
+
+def test_numbers_that_are_not_finite_are_refused(adapter: Path, tmp_path: Path, cache: Path) -> None:
+    rewrite(adapter, lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()})
+    refused(adapter, r"cannot be merged: NaNs detected in the merged weights", cache)
+    base = tiny_checkpoint(tmp_path, "qwen3", dtype=torch.float16)
+    other = trained(base, tmp_path / "other", lora(lora_alpha=10_000_000))
+    refused(other, r"merged, .*proj.weight overflows torch.float16; convert .*qwen3 to bfloat16 first", cache)
+
+
+def test_a_merge_that_is_wrong_is_refused(adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora.layer import Linear
+
+    real = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda *args: 0.9 * real(*args))
+    refused(adapter, r"merged, it gives other logits than base and adapter side by side", cache)

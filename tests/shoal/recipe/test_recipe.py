@@ -1,0 +1,377 @@
+"""How recipes are read, and how every wrong one is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.errors import UserError
+from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL
+from shoal.recipe.recipe import CONFIGS_DIR, Recipe, as_dict, load_recipe, parse_recipe
+from shoal.recipe.section import DataSource
+
+BASE: dict[str, Any] = {"model": "m", "run_dir": "r"}
+SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> Recipe:
+    """The recipe of model `m` and run_dir `r` with further lines of YAML and overrides."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: m\nrun_dir: r\n{text}", encoding="utf-8")
+    return load_recipe(file, overrides)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the refusal, without the name of the file."""
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, text, *overrides)
+    return str(refused.value).replace(f"{tmp_path}/recipe.yaml: ", "").split("\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mesure: {}", "mesure: unknown key; did you mean 'measure'?"),
+        ("measure: {num_token: 5}", "measure.num_token: unknown key; did you mean 'num_tokens'?"),
+        ("measure: {data: {path: a, colum: b}}", "measure.data.0.colum: unknown key; did you mean 'column'?"),
+        (
+            "distill: {losses: [{kind: forward_kl, wieght: 2}]}",
+            "distill.losses.0.wieght: unknown key; did you mean 'weight'?",
+        ),
+        ("track: {zzz: 1}", "track.zzz: unknown key; known keys are wandb, project, name, tags, upload_weights"),
+        ("track: {1: a}", "track.1: unknown key; known keys are wandb, project, name, tags, upload_weights"),
+        ("measure: 5", "measure: must be a mapping of settings (got 5)"),
+        ("prune: {drop: 3}", "prune.drop: must be a list (got 3)"),
+        ("prune: {drop: [1, x]}", "prune.drop.1: must be a whole number (got 'x')"),
+        ("prune: {ratio: 1.5}", "prune.ratio: must be less than 1 (got 1.5)"),
+        ("prune: {num_drop: 0}", "prune.num_drop: must be greater than 0 (got 0)"),
+        ("eval: {limit: many}", "eval.limit: must be a whole number (got 'many')"),
+        ("seed: -1", "seed: must be greater than or equal to 0 (got -1)"),
+        ("trust_remote_code: maybe", "trust_remote_code: must be a boolean (got 'maybe')"),
+        ("track: {wandb: yes}", "track.wandb: must be 'online', 'offline' or 'off' (got 'yes')"),
+        (
+            "distill: {losses: [{kind: kl}]}",
+            f"distill.losses.0.kind: must be one of {', '.join(map(repr, KINDS))} (got 'kl')",
+        ),
+        ("distill: {losses: [{weight: 2}]}", f"distill.losses.0: needs a kind: one of {', '.join(KINDS)}"),
+        (
+            "distill: {losses: [{kind: jsd, beta: 1}]}",
+            "distill.losses.0.beta: must be less than 1 (got 1)",
+        ),
+        ("distill: {losses: [{kind: taid, strat: 1}]}", "distill.losses.0.strat: unknown key; did you mean 'start'?"),
+        (
+            "distill: {losses: [{kind: forward_kl}, {kind: taid, start: 0.9, end: 0.5}]}",
+            "distill.losses.1.start: must not be above end, 0.5 (got 0.9)",
+        ),
+        (
+            "distill: {losses: [{kind: hidden_states, layers: [3, x]}]}",
+            "distill.losses.0.layers.1: must be a whole number (got 'x')",
+        ),
+        ("distill: {deepspeed: 3}", "distill.deepspeed: must be a string or must be a mapping of settings (got 3)"),
+        ("distill: {trainer: [1]}", "distill.trainer: must be a mapping of settings (got [1])"),
+        (
+            "prune: {edits: [{kind: skip_mlp, layers: [-1]}]}",
+            "prune.edits.0.layers.0: must be greater than or equal to 0 (got -1)",
+        ),
+        ("measure: {data: []}", "measure.data: must have at least 1 item (got [])"),
+        ("measure: {data: 5}", "measure.data.0: must be a mapping of settings (got 5)"),
+        ("measure: {data: {path: a, weight: .inf}}", "measure.data.0.weight: must be a finite number (got inf)"),
+        ("measure: {data: ''}", "measure.data.0.path: must have at least 1 character (got '')"),
+        ("measure: {sequence_length: 1}", "measure.sequence_length: must be greater than or equal to 2 (got 1)"),
+        (
+            "measure: {data: {column: a}}",
+            "measure.data.0.path: is required; add it to the file, or to the command as measure.data.0.path=VALUE",
+        ),
+        ("prune: {drop: [1], num_drop: 2}", "prune.num_drop: has no effect beside prune.drop; give one of them"),
+        ("prune: {drop: [1], ratio: 0.2}", "prune.ratio: has no effect beside prune.drop; give one of them"),
+        ("prune: {drop: [1], metric: angular}", "prune.metric: has no effect beside prune.drop; give one of them"),
+        ("prune: {drop: [1], contiguous: true}", "prune.contiguous: has no effect beside prune.drop; give one of them"),
+        ("prune: {num_drop: 1, ratio: 0.2}", "prune.ratio: prune.num_drop is given too; give one of them"),
+        (
+            "distill: {losses: [{kind: cross_entropy, temperature: 2}]}",
+            "distill.losses.0.temperature: unknown key; known keys are kind, weight",
+        ),
+        (
+            "distill: {losses: [{kind: forward_kl, weight: 0}]}",
+            "distill.losses: every weight is 0, nothing would be trained; give one a weight above 0",
+        ),
+        ("distill: {trainer: {seed: 1}}", "distill.trainer.seed: is set by shoal; use seed instead"),
+        (
+            "distill: {trainer: {resume_from_checkpoint: x}}",
+            "distill.trainer.resume_from_checkpoint: is set by shoal; use the same command again instead",
+        ),
+        ("export: {hub_repo: name}", "export.hub_repo: must have the form owner/name (got 'name')"),
+    ],
+)
+def test_wrong_setting_is_refused_with_its_path_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    assert refusal(tmp_path, text) == [message]
+
+
+@pytest.mark.parametrize("name", ["model", "run_dir"])
+@pytest.mark.parametrize("value", [None, ""])
+def test_model_and_run_dir_are_required(name: str, value: str | None) -> None:
+    raw = {key: setting for key, setting in BASE.items() if key != name}
+    if value is not None:
+        raw[name] = value
+    with pytest.raises(UserError, match=rf"^recipe: {name}: (is required|must have at least 1 character)"):
+        parse_recipe(raw)
+
+
+def test_every_problem_is_reported_at_once_with_the_file(tmp_path: Path) -> None:
+    text = "sed: 1\nmeasure: {num_tokens: -5}\ndistill: {losses: [{kind: kl}, {kind: jsd, wieght: 1}], num_tokens: x}\n"
+    with pytest.raises(UserError) as refused:
+        load(tmp_path, text)
+    lines = str(refused.value).split("\n")
+    assert len(lines) == 5
+    assert all(line.startswith(f"{tmp_path}/recipe.yaml: ") for line in lines)
+    places = {line.split(": ")[1] for line in lines}
+    assert places == {
+        "sed",
+        "measure.num_tokens",
+        "distill.losses.0.kind",
+        "distill.losses.1.wieght",
+        "distill.num_tokens",
+    }
+
+
+def test_contradictions_are_reported_at_once(tmp_path: Path) -> None:
+    assert len(refusal(tmp_path, "prune: {drop: [1], ratio: 0.2, contiguous: true}\nexport: {hub_repo: x}")) == 3
+
+
+def test_overrides_reach_every_depth_and_win_over_the_file(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        "seed: 3\nmeasure:\ndistill: {losses: [{kind: forward_kl}, {kind: cross_entropy}]}",
+        "seed=4",
+        "prune.drop=[1,3]",
+        "measure.data.path=docs.txt",
+        "distill.losses.1.weight=0.5",
+        "distill.trainer.learning_rate=2e-5",
+        "track.wandb=off",
+        "distill.num_tokens=200_000",
+        "track.tags=[a, b]",
+        "eval.limit=null",
+    )
+    assert recipe.seed == 4
+    assert recipe.prune.drop == (1, 3)
+    assert recipe.measure.data == (DataSource("docs.txt"),)
+    assert recipe.distill.losses == (ForwardKL(), CrossEntropy(weight=0.5))
+    assert recipe.distill.trainer == {"learning_rate": 2e-5}
+    assert recipe.track.wandb == "off"
+    assert recipe.distill.num_tokens == 200_000
+    assert recipe.track.tags == ("a", "b")
+    assert recipe.eval.limit is None
+
+
+def test_a_wrong_value_is_blamed_on_what_has_set_it(tmp_path: Path) -> None:
+    text = "distill: {num_tokens: 5, batch_size: 0, losses: [{kind: forward_kl, weight: -1}]}\nprune: {ratio: 2}"
+    overrides = ("distill.num_tokens=-2", "distill.num_tokens=-1", "distill.losses.0.temperature=0", "seeed=1")
+    assert {line.partition(" (got")[0] for line in refusal(tmp_path, text, *overrides)} == {
+        "override 'distill.num_tokens=-1': distill.num_tokens: must be greater than 0",
+        "override 'distill.losses.0.temperature=0': distill.losses.0.temperature: must be greater than 0",
+        "override 'seeed=1': seeed: unknown key; did you mean 'seed'?",
+        "distill.batch_size: must be greater than 0",
+        "distill.losses.0.weight: must be greater than or equal to 0",
+        "prune.ratio: must be less than 1",
+    }
+
+
+def test_a_wrong_entry_of_a_section_that_was_overridden_whole_is_blamed_on_the_override(tmp_path: Path) -> None:
+    assert refusal(
+        tmp_path, "measure: {num_token: 1}", "prune={num_drop: 2, ratio: 0.1}", "distill={num_token: 1}"
+    ) == [
+        "measure.num_token: unknown key; did you mean 'num_tokens'?",
+        "override 'distill={num_token: 1}': distill.num_token: unknown key; did you mean 'num_tokens'?",
+    ]
+    (line,) = refusal(tmp_path, "", "prune={drop: [1], num_drop: 2}")
+    assert line.startswith("override 'prune={drop: [1], num_drop: 2}': prune")
+
+
+def test_later_override_wins(tmp_path: Path) -> None:
+    assert load(tmp_path, "", "seed=1", "seed=2").seed == 2
+
+
+def test_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    assert load(tmp_path, "", "track.name=a=b").track.name == "a=b"
+
+
+@pytest.mark.parametrize("override", ["seed", "=4", "a..b=1", ".seed=1", "seed.=1"])
+def test_override_of_bad_form_is_refused(tmp_path: Path, override: str) -> None:
+    assert refusal(tmp_path, "", override) == [f"override {override!r}: must have the form section.key=value"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.x=3", "override 'model.x=3': 'model' is 'm', not a section"),
+        ("prune.drop=[1,", "override 'prune.drop=[1,': the value is not valid YAML: "),
+        ("track.tags.3=a", "override 'track.tags.3=a': '3' is no position in a list of 1 (counted from 0)"),
+        ("track.tags.x=a", "override 'track.tags.x=a': 'x' is no position in a list of 1 (counted from 0)"),
+        ("track.nme=a", "override 'track.nme=a': track.nme: unknown key; did you mean 'name'?"),
+        ("prune.drop={a: 1, a: 2}", "override 'prune.drop={a: 1, a: 2}': the value is not valid YAML: key 'a' appears"),
+    ],
+)
+def test_override_that_fits_nowhere_is_refused(tmp_path: Path, override: str, message: str) -> None:
+    assert refusal(tmp_path, "track: {tags: [a]}", override)[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-5", 2e-5),
+        ("1E3", 1000.0),
+        ("1.5", 1.5),
+        ("-.5e-1", -0.05),
+        (".inf", float("inf")),
+        ("1_000", 1000),
+        ("010", 10),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("-7", -7),
+        ("1:30", "1:30"),
+        ("2024-01-31", "2024-01-31"),
+        ("2024-13-45", "2024-13-45"),
+        ("off", "off"),
+        ("no", "no"),
+        ("Yes", "Yes"),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("null", None),
+        ("", None),
+        ("'2e-5'", "2e-5"),
+        ("1e", "1e"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
+    assert load(tmp_path, f"distill: {{trainer: {{x: {text}}}}}").distill.trainer == {"x": value}
+    assert load(tmp_path, "", f"distill.trainer.x={text}").distill.trainer == {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: other", "key 'model' appears twice"),
+        ("prune: {drop: [1], drop: [2]}", "key 'drop' appears twice"),
+        ("distill: {trainer: {a: 1, a: 2}}", "key 'a' appears twice"),
+        ("[a]: 1", "a key must be a plain word"),
+        ("a: [", "expected the node content"),
+        ("a: &a [*a]", "recursive"),
+        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("seed: !!int x", "leave out explicit !!tags"),
+        ("a: " + "[" * 5000, "is not valid YAML"),
+        ("--- \na: 1", "expected a single document"),
+    ],
+)
+def test_broken_yaml_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    found = "\n".join(refusal(tmp_path, text))
+    assert found.startswith("is not valid YAML: ")
+    assert message in found
+
+
+def test_merge_keys_work(tmp_path: Path) -> None:
+    text = "distill: {losses: [&kl {kind: forward_kl, weight: 2}, {<<: *kl, weight: 3, temperature: 2}]}"
+    assert load(tmp_path, text).distill.losses == (ForwardKL(weight=2.0), ForwardKL(weight=3.0, temperature=2.0))
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a", "list"), ("abc", "str")])
+def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, kind: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"must be a mapping of settings, got {kind}"):
+        load_recipe(file)
+
+
+def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(UserError, match=r"recipe.yaml: is not valid YAML"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("value", "sources"),
+    [
+        ("python_docs", (DataSource("python_docs"),)),
+        ("{path: a.jsonl, column: story}", (DataSource("a.jsonl", column="story"),)),
+        ("[python_docs, {path: b, weight: 2}]", (DataSource("python_docs"), DataSource("b", weight=2.0))),
+    ],
+)
+def test_data_may_be_a_name_a_mapping_or_a_list(tmp_path: Path, value: str, sources: tuple[DataSource, ...]) -> None:
+    recipe = load(
+        tmp_path, f"measure: {{data: {value}}}\ndistill: {{data: {value}}}\neval: {{perplexity_data: {value}}}"
+    )
+    assert recipe.measure.data == recipe.distill.data == recipe.eval.perplexity_data == sources
+
+
+def test_unknown_recipe_lists_the_shipped_ones() -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml: no such recipe file; shipped recipes are ") as refused:
+        load_recipe("nowhere.yaml")
+    assert all(file.name in str(refused.value) for file in SHIPPED)
+
+
+def test_shipped_recipe_is_found_by_its_name_and_a_local_one_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "small.yaml").write_text("model: shipped\nrun_dir: r\n")
+    monkeypatch.setattr("shoal.recipe.recipe.CONFIGS_DIR", shipped)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("small.yaml").model == load_recipe("configs/small.yaml").model == "shipped"
+    with pytest.raises(UserError, match=r"elsewhere/small.yaml: no such recipe file; shipped recipes are small.yaml"):
+        load_recipe("elsewhere/small.yaml")
+    (tmp_path / "small.yaml").write_text("model: local\nrun_dir: r\n")
+    assert load_recipe("small.yaml").model == "local"
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_shipped_recipe_loads(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert parse_recipe(as_dict(recipe)) == recipe
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_commands_in_a_shipped_recipe_can_be_given(file: Path) -> None:
+    commented = "\n".join(line[1:] for line in file.read_text(encoding="utf-8").splitlines() if line[:1] == "#")
+    commands = re.findall(r"^ +((?:deepspeed|shoal) .*)$", commented.replace("\\\n", " "), flags=re.MULTILINE)
+    assert commands or "make quickstart" in commented, "says nowhere how it is run"
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        assert words[words.index("--config") + 1] == f"configs/{file.name}"
+        load_recipe(file, [word for word in words if "=" in word])
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/measuring.md"])
+def test_whole_recipes_in_the_documentation_load(name: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / name).read_text(encoding="utf-8")
+    recipes = re.findall(r"```yaml\n(model: .*?)```", text, flags=re.DOTALL)
+    assert recipes
+    for recipe in recipes:
+        (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_recipe_survives_the_round_trip_through_plain_values(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        "measure: {data: [python_docs, {path: a, weight: 2}]}\nprune: {num_drop: 2, protect: []}\n"
+        "distill: {losses: [{kind: forward_kl, temperature: 2}], trainer: {learning_rate: 1e-4, optim: adamw_torch},"
+        " deepspeed: {zero_optimization: {stage: 3}}}\ntrack: {tags: [x]}\n",
+    )
+    plain = as_dict(recipe)
+    source = plain["measure"]["data"][1]
+    assert (source["path"], source["column"], source["split"], source["weight"]) == ("a", "text", "train", 2.0)
+    assert parse_recipe(plain) == recipe
+    assert as_dict(recipe.prune) == plain["prune"]
+
+
+def test_recipe_cannot_be_changed_after_loading() -> None:
+    recipe = parse_recipe(BASE)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.seed = 1  # pyright: ignore[reportAttributeAccessIssue]

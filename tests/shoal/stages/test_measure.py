@@ -1,0 +1,265 @@
+"""The measure stage: what it writes, when it measures again, what it refuses before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from architectures import tiny_model as tiny_family
+from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
+
+from shoal.artifacts.artifact import Importance, PruningPlan
+from shoal.compress import measure as hidden_measure
+from shoal.errors import UserError
+from shoal.recipe.recipe import parse_recipe
+from shoal.stages import measure as measuring
+from shoal.stages import prune
+from shoal.stages.run import Run, open_run
+
+SWEEP: dict[str, Any] = {
+    "tasks": ["knowledge"],
+    "protocols": ["continuation", "generation"],
+    "limit": 10,
+    "batch_size": 5,
+    "perplexity_tokens": 800,
+    "sequence_length": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama checkpoint with room for prompts."""
+    folder = tmp_path_factory.mktemp("teacher")
+    return tiny_checkpoint(folder, "llama", max_position_embeddings=4096, initializer_range=0.3)
+
+
+@pytest.fixture
+def make_run(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Any:
+    """A run that measures few tokens and sweeps one ability; other settings of measure and of the recipe on top."""
+    caplog.set_level(logging.INFO, logger="shoal")
+
+    def make(measure: dict[str, Any] | None = None, **settings: Any) -> Run:
+        few = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, **(measure or {})}
+        raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "measure": few, **settings}
+        return open_run(parse_recipe(raw))
+
+    return make
+
+
+def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
+    make_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    operators = ["layer", "cumulative"]
+    run = make_run(
+        {"sweep": {**SWEEP, "operators": operators, "max_removed": 4}},
+        prune={"metric": "knowledge/continuation", "num_drop": 1},
+    )
+    measuring.measure(run)
+    importance = Importance.read(run.dir / "importance.json")
+    assert importance.atlas is not None
+    assert [column.label for column in importance.atlas.columns] == [
+        "knowledge/continuation",
+        "knowledge/generation",
+        "language/rolling",
+    ]
+    assert all(len(column.effects) == NUM_LAYERS for column in importance.atlas.columns)
+    assert set(importance.atlas.agreement.columns) >= {"block_influence", "angular", "knowledge_continuation"}
+    assert set(importance.sweeps) == {"cumulative"}
+    assert [len(unit.layers) for unit in importance.sweeps["cumulative"].units] == [1, 2, 3, 4]
+    for name in ("importance", "atlas", "agreement", "cumulative"):
+        assert (run.dir / "figures" / f"{name}.svg").stat().st_size > 1000
+    items = json.loads((run.dir / "sweep/layer/knowledge_generation.json").read_text())
+    assert len(items["ids"]) == len(items["intact"]) == len(items["without"]["layer 3"]) == 10
+    column = importance.atlas.columns[0]
+    assert sum(json.loads((run.dir / "sweep/layer/knowledge_continuation.json").read_text())["intact"]) / 10 == (
+        pytest.approx(column.intact.value)
+    )
+
+    caplog.clear()
+    prune.prune(run)
+    assert "expected sacrifice" in caplog.text or "measured without exactly these layers" in caplog.text
+    assert len(PruningPlan.read(run.dir / "plan.json").drop) == 1
+
+
+def test_what_is_measured_already_is_not_measured_again(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring.measure(make_run({"sweep": SWEEP}))
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    measuring.measure(make_run({"sweep": {**SWEEP, "batch_size": 2}}))
+
+
+def test_diagnostics_are_made_beside_importance_that_is_there(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    measuring.measure(make_run())
+    before = (make_run().dir / "importance.json").read_bytes()
+    run = make_run({"diagnostics": True})
+    measuring.measure(run)
+    assert (run.dir / "importance.json").read_bytes() == before
+    assert json.loads((run.dir / "diagnostics.json").read_text())["num_layers"] == NUM_LAYERS
+    assert (run.dir / "figures/diagnostics.svg").is_file()
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    measuring.measure(run)
+
+
+def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
+    sweep = {**SWEEP, "protocols": ["continuation"], "operators": [], "greedy": 2, "perplexity_tokens": 0}
+    run = make_run({"sweep": sweep}, prune={"metric": "task_greedy", "num_drop": 2})
+    prune.prune(run)
+    order = Importance.read(run.dir / "importance.json").orders["task_greedy"]
+    assert sorted(removal.unit.layers[0] for removal in order) == list(PruningPlan.read(run.dir / "plan.json").drop)
+    assert not {0, NUM_LAYERS - 1} & {removal.unit.layers[0] for removal in order}
+    single = {**sweep, "operators": ["layer"], "greedy": None}
+    measuring.measure(other := make_run({"sweep": single}, run_dir=str(run.dir / "single")))
+    atlas = Importance.read(other.dir / "importance.json").atlas
+    assert atlas is not None
+    inner = {layer: atlas.columns[0].effects[layer].score.value for layer in range(1, NUM_LAYERS - 1)}
+    assert order[0].score == max(inner.values()) == inner[order[0].unit.layers[0]]
+
+
+def test_probes_find_at_which_depth_a_class_can_be_told(make_run: Any, tmp_path: Path) -> None:
+    rows = [{"text": f"{word} {index}", "class": word} for index in range(24) for word in ("up", "down")]
+    data = tmp_path / "words.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = make_run({"probes": [{"path": str(data), "label": "class"}]})
+    measuring.measure(run)
+    (found,) = json.loads((run.dir / "probes.json").read_text())["sets"]
+    assert len(found["accuracy"]) == NUM_LAYERS + 1
+    assert (run.dir / "figures/probes.svg").is_file()
+    with pytest.raises(UserError, match="klass"):
+        measuring.measure(make_run({"probes": [{"path": str(data), "label": "klass"}]}))
+
+
+def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
+    run = make_run({"metrics": ["block_influence", "present_absent"]})
+    measuring.measure(run)
+    importance = Importance.read(run.dir / "importance.json")
+    assert list(importance.errors) == ["present_absent"]
+    assert all(error is not None and error >= 0 for error in importance.errors["present_absent"])
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        ({"sweep": {}}, "measure.sweep: scores nothing; name tasks"),
+        ({"sweep": {**SWEEP, "operators": ["donor"]}}, "measure.sweep.donor: needs the operator donor"),
+        ({"sweep": {**SWEEP, "donor": "x"}}, "measure.sweep.donor: needs the operator donor"),
+        ({"sweep": {**SWEEP, "order": [1]}}, "measure.sweep.order: has no effect"),
+        ({"sweep": {**SWEEP, "max_removed": 2}}, "measure.sweep.max_removed: has no effect"),
+        ({"sweep": {**SWEEP, "greedy_weights": {"a": 1}}}, "measure.sweep.greedy_weights: have no effect"),
+        ({"sweep": {**SWEEP, "operators": []}}, "measure.sweep.operators: is empty"),
+        ({"sweep": {**SWEEP, "limit": 4}}, "measure.sweep.limit: with fewer than 8 items"),
+        ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": [1, 1]}}, r"each once and not all \(got \[1, 1\]\)"),
+        ({"sweep": {**SWEEP, "operators": ["cumulative"], "order": "taylr"}}, "measure.sweep.order"),
+        (
+            {"sweep": {**SWEEP, "operators": ["layer", "cumulative"], "order": "taylr"}},
+            "order: 'taylr' is not measured",
+        ),
+        (
+            {"sweep": {**SWEEP, "operators": ["layer", "cumulative"], "order": "knowledge"}},
+            "order: 'knowledge' could be knowledge_continuation or knowledge_generation",
+        ),
+        (
+            {"sweep": {**SWEEP, "operators": ["layer", "cumulative"]}, "metrics": ["angular"]},
+            "'block_influence' is not",
+        ),
+        ({"sweep": {**SWEEP, "operators": ["cumulative", "layer"], "order": "knowledge"}}, "operator layer before"),
+        ({"sweep": {**SWEEP, "sequence_length": 5000}}, "measure.sweep.sequence_length: 5000 is more than the 4096"),
+        ({"sweep": {**SWEEP, "perplexity_data": {"path": "/nowhere.txt"}}}, "/nowhere.txt"),
+        ({"sweep": {**SWEEP, "perplexity_tokens": 300}}, "task 'perplexity': has [4-7] items, but over 6 removals"),
+        ({"sweep": {**SWEEP, "limits": {"x": 9}}}, "measure.sweep.limits: 'x' is not among"),
+        ({"sequence_length": 5000}, "measure.sequence_length: 5000 is more than the 4096 positions"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, measure: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=message):
+        measuring.measure(make_run(measure))
+
+
+def test_windows_too_unequal_for_an_interval_are_refused_before_anything_is_loaded(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    texts = ["some text as long as a window, or longer: " * 9, *["short"] * 20]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sweep = {**SWEEP, "perplexity_data": {"path": str(tmp_path / "texts.jsonl")}, "sequence_length": 512}
+    message = r"its 21 items are of so unequal weight that they are worth 1\.\d equal ones, .* raise measure.sweep."
+    with pytest.raises(UserError, match=message):
+        measuring.measure(make_run({"sweep": sweep}))
+
+
+def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_measure, "measure_importance", lambda *_, **__: pytest.fail("measured"))
+    donor = tiny_checkpoint(tmp_path, "llama", intermediate_size=64)
+    run = make_run({"sweep": {**SWEEP, "operators": ["layer", "donor"], "donor": str(donor)}})
+    with pytest.raises(UserError, match=r"swap: layer 0: mlp\.intermediate_size is 64 in the donor"):
+        measuring.measure(run)
+    recurrent = tmp_path / "mamba"
+    tiny_family("mamba", vocab_size=272).save_pretrained(recurrent)
+    tiny_tokenizer().save_pretrained(recurrent)
+    run = make_run({"sweep": {**SWEEP, "operators": ["layer", "head"]}}, model=str(recurrent), attention="eager")
+    with pytest.raises(UserError, match="layer 0 of mamba"):
+        measuring.measure(run)
+
+
+def test_answers_of_a_donor_that_has_changed_are_not_used(make_run: Any, tmp_path: Path) -> None:
+    sweep = {**SWEEP, "protocols": ["continuation"], "operators": ["donor"], "perplexity_tokens": 0}
+    found = []
+    for seed, name in ((1, "run"), (2, "run"), (2, "fresh")):
+        donor = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096, initializer_range=0.3, seed=seed)
+        run = make_run({"sweep": {**sweep, "donor": str(donor)}}, run_dir=str(tmp_path / name))
+        measuring.measure(run)
+        found.append((run.dir / "sweep/donor/knowledge_continuation.json").read_text())
+    assert found[0] != found[1] == found[2]
+
+
+SMALL = {"memory_gb": 0.0085}
+"""Less than the wide checkpoint, enough for one of its layers."""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint of 9 MB, nearly all of it in the layers."""
+    folder = tmp_path_factory.mktemp("wide")
+    return str(tiny_checkpoint(folder, "llama", max_position_embeddings=4096, intermediate_size=4096))
+
+
+def test_a_model_that_does_not_fit_is_measured_from_its_files_with_the_same_numbers(
+    make_run: Any, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = {**SWEEP, "protocols": ["continuation"], "batch_size": 1}
+    whole = make_run({"sweep": swept}, model=wide, run_dir=str(tmp_path / "whole"))
+    measuring.measure(whole)
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    streamed = make_run({"sweep": swept, **SMALL}, model=wide, run_dir=str(tmp_path / "streamed"))
+    measuring.measure(streamed)
+    expected, found = (Importance.read(run.dir / "importance.json") for run in (whole, streamed))
+    assert (found.layers, found.runs, found.atlas, found.sweeps) == (
+        expected.layers,
+        expected.runs,
+        expected.atlas,
+        expected.sweeps,
+    )
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        ({"sweep": SWEEP}, "'knowledge_generation' writes text, which takes the whole model in memory"),
+        ({"sweep": {**SWEEP, "protocols": ["continuation"], "operators": ["mlp"]}}, "operators: mlp takes the whole"),
+        ({"metrics": ["taylor"]}, "taylor needs gradients, for which the whole model has to be in memory"),
+        ({"memory_gb": 0.0001}, r"measure.memory_gb: 107 kB is too little to run one layer"),
+        ({"diagnostics": True}, "measure.diagnostics: takes the whole model in memory"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_where_it_does_not_fit(
+    make_run: Any, wide: str, monkeypatch: pytest.MonkeyPatch, measure: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=message):
+        measuring.measure(make_run({**SMALL, **measure}, model=wide))

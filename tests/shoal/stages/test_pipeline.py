@@ -1,0 +1,456 @@
+"""The stages: each made once, made again when its settings change, never mixed up, never by two at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import socket
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+from shoal.artifacts.artifact import Importance, Provenance, PruningPlan, Training
+from shoal.errors import UserError
+from shoal.recipe.recipe import parse_recipe
+from shoal.stages import distill, measure, pipeline
+from shoal.stages import prune as pruning
+from shoal.stages.run import Run, locked, open_run
+from shoal.train.distill import checkpoint_inputs
+from shoal.train.engine.checkpoint import commit
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def make_run(teacher: Path, tmp_path: Path) -> Any:
+    """A run in this test's directory that drops layers 1 and 3, with other settings where a test gives them."""
+
+    def make(**settings: Any) -> Run:
+        raw = {"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}, **settings}
+        return open_run(parse_recipe(raw))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def log_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="shoal")
+
+
+MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def test_prune_with_explicit_layers_writes_plan_and_student_without_measuring(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning, "measure", lambda _: pytest.fail("measured"))
+    run = make_run()
+    pruning.prune(run)
+    assert sorted(file.name for file in run.dir.iterdir()) == ["plan.json", "student"]
+    plan = PruningPlan.read(run.dir / "plan.json")
+    assert (plan.num_layers, plan.drop, plan.keep) == (6, (1, 3), (0, 2, 4, 5))
+    assert plan.provenance.inputs["model"] == run.teacher_fingerprint
+    student = AutoModelForCausalLM.from_pretrained(run.dir / "student")
+    assert student.config.num_hidden_layers == 4
+    whole = load_file(run.teacher / "model.safetensors")
+    for new, old in enumerate(plan.keep):
+        name = "model.layers.{}.self_attn.q_proj.weight"
+        assert torch.equal(student.get_parameter(name.format(new)), whole[name.format(old)])
+
+
+def test_what_is_done_is_not_made_again(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pruning.prune(make_run())
+    folder = make_run().dir / "student"
+    before, inode = contents(folder), folder.stat().st_ino
+    pruning.prune(make_run(eval={"limit": 3}))
+    assert "prune: done already" in caplog.text
+    assert folder.stat().st_ino == inode
+    assert contents(folder) == before
+
+
+def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pruning.prune(make_run())
+    pruning.prune(make_run(prune={"drop": [2]}))
+    assert (
+        "plan.json is out of date (prune.drop is [2] in this recipe but [1, 3] there), making it again" in caplog.text
+    )
+    run = make_run()
+    assert PruningPlan.read(run.dir / "plan.json").drop == (2,)
+    assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 5
+
+
+def test_changed_model_makes_it_again_and_says_so(
+    make_run: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    pruning.prune(make_run())
+    other = tiny_checkpoint(tmp_path, "llama", seed=1)
+    pruning.prune(make_run(model=str(other)))
+    assert "plan.json is out of date (model is '" in caplog.text
+
+
+def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path: Path) -> None:
+    pruning.prune(make_run())
+    other = make_run(model=str(tiny_checkpoint(tmp_path, "llama", seed=1)))
+    with pytest.raises(UserError) as refused:
+        pruning.read_plan(other)
+    here, there = other.teacher_fingerprint, make_run().teacher_fingerprint
+    assert str(refused.value) == (
+        f"{other.dir}/plan.json: belongs to another run: model is {here!r} in this recipe but {there!r} there. "
+        "Run `shoal prune` again, or set run_dir to another folder"
+    )
+
+
+def test_plan_of_other_settings_is_refused_with_the_field(make_run: Any) -> None:
+    pruning.prune(make_run())
+    with pytest.raises(UserError, match=r"prune.drop is \[2\] in this recipe but \[1, 3\] there"):
+        pruning.read_plan(make_run(prune={"drop": [2]}))
+
+
+@pytest.mark.parametrize(
+    ("prune", "change", "message"),
+    [
+        ({"drop": [1, 3]}, {"drop": [2, 3]}, r"drop: is \[2, 3\], and the recipe that made it asked for \[1, 3\]"),
+        ({"num_drop": 1}, {"drop": [2]}, r"says 'dropping 1 of 6 layers: 2', and .*student was not made so"),
+        ({"num_drop": 1}, {"num_layers": 7}, r"num_layers: is 7, and .* has 6 layers"),
+    ],
+)
+def test_a_plan_that_was_edited_is_not_believed(
+    make_run: Any, prune: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    run = make_run(prune=prune)
+    pruning.prune(run)
+    path = run.dir / "plan.json"
+    body = json.loads(path.read_text())
+    assert body["drop"] != change.get("drop")
+    pruning.read_plan(make_run(prune=prune))
+    path.write_text(json.dumps({**body, **change}))
+    for stage in (pruning.prune, pruning.read_plan):
+        with pytest.raises(UserError, match=rf"plan\.json: {message}"):
+            stage(make_run(prune=prune))
+
+
+def test_a_student_that_was_exchanged_is_not_believed(make_run: Any, tmp_path: Path) -> None:
+    run = make_run()
+    pruning.prune(run)
+    shutil.rmtree(run.dir / "student")
+    tiny_checkpoint(tmp_path / "other", "llama", seed=3).rename(run.dir / "student")
+    with pytest.raises(UserError, match=r"plan\.json: says .* was not made so: .*Delete plan\.json and run"):
+        pruning.read_plan(make_run())
+    (run.dir / "plan.json").unlink()
+    pruning.prune(make_run())
+    assert pruning.read_plan(make_run()).drop == (1, 3)
+
+
+def test_importance_of_another_depth_chooses_nothing(make_run: Any) -> None:
+    run = make_run(prune={"num_drop": 1})
+    measure.measure(run)
+    path = run.dir / "importance.json"
+    body = json.loads(path.read_text())
+    layers = {name: scores[:3] for name, scores in body["layers"].items()}
+    runs = {name: [row[: 3 - n] for n, row in enumerate(rows[:3])] for name, rows in body["runs"].items()}
+    path.write_text(json.dumps({**body, "num_layers": 3, "layers": layers, "runs": runs}))
+    with pytest.raises(UserError, match=r"importance\.json: num_layers: is 3, and .* has 6 layers; delete it"):
+        pruning.prune(make_run(prune={"num_drop": 1}))
+
+
+def test_missing_plan_is_made_first_and_the_log_says_so(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    assert pruning.read_plan(make_run()).drop == (1, 3)
+    assert "needs plan.json, pruning first" in caplog.text
+
+
+def test_damaged_plan_is_refused_with_the_remedy(make_run: Any) -> None:
+    run = make_run()
+    pruning.prune(run)
+    (run.dir / "plan.json").write_text("{")
+    with pytest.raises(UserError, match=r"plan.json: is not valid JSON .*; delete it and run its stage again"):
+        pruning.prune(make_run())
+
+
+def test_lost_student_is_made_again(make_run: Any) -> None:
+    run = make_run()
+    pruning.prune(run)
+    (run.dir / "student" / "config.json").unlink()
+    pruning.prune(make_run())
+    assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 4
+
+
+def test_failed_cut_leaves_no_plan_behind(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shoal.compress import apply
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    pruning.prune(make_run())
+    monkeypatch.setattr(apply, "apply_plan", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pruning.prune(make_run(prune={"drop": [2]}))
+    assert not (make_run().dir / "plan.json").exists(), "the old student would count as the new plan's"
+
+
+def test_another_cut_under_trained_checkpoints_is_refused(make_run: Any) -> None:
+    run = make_run()
+    pruning.prune(run)
+    (run.dir / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    pruning.prune(make_run())
+    with pytest.raises(UserError, match=r"checkpoints trained on another cut \(prune.drop is \[2\] in this recipe"):
+        pruning.prune(make_run(prune={"drop": [2]}))
+    assert PruningPlan.read(run.dir / "plan.json").drop == (1, 3)
+
+
+def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
+    make_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"measure": MEASURE, "prune": {"num_drop": 2}}
+    run = make_run(**settings)
+    pruning.prune(run)
+    assert "prune: needs importance.json, measuring first" in caplog.text
+    importance = Importance.read(run.dir / "importance.json")
+    scores = importance.layers["block_influence"]
+    assert PruningPlan.read(run.dir / "plan.json").drop == tuple(
+        sorted(sorted(range(1, 5), key=scores.__getitem__)[:2])
+    )
+    caplog.clear()
+    measure.measure(make_run(**settings))
+    assert "measure: done already" in caplog.text
+    with pytest.raises(UserError, match=r"importance.json: belongs to another run: measure.num_tokens is 96 in this"):
+        pruning.prune(make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2}))
+
+
+def test_batch_size_of_measuring_is_no_other_run(make_run: Any) -> None:
+    settings: dict[str, Any] = {"measure": MEASURE, "prune": {"num_drop": 2}}
+    measure.measure(make_run(**settings))
+    settings["measure"] = {**MEASURE, "batch_size": 1}
+    pruning.prune(make_run(**settings))
+
+
+def test_rows_longer_than_the_model_are_refused_before_it_is_loaded(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    run = make_run(measure={**MEASURE, "sequence_length": 1025})
+    with pytest.raises(UserError, match=r"measure.sequence_length: 1025 is more than the 1024 positions of /"):
+        measure.measure(run)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda lock, precious: lock.symlink_to(precious),
+        lambda lock, _: os.mkfifo(lock),
+        lambda lock, _: lock.mkdir(),
+    ],
+)
+def test_a_lock_that_is_no_file_is_refused_and_what_it_leads_to_is_left_alone(
+    make_run: Any, tmp_path: Path, plant: Any
+) -> None:
+    run, precious = make_run(), tmp_path / "precious"
+    precious.write_text("precious")
+    run.dir.mkdir(parents=True)
+    plant(run.dir / ".lock", precious)
+    with pytest.raises(UserError, match=r"\.lock: is no regular file .*; remove it, or choose"), locked(run):
+        pass
+    assert precious.read_text() == "precious"
+
+
+def test_run_json_tells_the_story(make_run: Any) -> None:
+    run = make_run()
+    pruning.prune(run)
+    pipeline._write_story(run)
+    story = json.loads((run.dir / "run.json").read_text())
+    assert parse_recipe(story["recipe"]) == run.recipe
+    assert story["environment"]["torch"] == torch.__version__
+    plan = PruningPlan.read(run.dir / "plan.json").provenance
+    assert story["stages"] == {"plan.json": {"fingerprint": plan.fingerprint, "created": plan.created}}
+
+
+def test_run_json_holds_no_secret(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "opensesame")
+    token = "hf_" + "s" * 34
+    run = make_run(
+        track={"wandb": "off", "tags": [token, "db:opensesame"], "name": token},
+        distill={"trainer": {"hub_model_id": f"https://me:{token}@host/x", "learning_rate": 1e-3}},
+    )
+    run.dir.mkdir(parents=True)
+    pipeline._write_story(run)
+    text = (run.dir / "run.json").read_text()
+    assert token not in text
+    assert "opensesame" not in text
+    assert json.loads(text)["recipe"]["track"]["tags"] == ["(hidden)", "db:(hidden)"]
+    assert json.loads(text)["recipe"]["distill"]["trainer"]["learning_rate"] == 1e-3
+
+
+def test_roles_are_the_models_that_exist(make_run: Any) -> None:
+    run = make_run()
+    assert list(pipeline.roles(run)) == ["teacher"]
+    pruning.prune(run)
+    assert list(pipeline.roles(run)) == ["teacher", "pruned"]
+
+
+def test_evaluating_before_the_cut_says_that_only_the_teacher_is_scored(
+    make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "is_done", lambda *_: True)
+    run = make_run()
+    pipeline.evaluate(run)
+    assert f"{run.dir}/student does not exist: only the teacher is scored; `shoal prune` makes it" in caplog.text
+    caplog.clear()
+    pipeline.evaluate(make_run(prune={}))
+    pruning.prune(run)
+    pipeline.evaluate(run)
+    assert "only the teacher" not in caplog.text
+
+
+def hold(run: Run, holding: Event, release: Event) -> None:
+    with locked(run):
+        holding.set()
+        release.wait(60)
+
+
+def test_second_process_in_a_run_dir_is_refused_and_told_who_is_there(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.stages.run.LOCK_WAIT_S", -1)
+    run, holding, release = make_run(), FORK.Event(), FORK.Event()
+    holder = FORK.Process(target=hold, args=(run, holding, release))
+    holder.start()
+    assert holding.wait(60)
+    who = f"process {holder.pid} on {socket.gethostname()}"
+    with pytest.raises(UserError) as refused, locked(run):
+        pass
+    assert str(refused.value) == (
+        f"run_dir {run.dir}: is in use by {who}; wait for it, stop it, or choose another run_dir"
+    )
+    release.set()
+    holder.join(60)
+    with locked(run):
+        assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_lock_of_a_killed_process_is_free(make_run: Any) -> None:
+    run, holding = make_run(), FORK.Event()
+    holder = FORK.Process(target=hold, args=(run, holding, FORK.Event()))
+    holder.start()
+    assert holding.wait(60)
+    holder.kill()
+    holder.join(60)
+    with locked(run):
+        pass
+
+
+def test_a_run_that_makes_nothing_leaves_nothing(make_run: Any) -> None:
+    run = make_run()
+    with pytest.raises(UserError, match="no"), locked(run):
+        raise UserError("no")
+    assert not run.dir.exists()
+    run.dir.mkdir()
+    with locked(run):
+        pass
+    assert not list(run.dir.iterdir()), "the folder is the user's"
+    with locked(run):
+        (run.dir / "plan.json").write_text("")
+    assert {file.name for file in run.dir.iterdir()} == {"plan.json", ".lock"}
+
+
+def test_a_lock_file_that_was_removed_while_waiting_is_no_lock(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, stale = make_run(), []
+    original = fcntl.flock
+
+    def removed_first(handle: Any, how: int) -> None:
+        original(handle, how)
+        if not stale:
+            stale.append(handle)
+            (run.dir / ".lock").unlink()
+
+    monkeypatch.setattr("shoal.stages.run.fcntl.flock", removed_first)
+    with locked(run):
+        assert stale[0].closed
+        assert (run.dir / ".lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_run_dir_that_cannot_be_made_is_refused(make_run: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"file/run: cannot be created \(Not a directory\); choose another folder"),
+        locked(make_run(run_dir=str(tmp_path / "file" / "run"))),
+    ):
+        pass
+
+
+def test_a_recording_that_is_not_there_is_refused_before_anything_is_launched(tmp_path):
+    recipe = parse_recipe(
+        {"model": "m", "run_dir": str(tmp_path), "distill": {"teacher": {"recorded": str(tmp_path / "signals")}}}
+    )
+    with pytest.raises(UserError, match=r"signals is no folder of recorded signals; run `shoal record` first"):
+        distill.check_recording(recipe)
+
+
+def trained_to(run: Run, step: int, **identity: Any) -> None:
+    """A checkpoint of this run, as two ranks would leave it."""
+    inputs = distill.training_inputs(run, pruning.read_plan(run))
+    folder = run.dir / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    commit(folder, {**checkpoint_inputs(run.recipe.distill, inputs), **identity})
+
+
+def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promised(
+    make_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"num_tokens": 64, "sequence_length": 32}
+    run = make_run(distill=settings)
+    pruning.prune(run)
+    trained_to(run, 2)
+    (run.dir / "distilled").mkdir()
+    (run.dir / "distilled" / "config.json").write_text("{}")
+    inputs = distill.training_inputs(run, pruning.read_plan(run))
+    made = Training(Provenance(inputs), 2, 64, 1.0, (), {}, {}, 0)
+    made.write(run.dir / Training.FILE)
+    assert distill.distill_is_done(run)
+    other = make_run(distill={**settings, "num_tokens": 128})
+    with pytest.raises(UserError, match=r"checkpoint-2: belongs to another run: distill.num_tokens is 128 in this re"):
+        distill.distill_is_done(other)
+    assert "making it again" not in caplog.text
+
+
+def test_the_batch_of_all_ranks_is_compared_before_the_launch(make_run: Any) -> None:
+    run = make_run(distill={"num_ranks": 2})
+    pruning.prune(run)
+    distill.refuse_other_checkpoints(run)
+    trained_to(run, 1, **{"distill.batch_size": 8})
+    distill.refuse_other_checkpoints(run)
+    with pytest.raises(UserError, match=r"distill.batch_size is 12 in this recipe but 8 there"):
+        distill.refuse_other_checkpoints(make_run(distill={"num_ranks": 3}))
+    distill.refuse_other_checkpoints(make_run(distill={"num_ranks": 3, "batch_size": 8}))
+
+
+def test_a_student_that_was_deleted_after_training_keeps_nobody_from_its_results(make_run: Any) -> None:
+    run = make_run()
+    pruning.prune(run)
+    inputs = distill.training_inputs(run, pruning.read_plan(run))
+    Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).write(run.dir / Training.FILE)
+    (run.dir / "student").rename(run.dir / "distilled")
+    pipeline._require_models_of_this_run(run, pipeline.roles(run))
+    assert distill.distill_is_done(run)
+    other = make_run(distill={"num_tokens": 7})
+    with pytest.raises(UserError, match=r"belongs to another run: distill.num_tokens is 7 in this recipe"):
+        pipeline._require_models_of_this_run(other, pipeline.roles(other))
+
+
+def test_a_limit_of_a_task_that_is_not_asked_is_refused_before_anything_is_measured(make_run: Any) -> None:
+    """A group's tasks are known to lm-eval's index alone, so that the recipe does not tell."""
+    run = make_run(eval={"tasks": ["shoal_retrieval"], "limits": {"knowledge_continuation": 3}})
+    with pytest.raises(UserError, match=r"eval.limits: 'knowledge_continuation' is not among .*eval.limits=\{\}"):
+        pipeline.preflight(run)

@@ -1,0 +1,385 @@
+"""Intervals cover what they promise, tests equal independent references, and unlike measurements are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.errors import UserError
+from shoal.stats import bootstrap
+from shoal.stats import paired as ours
+from shoal.stats.bootstrap import effective_n
+
+
+def task(
+    scores: Sequence[float] | np.ndarray, *, weights: Sequence[float] | None = None, **changes: object
+) -> TaskScore:
+    items = tuple(
+        ItemScore(f"item{index}", float(score), target="t", weight=1.0 if weights is None else weights[index])
+        for index, score in enumerate(scores)
+    )
+    mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
+    made = TaskScore("t", "retrieval", "continuation", "acc", mean, mean, mean, len(items), 0.25, True, "1", 0, items)
+    made = dataclasses.replace(made, **changes)  # pyright: ignore[reportArgumentType]
+    low, high = ours.interval(made)
+    return dataclasses.replace(made, ci_low=low, ci_high=high)
+
+
+def nats(scores: Sequence[float] | np.ndarray, weights: Sequence[float] | None = None) -> TaskScore:
+    return task(scores, weights=weights, metric="nats_per_token", higher_is_better=False, chance=0.0)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 5), (3, 10), (77, 200), (200, 200)])
+def test_wilson_equals_scipys(successes: int, n: int) -> None:
+    expected = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    assert ours.wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_wilson_of_a_full_score_contains_it() -> None:
+    assert ours.wilson(30, 30)[1] == 1.0
+    assert ours.wilson(0, 30)[0] == 0.0
+
+
+def test_wilson_refuses_no_items() -> None:
+    with pytest.raises(ValueError, match="at least one item"):
+        ours.wilson(0, 0)
+
+
+@pytest.mark.parametrize(("won", "lost"), [(0, 0), (1, 0), (9, 2), (5, 5), (0, 12)])
+def test_mcnemar_equals_the_sum_over_the_binomial(won: int, lost: int) -> None:
+    n = won + lost
+    tail = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(won - n / 2)) / 2**n
+    assert ours.mcnemar(won, lost) == pytest.approx(tail)
+
+
+def test_newcombes_interval_equals_his_printed_example() -> None:
+    """Newcombe 1998 (17:2635), method 10: the table 36, 12, 2, 0 gives 0.0569 to 0.3404 for 0.2."""
+    low, high = ours.newcombe_paired(both=36, won=12, lost=2, neither=0)
+    assert (low, high) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+
+
+@pytest.mark.parametrize(("base", "win", "loss"), [(0.5, 0.1, 0.2), (0.05, 0.02, 0.01), (0.9, 0.03, 0.05)])
+def test_paired_proportion_interval_covers(base: float, win: float, loss: float) -> None:
+    """Simulated share of intervals that hold the true difference; with rare changes they err to the safe side."""
+    rng = np.random.default_rng(0)
+    shares = [base - loss, loss, win, 1 - base - win]
+    covered, total = 0, 2000
+    for both, lost, won, neither in rng.multinomial(40, shares, size=total):
+        low, high = ours.newcombe_paired(both=int(both), won=int(won), lost=int(lost), neither=int(neither))
+        covered += low <= win - loss <= high
+    assert covered / total >= 0.935
+    assert covered / total <= (0.975 if win >= 0.1 else 1.0)
+
+
+def test_bootstrap_interval_of_a_weighted_mean_covers() -> None:
+    rng = np.random.default_rng(1)
+    weights = rng.integers(100, 500, size=60).astype(float)
+    covered = 0
+    for _ in range(200):
+        values = rng.gamma(2.0, 1.0, size=60)
+        low, high = ours.bootstrap_mean(values.tolist(), weights.tolist())
+        covered += low <= 2.0 <= high
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_bootstrap_interval_is_close_to_the_t_interval() -> None:
+    values = np.random.default_rng(2).normal(3.0, 0.5, size=80)
+    expected = stats.t.interval(0.95, 79, values.mean(), stats.sem(values))
+    assert ours.bootstrap_mean(values.tolist()) == pytest.approx(expected, abs=0.015)
+
+
+def test_equal_scores_are_no_difference() -> None:
+    for made in (task([1, 0, 1, 1]), nats([2.0, 3.0, 1.5])):
+        found = ours.paired(made, made)
+        assert (found.difference, found.p_value, found.won, found.lost) == (0.0, 1.0, 0, 0)
+        assert found.ci_low <= 0 <= found.ci_high
+
+
+def test_paired_zero_one_scores_count_wins_and_losses() -> None:
+    before, after = task([1, 1, 1, 0, 0, 0, 0, 1]), task([1, 0, 1, 1, 1, 1, 0, 1])
+    found = ours.paired(before, after)
+    assert (found.test, found.won, found.lost, found.n) == ("mcnemar-exact", 3, 1, 8)
+    assert found.difference == pytest.approx(0.25)
+    assert found.p_value == pytest.approx(0.625)
+    assert found.ci_low < 0 < found.ci_high
+
+
+def test_lower_is_better_wins_where_the_value_falls() -> None:
+    rng = np.random.default_rng(3)
+    before = rng.normal(3.0, 1.0, size=50)
+    found = ours.paired(nats(before.tolist()), nats((before - 0.2 + rng.normal(0, 0.1, size=50)).tolist()))
+    assert found.test == "paired-bootstrap"
+    assert found.won > found.lost
+    assert found.ci_low < -0.2 < found.ci_high < 0
+    assert found.p_value < 0.01
+
+
+def test_weights_count_in_the_paired_difference() -> None:
+    before, after = nats([1.0, 2.0], [300, 100]), nats([2.0, 2.0], [300, 100])
+    assert ours.paired(before, after).difference == pytest.approx(0.75)
+
+
+def test_items_are_paired_by_id_not_by_position() -> None:
+    before = task([1, 0, 0, 1])
+    shuffled = dataclasses.replace(before, items=before.items[::-1])
+    assert ours.paired(before, shuffled).lost == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": "2"}, {"num_fewshot": 5}, {"metric": "acc_norm"}, {"chance": 0.1}, {"protocol": "x"}, {"matching": 2}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_settings_are_refused_by_name(changes: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=rf"task 't': {next(iter(changes))} is .* cannot be compared"):
+        ours.paired(task([1, 0]), dataclasses.replace(task([1, 0]), **changes))  # pyright: ignore[reportArgumentType]
+
+
+def test_other_items_and_other_answers_are_refused() -> None:
+    before = task([1, 0])
+    renamed = dataclasses.replace(before, items=(before.items[0], dataclasses.replace(before.items[1], id="other")))
+    with pytest.raises(UserError, match="items differ"):
+        ours.paired(before, renamed)
+    changed = dataclasses.replace(before, items=(before.items[0], dataclasses.replace(before.items[1], target="u")))
+    with pytest.raises(UserError, match="target of item 'item1'"):
+        ours.paired(before, changed)
+
+
+def test_holm_equals_the_definition() -> None:
+    p_values = [0.04, 0.01, 0.03, 0.5]
+    found = ours.holm(p_values)
+    assert found == pytest.approx([0.09, 0.04, 0.09, 0.5])
+    for one, other in itertools.pairwise(sorted(range(4), key=lambda i: p_values[i])):
+        assert found[one] <= found[other]
+    assert ours.holm([]) == []
+
+
+def test_retention_is_chance_corrected_and_holds_its_value() -> None:
+    rng = np.random.default_rng(4)
+    before = (rng.random(200) < 0.8).astype(float)
+    after = before * (rng.random(200) < 0.7)
+    found = ours.retention(task(before.tolist()), task(after.tolist()))
+    expected = (after.mean() - 0.25) / (before.mean() - 0.25)
+    assert found.value == pytest.approx(expected)
+    assert found.ci_low is not None
+    assert found.ci_high is not None
+    assert found.ci_low < expected < found.ci_high
+
+
+def test_retention_of_an_unchanged_model_is_one_and_its_interval_says_how_few_items_there_were() -> None:
+    few, many = task([1, 1, 1, 0, 1, 1, 1, 1]), task([1, 1, 1, 0, 1, 1, 1, 1] * 50)
+    wide, narrow = ours.retention(few, few), ours.retention(many, many)
+    assert wide.value == narrow.value == 1.0
+    assert wide.ci_low is not None
+    assert narrow.ci_low is not None
+    assert wide.ci_low < 0.8 < 0.98 < narrow.ci_low < 1.0
+
+
+def test_retention_says_why_it_is_none() -> None:
+    assert "no chance level" in ours.retention(nats([2.0]), nats([3.0])).reason
+    at_chance = task([1, 0, 0, 0])
+    found = ours.retention(at_chance, at_chance)
+    assert found.value is None
+    assert "teacher is not shown to be above chance" in found.reason
+
+
+def test_standard_errors_above_chance() -> None:
+    made = task([1] * 60 + [0] * 40)
+    assert ours.z_above_chance(made) == pytest.approx(0.35 / math.sqrt(0.25 * 0.75 / 100))
+    written = dataclasses.replace(made, chance=0.0)
+    assert ours.z_above_chance(written) == pytest.approx(0.6 / math.sqrt((62 / 104) * (42 / 104) / 104))
+    assert ours.z_above_chance(dataclasses.replace(made, chance=0.0, score=0.0, items=task([0] * 100).items)) == 0.0
+    assert ours.z_above_chance(nats([1.0, 2.0])) is None
+
+
+def test_minimal_detectable_difference_has_the_promised_power() -> None:
+    rng = np.random.default_rng(5)
+    n, discordant = 200, 0.3
+    before, after = task([1] * 30 + [0] * 30 + [1] * 140), task([0] * 30 + [1] * 30 + [1] * 140)
+    least = ours.minimal_detectable_difference(before, after)
+    win = (discordant + least) / 2
+    drawn = rng.multinomial(n, [win, discordant - win, 1 - discordant], size=2000)
+    shown = np.mean([(won - lost) ** 2 > 3.841 * (won + lost) for won, lost, _ in drawn])
+    assert 0.75 <= shown <= 0.86
+
+
+def test_minimal_detectable_difference_of_few_items_is_everything() -> None:
+    assert ours.minimal_detectable_difference(task([1, 0, 1]), task([1, 0, 1])) == 1.0
+    spread = ours.minimal_detectable_difference(nats([1.0, 2.0, 3.0]), nats([1.1, 2.0, 2.9]))
+    assert spread == pytest.approx((4.30265 + 0.84162) * 0.1 / math.sqrt(3), rel=1e-4)
+
+
+# --- few items, weights, all equal ----------------------------------------------------------------------------------
+
+
+def test_one_item_claims_nothing() -> None:
+    found = ours.paired(nats([2.0]), nats([3.0]))
+    assert (found.difference, found.ci_low, found.ci_high, found.p_value) == (1.0, -math.inf, math.inf, 1.0)
+    assert ours.bootstrap_mean([2.5]) == (2.5, 2.5)
+    assert ours.minimal_detectable_difference(nats([2.0]), nats([3.0])) == math.inf
+    right = ours.paired(task([0]), task([1]))
+    assert right.ci_low < 0 < right.ci_high
+    assert right.p_value == 1.0
+    assert ours.retention(task([1], chance=0.0), task([1], chance=0.0)).value == 1.0
+
+
+def test_items_that_are_all_equal_have_no_spread() -> None:
+    assert ours.bootstrap_mean([2.0] * 5) == (2.0, 2.0)
+    moved = ours.paired(nats([2.0] * 9), nats([2.5] * 9))
+    assert (moved.ci_low, moved.ci_high) == (0.5, 0.5)
+    assert moved.p_value == 2**-8, "nine equal signs"
+    clear, none = task([0.5] * 9, chance=0.0), task([0.5] * 9, chance=0.5)
+    assert ours.z_above_chance(clear) == math.inf
+    assert ours.z_above_chance(none) == 0.0
+
+
+def test_unequal_weights_count_as_fewer_items() -> None:
+    weights = np.array([400.0] * 10 + [1.0] * 30)
+    assert effective_n(np.ones(7)) == 7
+    assert effective_n(weights) == pytest.approx((4030**2) / (10 * 400**2 + 30))
+    values = np.random.default_rng(6).normal(3.0, 1.0, size=40)
+    low, high = ours.bootstrap_mean(values.tolist(), weights.tolist())
+    few_low, few_high = ours.bootstrap_mean(values[:10].tolist())
+    assert high - low == pytest.approx(few_high - few_low, rel=0.1)
+    lopsided = ours.bootstrap_mean([1.0, 2.0], [511.0, 1.0])
+    assert all(map(math.isfinite, lopsided))
+
+
+def test_bootstrap_of_the_mean_equals_scipys_but_for_the_widening() -> None:
+    values = np.random.default_rng(7).gamma(2.0, 1.0, size=30)
+    plain = stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(8))
+    factor = math.sqrt(30 / 29) * stats.t.ppf(0.975, 29) / stats.norm.ppf(0.975)
+    expected = [values.mean() + factor * (limit - values.mean()) for limit in plain.confidence_interval]
+    assert ours.bootstrap_mean(values.tolist()) == pytest.approx(expected, abs=0.03)
+
+
+def test_many_items_are_resampled_in_parts_with_equal_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(9).normal(size=50).tolist()
+    whole = ours.bootstrap_mean(values)
+    monkeypatch.setattr(bootstrap, "COUNT_ELEMENTS", 50 * 700)
+    assert ours.bootstrap_mean(values) == pytest.approx(whole, abs=1e-12)
+
+
+# --- coverage and error rates of what the report adds ------------------------------------------------------------
+
+
+def test_a_mean_of_ten_items_is_covered() -> None:
+    rng = np.random.default_rng(10)
+    limits = [ours.bootstrap_mean(rng.gamma(4.0, 0.5, size=10).tolist()) for _ in range(400)]
+    assert 0.91 <= np.mean([low <= 2.0 <= high for low, high in limits]) <= 0.98
+
+
+def test_p_of_a_few_nats_is_that_of_a_t_test_and_not_what_resampling_cannot_exceed() -> None:
+    change = [0.533, 0.498, 0.452]
+    found = ours.paired(nats([0.0] * 3), nats(change))
+    t = np.mean(change) / (np.std(change, ddof=1) / math.sqrt(3))
+    assert found.p_value == pytest.approx(2 * stats.t.sf(t, 2), rel=0.5)
+
+
+def test_p_is_below_a_twentieth_exactly_where_the_interval_excludes_zero() -> None:
+    rng = np.random.default_rng(15)
+    sides = []
+    for n in (3, 4, 10, 40):
+        for shift in rng.uniform(-1.0, 1.0, size=60):
+            found = ours.paired(nats([0.0] * n), nats(rng.gamma(2.0, 0.5, size=n) - 1.0 + shift))
+            sides.append(found.ci_low > 0 or found.ci_high < 0)
+            assert sides[-1] == (found.p_value < 0.05)
+    assert 40 < sum(sides) < 200
+
+
+def test_a_change_that_is_not_there_is_found_one_time_in_twenty() -> None:
+    rng = np.random.default_rng(11)
+    p_values = []
+    for _ in range(400):
+        before = rng.gamma(4.0, 0.5, size=10)
+        p_values.append(ours.paired(nats(before), nats(before + rng.normal(0, 0.3, size=10))).p_value)
+    assert 0.02 <= np.mean(np.array(p_values) < 0.05) <= 0.085
+
+
+def test_retention_of_scores_between_0_and_1_is_covered() -> None:
+    rng = np.random.default_rng(12)
+    hits = []
+    for _ in range(250):
+        before = rng.beta(2.0, 1.0, size=40)
+        found = ours.retention(task(before, chance=0.0), task(before * rng.beta(3.0, 1.0, size=40), chance=0.0))
+        assert found.ci_low is not None
+        assert found.ci_high is not None
+        hits.append(found.ci_low <= 0.75 <= found.ci_high)
+    assert 0.90 <= np.mean(hits) <= 0.99
+
+
+def two_protocols(rng: np.random.Generator, n: int, *, shared: bool) -> list[tuple[TaskScore, TaskScore]]:
+    """(teacher, cut model) under a gentle and a hard protocol that keep 0.875 and 0.5, with luck in common or not."""
+    luck = rng.random((2, n))
+    found = []
+    for name, (right, lost) in {"a": (0.8, 0.1), "b": (0.6, 0.5)}.items():
+        draws = luck if shared else rng.random((2, n))
+        before = draws[0] < right
+        after = before & (draws[1] >= lost)
+        pair = [task(scores.astype(float), chance=0.0) for scores in (before, after)]
+        if not shared:
+            named = [tuple(dataclasses.replace(item, id=name + item.id) for item in one.items) for one in pair]
+            pair = [dataclasses.replace(one, items=items) for one, items in zip(pair, named, strict=True)]
+        found.append((pair[0], pair[1]))
+    return found
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["the same items", "other items"])
+def test_the_gap_between_two_protocols_is_covered(shared: bool) -> None:
+    rng = np.random.default_rng(13)
+    found = [ours.retention_gap(*two_protocols(rng, 120, shared=shared)) for _ in range(250)]
+    limits = [one for one in found if one is not None]
+    assert len(limits) == 250
+    assert 0.91 <= np.mean([low <= 0.9 - 0.5 <= high for _, low, high in limits]) <= 0.99
+
+
+def test_the_gap_adds_limits_as_squares_and_uses_the_luck_that_two_protocols_share() -> None:
+    """Against the formula written out: each limit's square, less twice the correlation of the per-item influences."""
+    for shared in (True, False):
+        one, other = two_protocols(np.random.default_rng(14), 80, shared=shared)
+        kept = [ours.retention(*pair) for pair in (one, other)]
+        a, al, ah, b, bl, bh = np.array([(k.value, k.ci_low, k.ci_high) for k in kept], dtype=float).ravel()
+        rho = 0.0
+        if shared:
+            influence = []
+            for before, after in (one, other):
+                x, y = (np.array([item.score for item in side.items]) for side in (before, after))
+                influence.append((y - y.mean() / x.mean() * x) / x.mean())
+            rho = float(np.corrcoef(*influence)[0, 1])
+            assert rho > 0.2
+        found = ours.retention_gap(one, other)
+        assert found is not None
+        assert found[0] == pytest.approx(a - b)
+        assert found[1] == pytest.approx(
+            a - b - math.sqrt((a - al) ** 2 + (bh - b) ** 2 - 2 * rho * (a - al) * (bh - b))
+        )
+        assert found[2] == pytest.approx(
+            a - b + math.sqrt((ah - a) ** 2 + (b - bl) ** 2 - 2 * rho * (ah - a) * (b - bl))
+        )
+
+
+def test_there_is_no_gap_where_the_teacher_is_at_chance() -> None:
+    one, other = two_protocols(np.random.default_rng(15), 80, shared=True)
+    silent = (task([1, 0, 0, 0]), task([1, 0, 0, 0]))
+    assert ours.retention_gap(one, silent) is None
+    assert ours.retention_gap(other, silent) is None
+
+
+def test_the_detectable_difference_in_nats_has_the_promised_power() -> None:
+    rng = np.random.default_rng(16)
+    shown = []
+    spread = 0.4
+    reference = rng.normal(0.0, spread, size=20)
+    reference *= spread / reference.std(ddof=1)
+    least = ours.minimal_detectable_difference(nats(np.full(20, 3.0)), nats(3.0 + reference))
+    for _ in range(400):
+        change = rng.normal(least, spread, size=20)
+        shown.append(abs(change.mean()) / (change.std(ddof=1) / math.sqrt(20)) > stats.t.ppf(0.975, 19))
+    assert 0.74 <= np.mean(shown) <= 0.86

@@ -1,0 +1,210 @@
+"""Files and folders that are whole or absent, whoever dies while they are written."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from shoal.atomic_files import write_json, write_text, written_folder
+from shoal.errors import UserError
+
+
+def test_plain_json_is_written_as_it_is(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"ü": [1, None]})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"ü": [1, None]}
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.replace"])
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    path = tmp_path / "x.txt"
+    write_text(path, "old")
+    monkeypatch.setattr(broken, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, flush, seen = tmp_path / "x.txt", os.fsync, []
+    monkeypatch.setattr("os.fsync", lambda descriptor: (seen.append(path.exists()), flush(descriptor)))
+    write_text(path, "new")
+    assert seen == [False]
+
+
+def test_folder_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "student"
+    with written_folder(path) as folder:
+        (folder / "a").write_text("1")
+        assert not path.exists()
+    assert (path / "a").read_text() == "1"
+    assert os.listdir(path.parent) == ["student"]
+
+
+def test_folder_is_replaced_whole(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        with written_folder(tmp_path / "student") as folder:
+            (folder / name).write_text(name)
+    assert os.listdir(tmp_path) == ["student"]
+    assert os.listdir(tmp_path / "student") == ["b"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, UserError])
+def test_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "student"
+    with written_folder(path) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(error), written_folder(path) as folder:  # noqa: PT012
+        (folder / "a").write_text("new")
+        raise error
+    assert os.listdir(tmp_path) == ["student"]
+    assert (path / "a").read_text() == "old"
+
+
+FORK = multiprocessing.get_context("fork")
+"""A new interpreter would spend seconds on importing torch."""
+
+
+def write_when_told(path: Path, writing: Event, told: Event) -> None:
+    with written_folder(path) as folder:
+        (folder / "a").write_text("half")
+        writing.set()
+        told.wait(60)
+        (folder / "b").write_text("whole")
+
+
+def test_leftover_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
+    path, told = tmp_path / "student", FORK.Event()
+    started = [FORK.Event(), FORK.Event()]
+    dead = FORK.Process(target=write_when_told, args=(path, started[0], FORK.Event()))
+    living = FORK.Process(target=write_when_told, args=(path, started[1], told))
+    dead.start()
+    living.start()
+    assert all(writing.wait(60) for writing in started)
+    dead.kill()
+    dead.join()
+    assert len(os.listdir(tmp_path)) == 2
+    with written_folder(path) as folder:
+        assert len(os.listdir(tmp_path)) == 2, "the living one's and our own"
+        (folder / "c").write_text("")
+    assert os.listdir(path) == ["c"]
+    told.set()
+    living.join(60)
+    assert living.exitcode == 0
+    assert sorted(os.listdir(path)) == ["a", "b"], "the last one to finish wins"
+    assert os.listdir(tmp_path) == ["student"]
+
+
+def test_folder_that_another_process_puts_in_place_first_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename, others = tmp_path / "student", Path.rename, ["x", "y"]
+
+    def rename_after_others(self: Path, target: Path) -> Path:
+        if target == path and others:  # the place was free a moment ago
+            path.mkdir()
+            (path / others.pop()).write_text("")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename_after_others)
+    with written_folder(path) as folder:
+        (folder / "ours").write_text("")
+    assert os.listdir(path) == ["ours"]
+    assert os.listdir(tmp_path) == ["student"]
+    assert not others
+
+
+def write_often(path: Path) -> None:
+    for _ in range(300):
+        with written_folder(path) as folder:
+            (folder / "a").write_text("x")
+            (folder / "b").write_text("x")
+
+
+def test_processes_writing_one_folder_all_day_do_not_harm_each_other(tmp_path: Path) -> None:
+    writers = [FORK.Process(target=write_often, args=(tmp_path / "student",)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert sorted(os.listdir(tmp_path / "student")) == ["a", "b"]
+    assert os.listdir(tmp_path) == ["student"]
+
+
+def test_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "x", tmp_path / "file" / "deep" / "x"):
+        with pytest.raises(UserError, match=r"a file is in the way .* set run_dir to another folder"):
+            write_text(path, "")
+        with pytest.raises(UserError, match="a file is in the way"), written_folder(path):
+            pass
+
+
+@contextmanager
+def tiny_disk(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+FULL = "the disk is full, .* Free some space or set run_dir to another disk"
+
+
+def test_full_disk_is_explained_and_leaves_the_old_files(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(100_000)}
+    with tiny_disk(tmp_path / "disk") as disk:
+        path = disk / "student"
+        write_text(disk / "x.json", "old")
+        with written_folder(path) as folder:
+            (folder / "a").write_text("old")
+        with pytest.raises(UserError, match=f"x.json: {FULL}"):
+            write_text(disk / "x.json", "new" * 100_000)
+        with pytest.raises(UserError, match=f"student: {FULL}"), written_folder(path) as folder:
+            (folder / "a").write_text("new" * 100_000)
+        with pytest.raises(UserError, match=f"student: {FULL}"), written_folder(path) as folder:
+            save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(UserError, match=f"student: {FULL}"), written_folder(path) as folder:
+            torch.save(tensors, folder / "optimizer.pt")
+        assert sorted(os.listdir(disk)) == ["student", "x.json"]
+        assert (disk / "x.json").read_text() == (path / "a").read_text() == "old"
+
+
+def write_under_limit(path: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    with pytest.raises(UserError, match=r"x.json: the disk is full, or your quota or file size limit is reached"):
+        write_text(path, "x" * 5000)
+
+
+def test_file_size_limit_is_explained(tmp_path: Path) -> None:
+    writer = FORK.Process(target=write_under_limit, args=(tmp_path / "x.json",))
+    writer.start()
+    writer.join(60)
+    assert writer.exitcode == 0
+    assert os.listdir(tmp_path) == []

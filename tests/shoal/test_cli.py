@@ -1,0 +1,314 @@
+"""The command line: what it accepts, and how it says no: one message, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_checkpoint
+
+from shoal import __version__, cli
+from shoal.cli import main, run_verb
+from shoal.errors import UserError
+from shoal.runtime import set_up_logging
+from shoal.stages import prune
+from shoal.stages.run import Run
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher around us."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama checkpoint."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+
+
+@pytest.fixture
+def recipe(whole: Path, tmp_path: Path) -> str:
+    """A recipe that drops two layers of the tiny model."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {whole}\nrun_dir: {tmp_path}/run\nprune: {{drop: [1, 3]}}\ntrack: {{wandb: off}}\n")
+    return str(file)
+
+
+def parsed(*argv: str) -> tuple[str, str, list[str]]:
+    found = cli._parse(list(argv))
+    return found.verb, found.config, found.overrides
+
+
+def test_overrides_may_stand_anywhere() -> None:
+    expected = ("prune", "r.yaml", ["seed=1", "a.b=-2"])
+    assert parsed("prune", "--config", "r.yaml", "seed=1", "a.b=-2") == expected
+    assert parsed("prune", "seed=1", "--config", "r.yaml", "a.b=-2") == expected
+    assert parsed("prune", "seed=1", "a.b=-2", "--config=r.yaml") == expected
+
+
+def test_local_rank_of_the_launcher_is_accepted() -> None:
+    assert parsed("distill", "--local_rank=1", "--config", "r", "seed=1") == ("distill", "r", ["seed=1"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: VERB"),
+        (["prun", "--config", "r"], "argument VERB: invalid choice: 'prun'"),
+        (["prune"], "the following arguments are required: --config"),
+        (["prune", "--config", "r", "--sed", "1"], "unrecognized arguments: --sed"),
+    ],
+)
+def test_wrong_words_end_with_the_usage(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_names_every_verb_and_what_it_makes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{verb} {text}" in said for verb, text in cli.VERBS.items())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert "section.key=value" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"shoal {__version__}\n"
+
+
+def refusal(capsys: pytest.CaptureFixture[str], verb: str, recipe: str, *overrides: str) -> str:
+    """The one message with which a verb ends; nothing else may look like an error, and it may not take long."""
+    start = time.monotonic()
+    assert run_verb(verb, recipe, overrides) == 2
+    assert time.monotonic() - start < 20
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    assert captured.err.count("error") == captured.err.count("shoal: error: ") == 1
+    return captured.err[captured.err.index("shoal: error: ") + len("shoal: error: ") :].rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("verb", "overrides", "message"),
+    [
+        ("prune", ["prune.dorp=[1]"], r"override 'prune.dorp=\[1\]': prune.dorp: unknown key; did you mean 'drop'\?"),
+        ("prune", ["nonsense"], r"override 'nonsense': must have the form section.key=value"),
+        ("prune", ["model=/nowhere"], r"model '/nowhere': no such folder"),
+        ("measure", ["model=/nowhere"], r"model '/nowhere': no such folder"),
+        ("eval", ["model=/nowhere"], r"model '/nowhere': no such folder"),
+        ("prune", ["model=demo:nothing"], r"model 'demo:nothing': no such demo model; there is demo:smollm2-135m"),
+        ("prune", ["run_dir=/proc/no/such"], r"run_dir /proc/no/such: cannot be created \(.*\); choose another folder"),
+        ("prune", ["prune.drop=[99]"], r"prune.drop: 99 is no layer of this model; its layers are 0..5"),
+        ("prune", ["prune.drop=[0,1,2,3,4,5]"], r"prune.drop: names all 6 layers; keep at least one"),
+        ("measure", ["measure.data=nothing.jsonl"], r"data 'nothing.jsonl': no such file or folder; bundled sources"),
+        ("measure", ["measure.metrics=[nothing]"], r"measure.metrics: 'nothing' is no metric; there is "),
+        ("measure", ["measure.sequence_length=2000"], r"2000 is more than the 1024 positions of "),
+        ("eval", ["eval.sequence_length=2000"], r"2000 is more than the 1024 positions of "),
+        ("run", ["distill.deepspeed=nothing.json"], r"distill.deepspeed: no file 'nothing.json'; shipped ones are "),
+        (
+            "distill",
+            ["distill.deepspeed=nothing.json"],
+            r"distill.deepspeed: no file 'nothing.json'; shipped ones are ",
+        ),
+    ],
+)
+def test_wrong_input_ends_with_one_message(
+    capsys: pytest.CaptureFixture[str], recipe: str, verb: str, overrides: list[str], message: str
+) -> None:
+    assert re.search(message, refusal(capsys, verb, recipe, *overrides))
+
+
+def test_missing_recipe_ends_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, "prune", "nothing.yaml").startswith("nothing.yaml: no such recipe file; shipped recipes are")
+
+
+def test_report_of_nothing_leaves_nothing(capsys: pytest.CaptureFixture[str], recipe: str, tmp_path: Path) -> None:
+    absent, empty = tmp_path / "absent", tmp_path / "empty"
+    empty.mkdir()
+    assert "no such run directory" in refusal(capsys, "report", recipe, f"run_dir={absent}")
+    assert "holds no result to report" in refusal(capsys, "report", recipe, f"run_dir={empty}")
+    assert not absent.exists()
+    assert not list(empty.iterdir())
+
+
+def test_damaged_teacher_ends_with_one_message(
+    capsys: pytest.CaptureFixture[str], recipe: str, whole: Path, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(whole, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert re.search(r"model.safetensors: is damaged: ", refusal(capsys, "prune", recipe, f"model={damaged}"))
+
+
+def test_run_inside_a_launcher_is_refused(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "`shoal run` starts its own launcher" in refusal(capsys, "run", recipe)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_said_in_one_line(
+    capfd: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    class Destructor:
+        def __del__(self) -> None:
+            os.write(2, b"now\n")
+            os.kill(os.getpid(), number)  # an exception that is raised in here is lost
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(prune, "prune", lambda _: Destructor() and None)
+    child = multiprocessing.get_context("fork").Process(target=run_verb, args=("prune", recipe, []))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 128 + number
+    said = [line for line in capfd.readouterr().err.partition("now\n")[2].splitlines() if line]
+    assert said == ["shoal: stopped; what is answered or finished is kept, and the same command goes on from there"]
+    monkeypatch.setattr(prune, "prune", lambda _: None)
+    assert run_verb("prune", recipe, []) == 0
+    assert signal.getsignal(number) is before
+
+
+def test_defect_of_ours_keeps_its_traceback(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Run) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(prune, "prune", fail)
+    with pytest.raises(ZeroDivisionError):
+        run_verb("prune", recipe, [])
+
+
+class Launcher:
+    """Stands in for the DeepSpeed launcher: remembers its command and ends with a code, and whether it was stopped."""
+
+    def __init__(self, code: int, asked: int | None = None) -> None:
+        self.end = code, asked
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str], *_: object, **__: object) -> tuple[int, int | None]:
+        self.commands.append(command)
+        return self.end
+
+
+def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher = Launcher(2)
+    monkeypatch.setattr(cli, "run_launcher", launcher)
+    assert run_verb("distill", recipe, ["distill.num_ranks=2"]) == 2
+    assert "error" not in capsys.readouterr().err
+    (command,) = launcher.commands
+    assert command[command.index("--num_gpus") + 1] == "2"
+    assert command[-4:] == ["distill", "--config", recipe, "distill.num_ranks=2"]
+
+
+BEGINS = "there is no checkpoint yet, so the same command begins this training again"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "exit_code", "said"),
+    [
+        (Launcher(1), 1, f"distill ended with exit code 1; its message is above, and {BEGINS}"),
+        (Launcher(-9), 137, "a rank was ended by signal 9, Killed, most often because memory ran out; " + BEGINS),
+        (Launcher(247), 137, "a rank was ended by signal 9, Killed, most often because memory ran out; " + BEGINS),
+        (Launcher(245), 139, "a rank was ended by signal 11, Segmentation fault; " + BEGINS),
+        (Launcher(143), 143, ""),
+        (Launcher(130, signal.SIGINT), 130, ""),
+        (Launcher(254, signal.SIGINT), 130, f"shoal: stopped; {BEGINS}"),
+        (Launcher(0, signal.SIGTERM), 143, "shoal: stopped; the training had just ended, and the same command goes on"),
+    ],
+)
+def test_failed_distill_says_how_and_passes_its_exit_code_on(
+    capsys: pytest.CaptureFixture[str],
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: Launcher,
+    exit_code: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr(cli, "run_launcher", launcher)
+    assert run_verb("distill", recipe, []) == exit_code
+    _, _, after = capsys.readouterr().err.partition("under the DeepSpeed launcher\n")
+    assert said in after if said else not after
+
+
+@pytest.mark.slow
+def test_shoal_as_a_user_types_it(recipe: str, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("shoal")), "prune", "--config", recipe]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "dropping 2 of 6 layers: 1, 3" in done.stderr
+    assert {file.name for file in (tmp_path / "run").iterdir()} >= {"plan.json", "student"}
+    refused = subprocess.run([*command, "prune.dorp=1"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "shoal: error: override 'prune.dorp=1': prune.dorp: unknown key; did you mean 'drop'?\n"
+
+
+def test_user_errors_are_value_errors() -> None:
+    assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "distill.trainer.hub_token=opensesame",
+        "track.api_key=opensesame",
+        "track.api_key=open opensesame",
+        "track={api_key: opensesame}",
+        "track.tags=opensesame{",
+        "model=https://user:opensesame@host/model",
+        "measure.data=[{path: https://user:opensesame@host/x, weight: none}]",
+        "seed=opensesame",
+    ],
+)
+def test_no_refusal_holds_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    if override.startswith(("seed", "track.tags")):
+        monkeypatch.setenv("SITE_PASSWORD", "opensesame")  # as a value of the environment it is known for one
+    (tmp_path / "r.yaml").write_text(f"model: nowhere\nrun_dir: {tmp_path}/run\n")
+    assert run_verb("measure", str(tmp_path / "r.yaml"), [override]) == 2
+    said = capsys.readouterr().err
+    assert "shoal: error: " in said
+    assert "opensesame" not in said
+    assert "(hidden)" in said
+
+
+def test_the_parser_and_the_log_hold_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SITE_PASSWORD", "opensesame")
+    with pytest.raises(SystemExit):
+        main(["measure", "--config", "r.yaml", "--api_key=hush-hush"])
+    set_up_logging()
+    logging.getLogger("shoal").error("in %s", "opensesame")
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --api_key=(hidden)" in said
+    assert "in (hidden)" in said

@@ -1,0 +1,52 @@
+"""Task identifiers read as words, and the words of different tasks stay different."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.eval.tasks.names import made_tasks, task_folders
+from shoal.task_words import task_words
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("retrieval_continuation", "retrieval, option text"),
+        ("retrieval_generation", "retrieval, generated"),
+        ("knowledge_loglikelihood", "knowledge, lettered options"),
+        ("reasoning_1step_continuation", "reasoning, one step, option text"),
+        ("reasoning_4steps_worked", "reasoning, 4 steps, worked answers"),
+        ("retrieval_20pairs_continuation", "retrieval, 20 pairs, option text"),
+        ("multi_hop_k1_generation", "multi hop one step, generated"),
+        ("needles_2of80_generation", "needles 2 of 80, generated"),
+        ("kv_position_at24_generation", "kv position at 24, generated"),
+        ("mmlu_abstract_algebra_loglikelihood", "MMLU abstract algebra, lettered options"),
+        ("gsm8k_worked", "GSM8K, worked answers"),
+        ("wikitext2_rolling", "wikitext2, running text"),
+        ("somebodys_own", "somebodys own"),
+        ("_", "_"),
+        ("", ""),
+    ],
+)
+def test_names_read_as_words(task: str, words: str) -> None:
+    assert ", ".join(task_words(task)) == words
+
+
+def test_the_protocol_and_an_unusual_metric_are_said_where_the_name_does_not() -> None:
+    assert task_words("arc_easy", protocol="loglikelihood", metric="acc_norm") == (
+        "ARC easy",
+        "lettered options",
+        "acc norm",
+    )
+    assert task_words("perplexity", ability="language", protocol="rolling", metric="nats_per_token") == (
+        "perplexity",
+        "running text",
+    )
+    assert task_words("worked", protocol="worked") == ("worked", "worked answers")
+    assert task_words("track_1", ability="track") == ("track", "1")
+
+
+def test_no_two_described_tasks_have_the_same_words() -> None:
+    tasks, _ = made_tasks(task_folders(None))
+    words = {task_words(task, ability=part.data.ability, protocol=how) for task, (part, how) in tasks.items()}
+    assert len(words) == len(tasks) > 100

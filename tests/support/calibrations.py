@@ -1,0 +1,82 @@
+"""Text to measure the loss on, and the loss by plain loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from shoal.compress.metrics.loss_metrics import loss_scores
+from shoal.compress.metrics.metric import Calibration, Estimates
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.data.sources import PackedRows
+from shoal.models.load import decoder_layers
+
+
+def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0, below: int = 256) -> PackedRows:
+    """Rows of random tokens; every row is given as the lengths of its documents."""
+    positions = torch.tensor([[position for length in row for position in range(length)] for row in lengths])
+    ids = torch.randint(0, below, positions.shape, generator=torch.Generator().manual_seed(seed))
+    return PackedRows(ids, positions)
+
+
+ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
+
+
+DOCUMENT_LENGTHS = (20, 7, 13, 9, 10, 20, 19)
+
+
+def calibration(rows: PackedRows = ROWS, *, batch_size: int = 2, **settings: Any) -> Calibration:
+    return Calibration(rows, batch_size, **settings)
+
+
+def measured(model: PreTrainedModel, *names: str, **settings: Any) -> dict[str, Any]:
+    found = loss_scores(model, calibration(**settings), names)
+    return {name: one.values if isinstance(one, Estimates) else one for name, one in found.items()}
+
+
+def architecture(name: str) -> PreTrainedModel:
+    from architectures import tiny_model as tiny_family
+
+    return tiny_family(name)
+
+
+def documents(rows: PackedRows) -> list[list[int]]:
+    found: list[list[int]] = []
+    for ids, positions in zip(rows.input_ids_NS.tolist(), rows.position_ids_NS.tolist(), strict=True):
+        for token, position in zip(ids, positions, strict=True):
+            if position == 0:
+                found.append([])
+            found[-1].append(token)
+    return found
+
+
+@torch.no_grad()
+def plain_loss(model: PreTrainedModel, rows: PackedRows = ROWS) -> float:
+    """Nats per predicted token in float64, from one document at a time."""
+    model, losses = model.double(), []
+    for document in documents(rows):
+        logits = model(torch.tensor([document]), use_cache=False).logits[0]
+        for position, token in enumerate(document[1:]):
+            losses.append(float(logits[position].logsumexp(0) - logits[position, token]))
+    return sum(losses) / len(losses)
+
+
+def loss_without(model: PreTrainedModel, drop: Sequence[int]) -> float:
+    return plain_loss(cut_model(model, drop))
+
+
+def layer_calls(model: PreTrainedModel, run: Callable[[], object]) -> int:
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    handles = [layer.register_forward_hook(add) for layer in decoder_layers(model)]
+    run()
+    for handle in handles:
+        handle.remove()
+    return count

@@ -1,0 +1,32 @@
+"""Evaluations of a tiny model, and whether two are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from shoal.artifacts.artifact import TaskScore
+from shoal.eval.evaluate import evaluate
+from shoal.recipe.recipe import Eval
+
+TASKS = ("knowledge_continuation", "knowledge_loglikelihood", "retrieval_generation", "reasoning_worked")
+
+
+SETTINGS = Eval(tasks=TASKS, limit=6, batch_size=5, perplexity_tokens=1500, sequence_length=256)
+
+
+def run(kind: str = "llama", seed: int = 0, **changes: Any) -> tuple[TaskScore, ...]:
+    settings = dataclasses.replace(SETTINGS, **changes)
+    model = tiny_model(kind, max_position_embeddings=4096)
+    return evaluate(model, tiny_tokenizer(), settings, seed=seed)
+
+
+def assert_same(found: tuple[TaskScore, ...], expected: tuple[TaskScore, ...]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert [dataclasses.replace(i, score=0.0) for i in one.items] == [
+            dataclasses.replace(i, score=0.0) for i in other.items
+        ]
+        torch.testing.assert_close([i.score for i in one.items], [i.score for i in other.items], atol=1e-5, rtol=0)

@@ -1,0 +1,283 @@
+"""Contract 1 on one tiny model: what a cut gives in memory and on disk is what the teacher gives with layers skipped.
+
+test_architectures.py calls `examine` for every row of architectures.py; `python tests/support/exactness.py` writes what it
+found to docs/architectures.md.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from architectures import ARCHITECTURES, NOT_CUT, SLIDING_WINDOW, tiny_model
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shoal.compress.surgery.config_cut import KEPT_LAYERS
+from shoal.compress.surgery.cut_model import cut_model, kept_layers, skipped
+from shoal.compress.surgery.proof import prove_by_files
+from shoal.errors import UserError
+from shoal.models.anatomy import anatomy, decoder_layers, text_config
+
+LENGTH = 3 * SLIDING_WINDOW
+PROMPT = SLIDING_WINDOW + 3
+NEW_TOKENS = 4
+NUM_MULTI_DROPS = 4
+PLAIN, LEFT, RIGHT = range(3)
+"""Rows of every batch: without padding, padded on the left, padded on the right."""
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs/architectures.md"
+HEADER = """\
+# Which architectures shoal cuts
+
+Found by the tests with transformers {version}. For every family a tiny random model is cut in every single layer and
+in {num_multi} random sets of layers. A cut counts as exact when logits are equal bit for bit, and greedy text token for
+token (with and without a KV cache, padded on either side, longer than the sliding window), between the cut model in
+memory, the saved and reloaded one, and the uncut one with these layers skipped. Everything else is refused with its
+reason before anything is written. `exact` means every cut that was tried, `no` means none.
+
+A family that is not listed goes through the same generic rule, and `shoal prune` proves the result on the saved student
+or refuses it. `python tests/support/exactness.py` writes this file; a test fails when it is out of date.
+
+| family | cuts | kinds of layers | head and embeddings | settings that a cut changes | remarks |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `examine` found, as docs/architectures.md reports it."""
+
+    num_exact: int
+    num_refused: int
+    refusal: str
+    """The first refusal's message; empty if there was none."""
+    fields: tuple[str, ...]
+    """Configuration fields that the cuts changed, besides the number of layers."""
+    heads: tuple[str, ...]
+    """Heads that were examined: apart from the embeddings, tied to them."""
+    kinds: tuple[str, ...]
+    """Kinds of layers in the tiny model."""
+
+
+def batch(length: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random token ids (3, length) and the attention mask of a plain, a left-padded and a right-padded row."""
+    input_ids = torch.randint(0, 90, (3, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(input_ids)
+    mask[LEFT, :5] = 0
+    mask[RIGHT, -4:] = 0
+    return input_ids, mask
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> Tensor:
+    """Logits of all tokens that are no padding."""
+    input_ids, mask = batch(LENGTH, seed=1)
+    return model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+
+def greedy_text(model: PreTrainedModel, *, use_cache: bool) -> list[list[int]]:
+    input_ids, mask = batch(PROMPT, seed=2)
+    text: Any = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=input_ids,
+        attention_mask=mask,
+        use_cache=use_cache,
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=-1,
+        no_repeat_ngram_size=1,  # random weights like to repeat one token; equal dull texts mean little
+    )
+    return text[:, PROMPT:].tolist()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one model says; equal for two models exactly when contract 1 holds between them."""
+
+    logits: Tensor
+    cached: list[list[int]]
+    """Greedy text with a KV cache, one list per row of the batch."""
+
+    def assert_equal(self, other: Outputs) -> None:
+        assert torch.equal(self.logits, other.logits), (self.logits - other.logits).abs().max()
+        assert self.cached == other.cached
+
+
+def outputs(model: PreTrainedModel) -> Outputs:
+    return Outputs(logits(model), greedy_text(model, use_cache=True))
+
+
+def drops(name: str, num_layers: int) -> list[tuple[int, ...]]:
+    """Every single layer, a few random sets of layers, and those the row asks for."""
+    generator = random.Random(name)
+    multi = [
+        tuple(sorted(generator.sample(range(num_layers), generator.randint(2, num_layers - 2))))
+        for _ in range(NUM_MULTI_DROPS)
+    ]
+    return list(dict.fromkeys([*((layer,) for layer in range(num_layers)), *multi, *ARCHITECTURES[name].drops]))
+
+
+@cache
+def examine(name: str) -> Finding:
+    """Cut the tiny model of row ``name`` in many ways and assert contract 1 for each.
+
+    Raises:
+        AssertionError: a cut that is not exact, or is refused though the row does not say so, or the other way round.
+    """
+    row = ARCHITECTURES[name]
+    teacher = tiny_model(name)
+    before, config = {key: value.clone() for key, value in teacher.state_dict().items()}, teacher.config.to_dict()
+    exact: dict[tuple[int, ...], Outputs] = {}
+    refusals: list[str] = []
+    fields: set[str] = set()
+    for drop in drops(name, text_config(teacher.config).num_hidden_layers):
+        try:
+            student = cut_model(teacher, drop)
+        except UserError as error:
+            refusals.append(f"{drop}: {error}")
+            continue
+        with skipped(teacher, drop):
+            expected = outputs(teacher)
+            uncached = greedy_text(teacher, use_cache=False) if row.padding or row.cache else expected.cached
+        outputs(student).assert_equal(expected)
+        assert greedy_text(student, use_cache=False) == uncached
+        _assert_survives_disk(teacher, drop, student, expected)
+        exact[drop] = expected
+        fields |= _changed(teacher, student)
+    assert bool(refusals) == bool(row.refuses), refusals
+    assert all(re.search(row.refuses, refusal) for refusal in refusals), refusals
+    _assert_different(list(exact.values()))
+    heads = _examine_heads(name, teacher, next(iter(exact))) if exact else ()
+    assert teacher.config.to_dict() == config
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    return Finding(
+        num_exact=len(exact),
+        num_refused=len(refusals),
+        refusal=next(iter(refusals), "").partition(": ")[2],
+        kinds=_kinds(teacher) if exact else (),
+        fields=tuple(sorted(fields)),
+        heads=heads,
+    )
+
+
+def _assert_different(found: list[Outputs]) -> None:
+    """Outputs that no cut changes would prove nothing by being equal."""
+    assert len({one.logits.double().sum().item() for one in found}) == len(found)
+    assert 2 * len({str(one.cached) for one in found}) >= len(found)
+
+
+def _assert_survives_disk(
+    teacher: PreTrainedModel, drop: tuple[int, ...], student: PreTrainedModel, expected: Outputs
+) -> None:
+    with TemporaryDirectory() as folder:
+        first, second = Path(folder, "first"), Path(folder, "second")
+        student.save_pretrained(first)
+        prove_by_files(first, teacher, kept_layers(len(decoder_layers(teacher)), drop))
+        reloaded = AutoModelForCausalLM.from_pretrained(first)
+        outputs(reloaded).assert_equal(expected)
+        reloaded.save_pretrained(second)
+        assert (first / "config.json").read_text() == (second / "config.json").read_text()
+    assert is_tied(reloaded) == is_tied(student)
+
+
+def _examine_heads(name: str, teacher: PreTrainedModel, drop: tuple[int, ...]) -> tuple[str, ...]:
+    """Cut the family's other kind of model too, with or without a head of its own, where there is one."""
+    names = {True: "tied", False: "apart"}
+    try:
+        other = tiny_model(name, tie_word_embeddings=not is_tied(teacher))
+    except (StrictDataclassError, ValueError):  # DBRX forbids it, and of Zamba transformers cannot build it
+        return (names[is_tied(teacher)],)
+    if is_tied(other) == is_tied(teacher):
+        return (names[is_tied(teacher)],)
+    student = cut_model(other, drop)
+    with skipped(other, drop):
+        expected = outputs(other)
+    assert is_tied(student) == is_tied(other)
+    outputs(student).assert_equal(expected)
+    _assert_survives_disk(other, drop, student, expected)
+    return tuple(sorted(names.values()))
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether embeddings and head are one parameter."""
+    parts = anatomy(model)
+    weights = [getattr(part, "weight", None) for part in (parts.embeddings, parts.head)]
+    return weights[0] is not None and weights[0] is weights[1]
+
+
+def _changed(teacher: PreTrainedModel, student: PreTrainedModel) -> set[str]:
+    """Names of the settings in which the two differ, as they are saved."""
+    old, new = (text_config(model.config).to_dict() for model in (teacher, student))
+    fields = (old.keys() | new.keys()) - teacher.config.sub_configs.keys()
+    changed = {field for field in fields if old.get(field) != new.get(field)}
+    num_layers = text_config(teacher.config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return changed - {KEPT_LAYERS, "architectures", "dtype", num_layers}
+
+
+def _kinds(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the layers of ``model`` are, one phrase per kind, in order of appearance."""
+    config, layers = text_config(model.config), decoder_layers(model)
+    types = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    phrases = []
+    for layer, kind in zip(layers, types, strict=True):
+        sparse = any("expert" in name for name, _ in layer.named_modules())
+        phrases.append(kind.replace("_", " ") + (", experts" if sparse else ""))
+    return tuple(dict.fromkeys(phrases))
+
+
+def document_row(name: str, found: Finding) -> str:
+    """The line of docs/architectures.md about row ``name``."""
+    num_cuts = found.num_exact + found.num_refused
+    status = "exact" if not found.num_refused else f"{found.num_exact} of {num_cuts} exact" if found.num_exact else "no"
+    row = ARCHITECTURES[name]
+    remarks = [
+        f"refused, for example: {found.refusal}" if found.refusal else "",
+        f"padded rows are not compared with and without cache: {row.padding}" if row.padding else "",
+        f"text is not compared with and without cache: {row.cache}" if row.cache else "",
+    ]
+    cells = [
+        f"`{name}`",
+        status,
+        "; ".join(found.kinds),
+        ", ".join(found.heads),
+        ", ".join(f"`{field}`" for field in found.fields),
+        ". ".join(remark for remark in remarks if remark).replace("|", "/"),
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def document(rows: dict[str, str]) -> str:
+    """The text of docs/architectures.md; ``rows`` are the lines of the families."""
+    return HEADER.format(version=transformers.__version__, num_multi=NUM_MULTI_DROPS) + "\n".join(
+        [
+            *(rows[name] for name in sorted(ARCHITECTURES)),
+            "",
+            "## Not cut",
+            "",
+            "| model type | why |",
+            "| --- | --- |",
+            *(f"| `{name}` | {reason} |" for name, reason in sorted(NOT_CUT.items())),
+            "",
+        ]
+    )
+
+
+def documented_rows() -> dict[str, str]:
+    """The lines of the families as docs/architectures.md has them."""
+    table = DOCUMENT.read_text().partition("## Not cut")[0] if DOCUMENT.exists() else ""
+    return {line.split("`")[1]: line for line in table.splitlines() if line.startswith("| `")}
+
+
+if __name__ == "__main__":
+    examined = {name: document_row(name, examine(name)) for name in sys.argv[1:] or ARCHITECTURES}
+    DOCUMENT.write_text(document(documented_rows() | examined))

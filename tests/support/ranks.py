@@ -1,0 +1,116 @@
+"""Ranks without a launcher, forked from one process that has imported everything already.
+
+Importing torch, transformers and DeepSpeed takes longer than a tiny training. What is asked of the launcher itself is
+tested with the launcher.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+from shoal.runtime import free_port
+
+PRELOADED = [
+    "shoal.cli",
+    "shoal.stages.pipeline",
+    "shoal.train.distill",
+    "deepspeed",
+    "deepspeed.ops",
+    "trl.models.utils",
+]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, for ranks that share its processors."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
+
+
+@contextmanager
+def in_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
+    """For a function that torch's spawn calls on every rank: one of a group that meets in ``folder``."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
+    yield
+    dist.destroy_process_group()
+
+
+def run_ranks(
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    env: Mapping[str, str],
+    cwd: Path,
+    timeout_s: float = 300,
+    before: Callable[[], None] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """`shoal ARGUMENTS` on ``ranks`` ranks to their end; as under a launcher, a rank that fails ends the others.
+
+    Every rank first calls ``before``, which has to be a function of a module.
+    """
+    port = env.get("MASTER_PORT", str(free_port()))
+    with TemporaryFile("w+") as log:
+        processes = []
+        for rank in range(ranks):
+            world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+            own = {**env, "MASTER_ADDR": "127.0.0.1", **world}
+            processes.append(start_rank(arguments, own, cwd=cwd, log=log, before=before))
+        deadline = time.monotonic() + timeout_s
+        while any(process.is_alive() for process in processes):
+            if any(process.exitcode for process in processes) or time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+            time.sleep(0.02)
+        codes = [process.exitcode or 0 for process in processes]
+        log.seek(0)
+        failed = next((code for code in codes if code > 0), min(codes))
+        return subprocess.CompletedProcess(list(arguments), failed, stdout="", stderr=log.read())
+
+
+def start_rank(
+    arguments: Sequence[str],
+    env: Mapping[str, str],
+    *,
+    cwd: Path,
+    log: IO[str],
+    before: Callable[[], None] | None = None,
+) -> ForkServerProcess:
+    """One rank of its own, writing to ``log``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    # the server reads these when it imports; what it has been started with stays
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", DS_ACCELERATOR="cpu")
+    process = context.Process(
+        target=_run, args=(list(arguments), dict(env), str(cwd), f"/proc/{os.getpid()}/fd/{log.fileno()}", before)
+    )
+    process.start()
+    return process
+
+
+def _run(
+    arguments: list[str], env: dict[str, str], cwd: str, log: str, before: Callable[[], None] | None = None
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    from shoal.cli import main
+
+    if before is not None:
+        before()
+    sys.argv = ["distill.py", *arguments]
+    main(arguments)

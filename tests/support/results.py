@@ -1,0 +1,225 @@
+"""A run directory's artifacts with small, made-up results, for everything that reads them."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shoal.artifacts.artifact import (
+    BatchSpeed,
+    Evaluation,
+    Importance,
+    ItemScore,
+    Provenance,
+    PruningPlan,
+    Speed,
+    SpeedScore,
+    TaskScore,
+    Training,
+)
+from shoal.eval.harness.rates import with_rates
+from shoal.recipe.edits import Edits
+from shoal.recipe.recipe import as_dict, parse_recipe
+from shoal.stats.paired import interval
+
+NUM_LAYERS = 8
+DROP = (3, 4, 5)
+SKILL = {"teacher": 1.0, "pruned": 0.2, "distilled": 0.7}
+"""How far each role lies between chance and the teacher."""
+
+
+def provenance() -> Provenance:
+    environment = {"shoal": "0.1.0", "torch": "2.13.0", "device": "cpu", "cpu_threads": 1}
+    return Provenance({"model": "abc"}, environment, "2025-01-01T00:00:00+00:00")
+
+
+def importance() -> Importance:
+    layers = {"block_influence": tuple(0.1 + 0.01 * abs(layer - 4) for layer in range(NUM_LAYERS))}
+    runs = {"angular": tuple(tuple(0.05 * n for _ in range(NUM_LAYERS - n + 1)) for n in range(1, NUM_LAYERS))}
+    return Importance(provenance(), NUM_LAYERS, 20_000, layers, runs)
+
+
+def plan(drop: tuple[int, ...] = DROP, edits: Edits = ()) -> PruningPlan:
+    return PruningPlan(provenance(), NUM_LAYERS, drop, "the run of 3 layers with the lowest angular distance", edits)
+
+
+def training() -> Training:
+    history = tuple(
+        {"step": float(s), "loss": 3 / s, "forward_kl": 2 / s, "cross_entropy": 5 / s, "learning_rate": 1e-4 / s}
+        for s in range(1, 21)
+    )
+    settings = {"trainer": {"learning_rate": 1e-4, "hub_token": "hf_" + "a" * 34}, "deepspeed": {"stage": 2}}
+    data = {"sources": {"python_docs": {"documents": 80, "tokens": 1234, "split": 7}}}
+    return Training(provenance(), 20, 4000, 8.0, history, settings, data, 10**9)
+
+
+def choice(role: str, name: str, ability: str, protocol: str, **changes: Any) -> TaskScore:
+    """A right-or-wrong task of 100 items; ``share`` = the teacher's share of right answers."""
+    chance, share, n = changes.pop("chance", 0.25), changes.pop("share", 0.9), changes.pop("n", 100)
+    reached = chance + (share - chance) * SKILL[role]
+    luck = random.Random(name)
+    right = [luck.random() < reached for _ in range(n)]
+    items = tuple(
+        ItemScore(f"{name}-{i}", float(ok), "the gold answer" if ok else f"{role} said so", "the gold answer")
+        for i, ok in enumerate(right)
+    )
+    score = sum(right) / n
+    fields = {"version": "1", "num_fewshot": 0} | changes
+    draft = TaskScore(name, ability, protocol, "acc", score, 0, 0, n, chance, True, items=items, **fields)
+    return _with_interval(draft)
+
+
+def nats(role: str, n: int = 60) -> TaskScore:
+    noise = random.Random(1)
+    items = tuple(ItemScore(f"w{i}", 4.0 - 2 * SKILL[role] + noise.random() * 0.1) for i in range(n))
+    score = sum(item.score for item in items) / n
+    draft = TaskScore(
+        "python_docs_heldout", "language", "rolling", "nats_per_token", score, 0, 0, n, 0.0, False, "1", 0, items
+    )
+    return _with_interval(draft)
+
+
+def evaluation(role: str, tasks: tuple[TaskScore, ...] | None = None) -> Evaluation:
+    own = (
+        nats(role),
+        choice(role, "retrieval_continuation", "retrieval", "continuation"),
+        choice(role, "retrieval_generation", "retrieval", "generation", chance=0.0, share=0.8),
+        choice(role, "reasoning_generation", "reasoning", "generation", chance=0.0, share=0.0),
+    )
+    layers = NUM_LAYERS if role == "teacher" else NUM_LAYERS - len(DROP)
+    return Evaluation(
+        provenance(), role, own if tasks is None else tasks, layers * 10**6, layers, layers * 4 * 10**6, 9.0
+    )
+
+
+def speed() -> Speed:
+    """Measured at two batch sizes; the cut models came out a little slower than expected."""
+
+    def score(role: str, factor: float) -> SpeedScore:
+        layers = NUM_LAYERS if role == "teacher" else NUM_LAYERS - len(DROP)
+
+        def batch(size: int) -> BatchSpeed:
+            read, wrote = 1000 * factor * size, 20 * factor * size**0.5
+            samples = {"prefill": (0.99 * read, read), "decode": (0.95 * wrote, 1.05 * wrote), "first_token": (0.1,)}
+            expected = {
+                "prefill_tokens_per_s": 1000 * 1.6 * size,
+                "decode_tokens_per_s": 20 * 1.6 * size**0.5,
+                "first_token_s": 128 / 1600,
+                "peak_memory_bytes": layers * 4.1e6,
+            }
+            return BatchSpeed(
+                size, read, wrote, 0.128 / factor, layers * 4_200_000, samples, {} if role == "teacher" else expected
+            )
+
+        first = batch(1)
+        expected = {"num_parameters": layers * 1e6, "num_bytes": layers * 4e6, "kv_bytes_per_token": layers * 1024.0}
+        return SpeedScore(
+            first.prefill_tokens_per_s,
+            first.decode_tokens_per_s,
+            {kind: first.samples[kind] for kind in ("prefill", "decode")},
+            (first, batch(4)),
+            layers,
+            layers * 10**6,
+            layers * 4 * 10**6,
+            layers * 1024,
+            {} if role == "teacher" else expected,
+        )
+
+    roles = {role: score(role, factor) for role, factor in (("teacher", 1.0), ("pruned", 1.5), ("distilled", 1.5))}
+    left_out = ("batch size 16 is left out: teacher would need 9.0 GB besides its weights, and 4.0 GB are free",)
+    return Speed(provenance(), roles, 1, 128, 32, "float32", left_out)
+
+
+def write_run(folder: Path, *, recipe: dict[str, Any] | None = None) -> Path:
+    """A complete run directory at ``folder``."""
+    importance().write(folder / "importance.json")
+    plan().write(folder / "plan.json")
+    training().write(folder / "distill.json")
+    for role in SKILL:
+        evaluation(role).write(folder / "eval" / f"{role}.json")
+    speed().write(folder / "eval" / "speed.json")
+    raw = {"model": "demo:smollm2-135m", "run_dir": "runs/test"} | (recipe or {})
+    story = {"recipe": as_dict(parse_recipe(raw)), "stages": {}}
+    (folder / "run.json").write_text(json.dumps(story))
+    return folder
+
+
+def _with_interval(task: TaskScore) -> TaskScore:
+    low, high = interval(task)
+    return TaskScore(**{**task.__dict__, "ci_low": low, "ci_high": high})
+
+
+QUICKSTART = (
+    ("retrieval_loglikelihood", "retrieval", "loglikelihood", 0.25, 40, (11, 10, 12)),
+    ("retrieval_continuation", "retrieval", "continuation", 0.25, 100, (98, 66, 98)),
+    ("retrieval_generation", "retrieval", "generation", 0.1, 100, (64, 22, 98)),
+    ("knowledge_loglikelihood", "knowledge", "loglikelihood", 0.25, 40, (9, 11, 10)),
+    ("knowledge_continuation", "knowledge", "continuation", 0.25, 100, (93, 64, 85)),
+    ("knowledge_generation", "knowledge", "generation", 0.0, 100, (38, 1, 47)),
+    ("reasoning_1step_continuation", "reasoning", "continuation", 0.25, 100, (48, 35, 46)),
+    ("reasoning_generation", "reasoning", "generation", 0.0, 16, (1, 0, 0)),
+)
+"""Task, ability, protocol, chance, items, and how many of them teacher, pruned and distilled have right."""
+NATS = (
+    ("reasoning_worked", "reasoning", "worked", 100, (1.205, 1.964, 0.246)),
+    ("perplexity", "language", "rolling", 19, (2.557, 3.450, 2.851)),
+)
+
+
+def quickstart(role: str) -> Evaluation:
+    """An evaluation with the numbers of README's table."""
+    place = tuple(SKILL).index(role)
+    tasks = [_counted(role, *how, right[place]) for *how, right in QUICKSTART]  # pyright: ignore[reportCallIssue]
+    tasks += [_spread(role, *how, mean[place]) for *how, mean in NATS]  # pyright: ignore[reportCallIssue]
+    layers = 30 if role == "teacher" else 24
+    parameters = 134_515_008 - (30 - layers) * 3_540_096
+    return Evaluation(provenance(), role, tuple(tasks), parameters, layers, 2 * parameters, 100.0)
+
+
+def write_quickstart(folder: Path) -> Path:
+    """A run directory that reads as the one `make quickstart` leaves."""
+    write_run(folder, recipe={"model": "demo:smollm2-135m"})
+    depth = {"block_influence": tuple(0.1 + 0.01 * abs(layer - 15) for layer in range(30))}
+    Importance(provenance(), 30, 20_000, depth, {}).write(folder / "importance.json")
+    PruningPlan(provenance(), 30, (12, 13, 14, 21, 25, 26), "named in the recipe").write(folder / "plan.json")
+    for role in SKILL:
+        quickstart(role).write(folder / "eval" / f"{role}.json")
+    sources = {name: {"documents": 80, "tokens": 1234, "split": 7} for name in ("python_docs", "ability_texts")}
+    replace(training(), num_tokens=81_920, data={"sources": sources}).write(folder / "distill.json")
+    return folder
+
+
+def _counted(role: str, name: str, ability: str, protocol: str, chance: float, n: int, right: int) -> TaskScore:
+    """The first ``right`` items of an order of its own are right; of generated text some loop or are cut off."""
+    order = random.Random(name).sample(range(n), n)
+    looping = {"pruned": 0.6, "distilled": 0.25}.get(role, 0.1) if protocol == "generation" else None
+    items = tuple(
+        ItemScore(
+            f"{name}-{i}",
+            float(order[i] < right),
+            "the gold answer" if order[i] < right else f"{role} said so",
+            "the gold answer",
+            rates={} if looping is None else _rates(i < looping * n),
+            question=f"What is number {i} of {n}?",
+        )
+        for i in range(n)
+    )
+    metric = "match" if protocol == "generation" else "acc"
+    draft = TaskScore(name, ability, protocol, metric, right / n, 0, 0, n, chance, True, "1.0", 0, items)
+    return with_rates(_with_interval(draft))
+
+
+def _rates(looping: bool) -> dict[str, float]:
+    return {"malformed": 0.0, "repetition": float(looping), "cut_off": float(looping), "tokens": 12.0}
+
+
+def _spread(role: str, name: str, ability: str, protocol: str, n: int, mean: float) -> TaskScore:
+    noise = [random.Random(f"{name} {i}").gauss(0, 0.25) + random.Random(f"{role} {i}").gauss(0, 0.1) for i in range(n)]
+    middle = sum(noise) / n
+    items = tuple(ItemScore(f"{name}-{i}", mean + one - middle) for i, one in enumerate(noise))
+    return _with_interval(
+        TaskScore(name, ability, protocol, "nats_per_token", mean, 0, 0, n, 0.0, False, "1.0", 0, items)
+    )

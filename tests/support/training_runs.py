@@ -1,0 +1,311 @@
+"""Trainings of a tiny cut model through the distill verb, a few seconds each, and what may go wrong inside a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from ranks import environment, run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shoal.artifacts.artifact import Training
+from shoal.recipe.recipe import load_recipe
+from shoal.stages.prune import prune
+from shoal.stages.run import open_run
+
+DROP = [2, 3]
+STEPS = 8
+LENGTH = 64
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A recipe, its run directory, and what came of it."""
+
+    recipe: Path
+    result: subprocess.CompletedProcess[str] | None = None
+
+    @property
+    def dir(self) -> Path:
+        return self.recipe.parent / "run"
+
+    @property
+    def log(self) -> str:
+        assert self.result is not None
+        return self.result.stderr
+
+    @property
+    def training(self) -> Training:
+        return Training.read(self.dir / Training.FILE)
+
+    def curve(self, name: str = "loss", *, steps: int = STEPS) -> list[float]:
+        rows = [row for row in self.training.history if "loss" in row]
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        return [row[name] for row in rows]
+
+    def weights(self, name: str = "distilled") -> dict[str, Tensor]:
+        return load_file(self.dir / name / "model.safetensors")
+
+
+def prepare(folder: Path, teacher: Path) -> Path:
+    """A run directory in which the cut is made already."""
+    path = write_recipe(folder, teacher)
+    prune(open_run(load_recipe(str(path), [])))
+    return folder / "run"
+
+
+def recipe(folder: Path, model: Path, cut: Path, /, **settings: Any) -> Path:
+    """A recipe in ``folder`` whose student is already there, from the run directory ``cut``."""
+    shutil.copytree(cut, folder / "run")
+    return write_recipe(folder, model, **settings)
+
+
+def write_recipe(folder: Path, model: Path, /, *, track: str = "off", record: Any = None, **distill: Any) -> Path:
+    """A recipe whose training is small and exact."""
+    settings = {
+        "model": str(model),
+        "run_dir": str(folder / "run"),
+        "dtype": "float32",
+        "prune": {"drop": DROP},
+        "record": record or {},
+        "eval": {"tasks": ["knowledge_continuation"], "limit": 4},
+        "track": {"wandb": track},
+        "distill": {
+            "data": "python_docs",
+            "num_tokens": LENGTH * BATCH * STEPS,
+            "sequence_length": LENGTH,
+            "precision": "float32",
+            "deepspeed": "deepspeed/zero0.json",
+            "batch_size": BATCH,
+            "watch": None,
+            "overlap": False,
+            **distill,
+            "trainer": {"learning_rate": 1e-3, "save_strategy": "no", **distill.get("trainer", {})},
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def run(
+    path: Path, *overrides: str, verb: str = "distill", ranks: int = 1, before: Callable[[], None] | None = None
+) -> Trial:
+    """The verb on every rank to its end; ``before`` is called in each of them first."""
+    env = environment(WANDB_MODE="offline")
+    arguments = [verb, "--config", str(path), *overrides]
+    return Trial(path, run_ranks(arguments, ranks=ranks, env=env, cwd=path.parent, before=before))
+
+
+def finished(trial: Trial) -> Trial:
+    assert trial.result is not None
+    assert trial.result.returncode == 0, trial.log[-4000:]
+    return trial
+
+
+def unfinished(trial: Trial, folder: Path, *, step: int) -> Path:
+    """The recipe of a copy of this run that looks as if it had been killed after the checkpoint of ``step``."""
+    shutil.copytree(trial.recipe.parent, folder)
+    path = folder / "recipe.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["run_dir"] = str(folder / "run")
+    path.write_text(yaml.safe_dump(settings))
+    shutil.rmtree(folder / "run" / "distilled")
+    (folder / "run" / Training.FILE).unlink()
+    for checkpoint in (folder / "run" / "checkpoints").glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
+    return path
+
+
+def checkpointed_weights(trial: Trial, step: int) -> dict[str, Tensor]:
+    """The student in a checkpoint that was written under ZeRO 0."""
+    (file,) = (trial.dir / "checkpoints" / f"checkpoint-{step}").glob("*/mp_rank_00_model_states.pt")
+    return torch.load(file, weights_only=False)["module"]
+
+
+def mask_labels_of_rows(*places: int) -> None:
+    """Let the rows at these places of every batch have no supervised token."""
+    from shoal.data.packing import IGNORED, ROW, PackedRows
+
+    get_item = PackedRows.__getitem__
+
+    def masked(rows: PackedRows, row: int) -> dict[str, Tensor]:
+        found = get_item(rows, row)
+        if row % BATCH in places:
+            found["labels"] = torch.full_like(found["labels"], IGNORED)
+        assert found[ROW] == row
+        return found
+
+    PackedRows.__getitem__ = masked  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def script_scores(scores: list[float], *places: int) -> None:
+    """Let the watched perplexity be these numbers, look after look, once it has really been scored."""
+    from shoal.eval.quick_eval import QuickScore, QuickScores
+
+    mask_labels_of_rows(*places)
+    score, order = QuickScores.__call__, iter(scores)
+
+    def scripted(quick: QuickScores, model: Any) -> dict[str, QuickScore]:
+        found = score(quick, model)
+        assert found["perplexity"].value > 0
+        return {**found, "perplexity": QuickScore(next(order), found["perplexity"].higher_is_better)}
+
+    QuickScores.__call__ = scripted  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def terminate(step: int) -> None:
+    """SIGTERM to this process in the middle of step number ``step``, counted from 1."""
+    from shoal.train.trainer import DistillTrainer
+
+    compute = DistillTrainer.compute_loss
+
+    def interrupted(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return compute(trainer, *args, **kwargs)
+
+    DistillTrainer.compute_loss = interrupted  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def all_of(*hooks: Callable[[], None]) -> None:
+    """One after the other."""
+    for hook in hooks:
+        hook()
+
+
+def share_nothing() -> None:
+    """Let no layer be run once for teacher and student."""
+    from shoal.train import assembly
+
+    assembly.shares_prefix = lambda *_: 0
+
+
+def spoil_loss(step: int, factor: float, rank: int) -> None:
+    """From step number ``step`` on, counted from 1, one rank's loss is ``factor`` times what it is."""
+    from shoal.train.trainer import DistillTrainer
+
+    compute = DistillTrainer.compute_loss
+
+    def spoilt(trainer: DistillTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(trainer, model, inputs, *args, **kwargs)
+        if trainer.state.global_step + 1 >= step and int(os.environ["RANK"]) == rank:
+            trainer._step_sums *= factor
+            loss = loss * factor
+        return loss
+
+    DistillTrainer.compute_loss = spoilt  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class OnHost(Tensor):
+    """A tensor of which the host may ask anything, also where training runs on a GPU; what is moved there is none."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().to(*args, **kwargs).as_subclass(Tensor)
+
+
+class Waits(TorchDispatchMode):
+    """Notes who asks a tensor for what a GPU would have to be waited for: a number, or the shape of a selection."""
+
+    OPERATIONS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masks = [one for one in args[1] if one is not None] if name in ("index", "index_put_", "index_put") else ()
+        if name.startswith(self.OPERATIONS) or any(mask.dtype == torch.bool for mask in masks):
+            self.note(name, masks[0] if masks else args[0])
+        return func(*args, **(kwargs or {}))
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        if isinstance(tensor, OnHost):
+            return
+        for frame in reversed(traceback.extract_stack()):
+            whose = re.search(r"/(transformers|accelerate|deepspeed)/|/(train)/[^/]+$", frame.filename)
+            if whose:
+                self.seen.append(f"{whose[1] or 'shoal'}: {frame.name}: {name}")
+                return
+
+
+def note_waits(file: Path) -> None:
+    """Write to ``file`` who waits for the device, by step; everything that only the host knows is marked as such."""
+    from shoal.train import assembly
+    from shoal.train.objective import host_batch
+    from shoal.train.trainer import DistillTrainer
+
+    waits, steps, end_step = Waits(), [], DistillTrainer.end_step
+
+    def copied(batch: dict[str, Tensor]) -> dict[str, Any]:
+        planes = (batch[name].as_subclass(OnHost) for name in ("labels", "position_ids", "input_ids"))
+        return {**batch, host_batch.ON_HOST: host_batch.OnHost(*planes, rows=originals["tolist"](batch["row"]))}
+
+    def asked(name: str, tensor: Tensor) -> Any:
+        waits.note(name, tensor)
+        return originals[name](tensor)
+
+    def ended(trainer: DistillTrainer) -> bool:
+        stopped = end_step(trainer)
+        steps.append(waits.seen.copy())
+        waits.seen.clear()
+        file.write_text(json.dumps(steps))
+        return stopped
+
+    train = DistillTrainer.train
+
+    def watched(trainer: DistillTrainer, *args: Any, **kwargs: Any) -> Any:
+        waits.seen.clear()
+        with waits:
+            return train(trainer, *args, **kwargs)
+
+    # a CPU's tensor is read without an operation there
+    originals = {name: getattr(Tensor, name) for name in ("tolist", "cpu", "numpy")}
+    for name in originals:
+        setattr(Tensor, name, lambda tensor, name=name: asked(name, tensor))
+    assembly.with_host_copy = copied
+    DistillTrainer.train, DistillTrainer.end_step = watched, ended  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def note_rates(file: Path) -> None:
+    """Write to ``file`` the learning rate of every step that the optimizer makes."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        rates.append(optimizer.param_groups[0]["lr"])
+        file.write_text(json.dumps(rates))
+        return step(optimizer, *args, **kwargs)
+
+    torch.optim.AdamW.step = noted  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def spoil_gradient(step: int) -> None:
+    """From step number ``step`` on, gradients are no numbers where the loss still is one."""
+    from shoal.train.trainer import DistillTrainer
+
+    compute = DistillTrainer.compute_loss
+
+    def spoilt(trainer: DistillTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(trainer, model, inputs, *args, **kwargs)
+        if trainer.state.global_step + 1 >= step:
+            loss.register_hook(lambda gradient: gradient * torch.nan)
+        return loss
+
+    DistillTrainer.compute_loss = spoilt  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,36 @@
+"""Variants of a tiny model, and requests to them."""
+
+from __future__ import annotations
+
+import torch
+from tiny import NUM_LAYERS
+
+from shoal.compress.variants.variants import INTACT, Masked, Removed, Silenced, variant, without
+from shoal.inference.scoring import Tokens
+
+
+def requests(*, num_questions: int = 5, seed: int = 0) -> list[tuple[Tokens, Tokens]]:
+    """Contexts of several lengths, beyond the sliding window too, each with options of several lengths, and texts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(length: int) -> Tokens:
+        return tuple(torch.randint(0, 250, (length,), generator=generator).tolist())
+
+    found = []
+    for number in range(num_questions):
+        context = tokens(4 + 5 * number)
+        found += [(context, tokens(length)) for length in (1, 3, 3, 6)]
+    return [*found, ((256,), tokens(20)), ((256,), tokens(9))]
+
+
+VARIANTS = [
+    INTACT,
+    *(without([layer]) for layer in range(NUM_LAYERS)),
+    without([1, 2]),
+    without([1, 4]),
+    without([0, 1, 2, 3, 4]),
+    *(variant(f"{half}{layer}", [(layer, Silenced(half))]) for layer in (0, 3) for half in ("attention", "mlp")),
+    variant("both halves", [(2, Silenced("mlp")), (2, Silenced("attention"))]),
+    variant("heads", [(5, Masked((1, 2))), (3, Masked((0,)))]),
+    variant("mixed", [(4, Removed()), (2, Silenced("mlp")), (1, Masked((3,)))]),
+]

@@ -1,0 +1,341 @@
+"""The report in a browser: nothing planted runs, nothing is asked for; keyboard, phone and both colours work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from browser import MISSING, SKIP_REASON, Browser, started_browser
+from results import SKILL, choice, evaluation, plan, write_quickstart, write_run
+
+from shoal.artifacts.artifact import ItemScore, TaskScore
+from shoal.eval.report.report import write_report
+from shoal.recipe.recipe import as_dict, parse_recipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=SKIP_REASON)]
+
+PLANTED = (
+    "\"'></style></title></textarea><script>window.planted = 1</script><img src=x onerror='window.planted = 2'>"
+    "<svg onload='window.planted = 3'><a href='javascript:window.planted = 4'>{{ 7 * 7 }}`"
+)
+DISTANT = "https://example.org/"
+TEXT_AND_GROUND = """
+const rgba = (text) => { const n = text.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
+const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const light = (c) => c.slice(0, 3).map((v) => linear(v / 255))
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const ground = (node) => { for (; node; node = node.parentElement) {
+  const colour = rgba(getComputedStyle(node).backgroundColor); if (colour[3] === 1) return colour; } };
+const faint = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+let count = 0;
+while (walker.nextNode()) {
+  const parent = walker.currentNode.parentElement;
+  if (!walker.currentNode.data.trim() || parent.closest("svg, script, option") || !parent.checkVisibility()) continue;
+  count += 1;
+  const [one, other] = [light(rgba(getComputedStyle(parent).color)), light(ground(parent))];
+  const contrast = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+  if (contrast < 4.5) faint.push([contrast, walker.currentNode.data.trim().slice(0, 40)]);
+}
+return [count, faint];
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with started_browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run in which everything that others write is hostile."""
+    folder = write_run(tmp_path_factory.mktemp("run"))
+    for role in SKILL:
+        own = choice(role, f"named {PLANTED}", "retrieval", "generation", chance=0.0, share=0.8)
+        tasks = (*evaluation(role).tasks, hostile(own))
+        evaluation(role, tasks).write(folder / "eval" / f"{role}.json")
+    replace(plan(), reason=PLANTED).write(folder / "plan.json")
+    recipe = as_dict(parse_recipe({"model": "demo:smollm2-135m", "run_dir": "runs/test"})) | {"model": PLANTED}
+    (folder / "run.json").write_text(json.dumps({"recipe": recipe, "stages": {}}))
+    return write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run with the numbers of README's table."""
+    return write_report(write_quickstart(tmp_path_factory.mktemp("quickstart")))
+
+
+def hostile(task: TaskScore) -> TaskScore:
+    def said(item: ItemScore) -> ItemScore:
+        return replace(item, prediction=f"{PLANTED} {item.prediction}", target=PLANTED, id=f"{PLANTED}{item.id}")
+
+    return replace(task, items=tuple(map(said, task.items)))
+
+
+def test_nothing_planted_runs_and_nothing_is_asked_for(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
+    browser.run("document.querySelector('.stage').focus()")
+    browser.press("End", "k", "k")
+    assert "window.planted" in browser.run("return document.querySelector('.stage').textContent")
+    assert browser.run("return window.planted ?? null") is None
+    assert browser.run(
+        "return ['script', 'style', 'img', 'title'].map((t) => document.querySelectorAll(t).length)"
+    ) == [
+        *(1, 1, 0),
+        1 + browser.run("return document.querySelectorAll('svg > title').length"),
+    ]
+    assert browser.run("return [...document.links].filter((l) => l.getAttribute('href')[0] !== '#').length") == 0
+    assert "49" not in browser.run("return document.title")
+    assert browser.console() == []
+    assert [url for url in browser.requests() if not url.startswith("data:image/png")] == [page.as_uri()]
+
+
+def test_the_policy_holds_even_where_escaping_would_fail(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.run(
+        "const script = document.createElement('script');"
+        "try { script.text = 'window.planted = 1' } catch { window.refused = 1 }"
+        "document.body.append(script);"
+        f"for (const [tag, name] of [['img', 'src'], ['iframe', 'src'], ['link', 'href']]) {{"
+        f"  const node = document.createElement(tag); node[name] = '{DISTANT}' + tag; node.rel = 'stylesheet';"
+        "  document.body.append(node); }"
+        f"window.answer = fetch('{DISTANT}fetch').then(() => 'sent', () => 'refused');"
+    )
+    assert browser.run("return window.answer") == "refused"
+    assert browser.run("return window.planted ?? null") is None
+    assert not [url for url in browser.requests(refused=False) if url.startswith(DISTANT)]
+    refused = " ".join(browser.console())
+    assert refused.count("Content Security Policy") >= 4
+
+
+def test_the_keyboard_moves_through_changed_items(browser: Browser, page: Path) -> None:
+    browser.resize(1280, 900)
+    browser.open(page)
+
+    def shown() -> str:
+        return browser.run("return document.querySelector('.tools output').textContent")
+
+    def heading() -> str:
+        return browser.run("return document.querySelector('.stage h3').textContent")
+
+    count = int(shown().removeprefix("1 of "))
+    assert count == browser.run("return document.querySelectorAll('.flips > li').length") > 100
+    browser.run("document.querySelector('.stage').focus()")
+    for key, place in (("ArrowRight", 2), ("j", 3), ("k", 2), ("ArrowLeft", 1), ("ArrowLeft", count), ("Home", 1)):
+        browser.press(key)
+        assert shown() == f"{place} of {count}", key
+    first = heading()
+    browser.press("End")
+    assert heading() != first
+    browser.press("/", *"RETRIEVAL_CONTINUATION-1")
+    assert browser.run("return document.activeElement.name") == "text"
+    fewer = int(shown().removeprefix("1 of "))
+    assert 0 < fewer < count
+    assert "retrieval_continuation-1" in heading()
+    assert browser.run("return CSS.highlights.get('found').size") > 0
+    browser.press("ArrowDown")
+    assert shown() == f"2 of {fewer}"
+    browser.press(*"nowhere")
+    assert (shown(), heading()) == ("0 items", "No item matches.")
+    assert browser.console() == []
+
+
+def test_items_are_filtered_by_task_and_change(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    found = browser.run(
+        "const choose = (name, value) => { const field = document.querySelector(`.tools [name=${name}]`);"
+        "  field.value = value; field.dispatchEvent(new Event('input')); };"
+        "choose('task', 'retrieval, option text'); choose('change', 'won back by distilling');"
+        "document.querySelector('.tools [name=next]').click();"
+        "return [document.querySelector('.tools output').textContent, document.querySelector('.stage h3').textContent,"
+        "  [...document.querySelectorAll('.stage dt span')].map((s) => s.textContent)]"
+    )
+    count = browser.run(
+        "return [...document.querySelectorAll('.flips')].find((list) => list.dataset.task === 'retrieval, option text'"
+        " && list.dataset.change === 'won back by distilling').children.length"
+    )
+    assert found[0] == f"2 of {count}"
+    assert found[1].startswith("retrieval, option text, won back by distilling · retrieval_continuation-")
+    assert found[2] == ["✗ wrong", "✓ right"]
+
+
+def test_without_scripts_all_items_are_plain_lists(browser: Browser, page: Path) -> None:
+    browser.command("Emulation.setScriptExecutionDisabled", value=True)
+    browser.open(page)
+    browser.command("Emulation.setScriptExecutionDisabled", value=False)
+    seen = browser.run(
+        "return ['.tools', '.stage', '.keys', '.lists > details > summary']"
+        ".map((name) => document.querySelector(name).checkVisibility())"
+    )
+    assert seen == [False, False, False, True]
+    browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
+    assert browser.run("return [...document.querySelectorAll('.flips > li')].every((item) => item.checkVisibility())")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_the_contrast_of_wcag_aa(browser: Browser, page: Path, scheme: str, tmp_path: Path) -> None:
+    browser.prefer(scheme)
+    browser.resize(1280, 900)
+    browser.open(page)
+    browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
+    count, faint = browser.run(TEXT_AND_GROUND)
+    assert count > 500
+    assert faint == []
+    ground = browser.run("return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert (min(ground) > 200) if scheme == "light" else (max(ground) < 60)
+    assert len(browser.screenshot(tmp_path / f"{scheme}.png")) > 20_000
+    browser.prefer("light")
+
+
+@pytest.mark.parametrize("width", [320, 375])
+def test_a_phone_scrolls_down_only(browser: Browser, page: Path, width: int, tmp_path: Path) -> None:
+    browser.resize(width, 700)
+    browser.open(page)
+    browser.run("for (const fold of document.querySelectorAll('details')) fold.open = true")
+    assert browser.run("return [document.documentElement.scrollWidth, innerWidth]") == [width, width]
+    assert len(browser.screenshot(tmp_path / "phone.png")) > 20_000
+    browser.resize(1280, 900)
+
+
+def test_a_screen_reader_finds_its_way(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    nodes = [node for node in browser.command("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+    roles = [node["role"]["value"] for node in nodes]
+    for landmark in ("banner", "navigation", "main", "contentinfo"):
+        assert roles.count(landmark) == 1, landmark
+    nameless = [
+        node["role"]["value"]
+        for node in nodes
+        if node["role"]["value"]
+        in ("button", "combobox", "searchbox", "link", "image", "region", "navigation", "table")
+        and not node.get("name", {}).get("value", "").strip()
+    ]
+    assert nameless == []
+    levels = browser.run("return [...document.querySelectorAll('h1, h2, h3')].map((h) => Number(h.tagName[1]))")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert browser.run("return document.querySelectorAll('th:not([scope])').length") == 0
+    browser.press("Tab")
+    assert browser.run("return document.activeElement.textContent") == "Skip to the results"
+    browser.press("Enter")
+    assert browser.run("return document.activeElement.id") == "main"
+
+
+# --- what is seen first, on a screen and on a phone ------------------------------------------------------------------
+
+SEEN_TEXT = """
+const seen = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) {
+  const parent = walker.currentNode.parentElement, range = document.createRange();
+  if (parent.closest('svg, script, .skip') || !parent.checkVisibility()) continue;
+  range.selectNodeContents(walker.currentNode);
+  const box = range.getBoundingClientRect();
+  if (box.width && box.top >= 0 && box.bottom <= innerHeight && box.left >= 0 && box.right <= innerWidth)
+    seen.push(walker.currentNode.data.trim());
+}
+return seen.filter(Boolean).join(' ');
+"""
+FIRST_TABLE = "[...document.querySelectorAll('main table')].find((t) => t.caption.textContent.startsWith('Scores'))"
+
+
+@pytest.mark.parametrize(("width", "height", "at_least"), [(1280, 800, 7), (390, 844, 5)])
+def test_the_first_screen_says_what_was_lost_and_what_came_back(
+    browser: Browser, quickstart: Path, width: int, height: int, at_least: int
+) -> None:
+    browser.resize(width, height)
+    browser.open(quickstart)
+    seen = browser.run(SEEN_TEXT)
+    lines = [
+        "retrieval, generated 64 % [54, 73] 22 % [15, 31] 98 % [93, 99]",
+        "retrieval, option text 98 % [93, 99] 66 % [56, 75] 98 % [93, 99]",
+        "knowledge, generated 38 % [29, 48] 1 % [0, 5] 47 % [38, 57]",
+        "knowledge, option text 93 % [86, 97] 64 % [54, 73] 85 % [77, 91]",
+        "reasoning, one step, option text 48 % [38, 58] 35 % [26, 45] 46 % [37, 56]",
+        "reasoning, worked answers nats per token, lower is better 1.21 [1.15, 1.26] 1.96 [1.91, 2.02] 0.25",
+        "perplexity, running text lower is better 12.9 [11.6, 14.2] 31.5 [28.3, 35.0] 17.3 [15.8, 18.8]",
+    ]
+    for line in lines[:at_least]:
+        assert line in seen
+    assert seen.index("▼ −42 points") < seen.index("▲ +76 points")
+    colours = browser.run(
+        "return [...document.querySelectorAll('.board thead .mark')].map((m) => getComputedStyle(m).backgroundColor)"
+    )
+    assert colours == ["rgb(125, 133, 144)", "rgb(213, 94, 0)", "rgb(31, 134, 200)"], "those of the figures"
+
+
+def test_no_table_of_scores_is_cut_at_1280_pixels(browser: Browser, quickstart: Path) -> None:
+    browser.resize(1280, 800)
+    browser.open(quickstart)
+    cut = browser.run(
+        "return [...document.querySelectorAll('main > section > .table, header > .table')]"
+        ".filter((box) => box.scrollWidth > box.clientWidth).map((box) => box.ariaLabel)"
+    )
+    assert cut == []
+    assert browser.run(f"return {FIRST_TABLE}.getBoundingClientRect().right") <= 1280
+    words = browser.run(f"return [...{FIRST_TABLE}.querySelectorAll('thead th')].map((h) => h.textContent)")
+    assert words == ["Task", "Teacher", "Pruned", "Distilled", "Items", "Kept, pruned", "Kept, distilled"]
+    assert browser.run(f"return {FIRST_TABLE}.getBoundingClientRect().width") > 900
+
+
+def test_a_phone_shows_every_number_of_the_tables_without_scrolling_sideways(
+    browser: Browser, quickstart: Path
+) -> None:
+    browser.resize(390, 844)
+    browser.open(quickstart)
+    cells = browser.run(
+        f"return [...{FIRST_TABLE}.querySelectorAll('tbody td')].map((cell) => {{ const box = cell"
+        ".getBoundingClientRect(); return [cell.dataset.column, box.left, box.right, cell.textContent]; })"
+    )
+    columns = ["Teacher", "Pruned", "Distilled", "Items", "Kept, pruned", "Kept, distilled"]
+    assert [column for column, *_ in cells[: len(columns)]] == columns
+    assert all(0 <= left < right <= 390 for _, left, right, _ in cells)
+    labels = f"[...{FIRST_TABLE}.querySelectorAll('td')].map((c) => getComputedStyle(c, '::before').content)"
+    assert '"Distilled"' in browser.run(f"return {labels}")
+    columns = browser.run(
+        "const tables = [...document.querySelectorAll('main table')];"
+        "const cut = tables.find((table) => table.caption.textContent.startsWith('What the cut'));"
+        "return [...cut.querySelectorAll('tbody tr:first-child td')].map((cell) =>"
+        "  [cell.dataset.column, cell.getBoundingClientRect().right <= innerWidth])"
+    )
+    assert columns == [[name, True] for name in ("Difference", "Verdict", "p", "p (Holm)", "Items won / lost")]
+
+
+def test_warnings_are_three_lines_and_the_rest_is_folded(browser: Browser, quickstart: Path) -> None:
+    browser.resize(1280, 800)
+    browser.open(quickstart)
+    heights = browser.run("return [...document.querySelectorAll('ul.cautions li')].map((l) => l.offsetHeight)")
+    assert len(heights) == 3
+    assert max(heights) < 40, "a line each"
+    assert browser.run("return document.querySelector('details.cautions').open") is False
+    told = browser.run("return document.querySelector('details.cautions dd').checkVisibility()")
+    assert told is False
+    browser.command("Emulation.setScriptExecutionDisabled", value=True)
+    browser.run("document.querySelector('details.cautions summary').click()")
+    browser.command("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.run("return document.querySelector('details.cautions dd').checkVisibility()") is True
+
+
+def test_the_side_navigation_reads_as_links(browser: Browser, quickstart: Path) -> None:
+    browser.resize(1280, 800)
+    browser.open(quickstart)
+    style = "(node) => [getComputedStyle(node).color, getComputedStyle(node).textDecorationLine]"
+    found = browser.run(f"return [...document.querySelectorAll('nav a')].map({style})")
+    ink = browser.run("return getComputedStyle(document.body).color")
+    assert all(line == "underline" and colour != ink for colour, line in found)
+    assert {colour for colour, _ in found} == {"rgb(15, 95, 148)"}
+
+
+def test_a_table_wider_than_its_room_shows_that_it_scrolls(browser: Browser, quickstart: Path) -> None:
+    browser.resize(1280, 800)
+    browser.open(quickstart)
+    grounds = browser.run(
+        "return [...document.querySelectorAll('.scroll')].map((box) => getComputedStyle(box).backgroundAttachment)"
+    )
+    assert set(grounds) == {"local, local, scroll, scroll"}

@@ -1,0 +1,429 @@
+"""Wrong and hostile input of every kind: exit code 2, one message that begins as it should, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import set_json
+
+from shoal import cli
+from shoal.cli import main
+from shoal.data import chat
+
+DEEP = "[" * 20_000 + "]" * 20_000
+LONG = "a" * 300
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No launcher around the command, none that it could start, and a folder of its own."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(cli, "_launch_distill", refuse)
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [])  # one of them writes to an earlier test's stream
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, teacher: Path
+) -> Callable[[str, str | bytes, list[str]], str]:
+    """The one message with which `shoal VERB` ends on a recipe and overrides; MODEL and RUN stand for folders."""
+
+    def command(verb: str, recipe: str | bytes, overrides: list[str]) -> str:
+        run_dir = tmp_path / "run"
+        before = sorted(run_dir.rglob("*"))
+        names = {"MODEL": str(teacher), "RUN": str(run_dir), "HERE": str(tmp_path)}
+
+        def filled(text: str) -> str:
+            for name, value in names.items():
+                text = text.replace(name, value)
+            return text
+
+        if isinstance(recipe, str):
+            text = recipe if recipe.startswith("model:") else f"model: MODEL\nrun_dir: RUN\n{recipe}"
+            recipe = filled(text).encode()
+        (tmp_path / "recipe.yaml").write_bytes(recipe)
+        with pytest.raises(SystemExit) as ended:
+            main([verb, "--config", "recipe.yaml", *map(filled, overrides)])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2, said
+        assert "Traceback" not in said
+        assert said.count("shoal: error: ") == 1
+        assert sorted(run_dir.rglob("*")) == before
+        message = said[said.index("shoal: error: ") + len("shoal: error: ") :]
+        for name, value in names.items():
+            message = message.replace(value, name)
+        return message
+
+    return command
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------
+
+YAML = "recipe.yaml: is not valid YAML: "
+BOMB = "\n".join(
+    ["a: &a [x, x]", *(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]" for i in range(20))]
+)
+RECIPES: list[tuple[str | bytes, str]] = [
+    (b"", "recipe.yaml: must be a mapping of settings, got NoneType"),
+    (b"- a", "recipe.yaml: must be a mapping of settings, got list"),
+    (b"\x00\x01\xff", YAML),
+    ("model: a\nrun_dir: b".encode("utf-16"), YAML),
+    ("a: !!python/object/apply:os.system [touch PWNED]", f"{YAML}could not determine a constructor"),
+    (BOMB, "recipe.yaml: a: unknown key"),
+    ("a: &a [*a]", f"{YAML}found unconstructable recursive node"),
+    ("a: " + DEEP, f"{YAML}maximum recursion depth"),
+    ("---\na: 1\n---\nb: 2", f"{YAML}expected a single document"),
+    ("seed: 1\nseed: 2", f"{YAML}key 'seed' appears twice"),
+    ("prune:\n\tdrop: [1]", f"{YAML}while scanning"),
+    ("<<: 3", f"{YAML}while constructing a mapping"),
+    ('revision: "a\\0b"', f"{YAML}a text holds the character NUL"),
+    (f"seed: {'9' * 5000}", YAML),
+    ("mоdel: x", "recipe.yaml: mоdel: unknown key; did you mean 'model'?"),
+    ("prune: {dorp: [1]}", "recipe.yaml: prune.dorp: unknown key; did you mean 'drop'?"),
+    *((f"{name}: x", f"recipe.yaml: {name}: must be a mapping") for name in ("measure", "record", "distill", "search")),
+    *((f"{name}: []", f"recipe.yaml: {name}: must be a mapping") for name in ("prune", "eval", "track", "export")),
+    ("seed: .nan", "recipe.yaml: seed: must be a finite number"),
+    ("seed: true", "recipe.yaml: seed: must be a whole number (got True)"),
+    ("measure: {num_tokens: true}", "recipe.yaml: measure.num_tokens: must be a whole number (got True)"),
+    ("measure: {batch_size: '8'}", "recipe.yaml: measure.batch_size: must be a whole number (got '8')"),
+    ("measure: {num_tokens: 1.5}", "recipe.yaml: measure.num_tokens: must be a whole number"),
+    (f"measure: {{num_tokens: {10**26}}}", "recipe.yaml: measure.num_tokens: must be less than"),
+    (f"measure: {{batch_size: {10**20}}}", "recipe.yaml: measure.batch_size: must be less than"),
+    ("measure: {num_tokens: 1000000000000}", "measure.num_tokens: 1,000,000,000,000 tokens take 8 TB of memory"),
+    ("measure: {diagnostics: 'yes'}", "recipe.yaml: measure.diagnostics: must be a boolean"),
+    ("measure: {diagnostics: 1}", "recipe.yaml: measure.diagnostics: must be a boolean"),
+    ("measure: {memory_gb: .nan}", "recipe.yaml: measure.memory_gb: must be a finite number"),
+    ("measure: {data: []}", "recipe.yaml: measure.data: must have at least 1 item"),
+    ("measure: {metrics: [nothing]}", "measure.metrics: 'nothing' is no metric"),
+    (
+        "measure: {sweep: {tasks: [retrieval_continuation], limit: 3}}",
+        "recipe.yaml: measure.sweep.limit: with fewer than 8 items",
+    ),
+    ("prune: {drop: [true]}", "recipe.yaml: prune.drop.0: must be a whole number"),
+    ("prune: {drop: ['1']}", "recipe.yaml: prune.drop.0: must be a whole number"),
+    ("prune: {drop: [1], num_drop: 2}", "recipe.yaml: prune.num_drop: has no effect beside prune.drop"),
+    ("distill: {stop_on_spike: 1e999}", "recipe.yaml: distill.stop_on_spike: must be a finite number"),
+    ("distill: {local: {learning_rate: '2e-4'}}", "recipe.yaml: distill.local.learning_rate: must be a number"),
+    ("distill: {losses: [{kind: forward_kl, weight: .inf}]}", "recipe.yaml: distill.losses.0.weight: must be a finite"),
+    ("eval: {limits: {retrieval_continuation: '3'}}", "recipe.yaml: eval.limits"),
+    ("export: {hub_repo: 'x/y/z'}", "recipe.yaml: export.hub_repo: must have the form owner/name"),
+    ("revision: main", "model 'MODEL': is not on the Hub and has no revision 'main'"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "words"), RECIPES)
+def test_recipes(refused: Any, recipe: str | bytes, words: str, tmp_path: Path) -> None:
+    assert refused("measure", recipe, []).startswith(words)
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_numbers_that_yaml_writes_in_another_way_are_numbers(refused: Any) -> None:
+    """2e5 is a whole number, 1 a weight and a list a tuple: what is refused here is the data."""
+    recipe = "measure: {num_tokens: 2e5, data: {path: none.jsonl, weight: 1}, metrics: [angular]}"
+    assert refused("measure", recipe, []).startswith("data 'none.jsonl': no such file")
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------
+
+
+def trainer(argument: str) -> list[str]:
+    return ["distill.sequence_length=64", "prune.drop=[1]", f"distill.trainer.{argument}"]
+
+
+QUICKSTART = (
+    "eval: {tasks: [retrieval_continuation], limits: {retrieval_continuation: 9}}\n"
+    "distill: {data: [teacher_text], writing: {num_tokens: 9}}"
+)
+OVERRIDES: list[tuple[str, list[str], str]] = [
+    ("prune", ["nonsense"], "override 'nonsense': must have the form section.key=value"),
+    ("prune", ["prune.drop=[1,"], "override 'prune.drop=[1,': the value is not valid YAML"),
+    ("prune", ["seed.a=1"], "recipe.yaml"),
+    ("prune", ["prune.drop.7=1"], "recipe.yaml"),
+    ("prune", [f"model={LONG}"], "aaa"),
+    *((verb, [f"run_dir={LONG}"], "aaa") for verb in ("measure", "prune", "eval", "distill", "report", "run")),
+    ("prune", ["run_dir=/proc/no/such"], "run_dir /proc/no/such: cannot be created"),
+    ("measure", [f"measure.data={LONG}"], "aaa"),
+    ("distill", [f"distill.deepspeed={LONG}"], "aaa"),
+    ("distill", ["distill.deepspeed=nothing.json"], "distill.deepspeed: no file 'nothing.json'"),
+    ("distill", ["prune.drop=[99]"], "prune.drop: 99 is no layer of this model"),
+    ("distill", ["prune.drop=[1]", "distill.data=none.jsonl"], "data 'none.jsonl': no such file"),
+    ("distill", ["distill.teacher.recorded=nowhere"], "distill.teacher.recorded: nowhere is no folder"),
+    *(
+        (
+            "distill",
+            trainer(f"learning_rate={value}"),
+            "distill.trainer.learning_rate: must be a number from 0 to below",
+        )
+        for value in ("fast", "-1", ".nan", ".inf", "1e300", "true", "'1e-4'", "null", "[1]")
+    ),
+    *(
+        ("distill", trainer(argument), f"distill.trainer.{argument.partition('=')[0]}: must be ")
+        for argument in (
+            "weight_decay=.inf",
+            "warmup_steps=-3",
+            "max_steps=1.5",
+            "max_steps=-7",
+            "adam_beta1=1",
+            "adam_beta2=-0.1",
+            "adam_epsilon=.nan",
+            "max_grad_norm=x",
+            "num_train_epochs=0",
+            "logging_steps=0",
+            "save_steps=x",
+            "save_total_limit=0",
+            "gradient_accumulation_steps=0",
+            "gradient_checkpointing=maybe",
+            "gradient_checkpointing_kwargs=x",
+        )
+    ),
+    ("distill", trainer("lerning_rate=1"), "distill.trainer.lerning_rate: no such training argument"),
+    ("eval", ["eval.tasks=[retreival_continuation]"], "eval.tasks: 'retreival_continuation' is no task"),
+    ("eval", ["eval.include_path=nowhere"], "eval.include_path: 'nowhere' is no folder"),
+    ("run", ["eval.limits={knowledge_loglikelihood: 3}"], "override 'eval.limits={knowledge_loglikelihood: 3}': eval."),
+    ("prune", ["prune.drop=[1]", 'revision="x"', "model=demo:smollm2-135m"], "model 'demo:smollm2-135m': is not on"),
+]
+
+
+@pytest.mark.parametrize(("verb", "overrides", "words"), OVERRIDES)
+def test_overrides(refused: Any, verb: str, overrides: list[str], words: str) -> None:
+    assert refused(verb, "", overrides).startswith(words)
+
+
+def test_what_a_shorter_quickstart_leaves_without_effect_is_told_at_once(refused: Any) -> None:
+    overrides = ["prune.drop=[1]", "eval.tasks=[knowledge_continuation]", "distill.data=[python_docs]"]
+    said = refused("run", QUICKSTART, overrides)
+    assert "distill.writing={}" in said
+    assert "eval.limits={}" in said
+
+
+def test_dry_run_checks_the_trainer_too(capsys: pytest.CaptureFixture[str], teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model: {teacher}\nrun_dir: run\nprune: {{drop: [1]}}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["distill", "--config", "recipe.yaml", "--dry-run", "distill.trainer.learning_rate=-1"])
+    assert ended.value.code == 2
+    assert "distill.trainer.learning_rate: must be a number" in capsys.readouterr().err
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def put(name: str, content: bytes | str) -> Damage:
+    return lambda model: (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def said_of(**settings: Any) -> Damage:
+    return lambda model: set_json(model / "config.json", **settings)
+
+
+def cut(name: str, size: int) -> Damage:
+    return lambda model: (model / name).write_bytes((model / name).read_bytes()[:size])
+
+
+def pickled(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def with_code(model: Path) -> None:
+    set_json(model / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.C"})
+    (model / "evil.py").write_text("from pathlib import Path\nPath('PWNED').touch()\nclass C: ...")
+
+
+CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+MODELS: dict[str, tuple[Damage, str]] = {
+    "none": (lambda model: (model / CONFIG).unlink(), "model: has no config.json"),
+    "a folder": (lambda model: ((model / CONFIG).unlink(), (model / CONFIG).mkdir()), "model: has no config.json"),
+    "cut": (cut(CONFIG, 50), "model/config.json: is not valid JSON"),
+    "empty": (put(CONFIG, ""), "model/config.json: is not valid JSON"),
+    "list": (put(CONFIG, "[1]"), "model/config.json: must be a mapping of settings, got list"),
+    "null": (put(CONFIG, "null"), "model/config.json: must be a mapping of settings, got NoneType"),
+    "binary": (put(CONFIG, b"\xff\xfe\x00"), "model/config.json: is not valid JSON"),
+    "deep": (put(CONFIG, DEEP), "model/config.json: is not valid JSON"),
+    "-4 layers": (said_of(num_hidden_layers=-4), "model: config.json says num_hidden_layers: -4"),
+    "no layers": (said_of(num_hidden_layers=0), "model: config.json says num_hidden_layers: 0"),
+    "many layers": (said_of(num_hidden_layers=10**12), "model: config.json says num_hidden_layers: 1000000000000"),
+    "text layers": (said_of(num_hidden_layers="six"), "model: config.json cannot be used"),
+    "more layers": (said_of(num_hidden_layers=8), "model: the weights of model.layers.6."),
+    "hidden": (said_of(hidden_size=64), "model: the weights do not have the shapes"),
+    "hidden < 0": (said_of(hidden_size=-32), "llama: config.json gives a negative size"),
+    "no heads": (said_of(num_attention_heads=0), "model: config.json cannot be used"),
+    "no vocabulary": (said_of(vocab_size=10), "llama: cannot be built as config.json says (AssertionError("),
+    "activation": (said_of(hidden_act="nope"), "llama: cannot be built as config.json says (KeyError("),
+    "type": (said_of(model_type="nope"), "model: this transformers does not know the architecture"),
+    "T5": (
+        put(CONFIG, json.dumps({"model_type": "t5", "num_layers": 2, "architectures": ["T5ForConditionalGeneration"]})),
+        "t5: is no causal language model",
+    ),
+    "BERT": (
+        put(CONFIG, json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]})),
+        "model: BertForMaskedLM is no causal language model",
+    ),
+    "code": (with_code, "model: needs code that comes with the checkpoint"),
+    "no weights": (lambda model: (model / WEIGHTS).unlink(), "model: has no weights"),
+    "pickled": (pickled, "model: has only pickled weights (pytorch_model.bin), which shoal never opens"),
+    "torn": (cut(WEIGHTS, -1), "model/model.safetensors: is damaged"),
+    "huge header": (put(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"), "model/model.safetensors: is damaged"),
+    "list header": (put(WEIGHTS, struct.pack("<Q", 2) + b"[]"), "model/model.safetensors: is damaged"),
+    "deep header": (put(WEIGHTS, struct.pack("<Q", 40_000) + DEEP.encode()), "model/model.safetensors: is damaged"),
+    "index cut": (put(INDEX, '{"weight_map": {'), "model/model.safetensors.index.json: is damaged"),
+    "index deep": (put(INDEX, DEEP), "model/model.safetensors.index.json: is damaged"),
+    "index numbers": (put(INDEX, '{"weight_map": {"a": 1}}'), "model/model.safetensors.index.json: is damaged"),
+    "index outside": (put(INDEX, '{"weight_map": {"a": "../x"}}'), "model/model.safetensors.index.json: names '../x'"),
+    "index missing": (put(INDEX, '{"weight_map": {"a": "x"}}'), "model/x: is named by the checkpoint's index"),
+    "adapter": (put("adapter_config.json", DEEP), "model/adapter_config.json: is not valid JSON"),
+    "tokenizer list": (put("tokenizer_config.json", "[]"), "model/tokenizer_config.json: must be a mapping"),
+    "tokenizer deep": (put("tokenizer_config.json", DEEP), "model/tokenizer_config.json: is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(refused: Any, teacher: Path, tmp_path: Path, name: str) -> None:
+    damage, words = MODELS[name]
+    damage(Path(shutil.copytree(teacher, tmp_path / "model")))
+    said = refused("prune", "prune: {drop: [1]}", ["model=HERE/model"])
+    assert said.removeprefix("HERE/").startswith(words)
+    assert not (tmp_path / "PWNED").exists()
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+DATA: list[tuple[str, bytes, str, str]] = [
+    ("a.jsonl", b"", "", "the file is empty"),
+    ("a.jsonl", b'{"text": "a"}\n{"tex', "", "cannot be read"),
+    ("a.jsonl", b'{"text": ', "", "cannot be read"),
+    ("a.jsonl", b'{"other": "a"}\n', "", "has no column 'text'"),
+    ("a.jsonl", b'{"text": 3}\n', "", "column 'text' holds int, not text"),
+    ("a.jsonl", b'{"text": " "}\n', "", "holds no text in column 'text'"),
+    ("a.parquet", b"PAR1 no", "", "cannot be read"),
+    ("a.txt", b"\xff\xfe\x00", "", "cannot be read"),
+    ("a.exe", b"text", "", "cannot read '.exe' files"),
+    ("a.jsonl", b'{"messages": 3}\n', "messages: messages", "holds conversations"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "more", "words"), DATA)
+def test_data(refused: Any, tmp_path: Path, name: str, content: bytes, more: str, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    said = refused("measure", f"measure: {{data: {{path: {name}{', ' * bool(more)}{more}}}}}", [])
+    assert said.startswith("data ")
+    assert words in said
+    assert "bundled sources are" not in said, "the file is there"
+
+
+def test_a_chat_template_that_does_not_end_is_refused(
+    refused: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "RENDER_S", 0.2)
+    model = Path(shutil.copytree(teacher, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    recipe = "distill: {data: {path: a.jsonl, prompt: prompt, completion: completion}}"
+    said = refused("distill", recipe, ["model=HERE/model", "prune.drop=[1]"])
+    assert "row 0: the chat template has not ended within 0.2 s" in said
+
+
+# --- run directories ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("plan.json", DEEP, "RUN/plan.json: is not valid JSON"),
+        ("plan.json", "{", "RUN/plan.json: is not valid JSON"),
+        ("plan.json", "[]", "RUN/plan.json: has schema None"),
+        ("plan.json", None, "RUN/plan.json: a folder is in the way"),
+        ("importance.json", None, "RUN/importance.json: a folder is in the way"),
+    ],
+)
+def test_run_directories(refused: Any, tmp_path: Path, name: str, content: str | None, words: str) -> None:
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    (student / "config.json").write_text("{}")
+    file = tmp_path / "run" / name
+    (tmp_path / "run" / ".lock").touch()
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    verb = "prune" if name == "plan.json" else "measure"
+    assert refused(verb, "prune: {drop: [1]}", []).startswith(words)
+
+
+def test_a_file_in_the_way_of_the_run_directory(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/run"):
+        assert refused("prune", "prune: {drop: [1]}", [f"run_dir=HERE/{place}"]).startswith("run_dir HERE/file")
+
+
+def test_training_without_the_student_that_was_deleted(refused: Any, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {teacher}\nrun_dir: run\nprune: {{drop: [1]}}\ntrack: {{wandb: off}}\n"
+    )
+    assert cli.run_verb("prune", "recipe.yaml", []) == 0
+    shutil.rmtree(tmp_path / "run" / "student")
+    said = refused("distill", "prune: {drop: [1]}\ntrack: {wandb: off}", [])
+    assert said.startswith("RUN/student: is gone; run `shoal prune`")
+
+
+# --- command lines ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["prun", "--config", "r"], "invalid choice: 'prun'"),
+        (["prune"], "the following arguments are required: --config"),
+        (["run", "--config", "r", "--dry-run"], "`shoal run` has no --dry-run; there is `shoal prune --dry-run`"),
+        (["prune", "--config", "nothing.yaml"], "nothing.yaml: no such recipe file"),
+        (["prune", "--config", "."], ".: is a folder; name a recipe file"),
+        (["prune", "--config", f"{LONG}.yaml"], "cannot be a path (File name too long)"),
+        (["delta", "/nowhere", "/nowhere"], "model '/nowhere': no such folder"),
+        (["delta", LONG, LONG], "cannot be a path (File name too long)"),
+        (["compare", "/nowhere", "/nothing"], "/nowhere"),
+    ],
+)
+def test_command_lines(capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert words in said
+    assert "Traceback" not in said
+
+
+def test_json_of_delta_where_no_file_can_be(capsys: pytest.CaptureFixture[str], teacher: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["delta", str(teacher), str(teacher), "--json", "/proc/x/y"])
+    assert ended.value.code == 2
+    assert "/proc/x: cannot be made (No such file or directory); set --json to" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_ends_nothing() -> None:
+    """`| head -1` closes the pipe; the command goes on with what it writes to files."""
+    script = "from shoal.cli import _print\nfor _ in range(3): _print('x' * 100_000)\nopen('done', 'w').close()"
+    done = subprocess.run(
+        ["bash", "-c", f'{sys.executable} -c "{script}" | head -c 1 > /dev/null; echo "${{PIPESTATUS[0]}}"'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "0\n"
+    assert done.stderr == ""
+    assert Path("done").is_file()

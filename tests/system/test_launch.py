@@ -1,0 +1,463 @@
+"""The distill stage as a user starts it: subprocesses, one and two ranks, every ZeRO stage, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from long_training import MANY, MANY_STEPS, STEPS, recipe, wait_for
+from ranks import environment, run_ranks
+from safetensors.torch import load_file
+from tiny import tiny_checkpoint
+from transformers import AutoModelForCausalLM
+
+from shoal.artifacts.artifact import Evaluation, Importance, Training
+from shoal.runtime import free_port
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def one_rank(**more: str) -> dict[str, str]:
+    """What a launcher sets for a world of one: the rank is started directly, which saves the launcher's own start."""
+    return environment(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", **{"MASTER_PORT": str(free_port()), **more}
+    )
+
+
+def distill(path: Path, *overrides: str, ranks: int = 1, launcher: bool = False, env: dict[str, str] | None = None):
+    """The distill verb on every rank to its end; `launcher` goes through the `deepspeed` program as a user does."""
+    if not launcher:
+        return run_ranks(
+            ["distill", "--config", str(path), *overrides], ranks=ranks, env=env or environment(), cwd=path.parent
+        )
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    command += [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]
+    return subprocess.run(
+        command, env=env or environment(), capture_output=True, text=True, timeout=300, cwd=path.parent, check=False
+    )
+
+
+def finished(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stderr
+
+
+def curve(path: Path, steps: int = STEPS) -> list[float]:
+    history = [row for row in Training.read(path.parent / "run" / Training.FILE).history if "loss" in row]
+    assert [row["step"] for row in history] == list(range(1, steps + 1))
+    assert all(abs(row["loss"] - row["forward_kl"]) < 1e-5 for row in history), "the only term is the loss"
+    return [row["loss"] for row in history]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama_tied")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    """One rank, ZeRO 0, fp32, never interrupted, started exactly as the README says."""
+    path = recipe(tmp_path_factory.mktemp("reference"), teacher)
+    finished(distill(path, launcher=True))
+    return path
+
+
+@pytest.fixture(scope="module")
+def long_reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    path = recipe(tmp_path_factory.mktemp("long_reference"), teacher, **MANY)
+    finished(distill(path, "distill.trainer.save_steps=0.5"))
+    return path
+
+
+def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(reference: Path):
+    losses = curve(reference)
+    assert losses[-1] < 0.6 * losses[0]
+    distilled = reference.parent / "run" / "distilled"
+    model = AutoModelForCausalLM.from_pretrained(distilled)
+    assert model.config.num_hidden_layers == 4
+    assert model.config.use_cache
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    student = AutoModelForCausalLM.from_pretrained(reference.parent / "run" / "student")
+    assert not torch.equal(model.model.norm.weight, student.model.norm.weight)
+    assert {file.suffix for file in distilled.iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks", "ranks_later"),
+    [
+        ("zero1", 1, None),
+        ("zero2", 1, 2),
+        ("zero3_offload", 1, None),
+        ("zero0", 2, 1),
+        ("zero1", 2, None),
+        ("zero2_offload", 2, None),
+        ("zero3", 2, 1),
+    ],
+)
+def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(
+    reference, teacher, tmp_path, zero, ranks, ranks_later
+):
+    """Also where the second half is trained under another number of ranks."""
+    path = recipe(tmp_path, teacher, deepspeed=f"deepspeed/{zero}.json")
+    half = "distill.trainer.save_steps=0.5"
+    finished(distill(path, half, ranks=ranks))
+    same_as(reference, path)
+    if ranks_later is not None:
+        run_dir = path.parent / "run"
+        unfinish(run_dir, keep=STEPS // 2)
+        log = finished(distill(path, half, ranks=ranks_later))
+        assert f"going on from {run_dir}/checkpoints/checkpoint-{STEPS // 2}" in log
+        assert ("made to fit" in log) == (zero != "zero0")
+        same_as(reference, path)
+
+
+def same_as(reference: Path, path: Path) -> None:
+    """The curve and the weights of the uninterrupted run under one rank."""
+    assert curve(path) == pytest.approx(curve(reference), abs=1e-5)
+    expected = load_file(reference.parent / "run" / "distilled" / "model.safetensors")
+    found = load_file(path.parent / "run" / "distilled" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-4, msg=name)
+
+
+def unfinish(run_dir: Path, *, keep: int) -> None:
+    """As if the run had been killed after step ``keep``."""
+    shutil.rmtree(run_dir / "distilled")
+    (run_dir / Training.FILE).unlink()
+    for checkpoint in (run_dir / "checkpoints").glob("checkpoint-*"):
+        if checkpoint.name != f"checkpoint-{keep}":
+            shutil.rmtree(checkpoint)
+
+
+def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(teacher, tmp_path):
+    """DeepSpeed gives every group the first one's settings there, and one step counter to all."""
+    path = recipe(tmp_path, teacher, deepspeed="deepspeed/zero3.json", trainable="from_first_cut")
+    settings = ["distill.trainer.weight_decay=5", "distill.trainer.save_steps=0.5"]
+    finished(distill(path, *settings))
+    whole = load_file(path.parent / "run" / "distilled" / "model.safetensors")
+    losses = curve(path)
+    unfinish(path.parent / "run", keep=STEPS // 2)
+    finished(distill(path, *settings, ranks=2))
+    assert curve(path) == pytest.approx(losses, abs=1e-5)
+    for name, weight in load_file(path.parent / "run" / "distilled" / "model.safetensors").items():
+        torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_loss_does_not_depend_on_the_split_where_rows_hold_unequal_numbers_of_targets(teacher, tmp_path):
+    """Every document's first token is no target, so rows of short documents have fewer: their mean of means differs."""
+    documents = tmp_path / "short_and_long.jsonl"
+    lengths = [3, 200, 5, 4, 150, 7, 90, 3, 3, 4] * 12
+    documents.write_text("".join(json.dumps({"text": chr(97 + n % 26) * n}) + "\n" for n in lengths))
+    curves = []
+    for rows, ranks in [(4, 1), (1, 1), (1, 2)]:
+        path = recipe(tmp_path / f"{rows}-{ranks}", teacher, data={"path": str(documents)})
+        overrides = [
+            f"distill.trainer.per_device_train_batch_size={rows}",
+            "distill.trainer.save_strategy=no",
+            "distill.head_chunk=7",
+        ]
+        finished(distill(path, *overrides, ranks=ranks))
+        curves.append(curve(path))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+    assert curves[2] == pytest.approx(curves[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2)])
+def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teacher, tmp_path, stage, ranks):
+    path = recipe(tmp_path, teacher)
+    finished(
+        distill(
+            path,
+            f"distill.deepspeed=deepspeed/zero{stage}.json",
+            "distill.trainer.save_strategy=no",
+            "distill.precision=bfloat16",
+            ranks=ranks,
+        )
+    )
+    assert curve(path) == pytest.approx(curve(reference), abs=5e-3)
+    assert curve(path) != pytest.approx(curve(reference), abs=1e-6), "bf16 was asked for"
+
+
+def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(teacher, tmp_path):
+    curves = []
+    for name, ranks, overrides in [
+        ("plain", 1, ["distill.deepspeed=deepspeed/zero0.json"]),
+        ("sharded", 2, ["distill.deepspeed=deepspeed/zero3.json", "distill.trainer.gradient_checkpointing=true"]),
+    ]:
+        path = recipe(tmp_path / name, teacher, trainable="from_first_cut")
+        finished(distill(path, *overrides, "distill.trainer.save_strategy=no", ranks=ranks))
+        curves.append(curve(path))
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_an_edit_zeroed_stays_zero_over_ranks_and_shards(teacher, tmp_path, stage):
+    path = recipe(tmp_path, teacher, deepspeed=f"deepspeed/zero{stage}.json")
+    edits = "[{kind: head_mask, layer: 1, heads: [0]}, {kind: skip_mlp, layers: [4]}]"
+    decay = "distill.trainer.weight_decay=0.1"
+    finished(distill(path, f"prune.edits={edits}", decay, ranks=2))
+    trained, cut = (load_file(path.parent / "run" / name / "model.safetensors") for name in ("distilled", "student"))
+    output = "model.layers.1.self_attn.o_proj.weight"
+    assert not trained[output][:, :8].any()
+    assert not torch.equal(trained[output][:, 8:], cut[output][:, 8:])
+    assert not trained["model.layers.2.mlp.down_proj.weight"].any()
+    assert not torch.equal(
+        trained["model.layers.2.self_attn.o_proj.weight"], cut["model.layers.2.self_attn.o_proj.weight"]
+    )
+
+
+def start(path: Path, *overrides: str, ranks: int) -> subprocess.Popen[str]:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    script = [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), *script]
+    return subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    running = [child for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in running if any("distill.py" in word for word in child.cmdline()[:4])]
+
+
+@pytest.mark.parametrize("victim", ["rank", "launcher"])
+def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_path, victim):
+    path = recipe(tmp_path, teacher, **MANY)
+    ranks = 2 if victim == "rank" else 1
+    launcher = start(path, ranks=ranks)
+    checkpoints = path.parent / "run" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+    processes = ranks_of(launcher)
+    assert len(processes) == ranks
+    os.kill(processes[-1].pid if victim == "rank" else launcher.pid, signal.SIGKILL)
+    launcher.wait(timeout=120)
+    assert launcher.returncode != 0
+    wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in processes), "the ranks to end")
+    assert not (path.parent / "run" / "distilled").exists()
+
+    log = finished(distill(path, ranks=ranks))
+    assert "going on from" in log
+    assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
+
+
+def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_left(long_reference, teacher, tmp_path):
+    path = recipe(tmp_path, teacher, **MANY)
+    launcher = start(path, "distill.timeout_s=8", ranks=2)
+    checkpoints = path.parent / "run" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+    late = next(process for process in ranks_of(launcher) if process.environ()["RANK"] == "1")
+    late.suspend()
+    wait_for(lambda: launcher.poll() is None and len(ranks_of(launcher)) == 1, "the waiting rank to end", 60)
+    late.kill()  # the launcher would, half a minute later
+    _, log = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert f"rank 1 (host {socket.gethostname()}, process {late.pid}) gives no sign of life" in log
+    assert "the same command goes on from the last checkpoint" in log
+    assert "going on from" in finished(distill(path))
+    assert curve(path, MANY_STEPS) == pytest.approx(curve(long_reference, MANY_STEPS), abs=1e-4)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_reference, teacher, tmp_path):
+    path = recipe(tmp_path, teacher, **MANY)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "distill.py"), "--config", str(path)],
+        env=one_rank(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = path.parent / "run" / "checkpoints"
+    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 143, log[-2000:]
+    assert re.search(r"stopped at step \d+ of 60 \(SIGTERM\), saved; the same command goes on", log)
+    finished(distill(path))
+    assert curve(path, MANY_STEPS) == curve(long_reference, MANY_STEPS)
+    ours, theirs = (load_file(p.parent / "run" / "distilled" / "model.safetensors") for p in (path, long_reference))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def unfinished_copy(reference: Path, folder: Path) -> Path:
+    """The reference run as if it had been killed after its last checkpoint."""
+    shutil.copytree(reference.parent, folder, dirs_exist_ok=True)
+    path = folder / "recipe.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["run_dir"] = str(folder / "run")
+    path.write_text(yaml.safe_dump(settings))
+    shutil.rmtree(folder / "run" / "distilled")
+    (folder / "run" / Training.FILE).unlink()
+    return path
+
+
+def test_a_truncated_checkpoint_is_skipped_and_the_curve_stays(reference, tmp_path):
+    path = unfinished_copy(reference, tmp_path / "copy")
+    newest = path.parent / "run" / "checkpoints" / f"checkpoint-{STEPS}"
+    largest = max(newest.rglob("*.pt"), key=lambda file: file.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    log = finished(distill(path))
+    assert re.search(rf"checkpoint-{STEPS}: .* bytes instead of .*; going back to the checkpoint before it", log)
+    assert f"going on from {path.parent / 'run' / 'checkpoints'}/checkpoint-{STEPS - 2}" in log
+    assert curve(path) == curve(reference)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, tmp_path):
+    path = unfinished_copy(reference, tmp_path / "copy")
+    result = distill(path, "distill.trainer.learning_rate=0.5")
+    assert result.returncode == 2
+    assert (
+        "belongs to another run: distill.trainer.learning_rate is 0.5 in this recipe but 0.001 there" in result.stderr
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_named(teacher, tmp_path):
+    path = recipe(tmp_path, teacher)
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        result = distill(path, env=one_rank(MASTER_PORT=port))
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert f"cannot join the other ranks at 127.0.0.1:{port}: the port is in use" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(teacher, tmp_path):
+    path = recipe(tmp_path, teacher, check_memory=False)  # which would refuse it before it starts
+    run_dir = path.parent / "run"
+    run_dir.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(run_dir)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("cannot mount a small tmpfs here (needs root)")
+    try:
+        result = distill(path)
+        assert result.returncode == 2, result.stderr[-2000:]
+        assert "the disk is full" in result.stderr
+        assert "run the same command again" in result.stderr
+        left = list((run_dir / "checkpoints").glob("checkpoint-*"))
+        assert all((checkpoint / "manifest.json").is_file() for checkpoint in left)
+    finally:
+        subprocess.run(["umount", str(run_dir)], check=True)
+
+
+def test_wandb_offline_keeps_one_run_id_over_a_resume(reference, tmp_path):
+    path = unfinished_copy(reference, tmp_path / "copy")
+    ids = []
+    for _ in range(2):
+        finished(distill(path, "track.wandb=offline", env=one_rank(WANDB_MODE="offline")))
+        run_dir = path.parent / "run"
+        ids.append((run_dir / "wandb_run_id").read_text().strip())
+        (run_dir / Training.FILE).unlink()
+    assert ids[0] == ids[1]
+    runs = list((path.parent / "run" / "wandb").glob("offline-run-*"))
+    assert {run.name.rsplit("-", 1)[1] for run in runs} == {ids[0]}
+    assert list(runs[0].glob("*.wandb"))
+
+
+def test_teacher_text_is_written_once_and_trained_on(teacher, tmp_path):
+    sources = [{"path": "python_docs"}, {"path": "teacher_text"}]
+    path = recipe(tmp_path, teacher, data=sources, writing={"num_tokens": 300})
+    log = finished(distill(path, "distill.trainer.max_steps=1"))
+    assert "the teacher writes 2 texts" in log
+    (folder,) = (path.parent / "run" / "text").glob("written-*")
+    texts = [json.loads(line)["text"] for line in (folder / "texts.jsonl").read_text().split("\n") if line]
+    assert len(texts) == 2
+    training = Training.read(path.parent / "run" / Training.FILE)
+    sources = training.data["sources"]
+    assert isinstance(sources, dict)
+    assert sources["teacher_text"]["tokens"] > 0
+
+
+def stage(script: str, path: Path, *overrides: str, ranks: int) -> None:
+    """Run launch/measure.py or launch/eval.py under the DeepSpeed launcher; its verb on a rank alone without one."""
+    if ranks == 1:
+        verb = script.removesuffix(".py")
+        finished(run_ranks([verb, "--config", str(path), *overrides], ranks=1, env=environment(), cwd=path.parent))
+        return
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / "launch" / script)]
+    command += ["--config", str(path), *overrides]
+    finished(subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False))
+
+
+def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(teacher, tmp_path):
+    few = ["measure.num_tokens=700", "measure.sequence_length=100"]
+    tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25, batch_size: 1"
+    few.append(f"measure.sweep={{{tasks}, perplexity_tokens: 700, sequence_length: 64}}")
+    paths = [recipe(tmp_path / str(ranks), teacher) for ranks in (1, 2)]
+    stage("measure.py", paths[0], *few, ranks=1)
+    interrupted = kill_in_the_middle_of_a_sweep(paths[1], *few)
+    stage("measure.py", paths[1], *few, ranks=2)
+    one, two = (Importance.read(path.parent / "run" / Importance.FILE) for path in paths)
+    assert one.num_tokens == two.num_tokens
+    for name, scores in one.layers.items():
+        assert two.layers[name] == pytest.approx(scores, abs=1e-9)
+    for name, rows in one.runs.items():
+        for row, other in zip(rows, two.runs[name], strict=True):
+            assert other == pytest.approx(row, abs=1e-9)
+    for file in ("knowledge_generation", "knowledge_continuation", "perplexity"):
+        scores, others = (json.loads((tmp_path / rank / f"run/sweep/layer/{file}.json").read_text()) for rank in "12")
+        assert others["ids"] == scores["ids"]
+        assert others["intact"] == pytest.approx(scores["intact"], abs=1e-5)
+        for unit, items in scores["without"].items():
+            assert others["without"][unit] == pytest.approx(items, abs=1e-5)
+    answers = [(tmp_path / f"2/run/sweep/layer/answers-{rank}.jsonl").read_text() for rank in (0, 1)]
+    assert answers[0].startswith(interrupted)  # nothing was begun anew
+    assert all(len(text.splitlines()) > 2 for text in answers)
+
+
+def kill_in_the_middle_of_a_sweep(path: Path, *overrides: str) -> str:
+    """What one rank had answered until it was killed; its last, half written line aside."""
+    answers = path.parent / "run/sweep/layer/answers-0.jsonl"
+    script = [sys.executable, str(ROOT / "launch/measure.py"), "--config", str(path), *overrides]
+    process = subprocess.Popen(script, env=one_rank(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not answers.exists() or "\n" not in answers.read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (path.parent / "run" / Importance.FILE).exists()
+    written = answers.read_text()
+    return written[: written.rindex("\n") + 1]
+
+
+def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
+    found = []
+    small = ["eval.limit=7", "eval.perplexity_tokens=700", "eval.sequence_length=256", "eval.batch_size=4"]
+    tasks = "eval.tasks=[knowledge_continuation, retrieval_generation]"
+    for ranks in (1, 2):
+        path = recipe(tmp_path / str(ranks), teacher)
+        stage("eval.py", path, *small, tasks, "eval.speed=false", ranks=ranks)
+        found.append(Evaluation.read(path.parent / "run" / "eval" / "teacher.json"))
+    for one, two in zip(found[0].tasks, found[1].tasks, strict=True):
+        assert (one.task, one.n) == (two.task, two.n)
+        assert two.score == pytest.approx(one.score, abs=1e-5)
+        assert [(item.id, item.prediction) for item in one.items] == [(item.id, item.prediction) for item in two.items]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_a_gpu_gives_the_curve_of_the_cpu(reference, teacher, tmp_path, zero):
+    path = recipe(tmp_path, teacher)
+    env = environment()
+    del env["DS_ACCELERATOR"]
+    finished(distill(path, f"distill.deepspeed=deepspeed/zero{zero}.json", launcher=True, env=env))
+    assert curve(path) == pytest.approx(curve(reference), abs=1e-3)

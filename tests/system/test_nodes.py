@@ -1,0 +1,123 @@
+"""Two nodes rehearsed on one machine, and the examples for clusters."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from ranks import environment, run_ranks
+from safetensors.torch import load_file
+from tiny import tiny_checkpoint
+from torch.distributed.run import get_args_parser
+
+from shoal.artifacts.artifact import Training
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "configs" / "cluster"
+STEPS = 3
+ADDRESSES = ("10.213.7.1", "10.213.7.2")
+
+
+def ip(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"ip {' '.join(words)}: {done.stderr}"
+
+
+@pytest.fixture
+def nodes() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by one cable; nothing but it connects them."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs the program `ip` (Debian package iproute2)")
+    names = (f"shoal-{os.getpid()}-a", f"shoal-{os.getpid()}-b")
+    tried = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True, check=False)
+    if tried.returncode != 0:
+        pytest.skip(f"cannot make network namespaces here (needs root): {tried.stderr.strip()}")
+    try:
+        ip("netns", "add", names[1])
+        ip("link", "add", "cable-a", "netns", names[0], "type", "veth", "peer", "name", "cable-b", "netns", names[1])
+        for name, end, address in zip(names, ("cable-a", "cable-b"), ADDRESSES, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def recipe(folder: Path, teacher: Path) -> Path:
+    folder.mkdir()
+    settings = {
+        "model": str(teacher),
+        "run_dir": str(folder / "run"),
+        "dtype": "float32",
+        "prune": {"drop": [2, 3]},
+        "track": {"wandb": "off"},
+        "distill": {
+            "num_tokens": 64 * 4 * STEPS,
+            "sequence_length": 64,
+            "batch_size": 4,
+            "precision": "float32",
+            "deepspeed": "deepspeed/zero2.json",
+            "watch": None,
+            "trainer": {"learning_rate": 1e-3, "save_strategy": "no"},
+        },
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.slow
+def test_two_nodes_train_the_weights_of_one_bit_for_bit(nodes, tmp_path):
+    teacher = tiny_checkpoint(tmp_path, "llama_tied")
+    alone, together = recipe(tmp_path / "alone", teacher), recipe(tmp_path / "together", teacher)
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launched = []
+    for number, name in enumerate(nodes):
+        command = ["ip", "netns", "exec", name, deepspeed, "--hostfile", str(hostfile), "--no_ssh"]
+        command += ["--node_rank", str(number), "--master_addr", ADDRESSES[0], "--master_port", "29513"]
+        command += [str(ROOT / "launch" / "distill.py"), "--config", str(together)]
+        env = environment(GLOO_SOCKET_IFNAME=f"cable-{'ab'[number]}")
+        launched.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, cwd=tmp_path))
+    one = run_ranks(["distill", "--config", str(alone)], ranks=2, env=environment(), cwd=tmp_path)
+    assert one.returncode == 0, one.stderr[-3000:]
+    for process in launched:
+        _, log = process.communicate(timeout=300)
+        assert process.returncode == 0, log[-3000:]
+    histories = [Training.read(path.parent / "run" / Training.FILE).history for path in (alone, together)]
+    assert [row["loss"] for row in histories[0]] == [row["loss"] for row in histories[1]]
+    first, second = (load_file(p.parent / "run" / "distilled" / "model.safetensors") for p in (alone, together))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_hostfile_example_is_one_that_the_launcher_reads():
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert fetch_hostfile(str(CLUSTER / "hostfile")) == {"node-a": 8, "node-b": 8}
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun.sh"])
+def test_the_scripts_for_clusters_are_valid_and_use_flags_that_exist(name):
+    script = CLUSTER / name
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = re.sub(r"(?m)^\s*#.*$", "", script.read_text()).replace("\\\n", " ")
+    command = re.search(r"torchrun (.*)", text)
+    assert command is not None
+    words = re.sub(r'"?\$\{?\w+(:-\w+)?\}?"?', "2", command.group(1)).split()
+    options = get_args_parser().parse_args(words[: words.index("launch/distill.py") + 1])
+    assert options.training_script == "launch/distill.py"
+    assert (ROOT / options.training_script).is_file()
+    assert options.nnodes == "2"
+    assert options.nproc_per_node == "2"

@@ -1,0 +1,35 @@
+"""What a command loads before it can say no, and what it may pick up from the folder that it is started in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "lm_eval", "numpy", "huggingface_hub")
+"""Each takes longer to import than a recipe takes to be read."""
+SHIPPED_RECIPES = "for file in sorted(CONFIGS_DIR.glob('*.yaml')): load_recipe(file)"
+MISSPELT_KEY = "assert run_verb('prune', 'quickstart.yaml', ['prune.dorp=1']) == 2"
+MISSPELT_TASK = "assert run_verb('eval', 'quickstart.yaml', ['eval.tasks=[retreival_generation]']) == 2"
+
+
+@pytest.mark.parametrize("work", [SHIPPED_RECIPES, MISSPELT_KEY, MISSPELT_TASK])
+def test_a_recipe_is_read_and_refused_before_anything_heavy_is_loaded(work: str) -> None:
+    script = f"""
+import sys
+from shoal.cli import run_verb
+from shoal.recipe.recipe import CONFIGS_DIR, load_recipe
+{work}
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+assert not loaded, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_loads_no_recipe() -> None:
+    script = "import sys; sys.modules['pydantic'] = None; from shoal import cli; cli.main(['distill', '--help'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--dry-run" in done.stdout

@@ -1,0 +1,91 @@
+"""A training step that is not sound ends the training, and its batch can be looked at."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.train.callbacks.loss_spikes import REMEMBERED_STEPS, LossGuard, load_batches, refuse_step
+from shoal.train.trainer import DistillTrainer
+
+
+def problems(guard: LossGuard, losses: list[float]) -> list[str | None]:
+    return [guard.problem({"loss": loss}) for loss in losses]
+
+
+def test_a_healthy_curve_has_no_problem():
+    falling = [5.0 / (1 + 0.1 * step) + 0.3 * (step % 3) for step in range(100)]
+    assert problems(LossGuard(2.0), falling) == [None] * 100
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_named_whichever_term_it_is(value):
+    assert LossGuard(None).problem({"loss": 1.0, "reverse_kl": value}) == f"reverse_kl is {value}"
+
+
+@pytest.mark.parametrize(
+    ("float16", "overflow", "norm"), [(True, True, None), (True, False, math.inf), (False, True, math.inf)]
+)
+def test_a_step_that_float16_skips_to_find_its_scale_has_no_norm_to_judge(float16, overflow, norm):
+    trainer: Any = SimpleNamespace(_autocast_dtype=None)
+    engine: Any = SimpleNamespace(
+        fp16_enabled=lambda: float16,
+        optimizer=SimpleNamespace(overflow=overflow),
+        get_global_grad_norm=lambda: math.inf,
+    )
+    DistillTrainer._get_grad_norm(trainer, engine)
+    assert trainer._gradient_norm == norm
+
+
+def test_a_spike_is_measured_against_the_median_of_the_steps_before():
+    guard = LossGuard(3.0)
+    problems(guard, [1.0] * 20)
+    assert guard.problem({"loss": 2.9}) is None
+    told = guard.problem({"loss": 3.1})
+    assert told is not None
+    assert "3.1, more than distill.stop_on_spike: 3 times 1, the median of the 21 steps before" in told
+
+
+def test_one_high_step_does_not_make_the_next_one_usual():
+    guard = LossGuard(3.0)
+    problems(guard, [1.0] * 20)
+    assert guard.problem({"loss": 50.0}) is not None
+    assert guard.problem({"loss": 50.0}) is not None
+
+
+def test_the_first_steps_and_a_guard_that_is_off_say_nothing():
+    few = REMEMBERED_STEPS // 2
+    assert problems(LossGuard(2.0), [1.0] * (few - 1) + [100.0]) == [None] * few
+    assert problems(LossGuard(None), [1.0] * 50 + [1e9]) == [None] * 51
+
+
+def test_a_loss_that_is_rounding_does_not_spike():
+    guard = LossGuard(3.0)
+    problems(guard, [1e-6] * 20)
+    assert guard.problem({"loss": 1e-4}) is None
+    assert guard.problem({"loss": 0.1}) is not None
+
+
+def test_losses_of_an_earlier_life_count():
+    guard = LossGuard(3.0)
+    guard.remember([1.0] * 40)
+    assert guard.problem({"loss": 4.0}) is not None
+
+
+def test_the_batch_of_a_refused_step_can_be_read_back(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {name: torch.randint(0, 9, (2, 5), generator=generator) for name in ("input_ids", "labels")} for _ in range(3)
+    ]
+    for number, mine in enumerate((batches[:2], batches[2:])):
+        monkeypatch.setenv("RANK", str(number))
+        error = refuse_step("loss is nan", 7, mine, tmp_path)
+        assert "step 7: loss is nan" in str(error)
+        assert str(tmp_path / "step-7") in str(error)
+    found = load_batches(tmp_path / "step-7")
+    assert len(found) == 3
+    for one, other in zip(found, batches, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in other)

@@ -1,0 +1,115 @@
+"""Scores while training: when, under which names, and which state is kept as the best."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from shoal.eval.quick_eval import QuickScore, QuickScores
+from shoal.recipe.distill import Watch
+from shoal.recipe.recipe import Eval
+from shoal.train.callbacks.validation import Watcher
+
+
+class Training:
+    """Stands for the trainer: scores by step, and a student whose only weight is the step number."""
+
+    def __init__(self, watcher: Watcher, scores: dict[int, float], *, higher_is_better: bool = True) -> None:
+        self.step, self.logged = 0, {}
+        watcher.score = lambda: {"knowledge": QuickScore(scores.get(self.step, 0.0), higher_is_better)}
+        watcher.log = lambda logs: self.logged.setdefault(self.step, logs)
+        watcher.state = lambda: {"weight": torch.tensor([float(self.step)])}
+        self.watcher = watcher
+
+    def run(self, steps: range, *, max_steps: int) -> None:
+        state = SimpleNamespace(global_step=steps.start, max_steps=max_steps)
+        self.step = steps.start
+        self.watcher.on_train_begin(None, state, None)
+        for step in steps:
+            self.step = state.global_step = step + 1
+            self.watcher.on_step_end(None, state, None)
+
+
+def watcher(folder, *, inputs=None, **settings) -> Watcher:
+    return Watcher(Watch(**settings), folder, inputs or {"a": 1})
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0.25, [0, 3, 6, 9, 10]), (4, [0, 4, 8, 10]), (1, list(range(11))), (0.5, [0, 5, 10])]
+)
+def test_the_student_is_scored_before_the_first_step_at_every_so_many_and_after_the_last(tmp_path, every, steps):
+    training = Training(watcher(tmp_path, every=every), {})
+    training.run(range(10), max_steps=10)
+    assert list(training.logged) == steps
+    assert training.logged[0] == {"watch/knowledge": 0.0}
+
+
+def test_a_resumed_run_does_not_score_its_beginning_again(tmp_path):
+    training = Training(watcher(tmp_path, every=4), {})
+    training.run(range(6, 10), max_steps=10)
+    assert list(training.logged) == [8, 10]
+
+
+@pytest.mark.parametrize(("higher_is_better", "best"), [(True, 4), (False, 6)])
+def test_the_best_state_is_kept_by_the_score_that_was_chosen(tmp_path, higher_is_better, best):
+    kept = watcher(tmp_path, every=2, best="knowledge")
+    scores = {0: 0.5, 2: 0.6, 4: 0.9, 6: 0.1, 8: 0.8, 10: 0.7}
+    Training(kept, scores, higher_is_better=higher_is_better).run(range(10), max_steps=10)
+    found = kept.best()
+    assert found is not None
+    assert (found["step"], found["score"]) == (best, scores[best])
+    assert kept.best_state()["weight"].item() == best
+    kept.forget()
+    assert kept.best() is None
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    kept = watcher(tmp_path, every=2, best="knowledge")
+    Training(kept, {0: math.nan, 2: 0.6, 4: math.nan}).run(range(4), max_steps=4)
+    found = kept.best()
+    assert found is not None
+    assert found["step"] == 2
+
+
+def test_a_resumed_run_remembers_the_best_of_its_earlier_life_and_not_another_runs(tmp_path):
+    Training(watcher(tmp_path, every=2, best="knowledge"), {4: 0.9}).run(range(5), max_steps=10)
+    later = watcher(tmp_path, every=2, best="knowledge")
+    Training(later, {6: 0.5, 8: 0.5, 10: 0.5}).run(range(5, 10), max_steps=10)
+    found = later.best()
+    assert found is not None
+    assert found["step"] == 4
+    assert watcher(tmp_path, best="knowledge", inputs={"a": 2}).best() is None
+
+
+def test_nothing_is_kept_where_no_score_chooses(tmp_path):
+    kept = watcher(tmp_path, every=2)
+    Training(kept, {2: 1.0}).run(range(4), max_steps=4)
+    assert list(tmp_path.iterdir()) == []
+    assert kept.best() is None
+
+
+def test_scoring_leaves_training_mode_and_random_numbers_as_they_were():
+    model = tiny_model("llama").train()
+    scorer = QuickScores(tiny_tokenizer(), Eval(tasks=(), perplexity_tokens=64, sequence_length=32), seed=3)
+    assert scorer.names == ("perplexity",)
+
+    def drawn() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(()).item()
+
+    def seeded() -> None:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+    seeded()
+    expected = drawn()
+    seeded()
+    scores = scorer(model)
+    assert drawn() == expected
+    assert model.training
+    assert scores["perplexity"].value == pytest.approx(np.log(model.config.vocab_size), abs=0.5)
+    assert not scores["perplexity"].higher_is_better

@@ -1,0 +1,239 @@
+"""A checkpoint is complete or it does not count."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.errors import UserError
+from shoal.train.engine import checkpoint as checkpoint_module
+from shoal.train.engine.checkpoint import (
+    MANIFEST,
+    UNIVERSAL,
+    commit,
+    last_complete,
+    needs_universal,
+    refuse_other_run,
+    remove_older,
+    separate_groups,
+)
+
+
+@pytest.fixture(autouse=True)
+def _own_key(tmp_path_factory, monkeypatch):
+    """No key but that of this test, and no run directory that is vouched for."""
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.delenv("SHOAL_TRUSTED_RUNS", raising=False)
+
+
+INPUTS = {"model": "abc", "distill.trainer.learning_rate": 0.1}
+
+
+def checkpoint(root, step):
+    folder = root / f"checkpoint-{step}"
+    (folder / "shards").mkdir(parents=True)
+    (folder / "state.json").write_text(f"step {step}")
+    (folder / "shards" / "0.pt").write_bytes(bytes(range(200)))
+    return folder
+
+
+def committed(root, *steps):
+    folders = [checkpoint(root, step) for step in steps]
+    for folder in folders:
+        commit(folder, INPUTS)
+    return folders
+
+
+def test_the_newest_complete_checkpoint_is_taken_by_number_not_by_name(tmp_path):
+    committed(tmp_path, 2, 10, 9)
+    assert last_complete(tmp_path, INPUTS) == tmp_path / "checkpoint-10"
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert last_complete(tmp_path / "nowhere", INPUTS) is None
+
+
+def truncate(folder):
+    (folder / "shards" / "0.pt").write_bytes(b"x")
+
+
+def flip(folder):
+    (folder / "shards" / "0.pt").write_bytes(bytes(reversed(range(200))))
+
+
+def lose(folder):
+    (folder / "shards" / "0.pt").unlink()
+
+
+def unfinished(folder):
+    (folder / MANIFEST).unlink()
+
+
+def tear_manifest(folder):
+    (folder / MANIFEST).write_text('{"inputs"')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, r"shards/0\.pt has 1 bytes instead of 200"),
+        (flip, r"shards/0\.pt does not match its checksum"),
+        (lose, r"lacks shards/0\.pt"),
+        (unfinished, "was not finished"),
+        (tear_manifest, "has a damaged manifest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, caplog, damage, message):
+    _, newest = committed(tmp_path, 1, 2)
+    damage(newest)
+    with caplog.at_level("WARNING"):
+        assert last_complete(tmp_path, INPUTS) == tmp_path / "checkpoint-1"
+    assert "going back to the checkpoint before it" in caplog.text
+    assert re.search(message, caplog.text)
+
+
+def test_a_checkpoint_of_another_run_is_refused_naming_the_field(tmp_path):
+    committed(tmp_path, 1)
+    with pytest.raises(UserError, match=r"distill\.trainer\.learning_rate is 0\.5 in this recipe but 0\.1 there"):
+        last_complete(tmp_path, {**INPUTS, "distill.trainer.learning_rate": 0.5})
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_its_manifest_alone(tmp_path):
+    first, second = committed(tmp_path, 1, 2)
+    lose(first)
+    tear_manifest(second)
+    refuse_other_run(tmp_path, INPUTS)
+    refuse_other_run(tmp_path / "nowhere", INPUTS)
+    with pytest.raises(UserError, match=r"checkpoint-1: belongs to another run: model is 'other' in this recipe"):
+        refuse_other_run(tmp_path, {**INPUTS, "model": "other"})
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("code of somebody else runs",)
+
+
+def planted(folder):
+    """A file of another's making, its checksum put into the manifest."""
+    (folder / "shards" / "0.pt").write_bytes(pickle.dumps(Payload()))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["shards/0.pt"] = checkpoint_module._stamp(folder / "shards" / "0.pt")
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def made_by_another(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "signature": "0" * 64}))
+
+
+def of_an_older_shoal(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({key: value for key, value in manifest.items() if key != "signature"}))
+
+
+@pytest.mark.parametrize("change", [planted, made_by_another, of_an_older_shoal])
+def test_a_checkpoint_that_this_user_has_not_signed_is_refused_without_consent(tmp_path, monkeypatch, change):
+    _, newest = committed(tmp_path / "run" / "checkpoints", 1, 2)
+    folder = newest.parent
+    last_complete(folder, INPUTS)
+    change(newest)
+    message = (
+        rf"checkpoint-2: is not signed with your key .*Delete {folder} to train from the beginning.*"
+        rf"SHOAL_TRUSTED_RUNS={tmp_path}/run"
+    )
+    for refuse in (last_complete, refuse_other_run):
+        with pytest.raises(UserError, match=message):
+            refuse(folder, INPUTS)
+    monkeypatch.setenv("SHOAL_TRUSTED_RUNS", str(tmp_path / "run"))
+    refuse_other_run(folder, INPUTS)
+    assert last_complete(folder, INPUTS) == newest
+
+
+def test_a_file_that_the_manifest_does_not_name_makes_a_checkpoint_damaged(tmp_path, caplog):
+    _, newest = committed(tmp_path, 1, 2)
+    (newest / "shards" / ".nfs01").write_text("left by the file system")
+    assert last_complete(tmp_path, INPUTS) == newest
+    (newest / "shards" / "a_mp_rank_00_model_states.pt").write_bytes(b"DeepSpeed would look for such names")
+    assert last_complete(tmp_path, INPUTS) == tmp_path / "checkpoint-1"
+    assert "holds shards/a_mp_rank_00_model_states.pt, which its manifest does not name" in caplog.text
+
+
+def test_removal_keeps_the_newest_complete_ones_and_does_not_count_unfinished_ones(tmp_path):
+    committed(tmp_path, 1, 2, 3)
+    checkpoint(tmp_path, 4)
+    remove_older(tmp_path, keep=2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def test_the_manifest_names_every_file(tmp_path):
+    (folder,) = committed(tmp_path, 1)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert set(manifest["files"]) == {"state.json", "shards/0.pt"}
+    assert manifest["inputs"] == INPUTS
+
+
+@pytest.mark.parametrize(("saved", "asked"), [(2, 3), (3, 2), (0, 1), (1, 0)])
+def test_a_zero_stage_that_lays_out_the_optimizer_differently_is_refused(tmp_path, saved, asked):
+    folder = checkpoint(tmp_path, 1)
+    commit(folder, INPUTS, zero_stage=saved)
+    message = f"was trained under ZeRO stage {saved}, .* under stage {asked}: .*Set stage {saved} in distill.deepspeed"
+    with pytest.raises(UserError, match=message):
+        needs_universal(folder, zero_stage=asked)
+
+
+def test_the_same_ranks_and_a_whole_optimizer_need_no_conversion(tmp_path, monkeypatch):
+    sharded, whole = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    commit(sharded, INPUTS, zero_stage=2)
+    commit(whole, INPUTS, zero_stage=0)
+    assert not needs_universal(sharded, zero_stage=2)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert not needs_universal(whole, zero_stage=0)
+
+
+def test_a_conversion_is_made_once_whole_and_again_where_it_is_damaged(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path, 1)
+    (folder / "latest").write_text("shards")
+    commit(folder, INPUTS, zero_stage=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = []
+
+    def convert(request):
+        made.append(request.input_folder)
+        (folder / "latest_universal").write_text("a temporary name")
+        zero = Path(request.output_folder) / "zero"
+        zero.mkdir()
+        (zero / "fp32.pt").write_bytes(b"12345")
+
+    monkeypatch.setattr("deepspeed.checkpoint.ds_to_universal.main", convert)
+    for _ in range(2):
+        assert needs_universal(folder, zero_stage=2)
+        assert (folder / "latest_universal").read_text() == UNIVERSAL
+    assert made == [str(folder / "shards")]
+    (folder / UNIVERSAL / "zero" / "fp32.pt").write_bytes(b"12344")
+    assert needs_universal(folder, zero_stage=2)
+    assert len(made) == 2
+    made_by_another(folder / UNIVERSAL)
+    assert needs_universal(folder, zero_stage=2)
+    assert len(made) == 3, "one that somebody else has put there is not read"
+    assert last_complete(tmp_path, INPUTS) == folder, "the ranks' own files count as before"
+
+
+def test_groups_that_deepspeed_mixed_up_are_apart_again(tmp_path):
+    saved = [{"lr": 0.1, "weight_decay": 0.3, "params": [0]}, {"lr": 0.1, "weight_decay": 0.0, "params": [1]}]
+    (tmp_path / UNIVERSAL / "zero").mkdir(parents=True)
+    torch.save({"param_groups": saved}, tmp_path / UNIVERSAL / "zero" / "optimizer_state.pt")
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [w], "weight_decay": 0.3} for w in weights])
+    step = torch.tensor(4.0)
+    for weight in weights:
+        optimizer.state[weight] = {"step": step, "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+    separate_groups(optimizer, tmp_path)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]
+    for weight in weights:
+        weight.grad = torch.ones(2)
+    optimizer.step()
+    assert [optimizer.state[weight]["step"].item() for weight in weights] == [5.0, 5.0]

@@ -1,0 +1,295 @@
+"""On-policy steps: whose samples, which tokens are learnt, and what must not depend on how rows are dealt."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from torch.nn import functional
+from transformers import GenerationConfig
+
+from shoal.data.sources import IGNORED
+from shoal.recipe.losses import ForwardKL
+from shoal.recipe.on_policy import OnPolicy
+from shoal.train.generated.on_policy import Sampler, lay_out
+from shoal.train.generated.sampling import draw, end_tokens, own_forwards, sample
+from shoal.train.objective.host_batch import ON_HOST
+from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
+
+END, PAD, ROW = 257, 258, 48
+
+
+@pytest.fixture(scope="module")
+def student():
+    return tiny_model("llama", seed=1)
+
+
+def sampler(**settings) -> Sampler:
+    chosen = OnPolicy(**{"share": 1.0, "prompt_tokens": 5, "new_tokens": 8} | settings)
+    return Sampler(chosen, seed=3, sequence_length=ROW, end_ids=(END,), pad_id=PAD)
+
+
+def text_rows(num_rows: int = 4, *lengths: int) -> dict[str, torch.Tensor]:
+    """Rows of whole documents of running text with an end token each."""
+    lengths = lengths or (30, 18)
+    assert sum(lengths) == ROW
+    chance = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (num_rows, ROW), generator=chance)
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand(num_rows, -1).clone()
+    ids[:, torch.tensor(lengths).cumsum(0) - 1] = END
+    labels = ids.masked_fill(positions == 0, IGNORED)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels, "row": torch.arange(num_rows) + 12}
+
+
+def documents(batch: dict[str, torch.Tensor], row: int) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of every document in a row."""
+    starts = (batch["position_ids"][row] == 0).nonzero()[:, 0].tolist()
+    parts = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    return [(batch["input_ids"][row, part].tolist(), batch["labels"][row, part].tolist()) for part in parts]
+
+
+def fail(*_args, **_kwargs):
+    raise AssertionError("the objective was called")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one if key != ON_HOST)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_the_distribution_says(temperature):
+    logits = torch.tensor([2.0, -1.0, 0.5, -math.inf, 1.0])
+    count = 40_000
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(count))
+    drawn = draw(logits.expand(count, -1), uniforms, temperature=temperature)
+    expected = torch.softmax(logits.double() / temperature, 0)
+    found = drawn.bincount(minlength=5) / count
+    # five standard errors of a share
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
+    assert found[3] == 0
+
+
+def test_temperature_0_takes_the_likeliest_token_and_low_temperatures_come_to_it():
+    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    greedy = draw(logits, uniforms, temperature=0)
+    assert torch.equal(greedy, logits.argmax(-1))
+    assert torch.equal(draw(logits, uniforms, temperature=1e-4), greedy)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_share():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    uniforms = torch.linspace(0, 1, 1001)[:-1]
+    drawn = draw(logits.expand(1000, -1), uniforms, temperature=1.0, top_p=0.7)
+    assert drawn.unique().tolist() == [1, 3]
+    assert (drawn == 1).double().mean().item() == pytest.approx(2 / 3, abs=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_every_token_is_drawn_from_the_models_own_distribution_without_cache_and_padding(kind):
+    """Recomputed one prompt and one token at a time from the whole forward."""
+    model = tiny_model(kind, seed=1)
+    model.generation_config.repetition_penalty = 3.0  # of the checkpoint: must not reach the samples
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((3, 12)))
+    written = sample(model, prompts, uniforms, temperature=0.7, end_ids=(END,), pad_id=PAD)
+    for prompt, text, numbers in zip(prompts, written, uniforms, strict=True):
+        so_far = list(prompt)
+        for token, number in zip(text, numbers, strict=False):
+            logits = model(input_ids=torch.tensor([so_far])).logits[:, -1]
+            assert draw(logits, number[None], temperature=0.7).item() == token
+            so_far.append(token)
+        assert END not in text[:-1]
+        assert len(text) == 12 or text[-1] == END
+    assert model.generation_config.repetition_penalty == 3.0
+
+
+def test_a_text_ends_with_its_end_token(student):
+    prompts = [[1, 2, 3], [4, 5]]
+    uniforms = torch.from_numpy(np.random.default_rng(5).random((2, 10)))
+    free = sample(student, prompts, uniforms, temperature=1.0, end_ids=(), pad_id=PAD)
+    third = free[0][2]
+    assert third not in free[0][:2]
+    ended = sample(student, prompts, uniforms, temperature=1.0, end_ids=(END, third), pad_id=PAD)
+    assert ended[0] == free[0][:3]
+    stop = free[1].index(third) + 1 if third in free[1] else 10
+    assert ended[1] == free[1][:stop]
+
+
+def test_all_end_tokens_of_a_model_are_known():
+    assert end_tokens(GenerationConfig(eos_token_id=[7, END]), END) == (END, 7)
+    assert end_tokens(GenerationConfig(eos_token_id=7), None) == (7,)
+    assert end_tokens(None, None) == ()
+
+
+def test_sampling_uses_the_own_forward_and_gives_the_objective_back(student):
+    rows = text_rows(2)
+    plain = sampler().batches(student, [rows], step=0)
+    modules = [student, student.lm_head]
+    for module in modules:
+        module.forward = fail
+    student.train()
+    try:
+        with own_forwards(student):
+            assert equal(sampler().batches(student, [rows], step=0)[0], plain[0])
+        assert student.training
+        with pytest.raises(ZeroDivisionError), own_forwards(student):
+            raise ZeroDivisionError
+        assert [module.__dict__["forward"] for module in modules] == [fail, fail]
+    finally:
+        student.eval()
+        for module in modules:
+            del module.forward
+
+
+def test_only_sampled_tokens_are_learnt_up_to_the_end_token(student):
+    rows = text_rows(3)
+    (batch,) = sampler().batches(student, [rows], step=0)
+    originals = [document for row in range(3) for document, _ in documents(rows, row)]
+    width = batch["input_ids"].shape[1]
+    assert 0 < width <= ROW
+    for row in range(3):
+        found = documents(batch, row)
+        samples = [(ids, labels) for ids, labels in found if any(label != IGNORED for label in labels)]
+        assert 1 <= len(samples) <= 3
+        for ids, labels in samples:
+            assert labels[:5] == [IGNORED] * 5
+            assert labels[5:] == ids[5:]
+            assert len(ids) <= 13
+            assert END not in ids[5:-1]
+            # every prompt is a piece of a document of the rows
+            assert any(ids[:5] == d[a : a + 5] for d in originals for a in range(len(d)))
+        padding = found[len(samples) :]
+        assert all(set(ids) == {PAD} for ids, _ in padding)
+        assert len(padding) <= 1
+
+
+def test_long_documents_give_several_prompts_and_short_rows_one(student):
+    (batch,) = sampler().batches(student, [text_rows(1, 48)], step=0)
+    # samples of up to 13 tokens: three fit into a row of 48, from three of the places 0, 13, 26, 39 of the document
+    starts = {tuple(ids[:5]) for ids, labels in documents(batch, 0) if labels[-1] != IGNORED}
+    ids = text_rows(1, 48)["input_ids"][0].tolist()
+    assert len(starts) == 3
+    assert starts < {tuple(ids[at : at + 5]) for at in (0, 13, 26, 39)}
+    (long,) = sampler(new_tokens=400).batches(student, [text_rows(1, 48)], step=0)
+    assert long["input_ids"].shape[1] <= ROW
+    assert (long["labels"] != IGNORED).sum() > 0
+
+
+def test_the_models_start_token_stays_in_front():
+    chosen = Sampler(OnPolicy(prompt_tokens=4, new_tokens=4), 0, ROW, (END,), PAD, bos_id=256)
+    document = [256, *range(30)]
+    assert chosen._openings(document) == [[256, 0, 1, 2], [256, 7, 8, 9], [256, 15, 16, 17], [256, 23, 24, 25]]
+    assert chosen._openings([256, END]) == [[256]]
+    assert chosen._openings([END]) == []
+
+
+def test_of_a_conversation_the_prompt_is_all_before_an_assistants_turn(student):
+    rows = text_rows(1, 40, 8)
+    labels = torch.full((1, ROW), IGNORED)
+    labels[0, 10:15] = rows["input_ids"][0, 10:15]
+    labels[0, 25:30] = rows["input_ids"][0, 25:30]  # the second document, padding, teaches nothing
+    rows["labels"] = labels
+    ids = rows["input_ids"][0].tolist()
+    found = set()
+    for step in range(8):
+        (batch,) = sampler().batches(student, [rows], step=step)
+        learnt = batch["labels"][0] != IGNORED
+        start = int(learnt.nonzero()[0])
+        assert batch["input_ids"][0, :start].tolist() == ids[:start]
+        found.add(start)
+    assert found == {10, 25}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_lambda_is_the_share_of_steps_on_samples(share):
+    chosen = sampler(share=share)
+    wanted = [chosen.replaces(step, 2000) for step in range(2000)]
+    assert sum(wanted) / 2000 == pytest.approx(share, abs=0.04 if 0 < share < 1 else 0)
+    assert wanted == [sampler(share=share).replaces(step, 2000) for step in range(2000)]
+
+
+def test_no_step_before_the_start_is_on_policy():
+    late, always = sampler(share=0.5, start=0.25), sampler(share=0.5)
+    wanted = [late.replaces(step, 100) for step in range(100)]
+    assert wanted[:25] == [False] * 25
+    assert wanted[25:] == [always.replaces(step, 100) for step in range(25, 100)]
+    assert any(wanted)
+
+
+def test_samples_follow_from_seed_step_and_weights(student):
+    rows = text_rows(2)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = sampler().batches(student, [rows], step=7)[0]
+    assert torch.equal(torch.get_rng_state(), before)  # dropout and data of the run go on as without sampling
+    torch.manual_seed(99)
+    assert equal(sampler().batches(student, [rows], step=7)[0], first)
+    assert not equal(sampler().batches(student, [rows], step=8)[0], first)
+
+
+def test_samples_do_not_depend_on_how_rows_are_dealt(student):
+    rows = text_rows(4)
+
+    def part(*numbers):
+        return {key: plane[list(numbers)] for key, plane in rows.items()}
+
+    def texts(*batches):
+        found = sampler().batches(student, batches, step=2)
+        return sorted(pair for batch in found for row in range(len(batch["labels"])) for pair in learnt(batch, row))
+
+    def learnt(batch, row):
+        return [pair for pair in documents(batch, row) if any(label != IGNORED for label in pair[1])]
+
+    whole = texts(rows)
+    assert whole == texts(part(0, 1), part(2, 3))  # micro-batches
+    assert whole == sorted(texts(part(0, 2)) + texts(part(3, 1)))  # ranks
+
+
+def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
+    teacher = tiny_model("llama", seed=2)
+    batch = sampler().batches(student, [text_rows(3)], step=0)[0]
+    expected, count = 0.0, 0
+    double_student, double_teacher = (copy.deepcopy(model).double() for model in (student, teacher))
+    for row in range(3):
+        for ids, labels in documents(batch, row):
+            with torch.no_grad():
+                logits = [m(input_ids=torch.tensor([ids])).logits[0] for m in (double_student, double_teacher)]
+            log_q, log_p = (functional.log_softmax(one, -1) for one in logits)
+            for at in range(1, len(ids)):
+                if labels[at] != IGNORED:
+                    expected += (log_p[at - 1].exp() * (log_p[at - 1] - log_q[at - 1])).sum().item()
+                    count += 1
+    objective = Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=16)
+    objective.install()
+    with torch.no_grad():
+        hidden = final_hidden(teacher, batch["input_ids"], batch["position_ids"])
+    loss, _ = student(**batch, signals=Signals(hidden))
+    objective.uninstall()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert count == (batch["labels"] != IGNORED).sum()
+
+
+def test_rows_of_different_lengths_are_filled_with_a_document_that_nobody_learns():
+    batch = lay_out([[([1, 2], [3, END])], [([4], [5]), ([6, 7], [8, 9])]], sequence_length=6, pad_id=PAD)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, END, PAD, PAD], [4, 5, 6, 7, 8, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[-100, -100, 3, END, -100, -100], [-100, 5, -100, -100, 8, 9]]
+
+
+def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(monkeypatch):
+    """As if on two ranks: without a process group any collective of transformers' loop fails."""
+    from transformers.generation import utils
+
+    from shoal.eval.harness.engine import CausalLM
+
+    monkeypatch.setattr(utils, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(utils, "_get_torch_distributed_world_size", lambda: 2)
+    model, uniforms = tiny_model("llama"), torch.rand(1, 3, generator=torch.Generator().manual_seed(0))
+    assert len(sample(model, [[1, 2]], uniforms, temperature=1.0, end_ids=(), pad_id=PAD)[0]) == 3
+    lm = CausalLM(model, tiny_tokenizer(), 2)
+    assert len(lm._generate_with_transformers([[1, 2]], 3, [], {})[0]) == 3

@@ -1,0 +1,212 @@
+"""Text written by the teacher: from what, how often the same, and what a kill costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_model, tiny_tokenizer
+
+from shoal.errors import UserError
+from shoal.recipe.section import DataSource
+from shoal.recipe.writing import Writing
+from shoal.train.generated import writing
+from shoal.train.generated.writing import check_backend, transformers_writer, write_texts
+
+PROSE = (DataSource("python_docs"), DataSource("teacher_text"))
+BRIEF: dict[str, Any] = {"num_tokens": 200, "prompt_tokens": 6, "new_tokens": 10, "batch_size": 4}
+INPUTS = {"model": "abc"}
+
+
+class Teacher:
+    """A writer that counts what it is asked for, and dies where told to."""
+
+    def __init__(self, settings: Writing, *, seed: int = 0, batches: int | None = None) -> None:
+        self._write = transformers_writer(tiny_model("llama", seed=1), tiny_tokenizer(), settings, seed=seed)
+        self._left = batches
+        self.asked: list[int] = []
+
+    def __call__(self, prompts, numbers):
+        if self._left is not None and len(self.asked) >= 4 * self._left:
+            raise KeyboardInterrupt
+        self.asked += numbers
+        return self._write(prompts, numbers)
+
+
+def write(
+    folder: Path, settings: Writing, writer: Any = None, *, data: Any = PROSE, seed=0, inputs: Any = INPUTS
+) -> list[str]:
+    def load():
+        return Teacher(settings, seed=seed) if writer is None else writer
+
+    texts, _ = write_texts(
+        settings, tiny_tokenizer(), data=data, folder=folder, inputs=inputs, seed=seed, load_writer=load
+    )
+    return texts
+
+
+def unexpected(prompts, numbers):
+    raise AssertionError("the teacher was asked")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> list[str]:
+    return write(tmp_path_factory.mktemp("whole"), Writing(**BRIEF))
+
+
+def source(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_the_number_of_texts_follows_from_the_budget(tmp_path, texts):
+    assert len(texts) == 13  # 200 tokens in texts of 6 + 10, none of which is rejected
+    short = write(tmp_path, Writing(**{**BRIEF, "new_tokens": 4}))
+    assert len(short) == 20
+
+
+def test_texts_are_read_back_without_the_teacher_while_nothing_changes(tmp_path, texts):
+    settings = Writing(**BRIEF)
+    assert write(tmp_path, settings) == texts
+    assert write(tmp_path, settings, unexpected) == texts
+    (place,) = tmp_path.iterdir()
+    counts = json.loads((place / "counts.json").read_text())
+    assert counts["written"] == counts["kept"] == 13
+    assert sorted(file.name for file in place.iterdir()) == ["counts.json", "inputs.json", "texts.jsonl"]
+
+
+def test_anything_that_shapes_the_text_makes_it_anew(tmp_path):
+    def echo(prompts, numbers):
+        return prompts
+
+    few = {**BRIEF, "num_tokens": 20}
+    other_prose = (DataSource(source(tmp_path, [{"text": "Of men and mice"}])), PROSE[1])
+    write(tmp_path, Writing(**few), echo)
+    write(tmp_path, Writing(**few), unexpected)
+    write(tmp_path, Writing(**few), echo, inputs={"model": "other"})
+    write(tmp_path, Writing(**few), echo, seed=1)
+    write(tmp_path, Writing(**few), echo, data=other_prose)
+    for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"new_tokens": 9}, {"backend": "vllm"}):
+        write(tmp_path, Writing(**{**few, **change}), echo)
+    assert len(list(tmp_path.glob("written-*"))) == 8
+
+
+def test_runs_share_a_folder_of_their_own_choice(tmp_path, texts):
+    settings = Writing(**BRIEF, folder=str(tmp_path / "shared"))
+    assert write(tmp_path / "run1", settings) == texts
+    for writer in (None, unexpected):
+        assert write(tmp_path / "run2", settings, writer) == texts
+    assert not (tmp_path / "run2").exists()
+
+
+def test_a_kill_costs_no_finished_batch_and_changes_no_text(tmp_path, texts):
+    settings = Writing(**BRIEF)
+    first = Teacher(settings, batches=2)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, settings, first)
+    (place,) = tmp_path.iterdir()
+    (place / "batches" / ".00000002.jsonl.0123.tmp").write_text('{"number": ')  # what a kill in a write leaves
+    second = Teacher(settings)
+    assert write(tmp_path, settings, second) == texts
+    assert sorted(first.asked + second.asked) == list(range(13))
+
+
+def test_two_ranks_write_what_one_does(tmp_path, texts, monkeypatch):
+    """Rank 1 first, up to where it would wait for rank 0."""
+    settings = Writing(**BRIEF)
+    monkeypatch.setattr(writing, "world_size", lambda: 2)
+    monkeypatch.setattr(writing, "rank", lambda: 1)
+    monkeypatch.setattr(writing, "is_main", lambda: False)
+    other = Teacher(settings)
+    with pytest.raises(FileNotFoundError):  # nobody has sifted yet
+        write(tmp_path, settings, other)
+    monkeypatch.undo()
+    monkeypatch.setattr(writing, "world_size", lambda: 2)
+    main = Teacher(settings)
+    assert write(tmp_path, settings, main) == texts
+    assert (len(main.asked), len(other.asked)) == (8, 5)  # batches of 4, 4, 4 and 1 in turn
+    assert sorted(main.asked + other.asked) == list(range(13))
+
+
+def test_a_text_does_not_depend_on_its_batch(tmp_path, texts):
+    assert write(tmp_path, Writing(**{**BRIEF, "batch_size": 3})) == texts
+
+
+def test_every_prompt_is_used_before_any_is_used_again(tmp_path):
+    prompts = [f"Prompt {letter}: " for letter in "abcde"]
+    asked = DataSource(source(tmp_path, [{"question": prompt} for prompt in prompts]), column="question")
+    found = write(tmp_path / "run", Writing(**{**BRIEF, "prompts": asked}), data=PROSE[1:])
+    starts = [text[: len(prompts[0])] for text in found]
+    assert len(starts) == 10  # 200 tokens in texts of 10 + 10
+    assert sorted(starts[:5]) == sorted(starts[5:]) == prompts
+    assert len(set(found)) == len(found)  # the second answer to a prompt is another one
+
+
+def test_conversations_are_asked_through_the_chat_template_and_kept_as_turns(tmp_path):
+    rows = [{"q": "Two and two?", "a": "4"}, {"q": "Two and three?", "a": "5"}]
+    asked = DataSource(source(tmp_path, rows), prompt="q", completion="a")
+    settings = Writing(**{**BRIEF, "prompts": asked, "num_tokens": 60})
+    found = write(tmp_path / "run", settings, data=PROSE[1:])
+    assert found
+    assert all(
+        text.startswith(("user: Two and two?\nassistant: ", "user: Two and three?\nassistant: ")) for text in found
+    )
+    (file,) = (tmp_path / "run").glob("*/texts.jsonl")
+    for line in file.read_text().split("\n")[:-1]:
+        record = json.loads(line)
+        question, answer = record["messages"]
+        assert question == {"role": "user", "content": rows[record["answer"] == "5"]["q"]}
+        assert answer == {"role": "assistant", "content": record["written"].strip()}
+
+
+def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
+    rows = [{"q": f"{number} and 1?", "a": f"#### {number + 1}"} for number in range(6)]
+    asked = DataSource(source(tmp_path, rows), prompt="q", completion="a")
+    settings = Writing(**{**BRIEF, "prompts": asked, "keep": "correct"})
+
+    def answer_three(prompts, numbers):
+        return [tiny_tokenizer()("I say 3,")["input_ids"] for _ in numbers]
+
+    found = write(tmp_path / "run", settings, answer_three, data=PROSE[1:])
+    assert found == ["user: 2 and 1?\nassistant: I say 3,"]
+
+    def never_right(prompts, numbers):
+        return [tiny_tokenizer()("I do not know")["input_ids"] for _ in numbers]
+
+    with pytest.raises(UserError, match=r"nothing that the teacher wrote can be kept \(.* written, .* wrong\)"):
+        write(tmp_path / "other", settings, never_right, data=PROSE[1:])
+
+
+def test_right_answers_cannot_be_told_without_answers(tmp_path):
+    for prompts in (None, DataSource("python_docs")):
+        with pytest.raises(UserError, match=r"distill.writing.keep: correct needs"):
+            write(tmp_path, Writing(prompts=prompts, keep="correct"), unexpected)
+
+
+def test_prompts_that_are_too_long_are_left_out(tmp_path):
+    asked = DataSource(source(tmp_path, [{"text": "short"}, {"text": "much too long"}]))
+    found = write(tmp_path / "run", Writing(**{**BRIEF, "prompts": asked, "max_prompt_tokens": 8}))
+    assert all(text.startswith("short") for text in found)
+    with pytest.raises(UserError, match="none of 2 prompts has 1 to 3 tokens"):
+        write(tmp_path / "run", Writing(prompts=asked, max_prompt_tokens=3), unexpected)
+
+
+def test_teacher_text_needs_a_source_to_take_openings_from(tmp_path):
+    chats = DataSource("chats.jsonl", messages="messages")
+    for data in ((DataSource("teacher_text"),), (DataSource("teacher_text"), DataSource("ability_texts"), chats)):
+        with pytest.raises(UserError, match="'teacher_text' needs a source of prose beside it"):
+            write(tmp_path, Writing(), unexpected, data=data)
+
+
+def test_a_backend_that_cannot_write_here_is_refused_before_models_are_loaded(monkeypatch):
+    check_backend(Writing())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="vllm is not installed here; install it, or use backend: transformers"):
+        check_backend(Writing(backend="vllm"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(writing, "world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"cannot write on 2 ranks; write once with distill\.num_ranks=1"):
+        check_backend(Writing(backend="vllm"))

@@ -1,0 +1,451 @@
+"""The chunked head against the whole, for a live teacher and for stored top-k signals."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shoal.errors import UserError
+from shoal.recipe.losses import (
+    DKD,
+    JSD,
+    TAID,
+    AdaptiveKL,
+    CrossEntropy,
+    ForwardKL,
+    LogitTerm,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    TotalVariation,
+    needs_teacher,
+)
+from shoal.train.objective import chunked_loss as head_module
+from shoal.train.objective.chunked_loss import (
+    Dense,
+    HeadLoss,
+    TopK,
+    check_zero_at_teacher,
+    chunked_head_loss,
+    refuse_for_top_k,
+)
+from shoal.train.objective.divergences import softened, token_losses
+
+N, V, D = 19, 23, 5
+LABELS = torch.arange(N) * 3 % V
+TERMS = (ForwardKL(weight=0.7, temperature=2.0), CrossEntropy(weight=0.3), JSD(weight=2.0), TAID())
+SHARES = (1.0, 1.0, 1.0, 0.6)
+COARSE: list[LogitTerm] = [ForwardKL(), ReverseKL(), JSD(beta=0.3), SkewedForwardKL(), SkewedReverseKL()]
+COARSE += [TotalVariation()]
+
+
+def kind(term: LogitTerm) -> str:
+    return term.kind
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return functional.linear(hidden, weight, bias)
+
+
+def capped(hidden: Tensor, weight: Tensor) -> Tensor:
+    """A head with a logit scale and a soft-cap, both strong enough to matter."""
+    return 2.0 * torch.tanh(0.8 * functional.linear(hidden, weight) / 2.0)
+
+
+def setting(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"hidden": (N, D), "teacher_hidden": (N, D), "weight": (V, D), "bias": (V,), "teacher_weight": (V, D)}
+    return {
+        name: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def live(given: dict[str, Tensor], way: Callable[..., Tensor] = head) -> Dense:
+    return Dense(given["teacher_hidden"], lambda hidden: way(hidden, given["teacher_weight"]))
+
+
+def stored(given: dict[str, Tensor], k: int, temperature: float = 1.0) -> TopK:
+    logits = head(given["teacher_hidden"], given["teacher_weight"])
+    found = torch.log_softmax(logits / temperature, -1).topk(k, dim=-1)
+    return TopK(found.indices, found.values, temperature)
+
+
+def chunked(given: dict[str, Tensor], targets: Dense | TopK | None, terms: Any = TERMS, **settings: Any) -> HeadLoss:
+    settings = {"student_head": head, "student_parameters": (given["weight"],), "chunk": 4} | settings
+    return chunked_head_loss(given["hidden"], LABELS, targets, terms=terms, **settings)
+
+
+def whole(terms: Any, student: Tensor, teacher: Tensor, shares: Any) -> tuple[Tensor, Tensor]:
+    """All tokens at once: each term's sum, and a number whose gradient by autograd is that of the weighted sum."""
+    sums, surrogate = [], student.new_zeros(())
+    for term, share in zip(terms, shares, strict=True):
+        temperature = getattr(term, "temperature", 1.0)
+        p, q = softened(teacher, temperature), softened(student.detach(), temperature)
+        values, gradient = token_losses(term, p, q, LABELS, share=share)
+        sums.append(values.sum() * temperature**2)
+        surrogate = surrogate + term.weight * temperature * (gradient * student).sum()
+    return torch.stack(sums), surrogate
+
+
+def leaves(given: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+    return given | {name: given[name].clone().requires_grad_() for name in names}
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, N, 100])
+@pytest.mark.parametrize("block", [1, 3 * V, 2**17])
+def test_chunked_loss_equals_the_whole_in_value_and_every_gradient(
+    chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "BLOCK", block)
+    given = leaves(setting(dtype=torch.float64), "hidden", "weight", "bias")
+    loss, sums, _ = chunked(
+        given, live(given), student_parameters=(given["weight"], given["bias"]), chunk=chunk, shares=SHARES
+    )
+    (3.0 * loss).backward()  # a factor, because the trainer divides by the step's token count
+    plain = leaves(setting(dtype=torch.float64), "hidden", "weight", "bias")
+    logits = head(plain["hidden"], plain["weight"], plain["bias"])
+    teacher_logits = head(plain["teacher_hidden"], plain["teacher_weight"])
+    expected, surrogate = whole(TERMS, logits, teacher_logits, SHARES)
+    (3.0 * surrogate).backward()
+    torch.testing.assert_close(sums, expected)
+    weighted = sum(term.weight * value for term, value in zip(TERMS, expected.tolist(), strict=True))
+    assert loss.item() == pytest.approx(weighted, rel=1e-6)
+    for name in ("hidden", "weight", "bias"):
+        torch.testing.assert_close(given[name].grad, plain[name].grad, msg=name)
+
+
+@pytest.mark.parametrize("terms", [(ForwardKL(),), (ReverseKL(temperature=2.0),), (DKD(), CrossEntropy(weight=0.1))])
+@pytest.mark.parametrize("k", [None, 6])
+def test_gradient_through_scale_and_soft_cap_is_that_of_the_loss_itself(terms: Any, k: int | None) -> None:
+    """Finite differences in float64, so that nothing of the implementation is trusted."""
+    if k is not None and any(isinstance(term, DKD) for term in terms):
+        terms = (JSD(), CrossEntropy(weight=0.1))
+    given = leaves(setting(3, torch.float64), "hidden", "weight")
+    targets = live(given, capped) if k is None else stored(given, k, getattr(terms[0], "temperature", 1.0))
+
+    def value(hidden: Tensor, weight: Tensor) -> Tensor:
+        changed = given | {"hidden": hidden, "weight": weight}
+        sums = chunked(changed, targets, terms, student_head=capped, student_parameters=(weight,)).term_sums
+        return sum((term.weight * one for term, one in zip(terms, sums, strict=True)), sums.new_zeros(()))
+
+    chunked(given, targets, terms, student_head=capped).loss.backward()
+    generator = torch.Generator().manual_seed(1)
+    for name in ("hidden", "weight"):
+        step = 1e-6 * torch.randn(given[name].shape, generator=generator, dtype=torch.float64)
+        inputs = {one: given[one].detach() for one in ("hidden", "weight")}
+        up, down = (value(**inputs | {name: inputs[name] + sign * step}) for sign in (1, -1))
+        grad = given[name].grad
+        assert grad is not None
+        assert ((up - down) / 2).item() == pytest.approx((grad * step).sum().item(), rel=1e-5)
+
+
+def test_frozen_head_and_frozen_hidden_states_are_left_alone() -> None:
+    for trained in ("hidden", "weight"):
+        given = leaves(setting(), trained)
+        chunked(given, live(given)).loss.backward()
+        both = leaves(setting(), "hidden", "weight")
+        chunked(both, live(both)).loss.backward()
+        torch.testing.assert_close(given[trained].grad, both[trained].grad)
+        assert given["weight" if trained == "hidden" else "hidden"].grad is None
+
+
+def test_logits_of_all_tokens_are_never_held() -> None:
+    seen = []
+
+    def watching(hidden: Tensor, weight: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return head(hidden, weight)
+
+    given = leaves(setting(), "hidden")
+    chunked(given, live(given, watching), student_head=watching, chunk=5)
+    assert sorted(seen) == [4, 4, 5, 5, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize(("vocabularies", "most"), [(3.5, 3), (0.5, 1)])
+def test_a_large_vocabulary_has_fewer_tokens_in_a_chunk(
+    vocabularies: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watching(hidden: Tensor, weight: Tensor) -> Tensor:
+        seen.append(len(hidden))
+        return head(hidden, weight)
+
+    given = setting()
+    expected = chunked(given, live(given)).term_sums
+    monkeypatch.setattr(head_module, "LOGITS", int(vocabularies * V))
+    found = chunked(given, live(given), student_head=watching, chunk=5).term_sums
+    assert max(seen) == most
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("k", [None, 6])
+def test_under_autocast_fp32_gradients_come_near_the_exact_ones(k: int | None) -> None:
+    terms = (ForwardKL(), CrossEntropy(weight=0.5))
+    given, exact = leaves(setting(), "hidden", "weight"), leaves(setting(), "hidden", "weight")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _, _ = chunked(given, live(given) if k is None else stored(given, k), terms)
+    loss.backward()
+    exact_loss = chunked(exact, live(exact) if k is None else stored(exact, k), terms).loss
+    exact_loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact_loss.item(), rel=0.02)
+    for name in ("hidden", "weight"):
+        grad = given[name].grad
+        assert grad is not None
+        assert grad.dtype == torch.float32
+        torch.testing.assert_close(grad, exact[name].grad, rtol=0.1, atol=0.15)
+
+
+def test_bf16_weights_get_gradients_added_up_in_fp32() -> None:
+    """One large gradient and many small ones after it, each of which bf16 would round away."""
+    hidden = torch.full((N, 1), 0.5, dtype=torch.bfloat16)
+    hidden[0] = 256.0
+    weight = torch.zeros(V, 1, dtype=torch.bfloat16, requires_grad=True)
+    chunked_head_loss(
+        hidden,
+        torch.zeros(N, dtype=torch.long),
+        None,
+        student_head=head,
+        student_parameters=(weight,),
+        terms=(CrossEntropy(),),
+        chunk=1,
+    ).loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+    assert weight.grad[0].item() == pytest.approx((1 / V - 1) * (256.0 + 0.5 * (N - 1)), rel=0.005)
+
+
+def test_batch_without_supervised_tokens_is_refused() -> None:
+    given = setting()
+    with pytest.raises(ValueError, match="no supervised token"):
+        chunked_head_loss(
+            given["hidden"][:0],
+            LABELS[:0],
+            None,
+            student_head=head,
+            student_parameters=(given["weight"],),
+            terms=(CrossEntropy(),),
+            chunk=3,
+        )
+
+
+def test_text_alone_needs_no_teacher() -> None:
+    given = leaves(setting(), "hidden")
+    loss, sums, agreement = chunked(given, None, (CrossEntropy(),))
+    expected = functional.cross_entropy(head(given["hidden"], given["weight"]), LABELS, reduction="sum")
+    torch.testing.assert_close(loss, expected.detach())
+    assert sums.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert agreement.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("k", [None, 6])
+def test_term_of_weight_zero_is_computed_for_its_curve_and_trains_nothing(k: int | None) -> None:
+    watched = (CrossEntropy(), ForwardKL(weight=0.0))
+    assert needs_teacher(watched), "without the teacher the zero-weight term fails"
+    gradients = []
+    for terms in (watched, watched[:1]):
+        given = leaves(setting(), "hidden")
+        targets = live(given) if k is None else stored(given, k)
+        loss, sums, _ = chunked(given, targets, terms)
+        loss.backward()
+        gradients.append(given["hidden"].grad)
+        assert loss.item() == pytest.approx(sums[0].item())
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("terms", [(), (ForwardKL(weight=0.0),)])
+def test_without_a_weighted_term_the_loss_is_zero_and_every_gradient_too(terms: Any) -> None:
+    """Terms of hidden states may be all there is; a trained parameter without gradient would stall its optimizer."""
+    for make in (live, lambda given: stored(given, 6)):
+        given = leaves(setting(), "hidden", "weight")
+        loss, sums, agreement = chunked(given, make(given), terms)
+        loss.backward()
+        assert loss.item() == 0
+        assert len(sums) == len(terms)
+        assert agreement[1] == 3
+        for name in ("hidden", "weight"):
+            grad = given[name].grad
+            assert grad is not None
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8, 100])
+def test_every_eighth_token_of_the_batch_is_asked_for_agreement(chunk: int) -> None:
+    given = setting(4)
+    given["hidden"] = given["teacher_hidden"].clone()
+    given["weight"] = given["teacher_weight"]
+    given["hidden"][8] *= -1  # disagrees
+    given["hidden"][9] *= -1  # is not asked
+    for targets in (live(given), stored(given, 3)):
+        agreement = chunked(given, targets, (ForwardKL(),), chunk=chunk).agreement
+        assert agreement.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("term", COARSE, ids=kind)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_top_k_form_equals_the_divergence_of_the_coarsened_distributions(term: LogitTerm, temperature: float) -> None:
+    """The reference sums probabilities into K words and one more, and differentiates that by autograd."""
+    term = type(term)(**{**vars(term), "temperature": temperature, "weight": 0.7})
+    for k, scale in itertools.product([1, 6, V - 1], [0.3, 1.0, 4.0]):
+        given = setting(5, torch.float64)
+        given["teacher_hidden"] *= scale
+        given["hidden"] *= scale
+        given = leaves(given, "hidden")
+        targets = stored(given, k, temperature)
+        loss, sums, _ = chunked(given, targets, (term,))
+        loss.backward()
+        plain = leaves(given, "hidden")
+        logits = head(plain["hidden"], plain["weight"]) / temperature
+        rest = torch.ones(N, V, dtype=torch.float64).scatter(-1, targets.ids_NK, 0.0)
+        p, q = (
+            coarse(torch.softmax(x, -1), targets.ids_NK, rest) for x in (teacher_logits(given, temperature), logits)
+        )
+        p[:, -1].clamp_(min=head_module.SMALLEST_TAIL)
+        expected = definition(term, p, q) * temperature**2
+        (gradient,) = torch.autograd.grad(0.7 * expected, plain["hidden"])
+        torch.testing.assert_close(sums[0], expected.detach(), rtol=1e-6, atol=1e-8, msg=f"{k=} {scale=}")
+        torch.testing.assert_close(given["hidden"].grad, gradient, rtol=1e-6, atol=1e-8, msg=f"{k=} {scale=}")
+
+
+def teacher_logits(given: dict[str, Tensor], temperature: float) -> Tensor:
+    return head(given["teacher_hidden"], given["teacher_weight"]) / temperature
+
+
+def coarse(probs: Tensor, ids: Tensor, rest: Tensor) -> Tensor:
+    return torch.cat([probs.gather(-1, ids), (probs * rest).sum(-1, keepdim=True)], -1)
+
+
+def definition(term: LogitTerm, p: Tensor, q: Tensor) -> Tensor:
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum()
+
+    match term:
+        case ForwardKL():
+            return kl(p, q)
+        case ReverseKL():
+            return kl(q, p)
+        case JSD(beta=beta):
+            m = beta * p + (1 - beta) * q
+            return beta * kl(p, m) + (1 - beta) * kl(q, m)
+        case SkewedForwardKL(alpha=alpha):
+            return kl(p, alpha * p + (1 - alpha) * q)
+        case SkewedReverseKL(alpha=alpha):
+            return kl(q, (1 - alpha) * p + alpha * q)
+        case _:
+            return 0.5 * (p - q).abs().sum()
+
+
+@pytest.mark.parametrize("term", COARSE, ids=kind)
+def test_top_k_form_never_exceeds_the_whole_and_reaches_it(term: LogitTerm) -> None:
+    """Merging outcomes can only lose divergence (data processing); with all words but one kept nothing is merged."""
+    given = setting(6, torch.float64)
+    full = chunked(given, live(given), (term,)).term_sums
+    bounds = [chunked(given, stored(given, k), (term,)).term_sums for k in (1, 2, 4, 8, 16, V - 1)]
+    for fewer, more in itertools.pairwise([*bounds, full]):
+        assert fewer <= more * (1 + 1e-9)
+    assert bounds[0] < 0.9 * full
+    torch.testing.assert_close(bounds[-1], full)
+
+
+def test_stored_probabilities_that_add_up_to_more_than_one_leave_a_small_tail() -> None:
+    given = leaves(setting(7), "hidden")
+    exact = stored(given, 6)
+    for up in (0.0, 0.1, 1.0):
+        targets = TopK(exact.ids_NK.int(), (exact.log_probs_NK.clamp(max=-1e-3) + up).half(), 1.0)
+        for term in COARSE:
+            loss, _, _ = chunked(given, targets, (term,))
+            (gradient,) = torch.autograd.grad(loss, given["hidden"])
+            assert torch.isfinite(loss)
+            assert torch.isfinite(gradient).all()
+
+
+def test_terms_that_need_the_whole_distribution_are_refused_for_top_k() -> None:
+    given = setting()
+    for term in (AdaptiveKL(), TAID(), DKD()):
+        with pytest.raises(UserError, match=rf"distill.losses: {term.kind} needs .* use the live teacher"):
+            refuse_for_top_k((ForwardKL(), term))
+        with pytest.raises(UserError, match=term.kind):
+            chunked(given, stored(given, 4), (term,))
+    refuse_for_top_k((*COARSE, CrossEntropy()))
+
+
+def test_stored_temperature_must_be_the_terms() -> None:
+    given = setting()
+    with pytest.raises(UserError, match=r"forward_kl_2 has temperature 2, the recorded signals have 1"):
+        chunked(given, stored(given, 4), (ForwardKL(), ForwardKL(temperature=2.0)))
+    with pytest.raises(UserError, match=r"forward_kl has temperature 1, the recorded signals have 2"):
+        chunked(given, stored(given, 4, 2.0), (ForwardKL(), CrossEntropy()))
+    chunked(given, stored(given, 4, 2.0), (ForwardKL(temperature=2.0), CrossEntropy()))
+
+
+def test_as_many_stored_tokens_as_words_are_refused() -> None:
+    given = setting()
+    with pytest.raises(ValueError, match="23 stored tokens of a vocabulary of 23"):
+        chunked(given, stored(given, V), (ForwardKL(),))
+
+
+def test_labels_shifted_by_one_give_another_loss() -> None:
+    given = setting(8)
+    moved = chunked_head_loss(
+        given["hidden"],
+        LABELS.roll(1),
+        None,
+        student_head=head,
+        student_parameters=(given["weight"],),
+        terms=(CrossEntropy(),),
+        chunk=4,
+    )
+    assert abs(moved.loss.item() - chunked(given, None, (CrossEntropy(),)).loss.item()) > 1.0
+
+
+ALL: tuple[LogitTerm, ...] = (
+    *COARSE,
+    AdaptiveKL(temperature=2.0),
+    TAID(),
+    DKD(),
+    CrossEntropy(),
+    ForwardKL(weight=0.0),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_divergence_passes_the_check_at_the_teacher(dtype: torch.dtype) -> None:
+    given = {name: tensor.to(dtype) for name, tensor in setting(9).items()}
+    check_zero_at_teacher(ALL, given["teacher_hidden"], live(given, capped).to_logits, LABELS, chunk=4)
+    terms = (*COARSE, CrossEntropy())
+    check_zero_at_teacher(terms, given["teacher_hidden"], live(given).to_logits, LABELS, top_k=6, chunk=4)
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient"])
+def test_check_at_the_teacher_names_the_term_that_pulls_away(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(term: LogitTerm, *arguments: Any, **settings: Any) -> Any:
+        values, gradient = token_losses(term, *arguments, **settings)
+        if isinstance(term, JSD) and wrong == "value":
+            values = values + 1e-3
+        elif isinstance(term, JSD):
+            gradient[:, 0] += 0.05
+        return values, gradient
+
+    monkeypatch.setattr(head_module, "token_losses", broken)
+    given = setting(10)
+    with pytest.raises(RuntimeError, match=r"jsd of the teacher with itself is .* both must be 0"):
+        check_zero_at_teacher((ForwardKL(), JSD()), given["teacher_hidden"], live(given).to_logits, LABELS)
+
+
+def test_check_at_the_teacher_sees_a_head_that_is_not_the_same_twice() -> None:
+    """Dropout left on in the head, say: teacher and student of one state would not agree."""
+    given = setting(11)
+    calls = itertools.count()
+
+    def unsteady(hidden: Tensor) -> Tensor:
+        return head(hidden, given["teacher_weight"]) * (1.0 + 0.3 * (next(calls) % 2))
+
+    with pytest.raises(RuntimeError, match="forward_kl of the teacher with itself"):
+        check_zero_at_teacher((ForwardKL(),), given["teacher_hidden"], unsteady, LABELS)

@@ -1,0 +1,294 @@
+"""Losses against float64 references written from the definition, differentiated by autograd."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from shoal.recipe.losses import (
+    DKD,
+    JSD,
+    TAID,
+    AdaptiveKL,
+    CrossEntropy,
+    ForwardKL,
+    LogitTerm,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    TotalVariation,
+)
+from shoal.train.objective import divergences
+from shoal.train.objective.divergences import (
+    Softmax,
+    TaidState,
+    head_share,
+    jsd,
+    softened,
+    temperature_of,
+    token_losses,
+)
+
+N = 6
+SHARE = 0.3
+"""TAID's t in these tests."""
+TERMS: list[LogitTerm] = [
+    ForwardKL(),
+    ReverseKL(),
+    JSD(),
+    JSD(beta=0.1),
+    JSD(beta=0.9),
+    SkewedForwardKL(),
+    SkewedForwardKL(alpha=0.7),
+    SkewedReverseKL(),
+    SkewedReverseKL(alpha=0.7),
+    AdaptiveKL(),
+    AdaptiveKL(head_mass=0.9),
+    TAID(),
+    DKD(),
+    DKD(alpha=0.0, beta=2.0),
+    DKD(alpha=3.0, beta=0.0),
+    TotalVariation(),
+    CrossEntropy(),
+]
+DIVERGENCES = [term for term in TERMS if not isinstance(term, CrossEntropy)]
+
+
+def name(term: object) -> str:
+    return repr(term).split("'")[1] + repr(term).partition("weight=1.0")[2]
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    return (a * (a.log() - b.log())).sum()
+
+
+def reference(term: LogitTerm, z_q: Tensor, z_p: Tensor, label: int) -> Tensor:
+    """The value of one token from probabilities, term by term as the sources define it."""
+    if isinstance(term, CrossEntropy):
+        return -torch.softmax(z_q, 0)[label].log()
+    q, p = torch.softmax(z_q / term.temperature, 0), torch.softmax(z_p / term.temperature, 0)
+    match term:
+        case ForwardKL():
+            value = kl(p, q)
+        case ReverseKL():
+            value = kl(q, p)
+        case JSD(beta=beta):
+            m = beta * p + (1 - beta) * q
+            value = beta * kl(p, m) + (1 - beta) * kl(q, m)
+        case SkewedForwardKL(alpha=alpha):
+            value = kl(p, alpha * p + (1 - alpha) * q)
+        case SkewedReverseKL(alpha=alpha):
+            value = kl(q, (1 - alpha) * p + alpha * q)
+        case AdaptiveKL():
+            near, far = (float(x) for x in reference_gaps(p, q.detach(), term.head_mass))
+            value = near / (near + far) * kl(p, q) + far / (near + far) * kl(q, p)
+        case TAID():
+            target = torch.softmax(((1 - SHARE) * z_q.detach() + SHARE * z_p) / term.temperature, 0)
+            value = kl(target, q)
+        case DKD():
+            others = torch.arange(len(p)) != label
+            b_p, b_q = (torch.stack([x[label], x[others].sum()]) for x in (p, q))
+            value = term.alpha * kl(b_p, b_q)
+            value = value + term.beta * kl(p[others] / p[others].sum(), q[others] / q[others].sum())
+        case TotalVariation():
+            value = 0.5 * (p - q).abs().sum()
+    return value * term.temperature**2
+
+
+def reference_gaps(p: Tensor, q: Tensor, head_mass: float) -> tuple[float, float]:
+    """Sums of |p - q| over the head of p and over the rest, counting words from the most probable one."""
+    near = far = mass = 0.0
+    for rank, word in enumerate(sorted(range(len(p)), key=lambda word: -p[word].item())):
+        mass += p[word].item()
+        gap = abs(p[word].item() - q[word].item())
+        near, far = (near + gap, far) if rank == 0 or mass <= head_mass else (near, far + gap)
+    return near, far
+
+
+def logits(seed: int, words: int, scale: float) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(N, words, generator=generator, dtype=torch.float64)
+
+
+def labels(words: int) -> Tensor:
+    return torch.arange(N) * 7 % words
+
+
+def found(term: LogitTerm, student: Tensor, teacher: Tensor, share: float = SHARE) -> tuple[Tensor, Tensor]:
+    """Values, and gradients with respect to the raw logits, with the temperature's factors."""
+    temperature = temperature_of(term)
+    p, q = softened(teacher, temperature), softened(student, temperature)
+    values, gradient = token_losses(term, p, q, labels(student.shape[-1]), share=share)
+    return values * temperature**2, gradient * temperature
+
+
+def at(term: LogitTerm, temperature: float) -> LogitTerm:
+    return term if isinstance(term, CrossEntropy) else type(term)(**{**vars(term), "temperature": temperature})
+
+
+@pytest.mark.parametrize("term", TERMS, ids=name)
+def test_loss_equals_its_definition_in_value_and_gradient(term: LogitTerm) -> None:
+    for temperature, words, scale in itertools.product([0.5, 1.0, 2.0, 7.0], [2, 23, 301], [0.1, 2.0, 8.0]):
+        tempered = at(term, temperature)
+        student, teacher = logits(0, words, scale), logits(1, words, scale)
+        leaf = student.clone().requires_grad_()
+        values = [
+            reference(tempered, z_q, z_p, int(y)) for z_q, z_p, y in zip(leaf, teacher, labels(words), strict=True)
+        ]
+        expected = torch.stack(values)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), leaf)
+        rounding = 5e-6 * max(1.0, temperature**2)
+        for dtype, rtol, atol in ((torch.float64, 1e-7, 1e-9), (torch.float32, 1e-4, rounding)):
+            case = f"{temperature=} {words=} {scale=} {dtype=}"
+            got, gradient = found(tempered, student.to(dtype), teacher.to(dtype))
+            torch.testing.assert_close(got.double(), expected.detach(), rtol=rtol, atol=atol, msg=case)
+            torch.testing.assert_close(gradient.double(), expected_gradient, rtol=rtol, atol=atol, msg=case)
+
+
+@pytest.mark.parametrize("term", DIVERGENCES, ids=name)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_teacher_as_its_own_student_has_zero_loss_and_zero_gradient(term: LogitTerm, temperature: float) -> None:
+    teacher = logits(2, 301, 4.0).float()
+    values, gradient = found(at(term, temperature), teacher.clone(), teacher)
+    assert values.abs().max() < 1e-5
+    assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("term", TERMS, ids=name)
+def test_gradient_is_there_where_the_student_differs_and_adds_up_to_zero(term: LogitTerm) -> None:
+    """A gradient that is zero everywhere is what a detached student gives; logits have one direction without effect."""
+    values, gradient = found(term, logits(3, 23, 2.0), logits(4, 23, 2.0))
+    assert (values > 1e-3).all()
+    assert (gradient.abs().max(-1).values > 1e-3).all()
+    assert gradient.sum(-1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("term", TERMS, ids=name)
+def test_loss_is_finite_where_one_excludes_what_the_other_is_sure_of(term: LogitTerm) -> None:
+    teacher, student = torch.full((N, 23), -1e4), torch.zeros(N, 23)
+    teacher[:, 3], student[:, 3] = 0.0, -1e4
+    for pair in ((student, teacher), (teacher, student)):
+        values, gradient = found(term, *pair)
+        assert torch.isfinite(values).all()
+        assert torch.isfinite(gradient).all()
+
+
+def test_half_precision_logits_are_taken_to_fp32_first() -> None:
+    student, teacher = logits(5, 301, 3.0).bfloat16(), logits(6, 301, 3.0).bfloat16()
+    for term in TERMS:
+        for a, b in zip(found(term, student, teacher), found(term, student.double(), teacher.double()), strict=True):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=2e-5)
+
+
+def test_jsd_tends_to_both_kl_divergences_at_its_ends() -> None:
+    pair = softened(logits(7, 23, 2.0), 1.0), softened(logits(8, 23, 2.0), 1.0)
+    for limit, beta in ((divergences.forward_kl, 1e-8), (divergences.reverse_kl, 1 - 1e-8)):
+        exact, close = limit(*pair), jsd(*pair, beta=beta)
+        small = min(beta, 1 - beta)
+        torch.testing.assert_close(close.values_N / small, exact.values_N, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(close.gradient_NV / small, exact.gradient_NV, rtol=1e-4, atol=1e-4)
+
+
+def test_bounded_divergences_keep_their_bounds() -> None:
+    teacher, student = logits(9, 23, 60.0), logits(10, 23, 60.0)
+    bounds = [(TotalVariation(), 1.0), (JSD(), math.log(2))]
+    bounds += [(kind(alpha=a), -math.log(a)) for kind in (SkewedForwardKL, SkewedReverseKL) for a in (0.1, 0.5, 0.9)]
+    for term, bound in bounds:
+        values, _ = found(term, student, teacher)
+        assert values.max() <= bound + 1e-9
+        assert values.max() > 0.8 * bound, "the case must come near the bound, or it proves nothing"
+
+
+def test_jsd_mixes_probabilities_not_logarithms() -> None:
+    teacher, student = logits(11, 23, 3.0), logits(12, 23, 3.0)
+    p, q = torch.softmax(teacher, -1), torch.softmax(student, -1)
+    geometric = (0.5 * p.log() + 0.5 * q.log()).exp()
+    wrong = 0.5 * (p * (p / geometric).log()).sum(-1) + 0.5 * (q * (q / geometric).log()).sum(-1)
+    assert (found(JSD(), student, teacher)[0] - wrong).abs().min() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05, 2.0, 20.0])
+@pytest.mark.parametrize("head_mass", [0.01, 0.5, 0.99])
+def test_adaptive_head_is_found_whatever_its_length(
+    scale: float, head_mass: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flat teacher has a head of half the vocabulary, a sharp one of one word; the weights add up to 1."""
+    monkeypatch.setattr(divergences, "FIRST_HEAD", 4)
+    teacher, student = logits(13, 301, scale), logits(14, 301, 2.0)
+    p, q = softened(teacher, 1.0), softened(student, 1.0)
+    share = head_share(p, q, head_mass=head_mass)
+    gaps = [reference_gaps(a, b, head_mass) for a, b in zip(p.prob_NV, q.prob_NV, strict=True)]
+    if scale:  # without an order of its own a flat teacher has many heads of one length
+        expected = torch.tensor([near / (near + far) for near, far in gaps], dtype=torch.float64)
+        torch.testing.assert_close(share, expected, rtol=1e-9, atol=1e-12)
+    assert ((share >= 0) & (share <= 1)).all()
+
+
+def test_adaptive_weights_add_up_to_one() -> None:
+    """Both parts with the same value give that value: with p and q mirrored, forward and reverse KL are equal."""
+    p = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64)
+    q = torch.tensor([[0.2, 0.7, 0.1]], dtype=torch.float64)
+    values, _ = divergences.adaptive_kl(Softmax(p.log(), p), Softmax(q.log(), q), head_mass=0.5)
+    assert values.item() == pytest.approx(kl(p, q).item(), rel=1e-12)
+
+
+def test_taid_is_forward_kl_at_its_end_and_nothing_at_zero() -> None:
+    student, teacher = logits(15, 23, 2.0), logits(16, 23, 2.0)
+    for a, b in zip(found(TAID(), student, teacher, share=1.0), found(ForwardKL(), student, teacher), strict=True):
+        torch.testing.assert_close(a, b)
+    values, gradient = found(TAID(), student, teacher, share=0.0)
+    assert max(values.abs().max(), gradient.abs().max()) < 1e-12
+
+
+def test_dkd_with_the_teachers_own_weights_is_forward_kl() -> None:
+    """Zhao et al., equation 7: KL = KL of (label, rest) + (1 - p(label)) KL within the rest."""
+    student, teacher = logits(17, 23, 2.0)[:1], logits(18, 23, 2.0)[:1]
+    p, q = softened(teacher, 1.0), softened(student, 1.0)
+    label = torch.tensor([4])
+    split = divergences.dkd(p, q, label, alpha=1.0, beta=1 - p.prob_NV[0, 4].item())
+    whole = divergences.forward_kl(p, q)
+    torch.testing.assert_close(split.values_N, whole.values_N)
+    torch.testing.assert_close(split.gradient_NV, whole.gradient_NV)
+
+
+def test_taid_moves_up_from_start_and_is_capped_at_its_end() -> None:
+    term = TAID(start=0.2, end=0.9, momentum=0.5, step_size=0.05)
+    state, seen = TaidState(term), [0.2]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 101):
+        state.update(2.0 + torch.rand((), generator=generator).item() - 0.01 * step, step, 100)
+        seen.append(state.t)
+        assert state.t >= 0.2 + 0.7 * step / 100 - 1e-12, "never behind its straight line"
+    assert all(later >= earlier for earlier, later in itertools.pairwise(seen))
+    assert seen[50] > 0.2 + 0.7 * 0.5 + 0.05, "a falling loss lets it run ahead"
+    assert seen[-1] == 0.9
+
+
+def test_taid_update_follows_its_formula() -> None:
+    state = TaidState(TAID(start=0.4, end=1.0, momentum=0.9, step_size=0.1))
+    state.update(2.0, 1, 1000)
+    assert state.t == pytest.approx(0.4 + 0.6 / 1000)
+    state.update(1.0, 2, 1000)
+    momentum = 0.1 * (2.0 - 1.0) / 2.0
+    t = 0.4006 + 0.1 / (1 + math.exp(-momentum)) * (1 - 0.4006)
+    assert state.t == pytest.approx(t)
+    state.update(1.5, 3, 1000)
+    momentum = 0.9 * momentum + 0.1 * (1.0 - 1.5) / 1.0
+    assert state.t == pytest.approx(t + 0.1 / (1 + math.exp(-momentum)) * (1 - t))
+
+
+def test_taid_goes_on_from_a_checkpoint() -> None:
+    term = TAID(momentum=0.5, step_size=0.1)
+    whole, first, second = TaidState(term), TaidState(term), TaidState(term)
+    for step, loss in enumerate([3.0, 2.0, 2.5, 1.0], 1):
+        whole.update(loss, step, 50)
+        (first if step <= 2 else second).update(loss, step, 50)
+        if step == 2:
+            second.load_state_dict(first.state_dict())
+    assert second.t == whole.t
+    assert second.state_dict() == whole.state_dict()

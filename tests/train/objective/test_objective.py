@@ -1,0 +1,252 @@
+"""The student during training: the objective inside its forward, what is frozen, what is shared with the teacher."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch.nn import functional
+
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.data.sources import IGNORED
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+from shoal.recipe.losses import CrossEntropy, ForwardKL
+from shoal.train.objective.objective import Objective, SharedPrefix, Signals, final_hidden, output_head, to_logits
+from shoal.train.student.trainable import train_only
+
+TERMS = (ForwardKL(),)
+
+
+def whole_kl(student_logits, teacher_logits):
+    return functional.kl_div(
+        student_logits.log_softmax(-1), teacher_logits.log_softmax(-1), reduction="sum", log_target=True
+    )
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, 250, (2, 12), generator=generator)
+    position_ids = torch.cat([torch.arange(7), torch.arange(5)]).repeat(2, 1)
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "labels": input_ids.masked_fill(position_ids == 0, IGNORED),
+    }
+
+
+def gradient(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def objective(student, teacher, terms=TERMS):
+    installed = Objective(student, to_logits(teacher), terms=terms, chunk=5)
+    installed.install()
+    rows = batch()
+    with torch.no_grad():
+        hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
+    loss, sums = student(**rows, signals=Signals(hidden))
+    installed.uninstall()
+    return loss, sums[: len(terms)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3", "gemma3"])
+def test_objective_equals_the_loss_on_the_models_own_logits(kind):
+    student, teacher = tiny_model(kind, seed=1), tiny_model(kind, seed=2)
+    loss, _ = objective(student, teacher)
+    loss.backward()
+    found = {name: gradient(p).clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+
+    rows = batch()
+    inputs = {"input_ids": rows["input_ids"], "position_ids": rows["position_ids"], "use_cache": False}
+    student_logits = student(**inputs).logits[:, :-1]
+    with torch.no_grad():
+        teacher_logits = teacher(**inputs).logits[:, :-1]
+    targets = rows["labels"][:, 1:]
+    kept = targets != IGNORED
+    assert kept.sum() == 2 * (6 + 4)  # each document predicts all its tokens but the first
+    expected = whole_kl(student_logits[kept], teacher_logits[kept])
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_cohere_and_gemma2_logits_keep_their_scale_and_soft_cap():
+    from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+
+    shape: dict[str, Any] = {
+        "vocab_size": 272,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    configs = [
+        CohereConfig(**shape, logit_scale=0.25),
+        Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5),
+    ]
+    for config in configs:
+        torch.manual_seed(0)
+        student = AutoModelForCausalLM.from_config(config).eval()
+        torch.manual_seed(1)
+        teacher = AutoModelForCausalLM.from_config(config).eval()
+        loss, _ = objective(student, teacher)
+        rows = batch()
+        inputs = {"input_ids": rows["input_ids"], "position_ids": rows["position_ids"], "use_cache": False}
+        kept = rows["labels"][:, 1:] != IGNORED
+        expected = whole_kl(student(**inputs).logits[:, :-1][kept], teacher(**inputs).logits[:, :-1][kept])
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_teacher_as_its_own_student_has_zero_loss_and_zero_gradient():
+    student, teacher = tiny_model("llama"), tiny_model("llama")
+    loss, _ = objective(student, teacher)
+    loss.backward()
+    assert abs(loss.item()) < 1e-5
+    assert max(gradient(p).abs().max().item() for p in student.parameters()) < 1e-5
+
+
+def test_cross_entropy_term_equals_the_models_own_loss():
+    student = tiny_model("llama", seed=1)
+    loss, _ = objective(student, tiny_model("llama"), terms=(CrossEntropy(),))
+    rows = batch()
+    logits = student(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
+    expected = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_stands_before_the_head_learns_too():
+    from architectures import tiny_model as tiny_architecture
+
+    student, teacher = (tiny_architecture("modernbert-decoder", vocab_size=272) for _ in range(2))
+    loss, _ = objective(student, teacher, terms=(CrossEntropy(),))
+    rows, weight = batch(), student.get_parameter("lm_head.dense.weight")
+    logits = student(input_ids=rows["input_ids"], position_ids=rows["position_ids"], use_cache=False).logits
+    expected = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), rows["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    wanted = torch.autograd.grad(expected, weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_stands_before_the_head_runs_once_per_micro_batch_and_not_for_every_chunk():
+    """Its weights may be sharded: ranks with unequal numbers of chunks would wait for each other."""
+    from architectures import tiny_model as tiny_architecture
+
+    student, teacher = (tiny_architecture("modernbert-decoder", vocab_size=272, seed=seed) for seed in (1, 2))
+    rows, calls = batch(), []
+    inputs = {"input_ids": rows["input_ids"], "position_ids": rows["position_ids"], "use_cache": False}
+    kept = rows["labels"][:, 1:] != IGNORED
+    with torch.no_grad():
+        expected = whole_kl(*(model(**inputs).logits[:, :-1][kept] for model in (student, teacher)))
+    for model in (student, teacher):
+        model.get_submodule("lm_head").register_forward_hook(lambda *_, model=model: calls.append(model))
+    loss, _ = objective(student, teacher)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    assert calls == [teacher, student]
+
+
+def test_undoing_the_objective_gives_the_model_back():
+    student = tiny_model("llama")
+    before = student(input_ids=batch()["input_ids"]).logits
+    objective(student, tiny_model("llama", seed=1))
+    assert torch.equal(student(input_ids=batch()["input_ids"]).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "gemma3"])
+def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
+    teacher, first_cut = tiny_model(kind), 3
+    results = []
+    for shared in (False, True):
+        student = tiny_model(kind)  # the same weights: below the cut a frozen student is the teacher
+        with torch.no_grad():
+            for layer in decoder_layers(student)[first_cut:]:
+                for parameter in layer.parameters():
+                    parameter.add_(0.05 * torch.ones_like(parameter))
+        train_only(student, "from_first_cut", PruningPlan(Provenance({}), 7, drop=(first_cut,), reason=""))
+        installed = Objective(student, to_logits(teacher), terms=TERMS, chunk=5)
+        installed.install()
+        prefix = SharedPrefix(student, teacher, first_change=first_cut)
+        rows = batch()
+        calls = []
+        decoder_layers(student)[0].get_submodule("mlp").register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad(), prefix.recording():
+            hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
+        if shared:
+            with prefix.replaying(torch.float32):
+                loss, _ = student(**rows, signals=Signals(hidden))
+        else:
+            loss, _ = student(**rows, signals=Signals(hidden))
+        loss.backward()
+        installed.uninstall()
+        assert bool(calls) != shared, "shared layers must not run a second time"
+        results.append((loss.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "afmoe", "bloom", "opt"])
+def test_documents_of_a_row_stay_apart_where_a_family_forgets_their_positions(family):
+    from architectures import tiny_model as tiny_architecture
+
+    model = tiny_architecture(family)
+    ids, positions = torch.arange(5, 25)[None], torch.cat([torch.arange(8), torch.arange(12)])[None]
+    other = torch.cat([ids[:, :8].flip(1), ids[:, 8:]], 1)
+    with torch.no_grad():
+        one, two = (final_hidden(model, tokens, positions)[0] for tokens in (ids, other))
+    assert not torch.allclose(one[:8], two[:8], atol=1e-2)
+    assert torch.allclose(one[8:], two[8:], atol=1e-5)
+
+
+def test_the_teachers_distribution_is_its_own_under_autocast_of_the_student():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    seen = []
+
+    def noted(hidden):
+        seen.append(to_logits(teacher)(hidden))
+        return seen[-1]
+
+    installed = Objective(student, noted, terms=TERMS, chunk=100)
+    installed.install()
+    rows = batch()
+    with torch.no_grad():
+        hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
+    with torch.autocast("cpu", torch.bfloat16):
+        student(**rows, signals=Signals(hidden))
+    installed.uninstall()
+    (logits,) = seen
+    assert logits.dtype == torch.float32
+    expected = output_head(teacher)(hidden)[:, :-1][rows["labels"][:, 1:] != IGNORED]
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_head_that_is_not_linear_is_refused():
+    model = tiny_model("llama")
+    model.lm_head = torch.nn.Identity()
+    with pytest.raises(UserError, match=r"output head is Identity, distillation needs nn\.Linear"):
+        output_head(model)
+
+
+def test_a_micro_batch_without_a_supervised_token_gives_zero_through_every_parameter():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    installed = Objective(student, to_logits(teacher), terms=TERMS, chunk=5)
+    installed.install()
+    rows = batch()
+    rows["labels"] = torch.full_like(rows["labels"], IGNORED)
+    with torch.no_grad():
+        hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
+    loss, sums = student(**rows, signals=Signals(hidden))
+    loss.backward()
+    installed.uninstall()
+    assert loss.item() == 0
+    assert not sums.any()
+    assert all(not gradient(parameter).any() for parameter in student.parameters())

@@ -1,0 +1,220 @@
+"""LoRA: where adapters go, what is trained, and the plain checkpoint that they become."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model as tiny_architecture
+from cut_students import names, plan
+from tiny import tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+from shoal.recipe.edits import ZEROED_WEIGHTS
+from shoal.recipe.lora import Lora
+from shoal.train.student.frozen import finished_state, share_frozen, stored_names
+from shoal.train.student.lora import add_adapters, refuse_untrainable, remove_adapters
+from shoal.train.student.trainable import train_only
+
+CUT = plan(3, num_layers=7)
+IDS = torch.arange(5, 25)[None]
+RANK_3 = Lora(rank=3, alpha=7.5)
+
+
+def adapted(kind: str, lora: Lora = RANK_3, trainable: str = "near_gaps", **overrides: Any) -> tuple[Any, list[str]]:
+    student = (tiny_architecture if kind == "gpt2" else tiny_model)(kind, **overrides)
+    cut = plan(3, num_layers=len(decoder_layers(student)) + 1)
+    return student, add_adapters(student, lora, train_only(student, trainable, cut), seed=1)
+
+
+def move_adapters(student: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "gpt2"])
+def test_adapters_become_a_plain_checkpoint_that_computes_what_they_did(kind, tmp_path) -> None:
+    plain = (tiny_architecture if kind == "gpt2" else tiny_model)(kind)
+    plain.save_pretrained(tmp_path / "student")
+    student, chosen = adapted(kind)
+    assert torch.equal(logits(student), logits(plain)), "adapters add nothing before their first step"
+    assert names(student) == {f"{name}.lora_{part}.default.weight" for name in chosen for part in "AB"}
+    assert type(student) is type(plain)
+    move_adapters(student)
+    expected, state = logits(student), student.state_dict()
+    assert not torch.allclose(expected, logits(plain), atol=1e-3)
+
+    wanted = {name for name in state if name not in student.all_tied_weights_keys}
+    finished = finished_state(
+        student, {name: state[name] for name in wanted}, tmp_path / "student", dtype=torch.float32
+    )
+    changed = {f"{name}.weight" for name in chosen}
+    for name, tensor in plain.state_dict().items():
+        if name in finished:
+            assert torch.equal(finished[name], tensor) == (name not in changed), name
+    remove_adapters(student)
+    assert student.state_dict().keys() == plain.state_dict().keys()
+    student.save_pretrained(tmp_path / "distilled", state_dict=finished)
+    assert not list((tmp_path / "distilled").glob("adapter*"))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "distilled")
+    torch.testing.assert_close(logits(reloaded), expected, rtol=1e-4, atol=1e-5)
+    assert not any("lora" in name for name, _ in reloaded.named_modules())
+
+
+def test_the_merge_is_exact_where_numbers_are(tmp_path) -> None:
+    student, (name, *_) = adapted("llama", Lora(rank=2, alpha=3.0))
+    weight = student.get_parameter(f"{name}.base_layer.weight")
+    remembered = weight.detach().clone()
+    student.save_pretrained(tmp_path, state_dict={f"{name}.weight": remembered})
+    state = student.state_dict()
+    down, up = (state[f"{name}.lora_{part}.default.weight"] for part in "AB")
+    down.copy_(torch.arange(down.numel()).view_as(down) % 7 - 3)
+    up.copy_(torch.arange(up.numel()).view_as(up) % 5 / 4)
+    expected = (remembered.double() + 1.5 * up.double() @ down.double()).float()
+    assert torch.equal(finished_state(student, state, tmp_path, dtype=torch.float32)[f"{name}.weight"], expected)
+
+
+def test_adapters_go_where_layers_are_trained_and_nowhere_else() -> None:
+    student, chosen = adapted("llama", num_hidden_layers=12)
+    assert {name.rpartition(".")[0] for name in chosen} == {
+        f"model.layers.{layer}.{half}" for layer in (2, 3) for half in ("self_attn", "mlp")
+    }
+    assert len(chosen) == 14
+    assert {name.partition(".lora_")[0] for name in names(student)} == set(chosen)
+    _, chosen = adapted("llama", Lora(target_modules=("q_proj", "mlp.down_proj")), "all")
+    assert chosen == [
+        f"model.layers.{layer}.{name}" for layer in range(6) for name in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+
+
+def test_every_rank_draws_the_same_adapters_and_nothing_else_is_drawn() -> None:
+    torch.manual_seed(3)
+    first, _ = adapted("llama")
+    after = torch.rand(1)
+    torch.manual_seed(4)
+    second, _ = adapted("llama")
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    torch.manual_seed(3)
+    tiny_model("llama")
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_weights_that_an_edit_zeroed_get_no_adapter() -> None:
+    student = tiny_model("llama")
+    setattr(student.config, ZEROED_WEIGHTS, ["model.layers.2.self_attn.o_proj.weight"])
+    chosen = add_adapters(student, RANK_3, train_only(student, "near_gaps", CUT), seed=0)
+    assert "model.layers.2.self_attn.o_proj" not in chosen
+    assert "model.layers.3.self_attn.o_proj" in chosen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradients_of_adapters_do_not_depend_on_checkpointing(dropout) -> None:
+    gradients = []
+    for checkpointed in (False, True):
+        student, _ = adapted("llama", Lora(dropout=dropout))
+        move_adapters(student.train())
+        if checkpointed:
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        student(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == names(student)
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["stored in bfloat16's numbers", "stored finer than the teacher"])
+def test_the_frozen_weights_beside_adapters_are_the_teachers_and_are_merged_as_if_they_were_not(
+    tmp_path, exact
+) -> None:
+    teacher = tiny_model("llama").bfloat16().requires_grad_(False)
+    student = tiny_model("llama")
+    if exact:
+        student.load_state_dict({name: tensor.float() for name, tensor in teacher.state_dict().items()})
+    cut = plan(2, num_layers=6)  # as many layers as the teacher's own, so that all are the teacher's
+    student.config.num_hidden_layers, student.model.layers = (
+        5,
+        nn.ModuleList([*student.model.layers[:2], *student.model.layers[3:]]),
+    )
+    student.save_pretrained(tmp_path)
+    add_adapters(student, RANK_3, train_only(student, "near_gaps", cut), seed=0)
+    move_adapters(student)
+    unshared = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = logits(student)
+        before = sum(p.numel() * p.element_size() for p in student.parameters() if not p.requires_grad)
+        stored = stored_names(tmp_path)
+        saved = share_frozen(student, teacher, cut.keep, autocast_dtype=torch.bfloat16, stored=stored)
+        assert torch.equal(logits(student), expected)
+    own = [p for p in student.parameters() if p.data_ptr() not in {t.data_ptr() for t in teacher.parameters()}]
+    assert before - saved == 4 * sum(p.numel() for p in own if not p.requires_grad)
+    finer = student.get_input_embeddings().weight  # which is looked up and not cast
+    assert all(p.requires_grad or p.ndim == 1 or (p is finer and not exact) for p in own), "norms and adapters are own"
+    assert any("base_layer" in name for name, p in student.named_parameters() if not any(p is one for one in own))
+
+    finished = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
+    assert finished.keys() == unshared.keys() == stored
+    assert all(torch.equal(weight, unshared[name]) for name, weight in finished.items())
+
+
+def test_targets_that_do_not_exist_are_refused_with_close_ones() -> None:
+    with pytest.raises(UserError, match=r"target_modules: 'q_pro' is no linear module .* did you mean 'q_proj'"):
+        adapted("llama", Lora(target_modules=("v_proj", "q_pro")))
+    with pytest.raises(UserError, match=r"'mlp' is no linear module .* there are down_proj, gate_proj, k_proj"):
+        adapted("llama", Lora(target_modules=("mlp",)))
+    with pytest.raises(UserError, match=r"'lm_head' is no linear module"):
+        adapted("llama", Lora(target_modules=("lm_head",)))
+
+
+def test_settings_that_cannot_work_are_refused(monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"norm_and_head trains no layer that could have an adapter"):
+        refuse_untrainable(RANK_3, "norm_and_head", zero_stage=2)
+    with pytest.raises(UserError, match=r"ZeRO 3 cannot shard 4-bit weights"):
+        refuse_untrainable(Lora(quantization="nf4"), "all", zero_stage=3)
+    refuse_untrainable(RANK_3, "all", zero_stage=3)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    with pytest.raises(UserError, match=r"nf4 needs bitsandbytes; run `pip install -e '\.\[qlora\]'`"):
+        refuse_untrainable(Lora(quantization="nf4"), "all", zero_stage=2)
+
+
+def test_adapters_beside_4_bit_weights_are_merged_into_the_stored_ones(tmp_path) -> None:
+    bitsandbytes: Any = pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
+    plain = tiny_model("llama", dtype=torch.bfloat16)
+    plain.save_pretrained(tmp_path)
+    student, lora = tiny_model("llama", dtype=torch.bfloat16).float(), Lora(rank=3, quantization="nf4")
+    with pytest.raises(UserError, match=r"LlamaForCausalLM keeps model\.layers\.0\.self_attn\.q_proj\.weight under"):
+        add_adapters(student, lora, train_only(student, "near_gaps", CUT), seed=0)
+    chosen = add_adapters(student, lora, train_only(student, "near_gaps", CUT), seed=0, stored=stored_names(tmp_path))
+    inside = [module for module in student.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(inside) == 6 * 7
+    assert all(module.weight.dtype == torch.uint8 for module in inside)
+    assert names(student) == {f"{name}.lora_{part}.default.weight" for name in chosen for part in "AB"}
+    assert logits(student).isfinite().all()  # a look at it before training goes on
+    student.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        student(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert gradients.keys() == names(student)
+    assert gradients[f"{chosen[0]}.lora_B.default.weight"].any()
+
+    move_adapters(student)
+    state = student.state_dict()
+    finished = finished_state(student, state, tmp_path, dtype=torch.bfloat16)
+    assert finished.keys() == plain.state_dict().keys()
+    for name, tensor in plain.state_dict().items():
+        owner = name.removesuffix(".weight")
+        expected = tensor
+        if owner in chosen:
+            down, up = (state[f"{owner}.lora_{part}.default.weight"] for part in "AB")
+            expected = (tensor.float() + 32 / 3 * (up @ down)).bfloat16()
+        torch.testing.assert_close(finished[name], expected, rtol=0.01 if owner in chosen else 0, atol=0)

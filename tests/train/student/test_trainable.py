@@ -1,0 +1,258 @@
+"""Which parameters are trained, and which stay as they are."""
+
+import contextlib
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from cut_students import names, plan
+from tiny import tiny_model
+
+from shoal.errors import UserError
+from shoal.models.load import decoder_layers
+from shoal.recipe.distill import Distill, LocalHeal, Teacher, contradictions
+from shoal.recipe.edits import ZEROED_WEIGHTS
+from shoal.train.objective.capture import capturing
+from shoal.train.objective.objective import SharedPrefix, final_hidden, output_head
+from shoal.train.student.local_stage import recorded_layers
+from shoal.train.student.trainable import Trained, keep_zeros, shares_prefix, train_only, trained_parts
+
+MERGE = {"kind": "merge", "layers": [2, 3]}
+REPLACE = {"kind": "replace", "layers": [6, 7, 8]}
+SKIP = {"kind": "skip_attention", "layers": [1]}
+SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "norm"]}
+
+
+@pytest.mark.parametrize(
+    ("trainable", "changes", "layers", "norm", "shared"),
+    [
+        ("all", plan(4), range(9), True, 0),
+        ("layers", plan(4), range(9), True, 0),
+        ("from_first_cut", plan(4, 7), range(4, 8), True, 4),
+        ("from_first_cut", plan(7, edits=(SKIP,)), range(1, 9), True, 1),
+        ("near_gaps", plan(4), (3, 4), False, 3),
+        ("near_gaps", plan(3, 4, 7), (2, 3, 4, 5), False, 2),
+        ("near_gaps", plan(2, 4, 5), (1, 2, 3), False, 1),
+        ("near_gaps", plan(0, 1), (0,), False, 0),
+        ("near_gaps", plan(8, 9), (7,), True, 7),
+        ("near_gaps", plan(3, edits=(MERGE,)), (2, 3), False, 2),  # the merged layer, and the one above it
+        ("near_gaps", plan(7, edits=(SKIP,)), (1, 6, 7), False, 1),
+        ("near_gaps", plan(7, edits=(SWAP,)), (4, 6, 7), True, 0),  # other embeddings than the teacher's
+        ("replacement", plan(7, 8, edits=(REPLACE,)), (6,), False, 6),
+        ("replacement", plan(3, 7, 8, edits=(REPLACE, MERGE)), (2, 5), False, 2),
+        ("replacement", plan(1, 7, 8, edits=(REPLACE,)), (5,), False, 1),  # from layer 1 on the student is another
+        ("norm_and_head", plan(4), (), True, 4),
+    ],
+)
+def test_what_is_trained_and_what_runs_once(trainable, changes, layers, norm, shared) -> None:
+    trained = trained_parts(trainable, changes)
+    assert (trained.layers, trained.norm) == (tuple(layers), norm)
+    assert shares_prefix(trained, changes) == shared
+
+
+def test_a_tied_head_is_trained_with_the_embeddings_and_leaves_no_prefix() -> None:
+    trained = trained_parts("norm_and_head", plan(4), tied=True)
+    assert trained == Trained((), norm=True, embeddings=True, head=True)
+    assert shares_prefix(trained, plan(4)) == 0
+
+
+def test_what_a_plan_does_not_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"replacement trains the layer .* this plan has none; add one to prune\.edits"):
+        trained_parts("replacement", plan(4, edits=(SKIP,)))
+    with pytest.raises(UserError, match=r"from_first_cut .* drops the last ones; choose near_gaps"):
+        trained_parts("from_first_cut", plan(8, 9))
+
+
+def test_parameters_follow_the_choice_whatever_was_chosen_before() -> None:
+    student = tiny_model("llama")
+    everything = {name for name, _ in student.named_parameters()}
+    in_layers = {name for name in everything if ".layers." in name}
+    cut = plan(2, num_layers=7)
+    ends = {"model.embed_tokens.weight", "lm_head.weight"}
+    for trainable, expected in (
+        ("layers", everything - ends),
+        ("norm_and_head", {"model.norm.weight", "lm_head.weight"}),
+        ("near_gaps", {name for name in in_layers if name.startswith(("model.layers.1.", "model.layers.2."))}),
+        (
+            "from_first_cut",
+            everything - ends - {n for n in in_layers if n.startswith(("model.layers.0.", "model.layers.1."))},
+        ),
+        ("all", everything),
+    ):
+        train_only(student, trainable, cut)
+        assert names(student) == expected, trainable
+    tied = tiny_model("llama_tied")
+    assert train_only(tied, "norm_and_head", cut).embeddings
+    assert names(tied) == {"model.embed_tokens.weight", "model.norm.weight"}
+
+
+def test_what_is_neither_layer_nor_norm_nor_head_is_frozen_unless_the_choice_is_wide() -> None:
+    from architectures import tiny_model as tiny_architecture
+
+    student = tiny_architecture("gpt2")  # with a table of positions, which the layers below a cut read
+    cut = plan(2, num_layers=len(decoder_layers(student)) + 1)
+    train_only(student, "layers", cut)
+    assert "transformer.wpe.weight" in names(student)
+    train_only(student, "from_first_cut", cut)
+    assert "transformer.wpe.weight" not in names(student)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "run_again"), [("near_gaps", {2, 3, 4, 5}), ("norm_and_head", set()), ("layers", set(range(6)))]
+)
+def test_backward_goes_no_further_down_than_what_is_trained(trainable, run_again) -> None:
+    """Also where layers are run again in the backward pass: those below the lowest trained one are not."""
+    gradients = []
+    for checkpointed in (False, True):
+        student = tiny_model("llama").train()
+        train_only(student, trainable, plan(3, num_layers=7))
+        if checkpointed:
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        calls: list[int] = []
+        for index, layer in enumerate(decoder_layers(student)):
+            layer.get_submodule("mlp").register_forward_pre_hook(lambda *_, i=index, calls=calls: calls.append(i))
+        ids = torch.arange(20)[None]
+        student(input_ids=ids, labels=ids).loss.backward()
+        assert sorted(calls) == sorted([*range(6), *(run_again if checkpointed else ())])
+        gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+        assert gradients[-1].keys() == names(student)
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@pytest.mark.parametrize("trainable", ["near_gaps", "norm_and_head"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_shared_prefix_of_each_choice_gives_the_gradients_of_the_unshared_run(trainable, checkpointed) -> None:
+    teacher, cut, results = tiny_model("llama", num_hidden_layers=7).requires_grad_(False), plan(3, num_layers=7), []
+    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
+    for way in ("unshared", "live", "recorded"):
+        student = tiny_model("llama").train()
+        for mine, kept in zip(decoder_layers(student), cut.keep, strict=True):
+            mine.load_state_dict(decoder_layers(teacher)[kept].state_dict())
+        student.get_input_embeddings().load_state_dict(teacher.get_input_embeddings().state_dict())
+        trained = train_only(student, trainable, cut)
+        if checkpointed:
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        count = shares_prefix(trained, cut)
+        assert count == (2 if trainable == "near_gaps" else 3)
+        prefix = SharedPrefix(student, teacher if way == "live" else None, first_change=count)
+        replaying = prefix.replaying(torch.float32)
+        recording = prefix.recording() if way == "live" else contextlib.nullcontext()
+        with torch.no_grad(), recording, capturing(teacher, (count - 1,)) as seen:
+            final_hidden(teacher, ids, positions)
+        if way == "recorded":
+            prefix.take(seen.states[count - 1])
+        with contextlib.nullcontext() if way == "unshared" else replaying:
+            hidden = final_hidden(student, ids, positions)
+        output_head(student)(hidden).square().mean().backward()
+        results.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    unshared, *shared = results
+    assert unshared.keys() == names(student)
+    for found in shared:
+        assert found.keys() == unshared.keys()
+        assert all(torch.equal(found[name], unshared[name]) for name in found)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mixtral"])
+def test_a_recorded_state_is_gone_on_from_whatever_layers_return(family) -> None:
+    """Some families' layers return a tuple, which nothing but running one tells; after that no layer below runs."""
+    from architectures import tiny_model as tiny_architecture
+
+    model = tiny_architecture(family)
+    layers = decoder_layers(model)
+    count = len(layers) - 1
+    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
+    with torch.no_grad(), capturing(model, (count - 1,)) as seen:
+        expected = final_hidden(model, ids, positions)
+    state = seen.states[count - 1].clone()
+    prefix = SharedPrefix(model, None, first_change=count)
+    calls: list[int] = []
+    for index, layer in enumerate(layers[:count]):
+        child = next(layer.children())
+        child.register_forward_hook(lambda *_, i=index: calls.append(i))
+    for _ in range(3):
+        prefix.take(state)
+        with torch.no_grad(), prefix.replaying(torch.float32):
+            # other tokens: what comes out depends on the state alone
+            assert torch.equal(final_hidden(model, ids + 1, positions), expected)
+    assert calls == [0]
+    with torch.no_grad():
+        assert torch.equal(final_hidden(model, ids, positions), expected)
+    assert calls == [0, *range(count)]
+
+
+@pytest.mark.parametrize("family", ["bamba", "glm_moe_dsa", "openai-gpt"])
+def test_what_layers_return_beside_their_state_goes_on_to_the_layers_above_the_shared_ones(family) -> None:
+    from architectures import tiny_model as tiny_architecture
+
+    teacher = tiny_architecture(family)
+    student, count = copy.deepcopy(teacher), len(decoder_layers(teacher)) - 2
+    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
+    prefix = SharedPrefix(student, teacher, first_change=count)
+    for _ in range(2):
+        with torch.no_grad(), prefix.recording():
+            expected = final_hidden(teacher, ids, positions)
+        with torch.no_grad(), prefix.replaying(torch.float32):
+            assert torch.equal(final_hidden(student, ids, positions), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_whose_keys_others_read_run_in_the_student_too(family) -> None:
+    from architectures import tiny_model as tiny_architecture
+
+    teacher = tiny_architecture(family)  # layers 4 and 5 read the keys and values of 2 and 3
+    student, cut = copy.deepcopy(teacher), plan(5, num_layers=7)
+    trained = train_only(student, "from_first_cut", cut)
+    count = shares_prefix(trained, cut)
+    assert (trained.layers, count) == ((5,), 2)
+    ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)
+    prefix = SharedPrefix(student, teacher, first_change=count)
+    with torch.no_grad(), prefix.recording():
+        expected = final_hidden(teacher, ids, positions)
+    with torch.no_grad(), prefix.replaying(torch.float32):
+        assert torch.equal(final_hidden(student, ids, positions), expected)
+
+
+def test_a_prefix_is_only_recorded_where_layers_stay_the_teachers() -> None:
+    cut, low = plan(3, num_layers=7), plan(1, num_layers=7)
+    recorded = Distill(trainable="from_first_cut", teacher=Teacher(recorded="signals", prefix=True))
+    everything, healed = replace(recorded, trainable="all"), replace(recorded, local=LocalHeal())
+    above = trained_parts("from_first_cut", cut)
+    assert recorded_layers(above, cut, recorded) == 3
+    # the local stage trains the layer before the gap
+    assert recorded_layers(above, cut, healed) == 2
+    with pytest.raises(UserError, match=r"with trainable all no layer at the bottom stays the teacher's .* at layer 3"):
+        recorded_layers(trained_parts("all", cut), cut, everything)
+    with pytest.raises(UserError, match="with trainable from_first_cut after a local stage no layer"):
+        recorded_layers(trained_parts("from_first_cut", low), low, healed)
+    assert [*contradictions(recorded)] == []
+    (told,) = contradictions(replace(recorded, teacher=Teacher(prefix=True)))
+    assert told.startswith("distill.teacher.prefix: is about recorded signals")
+
+
+def test_zeroed_weights_stay_zero_in_training_and_others_move() -> None:
+    student = tiny_model("llama").train()
+    skipped, masked = (f"model.layers.{layer}.self_attn.o_proj.weight" for layer in (1, 3))
+    with torch.no_grad():
+        student.get_parameter(skipped).zero_()
+        student.get_parameter(masked)[:, 8:16] = 0
+    setattr(student.config, ZEROED_WEIGHTS, [skipped, masked])
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    keep_zeros(student)
+    optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        ids = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
+        student(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not student.get_parameter(skipped).any()
+    after = student.get_parameter(masked)
+    assert not after[:, 8:16].any()
+    assert (after[:, :8] != before[masked][:, :8]).all()
+    assert (after[:, 16:] != before[masked][:, 16:]).all()
+
+
+def test_student_without_edits_is_trained_as_ever() -> None:
+    student = tiny_model("llama")
+    keep_zeros(student)
+    assert all(p.requires_grad and not p._backward_hooks for p in student.parameters())

@@ -1,0 +1,551 @@
+"""Recorded teacher signals: what they say, that they survive, and that those of another run are refused."""
+
+from __future__ import annotations
+
+import errno
+import math
+import multiprocessing
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import architectures
+import numpy as np
+import pytest
+import torch
+from tiny import VOCAB_SIZE, tiny_checkpoint, tiny_tokenizer
+from torch import Tensor
+from torch.nn import functional
+
+from shoal.errors import UserError
+from shoal.models.load import load_model
+from shoal.recipe.recording import Record
+from shoal.recipe.section import DataSource
+from shoal.runtime import free_port, leave_distributed, set_up_distributed
+from shoal.train import record as stage
+from shoal.train.record import record_signals, top_k_signals
+from shoal.train.teacher import recording_format, recording_plan
+from shoal.train.teacher.recording_format import (
+    LOWEST,
+    MAX_ERROR,
+    Layout,
+    decode_log_probs,
+    encode_log_probs,
+    pack_high_bits,
+    unpack_high_bits,
+)
+from shoal.train.teacher.recording_plan import RecordingManifest, recording_bytes, recording_inputs, recording_layout
+from shoal.train.teacher.recording_reader import RecordingReader
+
+S = 12
+SETTINGS = Record(top_k=5, states=(1, 3), rows_per_shard=3, batch_size=2)
+RUN = {"model": "teacher", "dtype": "float32", "attention": "sdpa"}
+ROWS_FROM = {"seed": 0, "distill.data": "text"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    input_ids_NS: Tensor
+    position_ids_NS: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids_NS)
+
+
+def rows(num: int = 8, *, seed: int = 0) -> Rows:
+    """The first ``num`` of an endless supply, two documents in each."""
+    ids = torch.randint(0, 250, (64, S), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    positions = torch.cat([torch.arange(7), torch.arange(S - 7)]).int().repeat(64, 1)
+    return Rows(ids[:num], positions[:num])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+
+
+def record(teacher: Path, folder: Path, data: Rows | None = None, settings: Record = SETTINGS, **changes: Any) -> None:
+    values = {**RUN, "rows_from": ROWS_FROM, "trust_remote_code": False, **changes}
+    record_signals(teacher, rows() if data is None else data, folder, settings, **values)
+
+
+def opened(teacher: Path, folder: Path, data: Rows | None = None, settings: Record = SETTINGS, **changes: Any):
+    shaping = (*RUN, "sequence_length", "prefix")
+    run = {**RUN, "sequence_length": S, **{k: v for k, v in changes.items() if k in shaping}}
+    rest = {k: v for k, v in changes.items() if k not in run}
+    inputs = recording_inputs(settings, teacher, **run)
+    data = rows() if data is None else data
+    return RecordingReader(
+        folder, data, **{"inputs": inputs, "rows_from": ROWS_FROM, "states": settings.states, **rest}
+    )
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("shard-*"))}
+
+
+def reference(teacher: Path, data: Rows, *, temperature: float = 1.0) -> Tensor:
+    """log softmax of the model's own logits, in float64."""
+    model = load_model(teacher, dtype="float32")
+    with torch.no_grad():
+        # without a cache: only then transformers sees that the documents of a row are separate
+        logits = model(
+            input_ids=data.input_ids_NS.long(), position_ids=data.position_ids_NS.long(), use_cache=False
+        ).logits
+    return functional.log_softmax(logits.double() / temperature, dim=-1)
+
+
+def bucket_kl(log_p_K: Tensor, tail: Tensor, log_q_K: Tensor) -> Tensor:
+    """KL of the K + 1 coarse distributions, by its definition, in float64."""
+    log_p_K, log_q_K, tail = log_p_K.double(), log_q_K.double(), tail.double()
+    rest_q = 1 - log_q_K.exp().sum(-1)
+    inside = (log_p_K.exp() * (log_p_K - log_q_K)).sum(-1)
+    return inside + torch.where(tail > 0, tail * (tail.clamp(min=1e-300).log() - rest_q.log()), 0.0)
+
+
+# --- what is recorded ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("top_k", [1, 5, VOCAB_SIZE])
+def test_recorded_signals_are_the_teachers_within_the_stated_error(teacher, tmp_path, top_k, temperature):
+    settings = Record(top_k=top_k, temperature=temperature, rows_per_shard=3, batch_size=2)
+    record(teacher, tmp_path / "signals", settings=settings)
+    found = opened(teacher, tmp_path / "signals", settings=settings).rows(range(8))
+    expected = reference(teacher, rows(), temperature=temperature)
+    best = expected.topk(top_k, dim=-1)
+    assert torch.equal(found.ids_BSK[..., :1], best.indices[..., :1])
+    at_ids = expected.gather(-1, found.ids_BSK)
+    assert (at_ids - best.values).abs().max() < 1e-5  # the same tokens, up to equal ones
+    assert (found.log_probs_BSK - at_ids).abs().max() < MAX_ERROR
+    tail = 1 - at_ids.exp().sum(-1)
+    assert (found.tail_BS - tail).abs().max() < MAX_ERROR * tail.max() + 1e-6
+    assert (found.log_probs_BSK.double().exp().sum(-1) + found.tail_BS - 1).abs().max() < 1e-6
+    assert (found.tail_BS == 0).all() == (top_k == VOCAB_SIZE)
+    assert found.ids_BSK.dtype == torch.int64
+    assert found.log_probs_BSK.dtype == found.tail_BS.dtype == torch.float32
+
+
+def test_states_are_the_raw_outputs_of_the_layers_asked_for(teacher, tmp_path):
+    record(teacher, tmp_path / "signals")
+    found = opened(teacher, tmp_path / "signals").rows([4, 7])
+    model, data = load_model(teacher, dtype="float32"), rows()
+    with torch.no_grad():
+        states = model(
+            input_ids=data.input_ids_NS.long(),
+            position_ids=data.position_ids_NS.long(),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+    assert found.states.keys() == {1, 3}
+    for layer, state in found.states.items():
+        assert state.dtype == torch.bfloat16
+        torch.testing.assert_close(state.float(), states[layer + 1][[4, 7]], rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_state_to_go_on_from_is_the_teachers_to_the_bit(teacher, tmp_path, dtype):
+    run = {"dtype": dtype, "prefix": 2}
+    record(teacher, tmp_path / "signals", **run)
+    found = opened(teacher, tmp_path / "signals", **run).rows([4, 0, 3]).prefix_BSD
+    model, data = load_model(teacher, dtype=dtype), rows()
+    with torch.no_grad():
+        states = model(
+            input_ids=data.input_ids_NS[3:5].long(),
+            position_ids=data.position_ids_NS[3:5].long(),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+    assert found is not None
+    assert found.dtype == getattr(torch, dtype)
+    # the same two rows at one time as when it was recorded
+    assert torch.equal(found[[2, 0]], states[2])
+    layout = recording_layout(SETTINGS, teacher, sequence_length=S, trust_remote_code=False, **run)
+    written = sum(map(len, shards(tmp_path / "signals").values()))
+    assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, SETTINGS.rows_per_shard)
+    plain = recording_layout(SETTINGS, teacher, sequence_length=S, trust_remote_code=False)
+    assert layout.num_bytes(1) - plain.num_bytes(1) == S * states[2].shape[-1] * found.element_size()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_soft_capped_and_scaled_logits_are_recorded_as_the_model_gives_them(family):
+    model = architectures.tiny_model(family)
+    ids = torch.randint(0, 90, (2, S), generator=torch.Generator().manual_seed(0))
+    if family == "gemma2":
+        model.config.final_logit_softcapping = 2.0  # so that forgetting it would show
+    with torch.no_grad():
+        expected = functional.log_softmax(model(input_ids=ids, use_cache=False).logits.double(), dim=-1)
+        planes = stage._record_shard(
+            model,
+            Rows(ids, torch.arange(S).repeat(2, 1)),
+            range(2),
+            Record(top_k=4),
+            Layout(S, 4, 96, 32),
+            lambda n: None,
+        )
+    log_probs = torch.from_numpy(decode_log_probs(planes["codes"].numpy()))
+    assert (log_probs - expected.topk(4, dim=-1).values).abs().max() < MAX_ERROR
+
+
+def test_the_tail_keeps_its_digits_where_the_teacher_is_sure():
+    logits = torch.full((1, 100), 0.0)
+    logits[0, 7] = 30.0
+    ids, log_probs, tail = top_k_signals(logits, lambda x: x, top_k=1, temperature=1.0)
+    assert ids.item() == 7
+    assert tail.item() == pytest.approx(99 * math.exp(-30), rel=1e-5)
+    assert log_probs.item() == pytest.approx(0, abs=1e-9)
+
+
+def test_a_token_that_cannot_come_is_recorded_as_almost_impossible():
+    logits = torch.tensor([[1.0, -torch.inf, 0.0]])
+    _, log_probs, tail = top_k_signals(logits, lambda x: x, top_k=3, temperature=1.0)
+    assert tail.item() == 0
+    assert decode_log_probs(encode_log_probs(log_probs).numpy())[0, 2] == LOWEST
+
+
+# --- how it is coded ----------------------------------------------------------------------------------------------
+
+
+def test_codes_err_by_no_more_than_the_formula_says():
+    log_probs = -torch.logspace(-9, math.log10(-LOWEST), 200_000, dtype=torch.float64)
+    error = (torch.from_numpy(decode_log_probs(encode_log_probs(log_probs).numpy())) - log_probs).abs()
+    assert (error <= (LOWEST * log_probs).sqrt() / 65_535 + 4e-6).all()  # and fp32's own rounding
+    assert error.max() > 4e-4  # the bound is near
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_bucket_kl_of_recorded_signals_is_off_by_no_more_than_stated(temperature):
+    """|error| <= MAX_ERROR (KL + sqrt(2 KL)) + 1e-6, for students near and far."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = 4 * torch.randn(400, 5000, generator=generator) / temperature
+    log_p, log_probs, tail = top_k_signals(teacher, lambda x: x.clone(), top_k=32, temperature=1.0)
+    ids, exact = log_p, functional.log_softmax(teacher.double(), dim=-1).gather(-1, log_p)
+    stored = torch.from_numpy(decode_log_probs(encode_log_probs(log_probs).numpy())).double()
+    total = stored.exp().sum(-1) + tail
+    for noise in (0.0, 0.1, 1.0, 4.0):
+        student = teacher + noise * torch.randn(teacher.shape, generator=generator)
+        log_q = functional.log_softmax(student.double(), dim=-1).gather(-1, ids)
+        true = bucket_kl(exact, 1 - exact.exp().sum(-1), log_q)
+        found = bucket_kl(stored - total.log()[:, None], tail / total, log_q)
+        bound = MAX_ERROR * (true + (2 * true.clamp(min=0)).sqrt()) + 1e-6
+        assert ((found - true).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("vocab_size", [300, 2**16, 2**16 + 1, 128_256, 151_936, 2**18])
+def test_any_token_id_survives_at_no_more_than_150_bytes_a_token(vocab_size):
+    layout = Layout(S, 32, vocab_size, 64)
+    ids = torch.randint(0, vocab_size, (3, S, 32), generator=torch.Generator().manual_seed(0)).numpy()
+    ids[0, 0, :3] = [0, vocab_size - 1, vocab_size // 2]
+    low = ids & 0xFFFF
+    if layout.high_bits:
+        low = low | unpack_high_bits(pack_high_bits(ids, layout.high_bits), layout.high_bits, top_k=32)
+    assert np.array_equal(low, ids)
+    assert recording_bytes(layout, 1000, 64) / (1000 * S) <= 150
+
+
+def test_the_announced_size_is_the_size(teacher, tmp_path):
+    record(teacher, tmp_path / "signals")
+    layout = recording_layout(SETTINGS, teacher, sequence_length=S, trust_remote_code=False)
+    written = sum(map(len, shards(tmp_path / "signals").values()))
+    assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, SETTINGS.rows_per_shard)
+
+
+def test_large_vocabularies_are_recorded_and_read_back(tmp_path):
+    big = tiny_checkpoint(tmp_path, "llama_tied", vocab_size=70_000, num_hidden_layers=1)
+    settings = Record(top_k=4, rows_per_shard=2)
+    record(big, tmp_path / "signals", rows(2), settings)
+    found = opened(big, tmp_path / "signals", rows(2), settings).rows([0, 1])
+    expected = reference(big, rows(2)).topk(4, dim=-1)
+    assert (found.ids_BSK >= 2**16).any()
+    assert torch.equal(found.ids_BSK[..., 0], expected.indices[..., 0])
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_random_access_equals_reading_in_order(teacher, tmp_path):
+    record(teacher, tmp_path / "signals")
+    recorded = opened(teacher, tmp_path / "signals")
+    everything = recorded.rows(range(8))
+    order = [7, 0, 3, 3, 5, 2]
+    some = recorded.rows(order)
+    for all_rows, found in zip(everything[:3], some[:3], strict=True):
+        assert torch.equal(found, all_rows[order])
+    for layer in (1, 3):
+        assert torch.equal(some.states[layer], everything.states[layer][order])
+
+
+def test_a_recording_serves_a_run_with_fewer_rows_and_refuses_one_with_more(teacher, tmp_path):
+    record(teacher, tmp_path / "signals")
+    assert opened(teacher, tmp_path / "signals", rows(4)).rows([3]).ids_BSK.shape == (1, S, 5)
+    with pytest.raises(UserError, match=r"holds 8 rows and this run needs 11; set record.num_tokens to 132"):
+        opened(teacher, tmp_path / "signals", rows(11))
+
+
+def test_rows_of_a_smaller_budget_are_the_first_rows_of_a_larger_one(tmp_path):
+    from shoal.recipe.recipe import Distill
+    from shoal.train.dataset import training_rows
+
+    texts = [{"text": "".join(chr(97 + (i * j) % 26) for j in range(20 + i))} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(str(text).replace("'", '"') for text in texts))
+    sources = (DataSource(str(tmp_path / "a.jsonl")), DataSource("python_docs_heldout", weight=0.3))
+    settings = Distill(data=sources, sequence_length=S)
+    made = [
+        training_rows(
+            settings, tiny_tokenizer(), num_rows=n, seed=1, teacher_text=(), folder=tmp_path / "rows", inputs={}
+        )
+        for n in (7, 40)
+    ]
+    assert torch.equal(made[0].input_ids_NS, made[1].input_ids_NS[:7])
+    assert torch.equal(made[0].position_ids_NS, made[1].position_ids_NS[:7])
+
+
+# --- going on -----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody catches it."""
+
+
+@pytest.mark.parametrize("moment", ["between two shards", "in the middle of a shard", "while a shard is written"])
+def test_a_recording_that_was_killed_goes_on_at_the_next_shard(teacher, tmp_path, monkeypatch, moment):
+    record(teacher, tmp_path / "whole")
+    calls: list[int] = []
+
+    def then_die(function, number):
+        def call(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == number:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    place, name, number = {
+        "between two shards": (stage, "_record_shard", 2),
+        "in the middle of a shard": (stage, "top_k_signals", 4),
+        "while a shard is written": (recording_format, "save_file", 2),
+    }[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, then_die(getattr(place, name), number))
+        with pytest.raises(Killed):
+            record(teacher, tmp_path / "signals")
+    assert list(shards(tmp_path / "signals")) == ["shard-000000.safetensors"]
+    (tmp_path / "signals" / ".shard-000001.safetensors.abc.tmp").write_bytes(b"what a real SIGKILL leaves")
+    with pytest.raises(UserError, match="was not finished; run `shoal record` again"):
+        opened(teacher, tmp_path / "signals")
+
+    done: list[range] = []
+    original = stage._record_shard
+    monkeypatch.setattr(stage, "_record_shard", lambda *args: (done.append(args[2]), original(*args))[1])
+    record(teacher, tmp_path / "signals")
+    assert done == [range(3, 6), range(6, 8)]
+    assert shards(tmp_path / "signals") == shards(tmp_path / "whole")
+    assert not list((tmp_path / "signals").glob(".*"))
+    manifests = [RecordingManifest.read(tmp_path / name / RecordingManifest.FILE) for name in ("signals", "whole")]
+    assert manifests[0].shards == manifests[1].shards
+    opened(teacher, tmp_path / "signals")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "empty"])
+def test_a_torn_shard_is_named_and_recorded_again(teacher, tmp_path, caplog, damage):
+    folder = tmp_path / "signals"
+    record(teacher, folder)
+    whole = shards(folder)
+    file = folder / "shard-000001.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[-100] ^= 1
+    file.write_bytes(b"" if damage == "empty" else content[:-7] if damage == "cut" else content)
+    if damage == "gone":
+        file.unlink()
+    if damage != "flipped":  # a checksum over everything is no work for every start
+        with pytest.raises(UserError, match=r"shard-000001.*run `shoal record` again"):
+            opened(teacher, folder)
+    record(teacher, folder)
+    assert shards(folder) == whole
+    assert damage == "gone" or "shard-000001.safetensors" in caplog.text
+
+
+def test_a_complete_recording_is_left_alone_and_needs_no_model(teacher, tmp_path, monkeypatch):
+    record(teacher, tmp_path / "signals")
+    before = (tmp_path / "signals" / RecordingManifest.FILE).read_bytes()
+    monkeypatch.setattr(stage, "load_model", None)
+    record(teacher, tmp_path / "signals")
+    record(teacher, tmp_path / "signals", rows(5))
+    assert (tmp_path / "signals" / RecordingManifest.FILE).read_bytes() == before
+
+
+def test_a_larger_budget_adds_what_is_missing(teacher, tmp_path):
+    record(teacher, tmp_path / "signals")
+    record(teacher, tmp_path / "signals", rows(16))
+    record(teacher, tmp_path / "whole", rows(16))
+    assert shards(tmp_path / "signals") == shards(tmp_path / "whole")
+    assert len(opened(teacher, tmp_path / "signals", rows(16)).rows(range(16)).tail_BS) == 16
+
+
+def run_rank(rank: int, port: int, teacher: Path, folder: Path) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(port))
+    set_up_distributed(60)
+    record(teacher, folder, prefix=2)
+    leave_distributed()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork; a fresh start takes 20 seconds")
+def test_two_ranks_write_the_same_bytes_as_one(teacher, tmp_path):
+    record(teacher, tmp_path / "one", prefix=2)
+    forked, port = multiprocessing.get_context("fork"), free_port()
+    ranks = [forked.Process(target=run_rank, args=(rank, port, teacher, tmp_path / "two")) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    manifests = [RecordingManifest.read(tmp_path / name / RecordingManifest.FILE) for name in ("one", "two")]
+    assert manifests[0].shards == manifests[1].shards
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "model": {"model": "another"},
+    "dtype": {"dtype": "bfloat16"},
+    "attention": {"attention": "eager"},
+    "record.top_k": {"settings": Record(top_k=6, states=(1, 3), rows_per_shard=3)},
+    "record.temperature": {"settings": Record(top_k=5, states=(1, 3), rows_per_shard=3, temperature=2.0)},
+    "record.states": {"settings": Record(top_k=5, states=(1,), rows_per_shard=3)},
+}
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_signals_of_another_run_are_refused_by_the_field_that_differs(teacher, tmp_path, field):
+    record(teacher, tmp_path / "signals")
+    kept = shards(tmp_path / "signals")
+    for act in (opened, record):
+        with pytest.raises(UserError, match=rf"belongs to another run: {field} is .* in this recipe but .* there"):
+            act(teacher, tmp_path / "signals", **OTHERS[field])
+    assert shards(tmp_path / "signals") == kept
+
+
+def test_a_recorded_prefix_serves_runs_without_one_and_no_other_prefix(teacher, tmp_path):
+    record(teacher, tmp_path / "signals", prefix=2)
+    with pytest.raises(UserError, match=r"distill.teacher.prefix is '3 layers' in this recipe but '2 layers' there"):
+        opened(teacher, tmp_path / "signals", prefix=3)
+    plain = opened(teacher, tmp_path / "signals").rows([1])
+    assert plain.prefix_BSD is None
+    assert torch.equal(plain.ids_BSK, opened(teacher, tmp_path / "signals", prefix=2).rows([1]).ids_BSK)
+    record(teacher, tmp_path / "plain")
+    with pytest.raises(UserError, match=r"distill.teacher.prefix is '2 layers' in this recipe but 'absent' there"):
+        opened(teacher, tmp_path / "plain", prefix=2)
+
+
+def test_signals_of_another_tokenizer_or_row_length_are_refused(teacher, tmp_path):
+    record(teacher, tmp_path / "signals")
+    with pytest.raises(UserError, match=r"sequence_length is 16 in this recipe but 12 there"):
+        opened(teacher, tmp_path / "signals", sequence_length=16)
+    retokenized = tiny_checkpoint(tmp_path, "llama")
+    file = retokenized / "tokenizer.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(UserError, match="tokenizer is"):
+        opened(retokenized, tmp_path / "signals")
+
+
+def test_signals_of_other_rows_are_refused_with_what_shaped_them(teacher, tmp_path):
+    record(teacher, tmp_path / "signals")
+    data = rows()
+    data.input_ids_NS[4, 2] += 1
+    with pytest.raises(UserError, match=r"row 4 has other tokens there \(the text or the order"):
+        opened(teacher, tmp_path / "signals", data)
+    with pytest.raises(UserError, match=r"row 0 has other tokens there \(seed is 1 in this recipe but 0 there\)"):
+        opened(teacher, tmp_path / "signals", rows(seed=1), rows_from={**ROWS_FROM, "seed": 1})
+    with pytest.raises(UserError, match="row 0 has other tokens there"):
+        record(teacher, tmp_path / "signals", rows(seed=1))
+    moved = rows()
+    moved.position_ids_NS[5, 7] = 7  # another border between documents
+    with pytest.raises(UserError, match="row 5 has other tokens"):
+        opened(teacher, tmp_path / "signals", moved)
+
+
+def test_states_and_temperatures_that_were_not_recorded_are_refused(teacher, tmp_path):
+    record(teacher, tmp_path / "signals")
+    with pytest.raises(UserError, match="lacks the states after layer 2, 4"):
+        opened(teacher, tmp_path / "signals", states=(4, 1, 2))
+    with pytest.raises(UserError, match="recorded at temperature 1, and a loss term has 2"):
+        opened(teacher, tmp_path / "signals", temperatures=(1.0, 2.0))
+
+
+def test_other_versions_are_told_and_not_refused(teacher, tmp_path, caplog, monkeypatch):
+    record(teacher, tmp_path / "signals")
+    monkeypatch.setattr(recording_plan, "environment", lambda: {"torch": "9.9", "transformers": "9.9"})
+    opened(teacher, tmp_path / "signals")
+    assert "was recorded with torch" in caplog.text
+
+
+def test_a_folder_without_recording_is_refused(teacher, tmp_path):
+    with pytest.raises(UserError, match="holds no recorded signals; run `shoal record` first"):
+        opened(teacher, tmp_path)
+    (tmp_path / "thesis.txt").write_text("important")
+    with pytest.raises(UserError, match="holds other files"):
+        record(teacher, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Record(top_k=VOCAB_SIZE + 1), r"record.top_k: 273 is more than the 272 tokens"),
+        (Record(top_k=5, states=(6,)), r"record.states: 6 is no layer .* the last is 5"),
+        (Record(top_k=5, states=(2, 2)), r"names a layer twice"),
+    ],
+)
+def test_settings_that_the_teacher_cannot_meet_are_refused(teacher, tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        record(teacher, tmp_path / "signals", settings=settings)
+    assert not (tmp_path / "signals").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_model_is_loaded(teacher, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 20_000})
+    monkeypatch.setattr(recording_plan.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(stage, "load_model", None)
+    with pytest.raises(
+        UserError, match=r"recording needs [0-9.]+ kB there and the disk has 20 kB free; set record.folder"
+    ):
+        record(teacher, tmp_path / "signals")
+
+
+def test_a_disk_that_fills_up_loses_nothing(teacher, tmp_path, monkeypatch):
+    original, written = recording_format.save_file, []
+
+    def save(planes, path, metadata):
+        written.append(path)
+        original(planes, path, metadata=metadata)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording_format, "save_file", save)
+        with pytest.raises(UserError, match="the disk is full"):
+            record(teacher, tmp_path / "signals")
+    assert sorted(file.name for file in (tmp_path / "signals").iterdir()) == [
+        RecordingManifest.FILE,
+        "shard-000000.safetensors",
+    ]
+    record(teacher, tmp_path / "signals")
+    record(teacher, tmp_path / "whole")
+    assert shards(tmp_path / "signals") == shards(tmp_path / "whole")
+
+
+def test_a_teacher_that_gives_no_numbers_is_refused(teacher, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        model = load_model(*args, **kwargs)
+        model.get_parameter("lm_head.weight").data[3] = torch.nan
+        return model
+
+    monkeypatch.setattr(stage, "load_model", broken)
+    with pytest.raises(UserError, match="logits at position 0 of row 0 are not finite"):
+        record(teacher, tmp_path / "signals")
+    assert not shards(tmp_path / "signals")

@@ -1,0 +1,247 @@
+"""What the distill stage refuses before it loads weights: arguments, DeepSpeed settings, models that do not match."""
+
+import json
+
+import pytest
+from accelerate.data_loader import BatchSamplerShard
+from tiny import tiny_checkpoint, tiny_tokenizer
+from torch.utils.data import BatchSampler, SequentialSampler
+
+from shoal.errors import UserError
+from shoal.recipe.distill import Teacher
+from shoal.recipe.losses import TAID, ForwardKL, ValueRelation
+from shoal.recipe.recipe import Distill
+from shoal.recipe.recording import Record
+from shoal.train.dataset import training_rows
+from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs
+from shoal.train.engine.arguments import (
+    batch_split,
+    check_names,
+    deepspeed_config,
+    num_rows,
+    rows_per_step,
+    training_arguments,
+)
+
+
+def check(teacher, student, **settings):
+    check_distillable(teacher, student, Distill(**settings), Record(), trust_remote_code=False)
+
+
+def test_different_vocabularies_are_refused(teacher, tmp_path):
+    student = tiny_checkpoint(tmp_path, "llama", vocab_size=300)
+    with pytest.raises(
+        UserError, match=r"has 272 vocabulary entries and student .* has 300; .*cut the student from this"
+    ):
+        check(teacher, student)
+
+
+def test_different_tokenizers_of_one_size_are_refused(teacher, tmp_path):
+    student = tiny_checkpoint(tmp_path, "llama")
+    tokenizer = json.loads((student / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (student / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="have different tokenizers"):
+        check(teacher, student)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(teacher):
+    with pytest.raises(UserError, match=r"distill\.sequence_length: 2000 is more than the 1024 positions"):
+        check(teacher, teacher, sequence_length=2000)
+
+
+@pytest.mark.parametrize(
+    ("loss", "record", "message"),
+    [
+        (TAID(), {}, r"losses: taid needs the teacher's whole distribution.* use the live teacher"),
+        (ForwardKL(), {"temperature": 2.0}, r"forward_kl has temperature 1, the recorded signals have 2"),
+        (ForwardKL(), {"top_k": 272}, r"top_k: 272 leaves none of the 272 tokens .* record fewer"),
+        (ValueRelation(), {}, r"value_relation needs the teacher's attention.* take it out"),
+    ],
+)
+def test_losses_that_no_recording_can_serve_are_refused_before_it_is_opened(teacher, loss, record, message):
+    def check(recorded: str | None):
+        settings = Distill(losses=(loss,), teacher=Teacher(recorded=recorded))
+        check_distillable(teacher, teacher, settings, Record(**record), trust_remote_code=False)
+
+    check(None)
+    with pytest.raises(UserError, match=message):
+        check("nowhere")
+
+
+def arguments(tmp_path, **trainer):
+    return training_arguments(Distill(trainer=trainer), output_dir=tmp_path, seed=0, report_to=[])
+
+
+def test_an_unknown_training_argument_gets_a_suggestion(tmp_path):
+    with pytest.raises(
+        UserError, match=r"distill\.trainer\.learning_rat: no such training argument; did you mean 'lear"
+    ):
+        arguments(tmp_path, learning_rat=1e-3)
+
+
+@pytest.mark.parametrize("value", ["four", 0, 1.5, True])
+def test_a_batch_that_is_no_whole_number_is_refused(value):
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps: must be a whole number of at least 1 \(got"):
+        check_names(Distill(trainer={"gradient_accumulation_steps": value}))
+
+
+def test_a_training_argument_that_transformers_refuses_is_said_in_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"distill\.trainer: .*is not a valid SchedulerType"):
+        arguments(tmp_path, lr_scheduler_type="zigzag")
+
+
+def test_at_least_two_checkpoints_are_kept(tmp_path):
+    assert arguments(tmp_path, save_total_limit=1)[1] == 2
+    assert arguments(tmp_path, save_total_limit=5)[1] == 5
+    assert arguments(tmp_path)[0].save_total_limit is None, "rotation before the commit could delete the last good one"
+
+
+def test_rows_fill_whole_optimizer_steps():
+    settings = Distill(
+        num_tokens=1000,
+        sequence_length=10,
+        trainer={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4},
+    )
+    assert num_rows(settings) == 128  # 100 rows, rounded up to steps of 32
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "given", "split"),
+    [(16, 1, None, (4, 4)), (16, 8, None, (2, 1)), (12, 2, None, (3, 2)), (12, 2, 2, (2, 3)), (14, 2, None, (1, 7))],
+)
+def test_accumulation_follows_from_the_batch_of_all_ranks(monkeypatch, batch, ranks, given, split):
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    settings = Distill(batch_size=batch, trainer={} if given is None else {"per_device_train_batch_size": given})
+    assert batch_split(settings) == split
+    assert rows_per_step(settings) == batch
+
+
+def test_every_split_of_a_batch_hands_out_the_same_rows_in_the_same_steps():
+    """What accelerate does with the sampler's batches, for every way to share 12 rows a step."""
+    dealt = set()
+    for rows, accumulation, ranks in [(12, 1, 1), (2, 6, 1), (3, 2, 2), (1, 3, 4), (2, 1, 6)]:
+        batches = BatchSampler(SequentialSampler(range(48)), rows, drop_last=False)
+        shards = [[batch or [] for batch in BatchSamplerShard(batches, ranks, rank)] for rank in range(ranks)]
+        steps = [
+            sorted(row for shard in shards for batch in shard[step : step + accumulation] for row in batch)
+            for step in range(0, len(shards[0]), accumulation)
+        ]
+        dealt.add(str(steps))
+    assert dealt == {str([list(range(n, n + 12)) for n in range(0, 48, 12)])}
+
+
+def test_a_batch_that_does_not_come_out_even_is_refused_naming_the_numbers(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"batch_size: 16 rows do not divide over 3 ranks; choose a multiple of 3"):
+        batch_split(Distill(batch_size=16))
+    with pytest.raises(UserError, match=r"are 6 each, no multiple of .*per_device_train_batch_size 4; change one"):
+        batch_split(Distill(batch_size=18, trainer={"per_device_train_batch_size": 4}))
+    with pytest.raises(UserError, match=r"accumulation_steps: follows from distill\.batch_size \(16\); leave one"):
+        check_names(Distill(batch_size=16, trainer={"gradient_accumulation_steps": 2}))
+
+
+def test_checkpoints_know_the_real_batch_and_not_how_it_is_shared(monkeypatch):
+    def known(ranks, **settings):
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        chosen = Distill(**settings)
+        own = distill_inputs(
+            chosen, Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="stored", attention="sdpa"
+        )
+        return checkpoint_inputs(chosen, own)
+
+    two = known(2, trainer={"per_device_train_batch_size": 4})
+    assert two == known(4, batch_size=8, deepspeed="deepspeed/zero3.json")
+    assert two == known(1, trainer={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    assert two != known(1, trainer={"per_device_train_batch_size": 4})
+
+
+def test_the_shipped_deepspeed_files_are_found_by_every_spelling():
+    for spelling in ("deepspeed/zero3.json", "configs/deepspeed/zero3.json"):
+        assert deepspeed_config(Distill(deepspeed=spelling))["zero_optimization"]["stage"] == 3
+
+
+def test_half_precision_is_autocast_over_fp32_weights_where_the_device_is_fast_in_it(monkeypatch):
+    assert "torch_autocast" not in deepspeed_config(Distill()), "the tests' device is not"
+    rates = {"float32": 1e11, "bfloat16": 4e11, "float16": 1e11}
+    monkeypatch.setattr("shoal.numerics.product_rates", lambda device: rates)
+    assert deepspeed_config(Distill())["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert "torch_autocast" not in deepspeed_config(Distill(precision="float32"))
+    own = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    assert "torch_autocast" not in deepspeed_config(Distill(deepspeed=own))
+
+
+def test_float16_is_autocast_with_loss_scaling_where_there_is_an_accelerator(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    config = deepspeed_config(Distill(precision="float16"))
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "float16"}  # DeepSpeed scales losses for this dtype
+
+
+def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
+    own = {"zero_optimization": {"stage": 1}}
+    deepspeed_config(Distill(deepspeed=own))
+    assert own == {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"deepspeed": "nowhere.json"}, r"no file 'nowhere\.json'; shipped ones are deepspeed/zero0\.json"),
+        ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"stage must be 0, 1, 2 or 3 \(got 4\)"),
+        (
+            {"deepspeed": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}},
+            r"offload_param is on nvme, and its nvme_path is no folder \(got None\); .*device: cpu",
+        ),
+        (
+            {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/no/disk"}}}},
+            r"offload_optimizer is on nvme, and its nvme_path is no folder \(got '/no/disk'\)",
+        ),
+        ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "leave `scheduler` out; set lr_scheduler_type"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16 with ZeRO stage 0 starts Adam one step late"),
+        ({"deepspeed": {"fp16": {"enabled": True}}}, "deepspeed: fp16 does not train on a CPU"),
+        ({"precision": "float16"}, r"distill\.precision: fp16 does not train on a CPU; use distill\.precision: auto"),
+        (
+            {"deepspeed": {"bf16": {"enabled": True}}, "precision": "float32"},
+            "float32 contradicts `bf16` in the DeepSpeed configuration",
+        ),
+    ],
+)
+def test_deepspeed_settings_known_to_be_wrong_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        deepspeed_config(Distill(**settings))
+
+
+def test_a_broken_deepspeed_file_is_named(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"ds\.json: is not valid JSON"):
+        deepspeed_config(Distill(deepspeed=str(file)))
+
+
+def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
+    def inputs(**settings):
+        return distill_inputs(
+            Distill(**settings), Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="stored", attention="sdpa"
+        )
+
+    assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})
+    assert inputs() != inputs(trainer={"learning_rate": 1.0})
+    assert inputs() != inputs(num_tokens=7)
+
+
+def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
+    settings = Distill(num_tokens=640, sequence_length=64)
+
+    def rows():
+        return training_rows(
+            settings, tiny_tokenizer(), num_rows=10, seed=0, teacher_text=[], folder=tmp_path, inputs={"a": 1}
+        )
+
+    first = rows()
+    monkeypatch.setattr("shoal.train.dataset.pack", None)  # a second packing would fail
+    second = rows()
+    assert first.fingerprint == second.fingerprint
+    assert first.counts == second.counts
+    assert len(first) == 10

@@ -1,0 +1,413 @@
+"""The whole training, through the distill verb: what its parts must still do when they are put together."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from offline_wandb import read_tracked
+from tiny import tiny_checkpoint
+from training_runs import (
+    BATCH,
+    LENGTH,
+    STEPS,
+    Trial,
+    all_of,
+    checkpointed_weights,
+    finished,
+    mask_labels_of_rows,
+    note_rates,
+    note_waits,
+    prepare,
+    recipe,
+    run,
+    script_scores,
+    share_nothing,
+    spoil_gradient,
+    spoil_loss,
+    terminate,
+    unfinished,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shoal.data.packing import IGNORED, read_rows
+from shoal.recipe.distill import Distill
+from shoal.recipe.on_policy import OnPolicy
+from shoal.train.assembly import _on_policy as sampler
+from shoal.train.callbacks.loss_spikes import load_batches
+from shoal.train.generated.on_policy import Sampler
+
+pytestmark = pytest.mark.slow
+
+LOGIT_LOSSES: list[dict[str, Any]] = [
+    {"kind": "forward_kl", "weight": 1.0},
+    {"kind": "reverse_kl", "weight": 0.5, "temperature": 2.0},
+    {"kind": "jsd", "weight": 0.3, "beta": 0.3},
+    {"kind": "skewed_forward_kl", "weight": 0.2},
+    {"kind": "skewed_reverse_kl", "weight": 0.2},
+    {"kind": "total_variation", "weight": 0.1},
+    {"kind": "cross_entropy", "weight": 0.1},
+]
+ALL_LOSSES = [
+    *LOGIT_LOSSES,
+    {"kind": "adaptive_kl", "weight": 0.4},
+    {"kind": "taid", "weight": 0.5, "momentum": 0.5, "step_size": 0.1},
+    {"kind": "dkd", "weight": 0.2},
+    {"kind": "hidden_states", "weight": 0.5},
+    {"kind": "hidden_states", "weight": 0.3, "map": "own", "distance": "cosine", "multi_scale": True},
+    {"kind": "attention_relation", "weight": 0.1},
+    {"kind": "value_relation", "weight": 0.1},
+]
+NAMES = [term["kind"] for term in ALL_LOSSES if term["kind"] != "hidden_states"] + [
+    "hidden_states_1",
+    "hidden_states_2",
+]
+SCORES = {0: 5.0, 2: 4.0, 4: 1.0, 6: 3.0, 8: 2.0}
+"""By step; the best is neither the first nor the last."""
+EMPTY = (1, 2)
+"""Rows of every batch without a supervised token: as micro-batches of one row they teach nothing."""
+
+WATCHED: dict[str, Any] = {
+    "track": "offline",
+    "losses": ALL_LOSSES,
+    "watch": {
+        "every": 2,
+        "perplexity_tokens": 128,
+        "tasks": ["knowledge_continuation"],
+        "limit": 4,
+        "best": "perplexity",
+    },
+    "trainer": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
+    return prepare(tmp_path_factory.mktemp("cut"), teacher)
+
+
+def same(one: Trial, other: Trial, names: list[str], *, within: float = 1e-5) -> None:
+    for name in ["loss", *names]:
+        assert one.curve(name) == pytest.approx(other.curve(name), abs=within, rel=within), name
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
+    """One rank, all losses, watched, never interrupted."""
+    path = recipe(
+        tmp_path_factory.mktemp("everything"),
+        teacher,
+        cut,
+        overlap=True,
+        **WATCHED,
+    )
+    return finished(run(path, before=partial(script_scores, list(SCORES.values()), *EMPTY)))
+
+
+def test_every_term_has_a_curve_and_the_loss_is_their_weighted_sum(everything):
+    curves = {name: everything.curve(name) for name in NAMES}
+    for step, loss in enumerate(everything.curve()):
+        numbered = iter(("hidden_states_1", "hidden_states_2"))
+        total = sum(
+            term["weight"] * curves[next(numbered) if term["kind"] == "hidden_states" else term["kind"]][step]
+            for term in ALL_LOSSES
+        )
+        assert loss == pytest.approx(total, rel=1e-5)
+    assert everything.curve()[-1] < everything.curve()[0]
+    assert all(0 <= share <= 1 for share in everything.curve("top1_agreement"))
+
+
+def test_scores_stand_beside_the_losses_and_the_best_state_is_what_is_left(everything):
+    watched = {row["step"]: row for row in everything.training.history if "watch/perplexity" in row}
+    assert {int(step): row["watch/perplexity"] for step, row in watched.items()} == SCORES
+    assert all(0 <= row["watch/knowledge_continuation"] <= 1 for row in watched.values())
+    assert everything.training.settings["best"] == {"step": 4, "metric": "perplexity", "score": 1.0}
+    best = checkpointed_weights(everything, 4)
+    assert all(torch.equal(weight, best[name]) for name, weight in everything.weights().items())
+    assert not (everything.dir / "checkpoints" / "best").exists()
+    assert everything.training.data["overlap"].keys() == {"knowledge_continuation"}
+
+
+def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_micro_batch_teaches_nothing(
+    everything, teacher, cut, tmp_path
+):
+    path = recipe(
+        tmp_path,
+        teacher,
+        cut,
+        losses=ALL_LOSSES,
+        deepspeed="deepspeed/zero3.json",
+        trainer={"per_device_train_batch_size": 1},
+    )
+    sharded = finished(run(path, ranks=2, before=partial(mask_labels_of_rows, *EMPTY)))
+    same(sharded, everything, [*NAMES, "taid_t"])
+
+
+def test_ranks_under_zero_3_whose_heads_need_different_numbers_of_chunks_give_the_curve_of_one(teacher, cut, tmp_path):
+    """Conversations hold unequal numbers of learnt tokens; a weight that a chunk gathers would wait for other ranks."""
+    chats, chunk = tmp_path / "chats.jsonl", 4
+    lengths = [1, 90, 2, 35, 60, 3, 20, 1] * 12
+    chats.write_text(
+        "".join(json.dumps({"prompt": "?" * (n % 7), "completion": chr(97 + n % 26) * n}) + "\n" for n in lengths)
+    )
+    data = {"path": str(chats), "prompt": "prompt", "completion": "completion"}
+    trials = []
+    for zero, ranks in [("zero0", 1), ("zero3", 2)]:
+        path = recipe(tmp_path / zero, teacher, cut, data=data, head_chunk=chunk, deepspeed=f"deepspeed/{zero}.json")
+        trials.append(finished(run(path, "distill.timeout_s=60", ranks=ranks)))
+    whole, sharded = trials
+    (folder,) = (sharded.dir / "text").glob("rows-*")
+    rows = read_rows(folder)
+    learnt = torch.stack([(rows[row]["labels"][1:] != IGNORED).sum() for row in range(BATCH * STEPS)])
+    chunks = (learnt.view(STEPS, 2, -1).sum(-1) / chunk).ceil()
+    assert (chunks[:, 0] != chunks[:, 1]).any(), "what this is about"
+    same(sharded, whole, ["forward_kl"])
+
+
+def test_a_run_that_is_not_watched_ends_with_the_same_bits(everything, teacher, cut, tmp_path):
+    path = recipe(tmp_path, teacher, cut, losses=ALL_LOSSES)
+    plain = finished(run(path, before=partial(mask_labels_of_rows, *EMPTY)))
+    for name in ("loss", "taid_t", *NAMES):
+        assert plain.curve(name) == everything.curve(name)
+    last = checkpointed_weights(everything, STEPS)
+    assert all(torch.equal(weight, last[name]) for name, weight in plain.weights().items())
+
+
+def test_a_stopped_run_keeps_its_best_state_and_the_share_of_taid_and_draws_on(everything, teacher, cut, tmp_path):
+    path = recipe(tmp_path, teacher, cut, **WATCHED)
+    scores = list(SCORES.values())
+    stopped = run(path, before=partial(all_of, partial(script_scores, scores, *EMPTY), partial(terminate, 7)))
+    assert stopped.result is not None
+    assert stopped.result.returncode == 143, stopped.log[-3000:]
+    resumed = finished(run(path, before=partial(script_scores, scores[-1:], *EMPTY)))
+    assert "checkpoint-7" in resumed.log
+    for name in ("loss", "taid_t", *NAMES):
+        assert resumed.curve(name) == everything.curve(name)
+    ours, theirs = resumed.weights(), everything.weights()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+    assert resumed.training.settings["best"]["step"] == 4
+    rows = read_tracked(resumed.dir).history
+    for name in ("loss", "taid_t", "watch/perplexity"):
+        drawn = {row["train/global_step"]: row[f"train/{name}"] for row in rows if f"train/{name}" in row}
+        assert drawn == {row["step"]: row[name] for row in resumed.training.history if name in row}, name
+
+
+@pytest.mark.parametrize(
+    ("stage", "hook", "problem"),
+    [
+        (0, partial(spoil_loss, 3, float("nan"), rank=1), "loss is nan"),
+        (0, partial(spoil_gradient, 3), "the norm of the gradient is nan"),
+        (2, partial(spoil_gradient, 3), "the norm of the gradient is nan"),
+    ],
+)
+def test_a_step_that_is_no_number_ends_the_run_before_it_is_saved(teacher, cut, tmp_path, stage, hook, problem):
+    trainer = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 100}
+    path = recipe(tmp_path, teacher, cut, deepspeed=f"deepspeed/zero{stage}.json", trainer=trainer)
+    refused = run(path, ranks=2, before=hook)
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert f"step 3: {problem}; the step's batch is in {refused.dir}/refused/step-3" in refused.log
+    assert "Traceback" not in refused.log
+    assert kept_batches(refused, 3) == dealt_rows(refused, 3)
+    assert sorted(folder.name for folder in (refused.dir / "checkpoints").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+
+
+def kept_batches(trial: Trial, step: int) -> list[list[int]]:
+    return sorted(
+        row for batch in load_batches(trial.dir / "refused" / f"step-{step}") for row in batch["input_ids"].tolist()
+    )
+
+
+def dealt_rows(trial: Trial, step: int) -> list[list[int]]:
+    (folder,) = (trial.dir / "text").glob("rows-*")
+    return sorted(read_rows(folder).input_ids_NS[(step - 1) * BATCH : step * BATCH].tolist())
+
+
+def test_evaluation_items_that_cannot_be_had_are_missed_before_any_step(teacher, cut, tmp_path):
+    refused = run(recipe(tmp_path, teacher, cut, overlap=True), "eval.tasks=[arc_easy]")
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert "arc_easy" in refused.log
+    assert "step 1/" not in refused.log
+
+
+def test_a_batch_without_a_supervised_token_is_refused(teacher, cut, tmp_path):
+    refused = run(recipe(tmp_path, teacher, cut), before=partial(mask_labels_of_rows, *range(BATCH)))
+    assert refused.result is not None
+    assert refused.result.returncode == 2, refused.log[-3000:]
+    assert "step 1: its batch holds no supervised token; raise distill.batch_size" in refused.log
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, cut, tmp_path, stage):
+    losses = [term for term in ALL_LOSSES if term["kind"] != "adaptive_kl"]  # whose head is found step by step
+    trainer = {"per_device_train_batch_size": 1, "logging_steps": 4}
+    path = recipe(
+        tmp_path, teacher, cut, losses=losses, trainer=trainer, deepspeed=f"deepspeed/zero{stage}.json", num_tokens=1024
+    )
+    hooks = (partial(note_waits, tmp_path / "waits.json"), partial(note_rates, tmp_path / "rates.json"))
+    trial = finished(run(path, before=partial(all_of, *hooks)))
+    steps = json.loads((tmp_path / "waits.json").read_text())
+    assert len(steps) == 4
+    for waits in steps:
+        assert [wait for wait in waits if wait.startswith("shoal")] == ["shoal: _numbers: tolist"]
+    # which waits to begin, and to log once the last of these steps has ended
+    assert not [wait for waits in steps[1:] for wait in waits if wait.startswith("transformers")]
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert rates[0] == 0, "the warm-up begins there"
+    (row,) = (row for row in trial.training.history if "loss" in row)
+    assert (row["step"], row["learning_rate"]) == (4, pytest.approx(rates[-1])), "what the step was made with"
+
+
+def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp_path):
+    steps = 18
+    trainer = {"save_strategy": "steps", "save_steps": 17, "learning_rate": 1e-5}
+    path = recipe(tmp_path, teacher, cut, num_tokens=steps * BATCH * LENGTH, trainer=trainer)
+    for lives in range(2):  # the second goes on from the checkpoint before the spike
+        refused = run(path, before=partial(spoil_loss, steps, 20.0, rank=0))
+        assert refused.result is not None
+        assert refused.result.returncode == 2, refused.log[-3000:]
+        assert re.search(
+            r"step 18: the loss is .*, more than distill\.stop_on_spike: 10 times .* the 17 steps before", refused.log
+        )
+        assert ("going on from" in refused.log) == (lives == 1)
+        assert kept_batches(refused, steps) == dealt_rows(refused, steps)
+
+
+RECORDED = {"top_k": 271, "states": [1, 3, 4, 5]}
+"""All words but one of the vocabulary, and the states that both maps ask for."""
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
+    """A run of losses that recorded signals serve as well, in which the layers below the cut are frozen and shared."""
+    return finished(run(recipe(tmp_path_factory.mktemp("live"), teacher, cut, **SERVED)))
+
+
+SERVED: dict[str, Any] = {
+    "trainable": "from_first_cut",
+    "losses": [
+        *[{**term, "temperature": 2.0} for term in LOGIT_LOSSES if term["kind"] != "cross_entropy"],
+        {"kind": "cross_entropy", "weight": 0.1},
+        {"kind": "hidden_states", "weight": 0.5},
+        {"kind": "hidden_states", "weight": 0.3, "map": "own", "distance": "cosine"},
+    ],
+}
+
+
+def test_recorded_signals_under_zero_3_give_the_curves_of_the_live_teacher(live, teacher, cut, tmp_path):
+    path = recipe(
+        tmp_path,
+        teacher,
+        cut,
+        record={**RECORDED, "temperature": 2.0},
+        **SERVED,
+        deepspeed="deepspeed/zero3.json",
+        teacher={"recorded": str(tmp_path / "run" / "signals"), "prefix": True},
+    )
+    finished(run(path, verb="record"))
+    recorded = finished(run(path, ranks=2))
+    names = [
+        name for name in NAMES if name not in ("adaptive_kl", "taid", "dkd", "attention_relation", "value_relation")
+    ]
+    assert recorded.training.settings["shared_layers"] == live.training.settings["shared_layers"] == 2
+    for name in names:
+        # 0.0008 (KL + sqrt(2 KL)) by docs/training.md, here at temperature 2, and bfloat16 states
+        assert recorded.curve(name) == pytest.approx(live.curve(name), rel=4e-3, abs=4e-3), name
+        assert recorded.curve(name) != live.curve(name) or name == "cross_entropy"
+    assert recorded.curve("top1_agreement") == pytest.approx(live.curve("top1_agreement"), abs=0.1)
+
+
+def test_a_recorded_prefix_gives_the_curve_of_running_it_also_after_a_stop(teacher, cut, tmp_path):
+    settings: dict[str, Any] = {"trainable": "from_first_cut", "trainer": {"save_strategy": "steps", "save_steps": 4}}
+    with_prefix = {"recorded": str(tmp_path / "signals"), "prefix": True}
+    record = {"folder": str(tmp_path / "signals")}
+    path = recipe(tmp_path / "prefix", teacher, cut, **settings, record=record, teacher=with_prefix)
+    finished(run(path, verb="record"))
+    prefix = finished(run(path))
+    # what holds the prefix serves runs without it
+    alone = recipe(tmp_path / "alone", teacher, cut, **settings, record=record, teacher={"recorded": record["folder"]})
+    alone = finished(run(alone))
+    assert prefix.training.settings["shared_layers"] == 2
+    assert alone.training.settings["shared_layers"] == 0
+    same(prefix, alone, ["forward_kl"], within=1e-6)
+    went_on = finished(run(unfinished(prefix, tmp_path / "on", step=4)))
+    assert "going on from" in went_on.log
+    assert went_on.curve() == prefix.curve()
+    assert all(torch.equal(weight, prefix.weights()[name]) for name, weight in went_on.weights().items())
+
+
+def test_an_offloaded_teacher_gives_the_curve_of_one_on_the_device(live, teacher, cut, tmp_path):
+    path = recipe(tmp_path, teacher, cut, **SERVED, teacher={"offload": True})
+    assert finished(run(path)).curve() == pytest.approx(live.curve(), abs=1e-6)
+
+
+ADAPTED: dict[str, Any] = {
+    "trainable": "near_gaps",
+    "lora": {"rank": 2, "target_modules": ["q_proj", "mlp.down_proj"]},
+    "losses": [{"kind": "forward_kl"}, {"kind": "hidden_states"}],
+}
+
+
+def test_adapters_above_a_shared_prefix_give_the_curve_without_sharing_and_a_plain_checkpoint(teacher, cut, tmp_path):
+    shared = finished(run(recipe(tmp_path / "shared", teacher, cut, **ADAPTED)))
+    alone = finished(run(recipe(tmp_path / "alone", teacher, cut, **ADAPTED), before=share_nothing))
+    assert shared.training.settings["shared_layers"] == 1
+    assert re.search(r"teacher and student share \d+ MB of frozen weights", shared.log)
+    assert alone.training.settings["shared_layers"] == 0
+    same(shared, alone, ["forward_kl", "hidden_states"], within=1e-6)
+    assert shared.curve()[-1] < shared.curve()[0]
+    before, after = shared.weights("student"), shared.weights()
+    assert after.keys() == before.keys()
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    ends = ("self_attn.q_proj.weight", "mlp.down_proj.weight")
+    assert moved == {f"model.layers.{layer}.{end}" for layer in (1, 2) for end in ends}
+    for name, weight in alone.weights().items():
+        torch.testing.assert_close(weight, after[name], rtol=0, atol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(shared.dir / "distilled")
+    assert torch.equal(model.model.layers[1].self_attn.q_proj.weight, after["model.layers.1.self_attn.q_proj.weight"])
+
+
+@pytest.fixture(scope="module")
+def on_policy(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
+    return finished(run(recipe(tmp_path_factory.mktemp("on_policy"), teacher, cut, **WRITING)))
+
+
+WRITING: dict[str, Any] = {
+    "trainable": "from_first_cut",
+    "losses": [{"kind": "jsd"}, {"kind": "hidden_states", "weight": 0.1}],
+    "on_policy": {"share": 0.6, "prompt_tokens": 8, "new_tokens": 12},
+    "trainer": {"save_strategy": "steps", "save_steps": 4, "gradient_checkpointing": True},
+}
+
+
+def test_a_share_of_0_is_no_sampling_and_0_6_mixes_both_kinds_of_steps(teacher, on_policy):
+    drawn = [Sampler(OnPolicy(share=0.6), 0, LENGTH, (), 0).replaces(step, STEPS) for step in range(STEPS)]
+    assert set(drawn[:4]) == set(drawn[4:]) == {True, False}
+    student, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
+    assert sampler(Distill(on_policy=OnPolicy(share=0)), student, tokenizer, seed=0) is None
+    assert sampler(Distill(on_policy=OnPolicy(share=0.1)), student, tokenizer, seed=0) is not None
+    assert on_policy.curve("jsd")[-1] < on_policy.curve("jsd")[0]
+
+
+def test_on_policy_steps_go_on_after_a_stop_with_the_same_curve(on_policy, tmp_path):
+    path = unfinished(on_policy, tmp_path / "copy", step=4)
+    resumed = finished(run(path))
+    assert "checkpoint-4" in resumed.log
+    assert resumed.curve() == on_policy.curve()
+    assert all(torch.equal(weight, on_policy.weights()[name]) for name, weight in resumed.weights().items())
+
+
+def test_two_ranks_under_zero_3_sample_the_same_text_as_one(on_policy, teacher, cut, tmp_path):
+    path = recipe(tmp_path, teacher, cut, **{**WRITING, "deepspeed": "deepspeed/zero3.json"})
+    same(finished(run(path, ranks=2)), on_policy, ["jsd", "hidden_states"])

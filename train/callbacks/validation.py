@@ -1,0 +1,114 @@
+"""Scores of the student while it trains, and its best state so far."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from shoal.artifacts.artifact import differences
+from shoal.atomic_files import write_json, written_folder
+from shoal.recipe.distill import Watch
+from shoal.runtime import barrier, is_main
+
+log = logging.getLogger(__name__)
+
+PREFIX = "watch/"
+"""Of the curves' names."""
+BEST = "best"
+UNITS = {"perplexity": " nats per token"}
+
+
+class Score(Protocol):
+    """One number about a model."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+
+
+Scorer = Callable[[PreTrainedModel], Mapping[str, Score]]
+"""All ranks call it and all get the same scores."""
+
+
+class Watcher(TrainerCallback):
+    """Scores the student before the first step, at every ``settings.every`` and after the last, and keeps the best.
+
+    ``score`` runs it through the trainer, which knows how to make it whole and plain. The best state is a folder of its
+    own beside the checkpoints: a resumed run finds what an earlier life of it has kept.
+    """
+
+    def __init__(self, settings: Watch, folder: Path, inputs: dict[str, Any]) -> None:
+        self._settings = settings
+        self._folder = folder / BEST
+        self._inputs = inputs
+        self._last_step = -1
+        self.score: Callable[[], Mapping[str, Score]]
+        self.log: Callable[[dict[str, float]], None]
+        self.state: Callable[[], dict[str, Tensor] | None]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._watch(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_due(state.global_step, state.max_steps):
+            self._watch(state.global_step)
+
+    def is_due(self, step: int, max_steps: int) -> bool:
+        """Whether the student is scored after this step."""
+        every = self._settings.every
+        every = math.ceil(every * max_steps) if every < 1 else round(every)
+        return step % every == 0 or step == max_steps
+
+    def _watch(self, step: int) -> None:
+        if step == self._last_step:
+            return
+        self._last_step = step
+        scores = self.score()
+        self.log({PREFIX + name: score.value for name, score in scores.items()})
+        if is_main():
+            told = ", ".join(f"{name} {score.value:.3f}{UNITS.get(name, '')}" for name, score in scores.items())
+            log.info("step %d: %s", step, told)
+        if self._settings.best is not None:
+            self._keep(step, scores[self._settings.best])
+
+    def _keep(self, step: int, score: Score) -> None:
+        best = self.best()
+        if best is not None and best["step"] != step and not math.isnan(best["score"]):
+            better = score.value > best["score"] if score.higher_is_better else score.value < best["score"]
+            if not better:
+                return
+        weights = self.state()  # every rank: ZeRO-3 gathers
+        if is_main():
+            assert weights is not None
+            with written_folder(self._folder) as folder:
+                save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+                told = {"step": step, "metric": self._settings.best, "score": score.value, "inputs": self._inputs}
+                write_json(folder / "best.json", told)
+        barrier()
+
+    def best(self) -> dict[str, Any] | None:
+        """Step, metric and score of the best state that this run has kept so far."""
+        file = self._folder / "best.json"
+        if not file.is_file():
+            return None
+        found = json.loads(file.read_text())
+        return None if differences(self._inputs, found["inputs"]) else found
+
+    def best_state(self) -> dict[str, Tensor]:
+        """The weights kept at ``best()``."""
+        return load_file(self._folder / "model.safetensors")
+
+    def forget(self) -> None:
+        """Remove the kept state, once it is written elsewhere."""
+        shutil.rmtree(self._folder, ignore_errors=True)

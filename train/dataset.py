@@ -1,0 +1,62 @@
+"""The text a student learns from, as packed rows on the disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from shoal.atomic_files import fingerprint, written_folder
+from shoal.data.packing import PackedRows, read_rows
+from shoal.data.sources import TEACHER_TEXT, pack, texts_fingerprint
+from shoal.recipe.recipe import Distill
+from shoal.recipe.section import Packing
+from shoal.runtime import barrier, is_main
+
+log = logging.getLogger(__name__)
+
+
+def training_rows(
+    settings: Distill,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_rows: int,
+    seed: int,
+    teacher_text: Sequence[str],
+    folder: Path,
+    inputs: dict[str, Any],
+    packing: Packing = "split",
+) -> PackedRows:
+    """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name.
+
+    Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
+    later, so that a large budget costs no rank memory or a second tokenisation.
+    """
+    path = folder / f"rows-{fingerprint([inputs, num_rows, packing, texts_fingerprint(teacher_text)])}"
+    if is_main() and not path.exists():
+        num_tokens = num_rows * settings.sequence_length
+        if num_tokens > 1.1 * settings.num_tokens:
+            log.info(
+                "distill.num_tokens: %s is rounded up to %s, whole optimizer steps of all ranks",
+                f"{settings.num_tokens:,}",
+                f"{num_tokens:,}",
+            )
+        with written_folder(path) as unfinished:
+            rows = pack(
+                [(source, teacher_text if source.path == TEACHER_TEXT else None) for source in settings.data],
+                tokenizer,
+                sequence_length=settings.sequence_length,
+                num_tokens=num_tokens,
+                seed=seed,
+                packing=packing,
+                folder=unfinished,
+            )
+        for name, count in rows.counts.items():
+            if count["repeats"]:
+                times = "once" if count["repeats"] == 1 else f"{count['repeats']} times"
+                log.info("%s is smaller than its share of the budget and is repeated %s", name, times)
+    barrier()
+    return read_rows(path)

@@ -1,0 +1,8 @@
+"""DeepSpeed and many processes, any of which may die.
+
+arguments   TrainingArguments and the DeepSpeed configuration that a recipe means
+sharding    what DeepSpeed needs of process group and teacher
+checkpoint  complete or absent, for any number of ranks
+stop        SIGTERM, a launcher that is gone
+heartbeat   which rank is late
+"""

@@ -1,0 +1,264 @@
+"""TrainingArguments and the DeepSpeed configuration that a recipe means, checked before any weight is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from transformers import TrainingArguments
+
+from shoal.errors import UserError
+from shoal.numerics import fast_dtype
+from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
+from shoal.recipe.recipe import Distill
+from shoal.runtime import device, world_size
+
+log = logging.getLogger(__name__)
+
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 1,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # asks the device in every micro-batch; a loss that is no number ends the training
+    "save_steps": 0.25,
+    "disable_tqdm": True,
+}
+"""What differs from transformers' own defaults; `distill.trainer` overrides each."""
+MOST = 1e12
+"""No training argument is as large."""
+RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (0, 100),
+    "weight_decay": (0, 100),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, 1),
+    "max_grad_norm": (0, MOST),
+    "warmup_steps": (0, MOST),
+    "max_steps": (-1, MOST),
+    "num_train_epochs": (1e-9, MOST),
+    "logging_steps": (1e-9, MOST),
+    "save_steps": (1e-9, MOST),
+    "save_total_limit": (1, MOST),
+    "dataloader_num_workers": (0, MOST),
+}
+"""Training arguments that are at least the first and below the second number; transformers looks at few of them."""
+BATCH_SPLIT = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""How ranks and micro-batches share the rows of one optimizer step."""
+
+
+def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, int]:
+    """Rows of a micro-batch on one rank, and micro-batches of an optimizer step; ``ranks`` None = those of this run.
+
+    Rows are handed out in order, micro-batch by micro-batch and within one rank by rank, so an optimizer step holds the
+    same rows however it is split.
+
+    Raises:
+        UserError: `distill.batch_size` does not come out even over these ranks.
+    """
+    given = settings.trainer.get("per_device_train_batch_size")
+    default = int(DEFAULTS["per_device_train_batch_size"])
+    if settings.batch_size is None:
+        return int(given or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
+    ranks = ranks or world_size()
+    per_rank, rest = divmod(settings.batch_size, ranks)
+    if rest:
+        raise UserError(
+            f"distill.batch_size: {settings.batch_size} rows do not divide over {ranks} ranks; "
+            f"choose a multiple of {ranks}, or another number of ranks"
+        )
+    rows = int(given or max(n for n in range(1, default + 1) if per_rank % n == 0))
+    if per_rank % rows:
+        raise UserError(
+            f"distill.batch_size: {settings.batch_size} rows over {ranks} ranks are {per_rank} each, no "
+            f"multiple of distill.trainer.per_device_train_batch_size {rows}; change one, or leave the latter out"
+        )
+    return rows, per_rank // rows
+
+
+def rows_per_step(settings: Distill) -> int:
+    """Rows of one optimizer step over all ranks."""
+    rows, accumulation = batch_split(settings)
+    return rows * accumulation * world_size()
+
+
+def num_rows(settings: Distill) -> int:
+    """Rows of the token budget, rounded up to whole optimizer steps of all ranks.
+
+    A last step of another size would be padded with repeated rows, differently for every number of ranks.
+    """
+    per_step = rows_per_step(settings)
+    return math.ceil(settings.num_tokens / settings.sequence_length / per_step) * per_step
+
+
+def training_arguments(
+    settings: Distill, *, output_dir: Path, seed: int, report_to: list[str], load_universal: bool = False
+) -> tuple[TrainingArguments, int]:
+    """The Trainer's arguments, and how many checkpoints to keep.
+
+    ``load_universal`` = training goes on from a checkpoint that was made to fit any number of ranks.
+
+    Raises:
+        UserError: unknown or contradictory arguments, or a precision that is known to train wrongly.
+    """
+    check_names(settings)
+    values: dict[str, Any] = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
+    deepspeed = deepspeed_config(settings)
+    if load_universal:
+        deepspeed["checkpoint"] = {**deepspeed.get("checkpoint", {}), "load_universal": True}
+    # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
+    keep = max(2, values.pop("save_total_limit", None) or 2)
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(output_dir),
+            deepspeed=deepspeed,
+            seed=seed,
+            use_cpu=not torch.accelerator.is_available(),
+            remove_unused_columns=False,
+            report_to=report_to,
+            label_names=["labels"],
+            **values,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"distill.trainer: {str(error).strip()}") from error
+    return arguments, keep
+
+
+def check_names(settings: Distill) -> None:
+    """Refuse a training argument that transformers does not have, or a value that is none, before anything is built.
+
+    Raises:
+        UserError: naming it and the closest one there is, or the value.
+    """
+    known = inspect.signature(TrainingArguments.__init__).parameters
+    unknown = [name for name in settings.trainer if name not in known]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "see transformers.TrainingArguments"
+        raise UserError(f"distill.trainer.{unknown[0]}: no such training argument; {hint}")
+    if settings.batch_size is not None and "gradient_accumulation_steps" in settings.trainer:
+        raise UserError(
+            f"distill.trainer.gradient_accumulation_steps: follows from distill.batch_size ({settings.batch_size}); "
+            "leave one of them out"
+        )
+    for name in BATCH_SPLIT:
+        value = settings.trainer.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"distill.trainer.{name}: must be a whole number of at least 1 (got {value!r})")
+    _check_values(settings.trainer)
+
+
+def _check_values(trainer: Mapping[str, Any]) -> None:
+    """Refuse numbers, booleans and mappings that are none: transformers would pass them on, to fail much later."""
+    hints = get_type_hints(TrainingArguments)
+    for name, value in trainer.items():
+        hint = hints[name]
+        kinds = {get_origin(kind) or kind for kind in get_args(hint) or (hint,)}
+        if value is None and NoneType in kinds:
+            continue
+        least, end = RANGES.get(name, (-MOST, MOST))
+        if kinds <= {bool, NoneType}:
+            right, what = isinstance(value, bool), "true or false"
+        elif dict in kinds:
+            right, what = isinstance(value, dict), "a mapping of settings"
+        elif kinds <= {int, float, NoneType}:
+            number: Any = value if isinstance(value, int if float not in kinds else int | float) else math.nan
+            right = not isinstance(value, bool) and least <= number < end
+            what = f"a {'' if float in kinds else 'whole '}number from {least:g} to below {end:g}"
+        else:
+            continue
+        if not right:
+            raise UserError(f"distill.trainer.{name}: must be {what} (got {value!r})")
+
+
+def zero_stage(settings: Distill) -> int:
+    """The ZeRO stage that the recipe asks for."""
+    return deepspeed_config(settings)["zero_optimization"]["stage"]
+
+
+def autocast_dtype(settings: Distill) -> torch.dtype | None:
+    """What autocast casts to in training; None = it is off."""
+    wanted = deepspeed_config(settings).get("torch_autocast", {})
+    return getattr(torch, str(wanted["dtype"]).removeprefix("torch.")) if wanted.get("enabled") else None
+
+
+def product_dtype(settings: Distill) -> torch.dtype:
+    """What most products of a training step are computed in: autocast's, else that of the weights."""
+    config = deepspeed_config(settings)
+    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    weights = next((dtype for key, dtype in halves.items() if config.get(key, {}).get("enabled")), torch.float32)
+    return autocast_dtype(settings) or weights
+
+
+def deepspeed_config(settings: Distill) -> dict[str, Any]:
+    """The DeepSpeed configuration with what the recipe decides filled in.
+
+    Raises:
+        UserError: a file that is missing or no JSON, or settings that shoal knows to be wrong.
+    """
+    config = read_deepspeed(settings.deepspeed)
+    stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {stage!r})")
+    if "scheduler" in config:
+        raise UserError("distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer")
+    named = precisions_named(config)
+    if settings.precision != "auto" and named:
+        raise UserError(
+            f"distill.precision: {settings.precision} contradicts `{named[0]}` in the DeepSpeed configuration; "
+            "leave one of them out"
+        )
+    # a stage knows what `auto` is in its run directory and has put it in; settings on their own ask the device
+    precision = fast_dtype(device()).dtype if settings.precision == "auto" and not named else settings.precision
+    if precision in ("bfloat16", "float16"):
+        # fp32 weights: a plain bf16 weight does not move at usual learning rates, its rounding is coarser than a step
+        config["torch_autocast"] = {"enabled": True, "dtype": precision}
+    if "bf16" in named and stage == 0:
+        raise UserError(
+            "distill.deepspeed: bf16 with ZeRO stage 0 starts Adam one step late; use stage 1 to 3, or "
+            "distill.precision: bfloat16 (autocast), which is exact at every stage"
+        )
+    if ("fp16" in named or precision == "float16") and not torch.accelerator.is_available():
+        key = "precision" if precision == "float16" else "deepspeed"
+        raise UserError(
+            f"distill.{key}: fp16 does not train on a CPU; use distill.precision: auto, and no fp16 section"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        place = config["zero_optimization"].get(part) or {}
+        folder = place.get("nvme_path")
+        if place.get("device") == "nvme" and (folder is None or not Path(folder).expanduser().is_dir()):
+            raise UserError(
+                f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
+                "local disk, or set device: cpu"
+            )
+    offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    if offload != "none" and "optimizer" not in config:
+        # torch's own AdamW runs on a CPU as well; DeepSpeed's has to be compiled and does not resume bit by bit
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
+    torch_adam = config.get("optimizer", {}).get("params", {}).get("torch_adam")
+    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True) and not torch_adam:
+        log.warning(
+            "distill.deepspeed: the offloaded optimizer is DeepSpeed's own CPU Adam, which does not resume bit by bit; "
+            "leave `optimizer` and zero_force_ds_cpu_optimizer out where that matters"
+        )
+    if stage == 3:
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ):
+        config.setdefault(key, "auto")
+    return config

@@ -1,0 +1,232 @@
+"""Checkpoints that are complete or absent.
+
+DeepSpeed writes its pointer before all shards exist, accepts flipped bytes and, with the pointer missing, quietly
+starts from the beginning. So a checkpoint here counts only once its manifest, written last and renamed, names every
+file with its size and checksum; one that does not match its manifest is skipped with a message.
+
+DeepSpeed unpickles what it loads, which runs code. So the manifest is signed with a key of the user's, and one that is
+not is refused. Rank 0 signs and decides; the other ranks follow it, whatever keys their nodes hold.
+
+Under ZeRO 1 to 3 every rank's files hold its share of the optimizer. Before another number of ranks can go on, rank 0
+writes the shares once more as one file per parameter (DeepSpeed's universal format), beside the ranks' own files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shoal.artifacts.artifact import differences
+from shoal.atomic_files import cache_dir, file_hash, write_text, written_folder
+from shoal.errors import UserError
+from shoal.runtime import barrier, is_main, rank, world_size
+from shoal.trust import CONSENT, is_signed, is_trusted, signed
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+UNIVERSAL = "universal"
+UNIVERSAL_POINTER = "latest_universal"
+
+
+def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None:
+    """Make the files in ``folder`` a complete checkpoint of the run that ``inputs`` describes; every rank calls this.
+
+    Ranks share the hashing: a large checkpoint is read once by all of them together.
+    """
+    barrier()
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    mine = {str(file.relative_to(folder)): _stamp(file) for file in files[rank() :: world_size()]}
+    gathered: list[Any] = [mine]
+    if dist.is_initialized() and world_size() > 1:
+        gathered = [None] * world_size()
+        dist.all_gather_object(gathered, mine)
+    if is_main():
+        stamps = {name: stamp for part in gathered for name, stamp in part.items()}
+        manifest = {"inputs": inputs, "layout": {"ranks": world_size(), "zero_stage": zero_stage}, "files": stamps}
+        write_text(folder / MANIFEST, json.dumps(signed(manifest), indent=1))
+    barrier()
+
+
+def last_complete(folder: Path, inputs: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint under ``folder``; damaged ones are named in the log and skipped.
+
+    Raises:
+        UserError: the newest finished one belongs to another run, or another user has made it.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            manifest = _manifest(checkpoint)
+            _refuse_foreign(checkpoint, manifest, inputs)
+            _check_files(checkpoint, manifest)
+        except _Damaged as damage:
+            log.warning("%s: %s; going back to the checkpoint before it", checkpoint, damage)
+            continue
+        return checkpoint
+    return None
+
+
+def refuse_other_run(folder: Path, inputs: dict[str, Any]) -> None:
+    """Refuse the newest finished checkpoint under ``folder`` if it is another run's or another user's, by its manifest
+    alone: its files are not read, which takes minutes where they are large.
+
+    Raises:
+        UserError: it is.
+    """
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        with contextlib.suppress(_Damaged):  # unfinished or torn: not gone on from
+            _refuse_foreign(checkpoint, _manifest(checkpoint), inputs)
+            return
+
+
+def _refuse_foreign(checkpoint: Path, manifest: dict[str, Any], inputs: dict[str, Any]) -> None:
+    if differing := differences(inputs, manifest.get("inputs", {})):
+        raise UserError(
+            f"{checkpoint}: belongs to another run: {'; '.join(differing)}. Set the recipe back, choose another "
+            f"run_dir, or delete {checkpoint.parent} to train from the beginning"
+        )
+    if not is_signed(manifest) and not is_trusted(checkpoint):
+        raise UserError(
+            f"{checkpoint}: is not signed with your key in {cache_dir()}: somebody else, an older shoal or you with "
+            "another cache has written it, and going on from a checkpoint runs whatever code it holds. Delete "
+            f"{checkpoint.parent} to train from the beginning; if you know where it comes from, set SHOAL_CACHE to the "
+            f"folder with the key, or the environment variable {CONSENT}={checkpoint.parent.parent.resolve()}"
+        )
+
+
+def layout(checkpoint: Path) -> dict[str, int]:
+    """How many ranks wrote this complete checkpoint (`ranks`), and under which ZeRO stage (`zero_stage`)."""
+    return _manifest(checkpoint)["layout"]
+
+
+def needs_universal(checkpoint: Path, *, zero_stage: int) -> bool:
+    """Whether DeepSpeed has to load the universal form of ``checkpoint``, which is made here where it is missing.
+
+    Raises:
+        UserError: the checkpoint's ZeRO stage lays the optimizer out in a way that this stage cannot read.
+    """
+    saved = layout(checkpoint)
+    if saved["zero_stage"] != zero_stage and not {saved["zero_stage"], zero_stage} <= {1, 2}:
+        raise UserError(
+            f"{checkpoint}: was trained under ZeRO stage {saved['zero_stage']}, and DeepSpeed cannot go on from it "
+            f"under stage {zero_stage}: they lay out the optimizer differently (only 1 and 2 can be exchanged). "
+            f"Set stage {saved['zero_stage']} in distill.deepspeed again; the number of ranks may change"
+        )
+    if zero_stage == 0 or saved == {"ranks": world_size(), "zero_stage": zero_stage}:
+        return False  # stage 0 keeps the optimizer whole on every rank
+    universal = checkpoint / UNIVERSAL
+    if not _is_usable(universal):
+        log.info("%s: written by %d rank(s), made to fit %d", checkpoint, saved["ranks"], world_size())
+        _convert(checkpoint, universal)
+    write_text(checkpoint / UNIVERSAL_POINTER, UNIVERSAL)  # where DeepSpeed looks for the folder's name
+    return True
+
+
+def _convert(checkpoint: Path, universal: Path) -> None:
+    """Write the ranks' shares as one file per parameter; whole or not at all."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    tag = (checkpoint / "latest").read_text().strip()
+    with written_folder(universal) as folder:
+        request = argparse.Namespace(
+            input_folder=str(checkpoint / tag),
+            output_folder=str(folder),
+            # further processes would be forks of one that has joined a process group
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(request)
+        stamps = {str(file.relative_to(folder)): _stamp(file) for file in folder.rglob("*") if file.is_file()}
+        write_text(folder / MANIFEST, json.dumps(signed({"files": stamps})))
+
+
+def separate_groups(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Undo what DeepSpeed mixes up when it loads the universal form of a ZeRO-3 checkpoint.
+
+    All groups are given one and the same `step` tensor, which each of them then advances, so Adam's bias correction
+    runs ahead; and all are given the first group's settings, so norms and biases would decay.
+    """
+    saved = torch.load(checkpoint / UNIVERSAL / "zero" / "optimizer_state.pt", weights_only=False)["param_groups"]
+    for group, settings in zip(optimizer.param_groups, saved, strict=True):
+        group.update({key: value for key, value in settings.items() if key != "params"})
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+def remove_older(folder: Path, *, keep: int) -> None:
+    """Delete all but the newest ``keep`` complete checkpoints. Called after a commit, so that one always remains."""
+    complete = [c for c in sorted(folder.glob("checkpoint-*"), key=_step) if (c / MANIFEST).is_file()]
+    for old in complete[:-keep]:
+        (old / MANIFEST).unlink()  # first: a half-deleted checkpoint must not look whole
+        shutil.rmtree(old)
+
+
+class _Damaged(Exception):
+    """Why a checkpoint does not count."""
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    """Raises: _Damaged."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise _Damaged("was not finished") from None
+    except ValueError:
+        raise _Damaged("has a damaged manifest") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise _Damaged("has a damaged manifest")
+    return manifest
+
+
+def _check_files(checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Compare the files with the manifest: DeepSpeed looks for names by pattern, so none may be there besides.
+
+    Raises:
+        _Damaged: they differ.
+    """
+    for name, stamp in manifest["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            raise _Damaged(f"lacks {name}")
+        if file.stat().st_size != stamp["bytes"]:
+            raise _Damaged(f"{name} has {file.stat().st_size:,} bytes instead of {stamp['bytes']:,}")
+        if _stamp(file) != stamp:
+            raise _Damaged(f"{name} does not match its checksum")
+    for file in checkpoint.rglob("*"):
+        name = file.relative_to(checkpoint)
+        ours = name.parts[0] in (MANIFEST, UNIVERSAL, UNIVERSAL_POINTER)  # the last two are made or checked when needed
+        hidden = any(part.startswith(".") for part in name.parts)  # of file systems and half-written; no pattern's
+        if (file.is_symlink() or file.is_file()) and not (ours or hidden or str(name) in manifest["files"]):
+            raise _Damaged(f"holds {name}, which its manifest does not name")
+
+
+def _is_usable(universal: Path) -> bool:
+    try:
+        manifest = _manifest(universal)
+        _check_files(universal, manifest)
+    except _Damaged:
+        return False
+    return is_signed(manifest) or is_trusted(universal)
+
+
+def _stamp(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+
+
+def _step(checkpoint: Path) -> int:
+    digits = checkpoint.name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else -1

@@ -1,0 +1,7 @@
+"""Training text that a model writes.
+
+writing    by the teacher, before training
+filtering  what of it is kept
+on_policy  by the student, in the middle of training
+sampling   token by token
+"""

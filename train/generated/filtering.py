@@ -1,0 +1,96 @@
+"""Which written texts are worth training on."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from shoal.data.repetition import ends_in_loop
+
+OUTCOMES = ("written", "empty", "looping", "repeated", "evaluation fact", "wrong", "kept")
+
+
+def sifted(records: Iterable[dict[str, Any]], *, keep: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """The records worth training on, and how many were left out for which reason, each for the first that applies."""
+    counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES, 0))
+    seen: set[str] = set()
+    kept = []
+    for record in records:
+        counts["written"] += 1
+        reason = _reason_against(record, seen, keep=keep)
+        counts[reason or "kept"] += 1
+        if reason is None:
+            seen.add(record["text"])
+            kept.append(record)
+    return kept, dict(counts)
+
+
+def _reason_against(record: dict[str, Any], seen: set[str], *, keep: str) -> str | None:
+    written = record["written"]
+    if not written.strip():
+        return "empty"
+    if ends_in_loop(written):
+        return "looping"
+    if record["text"] in seen:
+        return "repeated"
+    if not without_evaluation_facts([record["text"]]):
+        return "evaluation fact"
+    if keep == "correct" and not answers_alike(written, record["answer"]):
+        return "wrong"
+    return None
+
+
+MARKED = re.compile(r"####(.*)|\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
+WITH_UNIT = re.compile(rf"({NUMBER.pattern})(?:\s*\\text\{{[^{{}}]*\}}|(?:\s+[^\W\d_]+)*)")
+"""A number, and behind it at most words: `10-4` and `\\frac{3}{4}` end in a number that they are not."""
+
+
+def answers_alike(written: str, answer: str) -> bool:
+    """Whether both come to the same final answer.
+
+    That is what the data's answer marks by `####` or \\boxed{}, else its last number, else its last line. Of what was
+    written the same is looked at: what it marks, else its last number where a number is asked for, else its last line.
+    What is marked counts as a number only if it is one, with a unit or behind `=` too.
+    """
+    wanted = _marked(answer)
+    numbers = NUMBER.findall(answer) if wanted is None else [NUMBER.fullmatch(wanted) and wanted]
+    if numbers and numbers[-1]:
+        marked = _marked(written)
+        found = _lone_number(marked) if marked else NUMBER.findall(written)
+        return bool(found) and _value(found[-1]) == _value(numbers[-1])
+    wanted = wanted or _last_line(answer)
+    return bool(wanted) and _bare(wanted) == _bare(_marked(written) or _last_line(written))
+
+
+def _marked(text: str) -> str | None:
+    found = MARKED.findall(text)
+    return "".join(found[-1]).strip(" $%.") if found else None
+
+
+def _lone_number(marked: str) -> list[str]:
+    last = marked.replace("{,}", ",").rsplit("=", 1)[-1]
+    found = WITH_UNIT.fullmatch(last.strip(" $\\"))
+    return [found[1]] if found else []
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rsplit("\n", 1)[-1]
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))
+
+
+def _bare(text: str) -> str:
+    return "".join(text.casefold().split()).strip(".")
+
+
+def without_evaluation_facts(texts: Sequence[str]) -> list[str]:
+    """The documents in which the teacher did not happen to write an answer that shoal's knowledge tasks ask for."""
+    from shoal.abilities.knowledge import stated_facts
+
+    stated = stated_facts("eval")
+    return [text for text in texts if not any(sentence in text for sentence in stated)]

@@ -1,0 +1,143 @@
+"""On-policy training: in some steps the student learns from what it writes itself, judged by the teacher.
+
+GKD (Agarwal et al. 2024, arXiv 2306.13649). Trained on the data alone a student is never shown its own mistakes, and at
+inference it goes on from them. So with probability lambda the rows of a step are replaced by continuations that the
+student samples with its present weights; the objective is the same, over the sampled tokens only, and no gradient flows
+through the sampling.
+
+B rows, S sequence, P prompts, T new tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.data.sources import IGNORED
+from shoal.recipe.on_policy import OnPolicy
+
+from ..objective.host_batch import ON_HOST, on_host, queued
+from .sampling import sample
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Turns the micro-batches of a step into samples of the student.
+
+    Everything random follows from the seed, the step and the number of the row that a sample stands in for: the same
+    weights give the same samples after a resume, and however rows are dealt to micro-batches and ranks.
+    """
+
+    settings: OnPolicy
+    seed: int
+    sequence_length: int
+    end_ids: tuple[int, ...]
+    """What ends a text."""
+    pad_id: int
+    bos_id: int | None = None
+    """What the model's documents start with; None = nothing."""
+
+    def replaces(self, step: int, num_steps: int) -> bool:
+        """Whether step number ``step``, counted from 0, of ``num_steps`` trains on samples; the same on every rank."""
+        if step < self.settings.start * num_steps:
+            return False
+        return random.Random(f"on_policy/{self.seed}/{step}").random() < self.settings.share
+
+    def batches(
+        self, student: PreTrainedModel, batches: Sequence[Mapping[str, Any]], *, step: int
+    ) -> list[dict[str, Any]]:
+        """The micro-batches with as many rows of samples in place of their rows: labels on sampled tokens only.
+
+        ``student`` is an ordinary model here, with its own forward, whole on every rank and under the precision that
+        training computes in; every rank calls this with as many micro-batches.
+        """
+        return [self._sampled(student, batch, step=step) for batch in batches]
+
+    def _sampled(self, student: PreTrainedModel, batch: Mapping[str, Any], *, step: int) -> dict[str, Any]:
+        host = on_host(batch)
+        assert host.input_ids_BS is not None
+        planes = [plane.numpy() for plane in (host.input_ids_BS, host.position_ids_BS, host.labels_BS)]
+        prompts: list[list[list[int]]] = []
+        uniforms: list[np.ndarray] = []
+        for row, number in enumerate(host.rows):
+            chance = np.random.default_rng([self.seed, step, number])
+            prompts.append(self._prompts(*(plane[row] for plane in planes), chance=chance))
+            uniforms.append(chance.random((len(prompts[-1]), self.settings.new_tokens)))
+        written = iter(
+            sample(
+                student,
+                [prompt for in_row in prompts for prompt in in_row],
+                torch.from_numpy(np.concatenate(uniforms)),
+                temperature=self.settings.temperature,
+                end_ids=self.end_ids,
+                pad_id=self.pad_id,
+            )
+        )
+        rows = [[(prompt, next(written)) for prompt in in_row] for in_row in prompts]
+        laid_out = lay_out(rows, sequence_length=self.sequence_length, pad_id=self.pad_id)
+        device = batch["input_ids"].device
+        return {**{name: queued(plane, device) for name, plane in laid_out.items()}, ON_HOST: on_host(laid_out)}
+
+    def _prompts(
+        self, ids: np.ndarray, positions: np.ndarray, labels: np.ndarray, *, chance: np.random.Generator
+    ) -> list[list[int]]:
+        """What the student goes on from in place of one row: prompts for about as many tokens, at least one.
+
+        Of running text that is the opening of every document and, where a document is longer than a sample, of its
+        further parts; of a conversation all that stands before one of the assistant's turns, drawn by chance.
+        """
+        candidates: list[list[int]] = []
+        for start, end in pairwise([*np.flatnonzero(positions == 0), len(ids)]):
+            document, learnt = ids[start:end], labels[start:end] != IGNORED
+            if learnt[1:].all():
+                candidates += self._openings(document.tolist())
+                continue
+            turns = np.flatnonzero(learnt[1:] & ~learnt[:-1]) + 1
+            turns = turns[turns > 1]  # a turn that begins before the row does has nothing to answer to
+            if len(turns):
+                candidates.append(document[: chance.choice(turns)].tolist())
+        chosen: list[list[int]] = []
+        room = self.sequence_length
+        for place in chance.permutation(len(candidates)):
+            needed = len(candidates[place]) + self.settings.new_tokens
+            if needed <= room or not chosen:  # a sample that is longer than a row is cut at the row's end
+                chosen.append(candidates[place])
+                room -= needed
+        return chosen or [ids[:1].tolist()]
+
+    def _openings(self, document: list[int]) -> list[list[int]]:
+        prompt_tokens = min(self.settings.prompt_tokens, self.sequence_length - 1)
+        start_token = [] if document[0] != self.bos_id else document[:1]
+        openings = [document[: min(prompt_tokens, len(document) - 1)]]  # without the end token
+        apart = prompt_tokens + self.settings.new_tokens
+        for start in range(apart, len(document) - prompt_tokens, apart):
+            openings.append((start_token + document[start : start + prompt_tokens])[:prompt_tokens])
+        return [opening for opening in openings if opening]
+
+
+def lay_out(
+    rows: Sequence[Sequence[tuple[list[int], list[int]]]], *, sequence_length: int, pad_id: int
+) -> dict[str, Tensor]:
+    """Rows of (prompt, continuation) pairs as a batch: every pair a document from position 0, labels on continuations.
+
+    Rows are as long as the longest of them; what fills the others is a document of its own that nobody learns.
+    """
+    laid_out: list[list[tuple[int, int, int]]] = []
+    for row in rows:
+        tokens: list[tuple[int, int, int]] = []
+        for prompt, continuation in row:
+            labels = [IGNORED] * len(prompt) + continuation
+            tokens += [(token, at, labels[at]) for at, token in enumerate([*prompt, *continuation])]
+        laid_out.append(tokens[:sequence_length])
+    width = max(map(len, laid_out))
+    padded = [row + [(pad_id, at, IGNORED) for at in range(width - len(row))] for row in laid_out]
+    batch_BS3 = torch.tensor(padded)
+    return {name: batch_BS3[..., i].contiguous() for i, name in enumerate(("input_ids", "position_ids", "labels"))}

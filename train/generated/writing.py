@@ -1,0 +1,353 @@
+"""Text that the teacher writes itself: what it says after a prompt is where its targets are most exact.
+
+Texts are written in batches, every batch a file of its own that is whole or absent, dealt to the ranks in turn; at the
+end they are sifted into one file. Chance is drawn per text, so that any number of ranks writes the same, a kill or not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from shoal.atomic_files import fingerprint, write_json, write_text
+from shoal.data.chat import Chat, check_template
+from shoal.data.sources import TEACHER_TEXT, documents, load_texts
+from shoal.errors import UserError
+from shoal.progress import each
+from shoal.recipe.section import DataSource
+from shoal.recipe.writing import Writing
+from shoal.runtime import barrier, is_main, rank, world_size
+
+from .filtering import sifted
+from .sampling import end_tokens, sample
+
+log = logging.getLogger(__name__)
+
+Writer = Callable[[Sequence[list[int]], Sequence[int]], list[list[int]]]
+"""Prompts and the texts' numbers in, the tokens written after each prompt out."""
+TEXTS = "texts.jsonl"
+COUNTS = "counts.json"
+BATCHES = "batches"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the teacher goes on from."""
+
+    ids: list[int]
+    messages: list[dict[str, Any]] | None = None
+    """The conversation so far, where it is one."""
+    answer: str | None = None
+    """What the data says to it."""
+
+
+def wants_teacher_text(data: Sequence[DataSource]) -> bool:
+    """Whether the teacher has to write before training."""
+    return any(source.path == TEACHER_TEXT for source in data)
+
+
+def write_texts(
+    settings: Writing,
+    tokenizer: Any,
+    *,
+    data: Sequence[DataSource],
+    folder: Path,
+    inputs: dict[str, Any],
+    seed: int,
+    load_writer: Callable[[], Writer],
+) -> tuple[list[str], dict[str, int]]:
+    """The documents that the teacher has written, and how many were rejected for what; every rank calls this.
+
+    ``inputs`` names the writer (model, precision, kernels). With prompts, settings and seed it makes the name of the
+    folder within ``folder``: whoever asks for the same finds it there, and ``load_writer`` is not called.
+
+    Raises:
+        UserError: no prompts, or nothing that was written can be kept.
+    """
+    place, chosen, identity = _planned(settings, tokenizer, data=data, folder=folder, inputs=inputs, seed=seed)
+    if not (place / TEXTS).exists():
+        _write_batches(
+            settings,
+            tokenizer,
+            chosen,
+            folder=place / BATCHES,
+            load_writer=load_writer,
+            turn=rank(),
+            turns=world_size(),
+        )
+    barrier()
+    if is_main():
+        _sift(place, identity, keep=settings.keep)
+    barrier()
+    return _kept(place)
+
+
+def _planned(
+    settings: Writing,
+    tokenizer: Any,
+    *,
+    data: Sequence[DataSource],
+    folder: Path,
+    inputs: dict[str, Any],
+    seed: int,
+) -> tuple[Path, list[Prompt], dict[str, Any]]:
+    """Where the texts will be, what they go on from, and everything that they follow from."""
+    chosen = _chosen(list(_prompts(settings, tokenizer, data=data, seed=seed)), settings, seed=seed)
+    described = {key: value for key, value in asdict(settings).items() if key not in ("prompts", "folder")}
+    identity = {
+        **inputs,
+        **{f"writing.{key}": value for key, value in described.items()},
+        "prompts": fingerprint([asdict(prompt) for prompt in chosen]),
+        "seed": seed,
+    }
+    shared = folder if settings.folder is None else Path(settings.folder).expanduser()
+    return shared / f"written-{fingerprint(identity)}", chosen, identity
+
+
+def _sift(place: Path, identity: dict[str, Any], *, keep: str) -> None:
+    """Bring the batches into one file. That file comes last: once it is there, nothing else is needed."""
+    if not (place / TEXTS).exists():
+        kept, counts = sifted(
+            each(_batches(place / BATCHES), "teacher text: choosing what to keep", unit="texts"), keep=keep
+        )
+        write_json(place / "inputs.json", identity)
+        write_json(place / COUNTS, counts)
+        write_text(place / TEXTS, _lines(kept))
+    shutil.rmtree(place / BATCHES, ignore_errors=True)
+
+
+def _kept(place: Path) -> tuple[list[str], dict[str, int]]:
+    records = _read(place / TEXTS)
+    counts = json.loads((place / COUNTS).read_text(encoding="utf-8"))
+    log.info("teacher text: %s; in %s", ", ".join(f"{count:,} {reason}" for reason, count in counts.items()), place)
+    if not records:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+        raise UserError(
+            f"distill.writing: nothing that the teacher wrote can be kept ({reasons}); give other prompts or another "
+            "temperature"
+        )
+    return [record["text"] for record in records], counts
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    # not splitlines(), which also cuts at characters that JSON leaves as they are
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _write_batches(
+    settings: Writing,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    folder: Path,
+    load_writer: Callable[[], Writer],
+    turn: int,
+    turns: int,
+) -> None:
+    """Write every ``turns``-th batch that is not there yet; prompts of like length go together, to pad little."""
+    by_length = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
+    batches = [by_length[start : start + settings.batch_size] for start in range(0, len(prompts), settings.batch_size)]
+    files = {folder / f"{index:08d}.jsonl": batches[index] for index in range(turn, len(batches), turns)}
+    missing = {file: batch for file, batch in files.items() if not file.exists()}
+    if not missing:
+        return
+    log.info("the teacher writes %d texts of up to %d new tokens", len(prompts), settings.new_tokens)
+    writer = load_writer()
+    for file, numbers in each([*missing.items()], "teacher text", unit="batches"):
+        written = writer([prompts[number].ids for number in numbers], numbers)
+        records = [
+            _record(number, prompts[number], ids, tokenizer) for number, ids in zip(numbers, written, strict=True)
+        ]
+        write_text(file, _lines(records))
+
+
+def _record(number: int, prompt: Prompt, ids: list[int], tokenizer: Any) -> dict[str, Any]:
+    written = tokenizer.decode(ids, skip_special_tokens=True)
+    if prompt.messages is None:
+        text = tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=True)
+        return {"number": number, "text": text, "written": written}
+    # turns and their borders are special tokens: what tokenising adds by itself stays out
+    whole = [*prompt.ids, *ids]
+    whole = whole[1:] if whole[0] == tokenizer.bos_token_id else whole
+    whole = whole[:-1] if whole[-1] == tokenizer.eos_token_id else whole
+    return {
+        "number": number,
+        "text": tokenizer.decode(whole),
+        "written": written,
+        "messages": [*prompt.messages, {"role": "assistant", "content": written.strip()}],
+        "answer": prompt.answer,
+    }
+
+
+def _batches(folder: Path) -> Iterator[dict[str, Any]]:
+    records = [record for file in folder.glob("*.jsonl") for record in _read(file)]
+    yield from sorted(records, key=lambda record: record["number"])
+
+
+def transformers_writer(teacher: PreTrainedModel, tokenizer: Any, settings: Writing, *, seed: int) -> Writer:
+    """Writes with ``teacher`` as it stands in memory."""
+    ends = end_tokens(teacher.generation_config, tokenizer.eos_token_id)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (*ends, 0)[0]
+
+    def write(prompts: Sequence[list[int]], numbers: Sequence[int]) -> list[list[int]]:
+        uniforms = [np.random.default_rng([seed, number]).random(settings.new_tokens) for number in numbers]
+        return sample(
+            teacher,
+            prompts,
+            torch.from_numpy(np.stack(uniforms)),
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            end_ids=ends,
+            pad_id=int(pad_id),
+        )
+
+    return write
+
+
+def check_backend(settings: Writing) -> None:
+    """Refuse a writer that is not there, before models are loaded.
+
+    Raises:
+        UserError: vLLM is not installed, or several ranks would each start it.
+    """
+    if settings.backend != "vllm":
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "distill.writing.backend: vllm is not installed here; install it, or use backend: transformers, which "
+            "needs nothing else"
+        )
+    if world_size() > 1:
+        raise UserError(
+            f"distill.writing.backend: vllm manages its own processes and cannot write on {world_size()} ranks; write "
+            "once with distill.num_ranks=1 and a distill.writing.folder, which every later run reads"
+        )
+
+
+def vllm_writer(teacher: Path, tokenizer: Any, settings: Writing, *, seed: int, dtype: str) -> Writer:
+    """Writes with vLLM. Its texts are its own: other numbers are drawn than by transformers."""
+    check_backend(settings)
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+
+    engine: Any = LLM(model=str(teacher), dtype="auto" if dtype == "stored" else dtype, seed=seed)
+    configured = (teacher / "generation_config.json").is_file()
+    stops = end_tokens(GenerationConfig.from_pretrained(teacher) if configured else None, tokenizer.eos_token_id)
+
+    def write(prompts: Sequence[list[int]], numbers: Sequence[int]) -> list[list[int]]:
+        how = [
+            SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=settings.new_tokens,
+                stop_token_ids=list(stops),
+                seed=int(np.random.default_rng([seed, number]).integers(2**31)),
+            )
+            for number in numbers
+        ]
+        outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    return write
+
+
+def _prompts(settings: Writing, tokenizer: Any, *, data: Sequence[DataSource], seed: int) -> Iterator[Prompt]:
+    if settings.prompts is None:
+        if settings.keep == "correct":
+            raise UserError("distill.writing.keep: correct needs prompts with answers; set distill.writing.prompts")
+        openings = _openings(data, tokenizer, length=settings.prompt_tokens)
+        random.Random(seed).shuffle(openings)
+        yield from (Prompt(opening) for opening in openings)
+    elif settings.prompts.is_chat:
+        yield from _asked(settings, settings.prompts, tokenizer)
+    else:
+        if settings.keep == "correct":
+            raise UserError(
+                "distill.writing.keep: correct needs answers beside the prompts; name the columns `prompt` and "
+                "`completion` (or `messages`) of distill.writing.prompts"
+            )
+        texts = load_texts(settings.prompts, max_characters=16 * settings.num_tokens + 1_000_000)
+        yield from (Prompt(_without_end(ids, tokenizer)) for ids in tokenizer(texts)["input_ids"])
+
+
+def _asked(settings: Writing, source: DataSource, tokenizer: Any) -> Iterator[Prompt]:
+    """Conversations up to their last assistant's turn, as the chat template asks for it."""
+    check_template(tokenizer, source.path)
+    characters = 0
+    for chat in documents(source):
+        if not isinstance(chat, Chat):
+            continue
+        turns = chat.messages
+        said = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        before = turns[: said[-1]] if said else turns
+        answer = turns[said[-1]].get("content") if said else None
+        if settings.keep == "correct" and not answer:
+            raise UserError(
+                f"data {chat.where}: has no answer to compare with; distill.writing.keep: correct needs one"
+            )
+        ids = tokenizer.apply_chat_template(before, tools=chat.tools, add_generation_prompt=True, return_dict=True)
+        yield Prompt(list(ids["input_ids"]), before, answer)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        characters += chat.num_characters
+        if characters > 16 * settings.num_tokens + 1_000_000:
+            return
+
+
+def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+
+
+def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> list[list[int]]:
+    # ability prompts make it state facts of the kinds that evaluation asks for
+    others = [source for source in data if source.path not in (TEACHER_TEXT, "ability_texts") and not source.is_chat]
+    if not others:
+        raise UserError(
+            f"distill.data: {TEACHER_TEXT!r} needs a source of prose beside it to take openings from, or "
+            "distill.writing.prompts"
+        )
+    openings = []
+    for source in others:
+        starts = [text[: max(1000, 16 * length)] for text in load_texts(source, max_characters=1_000_000)]
+        bare = [_without_end(ids, tokenizer) for ids in tokenizer(starts)["input_ids"]]
+        openings += [ids[:length] for ids in bare if len(ids) >= length]
+    if not openings:
+        raise UserError(
+            f"distill.data: no document of the other sources has {length} tokens to open with; lower "
+            "distill.writing.prompt_tokens, or name a source of longer text"
+        )
+    return openings
+
+
+def _chosen(prompts: list[Prompt], settings: Writing, *, seed: int) -> list[Prompt]:
+    """As many prompts as make about the wanted number of tokens, every one before any comes a second time."""
+    fitting = [prompt for prompt in prompts if 0 < len(prompt.ids) <= settings.max_prompt_tokens]
+    if not fitting:
+        raise UserError(
+            f"distill.writing.prompts: none of {len(prompts)} prompts has 1 to {settings.max_prompt_tokens} tokens; "
+            "name another source or raise distill.writing.max_prompt_tokens"
+        )
+    if len(fitting) < len(prompts):
+        log.info("teacher text: %d prompts are empty or too long and were left out", len(prompts) - len(fitting))
+    prompts = fitting
+    mean_tokens = sum(len(prompt.ids) for prompt in prompts) / len(prompts) + settings.new_tokens
+    num_texts = math.ceil(settings.num_tokens / mean_tokens)
+    chosen: list[Prompt] = []
+    while len(chosen) < num_texts:
+        order = list(prompts)
+        random.Random(f"writing/{seed}/{len(chosen)}").shuffle(order)
+        chosen += order[: num_texts - len(chosen)]
+    return chosen

@@ -1,0 +1,383 @@
+"""The loss at the output head, a chunk of tokens at a time. N tokens, C tokens of a chunk, R of a block, V vocabulary,
+D hidden, K stored tokens.
+
+The logits of a whole batch are the largest tensors of distillation: 2 x N x V floats and their gradients. Here the head
+is applied to a chunk, and the chunk's gradient with respect to hidden states and head is taken at once, in the forward
+pass, so that no logits outlive their chunk and none is computed twice (which checkpointing would do). What stays is one
+gradient of the size of the hidden states and one of the head's weight.
+
+What a chunk costs: the matrix products teacher logits, student logits and the two of the backward pass, 2 V D
+operations per token each, and between them forward KL reads two logits, writes one gradient and takes four exponentials
+per token and word. On CPU that happens in blocks small enough for the cache, so that fp32 copies never reach memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoal.errors import UserError
+from shoal.recipe.losses import (
+    DKD,
+    TAID,
+    AdaptiveKL,
+    CrossEntropy,
+    LogitTerm,
+    TotalVariation,
+    needs_teacher,
+    term_names,
+)
+
+from .divergences import Softmax, softened, temperature_of, token_losses
+
+BLOCK = 2**17
+"""Logits of one block on CPU for every thread: half a megabyte of fp32 per copy. Smaller ones would have threads wait
+for each other at every operation."""
+LOGITS = 2**24
+"""A chunk on CPU has at most so many logits: of a larger vocabulary fewer tokens, so that memory does not grow."""
+AGREEMENT_STRIDE = 8
+"""Every so many tokens teacher and student are asked for their most probable word."""
+SMALLEST_TAIL = 1e-8
+"""What stored log-probabilities leave to all other words is at least this; rounded ones may add up to more than 1."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A teacher that is here: its final hidden states, and its way from them to logits."""
+
+    hidden_ND: Tensor
+    to_logits: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What was recorded of a teacher: its most probable tokens, the first one the most, and their log-probabilities in
+    its whole vocabulary at ``temperature``, not renormalised."""
+
+    ids_NK: Tensor
+    log_probs_NK: Tensor
+    temperature: float
+
+
+class HeadLoss(NamedTuple):
+    """What the head gives in training."""
+
+    loss: Tensor
+    """Weighted sum of all terms over all tokens, scalar, differentiable."""
+    term_sums: Tensor
+    """Each term's own unweighted sum over tokens, (number of terms,), float64."""
+    agreement: Tensor
+    """(2,), float64: of how many tokens teacher and student have the same most probable word, of how many asked."""
+
+
+def chunked_head_loss(
+    hidden_ND: Tensor,
+    labels_N: Tensor,
+    targets: Dense | TopK | None,
+    *,
+    student_head: Callable[..., Tensor],
+    student_parameters: Sequence[Tensor],
+    terms: Sequence[LogitTerm],
+    chunk: int,
+    shares: Sequence[float] | None = None,
+) -> HeadLoss:
+    """The terms' loss over all tokens, in nats.
+
+    ``targets`` may be None where no term looks at the teacher; of `TopK` every divergence is that of the distributions
+    over K words and `another`, a lower bound of the whole one. Without any term only agreement is measured.
+    ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
+    them: under ZeRO-3 they exist in full only while the head module is being called.
+    ``shares`` has one number per term, of which TAID's terms read theirs as t; None = their start.
+
+    Raises:
+        ValueError: no tokens; an average over nothing would hide a broken label mask.
+        UserError: a term that stored log-probabilities cannot serve.
+    """
+    if len(labels_N) == 0:
+        raise ValueError("no supervised token in this batch: every label is ignored")
+    if isinstance(targets, TopK):
+        refuse_for_top_k(terms, temperature=targets.temperature)
+    if shares is None:
+        shares = [term.start if isinstance(term, TAID) else 1.0 for term in terms]
+    objective = _Objective(tuple(terms), tuple(shares), targets, labels_N)
+    return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, chunk, *student_parameters))
+
+
+def refuse_for_top_k(terms: Sequence[LogitTerm], *, temperature: float | None = None) -> None:
+    """Refuse what cannot be computed from stored log-probabilities, with ``temperature`` also what other ones serve.
+
+    Raises:
+        UserError: naming the term and the remedy.
+    """
+    for name, term in zip(term_names(terms), terms, strict=True):
+        if isinstance(term, AdaptiveKL | TAID | DKD):
+            raise UserError(
+                f"distill.losses: {name} needs the teacher's whole distribution, recorded signals hold its most "
+                "probable tokens only; use the live teacher, or another kind"
+            )
+        if temperature is not None and not isinstance(term, CrossEntropy) and term.temperature != temperature:
+            raise UserError(
+                f"distill.losses: {name} has temperature {term.temperature:g}, the recorded signals have "
+                f"{temperature:g}; set the term's temperature to that, record again, or use the live teacher"
+            )
+
+
+def check_zero_at_teacher(
+    terms: Sequence[LogitTerm],
+    hidden_ND: Tensor,
+    to_logits: Callable[[Tensor], Tensor],
+    labels_N: Tensor,
+    *,
+    top_k: int | None = None,
+    shares: Sequence[float] | None = None,
+    chunk: int = 256,
+) -> None:
+    """Run every divergence with the teacher as its own student: value and gradient must be zero.
+
+    A term for which they are not pulls a perfect student away from its teacher. Gradients are those of the hidden
+    states and are judged against cross-entropy's over the same tokens. With ``top_k`` the targets are the teacher's so
+    many most probable tokens, as recorded signals would hold them.
+
+    Raises:
+        RuntimeError: naming the term. No recipe can cause this; it is a defect of shoal or of the model's code.
+    """
+    hidden_ND = hidden_ND.detach()
+
+    def run(term: LogitTerm, share: float) -> tuple[float, float]:
+        targets: Dense | TopK | None = None if isinstance(term, CrossEntropy) else Dense(hidden_ND, to_logits)
+        if targets is not None and top_k is not None:
+            targets = _most_probable(hidden_ND, to_logits, top_k, temperature_of(term), chunk)
+        leaf_ND = hidden_ND.clone().requires_grad_()
+        with torch.enable_grad():
+            loss, term_sums, _ = chunked_head_loss(
+                leaf_ND,
+                labels_N,
+                targets,
+                student_head=to_logits,
+                student_parameters=(),
+                terms=(term,),
+                chunk=chunk,
+                shares=(share,),
+            )
+            (gradient_ND,) = torch.autograd.grad(loss, leaf_ND)
+        return term_sums.item() / len(labels_N), gradient_ND.float().norm().item()
+
+    if shares is None:
+        shares = [term.start if isinstance(term, TAID) else 1.0 for term in terms]
+    _, usual = run(CrossEntropy(), 1.0)
+    for name, term, share in zip(term_names(terms), terms, shares, strict=True):
+        if isinstance(term, CrossEntropy):
+            continue
+        value, norm = run(type(term)(**{**vars(term), "weight": 1.0}), share)
+        # total variation has a kink there: of stored probabilities rounding decides the direction
+        any_direction = top_k is not None and isinstance(term, TotalVariation)
+        if not (abs(value) <= 1e-4 and (any_direction or norm <= 1e-3 * usual)):
+            raise RuntimeError(
+                f"{name} of the teacher with itself is {value:.3g} nats per token with a gradient of {norm:.3g} "
+                f"(cross-entropy's is {usual:.3g}); both must be 0, this objective would pull a perfect student away"
+            )
+
+
+@torch.no_grad()
+def _most_probable(
+    hidden_ND: Tensor, to_logits: Callable[[Tensor], Tensor], k: int, temperature: float, chunk: int
+) -> TopK:
+    found = [softened(to_logits(part), temperature).log_NV.topk(k, dim=-1) for part in hidden_ND.split(chunk)]
+    return TopK(torch.cat([part.indices for part in found]), torch.cat([part.values for part in found]), temperature)
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """What a chunk's loss depends on besides the student's logits."""
+
+    terms: tuple[LogitTerm, ...]
+    shares: tuple[float, ...]
+    targets: Dense | TopK | None
+    labels_N: Tensor
+
+    def of_chunk(self, logits_CV: Tensor, part: slice, *, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The terms' sums over the chunk ``part``, its agreement, and the weighted gradient of its logits if wanted."""
+        targets, labels_C = self.targets, self.labels_N[part]
+        teacher_logits_CV = kept = None
+        if isinstance(targets, Dense):
+            teacher_logits_CV = targets.to_logits(targets.hidden_ND[part])
+        elif targets is not None:
+            if (num_stored := targets.ids_NK.shape[-1]) >= logits_CV.shape[-1]:
+                raise ValueError(f"{num_stored} stored tokens of a vocabulary of {logits_CV.shape[-1]}; store fewer")
+            kept = _with_tail(targets, part)
+        values_TC = logits_CV.new_empty(len(self.terms), len(logits_CV), dtype=torch.float64)
+        gradient_CV = torch.empty_like(logits_CV) if wanted else None
+        rows = _block_rows(logits_CV)
+        for start in range(0, len(logits_CV) if self.terms else 0, rows):
+            block = slice(start, start + rows)
+            if kept is None:
+                teacher_RV = None if teacher_logits_CV is None else teacher_logits_CV[block]
+                found = self._whole(logits_CV[block], teacher_RV, labels_C[block], values_TC[:, block])
+            else:
+                ids_CK, p = kept
+                p_block = Softmax(p.log_NV[block], p.prob_NV[block])
+                found = self._coarsened(logits_CV[block], ids_CK[block], p_block, labels_C[block], values_TC[:, block])
+            if gradient_CV is not None:
+                gradient_CV[block] = found
+        firsts_C = None if kept is None else kept[0][:, 0]
+        return values_TC.sum(-1), _agreement(logits_CV, teacher_logits_CV, firsts_C, part.start), gradient_CV
+
+    def _whole(self, logits_RV: Tensor, teacher_RV: Tensor | None, labels_R: Tensor, values_TR: Tensor) -> Tensor:
+        """Fill in the terms' values of a block against the whole vocabulary; the gradient of its logits comes back."""
+        total_RV = None
+        for temperature in dict.fromkeys(map(temperature_of, self.terms)):
+            members = [index for index, term in enumerate(self.terms) if temperature_of(term) == temperature]
+            q, p = softened(logits_RV, temperature), None
+            if teacher_RV is not None and needs_teacher([self.terms[index] for index in members]):
+                p = softened(teacher_RV, temperature)
+            total_RV = self._sum(members, p, q, labels_R, values_TR, total_RV)
+        assert total_RV is not None
+        return total_RV
+
+    def _coarsened(self, logits_RV: Tensor, ids_RK: Tensor, p: Softmax, labels_R: Tensor, values_TR: Tensor) -> Tensor:
+        """The same against stored words and `another`.
+
+        The student's coarsened distribution is a softmax too, of the kept logits and the log-sum-exp of all others. So
+        its gradient goes to the kept words as it is, and that of `another` is spread over the others by their share.
+        """
+        assert isinstance(self.targets, TopK)
+        coarse = [index for index, term in enumerate(self.terms) if not isinstance(term, CrossEntropy)]
+        text = [index for index, term in enumerate(self.terms) if isinstance(term, CrossEntropy)]
+        total_RV = self._sum(text, None, softened(logits_RV, 1.0), labels_R, values_TR, None) if text else None
+        if not coarse:
+            assert total_RV is not None
+            return total_RV
+        tempered_RV = logits_RV.to(p.log_NV.dtype, copy=True)
+        if self.targets.temperature != 1.0:
+            tempered_RV.div_(self.targets.temperature)
+        kept_RK = tempered_RV.gather(-1, ids_RK)
+        others_RV = tempered_RV.scatter_(-1, ids_RK, -torch.inf)
+        peak_R1 = others_RV.amax(-1, keepdim=True)
+        sum_R1 = others_RV.sub_(peak_R1).exp_().sum(-1, keepdim=True)
+        q = softened(torch.cat([kept_RK, peak_R1 + sum_R1.log()], -1), 1.0)
+        coarse_RK = self._sum(coarse, p, q, labels_R, values_TR, None)
+        spread_RV = others_RV.mul_(coarse_RK[:, -1:] / sum_R1).scatter_(-1, ids_RK, coarse_RK[:, :-1])
+        return spread_RV if total_RV is None else total_RV.add_(spread_RV)
+
+    def _sum(
+        self,
+        members: list[int],
+        p: Softmax | None,
+        q: Softmax,
+        labels_R: Tensor,
+        values_TR: Tensor,
+        total: Tensor | None,
+    ) -> Tensor:
+        """Fill in the values of ``members``, terms of one temperature; ``total`` plus their weighted gradients."""
+        for index in members:
+            term = self.terms[index]
+            temperature = temperature_of(term)
+            values_R, gradient = token_losses(term, p, q, labels_R, share=self.shares[index])
+            values_TR[index] = values_R if temperature == 1.0 else values_R * temperature**2
+            # the square over the temperature by which the logits were divided
+            factor = term.weight * temperature
+            if total is None:
+                total = gradient if factor == 1.0 else gradient.mul_(factor)
+            elif factor != 0.0:
+                total.add_(gradient, alpha=factor)
+        assert total is not None
+        return total
+
+
+def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:
+    """The stored words of a chunk, and the teacher's distribution over them and, last, all others."""
+    log_CK = targets.log_probs_NK[part].double()
+    tail_C1 = (1 - log_CK.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_TAIL)
+    exact = torch.promote_types(targets.log_probs_NK.dtype, torch.float32)
+    log_C = torch.cat([log_CK, tail_C1.log()], -1).to(exact)
+    return targets.ids_NK[part].long(), Softmax(log_C, log_C.exp())
+
+
+def _agreement(logits_CV: Tensor, teacher_logits_CV: Tensor | None, firsts_C: Tensor | None, start: int) -> Tensor:
+    """Matches and comparisons of the most probable word, at every so many tokens of the batch."""
+    picked = slice(-start % AGREEMENT_STRIDE, None, AGREEMENT_STRIDE)
+    if teacher_logits_CV is not None:
+        firsts = teacher_logits_CV[picked].argmax(-1)
+    elif firsts_C is not None:
+        firsts = firsts_C[picked]
+    else:
+        return logits_CV.new_zeros(2, dtype=torch.float64)
+    asked = logits_CV[picked]
+    matches = (asked.gather(-1, firsts[:, None])[:, 0] == asked.amax(-1)).sum()
+    return torch.stack([matches, torch.full_like(matches, len(firsts))]).double()
+
+
+class _ChunkedHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, objective, head, chunk, *parameters):
+        wanted = [hidden_ND.requires_grad, *(parameter.requires_grad for parameter in parameters)]
+        trains = any(wanted) and any(term.weight > 0 for term in objective.terms)
+        term_sums = torch.zeros(len(objective.terms), dtype=torch.float64, device=hidden_ND.device)
+        agreement = torch.zeros(2, dtype=torch.float64, device=hidden_ND.device)
+        hidden_grad_ND = torch.zeros_like(hidden_ND) if wanted[0] else None
+        parameter_grads: list[Tensor | None] = [None] * len(parameters)
+        leaves = [_cast(p.detach()).requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
+        if parameters and hidden_ND.device.type == "cpu":
+            chunk = min(chunk, max(1, LOGITS // len(parameters[0])))
+        for start in range(0, len(hidden_ND), chunk):
+            part = slice(start, start + chunk)
+            hidden_CD = hidden_ND[part].detach().requires_grad_(wanted[0])
+            with torch.enable_grad():
+                logits_CV = head(hidden_CD, *leaves)
+            sums, agreed, gradient_CV = objective.of_chunk(logits_CV.detach(), part, wanted=trains)
+            term_sums += sums
+            agreement += agreed
+            if gradient_CV is None:
+                continue
+            inputs = [leaf for leaf, w in zip([hidden_CD, *leaves], wanted, strict=True) if w]
+            grads = iter(torch.autograd.grad(logits_CV, inputs, gradient_CV))
+            if hidden_grad_ND is not None:
+                hidden_grad_ND[part] = next(grads)
+            for index, leaf in enumerate(leaves):
+                if leaf.requires_grad:
+                    parameter_grads[index] = _accumulated(parameter_grads[index], next(grads))
+        grads_as_stored = [
+            (torch.zeros_like(p) if grad is None else grad.to(p.dtype)) if w else None
+            for grad, p, w in zip(parameter_grads, parameters, wanted[1:], strict=True)
+        ]
+        ctx.save_for_backward(hidden_grad_ND, *grads_as_stored)
+        ctx.mark_non_differentiable(term_sums, agreement)
+        # number by number: a list of them would be copied to the device, which waits for it
+        weighted = [value * term.weight for value, term in zip(term_sums.unbind(), objective.terms, strict=True)]
+        return sum(weighted, term_sums.new_zeros(())).float(), term_sums, agreement
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_others):  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_grad_ND, *parameter_grads = ctx.saved_tensors
+        scaled = [None if grad is None else grad.mul_(grad_loss) for grad in (hidden_grad_ND, *parameter_grads)]
+        return (scaled[0], None, None, None, *scaled[1:])
+
+
+def _cast(parameter: Tensor) -> Tensor:
+    """The parameter as autocast would give it to every chunk anew."""
+    device = parameter.device.type
+    if torch.is_autocast_enabled(device) and parameter.is_floating_point():
+        return parameter.to(torch.get_autocast_dtype(device))
+    return parameter
+
+
+def _accumulated(sum_so_far: Tensor | None, gradient: Tensor) -> Tensor:
+    """In fp32 or better: chunks added up in bf16 would lose what is small."""
+    if sum_so_far is None:
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    rows = _block_rows(gradient)
+    for into, part in zip(sum_so_far.split(rows), gradient.split(rows), strict=True):
+        into.add_(part)  # at once it would make an fp32 copy of a bf16 gradient, as large as the head
+    return sum_so_far
+
+
+def _block_rows(values: Tensor) -> int:
+    """How many rows to work on at one time, so that what they need stays in the cache."""
+    if values.device.type != "cpu":
+        return max(1, len(values))
+    return max(1, BLOCK * torch.get_num_threads() // max(1, values[0].numel()))

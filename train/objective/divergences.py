@@ -1,0 +1,245 @@
+"""Divergences between teacher and student, value and gradient, one value per token, in nats. N tokens, V outcomes.
+
+p = teacher's, q = student's distribution, softmax of logits over a temperature. Every function gives its values (N,)
+and their gradient with respect to the student's tempered logits (N, V), both in closed form: without an autograd tape
+a block of tokens needs two log-softmaxes and little more, and the same functions serve the whole vocabulary and a
+coarsened one (top-k and everything else). Where a value is a function of log q with slope g, that gradient is
+g - q sum(g); a slope of c q for every outcome therefore adds nothing and is left out below.
+
+Values are per token, so that whoever sums them owns the normalisation: dividing by the token count of the whole
+optimizer step, over all ranks and micro-batches, is what makes the loss independent of the split.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shoal.recipe.losses import (
+    DKD,
+    JSD,
+    TAID,
+    AdaptiveKL,
+    CrossEntropy,
+    ForwardKL,
+    LogitTerm,
+    ReverseKL,
+    SkewedForwardKL,
+    SkewedReverseKL,
+    TotalVariation,
+)
+
+FIRST_HEAD = 128
+"""How many of the teacher's most probable tokens are sorted at first to find the head of adaptive KL."""
+
+
+class Softmax(NamedTuple):
+    """A distribution and its logarithm."""
+
+    log_NV: Tensor
+    prob_NV: Tensor
+
+
+class Values(NamedTuple):
+    """A loss of every token, (N,), and its gradient with respect to the student's tempered logits, (N, V)."""
+
+    values_N: Tensor
+    gradient_NV: Tensor
+
+
+def softened(logits_NV: Tensor, temperature: float) -> Softmax:
+    """The softmax of logits / temperature, in fp32 or better whatever the logits' precision."""
+    exact = torch.promote_types(logits_NV.dtype, torch.float32)
+    if temperature != 1.0:
+        logits_NV = logits_NV.to(exact) / temperature
+    log_NV = torch.log_softmax(logits_NV, dim=-1, dtype=exact)
+    return Softmax(log_NV, log_NV.exp())
+
+
+def forward_kl(p: Softmax, q: Softmax) -> Values:
+    """KL(p || q). The constant entropy of p is kept, so that a student equal to its teacher has a loss of 0."""
+    return Values((p.log_NV - q.log_NV).mul_(p.prob_NV).sum(-1), q.prob_NV - p.prob_NV)
+
+
+def reverse_kl(p: Softmax, q: Softmax) -> Values:
+    """KL(q || p)."""
+    slope_NV = q.prob_NV * (q.log_NV - p.log_NV)
+    values_N = slope_NV.sum(-1)
+    return Values(values_N, slope_NV - q.prob_NV * values_N[:, None])
+
+
+def jsd(p: Softmax, q: Softmax, *, beta: float) -> Values:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (Agarwal et al. 2023, arXiv:2306.13649).
+
+    The slopes of both halves through m add up to a constant, only that of log q is left.
+    """
+    mixed_NV = _log_mixture(p, q, beta)
+    slope_NV = (1 - beta) * q.prob_NV * (q.log_NV - mixed_NV)
+    student_N = slope_NV.sum(-1)
+    teacher_N = beta * (p.prob_NV * (p.log_NV - mixed_NV)).sum(-1)
+    return Values(teacher_N + student_N, slope_NV - q.prob_NV * student_N[:, None])
+
+
+def skewed_forward_kl(p: Softmax, q: Softmax, *, alpha: float) -> Values:
+    """KL(p || alpha p + (1 - alpha) q) (Ko et al. 2024, arXiv:2402.03898)."""
+    mixed_NV = _log_mixture(p, q, alpha)
+    slope_NV = (alpha - 1) * p.prob_NV * (q.log_NV - mixed_NV).exp()
+    return Values((p.prob_NV * (p.log_NV - mixed_NV)).sum(-1), _through_softmax(slope_NV, q))
+
+
+def skewed_reverse_kl(p: Softmax, q: Softmax, *, alpha: float) -> Values:
+    """KL(q || (1 - alpha) p + alpha q) (Ko et al. 2024)."""
+    ratio_NV = q.log_NV - _log_mixture(p, q, 1 - alpha)
+    slope_NV = q.prob_NV * (ratio_NV - alpha * ratio_NV.exp())
+    return Values((q.prob_NV * ratio_NV).sum(-1), _through_softmax(slope_NV, q))
+
+
+def adaptive_kl(p: Softmax, q: Softmax, *, head_mass: float) -> Values:
+    """Forward and reverse KL, weighted by the distance of p and q in the head and in the tail of p, which are constants
+    of the gradient (Wu et al. 2024, arXiv:2404.02657)."""
+    share_N = head_share(p, q, head_mass=head_mass)
+    forward, reverse = forward_kl(p, q), reverse_kl(p, q)
+    return Values(*(torch.lerp(r, f, s) for r, f, s in zip(reverse, forward, (share_N, share_N[:, None]), strict=True)))
+
+
+def head_share(p: Softmax, q: Softmax, *, head_mass: float) -> Tensor:
+    """How much of sum |p - q| lies in the head of p, (N,): the weight of forward KL; reverse KL has the rest.
+
+    The head is the longest run of p's most probable tokens whose mass is at most ``head_mass``, and always the first
+    of them. It is short nearly everywhere, so that only its beginning is sorted. Half where p and q are equal.
+    """
+    distance_NV = (p.prob_NV - q.prob_NV).abs()
+    num_outcomes = distance_NV.shape[-1]
+    length = min(FIRST_HEAD, num_outcomes)
+    while True:
+        sorted_NK, order_NK = p.prob_NV.topk(length, dim=-1)
+        inside_NK = sorted_NK.cumsum(-1) <= head_mass
+        inside_NK[:, 0] = True
+        if length == num_outcomes or not inside_NK[:, -1].any():
+            break
+        length = min(8 * length, num_outcomes)
+    head_N = (distance_NV.gather(-1, order_NK) * inside_NK).sum(-1)
+    total_N = distance_NV.sum(-1)
+    return torch.where(total_N > 0, (head_N / total_N).clamp(max=1.0), 0.5)
+
+
+def taid(p: Softmax, q: Softmax, *, share: float) -> Values:
+    """KL(p_t || q) with p_t = softmax of (1 - t) times q's logits, as constants, plus t times p's, t = ``share`` (Shing
+    et al. 2025, arXiv:2501.16937). Logarithms of probabilities mix like logits, they differ by constants."""
+    return forward_kl(softened(torch.lerp(q.log_NV, p.log_NV, share), 1.0), q)
+
+
+def dkd(p: Softmax, q: Softmax, labels_N: Tensor, *, alpha: float, beta: float) -> Values:
+    """alpha KL of (label, rest) + beta KL within the rest (Zhao et al. 2022, arXiv:2203.08679).
+
+    The mass of the rest comes from its own logarithms, not from 1 - q(label), which is 0 for a sure student.
+    """
+    label_N1 = labels_N[:, None]
+    (p_pair_N2, p_rest), (q_pair_N2, q_rest) = _split(p, label_N1), _split(q, label_N1)
+    target_N = (p_pair_N2.exp() * (p_pair_N2 - q_pair_N2)).sum(-1)
+    rest_N = (p_rest.prob_NV * (p_rest.log_NV - q_rest.log_NV)).sum(-1)
+    missing_N1 = alpha * (q.prob_NV.gather(-1, label_N1) - p.prob_NV.gather(-1, label_N1))
+    gradient_NV = (beta - missing_N1) * q_rest.prob_NV - beta * p_rest.prob_NV
+    return Values(alpha * target_N + beta * rest_N, gradient_NV.scatter_(-1, label_N1, missing_N1))
+
+
+def total_variation(p: Softmax, q: Softmax) -> Values:
+    """Half the sum of |p - q|."""
+    difference_NV = q.prob_NV - p.prob_NV
+    return Values(0.5 * difference_NV.abs().sum(-1), _through_softmax(0.5 * difference_NV.sign() * q.prob_NV, q))
+
+
+def cross_entropy(q: Softmax, labels_N: Tensor) -> Values:
+    """-log q(label): learning from the text itself."""
+    label_N1 = labels_N[:, None]
+    gradient_NV = q.prob_NV.scatter_add(-1, label_N1, torch.full_like(q.prob_NV[:, :1], -1.0))
+    return Values(-q.log_NV.gather(-1, label_N1)[:, 0], gradient_NV)
+
+
+def temperature_of(term: LogitTerm) -> float:
+    """The temperature of ``term``; cross-entropy looks at the model's own distribution."""
+    return 1.0 if isinstance(term, CrossEntropy) else term.temperature
+
+
+def token_losses(term: LogitTerm, p: Softmax | None, q: Softmax, labels_N: Tensor, *, share: float) -> Values:
+    """What ``term`` gives for distributions at its temperature; not yet times temperature**2, see `scale_of`.
+
+    ``share`` is TAID's present t; ``p`` may be None for cross-entropy. Labels number the outcomes.
+    """
+    if isinstance(term, CrossEntropy):
+        return cross_entropy(q, labels_N)
+    assert p is not None, f"{term.kind} needs the teacher"
+    match term:
+        case ForwardKL():
+            return forward_kl(p, q)
+        case ReverseKL():
+            return reverse_kl(p, q)
+        case JSD():
+            return jsd(p, q, beta=term.beta)
+        case SkewedForwardKL():
+            return skewed_forward_kl(p, q, alpha=term.alpha)
+        case SkewedReverseKL():
+            return skewed_reverse_kl(p, q, alpha=term.alpha)
+        case AdaptiveKL():
+            return adaptive_kl(p, q, head_mass=term.head_mass)
+        case TAID():
+            return taid(p, q, share=share)
+        case DKD():
+            return dkd(p, q, labels_N, alpha=term.alpha, beta=term.beta)
+        case TotalVariation():
+            return total_variation(p, q)
+
+
+class TaidState:
+    """t of one TAID term: how far its target has moved from the student to the teacher. Every rank holds the same.
+
+    t never falls, keeps at least to a straight line from start to end, and runs ahead of it while the loss falls (Shing
+    et al. 2025, arXiv:2501.16937, section 3).
+    """
+
+    def __init__(self, term: TAID) -> None:
+        self._term = term
+        self.t = term.start
+        self._momentum = 0.0
+        self._previous: float | None = None
+
+    def update(self, step_mean_loss: float, step: int, total: int) -> None:
+        """After optimizer step number ``step`` of ``total``, with this term's mean over all tokens of all ranks."""
+        term, t = self._term, self.t
+        if self._previous is not None:
+            fall = (self._previous - step_mean_loss) / (self._previous + 1e-15)
+            self._momentum = term.momentum * self._momentum + (1 - term.momentum) * fall
+            t += term.step_size * (1 - t) / (1 + math.exp(-self._momentum))
+        self._previous = step_mean_loss
+        line = term.start + (term.end - term.start) * step / total
+        self.t = max(self.t, min(term.end, max(line, t)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"t": self.t, "momentum": self._momentum, "previous": self._previous}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.t, self._momentum, self._previous = state["t"], state["momentum"], state["previous"]
+
+
+def _log_mixture(p: Softmax, q: Softmax, share: float) -> Tensor:
+    """log(share p + (1 - share) q): a mixture of probabilities; mixing logarithms would be another distribution."""
+    return torch.logaddexp(p.log_NV + math.log(share), q.log_NV + math.log1p(-share))
+
+
+def _through_softmax(slope_NV: Tensor, q: Softmax) -> Tensor:
+    return slope_NV - q.prob_NV * slope_NV.sum(-1, keepdim=True)
+
+
+def _split(distribution: Softmax, label_N1: Tensor) -> tuple[Tensor, Softmax]:
+    """log of (label's probability, that of the rest), (N, 2), and the distribution within the rest."""
+    rest_NV = distribution.log_NV.scatter(-1, label_N1, -math.inf)
+    mass_N1 = rest_NV.logsumexp(-1, keepdim=True)
+    pair_N2 = torch.cat([distribution.log_NV.gather(-1, label_N1), mass_N1], -1)
+    # the label's own entry has no mass but must stay finite, so that 0 times it is 0
+    log_NV = distribution.log_NV - mass_N1
+    return pair_N2, Softmax(log_NV, (rest_NV - mass_N1).exp())

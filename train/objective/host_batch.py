@@ -1,0 +1,85 @@
+"""What the host knows of a micro-batch, so that a step need not ask the device.
+
+Which tokens are learnt decides shapes: of what the head reads, of what states are compared. Every such question to a
+tensor on a GPU waits until all that was queued before it is done, in the middle of a step; the host has known the
+answer since it made the rows.
+
+B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from shoal.data.packing import ROW
+from shoal.data.sources import IGNORED
+
+ON_HOST = "on_host"
+"""Its place in a batch. It has no method `to`, so what moves a batch to the device leaves it where it is."""
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """The planes of a micro-batch in the host's memory."""
+
+    labels_BS: Tensor
+    position_ids_BS: Tensor
+    input_ids_BS: Tensor | None = None
+    rows: Sequence[int] = ()
+    """Their numbers in the packed rows; none of what the student has written."""
+
+
+def with_host_copy(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """The batch, not yet on the device, and beside its tensors what the host knows of them."""
+    return {**batch, ON_HOST: on_host(batch)}
+
+
+def on_host(batch: Mapping[str, Any]) -> OnHost:
+    """What the host knows of a batch; without a copy of its own, asked of the device."""
+    if ON_HOST in batch:
+        return batch[ON_HOST]
+    labels, positions, ids = (batch[name].cpu() for name in ("labels", "position_ids", "input_ids"))
+    return OnHost(labels, positions, ids, batch[ROW].tolist() if ROW in batch else ())
+
+
+def learnt_places(labels_BS: Tensor) -> Tensor:
+    """Where in the flattened (B x S) tokens stand of which the next one is learnt; a row's first is no one's target."""
+    learnt_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
+    learnt_BS[:, :-1] = labels_BS[:, 1:] != IGNORED
+    return learnt_BS.flatten().nonzero()[:, 0]
+
+
+def document_starts(position_ids_BS: Tensor) -> Tensor:
+    """Whether a token is the first of its document or row."""
+    first_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
+    first_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
+    return first_BS
+
+
+@contextmanager
+def documents_known(host: OnHost, device: torch.device) -> Iterator[None]:
+    """While models run on this micro-batch, transformers takes its documents from here.
+
+    Left alone it compares positions on the device, and asks there whether a row holds more than one document: once per
+    kind of mask and forward, with the teacher's whole forward or the micro-batch before it still in the queue.
+    """
+    first_BS = document_starts(host.position_ids_BS)
+    documents_BS = queued(first_BS.cumsum(1), device) if first_BS[:, 1:].any() else None
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: documents_BS
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
+
+
+def queued(values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device by the time that it comes to use them; nobody waits for the copy."""
+    return values.to(device, non_blocking=True)

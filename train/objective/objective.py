@@ -1,0 +1,278 @@
+"""The student during training: hidden states, loss at the head, and what is shared with the teacher.
+
+B batch, S sequence, D hidden, N supervised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_body, state_of, with_state
+from shoal.models.document_masks import documents_apart
+from shoal.models.load import before_head, decoder_layers, logits_from_hidden
+from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, term_names
+
+from .capture import Captured
+from .chunked_loss import Dense, TopK, chunked_head_loss
+from .divergences import TaidState
+from .host_batch import OnHost, learnt_places, queued
+from .layer_losses import StateLosses
+
+
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """The module that turns hidden states into logits.
+
+    Raises:
+        UserError: for an architecture whose head is no plain linear map; the chunked loss could not be exact.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"{type(model).__name__}: its output head is {type(head).__name__}, distillation needs nn.Linear; choose "
+            "another model"
+        )
+    return head
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a teacher says about one micro-batch. What no loss term asks for is absent. K recorded tokens."""
+
+    hidden_BSD: Tensor | None = None
+    """What the teacher's head reads; its logits are made chunk by chunk inside the loss."""
+    ids_BSK: Tensor | None = None
+    """Recorded instead of the above: the most probable next tokens in falling order."""
+    log_probs_BSK: Tensor | None = None
+    """Their log-probabilities under the full softmax, never renormalised."""
+    captured: Captured = field(default_factory=Captured)
+    """What state terms compare with."""
+
+
+class Objective:
+    """The distillation loss inside the student's forward: ``student(...)`` gives (loss, sums) while it is installed.
+
+    loss is the weighted sum of all terms over supervised tokens, differentiable. sums, float64, holds every term's own
+    sum and then, of how many tokens teacher and student have the same most probable word, and of how many asked.
+
+    Only the two forward methods of this instance change, the model's and its head's: class, parameters and state
+    dict stay, so that Trainer, DeepSpeed and save_pretrained see an ordinary model. The loss is computed *inside* the
+    head's call because under ZeRO-3 the head's weight exists in full only there.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher_to_logits: Callable[[Tensor], Tensor] | None,
+        *,
+        terms: tuple[LossTerm, ...],
+        chunk: int,
+        states: StateLosses | None = None,
+        recorded_temperature: float = 1.0,
+    ) -> None:
+        """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``)."""
+        self.terms = terms
+        self.student = student
+        self._teacher_to_logits = teacher_to_logits
+        self._chunk = chunk
+        self._states = states
+        self._recorded_temperature = recorded_temperature
+        self._at_head = [index for index, term in enumerate(terms) if isinstance(term, LOGIT_TERMS)]
+        self._at_layers = [index for index, term in enumerate(terms) if not isinstance(term, LOGIT_TERMS)]
+        self._taid = {index: TaidState(term) for index, term in enumerate(terms) if isinstance(term, TAID)}
+
+    def install(self) -> None:
+        """Put the objective in the place of the two forwards."""
+        head = output_head(self.student)
+        self.student.forward = MethodType(self._forward, self.student)
+        head.forward = MethodType(self._head_forward, head)
+
+    def uninstall(self) -> None:
+        """Give the model and its head their own forwards back."""
+        del self.student.forward, output_head(self.student).forward
+
+    def _forward(
+        self,
+        student: Any,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        signals: Signals,
+        on_host: OnHost | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        states, host = self._states, on_host or OnHost(labels.cpu(), position_ids.cpu())
+        places_N = queued(learnt_places(host.labels_BS), labels.device)
+        with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
+            hidden_BSD = final_hidden(student, input_ids, position_ids)
+        loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, signals)
+        *at_head, matches, compared = head_sums.unbind()
+        # one by one: a list of indices would be copied to the device, which waits for it
+        sums = dict(zip(self._at_head, at_head, strict=True))
+        if states is not None:
+            state_loss, state_sums = states(
+                seen, signals.captured, host.labels_BS, host.position_ids_BS, device=labels.device
+            )
+            loss = loss + state_loss
+            sums |= zip(self._at_layers, state_sums.unbind(), strict=True)
+        return loss, torch.stack([*(sums[index] for index in range(len(self.terms))), matches, compared])
+
+    def _head_forward(
+        self, head: nn.Linear, hidden_BSD: Tensor, labels_BS: Tensor, places_N: Tensor, signals: Signals
+    ) -> tuple[Tensor, Tensor]:
+        def kept(plane: Tensor) -> Tensor:
+            return plane.flatten(0, 1)[places_N]
+
+        targets: Dense | TopK | None = None
+        if signals.hidden_BSD is not None:
+            assert self._teacher_to_logits is not None
+            targets = Dense(kept(signals.hidden_BSD), _in_own_precision(self._teacher_to_logits))
+        elif signals.ids_BSK is not None and signals.log_probs_BSK is not None:
+            targets = TopK(kept(signals.ids_BSK), kept(signals.log_probs_BSK), self._recorded_temperature)
+        if not len(places_N):  # of a micro-batch; the step as a whole has some
+            # zero, but through every parameter: ranks that share gradients must all have the same ones to share
+            nothing = torch.stack([part[:0].sum() for part in (hidden_BSD, *head.parameters())]).sum()
+            return nothing, hidden_BSD.new_zeros(len(self._at_head) + 2, dtype=torch.float64)
+        through = logits_from_hidden(self.student, prepared=True)
+        loss, term_sums, agreement = chunked_head_loss(
+            kept(hidden_BSD),
+            labels_BS.flatten()[places_N + 1],  # position t predicts token t + 1
+            targets,
+            student_head=lambda hidden, *weights: through(hidden, lambda h: functional.linear(h, *weights)),
+            student_parameters=(head.weight,) if head.bias is None else (head.weight, head.bias),
+            terms=[self.terms[index] for index in self._at_head],  # pyright: ignore[reportArgumentType]
+            chunk=self._chunk,
+            shares=[self._taid[index].t if index in self._taid else 1.0 for index in self._at_head],
+        )
+        return loss, torch.cat([term_sums, agreement])
+
+    def end_step(self, means: Sequence[float], *, step: int, num_steps: int) -> None:
+        """What a term learns from a step: TAID moves its target on. ``means`` are the terms' means over all ranks."""
+        for index, state in self._taid.items():
+            state.update(means[index], step, num_steps)
+
+    def curves(self) -> dict[str, float]:
+        """What terms keep between steps, by name."""
+        names = term_names(self.terms)
+        return {f"{names[index]}_t": state.t for index, state in self._taid.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What ``end_step`` has changed, for a checkpoint."""
+        return {str(index): state.state_dict() for index, state in self._taid.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from ``state()``."""
+        for index, taid in self._taid.items():
+            taid.load_state_dict(state[str(index)])
+
+
+def to_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The way from what the head reads to logits, scale and soft cap included.
+
+    Under ZeRO 3 the head has to be `gathered`, and its own forward is passed by: the hooks there let go of the weight
+    after every call and gather it for the next one. Ranks have unequal numbers of chunks, and a rank that gathers waits
+    for all others.
+    """
+    through, head = logits_from_hidden(model, prepared=True), output_head(model)
+
+    def linear(hidden: Tensor) -> Tensor:
+        sharded = hasattr(head.weight, "ds_id")
+        return functional.linear(hidden, head.weight, head.bias) if sharded else head(hidden)
+
+    return lambda hidden: through(hidden, linear)
+
+
+def _in_own_precision(to_logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same whatever the student is trained in: a teacher's layers have not seen autocast, nor should its head."""
+
+    def logits(hidden_ND: Tensor) -> Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return to_logits(hidden_ND)
+
+    return logits
+
+
+def final_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """What the head reads, (B, S, D). Attention keeps documents packed in one row apart: see shoal.data.packing."""
+    decoder = decoder_body(model)
+    with documents_apart(decoder, position_ids):
+        hidden_BSD = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    # here and not in the chunked loss, which takes gradients of the head alone
+    return hidden_BSD if (prepare := before_head(model)) is None else prepare(hidden_BSD)
+
+
+class SharedPrefix:
+    """Below the first cut a frozen student *is* the teacher: those layers are run once, by the teacher, for both.
+
+    The teacher's state at the first cut is kept as it passes; in the student the layers below hand their input on
+    untouched, and the last of them hands out that state. So no second forward, no backward, no activations. Without a
+    ``teacher`` the state is one that was recorded, and nobody runs these layers.
+    """
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, *, first_change: int) -> None:
+        self._state_BSD: Tensor | None = None
+        self._like: Any = None
+        """What layers of this family return: their state alone, or the first of several values."""
+        self._layers = list(decoder_layers(student)[:first_change])
+        self._teacher_layer = None if teacher is None else decoder_layers(teacher)[first_change - 1]
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While the teacher runs: keep its state at the cut."""
+        assert self._teacher_layer is not None
+
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+            # layers above may read the other values too, the tokens that GLM's indexer has chosen for one
+            self._state_BSD, self._like = state_of(output), output
+
+        handle = self._teacher_layer.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def take(self, state_BSD: Tensor) -> None:
+        """The state at the cut of the rows that the student reads next."""
+        self._state_BSD = state_BSD
+
+    @contextmanager
+    def replaying(self, dtype: torch.dtype) -> Iterator[None]:
+        """While the student runs: the layers below the cut cost nothing."""
+        recorded_BSD = self._state_BSD
+        assert recorded_BSD is not None
+        first, *_ = self._layers
+        own_forward = first.forward
+
+        def shaped(state: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._like is None:  # no teacher has shown it: one layer runs, once
+                with torch.no_grad():
+                    shown = own_forward(*args, **kwargs)
+                # its other values are not those at the cut
+                self._like = type(shown)([None] * len(shown)) if isinstance(shown, tuple | list) else state[:0]
+            return with_state(self._like, state)
+
+        def pass_on(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return shaped(hidden, hidden, *args, **kwargs)
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            return shaped(recorded_BSD.to(dtype), *args, **kwargs)
+
+        for layer in self._layers[:-1]:
+            layer.forward = pass_on
+        self._layers[-1].forward = replay
+        try:
+            yield
+        finally:
+            self._state_BSD = None
+            if self._teacher_layer is not None:
+                self._like = None
+            for layer in self._layers:
+                del layer.forward

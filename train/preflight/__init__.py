@@ -1,0 +1,8 @@
+"""What a training will take, before it starts.
+
+fit         what fits, what is refused
+run_size    a run as far as its size goes
+memory      bytes of a rank
+throughput  time
+mfu         how fast this machine could train at most
+"""

@@ -1,0 +1,343 @@
+"""How much memory training will take, from configurations alone. B rows, S sequence, D hidden, V vocabulary.
+
+What models take and autograd keeps is counted in sizes.py. What DeepSpeed keeps is a formula per ZeRO stage, read from
+its sources (0.19) and checked against runs: docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..engine.sharding import REDUCED_AT_ONCE
+from ..student.sizes import ModelSize
+
+LOGIT_BYTES = 28
+"""Per logit of a chunk on a GPU beside the raw ones: log-softmax and softmax of both models in fp32, a term's product
+and its gradient, and their sum. On a CPU these exist for a block that fits its cache."""
+RAW_LOGITS = 3
+"""Student's, teacher's, and their gradient, in the precision of the head's product."""
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's own reduce_bucket_size."""
+LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's own stage3_max_live_parameters: gathered ones that may stay until they are used again."""
+LIBRARY_BYTES = 600_000_000
+"""Of torch, transformers and DeepSpeed in a process on a CPU."""
+FIXED_BYTES = {"cpu": LIBRARY_BYTES + 500_000_000, "cuda": 1_500_000_000}
+"""Of a process beside what it trains: on a CPU the libraries, and what the allocator keeps of freed memory (seen in
+runs); on a GPU the context, cuBLAS' and NCCL's buffers (a usual figure, not measured here)."""
+
+QUARTER_BYTES = 4.13 / 8
+"""Of a weight in 4 bits, with its share of the scales (QLoRA, arXiv:2305.14314, section 3)."""
+PRODUCTS_SHARE = 0.5
+"""Of what a layer keeps, selective checkpointing leaves what matrix products and attention gave: 0.47 for Qwen3-8B by
+the formula in docs/scaling.md."""
+SCORED_LOGITS = 1 << 25
+"""Logits that exist at one time when a model is scored, and twice."""
+DRAWN_BYTES = 36
+"""Per logit of tokens that are drawn: raw, in fp32, and three tensors of fp64."""
+KEY_BYTES, VALUE_BYTES = 4, 2
+"""Of a number in the cache of a model under bf16 autocast: rotary embedding makes keys fp32 again."""
+
+TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
+"""none: no loss term asks it."""
+Sharing = Literal["none", "linear", "all"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how much memory a rank takes, and how long a step."""
+
+    rows: int
+    """Of a micro-batch on one rank."""
+    sequence_length: int
+    head_chunk: int
+    accumulation: int = 1
+    checkpointing: bool = False
+    selective: bool = False
+    """Checkpointing keeps what matrix products give (recompute.py)."""
+    stage: int = 0
+    ranks: int = 1
+    ranks_per_node: int = 1
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    bucket: int = BUCKET_ELEMENTS
+    overlap: bool = False
+    live: int = LIVE_ELEMENTS
+    weight_bytes: int = 4
+    autocast: bool = True
+    teacher: TeacherPlace = "live"
+    teacher_bytes: int = 2
+    """Per weight."""
+    device: str = "cuda"
+    sharing: Sharing = "none"
+    """Frozen weights that are held once for student and teacher: linear maps and embeddings, or all."""
+    four_bits: bool = False
+    """Linear modules of the layers are held so (QLoRA)."""
+    stored_bytes: int = 2
+    """Per weight of distilled/."""
+    captured: int = 0
+    """Bytes per token that loss terms on states hold: the teacher's states, and both models' attention inputs."""
+    comparing: int = 0
+    """Bytes per token of one comparison of states."""
+    relation: int = 0
+    """Bytes of one chunk of scores."""
+    scored_rows: int = 0
+    """Of a forward when distill.watch scores the student; 0 = nothing is watched."""
+    samples: int = 0
+    """That stand in for one row of an on-policy step; 0 = there are none."""
+    sample_tokens: int = 0
+    """Prompt and all."""
+    healed_layers: tuple[int, ...] = ()
+    """Student layers that distill.local trains first."""
+    healed_rows: int = 0
+    """Of a forward there."""
+    writes: bool = False
+    """The teacher writes text first, whole on every rank."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank's device at its peak, and on one node's host."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """Moments, and the fp32 copies that ZeRO keeps of the weights."""
+    activations: int
+    """And hidden states handed from teacher to student."""
+    head: int
+    """Logits of a chunk, and what its gradient needs."""
+    teacher: int
+    buffers: int
+    """DeepSpeed's, for communication and gathered weights."""
+    fixed: int
+    """Of the process."""
+    peak: int
+    """Not the sum: activations are gone when the optimizer steps."""
+    peak_at: str
+    """What the rank does then."""
+    host: int
+    """Per node, all the time."""
+    host_briefly: int
+    """Per node: every rank holds whole models on the host until they are moved or sharded, and one the whole student
+    when it is written."""
+
+
+def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
+    """What one rank takes with ``setting``; docs/scaling.md has every formula in words."""
+    weights, optimizer, gradients, step = _states(student, setting)
+    activations, one_layer = _activations(student, setting)
+    states = _handed_over(student, setting)
+    head = _head(student, teacher, setting)
+    teacher_device, teacher_host = _teacher(teacher, setting)
+    communication, gathered = _buffers(student, setting)
+    host = teacher_host
+    device_optimizer = optimizer
+    if setting.offload_optimizer:
+        host += setting.ranks_per_node * (optimizer + gradients)
+        device_optimizer = 0
+    if setting.offload_parameters:
+        host += setting.ranks_per_node * weights
+        weights = 0
+    fixed = FIXED_BYTES["cpu" if setting.device == "cpu" else "cuda"]
+    always = weights + device_optimizer + teacher_device + fixed
+    # gradients of an earlier micro-batch wait; ZeRO 3 has their place from the beginning
+    waiting = gradients if setting.accumulation > 1 or setting.stage == 3 else 0
+    on_device = not setting.offload_optimizer
+    head_gradient = 4 * student.head if student.head_trained else 0
+    comparing = setting.rows * setting.sequence_length * setting.comparing + setting.relation
+    forward = activations + states + max(head, head_gradient + max(one_layer, comparing)) + waiting * on_device
+    backward = gradients * (on_device or setting.stage < 2) + max(one_layer, step * on_device)
+    stays = gradients * on_device + communication if setting.stage == 3 else 0
+    peaks = {
+        "training": always + communication + gathered + max(forward, backward),
+        "loading": fixed + (_own_weights(student, setting, shares=False) + teacher_device) * (setting.stage < 3),
+        "scoring": always + stays + _scoring(student, setting),
+        "sampling": always + stays + _sampling(student, setting),
+        "saving": always + stays + _saving(student, setting) * (setting.device == "cpu"),
+        "the local stage": fixed + _healing(student, teacher, setting),
+        "the teacher's writing": fixed + setting.writes * setting.teacher_bytes * teacher.parameters,
+    }
+    peak_at = max(peaks, key=lambda name: peaks[name])
+    held = setting.teacher in ("live", "offloaded")
+    loading = 4 * student.parameters + setting.teacher_bytes * held * teacher.parameters
+    return Memory(
+        weights=weights,
+        gradients=gradients * on_device,
+        optimizer=device_optimizer,
+        activations=activations + states,
+        head=head,
+        teacher=teacher_device,
+        buffers=communication + gathered,
+        fixed=fixed,
+        peak=peaks[peak_at],
+        peak_at=peak_at,
+        host=host,
+        host_briefly=max(
+            setting.ranks_per_node * loading // (setting.ranks if setting.stage == 3 else 1),
+            host + _saving(student, setting),
+        ),
+    )
+
+
+def shared_weights(student: ModelSize, setting: Setting) -> int:
+    """Frozen weights that are the teacher's tensors."""
+    if setting.stage == 3 or setting.teacher != "live" or setting.sharing == "none":
+        return 0
+    shared = student.frozen if setting.sharing == "all" else student.frozen_linear
+    return shared - _in_four_bits(student, setting)
+
+
+def _in_four_bits(student: ModelSize, setting: Setting) -> int:
+    return sum(layer.frozen_linear for layer in student.layers) if setting.four_bits else 0
+
+
+def _own_weights(student: ModelSize, setting: Setting, *, shares: bool) -> int:
+    """Bytes of a whole student on one device, with or without what it shares with the teacher."""
+    quarter = _in_four_bits(student, setting)
+    plain = student.parameters - quarter - (shared_weights(student, setting) if shares else 0)
+    return setting.weight_bytes * plain + int(QUARTER_BYTES * quarter)
+
+
+def _states(student: ModelSize, setting: Setting) -> tuple[int, int, int, int]:
+    """Weights, optimizer with master copies, gradients, and what the step itself adds."""
+    trained, shards = student.trained, setting.ranks
+    width, weights = setting.weight_bytes, _own_weights(student, setting, shares=True)
+    if setting.stage == 0:
+        return weights, 8 * trained, width * trained, 0
+    # stages 1 and 2 copy the weights they step, also where those are fp32 already; 3 only where they are not
+    master = 4 * trained // shards if setting.stage < 3 or width < 4 else 0
+    optimizer = 8 * trained // shards + master
+    shard = 4 * trained // shards
+    if setting.stage == 1:
+        return weights, optimizer, width * trained, shard
+    if setting.stage == 2:
+        return weights, optimizer, shard, shard  # flattened once more for the step
+    return weights // shards, optimizer, shard, 0
+
+
+def _copies(student: ModelSize, setting: Setting) -> int:
+    """Low-precision copies of the layers' weights, which autocast makes and keeps."""
+    if setting.stage == 3:  # DeepSpeed's own linear function keeps none
+        return 0
+    fixed = sum(layer.kept.fixed for layer in student.layers)
+    if shared_weights(student, setting) or setting.four_bits:
+        fixed -= sum(min(layer.kept.fixed, 2 * layer.frozen_linear) for layer in student.layers)
+    return fixed
+
+
+def _activations(student: ModelSize, setting: Setting) -> tuple[int, int]:
+    """What is kept until the backward pass, and what one layer takes while it is worked on."""
+    rows = setting.rows
+    always = _copies(student, setting) + rows * setting.sequence_length * setting.captured + student.outside.of(rows)
+    one_layer = max(layer.kept.per_row for layer in student.layers) * rows
+    kept = sum(layer.kept.per_row for layer in student.layers) * rows
+    if not setting.checkpointing:
+        return always + kept, one_layer
+    if setting.selective:
+        return always + int(PRODUCTS_SHARE * kept), one_layer
+    return always + sum(layer.kept.per_row > 0 for layer in student.layers) * _state(student, setting), one_layer
+
+
+def _whole(student: ModelSize, setting: Setting) -> int:
+    """What running the student outside of training adds to its weights: at stage 3 it is gathered whole on every rank;
+    elsewhere autocast copies what is trained."""
+    if setting.stage == 3:
+        return setting.weight_bytes * student.parameters
+    return _copies(student, setting) + 2 * student.head * student.head_trained * setting.autocast
+
+
+def _scoring(student: ModelSize, setting: Setting) -> int:
+    if not setting.scored_rows:
+        return 0
+    layer = max(layer.kept.per_row for layer in student.layers)
+    tokens = setting.scored_rows * setting.sequence_length
+    return (
+        _whole(student, setting) + setting.scored_rows * layer + 2 * 4 * min(SCORED_LOGITS, tokens * student.vocabulary)
+    )
+
+
+def _sampling(student: ModelSize, setting: Setting) -> int:
+    """The cache at its fullest, and the logits of one token of every sample."""
+    if not setting.samples:
+        return 0
+    samples = setting.rows * setting.samples
+    width = KEY_BYTES + VALUE_BYTES if setting.autocast else 2 * setting.weight_bytes
+    cache = samples * setting.sample_tokens * len(student.layers) * student.key_numbers * width
+    return _whole(student, setting) + cache + samples * student.vocabulary * DRAWN_BYTES
+
+
+def _saving(student: ModelSize, setting: Setting) -> int:
+    """Of rank 0: a copy of what the student holds, the frozen weights as its files have them, and what was trained
+    once more where that is written in fewer bits."""
+    shared, frozen = shared_weights(student, setting), student.parameters - student.trained
+    copy = _own_weights(student, setting, shares=True) + setting.teacher_bytes * shared
+    rounded = student.trained if setting.stored_bytes < setting.weight_bytes else 0
+    return copy + setting.stored_bytes * (frozen + rounded)
+
+
+def _healing(student: ModelSize, teacher: ModelSize, setting: Setting) -> int:
+    """Both models whole, gradient and moments of one layer per gap, the states it learns from and its own work."""
+    if not setting.healed_layers:
+        return 0
+    weights = 4 * student.parameters + setting.teacher_bytes * teacher.parameters
+    states = len(setting.healed_layers) * setting.healed_rows * setting.sequence_length * student.hidden
+    work = setting.healed_rows * max(layer.kept.per_row for layer in student.layers)
+    trained = sum(student.layers[layer].parameters for layer in setting.healed_layers)
+    return weights + 12 * trained + setting.teacher_bytes * states + work
+
+
+def _state(student: ModelSize, setting: Setting) -> int:
+    return setting.rows * setting.sequence_length * student.hidden * student.state_bytes
+
+
+def _handed_over(student: ModelSize, setting: Setting) -> int:
+    """Final hidden states: the student's and their supervised copy and gradient, and the teacher's and theirs."""
+    own = _state(student, setting)
+    if setting.teacher in ("none", "recorded"):
+        return 3 * own
+    return 3 * own + 2 * own * setting.teacher_bytes // student.state_bytes
+
+
+def _head(student: ModelSize, teacher: ModelSize, setting: Setting) -> int:
+    tokens = min(setting.head_chunk, setting.rows * (setting.sequence_length - 1))
+    width = 2 if setting.autocast else setting.weight_bytes
+    logits = tokens * student.vocabulary * (RAW_LOGITS * width + (LOGIT_BYTES if setting.device != "cpu" else 0))
+    shares_head = not student.head_trained and shared_weights(student, setting) > 0
+    low = width * student.head if setting.autocast and not shares_head else 0  # the head's copy
+    # the sum over chunks in fp32, and this chunk's
+    gradient = (4 + width) * student.head if student.head_trained else 0
+    gathered = 0
+    if setting.stage == 3 and setting.ranks > 1:
+        gathered = setting.weight_bytes * student.head
+        gathered += setting.teacher_bytes * teacher.head * (setting.teacher == "live")
+    return logits + low + gradient + gathered
+
+
+def _teacher(teacher: ModelSize, setting: Setting) -> tuple[int, int]:
+    """On the device of a rank, and on the host of a node."""
+    width = setting.teacher_bytes
+    largest = max(layer.parameters for layer in teacher.layers)
+    if setting.teacher in ("none", "recorded"):
+        return 0, 0
+    if setting.teacher == "offloaded":  # a layer that runs and the next one on its way, embeddings or head
+        return width * (2 * largest + teacher.head), setting.ranks_per_node * width * teacher.parameters
+    if setting.stage == 3:
+        shard = width * teacher.parameters // setting.ranks
+        return shard + (2 * width * largest if setting.ranks > 1 else 0), 0
+    return width * teacher.parameters, 0
+
+
+def _buffers(student: ModelSize, setting: Setting) -> tuple[int, int]:
+    """For gradients on their way, and for gathered weights."""
+    kinds = 2 if setting.autocast else 1  # one for what is sent in bf16, one for the rest
+    if setting.stage == 0:
+        # the tensor that fills a buffer may be the largest
+        at_once = REDUCED_AT_ONCE + student.head * student.head_trained
+        return 0 if setting.ranks == 1 else setting.weight_bytes * min(at_once, student.trained), 0
+    allocated = setting.bucket * kinds * (1 + (setting.overlap and setting.stage < 3))
+    # allocated whole; but a CPU gives memory only for what is filled
+    filled = allocated if setting.device != "cpu" else min(allocated, student.trained)
+    gathered = setting.weight_bytes * min(setting.live, student.parameters) if setting.stage == 3 else 0
+    return filled * setting.weight_bytes, gathered

@@ -1,0 +1,226 @@
+"""How long training will take: operations per token, and a short probe of the real objective where it fits."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shoal.artifacts.artifact import PruningPlan
+from shoal.machine import now
+from shoal.models.anatomy import text_config
+from shoal.progress import doing
+from shoal.recipe.distill import Distill
+from shoal.recipe.losses import STATE_TERMS, reads_distributions
+from shoal.recipe.recording import Record
+
+from ..engine.arguments import product_dtype
+from ..objective.capture import Captured
+from ..objective.layer_losses import StateLosses
+from ..objective.objective import Objective, SharedPrefix, Signals, to_logits
+from ..student.local_stage import recorded_layers, unhealed
+from ..student.lora import add_adapters
+from ..student.sizes import ModelSize, built
+from ..student.trainable import Trained, shares_prefix, train_only
+from ..teacher.signals import LiveTeacher, NoTeacher, Teacher
+from .memory import Setting
+
+PROBE_BATCHES = 3
+"""Whole micro-batches of a probe; the fastest counts, the first also brings the machine to work."""
+FIRST_TOKENS = 16
+"""Of the first piece that a probe runs; it grows by GROWTH to a whole micro-batch, as long as the time allows."""
+GROWTH = 4
+PROBE_S = 15.0
+"""What would go on for longer is not begun."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a probe has measured on this machine, one rank."""
+
+    tokens_per_s: float
+    optimizer_s: float
+    """One step of AdamW over everything that is trained."""
+    loss: float
+    """Of one token; of models with random weights, so it says only that the objective ran."""
+    num_tokens: int
+    """Of the largest piece that was run: a whole micro-batch, or what there was time for."""
+
+
+def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *, shared: bool) -> float:
+    """Floating point operations of one token of one micro-batch: teacher, student, both directions.
+
+    Two per weight and direction, and attention over the whole row, which packed rows compute in full and mask. Element
+    by element work is left out, and so is the optimizer. ``shared``: the student does not run its lowest frozen
+    layers; a live teacher runs them for both.
+    """
+    length = setting.sequence_length
+    total, teacher_runs = 0.0, setting.teacher in ("live", "offloaded")
+    for layer in student.layers:
+        forward = 2 * layer.matrices + student.pair_flops * length
+        works = layer.kept.per_row > 0
+        if works:  # the gradient of what attention reads takes twice its forward, whatever is trained
+            backward = forward + student.pair_flops * length + 2 * layer.trained_matrices
+            total += forward * (1 + (setting.checkpointing and not setting.selective)) + backward
+        elif not shared:
+            total += forward
+    total += 2 * student.head * (2 + student.head_trained)
+    if teacher_runs:
+        total += sum(2 * layer.matrices + teacher.pair_flops * length for layer in teacher.layers) + 2 * teacher.head
+    return total
+
+
+def make_trainable(student: PreTrainedModel, settings: Distill, plan: PruningPlan) -> Trained:
+    """Freeze what the recipe does not train and put adapters where it wants them, their weights in full precision; the
+    parts that are trained."""
+    trained = train_only(student, settings.trainable, plan)
+    if settings.lora is not None:
+        add_adapters(student, replace(settings.lora, quantization="none"), trained, seed=0)
+    return trained
+
+
+def step_seconds(tokens: int, tokens_per_s: float, optimizer_s: float) -> float:
+    """One optimizer step of ``tokens`` on one rank."""
+    return tokens / tokens_per_s + optimizer_s
+
+
+def probe(
+    teacher_config: PreTrainedConfig,
+    student_config: PreTrainedConfig,
+    plan: PruningPlan,
+    settings: Distill,
+    setting: Setting,
+    *,
+    teacher_dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+) -> Pace:
+    """Run a few micro-batches of the real objective on random weights: how fast it is depends on their shapes alone.
+
+    One rank, without DeepSpeed: what ranks send each other is not in it. Takes the memory that training takes at ZeRO
+    stage 0. Where a whole micro-batch would take longer than PROBE_S, a piece of it stands for it: the time of a token
+    then leaves out what attention takes more in longer rows.
+    """
+    torch.manual_seed(0)
+    live, shared = None, 0
+    with doing("building models of random weights"), torch.device(device):
+        student = built(student_config, dtype=torch.float32, attention=attention).train()
+        trained = make_trainable(student, settings, plan)
+        frozen = shares_prefix(trained, plan)
+        if setting.teacher in ("live", "offloaded"):
+            live = built(teacher_config, dtype=teacher_dtype, attention=attention).requires_grad_(False).eval()
+            shared = unhealed(frozen, plan, settings)
+        elif settings.teacher.prefix:
+            shared = recorded_layers(trained, plan, settings)
+    if setting.checkpointing and not setting.selective:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    step = _step(student, live, plan, settings, setting, frozen=frozen, shared=shared)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6)
+    vocabulary, begun = text_config(student_config).vocab_size, now(device)
+    fastest, tokens, loss = math.inf, 0, math.nan
+    for piece in _pieces(setting):
+        size = piece.rows * piece.sequence_length
+        expected = size * fastest / tokens if tokens else 0.0
+        if now(device) - begun + expected > PROBE_S and tokens:
+            break
+        batch = _batch(vocabulary, piece, device)
+        with doing(f"timing {size:,} tokens of the objective"):
+            started = now(device)
+            total = step(batch)
+            loss = total.item() / size
+            (total / size).backward()
+            taken = now(device) - started
+        fastest, tokens = taken if size > tokens else min(fastest, taken), size
+    with doing("timing the optimizer"):
+        optimizer.step()  # makes its moments
+        started = now(device)
+        optimizer.step()
+    return Pace(tokens / fastest, now(device) - started, loss, tokens)
+
+
+def _pieces(setting: Setting) -> Iterator[Setting]:
+    """What a probe runs, the smallest twice: the first run of all brings the machine to work and foretells nothing."""
+    length = min(FIRST_TOKENS, setting.sequence_length)
+    yield replace(setting, rows=1, sequence_length=length)
+    while length < setting.sequence_length:
+        yield replace(setting, rows=1, sequence_length=length)
+        length *= GROWTH
+    whole = setting.rows
+    if whole > 1:
+        yield replace(setting, rows=1)
+    for _ in range(PROBE_BATCHES):
+        yield setting
+
+
+@dataclass(frozen=True)
+class _RandomRecording:
+    """Signals of the shapes of recorded ones."""
+
+    vocabulary: int
+    hidden: int
+    states: StateLosses | None
+    prefix: SharedPrefix | None
+    top_k: int = Record().top_k
+
+    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
+        ids_BS = batch["input_ids"]
+        scores_BSK = torch.randn(*ids_BS.shape, self.top_k + 1, device=ids_BS.device)
+        if self.prefix is not None:
+            self.prefix.take(torch.randn(*ids_BS.shape, self.hidden, device=ids_BS.device))
+        captured = Captured()
+        for layer in () if self.states is None else self.states.teacher_layers:
+            captured.states[layer] = torch.randn(*ids_BS.shape, self.hidden, device=ids_BS.device)
+        return Signals(
+            ids_BSK=torch.arange(self.top_k, device=ids_BS.device).expand(*ids_BS.shape, -1) % self.vocabulary,
+            log_probs_BSK=scores_BSK.log_softmax(-1)[..., :-1],
+            captured=captured,
+        )
+
+
+def _step(
+    student: PreTrainedModel,
+    live: PreTrainedModel | None,
+    plan: PruningPlan,
+    settings: Distill,
+    setting: Setting,
+    *,
+    frozen: int,
+    shared: int,
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """Batch -> the loss sum of one micro-batch, as the trainer computes it."""
+    terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
+    states = StateLosses(terms, plan, student, live, num_shared=frozen) if terms else None
+    prefix = SharedPrefix(student, live, first_change=shared) if shared else None
+    teacher: Teacher
+    if setting.teacher == "none":
+        teacher = NoTeacher()
+    elif live is None:
+        config = text_config(student.config)
+        teacher = _RandomRecording(config.vocab_size, config.hidden_size, states, prefix)
+    else:
+        reads_logits = any(map(reads_distributions, settings.losses))
+        teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
+    head = None if live is None else to_logits(live)
+    Objective(student, head, terms=settings.losses, chunk=settings.head_chunk, states=states).install()
+    product = product_dtype(settings)
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        signals = teacher.signals(batch)
+        replaying = contextlib.nullcontext() if prefix is None else prefix.replaying(torch.float32)
+        with replaying, torch.autocast(student.device.type, product, enabled=setting.autocast):
+            return student(**batch, signals=signals)[0]
+
+    return step
+
+
+def _batch(vocabulary: int, setting: Setting, device: torch.device) -> dict[str, Tensor]:
+    """Random tokens, two documents to a row: packed rows take another way through attention than whole ones."""
+    shape = (setting.rows, setting.sequence_length)
+    ids = torch.randint(0, vocabulary, shape, device=device)
+    positions = torch.arange(setting.sequence_length, device=device) % max(2, setting.sequence_length // 2)
+    return {"input_ids": ids, "position_ids": positions.repeat(setting.rows, 1), "labels": ids}

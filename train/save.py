@@ -1,0 +1,82 @@
+"""What a finished training leaves: distilled/, a plain checkpoint, and distill.json."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from shoal.artifacts.artifact import Provenance, Training
+from shoal.atomic_files import written_folder
+from shoal.machine import peak_memory
+from shoal.models.load import load_config
+from shoal.progress import doing
+from shoal.redaction import redacted
+from shoal.runtime import barrier, device, is_main, world_size
+
+from .callbacks.validation import Watcher
+from .student.frozen import finished_state, save_finished
+from .student.local_stage import copy_all_but_weights
+from .student.lora import remove_adapters
+from .trainer import DistillTrainer
+
+log = logging.getLogger(__name__)
+
+
+def write_results(
+    trainer: DistillTrainer,
+    student: PreTrainedModel,
+    student_dir: Path,
+    *,
+    run_dir: Path,
+    inputs: dict[str, Any],
+    watcher: Watcher | None,
+    data: dict[str, Any],
+    settings: dict[str, Any],
+) -> None:
+    """Write distilled/ from the last state, or from the best that ``watcher`` has kept, then distill.json.
+
+    Every rank calls this. ``data`` and ``settings`` go into distill.json.
+    """
+    with doing("bringing the student's weights together"):
+        state = trainer.student_state()
+    peak = torch.tensor(float(peak_memory()), device=device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    best = None if watcher is None else watcher.best()
+    if is_main():
+        assert state is not None
+        if best is not None and watcher is not None:
+            log.info("distilled/ is the student of step %d: %s %.4f", best["step"], best["metric"], best["score"])
+            state = watcher.best_state()
+            settings = {**settings, "best": {key: best[key] for key in ("step", "metric", "score")}}
+        stored = getattr(torch, str(load_config(student_dir).dtype or "float32").removeprefix("torch."))
+        finished = finished_state(student, state, student_dir, dtype=stored)
+        remove_adapters(student)
+        student.config.use_cache = True  # the Trainer turned it off
+        with doing("writing distilled/"), written_folder(run_dir / "distilled") as folder:
+            save_finished(student, finished, folder, dtype=stored)
+            copy_all_but_weights(student_dir, folder)
+        history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
+        seconds = [row["seconds"] for row in history if "seconds" in row]
+        Training(
+            provenance=Provenance(inputs),
+            num_steps=trainer.state.global_step,
+            num_tokens=trainer.state.global_step * trainer.tokens_per_step,
+            seconds=seconds[-1] if seconds else 0.0,
+            history=tuple({key: float(value) for key, value in row.items()} for row in history),
+            settings={
+                "trainer": redacted(trainer.args.to_sanitized_dict()),
+                "deepspeed": trainer.args.hf_deepspeed_config.config,  # pyright: ignore[reportAttributeAccessIssue]
+                "world_size": world_size(),
+                **settings,
+            },
+            data=data,
+            peak_memory_bytes=int(peak.item()),
+        ).write(run_dir / Training.FILE)
+        if watcher is not None:
+            watcher.forget()
+    barrier()

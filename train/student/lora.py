@@ -1,0 +1,174 @@
+"""LoRA: adapters beside the student's linear modules, and the plain weights they become.
+
+They are injected into the model's modules instead of wrapping the model, so that its class, its forward and the names
+of all other parameters stay those that the objective, the Trainer, DeepSpeed and save_pretrained know.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import warnings
+from collections.abc import Collection, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shoal.errors import UserError
+from shoal.models.anatomy import anatomy
+from shoal.recipe.edits import ZEROED_WEIGHTS
+from shoal.recipe.lora import Lora
+
+from .trainable import Trained
+
+LINEAR = (nn.Linear, Conv1D)
+BASE = ".base_layer."
+"""What peft puts into the name of a weight that has an adapter."""
+ADAPTER = "default"
+
+
+def refuse_untrainable(lora: Lora, trainable: str, *, zero_stage: int) -> None:
+    """Refuse what needs no model to see.
+
+    Raises:
+        UserError: nothing to adapt, 4 bits under ZeRO 3, or a missing library.
+    """
+    if trainable == "norm_and_head":
+        raise UserError(
+            "distill.lora: norm_and_head trains no layer that could have an adapter; choose another distill.trainable, "
+            "or leave distill.lora out"
+        )
+    if lora.quantization == "none":
+        return
+    if zero_stage == 3:
+        raise UserError(
+            "distill.lora.quantization: ZeRO 3 cannot shard 4-bit weights; use ZeRO 0 to 2, or quantization: none"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "distill.lora.quantization: nf4 needs bitsandbytes; run `pip install -e '.[qlora]'` in shoal's folder, "
+            "or set it to none"
+        )
+
+
+def add_adapters(
+    student: PreTrainedModel, lora: Lora, trained: Trained, *, seed: int, stored: Set[str] = frozenset()
+) -> list[str]:
+    """Put an adapter beside every linear module that ``lora`` means and freeze all else; the modules' names.
+
+    Those are linear modules of the layers that ``trained`` names. One whose weight holds zeros that an edit of the plan
+    put there gets none: the product of two matrices would fill them. An adapter adds nothing before its first step.
+    Every rank draws the same numbers. ``stored`` are the names of the tensors in the student's files, where 4-bit
+    weights come back from.
+
+    Raises:
+        UserError: a target that does not exist, or 4-bit weights that the files have under other names.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    chosen = _chosen(student, lora, trained)
+    loaded_in_4bit = lora.quantization == "nf4"
+    if loaded_in_4bit:
+        _quantise(student, stored)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=lora.dropout,
+        target_modules=chosen,
+        fan_in_fan_out=any(isinstance(student.get_submodule(name), Conv1D) for name in chosen),
+    )
+    # peft looks there for what to put around a module; left set, the Trainer would take the whole model for quantised
+    setattr(student, "is_loaded_in_4bit", loaded_in_4bit)  # noqa: B010
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fan_in_fan_out")
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, student, ADAPTER)
+    del student.is_loaded_in_4bit
+    return chosen
+
+
+def linear_modules(student: PreTrainedModel, layers: Collection[int]) -> list[str]:
+    """The names of the linear modules in ``layers``, without those that an edit of the plan zeroed weights of."""
+    parts = anatomy(student)
+    zeroed = {name.rpartition(".")[0] for name in getattr(student.config, ZEROED_WEIGHTS, None) or []}
+    names = [
+        f"{parts.layers_name}.{layer}.{name}"
+        for layer in sorted(layers)
+        for name, module in parts.layers[layer].named_modules()
+        if isinstance(module, LINEAR)
+    ]
+    return [name for name in names if name not in zeroed]
+
+
+def _chosen(student: PreTrainedModel, lora: Lora, trained: Trained) -> list[str]:
+    possible = linear_modules(student, trained.layers)
+    if not possible:
+        raise UserError(
+            f"distill.lora: the layers that are trained have no linear module that could have an adapter "
+            f"({len(trained.layers)} layers of {type(student).__name__}); choose another distill.trainable"
+        )
+    if lora.target_modules is None:
+        return possible
+    chosen: set[str] = set()
+    for target in lora.target_modules:
+        found = {name for name in possible if f".{name}".endswith(f".{target}")}
+        if not found:
+            known = sorted({name.rpartition(".")[2] for name in possible})
+            close = difflib.get_close_matches(target.rpartition(".")[2], known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(known)}"
+            raise UserError(
+                f"distill.lora.target_modules: {target!r} is no linear module of the layers that are trained; {hint}"
+            )
+        chosen |= found
+    return [name for name in possible if name in chosen]
+
+
+def _quantise(student: PreTrainedModel, stored: Set[str]) -> None:
+    """Hold the linear modules of all layers in 4 bits, their scales quantised too. They are made so on the device that
+    they are on."""
+    import bitsandbytes as bnb  # pyright: ignore[reportMissingImports]
+
+    for name in linear_modules(student, range(len(anatomy(student).layers))):
+        module = student.get_submodule(name)
+        if type(module) is not nn.Linear:
+            continue
+        if f"{name}.weight" not in stored:
+            raise UserError(
+                f"distill.lora.quantization: {type(student).__name__} keeps {name}.weight under another name in its "
+                "files, so that its 4-bit copy could not be undone; set quantization: none"
+            )
+        device = module.weight.device
+        quantised = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, bias=module.bias is not None, quant_type="nf4", device="meta"
+        )
+        weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=quantised)
+        quantised.weight = weight.to(device)  # where it becomes 4 bits
+        quantised.bias = module.bias
+        # a CPU would else repack the weight in the first forward of an evaluation, and training cannot read that
+        quantised.support_avx512bf16_for_cpu = False
+        parent, _, leaf = name.rpartition(".")
+        setattr(student.get_submodule(parent), leaf, quantised)
+
+
+def adapted_modules(student: PreTrainedModel) -> dict[str, Any]:
+    """The modules that have an adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in student.named_modules() if isinstance(module, LoraLayer)}
+
+
+def weight_change(module: Any, state: Mapping[str, Tensor], name: str) -> Tensor:
+    """What the adapter of ``module``, called ``name`` in ``state``, adds to its weight, in float32."""
+    down, up = (state[f"{name}.{part}.{ADAPTER}.weight"].float() for part in ("lora_A", "lora_B"))
+    change = (up @ down) * module.scaling[ADAPTER]
+    return change.T if module.fan_in_fan_out else change
+
+
+def remove_adapters(student: PreTrainedModel) -> None:
+    """Put the modules that have adapters back as they were, so that the model is a plain one again."""
+    for name, module in adapted_modules(student).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(student.get_submodule(parent), leaf, module.base_layer)

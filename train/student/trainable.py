@@ -1,0 +1,164 @@
+"""What of the student is trained, and what must not move. Layers are the student's where a plan is not named."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.artifacts.artifact import PruningPlan
+from shoal.errors import UserError
+from shoal.models.anatomy import anatomy, text_config
+from shoal.recipe.edits import ZEROED_WEIGHTS, Merge, Replace, Swap, edited_layers
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parts of a student that are trained; all others are frozen."""
+
+    layers: tuple[int, ...]
+    """Increasing."""
+    norm: bool
+    """The norm before the head."""
+    embeddings: bool = False
+    """The table that tokens are looked up in, and with it a head that is tied to it."""
+    head: bool = False
+    rest: bool = False
+    """Whatever else a model has: position embeddings, norms of embeddings, projections around the layers."""
+    keys_from: int | None = None
+    """See `keys_from`."""
+
+
+def keys_from(config: Any) -> int | None:
+    """The lowest layer whose keys and values are read by layers above that have none of their own (Gemma 3n and 4);
+    None where every layer has its own."""
+    kinds, shared = getattr(config, "layer_types", None), getattr(config, "num_kv_shared_layers", None)
+    if not kinds or not shared:
+        return None
+    own, users = kinds[:-shared], set(kinds[-shared:])
+    return min((max(layer for layer, kind in enumerate(own) if kind == read) for read in users & {*own}), default=None)
+
+
+def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys_from: int | None = None) -> Trained:
+    """The parts that ``distill.trainable`` means for the student of ``plan``.
+
+    A layer is next to a gap if a teacher's layer right below or above it is gone. An edited layer counts as one, since
+    what reads or writes it has changed; the final norm does if the last layer is gone, or if it was swapped.
+    ``tied``: input embeddings and head are one table, so that training one is training both.
+
+    Raises:
+        UserError: there is nothing of the kind to train.
+    """
+    return replace(_named(trainable, plan, tied=tied), keys_from=keys_from)
+
+
+def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
+    keep = plan.keep
+    everything = tuple(range(len(keep)))
+    match trainable:
+        case "all":
+            return Trained(everything, norm=True, embeddings=True, head=True, rest=True)
+        case "layers":
+            return Trained(everything, norm=True, rest=True)
+        case "from_first_cut":
+            if plan.first_change >= len(keep):
+                raise UserError(
+                    "distill.trainable: from_first_cut trains the layers above the first dropped one, and this plan "
+                    "drops the last ones; choose near_gaps, norm_and_head or layers"
+                )
+            return Trained(everything[plan.first_change :], norm=True)
+        case "near_gaps":
+            swapped = any(isinstance(edit, Swap) and "norm" in edit.parts for edit in plan.edits)
+            return Trained(_near_gaps(plan), norm=keep[-1] != plan.num_layers - 1 or swapped)
+        case "replacement":
+            first = [edit.layers[0] for edit in plan.edits if isinstance(edit, Merge | Replace)]
+            if not first:
+                raise UserError(
+                    "distill.trainable: replacement trains the layer that a replace or merge edit has put in, and "
+                    "this plan has none; add one to prune.edits, or choose near_gaps"
+                )
+            return Trained(tuple(sorted(keep.index(layer) for layer in first)), norm=False)
+        case "norm_and_head":
+            return Trained((), norm=True, embeddings=tied, head=True)
+    raise AssertionError(trainable)
+
+
+def _near_gaps(plan: PruningPlan) -> tuple[int, ...]:
+    kept = list(enumerate(plan.keep))
+    found = {layer for layer, index in kept for edit in plan.edits if index in edited_layers(edit)}
+    for (below, lower), (above, upper) in itertools.pairwise(kept):
+        if upper != lower + 1:
+            found |= {below, above}
+    if plan.keep[0] != 0:
+        found.add(0)
+    if plan.keep[-1] != plan.num_layers - 1:
+        found.add(len(kept) - 1)
+    return tuple(sorted(found))
+
+
+def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
+    """How many of the lowest layers can be run once for teacher and student: those that are equal and stay so.
+
+    That is more than none where ``plan`` leaves the first layer as it is, and ``trained`` comes from from_first_cut,
+    near_gaps, replacement, or norm_and_head without tied embeddings. Layers whose keys and values others read have to
+    run beside those.
+    """
+    if trained.embeddings or trained.rest:
+        return 0
+    read = [] if trained.keys_from is None else [trained.keys_from]
+    return min([plan.first_change, *trained.layers[:1], *read])
+
+
+def train_only(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> Trained:
+    """Freeze what ``distill.trainable`` does not name; the parts it does.
+
+    Raises:
+        UserError: as trained_parts does.
+    """
+    parts = anatomy(student)
+    embeddings, head = parts.embeddings, parts.head
+    tied = embeddings is not None and head is not None and getattr(head, "weight", head) is embeddings.weight
+    trained = trained_parts(trainable, plan, tied=tied, keys_from=keys_from(text_config(student.config)))
+    student.requires_grad_(trained.rest)
+    for layer, module in enumerate(parts.layers):
+        module.requires_grad_(layer in trained.layers)
+    # where head and embeddings are one table, their flags are equal
+    for module, wanted in ((parts.final_norm, trained.norm), (head, trained.head), (embeddings, trained.embeddings)):
+        if module is not None:
+            module.requires_grad_(wanted)
+    _stop_at_the_lowest_trained_layer(student)
+    return trained
+
+
+def _stop_at_the_lowest_trained_layer(student: PreTrainedModel) -> None:
+    """Keep a backward pass from going on to the embeddings where gradient checkpointing is on.
+
+    transformers then makes what the embeddings return require a gradient, which only the reentrant kind needs (refused
+    here): all frozen layers would be run again, and differentiated, for a gradient that nobody reads.
+    """
+    student.enable_input_require_grads = lambda: None
+
+
+def keep_zeros(student: PreTrainedModel) -> None:
+    """Let what an edit of the plan zeroed (a skipped sublayer, masked heads) stay exactly zero in training.
+
+    Their gradients are zeroed; moments and weight decay of nothing but zeros move nothing.
+    """
+    from deepspeed import zero
+
+    for name in getattr(student.config, ZEROED_WEIGHTS, None) or []:
+        parameter = student.get_parameter(name)
+        with zero.GatheredParameters(parameter):
+            kept = parameter.detach() != 0
+        if not kept.any():
+            parameter.requires_grad_(False)
+        elif parameter.requires_grad:
+            parameter.register_hook(partial(_masked, kept))
+
+
+def _masked(kept: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * kept.to(gradient.device)

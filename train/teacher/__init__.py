@@ -1,0 +1,7 @@
+"""What the student is compared with: a model or a recording.
+
+signals           live or recorded, one interface
+recording_plan    what identifies it and what of it is missing
+recording_format  how it lies on the disk
+recording_reader  reads it in training
+"""
