@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import PruningPlan
-from shoal.formatting import aligned, bytes_text
+from shoal.formatting import aligned, bytes_text, layers_text
 from shoal.machine import free_disk
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
@@ -19,7 +19,6 @@ from shoal.models.load import load_config, text_config
 from shoal.recipe.edits import Merge, Replace, in_words
 from shoal.recipe.recipe import Target
 
-from ..eval.report.wording import layers_text
 from .apply import refuse_own_code
 from .edits.apply import refuse_impossible_edits
 from .surgery.cut_model import kept_layers, refuse_changed_layers

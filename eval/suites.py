@@ -10,9 +10,9 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from shoal.artifacts.artifact import Evaluation
+from shoal.formatting import duration_text, listed
 
 from .harness.engine import NEW_TOKENS
-from .report.wording import duration_text, listed
 
 SAMPLED = 24
 """Items of a task that stand for all of it."""

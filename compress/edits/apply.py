@@ -1,7 +1,7 @@
 """Carry out a plan's edits: on the teacher while a block runs, and for good in a student.
 
-Both keep the order that shoal.recipe.edits names: swaps, then merges and replacements, then skips and masks. What is saved is
-proven against the teacher with the edits in force, so that neither way can be wrong alone.
+Both keep the order that shoal.recipe.edits names: swaps, then merges and replacements, then skips and masks. What is
+saved is proven against the teacher with the edits in force, so that neither way can be wrong alone.
 """
 
 from __future__ import annotations

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, TaskScore
 from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn, Unit
 from shoal.errors import UserError
 from shoal.stats.bootstrap import bias_corrected, expanded_percentiles
 from shoal.stats.intervals import Array, combined
 
-from ...eval.report.findings import LIKELIHOOD_PROTOCOLS
 from .agreement import agreement
 from .table import Measured, measured, needed_items, resampled_retention, restricted, retentions, table_of
 

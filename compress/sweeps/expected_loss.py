@@ -8,10 +8,9 @@ import numpy as np
 
 from shoal.artifacts.artifact import Importance
 from shoal.artifacts.importance import Estimate, SweepColumn
+from shoal.formatting import layers_text, signed
 from shoal.recipe.edits import Edits, in_words
 from shoal.stats.intervals import combined
-
-from ...eval.report.wording import layers_text, signed
 
 
 def joint_change(column: SweepColumn, drop: Sequence[int]) -> Estimate:

@@ -10,7 +10,7 @@ from pathlib import Path
 from shoal.atomic_files import make_folder, write_text
 from shoal.figures.pareto import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.figures.run_figures import clean, inline_svg, save_figure
-from shoal.formatting import aligned
+from shoal.formatting import aligned, count_text, listed, signed
 from shoal.recipe.search import Interval
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
@@ -21,15 +21,12 @@ from ..report.wording import (
     DASH,
     bytes_text,
     chance_text,
-    count_text,
     difference_text,
-    listed,
     p_text,
     protocol_text,
     retention_text,
     score_text,
     score_words,
-    signed,
     tasks_text,
 )
 from .comparable import dtype_of

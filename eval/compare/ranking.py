@@ -15,13 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Evaluation, TaskScore
 from shoal.errors import UserError
 from shoal.recipe.search import PERPLEXITY, Column, Correlation, Interval, PlanScore, PlanStanding, Ranking, Standing
 from shoal.stats.paired import Retention, no_retention, paired, retention
 
 from ..harness.samples import protocol_of
-from ..report.findings import LIKELIHOOD_PROTOCOLS
 
 Scores = Mapping[str, TaskScore]
 """By task name."""

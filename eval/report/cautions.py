@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Provenance
 from shoal.data.sources import BUNDLED, TEACHER_TEXT
+from shoal.formatting import listed
 from shoal.recipe.recipe import CONFIGS_DIR
 from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
 from .document import Caution, Cautions, Paragraph, Section
-from .findings import FEW_ITEMS, LIKELIHOOD_PROTOCOLS, ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
+from .findings import FEW_ITEMS, ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
 from .sections import fair_gaps
-from .wording import listed, named_or_counted, score_words, task_names
+from .wording import named_or_counted, score_words, task_names
 
 HELD_OUT = "python_docs_heldout"
 """The bundled source that belongs to evaluation."""

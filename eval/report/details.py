@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from shoal.artifacts.artifact import Json
+from shoal.formatting import duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
 from shoal.recipe.search import SearchResult
 from shoal.redaction import redacted
@@ -16,7 +17,7 @@ from shoal.task_words import task_words
 from .cautions import disjointness
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
 from .findings import ROLES, Run
-from .wording import DASH, bytes_text, duration_text, layers_text, listed, score_words
+from .wording import DASH, bytes_text, score_words
 
 TERMS = (
     ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal.artifacts.artifact import (
+    LIKELIHOOD_PROTOCOLS,
     Artifact,
     Evaluation,
     Importance,
@@ -43,7 +44,6 @@ SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
 FEW_ITEMS = 50
 """Below this many the intervals are so wide that a reader is told so."""
-LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")
 
 A = TypeVar("A", bound=Artifact)
 Key = tuple[str, str, str]

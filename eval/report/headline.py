@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoal.artifacts.artifact import SpeedScore
+from shoal.formatting import count_text, layers_text, listed, signed
 from shoal.recipe.edits import in_words
 
 from .document import Board, BoardLine, Place
@@ -13,14 +14,10 @@ from .speed_ratio import speed_ratio
 from .wording import (
     MAX_NAMES,
     change_text,
-    count_text,
     glance_text,
     glance_unit,
     identifier_text,
-    layers_text,
-    listed,
     named_or_counted,
-    signed,
     task_name,
     task_names,
 )

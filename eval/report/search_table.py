@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import yaml
 
+from shoal.formatting import layers_text, listed, signed
 from shoal.recipe.edits import in_words, removed_layers
 from shoal.recipe.recipe import as_dict
 from shoal.recipe.search import Column, Correlation, HealedPlan, Interval, PlanStanding, Ranking, SearchResult
 
-from .wording import DASH, layers_text, listed, signed
+from .wording import DASH
 
 NOTE = (
     "The first plan was picked by these very items, which flatters its lead a little: score it on other items before "

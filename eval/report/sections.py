@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from shoal.artifacts.artifact import TaskScore
 from shoal.figures.levels import Ladder, ladders
+from shoal.formatting import listed, signed
 from shoal.stats.paired import SIGNIFICANT, PairedDifference, z_above_chance
 
 from ..harness.rates import Rate
@@ -17,12 +18,10 @@ from .wording import (
     chance_text,
     difference_text,
     identifier_text,
-    listed,
     p_text,
     protocol_text,
     retention_text,
     score_text,
-    signed,
     task_name,
     unit_text,
 )

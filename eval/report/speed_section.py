@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shoal.artifacts.artifact import BatchSpeed, Speed, SpeedScore
+from shoal.formatting import count_text, duration_text
 
 from .document import Block, Bullets, Paragraph, Section, Table
 from .findings import ROLES, Run
 from .speed_ratio import Kind, SpeedRatio, speed_ratio
-from .wording import DASH, bytes_text, count_text, duration_text
+from .wording import DASH, bytes_text
 
 Words = Callable[[float], str]
 

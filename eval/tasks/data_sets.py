@@ -1,7 +1,7 @@
 """Data sets that tasks are made of: one description each, read from the Hub, from a local folder, or made on the spot.
 
 A description is a YAML file with a `dataset:` key. It says where rows come from and how a question, its options and its
-answer are read out of one; eval/tasks/protocols.py makes a task of it under every protocol, so that all ask the same items.
+answer are read out of one; protocols.py makes a task of it under every protocol, so that all ask the same items.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DataSet(Section):
     """Names under which all its tasks can be asked for."""
     parts: Parts | None = None
     bundled: Text | None = None
-    """Made by this generator of shoal.abilities, or this bundled text of shoal.data.sources; else from hub or data_dir."""
+    """Generator of shoal.abilities, or bundled text of shoal.data.sources, that makes the rows; else hub or data_dir."""
     settings: dict[str, Any] = field(default_factory=dict)
     num_items: Positive | None = None
     """So many bundled items; None = 200."""

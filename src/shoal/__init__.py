@@ -25,17 +25,17 @@ Folders:
 
     abilities     seeded items for retrieval, knowledge and reasoning, and how written answers are matched
     artifacts     what a stage hands on: typed JSON with provenance
-    compress      measure what layers are worth, choose which go, and write the student that is proven to be the teacher without them
+    compress      measure what layers are worth, choose which go, and write the student
     data          text to measure and train on: sources, rows, conversations
-    eval          score teacher, pruned and distilled on the same items, say what may be said of the difference, and show it
+    eval          score teacher, pruned and distilled on the same items, and show the differences
     figures       drawings of results, as SVG
     inference     likelihoods and greedy text of many prompts, no token computed twice
     models        load and save causal language models, and know their parts
     recipe        what a run is told: every setting a frozen dataclass
     stages        the verbs of the command, each in its run directory
     stats         intervals and paired tests
-    tracking      weights & Biases
-    train         train the cut model on the full one: the stage `distill`, and `record`, which writes down what the teacher says
+    tracking      Weights & Biases
+    train         train the cut model on the full one
 """
 
 __version__ = "0.1.0"

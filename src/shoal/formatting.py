@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def bytes_text(count: float) -> str:
@@ -31,3 +31,43 @@ def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> l
         ).rstrip()
         for row in rows
     ]
+
+
+def signed(value: float, digits: int) -> str:
+    """With a real minus sign, and without a sign where the rounded value is zero."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def listed(words: Iterable[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    words = list(words)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}" if words else ""
+
+
+def layers_text(layers: Sequence[int]) -> str:
+    """Indices with runs of three or more joined: `3, 13 to 15`."""
+    parts: list[str] = []
+    start = 0
+    for end in range(1, len(layers) + 1):
+        if end < len(layers) and layers[end] == layers[end - 1] + 1:
+            continue
+        run = layers[start:end]
+        parts += [f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(layer) for layer in run]
+        start = end
+    return ", ".join(parts)
+
+
+def count_text(count: float) -> str:
+    """`134.5 million`; small counts in full."""
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.1f} {word}"
+    return f"{count:,.0f}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as minutes and hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,7 @@
 """Contract 1 on one tiny model: what a cut gives in memory and on disk is what the teacher gives with layers skipped.
 
-test_architectures.py calls `examine` for every row of architectures.py; `python tests/support/exactness.py` writes what it
-found to docs/architectures.md.
+test_architectures.py calls `examine` for every row of architectures.py; `python tests/support/exactness.py` writes what
+it says to docs/architectures.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A recording of the teacher's signals: what identifies one, and what of it is still to be written.
 
-The recipe's section is shoal.recipe.recording.Record; record.py writes shards, recording_reader.py reads them in training, and
-signals.RecordedTeacher hands them on.
+The recipe's section is shoal.recipe.recording.Record; record.py writes shards, recording_reader.py reads them in
+training, and signals.RecordedTeacher hands them on.
 
 A recording is a folder of shards (see recording_format) and a manifest. Shards are written one by one, each under a
 temporary name, so that a recording that was killed goes on at the next one; the manifest lists them once all are there.

@@ -393,3 +393,6 @@ def require_same_run(expected: dict[str, Json], found: Provenance, path: Path, *
 
 def _plain(value: Json) -> Json:
     return json.loads(json.dumps(value, default=str))
+
+
+LIKELIHOOD_PROTOCOLS = ("loglikelihood", "continuation")

@@ -2,7 +2,7 @@
 
 p = teacher's, q = student's distribution over the vocabulary at the term's temperature. A term's value is a sum over
 supervised tokens, in nats (relative squared error for states); the sum of all terms, each times its weight, is divided
-by the token count of the whole optimizer step. train/objective/divergences.py and train/objective/layer_losses.py compute them.
+by the token count of the whole optimizer step. divergences.py and layer_losses.py in train/objective compute them.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class Prune(Section):
     """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
     there stay, and so does every layer with which the summed loss would become significant."""
     edits: Edits = ()
-    """What else is done to the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
+    """Other changes of the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
     proof: Literal["auto", "run", "files"] = "auto"
     """How the written student is proven: by running it against the teacher, or by comparing files and layers only,
     which needs no memory; auto = run wherever the model fits into memory and can run here."""

@@ -56,7 +56,7 @@ from shoal.eval.report.headline import facts, headline
 from shoal.eval.report.page import to_html
 from shoal.eval.report.report import build_document, write_report
 from shoal.eval.report.search_section import read_search
-from shoal.eval.report.wording import layers_text, signed
+from shoal.formatting import layers_text, signed
 from shoal.recipe.edits import SkipAttention, Swap
 from shoal.recipe.search import Column, Correlation, HealedPlan, Interval, PlanStanding, Ranking, SearchResult, Standing
 from shoal.redaction import redacted
