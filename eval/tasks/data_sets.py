@@ -74,7 +74,7 @@ class DataSet(Section):
     """Names under which all its tasks can be asked for."""
     parts: Parts | None = None
     bundled: Text | None = None
-    """Generator of shoal.abilities, or bundled text of shoal.data.sources, that makes the rows; else hub or data_dir."""
+    """Generator of shoal.abilities, or bundled text of shoal.data.sources, of the rows; else hub or data_dir."""
     settings: dict[str, Any] = field(default_factory=dict)
     num_items: Positive | None = None
     """So many bundled items; None = 200."""

@@ -71,8 +71,8 @@ class DataSource(Section):
 
     path: Text
     """A bundled name (see shoal.data.sources.BUNDLED), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of
-    them, or a Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``,
-    else all."""
+    them, or a Hub data set id. A .txt file is one document. Of a folder those files are read that are named after
+    ``split``, else all."""
     column: str = "text"
     """The column that holds the text."""
     messages: str | None = None
