@@ -10,9 +10,8 @@ import pytest
 import torch
 from architectures import tiny_model as tiny_architecture
 from packed_rows import ROWS, documents, packed, raw_states
-from ranks import in_group
+from ranks import call_on_ranks, in_group
 from tiny import KINDS, NUM_LAYERS, tiny_model
-from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
 from shoal.compress.measure import Scores, measure_importance
@@ -162,7 +161,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> 
 
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
 def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
-    spawn(_measure_on_rank, (2, str(tmp_path), num_rows), nprocs=2)
+    call_on_ranks(_measure_on_rank, str(tmp_path), num_rows, ranks=2)
     first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
     assert first == second
     assert_close(first, measure(tiny_model("llama"), first_rows(num_rows)), 1e-6)

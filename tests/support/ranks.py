@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 from shoal.runtime import free_port
 
@@ -38,9 +39,19 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
 
 
+def call_on_ranks(function: Callable[..., None], *arguments: object, ranks: int) -> None:
+    """``function(rank, ranks, *arguments)`` on every rank to its end; it has to be a function of a module.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: what the first rank that failed has raised.
+    """
+    _preload()
+    start_processes(function, (ranks, *arguments), nprocs=ranks, start_method="forkserver")
+
+
 @contextmanager
 def in_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
-    """For a function that torch's spawn calls on every rank: one of a group that meets in ``folder``."""
+    """For a function that `call_on_ranks` calls: one of a group that meets in ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     yield
@@ -88,15 +99,19 @@ def start_rank(
     before: Callable[[], None] | None = None,
 ) -> ForkServerProcess:
     """One rank of its own, writing to ``log``."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    # the server reads these when it imports; what it has been started with stays
-    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", DS_ACCELERATOR="cpu")
-    process = context.Process(
+    process = _preload().Process(
         target=_run, args=(list(arguments), dict(env), str(cwd), f"/proc/{os.getpid()}/fd/{log.fileno()}", before)
     )
     process.start()
     return process
+
+
+def _preload() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    # the server reads these when it imports; what it has been started with stays
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", DS_ACCELERATOR="cpu")
+    return context
 
 
 def _run(

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from packed_rows import documents, packed
-from ranks import in_group
+from ranks import call_on_ranks, in_group
 from tiny import NUM_LAYERS, tiny_model
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
 from shoal.compress.measure import Scores, measure_importance
@@ -111,7 +110,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
-    spawn(_measure_on_rank, (2, str(tmp_path)), nprocs=2)
+    call_on_ranks(_measure_on_rank, str(tmp_path), ranks=2)
     first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
     assert first == second
     for row, alone in zip(first.runs["laco_acceptance"], measure(tiny_model("llama")), strict=True):

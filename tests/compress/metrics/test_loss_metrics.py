@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from calibrations import ROWS, architecture, calibration, layer_calls, loss_without, measured, packed, plain_loss
-from ranks import in_group
+from ranks import call_on_ranks, in_group
 from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
-from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Importance, Provenance
@@ -278,7 +277,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
 
 
 def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
-    spawn(_measure_on_rank, (2, str(tmp_path)), nprocs=2)
+    call_on_ranks(_measure_on_rank, str(tmp_path), ranks=2)
     with torch.serialization.safe_globals([Removal, Unit]):
         first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first == second

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 from packed_rows import documents, packed, raw_states
-from ranks import in_group
+from ranks import call_on_ranks, in_group
 from tiny import KINDS, NUM_LAYERS, tiny_model
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedModel
 
 from shoal.compress.measure import Scores, measure_importance
@@ -228,7 +227,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> 
 
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
 def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
-    spawn(_measure_on_rank, (2, str(tmp_path), num_rows), nprocs=2)
+    call_on_ranks(_measure_on_rank, str(tmp_path), num_rows, ranks=2)
     first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))
     assert first == second
     refusals = {(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)}
