@@ -10,10 +10,12 @@ import logging
 import os
 import random
 import re
+import resource
 import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import exactness
 import pytest
 import torch
 from model_outputs import logits
+from ranks import call_apart
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, NUM_LAYERS, set_json, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -467,42 +470,32 @@ def test_full_disk_while_saving_from_memory_is_explained_and_leaves_nothing(
     assert [file.name for file in tmp_path.iterdir()] == ["gemma4_text"]
 
 
-CUT_IN_ANOTHER_PROCESS = """
-import os, resource, signal, sys, time
-from pathlib import Path
-from shoal.artifacts.artifact import Provenance, PruningPlan
-from shoal.compress.apply import apply_plan
-from shoal.errors import UserError
+def cut_until(folder: Path, out: Path, killed_at: int, file_size: int) -> None:
+    """Cut layer 1 and die once so many ranges are copied and a shard is flushed, or with files of at most so many
+    bytes."""
+    move, copied = os.copy_file_range, iter(range(killed_at))
 
-teacher, out, calls, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-move, made = os.copy_file_range, 0
+    def copy_file_range(*arguments: Any, **keywords: Any) -> int:
+        if killed_at >= 0 and next(copied, None) is None:
+            while not list(out.parent.glob(".*.partial/*.safetensors")):  # flushed by another thread
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return move(*arguments, **keywords)
 
-def copy_file_range(*arguments, **keywords):
-    global made
-    if made == calls:
-        while not list(out.parent.glob(".*.partial/*.safetensors")):  # flushed by another thread
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-    made += 1
-    return move(*arguments, **keywords)
-
-os.copy_file_range = copy_file_range
-if size:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-try:
-    apply_plan(teacher, PruningPlan(Provenance({}), 6, (1,), "a test"), out, proof="files")
-except UserError as error:
-    sys.exit(str(error))
-"""
+    os.copy_file_range = copy_file_range
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    try:
+        apply_plan(folder, plan((1,)), out, proof="files")
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def cut_elsewhere(
     folder: Path, out: Path, *, killed_at: int = -1, file_size: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    arguments = [str(folder), str(out), str(killed_at), str(file_size)]
-    return subprocess.run(
-        [sys.executable, "-c", CUT_IN_ANOTHER_PROCESS, *arguments], capture_output=True, text=True, check=False
-    )
+    """The cut of `cut_until` in another process."""
+    return call_apart(cut_until, folder, out, killed_at, file_size)
 
 
 def test_work_of_a_killed_process_is_used(

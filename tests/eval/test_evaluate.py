@@ -6,15 +6,14 @@ import dataclasses
 import json
 import math
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from evaluations import SETTINGS, assert_same, run
+from pydantic import TypeAdapter
+from ranks import call_on_ranks
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from shoal.artifacts.artifact import Evaluation, TaskScore
@@ -25,6 +24,7 @@ from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import item_ids, task_score
 from shoal.recipe.recipe import Eval
 from shoal.recipe.section import DataSource
+from shoal.runtime import free_port
 from shoal.stats.paired import paired
 
 
@@ -216,45 +216,22 @@ def test_only_the_first_filter_counts() -> None:
     assert [item.score for item in score.items] == [1.0, 0.0]
 
 
-RANK_SCRIPT = """
-import dataclasses, json, sys
-from pathlib import Path
-from evaluations import run
-from shoal.runtime import rank
-from shoal.artifacts.artifact import TaskScore
-from pydantic import TypeAdapter
-scores = run(tasks=("retrieval_continuation", "shoal_knowledge", "reasoning_worked"), limit=5)
-Path(sys.argv[1] + f"/{rank()}.json").write_bytes(TypeAdapter(tuple[TaskScore, ...]).dump_json(scores))
-"""
+OF_TWO_RANKS: dict[str, Any] = {"tasks": ("retrieval_continuation", "shoal_knowledge", "reasoning_worked"), "limit": 5}
+
+
+def evaluate_on_rank(rank: int, ranks: int, folder: Path, port: int) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    (folder / f"{rank}.json").write_bytes(TypeAdapter(tuple[TaskScore, ...]).dump_json(run(**OF_TWO_RANKS)))
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
-    from pydantic import TypeAdapter
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_SCRIPT, str(tmp_path)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=Path(__file__).parents[2] / "support",
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    call_on_ranks(evaluate_on_rank, tmp_path, free_port(), ranks=2)
     read = TypeAdapter(tuple[TaskScore, ...]).validate_json
     found = [read((tmp_path / f"{rank}.json").read_bytes()) for rank in range(2)]
     assert found[0] == found[1]
-    expected = run(tasks=("retrieval_continuation", "shoal_knowledge", "reasoning_worked"), limit=5)
+    expected = run(**OF_TWO_RANKS)
     assert_same(found[0], expected)
     assert [score.task for score in found[0]] == [score.task for score in expected]
 

@@ -49,6 +49,16 @@ def call_on_ranks(function: Callable[..., None], *arguments: object, ranks: int)
     start_processes(function, (ranks, *arguments), nprocs=ranks, start_method="forkserver")
 
 
+def call_apart(function: Callable[..., None], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """``function(*arguments)`` in a process of its own, how it ended and what it wrote; a function of a module."""
+    with TemporaryFile("w+") as log:
+        process = _preload().Process(target=_call, args=(function, arguments, _path_of(log)))
+        process.start()
+        process.join()
+        log.seek(0)
+        return subprocess.CompletedProcess([], process.exitcode or 0, stdout="", stderr=log.read())
+
+
 @contextmanager
 def in_group(rank: int, world_size: int, folder: str) -> Iterator[None]:
     """For a function that `call_on_ranks` calls: one of a group that meets in ``folder``."""
@@ -99,9 +109,7 @@ def start_rank(
     before: Callable[[], None] | None = None,
 ) -> ForkServerProcess:
     """One rank of its own, writing to ``log``."""
-    process = _preload().Process(
-        target=_run, args=(list(arguments), dict(env), str(cwd), f"/proc/{os.getpid()}/fd/{log.fileno()}", before)
-    )
+    process = _preload().Process(target=_run, args=(list(arguments), dict(env), str(cwd), _path_of(log), before))
     process.start()
     return process
 
@@ -114,12 +122,25 @@ def _preload() -> ForkServerContext:
     return context
 
 
-def _run(
-    arguments: list[str], env: dict[str, str], cwd: str, log: str, before: Callable[[], None] | None = None
-) -> None:
+def _path_of(log: IO[str]) -> str:
+    return f"/proc/{os.getpid()}/fd/{log.fileno()}"
+
+
+def _write_to(log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+
+
+def _call(function: Callable[..., None], arguments: tuple[object, ...], log: str) -> None:
+    _write_to(log)
+    function(*arguments)
+
+
+def _run(
+    arguments: list[str], env: dict[str, str], cwd: str, log: str, before: Callable[[], None] | None = None
+) -> None:
+    _write_to(log)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -6,14 +6,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kept_answers import BATCH_SIZE, PROMPTS, asked, instances
+from ranks import call_apart
 from tiny import tiny_checkpoint, tiny_model, tiny_tokenizer
 
 from shoal.eval.evaluate import role_evaluation
@@ -59,24 +58,17 @@ def test_equal_requests_are_asked_once(forwards: list[int]) -> None:
     assert max(forwards) == 1
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from kept_answers import asked
-from shoal.inference.decoder import Decoder
+def asked_until_killed(folder: Path, forwards: int) -> None:
+    """Ask, and die before forward number ``forwards``, counted from 0."""
+    left, original = iter(range(forwards)), Decoder.hidden
 
-left, original = int(sys.argv[2]), Decoder.hidden
+    def dying(self: Decoder, *args: Any, **settings: Any) -> torch.Tensor:
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **settings)
 
-def dying(self, *args, **settings):
-    global left
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return original(self, *args, **settings)
-
-Decoder.hidden = dying
-asked(Path(sys.argv[1]))
-"""
+    Decoder.hidden = dying
+    asked(folder)
 
 
 def test_a_killed_evaluation_loses_at_most_one_batch(
@@ -87,10 +79,7 @@ def test_a_killed_evaluation_loses_at_most_one_batch(
     asked(None)
     whole = len(forwards)
     assert whole == 1 + 3 * 3 + 3 * 3
-    died = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), "14"], cwd=Path(__file__).parents[4] / "support", check=False
-    )
-    assert died.returncode == -signal.SIGKILL
+    assert call_apart(asked_until_killed, tmp_path, 14).returncode == -signal.SIGKILL
     forwards.clear()
     assert asked(tmp_path) == expected
     assert len(forwards) == 1 + 2 * 3
