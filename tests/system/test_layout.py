@@ -1,4 +1,4 @@
-"""The house keeps its order: who imports whom, what is packaged, what is explained."""
+"""What the layout promises: who imports whom, what is packaged, what is explained."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,78 +17,128 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("compress", "train", "eval")
-MAY_IMPORT = {"compress": {"eval"}, "train": {"compress.plan"}, "eval": set()}
-"""Room -> what it may take from other rooms."""
-STAIRS = ("pipeline.py", "measuring.py", "pruning.py", "distilling.py", "searching.py", "cli.py")
-"""The only floor files that lead into the rooms, and only where a verb needs them."""
-FLOOR = sorted((ROOT / "src/shoal").glob("*.py")) + sorted((ROOT / "src/shoal/abilities").glob("*.py"))
+LEVELS = (
+    ("shoal.abilities", "shoal"),
+    ("shoal.models", "shoal.recipe"),
+    ("shoal.artifacts", "shoal.data", "shoal.inference"),
+    ("shoal.figures", "shoal.stats", "shoal.tracking", "compress.surgery", "train.engine"),
+    ("compress.edits", "compress.targets", "train.callbacks", "train.objective", "eval.tasks"),
+    ("compress.variants", "train.generated", "train.student", "eval.harness"),
+    ("compress.metrics", "compress.depth", "train.teacher", "eval.report"),
+    ("train.preflight", "eval.compare", "eval.export", "eval"),
+    ("compress.sweeps", "train"),
+    ("compress",),
+    ("shoal.stages",),
+    ("cli",),
+)
+"""Folders from the lowest to the highest: a module imports its own folder and folders of lower levels, no others."""
+LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
+ROOM_OF_ANOTHER = {"compress.sweeps": "eval"}
+"""Folder -> other room it may import: importance by task is an evaluation."""
+MOST_MODULES = 15
+SHARED = sorted(
+    file
+    for file in (ROOT / "src/shoal").rglob("*.py")
+    if file.relative_to(ROOT / "src/shoal").parts[0] not in (*ROOMS, "configs")
+)
 ROOM_FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
-ALL_FILES = [*FLOOR, *ROOM_FILES]
+ALL_FILES = [*SHARED, *ROOM_FILES]
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def name_of(file: Path) -> str:
     return str(file.relative_to(ROOT))
 
 
-def imports(file: Path, *, top_level_only: bool = False) -> Iterator[str]:
-    """Every imported module of ``file`` as it is written: `shoal.x`, or `..x.y` where it is relative."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in tree.body if top_level_only else ast.walk(tree):
+def module_of(file: Path) -> str:
+    """`shoal.eval.tasks.load` for eval/tasks/load.py; a package is named after its folder."""
+    inside = file.relative_to(ROOT / "src" if file in SHARED else ROOT).with_suffix("")
+    parts = inside.parts if file in SHARED else ("shoal", *inside.parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(file): file for file in ALL_FILES}
+PACKAGES = {module for module, file in MODULES.items() if file.name == "__init__.py"}
+
+
+def imports(file: Path) -> Iterator[tuple[str, str]]:
+    """Every imported module of ``file``: as it is written, and its whole name."""
+    module = MODULES and module_of(file) if file in ALL_FILES else ""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield module
-            if module in ("shoal", "..") or node.module is None:  # `from shoal import eval`, `from .. import eval`
-                yield from (f"{module}{'' if module.endswith('.') else '.'}{alias.name}" for alias in node.names)
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *filter(None, [node.module])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield "." * node.level + (node.module or ""), whole if whole in MODULES else base
 
 
-def room_parts(module: str) -> str | None:
-    """`eval.x` for `shoal.eval.x` and `..eval.x`; None where it is in no room."""
-    inside = re.sub(r"^(shoal\.|\.\.)", "", module)
-    return inside if inside != module and inside.split(".")[0] in ROOMS else None
+def folder_of(module: str) -> str:
+    """`eval.tasks` for shoal.eval.tasks.load, `shoal.models` for shoal.models.load."""
+    if module == "shoal.cli":
+        return "cli"
+    folder = module if module in PACKAGES else module.rpartition(".")[0]
+    return folder.removeprefix("shoal.") if room_of(folder) else folder
 
 
-@pytest.mark.parametrize("file", FLOOR, ids=name_of)
-def test_floor_imports_no_room(file: Path) -> None:
-    only_top = file.name in STAIRS
-    found = [module for module in imports(file, top_level_only=only_top) if room_parts(module)]
-    assert not found, f"{name_of(file)} imports {found}"
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else None
 
 
-@pytest.mark.parametrize("file", FLOOR, ids=name_of)
-def test_floor_imports_itself_absolutely(file: Path) -> None:
-    relative = [module for module in imports(file) if module.startswith(".")]
-    assert not relative or file.parent.name == "abilities", f"write shoal.x for {relative}"
+def test_every_folder_has_one_level() -> None:
+    assert sorted(LEVEL) == sorted({folder_of(module) for module in MODULES})
+    assert len(LEVEL) == sum(map(len, LEVELS))
+
+
+@pytest.mark.parametrize("file", ALL_FILES, ids=name_of)
+def test_modules_import_lower_folders_only(file: Path) -> None:
+    own = folder_of(module_of(file))
+    for _, module in imports(file):
+        if module in MODULES and (folder := folder_of(module)) != own:
+            assert LEVEL[folder] < LEVEL[own], f"{name_of(file)} imports {module}, which is not below it"
 
 
 @pytest.mark.parametrize("file", ROOM_FILES, ids=name_of)
-def test_room_imports_only_what_it_may(file: Path) -> None:
-    room = file.relative_to(ROOT).parts[0]
-    for module in imports(file):
-        parts = room_parts(module)
-        if parts is not None and parts.split(".")[0] != room:
-            allowed = any(parts == one or parts.startswith(f"{one}.") for one in MAY_IMPORT[room])
-            assert allowed, f"{name_of(file)} imports {module}"
+def test_rooms_know_one_another_only_where_they_must(file: Path) -> None:
+    own = module_of(file)
+    for _, module in imports(file):
+        if (room := room_of(module)) and room != room_of(own):
+            assert room == ROOM_OF_ANOTHER.get(folder_of(own)), f"{name_of(file)} imports {module}"
 
 
-@pytest.mark.parametrize("file", ROOM_FILES, ids=name_of)
-def test_room_imports_neighbours_relatively_and_the_floor_absolutely(file: Path) -> None:
+@pytest.mark.parametrize("file", ALL_FILES, ids=name_of)
+def test_rooms_import_themselves_relatively_and_the_rest_absolutely(file: Path) -> None:
     """Only this way editable installs, wheels, pytest, pyright and the launcher see one identity per class."""
-    for module in imports(file):
-        parts = room_parts(module)
-        assert not (module.startswith("shoal.") and parts), f"{name_of(file)}: write ..{parts} for {module}"
-        assert not (module.startswith("..") and module != ".." and parts is None), f"{name_of(file)}: {module} is floor"
-        assert not module.startswith("..."), f"{name_of(file)}: {module} leaves the package"
+    own = room_of(module_of(file))
+    for written, module in imports(file):
+        if own and room_of(module):
+            assert written.startswith("."), f"{name_of(file)}: import {module} relatively"
+        elif "abilities" not in file.parts:
+            assert not written.startswith("."), f"{name_of(file)}: write {module} for {written}"
         assert module.split(".")[0] not in ROOMS, f"{name_of(file)}: {module} is no top-level module"
 
 
+def test_no_folder_is_full() -> None:
+    folders = Counter(file.parent for file in ALL_FILES if file.name != "__init__.py")
+    full = {name_of(folder): count for folder, count in folders.items() if count > MOST_MODULES}
+    assert not full
+
+
 @pytest.mark.parametrize(
-    "file", sorted((ROOT / "tests").glob("*.py")) + sorted((ROOT / "launch").glob("*.py")), ids=name_of
+    "file",
+    [*TEST_FILES, *sorted((ROOT / "launch").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))],
+    ids=name_of,
 )
 def test_scripts_and_tests_import_absolutely(file: Path) -> None:
-    found = [module for module in imports(file) if module.startswith(".") or module.split(".")[0] in ROOMS]
-    assert not found
+    wrong = [written for written, _ in imports(file) if written.startswith(".") or written.split(".")[0] in ROOMS]
+    assert not wrong
+    assert not [written for written, _ in imports(file) if written.startswith("test_")], "share it in tests/support"
 
 
 def test_launch_scripts_shadow_no_installed_module() -> None:
@@ -109,12 +160,12 @@ def test_declared_packages_are_those_of_the_tree() -> None:
     assert linked == {name: Path("../..") / name for name in (*ROOMS, "configs")}
 
 
-@pytest.mark.parametrize("place", ["src/shoal", *ROOMS])
-def test_a_map_names_every_module_once(place: str) -> None:
-    described = ast.get_docstring(ast.parse((ROOT / place / "__init__.py").read_text())) or ""
-    named = re.findall(r"^    (\w+) ", described, flags=re.MULTILINE)
-    inside = [file.stem for file in (ROOT / place).glob("*.py") if file.stem != "__init__"]
-    assert sorted(named) == sorted([*inside, *(("abilities", *ROOMS) if place == "src/shoal" else ())])
+@pytest.mark.parametrize("package", sorted(PACKAGES - {"shoal.abilities"}))
+def test_a_folders_docstring_names_its_modules_and_folders_once(package: str) -> None:
+    described = ast.get_docstring(ast.parse(MODULES[package].read_text(encoding="utf-8"))) or ""
+    named = re.findall(r"^ *(\w+) {2,}\S", described, flags=re.MULTILINE)
+    inside = [module for module in MODULES if module.rpartition(".")[0] == package]
+    assert sorted(named) == sorted(module.rpartition(".")[2] for module in inside)
 
 
 @pytest.mark.slow
@@ -133,7 +184,7 @@ def test_wheel_holds_code_templates_recipes_and_tasks(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("shoal-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {f"shoal/{file.relative_to(ROOT / 'src/shoal')}" for file in FLOOR} | {"shoal/py.typed"}
+    wanted = {f"shoal/{file.relative_to(ROOT / 'src/shoal')}" for file in SHARED} | {"shoal/py.typed"}
     for folder in (*ROOMS, "configs"):
         wanted |= {f"shoal/{file.relative_to(ROOT)}" for file in (ROOT / folder).rglob("*.py")}
     for pattern in (
