@@ -18,6 +18,7 @@ from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.stats.paired import interval
 
+from ..tasks.load import Sample, check_answers
 from ..tasks.protocols import letter_match, match_stated
 from .rates import hold_answers, text_rates, with_rates
 
@@ -45,7 +46,6 @@ MATCHING_RULES = (
 )
 """Parts of a task's settings that decide what counts as right."""
 
-Sample = dict[str, Any]
 CountTokens = Callable[[str, str], int]
 
 
@@ -253,22 +253,6 @@ def _target(task: Any, sample: Sample) -> str:
         if isinstance(gold, int):
             gold = task.doc_to_choice(sample["doc"])[gold]
     return str(gold).strip()
-
-
-def check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:
-    """Refuse a right answer that is not among the options: lm-eval counts every model wrong there and goes on."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return
-    for sample in samples:
-        choices = task.doc_to_choice(sample["doc"])
-        gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
-        for answer in gold if isinstance(gold, list) else [gold]:
-            inside = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
-            if not inside:
-                raise UserError(
-                    f"eval.tasks: {name!r}, document {sample['doc_id']}: the answer {answer!r} is none of its "
-                    f"{len(choices)} options; correct its data or its doc_to_target"
-                )
 
 
 def protocol_of(task: Any, samples: Sequence[Sample]) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Provenance
 from shoal.data.sources import BUNDLED, TEACHER_TEXT
 from shoal.formatting import listed
-from shoal.recipe.recipe import CONFIGS_DIR
 from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
+from ..tasks.names import described_tasks, task_folders
 from .document import Caution, Cautions, Paragraph, Section
 from .findings import FEW_ITEMS, ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
 from .sections import fair_gaps
@@ -130,10 +130,12 @@ def _foreign(run: Run) -> list[str]:
     perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
     held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
     foreign = [name for name in run.training.data.get("sources") or {} if name not in (*BUNDLED, TEACHER_TEXT)]
+    described, _ = described_tasks(task_folders(None))
+    bundled = {name for name, (part, _) in described.items() if part.data.bundled}
     return foreign + [
         ", ".join(score_words(task))
         for name, task in tasks.items()
-        if not (held_out if task.protocol == "rolling" else (CONFIGS_DIR / "tasks" / f"{name}.yaml").is_file())
+        if not (held_out if task.protocol == "rolling" else name in bundled)
     ]
 
 

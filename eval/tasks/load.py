@@ -1,12 +1,12 @@
-"""Tasks by name: shoal's own files in configs/tasks, a folder of the user's, and everything lm-eval ships.
+"""Tasks by name: described data sets under every protocol, lm-eval task files of a folder, and all that lm-eval ships.
 
-A name is a task file's, a group's, or a data set's with a protocol behind it (data_sets.py), which needs no file.
+A name is a data set's with a protocol behind it (data_sets.py), a group's, or that of a task in a task file.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice
@@ -16,16 +16,19 @@ from typing import Any
 from shoal.errors import UserError
 from shoal.recipe.recipe import Eval
 
-from ..harness.samples import check_answers
-from .data_sets import DataSet, MissingFiles, Part, local_rows, parts_of
-from .names import TASKS_DIR, described_data, made_tasks, refuse_unknown, task_folders, unknown
+from .data_sets import DataSet, Part, parts_of
+from .documents import MissingFiles, local_rows
+from .names import described_data, described_tasks, refuse_unknown, task_folders, unknown
 from .protocols import task_config
 
 log = logging.getLogger(__name__)
 
+Sample = dict[str, Any]
+"""One document with what lm-eval asked of it, was answered, and made of the answers."""
 LOCAL_FORMATS = ("json", "csv", "parquet", "text")
 """Data set paths under which `datasets` reads local files."""
 CHECKED_ITEMS = 20
+"""Items of a task whose answers are looked at before a model is loaded."""
 
 
 def load_tasks(
@@ -39,8 +42,8 @@ def load_tasks(
     """Task name -> lm-eval task, groups expanded, in the order asked for.
 
     ``num_fewshot`` None leaves every task its own number. With ``data_dir``, data sets that are described come from
-    there, whoever's task reads them. lm-eval's whole collection is read only where a name is not ours: that takes ten
-    seconds, reading ours a tenth of one.
+    there, whoever's task reads them. lm-eval's whole collection is read only where a name is not known without it:
+    that takes ten seconds, reading the descriptions a tenth of one.
 
     Raises:
         UserError: an unknown name (with the closest known one), no such folder, or data that cannot be had.
@@ -50,27 +53,27 @@ def load_tasks(
     local = None if data_dir is None else Path(data_dir).expanduser()
     if local is not None and not local.is_dir():
         raise UserError(f"eval.data_dir: {str(data_dir)!r} is no folder; name one that holds a folder per data set")
-    made, tags = made_tasks(folders)
-    manager = _manager_that_knows([name for name in names if name not in made | tags], folders)
+    described, tags = described_tasks(folders)
+    manager = _manager_that_knows([name for name in names if name not in described | tags], folders)
     tasks: dict[str, Any] = {}
     missing: dict[str, DataSet] = {}
     with _data_from(local, folders, num_fewshot) as opened:
         for name in names:
             files = [name] if name in tags and name in manager.task_index else []  # a group of files too
-            for one in (*tags.get(name, (name,)), *files):
+            for member in (*tags.get(name, (name,)), *files):
                 try:
-                    if one in made:
-                        tasks |= manager.load([task_config(*made[one], local, num_fewshot)])["tasks"]
+                    if member in described:
+                        tasks |= manager.load([task_config(*described[member], local, num_fewshot)])["tasks"]
                     else:
-                        tasks |= _load(manager, one, opened)
+                        tasks |= _load(manager, member, opened)
                 except MissingFiles as error:
                     missing |= error.files
     if missing and local is not None:  # all of them, so that one attempt is enough
         raise MissingFiles(local, missing)
-    described = described_data(folders)
+    data_sets = described_data(folders).values()
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
-        _set_ability(task, described)
+        _set_ability(task, data_sets)
     return tasks
 
 
@@ -88,8 +91,8 @@ def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
 def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = False) -> set[str]:
     """The names of all tasks and groups: shoal's own, those of ``include_path``, and lm-eval's collection."""
     folders = task_folders(include_path)
-    made, tags = made_tasks(folders)
-    return {*_manager(folders, with_all=not ours_only).task_index, *made, *tags}
+    described, tags = described_tasks(folders)
+    return {*_manager(folders, with_all=not ours_only).task_index, *described, *tags}
 
 
 @contextmanager
@@ -102,22 +105,22 @@ def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int 
     from lm_eval.api.task import ConfigurableTask
 
     download = ConfigurableTask.download
-    described = described_data(folders)
+    data_sets = described_data(folders).values()
     opened: list[Any] = []
 
     def from_folder(self: Any, *args: Any, **kwargs: Any) -> None:
         config = self.config
-        found = None
+        splits = None
         if data_dir is not None and config.custom_dataset is None:
             shots = config.num_fewshot if num_fewshot is None else num_fewshot
-            found = _local_splits(described, config, data_dir, with_examples=bool(shots))
-        if found is None:
+            splits = _local_splits(data_sets, config, data_dir, with_examples=bool(shots))
+        if splits is None:
             download(self, *args, **kwargs)
         else:
-            self.dataset = found
-            for split in ("training_split", "validation_split", "test_split"):
-                if getattr(config, split) not in found:
-                    setattr(config, split, None)
+            self.dataset = splits
+            for setting in ("training_split", "validation_split", "test_split"):
+                if getattr(config, setting) not in splits:
+                    setattr(config, setting, None)
         opened.append(self)
 
     ConfigurableTask.download = from_folder
@@ -128,7 +131,7 @@ def _data_from(data_dir: Path | None, folders: Sequence[Path], num_fewshot: int 
 
 
 def _local_splits(
-    described: dict[str, DataSet], config: Any, data_dir: Path, *, with_examples: bool
+    data_sets: Collection[DataSet], config: Any, data_dir: Path, *, with_examples: bool
 ) -> dict[str, Any] | None:
     """The splits of a task's Hub data set, under the Hub's names, out of ``data_dir``; None where it is not described.
 
@@ -136,7 +139,7 @@ def _local_splits(
     """
     from datasets import Dataset
 
-    part, name = _part_read_by(config, described), config.dataset_name
+    part, name = _part_read_by(config, data_sets), config.dataset_name
     if part is None or part.hub is None:
         return None
     hub, shown = part.hub, part.data.examples
@@ -146,25 +149,25 @@ def _local_splits(
     rows = local_rows(part.data, data_dir, files)
     if name not in (hub.name, None):
         column = hub.part_column or ""
-        rows = {split: [row for row in found if row[column] == name] for split, found in rows.items()}
-    return {split: Dataset.from_list([dict(row) for row in found]) for split, found in rows.items()}
+        rows = {split: [row for row in rows[split] if row[column] == name] for split in rows}
+    return {split: Dataset.from_list([dict(row) for row in rows[split]]) for split in rows}
 
 
-def _part_read_by(config: Any, described: dict[str, DataSet]) -> Part | None:
+def _part_read_by(config: Any, data_sets: Collection[DataSet]) -> Part | None:
     """The described part that has the Hub data set of a task's configuration."""
     path, name = config.dataset_path, config.dataset_name
-    for part in (part for data in described.values() for part in parts_of(data)):
+    for part in (part for data in data_sets for part in parts_of(data)):
         hub = part.hub
         if hub and hub.path == path and (name in (hub.name, None) or hub.part_column is not None):
             return part
     return None
 
 
-def _set_ability(task: Any, described: dict[str, DataSet]) -> None:
+def _set_ability(task: Any, data_sets: Collection[DataSet]) -> None:
     """A task that does not say what it asks for, lm-eval's own for one, has the ability of the data that it reads."""
     config = task.config
     if config.custom_dataset is None and "ability" not in (config.metadata or {}):
-        part = _part_read_by(config, described)
+        part = _part_read_by(config, data_sets)
         if part is not None:
             config.metadata = {**(config.metadata or {}), "ability": part.data.ability}
 
@@ -179,25 +182,23 @@ def _manager(folders: tuple[Path, ...], *, with_all: bool) -> Any:
 
 def _manager_that_knows(names: Sequence[str], folders: tuple[Path, ...]) -> Any:
     """lm-eval's index with these names in it."""
-    ours = _manager(folders, with_all=False)
-    outside = [name for name in names if name not in ours.task_index]
+    of_folders = _manager(folders, with_all=False)
+    outside = [name for name in names if name not in of_folders.task_index]
     if not outside:
-        return ours
+        return of_folders
     log.info("reading lm-eval's task collection (about 10 s the first time)")
-    everything = _manager(folders, with_all=True)
+    with_collection = _manager(folders, with_all=True)
     for name in outside:
-        if name not in everything.task_index:
-            raise unknown(name, folders, everything.all_tasks)
-    return everything
+        if name not in with_collection.task_index:
+            raise unknown(name, folders, with_collection.all_tasks)
+    return with_collection
 
 
 def _load(manager: Any, name: str, opened: list[Any]) -> dict[str, Any]:
     """The tasks behind a name, sorted: lm-eval keeps a tag's tasks in a set, whose order differs between ranks."""
-    if _is_ours(manager, name):
-        return dict(sorted(manager.load([name])["tasks"].items()))
     _refuse_missing_files(name, manager.task_index[name])
     try:
-        found = dict(sorted(manager.load([name])["tasks"].items()))
+        tasks = dict(sorted(manager.load([name])["tasks"].items()))
     except UserError:
         raise
     except Exception as error:  # data sets, task code and lm-eval raise a dozen unrelated types here
@@ -208,9 +209,9 @@ def _load(manager: Any, name: str, opened: list[Any]) -> dict[str, Any]:
             f"eval.tasks: {name!r} cannot be loaded ({reason}). Its data may need the Hugging Face Hub: check the "
             "network or the paths in its task file, or choose from shoal's own tasks, which need neither"
         ) from error
-    for one, task in found.items():
-        _check_first_items(one, task)
-    return found
+    for member, task in tasks.items():
+        _check_first_items(member, task)
+    return tasks
 
 
 def _refuse_missing_files(name: str, entry: Any) -> None:
@@ -218,10 +219,10 @@ def _refuse_missing_files(name: str, entry: Any) -> None:
     config: dict[str, Any] = entry.cfg or {}
     if config.get("dataset_path") not in LOCAL_FORMATS:
         return
-    given: dict[str, Any] = config.get("dataset_kwargs") or {}
-    listed = given.get("data_files") or given.get("data_dir") or []
-    grouped = list(listed.values()) if isinstance(listed, dict) else [listed]
-    for path in (path for group in grouped for path in (group if isinstance(group, list) else [group])):
+    settings: dict[str, Any] = config.get("dataset_kwargs") or {}
+    files = settings.get("data_files") or settings.get("data_dir") or []
+    by_split = list(files.values()) if isinstance(files, dict) else [files]
+    for path in (path for paths in by_split for path in (paths if isinstance(paths, list) else [paths])):
         place = Path(path)
         if "://" in str(path) or any(character in str(path) for character in "*?["):
             continue
@@ -255,21 +256,34 @@ def _check_first_items(name: str, task: Any) -> None:
     check_answers(name, task, [{"doc_id": n, "doc": doc, "target": task.doc_to_target(doc)} for n, doc in docs])
 
 
-def _is_ours(manager: Any, name: str) -> bool:
-    """Whether every file behind the name is one of shoal's; if one of those fails to load, the defect is ours."""
-    entry = manager.task_index[name]
-    files = [entry.yaml_path, *(manager.task_index[tagged].yaml_path for tagged in entry.tags if not entry.yaml_path)]
-    return all(TASKS_DIR.resolve() in file.resolve().parents for file in files if file is not None)
+def check_answers(name: str, task: Any, samples: Sequence[Sample]) -> None:
+    """Refuse a right answer that is not among the options: lm-eval counts every model wrong there and goes on.
+
+    Raises:
+        UserError: such an answer, with its document.
+    """
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for sample in samples:
+        choices = task.doc_to_choice(sample["doc"])
+        gold = task.doc_to_text(sample["doc"]) if task.multiple_input else sample["target"]
+        for answer in gold if isinstance(gold, list) else [gold]:
+            inside = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
+            if not inside:
+                raise UserError(
+                    f"eval.tasks: {name!r}, document {sample['doc_id']}: the answer {answer!r} is none of its "
+                    f"{len(choices)} options; correct its data or its doc_to_target"
+                )
 
 
 def _set_fewshot(name: str, task: Any, num_fewshot: int | None, seed: int) -> None:
     """As lm-eval's command line does it, but a task without examples is refused, not given its own test items."""
-    chosen = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
-    task.set_config(key="num_fewshot", value=chosen or 0)
-    given = task.fewshot_cfg.split is not None or task.fewshot_cfg.samples is not None
-    apart = task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs())
-    if chosen and not given and not apart:
+    shots = task.get_config("num_fewshot") if num_fewshot is None else num_fewshot
+    task.set_config(key="num_fewshot", value=shots or 0)
+    names_examples = task.fewshot_cfg.split is not None or task.fewshot_cfg.samples is not None
+    has_other_split = task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs())
+    if shots and not names_examples and not has_other_split:
         raise UserError(
-            f"eval.num_fewshot: {name!r} has no examples beside the items it is scored on; set it to 0 (got {chosen})"
+            f"eval.num_fewshot: {name!r} has no examples beside the items it is scored on; set it to 0 (got {shots})"
         )
     task.set_fewshot_seed(seed=seed)

@@ -23,7 +23,7 @@ from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 TASKS_DIR = CONFIGS_DIR / "tasks"
 HUB_TASKS_DIR = CONFIGS_DIR / "hub_tasks"
 NAMED_TASKS = 6
-"""Of the tasks that a name covers, so many are named."""
+"""Tasks that are named, at most, of those that a name covers."""
 NAMES = re.compile(r"^(task|group|tag):[ \t]*(\S.*)$", flags=re.MULTILINE)
 LISTED_TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t].*\n?)+)", flags=re.MULTILINE)
 
@@ -35,13 +35,12 @@ def refuse_unknown(names: Sequence[str], include_path: str | Path | None = None)
         UserError: such a name, with what may be meant.
     """
     folders = task_folders(include_path)
-    made, tags = made_tasks(folders)
-    ours = [text for folder in folders for text in _texts(folder)]
-    outside = [name for name in names if not (name in made or name in tags or _stands_in(ours, name))]
+    described, tags = described_tasks(folders)
+    files = [text for folder in folders for text in _texts(folder)]
+    outside = [name for name in names if not (name in described or name in tags or _stands_in(files, name))]
     for name in outside:
         if not _stands_in(_collection(), name):
-            others = [found for text in _collection() for _, found in _names(text)]
-            raise unknown(name, folders, others)
+            raise unknown(name, folders, [other for text in _collection() for _, other in _names(text)])
 
 
 def unknown(name: str, folders: Sequence[Path], others: Sequence[str]) -> UserError:
@@ -60,16 +59,16 @@ def limit_without_task(name: str, tasks: Iterable[str]) -> str:
 
 def limits_without_task(settings: Eval) -> Iterator[str]:
     """`place: what is wrong` with limits of single tasks, as far as names tell; what lm-eval's mean its index knows."""
-    made, tags = made_tasks(task_folders(settings.include_path))
-    asked = [one for name in settings.tasks for one in tags.get(name, (name,))]
-    own = {value for folder in (TASKS_DIR, HUB_TASKS_DIR) for text in _texts(folder) for value in _defined(text)}
-    if made.keys() | own >= set(asked):
-        yield from (f"eval.limits: {limit_without_task(name, asked)}" for name in settings.limits if name not in asked)
+    described, tags = described_tasks(task_folders(settings.include_path))
+    tasks = [member for name in settings.tasks for member in tags.get(name, (name,))]
+    of_files = {name for text in _texts(HUB_TASKS_DIR) for name in _defined(text)}
+    if described.keys() | of_files >= set(tasks):
+        yield from (f"eval.limits: {limit_without_task(name, tasks)}" for name in settings.limits if name not in tasks)
 
 
 def _defined(text: str) -> list[str]:
     """The tasks that a file defines, without groups and tags."""
-    return [value for key, value in _names(text) if key == "task"]
+    return [name for key, name in _names(text) if key == "task"]
 
 
 def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:
@@ -91,56 +90,59 @@ def described_data(folders: Sequence[Path]) -> dict[str, DataSet]:
     return {name: data for folder in folders for name, data in read_data_sets(folder).items()}
 
 
-def made_tasks(folders: Sequence[Path]) -> tuple[dict[str, tuple[Part, str]], dict[str, tuple[str, ...]]]:
+def described_tasks(
+    folders: Sequence[Path],
+) -> tuple[dict[str, tuple[Part, TaskProtocol]], dict[str, tuple[str, ...]]]:
     """The tasks that described data sets give, each with its part and protocol, and the groups they are in."""
-    tasks: dict[str, tuple[Part, str]] = {}
+    tasks: dict[str, tuple[Part, TaskProtocol]] = {}
     tags: dict[str, tuple[str, ...]] = {}
     for data in described_data(folders).values():
-        own = task_names(data)
-        tasks |= own
+        of_data = task_names(data)
+        tasks |= of_data
         for tag in data.tags:
-            tags[tag] = (*tags.get(tag, ()), *own)
+            tags[tag] = (*tags.get(tag, ()), *of_data)
     return tasks, tags
 
 
-def task_names(data: DataSet) -> dict[str, tuple[Part, str]]:
+def task_names(data: DataSet) -> dict[str, tuple[Part, TaskProtocol]]:
     """Task name -> its part and protocol."""
     return {f"{part.name}_{protocol}": (part, protocol) for part in parts_of(data) for protocol in data.protocols}
 
 
 def _what_was_meant(name: str, folders: Sequence[Path], others: Sequence[str]) -> str:
     """The hint at an unknown name: the closest, of what it covers where only the protocol or the level is left out."""
-    made, tags = made_tasks(folders)
-    found = [pair for folder in folders for text in _texts(folder) for pair in _names(text)]
-    own = sorted({value for key, value in found if key == "task"})
-    tasks = dict.fromkeys([*own, *made])
+    described, tags = described_tasks(folders)
+    in_files = [pair for folder in folders for text in _texts(folder) for pair in _names(text)]
+    tasks = dict.fromkeys([*sorted({other for key, other in in_files if key == "task"}), *described])
     covered: dict[str, dict[str, None]] = {}  # in their order
     for task in tasks:
         base, _, protocol = task.rpartition("_")
         if protocol in get_args(TaskProtocol):
             covered.setdefault(base, {})[task] = None
-    for task, (part, _) in made.items():
+    for task, (part, _) in described.items():
         covered.setdefault(part.data.dataset, {})[task] = None
-    known = [*tasks, *sorted({value for _, value in found}), *tags, *covered]
+    known = [*tasks, *sorted({other for _, other in in_files}), *tags, *covered]
     close = [name] if name in covered else difflib.get_close_matches(name, known, n=1, cutoff=0.8)
     close = close or difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.6)
     group = f"{name}_suite"
     if close and close[0] in covered:
-        under = list(covered[close[0]])
-        some = under if len(under) <= NAMED_TASKS else [*under[: NAMED_TASKS - 1], "...", under[-1]]
-        groups = [tag for tag, members in tags.items() if tag == group or set(under) <= set(members)]
+        members = list(covered[close[0]])
+        named = members if len(members) <= NAMED_TASKS else [*members[: NAMED_TASKS - 1], "...", members[-1]]
+        groups = [tag for tag in tags if set(members) <= set(tags[tag])]
         meant = "" if close[0] == name else f"did you mean {close[0]!r}? "
-        return f"{meant}shoal asks it as {', '.join(some)}" + (f", all in the group {groups[0]}" if groups else "")
+        return f"{meant}shoal asks it as {', '.join(named)}" + (f", all in the group {groups[0]}" if groups else "")
     if group in tags:
         return f"did you mean the group {group!r}?"
-    return f"did you mean {close[0]!r}?" if close else f"shoal's own are {', '.join(own)}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"shoal's own are {', '.join(sorted(tags['shoal']))} ...; configs/tasks/README.md lists all"
 
 
 def _names(text: str) -> Iterator[tuple[str, str]]:
     """(task, group or tag, name) that a file defines. Good enough for a hint: YAML has other ways to write them."""
     for key, value in NAMES.findall(text):
-        for one in value.strip("[]").split(",") if value.startswith("[") else [value.split(" #")[0]]:
-            yield key, one.strip(" \"'")
+        for name in value.strip("[]").split(",") if value.startswith("[") else [value.split(" #")[0]]:
+            yield key, name.strip(" \"'")
     for block in LISTED_TAGS.findall(text):
         yield from (("tag", line.strip(" -\"'")) for line in block.splitlines())
 

@@ -1,10 +1,11 @@
 """One data set as lm-eval tasks: under lettered options, option text, written text, worked answers, as running text.
 
-All tasks of a part read the same documents (data_sets.py): protocols differ in how they ask and in nothing else.
+All tasks of a part read the same documents (documents.py): protocols differ in how they ask and in nothing else.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,34 +13,39 @@ from typing import Any
 
 from shoal.abilities.matching import (
     LETTERS,
+    amounts,
     chosen_option,
     contains,
     exact,
+    first_line,
     lettered_prompt,
     letters_of,
     number,
     starts,
     stated,
+    value,
 )
+from shoal.abilities.words import NAMES, PLACES
 
-from .data_sets import Part, has_examples, read_splits
+from .data_sets import Part, TaskProtocol
+from .documents import has_examples, read_splits
 
 Config = dict[str, Any]
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 
 
-def task_config(part: Part, protocol: str, data_dir: Path | None, num_fewshot: int | None = None) -> Config:
+def task_config(part: Part, protocol: TaskProtocol, data_dir: Path | None, num_fewshot: int | None = None) -> Config:
     """What lm-eval makes the task of; ``num_fewshot`` None = as many examples as the description says.
 
     Without examples to show none are read, so that nobody needs a training split for them.
     """
-    data = part.data
-    shots = data.num_fewshot if num_fewshot is None else num_fewshot
+    data, family = part.data, part.family(protocol)
+    shots = part.num_fewshot(protocol) if num_fewshot is None else num_fewshot
     metadata: Config = {"version": data.version, "ability": data.ability, "protocol": protocol}
-    if part.level is not None:
-        metadata |= {"family": data.family, "level": part.level}
+    if family is not None:
+        metadata |= {"family": family, "level": part.level}
     shown = shots > 0 and has_examples(part, data_dir)
-    own = FORMS[protocol](part)
+    form = FORMS[protocol](part)
     return {
         "task": f"{part.name}_{protocol}",
         "custom_dataset": partial(read_splits, part, data_dir, with_examples=shown),
@@ -47,9 +53,9 @@ def task_config(part: Part, protocol: str, data_dir: Path | None, num_fewshot: i
         "target_delimiter": " ",
         "num_fewshot": shots if shown else 0,
         **({"fewshot_split": "examples"} if shown else {}),
-        **own,
-        "fewshot_config": {"sampler": "first_n", **own.get("fewshot_config", {})},
-        "metadata": {**metadata, **own["metadata"]},
+        **form,
+        "fewshot_config": {"sampler": "first_n", **form.get("fewshot_config", {})},
+        "metadata": {**metadata, **form["metadata"]},
     }
 
 
@@ -77,13 +83,13 @@ def _continuation(part: Part) -> Config:
             "metadata": {"metric": "acc", "chance": 0.0},
         }
     if data.beginnings is not None:
-        asked = {"doc_to_text": "answer", "doc_to_choice": "beginnings", "doc_to_target": "ending"}
+        fields = {"doc_to_text": "answer", "doc_to_choice": "beginnings", "doc_to_target": "ending"}
     else:
-        asked = {"doc_to_text": "context", "doc_to_choice": "options", "doc_to_target": "answer"}
+        fields = {"doc_to_text": "context", "doc_to_choice": "options", "doc_to_target": "answer"}
     metrics = ("acc",) if data.metric == "acc" else ("acc", "acc_norm")
     return {
         "output_type": "multiple_choice",
-        **asked,
+        **fields,
         "metric_list": [{"metric": metric, **MEAN} for metric in metrics],
         "metadata": {"metric": data.metric},
     }
@@ -93,10 +99,11 @@ def _generation(part: Part) -> Config:
     data = part.data
     chooses = data.lettered and (data.options is not None or data.bundled is not None)
     chance = {} if chooses and part.chance is None else {"chance": part.chance or 0.0}  # else by options, see samples
+    open_answer = "worked" if data.expects_work else shown_answer
     return {
         "output_type": "generate_until",
         "doc_to_text": lettered_prompt if chooses else "context",
-        "doc_to_target": right_letter if chooses else shown_answer,
+        "doc_to_target": right_letter if chooses else open_answer,
         "process_results": letter_match if chooses else TEXT_MATCHES[data.match],
         "generation_kwargs": {"until": list(data.stop), "max_gen_toks": data.max_new_tokens, "do_sample": False},
         "metric_list": [{"metric": "match", **MEAN}],
@@ -129,7 +136,7 @@ def _rolling(part: Part) -> Config:
     }
 
 
-FORMS: dict[str, Callable[[Part], Config]] = {
+FORMS: dict[TaskProtocol, Callable[[Part], Config]] = {
     "loglikelihood": _loglikelihood,
     "continuation": _continuation,
     "generation": _generation,
@@ -183,6 +190,17 @@ def match_number(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, fl
     return {"match": float(number(results[0], doc["answers"]))}
 
 
+def match_last(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the last of the first line's numbers, names or places, whichever the answer is, is the right one."""
+    line, answer = first_line(results[0]), doc["answers"][0]
+    for words in (NAMES, PLACES):
+        if answer in words:
+            named = [word for word in re.findall(r"\w+", line) if word in words]
+            return {"match": float(named[-1:] == [answer])}
+    last = value((amounts(line) or [""])[-1])
+    return {"match": float(last is not None and last == value(answer))}
+
+
 def match_stated(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """1 where the answer that the text states is an accepted one."""
     return {"match": float(stated(results[0], doc["answers"]))}
@@ -193,6 +211,7 @@ TEXT_MATCHES = {
     "contains": match_inside,
     "exact": match_exactly,
     "number": match_number,
+    "last": match_last,
     "stated": match_stated,
 }
 """Plain functions each: lm-eval records the rule of a task by its source."""

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import StrictUndefined, Undefined
 from jinja2.exceptions import TemplateError
@@ -16,8 +16,7 @@ from shoal.abilities.item import digest
 from shoal.abilities.matching import LETTERS
 from shoal.errors import UserError
 
-if TYPE_CHECKING:
-    from .data_sets import Part
+from .data_sets import Part
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.eval.tasks.names import made_tasks, task_folders
+from shoal.eval.tasks.names import described_tasks, task_folders
 from shoal.task_words import task_words
 
 
@@ -47,6 +47,6 @@ def test_the_protocol_and_an_unusual_metric_are_said_where_the_name_does_not() -
 
 
 def test_no_two_described_tasks_have_the_same_words() -> None:
-    tasks, _ = made_tasks(task_folders(None))
+    tasks, _ = described_tasks(task_folders(None))
     words = {task_words(task, ability=part.data.ability, protocol=how) for task, (part, how) in tasks.items()}
     assert len(words) == len(tasks) > 100

@@ -407,10 +407,6 @@ def read(source: str, **found: int) -> dict:
 def test_overlap_of_training_and_evaluation_is_stated(
     tmp_path: Path, data: dict, tasks: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("retrieval_continuation", "retrieval_generation", "reasoning_generation"):
-        (tmp_path / "tasks").mkdir(exist_ok=True)
-        (tmp_path / "tasks" / f"{name}.yaml").touch()
-    monkeypatch.setattr("shoal.eval.report.cautions.CONFIGS_DIR", tmp_path)
     write_run(tmp_path)
     replace(training(), data=data).write(tmp_path / "distill.json")
     if tasks:

@@ -15,11 +15,13 @@ import yaml
 from jinja2.meta import find_undeclared_variables
 from tiny import tiny_model, tiny_tokenizer
 
+from shoal.abilities.facts import RELATIONS
+from shoal.abilities.knowledge import facts_in
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
 from shoal.eval.tasks.data_sets import parts_of, read_data_sets
-from shoal.eval.tasks.load import TASKS_DIR, known_tasks, load_tasks
-from shoal.eval.tasks.names import task_names
+from shoal.eval.tasks.load import known_tasks, load_tasks
+from shoal.eval.tasks.names import TASKS_DIR, task_names
 from shoal.eval.tasks.rows import _jinja, bbh_options
 from shoal.recipe.recipe import Eval
 
@@ -122,13 +124,14 @@ def asked(name: str, folder: Path | None, number: int = 0) -> list[tuple[Any, ..
 def test_names_are_no_others_and_have_a_level_where_they_have_a_family() -> None:
     names = [name for data in DATA_SETS.values() for name in task_names(data)]
     assert len(set(names)) == len(names) > 200
-    files = {file.stem for file in TASKS_DIR.glob("*.yaml")}
-    assert not files & set(names)
+    assert len(list(TASKS_DIR.rglob("*.yaml"))) == len(DATA_SETS), "there is one way to define a task"
     assert set(names) <= known_tasks(ours_only=True)
     for data in DATA_SETS.values():
         levels = [part.level for part in parts_of(data)]
-        assert (data.family is None) == (levels[0] is None)
-        assert levels == sorted(levels, key=lambda level: level or 0)
+        families = {part.family(protocol) for part in parts_of(data) for protocol in data.protocols} - {None}
+        assert bool(families) == (levels[0] is not None)
+        if data.parts is None or data.parts.names is None:
+            assert levels == sorted(levels, key=lambda level: level or 0)
 
 
 def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -> None:
@@ -137,11 +140,12 @@ def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -
         tasks = {protocol: load(f"{part.name}_{protocol}", None) for protocol in data.protocols}
         ids = {tuple(task.eval_docs["id"]) for task in tasks.values()}
         assert len(ids) == 1
-        assert len(set(ids.pop())) == 200
+        assert len(set(ids.pop())) == data.num_items or 200
         for protocol, task in tasks.items():
             described = task.config.metadata
-            assert described["family"] == data.family
-            assert described["level"] == part.value
+            family = part.family(protocol)
+            told = (described.get("family"), described.get("level"))
+            assert told == (family, None if family is None else part.value)
             first = requests(task, task.eval_docs[0])
             assert not first[0][0].endswith(" ")
             assert (task.OUTPUT_TYPE == "generate_until") == (protocol == "generation")
@@ -177,6 +181,10 @@ def test_written_answers_have_the_chance_of_a_guesser_who_takes_what_the_prompt_
         assert doc["answers"][0] in named
     for name in ("nested_arithmetic_k2", "nested_arithmetic_written_k2", "needles_asked_2of8"):
         assert load(f"{name}_generation", None).config.metadata["chance"] == 0
+
+
+def test_all_facts_there_are_are_asked() -> None:
+    assert DATA_SETS["knowledge"].num_items == sum(len(facts_in("eval", relation)) for relation in RELATIONS)
 
 
 def test_chance_is_no_matter_of_likelihoods() -> None:
@@ -497,7 +505,7 @@ def test_a_close_name_is_offered_for_a_misspelt_task(monkeypatch: pytest.MonkeyP
         ("state_traking_k4_generation", r"did you mean 'state_tracking_k4_generation'\?$"),
         (
             "knowledge",
-            "; shoal asks it as knowledge_continuation, .*_generation, .*, all in the group knowledge_suite$",
+            "; shoal asks it as knowledge_continuation, .*_generation, .*, all in the group shoal_knowledge$",
         ),
         (
             "state_tracking",
@@ -578,6 +586,19 @@ def test_the_readme_names_every_file_of_a_data_dir() -> None:
         (("about: mine", "chance: 1.5\nabout: mine"), r"chance is '1.5'; give"),
         (("about: mine", "protocols: [continuation]\nchance: 0.5\nabout: mine"), r"chance is that of written answers"),
         (("about: mine", "family: x\nabout: mine"), r"family needs parts whose values are numbers"),
+        (
+            ("about: mine", "under: {worked: {num_fewshot: 1}}\nabout: mine"),
+            r"under names worked, which protocols",
+        ),
+        (
+            ("about: mine", "under: {generation: {fmily: x}}\nabout: mine"),
+            r"under.generation.fmily: .* 'family'\?",
+        ),
+        (("about: mine", "under: {generation: {family: x}}\nabout: mine"), r"family needs parts whose values are num"),
+        (
+            ("about: mine", "parts: {values: [1, 2], names: [x]}\nabout: mine"),
+            r"names has 1 entries for 2 values",
+        ),
         (("about: mine", "about: [}"), r"own.yaml: is not valid YAML"),
         (("options: choices\nanswer: gold", "answers: gold"), r"the protocol loglikelihood needs options"),
         (("about: mine", "protocols: [rolling]\nabout: mine"), r"the protocol rolling needs page"),

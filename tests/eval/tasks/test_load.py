@@ -1,7 +1,9 @@
-"""shoal's task files ask what they should, match answers as they should, and others can be named beside them."""
+"""shoal's own tasks ask what they should, match answers as they should, and others can be named beside them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -10,13 +12,44 @@ from typing import Any
 
 import pytest
 
-from shoal.configs.tasks import items as task_items
+from shoal.abilities.matching import lettered_prompt, letters_of
 from shoal.errors import UserError
-from shoal.eval.tasks import load as loading
+from shoal.eval.tasks import documents
 from shoal.eval.tasks import names as naming
-from shoal.eval.tasks.load import TASKS_DIR, load_tasks
+from shoal.eval.tasks.load import load_tasks
+from shoal.eval.tasks.protocols import match_last, match_start
 
-NAMES = sorted(file.stem for file in TASKS_DIR.glob("*.yaml") if not file.stem.startswith("_"))
+ASKED = {
+    "knowledge_continuation": "bf34bc407e61c02b",
+    "knowledge_generation": "ef4a6a089309f334",
+    "knowledge_loglikelihood": "a732c96cbe3b55b8",
+    "reasoning_1step_continuation": "7edd4d57d8486364",
+    "reasoning_1step_worked": "a4c2635a281092f9",
+    "reasoning_4steps_continuation": "3ac3c972c95ffaec",
+    "reasoning_4steps_worked": "4f64e54c5725ca68",
+    "reasoning_6steps_continuation": "836c559925bfe34c",
+    "reasoning_6steps_worked": "f0b4f1f2f4caf6a3",
+    "reasoning_continuation": "66654b891ec6f0bd",
+    "reasoning_generation": "017569cd9f9554ca",
+    "reasoning_loglikelihood": "2f8f3ba33d406202",
+    "reasoning_worked": "9e03aaadc7da3403",
+    "retrieval_20pairs_continuation": "d6e9c51814c7b9bb",
+    "retrieval_50pairs_continuation": "22cfe4771c0d6283",
+    "retrieval_continuation": "1ceed67edeabadb9",
+    "retrieval_first_continuation": "c6b35f15ec74898c",
+    "retrieval_generation": "41e7af6a2acc6262",
+    "retrieval_last_continuation": "d2dff7bb5b1931e7",
+    "retrieval_loglikelihood": "193d2d07966170ad",
+    "retrieval_middle_continuation": "51f026e8225815e4",
+    "retrieval_uuid_continuation": "7883c5fc9fefd317",
+    "retrieval_uuid_generation": "c8b54a723e632f3b",
+    "retrieval_uuid_loglikelihood": "e46c542dca0cc3a6",
+}
+"""Group shoal and its relatives -> hash of all that 20 of their items ask and expect, and what scores are called.
+
+Never changed since the first version, so that scores of all versions can be compared.
+"""
+FIRST_ITEMS = 20
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 OWN_TASK = """\
 task: {name}
@@ -34,30 +67,69 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def every_task() -> dict[str, Any]:
-    return load_tasks(NAMES)
+    return load_tasks(tuple(ASKED))
+
+
+@pytest.fixture(scope="module")
+def with_examples() -> dict[str, Any]:
+    return load_tasks(tuple(ASKED), num_fewshot=2)
 
 
 def prompt(task: Any) -> str:
     return task.fewshot_context(task.eval_docs[0], task.config.num_fewshot)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_task_file_is_complete(name: str, every_task: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ASKED)
+def test_every_task_of_our_own_is_complete(name: str, every_task: dict[str, Any]) -> None:
     task = every_task[name]
     described = task.config.metadata
-    assert {"version", "ability", "protocol", "chance", "metric"} <= described.keys()
+    assert {"version", "ability", "protocol", "metric"} <= described.keys()
     assert name.startswith(described["ability"])
     assert len(task.eval_docs) >= 200
     assert len(set(task.eval_docs["id"])) == len(task.eval_docs)
-    assert not set(task.eval_docs["id"]) & set(task.dataset["train"]["id"])
+    assert not set(task.eval_docs["id"]) & set(task.dataset["examples"]["id"])
     assert ("family" in described) == ("level" in described)
     assert not prompt(task).endswith(" ")
     if task.OUTPUT_TYPE == "multiple_choice":
         for doc in list(task.eval_docs)[:20]:
             choices = task.doc_to_choice(doc)
-            assert described["chance"] == 1 / len(choices)
-            assert all(choice[0] == " " for choice in choices)
+            assert len(choices) == 4
             assert 0 <= task.doc_to_target(doc) < len(choices)
+
+
+def first_items(task: Any) -> list[list[Any]]:
+    """Of the first items: identity, requests with prompts and settings of writing, expected answer, question."""
+    items = []
+    for number, doc in enumerate(list(task.eval_docs)[:FIRST_ITEMS]):
+        shown = task.fewshot_context(doc, int(task.config.num_fewshot or 0))
+        requests = task.construct_requests(doc, shown, metadata=(task.task_name, number, 1))
+        target = task.doc_to_target(doc)
+        if task.OUTPUT_TYPE == "multiple_choice":
+            target = task.doc_to_choice(doc)[target]
+        arguments = [request.args for request in (requests if isinstance(requests, list) else [requests])]
+        items.append([doc["id"], arguments, target.strip(), task.doc_to_text(doc)])
+    return items
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_our_own_tasks_ask_has_never_changed(
+    name: str, every_task: dict[str, Any], with_examples: dict[str, Any]
+) -> None:
+    task = every_task[name]
+    described = task.config.metadata
+    metric = described["metric"].removesuffix("_per_token")
+    options = 4 if task.OUTPUT_TYPE == "multiple_choice" else 0
+    content = [
+        first_items(task),
+        first_items(with_examples[name]),
+        *(described.get(key) for key in ("ability", "protocol", "metric", "family", "level")),
+        1 / options if options else described["chance"],
+        task.higher_is_better()[metric],
+        str(task.VERSION),
+        task.config.num_fewshot,
+        len(task.eval_docs),
+    ]
+    assert hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16] == ASKED[name]
 
 
 def test_protocols_of_an_ability_ask_the_same_items(every_task: dict[str, Any]) -> None:
@@ -69,8 +141,8 @@ def test_protocols_of_an_ability_ask_the_same_items(every_task: dict[str, Any]) 
 def test_lettered_prompt_is_as_intended() -> None:
     doc = {"question": "What is the capital of Peru?", "options": [" Lima", " Oslo", " Rome", " Bern"]}
     expected = "What is the capital of Peru?\nA. Lima\nB. Oslo\nC. Rome\nD. Bern\nAnswer:"
-    assert task_items.lettered_text(doc) == expected
-    assert task_items.letters(doc) == [" A", " B", " C", " D"]
+    assert lettered_prompt(doc) == expected
+    assert letters_of(doc) == ["A", "B", "C", "D"]
 
 
 def test_continuation_prompt_is_the_items_own(every_task: dict[str, Any]) -> None:
@@ -78,14 +150,14 @@ def test_continuation_prompt_is_the_items_own(every_task: dict[str, Any]) -> Non
     doc = task.eval_docs[0]
     assert prompt(task) == doc["context"]
     requests = task.construct_requests(doc, prompt(task), metadata=("t", 0, 1))
-    assert [request.args for request in requests] == [(doc["context"], option) for option in doc["options"]]
+    assert [request.args for request in requests] == [(doc["context"], f" {option}") for option in doc["options"]]
 
 
 def test_written_reasoning_is_shown_three_training_examples(every_task: dict[str, Any]) -> None:
     task = every_task["reasoning_generation"]
     shown = prompt(task).split("\n\n")
-    examples = list(task.dataset["train"])[:3]
-    assert shown[:3] == [doc["context"] + doc["gold"] for doc in examples]
+    examples = list(task.dataset["examples"])[:3]
+    assert shown[:3] == [f"{doc['context']} {doc['worked']}" for doc in examples]
     assert shown[3] == task.eval_docs[0]["context"]
 
 
@@ -104,27 +176,32 @@ def test_written_reasoning_is_shown_three_training_examples(every_task: dict[str
         (" the city\nParis", "Paris", False),
     ],
 )
-def test_first_answer(written: str, final: str, right: bool) -> None:
-    assert task_items.first_answer({"final": final}, [written]) == {"match": float(right)}
+def test_the_answer_at_the_start_of_the_first_line_counts(written: str, final: str, right: bool) -> None:
+    assert match_start({"answers": [final]}, [written]) == {"match": float(right)}
 
 
 @pytest.mark.parametrize(
-    ("kind", "written", "final", "right"),
+    ("written", "final", "right"),
     [
-        ("arithmetic", " 3 + 4 = 7. The answer is 7.", "7", True),
-        ("arithmetic", " The answer is 17.", "7", False),
-        ("arithmetic", " 7 apples, then 8", "7", False),
-        ("arithmetic", " none", "7", False),
-        ("arithmetic", " The answer is 1.7.", "7", False),
-        ("arithmetic", " so 3/7", "7", False),
-        ("arithmetic", " 10 - 3 = 7", "7", True),
-        ("order", " Adam is taller than Alice. So Alice is the shortest.", "Adam", False),
-        ("order", " Adam is taller than Alice. Adam is the tallest.", "Adam", True),
-        ("state", " So the ball is in the kitchen.\nThe ball is in the tent.", "kitchen", True),
+        (" 3 + 4 = 7. The answer is 7.", "7", True),
+        (" The answer is 17.", "7", False),
+        (" 7 apples, then 8", "7", False),
+        (" none", "7", False),
+        (" The answer is 1.7.", "7", False),
+        (" so 3/7", "7", False),
+        (" so 2^7", "7", False),
+        (" 10 - 3 = 7", "7", True),
+        (" Adam is taller than Alice. So Alice is the shortest.", "Adam", False),
+        (" Adam is taller than Alice. Adam is the tallest.", "Adam", True),
+        (" Adam has 3 apples.", "Adam", True),
+        (" nobody", "Adam", False),
+        (" So the ball is in the kitchen.\nThe ball is in the tent.", "kitchen", True),
+        (" Adam puts it from the kitchen into the tent.", "kitchen", False),
+        (" so 2^4", "cat", False),
     ],
 )
-def test_final_answer(kind: str, written: str, final: str, right: bool) -> None:
-    assert task_items.final_answer({"kind": kind, "final": final}, [written]) == {"match": float(right)}
+def test_the_last_number_name_or_place_of_the_first_line_counts(written: str, final: str, right: bool) -> None:
+    assert match_last({"answers": [final]}, [written]) == {"match": float(right)}
 
 
 def test_groups_expand_in_one_order() -> None:
@@ -135,6 +212,11 @@ def test_groups_expand_in_one_order() -> None:
         "knowledge_loglikelihood",
         "retrieval_uuid_generation",
     ]
+    groups = ("shoal", "shoal_retrieval", "shoal_knowledge", "shoal_reasoning", "shoal_retrieval_uuid")
+    groups += ("shoal_retrieval_pairs", "shoal_retrieval_position", "shoal_reasoning_steps")
+    _, tags = naming.described_tasks(naming.task_folders(None))
+    assert [len(tags[group]) for group in groups] == [10, 11, 3, 10, 3, 2, 3, 6]
+    assert {task for group in groups for task in tags[group]} == set(ASKED)
 
 
 def test_own_tasks_load_without_reading_lm_evals_collection() -> None:
@@ -273,9 +355,7 @@ def test_a_local_folder_of_real_data_can_be_named(tmp_path: Path) -> None:
     assert task.doc_to_choice(doc)[task.doc_to_target(doc)]
 
 
-def test_a_defect_of_our_own_task_keeps_its_traceback(tmp_path: Path) -> None:
-    (tmp_path / "own.yaml").write_text(OWN_TASK.format(name="own", data=tmp_path / "nothing.jsonl"))
-    manager = loading._manager_that_knows(["own"], (TASKS_DIR, tmp_path))
-    assert loading._is_ours(manager, "knowledge_continuation")
-    assert loading._is_ours(manager, "shoal_retrieval")
-    assert not loading._is_ours(manager, "own")
+def test_a_defect_of_our_own_task_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_generated", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        load_tasks(["shoal_knowledge"])
