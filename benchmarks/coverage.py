@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from shoal.artifacts.artifact import ItemScore, TaskScore
-from shoal.artifacts.importance import Estimate, Unit
+from shoal.artifacts.importance import Estimate
 from shoal.atomic_files import write_json
 from shoal.compress.sweeps.table import sweep_table
 from shoal.eval.harness.rates import rate_difference, with_rates
+from shoal.recipe.edits import Component
 from shoal.stats.paired import bootstrap_mean, interval, paired, retention, retention_gap
 
 Array = NDArray[np.float64]
@@ -129,7 +130,7 @@ def coverage(
     for _ in range(data_sets):
         scores_NK = draw()
         tasks = [_task(column, chance, higher_is_better) for column in scores_NK.T]
-        units = [Unit((layer,), "mlp") for layer in range(len(change_L))]
+        units = [Component((layer,), "mlp") for layer in range(len(change_L))]
         (column,) = sweep_table("mlp", units, tasks[:1], [[task] for task in tasks[1:]]).columns
         changes_L += [holds(effect.change, truth) for effect, truth in zip(column.effects, change_L, strict=True)]
         if kept_L is not None and not column.no_retention:

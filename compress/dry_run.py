@@ -16,7 +16,7 @@ from shoal.machine import free_disk
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
 from shoal.models.load import load_config, text_config
-from shoal.recipe.edits import Merge, Replace, in_words
+from shoal.recipe.edits import in_words, removed_layers
 from shoal.recipe.recipe import Target
 
 from .apply import refuse_own_code
@@ -118,8 +118,8 @@ def _about(folder: Path, config: Any, plan: PruningPlan, keep: Sequence[int], dt
         f"why:     {plan.reason}",
     ]
     for edit in plan.edits:
-        free = not isinstance(edit, Merge | Replace)
-        lines.append(f"edit:    {in_words(edit)}" + (f" ({CHANGES_WEIGHTS_ONLY})" if free else ""))
+        note = "" if removed_layers([edit]) else f" ({CHANGES_WEIGHTS_ONLY})"
+        lines.append(f"edit:    {in_words(edit)}{note}")
     return lines
 
 

@@ -23,23 +23,12 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import read_shards
 from shoal.models.cost import dtype_to_run, model_without_data
 from shoal.models.load import load_config, num_parameters
-from shoal.recipe.edits import (
-    ZEROED_WEIGHTS,
-    Edit,
-    HeadMask,
-    KvGroupMask,
-    Merge,
-    Replace,
-    SkipAttention,
-    SkipMlp,
-    Swap,
-    edited_layers,
-)
+from shoal.recipe.edits import ZEROED_WEIGHTS, Edit, Merge, Replace, Swap, components, edited_layers
 from shoal.runtime import device
 
 from ..surgery.cut_model import cut_model, skipped
 from ..surgery.quantised import without_quantization
-from .masks import attention_skipped, heads_masked, kv_groups_masked, mlp_skipped
+from .layer_edits import in_force, layer_edits, zero_for_good
 from .merging import (
     check_run,
     merged_layer,
@@ -50,7 +39,7 @@ from .merging import (
 )
 from .replacement import train_replacement
 from .swapping import refuse_unswappable, swapped
-from .zeroing import unsaved_parameters, zero_attention, zero_heads, zero_kv_groups, zero_mlp
+from .zeroing import unsaved_parameters
 
 log = logging.getLogger(__name__)
 
@@ -119,15 +108,15 @@ def materials(
     """
     if any(isinstance(edit, Replace) for edit in plan.edits):
         cut_model(teacher, plan.drop, share=True)  # a cut that is impossible is refused before anything is trained
-    made: dict[int, Mapping[str, Tensor]] = {}
+    layers: dict[int, Mapping[str, Tensor]] = {}
     with _swaps(teacher, plan, donors):
         for edit in plan.edits:
             first = edited_layers(edit)[0]
             if isinstance(edit, Merge):
-                made[first] = merged_layer(teacher, first, len(edit.layers), method=edit.method, weights=edit.weights)
+                layers[first] = merged_layer(teacher, first, len(edit.layers), method=edit.method, weights=edit.weights)
             elif isinstance(edit, Replace):
-                made[first] = _trained(teacher, edit, tokenizer, seed=seed)
-    return Materials(donors, made)
+                layers[first] = _trained(teacher, edit, tokenizer, seed=seed)
+    return Materials(donors, layers)
 
 
 def _trained(teacher: Any, edit: Replace, tokenizer: Any, *, seed: int) -> dict[str, Tensor]:
@@ -141,51 +130,34 @@ def _trained(teacher: Any, edit: Replace, tokenizer: Any, *, seed: int) -> dict[
 
 
 @contextmanager
-def edited(teacher: PreTrainedModel, plan: PruningPlan, made: Materials) -> Iterator[PreTrainedModel]:
+def edited(teacher: PreTrainedModel, plan: PruningPlan, new_weights: Materials) -> Iterator[PreTrainedModel]:
     """``teacher`` with everything that ``plan`` does to it in force, until the block ends."""
     with ExitStack() as stack:
-        stack.enter_context(_swaps(teacher, plan, made.donors))
-        stack.enter_context(tensors_in_place(teacher, made.layers))
-        for edit in plan.edits:
-            match edit:
-                case SkipAttention():
-                    stack.enter_context(attention_skipped(teacher, edit.layers))
-                case SkipMlp():
-                    stack.enter_context(mlp_skipped(teacher, edit.layers))
-                case HeadMask():
-                    stack.enter_context(heads_masked(teacher, {edit.layer: edit.heads}))
-                case KvGroupMask():
-                    stack.enter_context(kv_groups_masked(teacher, {edit.layer: edit.groups}))
+        stack.enter_context(_swaps(teacher, plan, new_weights.donors))
+        stack.enter_context(tensors_in_place(teacher, new_weights.layers))
+        stack.enter_context(in_force(teacher, layer_edits(components(plan.edits), teacher)))
         stack.enter_context(skipped(teacher, plan.drop))
         yield teacher
 
 
-def edited_student(teacher: PreTrainedModel, plan: PruningPlan, made: Materials) -> PreTrainedModel:
+def edited_student(teacher: PreTrainedModel, plan: PruningPlan, new_weights: Materials) -> PreTrainedModel:
     """A new model that is ``teacher`` after ``plan``; the two share what was not changed.
 
     Raises:
         UserError: a cut or an edit that the architecture cannot express.
     """
-    with _swaps(teacher, plan, made.donors):
-        student = with_layers(teacher, plan.drop, made.layers, share=True)
+    with _swaps(teacher, plan, new_weights.donors):
+        student = with_layers(teacher, plan.drop, new_weights.layers, share=True)
     place = {old: new for new, old in enumerate(plan.keep)}
     # of an edited teacher's zeros those are left that no swap, merge or training has filled
     zeroed = [
         name for name in getattr(student.config, ZEROED_WEIGHTS, None) or () if not student.get_parameter(name).all()
     ]
-    for edit in plan.edits:
-        match edit:
-            case SkipAttention():
-                zeroed += zero_attention(student, [place[layer] for layer in edit.layers])
-            case SkipMlp():
-                zeroed += zero_mlp(student, [place[layer] for layer in edit.layers])
-            case HeadMask():
-                zeroed += zero_heads(student, place[edit.layer], edit.heads)
-            case KvGroupMask():
-                zeroed += zero_kv_groups(student, place[edit.layer], edit.groups)
+    edits = layer_edits(components(plan.edits), teacher)
+    zeroed += zero_for_good(student, [(place[layer], edit) for layer, edit in edits])
     if zeroed or hasattr(student.config, ZEROED_WEIGHTS):
         setattr(student.config, ZEROED_WEIGHTS, sorted(set(zeroed)))
-    if unsaved := unsaved_parameters(teacher, plan.edits):
+    if unsaved := unsaved_parameters(teacher, edits):
         log.warning(
             "prune: %s parameters (%.1f %% of the student) only calculate zeros now; they stay in the file and are "
             "still computed, so skips and masks save neither memory nor time",

@@ -2,13 +2,14 @@
 
 Hooks replace what the sublayer writes. No weight is copied or changed, and everything is undone when the block ends.
 
-B batch, S sequence, H query heads, d size of a head.
+B batch, S sequence, R rows with an edit, H query heads, d size of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,17 +19,17 @@ from transformers import PreTrainedModel
 
 from shoal.data.sources import PackedRows
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_body, decoder_layers
+from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, with_state
 from shoal.models.document_masks import documents_apart
 
-from .sublayers import Sublayers, probing, silence, sublayers, where
+from .sublayers import Sublayers, probing, silence, silent_output, sublayers, where
 
 Half = Literal["attention", "mlp"]
 Replacement = Literal["zero", "mean", "resample"]
 
 
 @contextmanager
-def attention_skipped(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[PreTrainedModel]:
+def attention_skipped(model: PreTrainedModel, layers: Collection[int]) -> Iterator[PreTrainedModel]:
     """``model`` with the attention (or what mixes tokens in its place) of ``layers`` adding nothing to the residual
     stream, until the block ends. It still runs, because a KV cache counts on every layer's slot.
 
@@ -40,7 +41,7 @@ def attention_skipped(model: PreTrainedModel, layers: Sequence[int]) -> Iterator
 
 
 @contextmanager
-def mlp_skipped(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[PreTrainedModel]:
+def mlp_skipped(model: PreTrainedModel, layers: Collection[int]) -> Iterator[PreTrainedModel]:
     """``model`` with the MLP or mixture of experts of ``layers`` adding nothing, until the block ends.
 
     Raises:
@@ -153,13 +154,85 @@ def head_means(
 
 
 @contextmanager
-def _silenced(model: PreTrainedModel, layers: Sequence[int], half: Half) -> Iterator[None]:
+def _silenced(model: PreTrainedModel, layers: Collection[int], half: Half) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in layers:
             found = with_halves(model, layer)
             for name in getattr(found, half):
                 stack.enter_context(silence(decoder_layers(model)[layer].get_submodule(name)))
         yield
+
+
+@dataclass
+class RowsOfBatch:
+    """The rows for which an edit holds in the next forward. Hooks read it, and whoever runs the model sets it."""
+
+    rows_R: Tensor
+    """Their indices, int64, on the model's device."""
+    num_rows: int
+    """B"""
+
+
+def layer_skipped_on_rows(
+    model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch
+) -> Iterator[RemovableHandle]:
+    """Hooks that let ``layer`` pass its input on in some rows of the batch."""
+    inputs: list[Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # indexing copies, as it must: some layers write into their input
+        inputs[:] = [given_state(args, kwargs)[rows.rows_R]]
+
+    def pass_on(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        return _with_rows(output, rows, inputs[0])
+
+    module = decoder_layers(model)[layer]
+    yield module.register_forward_pre_hook(remember, with_kwargs=True)
+    yield module.register_forward_hook(pass_on)
+
+
+def half_silenced_on_rows(
+    half: Half, model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch
+) -> Iterator[RemovableHandle]:
+    """Hooks that let one half of ``layer`` add nothing in some rows of the batch."""
+
+    def silencing(module: nn.Module) -> Any:
+        def silence_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            silent = silent_output(module, args, kwargs, output)
+            # experts may return all tokens in one dimension (B * S, D): one row of this is all of a row's tokens
+            return _with_rows(output, rows, silent.reshape(rows.num_rows, -1)[rows.rows_R])
+
+        return silence_rows
+
+    for name in getattr(with_halves(model, layer), half):
+        module = decoder_layers(model)[layer].get_submodule(name)
+        yield module.register_forward_hook(silencing(module), with_kwargs=True)
+
+
+def heads_masked_on_rows(
+    model: PreTrainedModel, layer: int, heads: Sequence[int], rows: RowsOfBatch
+) -> Iterator[RemovableHandle]:
+    """Hooks that put zeros in the place of the contexts of ``heads`` in some rows of the batch."""
+    halves = with_heads(model, layer)
+
+    def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        context = args[0].clone()
+        context_BSHd = context.unflatten(-1, (halves.num_heads, -1))
+        # one head at a time: two index lists side by side would be paired, not crossed
+        for head in heads:
+            context_BSHd[rows.rows_R, ..., head, :] = 0
+        return (context, *args[1:])
+
+    yield decoder_layers(model)[layer].get_submodule(halves.projection).register_forward_pre_hook(mask)
+
+
+def _with_rows(output: Any, rows: RowsOfBatch, values: Tensor) -> Any:
+    """``output`` of a module with the states of some rows replaced by ``values``, whose first dimension is R."""
+    if not len(rows.rows_R):
+        return output
+    changed = state_of(output).clone()
+    changed.view(rows.num_rows, -1)[rows.rows_R] = values.reshape(len(rows.rows_R), -1)
+    return with_state(output, changed)
 
 
 def with_halves(model: PreTrainedModel, layer: int) -> Sublayers:

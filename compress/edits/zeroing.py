@@ -8,7 +8,7 @@ H query heads, d size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,9 +19,9 @@ from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
-from shoal.recipe.edits import Edit, HeadMask, KvGroupMask, SkipAttention, SkipMlp
+from shoal.recipe.edits import LayerEdit
 
-from .masks import Half, checked, heads_of_groups, with_halves, with_heads
+from .masks import Half, checked, with_halves, with_heads
 from .merging import put_tensors
 from .sublayers import Sublayers, adds_something, probe_ids, probing, sublayers, where
 
@@ -35,7 +35,7 @@ OUTPUT_BIASES = ("bias", "experts.bias")
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def zero_attention(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
+def zero_attention(model: PreTrainedModel, layers: Collection[int]) -> list[str]:
     """Let the attention of ``layers`` add nothing for good; returns the names of the parameters that became zero.
 
     They are new tensors: what ``model`` shares with its teacher stays as it is there. A context or expert that is not
@@ -48,14 +48,14 @@ def zero_attention(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
     return _zero_halves(model, layers, "attention")
 
 
-def zero_mlp(model: PreTrainedModel, layers: Sequence[int]) -> list[str]:
+def zero_mlp(model: PreTrainedModel, layers: Collection[int]) -> list[str]:
     """Let the MLP or mixture of experts of ``layers`` add nothing for good; the rest is as with zero_attention."""
     return _zero_halves(model, layers, "mlp")
 
 
 @torch.no_grad()
-def zero_heads(model: PreTrainedModel, layer: int, heads: Sequence[int]) -> list[str]:
-    """Zero what the output projection reads from single query ``heads``; returns the names of the changed parameters.
+def zero_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> list[str]:
+    """Zero what output projections read from single query heads (layer -> heads); the names of the changed parameters.
 
     A bias of the projection stays: it belongs to no head.
 
@@ -63,30 +63,25 @@ def zero_heads(model: PreTrainedModel, layer: int, heads: Sequence[int]) -> list
         UserError: an index that is no layer or no head, a layer whose heads cannot be masked alone, or a projection
             that is quantised or that other layers use too.
     """
-    found = with_heads(model, layer)
-    chosen = checked(heads, found.num_heads, f"{where(model, layer)}: head")
-    projection = decoder_layers(model)[layer].get_submodule(found.projection)
-    name = f"{_name_of(model, layer)}.{found.projection}.weight"
-    _refuse_unzeroable(model, [name])
-    weight = model.get_parameter(name).detach().clone()
-    inputs_dim = 0 if isinstance(projection, Conv1D) else 1
-    weight.unflatten(inputs_dim, (found.num_heads, -1)).index_fill_(
-        inputs_dim, torch.tensor(chosen, device=weight.device), 0
-    )
-    put_tensors(model, {name: weight}, where="zero_heads")
-    return [name]
+    masked: dict[str, Tensor] = {}
+    for layer, named in heads.items():
+        halves = with_heads(model, layer)
+        chosen = checked(named, halves.num_heads, f"{where(model, layer)}: head")
+        projection = decoder_layers(model)[layer].get_submodule(halves.projection)
+        name = f"{_name_of(model, layer)}.{halves.projection}.weight"
+        _refuse_unzeroable(model, [name])
+        weight = model.get_parameter(name).detach().clone()
+        # (D, H * d) of a linear map, (H * d, D) of GPT-2's
+        inputs_dim = 0 if isinstance(projection, Conv1D) else 1
+        weight.unflatten(inputs_dim, (halves.num_heads, -1)).index_fill_(
+            inputs_dim, torch.tensor(chosen, device=weight.device), 0
+        )
+        masked[name] = weight
+    put_tensors(model, masked, where="zero_heads")
+    return list(masked)
 
 
-def zero_kv_groups(model: PreTrainedModel, layer: int, groups: Sequence[int]) -> list[str]:
-    """zero_heads for all query heads that read the key-value heads ``groups``.
-
-    Raises:
-        UserError: as zero_heads does.
-    """
-    return zero_heads(model, layer, heads_of_groups(model, layer, groups))
-
-
-def unsaved_parameters(model: PreTrainedModel, edits: Sequence[Edit]) -> int:
+def unsaved_parameters(model: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> int:
     """Parameters of ``model`` that no longer matter after ``edits`` but stay in the file and are still computed with.
 
     All of a skipped attention or MLP; of a masked head its share of the output projection. Layers are ``model``'s.
@@ -94,30 +89,25 @@ def unsaved_parameters(model: PreTrainedModel, edits: Sequence[Edit]) -> int:
     Raises:
         UserError: as the operators do.
     """
-    idle: dict[int, int] = {}
-    heads: dict[int, set[int]] = {}
-    for edit in edits:
-        if isinstance(edit, SkipAttention | SkipMlp):
-            for layer in edit.layers:
-                found = with_halves(model, layer)
-                names = found.attention if isinstance(edit, SkipAttention) else found.mlp_holders
-                modules = [decoder_layers(model)[layer].get_submodule(name) for name in names]
-                idle |= {id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}
-        elif isinstance(edit, HeadMask):
-            found = with_heads(model, edit.layer)
-            heads.setdefault(edit.layer, set()).update(checked(edit.heads, found.num_heads, "head"))
-        elif isinstance(edit, KvGroupMask):
-            heads.setdefault(edit.layer, set()).update(heads_of_groups(model, edit.layer, edit.groups))
-    for layer, masked in heads.items():
-        found = with_heads(model, layer)
-        weight = decoder_layers(model)[layer].get_submodule(found.projection).weight
-        assert isinstance(weight, Tensor)
-        idle.setdefault(id(weight), weight.numel() * len(masked) // found.num_heads)
-    return sum(idle.values())
+    whole: dict[int, int] = {}  # by id: a parameter that several modules use is idle once
+    shares: dict[int, int] = {}
+    for layer, edit in edits:
+        module = decoder_layers(model)[layer]
+        if edit.part in ("attention", "mlp"):
+            halves = with_halves(model, layer)
+            names = halves.attention if edit.part == "attention" else halves.mlp_holders
+            parameters = (parameter for name in names for parameter in module.get_submodule(name).parameters())
+            whole |= {id(parameter): parameter.numel() for parameter in parameters}
+        elif edit.part == "head":
+            halves = with_heads(model, layer)
+            weight = module.get_submodule(halves.projection).weight
+            assert isinstance(weight, Tensor)
+            shares[id(weight)] = weight.numel() * len(edit.indices) // halves.num_heads
+    return sum((shares | whole).values())
 
 
 @torch.no_grad()
-def _zero_halves(model: PreTrainedModel, layers: Sequence[int], half: Half) -> list[str]:
+def _zero_halves(model: PreTrainedModel, layers: Collection[int], half: Half) -> list[str]:
     names: list[str] = []
     for layer in layers:
         found = with_halves(model, layer)
@@ -152,7 +142,7 @@ def _output_parameters(model: PreTrainedModel, layer: int, found: Sublayers, hal
     return names
 
 
-def _loud_layers(model: PreTrainedModel, layers: Sequence[int], half: Half) -> list[int]:
+def _loud_layers(model: PreTrainedModel, layers: Collection[int], half: Half) -> list[int]:
     """Those of ``layers`` whose half still adds something, on a few tokens."""
     loud: list[int] = []
 

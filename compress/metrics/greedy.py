@@ -1,6 +1,6 @@
-"""Greedy removal: again and again the unit goes without which the model is best, given all that is gone already.
+"""Greedy removal: again and again the component goes without which the model is best, given all that is gone already.
 
-The units are layers, their halves or heads; what "best" means is any objective of a variant: a loss for SLEB and
+The components are layers, their halves or heads; what "best" means is any objective of a variant: a loss for SLEB and
 BlockPruner, the scores of tasks for task-aware orders.
 """
 
@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from shoal.artifacts.artifact import TaskScore
-from shoal.artifacts.importance import Removal, Unit
+from shoal.artifacts.importance import Removal
 from shoal.errors import UserError
+from shoal.recipe.edits import REMOVED, Component, ComponentPart
 
-from ..variants.variants import Edit, Masked, Removed, Silenced, Variant, variant
+from ..edits.layer_edits import KINDS, layer_edits
+from ..variants.variants import Variant, variant
 from .metric import Order
 
 log = logging.getLogger(__name__)
@@ -24,22 +26,22 @@ Objective = Callable[[Sequence[Variant]], Sequence[float]]
 
 
 def greedy_order(
-    units: Sequence[Unit],
+    components: Sequence[Component],
     objective: Objective,
     *,
     num_removals: int | None = None,
     higher_is_better: bool = False,
     name: str = "greedy",
 ) -> Order:
-    """``num_removals`` of ``units`` in the order in which they go, each with the objective once it is gone.
+    """``num_removals`` of ``components`` in the order in which they go, each with the objective once it is gone.
 
-    A round scores the model without the units gone so far and without each remaining one, and takes the best for good;
-    of equal ones the first in ``units``. None removes all units but one. Units that are to stay are not listed.
+    A round scores the model without those gone so far and without each remaining one, and takes the best for good; of
+    equal ones the first in ``components``. None removes all but one. Components that are to stay are not listed.
 
     Raises:
-        UserError: fewer units than removals, a unit listed twice, or no removal asked for.
+        UserError: fewer components than removals, one listed twice, or no removal asked for.
     """
-    remaining = list(units)
+    remaining = list(components)
     if len(set(remaining)) < len(remaining):
         raise UserError(f"{name}: a unit is listed twice among {_names(remaining)}; list every unit once")
     count = len(remaining) - 1 if num_removals is None else num_removals
@@ -51,7 +53,7 @@ def greedy_order(
     order: list[Removal] = []
     for number in range(count):
         gone = [removal.unit for removal in order]
-        scores = objective([without_units([*gone, unit]) for unit in remaining])
+        scores = objective([without_components([*gone, component]) for component in remaining])
         best = (max if higher_is_better else min)(scores)
         position = list(scores).index(best)
         order.append(Removal(remaining.pop(position), best))
@@ -59,41 +61,40 @@ def greedy_order(
     return tuple(order)
 
 
-def layer_units(num_layers: int, *, protected: Collection[int] = ()) -> tuple[Unit, ...]:
+def layer_components(num_layers: int, *, protected: Collection[int] = ()) -> tuple[Component, ...]:
     """Every layer that is not ``protected``; negative numbers count from the end."""
-    return tuple(Unit((layer,)) for layer in range(num_layers) if not {layer, layer - num_layers} & set(protected))
+    free = (layer for layer in range(num_layers) if not {layer, layer - num_layers} & set(protected))
+    return tuple(Component((layer,)) for layer in free)
 
 
-def half_units(num_layers: int, *, protected: Collection[int] = ()) -> tuple[Unit, ...]:
+def half_components(num_layers: int, *, protected: Collection[int] = ()) -> tuple[Component, ...]:
     """Attention and MLP of every layer that is not ``protected``; negative numbers count from the end."""
-    layers = layer_units(num_layers, protected=protected)
-    return tuple(Unit(unit.layers, part) for unit in layers for part in ("attention", "mlp"))
+    layers = layer_components(num_layers, protected=protected)
+    return tuple(Component(layer.layers, part) for layer in layers for part in ("attention", "mlp"))
 
 
-def without_units(units: Sequence[Unit]) -> Variant:
-    """The variant without ``units``. A layer both of whose halves are gone is gone, as a plan made of them has it."""
-    parts: dict[int, set[str]] = defaultdict(set)
-    heads: dict[int, set[int]] = defaultdict(set)
-    for unit in units:
-        if unit.part not in ("layer", "attention", "mlp", "head") or (unit.part == "head") == (unit.index is None):
-            raise UserError(f"{unit.name}: no removal is known for it; there are layers, attention, mlp and heads")
-        for layer in unit.layers:
-            if unit.index is None:
-                parts[layer].add(unit.part)
-            else:
-                heads[layer].add(unit.index)
-    edits: list[tuple[int, Edit]] = []
-    for layer in parts.keys() | heads.keys():
-        if "layer" in parts[layer] or {"attention", "mlp"} <= parts[layer]:
-            edits.append((layer, Removed()))
-            continue
-        if "mlp" in parts[layer]:
-            edits.append((layer, Silenced("mlp")))
-        if "attention" in parts[layer]:
-            edits.append((layer, Silenced("attention")))
-        elif heads[layer]:
-            edits.append((layer, Masked(tuple(sorted(heads[layer])))))
-    return variant(_names(units), edits)
+def without_components(components: Sequence[Component]) -> Variant:
+    """The variant without ``components``. A layer both of whose halves are gone is gone, as a plan made of them has it.
+
+    Raises:
+        UserError: a donor, a key-value group, or an index where there is none to name.
+    """
+    for component in components:
+        kind = KINDS[component.part]
+        if kind.in_force is None or bool(kind.told_by) != (component.index is not None):
+            raise UserError(f"{component.name}: no removal is known for it; there are layers, attention, mlp and heads")
+    edits = layer_edits(components, None)
+    parts: dict[int, set[ComponentPart]] = defaultdict(set)
+    for layer, edit in edits:
+        parts[layer].add(edit.part)
+    gone = {layer for layer, taken in parts.items() if "layer" in taken or {"attention", "mlp"} <= taken}
+    # heads are a part of the attention: without it there are none to mask
+    rest = [
+        (layer, edit)
+        for layer, edit in edits
+        if layer not in gone and not (edit.part == "head" and "attention" in parts[layer])
+    ]
+    return variant(_names(components), [*((layer, REMOVED) for layer in gone), *rest])
 
 
 def task_objective(
@@ -135,5 +136,5 @@ def _weighted(scores: Sequence[TaskScore], weights: Mapping[str, float] | None) 
     return sum(weight * signed[task] for task, weight in weights.items()) / total
 
 
-def _names(units: Sequence[Unit]) -> str:
-    return ", ".join(unit.name for unit in units)
+def _names(components: Sequence[Component]) -> str:
+    return ", ".join(component.name for component in components)

@@ -14,13 +14,13 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
-from shoal.artifacts.importance import Unit
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
+from shoal.recipe.edits import Component
 
 from ..edits.sublayers import sublayers
 from ..variants.variants import INTACT, Variant, without
-from .greedy import greedy_order, half_units, layer_units
+from .greedy import greedy_order, half_components, layer_components
 from .metric import Calibration, Estimates, Layers, Metric, Need, Order, Result, Yields
 from .shapley import Absent, Game, local_shapley, present_absent
 from .variant_losses import VariantLosses
@@ -75,9 +75,9 @@ class Sleb(LossMetric):
 
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
-        units = layer_units(len(decoder_layers(model)), protected=PROTECTED)
+        layers = layer_components(len(decoder_layers(model)), protected=PROTECTED)
         return greedy_order(
-            units,
+            layers,
             lambda variants: losses(variants, what="sleb"),
             num_removals=calibration.num_drop,
             name="sleb",
@@ -85,7 +85,7 @@ class Sleb(LossMetric):
 
 
 class BlockPruner(LossMetric):
-    """As sleb, over attention and MLP of every layer as units of their own (BlockPruner, arXiv 2406.10594).
+    """As sleb, over attention and MLP of every layer as components of their own (BlockPruner, arXiv 2406.10594).
 
     Two halves go for every layer that measure.num_drop names.
     """
@@ -94,12 +94,12 @@ class BlockPruner(LossMetric):
 
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
-        units = half_units(len(decoder_layers(model)), protected=PROTECTED)
-        for unit in units:
-            if refusal := sublayers(model)[unit.layers[0]].refusal:
+        halves = half_components(len(decoder_layers(model)), protected=PROTECTED)
+        for half in halves:
+            if refusal := sublayers(model)[half.layers[0]].refusal:
                 raise UserError(f"measure.metrics: blockpruner: {refusal}; here use sleb, which removes whole layers")
         return greedy_order(
-            units,
+            halves,
             lambda variants: losses(variants, what="blockpruner"),
             num_removals=None if calibration.num_drop is None else 2 * calibration.num_drop,
             name="blockpruner",
@@ -189,7 +189,7 @@ def _game(losses: VariantLosses, what: str) -> Game:
 
 
 def _without_each(absent: Sequence[Absent]) -> list[Variant]:
-    return [without(layers, Unit(tuple(sorted(layers))).name) for layers in absent]
+    return [without(layers, Component(tuple(sorted(layers))).name) for layers in absent]
 
 
 def _logged(name: str, found: Estimates) -> Estimates:

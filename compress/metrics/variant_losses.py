@@ -20,9 +20,10 @@ from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import decoder_layers
 from shoal.progress import progress
+from shoal.recipe.edits import LayerEdits
 
 from ..variants.layerwise import Prepared
-from ..variants.variants import STATE_BYTES, Edited, Path, Variant, layerwise_or_none
+from ..variants.variants import STATE_BYTES, Edited, Variant, layerwise_or_none
 from .metric import Calibration, add_up_ranks, refuse_fault
 
 MIDDLE_BYTES = 1 << 30
@@ -52,12 +53,12 @@ class VariantLosses:
         self._edited, self._decoder = Edited(model), Decoder(model)
         self._layerwise = layerwise_or_none(model)
         self._calibration = calibration
-        self._known: dict[Path, float] = {}
+        self._known: dict[LayerEdits, float] = {}
         documents = own_documents(calibration)
         self._batches = _batches(documents, calibration.batch_size * calibration.rows.input_ids_NS.shape[1])
         num_layers = len(decoder_layers(model))
         self._below, self._above = range(num_layers // 2), range(num_layers // 2, num_layers)
-        self._middle: list[dict[Path, Tensor]] = [{} for _ in self._batches]
+        self._middle: list[dict[LayerEdits, Tensor]] = [{} for _ in self._batches]
         """By batch, then by the edits below: what the upper half of the layers was last given."""
         self._middle_bytes = 0
         count = torch.tensor(sum(len(document.tokens) - 1 for document in documents))
@@ -116,7 +117,9 @@ class VariantLosses:
                 yield number, self._layerwise.finish(states[variants[number].edits], prepared)
         self._forget(batch, {_up_to(one.edits, self._above.start) for one in variants})
 
-    def _states_at_the_middle(self, batch: int, prepared: Prepared, paths: Sequence[Path]) -> dict[Path, Tensor]:
+    def _states_at_the_middle(
+        self, batch: int, prepared: Prepared, paths: Sequence[LayerEdits]
+    ) -> dict[LayerEdits, Tensor]:
         """What the upper half of the layers gets, by the edits below; remembered as long as MIDDLE_BYTES allow."""
         known = self._middle[batch]
         wanted = dict.fromkeys(_up_to(path, self._above.start) for path in paths)
@@ -129,13 +132,13 @@ class VariantLosses:
                 self._middle_bytes += found[path].nbytes
         return states
 
-    def _forget(self, batch: int, used: Collection[Path]) -> None:
+    def _forget(self, batch: int, used: Collection[LayerEdits]) -> None:
         for path in self._middle[batch].keys() - used:
             self._middle_bytes -= self._middle[batch].pop(path).nbytes
 
     def _run(
-        self, prepared: Prepared, states: dict[Path, Tensor], layers: range, paths: Sequence[Path]
-    ) -> dict[Path, Tensor]:
+        self, prepared: Prepared, states: dict[LayerEdits, Tensor], layers: range, paths: Sequence[LayerEdits]
+    ) -> dict[LayerEdits, Tensor]:
         """The states behind ``layers`` by the edits of ``paths``, from those before, by the edits below."""
         assert self._layerwise is not None
         for layer in layers:
@@ -192,7 +195,7 @@ def _batches(documents: Sequence[Document], room: int) -> list[list[Document]]:
     return batches
 
 
-def _up_to(path: Path, layer: int) -> Path:
+def _up_to(path: LayerEdits, layer: int) -> LayerEdits:
     """The edits of layers below ``layer``."""
     return tuple(edit for edit in path if edit[0] < layer)
 

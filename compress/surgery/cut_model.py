@@ -8,7 +8,7 @@ cache slot, mixture of experts or not) is then right by construction, and compar
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int], *, share: bool = Fals
 
 
 @contextmanager
-def skipped(model: PreTrainedModel, drop: Sequence[int]) -> Iterator[PreTrainedModel]:
+def skipped(model: PreTrainedModel, drop: Collection[int]) -> Iterator[PreTrainedModel]:
     """``model`` with the layers ``drop`` passing their input on, until the block ends.
 
     The layers still run and their result is thrown away. That is not the fast way but the exact one: a KV cache
@@ -66,7 +66,7 @@ def skipped(model: PreTrainedModel, drop: Sequence[int]) -> Iterator[PreTrainedM
             handle.remove()
 
 
-def kept_layers(num_layers: int, drop: Sequence[int]) -> tuple[int, ...]:
+def kept_layers(num_layers: int, drop: Collection[int]) -> tuple[int, ...]:
     """The layers that stay, increasing.
 
     Raises:

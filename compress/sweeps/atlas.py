@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, TaskScore
-from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn, Unit
+from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGap, Sweep, SweepColumn
 from shoal.errors import UserError
+from shoal.recipe.edits import Component
 from shoal.stats.bootstrap import bias_corrected, expanded_percentiles
 from shoal.stats.intervals import Array, combined
 
@@ -38,7 +39,7 @@ def build_atlas(
     """
     if not intact:
         raise UserError("sweep: no task was scored, so there is no atlas; name some in measure.sweep.tasks")
-    units = tuple(Unit((layer,)) for layer in range(len(removed)))
+    units = tuple(Component((layer,)) for layer in range(len(removed)))
     sweep, columns = table_of("layer", units, measured("layer", units, intact, removed))
     gaps, notes = _gaps(columns)
     return Atlas(

@@ -89,7 +89,7 @@ def _measured(importance: Importance, drop: Sequence[int]) -> dict[str, Estimate
     sweep = importance.sweeps.get("cumulative")
     if sweep is None:
         return {}
-    steps = [set(unit.layers) for unit in sweep.units]
+    steps = [set(component.layers) for component in sweep.units]
     if set(drop) not in steps:
         return {}
     step = steps.index(set(drop))

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 from lm_eval.models.utils import resolve_max_length
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import TaskScore
-from shoal.artifacts.importance import Unit
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.inference.scoring import Score, Tokens
-from shoal.models.anatomy import decoder_layers, text_config
+from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
+from shoal.recipe.edits import REMOVED
 from shoal.recipe.recipe import Eval, Protocol, Sweeps
 from shoal.runtime import world_size
 
@@ -37,10 +37,10 @@ from ...eval.harness.engine import CausalLM, Writing, connect_ranks
 from ...eval.harness.item_cache import ENGINE, ItemCache, key_of
 from ...eval.harness.perplexity import perplexity, windows
 from ...eval.tasks.load import known_tasks, tasks_of
-from ..edits.masks import heads_of_groups, with_halves, with_heads
+from ..edits.layer_edits import stored_name
 from ..variants.streamed import Streaming, score_variants_streamed
 from ..variants.variant_generation import Limits, generate_variants
-from ..variants.variants import INTACT, Edited, Masked, Removed, Silenced, Swapped, Variant, score_variants, variant
+from ..variants.variants import INTACT, Edited, Variant, score_variants
 
 log = logging.getLogger(__name__)
 
@@ -52,49 +52,6 @@ TASK_NAMES: dict[Protocol, tuple[str, ...]] = {
     "generation": ("{}_generation", "{}_generative"),
 }
 """What a task is called under a protocol: shoal's own way, then lm-eval's (mmlu, mmlu_continuation, ...)."""
-
-
-def units_of(operator: str, model: PreTrainedModel, *, order: Sequence[int] = ()) -> tuple[Unit, ...]:
-    """What a sweep with ``operator`` takes out of ``model``, one after the other; ``order`` is for cumulative ones.
-
-    Raises:
-        UserError: a model whose halves or heads cannot be taken out one by one.
-    """
-    layers = range(len(decoder_layers(model)))
-    match operator:
-        case "layer" | "donor":
-            return tuple(Unit((layer,), operator) for layer in layers)
-        case "cumulative":
-            return tuple(Unit(tuple(order[:count])) for count in range(1, len(order) + 1))
-        case "attention" | "mlp":
-            for layer in layers:
-                with_halves(model, layer)
-            return tuple(Unit((layer,), operator) for layer in layers)
-        case "head":
-            counts = [with_heads(model, layer).num_heads for layer in layers]
-        case "kv_group":
-            counts = [with_heads(model, layer).num_kv_heads for layer in layers]
-        case _:
-            raise ValueError(f"no operator {operator!r}")
-    return tuple(Unit((layer,), operator, index) for layer in layers for index in range(counts[layer]))
-
-
-def variant_of(unit: Unit, model: PreTrainedModel) -> Variant:
-    """``model`` as it is without ``unit`` (of a donor: with it)."""
-    layer = unit.layers[0]
-    match unit.part:
-        case "layer":
-            return variant(unit.name, [(layer, Removed()) for layer in unit.layers])
-        case "donor":
-            return variant(unit.name, [(layer, Swapped())])
-        case "attention" | "mlp":
-            return variant(unit.name, [(layer, Silenced(unit.part))])
-        case "head":
-            assert unit.index is not None
-            return variant(unit.name, [(layer, Masked((unit.index,)))])
-        case "kv_group":
-            assert unit.index is not None
-            return variant(unit.name, [(layer, Masked(tuple(heads_of_groups(model, layer, [unit.index]))))])
 
 
 def sweep(
@@ -139,7 +96,7 @@ def sweep_by(
     tasks = tasks_of(evaluation, seed=seed)
     everything = with_intact(variants)
     lm.seed = seed
-    answered_by = fingerprint([identity, ENGINE, [repr(one.edits) for one in everything]])
+    answered_by = fingerprint([identity, ENGINE, [stored_name(one.edits) for one in everything]])
     lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
     if len(lm.items):
         log.info("sweep: goes on from %d requests that are answered already", len(lm.items))
@@ -161,7 +118,7 @@ def layer_runs(variants: Sequence[Variant], num_layers: int) -> tuple[int, int]:
     """How many layers a token passes until all variants have its final state: together, and one after the other."""
     shared = apart = 0
     for layer in range(num_layers):
-        removed = [(layer, Removed()) in one.edits for one in variants]
+        removed = [(layer, REMOVED) in one.edits for one in variants]
         through = [one.edits for one, gone in zip(variants, removed, strict=True) if not gone]
         paths = {tuple(edit for edit in edits if edit[0] <= layer) for edits in through}
         shared += len(paths)

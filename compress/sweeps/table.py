@@ -1,6 +1,6 @@
-"""From scores per item, with every unit of an operator taken out in turn, to a table with intervals and tests.
+"""From scores per item, with every component of an operator taken out in turn, to a table with intervals and tests.
 
-N items, U units, K = 1 + U columns of which the first is the intact model, R resamples.
+N items, U components, K = 1 + U columns of which the first is the intact model, R resamples.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shoal.artifacts.artifact import TaskScore
-from shoal.artifacts.importance import Effect, Estimate, Sweep, SweepColumn, Unit
+from shoal.artifacts.importance import Effect, Estimate, Sweep, SweepColumn
 from shoal.errors import UserError
+from shoal.recipe.edits import Component
 from shoal.recipe.section import LEAST_ITEMS
 from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, num_resamples, resampled_means
 from shoal.stats.intervals import Array, newcombe_paired, paired_ratio, wilson
@@ -35,7 +36,7 @@ class Measured:
     weights_N: Array
     is_binary: bool
     means_RK: Array | None
-    """Resampled means; None for 0/1 scores of units that are no single layers, which need none."""
+    """Resampled means; None for 0/1 scores of components that are no single layers, which need none."""
 
     @property
     def effective_n(self) -> float:
@@ -43,26 +44,26 @@ class Measured:
         return effective_n(self.weights_N)
 
 
-def needed_items(num_units: int) -> int:
-    """How many items a column needs, so that a unit whose removal loses every item can be told from chance at all.
+def needed_items(num_components: int) -> int:
+    """How many items a column needs, so that a component whose removal loses every item can be told from chance at all.
 
     Losing n of n items has the exact p-value 2 / 2**n, and Holm's correction multiplies the smallest by the number of
-    units.
+    components.
     """
-    return max(LEAST_ITEMS, math.ceil(math.log2(2 * num_units / ALPHA)))
+    return max(LEAST_ITEMS, math.ceil(math.log2(2 * num_components / ALPHA)))
 
 
-def require_items(task: str, n: int, num_units: int, *, weights: Sequence[float] | None = None) -> None:
+def require_items(task: str, n: int, num_components: int, *, weights: Sequence[float] | None = None) -> None:
     """Refuse a column of too few items, or of items so unequal that few of them count; worth asking before a run.
 
     Raises:
         UserError: naming the task, its items, how many are needed and where to set them.
     """
-    need = needed_items(num_units)
+    need = needed_items(num_components)
     if n < need:
         raise UserError(
-            f"task {task!r}: has {n} items, but over {num_units} removals no interval and no test can show an effect "
-            f"with fewer than {need}; raise measure.sweep.limit (or measure.sweep.perplexity_tokens for texts), "
+            f"task {task!r}: has {n} items, but over {num_components} removals no interval and no test can show an "
+            f"effect with fewer than {need}; raise measure.sweep.limit (or measure.sweep.perplexity_tokens for texts), "
             "or leave the task out"
         )
     effective = n if weights is None else effective_n(np.asarray(weights, dtype=np.float64))
@@ -75,41 +76,43 @@ def require_items(task: str, n: int, num_units: int, *, weights: Sequence[float]
 
 
 def sweep_table(
-    operator: str, units: Sequence[Unit], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
+    operator: str, components: Sequence[Component], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
 ) -> Sweep:
-    """The table of one operator: ``removed[i]`` are the scores without ``units[i]``, of the tasks of ``intact``.
+    """The table of one operator: ``removed[i]`` are the scores without ``components[i]``, of the tasks of ``intact``.
 
     Raises:
-        UserError: too few items, a unit without the scores of a task, or scores of other items or settings.
+        UserError: too few items, a component without the scores of a task, or scores of other items or settings.
     """
-    return table_of(operator, units, measured(operator, units, intact, removed))[0]
+    return table_of(operator, components, measured(operator, components, intact, removed))[0]
 
 
 def table_of(
-    operator: str, units: Sequence[Unit], columns: Sequence[tuple[Measured, Sequence[TaskScore]]]
+    operator: str, components: Sequence[Component], columns: Sequence[tuple[Measured, Sequence[TaskScore]]]
 ) -> tuple[Sweep, tuple[Measured, ...]]:
     """The table, and what it was computed from."""
     made = tuple(_column(column, variants, keep=operator == "layer") for column, variants in columns)
-    return Sweep(operator, tuple(units), made), tuple(column for column, _ in columns)
+    return Sweep(operator, tuple(components), made), tuple(column for column, _ in columns)
 
 
 def measured(
-    operator: str, units: Sequence[Unit], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
+    operator: str, components: Sequence[Component], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
 ) -> list[tuple[Measured, Sequence[TaskScore]]]:
     """Every column's scores in one matrix, checked, with the scores of its variants.
 
     Raises:
         UserError: as sweep_table does.
     """
-    if len(units) != len(removed):
-        raise ValueError(f"{len(units)} units but scores of {len(removed)} variants")
+    if len(components) != len(removed):
+        raise ValueError(f"{len(components)} components but scores of {len(removed)} variants")
     by_key: list[Mapping[tuple[str, str, str], TaskScore]] = [
         {score.key: score for score in scores} for scores in removed
     ]
     found = []
     for task in intact:
-        require_items(task.task, len(task.items), len(units), weights=[item.weight for item in task.items])
-        missing = [unit.name for unit, scores in zip(units, by_key, strict=True) if task.key not in scores]
+        require_items(task.task, len(task.items), len(components), weights=[item.weight for item in task.items])
+        missing = [
+            component.name for component, scores in zip(components, by_key, strict=True) if task.key not in scores
+        ]
         if missing:
             raise UserError(
                 f"task {task.task!r}: has no {task.protocol} score without {missing[0]}; sweep it with the other tasks"
@@ -148,16 +151,16 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
     sign = 1.0 if task.higher_is_better else -1.0
     effects = tuple(
         Effect(
-            score=scores[unit],
-            change=changes[unit],
-            relative=changes[unit].value / task.score if task.score else None,
-            retention=None if isinstance(kept, str) else kept[unit],
-            p_value=p_values[unit],
-            adjusted_p=adjusted[unit],
-            critical=adjusted[unit] < ALPHA and sign * changes[unit].value < 0,
+            score=scores[position],
+            change=changes[position],
+            relative=changes[position].value / task.score if task.score else None,
+            retention=None if isinstance(kept, str) else kept[position],
+            p_value=p_values[position],
+            adjusted_p=adjusted[position],
+            critical=adjusted[position] < ALPHA and sign * changes[position].value < 0,
             **_text_shares(variant),
         )
-        for unit, variant in enumerate(variants)
+        for position, variant in enumerate(variants)
     )
     return SweepColumn(
         task=task.task,
@@ -230,7 +233,7 @@ def _no_retention(task: TaskScore) -> str:
 
 
 def _tables(column: Measured) -> list[tuple[int, int, int, int]]:
-    """Per unit: items right both times, only without the unit, only with it, never."""
+    """Per component: items right both times, only without the component, only with it, never."""
     before_N, after_NU = column.scores_NK[:, :1], column.scores_NK[:, 1:]
     counts_4U = [
         (before_N * after_NU).sum(0),
@@ -242,7 +245,7 @@ def _tables(column: Measured) -> list[tuple[int, int, int, int]]:
 
 
 def _correlation_rows(column: Measured) -> tuple[tuple[float, ...], ...]:
-    """Lower triangle of the changes' correlations over items; 0 beside a unit that changes nothing."""
+    """Lower triangle of the changes' correlations over items; 0 beside a component that changes nothing."""
     change_NU = column.scores_NK[:, 1:] - column.scores_NK[:, :1]
     influence_NU = (change_NU - np.average(change_NU, axis=0, weights=column.weights_N)) * column.weights_N[:, None]
     covariance_UU = influence_NU.T @ influence_NU
@@ -278,7 +281,7 @@ def restricted(column: Measured, ids: Sequence[str]) -> Measured:
 
 
 def retentions(column: Measured) -> list[Estimate] | str:
-    """Retention without each unit, or why there is none."""
+    """Retention without each component, or why there is none."""
     why_not = _no_retention(column.task)
     if why_not:
         return why_not

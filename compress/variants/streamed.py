@@ -29,6 +29,7 @@ from shoal.inference.scoring import Layout, Score, Tokens, layouts, settle
 from shoal.models.anatomy import text_config
 from shoal.progress import each
 
+from ..edits.layer_edits import KINDS
 from ..edits.sublayers import prove_alone
 from ..measure import Scores, measure_importance
 from ..metrics.hidden_pass import Batch, HiddenPass, refuse_other_shape
@@ -38,7 +39,7 @@ from ..metrics.registry import METRICS
 from .layerwise import Prepared
 from .state_store import FileStore, Kept, StateStore
 from .streamed_model import StreamedLayerwise, StreamedModel
-from .variants import Edited, Masked, Silenced, States, Swapped, Variant
+from .variants import Edited, States, Variant
 
 log = logging.getLogger(__name__)
 
@@ -176,12 +177,12 @@ def score_variants_streamed(
     )
     states = [States(edited, layerwise, decoder, batch.passes, variants, store=store) for batch in batches]
     for layer in each(range(models[0].num_layers), "sweep, layer by layer", unit="layers"):
-        here = [edit for one in variants for at, edit in one.edits if at == layer]
+        parts = {edit.part for variant in variants for at, edit in variant.edits if at == layer}
         with ExitStack() as stack:
             stack.enter_context(models[0].layer(layer))
-            if any(isinstance(edit, Swapped) for edit in here):
+            if "donor" in parts:
                 stack.enter_context(models[1].layer(layer))
-            if any(isinstance(edit, Silenced | Masked) for edit in here):
+            if any(KINDS[part].is_inside for part in parts):
                 with layerwise.stand_ins(but=layer):
                     prove_alone(edited.model, layer)
             for one in states:

@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.generation import Texts, generate_greedily, write
 from shoal.inference.prefix_sharing import batches
 from shoal.inference.scoring import Pass
-from shoal.models.anatomy import decoder_layers, given_state, state_of, with_state
+from shoal.recipe.edits import REMOVED, LayerEdit
 
-from ..edits.masks import with_halves, with_heads
-from ..edits.sublayers import silent_output
-from .variants import INTACT, Edited, Masked, Removed, Silenced, States, Swapped, Variant, layerwise_or_none
+from ..edits.layer_edits import KINDS
+from ..edits.masks import RowsOfBatch
+from .variants import INTACT, Edited, States, Variant, layerwise_or_none
 
 Tokens = list[int]
 
@@ -97,7 +97,9 @@ def _together(model: PreTrainedModel, decoder: Decoder, variants: Sequence[Varia
     if not decoder.can_branch or layerwise_or_none(model) is None:
         return []
     chosen = [
-        number for number, one in enumerate(variants) if not any(isinstance(edit, Swapped) for _, edit in one.edits)
+        number
+        for number, variant in enumerate(variants)
+        if all(KINDS[edit.part].on_rows is not None for _, edit in variant.edits)
     ]
     return sorted(chosen, key=lambda number: [layer for layer, _ in variants[number].edits])
 
@@ -157,7 +159,7 @@ class _Reading:
         layerwise = layerwise_or_none(edited.model)
         assert layerwise is not None
         self._num_layers = layerwise.num_layers
-        removed = [{layer for layer, edit in one.edits if edit == Removed()} for one in variants]
+        removed = [{layer for layer, edit in one.edits if edit == REMOVED} for one in variants]
         if set.intersection(*removed):  # a layer that nobody goes through would leave no slot
             variants = [*variants, INTACT]
         self._states = States(edited, layerwise, decoder, self._passes(read), variants, keep=True)
@@ -249,73 +251,25 @@ class RowEdits:
         self._model = model
         self._variants = variants
         """Of every text."""
-        self._rows: dict[tuple[int, Any], Tensor] = {edit: torch.empty(0) for one in variants for edit in one.edits}
-        self._num_rows = 0
+        self._rows = {edit: RowsOfBatch(torch.empty(0), 0) for variant in variants for edit in variant.edits}
+        """By layer and what is done to it."""
 
     def choose(self, alive: Sequence[int]) -> None:
         """Say which texts the rows of the next forward belong to."""
-        rows: dict[tuple[int, Any], list[int]] = {edit: [] for edit in self._rows}
+        chosen: dict[tuple[int, LayerEdit], list[int]] = {edit: [] for edit in self._rows}
         for row, text in enumerate(alive):
             for edit in self._variants[text].edits:
-                rows[edit].append(row)
-        device = self._model.device
-        self._rows = {edit: torch.tensor(found, dtype=torch.long, device=device) for edit, found in rows.items()}
-        self._num_rows = len(alive)
+                chosen[edit].append(row)
+        for edit, rows in self._rows.items():
+            rows.rows_R = torch.tensor(chosen[edit], dtype=torch.long, device=self._model.device)
+            rows.num_rows = len(alive)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for layer, edit in self._rows:
-                for handle in self._handles(layer, edit):
+            for (layer, edit), rows in self._rows.items():
+                hooks = KINDS[edit.part].on_rows
+                assert hooks is not None
+                for handle in hooks(self._model, layer, edit.indices, rows):
                     stack.callback(handle.remove)
             yield
-
-    def _handles(self, layer: int, edit: Any) -> Iterator[Any]:
-        module = decoder_layers(self._model)[layer]
-        match edit:
-            case Removed():
-                given: list[Tensor] = []
-
-                def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                    hidden = given_state(args, kwargs)
-                    given[:] = [hidden[self._rows[layer, edit]]]  # a copy: some layers write into their input
-
-                def pass_on(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-                    return _with_rows(output, self._rows[layer, edit], given[0], self._num_rows)
-
-                yield module.register_forward_pre_hook(remember, with_kwargs=True)
-                yield module.register_forward_hook(pass_on)
-            case Silenced(half):
-                for name in getattr(with_halves(self._model, layer), half):
-                    yield self._silence(module.get_submodule(name), layer, edit)
-            case Masked(heads):
-                yield self._mask(layer, edit, heads)
-
-    def _silence(self, module: nn.Module, layer: int, edit: Any) -> Any:
-        def nothing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            silent, rows = silent_output(module, args, kwargs, output), self._rows[layer, edit]
-            return _with_rows(output, rows, silent.reshape(self._num_rows, -1)[rows], self._num_rows)
-
-        return module.register_forward_hook(nothing, with_kwargs=True)
-
-    def _mask(self, layer: int, edit: Any, heads: Sequence[int]) -> Any:
-        found = with_heads(self._model, layer)
-        projection = decoder_layers(self._model)[layer].get_submodule(found.projection)
-
-        def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            context = args[0].clone()
-            rows = self._rows[layer, edit]
-            for head in heads:
-                context.unflatten(-1, (found.num_heads, -1))[rows, ..., head, :] = 0
-            return (context, *args[1:])
-
-        return projection.register_forward_pre_hook(mask)
-
-
-def _with_rows(output: Any, rows: Tensor, values: Tensor, num_rows: int) -> Any:
-    """``output`` with the states of ``rows`` replaced; a mixture of experts may return all rows' tokens in one."""
-    if not len(rows):
-        return output
-    changed = state_of(output).clone()
-    changed.view(num_rows, -1)[rows] = values.reshape(len(rows), -1)
-    return with_state(output, changed)

@@ -26,10 +26,10 @@ from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.scoring import Layout, Pass, Score, Tokens, layouts, settle
 from shoal.models.anatomy import decoder_layers, text_config
+from shoal.recipe.edits import REMOVED, Component, LayerEdit, LayerEdits
 
-from ..edits.masks import Half, attention_skipped, heads_masked, mlp_skipped
+from ..edits.layer_edits import in_force, layer_edits
 from ..edits.swapping import refuse_unswappable, swapped
-from ..surgery.cut_model import skipped
 from .layerwise import Call, Layerwise
 from .state_store import Kept, StateStore
 
@@ -40,40 +40,11 @@ STATE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Removed:
-    """The layer passes its input on."""
-
-
-@dataclass(frozen=True)
-class Silenced:
-    """One half of the layer adds nothing."""
-
-    half: Half
-
-
-@dataclass(frozen=True)
-class Masked:
-    """The contexts of some query heads of the layer are zero."""
-
-    heads: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Swapped:
-    """The layer is the donor's."""
-
-
-Edit = Removed | Silenced | Masked | Swapped
-Path = tuple[tuple[int, Edit], ...]
-"""Edits by layer, in the order of the layers."""
-
-
-@dataclass(frozen=True)
 class Variant:
     """The intact model with ``edits``; without any it is the intact model itself."""
 
     name: str
-    edits: Path
+    edits: LayerEdits
 
     @property
     def first_change(self) -> int | None:
@@ -83,15 +54,20 @@ class Variant:
 INTACT = Variant("intact", ())
 
 
-def variant(name: str, edits: Iterable[tuple[int, Edit]]) -> Variant:
+def variant(name: str, edits: Iterable[tuple[int, LayerEdit]]) -> Variant:
     """The variant with ``edits`` in any order."""
-    return Variant(name, tuple(sorted(edits, key=lambda edit: (edit[0], repr(edit[1])))))
+    return Variant(name, tuple(sorted(edits, key=lambda edit: (edit[0], edit[1].part))))
+
+
+def variant_of(component: Component, model: PreTrainedModel) -> Variant:
+    """``model`` as it is without ``component`` (of a donor: with it)."""
+    return Variant(component.name, layer_edits([component], model))
 
 
 def without(layers: Iterable[int], name: str = "") -> Variant:
     """The variant without ``layers``."""
     chosen = sorted(layers)
-    return Variant(name or ",".join(map(str, chosen)), tuple((layer, Removed()) for layer in chosen))
+    return Variant(name or ",".join(map(str, chosen)), tuple((layer, REMOVED) for layer in chosen))
 
 
 @dataclass(frozen=True)
@@ -109,41 +85,26 @@ class Edited:
         if self.donor is not None:
             refuse_unswappable(self.model, self.donor, range(len(decoder_layers(self.model))), ())
 
-    def applied(self, path: Path) -> ExitStack:
-        """``path`` in effect on the model until the returned stack is closed: the plain way, for any architecture."""
+    def applied(self, edits: LayerEdits) -> ExitStack:
+        """``edits`` in effect on the model until the returned stack is closed: the plain way, for any architecture."""
         stack = ExitStack()
-        swaps = [layer for layer, edit in path if isinstance(edit, Swapped)]
+        swaps = [layer for layer, edit in edits if edit.part == "donor"]
         if swaps:
             assert self.donor is not None
             stack.enter_context(swapped(self.model, self.donor, swaps))
-        for layer, edit in path:
-            self._enter(stack, layer, edit)
+        stack.enter_context(in_force(self.model, edits))
         return stack
 
-    def run(self, layerwise: Layerwise, layer: int, edits: Sequence[Edit], hidden: Tensor, call: Call) -> Tensor:
-        """The state after ``layer`` under ``edits`` of it."""
-        if Removed() in edits:
+    def run(self, layerwise: Layerwise, layer: int, edits: Sequence[LayerEdit], hidden: Tensor, call: Call) -> Tensor:
+        """The state after ``layer`` under ``edits`` of it; ``hidden`` itself where it is removed."""
+        if REMOVED in edits:
             return hidden
-        if Swapped() in edits:
+        if any(edit.part == "donor" for edit in edits):
             assert self.donor is not None
             assert len(edits) == 1, "a donor's layer is taken as it is"
             return call.of(decoder_layers(self.donor)[layer], hidden.clone())
-        with ExitStack() as stack:
-            for edit in edits:
-                self._enter(stack, layer, edit)
+        with in_force(self.model, [(layer, edit) for edit in edits]):
             return layerwise.run(layer, hidden, call)
-
-    def _enter(self, stack: ExitStack, layer: int, edit: Edit) -> None:
-        match edit:
-            case Removed():
-                stack.enter_context(skipped(self.model, [layer]))
-            case Silenced(half):
-                skip = attention_skipped if half == "attention" else mlp_skipped
-                stack.enter_context(skip(self.model, [layer]))
-            case Masked(heads):
-                stack.enter_context(heads_masked(self.model, {layer: heads}))
-            case Swapped():
-                pass
 
 
 class States:
@@ -172,7 +133,7 @@ class States:
             self._empty = plain_cache(layerwise.num_layers)
         elif len(passes) > 1:
             self._empty = decoder.new_cache()
-        self.kept: list[dict[Path, tuple[Tensor, Tensor]]] | None = [] if keep else None
+        self.kept: list[dict[LayerEdits, tuple[Tensor, Tensor]]] | None = [] if keep else None
         self._caches = caches = _measuring_caches(self._empty, passes)
         self._prepared = [
             layerwise.prepare(
@@ -181,7 +142,9 @@ class States:
             for one, cache in zip(passes, caches, strict=True)
         ]
         self._store = store or StateStore()
-        self._states: dict[Path, list[Kept]] = {(): [self._store.keep(made.hidden_BSD) for made in self._prepared]}
+        self._states: dict[LayerEdits, list[Kept]] = {
+            (): [self._store.keep(made.hidden_BSD) for made in self._prepared]
+        }
         self._prepared = [made.without_hidden() for made in self._prepared]
         self.layer = 0
 
@@ -197,7 +160,7 @@ class States:
                 here = [edit for at, edit in path if at == layer]
                 below = before[tuple(edit for edit in path if edit[0] < layer)]
                 self._states[path], last = self._run(layer, here, below)
-                if self.kept is not None and last is not None and Removed() not in here:
+                if self.kept is not None and last is not None and REMOVED not in here:
                     self.kept[layer][path] = last.keys, last.values
         self.layer += 1
 
@@ -206,7 +169,7 @@ class States:
         states = self._states[of.edits]
         return [self._layerwise.finish(state.load(), made) for state, made in zip(states, self._prepared, strict=True)]
 
-    def _run(self, layer: int, here: Sequence[Edit], states: Sequence[Kept]) -> tuple[list[Kept], Any]:
+    def _run(self, layer: int, here: Sequence[LayerEdit], states: Sequence[Kept]) -> tuple[list[Kept], Any]:
         """All passes through one layer, and the layer's slot of the last pass's cache.
 
         What later passes see of the first one is held no longer than that.

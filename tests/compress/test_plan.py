@@ -13,13 +13,13 @@ from sweep_results import LOST, NUM_ITEMS, atlas, right, task
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.artifact import Importance, Provenance
-from shoal.artifacts.importance import Removal, Unit
+from shoal.artifacts.importance import Removal
 from shoal.compress.plan import Choice, check_choice, choose_changes
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
 from shoal.compress.sweeps.table import sweep_table
 from shoal.errors import UserError
-from shoal.recipe.edits import Merge, SkipAttention, SkipMlp
+from shoal.recipe.edits import Component, Merge, SkipAttention, SkipMlp
 from shoal.recipe.recipe import Prune, parse_recipe
 
 NUM_LAYERS = 6
@@ -306,9 +306,9 @@ def test_halves_stand_beside_the_edits_of_the_recipe() -> None:
 
 
 def test_orders_of_other_units_make_no_plan() -> None:
-    heads = tuple(Removal(Unit((layer,), "head", 0), 0.0) for layer in range(4))
-    runs = (Removal(Unit((1, 2)), 0.0),)
-    mixed = (Removal(Unit((1,)), 0.0), Removal(Unit((2,), "mlp"), 0.0))
+    heads = tuple(Removal(Component((layer,), "head", 0), 0.0) for layer in range(4))
+    runs = (Removal(Component((1, 2)), 0.0),)
+    mixed = (Removal(Component((1,)), 0.0), Removal(Component((2,), "mlp"), 0.0))
     for order, part in ((heads, "head"), (runs, "layer"), (mixed, "layer, mlp")):
         scores = replace(swept(), orders={"x": order})
         with pytest.raises(
@@ -357,7 +357,7 @@ def test_losses_that_are_small_alone_may_not_add_up() -> None:
         change(scores, num_drop=4, protect=(), contiguous=True, spare=("retrieval",))
     with pytest.raises(UserError, match="can go without a significant loss"):
         change(
-            replace(scores, orders={"sleb": tuple(Removal(Unit((layer,)), 0.0) for layer in range(1, 6))}),
+            replace(scores, orders={"sleb": tuple(Removal(Component((layer,)), 0.0) for layer in range(1, 6))}),
             num_drop=5,
             metric="sleb",
             protect=(),
@@ -444,7 +444,7 @@ def test_expected_sacrifice_stays_between_nothing_and_everything() -> None:
 def test_a_set_that_was_swept_is_told_as_measured() -> None:
     cumulative = sweep_table(
         "cumulative",
-        [Unit((3,)), Unit((3, 2))],
+        [Component((3,)), Component((3, 2))],
         [task(right(0.8))],
         [[task(right(0.8))], [task(right(0.8, 50))]],
     )

@@ -10,9 +10,10 @@ import numpy as np
 from results import provenance
 
 from shoal.artifacts.artifact import Importance, ItemScore, TaskScore
-from shoal.artifacts.importance import Atlas, Part, Removal, Unit
+from shoal.artifacts.importance import Atlas, Removal
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.eval.harness.rates import hold_answers, text_rates, with_rates
+from shoal.recipe.edits import Component, ComponentPart
 from shoal.stats.paired import interval
 
 NUM_LAYERS = 6
@@ -100,9 +101,15 @@ def importance() -> Importance:
     angular = tuple(
         tuple(0.1 * n + 0.01 * start for start in range(NUM_LAYERS - n + 1)) for n in range(1, NUM_LAYERS + 1)
     )
-    layers = tuple(Removal(Unit((layer,)), 3.0 + step) for step, layer in enumerate((3, 0, 1, 4)))
-    places: tuple[tuple[int, Part], ...] = ((3, "attention"), (1, "mlp"), (0, "mlp"), (3, "mlp"), (2, "attention"))
-    halves = tuple(Removal(Unit((layer,), part), 3.0 + step) for step, (layer, part) in enumerate(places))
+    layers = tuple(Removal(Component((layer,)), 3.0 + step) for step, layer in enumerate((3, 0, 1, 4)))
+    places: tuple[tuple[int, ComponentPart], ...] = (
+        (3, "attention"),
+        (1, "mlp"),
+        (0, "mlp"),
+        (3, "mlp"),
+        (2, "attention"),
+    )
+    halves = tuple(Removal(Component((layer,), part), 3.0 + step) for step, (layer, part) in enumerate(places))
     return Importance(
         provenance(),
         NUM_LAYERS,

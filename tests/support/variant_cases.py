@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from tiny import NUM_LAYERS
 
-from shoal.compress.variants.variants import INTACT, Masked, Removed, Silenced, variant, without
+from shoal.compress.variants.variants import INTACT, variant, without
 from shoal.inference.scoring import Tokens
+from shoal.recipe.edits import REMOVED, LayerEdit
 
 
 def requests(*, num_questions: int = 5, seed: int = 0) -> list[tuple[Tokens, Tokens]]:
@@ -29,8 +30,8 @@ VARIANTS = [
     without([1, 2]),
     without([1, 4]),
     without([0, 1, 2, 3, 4]),
-    *(variant(f"{half}{layer}", [(layer, Silenced(half))]) for layer in (0, 3) for half in ("attention", "mlp")),
-    variant("both halves", [(2, Silenced("mlp")), (2, Silenced("attention"))]),
-    variant("heads", [(5, Masked((1, 2))), (3, Masked((0,)))]),
-    variant("mixed", [(4, Removed()), (2, Silenced("mlp")), (1, Masked((3,)))]),
+    *(variant(f"{half}{layer}", [(layer, LayerEdit(half))]) for layer in (0, 3) for half in ("attention", "mlp")),
+    variant("both halves", [(2, LayerEdit("mlp")), (2, LayerEdit("attention"))]),
+    variant("heads", [(5, LayerEdit("head", (1, 2))), (3, LayerEdit("head", (0,)))]),
+    variant("mixed", [(4, REMOVED), (2, LayerEdit("mlp")), (1, LayerEdit("head", (3,)))]),
 ]

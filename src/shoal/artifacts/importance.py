@@ -1,8 +1,8 @@
-"""What a sweep has measured: one table of units by columns for every operator, and what follows from single layers.
+"""What a sweep has measured: one table of components by columns for every operator, and what single layers tell.
 
-An operator takes one unit out of the intact model at a time (a layer, a half of one, a head), takes ever more layers
-out, or puts a donor's layer in; a column is one task under one protocol. Only numbers per column are kept here; scores
-per item lie beside the run's other files.
+An operator takes one component out of the intact model at a time (a layer, a half of one, a head), takes ever more
+layers out, or puts a donor's layer in; a column is one task under one protocol. Only numbers per column are kept here;
+scores per item lie beside the run's other files.
 """
 
 from __future__ import annotations
@@ -13,30 +13,9 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
-Part = Literal["layer", "attention", "mlp", "head", "kv_group", "donor"]
-
+from shoal.recipe.edits import Component
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is taken out of the intact model, or put in from a donor, in one variant."""
-
-    __pydantic_config__ = STRICT
-
-    layers: tuple[int, ...]
-    """0-based. Several where layers go together; then in the order in which they were added to the set."""
-    part: Part = "layer"
-    index: int | None = None
-    """Which head or key-value group of the layer."""
-
-    @property
-    def name(self) -> str:
-        """`layer 3`, `layers 3, 7`, `attention 3`, `head 3.5`."""
-        plural = "s" if self.part == "layer" and len(self.layers) > 1 else ""
-        which = ", ".join(map(str, self.layers))
-        return f"{self.part.replace('_', ' ')}{plural} {which}" + ("" if self.index is None else f".{self.index}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +24,7 @@ class Removal:
 
     __pydantic_config__ = STRICT
 
-    unit: Unit
+    unit: Component
     score: float
     """The order's objective after this step, with everything before it gone too."""
 
@@ -63,20 +42,20 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one unit's removal does to one column."""
+    """What one component's removal does to one column."""
 
     __pydantic_config__ = STRICT
 
     score: Estimate
     change: Estimate
-    """Score without the unit - intact score, over the same items."""
+    """Score without the component - intact score, over the same items."""
     relative: float | None
     """change / intact score; None where that is 0."""
     retention: Estimate | None
     """(score - chance) / (intact score - chance); None where the column says why."""
     p_value: float
     adjusted_p: float
-    """After Holm's correction over the units of the column."""
+    """After Holm's correction over the components of the column."""
     critical: bool
     """Significantly worse than intact at the 5 % level after Holm's correction."""
     malformed: float | None = None
@@ -87,7 +66,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class SweepColumn:
-    """One task under one protocol over all units of a sweep."""
+    """One task under one protocol over all components of a sweep."""
 
     __pydantic_config__ = STRICT
 
@@ -103,15 +82,15 @@ class SweepColumn:
     intact: Estimate
     test: Literal["mcnemar-exact", "paired-bootstrap"]
     effects: tuple[Effect, ...]
-    """One per unit, in the order of the sweep's units."""
+    """One per component, in the order of the sweep's units."""
     no_retention: str = ""
     """Why there is no retention; empty where there is one."""
     malformed: float | None = None
     """Of the intact model, as in Effect."""
     repetition: float | None = None
     correlation: tuple[tuple[float, ...], ...] = ()
-    """Row i: correlation of the change of unit i with those of units 0..i, over items. What the interval of a sum of
-    changes needs; empty where units are no single layers."""
+    """Row i: correlation of the change of component i with those of components 0..i, over items. What the interval of a
+    sum of changes needs; empty where components are no single layers."""
 
     @property
     def label(self) -> str:
@@ -120,25 +99,25 @@ class SweepColumn:
 
     @property
     def importances(self) -> tuple[float, ...]:
-        """How much worse the score is without each unit, in the metric's unit. Higher = keep."""
+        """How much worse the score is without each component, in the metric's unit. Higher = keep."""
         sign = -1.0 if self.higher_is_better else 1.0
         return tuple(sign * effect.change.value + 0.0 for effect in self.effects)  # + 0.0: no minus before a zero
 
     @property
     def critical(self) -> tuple[int, ...]:
-        """Positions of the units without which the score is significantly worse."""
+        """Positions of the components without which the score is significantly worse."""
         return tuple(position for position, effect in enumerate(self.effects) if effect.critical)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every unit of one operator by every column."""
+    """Every component of one operator by every column."""
 
     __pydantic_config__ = STRICT
 
     operator: str
     """layer, attention, mlp, head, kv_group, cumulative or donor."""
-    units: tuple[Unit, ...]
+    units: tuple[Component, ...]
     columns: tuple[SweepColumn, ...]
 
     def contradictions(self, place: str, *, num_layers: int) -> Iterator[str]:
@@ -151,8 +130,8 @@ class Sweep:
                 yield f"{place}.columns.{index}.correlation: does not have a row per unit"
 
 
-def outside(place: str, units: Sequence[Unit], *, num_layers: int) -> Iterator[str]:
-    """`place: what is wrong` with units of layers that a model of ``num_layers`` does not have."""
+def outside(place: str, units: Sequence[Component], *, num_layers: int) -> Iterator[str]:
+    """`place: what is wrong` with components of layers that a model of ``num_layers`` does not have."""
     for index, unit in enumerate(units):
         for layer in unit.layers:
             if not 0 <= layer < num_layers:

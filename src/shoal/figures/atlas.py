@@ -91,14 +91,14 @@ def head_map_figure(sweep: Sweep) -> Figure:
     """Layer by head (or key-value group), one map per column: how much worse the score is without each.
 
     Raises:
-        UserError: the units are no heads or groups.
+        UserError: the components are no heads or groups.
     """
-    if not sweep.columns or any(unit.index is None for unit in sweep.units):
+    if not sweep.columns or any(component.index is None for component in sweep.units):
         raise UserError(
             f"importance.json: the sweep {sweep.operator!r} has no heads or groups to map; sweep head or kv_group"
         )
-    layers = 1 + max(unit.layers[0] for unit in sweep.units)
-    places = 1 + max(unit.index or 0 for unit in sweep.units)
+    layers = 1 + max(component.layers[0] for component in sweep.units)
+    places = 1 + max(component.index or 0 for component in sweep.units)
     width = max(WIDTH_INCHES, 1.6 + 0.3 * places)
     figure, axes = panels([1.0 + 0.17 * layers] * len(sweep.columns), width=width)
     with figure_style():
@@ -108,18 +108,18 @@ def head_map_figure(sweep: Sweep) -> Figure:
 
 
 def curves_figure(sweep: Sweep) -> Figure:
-    """Every column over the layers, for operators whose units are one half of a layer or a donor's layer each.
+    """Every column over the layers, for operators whose components are one half of a layer or a donor's layer each.
 
     Raises:
-        UserError: the sweep is empty, or a unit is no single layer's.
+        UserError: the sweep is empty, or a component is no single layer's.
     """
     if not sweep.columns or not sweep.units:
         raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
-    if any(len(unit.layers) != 1 or unit.index is not None for unit in sweep.units):
+    if any(len(component.layers) != 1 or component.index is not None for component in sweep.units):
         raise UserError(
             f"importance.json: the sweep {sweep.operator!r} has no curve over layers; sweep attention or mlp"
         )
-    places = [unit.layers[0] for unit in sweep.units]
+    places = [component.layers[0] for component in sweep.units]
     figure, axes = panels([1.6] * len(sweep.columns))
     with figure_style():
         for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
@@ -132,12 +132,12 @@ def cumulative_figure(sweep: Sweep) -> Figure:
     """Every column's score as ever more layers go, with its interval, the intact score and chance.
 
     Raises:
-        UserError: the sweep has no column or no unit.
+        UserError: the sweep has no column or no component.
     """
     if not sweep.columns or not sweep.units:
         raise UserError(f"importance.json: the sweep {sweep.operator!r} is empty; name tasks in measure.sweep.tasks")
     figure, axes = panels([1.7] * len(sweep.columns))
-    gone = [len(unit.layers) for unit in sweep.units]
+    gone = [len(component.layers) for component in sweep.units]
     with figure_style():
         for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
             scores = [column.intact, *(effect.score for effect in column.effects)]
@@ -261,14 +261,14 @@ def _draw_head_map(figure: Figure, ax: Axes, sweep: Sweep, column: SweepColumn, 
     layers, places = shape
     grid = [[math.nan] * places for _ in range(layers)]
     scores = column.importances
-    for unit, score in zip(sweep.units, scores, strict=True):
-        grid[unit.layers[0]][unit.index or 0] = score
+    for component, score in zip(sweep.units, scores, strict=True):
+        grid[component.layers[0]][component.index or 0] = score
     reach = max(abs(score) for score in scores) or 1.0
     # white in the middle: both ends of this map differ in lightness and hue for every kind of colour blindness
     image = ax.imshow(grid, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto", interpolation="none")
     for position in column.critical:
-        unit = sweep.units[position]
-        corner = ((unit.index or 0) - 0.5, unit.layers[0] - 0.5)
+        component = sweep.units[position]
+        corner = ((component.index or 0) - 0.5, component.layers[0] - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=INK, lw=1.6))
     bar = figure.colorbar(image, ax=ax, pad=0.02, label="worse without it")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]

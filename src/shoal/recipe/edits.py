@@ -1,7 +1,11 @@
-"""What can be done to a teacher's layers besides dropping them: settings of every edit, and what they mean for a plan.
+"""What can be done to a model's layers, in words that measuring and pruning share.
+
+A Component is what a sweep takes out and what an order of removals lists. The edits of a recipe's `prune.edits` are
+said in components too, but for those that give layers other weights. A LayerEdit is what either comes to in one layer;
+compress/edits/layer_edits.py has the table of what is done then.
 
 Indices are 0-based and the teacher's. Edits act on the intact teacher in one order, whatever the order in the recipe:
-swaps first, then merges and replacements, then masks and skips. compress/edits/apply.py carries them out.
+swaps first, then merges and replacements, then masks and skips.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Text
 
@@ -20,8 +24,45 @@ ZEROED_WEIGHTS = "shoal_zeroed_weights"
 
 Index = Annotated[int, Field(ge=0)]
 Indices = Annotated[tuple[Index, ...], Field(min_length=1)]
-Run = Annotated[tuple[Index, ...], Field(min_length=2)]
+Neighbours = Annotated[tuple[Index, ...], Field(min_length=2)]
 """Neighbouring layers, increasing."""
+ComponentPart = Literal["layer", "attention", "mlp", "head", "kv_group", "donor"]
+"""How much of a layer a component is; donor = the layer as another model has it."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """What is taken out of the intact model, or put in from a donor, at one time."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    layers: tuple[int, ...]
+    """0-based. Several where layers go together; then in the order in which they were added to the set."""
+    part: ComponentPart = "layer"
+    index: int | None = None
+    """Which head or key-value group of the layer."""
+
+    @property
+    def name(self) -> str:
+        """`layer 3`, `layers 3, 7`, `attention 3`, `head 3.5`."""
+        plural = "s" if self.part == "layer" and len(self.layers) > 1 else ""
+        which = ", ".join(map(str, self.layers))
+        return f"{self.part.replace('_', ' ')}{plural} {which}" + ("" if self.index is None else f".{self.index}")
+
+
+@dataclass(frozen=True)
+class LayerEdit:
+    """What is done to one layer: the part is taken out, or put in from a donor."""
+
+    part: ComponentPart
+    indices: tuple[int, ...] = ()
+    """Query heads, increasing; none where the part is not one of several."""
+
+
+REMOVED = LayerEdit("layer")
+"""The layer passes its input on."""
+LayerEdits = tuple[tuple[int, LayerEdit], ...]
+"""(layer, what is done to it), in the order of the layers."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +119,7 @@ class Merge(Section):
     """A run of layers becomes one, in the place of its first."""
 
     kind: Literal["merge"]
-    layers: Run
+    layers: Neighbours
     method: Literal["laco", "weighted"] = "laco"
     """laco: the first plus the differences of all others to it (Yang et al. 2024, arXiv:2402.11187)."""
     weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
@@ -91,7 +132,7 @@ class Replace(Section):
     (LLM-Streamline, arXiv:2403.19135)."""
 
     kind: Literal["replace"]
-    layers: Run
+    layers: Neighbours
     data: Data = field(default_factory=lambda: (DataSource("python_docs"),))
     num_tokens: Positive = 50_000
     sequence_length: RowLength = 512
@@ -102,6 +143,24 @@ class Replace(Section):
 
 Edit = Annotated[SkipAttention | SkipMlp | HeadMask | KvGroupMask | Swap | Merge | Replace, Field(discriminator="kind")]
 Edits = tuple[Edit, ...]
+
+
+def components(edits: Sequence[Edit]) -> tuple[Component, ...]:
+    """What skips and masks take out. Swaps, merges and replacements give layers other weights and take nothing out."""
+    taken: list[Component] = []
+    for edit in edits:
+        match edit:
+            case SkipAttention():
+                taken += [Component((layer,), "attention") for layer in edit.layers]
+            case SkipMlp():
+                taken += [Component((layer,), "mlp") for layer in edit.layers]
+            case HeadMask():
+                taken += [Component((edit.layer,), "head", head) for head in edit.heads]
+            case KvGroupMask():
+                taken += [Component((edit.layer,), "kv_group", group) for group in edit.groups]
+            case Swap() | Merge() | Replace():
+                pass
+    return tuple(taken)
 
 
 def edited_layers(edit: Edit) -> tuple[int, ...]:
@@ -128,13 +187,13 @@ def contradictions(edits: Sequence[Edit], drop: Sequence[int]) -> Iterator[str]:
     for index, edit in enumerate(edits):
         named = edited_layers(edit)
         yield from (f"{index}.{problem}" for problem in _own_problems(edit))
-        if gone := sorted(set(named) & set(drop)):
-            yield f"{index}.layers: names layer {gone[0]}, which prune.drop removes; take it out of one of them"
+        if dropped := sorted(set(named) & set(drop)):
+            yield f"{index}.layers: names layer {dropped[0]}, which prune.drop removes; take it out of one of them"
         clashes = (
             (layer, other)
             for layer in sorted(set(named))
             for other in owners.get(layer, ())
-            if any(isinstance(one, Merge | Replace) for one in (edit, edits[other])) or type(edit) is type(edits[other])
+            if removed_layers([edit, edits[other]]) or type(edit) is type(edits[other])
         )
         for layer, other in itertools.islice(clashes, 1):
             yield f"{index}.layers: names layer {layer}, as {edits[other].kind} at {other} does; name it once"
@@ -149,9 +208,9 @@ def _own_problems(edit: Edit) -> Iterator[str]:
     indices = (
         edit.heads if isinstance(edit, HeadMask) else edit.groups if isinstance(edit, KvGroupMask) else edit.layers
     )
-    what = "heads" if isinstance(edit, HeadMask) else "groups" if isinstance(edit, KvGroupMask) else "layers"
+    key = "heads" if isinstance(edit, HeadMask) else "groups" if isinstance(edit, KvGroupMask) else "layers"
     if twice := sorted({value for value in indices if list(indices).count(value) > 1}):
-        yield f"{what}: names {twice[0]} twice; name everything once"
+        yield f"{key}: names {twice[0]} twice; name everything once"
     elif isinstance(edit, Merge | Replace) and list(indices) != list(range(indices[0], indices[0] + len(indices))):
         yield f"layers: must be neighbours in increasing order, as [4, 5, 6] (got {list(indices)})"
     if not isinstance(edit, Merge):

@@ -21,7 +21,7 @@ from shoal.errors import UserError
 from shoal.recipe import distill as training
 from shoal.recipe import search
 from shoal.recipe.distill import Distill
-from shoal.recipe.edits import Edits, contradictions
+from shoal.recipe.edits import ComponentPart, Edits, contradictions
 from shoal.recipe.recording import Record
 from shoal.recipe.search import Search
 from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Dtype, Positive, RowLength, Section, Text
@@ -35,7 +35,7 @@ Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 Protocol = Literal["loglikelihood", "continuation", "generation"]
-Operator = Literal["layer", "cumulative", "attention", "mlp", "head", "kv_group", "donor"]
+Operator = Literal[ComponentPart, "cumulative"]
 
 
 @dataclass(frozen=True)

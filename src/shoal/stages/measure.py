@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Importance, Provenance, TaskScore
 from shoal.artifacts.depth import Diagnostics, Probes
-from shoal.artifacts.importance import Removal, Unit
+from shoal.artifacts.importance import Removal
 from shoal.atomic_files import fingerprint, write_json
 from shoal.data.sources import PackedRows, load_labelled, load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
-from shoal.models.anatomy import layer_config
 from shoal.models.load import checkpoint_bytes, load_config, load_model, load_tokenizer, model_fingerprint, text_config
 from shoal.progress import doing
+from shoal.recipe.edits import Component
 from shoal.recipe.recipe import Sweeps, as_dict
 from shoal.runtime import barrier, device, is_main, seed_everything
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
@@ -95,19 +95,20 @@ def check_measure(run: Run) -> None:
 
 
 def _check_sweep(run: Run, settings: Sweeps) -> None:
+    from shoal.compress.edits.layer_edits import num_components
     from shoal.compress.sweeps.sweep import checked_tasks, window_weights
     from shoal.compress.sweeps.table import require_items
 
     config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
     tasks, counts = checked_tasks(settings, config, tokenizer)
-    num_units = max((_num_units(text_config(config), operator) for operator in settings.operators), default=1)
+    num_removals = max((num_components(operator, text_config(config)) for operator in settings.operators), default=1)
     for task, count in counts.items():
-        require_items(task, count, num_units)
+        require_items(task, count, num_removals)
     if settings.perplexity_tokens:
         check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
         weights = window_weights(settings, tokenizer)
-        require_items("perplexity", len(weights), num_units, weights=weights)
+        require_items("perplexity", len(weights), num_removals, weights=weights)
     if _is_streamed(run):
         _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
     if "cumulative" not in settings.operators:
@@ -136,24 +137,17 @@ def _check_order_name(name: str, settings: Sweeps, metrics: Sequence[str], tasks
         raise UserError(f"measure.sweep.order: {name!r} could be {' or '.join(meant)}; name one of them")
 
 
-def _num_units(config: Any, operator: str) -> int:
-    """About how many variants a sweep has; what no layer has is refused with the model at hand."""
-    layers = range(config.num_hidden_layers)
-    field = {"head": "num_attention_heads", "kv_group": "num_key_value_heads"}.get(operator)
-    if field is None:
-        return len(layers)
-    return sum(getattr(layer_config(config, layer), field, None) or 1 for layer in layers)
-
-
 def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
     """Refuse what takes the whole model in memory where measure.memory_gb says that it does not fit."""
+    from shoal.compress.edits.layer_edits import KINDS
+
     written = sorted(name for name, kind in kinds.items() if kind == "generate_until")
     if written:
         raise UserError(
             f"measure.sweep.tasks: {written[0]!r} writes text, which takes the whole model in memory; leave it out, or "
             "raise measure.memory_gb above the checkpoint's size"
         )
-    inside = [operator for operator in settings.operators if operator not in ("layer", "cumulative", "donor")]
+    inside = [part for part in settings.operators if part != "cumulative" and KINDS[part].is_inside]
     if inside:
         raise UserError(
             f"measure.sweep.operators: {inside[0]} takes the whole model in memory; leave it out, or raise "
@@ -245,48 +239,49 @@ class _Sweeping:
     skeleton: Any
     """The model; where it is too large, without its weights."""
     sweep: Callable[..., Any]
-    units: dict[str, tuple[Unit, ...]]
+    components: dict[str, tuple[Component, ...]]
     """By operator; cumulative ones wait for their order."""
 
 
 def _sweeping(run: Run, model: Any, settings: Sweeps) -> _Sweeping:
-    from shoal.compress.sweeps.sweep import units_of
+    from shoal.compress.edits.layer_edits import components_of
 
     skeleton = _streaming(run).open(run.teacher).model if model is None else model
     sweep = _streamed_sweep(run, settings) if model is None else _sweep_in_memory(run, model, settings)
     known = [operator for operator in settings.operators if operator != "cumulative"]
-    return _Sweeping(skeleton, sweep, {operator: units_of(operator, skeleton) for operator in known})
+    return _Sweeping(skeleton, sweep, {operator: components_of(operator, skeleton) for operator in known})
 
 
 def _swept(run: Run, sweeping: _Sweeping, settings: Sweeps, importance: Importance) -> Importance:
     """``importance`` with the atlas and the tables of all operators."""
+    from shoal.compress.edits.layer_edits import components_of
     from shoal.compress.sweeps.atlas import build_atlas
-    from shoal.compress.sweeps.sweep import units_of, variant_of
     from shoal.compress.sweeps.table import sweep_table
+    from shoal.compress.variants.variants import variant_of
 
     skeleton, sweep = sweeping.skeleton, sweeping.sweep
     donor = measure_inputs(run).get(DONOR_CONTENT)
     identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, donor])
     for operator in settings.operators:
-        units = sweeping.units.get(operator)
-        if units is None:
+        components = sweeping.components.get(operator)
+        if components is None:
             order = _order(settings, importance)[: settings.max_removed]
-            units = units_of(operator, skeleton, order=order)
-        log.info("measure: sweep of operator %s, %d variants", operator, len(units))
+            components = components_of(operator, skeleton, order=order)
+        log.info("measure: sweep of operator %s, %d variants", operator, len(components))
         intact, removed = sweep(
-            [variant_of(unit, skeleton) for unit in units],
+            [variant_of(component, skeleton) for component in components],
             settings,
             seed=run.recipe.seed,
             folder=run.dir / "sweep" / operator,
             identity=identity,
         )
         if is_main():
-            _write_items(run.dir / "sweep" / operator, [unit.name for unit in units], intact, removed)
+            _write_items(run.dir / "sweep" / operator, [component.name for component in components], intact, removed)
         if operator == "layer":
             with doing("measure: intervals of the atlas"):
                 importance = replace(importance, atlas=build_atlas(intact, removed, metrics=_rankings(importance)))
         else:
-            table = sweep_table(operator, units, intact, removed)
+            table = sweep_table(operator, components, intact, removed)
             importance = replace(importance, sweeps={**importance.sweeps, operator: table})
     if settings.greedy is not None:
         order = _task_order(run, sweep, settings, settings.greedy, identity)
@@ -298,7 +293,7 @@ def _task_order(
     run: Run, sweep: Callable[..., Any], settings: Sweeps, num_removals: int, identity: str
 ) -> tuple[Removal, ...]:
     """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
-    from shoal.compress.metrics.greedy import greedy_order, layer_units, task_objective
+    from shoal.compress.metrics.greedy import greedy_order, layer_components, task_objective
 
     rounds = itertools.count()
 
@@ -307,7 +302,7 @@ def _task_order(
         return sweep(variants, settings, seed=run.recipe.seed, folder=folder, identity=identity)[1]
 
     return greedy_order(
-        layer_units(run.num_layers, protected=(0, run.num_layers - 1)),
+        layer_components(run.num_layers, protected=(0, run.num_layers - 1)),
         task_objective(evaluate, weights=settings.greedy_weights or None),
         num_removals=num_removals,
         higher_is_better=True,
@@ -424,7 +419,7 @@ def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
         yield "atlas", atlas_figure(importance)
         yield "agreement", agreement_figure(importance.atlas.agreement)
     for operator, table in importance.sweeps.items():
-        if operator in ("head", "kv_group"):
+        if any(component.index is not None for component in table.units):
             yield operator, head_map_figure(table)
         elif operator == "cumulative":
             yield operator, cumulative_figure(table)

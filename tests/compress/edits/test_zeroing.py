@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,26 @@ import torch
 from architectures import tiny_model
 from masked_models import FAMILIES, logits, text, tiny, with_heads
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shoal.compress.edits.masks import attention_skipped, heads_masked, kv_groups_masked, mlp_skipped
-from shoal.compress.edits.zeroing import unsaved_parameters, zero_attention, zero_heads, zero_kv_groups, zero_mlp
+from shoal.compress.edits.layer_edits import layer_edits
+from shoal.compress.edits.masks import attention_skipped, heads_masked, heads_of_groups, kv_groups_masked, mlp_skipped
+from shoal.compress.edits.zeroing import unsaved_parameters, zero_attention, zero_heads, zero_mlp
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.models.load import num_parameters
-from shoal.recipe.edits import ZEROED_WEIGHTS, HeadMask, KvGroupMask, SkipAttention, SkipMlp, Swap
+from shoal.recipe.edits import (
+    ZEROED_WEIGHTS,
+    Component,
+    Edit,
+    HeadMask,
+    KvGroupMask,
+    SkipAttention,
+    SkipMlp,
+    Swap,
+    components,
+)
 from shoal.train.student.trainable import keep_zeros
 
 WRITERS = {
@@ -54,7 +66,7 @@ def test_zeroed_weights_give_the_bits_of_the_operator_in_force(name: str, tmp_pa
         expected, expected_text = logits(teacher), text(teacher, use_cache=True, padded=False)
     intact = logits(teacher)
     student = cut_model(teacher, (), share=True)
-    names = [*zero_attention(student, [0, 3]), *zero_mlp(student, [2, last]), *zero_heads(student, layer, [1, 3])]
+    names = [*zero_attention(student, [0, 3]), *zero_mlp(student, [2, last]), *zero_heads(student, {layer: [1, 3]})]
     assert torch.equal(logits(student), expected)
     assert torch.equal(logits(teacher), intact), "the teacher's storage is the student's no more"
 
@@ -90,7 +102,7 @@ def test_zeroed_groups_are_masked_groups(name: str) -> None:
     group = found.num_kv_heads - 1
     with kv_groups_masked(model, {layer: [group]}):
         expected = logits(model)
-    (changed,) = zero_kv_groups(model, layer, [group])
+    (changed,) = zero_heads(model, {layer: heads_of_groups(model, layer, [group])})
     assert torch.equal(logits(model), expected)
     zeros = (model.get_parameter(changed) == 0).float().mean().item()
     assert zeros == pytest.approx(1 / found.num_kv_heads)
@@ -100,10 +112,10 @@ def test_zeroing_after_a_drop_counts_the_students_layers() -> None:
     teacher = tiny("llama")
     student = cut_model(teacher, (1,), share=True)
     assert zero_mlp(student, [1]) == ["model.layers.1.mlp.down_proj.weight"]
-    assert zero_heads(student, 4, [0]) == ["model.layers.4.self_attn.o_proj.weight"]
+    assert zero_heads(student, {4: [0]}) == ["model.layers.4.self_attn.o_proj.weight"]
     whole = cut_model(teacher, ())
     zero_mlp(whole, [2])
-    zero_heads(whole, 5, [0])
+    zero_heads(whole, {5: [0]})
     assert torch.equal(logits(cut_model(whole, (1,))), logits(student))
 
 
@@ -111,7 +123,7 @@ def test_zeroing_after_a_drop_counts_the_students_layers() -> None:
 def test_zeros_stay_zero_in_training(name: str) -> None:
     student = tiny(name)
     layer, _ = with_heads(student)
-    names = [*zero_mlp(student, [1, 4]), *zero_attention(student, [2]), *zero_heads(student, layer, [1])]
+    names = [*zero_mlp(student, [1, 4]), *zero_attention(student, [2]), *zero_heads(student, {layer: [1]})]
     setattr(student.config, ZEROED_WEIGHTS, names)
     keep_zeros(student)
     zeros = {key: student.get_parameter(key) == 0 for key in names}
@@ -165,9 +177,9 @@ def test_what_cannot_be_zeroed_is_refused_before_anything_changes() -> None:
     with pytest.raises(UserError, match=r"layer 6: is out of range"):
         zero_attention(model, [0, 6])
     with pytest.raises(UserError, match=r"layer 2 of llama: head 4: is out of range"):
-        zero_heads(model, 2, [0, 4])
+        zero_heads(model, {2: [0, 4]})
     with pytest.raises(UserError, match=r"key-value head 2: is out of range"):
-        zero_kv_groups(model, 2, [2])
+        layer_edits([Component((2,), "kv_group", 2)], model)
     with pytest.raises(UserError, match=r"layer 0 of mamba: is one sublayer only"):
         zero_mlp(tiny("mamba"), [0])
     with pytest.raises(UserError, match=r"layer 1 of ctrl: shoal does not know which weights write its mlp's output"):
@@ -182,23 +194,27 @@ def test_what_cannot_be_zeroed_is_refused_before_anything_changes() -> None:
 
     layers[3].self_attn.o_proj.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UserError, match=r"o_proj\.weight: is stored as torch\.int8, which is quantised"):
-        zero_heads(model, 3, [0])
+        zero_heads(model, {3: [0]})
+
+
+def idle_after(model: PreTrainedModel, edits: Sequence[Edit]) -> int:
+    return unsaved_parameters(model, layer_edits(components(edits), model))
 
 
 def test_unsaved_parameters_are_counted_once() -> None:
     model = tiny("llama")
     attention, mlp, head = 32 * 32 * 2 + 32 * 16 * 2, 3 * 32 * 48, 32 * 8
     edits = [SkipAttention("skip_attention", (0, 2)), SkipMlp("skip_mlp", (2,))]
-    assert unsaved_parameters(model, edits) == 2 * attention + mlp
+    assert idle_after(model, edits) == 2 * attention + mlp
     masks = [HeadMask("head_mask", 4, (1, 2)), KvGroupMask("kv_group_mask", 4, (1,)), HeadMask("head_mask", 0, (3,))]
-    assert unsaved_parameters(model, masks) == 3 * head + head
-    assert unsaved_parameters(model, [*edits, *masks]) == 2 * attention + mlp + 3 * head
-    assert unsaved_parameters(model, [Swap("swap", (1,), "donor")]) == 0
+    assert idle_after(model, masks) == 3 * head + head
+    assert idle_after(model, [*edits, *masks]) == 2 * attention + mlp + 3 * head
+    assert idle_after(model, [Swap("swap", (1,), "donor")]) == 0
     everything = SkipAttention("skip_attention", tuple(range(6))), SkipMlp("skip_mlp", tuple(range(6)))
     norms_and_ends = 32 * (2 * 6 + 1) + 2 * 96 * 32
-    assert unsaved_parameters(model, everything) == num_parameters(model) - norms_and_ends
+    assert idle_after(model, everything) == num_parameters(model) - norms_and_ends
     opt = tiny_model("opt")
-    assert unsaved_parameters(opt, [SkipMlp("skip_mlp", (0,))]) == sum(
+    assert idle_after(opt, [SkipMlp("skip_mlp", (0,))]) == sum(
         parameter.numel()
         for name in ("fc1", "fc2")
         for parameter in decoder_layers(opt)[0].get_submodule(name).parameters()

@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 
 from shoal.artifacts.artifact import TaskScore
-from shoal.artifacts.importance import Unit
-from shoal.compress.metrics.greedy import greedy_order, half_units, layer_units, task_objective, without_units
-from shoal.compress.variants.variants import Masked, Removed, Silenced, Variant
+from shoal.compress.metrics.greedy import (
+    greedy_order,
+    half_components,
+    layer_components,
+    task_objective,
+    without_components,
+)
+from shoal.compress.variants.variants import Variant
 from shoal.errors import UserError
+from shoal.recipe.edits import REMOVED, Component, LayerEdit
 
 
 class Table:
@@ -34,7 +40,7 @@ class Table:
 @pytest.mark.parametrize("seed", range(3))
 def test_every_round_takes_the_best_given_what_is_gone(seed: int, higher_is_better: bool) -> None:
     table = Table(7, seed)
-    order = greedy_order(layer_units(7), table, num_removals=5, higher_is_better=higher_is_better)
+    order = greedy_order(layer_components(7), table, num_removals=5, higher_is_better=higher_is_better)
     gone: list[int] = []
     for removal in order:
         scores = {layer: table.numbers[frozenset([*gone, layer])] for layer in range(7) if layer not in gone}
@@ -48,61 +54,74 @@ def test_every_round_takes_the_best_given_what_is_gone(seed: int, higher_is_bett
 
 @pytest.mark.parametrize("higher_is_better", [False, True])
 def test_equal_units_go_by_index(higher_is_better: bool) -> None:
-    order = greedy_order(layer_units(4), lambda vs: [1.0] * len(vs), higher_is_better=higher_is_better)
+    order = greedy_order(layer_components(4), lambda vs: [1.0] * len(vs), higher_is_better=higher_is_better)
     assert [removal.unit.layers[0] for removal in order] == [0, 1, 2]
 
 
 def test_protected_layers_are_no_units() -> None:
-    assert layer_units(5, protected=[0, -1, 2]) == (Unit((1,)), Unit((3,)))
-    assert half_units(3, protected=[-3, 2]) == (Unit((1,), "attention"), Unit((1,), "mlp"))
-    order = greedy_order(layer_units(6, protected=[0, -1]), Table(6, 0), num_removals=4)
+    assert layer_components(5, protected=[0, -1, 2]) == (Component((1,)), Component((3,)))
+    assert half_components(3, protected=[-3, 2]) == (Component((1,), "attention"), Component((1,), "mlp"))
+    order = greedy_order(layer_components(6, protected=[0, -1]), Table(6, 0), num_removals=4)
     assert {removal.unit.layers[0] for removal in order} == {1, 2, 3, 4}
 
 
 def test_units_become_edits_in_the_order_of_layers() -> None:
-    units = [Unit((4,)), Unit((2,), "mlp"), Unit((1,), "head", 3), Unit((1,), "head", 0), Unit((3,), "attention")]
-    assert without_units(units).edits == (
-        (1, Masked((0, 3))),
-        (2, Silenced("mlp")),
-        (3, Silenced("attention")),
-        (4, Removed()),
+    units = [
+        Component((4,)),
+        Component((2,), "mlp"),
+        Component((1,), "head", 3),
+        Component((1,), "head", 0),
+        Component((3,), "attention"),
+    ]
+    assert without_components(units).edits == (
+        (1, LayerEdit("head", (0, 3))),
+        (2, LayerEdit("mlp")),
+        (3, LayerEdit("attention")),
+        (4, REMOVED),
     )
-    assert without_units(units).name == "layer 4, mlp 2, head 1.3, head 1.0, attention 3"
-    assert without_units([Unit((1, 2))]).edits == ((1, Removed()), (2, Removed()))
+    assert without_components(units).name == "layer 4, mlp 2, head 1.3, head 1.0, attention 3"
+    assert without_components([Component((1, 2))]).edits == ((1, REMOVED), (2, REMOVED))
 
 
 def test_a_layer_without_both_halves_is_gone() -> None:
-    assert without_units([Unit((2,), "mlp"), Unit((2,), "attention")]).edits == ((2, Removed()),)
-    assert without_units([Unit((2,)), Unit((2,), "mlp"), Unit((2,), "head", 1)]).edits == ((2, Removed()),)
-    heads_too = without_units([Unit((2,), "attention"), Unit((2,), "head", 1)])
-    assert heads_too.edits == ((2, Silenced("attention")),)
-    both = without_units([Unit((2,), "mlp"), Unit((2,), "head", 1)])
-    assert both.edits == ((2, Masked((1,))), (2, Silenced("mlp")))
+    assert without_components([Component((2,), "mlp"), Component((2,), "attention")]).edits == ((2, REMOVED),)
+    assert without_components([Component((2,)), Component((2,), "mlp"), Component((2,), "head", 1)]).edits == (
+        (2, REMOVED),
+    )
+    heads_too = without_components([Component((2,), "attention"), Component((2,), "head", 1)])
+    assert heads_too.edits == ((2, LayerEdit("attention")),)
+    both = without_components([Component((2,), "mlp"), Component((2,), "head", 1)])
+    assert both.edits == ((2, LayerEdit("head", (1,))), (2, LayerEdit("mlp")))
 
 
 @pytest.mark.parametrize(
-    "unit", [Unit((1,), "donor"), Unit((1,), "kv_group", 0), Unit((1,), "head"), Unit((1,), "mlp", 2)]
+    "component",
+    [Component((1,), "donor"), Component((1,), "kv_group", 0), Component((1,), "head"), Component((1,), "mlp", 2)],
 )
-def test_units_that_cannot_be_removed_are_refused(unit: Unit) -> None:
-    with pytest.raises(UserError, match=f"{unit.name}: no removal is known for it"):
-        without_units([unit])
+def test_components_that_cannot_be_removed_are_refused(component: Component) -> None:
+    with pytest.raises(UserError, match=f"{component.name}: no removal is known for it"):
+        without_components([component])
 
 
 @pytest.mark.parametrize(
     ("units", "count", "message"),
     [
         (
-            layer_units(3),
+            layer_components(3),
             4,
             r"x: 4 removals are asked for, but there are 3 units that may go \(layer 0, layer 1, layer 2\)",
         ),
-        (layer_units(3), 0, r"x: 0 removals are asked for"),
-        (layer_units(2, protected=[0, 1]), 1, r"x: 1 removals are asked for, but there are 0 units that may go; ask"),
-        (layer_units(1), None, r"x: 0 removals are asked for, but there are 1 units"),
-        ((Unit((1,)), Unit((1,))), 1, r"x: a unit is listed twice among layer 1, layer 1"),
+        (layer_components(3), 0, r"x: 0 removals are asked for"),
+        (
+            layer_components(2, protected=[0, 1]),
+            1,
+            r"x: 1 removals are asked for, but there are 0 units that may go; ask",
+        ),
+        (layer_components(1), None, r"x: 0 removals are asked for, but there are 1 units"),
+        ((Component((1,)), Component((1,))), 1, r"x: a unit is listed twice among layer 1, layer 1"),
     ],
 )
-def test_removals_that_cannot_be_made_are_refused(units: Sequence[Unit], count: int | None, message: str) -> None:
+def test_removals_that_cannot_be_made_are_refused(units: Sequence[Component], count: int | None, message: str) -> None:
     with pytest.raises(UserError, match=message):
         greedy_order(units, Table(3, 0), num_removals=count, name="x")
 
@@ -136,15 +155,15 @@ def test_a_task_aware_order_keeps_up_the_weighted_mean(
     weights: Mapping[str, float] | None, first: int, score: float
 ) -> None:
     objective = task_objective(evaluate, weights=weights)
-    (removal,) = greedy_order(layer_units(3), objective, num_removals=1, higher_is_better=True)
-    assert removal.unit == Unit((first,))
+    (removal,) = greedy_order(layer_components(3), objective, num_removals=1, higher_is_better=True)
+    assert removal.unit == Component((first,))
     assert removal.score == pytest.approx(score)
 
 
 def test_nats_count_with_a_minus() -> None:
     objective = task_objective(lambda variants: evaluate(variants, ("a", "nats")), weights={"nats": 1.0})
-    (removal,) = greedy_order(layer_units(3), objective, num_removals=1, higher_is_better=True)
-    assert (removal.unit, removal.score) == (Unit((2,)), -1.0)
+    (removal,) = greedy_order(layer_components(3), objective, num_removals=1, higher_is_better=True)
+    assert (removal.unit, removal.score) == (Component((2,)), -1.0)
 
 
 @pytest.mark.parametrize(
@@ -160,4 +179,4 @@ def test_nats_count_with_a_minus() -> None:
 def test_scores_that_have_no_mean_are_refused(names: Sequence[str], weights: Any, message: str) -> None:
     objective = task_objective(lambda variants: evaluate(variants, names), weights=weights)
     with pytest.raises(UserError, match=message):
-        greedy_order(layer_units(3), objective, num_removals=1)
+        greedy_order(layer_components(3), objective, num_removals=1)

@@ -17,7 +17,7 @@ from tiny import KINDS, NUM_LAYERS, VOCAB_SIZE, tiny_model
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Importance, Provenance
-from shoal.artifacts.importance import Removal, Unit
+from shoal.artifacts.importance import Removal
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.loss_metrics import LOSS_METRICS, Sleb
 from shoal.compress.metrics.metric import Order
@@ -29,7 +29,7 @@ from shoal.data.sources import PackedRows
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.load import decoder_layers
-from shoal.recipe.edits import SkipAttention, SkipMlp
+from shoal.recipe.edits import Component, SkipAttention, SkipMlp
 from shoal.recipe.recipe import Prune
 
 Half = tuple[str, int]
@@ -73,7 +73,7 @@ def test_sleb_equals_the_float64_loop_over_cut_models(kind: str) -> None:
     model = tiny_model(kind)
     order = measured(model, "sleb", num_drop=3)["sleb"]
     expected = plain_greedy(CANDIDATES, lambda drop: loss_without(model, drop), 3)
-    assert [removal.unit for removal in order] == [Unit((layer,)) for layer, _ in expected]
+    assert [removal.unit for removal in order] == [Component((layer,)) for layer, _ in expected]
     assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
 
 
@@ -83,7 +83,7 @@ def test_the_first_removal_of_sleb_is_the_lowest_single_drop_perplexity(seed: in
     found = measured(model, "single_drop_perplexity", "sleb", num_drop=1)
     perplexities = found["single_drop_perplexity"]
     (first,) = found["sleb"]
-    assert first.unit == Unit((min(CANDIDATES, key=lambda layer: perplexities[layer]),))
+    assert first.unit == Component((min(CANDIDATES, key=lambda layer: perplexities[layer]),))
     assert math.exp(first.score) == perplexities[first.unit.layers[0]]
 
 
@@ -132,7 +132,7 @@ def test_blockpruner_equals_the_float64_loop_over_models_with_silent_halves(kind
     order = measured(model, "blockpruner", num_drop=2)["blockpruner"]
     halves = [(half, layer) for layer in CANDIDATES for half in ("attention", "mlp")]
     expected = plain_greedy(halves, lambda gone: loss_without_halves(model, gone), 4)
-    assert [removal.unit for removal in order] == [Unit((layer,), half) for (half, layer), _ in expected]  # pyright: ignore[reportArgumentType]
+    assert [removal.unit for removal in order] == [Component((layer,), half) for (half, layer), _ in expected]  # pyright: ignore[reportArgumentType]
     assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
 
 
@@ -278,7 +278,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
 
 def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), ranks=2)
-    with torch.serialization.safe_globals([Removal, Unit]):
+    with torch.serialization.safe_globals([Removal, Component]):
         first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first == second
     for found, num_rows in zip(first, SHARES.values(), strict=True):

@@ -13,12 +13,12 @@ from scipy import optimize, stats
 from sweep_results import LOST, NUM_ITEMS, NUM_LAYERS, atlas, nats, right, scores, task
 
 from shoal.artifacts.artifact import TaskScore
-from shoal.artifacts.importance import Unit
 from shoal.compress.sweeps.agreement import agreement, column_stability, jaccard, spearman
 from shoal.compress.sweeps.atlas import build_atlas, cornerstones, gini, layer_losses, normalised_entropy
 from shoal.compress.sweeps.table import Measured, needed_items, require_items, sweep_table
 from shoal.data.repetition import ends_in_loop
 from shoal.errors import UserError
+from shoal.recipe.edits import Component
 from shoal.stats import bootstrap, paired
 from shoal.stats.bootstrap import expanded_percentiles, resampled_means
 from shoal.stats.intervals import newcombe_paired, paired_ratio, wilson
@@ -109,7 +109,7 @@ def test_effects_of_unequal_windows_equal_the_paired_comparison() -> None:
     after = [before + rng.normal(0.04, 0.03, len(UNEQUAL)) for _ in range(2)]
     (column,) = sweep_table(
         "mlp",
-        [Unit((layer,), "mlp") for layer in range(2)],
+        [Component((layer,), "mlp") for layer in range(2)],
         [nats(before, weights=UNEQUAL)],
         [[nats(values, weights=UNEQUAL)] for values in after],
     ).columns
@@ -126,7 +126,7 @@ def test_intervals_over_unequal_windows_hold_that_nothing_has_changed() -> None:
     rng = np.random.default_rng(3)
     before = rng.gamma(4.0, 0.5, len(UNEQUAL))
     variants = [[nats(before + rng.normal(0.0, 0.1, len(UNEQUAL)), weights=UNEQUAL)] for _ in range(1000)]
-    units = [Unit((layer,), "mlp") for layer in range(1000)]
+    units = [Component((layer,), "mlp") for layer in range(1000)]
     (column,) = sweep_table("mlp", units, [nats(before, weights=UNEQUAL)], variants).columns
     held = np.mean([effect.change.low <= 0 <= effect.change.high for effect in column.effects])
     assert 0.93 <= held <= 0.98
@@ -336,7 +336,7 @@ def test_an_atlas_of_no_task_is_refused() -> None:
 
 def test_units_and_scores_must_be_as_many() -> None:
     with pytest.raises(ValueError, match="2 units but scores of 1 variants"):
-        sweep_table("head", [Unit((0,), "head", 0), Unit((0,), "head", 1)], scores()[0], [scores()[0]])
+        sweep_table("head", [Component((0,), "head", 0), Component((0,), "head", 1)], scores()[0], [scores()[0]])
 
 
 # --- written text -------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import pytest
 from planted import COPY, NUM_LAYERS, TABLE, TAME, planted_model, planted_tasks, planted_tokenizer
 
 from shoal.artifacts.importance import Atlas, SweepColumn
+from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.atlas import build_atlas
-from shoal.compress.sweeps.sweep import sweep, units_of, variant_of
-from shoal.compress.variants.variants import Edited
+from shoal.compress.sweeps.sweep import sweep
+from shoal.compress.variants.variants import Edited, variant_of
 from shoal.recipe.recipe import Sweeps
 
 
@@ -20,7 +21,7 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
         include_path=str(planted_tasks(tmp_path_factory.mktemp("tasks"))),
     )
     model = planted_model()
-    variants = [variant_of(unit, model) for unit in units_of("layer", model)]
+    variants = [variant_of(unit, model) for unit in components_of("layer", model)]
     intact, removed = sweep(Edited(model), planted_tokenizer(), variants, settings, seed=0)
     return build_atlas(intact, removed)
 

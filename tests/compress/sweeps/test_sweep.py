@@ -13,13 +13,14 @@ from tiny import NUM_LAYERS, tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import TaskScore
-from shoal.artifacts.importance import Unit
+from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
-from shoal.compress.sweeps.sweep import as_evaluation, layer_runs, sweep, task_names, units_of, variant_of
-from shoal.compress.variants.variants import Edited, Variant, without
+from shoal.compress.sweeps.sweep import as_evaluation, layer_runs, sweep, task_names
+from shoal.compress.variants.variants import Edited, Variant, variant_of, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
+from shoal.recipe.edits import Component
 from shoal.recipe.recipe import Sweeps
 
 SETTINGS = Sweeps(
@@ -113,7 +114,7 @@ def test_two_ranks_answer_from_each_others_files(tmp_path: Path) -> None:
 )
 def test_units_of_an_operator_cover_the_model(operator: str, count: int) -> None:
     made = model()
-    units = units_of(operator, made, order=[3, 1, 4])
+    units = components_of(operator, made, order=[3, 1, 4])
     assert len(units) == count == len({unit.name for unit in units})
     variants = [variant_of(unit, made) for unit in units]
     assert len({one.edits for one in variants}) == count
@@ -123,9 +124,12 @@ def test_units_of_an_operator_cover_the_model(operator: str, count: int) -> None
 
 def test_a_key_value_group_is_all_heads_that_read_it() -> None:
     made = model()
-    (group,) = variant_of(Unit((2,), "kv_group", 1), made).edits
-    (one,), (other,) = variant_of(Unit((2,), "head", 2), made).edits, variant_of(Unit((2,), "head", 3), made).edits
-    assert group[1].heads == one[1].heads + other[1].heads == (2, 3)  # pyright: ignore[reportAttributeAccessIssue]
+    (group,) = variant_of(Component((2,), "kv_group", 1), made).edits
+    (one,), (other,) = (
+        variant_of(Component((2,), "head", 2), made).edits,
+        variant_of(Component((2,), "head", 3), made).edits,
+    )
+    assert group[1].indices == one[1].indices + other[1].indices == (2, 3)
 
 
 def test_tasks_under_protocols_are_found_by_name() -> None:

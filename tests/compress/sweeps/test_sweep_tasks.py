@@ -16,9 +16,10 @@ from tiny import tiny_model, tiny_tokenizer
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
 from shoal.compress.sweeps.sweep import as_evaluation, checked_tasks, sweep
-from shoal.compress.variants.variants import Edited, Swapped, variant, without
+from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
+from shoal.recipe.edits import LayerEdit
 from shoal.recipe.recipe import Sweeps
 
 TASK: dict[str, Any] = {
@@ -114,7 +115,7 @@ def test_a_variant_that_gives_no_numbers_is_named() -> None:
     donor = model()
     with torch.no_grad():
         donor.get_parameter("model.layers.3.mlp.up_proj.weight")[0, 0] = float("nan")
-    variants = [variant(f"layer {layer} of the donor", [(layer, Swapped())]) for layer in (2, 3)]
+    variants = [variant(f"layer {layer} of the donor", [(layer, LayerEdit("donor"))]) for layer in (2, 3)]
     asked = Sweeps(tasks=("knowledge_continuation",), limit=2)
     with pytest.raises(UserError, match=r"layer 3 of the donor: .* no numbers then, in torch.float32; set dtype"):
         sweep(Edited(model(), donor), tiny_tokenizer(), variants, asked, seed=0)

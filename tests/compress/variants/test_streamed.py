@@ -23,13 +23,15 @@ from shoal.compress.variants import streamed_model
 from shoal.compress.variants.state_store import FileStore, InMemory, StateStore
 from shoal.compress.variants.streamed import Streaming, measure_streamed, score_variants_streamed
 from shoal.compress.variants.streamed_model import StreamedLayerwise, StreamedModel
-from shoal.compress.variants.variants import INTACT, Edited, Removed, Swapped, score_variants, variant
+from shoal.compress.variants.variants import INTACT, Edited, score_variants, variant
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import StoredTensor, read_shards
 from shoal.models.load import align_weights, load_model
+from shoal.recipe.edits import REMOVED, LayerEdit
 
+DONOR = LayerEdit("donor")
 METRICS = tuple(HIDDEN_METRICS)
 MERGED = ("mixtral", "qwen3_moe")
 """Families whose experts are stored one by one and merged by loading."""
@@ -102,7 +104,11 @@ def test_padding_counts_nowhere(tmp_path: Path) -> None:
 
 def test_a_donors_layers_come_from_its_own_files(tmp_path: Path) -> None:
     folder, donor = saved(tmp_path, "qwen3"), saved(tmp_path / "donor", "qwen3", seed=1, shards=True)
-    variants = [variant("one", [(2, Swapped())]), variant("two", [(1, Swapped()), (5, Removed())]), INTACT]
+    variants = [
+        variant("one", [(2, DONOR)]),
+        variant("two", [(1, DONOR), (5, REMOVED)]),
+        INTACT,
+    ]
     model = whole(folder)
     expected = score_variants(Edited(model, whole(donor)), Decoder(model), requests(), variants, batch_size=3)
     found = score_variants_streamed(folder, requests(), variants, batch_size=3, streaming=Streaming(), donor=donor)

@@ -12,19 +12,20 @@ from tiny import KINDS, NUM_LAYERS, tiny_model
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
-from shoal.compress.variants.variants import INTACT, Edited, Masked, Silenced, Swapped, Variant, variant, without
+from shoal.compress.variants.variants import INTACT, Edited, Variant, variant, without
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import generate_greedily
 from shoal.models.anatomy import decoder_layers
+from shoal.recipe.edits import LayerEdit
 
 VARIANTS = [
     without([0]),
     INTACT,
     *(without([layer]) for layer in range(1, NUM_LAYERS)),
     without([1, 4]),
-    variant("attention", [(2, Silenced("attention"))]),
-    variant("mlp", [(4, Silenced("mlp")), (1, Silenced("attention"))]),
-    variant("heads", [(5, Masked((1, 2))), (3, Masked((0,)))]),
+    variant("attention", [(2, LayerEdit("attention"))]),
+    variant("mlp", [(4, LayerEdit("mlp")), (1, LayerEdit("attention"))]),
+    variant("heads", [(5, LayerEdit("head", (1, 2))), (3, LayerEdit("head", (0,)))]),
 ]
 VARIED: dict[str, Any] = {"initializer_range": 0.3}
 """At which greedy text varies and equal texts mean something."""
@@ -88,7 +89,7 @@ def test_texts_without_layers_are_those_that_transformers_writes_with_the_cut_mo
 
 def test_swapped_layers_write_one_after_the_other() -> None:
     edited = Edited(tiny_model("llama", **VARIED), tiny_model("llama", seed=1, **VARIED))
-    one = variant("swap", [(2, Swapped())])
+    one = variant("swap", [(2, LayerEdit("donor"))])
     asked = prompts(shared=0)
     found = generate_variants(edited, Decoder(edited.model), asked, [one, INTACT], LIMITS, batch_size=2)
     assert found == [alone(edited, asked, one), alone(edited, asked, INTACT)]

@@ -16,8 +16,6 @@ from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import (
     INTACT,
     Edited,
-    Removed,
-    Swapped,
     Variant,
     layerwise_or_none,
     score_variants,
@@ -29,7 +27,9 @@ from shoal.inference.decoder import Decoder
 from shoal.inference.generation import generate_greedily
 from shoal.inference.scoring import Score, Tokens, score
 from shoal.models.anatomy import decoder_layers
+from shoal.recipe.edits import REMOVED, LayerEdit
 
+DONOR = LayerEdit("donor")
 RUN_AS_A_WHOLE = ("dory", "gemma3n_text", "gemma4_text", "glm_moe_dsa", "hy_v4", "inkling2_loop_text", "zaya")
 """Families whose layers share more than the hidden state."""
 FAMILIES = (
@@ -100,7 +100,10 @@ def test_variants_of_every_kind_of_family_score_and_write_what_each_alone_does(f
 def test_a_donors_layers_are_those_that_swapping_puts_in(monkeypatch: pytest.MonkeyPatch) -> None:
     model, donor = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
     edited, decoder, asked = Edited(model, donor), Decoder(model), requests()
-    variants = [variant("one", [(2, Swapped())]), variant("three", [(1, Swapped()), (4, Swapped()), (5, Removed())])]
+    variants = [
+        variant("one", [(2, DONOR)]),
+        variant("three", [(1, DONOR), (4, DONOR), (5, REMOVED)]),
+    ]
     found = score_variants(edited, decoder, asked, variants, batch_size=3)
     for one, scores in zip(variants, found, strict=True):
         with edited.applied(one.edits):

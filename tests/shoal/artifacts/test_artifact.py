@@ -32,8 +32,9 @@ from shoal.artifacts.artifact import (
     fingerprint,
     require_same_run,
 )
-from shoal.artifacts.importance import Removal, Sweep, Unit
+from shoal.artifacts.importance import Removal, Sweep
 from shoal.errors import UserError
+from shoal.recipe.edits import Component
 
 MADE = Provenance({"model": "abc", "prune.drop": [1, 3], "seed": 0})
 TASK = TaskScore(
@@ -103,8 +104,8 @@ def test_results_of_before_there_were_levels_and_batch_sizes_are_still_read(tmp_
 
 
 def test_orders_and_sweeps_are_read_back_equal(tmp_path: Path) -> None:
-    half = Unit((2,), "attention")
-    sweeps = {"head": Sweep("head", (Unit((0,), "head", 3),), ())}
+    half = Component((2,), "attention")
+    sweeps = {"head": Sweep("head", (Component((0,), "head", 3),), ())}
     made = Importance(MADE, 3, 1, {}, {}, orders={"block_pruner": (Removal(half, 2.5),)}, sweeps=sweeps)
     made.write(tmp_path / "x.json")
     assert Importance.read(tmp_path / "x.json") == made
@@ -123,13 +124,13 @@ def test_a_sweep_with_a_misspelt_field_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("unit", "name"),
     [
-        (Unit((3,)), "layer 3"),
-        (Unit((3, 1)), "layers 3, 1"),
-        (Unit((3,), "attention"), "attention 3"),
-        (Unit((3,), "kv_group", 2), "kv group 3.2"),
+        (Component((3,)), "layer 3"),
+        (Component((3, 1)), "layers 3, 1"),
+        (Component((3,), "attention"), "attention 3"),
+        (Component((3,), "kv_group", 2), "kv group 3.2"),
     ],
 )
-def test_units_have_names(unit: Unit, name: str) -> None:
+def test_units_have_names(unit: Component, name: str) -> None:
     assert unit.name == name
 
 
@@ -272,11 +273,11 @@ assert ATLAS is not None
         (replace(SWEPT, runs={"y": ((0.1,) * 6, (0.1,) * 6)}), r"runs\.y\.1: has 6 scores for 5 runs of 2 layers"),
         (replace(SWEPT, runs={"y": ()}), r"runs\.y: is empty"),
         (
-            replace(SWEPT, orders={"sleb": (Removal(Unit((6,)), 1.0),)}),
+            replace(SWEPT, orders={"sleb": (Removal(Component((6,)), 1.0),)}),
             r"orders\.sleb\.0: names layer 6 of a model of 6 layers",
         ),
         (
-            replace(SWEPT, sweeps={"head": Sweep("head", (Unit((0,), "head", 3),), ATLAS.columns)}),
+            replace(SWEPT, sweeps={"head": Sweep("head", (Component((0,), "head", 3),), ATLAS.columns)}),
             r"sweeps\.head\.columns\.0: has 6 effects for 1 units",
         ),
         (

@@ -15,7 +15,7 @@ from sweep_results import NUM_LAYERS, right, scores, task
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import Sweep, Unit
+from shoal.artifacts.importance import Sweep
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.table import sweep_table
 from shoal.errors import UserError
@@ -29,6 +29,7 @@ from shoal.figures.atlas import (
     head_map_figure,
 )
 from shoal.figures.run_figures import save_figure
+from shoal.recipe.edits import Component
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,14 +58,14 @@ def saved_texts(figure: Figure, path: Path) -> list[str]:
 
 
 def heads() -> Sweep:
-    units = [Unit((layer,), "head", head) for layer in range(3) for head in range(4)]
+    units = [Component((layer,), "head", head) for layer in range(3) for head in range(4)]
     made = task(right(0.8), "retrieval_generation")
     variants = [[task(right(0.8, 40 if unit.name == "head 1.2" else 1), "retrieval_generation")] for unit in units]
     return sweep_table("head", units, [made], variants)
 
 
 def cumulative() -> Sweep:
-    units = [Unit(tuple(range(1, count + 1))) for count in range(1, 4)]
+    units = [Component(tuple(range(1, count + 1))) for count in range(1, 4)]
     return sweep_table("cumulative", units, [task(right(0.8))], [[task(right(0.8, 10 * n))] for n in (1, 2, 4)])
 
 
@@ -156,7 +157,7 @@ def test_agreement_shows_the_ceiling_beside_the_correlation(tmp_path: Path) -> N
 
 
 def test_halves_and_donor_layers_are_drawn_over_the_layers_they_belong_to() -> None:
-    units = [Unit((layer,), "attention") for layer in (1, 3, 4)]
+    units = [Component((layer,), "attention") for layer in (1, 3, 4)]
     table = sweep_table("attention", units, [task(right(0.8))], [[task(right(0.8, lost))] for lost in (0, 30, 1)])
     (ax,) = curves_figure(table).axes
     assert [list(line.get_xdata()) for line in ax.get_lines()][::2] == [[1, 3, 4], [3]]  # pyright: ignore

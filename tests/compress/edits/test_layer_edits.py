@@ -1,0 +1,74 @@
+from typing import Any, get_args
+
+import pytest
+from architectures import tiny_config, tiny_model
+
+from shoal.compress.edits.layer_edits import KINDS, components_of, in_force, layer_edits, num_components, stored_name
+from shoal.recipe.edits import (
+    REMOVED,
+    Component,
+    ComponentPart,
+    HeadMask,
+    KvGroupMask,
+    LayerEdit,
+    Merge,
+    SkipAttention,
+    SkipMlp,
+    Swap,
+    components,
+)
+from shoal.recipe.recipe import Operator
+
+
+def test_every_part_has_a_row_and_is_an_operator_of_sweeps() -> None:
+    assert set(KINDS) == set(get_args(ComponentPart)) == set(get_args(Operator)) - {"cumulative"}
+
+
+@pytest.mark.parametrize("operator", [*KINDS, "cumulative"])
+def test_a_configuration_tells_how_many_components_there_are(operator: str) -> None:
+    order = range(6)
+    assert num_components(operator, tiny_config("llama")) == len(
+        components_of(operator, tiny_model("llama"), order=order)
+    )
+
+
+def test_an_operator_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="no operator 'neuron'"):
+        components_of("neuron", tiny_model("llama"))
+
+
+def test_skips_and_masks_of_a_plan_become_one_edit_per_layer_and_part() -> None:
+    edits = (
+        KvGroupMask("kv_group_mask", 4, (1,)),
+        SkipMlp("skip_mlp", (2, 1)),
+        HeadMask("head_mask", 4, (2, 0)),
+        SkipAttention("skip_attention", (2,)),
+        Swap("swap", (3,), "donor"),
+        Merge("merge", (5, 6)),
+    )
+    assert layer_edits(components(edits), tiny_model("llama", num_key_value_heads=2)) == (
+        (1, LayerEdit("mlp")),
+        (2, LayerEdit("attention")),
+        (2, LayerEdit("mlp")),
+        (4, LayerEdit("head", (0, 2, 3))),
+    )
+
+
+def test_a_donor_is_left_to_whoever_has_it() -> None:
+    model: Any = tiny_model("llama")
+    with in_force(model, [(1, LayerEdit("donor"))]):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_answers_of_sweeps_are_found_by_the_names_they_were_stored_under() -> None:
+    model = tiny_model("llama", num_key_value_heads=2)
+    for taken, name in (
+        ((), "()"),
+        ((Component((5, 3)),), "((3, Removed()), (5, Removed()))"),
+        ((Component((2,), "attention"),), "((2, Silenced(half='attention')),)"),
+        ((Component((2,), "mlp"), Component((2,), "head", 1)), "((2, Masked(heads=(1,))), (2, Silenced(half='mlp')))"),
+        ((Component((0,), "kv_group", 1),), "((0, Masked(heads=(2, 3))),)"),
+        ((Component((4,), "donor"),), "((4, Swapped()),)"),
+    ):
+        assert stored_name(layer_edits(taken, model)) == name
+    assert LayerEdit("layer") == REMOVED
