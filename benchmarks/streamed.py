@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from shoal.compress.measure import measure_importance
-from shoal.compress.variants.streamed import Streaming, measure_streamed
+from shoal.compress.streamed import measure_streamed
+from shoal.compress.variants.streamed import Streaming
 from shoal.data.sources import PackedRows
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import checkpoint_bytes

@@ -1,6 +1,7 @@
 """Measure what layers are worth, choose which go, and write the student that is proven to be the teacher without them.
 
     measure   every asked metric, pass by pass
+    streamed  the same of a model larger than memory
     plan      the choice
     apply     writes the student of a plan
     dry_run   what a plan would do

@@ -1,21 +1,21 @@
 """The one table of what can be taken out of a layer: how it is counted, put in force and written for good.
 
-Sweeps, orders of removals and the skips and masks of a plan are said in components (shoal.recipe.edits). Here they become
-edits of single layers, and KINDS says of each part what is done with it:
+Sweeps, orders of removals and the skips and masks of a plan are said in components (shoal.recipe.edits). Here they
+become edits of single layers, and KINDS says of each part what is done with it:
 
 | part        | in `prune.edits` | swept by        | in force                      | for good                      |
 | ----------- | ---------------- | --------------- | ----------------------------- | ----------------------------- |
-| `layer`     | `prune.drop`     | layer           | passes its input on           | is cut (surgery.py)           |
+| `layer`     | `prune.drop`     | layer           | passes its input on           | is cut (surgery/)             |
 | `attention` | `skip_attention` | layer           | adds nothing                  | output projection is zero     |
 | `mlp`       | `skip_mlp`       | layer           | adds nothing                  | output projection is zero     |
 | `head`      | `head_mask`      | query head      | its context is zero           | its columns there are zero    |
 | `kv_group`  | `kv_group_mask`  | key-value head  | as the query heads that read it                              ||
 | `donor`     | `swap`           | layer           | the donor's layer runs        | the donor's tensors           |
 
-To add a part, touch four files: shoal/edits.py (its name in ComponentPart; its class in Edit, its components and its
-words, if a plan may name it), operators.py (hooks that put it in force), zeroing.py (weights that do the same, and what
-then is idle), and its row in KINDS. An edit that gives layers other weights, as `merge` and `replace` do, is no part:
-it takes its class in shoal/edits.py, a module of its own, and its place in edit.py.
+To add a part, touch four files: src/shoal/recipe/edits.py (its name in ComponentPart; its class in Edit, its components
+and its words, if a plan may name it), masks.py (hooks that put it in force), zeroing.py (weights that do the same, and
+what then is idle), and its row in KINDS. An edit that gives layers other weights, as `merge` and `replace` do, is no
+part: it takes its class in src/shoal/recipe/edits.py, a module of its own, and its place in apply.py.
 """
 
 from __future__ import annotations

@@ -208,7 +208,7 @@ def _rows(run: Run) -> PackedRows:
 
 def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) -> Importance:
     from shoal.compress.measure import measure_importance
-    from shoal.compress.variants.streamed import measure_streamed
+    from shoal.compress.streamed import measure_streamed
 
     settings = run.recipe.measure
     common: dict[str, Any] = {"metrics": settings.metrics, "batch_size": settings.batch_size}

@@ -19,9 +19,10 @@ from variant_cases import VARIANTS, requests
 
 from shoal.compress.measure import measure_importance
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
+from shoal.compress.streamed import measure_streamed
 from shoal.compress.variants import streamed_model
 from shoal.compress.variants.state_store import FileStore, InMemory, StateStore
-from shoal.compress.variants.streamed import Streaming, measure_streamed, score_variants_streamed
+from shoal.compress.variants.streamed import Streaming, score_variants_streamed
 from shoal.compress.variants.streamed_model import StreamedLayerwise, StreamedModel
 from shoal.compress.variants.variants import INTACT, Edited, score_variants, variant
 from shoal.errors import UserError
@@ -255,7 +256,8 @@ LIMITED = """
 import json, re, resource, sys
 from pathlib import Path
 import torch
-from shoal.compress.variants.streamed import Streaming, measure_streamed
+from shoal.compress.streamed import measure_streamed
+from shoal.compress.variants.streamed import Streaming
 from shoal.data.sources import PackedRows
 from shoal.models.load import load_model
 
