@@ -224,22 +224,22 @@ def _planned_copy(
     """Raises: NotByCopy, or the UserErrors of cut_config."""
     prefix, model_prefix = find_layers(teacher.shapes, skeleton, plain), f"{anatomy(skeleton).layers_name}."
     names = student_names(teacher.shapes, prefix=prefix, num_layers=len(decoder_layers(skeleton)), keep=keep)
-    said = LayerNames(
+    layer_names = LayerNames(
         prefixes=tuple({prefix, model_prefix}),
         others=frozenset(other_towers(teacher.shapes, {prefix, model_prefix})),
         modules=tuple(
             sorted(modules_inside(teacher.shapes, prefix) | modules_inside(skeleton.state_dict(), model_prefix))
         ),
     )
-    config = cut_stored_config(teacher.config, keep, said)
+    config = cut_stored_config(teacher.config, keep, layer_names)
     config.architectures = config.architectures or [type(skeleton).__name__]
     shapes = {names[name]: shape for name, shape in teacher.shapes.items() if name in names}
-    student, found = load_without_data(without_quantization(config)[0], shapes)
-    if difference := found.difference(loading.renumbered((model_prefix, prefix), keep)):
+    student, student_loading = load_without_data(without_quantization(config)[0], shapes)
+    if difference := student_loading.difference(loading.renumbered((model_prefix, prefix), keep)):
         raise NotByCopy(f"of the stored tensors, {difference} in the student")
     refuse_changed_layers(skeleton, student, keep)
     side_files = {
-        name: renumbered(settings, keep, said, where=name)
+        name: renumbered(settings, keep, layer_names, where=name)
         for name in SIDE_FILES
         if (settings := json_or_empty(teacher.folder / name))
     }
@@ -278,12 +278,12 @@ def _write_from_memory(
     }
     reads = any(isinstance(edit, Replace) for edit in plan.edits)
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code) if reads else None
-    made = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
+    ingredients = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
     with doing("prune: writing the student"):
-        edited_student(model, plan, made).save_pretrained(folder)
-    return _planned_behaviour(model, plan, made) if runs else None
+        edited_student(model, plan, ingredients).save_pretrained(folder)
+    return _planned_behaviour(model, plan, ingredients) if runs else None
 
 
-def _planned_behaviour(model: PreTrainedModel, plan: PruningPlan, made: Materials) -> Behaviour:
-    with edited(model, plan, made):
+def _planned_behaviour(model: PreTrainedModel, plan: PruningPlan, ingredients: Materials) -> Behaviour:
+    with edited(model, plan, ingredients):
         return behaviour(model)

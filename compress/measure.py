@@ -62,14 +62,14 @@ def measure_importance(
     num_tokens = int(calibration.mask_NS.sum())
     if num_tokens == 0:
         raise UserError("measure: there is no token to measure on; name a data source that holds text")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for need, names in by_need.items():
         log.info("measure: %s", ", ".join(names))
-        found |= (passes or PASSES)[need](model, calibration, names)
+        results |= (passes or PASSES)[need](model, calibration, names)
     scores = Scores(len(decoder_layers(model)), num_tokens)
     places = {"layers": scores.layers, "runs": scores.runs, "order": scores.orders}
     for name in metrics:
-        result = found[name]
+        result = results[name]
         if isinstance(result, Estimates):
             scores.errors[name] = tuple(None if math.isnan(error) else error for error in result.standard_errors)
             result = result.values

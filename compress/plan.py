@@ -119,14 +119,14 @@ def _cornerstones(importance: Importance) -> tuple[int, ...]:
 
 def _spared(prune: Prune, importance: Importance) -> tuple[SweepColumn, ...]:
     """The columns on which nothing significant may be spent."""
-    found: dict[str, SweepColumn] = {}
+    columns_by_task: dict[str, SweepColumn] = {}
     for name in prune.spare:
         columns = swept_columns(name, importance)
         if not columns:
             raise unknown(name, importance, f"prune.spare: {name}", swept_only=True)
-        found |= {column.task: column for column in columns}
+        columns_by_task |= {column.task: column for column in columns}
         _warn_without_signal(name, importance)
-    return tuple(found.values())
+    return tuple(columns_by_task.values())
 
 
 def _affordable(layers: Iterable[int], count: int, spared: Sequence[SweepColumn]) -> list[int]:
@@ -148,12 +148,12 @@ def _costs(layers: Sequence[int], spared: Sequence[SweepColumn]) -> bool:
     return any(is_loss(column, joint_change(column, layers)) for column in spared)
 
 
-def _require_affordable(found: int, count: int, spared: Sequence[SweepColumn]) -> None:
-    if found < count:
+def _require_affordable(num_affordable: int, count: int, spared: Sequence[SweepColumn]) -> None:
+    if num_affordable < count:
         names = ", ".join(column.task for column in spared)
         raise UserError(
-            f"prune.spare: only {found} of the {count} layers asked for can go without a significant loss on {names}, "
-            "by the sum of their single removals; drop fewer or spare less"
+            f"prune.spare: only {num_affordable} of the {count} layers asked for can go without a significant loss on "
+            f"{names}, by the sum of their single removals; drop fewer or spare less"
         )
 
 
@@ -268,7 +268,7 @@ def _lowest(
     prune: Prune, count: int, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
 ) -> tuple[tuple[int, ...], str]:
     """The ``count`` layers of lowest score wherever they are; equal scores go by lower index."""
-    what, scores = _scores(prune, importance)
+    metric, scores = _scores(prune, importance)
     candidates = [layer for layer in range(importance.num_layers) if layer not in protected]
     if count > len(candidates):
         raise UserError(
@@ -279,7 +279,7 @@ def _lowest(
     drop = _affordable(sorted(candidates, key=lambda layer: (scores[layer], layer)), count, spared)
     _require_affordable(len(drop), count, spared)
     reason = (
-        f"the {_layers(count, importance.num_layers)} with the lowest {what} "
+        f"the {_layers(count, importance.num_layers)} with the lowest {metric} "
         f"({scores[drop[0]]:.4g} to {scores[drop[-1]]:.4g})"
     )
     return tuple(sorted(drop)), reason + _protection(protected, spared)
@@ -333,24 +333,24 @@ def _first_of_order(
     free = [removal for removal in order if not protected & set(removal.unit.layers)]
     wanted = 2 * count if of_halves else count
     if len(free) < wanted:
-        what = "halves" if of_halves else "layers"
+        removed = "halves" if of_halves else "layers"
         raise UserError(
-            f"prune.metric={metric}: its order in importance.json has {len(free)} {what} that are not protected "
+            f"prune.metric={metric}: its order in importance.json has {len(free)} {removed} that are not protected "
             f"({sorted(protected)}), {wanted} are needed; raise measure.num_drop, or drop fewer"
         )
     if of_halves:
         taken, last = free[:wanted], free[wanted - 1]
         layers, halves = _without_halves(taken)
-        what = f"the first {wanted} halves"
+        removed = f"the first {wanted} halves"
     else:
         layers = _affordable((removal.unit.layers[0] for removal in free), count, spared)
         _require_affordable(len(layers), count, spared)
         taken = [removal for removal in free if removal.unit.layers[0] in layers]
-        last, halves, what = taken[-1], (), f"the first {_layers(count, importance.num_layers)}"
+        last, halves, removed = taken[-1], (), f"the first {_layers(count, importance.num_layers)}"
     skipped = order.index(last) + 1 - len(taken)
-    reason = f"{what} of the order of {metric} ({last.score:.4g} without them)"
+    reason = f"{removed} of the order of {metric} ({last.score:.4g} without them)"
     if skipped:
-        reason = f"{what} of the order of {metric} that may go ({skipped} passed over)"
+        reason = f"{removed} of the order of {metric} that may go ({skipped} passed over)"
     return tuple(sorted(layers)), halves, reason + _protection(protected, spared)
 
 

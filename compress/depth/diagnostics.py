@@ -150,20 +150,20 @@ def effective_depths(
     divergence is below half the largest; overlap: the first l whose overlap exceeds 0.3. Curves that are empty give
     none.
     """
-    found: dict[str, EffectiveDepth] = {}
+    depths: dict[str, EffectiveDepth] = {}
     if missing := {"layer", "attention", "mlp"} - cosines.keys():
-        found["cosine"] = EffectiveDepth(None, None, f"needs the curves of {' and '.join(sorted(missing))}")
+        depths["cosine"] = EffectiveDepth(None, None, f"needs the curves of {' and '.join(sorted(missing))}")
     else:
         mean = [sum(values) / 3 for values in zip(*(cosines[name] for name in SITES), strict=True)]
-        turns = [layer for layer, (one, following) in enumerate(itertools.pairwise(mean)) if one < 0 <= following]
-        found["cosine"] = _depth(turns[-1:], len(mean), "the mean cosine never turns from negative to positive")
+        turns = [layer for layer, (cosine, following) in enumerate(itertools.pairwise(mean)) if cosine < 0 <= following]
+        depths["cosine"] = _depth(turns[-1:], len(mean), "the mean cosine never turns from negative to positive")
     for name, values, reached, reason in (
         ("kl", kl, lambda value: value < KL_SHARE * max(kl), "no divergence is below half the largest"),
         ("overlap", overlap, lambda value: value > MIN_OVERLAP, f"no overlap exceeds {MIN_OVERLAP}"),
     ):
         layers = [layer for layer, value in enumerate(values) if reached(value)]
-        found[name] = _depth(layers[:1], len(values), reason if values else "needs the logit lens")
-    return found
+        depths[name] = _depth(layers[:1], len(values), reason if values else "needs the logit lens")
+    return depths
 
 
 def _depth(layers: Sequence[int], num_layers: int, reason: str) -> EffectiveDepth:
@@ -173,8 +173,8 @@ def _depth(layers: Sequence[int], num_layers: int, reason: str) -> EffectiveDept
 def _batches(rows: PackedRows | Sequence[Prompt], batch_size: int, mask_NS: Tensor | None) -> list[TokenBatch]:
     if isinstance(rows, PackedRows):
         return batches_of_rows(rows, batch_size, mask_NS) if len(rows) else []
-    given = [prompt for prompt in rows if prompt.input_ids]
-    return [batch_of_prompts(given[start : start + batch_size]) for start in range(0, len(given), batch_size)]
+    non_empty = [prompt for prompt in rows if prompt.input_ids]
+    return [batch_of_prompts(non_empty[start : start + batch_size]) for start in range(0, len(non_empty), batch_size)]
 
 
 def _prompts(rows: PackedRows | Sequence[Prompt], prompts: Sequence[Prompt], effort: Effort) -> list[Prompt]:
@@ -186,14 +186,14 @@ def _prompts(rows: PackedRows | Sequence[Prompt], prompts: Sequence[Prompt], eff
             min_tokens=max(MIN_TOKENS, effort.answer_tokens + 1),
             num_answer=effort.answer_tokens,
         )
-    given = prompts or (() if isinstance(rows, PackedRows) else rows)
-    for number, prompt in enumerate(given):
+    candidates = prompts or (() if isinstance(rows, PackedRows) else rows)
+    for number, prompt in enumerate(candidates):
         if not 0 < prompt.num_answer < len(prompt.input_ids):
             raise UserError(
                 f"diagnostics: prompt {number}: has {len(prompt.input_ids)} tokens of which {prompt.num_answer} are "
                 "the answer; leave at least one for each"
             )
-    return [prompt for prompt in given if len(prompt.input_ids) >= MIN_TOKENS][: effort.num_prompts]
+    return [prompt for prompt in candidates if len(prompt.input_ids) >= MIN_TOKENS][: effort.num_prompts]
 
 
 def _cost(model: PreTrainedModel, prompts: Sequence[Prompt], effort: Effort) -> str:
@@ -276,8 +276,8 @@ def _interventions(
     num_runs = math.ceil(len(cuts) / batch_size) * (runs.num_layers * (1 if readout is None else 2) - 1)
     with progress("diagnostics: skips", total=num_runs, unit="runs") as step:
         effects = measure_effects(runs, readout, cuts, means_LD, batch_size=batch_size, progress=step)
-    found = [effects.skip_LL, effects.skip_output_L]
-    _require_finite(model, *found, *([] if effects.erasure_output_L is None else [effects.erasure_output_L]))
+    measured = (effects.skip_LL, effects.skip_output_L, effects.erasure_output_L)
+    _require_finite(model, *(tensor for tensor in measured if tensor is not None))
     attributions = _attributions(model, runs, readout, prompts, flows, effort, batch_size) if readout else ()
     return effects, attributions, len(cuts), ""
 
@@ -295,7 +295,7 @@ def _attributions(
     modules: dict[str, tuple[str, ...]] = {"layer": ("",) * runs.num_layers}
     for site in ("attention", "mlp") if flows else ():
         halves = zip(sublayers(model), decoder_layers(model), strict=True)
-        names = tuple(single_module(found, layer, site) for found, layer in halves)
+        names = tuple(single_module(layer_halves, layer, site) for layer_halves, layer in halves)
         if all(names):
             modules[site] = names
     sites = [site for site in effort.gradient_sites if site in modules]

@@ -51,12 +51,12 @@ class _Rows:
 def cut_positions(prompts: Sequence[Prompt], num_positions: int, *, seed: int) -> list[tuple[Prompt, int]]:
     """Every prompt with up to ``num_positions`` cuts t, drawn from 8, 16, ... so that a token lies behind each."""
     drawn = random.Random(seed)
-    found = []
+    cuts = []
     for prompt in prompts:
         candidates = range(POSITION_STEP, len(prompt.input_ids) - 1, POSITION_STEP)
         chosen = sorted(drawn.sample(candidates, min(num_positions, len(candidates))))
-        found += [(prompt, position) for position in chosen]
-    return found
+        cuts += [(prompt, position) for position in chosen]
+    return cuts
 
 
 @torch.no_grad()
@@ -133,6 +133,6 @@ def _update(before_RSD: Tensor, after_RSD: Tensor, chosen_RS: Tensor) -> Tensor:
     return after_RSD[chosen_RS].float() - before_RSD[chosen_RS].float()
 
 
-def _keep_largest(largest: Tensor, found: Tensor) -> None:
+def _keep_largest(largest: Tensor, candidates: Tensor) -> None:
     """Over the last dimension; not a number stays not a number."""
-    largest.copy_(torch.maximum(largest, found.amax(-1)))
+    largest.copy_(torch.maximum(largest, candidates.amax(-1)))

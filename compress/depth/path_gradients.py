@@ -24,12 +24,12 @@ from .runs import DepthRuns, Intact, Prompt, Readout, batch_of_prompts
 SITES = ("layer", "attention", "mlp")
 
 
-def single_module(found: Sublayers, layer: nn.Module, site: str) -> str:
+def single_module(halves: Sublayers, layer: nn.Module, site: str) -> str:
     """The one module of ``layer`` whose output is the half ``site``; empty where there is none.
 
     A module that returns the whole stream with the half added has no output of its own.
     """
-    names = getattr(found, site)
+    names = getattr(halves, site)
     if len(names) != 1 or "residual" in inspect.signature(layer.get_submodule(names[0]).forward).parameters:
         return ""
     return names[0]
@@ -51,11 +51,11 @@ def integrated_gradients(
     Sundararajan et al. 2017, arXiv:1703.01365, with the baseline and the F of arXiv:2512.14064. ``modules`` names every
     layer's module for a half; for whole layers it is not read. ``progress`` is called once per layer.
     """
-    one = batch_of_prompts([prompt])
+    batch = batch_of_prompts([prompt])
     gradients, change = [], []
     with _frozen(runs.model):
         with torch.no_grad():
-            intact = runs.intact(one)
+            intact = runs.intact(batch)
         calls_of: dict[int, tuple[Call, ...]] = {}
         for layer in range(runs.num_layers):
             probability = _Probability(runs, readout, prompt, layer, site, modules[layer], intact, calls_of)
@@ -93,7 +93,9 @@ class _Probability:
             return self.intact.states[self.layer + 1][0].float()
         caught: list[Tensor] = []
         layer = self.runs.layerwise.layers[self.layer]
-        with layer.get_submodule(self.module).register_forward_hook(lambda *given: caught.append(state_of(given[-1]))):
+        with layer.get_submodule(self.module).register_forward_hook(
+            lambda *hook_args: caught.append(state_of(hook_args[-1]))
+        ):
             self.runs.layerwise.run(self.layer, self.intact.states[self.layer], self.intact.calls[self.layer])
         length = len(self.prompt.input_ids)
         return caught[0].reshape(length, -1).float()
@@ -119,13 +121,13 @@ class _Probability:
         rows = len(points_NSD)
         if rows not in self.calls_of:
             self.calls_of[rows] = self.runs.calls(batch_of_prompts([self.prompt] * rows))
-        calls, given_NSD = self.calls_of[rows], points_NSD.to(self.runs.model.dtype)
+        calls, outputs_NSD = self.calls_of[rows], points_NSD.to(self.runs.model.dtype)
         if self.site == "layer":
-            final_NSD = self.runs.run_from(self.layer + 1, given_NSD, calls)
+            final_NSD = self.runs.run_from(self.layer + 1, outputs_NSD, calls)
         else:
             entering_NSD = self.intact.states[self.layer].expand(rows, -1, -1)
             module = self.runs.layerwise.layers[self.layer].get_submodule(self.module)
-            with module.register_forward_hook(_put(given_NSD)):
+            with module.register_forward_hook(_put(outputs_NSD)):
                 final_NSD = self.runs.run_from(self.layer, entering_NSD, calls)
         return final_NSD[:, -self.prompt.num_answer - 1 : -1]
 
@@ -140,10 +142,10 @@ class _Probability:
         return log_NAV.gather(-1, answer_A.expand(len(log_NAV), -1)[..., None]).exp().sum((1, 2))
 
 
-def _put(given_NSD: Tensor) -> Callable[..., Any]:
+def _put(points_NSD: Tensor) -> Callable[..., Any]:
     def hook(_: nn.Module, args: Any, output: Any) -> Any:
-        given = given_NSD.reshape(state_of(output).shape).clone()  # some layers add to it in place
-        return with_state(output, given)
+        output_NSD = points_NSD.reshape(state_of(output).shape).clone()  # some layers add to it in place
+        return with_state(output, output_NSD)
 
     return hook
 

@@ -165,7 +165,7 @@ def _prompt(tokenizer: Any, text: str, probe_set: ProbeSet) -> tuple[Prompt, boo
 @torch.no_grad()
 def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: int, path: str) -> NDArray[np.float32]:
     """(N, L + 1, D) raw states of the prompts' last tokens."""
-    found: list[Tensor] = [torch.empty(0)] * len(prompts)
+    states_NLD: list[Tensor] = [torch.empty(0)] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].input_ids), index))
     with probing(model):
         for start in each(range(0, len(prompts), batch_size), f"measure: states for the probe {path}", unit="batches"):
@@ -174,14 +174,14 @@ def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: 
             with _states_of_last(model, batch.real_BS.sum(1).to(model.device) - 1) as states:
                 run_body(model, batch)
             for index, state_LD in zip(chosen, torch.stack(states, dim=1).float().cpu(), strict=True):
-                found[index] = state_LD
-    together = torch.stack(found)
-    if not bool(together.isfinite().all()):
+                states_NLD[index] = state_LD
+    stacked_NLD = torch.stack(states_NLD)
+    if not bool(stacked_NLD.isfinite().all()):
         raise UserError(
             f"probe {path!r}: the model's states overflow in {model.dtype}; set dtype: bfloat16 or dtype: float32 in "
             "the recipe"
         )
-    return together.numpy()
+    return stacked_NLD.numpy()
 
 
 @contextmanager

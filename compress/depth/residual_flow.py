@@ -59,7 +59,7 @@ class ResidualSums:
 def layer_flows(model: PreTrainedModel) -> tuple[tuple[LayerFlow, ...], str]:
     """Every layer's flow, or none and the reason why this model's layers cannot be told apart into halves."""
     halves, family = sublayers(model), text_config(model.config).model_type
-    if refusal := next((found.refusal for found in halves if found.refusal), ""):
+    if refusal := next((known_flows.refusal for known_flows in halves if known_flows.refusal), ""):
         return (), refusal
     if family in CHANGED_RESIDUAL:
         return (), f"{family}: {CHANGED_RESIDUAL[family]}, so that a layer's update is not the sum of its halves"
@@ -75,10 +75,10 @@ def layer_flows(model: PreTrainedModel) -> tuple[tuple[LayerFlow, ...], str]:
         for index, layer in enumerate(decoder_layers(model)):
             stack.enter_context(layer.register_forward_hook(look(index), with_kwargs=True))
         run_body(model, probe_batch(model))
-    found = [flow for flow in flows if flow is not None]
-    if len(found) < len(halves):
+    known_flows = [flow for flow in flows if flow is not None]
+    if len(known_flows) < len(halves):
         return (), f"{where(model, flows.index(None))}: its MLP comes before its attention"
-    return tuple(found), ""
+    return tuple(known_flows), ""
 
 
 def add_batch(model: PreTrainedModel, flows: tuple[LayerFlow, ...], batch: TokenBatch, sums: ResidualSums) -> Any:
@@ -101,9 +101,9 @@ def _flow(layer: nn.Module, halves: Sublayers, args: Any, kwargs: Any) -> LayerF
                     stack.enter_context(
                         module.register_forward_pre_hook(_remember(seen, name), with_kwargs=True, prepend=True)
                     )
-            given = [value.clone() if isinstance(value, Tensor) else value for value in args]
+            positional = [value.clone() if isinstance(value, Tensor) else value for value in args]
             named = {key: value.clone() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-            output = state_of(layer.forward(*given, **named)).clone()
+            output = state_of(layer.forward(*positional, **named)).clone()
         return seen, output
 
     plain, _ = inputs_with_noise((), halves.mlp)
@@ -135,10 +135,10 @@ def _read(args: Any, kwargs: Any) -> list[Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
 
 
-def _same(one: dict[str, Tensor], other: dict[str, Tensor], name: str) -> bool:
-    if (name in one) != (name in other):
+def _same(first: dict[str, Tensor], second: dict[str, Tensor], name: str) -> bool:
+    if (name in first) != (name in second):
         return False
-    return name not in one or torch.equal(one[name], other[name])
+    return name not in first or torch.equal(first[name], second[name])
 
 
 @contextmanager
@@ -166,13 +166,15 @@ def _watched(
 
     def leave(index: int) -> Any:
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given = before.pop(index)
+            before_TD = before.pop(index)
             if flows and not flows[index].reader:
-                between[index] = _without_mlp(layer, flows[index], given, args, kwargs)
+                between[index] = _without_mlp(layer, flows[index], before_TD, args, kwargs)
             parallel = bool(flows) and flows[index].parallel
-            for name, values in _layer_terms(given, between.pop(index, None), state_of(output).flatten(0, 1), parallel):
+            for name, values in _layer_terms(
+                before_TD, between.pop(index, None), state_of(output).flatten(0, 1), parallel
+            ):
                 measured.setdefault(name, []).append(values)
-            state_sums.append(torch.where(real_T1, given, 0).sum(0, dtype=torch.float64).cpu())
+            state_sums.append(torch.where(real_T1, before_TD, 0).sum(0, dtype=torch.float64).cpu())
 
         return hook
 
@@ -217,7 +219,7 @@ def _layer_terms(
 
 def _update(reads_TD: Tensor, before_TD: Tensor, after_TD: Tensor) -> Tensor:
     """Cosine and relative size of what was written, against what its writer has read, in float32."""
-    found = torch.empty(2, len(reads_TD), device=reads_TD.device, dtype=torch.float32)
+    terms_2T = torch.empty(2, len(reads_TD), device=reads_TD.device, dtype=torch.float32)
     tokens, width = reads_TD.shape
     step = max(1, PIECE_ELEMENTS.get(reads_TD.device.type, DEFAULT_PIECE_ELEMENTS) // width)
     for start in range(0, tokens, step):
@@ -225,6 +227,6 @@ def _update(reads_TD: Tensor, before_TD: Tensor, after_TD: Tensor) -> Tensor:
         reads, written = reads_TD[piece].float(), after_TD[piece].float() - before_TD[piece].float()
         read_norm, written_norm = (state.norm(dim=-1) for state in (reads, written))
         scale = read_norm.clamp_min(MIN_NORM) * written_norm.clamp_min(MIN_NORM)
-        found[0, piece] = torch.linalg.vecdot(reads, written) / scale
-        found[1, piece] = written_norm / read_norm.clamp_min(MIN_NORM)
-    return found
+        terms_2T[0, piece] = torch.linalg.vecdot(reads, written) / scale
+        terms_2T[1, piece] = written_norm / read_norm.clamp_min(MIN_NORM)
+    return terms_2T

@@ -88,15 +88,15 @@ def batch_of_prompts(prompts: Sequence[Prompt]) -> TokenBatch:
 
 def documents(rows: PackedRows, *, num_prompts: int, max_tokens: int, min_tokens: int, num_answer: int) -> list[Prompt]:
     """The first ``num_prompts`` documents of the rows that have ``min_tokens``, cut at ``max_tokens``."""
-    found: list[Prompt] = []
+    prompts: list[Prompt] = []
     for ids_S, positions_S in zip(rows.input_ids_NS, rows.position_ids_NS, strict=True):
         starts = sorted({0, *(positions_S == 0).nonzero().flatten().tolist()})
         for start, end in zip(starts, [*starts[1:], len(ids_S)], strict=True):
-            if len(found) == num_prompts:
-                return found
+            if len(prompts) == num_prompts:
+                return prompts
             if end - start >= min_tokens:
-                found.append(Prompt(tuple(ids_S[start : min(end, start + max_tokens)].tolist()), num_answer))
-    return found
+                prompts.append(Prompt(tuple(ids_S[start : min(end, start + max_tokens)].tolist()), num_answer))
+    return prompts
 
 
 class DepthRuns:
@@ -166,13 +166,15 @@ def readout_refusal(model: PreTrainedModel) -> str:
         return f"{family}: has no output head that shoal knows"
     last: list[Tensor] = []
     with probing(model):
-        with decoder_layers(model)[-1].register_forward_hook(lambda *given: last.append(state_of(given[-1]).clone())):
-            wanted = model(**body_inputs(model, probe_batch(model))).logits[0].float()
+        with decoder_layers(model)[-1].register_forward_hook(
+            lambda *hook_args: last.append(state_of(hook_args[-1]).clone())
+        ):
+            logits_TV = model(**body_inputs(model, probe_batch(model))).logits[0].float()
         last_TD = last[0][0]
         known = last_TD.shape[-1] == text_config(model.config).hidden_size
-        found = Readout(model)(last_TD) if known else last_TD  # several streams side by side, merged by the model
-    tolerance = 64 * torch.finfo(model.dtype).eps * float(wanted.abs().max())
-    if found.shape != wanted.shape or float((found - wanted).abs().max()) > tolerance:
+        read_TV = Readout(model)(last_TD) if known else last_TD  # several streams side by side, merged by the model
+    tolerance = 64 * torch.finfo(model.dtype).eps * float(logits_TV.abs().max())
+    if read_TV.shape != logits_TV.shape or float((read_TV - logits_TV).abs().max()) > tolerance:
         return f"{family}: does more between its last layer and its logits than the final norm and the head"
     return ""
 

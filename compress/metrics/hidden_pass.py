@@ -87,8 +87,8 @@ class HiddenPass:
 
     def add(self, batch: Batch, seen: Observation) -> bool:
         """Add what was seen of a batch, in the order of batches; False where it is not finite, and nothing counts."""
-        if found := seen.first_fault():
-            state, token = found
+        if fault := seen.first_fault():
+            state, token = fault
             where = f"the output of layer {state - 1}" if state else "the input of layer 0"
             self._fault = int(batch.rows_B[token // batch.input_ids_BS.shape[1]]), where
             return False
@@ -125,16 +125,16 @@ def sampled_tokens(calibration: Calibration) -> Tensor:
 @torch.no_grad()
 def writes_into_input(model: PreTrainedModel) -> bool:
     """Whether some layer changes the tensor it is given, so that its input must be copied to be known afterwards."""
-    found: list[bool] = []
-    given: list[tuple[Tensor, int]] = []
+    changed: list[bool] = []
+    inputs: list[tuple[Tensor, int]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = given_state(args, kwargs)
-        given.append((state, state._version))
+        inputs.append((state, state._version))
 
     def after(_: nn.Module, __: Any, ___: Any) -> None:
-        state, version = given.pop()
-        found.append(state._version != version)
+        state, version = inputs.pop()
+        changed.append(state._version != version)
 
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder_layers(model)]
     handles += [layer.register_forward_hook(after) for layer in decoder_layers(model)]
@@ -144,7 +144,7 @@ def writes_into_input(model: PreTrainedModel) -> bool:
     finally:
         for handle in handles:
             handle.remove()
-    return any(found)
+    return any(changed)
 
 
 @dataclass(frozen=True)
@@ -226,13 +226,13 @@ def refuse_other_shape(layer: int, state: Tensor, shape: torch.Size) -> None:
 def _observed(
     layers: nn.ModuleList, shape: torch.Size, observe: Callable[[int, Tensor, Tensor], None], *, writes: bool
 ) -> Iterator[None]:
-    given: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
     def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given[layer] = given_state(args, kwargs).clone()
+        copies[layer] = given_state(args, kwargs).clone()
 
     def after(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before_BSD = given.pop(layer) if writes else given_state(args, kwargs)
+        before_BSD = copies.pop(layer) if writes else given_state(args, kwargs)
         after_BSD = state_of(output)
         for state in (before_BSD, after_BSD):
             refuse_other_shape(layer, state, shape)

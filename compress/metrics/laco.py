@@ -66,8 +66,8 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
             "measure.metrics"
         )
     scores = torch.zeros(longest, num_layers, dtype=torch.float64)
-    mine = possible[rank() :: world_size()]
-    for start, length in each(mine, "measure: merges", unit="runs"):
+    own_runs = possible[rank() :: world_size()]
+    for start, length in each(own_runs, "measure: merges", unit="runs"):
         tensors = merged_layer(model, start, length + 1, warn=False)
         with tensors_in_place(model, {start: tensors}), skipped(model, range(start + 1, start + length + 1)):
             merged = _final_states(model, texts)
@@ -108,8 +108,8 @@ def _final_states(model: PreTrainedModel, texts: Sequence[Sequence[int]]) -> lis
 
 def _mean_cosine(original: Sequence[Tensor], merged: Sequence[Tensor]) -> float:
     cosines = [
-        torch.cosine_similarity(one.flatten(), other.flatten(), dim=0)
-        for one, other in zip(original, merged, strict=True)
+        torch.cosine_similarity(original_SD.flatten(), merged_SD.flatten(), dim=0)
+        for original_SD, merged_SD in zip(original, merged, strict=True)
     ]
     mean = float(torch.stack(cosines).mean())
     return mean if mean == mean else -1.0  # NaN: the merged model overflows

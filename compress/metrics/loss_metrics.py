@@ -58,14 +58,15 @@ class SingleDropPerplexity(LossMetric):
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Layers:
         singles = [frozenset([layer]) for layer in range(len(decoder_layers(model)))]
-        found = losses(_without_each(singles), what="single drops")
-        worst = max(found)
+        drop_losses = losses(_without_each(singles), what="single drops")
+        worst = max(drop_losses)
         if worst > LARGEST_EXPONENT:
             raise UserError(
-                f"measure.metrics: single_drop_perplexity: without layer {found.index(worst)} the loss is {worst:.4g} "
-                "nats per token, whose perplexity no number can hold; use sleb, which ranks by the loss itself"
+                f"measure.metrics: single_drop_perplexity: without layer {drop_losses.index(worst)} the loss is "
+                f"{worst:.4g} nats per token, whose perplexity no number can hold; use sleb, which ranks by the loss "
+                "itself"
             )
-        return tuple(map(math.exp, found))
+        return tuple(map(math.exp, drop_losses))
 
 
 class Sleb(LossMetric):
@@ -118,14 +119,14 @@ class PresentAbsent(LossMetric):
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Estimates:
         num_layers = len(decoder_layers(model))
-        found = present_absent(
+        estimates = present_absent(
             _game(losses, "present_absent"),
             num_layers,
             num_absent=max(1, round(ABSENT_SHARE * num_layers)),
             num_subnetworks=SUBNETWORKS_PER_LAYER * num_layers,
             seed=calibration.seed,
         )
-        return _logged("present_absent", found)
+        return _logged("present_absent", estimates)
 
 
 class LocalShapley(LossMetric):
@@ -150,7 +151,7 @@ class LocalShapley(LossMetric):
                 -chance,
             )
             chance = -math.inf
-        found = local_shapley(
+        estimates = local_shapley(
             _game(losses, "local_shapley"),
             num_layers,
             window=min(WINDOW, num_layers - 1),
@@ -158,7 +159,7 @@ class LocalShapley(LossMetric):
             seed=calibration.seed,
             chance=chance,
         )
-        return _logged("local_shapley", found)
+        return _logged("local_shapley", estimates)
 
 
 LOSS_METRICS: dict[str, type[LossMetric]] = {
@@ -181,9 +182,9 @@ def loss_scores(model: PreTrainedModel, calibration: Calibration, names: Sequenc
     return {name: LOSS_METRICS[name].scores(losses, model, calibration) for name in names}
 
 
-def _game(losses: VariantLosses, what: str) -> Game:
+def _game(losses: VariantLosses, name: str) -> Game:
     def game(absent: Sequence[Absent]) -> list[float]:
-        return [-loss for loss in losses(_without_each(absent), what=what)]
+        return [-loss for loss in losses(_without_each(absent), what=name)]
 
     return game
 
@@ -192,14 +193,14 @@ def _without_each(absent: Sequence[Absent]) -> list[Variant]:
     return [without(layers, Component(tuple(sorted(layers))).name) for layers in absent]
 
 
-def _logged(name: str, found: Estimates) -> Estimates:
+def _logged(name: str, estimates: Estimates) -> Estimates:
     log.info(
         "%s from %d subnetworks, in nats per token with standard errors: %s",
         name,
-        found.num_subnetworks,
+        estimates.num_subnetworks,
         ", ".join(
             f"layer {layer} {value:.4g} +- {error:.2g}"
-            for layer, (value, error) in enumerate(zip(found.values, found.standard_errors, strict=True))
+            for layer, (value, error) in enumerate(zip(estimates.values, estimates.standard_errors, strict=True))
         ),
     )
-    return found
+    return estimates

@@ -86,8 +86,8 @@ class Calibration:
 
     def batches(self) -> list[Tensor]:
         """Row indices of this rank's batches: every world_size-th row, so that shares differ by one row at most."""
-        mine = torch.arange(rank(), len(self.rows), world_size())
-        return list(mine.split(self.batch_size)) if len(mine) else []
+        own_rows = torch.arange(rank(), len(self.rows), world_size())
+        return list(own_rows.split(self.batch_size)) if len(own_rows) else []
 
 
 Pass = Callable[[PreTrainedModel, Calibration, Sequence[str]], dict[str, Result]]
@@ -123,17 +123,17 @@ def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype:
         UserError: some rank found a fault; that of the lowest row is named.
     """
     if distributed.is_initialized():
-        found: list[tuple[int, str] | None] = [None] * world_size()
-        distributed.all_gather_object(found, fault)
+        faults_by_rank: list[tuple[int, str] | None] = [None] * world_size()
+        distributed.all_gather_object(faults_by_rank, fault)
     else:
-        found = [fault]
-    faults = [fault for fault in found if fault is not None]
+        faults_by_rank = [fault]
+    faults = [fault for fault in faults_by_rank if fault is not None]
     if faults:
-        row, what = min(faults)
+        row, fault_text = min(faults)
         batch = row // world_size() // calibration.batch_size
         whose = f" of rank {row % world_size()}" if world_size() > 1 else ""
         raise UserError(
-            f"measure: {what} is not finite (NaN or infinite) in batch {batch}{whose} (row {row} of the calibration "
-            f"data): the model computes in {dtype}, which may overflow; set dtype: bfloat16 or dtype: float32 in the "
-            "recipe. If it is no overflow, the weights are damaged: download the model again"
+            f"measure: {fault_text} is not finite (NaN or infinite) in batch {batch}{whose} (row {row} of the "
+            f"calibration data): the model computes in {dtype}, which may overflow; set dtype: bfloat16 or dtype: "
+            "float32 in the recipe. If it is no overflow, the weights are damaged: download the model again"
         )

@@ -74,10 +74,10 @@ def _cells(coordinates_K2: np.ndarray) -> np.ndarray:
     return bins[:, 0] * BINS + bins[:, 1]
 
 
-def _similarity(one: np.ndarray, other: np.ndarray) -> float:
+def _similarity(first_cells: np.ndarray, second_cells: np.ndarray) -> float:
     """Mutual information over the geometric mean of the entropies; 1 where both have only one cell."""
     joint = np.zeros((BINS**2, BINS**2))
-    np.add.at(joint, (one, other), 1 / len(one))
+    np.add.at(joint, (first_cells, second_cells), 1 / len(first_cells))
     first, second, both = (_entropy(shares) for shares in (joint.sum(1), joint.sum(0), joint.ravel()))
     if first * second == 0:
         return 1.0 if first == second else 0.0

@@ -228,8 +228,12 @@ def _float32(state_PD: Tensor, buffer_PD: Tensor) -> Tensor:
     return state_PD if state_PD.dtype == torch.float32 else buffer_PD.copy_(state_PD)
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    return first is second or (first.data_ptr(), first.shape, first.stride()) == (
+        second.data_ptr(),
+        second.shape,
+        second.stride(),
+    )
 
 
 def _squares(state_TD: Tensor) -> Tensor:

@@ -55,7 +55,9 @@ def present_absent(game: Game, num_players: int, *, num_absent: int, num_subnetw
     worth_N = np.array([worth[absent] for absent in drawn])
     sides = [(worth_N[~absent_N], worth_N[absent_N]) for absent_N in absent_NP.T]
     values = tuple(float(present.mean() - absent.mean()) for present, absent in sides)
-    errors = tuple(0.0 if is_complete else math.sqrt(_error2(one) + _error2(other)) for one, other in sides)
+    errors = tuple(
+        0.0 if is_complete else math.sqrt(_error2(present_N) + _error2(absent_N)) for present_N, absent_N in sides
+    )
     return Estimates(values, errors, len(distinct))
 
 

@@ -105,18 +105,18 @@ def plain_matrices(model: PreTrainedModel, *, needs: str) -> Matrices:
         UserError: quantised weights; the message begins with what ``needs`` them plain.
     """
     layers, prefix = decoder_layers(model), anatomy(model).layers_name
-    found = ""
+    quantised_by = ""
     if settings := without_quantization(model.config)[1]:
         method = next(iter(settings.values())).get("quant_method", "quantization_config")
-        found = f"config.json says {method}"
+        quantised_by = f"config.json says {method}"
     for index, layer in enumerate(layers):
         for name, parameter in layer.named_parameters():
-            if parameter.dtype not in PLAIN_DTYPES and not found:
-                found = f"{prefix}.{index}.{name} is {parameter.dtype}"
-    if found:
+            if parameter.dtype not in PLAIN_DTYPES and not quantised_by:
+                quantised_by = f"{prefix}.{index}.{name} is {parameter.dtype}"
+    if quantised_by:
         raise UserError(
-            f"measure.metrics: {needs}, but this model is quantised ({found}); give the full-precision model, or "
-            "measure with metrics of hidden states or of the loss"
+            f"measure.metrics: {needs}, but this model is quantised ({quantised_by}); give the full-precision model, "
+            "or measure with metrics of hidden states or of the loss"
         )
     return [{name: own for name, own in layer.named_parameters() if own.ndim > 1} for layer in layers]
 
@@ -149,8 +149,8 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
             loss = _backward(decoder, calibration, rows_B)
             if not (loss.isfinite() and checks.isfinite().all()):
                 bad = (~checks.isfinite()).nonzero().flatten().tolist()
-                what = f"the gradient of layer {bad[-1]}" if loss.isfinite() else "the loss"
-                fault = int(rows_B[0]), what
+                faulty = f"the gradient of layer {bad[-1]}" if loss.isfinite() else "the loss"
+                fault = int(rows_B[0]), faulty
                 break
     refuse_fault(calibration, fault, model.dtype)
     return dict(zip(sums, add_up_ranks(list(sums.values()), model.device), strict=True))

@@ -139,10 +139,10 @@ def _refuse_unmatched(
         if not name.startswith(prefix)
         or (name.startswith(kept) and not goes_with_a_dropped_layer(text_config(teacher.config), name, keep))
     )
-    for found, text in ((missing, "the student needs but the teacher lacks"), (unused, "would be lost in the cut")):
-        if found:
+    for unmatched, text in ((missing, "the student needs but the teacher lacks"), (unused, "would be lost in the cut")):
+        if unmatched:
             raise UserError(
-                f"{found[0]}: a tensor that {text} ({len(found)} in all); "
+                f"{unmatched[0]}: a tensor that {text} ({len(unmatched)} in all); "
                 f"shoal cannot cut the {teacher.config.model_type} family yet"
             )
 

@@ -75,15 +75,15 @@ def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str) -
         UserError: they differ.
     """
     student = load_model(student_folder, attention=None)
-    found = behaviour(student)
+    actual = behaviour(student)
     family = student.config.model_type
-    if not torch.equal(expected.logits_1SV, found.logits_1SV):
-        difference = (expected.logits_1SV.double() - found.logits_1SV.double()).abs().max().item()
+    if not torch.equal(expected.logits_1SV, actual.logits_1SV):
+        difference = (expected.logits_1SV.double() - actual.logits_1SV.double()).abs().max().item()
         raise UserError(
             f"the saved student's logits differ from those of {reference} by up to {difference:.3g}; "
             f"shoal cannot cut the {family} family exactly"
         )
-    if not torch.equal(expected.text_1S, found.text_1S):
+    if not torch.equal(expected.text_1S, actual.text_1S):
         raise UserError(
             f"the saved student writes other text with a KV cache than {reference}; "
             f"shoal cannot cut the {family} family exactly"
@@ -160,8 +160,8 @@ def why_not_run(config: PreTrainedConfig, shards: Sequence[Shard]) -> str:
             AutoHfQuantizer.from_config(dict(settings)).validate_environment(device_map=None)
         except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             return f"its quantised weights cannot run here ({str(error).strip().splitlines()[0]})"
-    found = {tensor.dtype for shard in shards for tensor in shard.tensors.values()}
-    strange = sorted({dtype for dtype in found if dtype.startswith(("F", "BF"))} - RUNNABLE)
+    dtypes = {tensor.dtype for shard in shards for tensor in shard.tensors.values()}
+    strange = sorted({dtype for dtype in dtypes if dtype.startswith(("F", "BF"))} - RUNNABLE)
     if strange and not quantisation:
         return f"its weights are {strange[0]}, in which torch cannot calculate"
     return ""

@@ -132,13 +132,13 @@ def compare_shards(shards: Sequence[NewShard], folder: Path) -> None:
         UserError: a file is not what it should be.
     """
     for shard in shards:
-        found = read_header(folder / shard.name)
-        with shard.source.file.open("rb") as source, found.file.open("rb") as target:
+        written = read_header(folder / shard.name)
+        with shard.source.file.open("rb") as source, written.file.open("rb") as target:
             for old_name, new_name in shard.tensors.items():
-                old, new = shard.source.tensors[old_name], found.tensors.get(new_name)
+                old, new = shard.source.tensors[old_name], written.tensors.get(new_name)
                 if new is None or not _same(old, new, source.fileno(), target.fileno()):
                     raise UserError(
-                        f"{found.file}: {new_name} is not what {old_name} is in {shard.source.file}; the disk lost "
+                        f"{written.file}: {new_name} is not what {old_name} is in {shard.source.file}; the disk lost "
                         "bytes, or the source changed while it was copied: run the same command again"
                     )
 

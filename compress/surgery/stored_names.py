@@ -62,13 +62,13 @@ class Loading:
 
     def difference(self, other: Loading) -> str:
         """The first tensor about which the two say different things, and what; empty where they agree."""
-        for what, mine, others in (
+        for verdict, own_names, other_names in (
             ("missing", self.missing, other.missing),
             ("without a place", self.unexpected, other.unexpected),
             ("of the wrong shape", self.mismatched, other.mismatched),
         ):
-            if differing := sorted(mine ^ others):
-                return f"{differing[0]} would {'' if differing[0] in mine else 'not '}be {what}"
+            if differing := sorted(own_names ^ other_names):
+                return f"{differing[0]} would {'' if differing[0] in own_names else 'not '}be {verdict}"
         return ""
 
 
@@ -83,8 +83,7 @@ def find_layers(shapes: Mapping[str, tuple[int, ...]], teacher: PreTrainedModel,
         NotByCopy: no names, or two kinds of names, fit.
     """
     path, num_layers = anatomy(teacher).layers_name, len(decoder_layers(teacher))
-    numbers = _numbered(shapes)
-    complete = {prefix for prefix, found in numbers.items() if set(range(num_layers)) <= found}
+    complete = {prefix for prefix, numbers in _numbered(shapes).items() if set(range(num_layers)) <= numbers}
     outermost = {prefix for prefix in complete if not any(prefix.startswith(o) for o in complete - {prefix})}
     if outermost == {f"{path}."}:  # the model's own name, and nothing else that could be meant
         return f"{path}."
@@ -209,11 +208,11 @@ def _layer(name: str, prefix: str) -> tuple[int | None, str]:
 
 def _numbered(names: Iterable[str]) -> dict[str, set[int]]:
     """What stands before a number in the names (with a dot at its end) -> the numbers there."""
-    found: dict[str, set[int]] = defaultdict(set)
+    numbers: dict[str, set[int]] = defaultdict(set)
     for name in names:
         for match in re.finditer(r"(?<=\.)(\d+)\.|^(\d+)\.", name):
-            found[name[: match.start()]].add(int(match[1] or match[2]))
-    return found
+            numbers[name[: match.start()]].add(int(match[1] or match[2]))
+    return numbers
 
 
 def _last_word(prefix: str) -> str:

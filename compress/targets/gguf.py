@@ -232,16 +232,16 @@ def check_gguf(path: Path, folder: Path) -> GgufProof:
         raise UserError(f"{path}: is no GGUF file that can be read ({error}); delete it and export again") from error
     text = text_config(load_config(folder))
     _refuse_wrong_metadata(path, reader, text)
-    found = {tensor.name: tensor for tensor in reader.tensors if not tensor.name.startswith(GENERATED)}
+    file_tensors = {tensor.name: tensor for tensor in reader.tensors if not tensor.name.startswith(GENERATED)}
     names = _tensor_names(reader, text.num_hidden_layers)
     num_tokens = len(reader.fields["tokenizer.ggml.tokens"].data) if "tokenizer.ggml.tokens" in reader.fields else 0
     balance: dict[str, list[int]] = defaultdict(lambda: [0, 0])  # block -> order-free hash and count, stored - found
     unpaired: dict[str, list[str]] = defaultdict(list)
     num_equal = num_regrouped = 0
     for name, stored in each(_text_tensors(folder), "gguf: comparing with the checkpoint", unit="tensors"):
-        target = found.get(names(name))
+        target = file_tensors.get(names(name))
         if target is not None and _is_equal(name, stored, target, text, num_tokens):
-            del found[target.name]
+            del file_tensors[target.name]
             num_equal += 1
             continue
         if name == "lm_head.weight" and text.tie_word_embeddings:
@@ -255,11 +255,11 @@ def check_gguf(path: Path, folder: Path) -> GgufProof:
         unpaired[block].append(name)
         _add(balance[block], _minus_exp(stored) if name.endswith("A_log") else _float32(stored), 1)
         num_regrouped += 1
-    for tensor in found.values():
+    for tensor in file_tensors.values():
         _add(balance[_block(tensor.name)], dequantize(tensor.data, tensor.tensor_type), -1)
     for block, difference in balance.items():
         if difference != [0, 0]:
-            left = [tensor.name for tensor in found.values() if _block(tensor.name) == block]
+            left = [tensor.name for tensor in file_tensors.values() if _block(tensor.name) == block]
             raise UserError(
                 f"{path}: does not hold the numbers of {folder} in {block}: the checkpoint's "
                 f"{', '.join(unpaired[block][:4]) or 'nothing'} against the file's {', '.join(left[:4]) or 'nothing'}; "
@@ -285,11 +285,11 @@ def _refuse_wrong_metadata(path: Path, reader: gguf.GGUFReader, text: PreTrained
     }
     for key, value in expected.items():
         field = reader.fields.get(f"{architecture}.{key}")
-        found = field.contents() if field is not None else None
+        actual = field.contents() if field is not None else None
         if field is None and key != "block_count":
             continue
-        if value is not None and found != value and not isinstance(found, list):
-            raise UserError(f"{path}: {architecture}.{key} is {found}, the model's is {value}; {ANOTHER_CONVERTER}")
+        if value is not None and actual != value and not isinstance(actual, list):
+            raise UserError(f"{path}: {architecture}.{key} is {actual}, the model's is {value}; {ANOTHER_CONVERTER}")
     kinds = getattr(text, "layer_types", None)
     for name, field in reader.fields.items():
         if not name.startswith(f"{architecture}.") or not name.endswith(PER_LAYER) or not _is_list(field):
@@ -368,12 +368,12 @@ def _float32(tensor: torch.Tensor) -> np.ndarray:
 
 def _is_equal(name: str, stored: torch.Tensor, target: Any, text: PreTrainedConfig, num_tokens: int) -> bool:
     """Whether the file's tensor is the checkpoint's under one of llama.cpp's conventions for its name."""
-    found = dequantize(target.data, target.tensor_type)
-    if target.name in ("token_embd.weight", "output.weight") and stored.ndim == 2 and len(found) != len(stored):
-        return _rows_are_equal(_float32(stored), found, num_tokens)
-    if found.size != stored.numel():
+    written = dequantize(target.data, target.tensor_type)
+    if target.name in ("token_embd.weight", "output.weight") and stored.ndim == 2 and len(written) != len(stored):
+        return _rows_are_equal(_float32(stored), written, num_tokens)
+    if written.size != stored.numel():
         return False
-    return any(np.array_equal(found.reshape(-1), other.reshape(-1)) for other in _conventions(name, stored, text))
+    return any(np.array_equal(written.reshape(-1), other.reshape(-1)) for other in _conventions(name, stored, text))
 
 
 def _is_in_metadata(name: str, stored: torch.Tensor, reader: gguf.GGUFReader) -> bool:
@@ -383,11 +383,11 @@ def _is_in_metadata(name: str, stored: torch.Tensor, reader: gguf.GGUFReader) ->
     return match is not None and field is not None and field.contents(int(match[1])) == stored.float().item()
 
 
-def _rows_are_equal(stored: np.ndarray, found: np.ndarray, num_tokens: int) -> bool:
+def _rows_are_equal(stored: np.ndarray, written: np.ndarray, num_tokens: int) -> bool:
     """Embeddings may lose rows that belong to no token, or be padded with zeros."""
-    common = min(len(stored), len(found))
-    whole = len(found) >= len(stored) or len(found) == num_tokens
-    return whole and np.array_equal(stored[:common], found[:common]) and not found[common:].any()
+    common = min(len(stored), len(written))
+    whole = len(written) >= len(stored) or len(written) == num_tokens
+    return whole and np.array_equal(stored[:common], written[:common]) and not written[common:].any()
 
 
 def _conventions(name: str, stored: torch.Tensor, text: PreTrainedConfig) -> Iterator[np.ndarray]:

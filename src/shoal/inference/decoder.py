@@ -132,13 +132,13 @@ class Decoder:
         ids = torch.arange(8, device=self.device).unsqueeze(0) % text_config(self.model.config).vocab_size
         with torch.no_grad():
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        found = self.logits(self.hidden(ids))
+        computed = self.logits(self.hidden(ids))
         if not expected.isfinite().all():
             raise UserError(
                 f"{type(self.model).__name__}: gives logits that are not finite in {self.model.dtype}; set dtype: "
                 "bfloat16 or dtype: float32 in the recipe, or look for damaged weights"
             )
-        if not torch.allclose(found, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
+        if not torch.allclose(computed, expected, rtol=0.01, atol=0.01 * float(expected.abs().max())):
             raise UserError(
                 f"{type(self.model).__name__}: shoal does not know how this architecture turns hidden states into "
                 "logits; it cannot be evaluated yet"

@@ -84,7 +84,7 @@ def write(
 
     ``before_step`` is told which texts the rows of the next forward belong to.
     """
-    texts.cache.layers = [RoomyLayer(one) if type(one) is DynamicLayer else one for one in texts.cache.layers]
+    texts.cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in texts.cache.layers]
     while texts.alive:
         before_step(texts.alive)
         hidden_BSD = decoder.hidden(

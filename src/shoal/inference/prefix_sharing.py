@@ -66,7 +66,7 @@ class Reader:
         beginnings = [row[:count] for row, count in zip(rows, shared, strict=True)]
         num_new = max(len(row) - count for row, count in zip(rows, shared, strict=True))
         cached = [max(0, len(row) - num_new) for row in rows]
-        self._read([one for one in dict.fromkeys(beginnings) if one and one not in self._slots])
+        self._read([beginning for beginning in dict.fromkeys(beginnings) if beginning and beginning not in self._slots])
         cache = self._resumed(beginnings, cached)
         self._forget(beginnings)
         ids, mask, positions = self._decoder.left_padded([row[skip:] for row, skip in zip(rows, cached, strict=True)])
@@ -81,10 +81,11 @@ class Reader:
         cache = plain_cache(len(self._decoder.new_cache().layers))
         self._decoder.hidden(self._decoder.right_padded(beginnings), cache=cache)
         layers: Any = cache.layers
-        for row, one in enumerate(beginnings):
+        for row, beginning in enumerate(beginnings):
             slots = [(layer.keys, layer.values) if layer.is_initialized else None for layer in layers]
-            self._slots[one] = [
-                slot and (slot[0][row, :, : len(one)].clone(), slot[1][row, :, : len(one)].clone()) for slot in slots
+            self._slots[beginning] = [
+                slot and (slot[0][row, :, : len(beginning)].clone(), slot[1][row, :, : len(beginning)].clone())
+                for slot in slots
             ]
 
     def _resumed(self, beginnings: Sequence[Tokens], cached: Sequence[int]) -> DynamicCache | None:
@@ -93,7 +94,7 @@ class Reader:
             return None
         cache = self._decoder.new_cache()
         for number in range(len(cache.layers)):
-            slots = [self._slots[one][number] if one else None for one in beginnings]
+            slots = [self._slots[beginning][number] if beginning else None for beginning in beginnings]
             some = next((slot for slot in slots if slot is not None), None)
             if some is not None:
                 keys = _right_aligned([slot and slot[0] for slot in slots], cached, like=some[0])
@@ -103,18 +104,18 @@ class Reader:
 
     def _forget(self, beginnings: Sequence[Tokens]) -> None:
         self._rows_left.subtract(beginnings)
-        self._slots = {one: slots for one, slots in self._slots.items() if self._rows_left[one] > 0}
+        self._slots = {beginning: slots for beginning, slots in self._slots.items() if self._rows_left[beginning] > 0}
 
 
 def _right_aligned(states: Sequence[Tensor | None], counts: Sequence[int], *, like: Tensor) -> Tensor:
     """(B, heads, P, size): the first ``counts`` positions of each of ``states``, zeros before them."""
     heads, _, size = like.shape
     longest = max(counts)
-    found = like.new_zeros(len(states), heads, longest, size)
-    for row, (one, count) in enumerate(zip(states, counts, strict=True)):
-        if one is not None:
-            found[row, :, longest - count :] = one[:, :count]
-    return found
+    aligned = like.new_zeros(len(states), heads, longest, size)
+    for row, (state, count) in enumerate(zip(states, counts, strict=True)):
+        if state is not None:
+            aligned[row, :, longest - count :] = state[:, :count]
+    return aligned
 
 
 def common_beginnings(prompts: Sequence[Tokens]) -> list[int]:
@@ -155,7 +156,7 @@ def batches_by_beginning(
     for item in items:
         beginning, length = described(item)
         by_beginning.setdefault(beginning, []).append((length - len(beginning), item))
-    named = sorted(filter(None, by_beginning), key=lambda one: (-len(one), one))
+    named = sorted(filter(None, by_beginning), key=lambda beginning: (-len(beginning), beginning))
     for together in (*batches(named, size), [()]):
         rows = [row for beginning in together for row in by_beginning.get(beginning, ())]
         rows.sort(key=lambda row: -row[0])
@@ -209,7 +210,7 @@ class _Node:
         self.chosen += part.chosen
 
 
-def _in_common(one: Tokens, other: Tokens) -> int:
+def _in_common(first: Tokens, second: Tokens) -> int:
     """Length of the common beginning; at least one token of each is left, whose state is asked for."""
-    longest = min(len(one), len(other)) - 1
-    return next((index for index in range(longest) if one[index] != other[index]), longest)
+    longest = min(len(first), len(second)) - 1
+    return next((index for index in range(longest) if first[index] != second[index]), longest)

@@ -88,10 +88,10 @@ def score(
     decoder: Decoder, requests: Sequence[tuple[Tokens, Tokens]], *, batch_size: int, branch: bool = True
 ) -> list[Score]:
     """The score of every (context, continuation), in order."""
-    found: dict[int, Score] = {}
+    scores: dict[int, Score] = {}
     for batch in scored(decoder, requests, batch_size=batch_size, branch=branch):
-        found |= batch
-    return [found[index] for index in range(len(requests))]
+        scores |= batch
+    return [scores[index] for index in range(len(requests))]
 
 
 def scored(
@@ -139,11 +139,15 @@ class Layout:
         cache = self.begun
         if cache is None and self.branches:
             cache = decoder.new_cache()
-        found = []
-        for one in self.passes:
-            mine = cache if one.rows is None or cache is None else branched(cache, one.rows)
-            found.append(decoder.hidden(one.ids_BS, mask=one.mask, position_ids_BS=one.positions_BS, cache=mine))
-        return found
+        states = []
+        for forward in self.passes:
+            pass_cache = cache if forward.rows is None or cache is None else branched(cache, forward.rows)
+            states.append(
+                decoder.hidden(
+                    forward.ids_BS, mask=forward.mask, position_ids_BS=forward.positions_BS, cache=pass_cache
+                )
+            )
+        return states
 
 
 def layouts(
@@ -260,8 +264,8 @@ def token_scores(decoder: Decoder, hidden_ND: Tensor, wanted: Sequence[tuple[int
         # `logit - logsumexp` is closer to float64, but over a long answer it is 4e-4 nats off lm-eval's value,
         # because the rounding of torch's log-softmax on CPU adds up to that
         log_probs_NV = decoder.logits(hidden_ND[start : start + size]).log_softmax(dim=-1)
-        here = ((index_M >= start) & (index_M < start + size)).nonzero().squeeze(1)
-        rows, tokens = index_M[here] - start, token_M[here]
-        log_prob_M[here] = log_probs_NV[rows, tokens]
-        first_choice_M[here] = log_probs_NV.argmax(dim=-1)[rows] == tokens
+        in_chunk = ((index_M >= start) & (index_M < start + size)).nonzero().squeeze(1)
+        rows, tokens = index_M[in_chunk] - start, token_M[in_chunk]
+        log_prob_M[in_chunk] = log_probs_NV[rows, tokens]
+        first_choice_M[in_chunk] = log_probs_NV.argmax(dim=-1)[rows] == tokens
     return log_prob_M, first_choice_M

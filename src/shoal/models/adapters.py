@@ -94,7 +94,7 @@ def merged_adapter(folder: Path) -> Path:
     made_once(
         target,
         lambda temporary: _merge(folder, base, temporary),
-        what=f"merging {folder} into its base {base}, once (takes {4e-9 * num_parameters:.1f} GB of memory)",
+        action=f"merging {folder} into its base {base}, once (takes {4e-9 * num_parameters:.1f} GB of memory)",
     )
     log.info("%s is a LoRA adapter: the model is %s, where it is merged into its base", folder, target)
     return target

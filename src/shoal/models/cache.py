@@ -15,8 +15,8 @@ from shoal.progress import doing
 log = logging.getLogger(__name__)
 
 
-def made_once(folder: Path, make: Callable[[Path], None], *, what: str) -> Path:
-    """The whole checkpoint at ``folder``, into which ``make`` writes it on first use; ``what`` says so in the log.
+def made_once(folder: Path, make: Callable[[Path], None], *, action: str) -> Path:
+    """The whole checkpoint at ``folder``, into which ``make`` writes it on first use; ``action`` says so in the log.
 
     Of several processes one makes it and the others wait. What ``make`` leaves unfinished never stands there.
 
@@ -29,8 +29,8 @@ def made_once(folder: Path, make: Callable[[Path], None], *, what: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = (folder.parent / f".{folder.name}.lock").open("w")
     with lock:
-        log.info(what)
-        with doing(what):
+        log.info(action)
+        with doing(action):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_whole(folder):  # another process may have made it meanwhile
                 with written_folder(folder, setting="SHOAL_CACHE") as temporary:

@@ -81,12 +81,12 @@ def weight_files(folder: Path) -> list[Path]:
     others = sorted(file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     pickled = [name for name in others if not name.endswith(".safetensors")]
     if not others:
-        found = "no weights"
+        present = "no weights"
     elif pickled == others:
-        found = f"only pickled weights ({', '.join(pickled)}), which shoal never opens"
+        present = f"only pickled weights ({', '.join(pickled)}), which shoal never opens"
     else:
-        found = f"neither {SINGLE_FILE} nor {INDEX_FILE}, only {', '.join(others)}"
-    raise UserError(f"{folder}: has {found}; give a complete checkpoint in safetensors")
+        present = f"neither {SINGLE_FILE} nor {INDEX_FILE}, only {', '.join(others)}"
+    raise UserError(f"{folder}: has {present}; give a complete checkpoint in safetensors")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -131,13 +131,13 @@ def read_shards(folder: Path) -> list[Shard]:
 def _refuse_wrong_index(folder: Path, holders: dict[str, str]) -> None:
     listed: dict[str, str] = read_index(folder)["weight_map"]
     for name in sorted(listed.keys() | holders.keys()):
-        said, found = listed.get(name), holders.get(name)
-        if said == found:
+        indexed, actual = listed.get(name), holders.get(name)
+        if indexed == actual:
             continue
-        if said is None:
-            problem = f"does not name {name}, which lies in {found}"
+        if indexed is None:
+            problem = f"does not name {name}, which lies in {actual}"
         else:
-            problem = f"says that {name} lies in {said}, but it lies in {found or 'no file'}"
+            problem = f"says that {name} lies in {indexed}, but it lies in {actual or 'no file'}"
         raise UserError(f"{folder / INDEX_FILE}: {problem}; {DOWNLOAD_AGAIN}")
 
 
@@ -248,10 +248,10 @@ def read_header(file: Path) -> Shard:
     try:
         header: Any = json.loads(text)
         metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        found = {name: _stored(entry, data_start) for name, entry in header.items()}
+        entries = {name: _stored(entry, data_start) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, f"{size:,} bytes where a valid header should be") from error
-    tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
+    tensors = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
     expected = max((tensor.end for tensor in tensors.values()), default=data_start)
     if size != expected:
         raise _damaged(file, f"{size:,} bytes where {expected:,} bytes should be")

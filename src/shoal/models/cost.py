@@ -201,11 +201,11 @@ def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
         return None
     if before is None or after is None:
         return None
-    found = []
+    layer_caches = []
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         token_bytes = (_num_bytes(new) - _num_bytes(old)) // (long - short)
         window = getattr(new, "sliding_window", None)
-        found.append(
+        layer_caches.append(
             LayerCache(
                 token_bytes=token_bytes,
                 max_tokens=window - 1 if window else None,  # what is kept between two tokens
@@ -213,7 +213,7 @@ def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
                 pair_flops=_pair_flops(new, layer_config(text, index)),
             )
         )
-    return tuple(found)
+    return tuple(layer_caches)
 
 
 def _same_shape(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

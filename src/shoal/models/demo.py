@@ -40,7 +40,7 @@ def resolve_demo(name: str) -> Path:
     return made_once(
         folder,
         lambda temporary: _convert_gguf(_verified_source(name), temporary),
-        what=f"converting demo:{name} to safetensors in {folder}, once (about 20 s)",
+        action=f"converting demo:{name} to safetensors in {folder}, once (about 20 s)",
     )
 
 

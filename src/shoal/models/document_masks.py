@@ -24,17 +24,17 @@ def documents_apart(decoder: nn.Module, position_ids_BS: Tensor | None) -> Itera
     """While ``decoder`` (see anatomy.decoder_body) runs on these positions, its masks are made from them."""
     module = sys.modules.get(type(decoder).__module__)
     theirs: dict[str, Callable[..., Any]] = {name: getattr(masking_utils, name) for name in MASKS}
-    found = {name: made for name, made in theirs.items() if getattr(module, name, None) is made}
+    patched = {name: original for name, original in theirs.items() if getattr(module, name, None) is original}
 
     def with_positions(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("position_ids") is None:
             kwargs["position_ids"] = position_ids_BS
         return make(*args, **kwargs)
 
-    for name, made in found.items():
-        setattr(module, name, partial(with_positions, made))
+    for name, original in patched.items():
+        setattr(module, name, partial(with_positions, original))
     try:
         yield
     finally:
-        for name, made in found.items():
-            setattr(module, name, made)
+        for name, original in patched.items():
+            setattr(module, name, original)

@@ -120,9 +120,9 @@ def _tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> 
 
     Published checkpoints have special tokens beyond their embeddings that no text holds: for padding, or for images.
     """
-    made: Any = tokenizer
-    ids, added, template = made.get_vocab(), made.get_added_vocab(), str(made.chat_template or "")
-    used = {made.bos_token, made.eos_token, made.unk_token}
+    fast: Any = tokenizer
+    ids, added, template = fast.get_vocab(), fast.get_added_vocab(), str(fast.chat_template or "")
+    used = {fast.bos_token, fast.eos_token, fast.unk_token}
     beyond = [
         token for token in ids if ids[token] >= rows and (token not in added or token in used or token in template)
     ]

@@ -41,8 +41,8 @@ def newcombe_paired(*, both: int, won: int, lost: int, neither: int) -> tuple[fl
     before_low, before_high = wilson(both + lost, n)
     phi = paired_correlation(both, won, lost, neither)
 
-    def spread(one: float, other: float) -> float:
-        return math.sqrt(max(one**2 - 2 * phi * one * other + other**2, 0.0))
+    def spread(reach: float, other_reach: float) -> float:
+        return math.sqrt(max(reach**2 - 2 * phi * reach * other_reach + other_reach**2, 0.0))
 
     difference = after - before
     low = difference - spread(after - after_low, before_high - before)

@@ -134,11 +134,11 @@ def require_same_measurement(before: TaskScore, after: TaskScore) -> None:
         UserError: naming the field that differs, or the first item that only one of them has.
     """
     for field in SAME_MEASUREMENT:
-        here, there = getattr(before, field), getattr(after, field)
-        if here != there:
+        before_value, after_value = getattr(before, field), getattr(after, field)
+        if before_value != after_value:
             raise UserError(
-                f"task {before.task!r}: {field} is {here!r} in one evaluation and {there!r} in the other; "
-                "they cannot be compared, evaluate both with the same settings"
+                f"task {before.task!r}: {field} is {before_value!r} in one evaluation and {after_value!r} in the "
+                "other; they cannot be compared, evaluate both with the same settings"
             )
     if before.prompts and after.prompts and before.prompts != after.prompts:  # old results hold none
         raise UserError(
@@ -181,13 +181,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def verdict(found: PairedDifference | None, adjusted_p: float | None, *, higher_is_better: bool) -> str | None:
+def verdict(change: PairedDifference | None, adjusted_p: float | None, *, higher_is_better: bool) -> str | None:
     """`better`, `worse`, or `unclear` where p after Holm's correction is not significant; None = not compared."""
-    if found is None or adjusted_p is None:
+    if change is None or adjusted_p is None:
         return None
     if adjusted_p >= SIGNIFICANT:
         return "unclear"
-    return "better" if (found.difference > 0) == higher_is_better else "worse"
+    return "better" if (change.difference > 0) == higher_is_better else "worse"
 
 
 def retention(before: TaskScore, after: TaskScore) -> Retention:
@@ -214,28 +214,28 @@ def retention(before: TaskScore, after: TaskScore) -> Retention:
 
 
 def retention_gap(
-    one: tuple[TaskScore, TaskScore], other: tuple[TaskScore, TaskScore]
+    first: tuple[TaskScore, TaskScore], second: tuple[TaskScore, TaskScore]
 ) -> tuple[float, float, float] | None:
     """Retention of ``one`` minus that of ``other`` with its 95 % interval; each is (teacher, after).
 
     The limits of both are added as squares. Where the two ask the same items, such as one ability under two protocols,
     their luck is shared and the correlation of the two retentions over the items enters. None where one has none.
     """
-    kept = [retention(*pair) for pair in (one, other)]
+    kept = [retention(*pair) for pair in (first, second)]
     limits = [(k.value, k.ci_low, k.ci_high) for k in kept if k.value is not None and k.ci_low is not None]
     if len(limits) < 2:
         return None
     (a, a_low, a_high), (b, b_low, b_high) = np.array(limits, dtype=np.float64).tolist()
-    shared = -_shared_luck(one, other)  # the second part is negated
+    shared = -_shared_luck(first, second)  # the second part is negated
     correlation_22 = np.array([[1.0, shared], [shared, 1.0]])
     low, gap, high = combined([a, -b], [a_low, -b_high], [a_high, -b_low], correlation_22).tolist()
     return gap, low, high
 
 
-def _shared_luck(one: tuple[TaskScore, TaskScore], other: tuple[TaskScore, TaskScore]) -> float:
+def _shared_luck(first: tuple[TaskScore, TaskScore], second: tuple[TaskScore, TaskScore]) -> float:
     """Correlation of two retentions through their items; 0 where the items are not the same."""
     influences = []
-    for before, after in (one, other):
+    for before, after in (first, second):
         later = {item.id: item.score for item in after.items}
         above = before.score - before.chance
         kept = (after.score - before.chance) / above
