@@ -6,6 +6,7 @@ tested with the launcher.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -30,8 +31,15 @@ PRELOADED = [
     "shoal.train.distill",
     "deepspeed",
     "deepspeed.ops",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
     "trl.models.utils",
+    "transformers.models.llama.modeling_llama",
+    "shoal.compress.plan",
+    "shoal.eval.quick_eval",
+    "torch.profiler._cupti_monitor",
 ]
+"""What a rank of a training imports; a name that is wrong here only costs time."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -126,21 +134,23 @@ def _path_of(log: IO[str]) -> str:
     return f"/proc/{os.getpid()}/fd/{log.fileno()}"
 
 
-def _write_to(log: str) -> None:
+def _begin(log: str) -> None:
+    """Write to ``log``, and let collections of garbage pass over what was there before."""
+    gc.freeze()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
 
 
 def _call(function: Callable[..., None], arguments: tuple[object, ...], log: str) -> None:
-    _write_to(log)
+    _begin(log)
     function(*arguments)
 
 
 def _run(
     arguments: list[str], env: dict[str, str], cwd: str, log: str, before: Callable[[], None] | None = None
 ) -> None:
-    _write_to(log)
+    _begin(log)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -41,6 +42,9 @@ class Provenance:
         return fingerprint(self.inputs)
 
 
+_adapter = cache(TypeAdapter)
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A JSON file of the run directory. Subclasses are frozen dataclasses whose fields are the file's keys."""
@@ -53,7 +57,7 @@ class Artifact:
 
     def write(self, path: Path) -> None:
         """Write the file at ``path``, whole or not at all."""
-        body = TypeAdapter(type(self)).dump_python(self, mode="json")
+        body = _adapter(type(self)).dump_python(self, mode="json")
         body = {"schema": self.SCHEMA, **body}
         write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -78,7 +82,7 @@ class Artifact:
                 f"{path}: has schema {schema}, this version reads {cls.SCHEMA}; delete it and run its stage again"
             )
         try:
-            found = TypeAdapter(cls).validate_python(body)
+            found = _adapter(cls).validate_python(body)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])

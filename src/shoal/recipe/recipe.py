@@ -12,6 +12,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -291,7 +292,7 @@ def parse_recipe(
     """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
     it."""
     try:
-        recipe = TypeAdapter(Recipe).validate_python(with_suite(raw))
+        recipe = _adapter(Recipe).validate_python(with_suite(raw))
     except ValidationError as error:
         raise UserError(_blamed(_explain(error.errors()), source, overrides)) from error
     problems = [*_contradictions(recipe), *(further(recipe) if further is not None else ())]
@@ -314,9 +315,12 @@ def _told(override: str) -> str:
     return f"override {redacted_arguments([override])[0]!r}"
 
 
+_adapter = cache(TypeAdapter)  # it takes longer to make than a recipe to read
+
+
 def as_dict(section: Any) -> dict[str, Any]:
     """A section (or the recipe) as plain JSON-ready values."""
-    return TypeAdapter(type(section)).dump_python(section, mode="json")
+    return _adapter(type(section)).dump_python(section, mode="json")
 
 
 def _find_recipe(path: Path) -> Path:
