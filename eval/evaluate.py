@@ -18,7 +18,7 @@ from shoal.artifacts.artifact import Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
 from shoal.models.load import checkpoint_bytes, num_parameters, text_config
 from shoal.progress import each
-from shoal.recipe.recipe import Eval
+from shoal.recipe.recipe import Tasks
 from shoal.runtime import rank, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks, prompt_room
@@ -35,7 +35,7 @@ def role_evaluation(
     role: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: Eval,
+    settings: Tasks,
     *,
     folder: Path,
     inputs: dict[str, Json],
@@ -74,14 +74,14 @@ def role_evaluation(
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: Eval,
+    settings: Tasks,
     *,
     seed: int,
     items: ItemCache | None = None,
     tasks: dict[str, Any] | None = None,
     called: str = "eval",
 ) -> tuple[TaskScore, ...]:
-    """The scores of ``settings.tasks`` and the perplexity, on every rank; answers in ``items`` are not asked again.
+    """The scores of ``settings.tasks`` and of running text, on every rank; answers in ``items`` are not asked again.
 
     ``tasks`` are those of the settings where they are loaded already. The items are the tasks' first ``settings.limit``
     (or ``settings.limits`` of that task), the same for every model and every seed; the seed decides only what lm-eval
@@ -95,7 +95,9 @@ def evaluate(
     if tasks is None:
         tasks = tasks_of(settings, seed=seed)
     log.info("eval: %s", in_words(tasks, settings))
-    scores = (*scores_of(lm, tasks, settings, seed=seed), perplexity(lm, settings))
+    scores = scores_of(lm, tasks, settings, seed=seed)
+    if settings.perplexity_tokens:
+        scores = (*scores, perplexity(lm, settings))
     for score in scores:
         log.info(
             "eval: %s %s %.3f [%.3f, %.3f], n = %d",
@@ -109,7 +111,7 @@ def evaluate(
     return scores
 
 
-def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Eval, *, seed: int) -> tuple[TaskScore, ...]:
+def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int) -> tuple[TaskScore, ...]:
     """The scores of ``tasks`` on every rank; twice on the same tasks gives the same requests."""
     if not tasks:
         return ()
@@ -149,7 +151,7 @@ def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tupl
     )
 
 
-def in_words(tasks: dict[str, Any], settings: Eval) -> str:
+def in_words(tasks: dict[str, Any], settings: Tasks) -> str:
     """Which tasks, with how many items each."""
     return ", ".join(f"{name} ({count} items)" for name, count in num_items(tasks, settings).items()) or "perplexity"
 
@@ -174,7 +176,7 @@ def check_runnable(tasks: dict[str, Any], *, num_ranks: int, max_length: int) ->
             log.warning("%s draws its examples at random, so its prompts depend on the number of ranks", name)
 
 
-def num_items(tasks: dict[str, Any], settings: Eval) -> dict[str, int]:
+def num_items(tasks: dict[str, Any], settings: Tasks) -> dict[str, int]:
     """How many items of every task are scored."""
     unknown = sorted(set(settings.limits) - set(tasks))
     if unknown:

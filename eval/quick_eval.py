@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.recipe.recipe import Eval
+from shoal.recipe.recipe import Tasks
 
 from .evaluate import scores_of
 from .harness.engine import CausalLM, connect_ranks
@@ -33,20 +33,19 @@ class QuickScore:
 class QuickScores:
     """Scores the same items every time, so that what moves is the model. All ranks take part and all get the scores.
 
-    ``held_out`` text, ``settings.perplexity_tokens`` of it, is scored in nats per token, as `perplexity`.
+    Held-out text, ``settings.perplexity_tokens`` of it, is scored in nats per token, as `perplexity`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Eval, *, seed: int, held_out: bool = True) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Tasks, *, seed: int) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
-        self._held_out = held_out
         self._seed = seed
         self._tasks: dict[str, Any] = tasks_of(settings, seed=seed) if settings.tasks else {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """What a call will return scores for."""
-        return (*([HELD_OUT] if self._held_out else []), *self._tasks)
+        return (*([HELD_OUT] if self._settings.perplexity_tokens else []), *self._tasks)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, QuickScore]:
         """Scores by task name. The model is left in the mode it came in, and so are all random number generators."""
@@ -57,7 +56,7 @@ class QuickScores:
             with _random_state_kept(), torch.no_grad():
                 lm = CausalLM(model, self._tokenizer, self._settings.batch_size, called="watch")
                 scores = list(scores_of(lm, self._tasks, self._settings, seed=self._seed))
-                if self._held_out:
+                if self._settings.perplexity_tokens:
                     scores.insert(0, perplexity(lm, self._settings))
         finally:
             model.train(was_training)

@@ -17,8 +17,10 @@ from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.models.load import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
 from shoal.progress import doing
-from shoal.recipe.recipe import Distill, Track, as_dict
+from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS
+from shoal.recipe.recipe import Distill, Track
 from shoal.recipe.recording import Record
+from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, device, world_size
 from shoal.tracking import wandb_run
 
@@ -53,13 +55,6 @@ from .trainer import DistillTrainer
 
 log = logging.getLogger(__name__)
 
-NOT_IDENTITY = {
-    *("distill.num_ranks", "distill.timeout_s", "distill.stop_on_spike", "distill.check_memory", "distill.overlap"),
-    *(f"distill.trainer.{key}" for key in ("save_steps", "save_strategy", "save_total_limit")),
-    *(f"distill.trainer.{key}" for key in ("logging_steps", "disable_tqdm", "dataloader_num_workers")),
-}
-"""Settings that change how the work is done but not its result: a run may go on with others."""
-
 
 class Stopped(Exception):
     """Training was asked to stop by the signal ``number`` and has saved; the same command goes on."""
@@ -76,39 +71,32 @@ def distill_inputs(
     teacher: str,
     student: str,
     drop: tuple[int, ...],
-    seed: int,
-    dtype: str,
-    attention: str,
+    general: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that shapes distilled/: the stage's identity."""
-    section = {f"distill.{key}": value for key, value in as_dict(settings).items() if key != "trainer"}
+    """Everything that shapes distilled/: the stage's identity.
+
+    ``teacher`` and ``student`` are fingerprints of models, ``general`` the recipe's settings outside its sections.
+    """
+    section = shaping(settings, Shapes.TRAINING, "distill.")
     if settings.watch is None or settings.watch.best is None:
         del section["distill.watch"]  # it only looks on
-    # where signals lie or wait does not matter; what was recorded does, and is compared with rows and model when read
-    kept = {"top_k": record.top_k, "temperature": record.temperature, "states": list(record.states)}
-    if settings.teacher.prefix:
-        kept["prefix"] = True
-    writing = section["distill.writing"]
-    section["distill.writing"] = {k: v for k, v in writing.items() if k not in ("folder", "prompts", "batch_size")}
+    # what was recorded, not where it lies; it is compared with rows and model when it is read
+    recorded = shaping(record, Shapes.TRAINING) | ({"prefix": True} if settings.teacher.prefix else {})
+    section["distill.teacher"]["recorded"] = None if settings.teacher.recorded is None else recorded
     if settings.writing.prompts is not None:
         section["distill.writing.prompts"] = sources_fingerprint((settings.writing.prompts,))
-    section["distill.teacher"] = {
-        "dtype": settings.teacher.dtype,
-        "recorded": None if settings.teacher.recorded is None else kept,
-    }
     # what the file says now, not what it is called; how ZeRO shards the work does not change its result
     section["distill.deepspeed"] = {k: v for k, v in deepspeed_config(settings).items() if k != "zero_optimization"}
-    split = BATCH_SPLIT if settings.batch_size is not None else ()
-    trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in split}
+    neutral = {*NEUTRAL_TRAINER_KEYS, *(BATCH_SPLIT if settings.batch_size is not None else ())}
+    trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
     return {
         "model": teacher,
         "student": student,
         "prune.drop": list(drop),
         "data": sources_fingerprint(settings.data),
-        "seed": seed,
-        "dtype": dtype,
-        "attention": attention,
-        **{key: value for key, value in (section | trainer).items() if key not in NOT_IDENTITY},
+        **general,
+        **section,
+        **trainer,
     }
 
 

@@ -29,7 +29,7 @@ from shoal.inference.scoring import Score, Tokens
 from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
 from shoal.recipe.edits import REMOVED
-from shoal.recipe.recipe import Eval, Protocol, Sweeps
+from shoal.recipe.recipe import Protocol, Sweeps
 from shoal.runtime import world_size
 
 from ...eval.evaluate import check_runnable, in_words, num_items, scores_of
@@ -92,8 +92,8 @@ def sweep_by(
 ) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
     """As sweep does, with the answers of ``lm``, which was made for ``with_intact(variants)``."""
     connect_ranks(lm.device)
-    evaluation = as_evaluation(replace(settings, tasks=task_names(settings), protocols=()))
-    tasks = tasks_of(evaluation, seed=seed)
+    settings = replace(settings, tasks=task_names(settings), protocols=())
+    tasks = tasks_of(settings, seed=seed)
     everything = with_intact(variants)
     lm.seed = seed
     answered_by = fingerprint([identity, ENGINE, [stored_name(one.edits) for one in everything]])
@@ -101,14 +101,14 @@ def sweep_by(
     if len(lm.items):
         log.info("sweep: goes on from %d requests that are answered already", len(lm.items))
     shared, apart = layer_runs(everything, lm.num_layers)
-    log.info("sweep: %d variants on %s", len(variants), in_words(tasks, evaluation))
+    log.info("sweep: %d variants on %s", len(variants), in_words(tasks, settings))
     log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
     found: list[tuple[TaskScore, ...]] = []
     for number in each(range(len(everything)), "sweep: scored", unit="variants"):
         lm.show(number)
-        scores = scores_of(lm, tasks, evaluation, seed=seed)
+        scores = scores_of(lm, tasks, settings, seed=seed)
         if settings.perplexity_tokens:
-            scores = (*scores, perplexity(lm, evaluation))
+            scores = (*scores, perplexity(lm, settings))
         found.append(scores)
     by_name = dict(zip((one.name for one in everything), found, strict=True))
     return found[0], [by_name.get(one.name, found[0]) for one in variants]
@@ -163,11 +163,11 @@ def checked_tasks(
     Raises:
         UserError: whatever a sweep would refuse of them once it runs, named as the recipe names it.
     """
-    names, evaluation = task_names(settings), as_evaluation(settings)
+    names = task_names(settings)
     with _named_as_in_sweeps():
-        tasks = tasks_of(replace(evaluation, tasks=names))
+        tasks = tasks_of(replace(settings, tasks=names))
         check_runnable(tasks, num_ranks=world_size(), max_length=resolve_max_length(config, tokenizer))
-        counts = num_items(tasks, evaluation)
+        counts = num_items(tasks, settings)
     _refuse_written_text(settings, tasks)
     return tasks, counts
 
@@ -179,7 +179,7 @@ def window_weights(settings: Sweeps, tokenizer: PreTrainedTokenizerBase) -> list
         UserError: text that cannot be read, or that holds no token.
     """
     with _named_as_in_sweeps():
-        return [float(len(scored)) for _, _, scored in windows(tokenizer, as_evaluation(settings))]
+        return [float(len(scored)) for _, _, scored in windows(tokenizer, settings)]
 
 
 @contextlib.contextmanager
@@ -208,22 +208,6 @@ def _refuse_written_text(settings: Sweeps, tasks: dict[str, Any]) -> None:
 def _under(protocol: Protocol, task: str, known: set[str]) -> str | None:
     """What ``task`` is called under ``protocol``."""
     return next((name for pattern in TASK_NAMES[protocol] if (name := pattern.format(task)) in known), None)
-
-
-def as_evaluation(settings: Sweeps) -> Eval:
-    """The sweep's tasks and items as evaluating reads them."""
-    return Eval(
-        tasks=settings.tasks,
-        limit=settings.limit,
-        limits=settings.limits,
-        batch_size=settings.batch_size,
-        num_fewshot=settings.num_fewshot,
-        include_path=settings.include_path,
-        data_dir=settings.data_dir,
-        perplexity_data=settings.perplexity_data,
-        perplexity_tokens=max(1, settings.perplexity_tokens),
-        sequence_length=settings.sequence_length,
-    )
 
 
 class VariantsLM(CausalLM):

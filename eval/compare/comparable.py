@@ -13,13 +13,15 @@ from typing import Any
 
 from shoal.artifacts.artifact import Evaluation, TaskScore
 from shoal.errors import UserError
+from shoal.recipe.recipe import Eval
 from shoal.recipe.search import PERPLEXITY
+from shoal.recipe.section import Shapes, shaping_keys
 from shoal.stats.paired import SAME_MEASUREMENT, paired, require_same_measurement
 
 from ..report.findings import Run, read_run
 
 CUT_ROLES = ("pruned", "distilled")
-TEXT_SETTINGS = ("eval.perplexity_data", "data", "eval.perplexity_tokens", "eval.sequence_length")
+TEXT_SETTINGS = ("data", *(f"eval.{key}" for key in shaping_keys(Eval, Shapes.PERPLEXITY)))
 """What the perplexity depends on; `data` is the hash of the text itself."""
 MOST_PROBLEMS = 8
 """Named in one refusal."""

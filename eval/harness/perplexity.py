@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from shoal.artifacts.artifact import ItemScore, TaskScore
 from shoal.data.sources import first_tokens, load_texts
 from shoal.errors import UserError
-from shoal.recipe.recipe import Eval
+from shoal.recipe.recipe import Tasks
 from shoal.recipe.section import DataSource
 
 from .engine import CausalLM, prefix_token
@@ -28,7 +28,7 @@ Window = tuple[str, list[int], list[int]]
 """Item id, context tokens, scored tokens."""
 
 
-def perplexity(lm: CausalLM, settings: Eval) -> TaskScore:
+def perplexity(lm: CausalLM, settings: Tasks) -> TaskScore:
     """Mean negative log-likelihood per token of ``settings.perplexity_data``; exp of it is the perplexity.
 
     A window never reaches over a document's end; every token is scored once, a window's first one after the start token
@@ -73,7 +73,7 @@ def perplexity(lm: CausalLM, settings: Eval) -> TaskScore:
     )
 
 
-def windows(tokenizer: PreTrainedTokenizerBase, settings: Eval) -> list[Window]:
+def windows(tokenizer: PreTrainedTokenizerBase, settings: Tasks) -> list[Window]:
     """The first ``perplexity_tokens`` tokens, each source its share. Ids tell other text or tokens apart."""
     total_weight = sum(source.weight for source in settings.perplexity_data)
     found: list[Window] = []

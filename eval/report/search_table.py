@@ -8,8 +8,8 @@ import yaml
 
 from shoal.formatting import layers_text, listed, signed
 from shoal.recipe.edits import in_words, removed_layers
-from shoal.recipe.recipe import as_dict
 from shoal.recipe.search import Column, Correlation, HealedPlan, Interval, PlanStanding, Ranking, SearchResult
+from shoal.recipe.section import as_dict
 
 from .wording import DASH
 

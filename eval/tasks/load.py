@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.recipe.recipe import Eval
+from shoal.recipe.recipe import Tasks
 
 from .data_sets import DataSet, Part, parts_of
 from .documents import MissingFiles, local_rows
@@ -77,7 +77,7 @@ def load_tasks(
     return tasks
 
 
-def tasks_of(settings: Eval, *, seed: int = 0) -> dict[str, Any]:
+def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
     """The tasks that evaluating by ``settings`` asks, as load_tasks gives them."""
     return load_tasks(
         settings.tasks,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from shoal.errors import UserError
-from shoal.recipe.recipe import CONFIGS_DIR, Eval
+from shoal.recipe.recipe import CONFIGS_DIR, Tasks
 
 from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 
@@ -57,7 +57,7 @@ def limit_without_task(name: str, tasks: Iterable[str]) -> str:
     )
 
 
-def limits_without_task(settings: Eval) -> Iterator[str]:
+def limits_without_task(settings: Tasks) -> Iterator[str]:
     """`place: what is wrong` with limits of single tasks, as far as names tell; what lm-eval's mean its index knows."""
     described, tags = described_tasks(task_folders(settings.include_path))
     tasks = [member for name in settings.tasks for member in tags.get(name, (name,))]

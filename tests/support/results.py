@@ -22,7 +22,8 @@ from shoal.artifacts.artifact import (
 )
 from shoal.eval.harness.rates import with_rates
 from shoal.recipe.edits import Edits
-from shoal.recipe.recipe import as_dict, parse_recipe
+from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import as_dict
 from shoal.stats.paired import interval
 
 NUM_LAYERS = 8

@@ -14,7 +14,8 @@ from results import SKILL, choice, evaluation, plan, write_quickstart, write_run
 
 from shoal.artifacts.artifact import ItemScore, TaskScore
 from shoal.eval.report.report import write_report
-from shoal.recipe.recipe import as_dict, parse_recipe
+from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import as_dict
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=SKIP_REASON)]
 

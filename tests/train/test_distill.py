@@ -23,6 +23,8 @@ from shoal.train.engine.arguments import (
     training_arguments,
 )
 
+GENERAL = {"seed": 0, "dtype": "stored", "attention": "sdpa"}
+
 
 def check(teacher, student, **settings):
     check_distillable(teacher, student, Distill(**settings), Record(), trust_remote_code=False)
@@ -147,9 +149,7 @@ def test_checkpoints_know_the_real_batch_and_not_how_it_is_shared(monkeypatch):
     def known(ranks, **settings):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         chosen = Distill(**settings)
-        own = distill_inputs(
-            chosen, Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="stored", attention="sdpa"
-        )
+        own = distill_inputs(chosen, Record(), teacher="t", student="s", drop=(1,), general=GENERAL)
         return checkpoint_inputs(chosen, own)
 
     two = known(2, trainer={"per_device_train_batch_size": 4})
@@ -222,9 +222,7 @@ def test_a_broken_deepspeed_file_is_named(tmp_path):
 
 def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
     def inputs(**settings):
-        return distill_inputs(
-            Distill(**settings), Record(), teacher="t", student="s", drop=(1,), seed=0, dtype="stored", attention="sdpa"
-        )
+        return distill_inputs(Distill(**settings), Record(), teacher="t", student="s", drop=(1,), general=GENERAL)
 
     assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})
     assert inputs() != inputs(trainer={"learning_rate": 1.0})

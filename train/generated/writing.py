@@ -26,7 +26,7 @@ from shoal.data.chat import Chat, check_template
 from shoal.data.sources import TEACHER_TEXT, documents, load_texts
 from shoal.errors import UserError
 from shoal.progress import each
-from shoal.recipe.section import DataSource
+from shoal.recipe.section import DataSource, Shapes, shaping
 from shoal.recipe.writing import Writing
 from shoal.runtime import barrier, is_main, rank, world_size
 
@@ -105,10 +105,9 @@ def _planned(
 ) -> tuple[Path, list[Prompt], dict[str, Any]]:
     """Where the texts will be, what they go on from, and everything that they follow from."""
     chosen = _chosen(list(_prompts(settings, tokenizer, data=data, seed=seed)), settings, seed=seed)
-    described = {key: value for key, value in asdict(settings).items() if key not in ("prompts", "folder")}
     identity = {
         **inputs,
-        **{f"writing.{key}": value for key, value in described.items()},
+        **shaping(settings, Shapes.TEXT, "writing."),
         "prompts": fingerprint([asdict(prompt) for prompt in chosen]),
         "seed": seed,
     }

@@ -38,7 +38,7 @@ from shoal.models.anatomy import state_of, with_state
 from shoal.models.load import decoder_layers, load_config, load_model
 from shoal.progress import each
 from shoal.recipe.distill import Distill, LocalHeal
-from shoal.recipe.recipe import as_dict
+from shoal.recipe.section import as_dict
 from shoal.runtime import barrier, device, is_main, rank, world_size
 
 from ..engine.arguments import autocast_dtype

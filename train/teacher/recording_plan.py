@@ -25,7 +25,9 @@ from shoal.artifacts.artifact import Artifact, Provenance, differences
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.load import load_config, text_config, tokenizer_fingerprint
+from shoal.recipe.distill import Distill
 from shoal.recipe.recording import Record
+from shoal.recipe.section import Shapes, shaping, shaping_keys
 from shoal.runtime import environment, is_main, rank, world_size
 
 from ..student.sizes import loaded_dtype
@@ -78,16 +80,14 @@ def recording_inputs(
         "dtype": dtype,
         "attention": attention,
         "sequence_length": sequence_length,
-        "record.top_k": settings.top_k,
-        "record.temperature": settings.temperature,
-        "record.states": list(settings.states),
+        **shaping(settings, Shapes.SIGNALS, "record."),
         **({} if prefix is None else {PREFIX: f"{prefix} layers"}),
     }
 
 
 def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
     """What shapes the training rows, for messages about a recording of others."""
-    keys = ("distill.data", "distill.sequence_length", "distill.packing", "data", "seed")
+    keys = (*(f"distill.{key}" for key in shaping_keys(Distill, Shapes.ROWS)), "data", "seed")
     return {key: inputs[key] for key in keys if key in inputs}
 
 

@@ -12,7 +12,7 @@ from shoal.recipe import losses as terms
 from shoal.recipe.lora import Lora
 from shoal.recipe.losses import ForwardKL, LossTerm
 from shoal.recipe.on_policy import OnPolicy
-from shoal.recipe.section import TEACHER_TEXT, Data, DataSource, Dtype, Packing, Positive, RowLength, Section
+from shoal.recipe.section import TEACHER_TEXT, Data, DataSource, Dtype, Packing, Positive, RowLength, Section, Shapes
 from shoal.recipe.writing import Writing
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "replacement", "norm_and_head"]
@@ -27,14 +27,14 @@ Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Teacher(Section):
     """Where the teacher's signals come from while the student trains."""
 
-    recorded: str | None = None
+    recorded: Annotated[str | None, Shapes.BY_CONTENT] = None
     """Folder that `shoal record` has written, often RUN_DIR/signals; None = run the teacher on every batch."""
-    dtype: Dtype | None = None
+    dtype: Annotated[Dtype | None, Shapes.TRAINING] = None
     """Precision of a live teacher; None = the recipe's dtype."""
-    offload: bool = False
+    offload: Annotated[bool, Shapes.NOTHING] = False
     """Keep a live teacher's weights in CPU memory and bring them over layer by layer: slower, and a large model less
-    on the device. Has no effect on numbers. ZeRO 3 shards it instead."""
-    prefix: bool = False
+    on the device. ZeRO 3 shards it instead."""
+    prefix: Annotated[bool, Shapes.BY_CONTENT] = False
     """Recorded signals hold the teacher's state below the lowest trained layer too, so that neither model runs what
     lies under it. `shoal record` writes it where this is true, in the teacher's precision: a number per hidden
     dimension and token. It serves runs whose plan and trainable leave as many layers untouched."""
@@ -44,13 +44,13 @@ class Teacher(Section):
 class LocalHeal(Section):
     """A first stage that heals every gap on its own, on hidden states, without a graph from end to end."""
 
-    num_tokens: Positive = 50_000
-    """Of the same rows that training starts with, rounded up to whole steps."""
-    learning_rate: Above0 = 2e-4
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
-    batch_size: Positive = 8
+    num_tokens: Annotated[Positive, Shapes.TRAINING] = 50_000
+    """Tokens of this stage, of the rows that training starts with; rounded up to whole steps."""
+    learning_rate: Annotated[Above0, Shapes.TRAINING] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TRAINING] = 1e-3
+    batch_size: Annotated[Positive, Shapes.TRAINING] = 8
     """Rows per step over all ranks."""
-    rows_at_once: Positive = 4
+    rows_at_once: Annotated[Positive, Shapes.TRAINING] = 4
     """Rows per rank and forward."""
 
 
@@ -58,72 +58,79 @@ class LocalHeal(Section):
 class Watch(Section):
     """What is scored while the student trains."""
 
-    every: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
-    """In steps, or below 1 as a share of all steps; scored before the first step and after the last one too."""
-    perplexity_tokens: Annotated[int, Field(ge=0)] = 4096
+    every: Annotated[float, Field(gt=0, allow_inf_nan=False), Shapes.TRAINING] = 0.25
+    """Steps from one scoring to the next, or below 1 their share of all steps; the student is scored before the first
+    step and after the last one too."""
+    perplexity_tokens: Annotated[int, Field(ge=0), Shapes.TRAINING] = 4096
     """Tokens of eval.perplexity_data; 0 = none."""
-    tasks: tuple[str, ...] = ()
-    """lm-eval tasks, one or two per ability; few items, since every look costs what they cost."""
-    limit: Positive = 32
+    tasks: Annotated[tuple[str, ...], Shapes.TRAINING] = ()
+    """lm-eval tasks, one or two per ability; few items, since every scoring costs what they cost."""
+    limit: Annotated[Positive, Shapes.TRAINING] = 32
     """Items per task: the first ones that eval.limit would take."""
-    best: str | None = None
-    """The score, `perplexity` or a task, whose best state becomes distilled/; None = the last state."""
+    best: Annotated[str | None, Shapes.TRAINING] = None
+    """Score, `perplexity` or a task, whose best state becomes distilled/; None = the last state."""
 
 
 @dataclass(frozen=True)
 class Distill(Section):
     """How the cut model is trained on the full one."""
 
-    data: Data = (DataSource("python_docs"),)
-    num_tokens: Positive = 200_000
+    data: Annotated[Data, Shapes.ROWS | Shapes.TRAINING] = (DataSource("python_docs"),)
+    num_tokens: Annotated[Positive, Shapes.TRAINING] = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
-    sequence_length: RowLength = 512
-    batch_size: Positive | None = None
+    sequence_length: Annotated[RowLength, Shapes.ROWS | Shapes.TRAINING] = 512
+    """Tokens of one row."""
+    batch_size: Annotated[Positive | None, Shapes.TRAINING] = None
     """Rows of one optimizer step over all ranks, so that a run means the same, and goes on, on any number of ranks;
     gradients are accumulated accordingly. None = what one step of trainer.per_device_train_batch_size comes to."""
-    packing: Packing = "split"
+    packing: Annotated[Packing, Shapes.ROWS | Shapes.TRAINING] = "split"
     """split: what does not fit a row goes on in the next as a document of its own. best_fit: documents stay whole, what
     is longer than a row is cut, and rows are padded."""
-    overlap: bool = True
+    overlap: Annotated[bool, Shapes.NOTHING] = True
     """Look for evaluation items in the training text, and report how many there are."""
-    losses: tuple[LossTerm, ...] = (ForwardKL(),)
-    trainable: Trainable = "all"
-    """What is trained: everything; all but embeddings and head; the layers from the first cut up, with the final norm
-    (an edited layer counts as a cut); those next to a gap; only what a replace or merge edit has put in; or final norm
-    and head. What lies below is still the teacher, so there it is computed once for both and needs neither a backward
-    pass nor optimizer state."""
-    lora: Lora | None = None
+    losses: Annotated[tuple[LossTerm, ...], Shapes.TRAINING] = (ForwardKL(),)
+    trainable: Annotated[Trainable, Shapes.TRAINING] = "all"
+    """Weights that are trained: everything; all but embeddings and head; the layers from the first cut up, with the
+    final norm (an edited layer counts as a cut); those next to a gap; only what a replace or merge edit has put in; or
+    final norm and head. What lies below is still the teacher, so there it is computed once for both and needs neither a
+    backward pass nor optimizer state."""
+    lora: Annotated[Lora | None, Shapes.TRAINING] = None
     """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
-    teacher: Teacher = Teacher()
-    local: LocalHeal | None = None
+    teacher: Annotated[Teacher, Shapes.TRAINING] = Teacher()
+    local: Annotated[LocalHeal | None, Shapes.TRAINING] = None
     """A stage before this one; None = none."""
-    writing: Writing = field(default_factory=Writing)
-    """What the teacher writes where data names the source `teacher_text`."""
-    on_policy: OnPolicy | None = None
+    writing: Annotated[Writing, Shapes.TRAINING] = field(default_factory=Writing)
+    """Text that the teacher writes where data names the source `teacher_text`."""
+    on_policy: Annotated[OnPolicy | None, Shapes.TRAINING] = None
     """Steps in which the student learns from what it writes itself; None = none."""
-    watch: Watch | None = Watch()
-    """None = nothing is scored while training."""
-    stop_on_spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = 10.0
+    watch: Annotated[Watch | None, Shapes.TRAINING] = Watch()
+    """Scoring while training, which shapes the result where it chooses the best state; None = none."""
+    stop_on_spike: Annotated[Annotated[float, Field(gt=1, allow_inf_nan=False)] | None, Shapes.NOTHING] = 10.0
     """A step whose loss is more than so many times the median of the steps before ends the training, its batch kept for
     a look; None = only a loss that is no number does."""
-    precision: Precision = "auto"
+    precision: Annotated[Precision, Shapes.TRAINING] = "auto"
     """float32, or fp32 weights under autocast to bfloat16 or float16 (the latter with loss scaling, on accelerators).
     auto = what the DeepSpeed configuration says, else what the device multiplies fast in, or what this training was
     begun in."""
-    head_chunk: Positive = 256
+    head_chunk: Annotated[Positive, Shapes.TRAINING] = 256
     """Tokens whose full-vocabulary logits exist at one time."""
-    check_memory: bool = True
+    check_memory: Annotated[bool, Shapes.NOTHING] = True
     """Refuse a run that does not fit into memory or on the disk before it starts; false = only say so."""
-    trainer: dict[str, Any] = field(default_factory=dict)
-    """Handed to transformers.TrainingArguments untouched."""
-    deepspeed: str | dict[str, Any] | None = "deepspeed/zero2.json"
+    trainer: Annotated[dict[str, Any], Shapes.BY_CONTENT] = field(default_factory=dict)
+    """Arguments handed to transformers.TrainingArguments untouched; all but NEUTRAL_TRAINER_KEYS shape the training."""
+    deepspeed: Annotated[str | dict[str, Any] | None, Shapes.BY_CONTENT] = "deepspeed/zero2.json"
     """DeepSpeed configuration: a path, a name under configs/, or the mapping itself."""
-    num_ranks: Positive | None = None
+    num_ranks: Annotated[Positive | None, Shapes.NOTHING] = None
     """Processes that `shoal run` and `shoal distill` start on this machine; None = one per GPU, one on CPU."""
-    timeout_s: Positive = 1800
+    timeout_s: Annotated[Positive, Shapes.NOTHING] = 1800
     """Seconds a collective may wait for a late rank before the job ends."""
 
 
+NEUTRAL_TRAINER_KEYS = {
+    *("save_steps", "save_strategy", "save_total_limit"),
+    *("logging_steps", "disable_tqdm", "dataloader_num_workers"),
+}
+"""Training arguments that change how the work is done and not its result: a run may go on with others."""
 REFUSED_TRAINER_KEYS = {
     "bf16": "is set by distill.precision; use that",
     "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",

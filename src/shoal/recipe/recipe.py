@@ -12,11 +12,10 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from shoal.errors import UserError
 from shoal.recipe import distill as training
@@ -25,7 +24,18 @@ from shoal.recipe.distill import Distill
 from shoal.recipe.edits import ComponentPart, Edits, contradictions
 from shoal.recipe.recording import Record
 from shoal.recipe.search import Search
-from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Dtype, Positive, RowLength, Section, Text
+from shoal.recipe.section import (
+    LEAST_ITEMS,
+    Data,
+    DataSource,
+    Dtype,
+    Positive,
+    RowLength,
+    Section,
+    Shapes,
+    Text,
+    adapter,
+)
 from shoal.recipe.suites import SuiteName, with_suite
 from shoal.recipe.yaml import YAMLError, read_yaml
 from shoal.redaction import redacted, redacted_arguments
@@ -40,45 +50,61 @@ Operator = Literal[ComponentPart, "cumulative"]
 
 
 @dataclass(frozen=True)
-class Sweeps(Section):
-    """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of."""
+class Tasks(Section):
+    """Tasks and running text that models are scored on, and on how much of them."""
 
-    tasks: tuple[str, ...] = ()
-    """lm-eval task or group names, shoal's own and all others; with ``protocols`` without their protocol's ending."""
-    protocols: tuple[Protocol, ...] = ()
+    tasks: Annotated[tuple[str, ...], Shapes.SCORES] = ()
+    """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
+    limit: Annotated[Positive | None, Shapes.SCORES] = None
+    """Items per task; None = all."""
+    limits: Annotated[dict[str, Positive], Shapes.SCORES] = field(default_factory=dict)
+    """Items of single tasks that get another number, by task name."""
+    batch_size: Annotated[Positive, Shapes.SCORES] = 16
+    """Prompts or questions per rank at one time."""
+    num_fewshot: Annotated[Annotated[int, Field(ge=0)] | None, Shapes.SCORES] = None
+    """Examples shown before each item; None = each task's own default."""
+    include_path: Annotated[str | None, Shapes.SCORES] = None
+    """A further folder of task YAMLs."""
+    data_dir: Annotated[str | None, Shapes.BY_CONTENT] = None
+    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
+    perplexity_data: Annotated[Data, Shapes.PERPLEXITY | Shapes.SCORES] = (DataSource("python_docs_heldout"),)
+    """Running text that is scored token by token."""
+    perplexity_tokens: Annotated[int, Field(ge=0), Shapes.PERPLEXITY | Shapes.SCORES] = 0
+    """Tokens of running text; 0 = none is scored."""
+    sequence_length: Annotated[RowLength, Shapes.PERPLEXITY | Shapes.SCORES] = 512
+    """Window of the perplexity measurement, in tokens."""
+
+
+@dataclass(frozen=True)
+class Sweeps(Tasks):
+    """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of.
+
+    Tasks are named in full, or with ``protocols`` without their protocol's ending.
+    """
+
+    limit: Annotated[Positive | None, Shapes.SCORES] = 100
+    batch_size: Annotated[Positive, Shapes.NOTHING] = 8
+    """Prompts or questions per rank at one time, each under all variants."""
+    protocols: Annotated[tuple[Protocol, ...], Shapes.SCORES] = ()
     """Every task under each of these, as far as there are tasks called so; none = tasks are named in full."""
-    operators: tuple[Operator, ...] = ("layer",)
+    operators: Annotated[tuple[Operator, ...], Shapes.SCORES] = ("layer",)
     """What is done to the intact model, one unit at a time: a layer, a half of one, a query head or a key-value group
     taken out, or a donor's layer put in; cumulative = ever more layers taken out, by ``order``."""
-    limit: Positive | None = 100
-    """Items per task; None = all."""
-    limits: dict[str, Positive] = field(default_factory=dict)
-    """Items of single tasks that get another number, by task name."""
-    batch_size: Positive = 8
-    """Prompts or questions per rank at one time, each under all variants."""
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    """None = each task's own default."""
-    include_path: str | None = None
-    """A further folder of task YAMLs."""
-    data_dir: str | None = None
-    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
-    perplexity_data: Data = (DataSource("python_docs_heldout"),)
-    perplexity_tokens: Annotated[int, Field(ge=0)] = 0
-    """Tokens of running text to score as one more column; 0 = none."""
-    sequence_length: RowLength = 512
-    """Window of the perplexity measurement, in tokens."""
-    order: tuple[int, ...] | str = "block_influence"
-    """Cumulative removals go through these layers, or through all by a measured metric, the least important first."""
-    max_removed: Positive | None = None
-    """After how many layers cumulative removals end; None = when one layer is left."""
-    greedy: Positive | None = None
+    order: Annotated[tuple[int, ...] | str, Shapes.SCORES] = "block_influence"
+    """Layers that cumulative removals go through, the first to go first, or the metric by which they go through all,
+    the least important first."""
+    max_removed: Annotated[Positive | None, Shapes.SCORES] = None
+    """Most layers that cumulative removals take out; None = all but one."""
+    greedy: Annotated[Positive | None, Shapes.SCORES] = None
     """Removals of a task-aware order: at every step the layer goes without which the tasks' mean score is best. Made
     beside the operators, as `task_greedy`; every step costs as much as the operator layer on what is left."""
-    greedy_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(default_factory=dict)
+    greedy_weights: Annotated[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]], Shapes.SCORES] = field(
+        default_factory=dict
+    )
     """Weights of tasks in that mean; none = all tasks count the same."""
-    donor: Text | None = None
+    donor: Annotated[Text | None, Shapes.SCORES] = None
     """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
-    donor_revision: str | None = None
+    donor_revision: Annotated[str | None, Shapes.SCORES] = None
 
 
 @dataclass(frozen=True)
@@ -95,10 +121,11 @@ class ProbeSet(Section):
     name: str | None = None
     """Configuration name of a Hub data set."""
     max_items: Positive = 2000
-    """A seeded draw of so many items where there are more."""
+    """Most items; where there are more, so many are drawn by the seed."""
     max_tokens: Positive = 512
-    """Of a longer text the last so many tokens, since the last one's state is read."""
+    """Tokens of a longer text that are read: its last ones, since the last one's state is probed."""
     test_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the items that a probe is scored on."""
 
     @property
     def source(self) -> DataSource:
@@ -110,89 +137,81 @@ class ProbeSet(Section):
 class Measure(Section):
     """How layer importance is measured."""
 
-    data: Data = (DataSource("python_docs"),)
-    num_tokens: Positive = 20_000
-    sequence_length: RowLength = 512
-    batch_size: Positive = 4
+    data: Annotated[Data, Shapes.IMPORTANCE] = (DataSource("python_docs"),)
+    num_tokens: Annotated[Positive, Shapes.IMPORTANCE | Shapes.DIAGNOSTICS] = 20_000
+    sequence_length: Annotated[RowLength, Shapes.IMPORTANCE | Shapes.DIAGNOSTICS] = 512
+    """Tokens of one row."""
+    batch_size: Annotated[Positive, Shapes.NOTHING] = 4
     """Sequences per rank and forward."""
-    metrics: tuple[str, ...] = ("block_influence", "angular")
-    num_drop: Positive | None = None
-    """How many removals greedy metrics make; None = a quarter of the layers."""
+    metrics: Annotated[tuple[str, ...], Shapes.IMPORTANCE] = ("block_influence", "angular")
+    num_drop: Annotated[Positive | None, Shapes.IMPORTANCE] = None
+    """Removals that greedy metrics make; None = a quarter of the layers."""
     sweep: Sweeps | None = None
     """None = no task is scored."""
-    diagnostics: bool = False
+    diagnostics: Annotated[bool, Shapes.NOTHING] = False
     """Depth diagnostics too: diagnostics.json."""
-    gradient_prompts: Annotated[int, Field(ge=0)] = 0
+    gradient_prompts: Annotated[int, Field(ge=0), Shapes.DIAGNOSTICS] = 0
     """Prompts over which diagnostics take integrated gradients, by far their most expensive part; 0 = none."""
-    probes: tuple[ProbeSet, ...] = ()
+    probes: Annotated[tuple[ProbeSet, ...], Shapes.PROBES] = ()
     """Labelled texts whose classes are looked for after every layer: probes.json."""
-    memory_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Where the weights need more than this, measure layer by layer from the files; None = hold the model in memory."""
+    memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
+    """GiB of memory for the weights; where they need more, the model is measured layer by layer from its files. None =
+    hold it in memory."""
 
 
 @dataclass(frozen=True)
 class Prune(Section):
     """Which layers go: an explicit list, or how many by which metric."""
 
-    drop: tuple[int, ...] | None = None
+    drop: Annotated[tuple[int, ...] | None, Shapes.PLAN] = None
     """Explicit 0-based teacher layers to drop; excludes metric, num_drop, ratio and contiguous."""
-    metric: str | None = None
+    metric: Annotated[str | None, Shapes.PLAN] = None
     """Which column of importance.json chooses: a metric, a greedy order, a swept task, or `ability/protocol`; None =
     block_influence, or angular when contiguous."""
-    weights: dict[str, Weight] = field(default_factory=dict)
+    weights: Annotated[dict[str, Weight], Shapes.PLAN] = field(default_factory=dict)
     """Instead of one metric a mix of columns, by name: the weighted mean of each layer's rank under them, since shares,
     nats and cosines have only ranks in common."""
-    num_drop: Positive | None = None
-    """How many layers; an order of halves (attention, MLP) takes two halves for each."""
-    ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    num_drop: Annotated[Positive | None, Shapes.PLAN] = None
+    """Layers to drop; an order of halves (attention, MLP) takes two halves for each."""
+    ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Shapes.PLAN] = None
     """Share of the layers to drop, rounded down; give this or num_drop."""
-    contiguous: bool = False
+    contiguous: Annotated[bool, Shapes.PLAN] = False
     """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
-    protect: tuple[int | Literal["cornerstone"], ...] = (0, -1)
+    protect: Annotated[tuple[int | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
     """Layers never dropped; negative counts from the end. `cornerstone` = those whose removal alone takes a swept task
     to chance (less than 0.1 of its score above chance is kept)."""
-    spare: tuple[Text, ...] = ()
+    spare: Annotated[tuple[Text, ...], Shapes.PLAN] = ()
     """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
     there stay, and so does every layer with which the summed loss would become significant."""
-    edits: Edits = ()
+    edits: Annotated[Edits, Shapes.BY_CONTENT] = ()
     """Other changes of the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
-    proof: Literal["auto", "run", "files"] = "auto"
+    proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"
     """How the written student is proven: by running it against the teacher, or by comparing files and layers only,
     which needs no memory; auto = run wherever the model fits into memory and can run here."""
-    targets: tuple[Target, ...] = ()
+    targets: Annotated[tuple[Target, ...], Shapes.NOTHING] = ()
     """Where the student must load and be the same model; a plan for which one of them would not is refused. Without
     any, what each of them would do is logged."""
 
 
 @dataclass(frozen=True)
-class Eval(Section):
+class Eval(Tasks):
     """What the models are scored on."""
 
-    suite: SuiteName | None = None
+    suite: Annotated[SuiteName | None, Shapes.BY_CONTENT] = None
     """Tasks and limits by name, see configs/suites: quick (minutes, bundled data), standard or full. Tasks named beside
     it are added, and everything else that is set here wins; limit caps the suite's limits of single tasks too."""
-    tasks: tuple[str, ...] = ("retrieval_continuation", "knowledge_continuation", "reasoning_continuation")
-    """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
-    limit: Positive | None = 200
-    """Items per task; None = all."""
-    limits: dict[str, Positive] = field(default_factory=dict)
-    """Items of single tasks that get another number, by task name."""
-    batch_size: Positive = 16
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    """None = each task's own default."""
-    include_path: str | None = None
-    """A further folder of task YAMLs."""
-    data_dir: str | None = None
-    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
-    perplexity_data: Data = (DataSource("python_docs_heldout"),)
-    perplexity_tokens: Positive = 10_000
-    sequence_length: RowLength = 512
-    """Window of the perplexity measurement, in tokens."""
-    speed: bool = True
+    tasks: Annotated[tuple[str, ...], Shapes.SCORES] = (
+        "retrieval_continuation",
+        "knowledge_continuation",
+        "reasoning_continuation",
+    )
+    limit: Annotated[Positive | None, Shapes.SCORES] = 200
+    perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
+    speed: Annotated[bool, Shapes.NOTHING] = True
     """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
     distilled, interleaved."""
-    speed_batch_sizes: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    """How many sequences at once that is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""
+    speed_batch_sizes: Annotated[Annotated[tuple[Positive, ...], Field(min_length=1)] | None, Shapes.SPEED] = None
+    """Sequences at once that speed is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +222,7 @@ class Track(Section):
     """None = online where an API key is found, else off."""
     project: str = "shoal"
     name: str | None = None
-    """None = that of the run directory."""
+    """Name of the W&B run; None = that of the run directory."""
     tags: tuple[str, ...] = ()
     upload_weights: bool = False
     """Upload student/ and distilled/ as artifacts; otherwise artifacts only say where they lie."""
@@ -224,22 +243,24 @@ class Export(Section):
 class Recipe(Section):
     """Everything one run is made of."""
 
-    model: Text
+    model: Annotated[Text, Shapes.BY_CONTENT]
     """Hub id, local path or demo:<name>."""
-    run_dir: Text
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    revision: str | None = None
+    run_dir: Annotated[Text, Shapes.NOTHING]
+    seed: Annotated[int, Field(ge=0, lt=2**32), Shapes.NUMBERS | Shapes.ROWS] = 0
+    """Seed of everything that is drawn: data, text, probes, examples."""
+    revision: Annotated[str | None, Shapes.BY_CONTENT] = None
     """Hub revision of the model."""
-    dtype: Dtype = "auto"
+    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED] = "auto"
     """Precision in which models are measured, evaluated and used as a frozen teacher; auto = what the device multiplies
     fast in, or what this run directory was begun in; stored = that of the checkpoint."""
-    full_size_gflops: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    full_size_gflops: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
     """GFLOP/s of matrix products over all cores that the sizes of this recipe are meant for. On a slower device there
     are fewer tokens (to measure, write, train and score) and fewer items, in proportion but a fifth at least, so that
     the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """flash_attention_2 is refused: with several rows in a batch its kernels let packed documents see each other."""
-    trust_remote_code: bool = False
+    attention: Annotated[Literal["sdpa", "eager"], Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED] = "sdpa"
+    """Attention kernels. flash_attention_2 is refused: with several rows in a batch its kernels let packed documents
+    see each other."""
+    trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
     measure: Measure = Measure()
     prune: Prune = Prune()
     record: Record = field(default_factory=Record)
@@ -247,8 +268,8 @@ class Recipe(Section):
     search: Search | None = None
     """What `shoal search` compares; no other verb looks at it."""
     eval: Eval = Eval()
-    track: Track = Track()
-    export: Export = Export()
+    track: Annotated[Track, Shapes.NOTHING] = Track()
+    export: Annotated[Export, Shapes.NOTHING] = Export()
 
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
@@ -292,7 +313,7 @@ def parse_recipe(
     """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
     it."""
     try:
-        recipe = _adapter(Recipe).validate_python(with_suite(raw))
+        recipe = adapter(Recipe).validate_python(with_suite(raw))
     except ValidationError as error:
         raise UserError(_blamed(_explain(error.errors()), source, overrides)) from error
     problems = [*_contradictions(recipe), *(further(recipe) if further is not None else ())]
@@ -313,14 +334,6 @@ def _blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> s
 
 def _told(override: str) -> str:
     return f"override {redacted_arguments([override])[0]!r}"
-
-
-_adapter = cache(TypeAdapter)  # it takes longer to make than a recipe to read
-
-
-def as_dict(section: Any) -> dict[str, Any]:
-    """A section (or the recipe) as plain JSON-ready values."""
-    return _adapter(type(section)).dump_python(section, mode="json")
 
 
 def _find_recipe(path: Path) -> Path:

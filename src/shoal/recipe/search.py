@@ -16,7 +16,7 @@ from pydantic import Field
 from shoal.artifacts.artifact import Artifact
 from shoal.atomic_files import fingerprint
 from shoal.recipe.edits import Edits
-from shoal.recipe.section import Positive, Section, Text
+from shoal.recipe.section import Positive, Section, Shapes, Text
 
 NAME = r"^[A-Za-z0-9][\w.-]*$"
 LONGEST_NAME = 48
@@ -29,12 +29,12 @@ class SearchPlan(Section):
     """One plan to be healed. What is not said here is as in the section prune, as far as it goes together."""
 
     name: Annotated[str, Field(pattern=NAME)] | None = None
-    """Of its run directory, RUN_DIR/search/NAME; None = made of its settings."""
+    """Name of its run directory, RUN_DIR/search/NAME; None = made of its settings."""
     drop: tuple[int, ...] | None = None
     metric: str | None = None
     weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
     num_drop: Positive | None = None
-    """Where neither it nor ratio is said and prune.drop names layers: as many as those."""
+    """Layers to drop; where neither it nor ratio is said and prune.drop names layers, as many as those."""
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     contiguous: bool | None = None
     protect: tuple[int | Literal["cornerstone"], ...] | None = None
@@ -77,15 +77,15 @@ class SearchPlan(Section):
 class Search(Section):
     """Several plans, each healed for the same few tokens, ranked by what they can do then."""
 
-    plans: Annotated[tuple[SearchPlan, ...], Field(min_length=2)]
+    plans: Annotated[tuple[SearchPlan, ...], Field(min_length=2), Shapes.BY_CONTENT]
     """Plans that come to the same layers are healed once. `{}` = the plan of the section prune."""
-    num_tokens: Positive = 50_000
-    """Of healing per plan; everything else is as in the section distill."""
-    tasks: tuple[str, ...] = ()
-    """What plans are scored on; none = eval.tasks."""
-    limit: Positive | None = None
+    num_tokens: Annotated[Positive, Shapes.BY_CONTENT] = 50_000
+    """Tokens of healing per plan; everything else is as in the section distill."""
+    tasks: Annotated[tuple[str, ...], Shapes.BY_CONTENT] = ()
+    """Tasks that plans are scored on; none = eval.tasks."""
+    limit: Annotated[Positive | None, Shapes.BY_CONTENT] = None
     """Items of every task; None = as eval.limit and eval.limits say."""
-    rank_by: tuple[Text, ...] = ()
+    rank_by: Annotated[tuple[Text, ...], Shapes.SEARCH] = ()
     """Tasks, abilities or `ability/protocol` whose mean ranks the plans, each name counting the same; none = the mean
     of what is kept of likelihood scores and of what is kept of generated text."""
 

@@ -1,11 +1,14 @@
-"""What every section of a recipe is made of: strict keys and types, bounded numbers, data sources."""
+"""What every section of a recipe is made of: strict keys and types, what each key shapes, data sources."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from enum import Flag, auto
+from functools import cache
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler
+from pydantic import BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema, PydanticKnownError
 from pydantic_core.core_schema import no_info_before_validator_function
 
@@ -63,6 +66,79 @@ def _strict(schema: Any) -> Any:
 
     bounded = inner if schema["type"] == "float" else {"lt": TOO_LARGE, **inner}
     return no_info_before_validator_function(number, cast(CoreSchema, bounded))
+
+
+class Shapes(Flag):
+    """What a setting has a part in, said beside its type: `Annotated[Positive, Shapes.TRAINING]`.
+
+    The settings that shape a result are its identity: with another value of one of them it is made again. Every key of
+    a recipe says what it shapes; what a list of sections shapes, all keys of these sections do.
+    """
+
+    NOTHING = 0
+    """How the work is done, and no number of any result."""
+    BY_CONTENT = auto()
+    """Results, by what the setting stands for and not by its value: the content of a file, the tasks of a suite. The
+    stage that reads it adds this to the identity."""
+    IMPORTANCE = auto()
+    """importance.json."""
+    DIAGNOSTICS = auto()
+    """diagnostics.json."""
+    PROBES = auto()
+    """probes.json."""
+    PLAN = auto()
+    """plan.json and student/."""
+    SIGNALS = auto()
+    """What `shoal record` writes."""
+    TEXT = auto()
+    """What the teacher writes before training."""
+    ROWS = auto()
+    """Packed rows of the training text."""
+    TRAINING = auto()
+    """distill.json and distilled/."""
+    SCORES = auto()
+    """Scores of tasks: eval/<role>.json, and in measure.sweep those of every variant, which are in importance.json."""
+    PERPLEXITY = auto()
+    """The score of running text among them."""
+    SPEED = auto()
+    """eval/speed.json."""
+    SEARCH = auto()
+    """search.json, besides the plans and scores it is made from."""
+    NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | PLAN | TRAINING | SCORES
+    """What comes of running a model."""
+
+
+@cache
+def shaped(section: Any) -> dict[str, Shapes | None]:
+    """What every key of a class of sections says that it shapes; None = nothing is said."""
+    hints = get_type_hints(section, include_extras=True)
+    marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(section)}
+    return {key: next((mark for mark in own if isinstance(mark, Shapes)), None) for key, own in marks.items()}
+
+
+def shaping_keys(section: Any, result: Shapes) -> list[str]:
+    """The keys of a class of sections that shape ``result``."""
+    return [key for key, results in shaped(section).items() if results is not None and result in results]
+
+
+def shaping(section: Section, result: Shapes, place: str = "") -> dict[str, Any]:
+    """The settings of ``section`` that shape ``result``, as JSON-ready values by ``place`` and key.
+
+    A section among them is a mapping of its own settings that do.
+    """
+    plain, identity = as_dict(section), dict[str, Any]()
+    for key in shaping_keys(type(section), result):
+        value = getattr(section, key)
+        identity[place + key] = shaping(value, result) if isinstance(value, Section) else plain[key]
+    return identity
+
+
+adapter = cache(TypeAdapter)  # it takes longer to make than a recipe to read
+
+
+def as_dict(section: Any) -> dict[str, Any]:
+    """A section (or the recipe) as plain JSON-ready values."""
+    return adapter(type(section)).dump_python(section, mode="json")
 
 
 @dataclass(frozen=True)

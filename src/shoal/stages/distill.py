@@ -21,7 +21,8 @@ from shoal.data.sources import TEACHER_TEXT, check_source, row_texts, sources_fi
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models.load import load_config, load_tokenizer, model_fingerprint, text_config
-from shoal.recipe.recipe import Recipe, as_dict
+from shoal.recipe.recipe import Recipe
+from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import device, seed_everything
 from shoal.stages.prune import choose_plan, read_importance, read_plan
 from shoal.stages.run import Run, check_length, is_done
@@ -51,10 +52,8 @@ def record(run: Run) -> None:
     inputs = {
         "model": run.teacher_fingerprint,
         "data": sources_fingerprint(settings.data),
-        "seed": recipe.seed,
-        "dtype": recipe.dtype,
-        "attention": recipe.attention,
-        **{f"distill.{key}": value for key, value in as_dict(settings).items()},
+        **shaping(recipe, Shapes.TRAINING),
+        **shaping(settings, Shapes.ROWS, "distill."),
     }
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=trust)
     rows = rows_to_train_on(run.teacher, tokenizer, settings, run.dir, inputs=inputs, trust_remote_code=trust)
@@ -213,9 +212,7 @@ def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
         teacher=run.teacher_fingerprint,
         student=model_fingerprint(student) if is_there else "",
         drop=plan.drop,
-        seed=recipe.seed,
-        dtype=recipe.dtype,
-        attention=recipe.attention,
+        general=shaping(recipe, Shapes.TRAINING),
     )
     if not is_there:
         del inputs["student"]
@@ -286,10 +283,10 @@ def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTraine
         tasks=watch.tasks,
         limit=watch.limit,
         limits={},
-        perplexity_tokens=max(1, watch.perplexity_tokens),
+        perplexity_tokens=watch.perplexity_tokens,
         sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
     )
-    return partial(QuickScores, settings=quick, seed=run.recipe.seed, held_out=watch.perplexity_tokens > 0)
+    return partial(QuickScores, settings=quick, seed=run.recipe.seed)
 
 
 def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None:

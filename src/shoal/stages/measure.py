@@ -22,7 +22,8 @@ from shoal.machine import available_memory
 from shoal.models.load import checkpoint_bytes, load_config, load_model, load_tokenizer, model_fingerprint, text_config
 from shoal.progress import doing
 from shoal.recipe.edits import Component
-from shoal.recipe.recipe import Sweeps, as_dict
+from shoal.recipe.recipe import Sweeps
+from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
 
@@ -37,26 +38,15 @@ TOKEN_BYTES = 8
 """Of one packed token: id and position."""
 TASK_ORDER = "task_greedy"
 DONOR_CONTENT = "measure.sweep.donor (content)"
-CHANGES_NO_NUMBER = ("batch_size", "diagnostics", "gradient_prompts", "probes", "memory_gb")
-"""Settings of measuring that importance.json does not depend on."""
 
 
 def measure_inputs(run: Run) -> dict[str, Any]:
-    """What identifies importance.json; batch sizes change no number."""
-    section = as_dict(run.recipe.measure)
-    swept = section.pop("sweep")
-    inputs = {
-        "model": run.teacher_fingerprint,
-        "data": sources_fingerprint(run.recipe.measure.data),
-        "seed": run.recipe.seed,
-        "dtype": run.recipe.dtype,
-        "attention": run.recipe.attention,
-        **{f"measure.{key}": value for key, value in section.items() if key not in CHANGES_NO_NUMBER},
-    }
+    """What identifies importance.json."""
+    inputs = {**_depth_inputs(run, Shapes.IMPORTANCE), "data": sources_fingerprint(run.recipe.measure.data)}
     settings = run.recipe.measure.sweep
     if settings is None:
         return inputs
-    inputs |= {f"measure.sweep.{key}": value for key, value in swept.items() if key not in ("batch_size", "data_dir")}
+    inputs |= shaping(settings, Shapes.SCORES, "measure.sweep.")
     inputs["measure.sweep.tasks (files)"] = task_files_fingerprint(settings.include_path)
     if settings.data_dir is not None:
         inputs["measure.sweep.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
@@ -427,15 +417,14 @@ def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
             yield operator, curves_figure(table)
 
 
-def _depth_inputs(run: Run, *names: str) -> dict[str, Any]:
-    inputs = measure_inputs(run)
-    return {name: inputs[name] for name in ("model", "seed", "dtype", "attention", *names)}
+def _depth_inputs(run: Run, result: Shapes) -> dict[str, Any]:
+    """What identifies ``result`` besides the content of text and tasks."""
+    settings = {**shaping(run.recipe, result), **shaping(run.recipe.measure, result, "measure.")}
+    return {"model": run.teacher_fingerprint, **settings}
 
 
 def _diagnostics_inputs(run: Run) -> dict[str, Any]:
-    prompts = run.recipe.measure.gradient_prompts
-    named = ("data", "measure.num_tokens", "measure.sequence_length")
-    return {**_depth_inputs(run, *named), "measure.gradient_prompts": prompts}
+    return {**_depth_inputs(run, Shapes.DIAGNOSTICS), "data": sources_fingerprint(run.recipe.measure.data)}
 
 
 def _is_diagnosed(run: Run) -> bool:
@@ -461,12 +450,8 @@ def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
 
 
 def _probes_inputs(run: Run) -> dict[str, Any]:
-    probes = run.recipe.measure.probes
-    return {
-        **_depth_inputs(run),
-        "measure.probes": [as_dict(probe) for probe in probes],
-        "measure.probes (content)": sources_fingerprint([probe.source for probe in probes]),
-    }
+    content = sources_fingerprint([probe.source for probe in run.recipe.measure.probes])
+    return {**_depth_inputs(run, Shapes.PROBES), "measure.probes (content)": content}
 
 
 def _probe(run: Run, model: Any) -> None:

@@ -18,7 +18,7 @@ from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.load import load_config, load_model, load_tokenizer, model_fingerprint
 from shoal.progress import doing
-from shoal.recipe.recipe import as_dict
+from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.redaction import redacted
 from shoal.runtime import barrier, device, environment, is_main, seed_everything
 from shoal.stages.distill import check_distill, distill_is_done, training_inputs
@@ -27,9 +27,6 @@ from shoal.stages.prune import choose_plan, prune, read_plan, refuse_impossible_
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, locked, require, task_files_fingerprint
 
 log = logging.getLogger(__name__)
-
-NO_PART_OF_SCORES = ("speed", "speed_batch_sizes", "suite", "data_dir")
-"""Of the eval section: the suite is in the tasks, the data in its content, and speed is an artifact of its own."""
 
 # --- eval ---------------------------------------------------------------------------------------------------------
 
@@ -42,19 +39,21 @@ def roles(run: Run) -> dict[str, Path]:
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     """What identifies the evaluation of the model in ``folder``."""
-    data_dir = run.recipe.eval.data_dir
-    settings = as_dict(run.recipe.eval).items()
-    section = {f"eval.{key}": value for key, value in settings if key not in NO_PART_OF_SCORES}
-    return {
+    settings = run.recipe.eval
+    inputs = {
         "model": model_fingerprint(folder),
-        "data": sources_fingerprint(run.recipe.eval.perplexity_data),
-        "seed": run.recipe.seed,
-        "dtype": run.recipe.dtype,
-        "attention": run.recipe.attention,
-        "tasks": task_files_fingerprint(run.recipe.eval.include_path),
-        **({"eval.data_dir (files)": local_data_fingerprint(data_dir)} if data_dir is not None else {}),
-        **section,
+        "data": sources_fingerprint(settings.perplexity_data),
+        "tasks": task_files_fingerprint(settings.include_path),
     }
+    if settings.data_dir is not None:
+        inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
+    return {**inputs, **shaping(run.recipe, Shapes.SCORES), **shaping(settings, Shapes.SCORES, "eval.")}
+
+
+def speed_inputs(run: Run, found: dict[str, Path]) -> dict[str, Any]:
+    """What identifies the speed of these models, by role."""
+    settings = {**shaping(run.recipe, Shapes.SPEED), **shaping(run.recipe.eval, Shapes.SPEED, "eval.")}
+    return {**settings, **{role: model_fingerprint(folder) for role, folder in found.items()}}
 
 
 def evaluate(run: Run) -> None:
@@ -161,12 +160,7 @@ def _speed(run: Run, found: dict[str, Path]) -> None:
     from shoal.eval.speed import measure_speed
 
     path = run.dir / Speed.FILE
-    inputs = {
-        "dtype": run.recipe.dtype,
-        "attention": run.recipe.attention,
-        "eval.speed_batch_sizes": as_dict(run.recipe.eval)["speed_batch_sizes"],
-        **{role: model_fingerprint(folder) for role, folder in found.items()},
-    }
+    inputs = speed_inputs(run, found)
     if is_done(Speed, path, inputs, "speed"):
         return
     log.info("eval: speed of %s, interleaved", ", ".join(found))

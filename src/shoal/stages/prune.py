@@ -16,7 +16,7 @@ from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.load import load_config, model_fingerprint
 from shoal.recipe.edits import Edit, Replace
-from shoal.recipe.recipe import as_dict
+from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main
 from shoal.stages.measure import measure, measure_inputs
 from shoal.stages.run import Run, is_done, require
@@ -29,16 +29,14 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     from shoal.compress.plan import is_automatic
 
     prune = run.recipe.prune
-    other = ("proof", "targets", "edits")
-    section = {f"prune.{key}": value for key, value in as_dict(prune).items() if key not in other}
-    inputs = {"model": run.teacher_fingerprint, **section}
+    inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
     for index, edit in enumerate(prune.edits):
         inputs[f"prune.edits.{index}"] = as_dict(edit)
         if isinstance(edit, Replace):
             inputs[f"prune.edits.{index}.data"] = sources_fingerprint(edit.data)
-            inputs |= {"seed": run.recipe.seed, "dtype": run.recipe.dtype, "attention": run.recipe.attention}
+            inputs |= shaping(run.recipe, Shapes.PLAN)
     donors = run.donor_fingerprints.items()
     return {**inputs, **{f"prune.edits.{index}.donor": found for index, found in donors}}
 

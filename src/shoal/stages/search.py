@@ -22,9 +22,9 @@ from shoal.artifacts.artifact import Artifact, Evaluation, Importance, Provenanc
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
 from shoal.progress import each
-from shoal.recipe.recipe import Export, Prune, Recipe, as_dict, parse_recipe
+from shoal.recipe.recipe import Export, Prune, Recipe, parse_recipe
 from shoal.recipe.search import HealedPlan, Search, SearchPlan, SearchResult
-from shoal.recipe.section import TEACHER_TEXT
+from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.stages import distill as distilling
 from shoal.stages import pipeline
 from shoal.stages import prune as pruning
@@ -287,7 +287,7 @@ def _result(run: Run, settings: Search, candidates: Sequence[Candidate], same_as
 
     distinct = [candidate for candidate in candidates if candidate.name not in same_as]
     inputs = {
-        "search.rank_by": list(settings.rank_by),
+        **shaping(settings, Shapes.SEARCH, "search."),
         **{f"search.plans.{name}": found for candidate in candidates for name, found in _identity(candidate, same_as)},
     }
     path = run.dir / SearchResult.FILE

@@ -16,7 +16,7 @@ from shoal.artifacts.artifact import TaskScore
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
-from shoal.compress.sweeps.sweep import as_evaluation, layer_runs, sweep, task_names
+from shoal.compress.sweeps.sweep import layer_runs, sweep, task_names
 from shoal.compress.variants.variants import Edited, Variant, variant_of, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
@@ -45,9 +45,9 @@ def run(
 def test_a_sweep_scores_what_evaluating_every_cut_model_scores() -> None:
     drops = [(layer,) for layer in range(NUM_LAYERS)] + [(1, 4)]
     intact, removed = run([without(drop) for drop in drops])
-    assert_same(intact, evaluate(model(), tiny_tokenizer(), as_evaluation(SETTINGS), seed=0))
+    assert_same(intact, evaluate(model(), tiny_tokenizer(), SETTINGS, seed=0))
     for drop, scores in zip(drops, removed, strict=True):
-        assert_same(scores, evaluate(cut_model(model(), drop), tiny_tokenizer(), as_evaluation(SETTINGS), seed=0))
+        assert_same(scores, evaluate(cut_model(model(), drop), tiny_tokenizer(), SETTINGS, seed=0))
     texts = {str([item.prediction for item in scores[2].items]) for scores in removed}
     assert len(texts) == len(drops)
 
@@ -56,8 +56,7 @@ def test_few_shot_examples_are_the_same_for_every_variant() -> None:
     settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",), num_fewshot=2, perplexity_tokens=0)
     intact, removed = run([without([2])], settings)
     assert intact[0].num_fewshot == 2
-    evaluation = dataclasses.replace(as_evaluation(settings), perplexity_tokens=1)
-    assert_same(removed[0], evaluate(cut_model(model(), [2]), tiny_tokenizer(), evaluation, seed=0)[:1])
+    assert_same(removed[0], evaluate(cut_model(model(), [2]), tiny_tokenizer(), settings, seed=0))
 
 
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,9 +155,9 @@ def test_a_recurrent_model_is_swept_variant_by_variant() -> None:
     made = tiny_family("mamba2", vocab_size=272, num_hidden_layers=3)
     settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",), limit=2, perplexity_tokens=0)
     intact, removed = sweep(Edited(made), tiny_tokenizer(), [without([1])], settings, seed=0)
-    expected = evaluate(cut_model(made, [1]), tiny_tokenizer(), as_evaluation(settings), seed=0)
-    assert_same(removed[0], expected[:1])
-    assert_same(intact, evaluate(made, tiny_tokenizer(), as_evaluation(settings), seed=0)[:1])
+    expected = evaluate(cut_model(made, [1]), tiny_tokenizer(), settings, seed=0)
+    assert_same(removed[0], expected)
+    assert_same(intact, evaluate(made, tiny_tokenizer(), settings, seed=0))
 
 
 def test_how_many_layers_a_sweep_runs_is_told_as_it_is() -> None:

@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
-from shoal.compress.sweeps.sweep import as_evaluation, checked_tasks, sweep
+from shoal.compress.sweeps.sweep import checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
@@ -90,10 +90,9 @@ def test_filters_and_examples_drawn_at_random_are_those_of_an_evaluation(
     monkeypatch.setattr(module, "generate_variants", lambda *a, **k: written.append(len(a[2])) or write(*a, **k))
     intact, removed = run(asked, [1, 4])
     assert sum(written) == 8  # every prompt is the same for all variants
-    evaluation = dataclasses.replace(as_evaluation(asked), perplexity_tokens=1)
-    assert_same(intact, evaluate(model(), tiny_tokenizer(), evaluation, seed=0)[:2])
+    assert_same(intact, evaluate(model(), tiny_tokenizer(), asked, seed=0))
     for drop, scores in zip([1, 4], removed, strict=True):
-        assert_same(scores, evaluate(cut_model(model(), [drop]), tiny_tokenizer(), evaluation, seed=0)[:2])
+        assert_same(scores, evaluate(cut_model(model(), [drop]), tiny_tokenizer(), asked, seed=0))
 
 
 def test_drawn_texts_are_drawn_anew_for_every_repeat_and_the_same_in_every_run(tasks: Path, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.recipe.edits import contradictions, edited_layers, first_change, in_words, removed_layers
-from shoal.recipe.recipe import as_dict, parse_recipe
+from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import as_dict
 
 BASE = {"model": "m", "run_dir": "d"}
 

@@ -22,7 +22,8 @@ from shoal.recipe.losses import (
     needs_teacher,
     term_names,
 )
-from shoal.recipe.recipe import as_dict, parse_recipe
+from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import as_dict
 
 
 def losses(*terms: dict[str, Any]) -> tuple[LossTerm, ...]:

@@ -12,8 +12,8 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL
-from shoal.recipe.recipe import CONFIGS_DIR, Recipe, as_dict, load_recipe, parse_recipe
-from shoal.recipe.section import DataSource
+from shoal.recipe.recipe import CONFIGS_DIR, Recipe, load_recipe, parse_recipe
+from shoal.recipe.section import DataSource, as_dict
 
 BASE: dict[str, Any] = {"model": "m", "run_dir": "r"}
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))

@@ -13,8 +13,9 @@ from searches import EVAL, MEASURE, Healer
 from shoal import cli
 from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan
 from shoal.errors import UserError
-from shoal.recipe.recipe import Prune, as_dict, parse_recipe
+from shoal.recipe.recipe import Prune, parse_recipe
 from shoal.recipe.search import SearchPlan, SearchResult
+from shoal.recipe.section import as_dict
 from shoal.stages import measure, pipeline
 from shoal.stages import search as searching
 from shoal.stages.run import Run, open_run

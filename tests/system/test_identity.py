@@ -1,0 +1,375 @@
+"""What identifies every result: each key of a recipe says what it shapes, and shapes that."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from tiny import tiny_tokenizer
+
+from shoal.eval.compare.comparable import TEXT_SETTINGS
+from shoal.recipe.on_policy import OnPolicy
+from shoal.recipe.recipe import Recipe, parse_recipe
+from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping
+from shoal.stages import distill as distilling
+from shoal.stages import measure, pipeline, prune
+from shoal.stages import run as run_module
+from shoal.stages.run import Run
+from shoal.train import distill as distill_module
+from shoal.train.distill import checkpoint_inputs
+from shoal.train.generated.writing import _planned
+from shoal.train.teacher.recording_plan import recording_inputs, rows_from
+
+DATA = {"path": "python_docs", "weight": 2.5}
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {
+        "model": "teacher",
+        "run_dir": "run",
+        "dtype": "float32",
+        "measure": {"sweep": {"tasks": ["knowledge_continuation"]}},
+        "prune": {"num_drop": 2},
+        "distill": {"precision": "float32", "deepspeed": {"zero_optimization": {"stage": 1}}},
+    },
+    "full": {
+        "model": "teacher",
+        "run_dir": "run",
+        "seed": 7,
+        "dtype": "bfloat16",
+        "attention": "eager",
+        "full_size_gflops": 100,
+        "measure": {
+            "data": [DATA, "python_docs_heldout"],
+            "num_tokens": 3000,
+            "sequence_length": 64,
+            "batch_size": 3,
+            "metrics": ["angular"],
+            "num_drop": 3,
+            "diagnostics": True,
+            "gradient_prompts": 5,
+            "probes": [{"path": "probe.jsonl", "max_items": 9, "name": None}],
+            "memory_gb": 3.5,
+            "sweep": {
+                "tasks": ["knowledge"],
+                "protocols": ["continuation"],
+                "operators": ["layer", "attention", "cumulative", "donor"],
+                "limit": 20,
+                "limits": {"knowledge_continuation": 30},
+                "batch_size": 2,
+                "num_fewshot": 1,
+                "include_path": "mine",
+                "data_dir": "data",
+                "perplexity_data": [{"path": "python_docs_heldout", "split": "train"}],
+                "perplexity_tokens": 500,
+                "sequence_length": 32,
+                "order": [3, 2],
+                "max_removed": 2,
+                "greedy": 2,
+                "greedy_weights": {"knowledge_continuation": 0.5},
+                "donor": "teacher",
+            },
+        },
+        "prune": {
+            "weights": {"angular": 1.0, "block_influence": 2.0},
+            "num_drop": 2,
+            "protect": [0, -1, "cornerstone"],
+            "spare": ["knowledge"],
+            "edits": [
+                {"kind": "skip_mlp", "layers": [1]},
+                {"kind": "head_mask", "layer": 2, "heads": [0]},
+                {"kind": "swap", "layers": [3], "donor": "teacher", "weight": 0.5},
+                {"kind": "replace", "layers": [4, 5], "data": [DATA], "num_tokens": 100},
+            ],
+            "proof": "files",
+            "targets": ["vllm"],
+        },
+        "record": {
+            "top_k": 5,
+            "temperature": 2.0,
+            "states": [1, 2],
+            "num_tokens": 500,
+            "folder": "s",
+            "rows_per_shard": 3,
+            "batch_size": 2,
+        },
+        "distill": {
+            "data": ["python_docs", {"path": "teacher_text", "weight": 0.5}],
+            "num_tokens": 4000,
+            "sequence_length": 64,
+            "batch_size": 8,
+            "packing": "best_fit",
+            "overlap": False,
+            "losses": [
+                {"kind": "jsd", "beta": 0.25, "temperature": 2.0},
+                {"kind": "hidden_states", "weight": 0.5, "layers": [1]},
+            ],
+            "trainable": "layers",
+            "lora": {"rank": 2, "target_modules": ["q_proj"]},
+            "teacher": {"recorded": "signals", "prefix": True},
+            "local": {"num_tokens": 300, "rows_at_once": 2},
+            "writing": {
+                "prompts": {"path": "prompts.jsonl", "messages": "messages"},
+                "num_tokens": 100,
+                "new_tokens": 9,
+                "temperature": 0.5,
+                "top_p": 0.9,
+                "keep": "correct",
+                "batch_size": 3,
+                "folder": "texts",
+                "backend": "vllm",
+            },
+            "watch": {"every": 3, "perplexity_tokens": 100, "best": "perplexity"},
+            "stop_on_spike": None,
+            "precision": "float32",
+            "head_chunk": 16,
+            "check_memory": False,
+            "trainer": {
+                "learning_rate": 0.001,
+                "save_steps": 3,
+                "save_strategy": "steps",
+                "save_total_limit": 2,
+                "logging_steps": 2,
+                "disable_tqdm": False,
+                "dataloader_num_workers": 1,
+                "per_device_train_batch_size": 4,
+                "optim": "adamw_torch",
+            },
+            "deepspeed": {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0},
+            "num_ranks": 2,
+            "timeout_s": 60,
+        },
+        "search": {
+            "plans": [{}, {"num_drop": 1}],
+            "num_tokens": 200,
+            "tasks": ["knowledge_continuation"],
+            "limit": 3,
+            "rank_by": ["knowledge"],
+        },
+        "eval": {
+            "suite": "quick",
+            "tasks": ["knowledge_loglikelihood"],
+            "limit": 5,
+            "limits": {"knowledge_loglikelihood": 4},
+            "batch_size": 2,
+            "num_fewshot": 2,
+            "include_path": "mine",
+            "data_dir": "data",
+            "perplexity_data": ["python_docs"],
+            "perplexity_tokens": 300,
+            "sequence_length": 64,
+            "speed": False,
+            "speed_batch_sizes": [1, 2],
+        },
+        "track": {"wandb": "off", "tags": ["a"]},
+        "export": {"gguf": True},
+    },
+    "once": {
+        "model": "teacher",
+        "run_dir": "run",
+        "dtype": "float32",
+        "prune": {"drop": [1, 2], "edits": [{"kind": "swap", "layers": [3], "donor": "teacher"}]},
+        "distill": {
+            "teacher": {"dtype": "bfloat16", "offload": True},
+            "on_policy": {"share": 0.25, "new_tokens": 8},
+            "watch": None,
+            "precision": "float32",
+            "deepspeed": {"zero_optimization": {"stage": 1}},
+            "trainer": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 4},
+            "writing": {},
+        },
+    },
+}
+IDENTITIES: dict[str, dict[str, dict[str, Any]]] = json.loads(
+    Path(__file__).with_name("identities.json").read_text(encoding="utf-8")
+)
+"""By recipe and result what run directories that exist hold. Where these differ, such a directory is made again or
+refused. What depends on the content of files is `...`."""
+OF_CONTENT = ("model", "data", "tokenizer", "tasks", "importance", "prompts", "distill.writing.prompts")
+
+
+def identities(run: Run) -> dict[str, dict[str, Any]]:
+    """What identifies every result of a run that drops layers 1 and 2."""
+    recipe, plan = run.recipe, SimpleNamespace(drop=(1, 2))
+    training = distilling.training_inputs(run, plan)  # pyright: ignore[reportArgumentType]
+    return {
+        "importance": measure.measure_inputs(run),
+        "diagnostics": measure._diagnostics_inputs(run),
+        "probes": measure._probes_inputs(run),
+        "plan": prune.plan_inputs(run),
+        "training": training,
+        "rows": rows_from(training),
+        "scores": pipeline.eval_inputs(run, run.teacher),
+        "signals": recording_inputs(
+            recipe.record,
+            run.teacher,
+            model=run.teacher_fingerprint,
+            sequence_length=64,
+            dtype=recipe.dtype,
+            attention=recipe.attention,
+            prefix=3,
+        ),
+        "speed": pipeline.speed_inputs(run, {}),
+        "search": {} if recipe.search is None else shaping(recipe.search, Shapes.SEARCH, "search."),
+    }
+
+
+@pytest.fixture
+def folder(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with what the recipes name."""
+    shutil.copytree(teacher, tmp_path / "teacher")
+    for name, text in {
+        "data/set/a.jsonl": '{"a": 1}\n',
+        "mine/a.yaml": "task: a\n",
+        "probe.jsonl": '{"text": "a", "label": 1}\n',
+        "prompts.jsonl": json.dumps({"messages": [{"role": role, "content": "a"} for role in ("user", "assistant")]}),
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+WHOLE = (Shapes.NOTHING, Shapes.BY_CONTENT)
+"""What a section may shape so that its own keys need not say anything."""
+
+
+def is_of_content(key: str) -> bool:
+    of_edit = key.startswith("prune.edits.") and key.count(".") == 3
+    return key in OF_CONTENT or key.endswith(("(files)", "(content)")) or of_edit
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", RECIPES)
+def test_identities_are_those_that_run_directories_hold(name: str) -> None:
+    run = Run(parse_recipe(RECIPES[name]))
+    distill, results = run.recipe.distill, identities(run)
+    results["checkpoints"] = checkpoint_inputs(distill, results["training"])
+    _, _, results["written"] = _planned(
+        distill.writing,
+        tiny_tokenizer(),
+        data=distill.data,
+        folder=Path(),
+        inputs={"model": "m"},
+        seed=run.recipe.seed,
+    )
+    for result, inputs in json.loads(json.dumps(results)).items():
+        values = {key: "..." if is_of_content(key) else value for key, value in inputs.items()}
+        assert values == IDENTITIES[name].get(result, {}), result
+
+
+def sections_in(hint: Any) -> list[Any]:
+    """The sections that a value of this type may be, not those that a list of it holds."""
+    if isinstance(hint, type) and issubclass(hint, Section):
+        return [hint]
+    return [] if get_origin(hint) is tuple else [section for part in get_args(hint) for section in sections_in(part)]
+
+
+def silent_keys(section: Any) -> Iterator[str]:
+    """The keys in a class of sections that do not say what they shape."""
+    hints = get_type_hints(section, include_extras=True)
+    for key, results in shaped(section).items():
+        inner = [] if results in WHOLE else sections_in(hints[key])
+        if results is None and not inner:
+            yield f"{section.__name__}.{key}"
+        for part in inner:
+            yield from silent_keys(part)
+
+
+def test_every_key_of_a_recipe_says_what_it_shapes() -> None:
+    assert not list(silent_keys(Recipe))
+
+
+@dataclass(frozen=True)
+class Inner(Section):
+    says: Annotated[int, Shapes.TRAINING] = 0
+    forgotten: Positive = 1
+
+
+@dataclass(frozen=True)
+class Outer(Section):
+    inner: Annotated[Inner | None, Shapes.TRAINING] = None
+    neutral: Annotated[Inner, Shapes.NOTHING] = Inner()
+    values: tuple[Inner, ...] = ()
+
+
+def test_a_key_that_does_not_say_what_it_shapes_is_noticed() -> None:
+    assert list(silent_keys(Outer)) == ["Inner.forgotten", "Outer.values"]
+
+
+def test_a_section_within_a_section_is_a_mapping_of_those_settings_that_shape_the_result() -> None:
+    assert shaping(Outer(inner=Inner(says=3)), Shapes.TRAINING, "outer.") == {"outer.inner": {"says": 3}}
+    assert shaping(Outer(), Shapes.TRAINING) == {"inner": None}
+    assert shaping(Outer(), Shapes.SCORES) == {}
+
+
+def literals(hint: Any) -> list[Any]:
+    """The values that a type names."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    return [value for part in get_args(hint) for value in literals(part)]
+
+
+def another(value: Any, hint: Any) -> Any:
+    """Not ``value``, but something that is read in its place."""
+    if others := [choice for choice in literals(hint) if choice != value]:
+        return others[0]
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value + 1
+        case dict():
+            return {**value, "other": 1}
+        case tuple():
+            return (*value, *value[:1]) or ("other",)
+    return f"{value or ''}other"
+
+
+def variants(section: Any, place: str = "") -> Iterator[tuple[str, Shapes, Any]]:
+    """Every key of ``section`` and of those within it: its place, what it shapes, and the section with it changed."""
+    hints = get_type_hints(type(section), include_extras=True)
+    for key, results in shaped(type(section)).items():
+        value = getattr(section, key)
+        if isinstance(value, Section) and results not in WHOLE:
+            for inner, shapes, changed in variants(value, f"{place}{key}."):
+                yield inner, shapes, dataclasses.replace(section, **{key: changed})
+        else:
+            assert results is not None
+            yield f"{place}{key}", results, dataclasses.replace(section, **{key: another(value, hints[key])})
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+@pytest.mark.usefixtures("folder")
+def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = (measure, pipeline, prune, distilling, distill_module, run_module)
+    contents = ("sources", "model", "task_files", "local_data")
+    for module, name in itertools.product(modules, [f"{content}_fingerprint" for content in contents]):
+        monkeypatch.setattr(module, name, lambda *_: "...", raising=False)
+    monkeypatch.setattr(measure, "resolved", lambda *_: Path("teacher"))
+    recipe = parse_recipe(RECIPES["full"])
+    recipe = dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy()))
+    before = with_perplexity(identities(Run(recipe)))
+    for place, shapes, changed in variants(recipe):
+        if shapes == Shapes.BY_CONTENT:
+            continue
+        said = {result.name.lower() for result in shapes if result.name is not None}
+        if place.startswith("measure.sweep."):
+            said = {"importance"} if Shapes.SCORES in shapes else set()
+        after = with_perplexity(identities(Run(changed)))
+        differing = {result for result, inputs in after.items() if inputs != before[result]}
+        # a plan is chosen by importance; text that the teacher writes has its identity from prompts too
+        assert differing - {"plan"} == said - {"plan", "text"}, place
+        assert "plan" in differing or "plan" not in said, place
+
+
+def with_perplexity(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The results, with that part of the scores' identity which the score of running text depends on."""
+    scores = results["scores"]
+    return {**results, "perplexity": {key: scores[key] for key in TEXT_SETTINGS}}
