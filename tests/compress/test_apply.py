@@ -1,4 +1,7 @@
-"""From folder to folder: the student on disk is proven, plain, and there only when it is complete."""
+"""From folder to folder: the student on disk is proven, plain, and there only when it is complete.
+
+Covers: shoal.compress.surgery.resumable_folder, shoal.compress.surgery.stored_names.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One model's evaluation: stable items, equal numbers for every batch size and rank count, honest refusals."""
+"""One model's evaluation: stable items, equal numbers for every batch size and rank count, honest refusals.
+
+Covers: shoal.eval.harness.perplexity, shoal.eval.harness.samples.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Suites: what a name stands for, what it costs, and how a recipe adds to it."""
+"""Suites: what a name stands for, what it costs, and how a recipe adds to it.
+
+Covers: shoal.recipe.suites.
+"""
 
 from __future__ import annotations
 

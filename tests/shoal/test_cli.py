@@ -1,4 +1,7 @@
-"""The command line: what it accepts, and how it says no: one message, exit code 2, no traceback."""
+"""The command line: what it accepts, and how it says no: one message, exit code 2, no traceback.
+
+Covers: shoal.errors, shoal.runtime.
+"""
 
 from __future__ import annotations
 

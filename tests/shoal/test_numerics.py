@@ -1,4 +1,7 @@
-"""What `auto` means: by device, remembered, kept by a run directory, and told."""
+"""What `auto` means: by device, remembered, kept by a run directory, and told.
+
+Covers: shoal.machine.
+"""
 
 import json
 import logging

@@ -1,4 +1,7 @@
-"""What takes long says so: before 5 s are over, with rate and time left; a bar on a terminal, lines in a file."""
+"""What takes long says so: before 5 s are over, with rate and time left; a bar on a terminal, lines in a file.
+
+Covers: shoal.train.callbacks.progress.
+"""
 
 from __future__ import annotations
 

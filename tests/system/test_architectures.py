@@ -1,4 +1,7 @@
-"""Contract 1 for every family: cutting in memory and on disk equals skipping, or is refused with the reason."""
+"""Contract 1 for every family: cutting in memory and on disk equals skipping, or is refused with the reason.
+
+Covers: shoal.compress.surgery.proof, shoal.models.anatomy.
+"""
 
 from __future__ import annotations
 

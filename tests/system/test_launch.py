@@ -1,4 +1,7 @@
-"""The distill stage as a user starts it: subprocesses, one and two ranks, every ZeRO stage, killed and resumed."""
+"""The distill stage as a user starts it: subprocesses, one and two ranks, every ZeRO stage, killed and resumed.
+
+Covers: shoal.train.engine.stop.
+"""
 
 from __future__ import annotations
 

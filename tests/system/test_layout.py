@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import tomllib
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,57 @@ def test_scripts_and_tests_import_absolutely(file: Path) -> None:
     wrong = [written for written, _ in imports(file) if written.startswith(".") or written.split(".")[0] in ROOMS]
     assert not wrong
     assert not [written for written, _ in imports(file) if written.startswith("test_")], "share it in tests/support"
+
+
+def own_test(module: str) -> Path:
+    """Where tests of ``module`` are looked for: tests/ mirrors the tree."""
+    *folders, stem = module.split(".")[1:]
+    return Path(*([] if room_of(module) else ["shoal"]), *folders, f"test_{stem}.py")
+
+
+def covered_by(test: Path) -> list[str]:
+    """The modules that the docstring of ``test`` says it covers besides the one of its name."""
+    described = ast.get_docstring(ast.parse(test.read_text(encoding="utf-8"))) or ""
+    _, _, named = described.partition("Covers: ")
+    return re.findall(r"shoal(?:\.\w+)+", named.partition("\n\n")[0])
+
+
+@cache
+def imported_by(file: Path) -> frozenset[str]:
+    return frozenset(module for _, module in imports(file))
+
+
+def reached_from(file: Path) -> set[str]:
+    """Modules of shoal that ``file`` imports, itself or through helpers and other modules."""
+    helpers = {helper.stem: helper for helper in (ROOT / "tests/support").glob("*.py")}
+    reached, waiting = set(), [file]
+    while waiting:
+        for module in imported_by(waiting.pop()) - reached:
+            reached.add(module)
+            waiting += filter(None, [MODULES.get(module) or helpers.get(module)])
+    return reached & MODULES.keys()
+
+
+def test_every_module_has_a_test_of_its_name_or_one_that_names_it() -> None:
+    tests = {file.relative_to(ROOT / "tests"): covered_by(file) for file in TEST_FILES if file.name[:5] == "test_"}
+    gone = {str(test): sorted(set(named) - MODULES.keys()) for test, named in tests.items()}
+    assert not {test: modules for test, modules in gone.items() if modules}, "they cover modules that do not exist"
+    named = {module for modules in tests.values() for module in modules}
+    found_by_name = {module for module in MODULES.keys() - PACKAGES if own_test(module) in tests}
+    assert not named & found_by_name, "these have a test of their own name"
+    missing = sorted(MODULES.keys() - PACKAGES - named - found_by_name)
+    assert not missing, "add tests, or a line `Covers: MODULE, ...` to the docstring of those that there are"
+
+
+@pytest.mark.parametrize("file", [file for file in TEST_FILES if covered_by(file)], ids=name_of)
+def test_what_a_test_says_it_covers_is_within_its_reach(file: Path) -> None:
+    beyond = set(covered_by(file)) - reached_from(file)
+    assert not beyond
+
+
+def test_every_module_can_be_imported() -> None:
+    for module in MODULES:
+        importlib.import_module(module)
 
 
 def test_launch_scripts_shadow_no_installed_module() -> None:

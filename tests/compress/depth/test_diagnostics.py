@@ -1,4 +1,8 @@
-"""Depth diagnostics against float64 references written from the formulae, and what they must not depend on."""
+"""Depth diagnostics against float64 references written from the formulae, and what they must not depend on.
+
+Covers: shoal.artifacts.depth, shoal.compress.depth.effects, shoal.compress.depth.logit_lens,
+shoal.compress.depth.path_gradients, shoal.compress.depth.residual_flow, shoal.compress.depth.runs.
+"""
 
 from __future__ import annotations
 

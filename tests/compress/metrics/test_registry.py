@@ -1,6 +1,9 @@
 """Every metric of hidden states against a float64 reference written from its formula, and what none may depend on.
 
 The reference runs one document at a time, as plain loops over the model's raw states.
+
+Covers: shoal.compress.metrics.hidden_metrics, shoal.compress.metrics.hidden_pass, shoal.compress.metrics.metric,
+shoal.compress.metrics.mka, shoal.compress.metrics.observation.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What a cut does to a model and its configuration; test_architectures.py proves that it is exact, family by family."""
+"""What a cut does to a model and its configuration; test_architectures.py proves that it is exact, family by family.
+
+Covers: shoal.compress.surgery.config_cut.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The atlas: every statistic against an independent reference, planted truths found, intervals that cover them."""
+"""The atlas: every statistic against an independent reference, planted truths found, intervals that cover them.
+
+Covers: shoal.compress.sweeps.agreement, shoal.compress.sweeps.table,
+shoal.data.repetition.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Where a student loads: rules of other runtimes on real configurations, cut, and what is refused for them."""
+"""Where a student loads: rules of other runtimes on real configurations, cut, and what is refused for them.
+
+Covers: shoal.compress.targets.vllm.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Layer by layer from the files, the numbers are those of the model in memory, with a fraction of its memory."""
+"""Layer by layer from the files, the numbers are those of the model in memory, with a fraction of its memory.
+
+Covers: shoal.compress.streamed, shoal.compress.variants.state_store, shoal.compress.variants.streamed_model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Every variant's scores, with all that variants share computed once, against the variant run alone."""
+"""Every variant's scores, with all that variants share computed once, against the variant run alone.
+
+Covers: shoal.compress.variants.layerwise.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Runs side by side: only what was measured alike shares a table, and every number in it is the statistics' own."""
+"""Runs side by side: only what was measured alike shares a table, and every number in it is the statistics' own.
+
+Covers: shoal.eval.compare.comparable, shoal.eval.compare.data, shoal.eval.compare.page, shoal.figures.pareto.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The ranking of healed plans against tables worked out by hand."""
+"""The ranking of healed plans against tables worked out by hand.
+
+Covers: shoal.eval.report.search_table.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The model card parses where it will be read, says what was done, and gives no machine's secrets or paths away."""
+"""The model card parses where it will be read, says what was done, and gives no machine's secrets or paths away.
+
+Covers: shoal.eval.export.license.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The engine gives the values of lm-eval's own transformers class, whatever way it takes to them."""
+"""The engine gives the values of lm-eval's own transformers class, whatever way it takes to them.
+
+Covers: shoal.inference.decoder, shoal.inference.generation, shoal.inference.scoring.
+"""
 
 from __future__ import annotations
 

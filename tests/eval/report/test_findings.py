@@ -1,4 +1,7 @@
-"""Results of another run, and roles that read other tokens, are refused with file, field, both values and a remedy."""
+"""Results of another run, and roles that read other tokens, are refused with file, field, both values and a remedy.
+
+Covers: shoal.eval.harness.tokenizer_check.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The report's section on speed and size shows everything that was measured, each beside what was expected."""
+"""The report's section on speed and size shows everything that was measured, each beside what was expected.
+
+Covers: shoal.eval.report.speed_ratio.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One description of a data set gives the same items under every protocol, asked as lm-eval asks them."""
+"""One description of a data set gives the same items under every protocol, asked as lm-eval asks them.
+
+Covers: shoal.eval.tasks.rows.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""shoal's own tasks ask what they should, match answers as they should, and others can be named beside them."""
+"""shoal's own tasks ask what they should, match answers as they should, and others can be named beside them.
+
+Covers: shoal.eval.tasks.documents, shoal.eval.tasks.names, shoal.eval.tasks.protocols.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The generated items are right, repeatable, and their two splits share no content."""
+"""The generated items are right, repeatable, and their two splits share no content.
+
+Covers: shoal.abilities.facts, shoal.abilities.haystack, shoal.abilities.item, shoal.abilities.knowledge,
+shoal.abilities.reasoning, shoal.abilities.retrieval, shoal.abilities.texts, shoal.abilities.words.
+"""
 
 import json
 import re

@@ -1,4 +1,7 @@
-"""Artifacts on disk: read back whole, refused when damaged or of another run."""
+"""Artifacts on disk: read back whole, refused when damaged or of another run.
+
+Covers: shoal.artifacts.importance.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Evaluation items in training text are found, whatever their case, punctuation and place."""
+"""Evaluation items in training text are found, whatever their case, punctuation and place.
+
+Covers: shoal.eval.harness.item_texts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Where text comes from, and how it becomes rows in which documents cannot see each other."""
+"""Where text comes from, and how it becomes rows in which documents cannot see each other.
+
+Covers: shoal.data.packing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Figures hold what they claim, are text in SVG, repeat bit for bit, and never take names from data for markup."""
+"""Figures hold what they claim, are text in SVG, repeat bit for bit, and never take names from data for markup.
+
+Covers: shoal.figures.depth, shoal.figures.levels.
+"""
 
 from __future__ import annotations
 

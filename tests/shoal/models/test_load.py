@@ -1,4 +1,7 @@
-"""Checkpoints found, checked, loaded, identified; every unusable one refused before it costs anything."""
+"""Checkpoints found, checked, loaded, identified; every unusable one refused before it costs anything.
+
+Covers: shoal.models.cache, shoal.models.checkpoint_files, shoal.models.demo.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How recipes are read, and how every wrong one is refused."""
+"""How recipes are read, and how every wrong one is refused.
+
+Covers: shoal.recipe.distill, shoal.recipe.section, shoal.recipe.yaml.
+"""
 
 from __future__ import annotations
 

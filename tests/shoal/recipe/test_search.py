@@ -1,4 +1,7 @@
-"""The search stage: plans as runs of their own, healed once each and ranked; going on after a kill; what is refused."""
+"""The search stage: plans as runs of their own, healed once each and ranked; going on after a kill; what is refused.
+
+Covers: shoal.stages.search.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The stages: each made once, made again when its settings change, never mixed up, never by two at a time."""
+"""The stages: each made once, made again when its settings change, never mixed up, never by two at a time.
+
+Covers: shoal.stages.distill, shoal.stages.prune, shoal.stages.run.
+"""
 
 from __future__ import annotations
 

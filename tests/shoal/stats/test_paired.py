@@ -1,4 +1,7 @@
-"""Intervals cover what they promise, tests equal independent references, and unlike measurements are refused."""
+"""Intervals cover what they promise, tests equal independent references, and unlike measurements are refused.
+
+Covers: shoal.stats.bootstrap, shoal.stats.intervals.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What W&B is given, read back from the files of an offline run; and that nothing of it can end or spoil a run."""
+"""What W&B is given, read back from the files of an offline run; and that nothing of it can end or spoil a run.
+
+Covers: shoal.eval.report.score_rows, shoal.tracking.wandb_results, shoal.tracking.wandb_run,
+shoal.train.callbacks.wandb_curves.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Scores while training: when, under which names, and which state is kept as the best."""
+"""Scores while training: when, under which names, and which state is kept as the best.
+
+Covers: shoal.eval.quick_eval.
+"""
 
 import math
 import random

@@ -1,4 +1,7 @@
-"""On-policy steps: whose samples, which tokens are learnt, and what must not depend on how rows are dealt."""
+"""On-policy steps: whose samples, which tokens are learnt, and what must not depend on how rows are dealt.
+
+Covers: shoal.recipe.on_policy, shoal.train.generated.sampling.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Text written by the teacher: from what, how often the same, and what a kill costs."""
+"""Text written by the teacher: from what, how often the same, and what a kill costs.
+
+Covers: shoal.recipe.writing.
+"""
 
 from __future__ import annotations
 

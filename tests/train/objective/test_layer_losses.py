@@ -1,4 +1,7 @@
-"""Losses on states and relations: layer map, values and gradients from the definitions, capture on real models."""
+"""Losses on states and relations: layer map, values and gradients from the definitions, capture on real models.
+
+Covers: shoal.train.objective.capture.
+"""
 
 from __future__ import annotations
 

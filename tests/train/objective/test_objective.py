@@ -1,4 +1,7 @@
-"""The student during training: the objective inside its forward, what is frozen, what is shared with the teacher."""
+"""The student during training: the objective inside its forward, what is frozen, what is shared with the teacher.
+
+Covers: shoal.models.document_masks.
+"""
 
 from typing import Any
 

@@ -1,4 +1,8 @@
-"""What training will take: estimates against real tensors and files, and what is refused before it starts."""
+"""What training will take: estimates against real tensors and files, and what is refused before it starts.
+
+Covers: shoal.train.dry_run, shoal.train.preflight.memory, shoal.train.preflight.mfu, shoal.train.preflight.run_size,
+shoal.train.preflight.throughput, shoal.train.student.sizes.
+"""
 
 from __future__ import annotations
 

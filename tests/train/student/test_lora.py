@@ -1,4 +1,7 @@
-"""LoRA: where adapters go, what is trained, and the plain checkpoint that they become."""
+"""LoRA: where adapters go, what is trained, and the plain checkpoint that they become.
+
+Covers: shoal.recipe.lora.
+"""
 
 import importlib.util
 from typing import Any
