@@ -15,7 +15,7 @@ from shoal.formatting import duration_text, listed
 from .harness.engine import NEW_TOKENS
 
 SAMPLED = 24
-"""Items of a task that stand for all of it."""
+"""Items of a task, its first ones, that stand for all of it."""
 CHARACTERS_PER_TOKEN = 3
 MOSTLY_NEW = 0.5
 """Share of its requests that a model must have answered anew for its time to say how long another one takes."""
@@ -26,16 +26,17 @@ class Work:
     """What one model has to do."""
 
     items: int
+    """Items of all tasks."""
     requests: int
     """Prompts to write after and options to score."""
     read: int
     """Tokens of prompts and options."""
     written: int
-    """Tokens at most."""
+    """Tokens to write at most."""
 
     @property
     def tokens(self) -> int:
-        """Read and written."""
+        """Tokens read and written."""
         return self.read + self.written
 
 
@@ -49,14 +50,15 @@ def work_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_t
     items = requests = 0
     read, written = float(perplexity_tokens), 0.0
     for name, task in tasks.items():
-        asked = [_requests(task, doc) for doc in islice(task.eval_docs, min(SAMPLED, counts[name]))]
-        shared = _shared([found[0][0] for found in asked]) if len(asked) > 1 else 0
-        scale = counts[name] / len(asked)
+        by_item = [_requests(task, doc) for doc in islice(task.eval_docs, min(SAMPLED, counts[name]))]
+        # characters with which all prompts of the task begin: they are counted once, not once per item
+        shared = _shared([of_item[0][0] for of_item in by_item]) if len(by_item) > 1 else 0
+        scale = counts[name] / len(by_item)
         items += counts[name]
-        requests += round(scale * sum(len(found) for found in asked))
-        own = sum(_characters(found) - shared for found in asked)
-        read += (shared + scale * own) / CHARACTERS_PER_TOKEN
-        written += scale * sum(_new_tokens(args) for found in asked for args in found)
+        requests += round(scale * sum(len(of_item) for of_item in by_item))
+        rest = sum(_characters(of_item) - shared for of_item in by_item)
+        read += (shared + scale * rest) / CHARACTERS_PER_TOKEN
+        written += scale * sum(_new_tokens(args) for of_item in by_item for args in of_item)
     return Work(items, requests, round(read), round(written))
 
 
@@ -68,16 +70,16 @@ def in_words(work: Work) -> str:
 
 def rest_in_words(done: Evaluation, others: Sequence[str]) -> str | None:
     """How long the ``others`` will take by what ``done`` took; None where it had most of its answers already."""
-    new = done.num_requests - done.num_kept
-    if not others or new <= MOSTLY_NEW * done.num_requests:
+    num_new = done.num_requests - done.num_kept
+    if not others or num_new <= MOSTLY_NEW * done.num_requests:
         return None
-    rest = done.seconds * done.num_requests / new * len(others)
+    rest = done.seconds * done.num_requests / num_new * len(others)
     took = f"{done.role} took {duration_text(done.seconds)}"
     return f"{took}; about {duration_text(rest)} more for {listed(others)}, less where answers are kept"
 
 
 def _shared(prompts: list[str]) -> int:
-    """How many characters they begin with alike: the two that are farthest apart in the alphabet decide."""
+    """Characters with which all of them begin: the two that are farthest apart in the alphabet decide."""
     first, last = min(prompts), max(prompts)
     return next((index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
 
@@ -85,8 +87,8 @@ def _shared(prompts: list[str]) -> int:
 def _requests(task: Any, doc: dict[str, Any]) -> list[tuple[Any, ...]]:
     """The arguments of a document's requests, the prompt first."""
     prompt = task.fewshot_context(doc, int(task.config.num_fewshot or 0))
-    made = task.construct_requests(doc, prompt, metadata=(task.task_name, 0, 1))
-    return [one.args for one in (made if isinstance(made, list) else [made])]
+    requests = task.construct_requests(doc, prompt, metadata=(task.task_name, 0, 1))
+    return [request.args for request in (requests if isinstance(requests, list) else [requests])]
 
 
 def _characters(requests: list[tuple[Any, ...]]) -> int:
@@ -95,7 +97,7 @@ def _characters(requests: list[tuple[Any, ...]]) -> int:
 
 
 def _new_tokens(args: tuple[Any, ...]) -> int:
-    """How many a request may write."""
+    """Tokens that a request may write."""
     settings = args[1] if len(args) > 1 else None
     if not isinstance(settings, dict):
         return 0

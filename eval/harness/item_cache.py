@@ -20,7 +20,7 @@ from shoal.atomic_files import fingerprint
 from shoal.errors import explained_disk_errors
 
 ENGINE = 1
-"""Raise it with every change of the engine that gives other values for the same request."""
+"""Version of the engine; raise it with every change that gives other values for the same request."""
 
 
 class ItemCache:
@@ -54,7 +54,7 @@ class ItemCache:
 
     @property
     def num_kept(self) -> int:
-        """Those of them that were on the disk from the beginning."""
+        """Requests so far whose answers were on the disk from the beginning, each once."""
         return len(self._asked & self._kept)
 
     def __len__(self) -> int:
@@ -67,7 +67,7 @@ class ItemCache:
         return self._known[key]
 
     def missing(self, keys: Sequence[str]) -> list[int]:
-        """Where in ``keys`` those without an answer stand, each once."""
+        """Positions in ``keys`` of those without an answer, each once."""
         self._asked.update(keys)
         first: dict[str, int] = {}
         for index, key in enumerate(keys):
@@ -92,10 +92,10 @@ class ItemCache:
     def _read(self, path: Path) -> None:
         with explained_disk_errors(path):
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a damaged line is skipped
-        found = [line for line in map(_parsed, lines) if line is not None]
-        if not found or found[0] != {"identity": self._identity}:
+        entries = [entry for entry in map(_parsed, lines) if entry is not None]
+        if not entries or entries[0] != {"identity": self._identity}:
             return  # not removed: another rank may be about to read it
-        self._known.update(found[1:])
+        self._known.update(entries[1:])
         if path != self._path:
             return
         self._is_begun = True
@@ -115,14 +115,14 @@ def identity_of(content: str, model: PreTrainedModel) -> str:
     ``content`` is the fingerprint of its configuration, tokenizer and weights. How many requests run together is left
     out: it moves a likelihood by rounding only.
     """
-    ends = model.generation_config
+    generation = model.generation_config
     return fingerprint(
         {
             "content": content,
             "dtype": str(model.dtype),
             "attention": model.config._attn_implementation,
             "device": model.device.type,
-            "generation": ends.to_diff_dict() if ends is not None else None,
+            "generation": generation.to_diff_dict() if generation is not None else None,
             "engine": ENGINE,
             **{package: importlib.metadata.version(package) for package in ("shoal", "torch", "transformers")},
         }

@@ -16,12 +16,12 @@ def item_texts(tasks: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str,
 
 
 def _text(task: Any, doc: dict[str, Any]) -> str:
-    asked, answer = task.doc_to_text(doc), task.doc_to_target(doc)
-    if isinstance(asked, int):  # the options are beginnings of one ending, as in WinoGrande
-        return f"{task.doc_to_choice(doc)[asked]} {answer}"
+    question, answer = task.doc_to_text(doc), task.doc_to_target(doc)
+    if isinstance(question, int):  # the options are beginnings of one ending, as in WinoGrande
+        return f"{task.doc_to_choice(doc)[question]} {answer}"
     if isinstance(answer, list):
         answer = answer[0] if answer else ""
     if isinstance(answer, int) and task.OUTPUT_TYPE == "multiple_choice":
         options = task.doc_to_choice(doc)
         answer = options[answer] if 0 <= answer < len(options) else ""
-    return f"{asked} {answer}"
+    return f"{question} {answer}"

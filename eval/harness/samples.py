@@ -32,7 +32,7 @@ ROLLING_METRICS = {
 """lm-eval's metric -> ours, whose mean over items is meaningful, and its unit in nats."""
 
 QUESTION_CHARACTERS = 1500
-"""Of a question at most; the middle of a longer one is left out."""
+"""Characters of a question that are kept, at most; the middle of a longer one is left out."""
 MATCHING_RULES = (
     "output_type",
     "process_docs",
@@ -53,10 +53,14 @@ class Ending(Protocol):
     """How a text ended, as the engine knows it."""
 
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """Tokens of the text."""
+        ...
 
     @property
-    def finished(self) -> bool: ...
+    def finished(self) -> bool:
+        """Whether it ended by itself, not by the limit of new tokens."""
+        ...
 
 
 def task_score(
@@ -76,40 +80,40 @@ def task_score(
     Raises:
         UserError: an answer that is none of the options, or a metric that has no value per item.
     """
-    described: dict[str, Any] = task.config.metadata or {}
-    chosen = _one_filter(samples)
-    check_answers(name, task, chosen)
-    wanted = described.get("metric") or _main_metric(chosen[0]["metrics"])
-    metric, scored = _item_scores(name, task, chosen, wanted, count_tokens)
-    higher_is_better = bool(task.higher_is_better().get(wanted, not metric.startswith(("nats", "bits"))))
-    if chosen[0]["filter"] != "none":
-        metric = f"{metric} ({chosen[0]['filter']})"
+    metadata: dict[str, Any] = task.config.metadata or {}
+    under_filter = _one_filter(samples)
+    check_answers(name, task, under_filter)
+    metric_key = metadata.get("metric") or _main_metric(under_filter[0]["metrics"])
+    metric, items = _item_scores(name, task, under_filter, metric_key, count_tokens)
+    higher_is_better = bool(task.higher_is_better().get(metric_key, not metric.startswith(("nats", "bits"))))
+    if under_filter[0]["filter"] != "none":
+        metric = f"{metric} ({under_filter[0]['filter']})"
     score = TaskScore(
         task=name,
-        ability=str(described.get("ability") or name),
-        protocol=str(described.get("protocol") or protocol_of(task, chosen)),
+        ability=str(metadata.get("ability") or name),
+        protocol=str(metadata.get("protocol") or protocol_of(task, under_filter)),
         metric=metric,
-        score=float(np.average([item.score for item in scored], weights=[item.weight for item in scored])),
+        score=float(np.average([item.score for item in items], weights=[item.weight for item in items])),
         ci_low=0.0,
         ci_high=0.0,
-        n=len(scored),
-        chance=float(described["chance"]) if "chance" in described else _chance(task, chosen),
+        n=len(items),
+        chance=float(metadata["chance"]) if "chance" in metadata else _chance(task, under_filter),
         higher_is_better=higher_is_better,
         version=str(task.VERSION),
         num_fewshot=num_fewshot,
-        items=tuple(scored),
-        family=described.get("family"),
-        level=float(described["level"]) if "level" in described else None,
-        prompts=prompts_fingerprint(task, chosen),
+        items=tuple(items),
+        family=metadata.get("family"),
+        level=float(metadata["level"]) if "level" in metadata else None,
+        prompts=prompts_fingerprint(task, under_filter),
     )
     if task.OUTPUT_TYPE == "generate_until":
         score = replace(score, matching=MATCHING)
-        score = _with_text_rates(score, task, chosen, count_tokens, endings or {})
+        score = _with_text_rates(score, task, under_filter, count_tokens, endings or {})
     return with_interval(score)
 
 
 def ending_key(prompt: str, settings: dict[str, Any]) -> tuple[str, str]:
-    """What a written text is found by."""
+    """Prompt and settings, by which the ending of a written text is looked up."""
     return prompt, json.dumps(settings, sort_keys=True, default=str)
 
 
@@ -129,9 +133,9 @@ def with_interval(score: TaskScore) -> TaskScore:
 
 def item_ids(samples: Sequence[Sample]) -> list[str]:
     """The data's own ids where every document has one and they differ, else position and content hash."""
-    own = [sample["doc"].get("id") if isinstance(sample["doc"], dict) else None for sample in samples]
-    if all(isinstance(value, str | int) for value in own) and max(Counter(own).values()) == 1:
-        return [str(value) for value in own]
+    ids = [sample["doc"].get("id") if isinstance(sample["doc"], dict) else None for sample in samples]
+    if all(isinstance(value, str | int) for value in ids) and max(Counter(ids).values()) == 1:
+        return [str(value) for value in ids]
     return [f"{sample['doc_id']}-{sample['doc_hash'][:8]}" for sample in samples]
 
 
@@ -146,28 +150,28 @@ def _main_metric(available: Sequence[str]) -> str:
 
 
 def _item_scores(
-    name: str, task: Any, samples: Sequence[Sample], wanted: str, count_tokens: CountTokens
+    name: str, task: Any, samples: Sequence[Sample], metric_key: str, count_tokens: CountTokens
 ) -> tuple[str, list[ItemScore]]:
     """The metric's name as reported, and every item's value under it."""
-    metric, items = wanted, []
+    metric, items = metric_key, []
     for identity, sample in zip(item_ids(samples), samples, strict=True):
         weight = 1.0
-        if wanted == "nats_per_token":
-            value = sample["nats"] / count_tokens(*sample["arguments"][0])
-        elif wanted in ROLLING_METRICS:
-            metric, unit = ROLLING_METRICS[wanted]
-            log_prob, weight = sample[wanted]
+        if metric_key == "nats_per_token":
+            value = sample["nats"] / count_tokens(*sample["arguments"][0])  # tokens of the answer, not of the prompt
+        elif metric_key in ROLLING_METRICS:
+            metric, unit = ROLLING_METRICS[metric_key]
+            log_prob, weight = sample[metric_key]  # lm-eval weighs the mean by the words or bytes of each document
             value = -log_prob / weight / unit
         else:
-            value = sample.get(wanted)
+            value = sample.get(metric_key)
         if isinstance(value, bool | np.generic):
             value = float(value)
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(
-                f"eval.tasks: {name!r} has no value of {wanted!r} for single items (got {value!r}); name one of "
+                f"eval.tasks: {name!r} has no value of {metric_key!r} for single items (got {value!r}); name one of "
                 f"{', '.join(sample['metrics'])} as metadata.metric in a task file of your own, or leave the task out"
             )
-        prediction, target = _prediction(task, sample, wanted), _target(task, sample)
+        prediction, target = _prediction(task, sample, metric_key), _target(task, sample)
         question = _question(task, sample)
         items.append(ItemScore(identity, float(value), prediction, target, float(weight), question=question))
     return metric, items
@@ -191,25 +195,26 @@ def _with_text_rates(
         ending = endings.get(ending_key(prompt, settings))
         counted = count_tokens("", text) if ending is None and text else 0
         lengths.append(counted if ending is None else ending.num_tokens)
-        most = normalize_gen_kwargs(settings, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)
-        cut.append(counted >= most if ending is None else not ending.finished)
+        limit = normalize_gen_kwargs(settings, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)
+        cut.append(counted >= limit if ending is None else not ending.finished)
     readable = _readable(task, samples, texts, [item.target for item in score.items])
     rates = text_rates(texts, readable, lengths, cut)
-    items = (replace(item, rates=found) for item, found in zip(score.items, rates, strict=True))
+    items = (replace(item, rates=rates_of_item) for item, rates_of_item in zip(score.items, rates, strict=True))
     return with_rates(replace(score, items=tuple(items)))
 
 
 def _readable(task: Any, samples: Sequence[Sample], texts: Sequence[str], targets: Sequence[str]) -> list[bool]:
     """Out of which texts an answer can be read, right or wrong; by our own rules where the task is matched by them."""
-    read = [_first(sample["filtered_resps"]) for sample in samples]
+    filtered = [_first(sample["filtered_resps"]) for sample in samples]
     rule = getattr(task.config, "process_results", None)
     if rule is letter_match:
-        options = [sample["doc"]["options"] for sample in samples]
-        return [chosen_option(text, some) is not None for text, some in zip(read, options, strict=True)]
-    held = hold_answers(texts, read, targets)
+        pairs = zip(filtered, samples, strict=True)
+        return [chosen_option(text, sample["doc"]["options"]) is not None for text, sample in pairs]
+    readable = hold_answers(texts, filtered, targets)
     if rule is match_stated:
-        held = [one and states_an_answer(text) for one, text in zip(held, read, strict=True)]
-    return held
+        pairs = zip(readable, filtered, strict=True)
+        return [holds_answer and states_an_answer(text) for holds_answer, text in pairs]
+    return readable
 
 
 def _first(responses: Any) -> str:
@@ -223,13 +228,13 @@ def _question(task: Any, sample: Sample) -> str:
     """What the item asks, without few-shot examples; empty for running text."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return ""
-    asked = task.doc_to_text(sample["doc"])
-    if not isinstance(asked, str):  # several beginnings of one ending, of which the right one is to be found
-        asked = " / ".join(map(str, task.doc_to_choice(sample["doc"])))
-    if len(asked) <= QUESTION_CHARACTERS:
-        return asked
+    question = task.doc_to_text(sample["doc"])
+    if not isinstance(question, str):  # several beginnings of one ending, of which the right one is to be found
+        question = " / ".join(map(str, task.doc_to_choice(sample["doc"])))
+    if len(question) <= QUESTION_CHARACTERS:
+        return question
     half = QUESTION_CHARACTERS // 2
-    return f"{asked[:half]} […] {asked[-half:]}"
+    return f"{question[:half]} […] {question[-half:]}"
 
 
 def _prediction(task: Any, sample: Sample, metric: str) -> str:
@@ -240,7 +245,7 @@ def _prediction(task: Any, sample: Sample, metric: str) -> str:
         return ""
     choices = task.doc_to_choice(sample["doc"])
     log_probs = [log_prob for log_prob, _ in sample["filtered_resps"][: len(choices)]]
-    if metric == "acc_norm":
+    if metric == "acc_norm":  # per character, as lm-eval normalizes
         log_probs = [log_prob / len(choice) for log_prob, choice in zip(log_probs, choices, strict=True)]
     return choices[int(np.argmax(log_probs))].strip()
 
@@ -269,7 +274,7 @@ def protocol_of(task: Any, samples: Sequence[Sample]) -> str:
 
 
 def _chance(task: Any, samples: Sequence[Sample]) -> float:
-    """What guessing reaches: one over the number of options, on average over the items; 0 for other written text."""
+    """Share that guessing reaches: one over the number of options, averaged over items; 0 for other written text."""
     if getattr(task.config, "process_results", None) is letter_match:
         return float(np.mean([1 / len(sample["doc"]["options"]) for sample in samples]))
     if task.OUTPUT_TYPE != "multiple_choice":

@@ -21,13 +21,15 @@ from .data_sets import Part
 log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
+"""One row of a data set, as it is stored."""
 Doc = dict[str, Any]
+"""What is asked: id, question, context, options, answer (position of the right one), answers (accepted), worked."""
 
 
 def bbh_options(text: str, target: str) -> list[str]:
     """The options of a BBH question: those it lists, or the pair its target is one of."""
-    _, found, listed = text.partition("Options:")
-    options = [line.strip().removeprefix("- ") for line in listed.splitlines() if line.strip()] if found else []
+    listed = text.partition("Options:")[2]
+    options = [line.strip().removeprefix("- ") for line in listed.splitlines() if line.strip()]
     pairs = [["True", "False"], ["Yes", "No"], ["yes", "no"], ["valid", "invalid"]]
     pair = next((pair for pair in pairs if target in pair), [])
     return [option.split(") ", 1)[1] if option.startswith("(") else option for option in options] or pair
@@ -86,18 +88,18 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
     }
     if data.page is not None:
         del templates["question"]
-    written = {key: jinja.from_string(text) for key, text in templates.items() if text is not None}
+    compiled = {key: jinja.from_string(text) for key, text in templates.items() if text is not None}
     expressions = {key: getattr(data, key) for key in ("options", "answer", "answers", "beginnings")}
     values = {key: jinja.compile_expression(text, undefined_to_none=False) for key, text in expressions.items() if text}
-    kept = jinja.compile_expression(data.keep or "true")
+    keeps = jinja.compile_expression(data.keep or "true")
     left_out = 0
     for number, row in enumerate(rows, 1):
         at = f"eval.tasks: {part.name!r}: {where}, row {number}"
         try:
-            if not kept(**row):
+            if not keeps(**row):
                 left_out += 1
                 continue
-            doc: Doc = {key: template.render(**row) for key, template in written.items()}
+            doc: Doc = {key: template.render(**row) for key, template in compiled.items()}
             doc |= {key: _defined(expression(**row), key) for key, expression in values.items()}
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise UserError(
@@ -124,8 +126,8 @@ def _finished(doc: Doc, at: str) -> Doc:
         doc["answer"] = _position(doc["answer"], doc["options"], at)
         doc["answers"] = [doc["options"][doc["answer"]]]
     else:
-        found = doc["answers"]
-        doc["answers"] = [str(answer) for answer in (found if isinstance(found, list) else [found])]
+        answers = doc["answers"]
+        doc["answers"] = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
         if not doc["answers"]:
             raise UserError(f"{at} has no answer; correct the data")
     doc.setdefault("worked", doc["answers"][0])
@@ -133,16 +135,16 @@ def _finished(doc: Doc, at: str) -> Doc:
 
 
 def _position(answer: Any, options: list[str], at: str) -> int:
-    """Which option is the right one."""
-    given = answer
+    """Position from 0 of the right option, of which ``answer`` is the text, the position or the letter."""
     if isinstance(answer, str) and answer in options:
         return options.index(answer)
+    position = answer
     if isinstance(answer, str):
         text = answer.strip().strip("()")
-        answer = int(text) if text.isdecimal() else LETTERS.find(text) if len(text) == 1 else -1
-    if not 0 <= int(answer) < len(options):
+        position = int(text) if text.isdecimal() else LETTERS.find(text) if len(text) == 1 else -1
+    if not 0 <= int(position) < len(options):
         raise UserError(
-            f"{at}: the answer {given!r} is none of its {len(options)} options; correct the data, or answer in the "
+            f"{at}: the answer {answer!r} is none of its {len(options)} options; correct the data, or answer in the "
             "description"
         )
-    return int(answer)
+    return int(position)

@@ -26,7 +26,7 @@ class Cost(Section):
     requests: Positive
     """Prompts to write after and options to score."""
     tokens: Positive
-    """Read and written, as three characters each; what items of a question or task have in common counts once."""
+    """Tokens read and written, three characters each; what items of a question or task have in common counts once."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from shoal.abilities.facts import RELATIONS
 from shoal.abilities.knowledge import facts_in
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
-from shoal.eval.tasks.data_sets import parts_of, read_data_sets
+from shoal.eval.tasks.data_sets import TaskProtocol, parts_of, read_data_sets
 from shoal.eval.tasks.load import known_tasks, load_tasks
 from shoal.eval.tasks.names import TASKS_DIR, task_names
 from shoal.eval.tasks.rows import _jinja, bbh_options
@@ -140,7 +140,9 @@ def test_names_are_no_others_and_have_a_level_where_they_have_a_family() -> None
 def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -> None:
     for data in (data for data in DATA_SETS.values() if data.bundled and data.page is None):
         part = parts_of(data)[0]
-        tasks = {protocol: load(f"{part.name}_{protocol}", None) for protocol in data.protocols}
+        tasks: dict[TaskProtocol, Any] = {
+            protocol: load(f"{part.name}_{protocol}", None) for protocol in data.protocols
+        }
         ids = {tuple(task.eval_docs["id"]) for task in tasks.values()}
         assert len(ids) == 1
         assert len(set(ids.pop())) == data.num_items or 200
