@@ -10,11 +10,14 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cache
+from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_args
 
+from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.recipe.recipe import CONFIGS_DIR, Tasks
 
@@ -102,6 +105,32 @@ def described_tasks(
         for tag in data.tags:
             tags[tag] = (*tags.get(tag, ()), *of_data)
     return tasks, tags
+
+
+def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> str:
+    """Content hash of what shapes the items of ``tasks``, which may be groups: they are part of a score.
+
+    Their descriptions, the generators where one is theirs, and the task files in folders. If one of them is not
+    described, then all descriptions, since tasks of lm-eval may read any data set that is described.
+    """
+    is_there = include_path is not None and Path(include_path).expanduser().is_dir()
+    folders = task_folders(include_path if is_there else None)  # one that is missing is refused where tasks are loaded
+    described, tags = described_tasks(folders)
+    members = {member for name in tasks for member in tags.get(name, (name,))}
+    if members <= described.keys():
+        data_sets = {described[member][0].data.dataset: described[member][0].data for member in sorted(members)}
+    else:
+        data_sets = described_data(folders)
+    sources = list(folders[1:])  # the first one holds descriptions only
+    if any(data.bundled for data in data_sets.values()):
+        sources.append(Path(str(resources.files("shoal.abilities"))))
+    texts = [
+        [file.name, file.read_text(encoding="utf-8")]
+        for folder in sources
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in (".yaml", ".py")
+    ]
+    return fingerprint([[asdict(data) for data in data_sets.values()], texts])
 
 
 def task_names(data: DataSet) -> dict[str, tuple[Part, TaskProtocol]]:

@@ -25,7 +25,7 @@ from shoal.recipe.edits import Component
 from shoal.recipe.recipe import Sweeps
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
-from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, resolved, task_files_fingerprint
+from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, resolved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,12 +42,15 @@ DONOR_CONTENT = "measure.sweep.donor (content)"
 
 def measure_inputs(run: Run) -> dict[str, Any]:
     """What identifies importance.json."""
+    from shoal.eval.tasks.names import tasks_fingerprint
+
     inputs = {**_depth_inputs(run, Shapes.IMPORTANCE), "data": sources_fingerprint(run.recipe.measure.data)}
     settings = run.recipe.measure.sweep
     if settings is None:
         return inputs
     inputs |= shaping(settings, Shapes.SCORES, "measure.sweep.")
-    inputs["measure.sweep.tasks (files)"] = task_files_fingerprint(settings.include_path)
+    forms = [f"{task}_{protocol}" for task in settings.tasks for protocol in settings.protocols]
+    inputs["measure.sweep.tasks (files)"] = tasks_fingerprint(forms or settings.tasks, settings.include_path)
     if settings.data_dir is not None:
         inputs["measure.sweep.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
     if settings.perplexity_tokens:

@@ -24,7 +24,7 @@ from shoal.runtime import barrier, device, environment, is_main, seed_everything
 from shoal.stages.distill import check_distill, distill_is_done, training_inputs
 from shoal.stages.measure import check_measure, measure, measure_inputs
 from shoal.stages.prune import choose_plan, prune, read_plan, refuse_impossible_changes, refuse_unfit_student
-from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, locked, require, task_files_fingerprint
+from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, locked, require
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +39,13 @@ def roles(run: Run) -> dict[str, Path]:
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     """What identifies the evaluation of the model in ``folder``."""
+    from shoal.eval.tasks.names import tasks_fingerprint
+
     settings = run.recipe.eval
     inputs = {
         "model": model_fingerprint(folder),
         "data": sources_fingerprint(settings.perplexity_data),
-        "tasks": task_files_fingerprint(settings.include_path),
+        "tasks": tasks_fingerprint(settings.tasks, settings.include_path),
     }
     if settings.data_dir is not None:
         inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir)

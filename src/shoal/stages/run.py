@@ -32,7 +32,7 @@ from shoal.models.load import load_config, model_fingerprint, resolve_model, tex
 from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
 from shoal.recipe.edits import Swap
-from shoal.recipe.recipe import CONFIGS_DIR, Recipe
+from shoal.recipe.recipe import Recipe
 from shoal.runtime import agreed, barrier, device, is_main
 
 log = logging.getLogger(__name__)
@@ -338,14 +338,6 @@ def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str)
     provenance = kind.read(path).provenance
     remedy = f"Run `{verb}` again, or set run_dir to another folder"
     require_same_run(inputs, provenance, path, remedy=remedy)
-
-
-def task_files_fingerprint(include_path: str | None) -> str:
-    """Content hash of the task files that may be read: items, prompts and matching rules are part of a score."""
-    folders = [CONFIGS_DIR / "tasks", CONFIGS_DIR / "hub_tasks", Path(__file__).parents[1] / "abilities"]
-    folders += [Path(include_path).expanduser()] if include_path else []
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if file.suffix in (".yaml", ".py")]
-    return fingerprint([[file.name, file.read_text(encoding="utf-8")] for file in files])
 
 
 def local_data_fingerprint(data_dir: str) -> str:

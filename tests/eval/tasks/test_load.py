@@ -222,6 +222,32 @@ def test_groups_expand_in_one_order() -> None:
     assert {task for group in groups for task in tags[group]} == set(ASKED)
 
 
+def test_written_answers_of_our_own_tasks_are_matched_by_the_rule_of_before(every_task: dict[str, Any]) -> None:
+    rules = {name: task.config.process_results for name, task in every_task.items() if name.endswith("_generation")}
+    assert rules.pop("reasoning_generation") is match_last
+    assert set(rules.values()) == {match_start}
+
+
+def test_tasks_are_identified_by_what_shapes_their_items_and_by_nothing_else(tmp_path: Path) -> None:
+    def identity(*tasks: str, folder: Path | None = None) -> str:
+        return naming.tasks_fingerprint(tasks, folder)
+
+    knowledge = identity("knowledge_generation")
+    assert knowledge == identity("knowledge_continuation") == identity("shoal_knowledge")
+    others = ("gsm8k_generation", "reasoning_generation", "mmlu_all_generation")
+    assert len({knowledge, identity("shoal"), *map(identity, others)}) == 5
+    empty, with_other, with_same = tmp_path / "empty", tmp_path / "other", tmp_path / "same"
+    text = (naming.TASKS_DIR / "datasets" / "knowledge.yaml").read_text()
+    for folder in (empty, with_other, with_same):
+        folder.mkdir()
+    (with_same / "mine.yaml").write_text(text.replace("278", "200"))
+    (with_other / "own.yaml").write_text(OWN_TASK.format(name="own", data="x"))
+    assert identity("knowledge_generation", folder=empty) == knowledge
+    assert identity("knowledge_generation", folder=tmp_path / "nowhere") == knowledge
+    assert identity("knowledge_generation", folder=with_same) != knowledge
+    assert identity("own", folder=with_other) != identity("own", folder=empty)
+
+
 def test_own_tasks_load_without_reading_lm_evals_collection() -> None:
     started = time.perf_counter()
     load_tasks(["knowledge_continuation"])
