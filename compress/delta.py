@@ -17,8 +17,7 @@ import torch
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy
 from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
-from shoal.models.cost import DTYPES, model_without_data
-from shoal.models.load import load_config, text_config
+from shoal.models.load import FLOATS, load_config, text_config, without_data
 from shoal.progress import BYTES, Work, progress
 
 from .surgery.quantised import without_quantization
@@ -112,7 +111,7 @@ def delta_norms(base_folder: Path, donor_folder: Path) -> DeltaNorms:
             raise UserError(f"{folder}: is quantised; give the full-precision model")
     _refuse_different(folders, configs)
     stored = [_stored(read_shards(folder)) for folder in folders]
-    skeleton = model_without_data(configs[0], torch.bfloat16)
+    skeleton = without_data(configs[0], dtype=torch.bfloat16)
     _settle_ties(skeleton, stored, [bool(config.tie_word_embeddings) for config in configs])
     _refuse_other_names(folders, stored)
     try:
@@ -193,7 +192,7 @@ def _squares(
 ) -> tuple[float, float] | None:
     """Sums of squares of the difference and of the base; None for what is equal and no weight."""
     dtypes = base[1].dtype, donor[1].dtype
-    if len(set(dtypes)) > 1 and not set(dtypes) <= DTYPES.keys():
+    if len(set(dtypes)) > 1 and not set(dtypes) <= FLOATS.keys():
         raise UserError(f"{donor[0]}: {name} is {dtypes[1]}, but {dtypes[0]} in {base[0]}; give models of one kind")
     difference = own = 0.0
     for base_piece, donor_piece in zip(_pieces(name, *base), _pieces(name, *donor), strict=True):
@@ -210,11 +209,11 @@ def _squares(
         raise UserError(
             f"{name}: holds numbers that are not finite, in {base[0]} or {donor[0]}; {DOWNLOAD_AGAIN} that holds them"
         )
-    return (difference, own) if dtypes[0] in DTYPES else None
+    return (difference, own) if dtypes[0] in FLOATS else None
 
 
 def _pieces(name: str, file: Path, tensor: StoredTensor) -> Iterator[torch.Tensor]:
-    dtype = DTYPES.get(tensor.dtype) or (torch.uint8 if tensor.dtype in COUNTING else None)
+    dtype = FLOATS.get(tensor.dtype) or (torch.uint8 if tensor.dtype in COUNTING else None)
     if dtype is None:
         raise UserError(f"{file}: {name} is {tensor.dtype}, which is quantised; give the full-precision model")
     position, size = tensor.start, CHUNK * dtype.itemsize

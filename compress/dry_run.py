@@ -14,8 +14,8 @@ from shoal.artifacts.artifact import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
 from shoal.machine import free_disk
 from shoal.models.checkpoint_files import Shard, read_shards
-from shoal.models.cost import Cost, decode_bytes, dtype_to_run, model_cost, model_without_data, prefill_flops
-from shoal.models.load import load_config, text_config
+from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
+from shoal.models.load import load_config, loaded_dtype, text_config, without_data
 from shoal.recipe.edits import in_words, removed_layers
 from shoal.recipe.recipe import Target
 
@@ -72,8 +72,8 @@ def dry_run(
     if targets:
         refuse(verdicts)
     plain, quantisation = without_quantization(config)
-    runs_in = dtype_to_run(config, shards, dtype)
-    before, after = (model_without_data(part, runs_in) for part in (plain, student))
+    runs_in = loaded_dtype(config, dtype, shards)
+    before, after = (without_data(part, dtype=runs_in) for part in (plain, student))
     refuse_changed_layers(before, after, keep)
     written = _written_bytes(shards, before, keep)
     stored = _num_bytes(shards)

@@ -22,8 +22,8 @@ from shoal.artifacts.artifact import BatchSpeed, Provenance, Speed, SpeedScore
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, now
-from shoal.models.cost import Cost, decode_bytes, model_cost, model_without_data, prefill_flops
-from shoal.models.load import checkpoint_bytes, load_model, num_parameters, text_config
+from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
+from shoal.models.load import checkpoint_bytes, load_model, num_parameters, text_config, without_data
 from shoal.progress import progress
 from shoal.runtime import device
 
@@ -265,7 +265,7 @@ def _with_expectations(
     teacher, entry = roles["teacher"], entries["teacher"]
     model = entry.decoder.model
     try:
-        cost = model_cost(model_without_data(copy.deepcopy(model.config), model.dtype))
+        cost = model_cost(without_data(copy.deepcopy(model.config), dtype=model.dtype))
     except UserError as error:
         log.info("speed: nothing is expected beforehand: %s", error)
         return roles

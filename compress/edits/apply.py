@@ -21,8 +21,7 @@ from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import read_shards
-from shoal.models.cost import dtype_to_run, model_without_data
-from shoal.models.load import load_config, num_parameters
+from shoal.models.load import load_config, loaded_dtype, num_parameters, without_data
 from shoal.recipe.edits import ZEROED_WEIGHTS, Edit, Merge, Replace, Swap, components, edited_layers
 from shoal.runtime import device
 
@@ -95,7 +94,7 @@ def _without_weights(folder: Path, *, trust_remote_code: bool) -> PreTrainedMode
     config, quantisation = without_quantization(load_config(folder, trust_remote_code=trust_remote_code))
     if quantisation:
         raise UserError(f"{folder}: is quantised, so its layers cannot be edited; give the full-precision model")
-    return model_without_data(config, dtype_to_run(config, read_shards(folder)))
+    return without_data(config, dtype=loaded_dtype(config, shards=read_shards(folder)))
 
 
 def materials(

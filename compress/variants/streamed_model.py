@@ -29,18 +29,14 @@ from transformers.modeling_utils import LoadStateDictConfig
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, given_state
 from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
-from shoal.models.load import load_config, named_dtype, refuse_incomplete
+from shoal.models.load import FLOATS, load_config, loaded_dtype, refuse_incomplete
 
 from ..surgery.quantised import without_quantization
 from ..surgery.stored_names import NotByCopy, find_layers, is_mtp, load_without_data, quiet_transformers
 from .layerwise import Call, Layerwise
 from .state_store import as_bytes, read_into
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+DTYPES = FLOATS | {
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -107,8 +103,8 @@ class StreamedModel:
         except NotByCopy as error:
             raise UserError(f"{folder}: cannot be loaded layer by layer: {error}; {WHOLE}") from error
         self._files = {name: _Waiting(shard.file, tensor) for shard in shards for name, tensor in shard.tensors.items()}
-        self._dtype = _dtype(dtype, config, shards)
-        self.model = _empty(type(skeleton), config, self._dtype, attention)
+        self._dtype = loaded_dtype(config, dtype, shards)
+        self.model = _with_buffers(type(skeleton), config, self._dtype, attention)
         self.num_layers = len(decoder_layers(self.model))
         """L"""
         self._names = _by_layer(shapes, prefix)
@@ -325,18 +321,10 @@ def _refuse_what_is_not_plain(folder: Path, config: Any, shards: Sequence[Shard]
                 )
 
 
-def _dtype(asked: str, config: Any, shards: Sequence[Shard]) -> torch.dtype:
-    """As transformers chooses: the configuration's, else that of the first floating-point tensor."""
-    if named := named_dtype(asked):
-        return named
-    if (said := getattr(config, "dtype", None)) is not None:
-        return getattr(torch, said) if isinstance(said, str) else said
-    stored = (DTYPES[tensor.dtype] for shard in shards for tensor in shard.tensors.values())
-    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
-
-
-def _empty(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
-    """The model without weights, but with what is computed from the configuration."""
+def _with_buffers(
+    kind: type[PreTrainedModel], config: Any, dtype: torch.dtype, attention: str | None
+) -> PreTrainedModel:
+    """The model without weights, but with what is computed from the configuration, as its layers will be run."""
     chosen: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():

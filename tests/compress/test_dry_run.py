@@ -22,8 +22,7 @@ from shoal.compress.dry_run import dry_run
 from shoal.compress.plan import choose_changes
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import read_shards
-from shoal.models.cost import model_without_data
-from shoal.models.load import load_model
+from shoal.models.load import load_model, without_data
 from shoal.recipe.recipe import parse_recipe
 
 
@@ -194,7 +193,7 @@ def test_quantised_weights_count_as_they_are_stored(teachers: dict[str, Path], t
 def test_a_model_of_gigabytes_takes_no_memory(tmp_path: Path) -> None:
     """The file is a header and a hole: its bytes take no disk, and reading them would take their size in memory."""
     config: Any = tiny_config("llama", hidden_size=4096, intermediate_size=11008, head_dim=128, num_attention_heads=32)
-    model = model_without_data(config, torch.bfloat16)
+    model = without_data(config, dtype=torch.bfloat16)
     config.save_pretrained(tmp_path)
     header: dict[str, Any] = {}
     end = 0

@@ -14,7 +14,8 @@ from shoal.artifacts.artifact import Provenance, Speed
 from shoal.errors import UserError
 from shoal.eval import speed
 from shoal.eval.speed import expectation, measure_speed, peak_growth
-from shoal.models.cost import model_cost, model_without_data
+from shoal.models.cost import model_cost
+from shoal.models.load import without_data
 
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 4}
 
@@ -84,7 +85,7 @@ def test_peak_growth_is_what_tensors_hold_at_the_fullest_moment() -> None:
 
 
 def test_the_expectation_counts_multiplications_and_bytes() -> None:
-    cost = model_cost(model_without_data(tiny_config("llama"), torch.float32))
+    cost = model_cost(without_data(tiny_config("llama"), dtype=torch.float32))
     head, hidden, mlp, heads, kv, width = 272 * 32, 32, 48, 4, 2, 8
     weights = hidden * heads * width * 2 + hidden * kv * width * 2 + 3 * hidden * mlp
     norms = 2 * hidden
@@ -103,7 +104,7 @@ def test_the_expectation_counts_multiplications_and_bytes() -> None:
 
 
 def test_expected_speeds_are_the_teachers_scaled(measured: Speed) -> None:
-    cost = model_cost(model_without_data(tiny_config("llama"), torch.float32))
+    cost = model_cost(without_data(tiny_config("llama"), dtype=torch.float32))
     teacher, pruned = measured.roles["teacher"], measured.roles["pruned"]
     for whole, cut in zip(teacher.batches, pruned.batches, strict=True):
         width: dict[str, Any] = {"bytes_per_parameter": 4.0, "batch_size": cut.batch_size}

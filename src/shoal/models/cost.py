@@ -7,22 +7,18 @@ expectation: see decode_bytes and prefill_flops.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, cache_utils
-from transformers.initialization import no_init_weights
+from transformers import PreTrainedModel, cache_utils
 
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, layer_config
-from shoal.models.checkpoint_files import Shard
-from shoal.models.load import named_dtype, num_parameters, text_config, without_data
+from shoal.models.load import num_parameters, text_config
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Names in safetensors files."""
 PROBE_TOKENS = (2, 3)
 """Lengths of two inputs whose caches are compared: what has grown grows with every token."""
 
@@ -83,28 +79,8 @@ class Cost:
         )
 
 
-def model_without_data(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of ``config`` on the meta device; its cache would be kept in ``dtype`` too."""
-    with no_init_weights():
-        model = without_data(config, dtype=dtype)
-    model.tie_weights()  # is part of the initialisation that was left out
-    return model.eval()
-
-
-def dtype_to_run(config: PreTrainedConfig, shards: Sequence[Shard], wanted: str = "stored") -> torch.dtype:
-    """In which a checkpoint is run: as ``wanted``, else as config.json says, else as most of its bytes are."""
-    if named := named_dtype(wanted):
-        return named
-    if said := getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None):
-        return said
-    sizes: dict[str, int] = {}
-    for tensor in (tensor for shard in shards for tensor in shard.tensors.values() if tensor.dtype in DTYPES):
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.end - tensor.start
-    return DTYPES[max(sizes, key=lambda name: sizes[name], default="F32")]
-
-
 def model_cost(model: PreTrainedModel) -> Cost:
-    """The cost of ``model``, which model_without_data made and which cannot be run afterwards.
+    """The cost of ``model``, which without_data made and which cannot be run afterwards.
 
     Raises:
         UserError: layers that are not one list, or a mixture of experts of which it is not known how many a token is

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers as decoder_layers
 from shoal.models.anatomy import text_config as text_config
-from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, check_checkpoint, has_tokenizer, json_or_empty
+from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, check_checkpoint, has_tokenizer, json_or_empty
 from shoal.models.checkpoint_files import checkpoint_bytes as checkpoint_bytes
 from shoal.models.checkpoint_files import model_fingerprint as model_fingerprint
 from shoal.models.checkpoint_files import tokenizer_fingerprint as tokenizer_fingerprint
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ALIGNMENT = 64
 """Bytes; torch gives every tensor it makes on the CPU an address that is a multiple of this."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Plain floating-point dtypes by their names in safetensors files."""
 MOST_LAYERS = 100_000
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """How the names of architectures end that read text and write none."""
@@ -196,6 +199,20 @@ def named_dtype(name: str) -> torch.dtype | None:
     return None if name == "stored" else getattr(torch, name)
 
 
+def loaded_dtype(config: PreTrainedConfig, wanted: str = "stored", shards: Iterable[Shard] = ()) -> torch.dtype:
+    """The precision of a model of ``config`` that is loaded as ``wanted``: a name of torch's, or "stored".
+
+    Stored is what transformers takes it for: what config.json says, else the first floating-point tensor of ``shards``;
+    float32 where there is none.
+    """
+    if named := named_dtype(wanted):
+        return named
+    if said := config.dtype or text_config(config).dtype:
+        return said
+    floats = (FLOATS[tensor.dtype] for shard in shards for tensor in shard.tensors.values() if tensor.dtype in FLOATS)
+    return next(floats, torch.float32)
+
+
 @torch.inference_mode(mode=False)  # the model stays one that can be trained, wherever this is called
 def align_weights(model: nn.Module) -> None:
     """Move weights that are mapped from a file to memory of their own wherever they lie at an odd address there.
@@ -312,14 +329,16 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
-    """The causal language model of ``config`` on the meta device; ``settings`` go to its constructor.
+    """The causal language model of ``config`` on the meta device, in eval mode; ``settings`` go to its constructor.
 
     Raises:
         UserError: transformers has no causal language model of that type, or needs a package that is not installed.
     """
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **settings)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, **settings)
+        model.tie_weights()  # is part of the initialisation that was left out
+        return model.eval()
     except IMPOSSIBLE_SETTINGS as error:
         raise UserError(
             f"{config.model_type}: cannot be built as config.json says ({error!r}); {DOWNLOAD_AGAIN}"

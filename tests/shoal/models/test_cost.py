@@ -23,7 +23,8 @@ from transformers import (
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.targets.check import student_config
 from shoal.errors import UserError
-from shoal.models.cost import Cost, decode_bytes, model_cost, model_without_data, prefill_flops
+from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
+from shoal.models.load import without_data
 
 FAMILIES = (
     "deepseek_v3",  # latent attention, mixture of experts behind a dense layer
@@ -47,7 +48,7 @@ LENGTHS = (3, 21)
 
 
 def cost(config: Any, dtype: torch.dtype = torch.float32) -> Cost:
-    return model_cost(model_without_data(config, dtype))
+    return model_cost(without_data(config, dtype=dtype))
 
 
 def real_cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
@@ -141,7 +142,7 @@ def test_active_parameters_of_deepseek_by_its_formula() -> None:
 
 def test_what_layers_share_is_stored_once_and_read_by_each() -> None:
     whole = cost(tiny.tiny_config("llama"))
-    model: Any = model_without_data(tiny.tiny_config("llama"), torch.float32)
+    model: Any = without_data(tiny.tiny_config("llama"), dtype=torch.float32)
     model.model.layers[3].mlp = model.model.layers[2].mlp
     shared = model_cost(model)
     assert shared.num_parameters == whole.num_parameters - 3 * 32 * 48

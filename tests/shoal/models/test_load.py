@@ -38,6 +38,7 @@ from shoal.models.checkpoint_files import (
     check_checkpoint,
     checkpoint_bytes,
     model_fingerprint,
+    read_shards,
     tokenizer_fingerprint,
     weight_files,
 )
@@ -46,6 +47,7 @@ from shoal.models.load import (
     load_config,
     load_model,
     load_tokenizer,
+    loaded_dtype,
     logits_from_hidden,
     num_parameters,
     resolve_model,
@@ -166,6 +168,23 @@ def test_tokens_beyond_the_embedding_that_no_text_holds_are_let_be(tmp_path: Pat
     tokenizer.save_pretrained(folder)
     with pytest.raises(UserError, match=r"largest token id is 259 \('<image>'\), .* the ids 0 to 257 only"):
         load_tokenizer(folder)
+
+
+def test_a_checkpoint_is_loaded_in_the_dtype_that_is_told(tmp_path: Path) -> None:
+    """By the recipe, by config.json, by the text part of a composite one, by the first number with a point, in turn."""
+    save_file(
+        {"a": torch.zeros(1, dtype=torch.int64), "b": torch.zeros(1, dtype=torch.float16)},
+        tmp_path / "model.safetensors",
+    )
+    shards, config = read_shards(tmp_path), tiny_config("llama")
+    assert loaded_dtype(config) == torch.float32
+    assert loaded_dtype(config, shards=shards) == torch.float16
+    config.dtype = torch.bfloat16
+    assert loaded_dtype(config, shards=shards) == torch.bfloat16
+    assert loaded_dtype(config, "float64", shards) == torch.float64
+    composite = tiny_config("gemma3")
+    composite.text_config.dtype = torch.bfloat16
+    assert loaded_dtype(composite, shards=shards) == torch.bfloat16
 
 
 def test_a_family_with_more_rows_than_its_vocabulary_says_takes_as_large_a_tokenizer(tmp_path: Path) -> None:
