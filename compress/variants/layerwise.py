@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -42,7 +42,7 @@ class Call:
     """Whether the hidden state goes by its name."""
 
     def of(self, layer: nn.Module, hidden_BSD: Tensor) -> Tensor:
-        """The state after ``layer``."""
+        """(B, S, D) The state after ``layer``."""
         if self.by_name:
             return state_of(layer(*self.args, hidden_states=hidden_BSD, **self.kwargs))
         return state_of(layer(hidden_BSD, *self.args, **self.kwargs))
@@ -62,7 +62,7 @@ class Prepared:
     inputs: Inputs
     calls: tuple[Call, ...]
     hidden_BSD: Tensor
-    """What the first layer gets."""
+    """State that the first layer gets."""
 
     def without_hidden(self) -> Prepared:
         """The rest, for whoever keeps the state elsewhere."""
@@ -84,8 +84,9 @@ class Layerwise:
         self._body: Any = decoder_body(model)
         self._final_norm: nn.Module | None = None
         self._lengths: list[int | None] = [None] * self.num_layers
-        """Of the tuple that a layer returns; None = it returns a tensor."""
+        """Length of the tuple that each layer returns; None = it returns a tensor."""
         self._adds_in_place = False
+        """Whether some layer writes into its input."""
         self._study()
 
     def _study(self) -> None:
@@ -100,44 +101,46 @@ class Layerwise:
     def prepare(self, inputs: Inputs) -> Prepared:
         """The state that the first layer gets for ``inputs``, and how every layer is called."""
         calls: list[Call] = []
-        first: list[Tensor] = []
+        given_BSD: list[Tensor] = []
 
         def record(layer: int, *args: Any, **kwargs: Any) -> Any:
             by_name = not args
-            hidden = kwargs.pop("hidden_states") if by_name else args[0]
-            if not calls:
-                first.append(hidden)
+            hidden_BSD = kwargs.pop("hidden_states") if by_name else args[0]
+            given_BSD.append(hidden_BSD)
             calls.append(Call(args[1:], kwargs, by_name))
-            return self._as_output(layer, hidden)
+            return self._as_output(layer, hidden_BSD)
 
         with self._replaced(record), documents_apart(self._body, inputs.get("position_ids")):
             self._body(**inputs)
-        return Prepared(inputs, tuple(calls), first[0])
+        return Prepared(inputs, tuple(calls), given_BSD[0])
 
     @torch.no_grad()
     def run(self, layer: int, hidden_BSD: Tensor, call: Call) -> Tensor:
-        """The state after ``layer``; ``hidden_BSD`` stays as it is."""
+        """(B, S, D) The state after ``layer``; ``hidden_BSD`` stays as it is."""
         return call.of(self.layers[layer], hidden_BSD.clone() if self._adds_in_place else hidden_BSD)
 
     @torch.no_grad()
     def finish(self, hidden_BSD: Tensor, prepared: Prepared) -> Tensor:
-        """What the body returns when its last layer returns ``hidden_BSD``."""
+        """(B, S, D) What the body returns when its last layer returns ``hidden_BSD``."""
         if self._final_norm is not None:
             return self._final_norm(hidden_BSD)
         last = self.num_layers - 1
 
+        # where more than a norm follows, the body itself runs once more, around layers that do nothing
         def replay(layer: int, *args: Any, **kwargs: Any) -> Any:
             return self._as_output(layer, hidden_BSD if layer == last else given_state(args, kwargs))
 
         with self._replaced(replay):
             return self._body(**prepared.inputs).last_hidden_state
 
-    def _as_output(self, layer: int, hidden: Tensor) -> Any:
+    def _as_output(self, layer: int, hidden_BSD: Tensor) -> Any:
+        """The state in the form in which ``layer`` returns it."""
         length = self._lengths[layer]
-        return hidden if length is None else (hidden, *[None] * (length - 1))
+        return hidden_BSD if length is None else (hidden_BSD, *[None] * (length - 1))
 
     @contextmanager
     def _replaced(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Call ``forward(layer, ...)`` in the place of every layer; its hooks still run."""
         before = [layer.__dict__.get("forward") for layer in self.layers]
         for index, layer in enumerate(self.layers):
             layer.forward = lambda *args, _index=index, **kwargs: forward(_index, *args, **kwargs)
@@ -146,47 +149,47 @@ class Layerwise:
         finally:
             for layer, own in zip(self.layers, before, strict=True):
                 del layer.forward
-                if own is not None:  # accelerate puts one there
+                if own is not None:  # accelerate puts one of its own on the module
                     layer.forward = own
 
     @torch.no_grad()
     def _learn(self) -> Tensor:
-        """Find out what layers return and whether they write into their input; the body's result for the probe."""
-        given: dict[int, tuple[Tensor, int]] = {}
-        last: list[Tensor] = []
+        """Learn how layers return their state, whether they write into their input and what follows the last one.
+
+        Returns the body's result (1, S, D) for the probe.
+        """
+        inputs: dict[int, tuple[Tensor, int]] = {}
+        last_BSD: list[Tensor] = []
 
         def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = given_state(args, kwargs)
-            given[layer] = hidden, hidden._version
+            # torch counts writes into a tensor: another count behind the layer tells that it has written there
+            hidden_BSD = given_state(args, kwargs)
+            inputs[layer] = hidden_BSD, hidden_BSD._version
 
         def after(layer: int, output: Any) -> None:
             self._lengths[layer] = len(output) if isinstance(output, tuple | list) else None
-            hidden, version = given[layer]
-            self._adds_in_place |= hidden._version != version
+            hidden_BSD, version = inputs[layer]
+            self._adds_in_place |= hidden_BSD._version != version
             if layer == self.num_layers - 1:
-                last.append(state_of(output).clone())
+                last_BSD.append(state_of(output).clone())  # what follows may write into it
 
-        handles = [
-            handle
-            for index, layer in enumerate(self.layers)
-            for handle in (
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, i=index: before(i, args, kwargs), with_kwargs=True
-                ),
-                layer.register_forward_hook(lambda _, __, output, i=index: after(i, output)),
-            )
-        ]
-        try:
-            expected = self._body(**self._probe()).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks:
+            for index, layer in enumerate(self.layers):
+                hooks.enter_context(
+                    layer.register_forward_pre_hook(
+                        lambda _, args, kwargs, i=index: before(i, args, kwargs), with_kwargs=True
+                    )
+                )
+                hooks.enter_context(layer.register_forward_hook(lambda _, __, output, i=index: after(i, output)))
+            result_BSD = self._body(**self._probe()).last_hidden_state
+        # only where the norm alone gives the body's result is it all that follows
         norm = anatomy(self.model).final_norm
-        if norm is not None and torch.equal(norm(last[0]), expected):
+        if norm is not None and torch.equal(norm(last_BSD[0]), result_BSD):
             self._final_norm = norm
-        return expected
+        return result_BSD
 
     def _probe(self) -> Inputs:
+        """Eight tokens; ids below 6 are often padding and the like."""
         ids = torch.arange(6, 14, device=self.model.device).unsqueeze(0) % text_config(self.model.config).vocab_size
         return {"input_ids": ids, "use_cache": False}
 
@@ -209,17 +212,19 @@ class Layerwise:
 
     def _wrong_layers(self) -> list[int]:
         """The layers whose removal gives another result layer by layer than with the whole body."""
-        whole = self._learn()
+        whole_BSD = self._learn()
         prepared = self.prepare(self._probe())
-        states = {self.num_layers: prepared.hidden_BSD}  # by the layer that is skipped; num_layers = none
+        none = self.num_layers
+        states_BSD = {none: prepared.hidden_BSD}  # by the layer that is skipped
         for layer, call in enumerate(prepared.calls):
-            above = {left: self.run(layer, hidden, call) for left, hidden in states.items()}
-            states = {**above, layer: states[self.num_layers]}
-        wrong = [] if torch.equal(self.finish(states[self.num_layers], prepared), whole) else [0]
+            above_BSD = {left_out: self.run(layer, hidden, call) for left_out, hidden in states_BSD.items()}
+            # the state without this layer is its input; the order in which states are run does not matter
+            states_BSD = {**above_BSD, layer: states_BSD[none]}
+        wrong = [] if torch.equal(self.finish(states_BSD[none], prepared), whole_BSD) else [0]
         for layer in range(self.num_layers):
             with skipped(self.model, [layer]), torch.no_grad():
-                expected = self._body(**self._probe()).last_hidden_state
-            if not torch.equal(self.finish(states[layer], prepared), expected):
+                expected_BSD = self._body(**self._probe()).last_hidden_state
+            if not torch.equal(self.finish(states_BSD[layer], prepared), expected_BSD):
                 wrong.append(layer)
         return wrong
 

@@ -5,6 +5,9 @@ difference, so states are kept by the edits met so far: all variants pass layer 
 and what equal beginnings have in common is run once. Over all L single removals this is L(L-1)/2 + L layers where a
 loop over L cut models runs L(L-1).
 
+Scoring a batch takes several passes (shoal.inference.scoring): the first reads contexts, later ones read what goes on
+from rows of the first one's keys and values. A layer writes these into its slot of a cache.
+
 B batch, S sequence, D hidden.
 """
 
@@ -95,23 +98,27 @@ class Edited:
         stack.enter_context(in_force(self.model, edits))
         return stack
 
-    def run(self, layerwise: Layerwise, layer: int, edits: Sequence[LayerEdit], hidden: Tensor, call: Call) -> Tensor:
-        """The state after ``layer`` under ``edits`` of it; ``hidden`` itself where it is removed."""
+    def run(
+        self, layerwise: Layerwise, layer: int, edits: Sequence[LayerEdit], hidden_BSD: Tensor, call: Call
+    ) -> Tensor:
+        """(B, S, D) The state after ``layer`` under ``edits`` of it; ``hidden_BSD`` itself where it is removed."""
         if REMOVED in edits:
-            return hidden
+            return hidden_BSD
         if any(edit.part == "donor" for edit in edits):
             assert self.donor is not None
             assert len(edits) == 1, "a donor's layer is taken as it is"
-            return call.of(decoder_layers(self.donor)[layer], hidden.clone())
+            # a copy: some layers write into their input, and other variants still need it
+            return call.of(decoder_layers(self.donor)[layer], hidden_BSD.clone())
         with in_force(self.model, [(layer, edit) for edit in edits]):
-            return layerwise.run(layer, hidden, call)
+            return layerwise.run(layer, hidden_BSD, call)
 
 
 class States:
     """The states of variants over the passes of one layout, on their way through the layers.
 
-    With ``keep`` the keys and values that the last pass ends with stay in ``kept``: by layer, then by edits so far.
-    ``store`` is where states wait for their next layer.
+    Variants with the same edits up to here have the same states; these are held once, under those edits. With ``keep``
+    the keys and values that the last pass ends with stay in ``kept``: by layer, then by edits so far. ``store`` is
+    where states wait for their next layer.
     """
 
     def __init__(
@@ -134,19 +141,20 @@ class States:
         elif len(passes) > 1:
             self._empty = decoder.new_cache()
         self.kept: list[dict[LayerEdits, tuple[Tensor, Tensor]]] | None = [] if keep else None
-        self._caches = caches = _measuring_caches(self._empty, passes)
-        self._prepared = [
+        self._lengths_only = _caches_of_lengths(self._empty, passes)
+        """For every pass the cache that its recorded calls hand over; replaced by one with keys and values."""
+        prepared = [
             layerwise.prepare(
-                decoder.arguments(one.ids_BS, mask=one.mask, position_ids_BS=one.positions_BS, cache=cache)
+                decoder.arguments(batch.ids_BS, mask=batch.mask, position_ids_BS=batch.positions_BS, cache=cache)
             )
-            for one, cache in zip(passes, caches, strict=True)
+            for batch, cache in zip(passes, self._lengths_only, strict=True)
         ]
         self._store = store or StateStore()
-        self._states: dict[LayerEdits, list[Kept]] = {
-            (): [self._store.keep(made.hidden_BSD) for made in self._prepared]
-        }
-        self._prepared = [made.without_hidden() for made in self._prepared]
+        self._states: dict[LayerEdits, list[Kept]] = {(): [self._store.keep(batch.hidden_BSD) for batch in prepared]}
+        """By the edits of the layers behind: what the next layer gets, one (B, S, D) for every pass."""
+        self._prepared = [batch.without_hidden() for batch in prepared]
         self.layer = 0
+        """The layer that comes next."""
 
     def advance(self) -> None:
         """Take every state through the next layer."""
@@ -154,54 +162,60 @@ class States:
         self._states = {}
         if self.kept is not None:
             self.kept.append({})
-        for one in self._variants:
-            path = tuple(edit for edit in one.edits if edit[0] <= layer)
-            if path not in self._states:
-                here = [edit for at, edit in path if at == layer]
-                below = before[tuple(edit for edit in path if edit[0] < layer)]
-                self._states[path], last = self._run(layer, here, below)
-                if self.kept is not None and last is not None and REMOVED not in here:
-                    self.kept[layer][path] = last.keys, last.values
+        for variant in self._variants:
+            so_far = tuple(edit for edit in variant.edits if edit[0] <= layer)
+            if so_far not in self._states:
+                edits = [edit for at, edit in so_far if at == layer]
+                states = before[tuple(edit for edit in so_far if edit[0] < layer)]
+                self._states[so_far], slot = self._through(layer, edits, states)
+                if self.kept is not None and slot is not None and REMOVED not in edits:
+                    self.kept[layer][so_far] = slot.keys, slot.values
         self.layer += 1
 
-    def final(self, of: Variant) -> list[Tensor]:
-        """The final hidden states of every pass, once all layers are behind."""
-        states = self._states[of.edits]
-        return [self._layerwise.finish(state.load(), made) for state, made in zip(states, self._prepared, strict=True)]
+    def final(self, variant: Variant) -> list[Tensor]:
+        """(B, S, D) The final hidden states of every pass, once all layers are behind."""
+        states = zip(self._states[variant.edits], self._prepared, strict=True)
+        return [self._layerwise.finish(state.load(), prepared) for state, prepared in states]
 
-    def _run(self, layer: int, here: Sequence[LayerEdit], states: Sequence[Kept]) -> tuple[list[Kept], Any]:
-        """All passes through one layer, and the layer's slot of the last pass's cache.
+    def _through(self, layer: int, edits: Sequence[LayerEdit], states: Sequence[Kept]) -> tuple[list[Kept], Any]:
+        """The states of all passes behind ``layer``, and the slot with what the last pass ends with there.
 
-        What later passes see of the first one is held no longer than that.
+        Later passes go on from the first one's keys and values in this layer, which nobody needs after them.
         """
-        first: DynamicCache | None = None
+        contexts: DynamicCache | None = None
         after: list[Kept] = []
         slot: Any = None
-        for one, made, measuring, state in zip(self._passes, self._prepared, self._caches, states, strict=True):
-            call = made.calls[layer]
+        for batch, prepared, lengths_only, state in zip(
+            self._passes, self._prepared, self._lengths_only, states, strict=True
+        ):
+            call = prepared.calls[layer]
             if self._empty is not None:
-                if first is None:
-                    mine = first = _with_own_slot(self._empty, layer)
+                # a copy of this layer's slot alone: it is all that the layer reads and writes, and what one variant
+                # writes no other may see
+                if contexts is None:
+                    cache = contexts = _with_own_slot(self._empty, layer)
+                    slot = cache.layers[layer]
                 else:
-                    mine = _with_own_slot(first, layer)
-                    slot = mine.layers[layer]
-                    slot.batch_select_indices(one.rows)
-                slot = mine.layers[layer]
-                call = call.replacing(measuring, mine)
-            given = state.load()
-            found = self._edited.run(self._layerwise, layer, here, given, call)
-            after.append(state if found is given else self._store.keep(found))
+                    cache = _with_own_slot(contexts, layer)
+                    slot = cache.layers[layer]
+                    slot.batch_select_indices(batch.rows)  # (contexts, heads, S, d) -> (B, heads, S, d)
+                call = call.replacing(lengths_only, cache)
+            before_BSD = state.load()
+            after_BSD = self._edited.run(self._layerwise, layer, edits, before_BSD, call)
+            # behind a removed layer the state is the same, and so is its place in the store
+            after.append(state if after_BSD is before_BSD else self._store.keep(after_BSD))
         return after, slot
 
 
-def _measuring_caches(empty: DynamicCache | None, passes: Sequence[Pass]) -> list[DynamicCache | None]:
-    """For every pass a cache as long as the one it goes on from, from which the body works out masks and positions."""
+def _caches_of_lengths(empty: DynamicCache | None, passes: Sequence[Pass]) -> list[DynamicCache | None]:
+    """For every pass a cache as long as the one it goes on from, of which the body needs the length for masks and
+    positions and no number."""
     if empty is None:
         return [None] * len(passes)
     ids_BS, full = passes[0].ids_BS, copy.deepcopy(empty)
     for layer in range(len(full.layers)):
-        nothing = torch.zeros(len(ids_BS), 1, ids_BS.shape[1], 1, device=ids_BS.device)
-        full.update(nothing, nothing, layer)
+        zeros_B1S1 = torch.zeros(len(ids_BS), 1, ids_BS.shape[1], 1, device=ids_BS.device)
+        full.update(zeros_B1S1, zeros_B1S1, layer)
     return [copy.deepcopy(empty), *(copy.deepcopy(full) for _ in passes[1:])]
 
 
@@ -242,12 +256,12 @@ def _finals(
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """Index of every variant and its final hidden states of all passes."""
     if layerwise is None:
-        for number, one in enumerate(variants):
-            with edited.applied(one.edits):
+        for number, variant in enumerate(variants):
+            with edited.applied(variant.edits):
                 hidden = layout.hidden(decoder)
             yield number, hidden
         return
-    # neighbours in this order share most
+    # a group starts again from the first layer, so those that differ late are put together: they share most
     order = sorted(range(len(variants)), key=lambda number: [layer for layer, _ in variants[number].edits])
     size = _group_size(edited.model, layout.passes)
     for start in range(0, len(order), size):
@@ -276,5 +290,5 @@ _told: WeakSet[PreTrainedModel] = WeakSet()
 
 def _group_size(model: PreTrainedModel, passes: Sequence[Pass]) -> int:
     """How many variants' states of one layout may be held."""
-    elements = sum(one.ids_BS.numel() for one in passes) * text_config(model.config).hidden_size
+    elements = sum(batch.ids_BS.numel() for batch in passes) * text_config(model.config).hidden_size
     return max(1, STATE_BYTES // (elements * model.dtype.itemsize))
