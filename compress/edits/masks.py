@@ -88,13 +88,13 @@ def heads_masked(
         if replacement == "resample":
             stack.enter_context(_padding_refused(model))
         for layer, named in heads.items():
-            found = with_heads(model, layer)
-            chosen = checked(named, found.num_heads, f"{where(model, layer)}: head")
+            halves = with_heads(model, layer)
+            chosen = checked(named, halves.num_heads, f"{where(model, layer)}: head")
             if legacy_gqa:
-                chosen = _of_groups(found, sorted({head // found.heads_per_group for head in chosen}))
-            mean_Hd = None if means is None else _mean_of(means, layer, found, model)
-            projection = decoder_layers(model)[layer].get_submodule(found.projection)
-            stack.enter_context(_masked(projection, found.num_heads, chosen, replacement, mean_Hd, seed))
+                chosen = _of_groups(halves, sorted({head // halves.heads_per_group for head in chosen}))
+            mean_Hd = None if means is None else _mean_of(means, layer, halves, model)
+            projection = decoder_layers(model)[layer].get_submodule(halves.projection)
+            stack.enter_context(_masked(projection, halves.num_heads, chosen, replacement, mean_Hd, seed))
         yield model
 
 
@@ -139,8 +139,8 @@ def head_means(
 
     with ExitStack() as stack, probing(model):
         halves = {layer: with_heads(model, layer) for layer in layers}
-        for layer, found in halves.items():
-            projection = decoder_layers(model)[layer].get_submodule(found.projection)
+        for layer, parts in halves.items():
+            projection = decoder_layers(model)[layer].get_submodule(parts.projection)
             stack.enter_context(projection.register_forward_pre_hook(adding(layer)))
         for start in range(0, len(rows), batch_size):
             batch = slice(start, start + batch_size)
@@ -157,8 +157,7 @@ def head_means(
 def _silenced(model: PreTrainedModel, layers: Collection[int], half: Half) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in layers:
-            found = with_halves(model, layer)
-            for name in getattr(found, half):
+            for name in getattr(with_halves(model, layer), half):
                 stack.enter_context(silence(decoder_layers(model)[layer].get_submodule(name)))
         yield
 
@@ -242,10 +241,10 @@ def with_halves(model: PreTrainedModel, layer: int) -> Sublayers:
         UserError: it is no layer, or a half of it cannot be silenced exactly.
     """
     checked([layer], len(decoder_layers(model)), "layer")
-    found = sublayers(model)[layer]
-    if found.refusal:
-        raise UserError(found.refusal)
-    return found
+    halves = sublayers(model)[layer]
+    if halves.refusal:
+        raise UserError(halves.refusal)
+    return halves
 
 
 def with_heads(model: PreTrainedModel, layer: int) -> Sublayers:
@@ -255,10 +254,10 @@ def with_heads(model: PreTrainedModel, layer: int) -> Sublayers:
         UserError: it is no layer, or its heads cannot be masked alone.
     """
     checked([layer], len(decoder_layers(model)), "layer")
-    found = sublayers(model)[layer]
-    if found.head_refusal:
-        raise UserError(found.head_refusal)
-    return found
+    halves = sublayers(model)[layer]
+    if halves.head_refusal:
+        raise UserError(halves.head_refusal)
+    return halves
 
 
 def checked(indices: Sequence[int], count: int, what: str) -> list[int]:
@@ -279,12 +278,12 @@ def heads_of_groups(model: PreTrainedModel, layer: int, groups: Sequence[int]) -
     Raises:
         UserError: as with_heads does, and for a key-value head that is none.
     """
-    found = with_heads(model, layer)
-    return _of_groups(found, checked(groups, found.num_kv_heads, f"{where(model, layer)}: key-value head"))
+    halves = with_heads(model, layer)
+    return _of_groups(halves, checked(groups, halves.num_kv_heads, f"{where(model, layer)}: key-value head"))
 
 
-def _of_groups(found: Sublayers, groups: Sequence[int]) -> list[int]:
-    size = found.heads_per_group
+def _of_groups(halves: Sublayers, groups: Sequence[int]) -> list[int]:
+    size = halves.heads_per_group
     return [head for group in groups for head in range(group * size, (group + 1) * size)]
 
 
@@ -332,9 +331,9 @@ def _padding_refused(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _mean_of(means: Mapping[int, Tensor], layer: int, found: Sublayers, model: PreTrainedModel) -> Tensor:
+def _mean_of(means: Mapping[int, Tensor], layer: int, halves: Sublayers, model: PreTrainedModel) -> Tensor:
     """(H, d) on the model's device."""
     mean = means.get(layer)
-    if mean is None or mean.dim() != 2 or len(mean) != found.num_heads:
+    if mean is None or mean.dim() != 2 or len(mean) != halves.num_heads:
         raise UserError(f"heads_masked: means hold nothing for {where(model, layer)}; name the layer in head_means")
     return mean.to(model.device)

@@ -8,7 +8,7 @@ Names only propose; what they propose is proven by running the model on a few to
 - every head's context scaled by a factor of its own: the slices of the output projection's input must follow, so that
   each slice is one head's.
 
-B batch, S sequence, D hidden size, H query heads, d size of a head.
+B batch, S sequence, D hidden size, H query heads, d size of a head. The probes have B = 1.
 """
 
 from __future__ import annotations
@@ -116,26 +116,26 @@ def prove_alone(model: PreTrainedModel, layer: int) -> None:
     state = (tuple(map(id, layers)), model.config._attn_implementation)
     known = _known.get(model)
     if known is not None and known[0] == state:
-        found = list(known[1])
+        proven = list(known[1])
     else:
         reasons = [
             f"{where(model, index)}: is not loaded, so nothing is known of its halves" for index in range(len(layers))
         ]
-        found = [Sublayers((), (), refusal=reason, head_refusal=reason) for reason in reasons]
-    found[layer] = _prove(model, [named_halves(one) for one in layers])[layer]
-    _known[model] = (state, tuple(found))
+        proven = [Sublayers((), (), refusal=reason, head_refusal=reason) for reason in reasons]
+    proven[layer] = _prove(model, [named_halves(module) for module in layers])[layer]
+    _known[model] = (state, tuple(proven))
 
 
 def named_halves(layer: nn.Module) -> Sublayers:
     """The halves of a layer by the names of its children, unproven."""
-    found: dict[str, list[str]] = {"attention": [], "mlp": []}
+    halves: dict[str, list[str]] = {"attention": [], "mlp": []}
     for name, child in layer.named_children():
         half, path = SPECIAL_NAMES.get(name, (_half(name), name))
         if half and isinstance(child, nn.ModuleList):
-            found[half] += [f"{path}.{index}" for index in range(len(child))]
+            halves[half] += [f"{path}.{index}" for index in range(len(child))]
         elif half:
-            found[half].append(path)
-    return Sublayers(tuple(found["attention"]), tuple(found["mlp"]))
+            halves[half].append(path)
+    return Sublayers(tuple(halves["attention"]), tuple(halves["mlp"]))
 
 
 def silence(module: nn.Module) -> RemovableHandle:
@@ -208,21 +208,23 @@ def _residual(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 class _Trace:
     """What one run showed, by layer."""
 
-    given: Tensor | None = None
-    """What the first layer gets; every other one gets the same."""
-    returned: dict[int, Tensor] = field(default_factory=dict)
+    input_BSD: Tensor | None = None
+    """State that the first layer gets; every other one gets the same."""
+    returned_BSD: dict[int, Tensor] = field(default_factory=dict)
+    """State that each layer returns."""
     adding: set[int] = field(default_factory=set)
     """Layers of which a half that is not silenced adds something."""
     contexts: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    """What each map that may be the heads' output projection reads."""
+    """Input (B, S, H * d) of each map that may be the heads' output projection, by the map's name."""
     num_heads: dict[int, int] = field(default_factory=dict)
+    """Query heads."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     """(heads, S, d); each key-value head may have been repeated for all query heads of its group."""
 
     def unchanged(self, index: int) -> bool:
         """Whether the layer passed its input on."""
-        assert self.given is not None
-        return torch.equal(self.given, self.returned[index])
+        assert self.input_BSD is not None
+        return torch.equal(self.input_BSD, self.returned_BSD[index])
 
 
 class _HeadProbe(TorchFunctionMode):
@@ -231,17 +233,21 @@ class _HeadProbe(TorchFunctionMode):
 
     def __init__(self, trace: _Trace, *, scale: bool) -> None:
         super().__init__()
-        self.trace, self.scale, self.layer = trace, scale, -1
+        self.trace, self.scale = trace, scale
+        self.layer = -1
+        """The layer whose token mixing runs; -1 = none does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if self.layer < 0 or name not in ("softmax", "scaled_dot_product_attention") or out.dim() != 4:
-            return out
-        self.trace.num_heads[self.layer] = out.shape[1]
+        if self.layer < 0 or name not in ("softmax", "scaled_dot_product_attention") or result.dim() != 4:
+            return result
+        # eager attention shows its weights (B, H, S, S), the fused call the contexts (B, H, S, d): scaling either
+        # scales what the head hands on
+        self.trace.num_heads[self.layer] = result.shape[1]
         if name == "scaled_dot_product_attention":
             self.trace.keys[self.layer] = (args[1] if len(args) > 1 else kwargs["key"])[0]
-        return out * _scale(out.shape[1], out)[:, None, None] if self.scale else out
+        return result * _scale(result.shape[1], result)[:, None, None] if self.scale else result
 
 
 def _scale(num_heads: int, like: Tensor) -> Tensor:
@@ -250,14 +256,19 @@ def _scale(num_heads: int, like: Tensor) -> Tensor:
 
 
 def _prove(model: PreTrainedModel, named: list[Sublayers]) -> tuple[Sublayers, ...]:
+    """``named`` with what four runs show: whether the halves can be silenced, and where the heads are."""
     with probing(model):
-        silent = _run(model, named, silenced=lambda found: (*found.attention, *found.mlp))
-        scaled = _run(model, named, silenced=lambda found: found.mlp, scale=True)
-        one, other = (_run(model, named, silenced=lambda found: found.attention, first=first) for first in FIRST_IDS)
+        silent = _run(model, named, silenced=lambda halves: (*halves.attention, *halves.mlp))
+        scaled = _run(model, named, silenced=lambda halves: halves.mlp, scale=True)
+        # two inputs that end with the same token: without token mixing its state must be the same
+        unmixed, unmixed_too = (
+            _run(model, named, silenced=lambda halves: halves.attention, first=first) for first in FIRST_IDS
+        )
     proven = []
-    for index, found in enumerate(named):
-        refusal = _refusal(model, index, found, silent, scaled, one) or _mixing(model, index, one, other)
-        proven.append(replace(found, refusal=refusal, **_heads(model, index, found, silent, scaled)))
+    for index, halves in enumerate(named):
+        refusal = _refusal(model, index, halves, silent, scaled, unmixed)
+        refusal = refusal or _mixing(model, index, unmixed, unmixed_too)
+        proven.append(replace(halves, refusal=refusal, **_heads(model, index, halves, silent, scaled)))
     return tuple(proven)
 
 
@@ -269,15 +280,16 @@ def _run(
     first: int = FIRST_IDS[0],
     scale: bool = False,
 ) -> _Trace:
+    """What the layers do on one probe with the modules ``silenced`` names of each adding nothing."""
     trace = _Trace()
     probe = _HeadProbe(trace, scale=scale)
     with ExitStack() as stack:
-        for index, (layer, found) in enumerate(zip(decoder_layers(model), named, strict=True)):
-            silent = silenced(found)
+        for index, (layer, halves) in enumerate(zip(decoder_layers(model), named, strict=True)):
+            silent = silenced(halves)
             for name in silent:
                 stack.enter_context(silence(layer.get_submodule(name)))
-            heard = [name for name in (*found.attention, *found.mlp) if name not in silent]
-            for handle in _watch(index, layer, found, heard, trace, probe):
+            heard = [name for name in (*halves.attention, *halves.mlp) if name not in silent]
+            for handle in _watch(index, layer, halves, heard, trace, probe):
                 stack.enter_context(handle)
         stack.enter_context(probe)
         model(input_ids=probe_ids(model, first=first), use_cache=False)
@@ -285,72 +297,77 @@ def _run(
 
 
 def _watch(
-    index: int, layer: nn.Module, found: Sublayers, heard: Sequence[str], trace: _Trace, probe: _HeadProbe
+    index: int, layer: nn.Module, halves: Sublayers, heard: Sequence[str], trace: _Trace, probe: _HeadProbe
 ) -> Iterator[RemovableHandle]:
-    """Hooks on states come before everybody else's, so that operators in force do not hide what is to be seen.
+    """Hooks on one layer that write into ``trace``: its input and output, whether its halves ``heard`` add something,
+    and what its output projection may be reading.
 
-    Whether a half adds something is asked behind them. States are copied, because some layers write into their input.
+    States are copied, because some layers write into their input.
     """
 
-    def starts(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        first_given = trace.given if trace.given is not None else given_state(args, kwargs)
-        trace.given, given = first_given.clone(), first_given.clone()
-        return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+    def give_first_input(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        # every layer gets the first one's input, so that what one layer does wrong does not show in others
+        input_BSD = trace.input_BSD if trace.input_BSD is not None else given_state(args, kwargs)
+        trace.input_BSD, hidden_BSD = input_BSD.clone(), input_BSD.clone()
+        return ((hidden_BSD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BSD})
 
-    def ends(_: nn.Module, args: Any, output: Any) -> None:
-        trace.returned[index] = state_of(output).clone()
+    def keep_output(_: nn.Module, args: Any, output: Any) -> None:
+        trace.returned_BSD[index] = state_of(output).clone()
 
-    def adds(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def hear(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if adds_something(module, args, kwargs, output):
             trace.adding.add(index)
 
-    def contexts(name: str) -> Callable[[nn.Module, Any], None]:
+    def keep_contexts(name: str) -> Callable[[nn.Module, Any], None]:
         def keep(_: nn.Module, args: Any) -> None:
             trace.contexts.setdefault(index, {})[name] = args[0].clone()
 
         return keep
 
-    def enters(*_: Any) -> None:
+    def enter(*_: Any) -> None:
         probe.layer = index
 
-    def leaves(*_: Any) -> None:
+    def leave(*_: Any) -> None:
         probe.layer = -1
 
-    yield layer.register_forward_pre_hook(starts, with_kwargs=True, prepend=True)
-    yield layer.register_forward_hook(ends, prepend=True)
+    # prepended: masks and skips that are in force from outside would otherwise hide the layer's own states
+    yield layer.register_forward_pre_hook(give_first_input, with_kwargs=True, prepend=True)
+    yield layer.register_forward_hook(keep_output, prepend=True)
     for name in heard:
-        yield layer.get_submodule(name).register_forward_hook(adds, with_kwargs=True)
-    for name in found.attention:
-        yield layer.get_submodule(name).register_forward_pre_hook(enters)
-        yield layer.get_submodule(name).register_forward_hook(leaves)
-    for name in _projections(layer, found):
-        yield layer.get_submodule(name).register_forward_pre_hook(contexts(name), prepend=True)
+        # appended: what is asked is whether the half adds something with all that is in force
+        yield layer.get_submodule(name).register_forward_hook(hear, with_kwargs=True)
+    for name in halves.attention:
+        yield layer.get_submodule(name).register_forward_pre_hook(enter)
+        yield layer.get_submodule(name).register_forward_hook(leave)
+    for name in _projections(layer, halves):
+        yield layer.get_submodule(name).register_forward_pre_hook(keep_contexts(name), prepend=True)
 
 
-def _projections(layer: nn.Module, found: Sublayers) -> list[str]:
+def _projections(layer: nn.Module, halves: Sublayers) -> list[str]:
+    """The linear maps within the attention that by their names may read the heads' contexts."""
     return [
         f"{path}.{name}"
-        for path in found.attention
+        for path in halves.attention
         for name, module in layer.get_submodule(path).named_modules()
         if name.rpartition(".")[2] in OUTPUT_PROJECTIONS and isinstance(module, nn.Linear | Conv1D)
     ]
 
 
 def _refusal(
-    model: PreTrainedModel, index: int, found: Sublayers, silent: _Trace, no_mlp: _Trace, no_attention: _Trace
+    model: PreTrainedModel, index: int, halves: Sublayers, silent: _Trace, no_mlp: _Trace, no_attention: _Trace
 ) -> str:
     """Why the halves that the names propose are not all that the layer does; empty if they are."""
     place = where(model, index)
-    if not found.attention and not found.mlp:
+    if not halves.attention and not halves.mlp:
         return f"{place}: shoal does not know where this architecture keeps attention and MLP; drop whole layers"
-    if not found.attention or not found.mlp:
-        only = (found.attention or found.mlp)[0]
+    if not halves.attention or not halves.mlp:
+        only = (halves.attention or halves.mlp)[0]
         return f"{place}: is one sublayer only ({only}); silencing it is dropping the layer, so name it in prune.drop"
     if text_config(model.config).model_type in CHANGED_RESIDUAL:
         return ""
     if not silent.unchanged(index):
         return (
-            f"{place}: changes its input even with {', '.join(found.attention + found.mlp)} silenced (a bias after "
+            f"{place}: changes its input even with {', '.join(halves.attention + halves.mlp)} silenced (a bias after "
             "them, or a part that shoal does not know), so that a half cannot be taken out exactly; drop whole layers"
         )
     for half, other, trace in (("MLP", "attention", no_mlp), ("attention", "MLP", no_attention)):
@@ -362,12 +379,13 @@ def _refusal(
     return ""
 
 
-def _mixing(model: PreTrainedModel, index: int, one: _Trace, other: _Trace) -> str:
+def _mixing(model: PreTrainedModel, index: int, first: _Trace, second: _Trace) -> str:
     """Why silencing the attention is not enough: the last token's state depends on the other tokens."""
-    assert one.given is not None
-    assert other.given is not None
-    tolerance = 32 * torch.finfo(one.given.dtype).eps  # experts work on groups of tokens: equal up to rounding
-    if _distance(one.given, other.given) <= tolerance < _distance(one.returned[index], other.returned[index]):
+    assert first.input_BSD is not None
+    assert second.input_BSD is not None
+    tolerance = 32 * torch.finfo(first.input_BSD.dtype).eps  # experts work on groups of tokens: equal up to rounding
+    before = _distance(first.input_BSD, second.input_BSD)
+    if before <= tolerance < _distance(first.returned_BSD[index], second.returned_BSD[index]):
         return (
             f"{where(model, index)}: mixes tokens outside of what shoal takes for its attention, so that half cannot "
             "be taken out exactly; drop whole layers"
@@ -375,13 +393,13 @@ def _mixing(model: PreTrainedModel, index: int, one: _Trace, other: _Trace) -> s
     return ""
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Of the last token's states (B, S, ...), relative."""
-    last, same = one[:, -1].float(), other[:, -1].float()
-    return float((last - same).abs().max() / last.abs().max().clamp_min(1e-30))
+def _distance(first: Tensor, second: Tensor) -> float:
+    """Largest difference of the last token's states (B, S, ...), relative to the largest number in the first."""
+    last_first, last_second = first[:, -1].float(), second[:, -1].float()
+    return float((last_first - last_second).abs().max() / last_first.abs().max().clamp_min(1e-30))
 
 
-def _heads(model: PreTrainedModel, index: int, found: Sublayers, silent: _Trace, scaled: _Trace) -> dict[str, Any]:
+def _heads(model: PreTrainedModel, index: int, halves: Sublayers, silent: _Trace, scaled: _Trace) -> dict[str, Any]:
     """The fields of Sublayers about single heads."""
     layer, place = decoder_layers(model)[index], where(model, index)
     num_heads, contexts = silent.num_heads.get(index, 0), silent.contexts.get(index, {})
@@ -392,12 +410,12 @@ def _heads(model: PreTrainedModel, index: int, found: Sublayers, silent: _Trace,
     followed = [name for name in contexts if _followed(contexts[name], scaled.contexts[index][name], num_heads)]
     if len(followed) != 1:
         return {"head_refusal": f"{place}: mixes its heads before the output projection, so none can be masked alone"}
-    num_kv_heads = _num_kv_heads(model, layer, found, num_heads, silent.keys.get(index))
+    num_kv_heads = _num_kv_heads(model, layer, halves, num_heads, silent.keys.get(index))
     return {"projection": followed[0], "num_heads": num_heads, "num_kv_heads": num_kv_heads}
 
 
 def _followed(context: Tensor, changed: Tensor, num_heads: int) -> bool:
-    """Whether ``changed`` is ``context`` (B, S, H * d) with every head's slice scaled as its head was."""
+    """Whether ``changed`` is ``context`` (both B, S, H * d) with every head's slice scaled as its head was."""
     if context.dim() != 3 or context.shape[-1] % num_heads:
         return False
     context_BSHd, changed_BSHd = (state.unflatten(-1, (num_heads, -1)) for state in (context, changed))
@@ -407,15 +425,15 @@ def _followed(context: Tensor, changed: Tensor, num_heads: int) -> bool:
 
 
 def _num_kv_heads(
-    model: PreTrainedModel, layer: nn.Module, found: Sublayers, num_heads: int, key: Tensor | None
+    model: PreTrainedModel, layer: nn.Module, halves: Sublayers, num_heads: int, key: Tensor | None
 ) -> int:
     """Key-value heads by the model's own word, checked against its keys; eager attention does not show them."""
-    told = _told_kv_heads(model, layer.get_submodule(found.attention[0]), num_heads)
+    told = _told_kv_heads(model, layer.get_submodule(halves.attention[0]), num_heads)
     if key is None:
         return told
     if len(key) < num_heads:
         return len(key)
-    distinct = 1 + sum(not torch.equal(one, next_one) for one, next_one in itertools.pairwise(key))
+    distinct = 1 + sum(not torch.equal(head, next_head) for head, next_head in itertools.pairwise(key))
     return next((number for number in (told, distinct) if _are_groups(key, number)), num_heads)
 
 

@@ -90,18 +90,18 @@ def _mixed(
     if weight == 0:
         return {}
     # what is tied in the model stays one tensor, put under both names; what is tied in the donor only becomes two
-    made: dict[tuple[int, int], Tensor] = {}
+    by_pair: dict[tuple[int, int], Tensor] = {}
     taken: set[int] = set()
     for name in names:
         pair = id(ours[name]), id(theirs[name])
-        if pair in made:
+        if pair in by_pair:
             continue
         if weight != 1:
-            made[pair] = _between(name, ours[name], theirs[name], weight)
+            by_pair[pair] = _between(name, ours[name], theirs[name], weight)
         else:
-            made[pair] = _on(model.device, _copy(theirs[name]) if pair[1] in taken else theirs[name])
+            by_pair[pair] = _on(model.device, _copy(theirs[name]) if pair[1] in taken else theirs[name])
             taken.add(pair[1])
-    return {name: made[id(ours[name]), id(theirs[name])] for name in names}
+    return {name: by_pair[id(ours[name]), id(theirs[name])] for name in names}
 
 
 def _between(name: str, ours: Tensor, theirs: Tensor, weight: float) -> Tensor:
@@ -136,18 +136,18 @@ def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
 def _swapped_names(
     model: PreTrainedModel, stored: Mapping[str, Tensor], layers: Sequence[int], parts: Sequence[Part]
 ) -> list[str]:
-    found = anatomy(model)
-    checked(layers, len(found.layers), "layer")
+    known = anatomy(model)
+    checked(layers, len(known.layers), "layer")
     if unknown := set(parts) - {"embeddings", "norm", "head"}:
         raise UserError(f"swap: {min(unknown)!r} is no part; there is embeddings, norm and head")
-    prefixes = {f"{found.layers_name}.{layer}." for layer in layers}
+    prefixes = {f"{known.layers_name}.{layer}." for layer in layers}
 
     def part_of(name: str) -> Part | None:
-        if name.startswith(f"{found.layers_name}."):
+        if name.startswith(f"{known.layers_name}."):
             return None
-        if found.head_name and name.startswith(f"{found.head_name}."):
+        if known.head_name and name.startswith(f"{known.head_name}."):
             return "head"
-        return "norm" if found.final_norm_name and name.startswith(f"{found.final_norm_name}.") else "embeddings"
+        return "norm" if known.final_norm_name and name.startswith(f"{known.final_norm_name}.") else "embeddings"
 
     return [name for name in stored if name.startswith(tuple(prefixes)) or part_of(name) in parts]
 
@@ -212,9 +212,9 @@ def _refuse_different_tensors(names: Sequence[str], ours: Mapping[str, Tensor], 
     for name in names:
         old, new = ours[name], theirs.get(name)
         if new is None or old.shape != new.shape:
-            found = "missing" if new is None else f"of shape {tuple(new.shape)}"
+            shape = "missing" if new is None else f"of shape {tuple(new.shape)}"
             raise UserError(
-                f"swap: {name} is {found} in the donor, and of shape {tuple(old.shape)} in the model; {ANOTHER_DONOR}"
+                f"swap: {name} is {shape} in the donor, and of shape {tuple(old.shape)} in the model; {ANOTHER_DONOR}"
             )
         if old.dtype != new.dtype:
             raise UserError(

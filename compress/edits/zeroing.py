@@ -110,8 +110,7 @@ def unsaved_parameters(model: PreTrainedModel, edits: Iterable[tuple[int, LayerE
 def _zero_halves(model: PreTrainedModel, layers: Collection[int], half: Half) -> list[str]:
     names: list[str] = []
     for layer in layers:
-        found = with_halves(model, layer)
-        outputs = _output_parameters(model, layer, found, half)
+        outputs = _output_parameters(model, layer, with_halves(model, layer), half)
         if not outputs:
             raise UserError(
                 f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
@@ -130,10 +129,10 @@ def _zero_halves(model: PreTrainedModel, layers: Collection[int], half: Half) ->
     return names
 
 
-def _output_parameters(model: PreTrainedModel, layer: int, found: Sublayers, half: Half) -> list[str]:
+def _output_parameters(model: PreTrainedModel, layer: int, halves: Sublayers, half: Half) -> list[str]:
     """Full names of the parameters that write the half's result."""
     names = []
-    for path in getattr(found, half):
+    for path in getattr(halves, half):
         module = decoder_layers(model)[layer].get_submodule(path)
         for name, _ in module.named_parameters():
             parts = {part.removesuffix("_bias") for part in (path.rpartition(".")[2], *name.split("."))}

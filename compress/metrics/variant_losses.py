@@ -1,8 +1,10 @@
-"""Mean loss per token of calibration documents under variants of a model. B batch, S sequence, D hidden, N tokens.
+"""Mean loss per token of calibration documents under variants of a model.
 
 One convention for all metrics of the loss: a token is predicted from the tokens before it in its own document, and the
 first token of a document, before which nothing stands, from nothing and therefore not at all. That is what training
 does with packed rows. A document that was cut at a row's end goes on as a document of its own.
+
+B documents of a batch, S tokens of the longest but for its last one, D hidden, N predicted tokens of the batch.
 """
 
 from __future__ import annotations
@@ -72,13 +74,13 @@ class VariantLosses:
 
     def __call__(self, variants: Sequence[Variant], *, what: str = "losses") -> list[float]:
         """The loss under each of ``variants``; ``what`` is measured is shown beside the progress."""
-        fresh = {one.edits: one for one in variants if one.edits not in self._known}
+        fresh = {variant.edits: variant for variant in variants if variant.edits not in self._known}
         if fresh:
             self._known |= zip(fresh, self._measure(list(fresh.values()), what), strict=True)
-        return [self._known[one.edits] for one in variants]
+        return [self._known[variant.edits] for variant in variants]
 
     def _measure(self, variants: Sequence[Variant], what: str) -> list[float]:
-        sums = torch.zeros(len(variants), dtype=torch.float64)
+        sums = torch.zeros(len(variants), dtype=torch.float64)  # of many small numbers, by document and rank
         fault: tuple[int, str] | None = None
         total = len(self._batches) * len(variants)
         with progress(f"measure: {what}", total=total, unit="batches") as step:
@@ -99,23 +101,24 @@ class VariantLosses:
         """Index of every variant and its final hidden states; what lies below first differences is computed once."""
         ids_BS = self._decoder.right_padded([document.tokens[:-1] for document in self._batches[batch]])
         if self._layerwise is None:
-            for number, one in enumerate(variants):
-                with self._edited.applied(one.edits):
+            for number, variant in enumerate(variants):
+                with self._edited.applied(variant.edits):
                     hidden_BSD = self._decoder.hidden(ids_BS)
                 yield number, hidden_BSD
             return
         prepared = self._layerwise.prepare(self._decoder.arguments(ids_BS))
         size = max(1, STATE_BYTES // prepared.hidden_BSD.nbytes)
-        # neighbours in this order share most
+        # a group starts again from the middle, so those that differ late are put together: they share most
         order = sorted(range(len(variants)), key=lambda number: [layer for layer, _ in variants[number].edits])
         for start in range(0, len(order), size):
             group = order[start : start + size]
-            middle = self._states_at_the_middle(batch, prepared, [variants[number].edits for number in group])
-            states = self._run(prepared, middle, self._above, [variants[number].edits for number in group])
-            del middle
-            for number in group:
-                yield number, self._layerwise.finish(states[variants[number].edits], prepared)
-        self._forget(batch, {_up_to(one.edits, self._above.start) for one in variants})
+            paths = [variants[number].edits for number in group]
+            middle = self._states_at_the_middle(batch, prepared, paths)
+            states = self._run(prepared, middle, self._above, paths)
+            del middle  # else it would be held while the logits are made
+            for number, path in zip(group, paths, strict=True):
+                yield number, self._layerwise.finish(states[path], prepared)
+        self._forget(batch, {_up_to(variant.edits, self._above.start) for variant in variants})
 
     def _states_at_the_middle(
         self, batch: int, prepared: Prepared, paths: Sequence[LayerEdits]
@@ -124,12 +127,12 @@ class VariantLosses:
         known = self._middle[batch]
         wanted = dict.fromkeys(_up_to(path, self._above.start) for path in paths)
         fresh = [path for path in wanted if path not in known]
-        found = self._run(prepared, {(): prepared.hidden_BSD}, self._below, fresh) if fresh else {}
-        states = {path: known[path] if path in known else found[path] for path in wanted}
+        computed = self._run(prepared, {(): prepared.hidden_BSD}, self._below, fresh) if fresh else {}
+        states = {path: known[path] if path in known else computed[path] for path in wanted}
         for path in fresh:
-            if self._middle_bytes + found[path].nbytes <= MIDDLE_BYTES:
-                known[path] = found[path]
-                self._middle_bytes += found[path].nbytes
+            if self._middle_bytes + computed[path].nbytes <= MIDDLE_BYTES:
+                known[path] = computed[path]
+                self._middle_bytes += computed[path].nbytes
         return states
 
     def _forget(self, batch: int, used: Collection[LayerEdits]) -> None:
@@ -139,22 +142,22 @@ class VariantLosses:
     def _run(
         self, prepared: Prepared, states: dict[LayerEdits, Tensor], layers: range, paths: Sequence[LayerEdits]
     ) -> dict[LayerEdits, Tensor]:
-        """The states behind ``layers`` by the edits of ``paths``, from those before, by the edits below."""
+        """The states (B, S, D) behind ``layers`` by the edits of ``paths``, from those before, by the edits below."""
         assert self._layerwise is not None
         for layer in layers:
             before, states = states, {}
             for path in paths:
                 through = _up_to(path, layer + 1)
                 if through not in states:
-                    here = [edit for at, edit in through if at == layer]
+                    edits = [edit for at, edit in through if at == layer]
                     hidden_BSD = before[_up_to(path, layer)]
-                    states[through] = self._edited.run(self._layerwise, layer, here, hidden_BSD, prepared.calls[layer])
+                    states[through] = self._edited.run(self._layerwise, layer, edits, hidden_BSD, prepared.calls[layer])
         return states
 
     def _token_losses(self, hidden_BSD: Tensor, batch: Sequence[Document]) -> Tensor:
-        """In nats, float64, document by document; never more logits at one time than the decoder allows."""
-        longest = hidden_BSD.shape[1]
-        rows = [[*one.tokens[1:], *[IGNORED] * (longest + 1 - len(one.tokens))] for one in batch]
+        """(N,) in nats, float64, document by document; never more logits at one time than the decoder allows."""
+        longest = hidden_BSD.shape[1]  # the last token of a document was not read: nothing is predicted from it
+        rows = [[*document.tokens[1:], *[IGNORED] * (longest + 1 - len(document.tokens))] for document in batch]
         target_BS = torch.tensor(rows, device=hidden_BSD.device)
         predicted_BS = target_BS != IGNORED
         hidden_ND, target_N = hidden_BSD[predicted_BS], target_BS[predicted_BS]
@@ -169,7 +172,7 @@ class VariantLosses:
 def own_documents(calibration: Calibration) -> list[Document]:
     """The documents of this rank's rows of which a token can be predicted, in order; padding belongs to none."""
     batches = calibration.batches()
-    found: list[Document] = []
+    predicted: list[Document] = []
     for row in torch.cat(batches).tolist() if batches else []:
         tokens: list[int] = []
         ids_S, real_S = calibration.rows.input_ids_NS[row].tolist(), calibration.mask_NS[row].tolist()
@@ -180,8 +183,8 @@ def own_documents(calibration: Calibration) -> list[Document]:
                 documents.append(tokens)
             if real:
                 tokens.append(token)
-        found += [Document(row, tuple(document)) for document in documents if len(document) > 1]
-    return found
+        predicted += [Document(row, tuple(document)) for document in documents if len(document) > 1]
+    return predicted
 
 
 def _batches(documents: Sequence[Document], room: int) -> list[list[Document]]:
@@ -200,8 +203,8 @@ def _up_to(path: LayerEdits, layer: int) -> LayerEdits:
     return tuple(edit for edit in path if edit[0] < layer)
 
 
-def _in_words(one: Variant) -> str:
-    return f"the model without {one.name}" if one.edits else "the intact model"
+def _in_words(variant: Variant) -> str:
+    return f"the model without {variant.name}" if variant.edits else "the intact model"
 
 
 def _row_of(batch: Sequence[Document], token: int) -> int:

@@ -48,8 +48,8 @@ def swept_column(name: str, importance: Importance, *, setting: str) -> SweepCol
 
 def swept_columns(name: str, importance: Importance) -> tuple[SweepColumn, ...]:
     """All columns of the atlas that belong to a task, an ability, or `ability/protocol`; a task's name goes first."""
-    found = tuple(importance.atlas.of(name)) if importance.atlas else ()
-    return tuple(column for column in found if column.task == name) or found
+    columns = tuple(importance.atlas.of(name)) if importance.atlas else ()
+    return tuple(column for column in columns if column.task == name) or columns
 
 
 def unknown(name: str, importance: Importance, setting: str, *, swept_only: bool = False) -> UserError:

@@ -78,7 +78,7 @@ def sweep(
 
 def with_intact(variants: Sequence[Variant]) -> list[Variant]:
     """The intact model, then all variants that differ from it."""
-    return [INTACT, *(one for one in variants if one.edits)]
+    return [INTACT, *(variant for variant in variants if variant.edits)]
 
 
 def sweep_by(
@@ -96,30 +96,31 @@ def sweep_by(
     tasks = tasks_of(settings, seed=seed)
     everything = with_intact(variants)
     lm.seed = seed
-    answered_by = fingerprint([identity, ENGINE, [stored_name(one.edits) for one in everything]])
+    answered_by = fingerprint([identity, ENGINE, [stored_name(variant.edits) for variant in everything]])
     lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)
     if len(lm.items):
         log.info("sweep: goes on from %d requests that are answered already", len(lm.items))
     shared, apart = layer_runs(everything, lm.num_layers)
     log.info("sweep: %d variants on %s", len(variants), in_words(tasks, settings))
     log.info("sweep: a token passes %s layers in all, one variant after the other it would be %s", shared, apart)
-    found: list[tuple[TaskScore, ...]] = []
+    scores_of_all: list[tuple[TaskScore, ...]] = []
     for number in each(range(len(everything)), "sweep: scored", unit="variants"):
         lm.show(number)
         scores = scores_of(lm, tasks, settings, seed=seed)
         if settings.perplexity_tokens:
             scores = (*scores, perplexity(lm, settings))
-        found.append(scores)
-    by_name = dict(zip((one.name for one in everything), found, strict=True))
-    return found[0], [by_name.get(one.name, found[0]) for one in variants]
+        scores_of_all.append(scores)
+    intact = scores_of_all[0]
+    by_name = dict(zip((variant.name for variant in everything), scores_of_all, strict=True))
+    return intact, [by_name.get(variant.name, intact) for variant in variants]
 
 
 def layer_runs(variants: Sequence[Variant], num_layers: int) -> tuple[int, int]:
     """How many layers a token passes until all variants have its final state: together, and one after the other."""
     shared = apart = 0
     for layer in range(num_layers):
-        removed = [(layer, REMOVED) in one.edits for one in variants]
-        through = [one.edits for one, gone in zip(variants, removed, strict=True) if not gone]
+        removed = [(layer, REMOVED) in variant.edits for variant in variants]
+        through = [variant.edits for variant, is_gone in zip(variants, removed, strict=True) if not is_gone]
         paths = {tuple(edit for edit in edits if edit[0] <= layer) for edits in through}
         shared += len(paths)
         apart += len(variants) - sum(removed)
@@ -137,7 +138,7 @@ def task_names(settings: Sweeps) -> tuple[str, ...]:
     known = known_tasks(settings.include_path, ours_only=True)
     if any(_under(protocol, task, known) is None for task in settings.tasks for protocol in settings.protocols):
         known = known_tasks(settings.include_path)
-    found = []
+    names = []
     for task in settings.tasks:
         for protocol in settings.protocols:
             name = _under(protocol, task, known)
@@ -151,8 +152,8 @@ def task_names(settings: Sweeps) -> tuple[str, ...]:
                     f"measure.sweep.protocols: task {task!r} has no protocol {protocol} "
                     f"(there is no {' or '.join(candidates)}); {hint or 'name tasks in full and leave protocols out'}"
                 )
-            found.append(name)
-    return tuple(found)
+            names.append(name)
+    return tuple(names)
 
 
 def checked_tasks(
@@ -222,7 +223,7 @@ class VariantsLM(CausalLM):
         super().__init__(edited.model, tokenizer, batch_size, called="sweep")
         self.current = 0
         self.seed = 0
-        """Of sampled text."""
+        """Seed of sampled text."""
         self.num_layers = text_config(edited.model.config).num_hidden_layers
         self._edited, self._variants = edited, variants
         self._requests_at_once: int | None = REQUESTS_AT_ONCE * batch_size
@@ -238,17 +239,18 @@ class VariantsLM(CausalLM):
         size = self._requests_at_once or max(1, len(missing))
         for start in range(0, len(missing), size):
             chosen = missing[start : start + size]
-            found = self._score_variants([pairs[index] for index in chosen], step)
-            self._refuse_no_numbers(found)
-            self.items.add([keys[index] for index in chosen], [list(scores) for scores in zip(*found, strict=True)])
+            by_variant = self._score_variants([pairs[index] for index in chosen], step)
+            self._refuse_no_numbers(by_variant)
+            by_request = [list(scores) for scores in zip(*by_variant, strict=True)]
+            self.items.add([keys[index] for index in chosen], by_request)
         return [tuple(self.items[key][self.current]) for key in keys]
 
-    def _refuse_no_numbers(self, found: Sequence[Sequence[Score]]) -> None:
+    def _refuse_no_numbers(self, by_variant: Sequence[Sequence[Score]]) -> None:
         """Among options that are all NaN lm-eval would choose the first and go on."""
-        for one, scores in zip(self._variants, found, strict=True):
+        for variant, scores in zip(self._variants, by_variant, strict=True):
             if any(math.isnan(log_prob) for log_prob, _ in scores):
                 raise UserError(
-                    f"measure.sweep: {one.name}: the model's likelihoods are no numbers then, in "
+                    f"measure.sweep: {variant.name}: the model's likelihoods are no numbers then, in "
                     f"{self._edited.model.dtype}; set dtype: float32 (or bfloat16) in the recipe, or look for damaged "
                     "weights"
                 )
@@ -265,8 +267,9 @@ class VariantsLM(CausalLM):
         step.known(len(prompts) - len(missing))
         for start in range(0, len(missing), self.batch_size):
             chosen = missing[start : start + self.batch_size]
-            found = self._write_variants([prompts[index] for index in chosen], [keys[index] for index in chosen], how)
-            self.items.add([keys[index] for index in chosen], [list(texts) for texts in zip(*found, strict=True)])
+            asked = [keys[index] for index in chosen]
+            by_variant = self._write_variants([prompts[index] for index in chosen], asked, how)
+            self.items.add(asked, [list(texts) for texts in zip(*by_variant, strict=True)])
             step(len(chosen))
         return [self.items[key][self.current] for key in keys]
 
@@ -288,14 +291,14 @@ class VariantsLM(CausalLM):
             return generate_variants(
                 self._edited, self._decoder, prompts, self._variants, limits, batch_size=self.batch_size
             )
-        found = []
-        for one in self._variants:
-            with self._edited.applied(one.edits):
+        texts = []
+        for variant in self._variants:
+            with self._edited.applied(variant.edits):
                 if how.settings.get("do_sample"):
-                    found.append([self._draw(prompt, key, how) for prompt, key in zip(prompts, keys, strict=True)])
+                    texts.append([self._draw(prompt, key, how) for prompt, key in zip(prompts, keys, strict=True)])
                 else:
-                    found.append(self._write_batch(prompts, how))
-        return found
+                    texts.append(self._write_batch(prompts, how))
+        return texts
 
     def _draw(self, prompt: list[int], key: str, how: Writing) -> list[int]:
         """A sampled text that is the same whatever was written before it, as when a sweep goes on."""

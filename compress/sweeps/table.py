@@ -30,7 +30,7 @@ class Measured:
     """One column's scores per item, the intact model first."""
 
     task: TaskScore
-    """Of the intact model."""
+    """Scores of the intact model."""
     ids: tuple[str, ...]
     scores_NK: Array
     weights_N: Array
@@ -107,7 +107,7 @@ def measured(
     by_key: list[Mapping[tuple[str, str, str], TaskScore]] = [
         {score.key: score for score in scores} for scores in removed
     ]
-    found = []
+    columns = []
     for task in intact:
         require_items(task.task, len(task.items), len(components), weights=[item.weight for item in task.items])
         missing = [
@@ -120,8 +120,8 @@ def measured(
         variants = [scores[task.key] for scores in by_key]
         for variant in variants:
             require_same_measurement(task, variant)
-        found.append((_measured(task, variants, operator == "layer"), variants))
-    return found
+        columns.append((_measured(task, variants, operator == "layer"), variants))
+    return columns
 
 
 def _measured(task: TaskScore, variants: Sequence[TaskScore], resample: bool) -> Measured:
@@ -285,7 +285,7 @@ def retentions(column: Measured) -> list[Estimate] | str:
     why_not = _no_retention(column.task)
     if why_not:
         return why_not
-    found = [one for one in _retentions(column) if one is not None]
-    if len(found) < column.scores_NK.shape[1] - 1:
+    retained = [value for value in _retentions(column) if value is not None]
+    if len(retained) < column.scores_NK.shape[1] - 1:
         return f"the intact score ({column.task.score:.2f}) is too uncertain for a ratio to it, n = {column.task.n}"
-    return found
+    return retained

@@ -114,9 +114,9 @@ class StreamedModel:
         ]
         self._refuse_shared_weights()
         self.rest_bytes = sum(tensor.nbytes for tensor in _distinct(self._outside()))
-        """Of all that stays loaded."""
+        """Bytes of all that stays loaded."""
         self.layer_bytes = max(map(self._loading_bytes, range(self.num_layers)))
-        """What loading one layer and holding it takes at most."""
+        """Bytes that loading one layer and holding it takes at most."""
         self.widest = max(max(p.shape) for layer in decoder_layers(self.model) for p in layer.parameters())
         """Largest extent of a tensor in a layer."""
 
@@ -153,21 +153,22 @@ class StreamedModel:
             weight_mapping=cast(Any, get_model_conversion_mapping(self.model)),
         )
         with quiet_transformers():
-            found, _ = convert_and_load_state_dict_in_model(
+            loading, _ = convert_and_load_state_dict_in_model(
                 self.model, {name: self._files[name] for name in names}, how
             )
-        if found.conversion_errors or found.mismatched_keys:
-            wrong = min([*found.conversion_errors, *(name for name, *_ in found.mismatched_keys)])
+        if loading.conversion_errors or loading.mismatched_keys:
+            wrong = min([*loading.conversion_errors, *(name for name, *_ in loading.mismatched_keys)])
             raise UserError(f"{self.folder}: {wrong} cannot be loaded without the other layers; {WHOLE}")
-        return found.missing_keys
+        return loading.missing_keys
 
     def _loading_bytes(self, index: int) -> int:
         tensors = _distinct(dict(decoder_layers(self.model)[index].named_parameters()))
         held = sum(tensor.nbytes for tensor in tensors)
         stored = [self._files[name].stored for name in self._names[index]]
-        if len(stored) == len(tensors) and {DTYPES[one.dtype] for one in stored} == {one.dtype for one in tensors}:
+        dtypes = {DTYPES[tensor.dtype] for tensor in stored}
+        if len(stored) == len(tensors) and dtypes == {tensor.dtype for tensor in tensors}:
             return held
-        return held + sum(one.end - one.start for one in stored)  # converted: both are there for a while
+        return held + sum(tensor.end - tensor.start for tensor in stored)  # converted: both are there for a while
 
     def _outside(self) -> dict[str, Tensor]:
         prefix = f"{anatomy(self.model).layers_name}."
@@ -239,19 +240,22 @@ class StreamedLayerwise(Layerwise):
         return reasons[0]
 
     def _compared(self) -> str:
-        one = self._stand_in_run(lambda _, hidden: hidden.clone())
+        """What two runs of stand-ins show; empty if layers can be run alone."""
+        # two runs whose layers do different things and end with the same state: whatever else differs between them
+        # depends on other layers
+        plain = self._stand_in_run(lambda _, hidden: hidden.clone())
         last = self.num_layers - 1
-        other = self._stand_in_run(lambda layer, hidden: one.last_BSD.clone() if layer == last else 0.5 * hidden + 1)
-        if not (one.handed_on and other.handed_on):
+        other = self._stand_in_run(lambda layer, hidden: plain.last_BSD.clone() if layer == last else 0.5 * hidden + 1)
+        if not (plain.handed_on and other.handed_on):
             return "a layer does not get what the one before returned"
-        if strange := sorted({kind for call in one.calls for kind in _changeable(call)}):
+        if strange := sorted({kind for call in plain.calls for kind in _changeable(call)}):
             return f"layers are given a {strange[0]}, which they may share"
-        if not all(_is_same(mine, theirs) for mine, theirs in zip(one.calls, other.calls, strict=True)):
+        if not all(_is_same(mine, theirs) for mine, theirs in zip(plain.calls, other.calls, strict=True)):
             return "what a layer is given depends on other layers"
-        if not torch.equal(one.result_BSD, other.result_BSD):
+        if not torch.equal(plain.result_BSD, other.result_BSD):
             return "the final state depends on more than the last layer"
         norm = anatomy(self.model).final_norm
-        if norm is not None and torch.equal(norm(one.last_BSD), one.result_BSD):
+        if norm is not None and torch.equal(norm(plain.last_BSD), plain.result_BSD):
             self._final_norm = norm
         return ""
 
@@ -275,7 +279,7 @@ class StreamedLayerwise(Layerwise):
 
     def _refuse_more(self, output: Any) -> None:
         """A layer that returns more than its state may hand it to others."""
-        if not isinstance(output, tuple | list) or all(one is None for one in output[1:]):
+        if not isinstance(output, tuple | list) or all(value is None for value in output[1:]):
             return
         raise UserError(f"{self.model.config.model_type}: its layers return more than the hidden state; {WHOLE}")
 
@@ -339,12 +343,12 @@ def _with_buffers(
 
 def _by_layer(names: Collection[str], prefix: str) -> dict[int | None, list[str]]:
     """Stored names by layer; None = of none. What predicts further tokens is left out, or is layers behind the last."""
-    found: dict[int | None, list[str]] = defaultdict(list)
+    by_layer: dict[int | None, list[str]] = defaultdict(list)
     for name in names:
         number = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
         if not is_mtp(name):
-            found[int(number) if number.isdigit() else None].append(name)
-    return found
+            by_layer[int(number) if number.isdigit() else None].append(name)
+    return by_layer
 
 
 def _distinct(tensors: dict[str, Tensor]) -> list[Tensor]:

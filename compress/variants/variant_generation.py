@@ -5,7 +5,7 @@ variants share what is below their first difference, prompts the beginning they 
 token that a variant would have chosen otherwise the draft is its own text. From there on all unfinished texts of all
 variants are rows of one batch, on keys and values that the reading left behind; finished rows leave it.
 
-B batch, S sequence, D hidden, H key-value heads, d size of a head.
+B batch, S sequence, N positions whose next token is asked for, D hidden, H key-value heads, d size of a head.
 """
 
 from __future__ import annotations
@@ -73,21 +73,19 @@ def generate_variants(
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for batch in batches(order, batch_size):
         rows = [prompts[index] for index in batch]
-        found: dict[int, list[Tokens]] = {}
+        texts: dict[int, list[Tokens]] = {}  # by variant, then in the order of the batch
         if together:
             draft = write_alone(rows)
-            for number in together:
-                if not variants[number].edits:
-                    found[number] = draft
-            rest = [number for number in together if number not in found]
+            texts |= {number: draft for number in together if not variants[number].edits}
+            rest = [number for number in together if number not in texts]
             for group in batches(rest, _group_size(decoder, rows, limits)):
-                texts = _write_together(edited, decoder, rows, draft, [variants[number] for number in group], limits)
-                found.update(zip(group, texts, strict=True))
-        for number, one in enumerate(variants):
-            if number not in found:
-                with edited.applied(one.edits):
-                    found[number] = write_alone(rows)
-            for index, tokens in zip(batch, found[number], strict=True):
+                members = [variants[number] for number in group]
+                texts.update(zip(group, _write_together(edited, decoder, rows, draft, members, limits), strict=True))
+        for number, variant in enumerate(variants):
+            if number not in texts:
+                with edited.applied(variant.edits):
+                    texts[number] = write_alone(rows)
+            for index, tokens in zip(batch, texts[number], strict=True):
                 written[number][index] = tokens
     return written
 
@@ -117,9 +115,11 @@ def _write_together(
     variants: Sequence[Variant],
     limits: Limits,
 ) -> list[list[Tokens]]:
+    """The texts of ``variants`` by variant, then by prompt, with the intact model's text as their ``draft``."""
     draft = [text[: DRAFT_TOKENS.get(decoder.device.type)] for text in draft]
     reading = _Reading(edited, decoder, prompts, draft, variants)
-    written = [text for one in variants for text in reading.accepted(one)]
+    # one list, variant after variant: text number t is variant t // prompts, prompt t % prompts
+    written = [text for variant in variants for text in reading.accepted(variant)]
     alive = [
         index
         for index, text in enumerate(written)
@@ -127,7 +127,7 @@ def _write_together(
     ]
     if alive:
         texts = reading.texts(written, alive)
-        del reading
+        del reading  # its states; the keys and values are the texts' now
         edits = RowEdits(edited.model, [variants[index // len(prompts)] for index in range(len(written))])
         with edits.applied():
             write(
@@ -153,13 +153,12 @@ class _Reading:
     ) -> None:
         self._decoder, self._prompts, self._draft, self._variants = decoder, prompts, draft, variants
         self._shared = _common_beginning(prompts)
-        read = [
-            [*prompt[self._shared :], *text[:-1]] for prompt, text in zip(prompts, draft, strict=True)
-        ]  # nothing is asked after a draft's last token
+        # a draft's last token is compared with what comes before it, and nothing is asked after it
+        read = [[*prompt[self._shared :], *text[:-1]] for prompt, text in zip(prompts, draft, strict=True)]
         layerwise = layerwise_or_none(edited.model)
         assert layerwise is not None
         self._num_layers = layerwise.num_layers
-        removed = [{layer for layer, edit in one.edits if edit == REMOVED} for one in variants]
+        removed = [{layer for layer, edit in variant.edits if edit == REMOVED} for variant in variants]
         if set.intersection(*removed):  # a layer that nobody goes through would leave no slot
             variants = [*variants, INTACT]
         self._states = States(edited, layerwise, decoder, self._passes(read), variants, keep=True)
@@ -167,6 +166,7 @@ class _Reading:
             self._states.advance()
 
     def _passes(self, read: list[Tokens]) -> list[Pass]:
+        """The common beginning as one row, and what every prompt goes on with; one pass where nothing is shared."""
         ids_BS = self._decoder.right_padded(read)
         if not self._shared:
             return [Pass(ids_BS)]
@@ -178,19 +178,23 @@ class _Reading:
     def accepted(self, variant: Variant) -> list[Tokens]:
         """For every prompt the draft's beginning that ``variant`` would have written too, and its own next token."""
         hidden_BSD = self._states.final(variant)[-1]
+        # the state of a prompt's last token chooses the draft's first one, and so on
         starts = [len(prompt) - self._shared - 1 for prompt in self._prompts]
-        rows = [
-            hidden_BSD[row, start : start + len(text)]
-            for row, (start, text) in enumerate(zip(starts, self._draft, strict=True))
-        ]
+        hidden_ND = torch.cat(
+            [
+                hidden_BSD[row, start : start + len(text)]
+                for row, (start, text) in enumerate(zip(starts, self._draft, strict=True))
+            ]
+        )
         size = self._decoder.positions_at_once()
-        choice = torch.cat([self._decoder.logits(part).argmax(dim=-1) for part in torch.cat(rows).split(size)]).tolist()
-        found = []
+        choices_N = torch.cat([self._decoder.logits(part).argmax(dim=-1) for part in hidden_ND.split(size)]).tolist()
+        accepted = []
         for text in self._draft:
-            own, choice = choice[: len(text)], choice[len(text) :]
+            own, choices_N = choices_N[: len(text)], choices_N[len(text) :]
+            # behind the first other choice the draft is another text, whose states say nothing of this one
             same = next((index for index in range(len(text)) if own[index] != text[index]), len(text) - 1)
-            found.append([*text[:same], own[same]])
-        return found
+            accepted.append([*text[:same], own[same]])
+        return accepted
 
     def texts(self, written: list[Tokens], alive: list[int]) -> Texts:
         """The texts ``alive`` (index: variant, then prompt), each ready to be fed its last token."""
@@ -201,9 +205,11 @@ class _Reading:
         kept = self._states.kept
         assert kept is not None
         for layer, slots in enumerate(kept):
-            pair = [_right_aligned(slots, layer, self._sources(alive), lengths, which) for which in (0, 1)]
-            cache.update(pair[0], pair[1], layer)
-            slots.clear()
+            keys_BHSd, values_BHSd = (
+                _right_aligned(slots, layer, self._sources(alive), lengths, which) for which in (0, 1)
+            )
+            cache.update(keys_BHSd, values_BHSd, layer)
+            slots.clear()  # layer by layer, so that not all of them are there twice
         lengths_B1 = torch.tensor(lengths, device=device).unsqueeze(1)
         mask_BS = (torch.arange(longest + 1, device=device) >= longest - lengths_B1).long()
         ids_BS = torch.tensor([[written[text][-1]] for text in alive], device=device)
@@ -234,14 +240,14 @@ def _right_aligned(
 
     A removed layer has left nothing behind; what stands in its place is never read.
     """
-    some = next(iter(slots.values()))[which]
-    _, heads, _, width = some.shape
-    found = some.new_zeros(len(sources), heads, max(lengths), width)
+    of_any = next(iter(slots.values()))[which]
+    _, num_heads, _, size = of_any.shape
+    aligned_BHSd = of_any.new_zeros(len(sources), num_heads, max(lengths), size)
     for row, ((variant, prompt), length) in enumerate(zip(sources, lengths, strict=True)):
-        path = tuple(edit for edit in variant.edits if edit[0] <= layer)
-        if path in slots:
-            found[row, :, max(lengths) - length :] = slots[path][which][prompt, :, :length]
-    return found
+        so_far = tuple(edit for edit in variant.edits if edit[0] <= layer)
+        if so_far in slots:
+            aligned_BHSd[row, :, max(lengths) - length :] = slots[so_far][which][prompt, :, :length]
+    return aligned_BHSd
 
 
 class RowEdits:
@@ -250,9 +256,9 @@ class RowEdits:
     def __init__(self, model: PreTrainedModel, variants: Sequence[Variant]) -> None:
         self._model = model
         self._variants = variants
-        """Of every text."""
+        """Variant of every text."""
         self._rows = {edit: RowsOfBatch(torch.empty(0), 0) for variant in variants for edit in variant.edits}
-        """By layer and what is done to it."""
+        """Rows by layer and what is done to it."""
 
     def choose(self, alive: Sequence[int]) -> None:
         """Say which texts the rows of the next forward belong to."""

@@ -9,7 +9,7 @@ No padding may lie between the tokens of a row, because sliding windows and rela
 the rows of a batch end together and get equally many new tokens: where another row has more of its own, the last tokens
 of the beginning are read again, in the place of padding.
 
-B batch, S sequence of new tokens, P cached positions.
+B batch, S sequence of new tokens, P cached positions, H key-value heads, d size of a head.
 """
 
 from __future__ import annotations
@@ -59,22 +59,27 @@ class Reader:
         self._decoder = decoder
         self._rows_left = Counter(beginnings)
         self._slots: dict[Tokens, list[tuple[Tensor, Tensor] | None]] = {}
-        """Keys and values of every layer, without the batch dimension; None for a layer that reads those of another."""
+        """Keys and values (H, P, d) of every layer; None for a layer that reads those of another."""
 
     def start(self, rows: Sequence[Tokens], shared: Sequence[int]) -> Start:
         """``rows``, of which the first ``shared`` tokens are their beginnings."""
         beginnings = [row[:count] for row, count in zip(rows, shared, strict=True)]
+        # all rows get as many new tokens as the one with the most of its own: the others read the end of their
+        # beginning once more, because padding there would stand between a row's tokens
         num_new = max(len(row) - count for row, count in zip(rows, shared, strict=True))
         cached = [max(0, len(row) - num_new) for row in rows]
         self._read([beginning for beginning in dict.fromkeys(beginnings) if beginning and beginning not in self._slots])
         cache = self._resumed(beginnings, cached)
         self._forget(beginnings)
-        ids, mask, positions = self._decoder.left_padded([row[skip:] for row, skip in zip(rows, cached, strict=True)])
-        cached_B1 = torch.tensor(cached, device=ids.device).unsqueeze(1)
-        filled = torch.arange(max(cached), device=ids.device) >= max(cached) - cached_B1
-        return Start(ids, torch.cat([filled.to(mask), mask], dim=1), cached_B1 + positions, cache)
+        new = [row[skip:] for row, skip in zip(rows, cached, strict=True)]
+        ids_BS, mask_BS, positions_BS = self._decoder.left_padded(new)
+        cached_B1 = torch.tensor(cached, device=ids_BS.device).unsqueeze(1)
+        filled_BP = torch.arange(max(cached), device=ids_BS.device) >= max(cached) - cached_B1
+        mask = torch.cat([filled_BP.to(mask_BS), mask_BS], dim=1)
+        return Start(ids_BS, mask, cached_B1 + positions_BS, cache)
 
     def _read(self, beginnings: Sequence[Tokens]) -> None:
+        """Keep the keys and values of ``beginnings``, read together."""
         if not beginnings:
             return
         # a sliding layer's own kind would forget what a row that goes on earlier still sees
@@ -108,7 +113,7 @@ class Reader:
 
 
 def _right_aligned(states: Sequence[Tensor | None], counts: Sequence[int], *, like: Tensor) -> Tensor:
-    """(B, heads, P, size): the first ``counts`` positions of each of ``states``, zeros before them."""
+    """(B, H, P, d): the first ``counts`` positions of each of ``states`` (H, P, d), zeros before them."""
     heads, _, size = like.shape
     longest = max(counts)
     aligned = like.new_zeros(len(states), heads, longest, size)
@@ -125,20 +130,24 @@ def common_beginnings(prompts: Sequence[Tokens]) -> list[int]:
     every node takes what saves more tokens: its own beginning for all of them, or what its parts have chosen.
     """
     order = sorted(range(len(prompts)), key=lambda index: prompts[index])
-    totals = [0, *itertools.accumulate(len(prompts[index]) for index in order)]
-    nodes = [_Node(0, 0)]
+    tokens_before = [0, *itertools.accumulate(len(prompts[index]) for index in order)]
+    # Nodes that still grow, from the root to the deepest; each one's beginning is longer than that of the one before.
+    # In sorted order a prompt belongs to all nodes whose beginning it shares with its predecessor, so that one look at
+    # every pair of neighbours builds the whole tree.
+    path = [_Node(0, 0)]
     for end in range(1, len(order) + 1):
         common = _in_common(prompts[order[end - 1]], prompts[order[end]]) if end < len(order) else 0
-        node = _Node(common, end - 1)
-        while nodes[-1].length > common:
-            closed = nodes.pop()
-            closed.choose(end, totals[end] - totals[closed.start])
-            node.start = closed.start
-            (nodes[-1] if nodes[-1].length >= common else node).take(closed)
-        if nodes[-1].length < common:
-            nodes.append(node)
+        branch = _Node(common, end - 1)
+        while path[-1].length > common:  # the next prompt lies outside of these
+            closed = path.pop()
+            closed.choose(end, tokens_before[end] - tokens_before[closed.start])
+            # a new node at this depth takes in all that has just been closed above it
+            branch.start = closed.start
+            (path[-1] if path[-1].length >= common else branch).take(closed)
+        if path[-1].length < common:
+            path.append(branch)
     shared = [0] * len(prompts)
-    for length, start, end in nodes[0].chosen:
+    for length, start, end in path[0].chosen:
         for index in order[start:end]:
             shared[index] = length
     return shared
@@ -190,22 +199,29 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 @dataclass
 class _Node:
-    """A run of sorted prompts with a common beginning."""
+    """Neighbouring sorted prompts with a common beginning, from ``start`` to where the node is closed."""
 
     length: int
+    """Tokens of the common beginning."""
     start: int
+    """First of its prompts, by their sorted order."""
     saved: int = 0
-    """Tokens, by what is chosen."""
+    """Tokens that ``chosen`` saves."""
     chosen: list[tuple[int, int, int]] = field(default_factory=list)
-    """Beginnings: their lengths, and the prompts from and up to where they are for."""
+    """Beginnings to be shared: (tokens, first prompt, prompt behind the last)."""
 
     def choose(self, end: int, num_tokens: int) -> None:
-        """Take the own beginning where that saves as much as what the parts have chosen, and is worth it."""
+        """Take the own beginning where that saves as much as what the parts have chosen, and is worth it.
+
+        ``num_tokens`` are those of all its prompts, which end before ``end``.
+        """
+        # the beginning is read once for all instead of once for each
         saved = (end - self.start - 1) * self.length
         if saved >= max(self.saved, WORTH_SHARING * num_tokens):
             self.saved, self.chosen = saved, [(self.length, self.start, end)]
 
     def take(self, part: _Node) -> None:
+        """Add what a node within this one has chosen."""
         self.saved += part.saved
         self.chosen += part.chosen
 
