@@ -103,7 +103,7 @@ def measured(
         UserError: as sweep_table does.
     """
     if len(components) != len(removed):
-        raise ValueError(f"{len(components)} components but scores of {len(removed)} variants")
+        raise ValueError(f"{len(components)} units but scores of {len(removed)} variants")
     by_key: list[Mapping[tuple[str, str, str], TaskScore]] = [
         {score.key: score for score in scores} for scores in removed
     ]
