@@ -25,6 +25,7 @@ from shoal.inference.decoder import LOGIT_ELEMENTS, Decoder
 from shoal.inference.scoring import Layout, Score, Tokens, layouts, settle
 from shoal.models.anatomy import text_config
 from shoal.progress import each
+from shoal.recipe.edits import ComponentPart
 
 from ..edits.layer_edits import KINDS
 from ..edits.sublayers import prove_alone
@@ -129,7 +130,7 @@ def score_variants_streamed(
     )
     states = [States(edited, layerwise, decoder, batch.passes, variants, store=store) for batch in batches]
     for layer in each(range(models[0].num_layers), "sweep, layer by layer", unit="layers"):
-        parts = {edit.part for variant in variants for at, edit in variant.edits if at == layer}
+        parts: set[ComponentPart] = {edit.part for variant in variants for at, edit in variant.edits if at == layer}
         with ExitStack() as stack:
             stack.enter_context(models[0].layer(layer))
             if "donor" in parts:

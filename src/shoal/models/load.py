@@ -207,7 +207,7 @@ def loaded_dtype(config: PreTrainedConfig, wanted: str = "stored", shards: Itera
     """
     if named := named_dtype(wanted):
         return named
-    if said := config.dtype or text_config(config).dtype:
+    if said := getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None):
         return said
     floats = (FLOATS[tensor.dtype] for shard in shards for tensor in shard.tensors.values() if tensor.dtype in FLOATS)
     return next(floats, torch.float32)
