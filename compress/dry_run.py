@@ -17,7 +17,7 @@ from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
 from shoal.models.load import load_config, loaded_dtype, text_config, without_data
 from shoal.recipe.edits import in_words, removed_layers
-from shoal.recipe.recipe import Target
+from shoal.recipe.prune import Target
 
 from .apply import refuse_own_code
 from .edits.apply import refuse_impossible_edits

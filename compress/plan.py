@@ -13,7 +13,7 @@ from shoal.artifacts.artifact import Importance
 from shoal.artifacts.importance import Removal, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.edits import Edit, Edits, SkipAttention, SkipMlp, edited_layers, in_words, removed_layers
-from shoal.recipe.recipe import Prune
+from shoal.recipe.prune import Prune
 
 from .sweeps.atlas import cornerstones
 from .sweeps.columns import layer_scores, ranks, swept_columns, unknown

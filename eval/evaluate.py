@@ -18,7 +18,7 @@ from shoal.artifacts.artifact import Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
 from shoal.models.load import checkpoint_bytes, num_parameters, text_config
 from shoal.progress import each
-from shoal.recipe.recipe import Tasks
+from shoal.recipe.evaluate import Tasks
 from shoal.runtime import rank, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks, prompt_room

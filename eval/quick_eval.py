@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.recipe.recipe import Tasks
+from shoal.recipe.evaluate import Tasks
 
 from .evaluate import scores_of
 from .harness.engine import CausalLM, connect_ranks

@@ -15,9 +15,8 @@ from transformers.trainer_callback import PrinterCallback
 from shoal.artifacts.artifact import PruningPlan
 from shoal.data.packing import PackedRows
 from shoal.models.load import align_weights, load_model
-from shoal.recipe.distill import Distill
+from shoal.recipe.distill import Distill, Record
 from shoal.recipe.losses import LOGIT_TERMS, STATE_TERMS, CrossEntropy, needs_teacher, reads_distributions
-from shoal.recipe.recording import Record
 from shoal.runtime import device
 
 from .callbacks.validation import Scorer, Watcher

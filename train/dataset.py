@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.packing import PackedRows, read_rows
 from shoal.data.sources import TEACHER_TEXT, pack, texts_fingerprint
-from shoal.recipe.recipe import Distill
+from shoal.recipe.distill import Distill
 from shoal.recipe.section import Packing
 from shoal.runtime import barrier, is_main
 

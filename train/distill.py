@@ -17,10 +17,9 @@ from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.models.load import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
 from shoal.progress import doing
-from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS
-from shoal.recipe.recipe import Distill, Track
-from shoal.recipe.recording import Record
+from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
 from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.track import Track
 from shoal.runtime import agreed, device, world_size
 from shoal.tracking import wandb_run
 

@@ -20,7 +20,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of
 from shoal.models.load import load_model, logits_from_hidden
 from shoal.progress import progress
-from shoal.recipe.recording import Record
+from shoal.recipe.distill import Record
 from shoal.runtime import barrier, device, is_main, rank, world_size
 
 from .objective.objective import final_hidden

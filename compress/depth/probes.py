@@ -25,7 +25,7 @@ from shoal.data.sources import load_labelled
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, given_state, state_of
 from shoal.progress import each
-from shoal.recipe.recipe import ProbeSet
+from shoal.recipe.measure import ProbeSet
 from shoal.stats.intervals import wilson
 
 from ..edits.sublayers import probing

@@ -29,7 +29,7 @@ from shoal.inference.scoring import Score, Tokens
 from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
 from shoal.recipe.edits import REMOVED
-from shoal.recipe.recipe import Protocol, Sweeps
+from shoal.recipe.measure import Protocol, Sweeps
 from shoal.runtime import world_size
 
 from ...eval.evaluate import check_runnable, in_words, num_items, scores_of

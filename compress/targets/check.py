@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
-from shoal.recipe.recipe import Target
+from shoal.recipe.prune import Target
 
 from ..surgery.config_cut import cut_config
 from ..surgery.quantised import without_quantization

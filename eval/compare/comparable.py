@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Evaluation, TaskScore
+from shoal.artifacts.search import PERPLEXITY
 from shoal.errors import UserError
-from shoal.recipe.recipe import Eval
-from shoal.recipe.search import PERPLEXITY
+from shoal.recipe.evaluate import Eval
 from shoal.recipe.section import Shapes, shaping_keys
 from shoal.stats.paired import SAME_MEASUREMENT, paired, require_same_measurement
 

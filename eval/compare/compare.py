@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shoal.artifacts.artifact import Evaluation, Speed, SpeedScore, TaskScore
-from shoal.recipe.search import Interval
+from shoal.artifacts.search import Interval
 from shoal.stats.intervals import combined
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 

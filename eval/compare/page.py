@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from shoal.artifacts.search import Interval
 from shoal.atomic_files import make_folder, write_text
 from shoal.figures.pareto import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.figures.run_figures import clean, inline_svg, save_figure
 from shoal.formatting import aligned, count_text, listed, signed
-from shoal.recipe.search import Interval
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
 from ..report.document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown

@@ -16,8 +16,8 @@ import numpy as np
 from scipy import stats
 
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Evaluation, TaskScore
+from shoal.artifacts.search import PERPLEXITY, Column, Correlation, Interval, PlanScore, PlanStanding, Ranking, Standing
 from shoal.errors import UserError
-from shoal.recipe.search import PERPLEXITY, Column, Correlation, Interval, PlanScore, PlanStanding, Ranking, Standing
 from shoal.stats.paired import Retention, no_retention, paired, retention
 
 from ..harness.samples import protocol_of

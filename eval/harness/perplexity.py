@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from shoal.artifacts.artifact import ItemScore, TaskScore
 from shoal.data.sources import first_tokens, load_texts
 from shoal.errors import UserError
-from shoal.recipe.recipe import Tasks
+from shoal.recipe.evaluate import Tasks
 from shoal.recipe.section import DataSource
 
 from .engine import CausalLM, prefix_token

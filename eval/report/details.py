@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 
 from shoal.artifacts.artifact import Json
+from shoal.artifacts.search import SearchResult
 from shoal.formatting import duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
-from shoal.recipe.search import SearchResult
 from shoal.redaction import redacted
 from shoal.task_words import task_words
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.artifact import Evaluation
+from shoal.artifacts.search import SearchResult
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure
 from shoal.figures.depth import depth_figure
@@ -22,7 +23,6 @@ from shoal.figures.run_figures import (
     save_figure,
     training_figure,
 )
-from shoal.recipe.search import SearchResult
 
 from .cautions import cautions_section
 from .details import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal.recipe.search import SearchResult
+from shoal.artifacts.search import SearchResult
 
 from .document import Block, Bullets, Code, Paragraph, Section, Table
 from .search_table import NOTE, ranked_by, recipe_lines, standings, verdicts

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import yaml
 
+from shoal.artifacts.search import Column, Correlation, HealedPlan, Interval, PlanStanding, Ranking, SearchResult
 from shoal.formatting import layers_text, listed, signed
 from shoal.recipe.edits import in_words, removed_layers
-from shoal.recipe.search import Column, Correlation, HealedPlan, Interval, PlanStanding, Ranking, SearchResult
 from shoal.recipe.section import as_dict
 
 from .wording import DASH

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.recipe.recipe import Tasks
+from shoal.recipe.evaluate import Tasks
 
 from .data_sets import DataSet, Part, parts_of
 from .documents import MissingFiles, local_rows

@@ -19,7 +19,8 @@ from typing import get_args
 
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
-from shoal.recipe.recipe import CONFIGS_DIR, Tasks
+from shoal.recipe.evaluate import Tasks
+from shoal.recipe.recipe import CONFIGS_DIR
 
 from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 

@@ -23,7 +23,8 @@ from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
 from shoal.compress.sweeps.table import sweep_table
 from shoal.errors import UserError
 from shoal.recipe.edits import Component, Merge, SkipAttention, SkipMlp
-from shoal.recipe.recipe import Prune, parse_recipe
+from shoal.recipe.prune import Prune
+from shoal.recipe.recipe import parse_recipe
 
 NUM_LAYERS = 6
 INFLUENCE = (0.9, 0.2, 0.1, 0.3, 0.1, 0.05)

@@ -25,7 +25,7 @@ from shoal.eval.evaluate import role_evaluation
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import item_ids, task_score
-from shoal.recipe.recipe import Eval
+from shoal.recipe.evaluate import Eval
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
 from shoal.stats.paired import paired

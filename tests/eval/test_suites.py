@@ -19,7 +19,8 @@ from shoal.errors import UserError
 from shoal.eval.evaluate import num_items
 from shoal.eval.suites import Work, in_words, rest_in_words, work_of
 from shoal.eval.tasks.load import known_tasks, tasks_of
-from shoal.recipe.recipe import Eval, parse_recipe
+from shoal.recipe.evaluate import Eval
+from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
 from shoal.recipe.suites import SUITES_DIR, Cost, SuiteName, read_suite
 from shoal.stages import pipeline

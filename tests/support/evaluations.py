@@ -10,7 +10,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from shoal.artifacts.artifact import TaskScore
 from shoal.eval.evaluate import evaluate
-from shoal.recipe.recipe import Eval
+from shoal.recipe.evaluate import Eval
 
 TASKS = ("knowledge_continuation", "knowledge_loglikelihood", "retrieval_generation", "reasoning_worked")
 

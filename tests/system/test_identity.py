@@ -16,7 +16,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from shoal.eval.compare.comparable import TEXT_SETTINGS
-from shoal.recipe.on_policy import OnPolicy
+from shoal.recipe.distill import OnPolicy
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping
 from shoal.stages import distill as distilling

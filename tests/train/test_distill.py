@@ -11,10 +11,8 @@ from tiny import tiny_checkpoint, tiny_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
 
 from shoal.errors import UserError
-from shoal.recipe.distill import Teacher
+from shoal.recipe.distill import Distill, Record, Teacher
 from shoal.recipe.losses import TAID, ForwardKL, ValueRelation
-from shoal.recipe.recipe import Distill
-from shoal.recipe.recording import Record
 from shoal.train.dataset import training_rows
 from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs
 from shoal.train.engine.arguments import (

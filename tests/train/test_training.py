@@ -39,8 +39,7 @@ from training_runs import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.data.packing import IGNORED, read_rows
-from shoal.recipe.distill import Distill
-from shoal.recipe.on_policy import OnPolicy
+from shoal.recipe.distill import Distill, OnPolicy
 from shoal.train.assembly import _on_policy as sampler
 from shoal.train.callbacks.loss_spikes import load_batches
 from shoal.train.generated.on_policy import Sampler

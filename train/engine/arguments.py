@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from shoal.errors import UserError
 from shoal.numerics import fast_dtype
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
-from shoal.recipe.recipe import Distill
+from shoal.recipe.distill import Distill
 from shoal.runtime import device, world_size
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.data.sources import IGNORED
-from shoal.recipe.on_policy import OnPolicy
+from shoal.recipe.distill import OnPolicy
 
 from ..objective.host_batch import ON_HOST, on_host, queued
 from .sampling import sample

@@ -26,8 +26,8 @@ from shoal.data.chat import Chat, check_template
 from shoal.data.sources import TEACHER_TEXT, documents, load_texts
 from shoal.errors import UserError
 from shoal.progress import each
+from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource, Shapes, shaping
-from shoal.recipe.writing import Writing
 from shoal.runtime import barrier, is_main, rank, world_size
 
 from .filtering import sifted

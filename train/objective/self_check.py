@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 
 from shoal.data.packing import PackedRows
 from shoal.models.load import text_config
-from shoal.recipe.distill import Distill
+from shoal.recipe.distill import Distill, Record
 from shoal.recipe.losses import LOGIT_TERMS
-from shoal.recipe.recording import Record
 from shoal.runtime import device
 
 from ..engine.arguments import autocast_dtype

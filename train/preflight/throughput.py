@@ -15,9 +15,8 @@ from shoal.artifacts.artifact import PruningPlan
 from shoal.machine import now
 from shoal.models.anatomy import text_config
 from shoal.progress import doing
-from shoal.recipe.distill import Distill
+from shoal.recipe.distill import Distill, Record
 from shoal.recipe.losses import STATE_TERMS, reads_distributions
-from shoal.recipe.recording import Record
 
 from ..engine.arguments import product_dtype
 from ..objective.capture import Captured

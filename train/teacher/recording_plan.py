@@ -1,6 +1,6 @@
 """A recording of the teacher's signals: what identifies one, and what of it is still to be written.
 
-The recipe's section is shoal.recipe.recording.Record; record.py writes shards, recording_reader.py reads them in
+The recipe's section is shoal.recipe.distill.Record; record.py writes shards, recording_reader.py reads them in
 training, and signals.RecordedTeacher hands them on.
 
 A recording is a folder of shards (see recording_format) and a manifest. Shards are written one by one, each under a
@@ -25,8 +25,7 @@ from shoal.artifacts.artifact import Artifact, Provenance, differences
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.load import load_config, text_config, tokenizer_fingerprint
-from shoal.recipe.distill import Distill
-from shoal.recipe.recording import Record
+from shoal.recipe.distill import Distill, Record
 from shoal.recipe.section import Shapes, shaping, shaping_keys
 from shoal.runtime import environment, is_main, rank, world_size
 

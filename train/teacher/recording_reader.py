@@ -17,8 +17,8 @@ from torch import Tensor
 
 from shoal.artifacts.artifact import differences
 from shoal.errors import UserError
+from shoal.recipe.distill import Record
 from shoal.recipe.losses import LOGIT_TERMS, AttentionRelation, LossTerm, ValueRelation, reads_distributions
-from shoal.recipe.recording import Record
 
 from ..objective.chunked_loss import refuse_for_top_k
 from .recording_format import RECORD_AGAIN, ShardFile, TokenRows

@@ -3,4 +3,5 @@
 artifact    typed JSON with provenance
 importance  the tables of a sweep, the atlas
 depth       diagnostics and probes
+search      plans, and how they rank before and after they were healed
 """

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from shoal.artifacts.search import Interval
 from shoal.errors import UserError
 from shoal.figures.run_figures import FAINT, INK, ROLE_STYLE, clean, figure_style, panels, short
-from shoal.recipe.search import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,16 +1,17 @@
 """What a run is told: every setting a frozen dataclass.
 
-recipe          every setting a frozen dataclass; load_recipe()
+recipe          the whole; load_recipe() and overrides
+messages        why a recipe is refused, in the words of YAML
 yaml            YAML 1.2 scalars, no key twice
-section         what its sections are made of
+section         what sections are made of; what each key shapes, and identities from it
+measure         `measure`, with `measure.sweep`
+prune           `prune`
 edits           `prune.edits`: what is done to layers besides dropping them
-distill         `distill`
+distill         `distill` and `record`
 losses          `distill.losses`
-lora            `distill.lora`
-on_policy       `distill.on_policy`
-writing         `distill.writing`
-recording       `record`
-search          `search`, and what a search finds
-suites          `eval.suite`: tasks by name, with their cost
 deepspeed_file  `distill.deepspeed`
+search          `search`
+evaluate        `eval`, and what `measure.sweep` shares with it
+suites          `eval.suite`: tasks by name, with their cost
+track           `track` and `export`
 """

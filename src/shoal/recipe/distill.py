@@ -1,4 +1,4 @@
-"""How a cut model is trained on the full one: the recipe's section `distill`, and what it must not say."""
+"""How a cut model is trained on the full one: the sections `distill` and `record`, and what they must not say."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from shoal.recipe import losses as terms
-from shoal.recipe.lora import Lora
 from shoal.recipe.losses import ForwardKL, LossTerm
-from shoal.recipe.on_policy import OnPolicy
-from shoal.recipe.section import TEACHER_TEXT, Data, DataSource, Dtype, Packing, Positive, RowLength, Section, Shapes
-from shoal.recipe.writing import Writing
+from shoal.recipe.section import (
+    TEACHER_TEXT,
+    Data,
+    DataSource,
+    Dtype,
+    Packing,
+    Positive,
+    RowLength,
+    Section,
+    Shapes,
+    Text,
+)
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "replacement", "norm_and_head"]
 Precision = Annotated[
@@ -72,6 +80,94 @@ class Watch(Section):
 
 
 @dataclass(frozen=True)
+class Lora(Section):
+    """Train two small matrices beside each weight instead of the weight (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+    Their product is merged into the weights when the student is written, so that distilled/ is a plain checkpoint.
+    """
+
+    rank: Annotated[Positive, Shapes.TRAINING] = 16
+    """Rows of the one matrix and columns of the other."""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False), Shapes.TRAINING] = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.0
+    """Share of the adapters' inputs set to zero. The draws differ with the number of ranks, so the curve does too."""
+    target_modules: Annotated[Annotated[tuple[Text, ...], Field(min_length=1)] | None, Shapes.TRAINING] = None
+    """Linear modules that get an adapter, by the end of their names (`q_proj`, `mlp.down_proj`), in those layers that
+    distill.trainable trains; None = all of them there."""
+    quantization: Annotated[Literal["none", "nf4"], Shapes.TRAINING] = "none"
+    """nf4: frozen weights of the layers are held in 4 bits while training (QLoRA, Dettmers et al. 2023,
+    arXiv:2305.14314); needs bitsandbytes. Adapters are merged into the weights as they were before that."""
+
+
+@dataclass(frozen=True)
+class OnPolicy(Section):
+    """In a share of the steps the student's own samples stand in for the data (GKD, arXiv 2306.13649)."""
+
+    share: Annotated[float, Field(ge=0, le=1), Shapes.TRAINING] = 0.5
+    """Probability that a step trains on samples, GKD's lambda; 0 = never, 1 = in every step."""
+    start: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.0
+    """Share of all steps that come before the first on-policy one: a student that cannot write yet wastes its time."""
+    prompt_tokens: Annotated[Positive, Shapes.TRAINING] = 24
+    """Tokens of running text that the student goes on from; of a conversation it gets all up to an assistant's turn."""
+    new_tokens: Annotated[Positive, Shapes.TRAINING] = 128
+    """Most tokens that the student writes after a prompt."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TRAINING] = 1.0
+    """Temperature of sampling, not of the loss; 0 = always the likeliest token."""
+
+
+@dataclass(frozen=True)
+class Writing(Section):
+    """What stands behind the source `teacher_text`."""
+
+    prompts: Annotated[DataSource | None, Shapes.BY_CONTENT] = None
+    """What the teacher answers: texts it goes on from, or conversations (`messages`, or `prompt` and `completion`), of
+    which it writes the last assistant's turn anew. None = openings of the prose sources beside it."""
+    num_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 10_000
+    """Tokens of prompts and written text together, about, before any text is rejected."""
+    prompt_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 24
+    """Tokens of an opening; without effect where there are prompts."""
+    max_prompt_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 1024
+    """Most tokens of a prompt; longer ones are left out."""
+    new_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 232
+    """Most tokens that the teacher writes after a prompt."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TEXT | Shapes.TRAINING] = 1.0
+    """Temperature of sampling: 1 = the teacher's own distribution; 0 = always the likeliest token."""
+    top_p: Annotated[float, Field(gt=0, le=1), Shapes.TEXT | Shapes.TRAINING] = 1.0
+    """Share of the probability whose likeliest tokens are drawn from; 1 = all tokens."""
+    keep: Annotated[Literal["all", "correct"], Shapes.TEXT | Shapes.TRAINING] = "all"
+    """correct = only answers whose final answer is that of the prompt's own `completion` or last assistant's turn."""
+    batch_size: Annotated[Positive, Shapes.TEXT] = 16
+    """Texts per rank and forward, written and kept together: what a kill costs at most."""
+    folder: Annotated[Text | None, Shapes.NOTHING] = None
+    """Folder in which written text is kept, to be shared between runs: the same model, prompts and settings find it
+    there. None = RUN_DIR/text."""
+    backend: Annotated[Literal["transformers", "vllm"], Shapes.TEXT | Shapes.TRAINING] = "transformers"
+    """Library that runs the teacher; vllm has to be installed, and writes on one rank."""
+
+
+@dataclass(frozen=True)
+class Record(Section):
+    """What `shoal record` keeps of the teacher for every token of the training rows."""
+
+    top_k: Annotated[Positive, Shapes.SIGNALS | Shapes.TRAINING] = 32
+    """Most probable next tokens kept per position, with their log-probabilities; the rest is kept as one sum."""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False), Shapes.SIGNALS | Shapes.TRAINING] = 1.0
+    """Temperature of the teacher's softmax. What is recorded serves loss terms of this temperature only: the mass
+    outside the top k is not known at another."""
+    states: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Shapes.SIGNALS | Shapes.TRAINING] = ()
+    """Teacher layers whose outputs are kept too, in bfloat16: two bytes per hidden dimension, token and layer."""
+    num_tokens: Annotated[Positive | None, Shapes.BY_CONTENT] = None
+    """Tokens to record; None = distill.num_tokens. Either is rounded up to whole optimizer steps."""
+    folder: Annotated[Text | None, Shapes.NOTHING] = None
+    """Folder of the files; None = signals/ in run_dir."""
+    rows_per_shard: Annotated[Positive, Shapes.NOTHING] = 64
+    """Training rows in one file. A recording that was interrupted goes on at the next file."""
+    batch_size: Annotated[Positive, Shapes.NOTHING] = 8
+    """Rows that the teacher reads at one time on every rank."""
+
+
+@dataclass(frozen=True)
 class Distill(Section):
     """How the cut model is trained on the full one."""
 
@@ -99,7 +195,7 @@ class Distill(Section):
     teacher: Annotated[Teacher, Shapes.TRAINING] = Teacher()
     local: Annotated[LocalHeal | None, Shapes.TRAINING] = None
     """A stage before this one; None = none."""
-    writing: Annotated[Writing, Shapes.TRAINING] = field(default_factory=Writing)
+    writing: Annotated[Writing, Shapes.TRAINING] = Writing()
     """Text that the teacher writes where data names the source `teacher_text`."""
     on_policy: Annotated[OnPolicy | None, Shapes.TRAINING] = None
     """Steps in which the student learns from what it writes itself; None = none."""

@@ -22,7 +22,7 @@ from shoal.machine import available_memory
 from shoal.models.load import checkpoint_bytes, load_config, load_model, load_tokenizer, model_fingerprint, text_config
 from shoal.progress import doing
 from shoal.recipe.edits import Component
-from shoal.recipe.recipe import Sweeps
+from shoal.recipe.measure import Sweeps
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, resolved

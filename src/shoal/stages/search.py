@@ -19,12 +19,15 @@ import torch
 import yaml
 
 from shoal.artifacts.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences
+from shoal.artifacts.search import HealedPlan, SearchResult
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
 from shoal.progress import each
-from shoal.recipe.recipe import Export, Prune, Recipe, parse_recipe
-from shoal.recipe.search import HealedPlan, Search, SearchPlan, SearchResult
+from shoal.recipe.prune import Prune
+from shoal.recipe.recipe import Recipe, parse_recipe
+from shoal.recipe.search import Search, SearchPlan
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
+from shoal.recipe.track import Export
 from shoal.stages import distill as distilling
 from shoal.stages import pipeline
 from shoal.stages import prune as pruning

@@ -21,7 +21,7 @@ import yaml
 from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan, Speed, Training
 from shoal.atomic_files import write_json
 from shoal.models.load import DEMO_PREFIX, model_fingerprint
-from shoal.recipe.recipe import Track
+from shoal.recipe.track import Track
 from shoal.redaction import redacted
 from shoal.runtime import is_main
 from shoal.tracking.wandb_run import UPLOAD_WAIT_S, attempt, finish, start, wandb_mode

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
-from shoal.recipe.recipe import Track
+from shoal.recipe.track import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.runtime import environment, is_main
 

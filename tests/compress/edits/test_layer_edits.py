@@ -17,7 +17,7 @@ from shoal.recipe.edits import (
     Swap,
     components,
 )
-from shoal.recipe.recipe import Operator
+from shoal.recipe.measure import Operator
 
 
 def test_every_part_has_a_row_and_is_an_operator_of_sweeps() -> None:

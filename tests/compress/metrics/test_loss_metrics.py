@@ -30,7 +30,7 @@ from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.load import decoder_layers
 from shoal.recipe.edits import Component, SkipAttention, SkipMlp
-from shoal.recipe.recipe import Prune
+from shoal.recipe.prune import Prune
 
 Half = tuple[str, int]
 

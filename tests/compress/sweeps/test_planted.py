@@ -10,7 +10,7 @@ from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.sweep import sweep
 from shoal.compress.variants.variants import Edited, variant_of
-from shoal.recipe.recipe import Sweeps
+from shoal.recipe.measure import Sweeps
 
 
 @pytest.fixture(scope="module")

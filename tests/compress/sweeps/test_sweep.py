@@ -21,7 +21,7 @@ from shoal.compress.variants.variants import Edited, Variant, variant_of, withou
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
 from shoal.recipe.edits import Component
-from shoal.recipe.recipe import Sweeps
+from shoal.recipe.measure import Sweeps
 
 SETTINGS = Sweeps(
     tasks=("knowledge_continuation", "knowledge_loglikelihood", "retrieval_generation", "reasoning_worked"),

@@ -20,7 +20,7 @@ from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
 from shoal.recipe.edits import LayerEdit
-from shoal.recipe.recipe import Sweeps
+from shoal.recipe.measure import Sweeps
 
 TASK: dict[str, Any] = {
     "dataset_path": "json",

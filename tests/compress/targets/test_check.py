@@ -24,7 +24,8 @@ from shoal.compress.targets import vllm as vllm_rules
 from shoal.compress.targets.check import TARGETS, check_targets, refuse_for_targets, student_config
 from shoal.compress.targets.vllm import vllm_loads
 from shoal.errors import UserError
-from shoal.recipe.recipe import Target, parse_recipe
+from shoal.recipe.prune import Target
+from shoal.recipe.recipe import parse_recipe
 from shoal.stages import prune
 
 

@@ -27,6 +27,7 @@ from shoal.artifacts.artifact import (
     TaskScore,
     Training,
 )
+from shoal.artifacts.search import Interval
 from shoal.cli import main
 from shoal.errors import UserError
 from shoal.eval.compare.comparable import distinct_names
@@ -35,7 +36,6 @@ from shoal.eval.compare.data import as_data
 from shoal.eval.compare.page import comparison_text, pareto_panels, write_comparison
 from shoal.figures.pareto import ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.figures.run_figures import save_figure
-from shoal.recipe.search import Interval
 from shoal.stats.paired import Retention, holm, interval, paired, retention
 
 SHARES = {"teacher": 0.9, "pruned": 0.4, "distilled": 0.7}

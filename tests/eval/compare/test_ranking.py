@@ -14,13 +14,13 @@ import pytest
 from results import provenance
 
 from shoal.artifacts.artifact import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.search import HealedPlan, Ranking, SearchResult
 from shoal.compress.plan import choose_changes
 from shoal.errors import UserError
 from shoal.eval.compare.ranking import correlation, measure_by, rank_plans
 from shoal.eval.harness.samples import with_interval
 from shoal.eval.report.search_table import recipe_lines, search_text, verdicts
 from shoal.recipe.recipe import parse_recipe
-from shoal.recipe.search import HealedPlan, Ranking, SearchResult
 from shoal.recipe.yaml import read_yaml
 from shoal.stats.paired import paired, retention
 

@@ -21,7 +21,7 @@ from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.item_cache import ItemCache, identity_of, key_of
 from shoal.inference.decoder import Decoder
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.recipe.recipe import Eval
+from shoal.recipe.evaluate import Eval
 
 
 @pytest.fixture

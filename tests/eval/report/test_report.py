@@ -36,6 +36,16 @@ from results import (
 )
 
 from shoal.artifacts.artifact import Evaluation, ItemScore, TaskScore
+from shoal.artifacts.search import (
+    Column,
+    Correlation,
+    HealedPlan,
+    Interval,
+    PlanStanding,
+    Ranking,
+    SearchResult,
+    Standing,
+)
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.errors import UserError
 from shoal.eval.harness.rates import with_rates
@@ -63,7 +73,6 @@ from shoal.eval.report.report import build_document, write_report
 from shoal.eval.report.search_section import read_search
 from shoal.formatting import layers_text, signed
 from shoal.recipe.edits import SkipAttention, Swap
-from shoal.recipe.search import Column, Correlation, HealedPlan, Interval, PlanStanding, Ranking, SearchResult, Standing
 from shoal.redaction import redacted
 from shoal.stats.paired import holm, paired
 

@@ -26,7 +26,7 @@ from shoal.eval.tasks.data_sets import TaskProtocol, parts_of, read_data_sets
 from shoal.eval.tasks.load import known_tasks, load_tasks
 from shoal.eval.tasks.names import TASKS_DIR, task_names
 from shoal.eval.tasks.rows import _jinja, bbh_options
-from shoal.recipe.recipe import Eval
+from shoal.recipe.evaluate import Eval
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")

@@ -15,9 +15,11 @@ from searches import EVAL, MEASURE, Healer
 
 from shoal import cli
 from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan
+from shoal.artifacts.search import SearchResult
 from shoal.errors import UserError
-from shoal.recipe.recipe import Prune, parse_recipe
-from shoal.recipe.search import SearchPlan, SearchResult
+from shoal.recipe.prune import Prune
+from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.search import SearchPlan
 from shoal.recipe.section import as_dict
 from shoal.stages import measure, pipeline
 from shoal.stages import search as searching

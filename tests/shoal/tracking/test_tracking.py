@@ -33,8 +33,9 @@ from shoal.artifacts.artifact import PruningPlan
 from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.eval.report.score_rows import COLUMNS, score_rows
-from shoal.recipe.recipe import Track, load_recipe
+from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import as_dict
+from shoal.recipe.track import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.tracking import wandb_results, wandb_run
 from shoal.tracking.wandb_results import log_results

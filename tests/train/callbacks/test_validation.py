@@ -14,7 +14,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from shoal.eval.quick_eval import QuickScore, QuickScores
 from shoal.recipe.distill import Watch
-from shoal.recipe.recipe import Eval
+from shoal.recipe.evaluate import Eval
 from shoal.train.callbacks.validation import Watcher
 
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from shoal.data.sources import IGNORED
+from shoal.recipe.distill import OnPolicy
 from shoal.recipe.losses import ForwardKL
-from shoal.recipe.on_policy import OnPolicy
 from shoal.train.generated.on_policy import Sampler, lay_out
 from shoal.train.generated.sampling import draw, end_tokens, own_forwards, sample
 from shoal.train.objective.host_batch import ON_HOST

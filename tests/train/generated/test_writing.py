@@ -13,8 +13,8 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from shoal.errors import UserError
+from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
-from shoal.recipe.writing import Writing
 from shoal.train.generated import writing
 from shoal.train.generated.writing import check_backend, transformers_writer, write_texts
 

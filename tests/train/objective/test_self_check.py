@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.data.packing import PackedRows
-from shoal.recipe.distill import Distill
+from shoal.recipe.distill import Distill, Record
 from shoal.recipe.losses import (
     DKD,
     JSD,
@@ -30,7 +30,6 @@ from shoal.recipe.losses import (
     TotalVariation,
     ValueRelation,
 )
-from shoal.recipe.recording import Record
 from shoal.train.objective import divergences, layer_losses
 from shoal.train.objective.divergences import Values
 from shoal.train.objective.layer_losses import StateLosses

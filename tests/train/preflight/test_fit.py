@@ -23,10 +23,8 @@ from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.machine import peak_memory, ranks_on_this_node
-from shoal.recipe.distill import Distill, LocalHeal, Teacher, Watch
-from shoal.recipe.lora import Lora
+from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Teacher, Watch
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
-from shoal.recipe.on_policy import OnPolicy
 from shoal.train import dry_run as report
 from shoal.train.engine.sharding import REDUCED_AT_ONCE
 from shoal.train.objective.objective import final_hidden

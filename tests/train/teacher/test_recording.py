@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from shoal.errors import UserError
 from shoal.models.load import load_model
-from shoal.recipe.recording import Record
+from shoal.recipe.distill import Record
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port, leave_distributed, set_up_distributed
 from shoal.train import record as stage
@@ -288,7 +288,7 @@ def test_a_recording_serves_a_run_with_fewer_rows_and_refuses_one_with_more(teac
 
 
 def test_rows_of_a_smaller_budget_are_the_first_rows_of_a_larger_one(tmp_path):
-    from shoal.recipe.recipe import Distill
+    from shoal.recipe.distill import Distill
     from shoal.train.dataset import training_rows
 
     texts = [{"text": "".join(chr(97 + (i * j) % 26) for j in range(20 + i))} for i in range(30)]

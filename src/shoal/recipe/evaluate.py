@@ -1,0 +1,58 @@
+"""Tasks that models are scored on: the recipe's section `eval`, and what `measure.sweep` shares with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes
+from shoal.recipe.suites import SuiteName
+
+
+@dataclass(frozen=True)
+class Tasks(Section):
+    """Tasks and running text that models are scored on, and on how much of them."""
+
+    tasks: Annotated[tuple[str, ...], Shapes.SCORES] = ()
+    """lm-eval task or group names: shoal's own (configs/tasks) and every task lm-eval ships."""
+    limit: Annotated[Positive | None, Shapes.SCORES] = None
+    """Items per task; None = all."""
+    limits: Annotated[dict[str, Positive], Shapes.SCORES] = field(default_factory=dict)
+    """Items of single tasks that get another number, by task name."""
+    batch_size: Annotated[Positive, Shapes.SCORES] = 16
+    """Prompts or questions per rank at one time."""
+    num_fewshot: Annotated[Annotated[int, Field(ge=0)] | None, Shapes.SCORES] = None
+    """Examples shown before each item; None = each task's own default."""
+    include_path: Annotated[str | None, Shapes.SCORES] = None
+    """A further folder of task YAMLs."""
+    data_dir: Annotated[str | None, Shapes.BY_CONTENT] = None
+    """A folder with one folder per data set, from which tasks take what they otherwise read from the Hub."""
+    perplexity_data: Annotated[Data, Shapes.PERPLEXITY | Shapes.SCORES] = (DataSource("python_docs_heldout"),)
+    """Running text that is scored token by token."""
+    perplexity_tokens: Annotated[int, Field(ge=0), Shapes.PERPLEXITY | Shapes.SCORES] = 0
+    """Tokens of running text; 0 = none is scored."""
+    sequence_length: Annotated[RowLength, Shapes.PERPLEXITY | Shapes.SCORES] = 512
+    """Window of the perplexity measurement, in tokens."""
+
+
+@dataclass(frozen=True)
+class Eval(Tasks):
+    """What the models are scored on."""
+
+    suite: Annotated[SuiteName | None, Shapes.BY_CONTENT] = None
+    """Tasks and limits by name, see configs/suites: quick (minutes, bundled data), standard or full. Tasks named beside
+    it are added, and everything else that is set here wins; limit caps the suite's limits of single tasks too."""
+    tasks: Annotated[tuple[str, ...], Shapes.SCORES] = (
+        "retrieval_continuation",
+        "knowledge_continuation",
+        "reasoning_continuation",
+    )
+    limit: Annotated[Positive | None, Shapes.SCORES] = 200
+    perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
+    speed: Annotated[bool, Shapes.NOTHING] = True
+    """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
+    distilled, interleaved."""
+    speed_batch_sizes: Annotated[Annotated[tuple[Positive, ...], Field(min_length=1)] | None, Shapes.SPEED] = None
+    """Sequences at once that speed is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""

@@ -1,0 +1,125 @@
+"""How layer importance is measured: the recipe's section `measure`, and what it must not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shoal.recipe.edits import ComponentPart
+from shoal.recipe.evaluate import Tasks
+from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Positive, RowLength, Section, Shapes, Text
+
+Protocol = Literal["loglikelihood", "continuation", "generation"]
+Operator = Literal[ComponentPart, "cumulative"]
+
+
+@dataclass(frozen=True)
+class Sweeps(Tasks):
+    """Which variants of the model are scored on which tasks: what importance by ability and protocol is made of.
+
+    Tasks are named in full, or with ``protocols`` without their protocol's ending.
+    """
+
+    limit: Annotated[Positive | None, Shapes.SCORES] = 100
+    batch_size: Annotated[Positive, Shapes.NOTHING] = 8
+    """Prompts or questions per rank at one time, each under all variants."""
+    protocols: Annotated[tuple[Protocol, ...], Shapes.SCORES] = ()
+    """Every task under each of these, as far as there are tasks called so; none = tasks are named in full."""
+    operators: Annotated[tuple[Operator, ...], Shapes.SCORES] = ("layer",)
+    """What is done to the intact model, one unit at a time: a layer, a half of one, a query head or a key-value group
+    taken out, or a donor's layer put in; cumulative = ever more layers taken out, by ``order``."""
+    order: Annotated[tuple[int, ...] | str, Shapes.SCORES] = "block_influence"
+    """Layers that cumulative removals go through, the first to go first, or the metric by which they go through all,
+    the least important first."""
+    max_removed: Annotated[Positive | None, Shapes.SCORES] = None
+    """Most layers that cumulative removals take out; None = all but one."""
+    greedy: Annotated[Positive | None, Shapes.SCORES] = None
+    """Removals of a task-aware order: at every step the layer goes without which the tasks' mean score is best. Made
+    beside the operators, as `task_greedy`; every step costs as much as the operator layer on what is left."""
+    greedy_weights: Annotated[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]], Shapes.SCORES] = field(
+        default_factory=dict
+    )
+    """Weights of tasks in that mean; none = all tasks count the same."""
+    donor: Annotated[Text | None, Shapes.SCORES] = None
+    """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
+    donor_revision: Annotated[str | None, Shapes.SCORES] = None
+
+
+@dataclass(frozen=True)
+class ProbeSet(Section):
+    """A labelled text set whose concept is looked for at every depth."""
+
+    path: Text
+    """A local .jsonl, .json, .csv or .parquet file, a folder of them, or a Hub data set id."""
+    text: str = "text"
+    """The column that holds the text."""
+    label: str = "label"
+    """The column that holds the class: a word, a number, or true and false."""
+    split: str = "train"
+    name: str | None = None
+    """Configuration name of a Hub data set."""
+    max_items: Positive = 2000
+    """Most items; where there are more, so many are drawn by the seed."""
+    max_tokens: Positive = 512
+    """Tokens of a longer text that are read: its last ones, since the last one's state is probed."""
+    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Share of the items that a probe is scored on."""
+
+    @property
+    def source(self) -> DataSource:
+        """Where the texts come from."""
+        return DataSource(self.path, column=self.text, split=self.split, name=self.name)
+
+
+@dataclass(frozen=True)
+class Measure(Section):
+    """How layer importance is measured."""
+
+    data: Annotated[Data, Shapes.IMPORTANCE] = (DataSource("python_docs"),)
+    num_tokens: Annotated[Positive, Shapes.IMPORTANCE | Shapes.DIAGNOSTICS] = 20_000
+    sequence_length: Annotated[RowLength, Shapes.IMPORTANCE | Shapes.DIAGNOSTICS] = 512
+    """Tokens of one row."""
+    batch_size: Annotated[Positive, Shapes.NOTHING] = 4
+    """Sequences per rank and forward."""
+    metrics: Annotated[tuple[str, ...], Shapes.IMPORTANCE] = ("block_influence", "angular")
+    num_drop: Annotated[Positive | None, Shapes.IMPORTANCE] = None
+    """Removals that greedy metrics make; None = a quarter of the layers."""
+    sweep: Sweeps | None = None
+    """None = no task is scored."""
+    diagnostics: Annotated[bool, Shapes.NOTHING] = False
+    """Depth diagnostics too: diagnostics.json."""
+    gradient_prompts: Annotated[int, Field(ge=0), Shapes.DIAGNOSTICS] = 0
+    """Prompts over which diagnostics take integrated gradients, by far their most expensive part; 0 = none."""
+    probes: Annotated[tuple[ProbeSet, ...], Shapes.PROBES] = ()
+    """Labelled texts whose classes are looked for after every layer: probes.json."""
+    memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
+    """GiB of memory for the weights; where they need more, the model is measured layer by layer from its files. None =
+    hold it in memory."""
+
+
+def contradictions(measure: Measure) -> Iterator[str]:
+    """`place: what is wrong`, for everything that single fields cannot express."""
+    sweep = measure.sweep
+    if sweep is None:
+        return
+    for place, limit in {"limit": sweep.limit, **{f"limits.{name}": own for name, own in sweep.limits.items()}}.items():
+        if limit is not None and limit < LEAST_ITEMS and sweep.tasks:
+            yield (
+                f"measure.sweep.{place}: with fewer than {LEAST_ITEMS} items no interval and no test can show an "
+                f"effect (got {limit})"
+            )
+    if not sweep.tasks and not sweep.perplexity_tokens:
+        yield "measure.sweep: scores nothing; name tasks, or set perplexity_tokens"
+    if ("donor" in sweep.operators) != (sweep.donor is not None):
+        yield "measure.sweep.donor: needs the operator donor, and the operator the donor; give both or none of them"
+    if not sweep.operators and sweep.greedy is None:
+        yield "measure.sweep.operators: is empty; name at least one, or set measure.sweep.greedy"
+    if sweep.greedy_weights and sweep.greedy is None:
+        yield "measure.sweep.greedy_weights: have no effect without measure.sweep.greedy; leave them out"
+    if sweep.max_removed is not None and "cumulative" not in sweep.operators:
+        yield "measure.sweep.max_removed: has no effect without the operator cumulative; leave it out"
+    if isinstance(sweep.order, tuple) and "cumulative" not in sweep.operators:
+        yield "measure.sweep.order: has no effect without the operator cumulative; leave it out"

@@ -1,0 +1,124 @@
+"""Why a recipe is refused: pydantic's problems by their place in the recipe, in the words of YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import reprlib
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from shoal.recipe.section import Section
+from shoal.redaction import redacted, redacted_arguments
+
+WORDS = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number, got a number with a fractional part",
+    "float_type": "must be a number",
+    "bool_type": "must be a boolean",
+    "string_type": "must be a string",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping of settings",
+    "dataclass_type": "must be a mapping of settings",
+}
+"""What is said instead of pydantic's message, by the problem's type: who writes YAML never heard of a tuple."""
+
+
+def blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:
+    """Every problem after what has set its place: the last override of it or of what it is in, else ``source``."""
+    lines = []
+    for problem in problems:
+        place = problem.partition(":")[0]
+        setters = [override for override in overrides if f"{place}.".startswith(f"{override.partition('=')[0]}.")]
+        lines.append(f"{quoted(setters[-1])}: {problem}" if setters else f"{source}: {problem}")
+    return "\n".join(lines)
+
+
+def quoted(override: str) -> str:
+    """An override as messages name it, without secrets."""
+    return f"override {redacted_arguments([override])[0]!r}"
+
+
+def explained(problems: Sequence[Any], root: type[Section]) -> list[str]:
+    """`place: what is wrong (got value)` of pydantic's problems with a section ``root``, one line per place.
+
+    The branches of a choice between types are joined with `or`.
+    """
+    places: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
+    for problem in problems:
+        place, message, value = _told(problem, root)
+        if problem["type"] == "too_short" and any(_is_inside(other["loc"], problem["loc"]) for other in problems):
+            continue  # wrong entries are not counted, so that a list of them alone seems to be empty
+        places.setdefault(place, []).append(message)
+        if value:
+            got[place] = value
+    return [f"{place}: {' or '.join(messages)}{got.get(place, '')}" for place, messages in places.items()]
+
+
+def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
+    """The place of a problem, what is wrong there, and the value that was given where that says something."""
+    *parents, last = problem["loc"]
+    if problem["type"] == "unexpected_keyword_argument":
+        keys, sections = _walk(parents, root)
+        known = [field.name for section in sections for field in dataclasses.fields(section)]
+        close = difflib.get_close_matches(str(last), known, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}"
+        return _joined([*keys, last]), f"unknown key; {hint}", ""
+    keys, sections = _walk(problem["loc"], root)
+    place = _joined(keys)
+    match problem["type"]:
+        case "missing" | "missing_argument":
+            return place, f"is required; add it to the file, or to the command as {place}=VALUE", ""
+        case "union_tag_not_found":
+            kinds = [get_args(get_type_hints(section)["kind"])[0] for section in sections]
+            return place, f"needs a kind: one of {', '.join(kinds)}", ""
+        case "union_tag_invalid":
+            expected, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
+            close = difflib.get_close_matches(tag, re.findall(r"'(.*?)'", expected), n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            # all of them: the closest in spelling may not be what was meant
+            return f"{place}.kind", f"must be one of {expected}", f" (got {tag!r}{hint})"
+        case kind:
+            value = reprlib.repr(redacted({last: problem["input"]})[last])
+            return place, WORDS.get(kind) or _as_demand(problem["msg"]), f" (got {value})"
+
+
+def _as_demand(message: str) -> str:
+    """Pydantic's "Input should be greater than 0" as what comes after the name of a setting."""
+    message = re.sub(r"^(Input|Value|[Tt]uple|String) should ", "must ", message)
+    return re.sub(r" after validation, not \d+", "", message)
+
+
+def _joined(keys: Sequence[int | str]) -> str:
+    return ".".join(map(str, keys))
+
+
+def _is_inside(location: Sequence[int | str], outer: Sequence[int | str]) -> bool:
+    return len(location) > len(outer) and tuple(location[: len(outer)]) == tuple(outer)
+
+
+def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int | str], list[Any]]:
+    """``location`` without the names of type branches that pydantic puts into it, and the sections it may end in."""
+    sections: list[Any] = [root]
+    keys: list[int | str] = []
+    for part in location:
+        if isinstance(part, int):
+            keys.append(part)
+            continue
+        hints = [get_type_hints(section, include_extras=True) for section in sections]
+        tagged = [section for section, hint in zip(sections, hints, strict=True) if part in get_args(hint.get("kind"))]
+        if len(sections) > 1 and tagged:
+            sections = tagged
+        elif values := [hint[part] for hint in hints if part in hint]:
+            keys.append(part)
+            sections = [section for hint in values for section in _sections_in(hint)]
+    return keys, sections
+
+
+def _sections_in(hint: Any) -> list[Any]:
+    if isinstance(hint, type) and issubclass(hint, Section):
+        return [hint]
+    return [section for argument in get_args(hint) for section in _sections_in(argument)]

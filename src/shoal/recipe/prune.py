@@ -1,0 +1,70 @@
+"""Which layers go: the recipe's section `prune`, and what it must not say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from shoal.recipe import edits
+from shoal.recipe.edits import Edits
+from shoal.recipe.section import Positive, Section, Shapes, Text
+
+Target = Literal["transformers", "vllm", "llama_cpp"]
+"""What a student can be asked to load in."""
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "contiguous", "spare")
+"""Settings that choose layers, which `drop` names."""
+
+
+@dataclass(frozen=True)
+class Prune(Section):
+    """Which layers go: an explicit list, or how many by which metric."""
+
+    drop: Annotated[tuple[int, ...] | None, Shapes.PLAN] = None
+    """Explicit 0-based teacher layers to drop; excludes metric, num_drop, ratio and contiguous."""
+    metric: Annotated[str | None, Shapes.PLAN] = None
+    """Which column of importance.json chooses: a metric, a greedy order, a swept task, or `ability/protocol`; None =
+    block_influence, or angular when contiguous."""
+    weights: Annotated[dict[str, Weight], Shapes.PLAN] = field(default_factory=dict)
+    """Instead of one metric a mix of columns, by name: the weighted mean of each layer's rank under them, since shares,
+    nats and cosines have only ranks in common."""
+    num_drop: Annotated[Positive | None, Shapes.PLAN] = None
+    """Layers to drop; an order of halves (attention, MLP) takes two halves for each."""
+    ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Shapes.PLAN] = None
+    """Share of the layers to drop, rounded down; give this or num_drop."""
+    contiguous: Annotated[bool, Shapes.PLAN] = False
+    """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
+    protect: Annotated[tuple[int | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
+    """Layers never dropped; negative counts from the end. `cornerstone` = those whose removal alone takes a swept task
+    to chance (less than 0.1 of its score above chance is kept)."""
+    spare: Annotated[tuple[Text, ...], Shapes.PLAN] = ()
+    """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
+    there stay, and so does every layer with which the summed loss would become significant."""
+    edits: Annotated[Edits, Shapes.BY_CONTENT] = ()
+    """Other changes of the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
+    proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"
+    """How the written student is proven: by running it against the teacher, or by comparing files and layers only,
+    which needs no memory; auto = run wherever the model fits into memory and can run here."""
+    targets: Annotated[tuple[Target, ...], Shapes.NOTHING] = ()
+    """Where the student must load and be the same model; a plan for which one of them would not is refused. Without
+    any, what each of them would do is logged."""
+
+
+def contradictions(prune: Prune) -> Iterator[str]:
+    """`place: what is wrong`, for everything that single fields cannot express."""
+    if prune.drop is not None:
+        for name in NOT_BESIDE_DROP:
+            if getattr(prune, name) not in (None, False, {}, ()):
+                yield f"prune.{name}: has no effect beside prune.drop; give one of them"
+        if "cornerstone" in prune.protect:
+            yield "prune.protect: cornerstone has no effect beside prune.drop; leave it out"
+    elif prune.num_drop is not None and prune.ratio is not None:
+        yield "prune.ratio: prune.num_drop is given too; give one of them"
+    if prune.weights and prune.metric is not None:
+        yield "prune.weights: prune.metric is given too; give one of them"
+    if prune.weights and prune.contiguous:
+        yield "prune.weights: mixes scores of single layers; set prune.contiguous: false, or leave it out"
+    yield from (f"prune.edits.{problem}" for problem in edits.contradictions(prune.edits, prune.drop or ()))

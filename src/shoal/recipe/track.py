@@ -1,0 +1,41 @@
+"""Where results go besides the run directory: the recipe's sections `track` and `export`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from shoal.recipe.section import Section
+
+
+@dataclass(frozen=True)
+class Track(Section):
+    """Where curves, tables, figures and artifacts go: Weights & Biases."""
+
+    wandb: Literal["online", "offline", "off"] | None = None
+    """None = online where an API key is found, else off."""
+    project: str = "shoal"
+    name: str | None = None
+    """Name of the W&B run; None = that of the run directory."""
+    tags: tuple[str, ...] = ()
+    upload_weights: bool = False
+    """Upload student/ and distilled/ as artifacts; otherwise artifacts only say where they lie."""
+
+
+@dataclass(frozen=True)
+class Export(Section):
+    """Where the result is published."""
+
+    hub_repo: str | None = None
+    """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
+    private: bool = True
+    gguf: bool = False
+    """Write the result as one GGUF file too, for llama.cpp, in the precision it is stored in."""
+
+
+def contradictions(export: Export) -> Iterator[str]:
+    """`place: what is wrong`, for everything that single fields cannot express."""
+    if export.hub_repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", export.hub_repo):
+        yield f"export.hub_repo: must have the form owner/name (got {export.hub_repo!r})"
