@@ -48,11 +48,11 @@ class Column:
     higher_is_better: bool
     teacher: Interval
     weight: float
-    """Of this column in what ranks the plans; 0 = not in it."""
+    """Weight of this column in what ranks the plans; 0 = not in it."""
     no_retention: str
-    """Why the share that is kept of the teacher's score above chance means nothing here; empty where it does."""
+    """Reason why the share that is kept of the teacher's score above chance means nothing here; empty where it does."""
     agreement: Correlation
-    """Of the plans' scores before the heal with those after it."""
+    """Rank correlation of the plans' scores before the heal with those after it."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PlanScore:
     before: Interval
     after: Interval
     kept_before: Interval | None
-    """Of the teacher's score above chance."""
+    """Share kept of the teacher's score above chance."""
     kept_after: Interval | None
 
 
@@ -72,7 +72,7 @@ class Standing:
     """Where one plan stands among the others, before or after the heal."""
 
     value: Interval
-    """What it is ranked by, in the ranking's unit."""
+    """Score that it is ranked by, in the ranking's unit."""
     rank: int
     """1 = best; equal values share a rank."""
     likelihood: Interval | None
@@ -80,7 +80,7 @@ class Standing:
     such a share."""
     generation: Interval | None
     behind: Interval
-    """Its value less that of the first, over the same items."""
+    """Difference of its value from that of the first plan, over the same items."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,15 @@ class Ranking:
     """retention: share kept of the teacher's score above chance, higher is better; nats: lower is better."""
     columns: tuple[Column, ...]
     plans: tuple[PlanStanding, ...]
-    """The best after the heal first."""
+    """Plans, the best after the heal first."""
     agreement: dict[str, Correlation]
-    """`overall`, `likelihood`, `generation`: of the ranking before the heal with that after it."""
+    """Correlation of the ranking before the heal with that after it, by `overall`, `likelihood` and `generation`."""
     num_items: int
     """Different items behind what the plans are ranked by."""
     winner_before: str
     winner_after: str
     difference: Interval
-    """After the heal: the value of winner_after less that of winner_before, over the same items."""
+    """Value of winner_after less that of winner_before, both after the heal, over the same items."""
 
     @property
     def held(self) -> bool:
@@ -119,16 +119,16 @@ class Ranking:
 
 @dataclass(frozen=True)
 class HealedPlan:
-    """What was searched: one plan and the layers it comes to."""
+    """One plan that was searched, and the layers it comes to."""
 
     name: str
     settings: dict[str, Any]
-    """As the section prune would hold them."""
+    """Settings as the section prune would hold them."""
     drop: tuple[int, ...]
     edits: Edits
     reason: str
     num_layers: int
-    """Of the student."""
+    """Layers of the student."""
     same_as: str | None
     """The plan that comes to the same layers and was healed in its place."""
 
@@ -140,9 +140,9 @@ class SearchResult(Artifact):
     FILE: ClassVar[str] = "search.json"
 
     num_tokens: int
-    """Of healing per plan, rounded up to whole steps."""
+    """Tokens of healing per plan, rounded up to whole steps."""
     plans: tuple[HealedPlan, ...]
-    """In the order of the recipe."""
+    """Plans in the order of the recipe."""
     ranking: Ranking
 
     @property

@@ -121,8 +121,8 @@ class Writing(Section):
     """What stands behind the source `teacher_text`."""
 
     prompts: Annotated[DataSource | None, Shapes.BY_CONTENT] = None
-    """What the teacher answers: texts it goes on from, or conversations (`messages`, or `prompt` and `completion`), of
-    which it writes the last assistant's turn anew. None = openings of the prose sources beside it."""
+    """Texts that the teacher goes on from, or conversations (`messages`, or `prompt` and `completion`) of which it
+    writes the last assistant's turn anew. None = openings of the prose sources beside it."""
     num_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 10_000
     """Tokens of prompts and written text together, about, before any text is rejected."""
     prompt_tokens: Annotated[Positive, Shapes.TEXT | Shapes.TRAINING] = 24
@@ -270,8 +270,8 @@ def contradictions(distill: Distill) -> Iterator[str]:
         if key in distill.trainer:
             yield f"distill.trainer.{key}: {reason}"
     for key in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        given = distill.trainer.get(key)
-        if isinstance(given, dict) and given.get("use_reentrant"):
+        checkpointing = distill.trainer.get(key)
+        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
     for key in ("output_dir", "deepspeed", "seed", "run_name", "resume_from_checkpoint"):
         if key in distill.trainer:

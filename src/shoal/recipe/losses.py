@@ -96,10 +96,10 @@ class TAID(Section):
     start: Share = 0.4
     """The teacher's share t in the mixed logits at the first step."""
     end: Share = 1.0
-    """Where t ends."""
+    """The teacher's share t at the last step."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
     step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
-    """How much t may grow in one step beyond its straight line; 0 = keep to the line."""
+    """Growth of t in one step beyond its straight line, at most; 0 = keep to the line."""
     temperature: Temperature = 1.0
 
 
@@ -138,7 +138,7 @@ class HiddenStates(Section):
     kind: Literal["hidden_states"] = "hidden_states"
     weight: Weight = 1.0
     map: Literal["gap_closing", "own"] = "gap_closing"
-    """Which teacher state a student layer is to give: the one its next kept layer was used to read (so that the layer
+    """Teacher state that a student layer is to give: the one its next kept layer was used to read (so that the layer
     before a gap learns the gap), or the one the same layer gives in the teacher."""
     distance: Literal["mse", "cosine"] = "mse"
     """mse = squared error relative to the squared norm of the teacher's state; cosine = 1 - cosine."""

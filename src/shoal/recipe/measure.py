@@ -29,7 +29,7 @@ class Sweeps(Tasks):
     protocols: Annotated[tuple[Protocol, ...], Shapes.SCORES] = ()
     """Every task under each of these, as far as there are tasks called so; none = tasks are named in full."""
     operators: Annotated[tuple[Operator, ...], Shapes.SCORES] = ("layer",)
-    """What is done to the intact model, one unit at a time: a layer, a half of one, a query head or a key-value group
+    """Changes of the intact model, one unit at a time: a layer, a half of one, a query head or a key-value group
     taken out, or a donor's layer put in; cumulative = ever more layers taken out, by ``order``."""
     order: Annotated[tuple[int, ...] | str, Shapes.SCORES] = "block_influence"
     """Layers that cumulative removals go through, the first to go first, or the metric by which they go through all,
@@ -105,7 +105,8 @@ def contradictions(measure: Measure) -> Iterator[str]:
     sweep = measure.sweep
     if sweep is None:
         return
-    for place, limit in {"limit": sweep.limit, **{f"limits.{name}": own for name, own in sweep.limits.items()}}.items():
+    limits = {"limit": sweep.limit, **{f"limits.{task}": limit for task, limit in sweep.limits.items()}}
+    for place, limit in limits.items():
         if limit is not None and limit < LEAST_ITEMS and sweep.tasks:
             yield (
                 f"measure.sweep.{place}: with fewer than {LEAST_ITEMS} items no interval and no test can show an "

@@ -26,7 +26,7 @@ class Prune(Section):
     drop: Annotated[tuple[int, ...] | None, Shapes.PLAN] = None
     """Explicit 0-based teacher layers to drop; excludes metric, num_drop, ratio and contiguous."""
     metric: Annotated[str | None, Shapes.PLAN] = None
-    """Which column of importance.json chooses: a metric, a greedy order, a swept task, or `ability/protocol`; None =
+    """Column of importance.json that chooses: a metric, a greedy order, a swept task, or `ability/protocol`; None =
     block_influence, or angular when contiguous."""
     weights: Annotated[dict[str, Weight], Shapes.PLAN] = field(default_factory=dict)
     """Instead of one metric a mix of columns, by name: the weighted mean of each layer's rank under them, since shares,
@@ -46,11 +46,11 @@ class Prune(Section):
     edits: Annotated[Edits, Shapes.BY_CONTENT] = ()
     """Other changes of the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
     proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"
-    """How the written student is proven: by running it against the teacher, or by comparing files and layers only,
+    """Proof of the written student: by running it against the teacher, or by comparing files and layers only,
     which needs no memory; auto = run wherever the model fits into memory and can run here."""
     targets: Annotated[tuple[Target, ...], Shapes.NOTHING] = ()
-    """Where the student must load and be the same model; a plan for which one of them would not is refused. Without
-    any, what each of them would do is logged."""
+    """Libraries in which the student must load and be the same model; a plan with which it would not in one of them is
+    refused. Without any, what each of them would do is logged."""
 
 
 def contradictions(prune: Prune) -> Iterator[str]:

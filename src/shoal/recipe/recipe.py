@@ -55,7 +55,7 @@ class Recipe(Section):
     record: Record = field(default_factory=Record)
     distill: Distill = field(default_factory=Distill)
     search: Search | None = None
-    """What `shoal search` compares; no other verb looks at it."""
+    """Plans that `shoal search` compares; no other verb looks at it."""
     eval: Eval = field(default_factory=Eval)
     track: Annotated[Track, Shapes.NOTHING] = field(default_factory=Track)
     export: Annotated[Export, Shapes.NOTHING] = field(default_factory=Export)

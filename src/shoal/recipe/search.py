@@ -62,8 +62,8 @@ class SearchPlan(Section):
         if self.name is not None:
             return self.name
         if self.drop is not None:
-            made = "-".join(["drop", *map(str, self.drop)])
-            return made if len(made) <= LONGEST_NAME else f"drop-{len(self.drop)}-{fingerprint(list(self.drop))[:8]}"
+            name = "-".join(["drop", *map(str, self.drop)])
+            return name if len(name) <= LONGEST_NAME else f"drop-{len(self.drop)}-{fingerprint(list(self.drop))[:8]}"
         parts = ["mix", *self.weights] if self.weights else [self.metric or "own"]
         if self.contiguous is not None:
             parts.append("run" if self.contiguous else "single")

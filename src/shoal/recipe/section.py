@@ -113,7 +113,7 @@ def shaped(section: Any) -> dict[str, Shapes | None]:
     """What every key of a class of sections says that it shapes; None = nothing is said."""
     hints = get_type_hints(section, include_extras=True)
     marks = {field.name: getattr(hints[field.name], "__metadata__", ()) for field in dataclasses.fields(section)}
-    return {key: next((mark for mark in own if isinstance(mark, Shapes)), None) for key, own in marks.items()}
+    return {key: next((mark for mark in said if isinstance(mark, Shapes)), None) for key, said in marks.items()}
 
 
 def shaping_keys(section: Any, result: Shapes) -> list[str]:
@@ -176,8 +176,8 @@ class DataSource(Section):
         if self.is_chat and self.column != "text":
             raise ValueError(f"column {self.column!r} would not be read beside a column of conversations; leave it out")
         if not self.is_chat and (self.tools is not None or self.loss_on == "assistant"):
-            one = "tools" if self.tools is not None else "loss_on: assistant"
-            raise ValueError(f"{one} needs conversations; set messages, or prompt and completion")
+            setting = "tools" if self.tools is not None else "loss_on: assistant"
+            raise ValueError(f"{setting} needs conversations; set messages, or prompt and completion")
 
     @property
     def is_chat(self) -> bool:

@@ -35,7 +35,7 @@ class Suite(Section):
 
     about: Text
     needs: Text
-    """Which data, and from where."""
+    """Data that its tasks read, and where they come from."""
     cost: Cost
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)]
     limit: Positive | None
@@ -60,12 +60,12 @@ def with_suite(raw: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(section, Mapping) or section.get("suite") not in get_args(SuiteName):
         return dict(raw)
     suite = read_suite(section["suite"])
-    given, limits = section.get("tasks", []), section.get("limits", {})
-    if not isinstance(given, list | tuple) or not isinstance(limits, Mapping):
+    further_tasks, further_limits = section.get("tasks", []), section.get("limits", {})
+    if not isinstance(further_tasks, list | tuple) or not isinstance(further_limits, Mapping):
         return dict(raw)
     settings = {name: getattr(suite, name) for name in ("limit", "perplexity_tokens", "sequence_length")}
-    tasks = list(dict.fromkeys([*suite.tasks, *given]))
-    own, cap = dict(suite.limits), section.get("limit")
+    tasks = list(dict.fromkeys([*suite.tasks, *further_tasks]))
+    limits, cap = dict(suite.limits), section.get("limit")
     if isinstance(cap, int):
-        own = {name: min(limit, cap) for name, limit in own.items()}
-    return {**raw, "eval": {**settings, **section, "tasks": tasks, "limits": {**own, **limits}}}
+        limits = {name: min(limit, cap) for name, limit in limits.items()}
+    return {**raw, "eval": {**settings, **section, "tasks": tasks, "limits": {**limits, **further_limits}}}

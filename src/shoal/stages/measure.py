@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOKEN_BYTES = 8
-"""Of one packed token: id and position."""
+"""Bytes of one packed token: id and position."""
 TASK_ORDER = "task_greedy"
 DONOR_CONTENT = "measure.sweep.donor (content)"
 
@@ -116,11 +116,11 @@ def _check_order_name(name: str, settings: Sweeps, metrics: Sequence[str], tasks
     """Refuse an order that nothing will give before the sweep of single layers has taken its hours."""
     if name in metrics:
         return
-    abilities = {task: str((made.config.metadata or {}).get("ability") or task) for task, made in tasks.items()}
+    abilities = {name: str((task.config.metadata or {}).get("ability") or name) for name, task in tasks.items()}
     if settings.perplexity_tokens:
         abilities["perplexity"] = "language"
     ability, _, protocol = name.partition("/")
-    meant = [name] if name in abilities else [task for task, its in abilities.items() if its == ability]
+    meant = [name] if name in abilities else [task for task, own_ability in abilities.items() if own_ability == ability]
     if "layer" not in _before(settings.operators, "cumulative") or not meant:
         raise UserError(
             f"measure.sweep.order: {name!r} is not measured here; name one of measure.metrics ({', '.join(metrics)}), "
@@ -346,8 +346,8 @@ def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
     return settings.order
 
 
-def _before(operators: Sequence[str], one: str) -> Sequence[str]:
-    return operators[: operators.index(one)]
+def _before(operators: Sequence[str], operator: str) -> Sequence[str]:
+    return operators[: operators.index(operator)]
 
 
 def _check_order(order: tuple[int, ...], num_layers: int) -> None:
@@ -363,7 +363,7 @@ def _rankings(importance: Importance) -> dict[str, tuple[float, ...]]:
     """Every metric that ranks layers, higher = keep."""
     from shoal.compress.sweeps.columns import layer_scores
 
-    of_layers = [name for name, order in importance.orders.items() if all(one.unit.part == "layer" for one in order)]
+    of_layers = [name for name, order in importance.orders.items() if all(step.unit.part == "layer" for step in order)]
     names = (*importance.layers, *importance.runs, *of_layers)
     return {name: layer_scores(name, importance, setting="measure.metrics") for name in names}
 

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 LOCK_WAIT_S = 30
 LEAST_SIZE = 0.2
-"""Of a recipe's sizes, on however slow a device: with less there would be nothing to see."""
+"""Smallest share of a recipe's sizes, on however slow a device: with less there would be nothing to see."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,19 @@ class Numerics:
     """The precisions that a run computes in."""
 
     dtype: str
-    """In which models are measured, evaluated and used as a teacher."""
+    """Precision in which models are measured, evaluated and used as a teacher."""
     precision: str
-    """In which the student is trained; `auto` where the DeepSpeed configuration names one."""
+    """Precision in which the student is trained; `auto` where the DeepSpeed configuration names one."""
     reason: str
-    """Why, in a sentence."""
+    """Reason for these precisions, in a sentence."""
     device: str
-    """What the manufacturer calls it."""
+    """Name that the manufacturer gives the device."""
     full_size_gflops: float | None = None
-    """That of the recipe."""
+    """GFLOP/s that the recipe's sizes are meant for."""
     size: float = 1.0
-    """What is left of the recipe's sizes, as a share of them."""
+    """Share of the recipe's sizes that is left."""
     size_reason: str = ""
-    """Why, in a sentence, where that is less than 1."""
+    """Reason for a share below 1, in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -218,12 +218,12 @@ def _mapping(file: Path, *keys: str) -> dict[str, Any]:
     """What ``file`` holds under ``keys``; empty where it is not there, or is damaged, which its own stage says in its
     own words."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
         for key in keys:
-            found = found[key]
+            value = value[key]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def resolved(model: str, revision: str | None) -> Path:

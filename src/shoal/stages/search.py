@@ -115,9 +115,9 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
     distill = replace(recipe.distill, num_tokens=settings.num_tokens)
     if distill.writing.folder is None and any(source.path == TEACHER_TEXT for source in distill.data):
         distill = replace(distill, writing=replace(distill.writing, folder=str(run.dir / FOLDER / TEXT)))
-    found, num_layers = [], run.num_layers
+    candidates, num_layers = [], run.num_layers
     for index, (plan, prune) in enumerate(zip(settings.plans, prunes, strict=True)):
-        own = replace(
+        candidate = replace(
             recipe,
             run_dir=str(run.dir / FOLDER / plan.called),
             measure=measured,
@@ -128,10 +128,10 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
             track=replace(recipe.track, name=f"{recipe.track.name or run.dir.name}-{plan.called}"),
             export=Export(gguf=recipe.export.gguf),
         )
-        own = parse_recipe(as_dict(own), source=f"search.plans.{index} ({plan.called})")
-        check_choice(own.prune, num_layers=num_layers)
-        found.append(Candidate(plan.called, Run(own)))
-    return found
+        candidate = parse_recipe(as_dict(candidate), source=f"search.plans.{index} ({plan.called})")
+        check_choice(candidate.prune, num_layers=num_layers)
+        candidates.append(Candidate(plan.called, Run(candidate)))
+    return candidates
 
 
 def prune_of(plan: SearchPlan, prune: Prune) -> Prune:
@@ -139,27 +139,27 @@ def prune_of(plan: SearchPlan, prune: Prune) -> Prune:
 
     What the plan says pushes out what contradicts it: another way of choosing, another amount.
     """
-    said = plan.says
-    if "drop" in said:
+    settings = plan.says
+    if "drop" in settings:
         cleared = Prune(edits=prune.edits, proof=prune.proof, targets=prune.targets)
         protect = tuple(layer for layer in prune.protect if layer != "cornerstone")
-        return replace(cleared, protect=protect, **said)
+        return replace(cleared, protect=protect, **settings)
     pushed: dict[str, Any] = {}
-    if said.keys() - {"edits"}:
+    if settings.keys() - {"edits"}:
         pushed["drop"] = None
-        if prune.drop is not None and not said.keys() & {"num_drop", "ratio"}:
+        if prune.drop is not None and not settings.keys() & {"num_drop", "ratio"}:
             pushed["num_drop"] = len(prune.drop)
-    if "num_drop" in said:
+    if "num_drop" in settings:
         pushed["ratio"] = None
-    if "ratio" in said:
+    if "ratio" in settings:
         pushed["num_drop"] = None
-    if "metric" in said or "weights" in said:
+    if "metric" in settings or "weights" in settings:
         pushed |= {"metric": None, "weights": {}}
-    if "weights" in said:
+    if "weights" in settings:
         pushed["contiguous"] = False
-    if said.get("contiguous", prune.contiguous) != prune.contiguous:
+    if settings.get("contiguous", prune.contiguous) != prune.contiguous:
         pushed |= {"metric": None, "weights": {}}  # those of single layers do not score runs
-    return replace(prune, **{**pushed, **said})
+    return replace(prune, **{**pushed, **settings})
 
 
 def _metrics(recipe: Recipe, prunes: Sequence[Prune]) -> tuple[str, ...]:
@@ -291,13 +291,13 @@ def _result(run: Run, settings: Search, candidates: Sequence[Candidate], same_as
     distinct = [candidate for candidate in candidates if candidate.name not in same_as]
     inputs = {
         **shaping(settings, Shapes.SEARCH, "search."),
-        **{f"search.plans.{name}": found for candidate in candidates for name, found in _identity(candidate, same_as)},
+        **{f"search.plans.{name}": value for plan in candidates for name, value in _identity(plan, same_as)},
     }
     path = run.dir / SearchResult.FILE
     if not is_done(SearchResult, path, inputs, "search"):
         ranking = rank_plans(
             distinct[0].evaluation("teacher"),
-            {one.name: (one.evaluation("pruned"), one.evaluation("distilled")) for one in distinct},
+            {plan.name: (plan.evaluation("pruned"), plan.evaluation("distilled")) for plan in distinct},
             rank_by=settings.rank_by,
         )
         plans = tuple(_healed(candidate, same_as.get(candidate.name)) for candidate in candidates)
