@@ -228,6 +228,11 @@ NEUTRAL_TRAINER_KEYS = {
 }
 """Training arguments that change how the work is done and not its result: a run may go on with others."""
 REFUSED_TRAINER_KEYS = {
+    "output_dir": "is set by shoal; use run_dir instead",
+    "deepspeed": "is set by shoal; use distill.deepspeed instead",
+    "seed": "is set by shoal; use seed instead",
+    "run_name": "is set by shoal; use track.name instead",
+    "resume_from_checkpoint": "is set by shoal; use the same command again instead",
     "bf16": "is set by distill.precision; use that",
     "fp16": "is set by distill.precision or the DeepSpeed configuration; use those",
     "average_tokens_across_devices": "the loss is always averaged over the tokens of all ranks; leave it out",
@@ -273,16 +278,6 @@ def contradictions(distill: Distill) -> Iterator[str]:
         checkpointing = distill.trainer.get(key)
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
-    for key in ("output_dir", "deepspeed", "seed", "run_name", "resume_from_checkpoint"):
-        if key in distill.trainer:
-            where = {
-                "output_dir": "run_dir",
-                "deepspeed": "distill.deepspeed",
-                "seed": "seed",
-                "run_name": "track.name",
-            }
-            instead = where.get(key, "the same command again")
-            yield f"distill.trainer.{key}: is set by shoal; use {instead} instead"
 
 
 def _of_written_text(distill: Distill) -> Iterator[str]:

@@ -22,6 +22,7 @@ WORDS = {
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping of settings",
     "dataclass_type": "must be a mapping of settings",
+    "model_attributes_type": "must be a mapping of settings",
 }
 """What is said instead of pydantic's message, by the problem's type: who writes YAML never heard of a tuple."""
 

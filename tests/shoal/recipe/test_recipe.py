@@ -54,6 +54,12 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("prune: {ratio: 1.5}", "prune.ratio: must be less than 1 (got 1.5)"),
         ("prune: {num_drop: 0}", "prune.num_drop: must be greater than 0 (got 0)"),
         ("eval: {limit: many}", "eval.limit: must be a whole number (got 'many')"),
+        (
+            "measure: {num_tokens: 1.5}",
+            "measure.num_tokens: must be a whole number, got a number with a fractional part (got 1.5)",
+        ),
+        ("prune: {weights: {angular: x}}", "prune.weights.angular: must be a number (got 'x')"),
+        ("prune: {edits: [1]}", "prune.edits.0: must be a mapping of settings (got 1)"),
         ("seed: -1", "seed: must be greater than or equal to 0 (got -1)"),
         ("trust_remote_code: maybe", "trust_remote_code: must be a boolean (got 'maybe')"),
         ("track: {wandb: yes}", "track.wandb: must be 'online', 'offline' or 'off' (got 'yes')"),
