@@ -1,4 +1,7 @@
-"""What identifies every result: each key of a recipe says what it shapes, and shapes that."""
+"""What identifies every result: each key of a recipe says what it shapes, and shapes that.
+
+Covers: shoal.recipe.section.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """On-policy steps: whose samples, which tokens are learnt, and what must not depend on how rows are dealt.
 
-Covers: shoal.recipe.on_policy, shoal.train.generated.sampling.
+Covers: shoal.train.generated.sampling.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Text written by the teacher: from what, how often the same, and what a kill costs.
-
-Covers: shoal.recipe.writing.
-"""
+"""Text written by the teacher: from what, how often the same, and what a kill costs."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""LoRA: where adapters go, what is trained, and the plain checkpoint that they become.
-
-Covers: shoal.recipe.lora.
-"""
+"""LoRA: where adapters go, what is trained, and the plain checkpoint that they become."""
 
 import importlib.util
 from typing import Any

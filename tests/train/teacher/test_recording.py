@@ -1,6 +1,6 @@
 """Recorded teacher signals: what they say, that they survive, and that those of another run are refused.
 
-Covers: shoal.recipe.recording, shoal.train.record, shoal.train.teacher.recording_format,
+Covers: shoal.train.record, shoal.train.teacher.recording_format,
 shoal.train.teacher.recording_plan, shoal.train.teacher.recording_reader.
 """
 
