@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Flag, auto
 from functools import cache
@@ -133,7 +134,7 @@ def shaping(section: Section, result: Shapes, place: str = "") -> dict[str, Any]
     return identity
 
 
-adapter = cache(TypeAdapter)  # it takes longer to make than a recipe to read
+adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)  # it takes longer to make than a recipe to read
 
 
 def as_dict(section: Any) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "measure: {num_tokens: 1.5}",
             "measure.num_tokens: must be a whole number, got a number with a fractional part (got 1.5)",
         ),
-        ("prune: {weights: {angular: x}}", "prune.weights.angular: must be a number (got 'x')"),
+        ("distill: {watch: {every: x}}", "distill.watch.every: must be a number (got 'x')"),
         ("prune: {edits: [1]}", "prune.edits.0: must be a mapping of settings (got 1)"),
         ("seed: -1", "seed: must be greater than or equal to 0 (got -1)"),
         ("trust_remote_code: maybe", "trust_remote_code: must be a boolean (got 'maybe')"),
