@@ -3,10 +3,19 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint format bench
+.PHONY: quickstart check test lint types fast-tests format bench
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run --config configs/quickstart.yaml
+
+# what a developer runs after every edit: types on one core, beside them the first case of every test that is quick
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(MAKE) --jobs 2 types fast-tests
+
+fast-tests: $(INSTALLED)
+	$(BIN)/python -m pytest --fast
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
@@ -14,6 +23,9 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) types
+
+types: $(INSTALLED)
 	$(BIN)/pyright
 
 format: $(INSTALLED)

@@ -96,6 +96,7 @@ def test_plan_makes_a_plain_checkpoint_with_its_tokenizer(kind: str, tmp_path: P
     assert str(tmp_path) not in (tmp_path / "student/config.json").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_a_cut_needs_no_tokenizer_and_says_that_there_was_none(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -166,6 +167,7 @@ def test_copy_builds_no_model_and_reads_no_weights(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "student/config.json").is_file()
 
 
+@pytest.mark.slow
 def test_tables_that_must_be_sliced_are_cut_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = sharded(tmp_path, "gemma4_text")
     with caplog.at_level("INFO"):
@@ -287,6 +289,7 @@ def test_files_that_do_not_make_the_planned_student_are_refused_without_running_
     assert [file.name for file in tmp_path.iterdir()] == ["qwen2"]
 
 
+@pytest.mark.slow
 def test_model_that_does_not_fit_into_memory_is_proven_by_its_files_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -339,6 +342,7 @@ def test_plan_for_another_model_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "student").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
@@ -358,6 +362,7 @@ def test_model_that_transformers_cannot_build_is_refused_with_its_reason(
         apply_plan(folder, plan((1,), text_config(config).num_hidden_layers), tmp_path / "student")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop", [(6,), (-1,), (0, 1, 2, 3, 4, 5)])
 def test_indices_that_no_cut_can_mean_are_refused(drop: tuple[int, ...], tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
@@ -501,6 +506,7 @@ def cut_elsewhere(
     return call_apart(cut_until, folder, out, killed_at, file_size)
 
 
+@pytest.mark.slow
 def test_work_of_a_killed_process_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -526,6 +532,7 @@ def test_work_of_a_killed_process_is_used(
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_leftovers_of_another_plan_are_not_used(tmp_path: Path) -> None:
     folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
     assert cut_elsewhere(folder, out, killed_at=3).returncode == -signal.SIGKILL
@@ -534,6 +541,7 @@ def test_leftovers_of_another_plan_are_not_used(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"llama", "student"}
 
 
+@pytest.mark.slow
 def test_limit_of_file_size_ends_the_copy_with_one_message_and_nothing_left(tmp_path: Path) -> None:
     folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
     done = cut_elsewhere(folder, out, file_size=20_000)
@@ -543,6 +551,7 @@ def test_limit_of_file_size_ends_the_copy_with_one_message_and_nothing_left(tmp_
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_write_one_student(tmp_path: Path) -> None:
     folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
     with only_writer(out):
@@ -552,6 +561,7 @@ def test_two_processes_do_not_write_one_student(tmp_path: Path) -> None:
     assert cut_elsewhere(folder, out).returncode == 0
 
 
+@pytest.mark.slow
 def test_student_replaces_an_older_one_only_when_it_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = sharded(tmp_path, "llama"), tmp_path / "student"
     apply_plan(folder, plan((1,)), out)

@@ -109,6 +109,7 @@ def test_dtypes_may_differ(tmp_path: Path) -> None:
         assert delta.difference == pytest.approx(frobenius(rounded), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delta_module, "CHUNK", 1000)
     folder = tiny_checkpoint(tmp_path, "llama", vocab_size=50_000)

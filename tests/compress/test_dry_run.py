@@ -53,6 +53,7 @@ def stored_bytes(folder: Path) -> int:
     return sum(tensor.end - tensor.start for shard in read_shards(folder) for tensor in shard.tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "gemma3"])
 def test_what_it_says_is_what_pruning_writes(
     teachers: dict[str, Path], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -72,6 +73,7 @@ def test_what_it_says_is_what_pruning_writes(
     assert "drops:   1, 3\nkeeps:   0, 2, 4, 5" in report
 
 
+@pytest.mark.slow
 def test_cache_by_kind_of_layer(teachers: dict[str, Path], tmp_path: Path) -> None:
     report = dry_run(teachers["gemma3"], plan(drop=[0, 2]), tmp_path / "student")
     token = 2 * 2 * 8 * 2  # keys and values, two heads of 8, bfloat16
@@ -94,6 +96,7 @@ def test_expected_speed_by_hand(teachers: dict[str, Path], tmp_path: Path) -> No
     assert "expected, not measured" in report
 
 
+@pytest.mark.slow
 def test_merged_layers_are_gone_and_silenced_ones_are_not(teachers: dict[str, Path], tmp_path: Path) -> None:
     edits = [{"kind": "merge", "layers": [2, 3, 4]}, {"kind": "skip_mlp", "layers": [1]}]
     report = dry_run(teachers["llama"], plan(edits=edits), tmp_path / "student")
@@ -105,6 +108,7 @@ def test_merged_layers_are_gone_and_silenced_ones_are_not(teachers: dict[str, Pa
     assert "decode  1.00 x" in silenced
 
 
+@pytest.mark.slow
 def test_targets_space_and_proof_are_told(teachers: dict[str, Path], tmp_path: Path) -> None:
     report = dry_run(teachers["llama"], plan(drop=[1]), tmp_path / "no" / "such" / "folder")
     assert len(re.findall(r"^(transformers|vLLM [\d.]+|llama\.cpp b\d+): yes, ", report, re.M)) == 3
@@ -143,6 +147,7 @@ def test_scores_that_are_not_there_are_asked_for(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_scores_that_are_there_are_used(
     teachers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +172,7 @@ def test_an_index_out_of_range_is_refused_as_by_pruning(
     assert "prune.drop: 6 is no layer of this model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quantised_weights_count_as_they_are_stored(teachers: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "fp8"
     folder.mkdir()

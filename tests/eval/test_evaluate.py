@@ -36,6 +36,7 @@ def scores() -> tuple[TaskScore, ...]:
     return run()
 
 
+@pytest.mark.slow
 def test_scores_carry_what_a_reader_needs(scores: tuple[TaskScore, ...]) -> None:
     described = [(s.task, s.ability, s.protocol, s.metric, s.chance, s.higher_is_better) for s in scores]
     assert described == [
@@ -55,20 +56,24 @@ def test_scores_carry_what_a_reader_needs(scores: tuple[TaskScore, ...]) -> None
     assert scores[1].items[0].target in "ABCD"
 
 
+@pytest.mark.slow
 def test_nats_per_token_of_a_random_model_are_near_the_uniform_guess(scores: tuple[TaskScore, ...]) -> None:
     for score in scores[3:]:
         assert 0.5 * math.log(272) < score.score < 3 * math.log(272)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 64}], ids=str)
 def test_batch_size_changes_nothing(scores: tuple[TaskScore, ...], changes: dict[str, Any]) -> None:
     assert_same(run(**changes), scores)
 
 
+@pytest.mark.slow
 def test_the_seed_changes_no_item(scores: tuple[TaskScore, ...]) -> None:
     assert_same(run(seed=7), scores)
 
 
+@pytest.mark.slow
 def test_roles_pair_item_by_item(scores: tuple[TaskScore, ...]) -> None:
     for before, after in zip(scores, run(kind="qwen3"), strict=True):
         assert paired(before, after).n == before.n
@@ -239,6 +244,7 @@ def test_two_ranks_give_the_numbers_of_one(tmp_path: Path) -> None:
     assert [score.task for score in found[0]] == [score.task for score in expected]
 
 
+@pytest.mark.slow
 def test_one_task_may_get_a_number_of_items_of_its_own():
     scores = run(tasks=("knowledge_continuation", "reasoning_worked"), limit=5, limits={"reasoning_worked": 2})
     assert [score.n for score in scores[:2]] == [5, 2]

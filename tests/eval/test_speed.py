@@ -31,6 +31,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Speed:
     return measure_speed(folders, provenance=Provenance({}), batch_sizes=(3, 1), repeats=2, **SHORT)
 
 
+@pytest.mark.slow
 def test_every_role_is_measured_at_every_batch_size(measured: Speed, tmp_path: Path) -> None:
     assert measured.batch_size == 1
     for score in measured.roles.values():
@@ -45,6 +46,7 @@ def test_every_role_is_measured_at_every_batch_size(measured: Speed, tmp_path: P
     assert Speed.read(tmp_path / "speed.json") == measured
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_formulas_and_the_cut_models_are_expected(measured: Speed) -> None:
     for role, layers in (("teacher", 6), ("pruned", 4)):
         score = measured.roles[role]
@@ -116,6 +118,7 @@ def test_expected_speeds_are_the_teachers_scaled(measured: Speed) -> None:
         assert cut.expected["first_token_s"] == pytest.approx(whole.first_token_s / prefill)
 
 
+@pytest.mark.slow
 def test_roles_take_turns_and_none_is_always_first(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
     original = speed._one_turn

@@ -91,6 +91,7 @@ def assert_costs(found: Work, stated: Cost) -> None:
     assert abs(found.tokens / stated.tokens - 1) < 0.02, in_words(found)
 
 
+@pytest.mark.slow
 def test_quick_needs_no_network_and_costs_what_it_says() -> None:
     settings = evaluation(suite="quick")
     tasks = tasks_of(settings)
@@ -168,6 +169,7 @@ def test_an_evaluation_of_fewer_tasks_says_what_it_leaves_out(tmp_path: Path, ca
     assert f"eval teacher: 1 task in place of 3; {gone} are no longer scored, answers given stay in" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def write_often(path: Path) -> None:
             (folder / "b").write_text("x")
 
 
+@pytest.mark.slow
 def test_processes_writing_one_folder_all_day_do_not_harm_each_other(tmp_path: Path) -> None:
     writers = [FORK.Process(target=write_often, args=(tmp_path / "student",)) for _ in range(3)]
     for writer in writers:

@@ -133,6 +133,7 @@ def test_products_are_timed_for_every_dtype_and_bounded_in_time(monkeypatch: pyt
     assert next(clock) == 6
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_number_of_threads_as_it_was() -> None:
     before = torch.get_num_threads()
     assert set(numerics._measured(CPU)) == set(numerics.DTYPES)

@@ -217,6 +217,7 @@ with doing("waiting"):
 """
 
 
+@pytest.mark.slow
 def test_a_thread_of_its_own_speaks_while_the_work_cannot() -> None:
     told = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, text=True, check=True).stderr
     assert re.search(r"waiting: 0:0[345] so far", told)
@@ -286,6 +287,7 @@ def told(messages: list[str], *names: str) -> None:
     assert not missing, messages
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_end_is_told")
 def test_measuring_tells_of_every_pass(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     metrics = ["block_influence", "angular", "single_drop_perplexity", "taylor_second", "laco_merge"]
@@ -358,6 +360,7 @@ def test_pruning_tells_of_copying_and_of_both_proofs(
     )
 
 
+@pytest.mark.slow
 def test_the_ranks_tell_of_recording_and_of_every_part_of_a_training(teacher: Path, tmp_path: Path) -> None:
     training_runs.prepare(tmp_path, teacher)
     path = training_runs.write_recipe(
@@ -390,6 +393,7 @@ def test_the_ranks_tell_of_recording_and_of_every_part_of_a_training(teacher: Pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_end_is_told")
 def test_evaluating_and_reporting_tell_of_requests_texts_and_speed(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -412,6 +416,7 @@ def test_evaluating_and_reporting_tell_of_requests_texts_and_speed(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_end_is_told")
 def test_a_dry_run_tells_what_it_times(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = training_runs.write_recipe(tmp_path, teacher)
@@ -427,6 +432,7 @@ def test_a_dry_run_tells_what_it_times(teacher: Path, tmp_path: Path, caplog: py
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_end_is_told")
 def test_a_search_tells_how_many_plans_are_done(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

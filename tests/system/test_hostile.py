@@ -325,6 +325,7 @@ def test_data(refused: Any, tmp_path: Path, name: str, content: bytes, more: str
     assert "bundled sources are" not in said, "the file is there"
 
 
+@pytest.mark.slow
 def test_a_chat_template_that_does_not_end_is_refused(
     refused: Any, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +373,7 @@ def test_a_file_in_the_way_of_the_run_directory(refused: Any, tmp_path: Path) ->
         assert refused("prune", "prune: {drop: [1]}", [f"run_dir=HERE/{place}"]).startswith("run_dir HERE/file")
 
 
+@pytest.mark.slow
 def test_training_without_the_student_that_was_deleted(refused: Any, teacher: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(
         f"model: {teacher}\nrun_dir: run\nprune: {{drop: [1]}}\ntrack: {{wandb: off}}\n"

@@ -196,6 +196,7 @@ def test_lens_equals_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -
     assert found.lens_overlap == pytest.approx((overlap / found.num_tokens).tolist(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_never_more_logits_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     bound = 272 * 6  # what the proofs, over six tokens, need
     monkeypatch.setitem(runs.MAX_LOGITS, "cpu", bound)
@@ -284,6 +285,7 @@ def probability(model: PreTrainedModel, prompt: Prompt, module: torch.nn.Module,
     return torch.stack([probabilities[index - 1, ids[index]] for index in range(start, len(ids))]).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["layer", "attention", "mlp"])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_integrated_gradients_equal_a_loop_over_whole_runs(kind: str, site: str) -> None:
@@ -312,6 +314,7 @@ def test_integrated_gradients_equal_a_loop_over_whole_runs(kind: str, site: str)
         assert found.change[index] == pytest.approx(ends[0] - ends[1], rel=0, abs=ROUNDINGS * FLOAT32 * sum(ends))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", ["layer", "attention", "mlp"])
 def test_gradients_add_up_to_the_change_as_steps_grow(site: str) -> None:
     model = double("qwen3")
@@ -328,6 +331,7 @@ def test_gradients_add_up_to_the_change_as_steps_grow(site: str) -> None:
     assert gaps[-1] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_nothing_depends_on_the_batch_size(batch_size: int) -> None:
     model = tiny_model("gemma3")
@@ -428,6 +432,7 @@ def test_the_artifact_survives_the_disk_and_speaks(tmp_path: Path) -> None:
     assert "nothing about" not in text
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_numbers_and_leaves_no_hook() -> None:
     model = tiny_model("qwen3")
     effort = replace(EFFORT, gradient_prompts=1, steps=3)
@@ -436,6 +441,7 @@ def test_same_seed_gives_the_same_numbers_and_leaves_no_hook() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_layers_that_are_one_half_have_only_layer_curves_and_the_reason() -> None:
     model = architectures.tiny_model("mamba")
     rows = PackedRows(ROWS.input_ids_NS % 80, ROWS.position_ids_NS)

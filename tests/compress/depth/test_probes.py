@@ -64,6 +64,7 @@ def planted(labels: dict[tuple[int, ...], int], depth: int) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [1, 4, NUM_LAYERS])
 def test_a_concept_written_by_one_layer_is_found_from_there_on(depth: int, tmp_path: Path) -> None:
     probe_set, tokenizer = balanced(tmp_path / "set.jsonl"), tiny_tokenizer()
@@ -78,6 +79,7 @@ def test_a_concept_written_by_one_layer_is_found_from_there_on(depth: int, tmp_p
     assert (found.num_train, found.num_test, found.classes) == (42, 18, ("0", "1"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [2, 3])
 def test_scores_equal_a_reference_without_the_library(num_classes: int, tmp_path: Path) -> None:
     """Minimises the penalised loss in float64 by itself; F1 and AUC by counting."""

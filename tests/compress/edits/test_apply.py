@@ -80,6 +80,7 @@ def test_every_kind_of_edit_at_once_beside_a_drop(folder: Path, donor: Path, tmp
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3", "llama_tied"])
 def test_edits_of_other_families_are_proven(kind: str, tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, kind, dtype=torch.bfloat16)
@@ -95,6 +96,7 @@ def test_edits_of_other_families_are_proven(kind: str, tmp_path: Path) -> None:
     assert not torch.equal(logits(intact), logits(student))
 
 
+@pytest.mark.slow
 def test_swapping_everything_is_the_donor(folder: Path, donor: Path, tmp_path: Path) -> None:
     everything = {
         "kind": "swap",
@@ -108,6 +110,7 @@ def test_swapping_everything_is_the_donor(folder: Path, donor: Path, tmp_path: P
     assert all(torch.equal(saved[name], other[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_embeddings_tied_in_the_donor_only_are_saved_as_two(folder: Path, tmp_path: Path) -> None:
     tied = tiny_checkpoint(tmp_path, "llama_tied", seed=1)
     swap = {"kind": "swap", "layers": [0], "donor": "d", "parts": ["embeddings", "head"]}
@@ -117,6 +120,7 @@ def test_embeddings_tied_in_the_donor_only_are_saved_as_two(folder: Path, tmp_pa
         assert torch.equal(saved[name], other["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow
 def test_a_replacement_is_trained_and_saved(folder: Path, tmp_path: Path) -> None:
     edits = [{"kind": "replace", "layers": [2, 3, 4], **TEXT}]
     student = student_of(folder, edits, tmp_path / "student")
@@ -127,6 +131,7 @@ def test_a_replacement_is_trained_and_saved(folder: Path, tmp_path: Path) -> Non
     assert torch.equal(student.get_parameter(name), again.get_parameter(name))
 
 
+@pytest.mark.slow
 def test_a_second_cut_renames_what_the_first_zeroed(folder: Path, tmp_path: Path) -> None:
     edits = [{"kind": "skip_attention", "layers": [1, 3]}, {"kind": "skip_mlp", "layers": [4]}]
     student_of(folder, edits, tmp_path / "first")
@@ -196,6 +201,7 @@ def test_a_donor_of_another_dtype_is_refused_before_any_weight_is_read(folder: P
         dry_run(folder, plan([{"kind": "swap", "layers": [1], "donor": "d"}]), tmp_path / "s", donors={0: donor})
 
 
+@pytest.mark.slow
 def test_layers_of_a_family_without_sdpa_are_swapped(tmp_path: Path) -> None:
     folders = []
     for seed in range(2):
@@ -208,6 +214,7 @@ def test_layers_of_a_family_without_sdpa_are_swapped(tmp_path: Path) -> None:
     assert torch.equal(student.get_parameter(name), load_file(folders[1] / "model.safetensors")[name])
 
 
+@pytest.mark.slow
 def test_zeros_that_a_later_edit_fills_are_no_longer_listed(folder: Path, donor: Path, tmp_path: Path) -> None:
     silent = [{"kind": "skip_attention", "layers": [1, 4]}, {"kind": "skip_mlp", "layers": [2, 3]}]
     student_of(folder, silent, tmp_path / "first")
@@ -235,6 +242,7 @@ def test_a_recipe_that_says_nothing_is_refused_before_measuring(folder: Path, tm
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_pipeline_carries_edits_out_and_knows_them_again(folder: Path, donor: Path, tmp_path: Path) -> None:
     def run(weight: float) -> Run:
         edits = [{"kind": "swap", "layers": [2], "donor": str(donor), "weight": weight}]

@@ -117,6 +117,7 @@ def test_merging_equal_layers_changes_no_bit() -> None:
         assert all(torch.equal(tensor, parameters(model, 1)[name]) for name, tensor in merged.items())
 
 
+@pytest.mark.slow
 def test_student_reloads_and_its_config_names_the_first_layer(tmp_path: Any) -> None:
     model = tiny_model("gemma3", dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -98,6 +98,7 @@ def test_the_objective_is_that_of_whole_models(kind: str, layers: tuple[int, ...
     assert expected > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_training_beats_dropping_and_the_first_layer_alone_on_unseen_rows(kind: str) -> None:
     model = model_of(kind)
@@ -167,6 +168,7 @@ def test_dropout_is_off_although_gpt2_has_it() -> None:
     assert same(*(train_replacement(model, settings(1, 2), some_rows(8), seed=0) for _ in range(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_moe"])
 def test_a_bfloat16_teacher_trains_in_float32_and_saves_bfloat16(kind: str) -> None:
     rows, chosen = some_rows(80), settings(1, 2, 3)
@@ -179,6 +181,7 @@ def test_a_bfloat16_teacher_trains_in_float32_and_saves_bfloat16(kind: str) -> N
     assert logits(student).isfinite().all()
 
 
+@pytest.mark.slow
 def test_steps_smaller_than_bfloat16_can_hold_are_not_lost() -> None:
     """With a learning rate under half a unit in the last place, plain bfloat16 weights would never move."""
     model = tiny_model("llama", dtype=torch.bfloat16)

@@ -194,6 +194,7 @@ def test_a_model_that_says_nothing_about_groups_is_read_by_its_keys() -> None:
     assert sublayers(mha)[0].num_kv_heads == 4
 
 
+@pytest.mark.slow
 def test_bfloat16_and_half_precision_are_proven_too() -> None:
     for cast_down in (nn.Module.bfloat16, nn.Module.half):
         for name in ("llama", "gemma3_text", "mixtral", "bloom"):

@@ -109,6 +109,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
         torch.save(scores.__dict__, f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), ranks=2)
     first, second = (Scores(**torch.load(tmp_path / f"{rank}.pt", weights_only=True)) for rank in (0, 1))

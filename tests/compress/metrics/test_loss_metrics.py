@@ -68,6 +68,7 @@ def test_single_drop_perplexity_equals_the_float64_loop(kind: str) -> None:
     assert found == pytest.approx(expected, rel=3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
 def test_sleb_equals_the_float64_loop_over_cut_models(kind: str) -> None:
     model = tiny_model(kind)
@@ -126,6 +127,7 @@ def test_sleb_without_a_number_removes_all_candidates_but_one() -> None:
     assert {removal.unit.layers[0] for removal in order} < set(CANDIDATES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_blockpruner_equals_the_float64_loop_over_models_with_silent_halves(kind: str) -> None:
     model = tiny_model(kind)
@@ -144,6 +146,7 @@ def test_present_absent_equals_its_definition() -> None:
     assert found == pytest.approx(expected, abs=4e-6)
 
 
+@pytest.mark.slow
 def test_local_shapley_is_near_the_value_over_all_walks(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama")
     caplog.set_level("INFO")
@@ -276,6 +279,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str) -> None:
         torch.save([all_metrics(num_rows) for num_rows in SHARES.values()], f"{folder}/{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), ranks=2)
     with torch.serialization.safe_globals([Removal, Component]):

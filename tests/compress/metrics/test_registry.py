@@ -152,6 +152,7 @@ def entropy(cells: list[Any]) -> float:
     return -sum(count / len(cells) * math.log(count / len(cells)) for count in Counter(cells).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_mka_similarity_is_mutual_information_of_diffusion_maps(kind: str) -> None:
     model = tiny_model(kind)
@@ -228,6 +229,7 @@ def _measure_on_rank(rank: int, world_size: int, folder: str, num_rows: int) -> 
         Path(folder, f"{rank}.txt").write_text(str(refusal.value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_rows", [5, 1], ids=["uneven shares", "a rank without rows"])
 def test_two_ranks_give_the_scores_of_one(num_rows: int, tmp_path: Path) -> None:
     call_on_ranks(_measure_on_rank, str(tmp_path), num_rows, ranks=2)

@@ -125,6 +125,7 @@ def test_effects_of_unequal_windows_equal_the_paired_comparison() -> None:
         assert (effect.score.low, effect.score.high) == pytest.approx((low, high), rel=1e-9)
 
 
+@pytest.mark.slow
 def test_intervals_over_unequal_windows_hold_that_nothing_has_changed() -> None:
     """1000 removals without any effect, as the columns of one sweep: 95 % of their intervals have to hold 0."""
     rng = np.random.default_rng(3)
@@ -241,6 +242,7 @@ def test_intervals_of_change_and_retention_cover_planted_truths(chance: float, l
     assert (held / 1500 <= most).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [20, 60])
 def test_intervals_of_a_mean_change_in_nats_cover_planted_truths(n: int) -> None:
     """1500 data sets of skewed increases side by side as columns: they share the resamples, not the items."""
@@ -508,6 +510,7 @@ def test_stability_tells_noise_from_layers_that_differ() -> None:
     assert clear.reliability == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_ceiling_is_what_two_measurements_of_the_same_importance_reach() -> None:
     """Two columns of one truth on different items: their rank correlation is the ceiling, far below 1."""
     rng = np.random.default_rng(5)

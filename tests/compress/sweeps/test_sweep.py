@@ -42,6 +42,7 @@ def run(
     return sweep(Edited(model()), tiny_tokenizer(), variants, settings, seed=0, **arguments)
 
 
+@pytest.mark.slow
 def test_a_sweep_scores_what_evaluating_every_cut_model_scores() -> None:
     drops = [(layer,) for layer in range(NUM_LAYERS)] + [(1, 4)]
     intact, removed = run([without(drop) for drop in drops])
@@ -52,6 +53,7 @@ def test_a_sweep_scores_what_evaluating_every_cut_model_scores() -> None:
     assert len(texts) == len(drops)
 
 
+@pytest.mark.slow
 def test_few_shot_examples_are_the_same_for_every_variant() -> None:
     settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",), num_fewshot=2, perplexity_tokens=0)
     intact, removed = run([without([2])], settings)
@@ -59,6 +61,7 @@ def test_few_shot_examples_are_the_same_for_every_variant() -> None:
     assert_same(removed[0], evaluate(cut_model(model(), [2]), tiny_tokenizer(), settings, seed=0))
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = [without([layer]) for layer in range(3)]
     expected = run(variants)
@@ -94,6 +97,7 @@ def test_a_sweep_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytes
     assert sum(calls) == answered + 12  # nor are those of another engine
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_from_each_others_files(tmp_path: Path) -> None:
     variants = [without([1])]
     expected = run(variants, folder=tmp_path, identity="a")
@@ -149,6 +153,7 @@ def test_a_task_without_the_asked_protocol_is_refused(monkeypatch: pytest.Monkey
         task_names(settings)
 
 
+@pytest.mark.slow
 def test_a_recurrent_model_is_swept_variant_by_variant() -> None:
     from architectures import tiny_model as tiny_family
 

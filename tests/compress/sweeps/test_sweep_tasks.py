@@ -81,6 +81,7 @@ def run(asked: Sweeps, drops: list[int], **arguments: Any) -> Any:
     return sweep(Edited(model()), tiny_tokenizer(), [without([drop]) for drop in drops], asked, seed=0, **arguments)
 
 
+@pytest.mark.slow
 def test_filters_and_examples_drawn_at_random_are_those_of_an_evaluation(
     tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def test_filters_and_examples_drawn_at_random_are_those_of_an_evaluation(
         assert_same(scores, evaluate(cut_model(model(), [drop]), tiny_tokenizer(), asked, seed=0))
 
 
+@pytest.mark.slow
 def test_drawn_texts_are_drawn_anew_for_every_repeat_and_the_same_in_every_run(tasks: Path, tmp_path: Path) -> None:
     asked, folder = settings(tasks, "drawn"), tmp_path / "kept"
     intact, removed = run(asked, [2], folder=folder, identity="a")

@@ -259,6 +259,7 @@ def test_nothing_is_written_for_a_target_that_would_refuse_it(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_targets_are_asked_of_a_finished_student_too_and_do_not_make_it_another(
     qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,8 @@ from shoal.recipe.recipe import parse_recipe
 from shoal.stages import pipeline, prune
 from shoal.stages.run import Run, open_run
 
+pytestmark = pytest.mark.slow
+
 with_converter = pytest.mark.skipif(
     not os.environ.get(gguf_export.CONVERTER_VARIABLE)
     and importlib.util.find_spec(gguf_export.CONVERTER_PACKAGE) is None,
@@ -66,6 +68,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- what is written ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @with_converter
 def test_file_holds_the_layers_and_the_precision_of_the_checkpoint(llama: Path) -> None:
     reader = gguf.GGUFReader(llama / "model.gguf")
@@ -76,6 +79,7 @@ def test_file_holds_the_layers_and_the_precision_of_the_checkpoint(llama: Path) 
     assert len({tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}) == 4
 
 
+@pytest.mark.slow
 @with_converter
 def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
     settings = {"num_hidden_layers": 2, "num_local_experts": 4, "sliding_window": None, "tie_word_embeddings": True}
@@ -91,6 +95,7 @@ def test_bfloat16_and_stacked_experts_keep_every_number(tmp_path: Path) -> None:
         check_gguf(path, tmp_path)
 
 
+@pytest.mark.slow
 @with_converter
 def test_a_family_that_only_the_converter_knows_is_compared_by_name(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -125,6 +130,7 @@ def distance(model: PreTrainedModel, path: Path, num_tokens: int = 4) -> tuple[f
     return (expected_NV - found_NV).abs().max().item(), ids == expected_NV.argmax(-1).tolist()
 
 
+@pytest.mark.slow
 @with_converter
 @with_llama_cpp
 def test_llama_cpp_gives_the_logits_of_transformers(llama: Path) -> None:
@@ -133,6 +139,7 @@ def test_llama_cpp_gives_the_logits_of_transformers(llama: Path) -> None:
     assert same_text
 
 
+@pytest.mark.slow
 @with_converter
 @with_llama_cpp
 def test_an_aligned_cut_runs_as_in_transformers_and_the_refused_one_would_not(
@@ -294,6 +301,7 @@ def run_of(teacher: Path, folder: Path, **settings: Any) -> Run:
     return open_run(parse_recipe({**raw, **settings}))
 
 
+@pytest.mark.slow
 @with_converter
 def test_a_run_writes_its_file_once_and_again_for_another_student(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

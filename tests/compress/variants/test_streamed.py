@@ -80,6 +80,7 @@ def test_scores_are_those_of_the_model_in_memory(kind: str, shards: bool, tmp_pa
         assert measure_streamed(folder, rows, metrics=METRICS, batch_size=2, streaming=streaming) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
 def test_variants_score_what_they_score_in_memory(kind: str, tmp_path: Path) -> None:
     folder = saved(tmp_path, kind, shards=True)
@@ -90,6 +91,7 @@ def test_variants_score_what_they_score_in_memory(kind: str, tmp_path: Path) -> 
         assert score_variants_streamed(folder, asked, VARIANTS, batch_size=3, streaming=streaming) == expected
 
 
+@pytest.mark.slow
 def test_dtype_is_what_loading_makes_of_it(tmp_path: Path) -> None:
     folder = saved(tmp_path, "llama", dtype=torch.bfloat16)
     for dtype in ("stored", "float32"):
@@ -106,6 +108,7 @@ def test_padding_counts_nowhere(tmp_path: Path) -> None:
     assert measure_streamed(folder, ROWS, streaming=Streaming(), **arguments) == expected
 
 
+@pytest.mark.slow
 def test_a_donors_layers_come_from_its_own_files(tmp_path: Path) -> None:
     folder, donor = saved(tmp_path, "qwen3"), saved(tmp_path / "donor", "qwen3", seed=1, shards=True)
     variants = [

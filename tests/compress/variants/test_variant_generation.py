@@ -55,6 +55,7 @@ def drafts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {"cpu": request.param})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("drafts")
 @pytest.mark.parametrize("shared", [0, 20])
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,6 +71,7 @@ def test_texts_of_variants_are_those_of_each_variant_alone(kind: str, shared: in
     assert len(lengths) > 2  # rows leave the batch at different times
 
 
+@pytest.mark.slow
 def test_texts_without_layers_are_those_that_transformers_writes_with_the_cut_model() -> None:
     model = tiny_model("qwen3", **VARIED)
     asked = prompts(shared=20)
@@ -96,6 +98,7 @@ def test_swapped_layers_write_one_after_the_other() -> None:
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_groups_of_variants_write_what_all_at_once_write(monkeypatch: pytest.MonkeyPatch) -> None:
     edited = Edited(tiny_model("llama", **VARIED))
     arguments = (edited, Decoder(edited.model), prompts(shared=20), VARIANTS, LIMITS)

@@ -57,6 +57,7 @@ def assert_equal_scores(found: list[Score], expected: list[Score], tolerance: fl
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_of_variants_are_those_of_each_variant_alone(kind: str) -> None:
     model = tiny_model(kind)
@@ -119,6 +120,7 @@ def test_a_donor_of_another_shape_is_refused() -> None:
         Edited(tiny_model("llama"), tiny_model("llama", intermediate_size=64))
 
 
+@pytest.mark.slow
 def test_groups_of_variants_give_what_all_at_once_give(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     arguments = (Edited(model), Decoder(model), requests(), VARIANTS)

@@ -166,6 +166,7 @@ def test_cells_hold_the_paired_statistics_of_the_items(two: list[Path]) -> None:
     assert cell_of(comparison, "A", "teacher", "perplexity").kept is None
 
 
+@pytest.mark.slow
 def test_p_values_are_corrected_over_the_whole_table(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, distilled=share, layers=n) for name, share, n in
             (("a", 0.7, 5), ("b", 0.6, 4), ("c", 0.5, 3))]  # fmt: skip
@@ -368,6 +369,7 @@ def test_what_only_moves_scores_by_rounding_is_said_and_not_refused(tmp_path: Pa
     assert "torch differs (2.13.0 in A, 2.12.0 in B), which does not change what is asked." in notes
 
 
+@pytest.mark.slow
 def test_runs_in_different_precision_share_a_table_that_says_so_above_everything(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
     other = write_run(tmp_path / "other", inputs={"dtype": "float32"}, distilled=0.5, layers=4)
@@ -466,6 +468,7 @@ def test_between_tokenizers_scores_per_token_are_left_out(tmp_path: Path) -> Non
     assert "perplexity is left out: it counts tokens" in comparison.left_out[0]
 
 
+@pytest.mark.slow
 def test_a_run_without_its_teacher_uses_that_of_another_run(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
     other = write_run(tmp_path / "other", roles=("pruned", "distilled"), distilled=0.5)
@@ -580,6 +583,7 @@ def test_speeds_are_relative_to_their_own_teacher_and_of_one_kind(two: list[Path
     assert [model.speed_ratio for model in comparison.models if model.contender.letter == "B"] == [None, None]
 
 
+@pytest.mark.slow
 def test_bytes_are_a_cost_of_their_own_where_they_do_not_follow_the_parameters(two: list[Path]) -> None:
     assert [panel.cost for panel in pareto_panels(compare_runs(two))[0]] == ["parameters"]
     found = Evaluation.read(two[1] / "eval/distilled.json")
@@ -600,6 +604,7 @@ def test_a_task_on_which_the_teacher_guesses_is_in_the_table_but_in_no_sentence_
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_page_markdown_json_and_figure_tell_the_same(two: list[Path], tmp_path: Path) -> None:
     write_speed(two[0], 1.5)
     write_speed(two[1], 1.8)
@@ -625,6 +630,7 @@ def test_page_markdown_json_and_figure_tell_the_same(two: list[Path], tmp_path: 
     assert [attributes["role"] for tag, attributes in page.tags if tag == "svg"] == ["img"]
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_text_everywhere(tmp_path: Path) -> None:
     name = ATTACK.replace("/", "|")
     hostile = {"retrieval_continuation": f"{ATTACK}\x1b[31m"}
@@ -700,6 +706,7 @@ def test_a_figure_of_nothing_is_refused() -> None:
 # --- the command --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_writes_everything(
     two: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

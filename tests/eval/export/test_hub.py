@@ -246,6 +246,7 @@ def test_a_failure_midway_leaves_a_whole_export_and_the_retry_sends_the_rest(
     assert not arrived & set(hub.uploads)
 
 
+@pytest.mark.slow
 def test_a_push_that_is_killed_goes_on_with_what_is_missing(folder: Path, hub: Hub) -> None:
     hub.fail = {"/commit/": 503}  # waited out, so that the process can be killed after the objects have arrived
     process = multiprocessing.get_context("fork").Process(target=send, args=(folder, hub))

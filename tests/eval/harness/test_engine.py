@@ -238,6 +238,7 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stopped == [text.split(stop)[0] for text in free]
 
 
+@pytest.mark.slow
 def test_penalties_of_the_model_are_left_to_transformers() -> None:
     model, hf = tiny_model("llama"), reference("llama")
     for settings in (model.generation_config, hf.model.generation_config):

@@ -71,6 +71,7 @@ def asked_until_killed(folder: Path, forwards: int) -> None:
     asked(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_loses_at_most_one_batch(
     tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]
 ) -> None:
@@ -180,6 +181,7 @@ def test_everything_that_shapes_an_answer_is_in_the_identity(tmp_path: Path, mon
     assert len(set(found)) == len(found) == 7
 
 
+@pytest.mark.slow
 def test_a_role_asks_only_what_it_has_not_answered(
     tmp_path: Path, forwards: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -102,6 +102,7 @@ def planted(text: str) -> tuple[TaskScore, TaskScore]:
     return before, after
 
 
+@pytest.mark.slow
 def test_page_is_well_formed_and_self_contained(report: tuple[Page, str, Path]) -> None:
     page, _, _ = report
     assert page.crossed == []
@@ -182,6 +183,7 @@ def test_both_outputs_tell_the_same_numbers(report: tuple[Page, str, Path]) -> N
         assert (folder / "figures" / f"{name}.svg").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_swept_run_shows_its_atlas(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     scores = {role: [choice(role, "retrieval", "retrieval", "continuation")] for role in SKILL}
@@ -273,6 +275,7 @@ def test_flips_show_both_texts_and_their_counts(report: tuple[Page, str, Path]) 
     assert len(page.all("details")) > 3
 
 
+@pytest.mark.slow
 def test_the_page_stays_small_however_many_items_there_are(tmp_path: Path) -> None:
     """Bound: 1 MB of changed items in the page. A figure of thousands of items is as large as one of a hundred."""
     for role in ("teacher", "pruned", "distilled"):
@@ -305,6 +308,7 @@ def test_every_task_keeps_its_share_of_a_small_room() -> None:
     assert [len(group.items) for group in within(groups, 10**6)] == [50, 50]
 
 
+@pytest.mark.slow
 def test_hostile_text_from_models_and_data_stays_text(tmp_path: Path) -> None:
     before, after = planted(ATTACK)
     evaluation("teacher", tasks=(before,)).write(tmp_path / "eval" / "teacher.json")
@@ -327,6 +331,7 @@ def test_hostile_text_from_models_and_data_stays_text(tmp_path: Path) -> None:
         assert "<img" not in outside
 
 
+@pytest.mark.slow
 def test_no_secret_of_settings_or_environment_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "hf_" + "s" * 34
     monkeypatch.setenv("HF_TOKEN", secret)
@@ -343,6 +348,7 @@ def test_no_secret_of_settings_or_environment_is_told(tmp_path: Path, monkeypatc
         assert "per_device_train_batch_size: 2" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "said"),
     [
@@ -429,6 +435,7 @@ def test_overlap_of_training_and_evaluation_is_stated(
     assert said in told(tmp_path)
 
 
+@pytest.mark.slow
 def test_report_repeats_byte_for_byte(tmp_path: Path) -> None:
     write_run(tmp_path)
     first = write_report(tmp_path).read_bytes()
@@ -535,6 +542,7 @@ def climbing(role: str, level: int) -> TaskScore:
     return with_rates(replace(task, family="track", level=float(level), items=items))
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_once_for_the_file_and_the_page_and_once_as_png(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,6 +626,7 @@ def test_one_lucky_answer_is_not_clear_of_chance(tmp_path: Path) -> None:
     assert "No signal here" in text
 
 
+@pytest.mark.slow
 def test_levels_rates_and_questions_are_told(tmp_path: Path) -> None:
     for role in SKILL:
         evaluation(role, tuple(climbing(role, level) for level in (1, 2, 3))).write(tmp_path / "eval" / f"{role}.json")
@@ -722,6 +731,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str, Pat
     return Page(write_report(folder).read_text()), (folder / "report.md").read_text(), folder
 
 
+@pytest.mark.slow
 def test_the_report_opens_with_what_was_lost_and_what_came_back_in_numbers(
     quickstart: tuple[Page, str, Path],
 ) -> None:

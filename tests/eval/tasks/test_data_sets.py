@@ -137,6 +137,7 @@ def test_names_are_no_others_and_have_a_level_where_they_have_a_family() -> None
             assert levels == sorted(levels, key=lambda level: level or 0)
 
 
+@pytest.mark.slow
 def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -> None:
     for data in (data for data in DATA_SETS.values() if data.bundled and data.page is None):
         part = parts_of(data)[0]
@@ -157,6 +158,7 @@ def test_every_bundled_task_is_complete_and_its_protocols_ask_the_same_items() -
             assert ("chance" in described) == (task.OUTPUT_TYPE != "multiple_choice")
 
 
+@pytest.mark.slow
 def test_written_answers_have_the_chance_of_a_guesser_who_takes_what_the_prompt_names() -> None:
     for name, num_named in (
         ("state_tracking_k2", 4),
@@ -500,6 +502,7 @@ def test_without_network_the_remedy_is_a_data_dir(monkeypatch: pytest.MonkeyPatc
         load("piqa_continuation", None)
 
 
+@pytest.mark.slow
 def test_a_close_name_is_offered_for_a_misspelt_task(monkeypatch: pytest.MonkeyPatch) -> None:
     class Small(lm_eval.tasks.TaskManager):
         def __init__(self, include_path: Any = None, include_defaults: bool = True) -> None:

@@ -68,6 +68,7 @@ def asked(task: Any) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", THEIRS)
 def test_prompts_options_and_matching_are_those_of_lm_eval(protocol: str, tasks: dict[str, Any]) -> None:
     ours, theirs = tasks[f"ours_{protocol}"], tasks[f"theirs_{protocol}"]

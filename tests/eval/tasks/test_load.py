@@ -114,6 +114,7 @@ def first_items(task: Any) -> list[list[Any]]:
     return items
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASKED)
 def test_what_our_own_tasks_ask_has_never_changed(
     name: str, every_task: dict[str, Any], with_examples: dict[str, Any]
@@ -296,6 +297,7 @@ def test_a_name_that_a_task_file_only_mentions_is_refused_by_the_index(tmp_path:
         load_tasks(["own_task"], include_path=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_misspelt_task_is_refused_before_models_and_tasks_are_imported(tmp_path: Path) -> None:
     """In a process of its own, with lm-eval's real collection."""
     (tmp_path / "r.yaml").write_text(f"model: m\nrun_dir: {tmp_path / 'run'}\neval: {{tasks: [arc_eazy]}}\n")

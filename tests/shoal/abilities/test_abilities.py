@@ -224,6 +224,7 @@ def test_twins_have_the_length_of_the_worked_answer() -> None:
         assert len({len(option.split()) for option in item.options}) == 1
 
 
+@pytest.mark.slow
 def test_training_texts_hold_only_content_of_the_training_split() -> None:
     texts = training_texts(num_texts=150, seed=0)
     assert texts == training_texts(num_texts=150, seed=0)

@@ -235,6 +235,7 @@ def test_needles_are_found_where_they_should_be(num_needles: int, num_asked: int
         assert all(text.count(code) == 1 for option in item.options for code in option.strip().split(", "))
 
 
+@pytest.mark.slow
 def test_a_needle_cannot_be_guessed_by_its_place_in_the_text() -> None:
     found = items("needle", split="eval", num_items=600, seed=0, num_sentences=40, num_needles=8)
     for rank in range(4):

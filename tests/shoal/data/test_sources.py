@@ -552,6 +552,7 @@ def test_rows_go_to_disk_as_they_are_made(tmp_path: Path, packing: Packing) -> N
     assert names == set(PLANES) - ({"supervised"} if packing == "split" else set())
 
 
+@pytest.mark.slow
 def test_packing_to_disk_takes_no_memory_that_grows_with_the_budget(tmp_path: Path) -> None:
     class Quick:
         """As many tokens as it is asked for, at once."""

@@ -103,6 +103,7 @@ def test_dropped_layers_have_a_mark_beside_their_name() -> None:
     assert labels == ["0", "× 1", "2", "3", "4", "× 5"]
 
 
+@pytest.mark.slow
 def test_every_column_has_a_panel_with_its_intervals_and_every_gap_one() -> None:
     figure = atlas_figure(swept())
     titles = [ax.get_title(loc="left") for ax in figure.axes]
@@ -156,6 +157,7 @@ def test_agreement_shows_the_ceiling_beside_the_correlation(tmp_path: Path) -> N
     assert agreement_figure(one.agreement).axes[0].texts[0].get_text() == "1.00"
 
 
+@pytest.mark.slow
 def test_halves_and_donor_layers_are_drawn_over_the_layers_they_belong_to() -> None:
     units = [Component((layer,), "attention") for layer in (1, 3, 4)]
     table = sweep_table("attention", units, [task(right(0.8))], [[task(right(0.8, lost))] for lost in (0, 30, 1)])
@@ -196,6 +198,7 @@ def test_figures_refuse_what_they_cannot_draw() -> None:
         cumulative_figure(replace(cumulative(), columns=()))
 
 
+@pytest.mark.slow
 def test_equal_input_gives_equal_bytes_and_one_file(tmp_path: Path) -> None:
     for suffix in ("svg", "png"):
         for name in ("a", "b"):

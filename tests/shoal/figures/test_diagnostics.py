@@ -64,6 +64,7 @@ def texts(path: Path) -> list[str]:
     return [node.text or "" for node in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
 
 
+@pytest.mark.slow
 def test_every_curve_stands_in_its_panel_and_depths_are_marked(tmp_path: Path) -> None:
     figure = diagnostics_figure(DIAGNOSTICS)
     cosines, sizes, divergence, overlap, output, matrix, _ = figure.axes
@@ -91,6 +92,7 @@ def test_every_curve_stands_in_its_panel_and_depths_are_marked(tmp_path: Path) -
     ]
 
 
+@pytest.mark.slow
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     probes = Probes(Provenance({}, {}, ""), L, (CONCEPT,))
     for name in ("one.svg", "other.svg"):

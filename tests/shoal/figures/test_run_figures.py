@@ -190,6 +190,7 @@ def test_names_from_data_stay_text(tmp_path: Path) -> None:
     assert "<script" not in inline_svg(svg, "x", title=name, description=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_equal_input_gives_equal_bytes(tmp_path: Path, suffix: str) -> None:
     for name in ("a", "b"):
@@ -205,6 +206,7 @@ def test_save_figure_refuses_other_formats(tmp_path: Path) -> None:
         save_figure(importance_figure(importance()), tmp_path / "a.gif")
 
 
+@pytest.mark.slow
 def test_inline_svgs_share_a_page_without_sharing_ids(tmp_path: Path) -> None:
     figures = {"one": importance_figure(importance()), "two": training_figure(training())}
     files = {name: save_figure(figure, tmp_path / f"{name}.svg") for name, figure in figures.items()}

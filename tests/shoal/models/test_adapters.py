@@ -121,6 +121,7 @@ def test_weights_are_the_formula_rounded_once(tmp_path: Path, dtype: str, rank_s
     assert changed == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -148,6 +149,7 @@ def test_merged_model_is_base_and_adapter_side_by_side(tmp_path: Path, kind: str
     assert (logits(loaded(base)) - expected).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_experts_are_merged(tmp_path: Path) -> None:
     base = tmp_path / "base"
     torch.manual_seed(0)
@@ -162,6 +164,7 @@ def test_experts_are_merged(tmp_path: Path) -> None:
     assert not torch.equal(decoder_layers(merged)[0].get_parameter("mlp.experts.down_proj"), experts)
 
 
+@pytest.mark.slow
 def test_merging_in_float32_loses_less_than_in_bfloat16(tmp_path: Path) -> None:
     """Why four bytes per parameter are spent."""
     base = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
@@ -190,6 +193,7 @@ def test_the_result_is_a_plain_checkpoint_with_the_bases_settings(tmp_path: Path
     assert sorted(file.name for file in folder.parent.iterdir()) == sorted([f".{folder.name}.lock", folder.name])
 
 
+@pytest.mark.slow
 def test_dtypes_of_single_tensors_are_kept(tmp_path: Path) -> None:
     """DeepSeek's routers stay in float32."""
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -226,6 +230,7 @@ def test_it_is_merged_once_and_the_log_says_where(
     assert resolve_model(str(adapter)) == folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["base", "adapter", "settings", "tokenizer"])
 def test_another_base_adapter_or_tokenizer_is_another_model(base: Path, adapter: Path, part: str) -> None:
     first = resolve_model(str(adapter))
@@ -251,6 +256,7 @@ def test_the_adapters_tokenizer_is_used_where_it_has_one(adapter: Path) -> None:
     assert load_tokenizer(resolve_model(str(adapter))).convert_tokens_to_ids("<tool>") == 259
 
 
+@pytest.mark.slow
 def test_an_adapter_of_an_adapter_is_merged_into_the_merged_one(adapter: Path, tmp_path: Path) -> None:
     first = resolve_model(str(adapter))
     second = trained(first, tmp_path / "second", lora())
@@ -272,6 +278,7 @@ def test_the_base_is_taken_at_the_adapters_revision(adapter: Path, base: Path, m
     assert asked == [("org/base", "abc123")]
 
 
+@pytest.mark.slow
 def test_an_interrupted_merge_leaves_nothing(adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -328,6 +335,7 @@ def test_settings_that_cannot_be_merged_are_refused(
     refused(adapter, message, cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -430,6 +438,7 @@ def test_a_bias_without_a_place_is_refused(base: Path, tmp_path: Path, cache: Pa
     refused(adapter, r"cannot be merged: Impossible to merge LoRA with `lora_bias=True` because the base layer", cache)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_finite_are_refused(adapter: Path, tmp_path: Path, cache: Path) -> None:
     rewrite(adapter, lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()})
     refused(adapter, r"cannot be merged: NaNs detected in the merged weights", cache)

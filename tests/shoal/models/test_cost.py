@@ -63,6 +63,7 @@ def real_cache_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3"])
 def test_a_cost_at_another_depth_is_that_of_a_model_of_that_depth(kind: str) -> None:
     whole = cost(tiny.tiny_config(kind))
@@ -70,6 +71,7 @@ def test_a_cost_at_another_depth_is_that_of_a_model_of_that_depth(kind: str) -> 
         assert whole.at_depth(layers) == cost(tiny.tiny_config(kind, num_hidden_layers=layers))
 
 
+@pytest.mark.slow
 def test_a_cost_at_another_depth_takes_the_average_of_unlike_layers() -> None:
     """Two of three of Gemma's layers keep a window only; a dense first layer stands beside mixtures in DeepSeek."""
     gemma = cost(tiny.tiny_config("gemma3")).at_depth(3)
@@ -89,6 +91,7 @@ def test_parameters_and_cache_are_those_of_the_real_model(name: str) -> None:
     assert [found.cache_bytes(length) for length in LENGTHS] == [real_cache_bytes(model, length) for length in LENGTHS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3_text", "llama", "mixtral", "qwen3_next"])
 def test_the_student_without_data_has_the_size_of_the_really_cut_model(name: str) -> None:
     model = architectures.tiny_model(name)
@@ -149,6 +152,7 @@ def test_what_layers_share_is_stored_once_and_read_by_each() -> None:
     assert shared.active_parameters == whole.active_parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "billions", "token_bytes"),
     [
@@ -198,6 +202,7 @@ def test_published_sizes_in_little_memory(config: Any, billions: tuple[str, str]
     assert found.cache_bytes(1000) == 1000 * token_bytes
 
 
+@pytest.mark.slow
 def test_sliding_layers_stop_growing_at_their_window() -> None:
     config = Gemma3TextConfig(
         num_hidden_layers=12,

@@ -408,6 +408,7 @@ def test_fingerprint_ignores_place_sharding_and_resaving(whole: Path, folder: Pa
     assert checkpoint_bytes(folder) == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.slow
 def test_fingerprint_sees_a_change_of_any_single_weight(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors, seen = load_file(file), {model_fingerprint(folder)}
@@ -625,6 +626,7 @@ def resolve_and_count(counted: Any, start: Event) -> None:
     check_checkpoint(resolve_model("demo:fake"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_demo")
 def test_one_of_several_processes_converts_and_the_others_wait() -> None:
     counted, start = FORK.Value("i", 0), FORK.Event()

@@ -36,6 +36,7 @@ def refusal(*terms: dict[str, Any]) -> list[str]:
     return str(refused.value).replace("recipe: distill.losses", "losses").split("\n")
 
 
+@pytest.mark.slow
 def test_every_kind_is_read_from_a_recipe_with_its_defaults_and_written_back() -> None:
     kinds = (*LOGIT_TERMS, *STATE_TERMS)
     assert [term().kind for term in kinds] == list(KINDS)

@@ -59,6 +59,7 @@ def stop(*_: Any) -> None:
     pytest.fail("healed again")
 
 
+@pytest.mark.slow
 def test_plans_are_cut_healed_scored_and_ranked(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
     run, healer = make_run(), Healer(0.5, 0.1)
     text = searching.search(run, healer)
@@ -93,6 +94,7 @@ def test_plans_are_cut_healed_scored_and_ranked(make_run: Any, caplog: pytest.Lo
         searching.search(make_run(search={"num_tokens": 256}), stop)
 
 
+@pytest.mark.slow
 def test_a_search_killed_between_two_plans_goes_on(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
     healer = Healer(0.5)
     with pytest.raises(KeyboardInterrupt):
@@ -107,6 +109,7 @@ def test_a_search_killed_between_two_plans_goes_on(make_run: Any, caplog: pytest
     assert len(SearchResult.read(make_run().dir / "search.json").ranking.plans) == 2
 
 
+@pytest.mark.slow
 def test_importance_and_teacher_of_the_run_itself_are_used(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [{"metric": "angular", "num_drop": 2}, {"drop": [1, 3]}]
     run = make_run(plans)
@@ -120,6 +123,7 @@ def test_importance_and_teacher_of_the_run_itself_are_used(make_run: Any, monkey
     assert not (run.dir / "search" / "_measured").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -239,6 +243,7 @@ def test_plans_are_named_after_what_they_say(plan: SearchPlan, name: str) -> Non
     assert len(plan.called) <= 48
 
 
+@pytest.mark.slow
 def test_the_verb_heals_plans_of_the_same_layers_once_from_their_own_recipes_and_prints_the_ranking(
     make_run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def make_run(teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     return make
 
 
+@pytest.mark.slow
 def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     make_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -84,12 +85,14 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
     assert len(PruningPlan.read(run.dir / "plan.json").drop) == 1
 
 
+@pytest.mark.slow
 def test_what_is_measured_already_is_not_measured_again(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measuring.measure(make_run({"sweep": SWEEP}))
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     measuring.measure(make_run({"sweep": {**SWEEP, "batch_size": 2}}))
 
 
+@pytest.mark.slow
 def test_diagnostics_are_made_beside_importance_that_is_there(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measuring.measure(make_run())
     before = (make_run().dir / "importance.json").read_bytes()
@@ -102,6 +105,7 @@ def test_diagnostics_are_made_beside_importance_that_is_there(make_run: Any, mon
     measuring.measure(run)
 
 
+@pytest.mark.slow
 def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
     sweep = {**SWEEP, "protocols": ["continuation"], "operators": [], "greedy": 2, "perplexity_tokens": 0}
     run = make_run({"sweep": sweep}, prune={"metric": "task_greedy", "num_drop": 2})
@@ -117,6 +121,7 @@ def test_a_task_aware_order_can_be_planned_from(make_run: Any) -> None:
     assert order[0].score == max(inner.values()) == inner[order[0].unit.layers[0]]
 
 
+@pytest.mark.slow
 def test_probes_find_at_which_depth_a_class_can_be_told(make_run: Any, tmp_path: Path) -> None:
     rows = [{"text": f"{word} {index}", "class": word} for index in range(24) for word in ("up", "down")]
     data = tmp_path / "words.jsonl"
@@ -130,6 +135,7 @@ def test_probes_find_at_which_depth_a_class_can_be_told(make_run: Any, tmp_path:
         measuring.measure(make_run({"probes": [{"path": str(data), "label": "klass"}]}))
 
 
+@pytest.mark.slow
 def test_estimates_carry_their_standard_errors(make_run: Any) -> None:
     run = make_run({"metrics": ["block_influence", "present_absent"]})
     measuring.measure(run)
@@ -191,6 +197,7 @@ def test_windows_too_unequal_for_an_interval_are_refused_before_anything_is_load
         measuring.measure(make_run({"sweep": sweep}))
 
 
+@pytest.mark.slow
 def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(
     make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +214,7 @@ def test_what_only_the_model_can_tell_is_refused_before_anything_is_measured(
         measuring.measure(run)
 
 
+@pytest.mark.slow
 def test_answers_of_a_donor_that_has_changed_are_not_used(make_run: Any, tmp_path: Path) -> None:
     sweep = {**SWEEP, "protocols": ["continuation"], "operators": ["donor"], "perplexity_tokens": 0}
     found = []
@@ -229,6 +237,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tiny_checkpoint(folder, "llama", max_position_embeddings=4096, intermediate_size=4096))
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_measured_from_its_files_with_the_same_numbers(
     make_run: Any, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

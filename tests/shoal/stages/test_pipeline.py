@@ -85,6 +85,7 @@ def test_what_is_done_is_not_made_again(make_run: Any, caplog: pytest.LogCapture
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
     pruning.prune(make_run())
     pruning.prune(make_run(prune={"drop": [2]}))
@@ -96,6 +97,7 @@ def test_changed_setting_makes_it_again_and_says_which(make_run: Any, caplog: py
     assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 5
 
 
+@pytest.mark.slow
 def test_changed_model_makes_it_again_and_says_so(
     make_run: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_plan_that_was_edited_is_not_believed(
             stage(make_run(prune=prune))
 
 
+@pytest.mark.slow
 def test_a_student_that_was_exchanged_is_not_believed(make_run: Any, tmp_path: Path) -> None:
     run = make_run()
     pruning.prune(run)
@@ -158,6 +161,7 @@ def test_a_student_that_was_exchanged_is_not_believed(make_run: Any, tmp_path: P
     assert pruning.read_plan(make_run()).drop == (1, 3)
 
 
+@pytest.mark.slow
 def test_importance_of_another_depth_chooses_nothing(make_run: Any) -> None:
     run = make_run(prune={"num_drop": 1})
     measure.measure(run)
@@ -183,6 +187,7 @@ def test_damaged_plan_is_refused_with_the_remedy(make_run: Any) -> None:
         pruning.prune(make_run())
 
 
+@pytest.mark.slow
 def test_lost_student_is_made_again(make_run: Any) -> None:
     run = make_run()
     pruning.prune(run)
@@ -214,6 +219,7 @@ def test_another_cut_under_trained_checkpoints_is_refused(make_run: Any) -> None
     assert PruningPlan.read(run.dir / "plan.json").drop == (1, 3)
 
 
+@pytest.mark.slow
 def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
     make_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -233,6 +239,7 @@ def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
         pruning.prune(make_run(measure={**MEASURE, "num_tokens": 96}, prune={"num_drop": 2}))
 
 
+@pytest.mark.slow
 def test_batch_size_of_measuring_is_no_other_run(make_run: Any) -> None:
     settings: dict[str, Any] = {"measure": MEASURE, "prune": {"num_drop": 2}}
     measure.measure(make_run(**settings))
@@ -409,6 +416,7 @@ def trained_to(run: Run, step: int, **identity: Any) -> None:
     commit(folder, {**checkpoint_inputs(run.recipe.distill, inputs), **identity})
 
 
+@pytest.mark.slow
 def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promised(
     make_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -452,6 +460,7 @@ def test_a_student_that_was_deleted_after_training_keeps_nobody_from_its_results
         pipeline._require_models_of_this_run(other, pipeline.roles(other))
 
 
+@pytest.mark.slow
 def test_a_limit_of_a_task_that_is_not_asked_is_refused_before_anything_is_measured(make_run: Any) -> None:
     """A group's tasks are known to lm-eval's index alone, so that the recipe does not tell."""
     run = make_run(eval={"tasks": ["shoal_retrieval"], "limits": {"knowledge_continuation": 3}})

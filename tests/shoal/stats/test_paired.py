@@ -297,6 +297,7 @@ def test_p_is_below_a_twentieth_exactly_where_the_interval_excludes_zero() -> No
     assert 40 < sum(sides) < 200
 
 
+@pytest.mark.slow
 def test_a_change_that_is_not_there_is_found_one_time_in_twenty() -> None:
     rng = np.random.default_rng(11)
     p_values = []
@@ -306,6 +307,7 @@ def test_a_change_that_is_not_there_is_found_one_time_in_twenty() -> None:
     assert 0.02 <= np.mean(np.array(p_values) < 0.05) <= 0.085
 
 
+@pytest.mark.slow
 def test_retention_of_scores_between_0_and_1_is_covered() -> None:
     rng = np.random.default_rng(12)
     hits = []
@@ -334,6 +336,7 @@ def two_protocols(rng: np.random.Generator, n: int, *, shared: bool) -> list[tup
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False], ids=["the same items", "other items"])
 def test_the_gap_between_two_protocols_is_covered(shared: bool) -> None:
     rng = np.random.default_rng(13)

@@ -41,6 +41,7 @@ from shoal.tracking import wandb_results, wandb_run
 from shoal.tracking.wandb_results import log_results
 from shoal.train.callbacks.wandb_curves import Curves
 
+pytestmark = pytest.mark.slow
 KEY = "0123456789abcdef" * 2 + "01234567"
 HUB_TOKEN = "hf_" + "s" * 34
 ROLES = ("teacher", "pruned", "distilled")
@@ -135,6 +136,7 @@ def found(run_dir: Path) -> Tracked:
     return read_tracked(run_dir)
 
 
+@pytest.mark.slow
 def test_all_stages_are_one_run_that_is_gone_on_with(found: Tracked, run_dir: Path) -> None:
     assert len(found.ids) == 3
     assert set(found.ids) == {(run_dir / "wandb_run_id").read_text().strip()}
@@ -250,6 +252,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     found.server_close()
 
 
+@pytest.mark.slow
 def test_online_stages_arrive_as_one_run_that_has_used_the_teacher(tmp_path: Path, server: WandbServer) -> None:
     track, recipe = Track(wandb="online"), {"model": str(tmp_path / "base"), "revision": None, "note": HUB_TOKEN}
     run_dir, teacher = tmp_path / "run", tiny_checkpoint(tmp_path / "base", "llama")
@@ -266,6 +269,7 @@ def test_online_stages_arrive_as_one_run_that_has_used_the_teacher(tmp_path: Pat
     assert not [body for body in server.seen if HUB_TOKEN.encode() in body]
 
 
+@pytest.mark.slow
 def test_offline_stages_are_put_together_in_order_when_they_are_uploaded(
     run_dir: Path, found: Tracked, server: WandbServer
 ) -> None:

@@ -62,12 +62,14 @@ def source(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_the_number_of_texts_follows_from_the_budget(tmp_path, texts):
     assert len(texts) == 13  # 200 tokens in texts of 6 + 10, none of which is rejected
     short = write(tmp_path, Writing(**{**BRIEF, "new_tokens": 4}))
     assert len(short) == 20
 
 
+@pytest.mark.slow
 def test_texts_are_read_back_without_the_teacher_while_nothing_changes(tmp_path, texts):
     settings = Writing(**BRIEF)
     assert write(tmp_path, settings) == texts
@@ -78,6 +80,7 @@ def test_texts_are_read_back_without_the_teacher_while_nothing_changes(tmp_path,
     assert sorted(file.name for file in place.iterdir()) == ["counts.json", "inputs.json", "texts.jsonl"]
 
 
+@pytest.mark.slow
 def test_anything_that_shapes_the_text_makes_it_anew(tmp_path):
     def echo(prompts, numbers):
         return prompts
@@ -94,6 +97,7 @@ def test_anything_that_shapes_the_text_makes_it_anew(tmp_path):
     assert len(list(tmp_path.glob("written-*"))) == 8
 
 
+@pytest.mark.slow
 def test_runs_share_a_folder_of_their_own_choice(tmp_path, texts):
     settings = Writing(**BRIEF, folder=str(tmp_path / "shared"))
     assert write(tmp_path / "run1", settings) == texts
@@ -102,6 +106,7 @@ def test_runs_share_a_folder_of_their_own_choice(tmp_path, texts):
     assert not (tmp_path / "run2").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_costs_no_finished_batch_and_changes_no_text(tmp_path, texts):
     settings = Writing(**BRIEF)
     first = Teacher(settings, batches=2)
@@ -114,6 +119,7 @@ def test_a_kill_costs_no_finished_batch_and_changes_no_text(tmp_path, texts):
     assert sorted(first.asked + second.asked) == list(range(13))
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_does(tmp_path, texts, monkeypatch):
     """Rank 1 first, up to where it would wait for rank 0."""
     settings = Writing(**BRIEF)
@@ -131,10 +137,12 @@ def test_two_ranks_write_what_one_does(tmp_path, texts, monkeypatch):
     assert sorted(main.asked + other.asked) == list(range(13))
 
 
+@pytest.mark.slow
 def test_a_text_does_not_depend_on_its_batch(tmp_path, texts):
     assert write(tmp_path, Writing(**{**BRIEF, "batch_size": 3})) == texts
 
 
+@pytest.mark.slow
 def test_every_prompt_is_used_before_any_is_used_again(tmp_path):
     prompts = [f"Prompt {letter}: " for letter in "abcde"]
     asked = DataSource(source(tmp_path, [{"question": prompt} for prompt in prompts]), column="question")
@@ -162,6 +170,7 @@ def test_conversations_are_asked_through_the_chat_template_and_kept_as_turns(tmp
         assert answer == {"role": "assistant", "content": record["written"].strip()}
 
 
+@pytest.mark.slow
 def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
     rows = [{"q": f"{number} and 1?", "a": f"#### {number + 1}"} for number in range(6)]
     asked = DataSource(source(tmp_path, rows), prompt="q", completion="a")
@@ -186,6 +195,7 @@ def test_right_answers_cannot_be_told_without_answers(tmp_path):
             write(tmp_path, Writing(prompts=prompts, keep="correct"), unexpected)
 
 
+@pytest.mark.slow
 def test_prompts_that_are_too_long_are_left_out(tmp_path):
     asked = DataSource(source(tmp_path, [{"text": "short"}, {"text": "much too long"}]))
     found = write(tmp_path / "run", Writing(**{**BRIEF, "prompts": asked, "max_prompt_tokens": 8}))

@@ -531,6 +531,7 @@ def test_recorded_states_are_as_good_as_a_teacher() -> None:
         StateLosses(TERMS, plan((2, 3)), student, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", KINDS, ids=str)
 def test_thirty_steps_bring_the_student_nearer(term: StateTerm) -> None:
     teacher = tiny_model("llama")

@@ -76,6 +76,7 @@ def really_saved(kind: str, *, autocast: bool, trained: str) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", SETTINGS)
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
@@ -93,6 +94,7 @@ def test_a_llama_layer_keeps_what_the_formula_of_the_document_says() -> None:
     assert found.layers[2].kept.fixed == 2 * found.layers[2].matrices
 
 
+@pytest.mark.slow
 def test_frozen_layers_below_the_cut_keep_nothing() -> None:
     config = tiny_config("llama")
     found = student_size(config, sequence_length=LENGTH, prepare=preparing("from_first_cut"))
@@ -136,6 +138,7 @@ MAPPED = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Freed memory goes back at once: small tensors that linger would be a large part of so small a run."""
 
 
+@pytest.mark.slow
 def test_the_estimate_is_within_a_tenth_of_a_measured_peak() -> None:
     """Of a process of its own: the second of two micro-batches of the objective, before AdamW has its moments.
 
@@ -263,6 +266,7 @@ def test_operations_per_token_follow_from_weights_and_length(tiny_job: Job) -> N
     assert found == 3 * (4 * layer + head)
 
 
+@pytest.mark.slow
 def test_layers_whose_state_is_recorded_are_not_run() -> None:
     def cost(teacher: Teacher, shared: int) -> float:
         found = job_of(trainable="from_first_cut", teacher=teacher)
@@ -275,6 +279,7 @@ def test_layers_whose_state_is_recorded_are_not_run() -> None:
     assert cost(Teacher(), 2) - cost(spared, 2) == NUM_LAYERS * layer + 2 * 32 * VOCAB_SIZE
 
 
+@pytest.mark.slow
 def test_a_layer_that_the_local_stage_heals_is_not_shared_and_its_state_not_compared() -> None:
     losses = (ForwardKL(), HiddenStates())
     plain, healed = (job_of(trainable="from_first_cut", losses=losses, local=local) for local in (None, LocalHeal()))
@@ -285,6 +290,7 @@ def test_a_layer_that_the_local_stage_heals_is_not_shared_and_its_state_not_comp
 # --- what stands beside plain training
 
 
+@pytest.mark.slow
 def test_adapters_alone_have_gradients_and_moments() -> None:
     whole, adapters = job_of(), job_of(lora=Lora(rank=4))
     pairs = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
@@ -294,6 +300,7 @@ def test_adapters_alone_have_gradients_and_moments() -> None:
     assert (adapters.memory.gradients, adapters.memory.optimizer) == (4 * count, 8 * count)
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_counted_once_where_they_are_shared() -> None:
     found = job_of(trainable="from_first_cut")
     model = tiny_model("llama", num_hidden_layers=4)
@@ -310,6 +317,7 @@ def test_frozen_weights_are_counted_once_where_they_are_shared() -> None:
     assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float16")).setting.sharing == "none"
 
 
+@pytest.mark.slow
 def test_a_teacher_is_where_the_recipe_says(tiny_job: Job) -> None:
     def place(**settings: Any) -> str:
         return job_of(**settings).setting.teacher
@@ -339,6 +347,7 @@ def large(job: Job, **setting: Any) -> tuple[ModelSize, ModelSize, Setting]:
     return student, teacher, replace(job.setting, **setting)
 
 
+@pytest.mark.slow
 def test_scoring_gathers_the_whole_student_on_every_rank_of_zero_3() -> None:
     watched = job_of(watch=Watch(), deepspeed="deepspeed/zero3.json")
     student, teacher, setting = large(watched, stage=3, ranks=1000)
@@ -395,6 +404,7 @@ def test_writing_the_student_takes_a_copy_and_what_its_files_hold_otherwise() ->
     assert on_gpu.host_briefly >= (4 + 2) * frozen
 
 
+@pytest.mark.slow
 def test_states_of_loss_terms_are_held() -> None:
     held = [job_of(losses=losses).setting.captured for losses in ((ForwardKL(),), (HiddenStates(),))]
     # student layers 2 and 3, and 1 before the gap: three states of the teacher in bf16
@@ -521,6 +531,7 @@ def test_a_run_without_the_memory_is_refused_with_what_fits(
     assert "distill.check_memory: false" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_without_the_disk_is_refused(folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int]) -> None:
     machine["disk"] = 1000
     with pytest.raises(UserError, match=r"run_dir .*: training writes .* more at its worst moment and 1 kB are"):
@@ -539,6 +550,7 @@ def test_a_run_that_starts_all_the_same_says_what_is_short(
     assert "starts because distill.check_memory is false: run_dir" in caplog.text
 
 
+@pytest.mark.slow
 def test_memory_that_is_close_is_a_warning(
     folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -563,6 +575,7 @@ def test_a_duration_is_told_in_a_unit_that_it_fills(seconds: float, text: str) -
     assert report._duration(seconds) == text
 
 
+@pytest.mark.slow
 def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "matmul_flops_per_second", lambda device, dtype: 1e11)
     told = report.dry_run(
@@ -601,6 +614,7 @@ def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, mon
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -627,6 +641,7 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
     ballast = torch.ones(1_000_000_000, dtype=torch.uint8)  # resident here, not in the child
     command = [sys.executable, "-c", "from shoal.machine import peak_memory; print(peak_memory())"]
@@ -634,6 +649,7 @@ def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
     assert peak_memory() > len(ballast) > child
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("token_s", "num_tokens"), [(0.001, 256), (0.1, 64), (3.0, 16)])
 def test_a_slow_machine_tries_a_piece_of_a_micro_batch_and_the_bound_holds(
     monkeypatch: pytest.MonkeyPatch, token_s: float, num_tokens: int

@@ -92,6 +92,7 @@ def weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_the_definition_and_falls_and_nothing_but_the_layers_before_gaps_moves(tmp_path):
     keep = (0, 2, 3)
     student, teacher = models(keep)
@@ -146,6 +147,7 @@ def test_what_an_edit_zeroed_stays_zero_and_the_rest_of_the_layer_learns(tmp_pat
     assert not moved[:, 8:16].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 5, 13])
 def test_a_killed_healing_goes_on_to_the_same_weights(tmp_path, monkeypatch, step):
     whole, teacher = models()
@@ -167,6 +169,7 @@ def test_a_killed_healing_goes_on_to_the_same_weights(tmp_path, monkeypatch, ste
     assert all(torch.equal(weight, weights(whole)[name]) for name, weight in weights(student).items())
 
 
+@pytest.mark.slow
 def test_progress_of_another_run_is_not_gone_on_with(tmp_path, caplog):
     student, teacher = models()
     heal(student, teacher, tmp_path, inputs={"model": "b"})
@@ -178,6 +181,7 @@ def test_progress_of_another_run_is_not_gone_on_with(tmp_path, caplog):
     assert "local: starts again, because model is 'a' in this recipe but 'b' there" in caplog.text
 
 
+@pytest.mark.slow
 def test_the_weights_do_not_depend_on_how_many_rows_are_read_at_once(tmp_path):
     healed = []
     for at_once in (1, 3, 4):

@@ -85,6 +85,7 @@ def test_the_merge_is_exact_where_numbers_are(tmp_path) -> None:
     assert torch.equal(finished_state(student, state, tmp_path, dtype=torch.float32)[f"{name}.weight"], expected)
 
 
+@pytest.mark.slow
 def test_adapters_go_where_layers_are_trained_and_nowhere_else() -> None:
     student, chosen = adapted("llama", num_hidden_layers=12)
     assert {name.rpartition(".")[0] for name in chosen} == {

@@ -398,6 +398,7 @@ def run_rank(rank: int, port: int, teacher: Path, folder: Path) -> None:
     leave_distributed()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA does not survive a fork; a fresh start takes 20 seconds")
 def test_two_ranks_write_the_same_bytes_as_one(teacher, tmp_path):
     record(teacher, tmp_path / "one", prefix=2)
