@@ -340,8 +340,8 @@ def test_an_atlas_of_no_task_is_refused() -> None:
         build_atlas([], [[]])
 
 
-def test_units_and_scores_must_be_as_many() -> None:
-    with pytest.raises(ValueError, match="2 units but scores of 1 variants"):
+def test_components_and_scores_must_be_as_many() -> None:
+    with pytest.raises(ValueError, match="2 components but scores of 1 variants"):
         sweep_table("head", [Component((0,), "head", 0), Component((0,), "head", 1)], scores()[0], [scores()[0]])
 
 
