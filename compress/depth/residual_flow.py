@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, with_state
+from shoal.models.families import family
 
-from ..edits.sublayers import CHANGED_RESIDUAL, Sublayers, probing, silence, sublayers, where
+from ..edits.sublayers import Sublayers, probing, silence, sublayers, where
 from .runs import TokenBatch, probe_batch, run_body
 
 MIN_NORM = 1e-6
@@ -58,11 +59,11 @@ class ResidualSums:
 
 def layer_flows(model: PreTrainedModel) -> tuple[tuple[LayerFlow, ...], str]:
     """Every layer's flow, or none and the reason why this model's layers cannot be told apart into halves."""
-    halves, family = sublayers(model), text_config(model.config).model_type
+    halves, model_type = sublayers(model), text_config(model.config).model_type
     if refusal := next((known_flows.refusal for known_flows in halves if known_flows.refusal), ""):
         return (), refusal
-    if family in CHANGED_RESIDUAL:
-        return (), f"{family}: {CHANGED_RESIDUAL[family]}, so that a layer's update is not the sum of its halves"
+    if reason := family(model_type).changed_residual:
+        return (), f"{model_type}: {reason}, so that a layer's update is not the sum of its halves"
     flows: list[LayerFlow | None] = [None] * len(halves)
 
     def look(index: int) -> Callable[..., None]:

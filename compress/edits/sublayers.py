@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, with_state
+from shoal.models.families import family
 
 SPECIAL_NAMES = {
     "norm_attn_norm": ("attention", "norm_attn_norm.attn"),  # DBRX
@@ -44,16 +45,6 @@ MLP_COMPANIONS = {"fc2": ("fc1",)}
 OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "Wo")
 """Last part of the name of the map from all heads' contexts to the residual stream."""
 
-CHANGED_RESIDUAL = {
-    "doge": "scales the residual stream in every layer",
-    "gemma3n_text": "mixes several residual streams in every layer",
-    "gemma4_text": "adds per-layer embeddings and scales the residual stream",
-    "minimax": "norms and scales the residual stream in every layer",
-    "openai-gpt": "norms the residual stream after every half",
-    "opt": "norms the residual stream after every half (the 350m shape)",
-}
-"""Families in which a layer with both halves silenced is not the identity, though each half adds nothing: read in
-their sources. In all others a layer that changes its input then has something that shoal does not know."""
 
 PROBE_LENGTH = 6
 LAST_ID = 5
@@ -363,8 +354,9 @@ def _refusal(
     if not halves.attention or not halves.mlp:
         only = (halves.attention or halves.mlp)[0]
         return f"{place}: is one sublayer only ({only}); silencing it is dropping the layer, so name it in prune.drop"
-    if text_config(model.config).model_type in CHANGED_RESIDUAL:
+    if family(text_config(model.config).model_type).changed_residual:
         return ""
+    # in all other families a layer that changes its input then has something that shoal does not know
     if not silent.unchanged(index):
         return (
             f"{place}: changes its input even with {', '.join(halves.attention + halves.mlp)} silenced (a bias after "

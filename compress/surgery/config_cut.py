@@ -2,7 +2,7 @@
 
 A depth cut touches more of a configuration than `num_hidden_layers`: lists with one entry per layer, thresholds, lists
 of layer indices, and rules such as "every sixth layer". RULES knows the fields that transformers 5.24 uses. What a cut
-cannot express is refused; surgery.py then proves on the built model that every kept layer is still what it was.
+cannot express is refused; cut_model.py then proves on the built model that every kept layer is still what it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
+from shoal.models.families import family
 from shoal.recipe.edits import ZEROED_WEIGHTS
 
 from .special_cuts import GROUP_RULES, refuse_moved_layers
@@ -119,101 +120,35 @@ def drop_mtp(field: str, value: Any, _: Sequence[int]) -> int:
     return 0
 
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        (
-            "layer_types",
-            "mlp_layer_types",
-            "attention_layers",
-            "layers_block_type",
-            "no_rope_layers",
-            "indexer_types",
-            "moe_layer_freq",
-            "layer_rope_theta",
-            "num_attention_heads_per_layer",
-            "hybrid_override_pattern",
-            "hybrid_layer_pattern",
-            "attn_type_list",
-        ),
-        keep_entries,
-    ),
-    **dict.fromkeys(
-        (
-            "intermediate_size",
-            "activation_sparsity_pattern",
-            "moe_intermediate_size",
-            "moe_topk",
-            "num_experts",
-            "num_shared_expert",
-        ),
-        keep_entries_or_value,
-    ),
-    **dict.fromkeys(
-        (
-            "max_window_layers",
-            "first_k_dense_replace",
-            "num_dense_layers",
-            "loop_layer_index_start",
-            "loop_layer_index_end",
-        ),
-        recount,
-    ),
-    **dict.fromkeys(
-        (
-            "mlp_only_layers",
-            "moe_layers",
-            "attn_layer_indices",
-            "full_attn_idxs",
-            "local_layer_ids",
-            "hybrid_layer_ids",
-        ),
-        renumber,
-    ),
-    **dict.fromkeys(
-        (
-            "decoder_sparse_step",
-            "moe_layer_interval",
-            "interleave_moe_layer_step",
-            "attn_layer_period",
-            "expert_layer_period",
-            "full_attention_interval",
-            "global_attn_every_n_layers",
-            "no_rope_layer_interval",
-            "sliding_window_pattern",
-        ),
-        keep_step,
-    ),
-    "num_blocks": count,
-    "ple_layer_ids": renumber_from_one,
-    "cross_attention_layers": renumber_cross_attention,
-    "linear_attn_config": renumber_lists_from_one,
-    "attention_types": spell_out_groups,
-    "per_layer_config": renumber_keys,
-    **dict.fromkeys(
-        ("num_kv_shared_layers", "deepstack_visual_indexes", "n_recurrent_layers", "rescale_every"), refuse
-    ),
-    **dict.fromkeys(
-        ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules", "mtp_num_hidden_layers"), drop_mtp
-    ),
+FIELDS: dict[Rule, str] = {
+    keep_entries: """
+        layer_types mlp_layer_types attention_layers layers_block_type no_rope_layers indexer_types moe_layer_freq
+        layer_rope_theta num_attention_heads_per_layer hybrid_override_pattern hybrid_layer_pattern attn_type_list""",
+    keep_entries_or_value: """
+        intermediate_size activation_sparsity_pattern moe_intermediate_size moe_topk num_experts num_shared_expert""",
+    recount: """
+        max_window_layers first_k_dense_replace num_dense_layers loop_layer_index_start loop_layer_index_end""",
+    renumber: """
+        mlp_only_layers moe_layers attn_layer_indices full_attn_idxs local_layer_ids hybrid_layer_ids""",
+    keep_step: """
+        decoder_sparse_step moe_layer_interval interleave_moe_layer_step attn_layer_period expert_layer_period
+        full_attention_interval global_attn_every_n_layers no_rope_layer_interval sliding_window_pattern""",
+    count: "num_blocks",
+    renumber_from_one: "ple_layer_ids",
+    renumber_cross_attention: "cross_attention_layers",
+    renumber_lists_from_one: "linear_attn_config",
+    spell_out_groups: "attention_types",
+    renumber_keys: "per_layer_config",
+    refuse: "num_kv_shared_layers deepstack_visual_indexes n_recurrent_layers rescale_every",
+    drop_mtp: "num_nextn_predict_layers num_mtp_layers num_mtp_modules mtp_num_hidden_layers",
 }
-"""Configuration field -> what a depth cut does to it. Unset and empty values stay as they are."""
+"""What a depth cut does to a configuration -> the fields it is done to. Unset and empty values stay as they are."""
+RULES: dict[str, Rule] = {field: rule for rule, fields in FIELDS.items() for field in fields.split()}
 
-REFUSED = {
-    **dict.fromkeys(
-        ("inkling2_text", "inkling2_loop_text"),
-        "its layers read the outputs of earlier blocks of layers beside the residual stream",
-    ),
-    "zaya": "the router of every layer reads the state of the router before it, which a dropped layer cannot pass on",
-}
-"""Model type -> why no cut of it equals skipping the layers."""
 
 SPELT_OUT_BY: dict[str, str] = {
-    "sliding_window_pattern": "layer_types",
-    "_sliding_window_pattern": "layer_types",
-    "full_attention_interval": "layer_types",
-    "layer_group_size": "layer_types",
-    "layer_switch": "layer_types",
-    "global_attn_every_n_layers": "layer_types",
+    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern", "full_attention_interval"), "layer_types"),
+    **dict.fromkeys(("layer_group_size", "layer_switch", "global_attn_every_n_layers"), "layer_types"),
     "no_rope_layer_interval": "no_rope_layers",
     "interleave_moe_layer_step": "moe_layers",
     "attn_layer_period": "layers_block_type",
@@ -225,18 +160,9 @@ WITHOUT_KV_CACHE = {"linear_attention", "conv", "mamba", "mlp", "moe", "dense", 
 """Layer kinds by which a cache cannot tell how long the sequence is."""
 
 NOT_PER_LAYER = {
-    "architectures",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "keys_to_ignore_at_inference",
-    "mtp_layers_block_type",
-    "mtp_layer_types",
-    "mtp_mlp_layer_types",
-    "mtp_local_layer_ids",
-    "id2label",
-    KEPT_LAYERS,
-    ZEROED_WEIGHTS,
+    *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "keys_to_ignore_at_inference", "id2label"),
+    *("mtp_layers_block_type", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_local_layer_ids"),
+    *(KEPT_LAYERS, ZEROED_WEIGHTS),
 }
 """Lists that are not about the decoder layers, whatever their length and name."""
 
@@ -251,7 +177,7 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
         raise UserError("config.quantization_config: quantised weights cannot be cut; give the full-precision model")
     student = copy.deepcopy(config)
     text = student.get_text_config(decoder=True)
-    if reason := REFUSED.get(text.model_type):
+    if reason := family(text.model_type).no_cut:
         raise UserError(f"{text.model_type}: {reason}; shoal cannot cut this family")
     values = _explicit_values(text)
     num_layers = text.num_hidden_layers
@@ -355,7 +281,7 @@ def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
         if about_layers and field not in RULES and field not in NOT_PER_LAYER:
             raise UserError(
                 f"config.{field}: is a list about layers ({len(value)} entries, {num_layers} layers) that shoal does "
-                "not know; add a rule for it to RULES in compress/surgery/config_cut.py"
+                "not know; add it to FIELDS in compress/surgery/config_cut.py"
             )
 
 

@@ -8,6 +8,7 @@ cache slot, mixture of experts or not) is then right by construction, and compar
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,10 +20,11 @@ from transformers.initialization import no_init_weights
 
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, given_state, with_state
+from shoal.models.families import family
 from shoal.models.load import decoder_layers, text_config
 
 from .config_cut import cut_config
-from .special_cuts import MAY_DIFFER, goes_with_a_dropped_layer, kept_part, teacher_leaf
+from .special_cuts import goes_with_a_dropped_layer, kept_part, teacher_leaf
 
 
 def cut_model(model: PreTrainedModel, drop: Sequence[int], *, share: bool = False) -> PreTrainedModel:
@@ -153,12 +155,12 @@ def refuse_changed_layers(teacher: PreTrainedModel, student: PreTrainedModel, ke
     Logits on a short input would not show a window of 4,096 tokens that has become full attention.
     """
     old_layers, new_layers = decoder_layers(teacher), decoder_layers(student)
-    may_differ = MAY_DIFFER.get(text_config(teacher.config).model_type)
+    may_differ = family(text_config(teacher.config).model_type).may_differ
     for new_index, old_index in enumerate(keep):
         old = layer_traits(old_layers[old_index], old_index)
         new = layer_traits(new_layers[new_index], new_index)
         for trait in sorted(old.keys() | new.keys()):
-            if old.get(trait) != new.get(trait) and not (may_differ and may_differ.fullmatch(trait)):
+            if old.get(trait) != new.get(trait) and not re.fullmatch(may_differ, trait):
                 raise UserError(
                     f"layer {old_index}: its {trait} is {old.get(trait)!r} but would become {new.get(trait)!r} as "
                     f"layer {new_index} of the student; this architecture cannot express the cut, choose other layers"

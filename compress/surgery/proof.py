@@ -35,14 +35,8 @@ RUNNABLE = {"F64", "F32", "F16", "BF16"}
 
 
 NOT_COMPARED = {
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "dtype",
-    "model_type",
-    "transformers_version",
-    KEPT_LAYERS,
-    ZEROED_WEIGHTS,
+    *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "transformers_version"),
+    *(KEPT_LAYERS, ZEROED_WEIGHTS),
 }
 """Settings that change no number, or that a cut or an edit writes."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
+from shoal.models.families import family
 
 GroupRule = Callable[[dict[str, Any], Sequence[int]], dict[str, Any]]
 """(the teacher's configuration as a dictionary, kept teacher indices in order) -> values of fields of the student."""
@@ -162,57 +163,38 @@ GROUP_RULES: dict[tuple[str, ...], GroupRule] = {
 }
 """Fields that only together say which layers are special -> their rule. The first field must be set."""
 
-_STORES_KV = re.compile(r"self_attn\.store_full_length_kv")  # _recount_shared_layers checks that the read ones store
-MAY_DIFFER: dict[str, re.Pattern[str]] = {
-    **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), _STORES_KV),
-    # decides decay rates that are buffers of the checkpoint
-    "minimax": re.compile(r"self_attn\.num_hidden_layers"),
-    # which block and adapters a layer shares: _recount_shared_blocks and teacher_leaf see to them
-    "zamba2": re.compile(r".*\.(block_id|num_fwd_mem_blocks)|.*_adapter_list\..*"),
-}
-"""Model type -> attributes of a layer's modules that a cut may change without changing what the layer computes."""
-
-ONLY_FIRST = {"modernbert-decoder": "alone has no attention norm"}
-"""Model type -> what its first layer has or lacks."""
-
-ONLY_LAST = {"gpt_neox_japanese": "alone adds a bias after attention"}
-"""Model type -> what its last layer has or lacks."""
-
-COUNTS_FROM_ZERO = {"diffllama": "computes lambda_init"}
-"""Model type -> what its code computes from a layer's index, where no configuration can say otherwise."""
-
-MEASURED_BY_FIRST = ("minimax",)
-"""Families whose padded batches go wrong with a KV cache unless the first layer is a full-attention one."""
-
-ENDS_WITH_FULL_ATTENTION = ("gemma4_text", "gemma4_unified_text")
-"""Families that make their last layer a full-attention one, whatever the configuration says."""
-
 LAYERS_SIDE_BY_SIDE: dict[str, int] = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 """End of a tensor's name -> the dimension (num_layers x size per layer) in which it holds a part for every layer."""
 
 
 def refuse_moved_layers(model_type: str, values: dict[str, Any], keep: Sequence[int]) -> None:
-    """Raise the UserError where a kept layer would become another kind of layer just by standing elsewhere."""
-    num_layers = values["num_hidden_layers"]
+    """Refuse a cut by which a kept layer would become another kind of layer just by standing elsewhere.
+
+    ``values`` is what the text decoder's configuration says, ``keep`` the kept layers in order.
+
+    Raises:
+        UserError: naming the layer, the reason, and layers to keep or drop.
+    """
+    num_layers, special = values["num_hidden_layers"], family(model_type)
     kinds = values.get("layer_types") or [""] * num_layers
     first, last = keep[0], keep[-1]
-    if model_type in ONLY_FIRST and first != 0:
-        raise UserError(f"drop: layer 0 of {model_type} {ONLY_FIRST[model_type]}, which no other can become; keep it")
-    if model_type in ONLY_LAST and last != num_layers - 1:
+    for name, alone, is_gone in (
+        ("layer 0", special.first_alone, first != 0),
+        ("the last layer", special.last_alone, last != num_layers - 1),
+    ):
+        if alone and is_gone:
+            raise UserError(f"drop: {name} of {model_type} alone {alone}, which no other can become; keep it")
+    if special.counts_from_zero and last != len(keep) - 1:
         raise UserError(
-            f"drop: the last layer of {model_type} {ONLY_LAST[model_type]}, which no other can become; keep it"
-        )
-    if model_type in COUNTS_FROM_ZERO and last != len(keep) - 1:
-        raise UserError(
-            f"drop: {model_type} {COUNTS_FROM_ZERO[model_type]} from a layer's index, so that no kept layer may move; "
+            f"drop: {model_type} {special.counts_from_zero} from a layer's index, so that no kept layer may move; "
             f"drop the last layers: {list(range(len(keep), num_layers))}"
         )
-    if model_type in MEASURED_BY_FIRST and kinds[0] == "full_attention" != kinds[first]:
+    if special.measured_by_first and kinds[0] == "full_attention" != kinds[first]:
         raise UserError(
             f"config.layer_types: layer {first} ({kinds[first]}) would come first, but by its first layer transformers "
             f"measures the cached text of {model_type}; keep a full_attention layer before it"
         )
-    if model_type in ENDS_WITH_FULL_ATTENTION and kinds[last] not in ("", "full_attention"):
+    if special.ends_with_full_attention and kinds[last] not in ("", "full_attention"):
         before = max((layer for layer in keep if kinds[layer] == "full_attention"), default=None)
         after = [layer for layer in range(last, num_layers) if kinds[layer] == "full_attention"]
         remedy = f"keep one of layers {after}" + ("" if before is None else f", or drop all above layer {before}")

@@ -18,16 +18,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body
+from shoal.models.families import family
 from shoal.models.load import logits_from_hidden, text_config
 
 LOGIT_ELEMENTS = 2**25
 """Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""
 ENOUGH_TOKENS = {"cpu": 128}
 """From how many tokens on a forward gains nothing by more of them, by device type; 4096 elsewhere."""
-NEVER_BRANCH = ("cpmant", "dory", "git", "hrm_text", "llama4_text", "xlstm")
-"""Families whose cache looks as if its rows could be copied, but that then give other values: cpmant wants all earlier
-tokens beside it, dory grows it, xlstm is recurrent; git and llama4_text take padding on the left for text; hrm_text,
-a recurrence too, makes something of every rounding."""
 
 
 class Decoder:
@@ -49,7 +46,7 @@ class Decoder:
         self._cache_name = next((name for name in ("cache", "past_key_values") if name in parameters), None)
         self.can_branch = (
             self._cache_name is not None
-            and text_config(model.config).model_type not in NEVER_BRANCH
+            and not family(text_config(model.config).model_type).no_branch
             and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers)
         )
         """Whether rows of the cache are keys and values that can be copied; recurrent models get full forwards."""

@@ -2,6 +2,7 @@
 
 load              load and save causal language models
 anatomy           where their decoder layers live
+families          what single families do otherwise
 checkpoint_files  folders of files: whole or damaged, and what identifies them
 cost              what a model takes to keep and to run, told from its configuration
 adapters          LoRA adapters merged into their base

@@ -1,7 +1,7 @@
 """Where a causal language model keeps its decoder layers, final norm, embeddings and head, and a layer its state.
 
 One generic rule finds them: the decoder that transformers names, a list of as many modules as the configuration has
-layers, the norm beside that list. EXCEPTIONS holds what the rule cannot know.
+layers, the norm beside that list. families.py holds what the rule cannot know.
 """
 
 from __future__ import annotations
@@ -14,29 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
+from shoal.models.families import family
 
 LAYER_LISTS = ("layers", "h", "blocks", "block")
 """What families call the list of their decoder layers."""
 FINAL_NORMS = (
-    "norm",
-    "ln_f",
-    "norm_f",
-    "final_layernorm",
-    "final_layer_norm",
-    "final_norm",
-    "layer_norm",
-    "layernorm",
-    "output_layernorm",
-    "ln_out",
-    "out_norm",
+    *("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "final_norm", "layer_norm", "layernorm"),
+    *("output_layernorm", "ln_out", "out_norm"),
     "embedding_norm",  # LFM2 norms its output with it, not the embeddings
 )
 """What families call the norm between the last layer and the head; it stands beside the list of layers."""
-EXCEPTIONS: dict[str, str] = {
-    "cpmant": "cpmant.encoder.layers",
-    "git": "git.encoder.layer",
-}
-"""Model type -> path of the list of layers in the whole model, where the decoder is not where transformers says."""
 
 
 @dataclass(frozen=True)
@@ -127,16 +114,15 @@ def layer_config(config: Any, layer: int) -> Any:
 def _layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The module that owns the list of decoder layers, and the list."""
     config = text_config(model.config)
-    if path := EXCEPTIONS.get(config.model_type):
+    if path := family(config.model_type).layers:
         owner_name, _, leaf = path.rpartition(".")
-        owners, names = [model.get_submodule(owner_name)], (leaf,)
+        owner, names = model.get_submodule(owner_name), (leaf,)
     else:
-        owners, names = [decoder_body(model)], LAYER_LISTS
-    for owner in owners:
-        for name in names:
-            layers = getattr(owner, name, None)
-            if isinstance(layers, nn.ModuleList) and len(layers) == getattr(config, "num_hidden_layers", None):
-                return owner, layers
+        owner, names = decoder_body(model), LAYER_LISTS
+    for name in names:
+        layers = getattr(owner, name, None)
+        if isinstance(layers, nn.ModuleList) and len(layers) == getattr(config, "num_hidden_layers", None):
+            return owner, layers
     raise UserError(
         f"{type(model).__name__}: shoal does not know where this architecture keeps its decoder layers; "
         "it looks for one list of num_hidden_layers modules"

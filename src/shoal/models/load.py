@@ -29,6 +29,7 @@ from shoal.models.checkpoint_files import checkpoint_bytes as checkpoint_bytes
 from shoal.models.checkpoint_files import model_fingerprint as model_fingerprint
 from shoal.models.checkpoint_files import tokenizer_fingerprint as tokenizer_fingerprint
 from shoal.models.demo import DEMO_PREFIX, resolve_demo
+from shoal.models.families import family
 from shoal.progress import doing
 
 log = logging.getLogger(__name__)
@@ -279,7 +280,8 @@ def _refuse_no_decoder(folder: Path) -> None:
 
 def before_head(model: PreTrainedModel) -> nn.Module | None:
     """What final hidden states pass through on their way to the linear head; None = nothing, as nearly everywhere."""
-    return model.get_submodule("lm_head") if text_config(model.config).model_type == "modernbert-decoder" else None
+    prepares = family(text_config(model.config).model_type).head_prepares
+    return model.get_submodule("lm_head") if prepares else None
 
 
 def logits_from_hidden(

@@ -1,0 +1,84 @@
+"""What single families do otherwise than the generic rules assume: one row per model type, read in its source.
+
+Everything else about a family is told from its modules and its configuration. A new family needs a row only where a
+test says that a rule does not hold for it. Rules that other programs have for families stand in compress/targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Exceptions of one model type; the defaults are the generic rules."""
+
+    layers: str = ""
+    """Path of the list of decoder layers in the whole model, where the decoder is not where transformers says."""
+    head_prepares: bool = False
+    """Final hidden states pass through the module `lm_head` on their way to the linear head."""
+    no_branch: str = ""
+    """Reason why rows of a cache that looks as if they could be copied would then give other values."""
+    no_cut: str = ""
+    """Reason why no cut equals skipping the layers."""
+    first_alone: str = ""
+    """Feature that only the first layer has or lacks."""
+    last_alone: str = ""
+    """Feature that only the last layer has or lacks."""
+    counts_from_zero: str = ""
+    """Thing that the code computes from a layer's index, where no configuration can say otherwise."""
+    measured_by_first: bool = False
+    """Padded batches go wrong with a KV cache unless the first layer is a full-attention one."""
+    ends_with_full_attention: bool = False
+    """The last layer gets full attention, whatever the configuration says."""
+    may_differ: str = ""
+    """Pattern of attributes of a layer's modules that a cut may change without changing what the layer computes."""
+    changed_residual: str = ""
+    """Reason why a layer with both halves silenced is not the identity, though each half adds nothing."""
+
+
+_STORES_KV = r"self_attn\.store_full_length_kv"  # special_cuts._recount_shared_layers checks that the read ones store
+_READS_BLOCKS = "its layers read the outputs of earlier blocks of layers beside the residual stream"
+_PADS_LEFT = "takes padding on the left for text"
+
+FAMILIES: dict[str, Family] = {
+    "cpmant": Family(layers="cpmant.encoder.layers", no_branch="wants all earlier tokens beside the cache"),
+    "diffllama": Family(counts_from_zero="computes lambda_init"),
+    "doge": Family(changed_residual="scales the residual stream in every layer"),
+    "dory": Family(no_branch="grows the cache"),
+    "gemma3n_text": Family(may_differ=_STORES_KV, changed_residual="mixes several residual streams in every layer"),
+    "gemma4_text": Family(
+        may_differ=_STORES_KV,
+        ends_with_full_attention=True,
+        changed_residual="adds per-layer embeddings and scales the residual stream",
+    ),
+    "gemma4_unified_text": Family(may_differ=_STORES_KV, ends_with_full_attention=True),
+    "git": Family(layers="git.encoder.layer", no_branch=_PADS_LEFT),
+    "gpt_neox_japanese": Family(last_alone="adds a bias after attention"),
+    "hrm_text": Family(no_branch="a recurrence that makes something of every rounding"),
+    "inkling2_loop_text": Family(no_cut=_READS_BLOCKS),
+    "inkling2_text": Family(no_cut=_READS_BLOCKS),
+    "llama4_text": Family(no_branch=_PADS_LEFT),
+    "minimax": Family(
+        may_differ=r"self_attn\.num_hidden_layers",  # decides decay rates that are buffers of the checkpoint
+        measured_by_first=True,
+        changed_residual="norms and scales the residual stream in every layer",
+    ),
+    "modernbert-decoder": Family(head_prepares=True, first_alone="has no attention norm"),
+    "openai-gpt": Family(changed_residual="norms the residual stream after every half"),
+    "opt": Family(changed_residual="norms the residual stream after every half (the 350m shape)"),
+    "xlstm": Family(no_branch="is recurrent"),
+    "zamba2": Family(
+        # which block and adapters a layer shares: special_cuts._recount_shared_blocks and teacher_leaf see to them
+        may_differ=r".*\.(block_id|num_fwd_mem_blocks)|.*_adapter_list\..*"
+    ),
+    "zaya": Family(
+        no_cut="the router of every layer reads the state of the router before it, which a dropped layer cannot pass on"
+    ),
+}
+"""Model type of the text decoder -> its exceptions."""
+
+
+def family(model_type: str) -> Family:
+    """The exceptions of the family whose text decoder has this model type."""
+    return FAMILIES.get(model_type, Family())
