@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 TARGETS: tuple[Target, ...] = get_args(Target)
 TITLES: dict[Target, str] = {
     "transformers": "transformers",
-    "vllm": f"vLLM {vllm.VERSION}",
+    "vllm": f"vLLM {vllm.VERSION} (its source was read, not run)",
     "llama_cpp": f"llama.cpp {llama_cpp.VERSION}",
 }
 OTHER_LAYERS = "drop other layers, or take {target} out of prune.targets"
@@ -53,7 +53,8 @@ def check_targets(student: PreTrainedConfig, *, targets: Sequence[Target] = TARG
     """What each of ``targets`` makes of a student with this configuration.
 
     transformers is right by construction, and `shoal prune` proves it on the files. The others are judged by what their
-    sources do with the configuration; whether a kernel for some hardware exists is not asked.
+    sources do with the configuration, as read at one release; whether a kernel for some hardware exists is not asked.
+    llama.cpp's rules are compared with its sources where they are installed, vLLM's with nothing.
     """
     return [_JUDGES[target](student) for target in targets]
 

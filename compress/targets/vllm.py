@@ -1,8 +1,10 @@
 """What vLLM makes of a student's configuration: whether it loads it, and whether every layer is what it was.
 
+Read, not run: vLLM needs a GPU, so no rule here was ever compared with a running vLLM. Each repeats what the code in
+the wheel of VERSION does, and holds for that release only; a newer one wants every rule read again.
+
 vLLM has its own code for most families. Where that code works out a layer's kind from its number, or from a field that
-transformers does not obey, a cut student may load without a word and be another model. The rules here repeat what that
-code does, as read in the wheel of VERSION, and compare it with what transformers does.
+transformers does not obey, a cut student may load without a word and be another model.
 """
 
 from __future__ import annotations
@@ -15,15 +17,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from shoal.models.load import text_config
 
+from .llama_cpp import names_in
+
 VERSION = "0.33.0"
-"""Of vLLM, whose registry and model code these rules were read from."""
+"""Release of vLLM whose registry and model code these rules were read from."""
 
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-NATIVE = _names(
+NATIVE = names_in(
     """
     AXK1ForCausalLM AfmoeForCausalLM ApertusForCausalLM BeamForCausalLM BloomForCausalLM Cohere2ForCausalLM
     Cohere2MoeForCausalLM CohereForCausalLM DbrxForCausalLM DeepseekV2ForCausalLM DeepseekV32ForCausalLM
@@ -46,21 +45,20 @@ NATIVE = _names(
 )
 """Architectures of its registry that AutoModelForCausalLM can load."""
 
-OWN_CONFIGURATION = frozenset({"beam", "dory", "dots3_note", "dots3_note_text", "flint", "hy_v4", "inkling_text"})
+OWN_CONFIGURATION = names_in("beam dory dots3_note dots3_note_text flint hy_v4 inkling_text")
 """Model types for which vLLM's configuration class or field names are others than transformers'; not compared here."""
 
 NEWEST_TRANSFORMERS = "5.20"
 """Newest that vLLM of this version can be installed with."""
 
-TOO_NEW = frozenset(
-    {
-        *("apertus1p5_text", "exaone", "inkling2_loop_text", "inkling2_text", "internlm3", "iquestcoder"),
-        *("lara_mini", "lfm3", "sarvam_mla", "sarvam_moe"),
-    }
+TOO_NEW = names_in(
+    """
+    apertus1p5_text exaone inkling2_loop_text inkling2_text internlm3 iquestcoder lara_mini lfm3 sarvam_mla sarvam_moe
+    """
 )
 """Model types that neither that transformers nor vLLM itself knows."""
 
-LISTED = _names(
+LISTED = names_in(
     """
     ArceeForCausalLM CwmForCausalLM FlexOlmoForCausalLM GPTBigCodeForCausalLM GPTNeoXForCausalLM GlmForCausalLM
     HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM Jais2ForCausalLM Kolibri1ForCausalLM MellumForCausalLM
@@ -70,13 +68,14 @@ LISTED = _names(
 )
 """Architectures that its registry sends to its Transformers backend: transformers' layers with vLLM's attention."""
 
-RECURRENT = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
+RECURRENT = names_in("linear_attention mamba conv hybrid hybrid_sliding")
 
+Loads = Literal["yes", "no", "unknown"]
 Rule = Callable[[Any], str | None]
 """The text decoder's configuration -> what vLLM would do to it that is wrong; None = nothing."""
 
 
-def vllm_loads(config: Any) -> tuple[Literal["yes", "no", "unknown"], str]:
+def vllm_loads(config: Any) -> tuple[Loads, str]:
     """Whether vLLM of VERSION loads a model of this configuration and runs it as transformers does, and why.
 
     Only what depends on the configuration is judged, not whether a GPU or a kernel is there for it.
@@ -104,7 +103,7 @@ def _architecture(config: Any) -> str:
     return names if isinstance(names, str) else names[0]
 
 
-def _through_transformers(architecture: str, text: Any) -> tuple[Literal["yes", "no", "unknown"], str]:
+def _through_transformers(architecture: str, text: Any) -> tuple[Loads, str]:
     model_class = getattr(transformers, architecture, None)
     if model_class is None or not (model_class.is_backend_compatible() or model_class._can_set_attn_implementation()):
         return "no", f"it has no code for {architecture or text.model_type} and cannot run transformers' either"
@@ -127,16 +126,17 @@ def _sparse(text: Any) -> list[bool]:
     return [layer >= text.first_k_dense_replace for layer in range(text.num_hidden_layers)]
 
 
+def _missing(field: str) -> str:
+    return f"it needs {field}, which this configuration does not have"
+
+
 def _unless(claim: str, assumed: Sequence[Any], actual: Sequence[Any]) -> str | None:
-    """``claim``, and for which layers it is wrong."""
+    """``claim``, and for which layers it is wrong; None where it is right for all."""
     if len(assumed) != len(actual):
         return f"{claim}, for {len(assumed)} layers, and the student has {len(actual)}"
     wrong = [str(layer) for layer, pair in enumerate(zip(assumed, actual, strict=True)) if pair[0] != pair[1]]
-    return (
-        f"{claim}, which is wrong for layer{'s' * (len(wrong) > 1)} {', '.join(wrong)} of the student"
-        if wrong
-        else None
-    )
+    named = f"layer{'s' * (len(wrong) > 1)} {', '.join(wrong)}"
+    return f"{claim}, which is wrong for {named} of the student" if wrong else None
 
 
 def _alternating_window(text: Any) -> str | None:
@@ -147,9 +147,8 @@ def _alternating_window(text: Any) -> str | None:
 
 
 def _no_mixed_window(text: Any) -> str | None:
-    if len(set(text.layer_types)) == 1:
-        return None
-    return "it refuses models of this family in which some layers slide and others do not"
+    mixed = len(set(text.layer_types)) > 1
+    return "it refuses models of this family in which some layers slide and others do not" if mixed else None
 
 
 def _no_single_window(text: Any) -> str | None:
@@ -158,15 +157,14 @@ def _no_single_window(text: Any) -> str | None:
 
 
 def _rope_without_sliding(text: Any) -> str | None:
-    if any(_sliding(text)) or text.sliding_window is None:
-        return None
-    return "it turns RoPE on in full-attention layers once no sliding layer is left"
+    wrong = text.sliding_window is not None and not any(_sliding(text))
+    return "it turns RoPE on in full-attention layers once no sliding layer is left" if wrong else None
 
 
 def _dense_first(text: Any) -> str | None:
     first, every = getattr(text, "first_k_dense_replace", None), getattr(text, "moe_layer_freq", 1)
     if first is None:
-        return "it needs first_k_dense_replace, which this configuration does not have"
+        return _missing("first_k_dense_replace")
     assumed = [layer >= first and layer % every == 0 for layer in range(text.num_hidden_layers)]
     return _unless(f"it goes by first_k_dense_replace={first} and moe_layer_freq={every}", assumed, _sparse(text))
 
@@ -192,7 +190,7 @@ def _hybrid_pattern(text: Any) -> str | None:
     for field, actual in (("hybrid_layer_pattern", _sliding(text)), ("moe_layer_freq", _sparse(text))):
         value = getattr(text, field, None)
         if not isinstance(value, list | tuple):
-            return f"it needs the list {field}, which this configuration does not have"
+            return _missing(f"the list {field}")
         if wrong := _unless(f"it goes by {field}", [bool(entry) for entry in value], actual):
             return wrong
     return None
@@ -201,7 +199,7 @@ def _hybrid_pattern(text: Any) -> str | None:
 def _numbered_from_one(text: Any) -> str | None:
     fields = getattr(text, "linear_attn_config", None)
     if not fields:
-        return "it needs linear_attn_config, which this configuration does not have"
+        return _missing("linear_attn_config")
     layers = range(text.num_hidden_layers)
     recurrent = [kind == "linear_attention" for kind in text.layer_types]
     wrong = _unless("it goes by linear_attn_config", [layer + 1 in fields["kda_layers"] for layer in layers], recurrent)
@@ -223,28 +221,21 @@ def _indexers(text: Any) -> str | None:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "deepseek_v2": (_dense_first,),
-    "deepseek_v3": (_dense_first,),
-    "deepseek_v32": (_dense_first, _indexers),
-    "exaone4": (_rope_without_sliding,),
-    "exaone_moe": (_rope_without_sliding,),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite", "hy_v3"), (_dense_first,)),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), (_dense_first, _indexers)),
+    **dict.fromkeys(("exaone4", "exaone_moe"), (_rope_without_sliding,)),
+    **dict.fromkeys(("qwen2", "qwen3"), (_no_mixed_window,)),
     "gemma3n_text": (_shared_cache,),
-    "glm4_moe": (_dense_first,),
-    "glm4_moe_lite": (_dense_first,),
-    "glm_moe_dsa": (_dense_first, _indexers),
     "gpt_oss": (_alternating_window,),
-    "hy_v3": (_dense_first,),
     "kimi_linear": (_numbered_from_one,),
     "llama4_text": (_experts_by_step,),
     "mimo_v2_flash": (_hybrid_pattern,),
-    "qwen2": (_no_mixed_window,),
     "qwen2_moe": (_no_single_window,),
-    "qwen3": (_no_mixed_window,),
 }
 """Model type of the text decoder -> rules. Families without one get every layer's kind from the fields that
 transformers obeys: layer_types, no_rope_layers, num_dense_layers, mlp_only_layers, moe_layer_*_index and the like."""
 
-HYBRID = _names(
+HYBRID = names_in(
     """
     FalconH1ForCausalLM GraniteMoeHybridForCausalLM JambaForCausalLM KimiLinearForCausalLM Lfm2ForCausalLM
     Lfm2MoeForCausalLM NemotronHForCausalLM OlmoHybridForCausalLM Qwen3NextForCausalLM Qwen3_5ForCausalLM
