@@ -72,11 +72,11 @@ def main() -> None:
 def print_summary(rows: list[dict[str, Any]]) -> None:
     """How the atlas's intervals did, in a few lines."""
     for quantity in ("change", "retention"):
-        found = [row for row in rows if quantity in row]
-        mean = float(np.mean([row[quantity] for row in found]))
-        often = [row[quantity] for row in found if row["changed"] >= 10]
+        with_quantity = [row for row in rows if quantity in row]
+        mean = float(np.mean([row[quantity] for row in with_quantity]))
+        often = [row[quantity] for row in with_quantity if row["changed"] >= 10]
         print(f"{quantity}: {mean:.3f} over all, {min(often):.3f} to {max(often):.3f} where 10 items or more change")
-        print(f"  goal {GOAL[0]} to {GOAL[1]}; lowest of all {min(row[quantity] for row in found):.3f}")
+        print(f"  goal {GOAL[0]} to {GOAL[1]}; lowest of all {min(row[quantity] for row in with_quantity):.3f}")
 
 
 def planted_shares(name: str, items: int, intact: float, chance: float, data_sets: int) -> list[dict[str, float | str]]:
@@ -138,31 +138,31 @@ def coverage(
             kept_hits_L += [
                 holds(effect.retention, truth) for effect, truth in zip(column.effects, kept_L, strict=True)
             ]
-    found = [{"change": hits / data_sets} for hits in changes_L.tolist()]
+    shares = [{"change": hits / data_sets} for hits in changes_L.tolist()]
     if with_retention:
-        found = [
-            hit | {"retention": kept / with_retention} for hit, kept in zip(found, kept_hits_L.tolist(), strict=True)
+        shares = [
+            hit | {"retention": kept / with_retention} for hit, kept in zip(shares, kept_hits_L.tolist(), strict=True)
         ]
-    return found
+    return shares
 
 
 def planted_report(data_sets: int) -> list[dict[str, Any]]:
     """What the report's intervals and tests promise, and how often they keep it: `share` between `low` and `high`."""
-    found = []
+    rows = []
     for shared in (True, False):
         for n in (100, 400):
             name = f"gap of protocols, {'the same' if shared else 'other'} items"
-            found.append(_row(name, n, data_sets, gap_hits(n, data_sets, shared=shared)))
+            rows.append(_row(name, n, data_sets, gap_hits(n, data_sets, shared=shared)))
     for n in (10, 20, 60):
-        found.append(_row("mean of nats", n, data_sets, mean_hits(n, data_sets)))
-        found.append(_row("mean of nats, unequal windows", n, data_sets, mean_hits(n, data_sets, unequal=True)))
-        found.append(_row("change of length", n, data_sets, rate_hits(n, data_sets, "mean_tokens")))
+        rows.append(_row("mean of nats", n, data_sets, mean_hits(n, data_sets)))
+        rows.append(_row("mean of nats, unequal windows", n, data_sets, mean_hits(n, data_sets, unequal=True)))
+        rows.append(_row("change of length", n, data_sets, rate_hits(n, data_sets, "mean_tokens")))
     for n in (40, 200):
-        found.append(_row("retention of scores between 0 and 1", n, data_sets, soft_retention_hits(n, data_sets)))
-        found.append(_row("change of malformed answers", n, data_sets, rate_hits(n, data_sets, "malformed")))
+        rows.append(_row("retention of scores between 0 and 1", n, data_sets, soft_retention_hits(n, data_sets)))
+        rows.append(_row("change of malformed answers", n, data_sets, rate_hits(n, data_sets, "malformed")))
     for n in (8, 20, 60):
-        found.append(_row("no change found in nats", n, data_sets, false_alarms(n, data_sets), high=1.0))
-    return found
+        rows.append(_row("no change found in nats", n, data_sets, false_alarms(n, data_sets), high=1.0))
+    return rows
 
 
 def _row(name: str, n: int, data_sets: int, hits: int, *, high: float = 0.98) -> dict[str, Any]:
@@ -189,8 +189,8 @@ def gap_hits(n: int, data_sets: int, *, shared: bool) -> int:
             after = np.where(before, draws[1] >= lost[protocol], draws[1] < won[protocol])
             name = f"{number}" if shared else f"{number}-{protocol}"
             pairs.append(tuple(_task(s.astype(float), chance[protocol], True, name) for s in (before, after)))
-        found = retention_gap(*pairs)
-        hits += found is not None and found[1] <= kept[0] - kept[1] <= found[2]
+        gap = retention_gap(*pairs)
+        hits += gap is not None and gap[1] <= kept[0] - kept[1] <= gap[2]
     return hits
 
 
@@ -208,8 +208,8 @@ def soft_retention_hits(n: int, data_sets: int) -> int:
     hits = 0
     for _ in range(data_sets):
         before = rng.beta(2.0, 1.0, size=n)
-        found = retention(*(_task(scores, 0.0, True) for scores in (before, before * rng.beta(3.0, 1.0, size=n))))
-        hits += found.ci_low is not None and found.ci_high is not None and found.ci_low <= 0.75 <= found.ci_high
+        kept = retention(*(_task(scores, 0.0, True) for scores in (before, before * rng.beta(3.0, 1.0, size=n))))
+        hits += kept.ci_low is not None and kept.ci_high is not None and kept.ci_low <= 0.75 <= kept.ci_high
     return hits
 
 
@@ -224,8 +224,8 @@ def rate_hits(n: int, data_sets: int, name: str) -> int:
         length = rng.poisson(20, size=n)
         longer = length + rng.poisson(8.0, size=n)
         before, after = (_written(bad, tokens) for bad, tokens in ((broken, length), (later, longer)))
-        found = rate_difference(before, after, name)
-        hits += found.ci_low - 1e-9 <= truth <= found.ci_high + 1e-9
+        change = rate_difference(before, after, name)
+        hits += change.ci_low - 1e-9 <= truth <= change.ci_high + 1e-9
     return hits
 
 
@@ -241,12 +241,12 @@ def false_alarms(n: int, data_sets: int) -> int:
 
 
 def _written(malformed_N: NDArray[np.bool_], tokens_N: NDArray[Any]) -> TaskScore:
-    made = _task(np.zeros(len(tokens_N)), 0.0, True)
+    score = _task(np.zeros(len(tokens_N)), 0.0, True)
     items = tuple(
         replace(item, rates={"malformed": float(bad), "repetition": 0.0, "cut_off": 0.0, "tokens": float(tokens)})
-        for item, bad, tokens in zip(made.items, malformed_N, tokens_N, strict=True)
+        for item, bad, tokens in zip(score.items, malformed_N, tokens_N, strict=True)
     )
-    return with_rates(replace(made, items=items))
+    return with_rates(replace(score, items=items))
 
 
 def holds(estimate: Estimate | None, truth: float) -> bool:
@@ -257,13 +257,13 @@ def holds(estimate: Estimate | None, truth: float) -> bool:
 def _task(scores_N: Array, chance: float, higher_is_better: bool, name: str = "") -> TaskScore:
     items = tuple(ItemScore(f"{name}{index}", score) for index, score in enumerate(scores_N.tolist()))
     metric, mean = "acc" if higher_is_better else "nats_per_token", float(scores_N.mean())
-    made = TaskScore(
+    score = TaskScore(
         "planted", "planted", "planted", metric, mean, mean, mean, len(items), chance, higher_is_better, "1", 0, items
     )
     if not higher_is_better:
-        return made  # its own interval, a bootstrap, is not looked at here
-    low, high = interval(made)
-    return replace(made, ci_low=low, ci_high=high)
+        return score  # its own interval, a bootstrap, is not looked at here
+    low, high = interval(score)
+    return replace(score, ci_low=low, ci_high=high)
 
 
 if __name__ == "__main__":

@@ -55,19 +55,19 @@ def rows(file: Path) -> list[dict[str, Any]]:
 def endings(data: Path | None, count: int, *, num_examples: int = 0) -> list[Pair]:
     """A context with each of its four endings, behind ``num_examples`` contexts with their right ones."""
     if data is not None:
-        found = rows(data / "hellaswag/validation.jsonl")
-        found = found[:: max(1, len(found) // (count + num_examples))]  # the file begins with the short ones
+        examples = rows(data / "hellaswag/validation.jsonl")
+        examples = examples[:: max(1, len(examples) // (count + num_examples))]  # the file begins with the short ones
         questions = [
             (
                 f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}".strip(),
                 row["endings"],
                 int(row["label"]),
             )
-            for row in found
+            for row in examples
         ]
     else:
         text = " ".join(load_texts(DataSource("python_docs_heldout"), max_characters=4000 * (count + num_examples)))
-        sentences = [" ".join(one.split()) for one in re.split(r"(?<=[.:])\s+", text) if 40 < len(one) < 240]
+        sentences = [" ".join(part.split()) for part in re.split(r"(?<=[.:])\s+", text) if 40 < len(part) < 240]
         questions = [
             (" ".join(sentences[start : start + 2]), sentences[start + 2 : start + 6], 0)
             for start in range(0, 6 * (count + num_examples), 6)
@@ -81,21 +81,21 @@ def letters(data: Path | None, count: int) -> list[Pair]:
     """Lettered questions behind five answered ones; of the real data, of two subjects."""
     if data is not None:
         examples, tests = rows(data / "mmlu/dev.jsonl"), rows(data / "mmlu/test.jsonl")
-        found = []
+        prompts = []
         for subject in list(dict.fromkeys(row["subject"] for row in examples))[10:12]:
             shots = [row for row in examples if row["subject"] == subject][:NUM_EXAMPLES]
             head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
             head += "".join(f"{_lettered(r['question'], r['choices'])} {'ABCD'[r['answer']]}\n\n" for r in shots)
             asked = [row for row in tests if row["subject"] == subject][: count // 2]
-            found += [head + _lettered(row["question"], row["choices"]) for row in asked]
+            prompts += [head + _lettered(row["question"], row["choices"]) for row in asked]
     else:
-        made = items("knowledge", split="eval", num_items=NUM_EXAMPLES + count, seed=0)
-        texts = [_lettered(item.question, [option.strip() for option in item.options]) for item in made]
+        generated = items("knowledge", split="eval", num_items=NUM_EXAMPLES + count, seed=0)
+        texts = [_lettered(item.question, [option.strip() for option in item.options]) for item in generated]
         head = "".join(
-            f"{text} {'ABCD'[item.answer]}\n\n" for text, item in zip(texts[:NUM_EXAMPLES], made, strict=False)
+            f"{text} {'ABCD'[item.answer]}\n\n" for text, item in zip(texts[:NUM_EXAMPLES], generated, strict=False)
         )
-        found = [head + text for text in texts[NUM_EXAMPLES:]]
-    return [(prompt, f" {letter}") for prompt in found for letter in "ABCD"]
+        prompts = [head + text for text in texts[NUM_EXAMPLES:]]
+    return [(prompt, f" {letter}") for prompt in prompts for letter in "ABCD"]
 
 
 def _lettered(question: str, options: Sequence[str]) -> str:
@@ -108,9 +108,9 @@ def texts(data: Path | None, count: int) -> list[str]:
         shots = [f"Question: {r['question']}\nAnswer: {r['answer']}" for r in rows(data / "gsm8k/train.jsonl")]
         asked = [f"Question: {row['question']}\nAnswer:" for row in rows(data / "gsm8k/test.jsonl")]
     else:
-        made: list[Item] = items("reasoning", split="eval", num_items=NUM_EXAMPLES + count, seed=0)
-        shots = [item.context + item.gold for item in made]
-        asked = [item.context for item in made[NUM_EXAMPLES:]]
+        generated: list[Item] = items("reasoning", split="eval", num_items=NUM_EXAMPLES + count, seed=0)
+        shots = [item.context + item.gold for item in generated]
+        asked = [item.context for item in generated[NUM_EXAMPLES:]]
     head = "\n\n".join(shots[:NUM_EXAMPLES])
     return [f"{head}\n\n{question}" for question in asked[:count]]
 
@@ -144,16 +144,16 @@ class Bench:
                 wall, processor = time.perf_counter(), time.process_time()
                 results[name] = run()
                 times[name].append((time.perf_counter() - wall, time.process_time() - processor))
-        found: dict[str, Any] = {"goal": goal}
+        figures: dict[str, Any] = {"goal": goal}
         for index, kind in enumerate(("wall", "processor")):
-            pairs = [(one[index], other[index]) for one, other in zip(times["ours"], times["theirs"], strict=True)]
-            found[f"{kind}_s"] = [[round(one, 1), round(other, 1)] for one, other in pairs]
-            found[f"times_faster_by_{kind}"] = round(statistics.median(other / one for one, other in pairs), 2)
-        return found, results["ours"], results["theirs"]
+            pairs = [(own[index], other[index]) for own, other in zip(times["ours"], times["theirs"], strict=True)]
+            figures[f"{kind}_s"] = [[round(own, 1), round(other, 1)] for own, other in pairs]
+            figures[f"times_faster_by_{kind}"] = round(statistics.median(other / own for own, other in pairs), 2)
+        return figures, results["ours"], results["theirs"]
 
     def likelihoods(self, pairs: list[Pair], *, goal: float) -> dict[str, Any]:
         asked = requests("loglikelihood", pairs)
-        found, ours, theirs = self.turns(
+        figures, ours, theirs = self.turns(
             lambda: self.ours().loglikelihood(asked),
             lambda: self.theirs.loglikelihood(asked, disable_tqdm=True),
             goal=goal,
@@ -161,9 +161,9 @@ class Bench:
         return {
             "requests": len(pairs),
             "mean_tokens": round(statistics.mean(len(self.tokenizer(a + b)["input_ids"]) for a, b in pairs), 1),
-            **found,
-            "largest_difference": max(abs(one[0] - other[0]) for one, other in zip(ours, theirs, strict=True)),
-            "same_first_choices": sum(one[1] == other[1] for one, other in zip(ours, theirs, strict=True)),
+            **figures,
+            "largest_difference": max(abs(own[0] - other[0]) for own, other in zip(ours, theirs, strict=True)),
+            "same_first_choices": sum(own[1] == other[1] for own, other in zip(ours, theirs, strict=True)),
         }
 
 
@@ -188,17 +188,17 @@ def measure_texts(bench: Bench) -> dict[str, Any]:
     settings = {"until": ["Question:", "\n\n"], "max_gen_toks": bench.arguments.new_tokens, "do_sample": False}
     prompts = texts(bench.arguments.data, bench.arguments.prompts)
     asked = requests("generate_until", [(prompt, settings) for prompt in prompts])
-    found, ours, theirs = bench.turns(
+    figures, ours, theirs = bench.turns(
         lambda: bench.ours().generate_until(asked),
         lambda: bench.theirs.generate_until(asked, disable_tqdm=True),
         goal=GOALS["texts"],
     )
     return {
         "prompts": len(prompts),
-        "mean_prompt_tokens": round(statistics.mean(len(bench.tokenizer(one)["input_ids"]) for one in prompts), 1),
-        "mean_new_tokens": round(statistics.mean(len(bench.tokenizer(one)["input_ids"]) for one in ours), 1),
-        **found,
-        "equal_texts": sum(one == other for one, other in zip(ours, theirs, strict=True)),
+        "mean_prompt_tokens": round(statistics.mean(len(bench.tokenizer(text)["input_ids"]) for text in prompts), 1),
+        "mean_new_tokens": round(statistics.mean(len(bench.tokenizer(text)["input_ids"]) for text in ours), 1),
+        **figures,
+        "equal_texts": sum(own == other for own, other in zip(ours, theirs, strict=True)),
     }
 
 
@@ -209,15 +209,15 @@ def measure_quick(bench: Bench) -> dict[str, Any]:
         settings = load_recipe(recipe).eval
     model = load_model(bench.folder, device=device())  # in the precision it is stored in, as shoal runs it
     cut = partial(cut_model, model, list(DROP), share=True)
-    found: dict[str, Any] = {"goal_s": 360}
+    figures: dict[str, Any] = {"goal_s": 360}
     for role, make in (("teacher", lambda: model), ("pruned", cut), ("distilled", cut)):
         wall, processor = time.perf_counter(), time.process_time()
         evaluate(make(), bench.tokenizer, settings, seed=0)
-        found[role] = {
+        figures[role] = {
             "wall_s": round(time.perf_counter() - wall, 1),
             "processor_s": round(time.process_time() - processor, 1),
         }
-    return found
+    return figures
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {

@@ -77,14 +77,14 @@ class Bench:
         times: list[tuple[float, float]] = []
         results: tuple[Any, Any] = (None, None)
         for repeat in range(self.arguments.repeats + warm_up):
-            (first, one), (second, other) = timed(ours), timed(theirs)
-            results = one, other
+            (first, own), (second, other) = timed(ours), timed(theirs)
+            results = own, other
             if repeat or not warm_up:
                 times.append((first, second))
         return {
-            "ours_s": [round(one, 2) for one, _ in times],
+            "ours_s": [round(own, 2) for own, _ in times],
             "loop_s": [round(other, 2) for _, other in times],
-            "ratio": round(statistics.median(one / other for one, other in times), 3),
+            "ratio": round(statistics.median(own / other for own, other in times), 3),
             "results": results,
         }
 
@@ -110,11 +110,11 @@ def hidden(bench: Bench) -> dict[str, Any]:
             )
 
     names = list(HIDDEN_METRICS)
-    found = bench.pairs(
+    figures = bench.pairs(
         lambda: measure_importance(bench.model, rows, metrics=names, batch_size=size), plain, warm_up=True
     )
-    found.pop("results")
-    return {"metrics": names, "tokens": rows.input_ids_NS.numel(), **found, "target": 1.25}
+    figures.pop("results")
+    return {"metrics": names, "tokens": rows.input_ids_NS.numel(), **figures, "target": 1.25}
 
 
 def text(bench: Bench) -> dict[str, Any]:
@@ -122,16 +122,16 @@ def text(bench: Bench) -> dict[str, Any]:
     start = bench.tokenizer.bos_token_id or 0
     requests = [((start,), tuple(row)) for row in rows.input_ids_NS.tolist()]
     drops = [[layer] for layer in range(bench.num_layers)]
-    found = bench.pairs(
+    figures = bench.pairs(
         lambda: score_variants(bench.edited, bench.decoder, requests, [without(drop) for drop in drops], batch_size=4),
         lambda: [score(Decoder(bench.cut(drop)), requests, batch_size=4) for drop in drops],
     )
-    ours, loop = found.pop("results")
-    return {**found, "largest_difference": difference(ours, loop), "target": 0.5}
+    ours, loop = figures.pop("results")
+    return {**figures, "largest_difference": difference(ours, loop), "target": 0.5}
 
 
 def choices(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name in ("knowledge_continuation", "retrieval_continuation"):
         requests = instances(name, bench.arguments.questions)
         pairs = [request.args for request in requests]
@@ -145,24 +145,24 @@ def choices(bench: Bench) -> dict[str, Any]:
         def loop(requests: Any = requests) -> Any:
             answers = []
             for layer in range(bench.num_layers):
-                made: Any = HFLM
-                lm = made(pretrained=bench.cut([layer]), tokenizer=bench.tokenizer, batch_size=8)
+                make: Any = HFLM
+                lm = make(pretrained=bench.cut([layer]), tokenizer=bench.tokenizer, batch_size=8)
                 answers.append(lm.loglikelihood(requests, disable_tqdm=True))
             return answers
 
         measured = bench.pairs(ours, loop)
-        mine, theirs = measured.pop("results")
-        found[name] = {
+        own, theirs = measured.pop("results")
+        figures[name] = {
             "questions": bench.arguments.questions,
             **measured,
-            "largest_difference": difference(mine, theirs),
+            "largest_difference": difference(own, theirs),
             "target": 0.3,
         }
-    return found
+    return figures
 
 
 def generation(bench: Bench) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     end = bench.tokenizer.eos_token_id
     for name, new_tokens in (("retrieval_generation", 16), ("reasoning_generation", 48)):
         for count in bench.arguments.prompts:
@@ -182,21 +182,21 @@ def generation(bench: Bench) -> dict[str, Any]:
                 ]
 
             measured = bench.pairs(ours, loop)
-            mine, theirs = measured.pop("results")
+            texts, theirs = measured.pop("results")
             drafting, _ = timed(partial(with_drafts, ours))
             intact = generate_variants(bench.edited, bench.decoder, prompts, [INTACT], limits, batch_size=len(prompts))[
                 0
             ]
-            equal = [one == other for a, b in zip(mine, theirs, strict=True) for one, other in zip(a, b, strict=True)]
-            found[f"{name}, {count} prompts, {new_tokens} new tokens"] = {
+            equal = [a == b for pair in zip(texts, theirs, strict=True) for a, b in zip(*pair, strict=True)]
+            figures[f"{name}, {count} prompts, {new_tokens} new tokens"] = {
                 **measured,
                 "times_faster": round(1 / measured["ratio"], 2),
                 "equal_texts": f"{sum(equal)} of {len(equal)}",
-                "tokens_from_the_draft": round(drafted(intact, mine), 3),
+                "tokens_from_the_draft": round(drafted(intact, texts), 3),
                 "with_whole_drafts_s": round(drafting, 2),
                 "target": "3 times",
             }
-    return found
+    return figures
 
 
 def with_drafts(run: Callable[[], Any]) -> Any:
@@ -255,9 +255,9 @@ def sleb(bench: Bench) -> dict[str, Any]:
         scores = measure_importance(bench.model, rows, metrics=["sleb"], batch_size=4, num_drop=count)
         return [removal.unit.layers[0] for removal in scores.orders["sleb"]]
 
-    found = bench.pairs(ours, loop)
-    mine, theirs = found.pop("results")
-    return {"drops": count, **found, "ours": mine, "loop": theirs, "target": 0.6}
+    figures = bench.pairs(ours, loop)
+    own, theirs = figures.pop("results")
+    return {"drops": count, **figures, "ours": own, "loop": theirs, "target": 0.6}
 
 
 def instances(task_name: str, count: int) -> list[Any]:
@@ -269,9 +269,9 @@ def instances(task_name: str, count: int) -> list[Any]:
 def difference(ours: Sequence[Sequence[Any]], loop: Sequence[Sequence[Any]]) -> float:
     """In nats, over all requests and layers."""
     return max(
-        abs(one[0] - other[0])
-        for mine, theirs in zip(ours, loop, strict=True)
-        for one, other in zip(mine, theirs, strict=True)
+        abs(own[0] - other[0])
+        for of_layer, theirs in zip(ours, loop, strict=True)
+        for own, other in zip(of_layer, theirs, strict=True)
     )
 
 

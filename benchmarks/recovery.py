@@ -97,12 +97,12 @@ def main() -> None:
 def heal(arm: str, seed: int, arguments: argparse.Namespace) -> Path:
     """The run directory of one arm under one seed, trained and evaluated."""
     tokens = arguments.tokens or budget(arm, arguments)
-    what = f"{tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
-    run_dir = arguments.out / what / f"{arm}-{seed}"
+    folder = f"{tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
+    run_dir = arguments.out / folder / f"{arm}-{seed}"
     file = recipe(arm, seed, arguments, run_dir=run_dir, tokens=tokens)
     shoal("distill", file)
     for role in ("teacher", "pruned"):  # the same under every arm of one seed; `shoal eval` checks that
-        done = sorted((arguments.out / what).glob(f"*-{seed}/eval/{role}.json"))
+        done = sorted((arguments.out / folder).glob(f"*-{seed}/eval/{role}.json"))
         if done and not (run_dir / "eval" / f"{role}.json").exists():
             (run_dir / "eval").mkdir(exist_ok=True)
             shutil.copy2(done[0], run_dir / "eval")
@@ -190,8 +190,10 @@ def shoal(verb: str, file: Path, *overrides: str) -> None:
 
 def table(arguments: argparse.Namespace) -> str:
     """One row per arm: the mean over its seeds and their range, what is kept, and how far it is from the first arm."""
-    what = f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
-    places = {arm: {seed: arguments.out / what / f"{arm}-{seed}" for seed in arguments.seeds} for arm in arguments.arms}
+    folder = f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
+    places = {
+        arm: {seed: arguments.out / folder / f"{arm}-{seed}" for seed in arguments.seeds} for arm in arguments.arms
+    }
     runs = {
         arm: {seed: run for seed, run in of_seeds.items() if (run / "eval/distilled.json").exists()}
         for arm, of_seeds in places.items()
@@ -200,22 +202,22 @@ def table(arguments: argparse.Namespace) -> str:
     teacher, pruned = (pooled(reference.values(), role) for role in ("teacher", "pruned"))
     names = ["arm", *teacher]
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}", row("teacher", teacher), row("pruned", pruned)]
-    for arm, mine in ((arm, mine) for arm, mine in runs.items() if mine):
-        training = [Training.read(run / Training.FILE) for run in mine.values()]
-        seconds = ", ".join(f"{one.seconds:.0f}" for one in training)
+    for arm, own in ((arm, own) for arm, own in runs.items() if own):
+        training = [Training.read(run / Training.FILE) for run in own.values()]
+        seconds = ", ".join(f"{result.seconds:.0f}" for result in training)
         cells = [f"{arm} ({training[0].num_tokens:,} tokens; {seconds} s)"]
-        common = [seed for seed in mine if seed in reference and mine is not reference]
-        here, there = (pooled([of[seed] for seed in common], "distilled") for of in (mine, reference))
-        for name, score in pooled(mine.values(), "distilled").items():
+        common = [seed for seed in own if seed in reference and own is not reference]
+        own_scores, reference_scores = (pooled([of[seed] for seed in common], "distilled") for of in (own, reference))
+        for name, score in pooled(own.values(), "distilled").items():
             cell = f"{score.score:.3f} [{score.ci_low:.3f}, {score.ci_high:.3f}]"
-            if len(mine) > 1:
-                values = [scores(run, "distilled")[name].score for run in mine.values()]
+            if len(own) > 1:
+                values = [scores(run, "distilled")[name].score for run in own.values()]
                 cell += f" ({min(values):.3f} to {max(values):.3f})"
             kept = retention(teacher[name], score)
             if kept.value is not None:
                 cell += f"; keeps {kept.value:.2f} [{kept.ci_low:.2f}, {kept.ci_high:.2f}]"
             if common:
-                change = paired(there[name], here[name])
+                change = paired(reference_scores[name], own_scores[name])
                 cell += f"; {change.difference:+.3f} [{change.ci_low:+.3f}, {change.ci_high:+.3f}]"
             cells.append(cell)
         lines.append(f"| {' | '.join(cells)} |")
@@ -225,7 +227,7 @@ def table(arguments: argparse.Namespace) -> str:
 def pooled(runs: Iterable[Path], role: str) -> dict[str, TaskScore]:
     """Scores over several seeds, which ask the same items: what one item counts is its mean over them."""
     by_run = [scores(run, role) for run in runs]
-    found: dict[str, TaskScore] = {}
+    by_task: dict[str, TaskScore] = {}
     for name in by_run[0] if by_run else ():
         tasks = [of_run[name] for of_run in by_run]
         by_id: dict[str, list[ItemScore]] = defaultdict(list)
@@ -237,12 +239,12 @@ def pooled(runs: Iterable[Path], role: str) -> dict[str, TaskScore]:
         )
         task = replace(tasks[0], items=items, n=len(items), prompts="", score=fmean(task.score for task in tasks))
         low, high = interval(task)
-        found[name] = replace(task, ci_low=low, ci_high=high)
-    return found
+        by_task[name] = replace(task, ci_low=low, ci_high=high)
+    return by_task
 
 
-def row(role: str, found: dict[str, TaskScore]) -> str:
-    return f"| {role} | {' | '.join(f'{score.score:.3f}' for score in found.values())} |"
+def row(role: str, by_task: dict[str, TaskScore]) -> str:
+    return f"| {role} | {' | '.join(f'{score.score:.3f}' for score in by_task.values())} |"
 
 
 def scores(run_dir: Path, role: str) -> dict[str, TaskScore]:

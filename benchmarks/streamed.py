@@ -99,9 +99,9 @@ def measure(folder: Path, *, streamed: bool, tokens: int, length: int, memory_by
 
 def held(name: str) -> int:
     """Of this process, by Linux's account."""
-    found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    line = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) * 1024
 
 
 def bytes_read() -> int:
@@ -146,11 +146,9 @@ def main() -> None:
             ]
             command += ["--tokens", str(arguments.tokens), "--length", str(arguments.length)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            result[f"{way} in {memory:g} GB" if memory else f"{way} without limit"] = found
-    scores = [
-        found.pop("block_influence") for found in result.values() if isinstance(found, dict) and "seconds" in found
-    ]
+            figures = json.loads(done.stdout.splitlines()[-1])
+            result[f"{way} in {memory:g} GB" if memory else f"{way} without limit"] = figures
+    scores = [run.pop("block_influence") for run in result.values() if isinstance(run, dict) and "seconds" in run]
     result["largest_difference"] = max(abs(a - b) for a, b in zip(*scores, strict=True))
     print(json.dumps(result, indent=1))
 

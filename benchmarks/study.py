@@ -57,7 +57,7 @@ def initial_layers(column: SweepColumn, num_layers: int) -> Row:
     """Under likelihood only the first layers matter: how many critical layers lie behind the first quarter."""
     late = [layer for layer in column.critical if layer >= num_layers / 4]
     middle = range(num_layers // 3, 2 * num_layers // 3)
-    kept = [one.retention.value for layer in middle if (one := column.effects[layer]).retention is not None]
+    kept = [effect.retention.value for layer in middle if (effect := column.effects[layer]).retention is not None]
     return (
         f"only the first layers matter to likelihood: {column.task}",
         verdict(not late and bool(column.critical), bool(late)),
@@ -70,7 +70,9 @@ def depth_order(importance: Importance) -> Iterator[Row]:
     """Retrieval lies below knowledge, knowledge below reasoning."""
     assert importance.atlas is not None
     by_task = {column.task: column for column in importance.atlas.columns}
-    centroids = [(by_task[one.task], one.centroid) for one in importance.atlas.depth if one.centroid is not None]
+    centroids = [
+        (by_task[depth.task], depth.centroid) for depth in importance.atlas.depth if depth.centroid is not None
+    ]
     order = ("retrieval", "knowledge", "reasoning")
     for (lower, low), (upper, high) in itertools.permutations(centroids, 2):
         abilities = (lower.ability, upper.ability)
@@ -103,13 +105,13 @@ def first_layer(column: SweepColumn) -> Row:
 def agreement(importance: Importance) -> Iterator[Row]:
     """Importance by one measure says little about importance by another."""
     assert importance.atlas is not None
-    made = importance.atlas.agreement
+    correlations = importance.atlas.agreement
     written = [column.task for column in importance.atlas.columns if column.protocol == "generation"]
     for task in written:
-        place = made.columns.index(task)
+        place = correlations.columns.index(task)
         others = [
-            (name, made.spearman[place][other], made.ceiling[place][other])
-            for other, name in enumerate(made.columns)
+            (name, correlations.spearman[place][other], correlations.ceiling[place][other])
+            for other, name in enumerate(correlations.columns)
             if other != place
         ]
         told = ", ".join(f"{name} {value:.2f}" for name, value, _ in others if value is not None)

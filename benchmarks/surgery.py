@@ -134,16 +134,16 @@ def report(results: dict[str, list[dict[str, float]]], folder: Path) -> None:
 
     def ratio(way: str, other: str) -> float:
         pairs = zip(results[way], results[other], strict=True)
-        return round(statistics.median(mine["seconds"] / its["seconds"] for mine, its in pairs), 3)
+        return round(statistics.median(own["seconds"] / its["seconds"] for own, its in pairs), 3)
 
     def peak(way: str) -> float:
-        return max(found["peak_bytes"] for found in results[way])
+        return max(turn["peak_bytes"] for turn in results[way])
 
     result: dict[str, Any] = {
         "teacher_gb": round(checkpoint_bytes(folder / "teacher") / 1e9, 2),
         "kept_gb": round(checkpoint_bytes(folder / "kept") / 1e9, 2),
         "largest_shard_gb": round(largest / 1e9, 2),
-        "seconds": {way: [round(turn["seconds"], 2) for turn in found] for way, found in results.items()},
+        "seconds": {way: [round(turn["seconds"], 2) for turn in turns] for way, turns in results.items()},
         "time_against_cp": ratio("shoal", "cp"),
         "time_against_cp_flushed": ratio("shoal", "cp_flushed"),
         "time_target": TIME_TARGET,

@@ -192,7 +192,7 @@ def _without_request_bars() -> Iterator[None]:
     from lm_eval.api import task as module
 
     bar = module.tqdm
-    module.tqdm = partial(each, what="eval: making prompts", unit="items")  # pyright: ignore[reportAttributeAccessIssue]
+    module.tqdm = partial(each, label="eval: making prompts", unit="items")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

@@ -76,27 +76,27 @@ def measure_speed(
         UserError: a prompt that does not fit the model's positions, or a model that keeps no cache of keys and values.
     """
     entries: dict[str, _Entry] = {}
-    for role, given in models.items():
-        model: Any = given
-        if isinstance(given, Path):
+    for role, source in models.items():
+        model: Any = source
+        if isinstance(source, Path):
             model = load_model(
-                given, dtype=dtype, attention=attention, device=device(), trust_remote_code=trust_remote_code
+                source, dtype=dtype, attention=attention, device=device(), trust_remote_code=trust_remote_code
             )
         decoder = _checked(role, model, prompt_tokens + new_tokens)
-        stored = checkpoint_bytes(given) if isinstance(given, Path) else None
+        stored = checkpoint_bytes(source) if isinstance(source, Path) else None
         entries[role] = _Entry(decoder, _weight_bytes(model), stored)
     first = next(iter(entries.values())).decoder
     sizes = sorted(set(batch_sizes or BATCH_SIZES.get(first.device.type, OTHER_BATCH_SIZES)))
-    found: dict[str, list[BatchSpeed]] = {role: [] for role in entries}
+    batches: dict[str, list[BatchSpeed]] = {role: [] for role in entries}
     left_out: list[str] = []
     for size in sizes:
-        if reason := _why_too_large(size, entries, found):
+        if reason := _why_too_large(size, entries, batches):
             log.warning("speed: %s", reason)
             left_out.append(reason)
             continue
         rounds = repeats if size == sizes[0] else min(repeats, FEWER_REPEATS)
         for role, speed in _measured(entries, (size, prompt_tokens, new_tokens), rounds).items():
-            found[role].append(speed)
+            batches[role].append(speed)
             log.info(
                 "speed: %s, %d at once: prefill %.0f, decode %.1f tokens/s, first token after %.2f s",
                 role,
@@ -105,7 +105,7 @@ def measure_speed(
                 speed.decode_tokens_per_s,
                 speed.first_token_s,
             )
-    roles = {role: _score(entry, found[role]) for role, entry in entries.items()}
+    roles = {role: _score(entry, batches[role]) for role, entry in entries.items()}
     return Speed(
         provenance=provenance,
         roles=_with_expectations(roles, entries, prompt_tokens, new_tokens),
@@ -226,12 +226,12 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(storages.values())
 
 
-def _why_too_large(size: int, entries: Mapping[str, _Entry], found: Mapping[str, Sequence[BatchSpeed]]) -> str:
+def _why_too_large(size: int, entries: Mapping[str, _Entry], measured: Mapping[str, Sequence[BatchSpeed]]) -> str:
     """Why a batch size will not fit, by what the last one took; empty where it will."""
     for role, entry in entries.items():
-        if not found[role] or (taken := found[role][-1].peak_memory_bytes) is None:
+        if not measured[role] or (taken := measured[role][-1].peak_memory_bytes) is None:
             continue
-        needed = (taken - entry.weight_bytes) * size / found[role][-1].batch_size
+        needed = (taken - entry.weight_bytes) * size / measured[role][-1].batch_size
         where = entry.decoder.device
         if where.type != "cpu":
             torch.accelerator.empty_cache()
@@ -270,11 +270,11 @@ def _with_expectations(
         log.info("speed: nothing is expected beforehand: %s", error)
         return roles
     width = sum(parameter.nbytes for parameter in model.parameters()) / num_parameters(model)
-    made = dict(roles)
+    expected = dict(roles)
     for role, score in roles.items():
         if role != "teacher" and score.num_layers is not None:
-            made[role] = _expected(score, teacher, cost, width, prompt_tokens, new_tokens)
-    return made
+            expected[role] = _expected(score, teacher, cost, width, prompt_tokens, new_tokens)
+    return expected
 
 
 def _expected(
@@ -304,7 +304,7 @@ def _expected(
             "first_token_s": whole.first_token_s / faster_prefill,
         }
         if whole.peak_memory_bytes is not None:
-            cached = [one.cache_bytes(prompt_tokens + new_tokens) if one.cache else 0 for one in (cost, depth)]
+            cached = [side.cache_bytes(prompt_tokens + new_tokens) if side.cache else 0 for side in (cost, depth)]
             less = (cost.num_parameters - depth.num_parameters) * width + own.batch_size * (cached[0] - cached[1])
             expected["peak_memory_bytes"] = whole.peak_memory_bytes - less
         batches.append(replace(own, expected=expected))

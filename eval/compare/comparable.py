@@ -72,14 +72,14 @@ def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
             files of one run that do not belong together.
     """
     if len(folders) < 2:
-        given = f"there is {folders[0]} alone" if folders else "there is none"
-        raise UserError(f"compare: needs two run directories or more, {given}; for one run there is `shoal report`")
+        instead = f"there is {folders[0]} alone" if folders else "there is none"
+        raise UserError(f"compare: needs two run directories or more, {instead}; for one run there is `shoal report`")
     resolved = [folder.expanduser().resolve() for folder in folders]
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
             raise UserError(f"compare: {folders[index]} is given twice; give every run once")
-    found = zip(folders, distinct_names(resolved), strict=True)
-    contenders = tuple(Contender(_letter(i), name, _read(folder)) for i, (folder, name) in enumerate(found))
+    named_folders = zip(folders, distinct_names(resolved), strict=True)
+    contenders = tuple(Contender(_letter(i), name, _read(folder)) for i, (folder, name) in enumerate(named_folders))
     problems = [problem for contender in contenders for problem in _own_problems(contender)]
     if problems:
         raise UserError("\n".join(problems[:MOST_PROBLEMS]))
@@ -118,8 +118,8 @@ def find_common(contenders: Sequence[Contender], *, across_teachers: bool = Fals
             reference = role if role in first.run.evaluations else next(iter(first.run.evaluations))
             if contender is first:
                 reference = next(iter(first.run.evaluations))
-            here, there = (first, reference), (contender, role)
-            for field, problem in _differences(here, there, tasks):
+            base, compared = (first, reference), (contender, role)
+            for field, problem in _differences(base, compared, tasks):
                 if (contender.letter, field) not in seen:
                     seen.add((contender.letter, field))
                     problems.append(problem)
@@ -167,10 +167,10 @@ def _own_problems(contender: Contender) -> Iterator[str]:
     """Scores of another cut than the plan's, in a folder whose files otherwise belong together (see read_run)."""
     plan = contender.run.plan
     for role in CUT_ROLES if plan else ():
-        found = contender.run.evaluations.get(role)
-        if plan and found and found.num_layers != len(plan.keep):
+        scored = contender.run.evaluations.get(role)
+        if plan and scored and scored.num_layers != len(plan.keep):
             yield (
-                f"{contender.file(role)}: num_layers is {found.num_layers}, but {contender.run.folder / plan.FILE} "
+                f"{contender.file(role)}: num_layers is {scored.num_layers}, but {contender.run.folder / plan.FILE} "
                 f"keeps {len(plan.keep)} of {plan.num_layers}; run `shoal eval` again"
             )
 
@@ -184,8 +184,8 @@ def _teacher_problems(contenders: Sequence[Contender]) -> Iterator[str]:
                 "plan.json; evaluate it, or say --across-teachers"
             )
         elif first.teacher is not None and contender.teacher != first.teacher:
-            files = [_teacher_file(one) for one in (contender, first)]
-            names = [f" ({one.run.model})" if one.run.recipe else "" for one in (contender, first)]
+            files = [_teacher_file(side) for side in (contender, first)]
+            names = [f" ({side.run.model})" if side.run.recipe else "" for side in (contender, first)]
             yield (
                 f"{files[0]}: model is {contender.teacher!r}{names[0]}, but {first.teacher!r}{names[1]} in {files[1]}: "
                 "another teacher; say --across-teachers to compare all the same"
@@ -206,7 +206,10 @@ def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]
     }
     by_letter = {contender.letter: contender for contender in contenders}
     abilities = {
-        task.task: task.ability for one in contenders for found in one.run.evaluations.values() for task in found.tasks
+        task.task: task.ability
+        for c in contenders
+        for evaluation in c.run.evaluations.values()
+        for task in evaluation.tasks
     }
     shared, left_out = [], []
     for task in abilities:
@@ -217,7 +220,7 @@ def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]
         else:
             shared.append(task)
     if not shared:
-        sets = [f"{one.run.folder}: {', '.join(dict.fromkeys(_tasks_of(one))) or 'none'}" for one in contenders]
+        sets = [f"{c.run.folder}: {', '.join(dict.fromkeys(_tasks_of(c))) or 'none'}" for c in contenders]
         raise UserError("compare: no task was evaluated in all of these runs\n" + "\n".join(sets))
     order = list(dict.fromkeys(abilities[task] for task in shared))
     return sorted(shared, key=lambda task: order.index(abilities[task])), left_out
@@ -229,10 +232,10 @@ def _tasks_of(contender: Contender) -> Iterator[str]:
 
 def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> tuple[list[str], list[str]]:
     """Between tokenizers a token is not the same unit: scores per token stay out unless the text has equal tokens."""
-    evaluations = [evaluation for one in contenders for evaluation in one.run.evaluations.values()]
+    evaluations = [evaluation for c in contenders for evaluation in c.run.evaluations.values()]
     if PERPLEXITY in tasks:
         windows = [{item.id for item in score_of(evaluation, PERPLEXITY).items} for evaluation in evaluations]
-        if all(one == windows[0] for one in windows):  # windows are named after the tokens in them
+        if all(window == windows[0] for window in windows):  # windows are named after the tokens in them
             return tasks, []
     per_token = [task for task in tasks if "per_token" in score_of(evaluations[0], task).metric]
     reasons = [
@@ -243,22 +246,22 @@ def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> 
 
 
 def _differences(
-    here: tuple[Contender, str], there: tuple[Contender, str], tasks: Sequence[str]
+    base: tuple[Contender, str], compared: tuple[Contender, str], tasks: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
     """(what differs, problem) for everything that shapes a score and is not the same in both evaluations."""
-    files = here[0].file(here[1]), there[0].file(there[1])
-    one, other = here[0].run.evaluations[here[1]], there[0].run.evaluations[there[1]]
-    scores = [(score_of(one, task), score_of(other, task)) for task in tasks]
-    found = [*_text_settings(one, other, scores), *_prompt_settings(one, other, scores)]
-    same_text = not any(difference.field in TEXT_SETTINGS for difference in found)
+    files = base[0].file(base[1]), compared[0].file(compared[1])
+    first, other = base[0].run.evaluations[base[1]], compared[0].run.evaluations[compared[1]]
+    scores = [(score_of(first, task), score_of(other, task)) for task in tasks]
+    differing = [*_text_settings(first, other, scores), *_prompt_settings(first, other, scores)]
+    same_text = not any(difference.field in TEXT_SETTINGS for difference in differing)
     judged = [pair for pair in scores if pair[0].task != PERPLEXITY or same_text]
-    found += [difference for pair in judged for difference in _score_settings(*pair, one, other)]
-    for difference in found:
-        values = [_short(value) for value in (difference.there, difference.here)]
+    differing += [difference for pair in judged for difference in _score_settings(*pair, first, other)]
+    for difference in differing:
+        values = [_short(value) for value in (difference.other, difference.base)]
         field, note = difference.field, f" ({difference.note})" if difference.note else ""
         yield field, f"{files[1]}: {field} is {values[0]}, but {values[1]} in {files[0]}{note}"
     for before, after in judged:
-        if not any(_score_settings(before, after, one, other)):
+        if not any(_score_settings(before, after, first, other)):
             try:
                 require_same_measurement(before, after)
             except UserError as error:
@@ -268,59 +271,59 @@ def _differences(
 @dataclass(frozen=True)
 class _Difference:
     field: str
-    here: Any
-    there: Any
+    base: Any
+    other: Any
     note: str = ""
 
 
 def _text_settings(
-    one: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
+    first: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
 ) -> Iterator[_Difference]:
     """What shapes the perplexity."""
     if not any(before.task == PERPLEXITY for before, _ in scores):
         return
-    found = list(_unequal(one.provenance.inputs, other.provenance.inputs, TEXT_SETTINGS))
-    named = any(difference.field == "eval.perplexity_data" for difference in found)
-    yield from (difference for difference in found if difference.field != "data" or not named)
+    unequal = list(_unequal(first.provenance.inputs, other.provenance.inputs, TEXT_SETTINGS))
+    named = any(difference.field == "eval.perplexity_data" for difference in unequal)
+    yield from (difference for difference in unequal if difference.field != "data" or not named)
 
 
 def _prompt_settings(
-    one: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
+    first: Evaluation, other: Evaluation, scores: Sequence[tuple[TaskScore, TaskScore]]
 ) -> Iterator[_Difference]:
     """What makes prompts and reads answers, where a score does not hold the fingerprint of its prompts itself."""
     asked = [before for before, after in scores if not (before.prompts and after.prompts) and before.task != PERPLEXITY]
     if not asked:
         return
-    inputs = one.provenance.inputs, other.provenance.inputs
-    versions = one.provenance.environment, other.provenance.environment
+    inputs = first.provenance.inputs, other.provenance.inputs
+    versions = first.provenance.environment, other.provenance.environment
     yield from _unequal(*inputs, ("tasks",), note="the content of the task files: prompts and matching rules")
     yield from _unequal(*versions, ("lm_eval",), note="its version makes the prompts")
     if any(score.num_fewshot for score in asked):
         yield from _unequal(*inputs, ("seed",), note="it draws the few-shot examples")
 
 
-def _score_settings(before: TaskScore, after: TaskScore, one: Evaluation, other: Evaluation) -> Iterator[_Difference]:
+def _score_settings(before: TaskScore, after: TaskScore, first: Evaluation, other: Evaluation) -> Iterator[_Difference]:
     """Fields of a task's score that say what was measured."""
     fields = [field for field in SAME_MEASUREMENT if getattr(before, field) != getattr(after, field)]
     for field in fields:
-        limits = [_limit(evaluation, before.task) for evaluation in (other, one)]
+        limits = [_limit(evaluation, before.task) for evaluation in (other, first)]
         note = f"eval.limit {limits[0]} and {limits[1]}" if field == "n" and limits[0] != limits[1] else ""
         note = "the version of the code that reads written answers" if field == "matching" else note
         yield _Difference(f"{field} of task {before.task!r}", getattr(before, field), getattr(after, field), note)
     if not fields and before.prompts and after.prompts and before.prompts != after.prompts:
-        note = _why_prompts_differ(before, after, one, other)
+        note = _why_prompts_differ(before, after, first, other)
         yield _Difference(f"prompts of task {before.task!r}", before.prompts, after.prompts, note)
 
 
-def _why_prompts_differ(before: TaskScore, after: TaskScore, one: Evaluation, other: Evaluation) -> str:
+def _why_prompts_differ(before: TaskScore, after: TaskScore, first: Evaluation, other: Evaluation) -> str:
     """The first question that is not the same, else the settings that may have made the rest of the prompt another."""
     asked = {item.id: item.question for item in before.items}
     for item in after.items:
         if item.question and asked.get(item.id) and item.question != asked[item.id]:
             return f"item {item.id!r} asks {_short(item.question)} there and {_short(asked[item.id])} here"
-    causes = list(_unequal(one.provenance.inputs, other.provenance.inputs, ("tasks", "seed")))
-    causes += _unequal(one.provenance.environment, other.provenance.environment, ("lm_eval",))
-    told = "; ".join(f"{cause.field} is {_short(cause.there)} there and {_short(cause.here)} here" for cause in causes)
+    causes = list(_unequal(first.provenance.inputs, other.provenance.inputs, ("tasks", "seed")))
+    causes += _unequal(first.provenance.environment, other.provenance.environment, ("lm_eval",))
+    told = "; ".join(f"{cause.field} is {_short(cause.other)} there and {_short(cause.base)} here" for cause in causes)
     return told or "few-shot examples, wording or the rules of matching"
 
 
@@ -330,10 +333,10 @@ def _limit(evaluation: Evaluation, task: str) -> Any:
 
 
 def _unequal(
-    here: dict[str, Any], there: dict[str, Any], fields: Sequence[str], *, note: str = ""
+    base: dict[str, Any], compared: dict[str, Any], fields: Sequence[str], *, note: str = ""
 ) -> Iterator[_Difference]:
     for field in fields:
-        values = here.get(field, ABSENT), there.get(field, ABSENT)
+        values = base.get(field, ABSENT), compared.get(field, ABSENT)
         if values[0] != values[1]:
             yield _Difference(field, *values, note)
 
@@ -343,9 +346,9 @@ def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str], why: str
     judged = [contender for contender in contenders if "teacher" in contender.run.evaluations]
     for contender in judged[1:]:
         for task in tasks:
-            before, after = (score_of(one.run.evaluations["teacher"], task) for one in (judged[0], contender))
-            found = paired(before, after)
-            if found.test == "mcnemar-exact" and found.p_value < SAME_TEACHER_P:
+            before, after = (score_of(side.run.evaluations["teacher"], task) for side in (judged[0], contender))
+            difference = paired(before, after)
+            if difference.test == "mcnemar-exact" and difference.p_value < SAME_TEACHER_P:
                 yield (
                     f"{contender.file('teacher')}: task {task!r}: score is {after.score:.3f}, but {before.score:.3f} "
                     f"in {judged[0].file('teacher')}, for the same teacher on the same items (p < {SAME_TEACHER_P}): "
@@ -368,10 +371,10 @@ def dtype_of(contender: Contender, role: str) -> str:
 
 def _precision(contenders: Sequence[Contender]) -> str:
     """What has to be said of scores in several precisions: the machine chooses one where the recipe says `auto`."""
-    found = {one.letter: tuple({dtype_of(one, role): None for role in one.run.evaluations}) for one in contenders}
-    if len(set(found.values())) == 1:
+    dtypes = {c.letter: tuple({dtype_of(c, role): None for role in c.run.evaluations}) for c in contenders}
+    if len(set(dtypes.values())) == 1:
         return ""
-    told = ", ".join(f"{letter} in {' and '.join(types)}" for letter, types in found.items())
+    told = ", ".join(f"{letter} in {' and '.join(types)}" for letter, types in dtypes.items())
     return (
         f"The runs were not scored in the same precision: {told}. Part of a difference between them may come from that "
         "and not from the models; with the same `dtype` in all of them it could not."

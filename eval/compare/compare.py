@@ -93,12 +93,12 @@ def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> R
     common = find_common(contenders, across_teachers=across_teachers)
     speeds, no_speed = _speeds(contenders)
     models = [
-        *(_model(one, "teacher", contenders, common, speeds) for one in _first_of_each_teacher(contenders)),
+        *(_model(c, "teacher", contenders, common, speeds) for c in _first_of_each_teacher(contenders)),
         *(
-            _model(one, role, contenders, common, speeds)
-            for one in contenders
+            _model(c, role, contenders, common, speeds)
+            for c in contenders
             for role in CUT_ROLES
-            if role in one.run.evaluations
+            if role in c.run.evaluations
         ),
     ]
     first = models[0]
@@ -124,18 +124,18 @@ def mean_kept(cells: Sequence[Cell]) -> Interval | None:
         return None
     values, lows, highs = (np.array(column, dtype=np.float64) / len(cells) for column in zip(*limits, strict=True))
     items = [{item.id for item in cell.score.items} for cell in cells]
-    together = np.array([[float(bool(one & other)) for other in items] for one in items])
+    together = np.array([[float(bool(own & other)) for other in items] for own in items])
     low, value, high = combined(values.tolist(), lows.tolist(), highs.tolist(), together).tolist()
     return Interval(value, low, high)
 
 
 def by_ability(comparison: RunComparison) -> dict[tuple[str, str], list[int]]:
     """(ability, protocol) -> columns with a retention to speak of: the teacher is clear of chance there."""
-    found: dict[tuple[str, str], list[int]] = {}
+    columns: dict[tuple[str, str], list[int]] = {}
     for index, task in enumerate(comparison.tasks):
         if task.higher_is_better and task.task not in comparison.silent:
-            found.setdefault((task.ability, task.protocol), []).append(index)
-    return found
+            columns.setdefault((task.ability, task.protocol), []).append(index)
+    return columns
 
 
 def same_models(comparison: RunComparison) -> list[list[Model]]:
@@ -144,7 +144,7 @@ def same_models(comparison: RunComparison) -> list[list[Model]]:
     for model in comparison.models:
         if model.role != "teacher" and model.content is not None:
             groups.setdefault((model.role, model.content), []).append(model)
-    return [group for group in groups.values() if len({one.contender.letter for one in group}) > 1]
+    return [group for group in groups.values() if len({member.contender.letter for member in group}) > 1]
 
 
 def _model(
@@ -173,8 +173,8 @@ def _teacher_of(contender: Contender, contenders: Sequence[Contender]) -> Evalua
     own = contender.run.evaluations.get("teacher")
     if own or contender.teacher is None:
         return own
-    same = (one.run.evaluations.get("teacher") for one in contenders if one.teacher == contender.teacher)
-    return next((found for found in same if found), None)
+    same = (other.run.evaluations.get("teacher") for other in contenders if other.teacher == contender.teacher)
+    return next((evaluation for evaluation in same if evaluation), None)
 
 
 def _first_of_each_teacher(contenders: Sequence[Contender]) -> Iterator[Contender]:
@@ -230,14 +230,14 @@ def _speeds(
     """(letter, role) -> speed and its ratio to the teacher's, of all runs that were timed like the first of them."""
     timed = [(contender, contender.run.speed) for contender in contenders if contender.run.speed is not None]
     reasons = [
-        f"{one.letter} has no speed: it was not measured there (`eval.speed: true`)."
-        for one in contenders
-        if timed and one.run.speed is None
+        f"{c.letter} has no speed: it was not measured there (`eval.speed: true`)."
+        for c in contenders
+        if timed and c.run.speed is None
     ]
     if not timed:
         return {}, ["No run has a speed: it was not measured (`eval.speed: true`)."]
     first, speed = timed[0]
-    found: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]] = {}
+    speeds: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]] = {}
     for contender, own in timed:
         wanted, settings = _timing(speed), _timing(own)
         other = [field for field in wanted if wanted[field] != settings[field]]
@@ -251,8 +251,8 @@ def _speeds(
         teacher = own.roles.get("teacher")
         for role, score in own.roles.items():
             ratio = speed_ratio(score, teacher, "decode") if teacher else None
-            found[contender.letter, role] = score, ratio
-    return found, reasons
+            speeds[contender.letter, role] = score, ratio
+    return speeds, reasons
 
 
 def _timing(speed: Speed) -> dict[str, Any]:
@@ -283,13 +283,13 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
 
 def _restless(first: Contender, other: Contender, common: Common) -> Iterator[str]:
     """What the same teacher did otherwise: the noise of the machine, which no interval over items holds."""
-    pairs = [[score_of(one.run.evaluations["teacher"], task) for one in (first, other)] for task in common.tasks]
-    found = [paired(before, after) for before, after in pairs]
-    binary = [one for one in found if one.test == "mcnemar-exact"]
-    changed = sum(one.won + one.lost for one in binary)
+    pairs = [[score_of(c.run.evaluations["teacher"], task) for c in (first, other)] for task in common.tasks]
+    differences = [paired(before, after) for before, after in pairs]
+    binary = [difference for difference in differences if difference.test == "mcnemar-exact"]
+    changed = sum(difference.won + difference.lost for difference in binary)
     if changed:
         yield (
-            f"The same teacher answered {changed} of {sum(one.n for one in binary):,} items otherwise in "
+            f"The same teacher answered {changed} of {sum(difference.n for difference in binary):,} items otherwise in "
             f"{other.letter} than in {first.letter} (another machine, library or batch size): so much of a difference "
             "means nothing."
         )
@@ -297,18 +297,18 @@ def _restless(first: Contender, other: Contender, common: Common) -> Iterator[st
 
 def _harmless(contenders: Sequence[Contender]) -> dict[str, dict[str, list[str]]]:
     """Setting -> value -> letters, of settings that differ and move scores by rounding at most."""
-    found: dict[str, dict[str, list[str]]] = {}
+    by_setting: dict[str, dict[str, list[str]]] = {}
     for name in ("attention", "eval.batch_size"):
-        _collect(found, name, [(one.letter, _any(one).provenance.inputs.get(name)) for one in contenders])
+        _collect(by_setting, name, [(c.letter, _any(c).provenance.inputs.get(name)) for c in contenders])
     for name in ("torch", "transformers", "device"):
-        _collect(found, name, [(one.letter, _any(one).provenance.environment.get(name)) for one in contenders])
-    return {name: values for name, values in found.items() if len(values) > 1}
+        _collect(by_setting, name, [(c.letter, _any(c).provenance.environment.get(name)) for c in contenders])
+    return {name: values for name, values in by_setting.items() if len(values) > 1}
 
 
-def _collect(found: dict[str, dict[str, list[str]]], name: str, values: Sequence[tuple[str, Any]]) -> None:
+def _collect(by_setting: dict[str, dict[str, list[str]]], name: str, values: Sequence[tuple[str, Any]]) -> None:
     for letter, value in values:
         if value is not None:
-            found.setdefault(name, {}).setdefault(str(value), []).append(letter)
+            by_setting.setdefault(name, {}).setdefault(str(value), []).append(letter)
 
 
 def _any(contender: Contender) -> Evaluation:

@@ -25,7 +25,7 @@ def write_json_file(comparison: RunComparison, path: Path) -> None:
 
 def as_data(comparison: RunComparison) -> dict[str, Any]:
     """The comparison as plain values: runs, tasks, models with one cell per task, notes."""
-    inputs = {f"{one.contender.letter} {one.role}": one.evaluation.provenance.fingerprint for one in comparison.models}
+    inputs = {f"{m.contender.letter} {m.role}": m.evaluation.provenance.fingerprint for m in comparison.models}
     provenance = Provenance(inputs)
     return {
         "schema": 1,

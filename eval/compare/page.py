@@ -74,7 +74,7 @@ def build_document(comparison: RunComparison, picture: Picture | None) -> Docume
     if known := _known(comparison):
         sections.insert(3, Section("What to know before reading on", (Bullets(tuple(known)),)))
     sections.append(Section("Versions and settings", (_versions_table(comparison),)))
-    names = listed(f"{one.letter} ({one.name})" for one in comparison.contenders)
+    names = listed(f"{c.letter} ({c.name})" for c in comparison.contenders)
     return Document(
         f"{len(comparison.contenders)} runs compared: {names}", tuple(verdicts(comparison)), tuple(sections)
     )
@@ -101,10 +101,10 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
     compared = [model for model in comparison.models if any(cell.difference for cell in model.cells)]
     for model in sorted(compared, key=lambda model: model.role != "distilled"):
         cells = [cell for cell in model.cells if cell.score.task not in comparison.silent]
-        found = {verdict: [cell for cell in cells if cell.verdict == verdict] for verdict in ("better", "worse")}
+        by_verdict = {verdict: [cell for cell in cells if cell.verdict == verdict] for verdict in ("better", "worse")}
         unclear = sum(cell.verdict == "unclear" for cell in cells)
         parts = [
-            f"{verdict} on {tasks_text([cell.score for cell in those])}" for verdict, those in found.items() if those
+            f"{verdict} on {tasks_text([cell.score for cell in some])}" for verdict, some in by_verdict.items() if some
         ]
         if unclear:
             parts.append(f"no clear difference on {unclear} of {len(cells)} {'task' if len(cells) == 1 else 'tasks'}")
@@ -142,8 +142,8 @@ def _kept(model: Model, columns: Sequence[int]) -> Interval | None:
 
 def _points(comparison: RunComparison, kept: Sequence[Interval | None], cost: Cost) -> Iterator[ParetoPoint]:
     """One point per model; runs that share one share the point."""
-    letters = {id(group[0]): ", ".join(one.contender.letter for one in group) for group in same_models(comparison)}
-    again = {id(one) for group in same_models(comparison) for one in group[1:]}
+    letters = {id(group[0]): ", ".join(own.contender.letter for own in group) for group in same_models(comparison)}
+    again = {id(own) for group in same_models(comparison) for own in group[1:]}
     for model, value in zip(comparison.models, kept, strict=True):
         amount = _cost(model, cost)
         if value is not None and amount is not None and id(model) not in again:
@@ -174,7 +174,7 @@ def _draw(comparison: RunComparison, folder: Path) -> Picture | None:
         return None
     title = "Retention against size" + (" and speed" if rows[0][-1].cost == "decode" else "")
     description = " ".join([_FIGURE_LEGEND, *_frontier_lines(rows)])
-    figure = pareto_figure(rows, {one.letter: one.name for one in comparison.contenders})
+    figure = pareto_figure(rows, {c.letter: c.name for c in comparison.contenders})
     drawn, _ = (save_figure(figure, folder / f"{FIGURE}.{suffix}") for suffix in ("svg", "png"))
     return Picture(f"{FIGURE}.png", inline_svg(drawn, FIGURE, title=title, description=description), title, description)
 
@@ -234,13 +234,13 @@ def _cost_columns() -> tuple[str, ...]:
 
 
 def _cost_row(model: Model) -> tuple[str, ...]:
-    found, training = model.evaluation, model.contender.run.training if model.role == "distilled" else None
+    evaluation, training = model.evaluation, model.contender.run.training if model.role == "distilled" else None
     speed = DASH
     if model.speed:
         ratio = "" if model.speed_ratio is None or model.role == "teacher" else f" ({model.speed_ratio.in_words()})"
         speed = f"{model.speed.decode_tokens_per_s:,.1f}{ratio}"
     cost = (f"{training.num_tokens:,}", f"{training.seconds / 3600:,.2f}") if training else (DASH, DASH)
-    size = (count_text(found.num_parameters), str(found.num_layers), bytes_text(found.num_bytes))
+    size = (count_text(evaluation.num_parameters), str(evaluation.num_layers), bytes_text(evaluation.num_bytes))
     return (_model_name(model), *size, speed, *cost)
 
 
@@ -280,9 +280,9 @@ def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str,
     if cell.difference is None:
         return (*row, _no_difference(comparison, model), *[DASH] * 4)
     first = next(
-        one
-        for one in comparison.models
-        if one.role == model.role and one.contender.letter == comparison.contenders[0].letter
+        other
+        for other in comparison.models
+        if other.role == model.role and other.contender.letter == comparison.contenders[0].letter
     )
     least = minimal_detectable_difference(first.cells[index].score, cell.score)
     share = is_share(cell.score)
@@ -354,13 +354,13 @@ def _silent_lines(comparison: RunComparison) -> Iterator[str]:
 
 def _versions_table(comparison: RunComparison) -> Table:
     """What made the scores, run by run: equal values stand once."""
-    found = [next(iter(one.run.evaluations.values())).provenance for one in comparison.contenders]
-    fields = list(dict.fromkeys(field for provenance in found for field in provenance.environment))
-    values = [(field, [str(one.environment.get(field, DASH)) for one in found]) for field in fields]
-    values += [(field, [str(one.inputs.get(field, DASH)) for one in found]) for field in ("attention", "seed")]
-    first = [(one, next(iter(one.run.evaluations))) for one in comparison.contenders]
-    values.append(("dtype", [dtype_of(*one) for one in first]))
-    columns = ("What", *(one.letter for one in comparison.contenders))
+    provenances = [next(iter(c.run.evaluations.values())).provenance for c in comparison.contenders]
+    fields = list(dict.fromkeys(field for provenance in provenances for field in provenance.environment))
+    values = [(field, [str(p.environment.get(field, DASH)) for p in provenances]) for field in fields]
+    values += [(field, [str(p.inputs.get(field, DASH)) for p in provenances]) for field in ("attention", "seed")]
+    first = [(c, next(iter(c.run.evaluations))) for c in comparison.contenders]
+    values.append(("dtype", [dtype_of(*scored) for scored in first]))
+    columns = ("What", *(c.letter for c in comparison.contenders))
     rows = tuple((field.replace("_", " "), *row) for field, row in values)
     return Table("Versions and settings of the evaluations", columns, rows, frozenset(range(len(columns))), folded=True)
 

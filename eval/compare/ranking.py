@@ -131,11 +131,11 @@ def rank_plans(
     )
 
 
-def correlation(one: Sequence[float], other: Sequence[float]) -> Correlation:
+def correlation(first: Sequence[float], other: Sequence[float]) -> Correlation:
     """Rank correlations of two lists of scores; None where one of them holds a single value only."""
-    if len(set(one)) < 2 or len(set(other)) < 2:
+    if len(set(first)) < 2 or len(set(other)) < 2:
         return Correlation(None, None)
-    ranks = [stats.rankdata(values) for values in (one, other)]
+    ranks = [stats.rankdata(values) for values in (first, other)]
     tau = float(stats.kendalltau(*ranks).statistic)  # pyright: ignore[reportAttributeAccessIssue]
     return Correlation(tau, float(np.corrcoef(*ranks)[0, 1].clip(-1, 1)))
 
@@ -184,18 +184,18 @@ def _difference(measure: RankedBy, teacher: Scores, before: Scores, after: Score
     another way err together; their correlation is taken from the items' own differences.
     """
     tasks = list(measure.weights)
-    found = [paired(before[task], after[task]) for task in tasks]
+    changes = [paired(before[task], after[task]) for task in tasks]
     scales = np.array([_scale(measure, teacher[task]) for task in tasks])
-    differences = np.array([one.difference for one in found])
-    correlations = np.array([[_correlated(before, after, one, other) for other in tasks] for one in tasks])
+    differences = np.array([change.difference for change in changes])
+    correlations = np.array([[_correlated(before, after, task, other) for other in tasks] for task in tasks])
 
     def reach(distances: Sequence[float]) -> float:
         scaled = scales * np.array(distances)
         return math.sqrt(max(0.0, float(scaled @ correlations @ scaled)))
 
     value = float(scales @ differences)
-    low = reach([one.difference - one.ci_low for one in found])
-    high = reach([one.ci_high - one.difference for one in found])
+    low = reach([change.difference - change.ci_low for change in changes])
+    high = reach([change.ci_high - change.difference for change in changes])
     return _interval(value, value - low, value + high)
 
 
@@ -204,13 +204,13 @@ def _scale(measure: RankedBy, teacher: TaskScore) -> float:
     return weight / (teacher.score - teacher.chance) if measure.unit == "retention" else weight
 
 
-def _correlated(before: Scores, after: Scores, one: str, other: str) -> float:
+def _correlated(before: Scores, after: Scores, first: str, other: str) -> float:
     """How far the changes on two tasks go together, item by item; 0 where they share no items."""
-    if one == other:
+    if first == other:
         return 1.0
-    if before[one].ability != before[other].ability:
+    if before[first].ability != before[other].ability:
         return 0.0
-    changes = [_changes(before[task], after[task]) for task in (one, other)]
+    changes = [_changes(before[task], after[task]) for task in (first, other)]
     shared = sorted(changes[0].keys() & changes[1].keys())
     pairs = np.array([[change[item] for item in shared] for change in changes])
     if len(shared) < 3 or np.ptp(pairs, axis=1).min() == 0:
@@ -256,7 +256,7 @@ def _overall_agreement(
     standings: Sequence[Mapping[str, Standing]], of: Callable[[Standing], Interval | None]
 ) -> Correlation:
     values = [[of(standing) for standing in of_plans.values()] for of_plans in standings]
-    before, after = ([one.value for one in side if one is not None] for side in values)
+    before, after = ([estimate.value for estimate in side if estimate is not None] for side in values)
     return correlation(before, after)
 
 
@@ -277,11 +277,11 @@ def _by_protocol(scores: Scores) -> dict[str, float]:
 def _tasks_of(name: str, labels: Sequence[Labels]) -> list[str]:
     """The tasks that ``name`` means: a task's own name goes before an ability, or `ability/protocol`."""
     exact = [task for task, *_ in labels if task == name]
-    found = exact or [task for task, ability, protocol in labels if name in (ability, f"{ability}/{protocol}")]
-    if not found:
-        known = dict.fromkeys(one for task, ability, protocol in labels for one in (task, f"{ability}/{protocol}"))
+    meant = exact or [task for task, ability, protocol in labels if name in (ability, f"{ability}/{protocol}")]
+    if not meant:
+        known = dict.fromkeys(label for task, ability, protocol in labels for label in (task, f"{ability}/{protocol}"))
         raise UserError(f"search.rank_by: no task gives {name!r}; there is {', '.join(known)}")
-    return found
+    return meant
 
 
 def _protocol(task: Any) -> str:

@@ -54,13 +54,13 @@ def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
         )
     base = base_model(run)
     revision = (run.recipe or {}).get("revision")
-    found = base_license(run.model, hub_id=base, revision=revision, folder=base_folder)
+    terms = base_license(run.model, hub_id=base, revision=revision, folder=base_folder)
     datasets, paths = _training_data(run), sorted(_paths(run.recipe), key=len, reverse=True)
     run = replace(run, recipe=_public(redacted(run.recipe)))
     comparison = compare(run)
-    metadata = _metadata(run, comparison, base, found, datasets)
+    metadata = _metadata(run, comparison, base, terms, datasets)
     body = "\n\n".join(
-        block if isinstance(block, str) else block_markdown(block) for block in _body(run, comparison, base, found)
+        block if isinstance(block, str) else block_markdown(block) for block in _body(run, comparison, base, terms)
     )
     card = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"
     for path in paths:  # sources and tasks are called by their paths in results too
@@ -77,15 +77,15 @@ def base_model(run: Run) -> str | None:
     return name if is_hub_id and not Path(name).exists() else None
 
 
-def _metadata(run: Run, comparison: Comparison, base: str | None, found: License, datasets: list[str]) -> ModelCardData:
+def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License, datasets: list[str]) -> ModelCardData:
     fields: dict[str, Any] = {"base_model_relation": "finetune"} if base and run.training else {}
     return ModelCardData(
         base_model=base,
         datasets=datasets or None,
         library_name="transformers",
-        license=found.identifier or "other",
-        license_name=found.name if found.identifier else "see-base-model",
-        license_link=_license_link(run, found, base),
+        license=terms.identifier or "other",
+        license_name=terms.name if terms.identifier else "see-base-model",
+        license_link=_license_link(run, terms, base),
         pipeline_tag="text-generation",
         tags=["shoal", "layer-pruning", "knowledge-distillation", "arxiv:2510.02091"],
         model_name=_name(run, base),
@@ -94,12 +94,12 @@ def _metadata(run: Run, comparison: Comparison, base: str | None, found: License
     )
 
 
-def _license_link(run: Run, found: License, base: str | None) -> str | None:
+def _license_link(run: Run, terms: License, base: str | None) -> str | None:
     """An address, or a file of the export; a base card's own file counts only where it came along."""
-    link = found.link
+    link = terms.link
     if link and "://" not in link and not (run.folder / _role(run, "student") / link).is_file():
         return f"https://huggingface.co/{base}/blob/main/{link}" if base else None
-    if found.identifier or link:
+    if terms.identifier or link:
         return link
     return f"https://huggingface.co/{base}" if base else None
 
@@ -139,7 +139,7 @@ def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
     )
 
 
-def _body(run: Run, comparison: Comparison, base: str | None, found: License) -> list[Block | str]:
+def _body(run: Run, comparison: Comparison, base: str | None, terms: License) -> list[Block | str]:
     assert run.plan is not None
     parts: list[Block | str] = [f"# {inline(_name(run, base))}"]
     first, *others = (Paragraph(sentence) for sentence in headline(run, comparison))
@@ -155,7 +155,7 @@ def _body(run: Run, comparison: Comparison, base: str | None, found: License) ->
         parts += ["## Speed and size", *speed_section(run).blocks]
     parts += ["## How to use it", Code(_USAGE.format(path=_repo(run) or "."), "python")]
     parts += ["## Intended use", Paragraph(_INTENDED), "## Limits", _limits(run, comparison)]
-    parts += ["## License", Paragraph(_license_sentence(run, found, base))]
+    parts += ["## License", Paragraph(_license_sentence(run, terms, base))]
     if run.recipe:
         text = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
         parts += ["## Recipe", Paragraph("Made with shoal; this recipe makes it again."), Code(text, "yaml")]
@@ -222,11 +222,11 @@ def _limits(run: Run, comparison: Comparison) -> Bullets:
     return Bullets(tuple(lines))
 
 
-def _license_sentence(run: Run, found: License, base: str | None) -> str:
-    if found.identifier:
+def _license_sentence(run: Run, terms: License, base: str | None) -> str:
+    if terms.identifier:
         text = license_file(run.folder / _role(run, "student"))
         where = f"; its text is in {text.name}" if text else ""
-        return f"{found.name or found.identifier}, taken over from {found.source}{where}."
+        return f"{terms.name or terms.identifier}, taken over from {terms.source}{where}."
     return (
         f"The base model ({base or 'a local checkpoint'}) carried no license statement when this card was made, so the "
         "metadata says “other”. This model may be used as the base model's license allows; check it before you share."

@@ -71,9 +71,9 @@ def _bounded_answers() -> Iterator[None]:
     """Let no request of huggingface_hub wait for longer than ANSWER_S without a sign of the other side."""
 
     def client() -> Any:
-        made = default_client_factory()
-        made.timeout = ANSWER_S
-        return made
+        http_client = default_client_factory()
+        http_client.timeout = ANSWER_S
+        return http_client
 
     set_client_factory(client)
     try:

@@ -51,8 +51,8 @@ def base_license(model: str, *, hub_id: str | None, revision: str | None, folder
     if not folder.is_dir() and hub_id is not None:
         cached = try_to_load_from_cache(hub_id, "config.json", revision=revision)
         folder = Path(cached).parent if isinstance(cached, str) else folder
-    found = _from_card(folder / "README.md")
-    return found if found.identifier else _from_text(folder)
+    stated = _from_card(folder / "README.md")
+    return stated if stated.identifier else _from_text(folder)
 
 
 def license_file(folder: Path) -> Path | None:
@@ -68,7 +68,7 @@ def _from_card(readme: Path) -> License:
         data = ModelCard(readme.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except (ValueError, yaml.YAMLError):  # a card nobody can parse states nothing
         return License()
-    identifier, name, link = (_one(data.get(field)) for field in ("license", "license_name", "license_link"))
+    identifier, name, link = (_single_text(data.get(field)) for field in ("license", "license_name", "license_link"))
     return License(identifier, name, link, "the base model's card")
 
 
@@ -84,7 +84,7 @@ def _from_text(folder: Path) -> License:
     return License(identifier, source=source)
 
 
-def _one(value: Any) -> str | None:
+def _single_text(value: Any) -> str | None:
     """A field's text; cards also write a list of one."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]

@@ -39,7 +39,7 @@ PAIRS = (("teacher", "pruned"), ("pruned", "distilled"), ("teacher", "distilled"
 
 def cautions_section(run: Run, comparison: Comparison) -> Section:
     """Everything that was found to speak against the numbers, the gravest first, or that nothing was."""
-    found = (
+    cautions = (
         *_settings(run, comparison),
         *_overlap(run),
         *_learnt_form(run, comparison.rows),
@@ -48,8 +48,8 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         *_few_items(comparison.rows),
     )
     title = "Read with care"
-    if found:
-        return Section(title, (Cautions(found),))
+    if cautions:
+        return Section(title, (Cautions(cautions),))
     text = (
         "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
         "items, too few items, tasks at chance, protocols that disagree, generated text without a readable answer."
@@ -93,10 +93,10 @@ def _overlap(run: Run) -> Iterator[Caution]:
         told = f"Training read {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
         yield Caution(about, told)
     elif overlap := data.get("overlap"):
-        if found := {task: one["found"] for task, one in overlap.items() if one["found"]}:
+        if num_found := {task: counts["found"] for task, counts in overlap.items() if counts["found"]}:
             told = "; ".join(
                 f"{count} of {overlap[task]['compared']} of {', '.join(task_words(task))}"
-                for task, count in found.items()
+                for task, count in num_found.items()
             )
             yield Caution(about, f"Evaluation items were found in {_searched(run)}, by 13 words in succession: {told}.")
     elif foreign := _foreign(run):
@@ -204,10 +204,10 @@ def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
     told: list[str] = []
     for role in ("pruned", "distilled"):
         widest: dict[str, tuple[Row, Row, float]] = {}
-        for found in fair_gaps(rows, role):
-            ability, gap = found[0].ability, found[2]
-            if abs(gap) >= WIDE_GAP and abs(gap) > abs(widest.get(ability, found)[2] if ability in widest else 0):
-                widest[ability] = found
+        for likely, written, gap in fair_gaps(rows, role):
+            known = widest.get(likely.ability)
+            if abs(gap) >= WIDE_GAP and (known is None or abs(gap) > abs(known[2])):
+                widest[likely.ability] = likely, written, gap
         for likely, written, gap in widest.values():
             pair = (likely, written) if gap > 0 else (written, likely)
             kept = [f"{100 * (row.retained[role].value or 0.0):.0f} %".replace("-", "−") for row in pair]
@@ -231,7 +231,7 @@ def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
 def _written_text(rows: Sequence[Row]) -> Iterator[Caution]:
     """How often texts could not be read, looped or were cut off: every defect once, with all its tasks."""
     told, roles, defects = [], set[str](), []
-    for rate, (defect, what) in RATES.items():
+    for rate, (defect, sentence) in RATES.items():
         by_role: dict[str, list[str]] = {}
         for row in rows:
             for role, score in row.scores.items():
@@ -240,7 +240,7 @@ def _written_text(rows: Sequence[Row]) -> Iterator[Caution]:
         if by_role:
             roles |= by_role.keys()
             defects.append(defect)
-            told.append(f"{what}: {'; '.join(f'{role} {listed(own)}' for role, own in by_role.items())}.")
+            told.append(f"{sentence}: {'; '.join(f'{role} {listed(own)}' for role, own in by_role.items())}.")
     if told:
         whose = listed(role for role in ROLES if role in roles)
         lead = f"Many texts of the {whose} {'model' if len(roles) == 1 else 'models'} {listed(defects, 'or')}."

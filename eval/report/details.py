@@ -102,9 +102,11 @@ def costs_section(run: Run, search: SearchResult | None) -> Section | None:
     if training := run.training:
         cells = (duration_text(training.seconds), f"{training.num_tokens:,}", bytes_text(training.peak_memory_bytes))
         rows.append(("Distilling", *cells))
-    for role, found in run.evaluations.items():
-        kept = f"; {found.num_kept:,} of {found.num_requests:,} answers were kept from before" if found.num_kept else ""
-        rows.append((f"Scoring {role}", duration_text(found.seconds) + kept, DASH, DASH))
+    for role, scored in run.evaluations.items():
+        kept = (
+            f"; {scored.num_kept:,} of {scored.num_requests:,} answers were kept from before" if scored.num_kept else ""
+        )
+        rows.append((f"Scoring {role}", duration_text(scored.seconds) + kept, DASH, DASH))
     if not rows:
         return None
     caption = f"What the run took; {DASH} = not recorded"
@@ -189,8 +191,8 @@ def _data_blocks(data: dict[str, Json]) -> list[Block]:
     overlap = data.get("overlap")
     if isinstance(overlap, dict) and overlap:
         rows = tuple(
-            (", ".join(task_words(task)), *(_count(one.get(key)) for key in ("items", "compared", "found")))
-            for task, one in overlap.items()
+            (", ".join(task_words(task)), *(_count(counts.get(key)) for key in ("items", "compared", "found")))
+            for task, counts in overlap.items()
         )
         blocks.append(Table("Evaluation items in the training text", ("Task", "Items", "Compared", "Found"), rows))
     others = tuple(f"{name.replace('_', ' ')}: {_count(value)}" for name, value in data.items() if _is_plain(value))
@@ -217,11 +219,11 @@ def _environment_blocks(run: Run) -> list[Block]:
         **{f"eval/{role}.json": evaluation for role, evaluation in run.evaluations.items()},
         "eval/speed.json": run.speed,
     }
-    found = {name: artifact.provenance for name, artifact in artifacts.items() if artifact is not None}
-    fields = list(dict.fromkeys(field for provenance in found.values() for field in provenance.environment))
+    provenances = {name: artifact.provenance for name, artifact in artifacts.items() if artifact is not None}
+    fields = list(dict.fromkeys(field for provenance in provenances.values() for field in provenance.environment))
     rows = []
     for field in fields:
-        values = {name: str(p.environment[field]) for name, p in found.items() if field in p.environment}
+        values = {name: str(p.environment[field]) for name, p in provenances.items() if field in p.environment}
         distinct = dict.fromkeys(values.values())
         cell = (
             next(iter(distinct))
@@ -229,7 +231,7 @@ def _environment_blocks(run: Run) -> list[Block]:
             else "; ".join(f"{value} ({', '.join(n for n, v in values.items() if v == value)})" for value in distinct)
         )
         rows.append((field.replace("_", " "), cell))
-    stamps = tuple((name, p.created, p.fingerprint) for name, p in found.items())
+    stamps = tuple((name, p.created, p.fingerprint) for name, p in provenances.items())
     return [
         Table("Versions and machine", ("What", "Value"), tuple(rows), frozenset({0, 1})),
         Table("Results this report was made from", ("File", "Made", "Fingerprint"), stamps, frozenset({0, 1, 2})),

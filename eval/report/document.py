@@ -71,10 +71,10 @@ class Table:
     @property
     def grouped_rows(self) -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
         """Every heading with its rows; one without text where there are no headings."""
-        rows, found = iter(self.rows), []
+        rows, grouped = iter(self.rows), []
         for heading, count in self.groups or (("", len(self.rows)),):
-            found.append((heading, tuple(next(rows) for _ in range(count))))
-        return tuple(found)
+            grouped.append((heading, tuple(next(rows) for _ in range(count))))
+        return tuple(grouped)
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class Picture:
     @property
     def width(self) -> int:
         """In points, as it was drawn."""
-        found = re.search(r'viewBox="\S+ \S+ (\d+)', self.svg)
-        assert found is not None
-        return int(found[1])
+        view_box = re.search(r'viewBox="\S+ \S+ (\d+)', self.svg)
+        assert view_box is not None
+        return int(view_box[1])
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Cautions:
     @property
     def folded(self) -> tuple[Caution, ...]:
         """What is left to say: of those shown without the sentence that is seen already."""
-        rest = (Caution(one.about, "", one.more) for one in self.shown if one.more)
+        rest = (Caution(caution.about, "", caution.more) for caution in self.shown if caution.more)
         return (*rest, *self.items[CAUTIONS_SHOWN:])
 
 
@@ -293,7 +293,9 @@ def block_markdown(block: Block) -> str:
         case Terms():
             return "\n".join(f"- **{inline(term)}**: {inline(meaning)}" for term, meaning in block.items)
         case Cautions():
-            lines = (f"- **{inline(one.about)}.** {' '.join(map(prose, (one.lead, *one.more)))}" for one in block.items)
+            lines = (
+                f"- **{inline(item.about)}.** {' '.join(map(prose, (item.lead, *item.more)))}" for item in block.items
+            )
             return "\n".join(lines)
         case Board():
             return block_markdown(block.as_table())
@@ -339,7 +341,7 @@ def inline(text: str, *, strip: bool = True) -> str:
     line = line.replace("\r", " ").replace("\t", " ")
     line = html.escape(line, quote=False)
     # `_` inside a word is no markup, and task names are full of it
-    return re.sub(r"(\\|[`*\[\]|~#]|(?<!\w)_|_(?!\w)|://)", lambda found: _escaped(found[0]), line)
+    return re.sub(r"(\\|[`*\[\]|~#]|(?<!\w)_|_(?!\w)|://)", lambda match: _escaped(match[0]), line)
 
 
 def _escaped(markup: str) -> str:

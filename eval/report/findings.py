@@ -190,10 +190,10 @@ def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
     """The run without the scores that were refused a place beside the others, for figures and curves."""
     scores = {row.key: row.scores for row in comparison.rows}
     evaluations = {
-        role: replace(found, tasks=tuple(task for task in found.tasks if role in scores.get(task.key, {})))
-        for role, found in run.evaluations.items()
+        role: replace(evaluation, tasks=tuple(task for task in evaluation.tasks if role in scores.get(task.key, {})))
+        for role, evaluation in run.evaluations.items()
     }
-    return replace(run, evaluations={role: found for role, found in evaluations.items() if found.tasks})
+    return replace(run, evaluations={role: evaluation for role, evaluation in evaluations.items() if evaluation.tasks})
 
 
 def flipped(before: TaskScore, after: TaskScore) -> tuple[list[tuple[ItemScore, ItemScore]], ...]:
@@ -215,10 +215,10 @@ def protocol_gaps(rows: Iterable[Row], role: str) -> list[tuple[Row, Row, float]
     gaps = []
     for likely in (row for row in usable if row.key[1] in LIKELIHOOD_PROTOCOLS):
         for written in (row for row in usable if row.key[1] == "generation" and row.ability == likely.ability):
-            one, other = likely.retained[role].value, written.retained[role].value
-            assert one is not None
-            assert other is not None
-            gaps.append((likely, written, one - other))
+            by_likelihood, in_writing = likely.retained[role].value, written.retained[role].value
+            assert by_likelihood is not None
+            assert in_writing is not None
+            gaps.append((likely, written, by_likelihood - in_writing))
     return gaps
 
 
@@ -227,13 +227,13 @@ def gap_limits(likely: Row, written: Row, role: str) -> tuple[float, float] | No
 
     None where either of the two has no retention.
     """
-    found = retention_gap(*((row.scores["teacher"], row.scores[role]) for row in (likely, written)))
-    return found and found[1:]
+    gap = retention_gap(*((row.scores["teacher"], row.scores[role]) for row in (likely, written)))
+    return gap and gap[1:]
 
 
 def writing(rows: Iterable[Row]) -> tuple[Writing, ...]:
     """The rates of every task whose texts were counted, with their changes between roles; those of a task together."""
-    found = [
+    writings = [
         Writing(
             row,
             name,
@@ -245,8 +245,8 @@ def writing(rows: Iterable[Row]) -> tuple[Writing, ...]:
         if (counted := {role: score for role, score in row.scores.items() if score.rates})
         for name in NAMES
     ]
-    adjusted = {name: _adjusted([one.differences for one in found if one.name == name]) for name in NAMES}
-    return tuple(replace(one, adjusted_p=adjusted[one.name].pop(0)) for one in found)
+    adjusted = {name: _adjusted([entry.differences for entry in writings if entry.name == name]) for name in NAMES}
+    return tuple(replace(entry, adjusted_p=adjusted[entry.name].pop(0)) for entry in writings)
 
 
 def measured_in_nats(score: TaskScore) -> bool:
@@ -272,14 +272,14 @@ def _refuse_mixed_runs(run: Run) -> None:
             )
     verbs = {Importance: "measure", PruningPlan: "prune", Training: "distill"}
     parts = [part for part in (run.plan, run.importance, run.training) if part is not None]
-    for what, found in _identities(run, parts).items():
-        (first, _, expected), *others = found or [("", "", None)]
+    for subject, entries in _identities(run, parts).items():
+        (first, _, expected), *others = entries or [("", "", None)]
         for file, field, value in others:
             if value != expected:
                 verb = next((verb for kind, verb in verbs.items() if file == kind.FILE), "eval")
                 raise UserError(
-                    f"{run.folder / file}: {field} is {value!r}, but {expected!r} in {run.folder / first}: {what} of "
-                    f"another run. Run `shoal {verb}` again with this run's recipe, or delete the file"
+                    f"{run.folder / file}: {field} is {value!r}, but {expected!r} in {run.folder / first}: {subject} "
+                    f"of another run. Run `shoal {verb}` again with this run's recipe, or delete the file"
                 )
 
 
@@ -287,17 +287,17 @@ def _identities(
     run: Run, parts: Sequence[Importance | PruningPlan | Training]
 ) -> dict[str, list[tuple[str, str, Any]]]:
     """What every file says that it was made from: (file, field, value), the file that the others follow from first."""
-    found: dict[str, list[tuple[str, str, Any]]] = {"the teacher": [], "the student": [], "the distilled model": []}
+    entries: dict[str, list[tuple[str, str, Any]]] = {"the teacher": [], "the student": [], "the distilled model": []}
     for part in parts:
-        found["the teacher"].append((part.FILE, "model", part.provenance.inputs.get("model")))
+        entries["the teacher"].append((part.FILE, "model", part.provenance.inputs.get("model")))
     if run.training:
-        found["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
-    for what, role in zip(found, ROLES, strict=True):
+        entries["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
+    for subject, role in zip(entries, ROLES, strict=True):
         if evaluation := run.evaluations.get(role):
-            found[what].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
+            entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
         if run.speed and role in run.speed.roles:
-            found[what].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
-    told = {what: [one for one in files if one[2] is not None] for what, files in found.items()}
+            entries[subject].append((Speed.FILE, role, run.speed.provenance.inputs.get(role)))
+    told = {subject: [entry for entry in files if entry[2] is not None] for subject, files in entries.items()}
     if run.plan and run.training and "prune.drop" in run.training.provenance.inputs:
         dropped = list(run.training.provenance.inputs["prune.drop"])
         told["the cut"] = [(PruningPlan.FILE, "drop", list(run.plan.drop)), (Training.FILE, "prune.drop", dropped)]
@@ -324,7 +324,7 @@ def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
 
 def _with_adjusted_p(rows: list[Row]) -> tuple[Row, ...]:
     adjusted = _adjusted([row.differences for row in rows])
-    return tuple(replace(row, adjusted_p=found) for row, found in zip(rows, adjusted, strict=True))
+    return tuple(replace(row, adjusted_p=p_values) for row, p_values in zip(rows, adjusted, strict=True))
 
 
 def _adjusted(tasks: Sequence[dict[tuple[str, str], PairedDifference]]) -> list[dict[tuple[str, str], float]]:

@@ -28,10 +28,10 @@ MARKUP_BYTES = 600
 
 def flips_section(comparison: Comparison) -> Section | None:
     """Changed items with both texts; None where no task has right-or-wrong items that changed."""
-    found = [group for change in CHANGES for group in _groups(comparison, *change)]
-    if not found:
+    groups = [group for change in CHANGES for group in _groups(comparison, *change)]
+    if not groups:
         return None
-    browser = FlipBrowser(tuple(within(found, MAX_BYTES)))
+    browser = FlipBrowser(tuple(within(groups, MAX_BYTES)))
     text = "Single answers behind the scores: items that one model has right and the other wrong."
     changed = sum(group.count for group in browser.groups)
     if browser.shown < changed:
@@ -43,15 +43,15 @@ def flips_section(comparison: Comparison) -> Section | None:
 
 
 def _groups(comparison: Comparison, before: str, after: str, won_word: str, lost_word: str) -> list[Flips]:
-    found = []
+    groups = []
     for row in comparison.rows:
         if before in row.scores and after in row.scores:
             sides = zip(flipped(row.scores[before], row.scores[after]), (won_word, lost_word), strict=True)
             for index, (pairs, word) in enumerate(sides):
                 if pairs:
                     items = tuple(_flip(*pair) for pair in pairs[:MAX_ITEMS])
-                    found.append(Flips(task_name(row), word, index == 0, before, after, len(pairs), items))
-    return found
+                    groups.append(Flips(task_name(row), word, index == 0, before, after, len(pairs), items))
+    return groups
 
 
 def within(groups: Sequence[Flips], budget: int) -> list[Flips]:

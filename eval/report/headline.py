@@ -71,17 +71,17 @@ def _worst_and_best(ability: str, rows: Sequence[Row]) -> list[Row]:
     """Of an ability the way of asking by which the cut model keeps least, that by which it keeps most if that is
     another, and of what has no chance level the one that rose most."""
     own = [row for row in rows if row.ability == ability]
-    kept = sorted(((_kept(row), row) for row in own if row.higher_is_better), key=lambda one: one[0])
-    found = [row for _, row in kept[:1]]
+    kept = sorted(((_kept(row), row) for row in own if row.higher_is_better), key=lambda pair: pair[0])
+    shown = [row for _, row in kept[:1]]
     if kept and kept[-1][0] - kept[0][0] >= PROTOCOLS_DIFFER:
-        found.append(kept[-1][1])
-    return found + sorted((row for row in own if not row.higher_is_better), key=_rise)[-1:]
+        shown.append(kept[-1][1])
+    return shown + sorted((row for row in own if not row.higher_is_better), key=_rise)[-1:]
 
 
 def _kept(row: Row) -> float:
     """By the pruned model, or by the only one there is."""
-    found = next(iter(row.retained.values()), None)
-    return 1.0 if found is None or found.value is None else found.value
+    retention = next(iter(row.retained.values()), None)
+    return 1.0 if retention is None or retention.value is None else retention.value
 
 
 def _rise(row: Row) -> float:
@@ -92,7 +92,7 @@ def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]
     first = row.any_score
     places, chance = (), None
     if is_share(first):
-        places = tuple(Place(role, one.score, one.ci_low, one.ci_high) for role, one in row.scores.items())
+        places = tuple(Place(role, s.score, s.ci_low, s.ci_high) for role, s in row.scores.items())
         chance = first.chance
     return BoardLine(
         task_name(row),
@@ -107,38 +107,38 @@ def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]
 
 def facts(run: Run) -> tuple[tuple[str, str], ...]:
     """Figures to take in at a glance: value and what it is."""
-    found: list[tuple[str, str]] = []
+    figures: list[tuple[str, str]] = []
     if run.plan and (run.plan.drop or not run.plan.edits):
-        found.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers cut"))
+        figures.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers cut"))
     if run.plan and run.plan.edits:
-        found.append((str(len(run.plan.edits)), "edits of layers" if len(run.plan.edits) > 1 else "edit of layers"))
+        figures.append((str(len(run.plan.edits)), "edits of layers" if len(run.plan.edits) > 1 else "edit of layers"))
     small, teacher = _smallest(run), run.evaluations.get("teacher")
     if teacher and small:
         change = 100 * (run.evaluations[small].num_parameters / teacher.num_parameters - 1)
-        found.append((f"{signed(change, 0)} %", "parameters"))
+        figures.append((f"{signed(change, 0)} %", "parameters"))
     if run.speed and "teacher" in run.speed.roles:
         role = next((role for role in ("distilled", "pruned") if role in run.speed.roles), None)
         if role:
-            found.append(_faster(run.speed.roles["teacher"], run.speed.roles[role]))
+            figures.append(_faster(run.speed.roles["teacher"], run.speed.roles[role]))
     if run.training:
-        found.append((count_text(run.training.num_tokens), "tokens of distillation"))
-    return tuple(found)
+        figures.append((count_text(run.training.num_tokens), "tokens of distillation"))
+    return tuple(figures)
 
 
 def _faster(teacher: SpeedScore, small: SpeedScore) -> tuple[str, str]:
     """The ratio of the median speeds of writing, and how far it went apart from round to round of taking turns."""
-    found = speed_ratio(small, teacher, "decode")
-    told = f" (single rounds: {found.limits[0]:.2f} to {found.limits[1]:.2f} ×)" if found.limits else ""
-    return f"{found.value:.2f} ×", f"decoding speed{told}"
+    ratio = speed_ratio(small, teacher, "decode")
+    told = f" (single rounds: {ratio.limits[0]:.2f} to {ratio.limits[1]:.2f} ×)" if ratio.limits else ""
+    return f"{ratio.value:.2f} ×", f"decoding speed{told}"
 
 
 def _cut(run: Run) -> str:
     if run.plan is None:
         return f"No layer of {run.model} has been cut yet."
     drop, edits = run.plan.drop, run.plan.edits
-    what = f"{len(drop)} of the {run.plan.num_layers} decoder layers of {run.model}"
+    layers = f"{len(drop)} of the {run.plan.num_layers} decoder layers of {run.model}"
     which = f"({'layer' if len(drop) == 1 else 'layers'} {layers_text(drop)}, counted from 0)"
-    sentence = f"{what} {'was' if len(drop) == 1 else 'were'} cut out {which}"
+    sentence = f"{layers} {'was' if len(drop) == 1 else 'were'} cut out {which}"
     small, teacher = _smallest(run), run.evaluations.get("teacher")
     if teacher and small:
         before, after = teacher.num_parameters, run.evaluations[small].num_parameters
@@ -176,8 +176,8 @@ def _came_back(rows: Sequence[Row]) -> str:
 
 def _still_missing(rows: Sequence[Row]) -> str:
     worse, better, unclear = _sorted_by_verdict(rows, ("teacher", "distilled"))
-    those = (("still worse on ", worse), ("no clear difference on ", unclear), ("better on ", better))
-    first, *others = [f"{how}{named_or_counted(some)}" for how, some in those if some] or [""]
+    parts = (("still worse on ", worse), ("no clear difference on ", unclear), ("better on ", better))
+    first, *others = [f"{how}{named_or_counted(some)}" for how, some in parts if some] or [""]
     ending = ", where it may have learnt the form of the questions" if better else ""
     return f"Against the teacher, the distilled model is {'; '.join((first, *others))}{ending}." if first else ""
 
@@ -187,10 +187,10 @@ def _sentence(first: str, *others: tuple[str, Sequence[Row]]) -> str:
 
 
 def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> tuple[list[Row], list[Row], list[Row]]:
-    def those(verdict: str) -> list[Row]:
+    def with_verdict(verdict: str) -> list[Row]:
         return [row for row in rows if row.verdict(*pair) == verdict]
 
-    return those("worse"), those("better"), those("unclear")
+    return with_verdict("worse"), with_verdict("better"), with_verdict("unclear")
 
 
 def _smallest(run: Run) -> str | None:

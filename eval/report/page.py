@@ -75,7 +75,7 @@ def _with_interval(text: str) -> Markup:
     return Markup(
         re.sub(
             r"(?: (\[[^\]]*\]))?(?:, (.*)| (\(.*\)))?$",
-            lambda found: "".join(f' <span class="ci">{part}</span>' for part in _parts(*found.groups(""))),
+            lambda match: "".join(f' <span class="ci">{part}</span>' for part in _parts(*match.groups(""))),
             escaped,
             count=1,
         )

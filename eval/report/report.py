@@ -73,7 +73,7 @@ def build_document(
 ) -> Document:
     """All sections that the run's results allow; what is absent is said to be absent."""
 
-    def those(*names: str) -> list[Picture]:
+    def drawn(*names: str) -> list[Picture]:
         return [pictures[name] for name in names if name in pictures]
 
     glance, lines = facts(run), board(run, comparison)
@@ -83,8 +83,8 @@ def build_document(
         level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
         no_signal_section(comparison),
         protocol_section(run, comparison),
-        cut_section(run, [*those("depth" if run.plan else "importance"), *map(_folded, those("runs", "atlas"))]),
-        training_section(run, those("training")),
+        cut_section(run, [*drawn("depth" if run.plan else "importance"), *map(_folded, drawn("runs", "atlas"))]),
+        training_section(run, drawn("training")),
         search_section(search),
         flips_section(comparison),
         speed_section(run),
@@ -114,10 +114,10 @@ def draw_figures(run: Run) -> dict[str, Picture]:
 
 def _score_figures(run: Run) -> Iterator[NamedFigure]:
     roles = list(run.evaluations.values())
-    found = ladders(roles)
-    alone = [_without(found, evaluation) for evaluation in roles]
+    families = ladders(roles)
+    alone = [_without(families, evaluation) for evaluation in roles]
     single = alone if any(evaluation.tasks for evaluation in alone) else roles
-    if count := len({(task.task, task.protocol, task.metric) for one in single for task in one.tasks}):
+    if count := len({(task.task, task.protocol, task.metric) for evaluation in single for task in evaluation.tasks}):
         which = "every task" if count <= MAX_TASKS else f"the first {MAX_TASKS} of {count} tasks"
         yield (
             "before_after",
@@ -125,14 +125,14 @@ def _score_figures(run: Run) -> Iterator[NamedFigure]:
                 before_after_figure(single),
                 "Scores before and after",
                 f"Each mark is a score and its bar the 95 % interval, by ability, for {which}; a dashed tick is "
-                f"chance. The numbers are in the table below{', families in the next figure' if found else ''}.",
+                f"chance. The numbers are in the table below{', families in the next figure' if families else ''}.",
             ),
         )
-    if found:
+    if families:
         yield (
             "levels",
             (
-                level_figure(found),
+                level_figure(families),
                 "Score against level",
                 "Scores with 95 % intervals by level: steps of reasoning, pairs of a look-up, or what else the family "
                 "counts. A dashed line is chance.",
@@ -140,10 +140,10 @@ def _score_figures(run: Run) -> Iterator[NamedFigure]:
         )
 
 
-def _without(found: Sequence[Ladder], evaluation: Evaluation) -> Evaluation:
+def _without(families: Sequence[Ladder], evaluation: Evaluation) -> Evaluation:
     """The evaluation without the tasks of these families."""
-    on_ladders = {(score.task, score.protocol) for one in found for own in one.scores.values() for score in own}
-    tasks = tuple(task for task in evaluation.tasks if (task.task, task.protocol) not in on_ladders)
+    levelled = {(score.task, score.protocol) for ladder in families for own in ladder.scores.values() for score in own}
+    tasks = tuple(task for task in evaluation.tasks if (task.task, task.protocol) not in levelled)
     return replace(evaluation, tasks=tasks)
 
 

@@ -27,7 +27,7 @@ def search_text(result: SearchResult, *, every_score: bool = False) -> str:
         f"# {several}",
         ranked_by(ranking),
         _table(standings(result)),
-        "\n".join(f"- {one}" for one in verdicts(result)),
+        "\n".join(f"- {sentence}" for sentence in verdicts(result)),
     ]
     if any(plan.after.likelihood or plan.after.generation for plan in ranking.plans):
         parts += ["## Kept of the teacher's scores above chance, by protocol", _kept(ranking)]
@@ -44,10 +44,10 @@ def verdicts(result: SearchResult) -> list[str]:
     first, before = ranking.winner_after, ranking.winner_before
     with_items = f"with {ranking.num_items} items"
     if ranking.held:
-        found = [f"The ranking before the heal held at its top: {first} is first before and after it."]
+        lines = [f"The ranking before the heal held at its top: {first} is first before and after it."]
     else:
         noise = "more than noise" if ranking.difference.excludes_zero else "they cannot be told apart"
-        found = [
+        lines = [
             f"The ranking before the heal did not hold: {before} was first, {first} is. After the heal {first} is "
             f"{_difference(ranking.difference, ranking)} from {before}: {noise} {with_items}."
         ]
@@ -55,14 +55,14 @@ def verdicts(result: SearchResult) -> list[str]:
     close = [plan.name for plan in others if not plan.after.behind.excludes_zero]
     worse = [plan.name for plan in others if plan.after.behind.excludes_zero]
     if worse:
-        found.append(f"Worse than {first} after the heal, by more than noise {with_items}: {listed(worse)}.")
+        lines.append(f"Worse than {first} after the heal, by more than noise {with_items}: {listed(worse)}.")
     if close:
-        found.append(f"Cannot be told apart from {first} after the heal {with_items}: {listed(close)}.")
+        lines.append(f"Cannot be told apart from {first} after the heal {with_items}: {listed(close)}.")
     sizes = sorted({plan.num_layers for plan in result.plans})
     if len(sizes) > 1:
-        found.append(f"The plans leave different numbers of layers ({listed(map(str, sizes))}): size is compared too.")
-    found += [f"{plan.name} comes to the layers of {plan.same_as}, which were healed once." for plan in _same(result)]
-    return found
+        lines.append(f"The plans leave different numbers of layers ({listed(map(str, sizes))}): size is compared too.")
+    lines += [f"{plan.name} comes to the layers of {plan.same_as}, which were healed once." for plan in _same(result)]
+    return lines
 
 
 def recipe_lines(plan: HealedPlan) -> str:
@@ -88,13 +88,13 @@ def _same(result: SearchResult) -> Iterator[HealedPlan]:
 
 def ranked_by(ranking: Ranking) -> str:
     """What the plans are ranked by, and which tasks are not counted, a sentence a line."""
-    what = "the mean share kept of the teacher's score above chance"
+    measure = "the mean share kept of the teacher's score above chance"
     if ranking.unit == "nats":
         metric = next(column.metric for column in ranking.columns if column.weight)
-        what = f"the mean {metric} (lower is better)"
+        measure = f"the mean {metric} (lower is better)"
     columns = [f"{column.task} ({100 * column.weight:.0f} %)" for column in ranking.columns if column.weight]
     silent = [column for column in ranking.columns if column.higher_is_better and column.no_retention]
-    lines = [f"Ranked by {what} over {listed(columns)}, {ranking.num_items} items in all."]
+    lines = [f"Ranked by {measure} over {listed(columns)}, {ranking.num_items} items in all."]
     lines += [f"Not counted: {column.task}, {column.no_retention}." for column in silent]
     return "\n".join(lines)
 
@@ -127,13 +127,13 @@ def _standing(plan: PlanStanding, healed: HealedPlan, ranking: Ranking) -> list[
 
 
 def _agreement(ranking: Ranking) -> str:
-    rows = [(name, found) for name, found in ranking.agreement.items() if found.kendall is not None]
+    rows = [(name, ranks) for name, ranks in ranking.agreement.items() if ranks.kendall is not None]
     rows += [(column.task, column.agreement) for column in ranking.columns]
-    return _table([["ranked by", "Kendall's tau", "Spearman's rho"], *([name, *_both(found)] for name, found in rows)])
+    return _table([["ranked by", "Kendall's tau", "Spearman's rho"], *([name, *_both(ranks)] for name, ranks in rows)])
 
 
-def _both(found: Correlation) -> list[str]:
-    return [DASH if value is None else signed(value, 2) for value in (found.kendall, found.spearman)]
+def _both(correlation: Correlation) -> list[str]:
+    return [DASH if value is None else signed(value, 2) for value in (correlation.kendall, correlation.spearman)]
 
 
 def _scores(ranking: Ranking) -> str:
@@ -160,22 +160,22 @@ def _value(value: Interval, ranking: Ranking) -> str:
     return _percent(value) if ranking.unit == "retention" else _plain(value)
 
 
-def _difference(found: Interval, ranking: Ranking) -> str:
+def _difference(interval: Interval, ranking: Ranking) -> str:
     if ranking.unit == "nats":
-        return f"{signed(found.value, 3)} [{signed(found.ci_low, 3)}, {signed(found.ci_high, 3)}]"
-    value, low, high = (signed(100 * end, 1) for end in (found.value, found.ci_low, found.ci_high))
+        return f"{signed(interval.value, 3)} [{signed(interval.ci_low, 3)}, {signed(interval.ci_high, 3)}]"
+    value, low, high = (signed(100 * end, 1) for end in (interval.value, interval.ci_low, interval.ci_high))
     return f"{value} points [{low}, {high}]"
 
 
-def _percent(found: Interval | None) -> str:
-    if found is None:
+def _percent(interval: Interval | None) -> str:
+    if interval is None:
         return DASH
-    text = f"{100 * found.value:.1f} % [{100 * found.ci_low:.1f}, {100 * found.ci_high:.1f}]"
+    text = f"{100 * interval.value:.1f} % [{100 * interval.ci_low:.1f}, {100 * interval.ci_high:.1f}]"
     return text.replace("-", "−")
 
 
-def _plain(found: Interval) -> str:
-    return f"{found.value:.3f} [{found.ci_low:.3f}, {found.ci_high:.3f}]"
+def _plain(interval: Interval) -> str:
+    return f"{interval.value:.3f} [{interval.ci_low:.3f}, {interval.ci_high:.3f}]"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -159,9 +159,9 @@ def difference_table(rows: Sequence[Row], before: str, after: str, caption: str)
     shown = [row for row in rows if pair in row.differences]
     body = []
     for row in shown:
-        found = row.differences[pair]
-        cells = [task_name(row), difference_text(found, row.any_score), VERDICT_WORDS[row.verdict(*pair)]]
-        body.append((*cells, p_text(found.p_value), p_text(row.adjusted_p.get(pair)), f"{found.won} / {found.lost}"))
+        change = row.differences[pair]
+        cells = [task_name(row), difference_text(change, row.any_score), VERDICT_WORDS[row.verdict(*pair)]]
+        body.append((*cells, p_text(change.p_value), p_text(row.adjusted_p.get(pair)), f"{change.won} / {change.lost}"))
     columns = ("Task", "Difference", "Verdict", "p", "p (Holm)", "Items won / lost")
     titles = tuple(identifier_text(row.any_score) for row in shown)
     return Table(caption, columns, tuple(body), frozenset({0, 2}), row_titles=titles)
@@ -169,8 +169,8 @@ def difference_table(rows: Sequence[Row], before: str, after: str, caption: str)
 
 def level_section(run: Run, picture: Picture | None) -> Section | None:
     """How far up a family of tasks every model gets; None where no family was scored at several levels."""
-    found = ladders(list(run.evaluations.values()))
-    if not found:
+    families = ladders(list(run.evaluations.values()))
+    if not families:
         return None
     blocks: list[Block] = [
         Paragraph(
@@ -178,11 +178,11 @@ def level_section(run: Run, picture: Picture | None) -> Section | None:
             "else the family counts. A cut that takes away depth shows in how far up the levels a model still gets."
         ),
         *([picture] if picture else []),
-        Bullets(tuple(_reach(ladder) for ladder in found if next(iter(ladder.scores.values()))[0].higher_is_better)),
+        Bullets(tuple(_reach(ladder) for ladder in families if next(iter(ladder.scores.values()))[0].higher_is_better)),
     ]
-    for ladder in found:
+    for ladder in families:
         scores = zip(*ladder.scores.values(), strict=True)
-        rows = tuple((f"{level:g}", *map(score_text, one)) for level, one in zip(ladder.levels, scores, strict=True))
+        rows = tuple((f"{level:g}", *map(score_text, own)) for level, own in zip(ladder.levels, scores, strict=True))
         columns = ("Level", *(role.capitalize() for role in ladder.scores))
         blocks.append(
             Table(f"{_heading(ladder.family)} by level, {protocol_text(ladder.protocol)}", columns, rows, folded=True)
@@ -216,35 +216,35 @@ def _heading(name: str) -> str:
 
 def _written_table(rows: Sequence[Row]) -> Table | None:
     """How generated texts went, by task and role, with what changed; None where nothing recorded it."""
-    found = writing(rows)
-    if not found:
+    writings = writing(rows)
+    if not writings:
         return None
-    roles = [role for role in ROLES if any(role in one.rates for one in found)]
+    roles = [role for role in ROLES if any(role in w.rates for w in writings)]
     pairs = [pair for pair in (("teacher", "pruned"), ("pruned", "distilled")) if set(pair) <= set(roles)]
-    body, groups = [], dict.fromkeys(task_name(one.row) for one in found)
-    for one in found:
-        scale, unit = (1, "") if one.name == "mean_tokens" else (100, " %")
-        cells = [RATES[one.name]]
-        cells += [_rate_text(one.rates[role], scale, unit) if role in one.rates else DASH for role in roles]
+    body, groups = [], dict.fromkeys(task_name(w.row) for w in writings)
+    for entry in writings:
+        scale, unit = (1, "") if entry.name == "mean_tokens" else (100, " %")
+        cells = [RATES[entry.name]]
+        cells += [_rate_text(entry.rates[role], scale, unit) if role in entry.rates else DASH for role in roles]
         for pair in pairs:
-            cells += [_change_text(one.differences.get(pair), scale), p_text(one.adjusted_p.get(pair))]
+            cells += [_change_text(entry.differences.get(pair), scale), p_text(entry.adjusted_p.get(pair))]
         body.append(tuple(cells))
     columns = ("What", *(role.capitalize() for role in roles))
     for before, after in pairs:
         columns += (f"{after.capitalize()} − {before}", "p (Holm)")
-    counts = tuple((task, sum(task_name(one.row) == task for one in found)) for task in groups)
+    counts = tuple((task, sum(task_name(w.row) == task for w in writings)) for task in groups)
     return Table("How the texts went that were written, with 95 % intervals", columns, tuple(body), groups=counts)
 
 
-def _rate_text(found: Rate, scale: int, unit: str) -> str:
-    low, high = (f"{scale * end:.1f}" for end in (found.ci_low, found.ci_high))
-    return f"{scale * found.value:.1f}{unit} [{low}, {high}]"
+def _rate_text(rate: Rate, scale: int, unit: str) -> str:
+    low, high = (f"{scale * end:.1f}" for end in (rate.ci_low, rate.ci_high))
+    return f"{scale * rate.value:.1f}{unit} [{low}, {high}]"
 
 
-def _change_text(found: PairedDifference | None, scale: int) -> str:
-    if found is None:
+def _change_text(change: PairedDifference | None, scale: int) -> str:
+    if change is None:
         return DASH
-    value, low, high = (signed(scale * end, 1) for end in (found.difference, found.ci_low, found.ci_high))
+    value, low, high = (signed(scale * end, 1) for end in (change.difference, change.ci_low, change.ci_high))
     return f"{value} [{low}, {high}]"
 
 
@@ -284,11 +284,11 @@ def _above_teacher(rows: Sequence[Row]) -> bool:
 def fair_gaps(rows: Sequence[Row], role: str) -> list[tuple[Row, Row, float]]:
     """The protocol gaps of ``role`` between tasks that ask the same: on the same items where an ability has such a
     pair, else at the same level of the same family."""
-    found = protocol_gaps(rows, role)
-    shared = {likely.ability for likely, written, _ in found if _shares_items(likely, written)}
+    gaps = protocol_gaps(rows, role)
+    shared = {likely.ability for likely, written, _ in gaps if _shares_items(likely, written)}
     return [
         (likely, written, gap)
-        for likely, written, gap in found
+        for likely, written, gap in gaps
         if (_shares_items(likely, written) if likely.ability in shared else _dial(likely) == _dial(written))
     ]
 
@@ -297,5 +297,5 @@ def _dial(row: Row) -> tuple[str | None, float | None]:
     return row.any_score.family, row.any_score.level
 
 
-def _shares_items(one: Row, other: Row) -> bool:
-    return {item.id for item in one.any_score.items} == {item.id for item in other.any_score.items}
+def _shares_items(first: Row, other: Row) -> bool:
+    return {item.id for item in first.any_score.items} == {item.id for item in other.any_score.items}

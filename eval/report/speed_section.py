@@ -44,7 +44,7 @@ def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:
     evaluation, teacher = run.evaluations.get(role), run.evaluations.get("teacher")
 
     def known(field: str, source: Any) -> float | None:
-        return next((value for one in (source, score) if (value := getattr(one, field, None)) is not None), None)
+        return next((value for holder in (source, score) if (value := getattr(holder, field, None)) is not None), None)
 
     parameters, stored = known("num_parameters", evaluation), known("num_bytes", evaluation)
     timed = run.speed.roles.get("teacher") if run.speed else None
@@ -133,8 +133,8 @@ def _batches(speed: Speed, score: SpeedScore) -> Sequence[BatchSpeed]:
 
 def _teacher_at(speed: Speed, batch_size: int) -> BatchSpeed | None:
     teacher = speed.roles.get("teacher")
-    found = _batches(speed, teacher) if teacher else ()
-    return next((batch for batch in found if batch.batch_size == batch_size), None)
+    batches = _batches(speed, teacher) if teacher else ()
+    return next((batch for batch in batches if batch.batch_size == batch_size), None)
 
 
 def _beside(value: float | None, expected: float | None, words: Words) -> str:
@@ -154,12 +154,12 @@ def _with_range(value: float, samples: Sequence[float]) -> str:
 def _against(teacher: BatchSpeed, batch: BatchSpeed, kind: Kind) -> str:
     """The ratio with its range over the rounds, and what was expected of it."""
     field = f"{kind}_tokens_per_s"
-    found, expected = speed_ratio(batch, teacher, kind), batch.expected.get(field)
+    ratio, expected = speed_ratio(batch, teacher, kind), batch.expected.get(field)
     if expected is None:
-        return found.in_words()
+        return ratio.in_words()
     wanted = SpeedRatio(expected / getattr(teacher, field), None).in_words()
-    same = wanted == SpeedRatio(found.value, None).in_words()
-    return f"{found.in_words()} ({'as expected' if same else f'expected {wanted}'})"
+    same = wanted == SpeedRatio(ratio.value, None).in_words()
+    return f"{ratio.in_words()} ({'as expected' if same else f'expected {wanted}'})"
 
 
 def _seconds_text(seconds: float) -> str:

@@ -36,12 +36,12 @@ def glance_text(score: TaskScore | None) -> str:
         return DASH
     values = (score.score, score.ci_low, score.ci_high)
     if is_share(score):
-        value, low, high = (f"{100 * one:.0f}" for one in values)
+        value, low, high = (f"{100 * number:.0f}" for number in values)
         return f"{value} % [{low}, {high}]"
     if _as_perplexity(score):
-        value, low, high = (f"{math.exp(one):,.1f}" for one in values)
+        value, low, high = (f"{math.exp(number):,.1f}" for number in values)
     else:
-        value, low, high = (f"{one:.2f}" for one in values)
+        value, low, high = (f"{number:.2f}" for number in values)
     return f"{value} [{low}, {high}]"
 
 
@@ -56,12 +56,12 @@ def glance_unit(score: TaskScore) -> str:
 
 def change_text(row: Row, before: str, after: str) -> str:
     """`▼ −42 points [−53, −30]`, or `no clear change [−3, +24]`: what the corrected test allows to say."""
-    found = row.differences.get((before, after))
-    if found is None:
+    change = row.differences.get((before, after))
+    if change is None:
         return DASH
     scale, digits, unit = (100, 0, " points") if is_share(row.any_score) else (1, 2, "")
     unit = " nats" if measured_in_nats(row.any_score) else unit
-    value, low, high = (signed(scale * one, digits) for one in (found.difference, found.ci_low, found.ci_high))
+    value, low, high = (signed(scale * end, digits) for end in (change.difference, change.ci_low, change.ci_high))
     sign = {"better": "▲ ", "worse": "▼ "}.get(row.verdict(before, after) or "")
     return f"{sign}{value}{unit} [{low}, {high}]" if sign else f"no clear change [{low}, {high}]"
 
@@ -87,21 +87,21 @@ def _as_perplexity(score: TaskScore) -> bool:
     return score.protocol == "rolling" and measured_in_nats(score) and score.ci_high < LARGEST_NATS
 
 
-def difference_text(found: PairedDifference | None, score: TaskScore) -> str:
+def difference_text(difference: PairedDifference | None, score: TaskScore) -> str:
     """`+41.0 points [+33.9, +47.6]`; the plain unit of the metric where it is no share."""
-    if found is None:
+    if difference is None:
         return DASH
     if is_share(score):
-        low, high = signed(100 * found.ci_low, 1), signed(100 * found.ci_high, 1)
-        return f"{signed(100 * found.difference, 1)} points [{low}, {high}]"
-    return f"{signed(found.difference, 3)} [{signed(found.ci_low, 3)}, {signed(found.ci_high, 3)}]"
+        low, high = signed(100 * difference.ci_low, 1), signed(100 * difference.ci_high, 1)
+        return f"{signed(100 * difference.difference, 1)} points [{low}, {high}]"
+    return f"{signed(difference.difference, 3)} [{signed(difference.ci_low, 3)}, {signed(difference.ci_high, 3)}]"
 
 
-def retention_text(found: Retention | None) -> str:
+def retention_text(kept: Retention | None) -> str:
     """Retention with its interval, or why there is none."""
-    if found is None or found.value is None or found.ci_low is None or found.ci_high is None:
+    if kept is None or kept.value is None or kept.ci_low is None or kept.ci_high is None:
         return DASH
-    return f"{100 * found.value:.0f} % [{100 * found.ci_low:.0f}, {100 * found.ci_high:.0f}]".replace("-", "−")
+    return f"{100 * kept.value:.0f} % [{100 * kept.ci_low:.0f}, {100 * kept.ci_high:.0f}]".replace("-", "−")
 
 
 def chance_text(score: TaskScore) -> str:

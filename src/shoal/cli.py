@@ -89,9 +89,9 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
                     told = _dry_run(verb, recipe)
                 _print(told)
             else:
-                what = f"{verb}, in the ranks" if STARTED in os.environ else verb
+                label = f"{verb}, in the ranks" if STARTED in os.environ else verb
                 # training and its launcher listen themselves
-                with on_stop(lambda number: stop_at_once(number, STOPPED)), doing(what):
+                with on_stop(lambda number: stop_at_once(number, STOPPED)), doing(label):
                     _dispatch(verb, recipe, config, overrides)
     except UserError as error:
         if not runtime.is_main():
@@ -126,10 +126,10 @@ def _delta(base: str, donor: str, out: str | None) -> None:
     from shoal.compress.delta import delta_norms
     from shoal.models.load import resolve_model
 
-    found = delta_norms(resolve_model(base), resolve_model(donor))
-    _print(found.table())
+    norms = delta_norms(resolve_model(base), resolve_model(donor))
+    _print(norms.table())
     if out is not None:
-        write_json(Path(out), found.document(), setting="--json")
+        write_json(Path(out), norms.document(), setting="--json")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -138,11 +138,11 @@ def _compare(arguments: argparse.Namespace) -> None:
     from shoal.eval.compare.data import write_json_file
     from shoal.eval.compare.page import comparison_text, write_comparison
 
-    found = compare_runs([Path(run) for run in arguments.runs], across_teachers=arguments.across_teachers)
-    _print(comparison_text(found))
-    write_comparison(found, Path(arguments.out).expanduser())
+    comparison = compare_runs([Path(run) for run in arguments.runs], across_teachers=arguments.across_teachers)
+    _print(comparison_text(comparison))
+    write_comparison(comparison, Path(arguments.out).expanduser())
     if arguments.json is not None:
-        write_json_file(found, Path(arguments.json).expanduser())
+        write_json_file(comparison, Path(arguments.json).expanduser())
 
 
 def _dry_run(verb: str, recipe: Recipe) -> str:
@@ -282,7 +282,7 @@ def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded:
     stopped them."""
     number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
     goes_on = _where_distill_goes_on(run_dir)
-    if code in (EXIT_USER_ERROR, *(128 + one for one in STOPS)):
+    if code in (EXIT_USER_ERROR, *(128 + number for number in STOPS)):
         pass  # the rank has said why, or that it has saved
     elif asked is not None:
         done = "the training had just ended, and the same command goes on from there"

@@ -63,6 +63,6 @@ def explained_disk_errors(path: str | os.PathLike[str], *, setting: str = "run_d
                 f"{path}: cannot be written ({text}); set {setting} to a folder you may write to"
             ) from error
         if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            what = "folder" if number == errno.EISDIR else "file"
-            raise UserError(f"{path}: a {what} is in the way ({text}); set {setting} to another folder") from error
+            kind = "folder" if number == errno.EISDIR else "file"
+            raise UserError(f"{path}: a {kind} is in the way ({text}); set {setting} to another folder") from error
         raise

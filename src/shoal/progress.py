@@ -36,8 +36,8 @@ BYTES = "bytes"
 class Work:
     """A piece of work while it is done. Calling it counts steps."""
 
-    def __init__(self, what: str, total: int | None, unit: str, started: float) -> None:
-        self.what, self.total, self.unit, self.started = what, total, unit, started
+    def __init__(self, label: str, total: int | None, unit: str, started: float) -> None:
+        self.label, self.total, self.unit, self.started = label, total, unit, started
         self.done = 0
         self.note = ""
         """What else a reader wants to know now, the loss for instance."""
@@ -66,7 +66,7 @@ class Work:
                     parts.append(f"{clock_text((self.total - self.done) * seconds / new)} left")
             else:
                 parts.append(f"{clock_text(seconds)} so far")
-        return f"{self.what}: {', '.join([*parts, *filter(None, [self.note])])}"
+        return f"{self.label}: {', '.join([*parts, *filter(None, [self.note])])}"
 
     def _counted(self) -> str:
         done, total = (None if n is None else self._amount(n) for n in (self.done, self.total))
@@ -108,9 +108,9 @@ class Speaker:
         self._last_said = self._clock()
 
     @contextmanager
-    def telling(self, what: str, total: int | None, unit: str) -> Iterator[Work]:
+    def telling(self, label: str, total: int | None, unit: str) -> Iterator[Work]:
         """Speak of this piece of work while it is done; once it took long, also of its end."""
-        work = Work(what, total, unit, self._clock())
+        work = Work(label, total, unit, self._clock())
         if not log.isEnabledFor(logging.INFO):
             yield work
             return
@@ -171,7 +171,7 @@ class Speaker:
                 unit = {"bar_format": "{desc}: {elapsed}{postfix}"}
             elif work.unit == BYTES:
                 unit = {"unit": "B", "unit_scale": True}
-            bar = tqdm(total=work.total, desc=work.what, leave=False, file=stream, dynamic_ncols=True, **unit)
+            bar = tqdm(total=work.total, desc=work.label, leave=False, file=stream, dynamic_ncols=True, **unit)
             bar.start_t -= now - work.started
             self._bars[work] = bar
         bar.initial, bar.n = work._known, work.done
@@ -215,25 +215,25 @@ class Lines(logging.StreamHandler[TextIO]):
 
 
 @contextmanager
-def progress(what: str, *, total: int | None = None, unit: str) -> Iterator[Work]:
-    """Tell how far ``what`` is while it is done; calling what this gives counts steps.
+def progress(label: str, *, total: int | None = None, unit: str) -> Iterator[Work]:
+    """Tell how far the work ``label`` is while it is done; calling what this gives counts steps.
 
     ``unit`` is a plural ("rows") or BYTES; ``total`` None = not known.
     """
-    with SPEAKER.telling(what, total, unit) as work:
+    with SPEAKER.telling(label, total, unit) as work:
         yield work
 
 
-def each(items: Iterable[T], what: str, *, unit: str, total: int | None = None) -> Iterator[T]:
+def each(items: Iterable[T], label: str, *, unit: str, total: int | None = None) -> Iterator[T]:
     """The items one after the other, while it is told how many of them are done; ``total`` where they have no len."""
-    with progress(what, total=len(items) if isinstance(items, Sized) else total, unit=unit) as step:
+    with progress(label, total=len(items) if isinstance(items, Sized) else total, unit=unit) as step:
         for item in items:
             yield item
             step()
 
 
 @contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Tell that ``what`` is being done, where there are no steps to count."""
-    with SPEAKER.telling(what, None, ""):
+def doing(label: str) -> Iterator[None]:
+    """Tell that ``label`` is being done, where there are no steps to count."""
+    with SPEAKER.telling(label, None, ""):
         yield

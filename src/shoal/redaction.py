@@ -30,7 +30,7 @@ def redacted(value: Any) -> Any:
 def redacted_arguments(arguments: Sequence[str]) -> list[str]:
     """A command line without secrets."""
     return [
-        _SECRET_ARGUMENT.sub(lambda found: (found["key"] or found["entry"]) + HIDDEN, argument)
+        _SECRET_ARGUMENT.sub(lambda match: (match["key"] or match["entry"]) + HIDDEN, argument)
         for argument in redacted(arguments)
     ]
 
@@ -52,5 +52,5 @@ def _redacted(value: Any, known: Sequence[str]) -> Any:
 
 def _secrets_of_the_environment() -> list[str]:
     """Values of variables like HF_TOKEN and WANDB_API_KEY."""
-    found = [value for name, value in os.environ.items() if _SECRET_KEY.search(name)]
-    return [value for value in found if len(value) >= SHORTEST_SECRET]
+    values = [value for name, value in os.environ.items() if _SECRET_KEY.search(name)]
+    return [value for value in values if len(value) >= SHORTEST_SECRET]

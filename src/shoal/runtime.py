@@ -138,10 +138,10 @@ def set_up_distributed(timeout_s: int) -> None:
         os.environ.update(
             RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
-    here = device()
-    if here.type != "cpu":
-        torch.accelerator.set_device_index(here.index)
-    backend = "gloo" if here.type == "cpu" else "nccl"
+    own_device = device()
+    if own_device.type != "cpu":
+        torch.accelerator.set_device_index(own_device.index)
+    backend = "gloo" if own_device.type == "cpu" else "nccl"
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

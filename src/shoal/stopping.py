@@ -107,14 +107,14 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, rank
 def _ask_to_stop(launcher: int, ranks: str) -> bool:
     """Send SIGTERM to the ranks; whether there are any. The launchers in between would kill them at once, and a rank
     whose interpreter is only just starting would print a traceback at SIGINT."""
-    found = False
+    any_asked = False
     for child in psutil.Process(launcher).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             words = child.cmdline()[:5]
             if ranks in words and not any("deepspeed" in word for word in words):
                 child.terminate()
-                found = True
-    return found
+                any_asked = True
+    return any_asked
 
 
 def _kill_group(group: int) -> None:

@@ -28,7 +28,7 @@ def task_words(task: str, *, ability: str = "", protocol: str = "", metric: str 
     base, _, ending = task.rpartition("_")
     named = bool(base) and ending in PROTOCOLS and protocol in ("", ending)
     protocol, base = (ending, base) if named else (protocol, task)
-    own = next((one for one in (ability, *ABILITIES) if one and (base == one or base.startswith(f"{one}_"))), "")
+    own = next((name for name in (ability, *ABILITIES) if name and (base == name or base.startswith(f"{name}_"))), "")
     rest = base.removeprefix(own).strip("_") if own else base
     words = [_plain(part) for part in (own, rest) if part]
     if protocol:
@@ -44,12 +44,12 @@ def _plain(name: str) -> str:
 
 def _word(word: str) -> str:
     """`20pairs` as `20 pairs`, `k1` as `one step`, `at25` as `at 25`, `mmlu` as `MMLU`; anything else as it is."""
-    found = _COUNTED.fullmatch(word)
+    match = _COUNTED.fullmatch(word)
     if word in ACRONYMS:
         return word.upper()
-    if not found or not (found[1] or found[3]):
+    if not match or not (match[1] or match[3]):
         return word
-    before, count, noun, last = found.groups()
+    before, count, noun, last = match.groups()
     if before == "k":
         before, noun = None, "step" if count == "1" else "steps"
     count = "one" if count == "1" and noun == "step" else count

@@ -46,12 +46,12 @@ def signed(document: dict[str, Any]) -> dict[str, Any]:
 
 def is_signed(document: dict[str, Any]) -> bool:
     """Whether ``document`` is as this user has signed it."""
-    found = document.get("signature")
-    if not isinstance(found, str):
+    signature = document.get("signature")
+    if not isinstance(signature, str):
         return False
     key = _key()
     rest = {name: value for name, value in document.items() if name != "signature"}
-    return key is not None and hmac.compare_digest(found.encode(), _signature(rest, key).encode())
+    return key is not None and hmac.compare_digest(signature.encode(), _signature(rest, key).encode())
 
 
 def refuse_links(run_dir: Path) -> None:
@@ -81,10 +81,10 @@ def refuse_links(run_dir: Path) -> None:
 def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
     """Everything in ``folder`` at any depth, links not followed."""
     try:
-        found = list(os.scandir(folder))
+        entries = list(os.scandir(folder))
     except OSError:
         return  # not there yet, gone meanwhile or not to be read: whoever writes there says so
-    for entry in found:
+    for entry in entries:
         yield entry
         if entry.is_dir(follow_symlinks=False):
             yield from _entries(entry.path)

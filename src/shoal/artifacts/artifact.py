@@ -82,7 +82,7 @@ class Artifact:
                 f"{path}: has schema {schema}, this version reads {cls.SCHEMA}; delete it and run its stage again"
             )
         try:
-            found = _adapter(cls).validate_python(body)
+            artifact = _adapter(cls).validate_python(body)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -90,9 +90,9 @@ class Artifact:
             raise UserError(
                 f"{path}: {where}: {first['msg']} (got {got}); delete it and run its stage again"
             ) from error
-        if (problem := next(found.contradictions(), None)) is not None:
+        if (problem := next(artifact.contradictions(), None)) is not None:
             raise UserError(f"{path}: {problem}; delete it and run its stage again")
-        return found
+        return artifact
 
     def contradictions(self) -> Iterator[str]:
         """`place: what is wrong`, for everything that single fields cannot tell."""
@@ -371,17 +371,17 @@ class Training(Artifact):
     """Of the largest rank."""
 
 
-def differences(expected: dict[str, Json], found: dict[str, Json]) -> list[str]:
+def differences(expected: dict[str, Json], actual: dict[str, Json]) -> list[str]:
     """`field: X here, Y there` for every field in which two sets of inputs differ."""
     missing = "absent"
     return [
-        f"{key} is {expected.get(key, missing)!r} in this recipe but {found.get(key, missing)!r} there"
-        for key in sorted(expected.keys() | found.keys())
-        if _plain(expected.get(key, missing)) != _plain(found.get(key, missing))
+        f"{key} is {expected.get(key, missing)!r} in this recipe but {actual.get(key, missing)!r} there"
+        for key in sorted(expected.keys() | actual.keys())
+        if _plain(expected.get(key, missing)) != _plain(actual.get(key, missing))
     ]
 
 
-def require_same_run(expected: dict[str, Json], found: Provenance, path: Path, *, remedy: str) -> None:
+def require_same_run(expected: dict[str, Json], provenance: Provenance, path: Path, *, remedy: str) -> None:
     """Refuse an artifact that belongs to another run.
 
     Only the fields of ``expected`` are compared, so that a stage can ask for what matters to it.
@@ -389,7 +389,7 @@ def require_same_run(expected: dict[str, Json], found: Provenance, path: Path, *
     Raises:
         UserError: naming the file, the fields and both values, and ``remedy``.
     """
-    asked = {key: found.inputs[key] for key in expected if key in found.inputs}
+    asked = {key: provenance.inputs[key] for key in expected if key in provenance.inputs}
     differing = differences(expected, asked)
     if differing:
         raise UserError(f"{path}: belongs to another run: {'; '.join(differing)}. {remedy}")

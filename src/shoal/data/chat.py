@@ -86,8 +86,8 @@ def _turns(value: Any, column: str, where: str) -> list[dict[str, Any]]:
         )
     for turn in value:
         if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-            what = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
-            raise UserError(f"data {where}: a turn in {column!r} {what}; every turn needs a role and a content")
+            problem = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
+            raise UserError(f"data {where}: a turn in {column!r} {problem}; every turn needs a role and a content")
     return [dict(turn) for turn in value]
 
 
@@ -145,16 +145,16 @@ def _in_time(chat: Chat) -> Iterator[None]:
 
 def _tokenised(chat: Chat, tokenizer: Any, *, assistant_only: bool) -> tuple[list[int], np.ndarray]:
     if assistant_only and MARKS_ITSELF.search(tokenizer.get_chat_template(tools=chat.tools)):
-        found = tokenizer.apply_chat_template(
+        encoded = tokenizer.apply_chat_template(
             chat.messages, tools=chat.tools, return_dict=True, return_assistant_tokens_mask=True
         )
-        ids, learnt = found["input_ids"], np.array(found["assistant_masks"], dtype=bool)
+        ids, learnt = encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool)
     else:
         text = _render(chat, tokenizer)
-        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, learnt = found["input_ids"], np.ones(len(found["input_ids"]), dtype=bool)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, learnt = encoded["input_ids"], np.ones(len(encoded["input_ids"]), dtype=bool)
         if assistant_only:
-            learnt = _within(found["offset_mapping"], list(_assistant_spans(chat, text, tokenizer)))
+            learnt = _within(encoded["offset_mapping"], list(_assistant_spans(chat, text, tokenizer)))
     end = len(ids) if not assistant_only else int(learnt.nonzero()[0][-1]) + 1 if learnt.any() else 0
     return ids[:end], learnt[:end]
 

@@ -53,20 +53,20 @@ def find_overlap(
     owners, compared = _grams(tasks, num_words)
     lengths = sorted({len(gram) for gram in owners})
     known = {n: np.unique(np.array([_hash(gram) for gram in owners if len(gram) == n], np.uint64)) for n in lengths}
-    found: dict[str, set[int]] = {task: set() for task in tasks}
+    hits: dict[str, set[int]] = {task: set() for task in tasks}
     for words in _blocks(documents) if owners else ():
         for gram in _shared(words, known):
             for task, index in owners.get(gram, ()):
-                found[task].add(index)
+                hits[task].add(index)
     return {
-        task: Overlap(len(items), compared[task], len(found[task]), tuple(sorted(found[task])[:EXAMPLES]))
+        task: Overlap(len(items), compared[task], len(hits[task]), tuple(sorted(hits[task])[:EXAMPLES]))
         for task, items in tasks.items()
     }
 
 
-def as_data(found: Mapping[str, Overlap]) -> dict[str, dict[str, Any]]:
+def as_data(overlaps: Mapping[str, Overlap]) -> dict[str, dict[str, Any]]:
     """The result as JSON keeps it."""
-    return {task: asdict(overlap) for task, overlap in found.items()}
+    return {task: asdict(overlap) for task, overlap in overlaps.items()}
 
 
 def words_of(text: str) -> list[str]:
@@ -119,11 +119,11 @@ def _blocks(documents: Iterable[str]) -> Iterator[list[str]]:
 
 def _shared(words: Sequence[str], known: Mapping[int, np.ndarray]) -> Iterator[Words]:
     """The n-grams whose hash is known: hashing finds the places, the words themselves decide."""
-    one = np.fromiter((hash(word) % 2**64 for word in words), np.uint64, len(words))
-    hashes = one
+    hash_of_word = np.fromiter((hash(word) % 2**64 for word in words), np.uint64, len(words))
+    hashes = hash_of_word
     for n in range(1, min(max(known), len(words)) + 1):
         if n > 1:  # as `_hash` computes it, at every place at once
-            hashes = hashes[:-1] * np.uint64(_BASE) + one[n - 1 :]
+            hashes = hashes[:-1] * np.uint64(_BASE) + hash_of_word[n - 1 :]
         if n in known:
             place = np.searchsorted(known[n], hashes)
             place[place == len(known[n])] = 0

@@ -205,15 +205,15 @@ def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, d
     for row in rows:
         if row.supervised.any():
             discarded = 0
-            for source, found in row.counts.items():
+            for source, added in row.counts.items():
                 count = counts[names[source]]
-                for key, value in found.items():
+                for key, value in added.items():
                     count[key] = max(count[key], value) if key == "repeats" else count[key] + value
             yield row
             continue
         discarded += 1
-        for source, found in row.counts.items():
-            counts[names[source]]["truncated"] += found["tokens"]
+        for source, added in row.counts.items():
+            counts[names[source]]["truncated"] += added["tokens"]
         if discarded == MOST_DISCARDED:
             raise UserError(
                 f"data {', '.join(map(repr, names))}: {discarded:,} rows in succession hold no token that is learnt; "

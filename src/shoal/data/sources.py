@@ -129,8 +129,8 @@ def load_texts(source: DataSource, *, max_characters: int | None = None) -> list
 
 def _nothing_in(source: DataSource) -> UserError:
     column = source.messages or source.prompt or source.column
-    what = "conversation" if source.is_chat else "text"
-    return UserError(f"data {source.path!r}: holds no {what} in column {column!r}; name a source that does")
+    content = "conversation" if source.is_chat else "text"
+    return UserError(f"data {source.path!r}: holds no {content} in column {column!r}; name a source that does")
 
 
 def documents(source: DataSource) -> Iterator[str | Chat | None]:
@@ -156,14 +156,14 @@ def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]
     Raises:
         UserError: nothing there, a missing column, or a row without text or label.
     """
-    found: list[tuple[str, Any]] = []
+    labelled: list[tuple[str, Any]] = []
     for number, (where, row) in enumerate(_records(source)):
         text, label = _text(row, source.column, where), _field(row, label_column, where)
         if not text.strip() or label is None:
             empty = source.column if not text.strip() else label_column
             raise UserError(f"data {where!r}: row {number} has nothing in column {empty!r}; fill it or leave it out")
-        found.append((text, label))
-    return found
+        labelled.append((text, label))
+    return labelled
 
 
 def _records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -330,14 +330,14 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
     """
     limit = sequence_length if packing == "best_fit" else None
     _refuse_impossible(source, None, tokenizer)
-    count, found = Counter[str](), False
+    count, has_items = Counter[str](), False
     items = (item for item in documents(source) if item is not None)
     for item in items:
-        found = True
-        one = _tokenised([item], source, tokenizer, epoch=0, limit=limit, enough=sequence_length, count=count)
-        if next(one, None) is not None:
+        has_items = True
+        learnt = _tokenised([item], source, tokenizer, epoch=0, limit=limit, enough=sequence_length, count=count)
+        if next(learnt, None) is not None:
             return
-    raise _nothing_learnt(source) if found else _nothing_in(source)
+    raise _nothing_learnt(source) if has_items else _nothing_in(source)
 
 
 def _refuse_impossible(source: DataSource, texts: Sequence[str] | None, tokenizer: Any) -> None:
@@ -449,8 +449,8 @@ def _tokenised(
 
     Of a text no more than its first ``enough`` tokens are asked for.
     """
-    made = _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer, enough)
-    for ids, supervised in made:
+    encoded = _chats(items, source, tokenizer) if source.is_chat else _texts(items, tokenizer, enough)
+    for ids, supervised in encoded:
         document = TokenDocument(np.asarray(ids, np.int32), supervised, epoch).cut(limit or len(ids))
         if document.teaches:
             yield document
@@ -491,7 +491,7 @@ def _texts(items: Iterable[str | Chat], tokenizer: Any, enough: int | None) -> I
             ids = (
                 next(tokenised_short)
                 if most is None or _size(text) <= most
-                else first_tokens(str(text), lambda one: tokenizer(one)["input_ids"], enough or 0)
+                else first_tokens(str(text), lambda part: tokenizer(part)["input_ids"], enough or 0)
             )
             whole = ids if not ids or ids[-1:] == end else ids + end
             yield whole, np.ones(len(whole), bool)

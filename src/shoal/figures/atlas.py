@@ -203,12 +203,12 @@ def _draw_column(
     ax: Axes, column: SweepColumn, name: str, colour: str, drop: Sequence[int], layers: Sequence[int]
 ) -> None:
     kept = [effect.retention for effect in column.effects]
-    if column.higher_is_better and all(one is not None for one in kept):
-        values, what, intact = [one for one in kept if one is not None], "share kept", 1.0
+    if column.higher_is_better and all(share is not None for share in kept):
+        values, quantity, intact = [share for share in kept if share is not None], "share kept", 1.0
     elif column.higher_is_better:
-        values, what, intact = [effect.score for effect in column.effects], column.metric, column.intact.value
+        values, quantity, intact = [effect.score for effect in column.effects], column.metric, column.intact.value
     else:
-        values, what, intact = [effect.change for effect in column.effects], f"{column.metric} added", 0.0
+        values, quantity, intact = [effect.change for effect in column.effects], f"{column.metric} added", 0.0
     _band(ax, layers, values, colour, ("-", ""))
     ax.axhline(intact, color=FAINT, lw=1)
     critical = column.critical
@@ -222,7 +222,7 @@ def _draw_column(
     if len(ax.get_legend_handles_labels()[0]) > bool(critical):
         ax.legend(loc="center right", fontsize=8)
     _mark_dropped(ax, drop)
-    ax.set_title(f"{_name(name)}: {_name(what)} (n = {column.n})")
+    ax.set_title(f"{_name(name)}: {_name(quantity)} (n = {column.n})")
     ax.grid(axis="y")
 
 
@@ -336,8 +336,8 @@ def _label(column: SweepColumn, sweep: Sweep) -> str:
     return column.label if alone else column.task
 
 
-def _title(column: SweepColumn, what: str) -> str:
-    return f"{_name(column.ability)}, {_name(column.protocol)}: {_name(what)} (n = {column.n})"
+def _title(column: SweepColumn, quantity: str) -> str:
+    return f"{_name(column.ability)}, {_name(column.protocol)}: {_name(quantity)} (n = {column.n})"
 
 
 def _name(text: str, limit: int = 30) -> str:

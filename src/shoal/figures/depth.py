@@ -42,8 +42,8 @@ class DepthColumn:
 
 def depth_columns(importance: Importance, plan: PruningPlan | None) -> tuple[DepthColumn, ...]:
     """Every column of the importance: first those that layers were chosen by, then swept tasks, then metrics."""
-    found = {column.name: column for column in _all_columns(importance, plan)}
-    return tuple(sorted(found.values(), key=lambda column: not column.decided))
+    columns = {column.name: column for column in _all_columns(importance, plan)}
+    return tuple(sorted(columns.values(), key=lambda column: not column.decided))
 
 
 def depth_figure(plan: PruningPlan, importance: Importance | None) -> Figure:

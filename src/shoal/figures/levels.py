@@ -34,9 +34,9 @@ class Ladder:
 
 def ladders(evaluations: Sequence[Evaluation]) -> tuple[Ladder, ...]:
     """Every family that was scored at two levels or more, at the levels that all roles share."""
-    tasks = {found.role: [task for task in found.tasks if task.level is not None] for found in evaluations}
+    tasks = {e.role: [task for task in e.tasks if task.level is not None] for e in evaluations}
     keys = dict.fromkeys((t.family, t.protocol, t.metric) for own in tasks.values() for t in own if t.family)
-    found = []
+    families = []
     for key in keys:
         by_role = {
             role: {t.level: t for t in own if (t.family, t.protocol, t.metric) == key and t.level is not None}
@@ -46,21 +46,21 @@ def ladders(evaluations: Sequence[Evaluation]) -> tuple[Ladder, ...]:
         shared = sorted(set.intersection(*(set(scores) for scores in by_role.values())))
         if len(shared) > 1:
             scores = {role: tuple(own[level] for level in shared) for role, own in by_role.items()}
-            found.append(Ladder(str(key[0]), key[1], key[2], scores))
-    return tuple(found)
+            families.append(Ladder(str(key[0]), key[1], key[2], scores))
+    return tuple(families)
 
 
-def level_figure(found: Sequence[Ladder]) -> Figure:
+def level_figure(families: Sequence[Ladder]) -> Figure:
     """One panel per family and protocol: score with its 95 % interval against the level, chance dashed.
 
     Raises:
         UserError: there is none.
     """
-    if not found:
+    if not families:
         raise UserError("eval: no family of tasks was scored at several levels; name them in eval.tasks")
-    figure, axes = panels([2.3] * len(found))
+    figure, axes = panels([2.3] * len(families))
     with figure_style():
-        for ax, ladder in zip(axes, found, strict=True):
+        for ax, ladder in zip(axes, families, strict=True):
             _draw(ax, ladder)
         handles = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
         figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), columnspacing=1.2)

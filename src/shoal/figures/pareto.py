@@ -58,13 +58,13 @@ class ParetoPanel:
 def frontier(panel: ParetoPanel) -> list[ParetoPoint]:
     """The points that no other one beats: none keeps as much for less, or more for as much. By rising cost."""
 
-    def beats(one: ParetoPoint, other: ParetoPoint) -> bool:
-        gain = (other.cost - one.cost) * (1 if panel.less_is_better else -1)
-        more = one.kept.value - other.kept.value
+    def beats(first: ParetoPoint, other: ParetoPoint) -> bool:
+        gain = (other.cost - first.cost) * (1 if panel.less_is_better else -1)
+        more = first.kept.value - other.kept.value
         return gain >= 0 and more >= 0 and (gain > 0 or more > 0)
 
-    found = [point for point in panel.points if not any(beats(other, point) for other in panel.points)]
-    return sorted(found, key=lambda point: (point.cost, point.kept.value))
+    best = [point for point in panel.points if not any(beats(other, point) for other in panel.points)]
+    return sorted(best, key=lambda point: (point.cost, point.kept.value))
 
 
 def pareto_figure(rows: Sequence[Sequence[ParetoPanel]], names: Mapping[str, str]) -> Figure:

@@ -150,9 +150,9 @@ def _scores(run: Run, run_dir: Path, rows: Rows) -> dict[str, Any]:
         if (file := _evaluation(run_dir, role)).is_file():
             summary[f"num_parameters/{role}"] = Evaluation.read(file).num_parameters
     if (speed := run_dir / Speed.FILE).is_file():
-        for role, found in Speed.read(speed).roles.items():
-            summary[f"prefill_tokens_per_s/{role}"] = found.prefill_tokens_per_s
-            summary[f"decode_tokens_per_s/{role}"] = found.decode_tokens_per_s
+        for role, score in Speed.read(speed).roles.items():
+            summary[f"prefill_tokens_per_s/{role}"] = score.prefill_tokens_per_s
+            summary[f"decode_tokens_per_s/{role}"] = score.decode_tokens_per_s
     run.summary.update(summary)
     return {"before_after": _table(rows)}
 
@@ -214,8 +214,8 @@ def _teacher(run: Run, name: str, recipe: dict[str, Any], folder: Path) -> dict[
 def _checkpoint(run: Run, name: str, folder: Path, made_from: list[str], *, plan: Path, upload: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"made_from": made_from, "fingerprint": model_fingerprint(folder)}
     if plan.is_file():
-        found = PruningPlan.read(plan)
-        record |= {"num_layers": len(found.keep), "drop": list(found.drop), "plan": found.in_words()}
+        cut = PruningPlan.read(plan)
+        record |= {"num_layers": len(cut.keep), "drop": list(cut.drop), "plan": cut.in_words()}
     artifact = _new_artifact(f"{name}-{run.id}", "model", record)
     if upload:
         artifact.add_dir(str(folder), name="checkpoint", policy="immutable", skip_cache=True)

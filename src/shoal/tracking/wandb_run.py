@@ -79,22 +79,22 @@ def finish(run_dir: Path) -> None:
 
 
 @contextmanager
-def attempt(what: str, run_dir: Path) -> Iterator[None]:
-    """Let tracking fail with one warning that says ``what``; after that this process tracks nothing any more."""
+def attempt(problem: str, run_dir: Path) -> Iterator[None]:
+    """Let tracking fail with one warning that says ``problem``; after that this process tracks nothing any more."""
     try:
         yield
     except Exception as error:
-        give_up(f"{what} ({_reason(error)})", run_dir)
+        give_up(f"{problem} ({_reason(error)})", run_dir)
 
 
-def give_up(what: str, run_dir: Path) -> None:
+def give_up(problem: str, run_dir: Path) -> None:
     """Track nothing more in this process, and say so the first time."""
     global _given_up
     if not _given_up:
         log.warning(
             "W&B: %s. Nothing more is tracked by this process; results are in %s as always, and what W&B has recorded "
             "there is uploaded with: %s",
-            what,
+            problem,
             run_dir,
             sync_command(run_dir),
         )
