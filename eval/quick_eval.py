@@ -44,7 +44,7 @@ class QuickScores:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a call will return scores for."""
+        """Names of the scores that a call returns."""
         return (*([HELD_OUT] if self._settings.perplexity_tokens else []), *self._tasks)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, QuickScore]:

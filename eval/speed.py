@@ -30,11 +30,11 @@ from shoal.runtime import device
 log = logging.getLogger(__name__)
 
 BATCH_SIZES = {"cpu": (1, 4)}
-"""By kind of device; the first is what a single user sees."""
+"""Batch sizes by kind of device; the first is what a single user sees."""
 OTHER_BATCH_SIZES = (1, 8, 32)
-"""On an accelerator."""
+"""Batch sizes on an accelerator."""
 FEWER_REPEATS = 3
-"""Of the batch sizes after the first, which take longer and vary less."""
+"""Rounds of the batch sizes after the first, which take longer and vary less."""
 KINDS = ("prefill", "decode", "first_token")
 
 
@@ -44,9 +44,9 @@ class _Entry:
 
     decoder: Decoder
     weight_bytes: int
-    """Of its parameters and buffers, in memory."""
+    """Bytes of parameters and buffers in memory."""
     num_bytes: int | None
-    """On disk."""
+    """Bytes of the weights on disk; None = the model came from no folder."""
 
     @property
     def num_layers(self) -> int:
@@ -120,7 +120,7 @@ def measure_speed(
 def expectation(
     teacher: Cost, num_layers: int, *, batch_size: int, prompt_tokens: int, new_tokens: int, bytes_per_parameter: float
 ) -> tuple[float, float]:
-    """By which factors prefill and decoding should be faster with ``num_layers`` layers like the teacher's.
+    """Factors by which prefill and decoding should be faster with ``num_layers`` layers like the teacher's.
 
     Reading a prompt takes multiplications, writing takes reading weights and cache from memory; what is outside the
     layers stays. So a model of half the layers is less than twice as fast, most of all where its vocabulary is large.
@@ -195,7 +195,7 @@ def _one_turn(decoder: Decoder, batch_size: int, prompt_tokens: int, new_tokens:
 
 
 def peak_growth(where: torch.device, work: Callable[[], object]) -> int:
-    """By how many bytes of tensors ``work`` outgrows what was there before, at its fullest moment.
+    """Bytes of tensors that ``work`` adds to those from before, at its fullest moment.
 
     As torch's allocator counts them: on an accelerator all it hands out, on a CPU without what libraries take for
     themselves. Resident memory would tell less of one model, as all are in the same process and freed memory is kept.

@@ -23,14 +23,14 @@ MOSTLY_NEW = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """What one model has to do."""
+    """Work that one model has to do."""
 
     items: int
     """Items of all tasks."""
     requests: int
-    """Prompts to write after and options to score."""
+    """Number of prompts to continue and options to score."""
     read: int
-    """Tokens of prompts and options."""
+    """Tokens of prompts and options to read."""
     written: int
     """Tokens to write at most."""
 
@@ -41,7 +41,7 @@ class Work:
 
 
 def work_of(tasks: Mapping[str, Any], counts: Mapping[str, int], *, perplexity_tokens: int = 0) -> Work:
-    """What ``counts`` items of every task take, and ``perplexity_tokens`` tokens of running text.
+    """Work of ``counts`` items of every task, and of ``perplexity_tokens`` tokens of running text.
 
     Tokens are characters divided by three (prose has more to a token, digits and UUIDs fewer), and written ones the
     most that a task allows. What a task's prompts begin with alike (few-shot examples), and the prompt that the options

@@ -22,9 +22,9 @@ from ..report.findings import Run, read_run
 
 CUT_ROLES = ("pruned", "distilled")
 TEXT_SETTINGS = ("data", *(f"eval.{key}" for key in shaping_keys(Eval, Shapes.PERPLEXITY)))
-"""What the perplexity depends on; `data` is the hash of the text itself."""
+"""Settings that the perplexity depends on; `data` is the hash of the text itself."""
 MOST_PROBLEMS = 8
-"""Named in one refusal."""
+"""Problems that one refusal lists."""
 SAME_TEACHER_P = 0.001
 """Below it one teacher's two scores are two measurements, whatever the settings say."""
 ABSENT = "absent"
@@ -35,20 +35,20 @@ class Contender:
     """One of the runs that are compared."""
 
     letter: str
-    """A, B, ... in the order given."""
+    """Letter of the run: A, B, ... in the order given."""
     name: str
-    """As much of its path as tells it from the others."""
+    """Last parts of the path, as many as tell the runs apart."""
     run: Run
 
     @property
     def teacher(self) -> str | None:
-        """What identifies the teacher's content; None = the run does not say."""
+        """Fingerprint of the teacher's content; None = the run does not record it."""
         if "teacher" in self.run.evaluations:
             return self.run.evaluations["teacher"].provenance.inputs.get("model")
         return self.run.plan.provenance.inputs.get("model") if self.run.plan else None
 
     def file(self, role: str) -> Path:
-        """Where the scores of ``role`` are."""
+        """Path of the scores of ``role``."""
         return self.run.folder / "eval" / f"{role}.json"
 
 
@@ -57,11 +57,11 @@ class Common:
     """What can be compared."""
 
     tasks: tuple[str, ...]
-    """Names, by ability in the order of the first run."""
+    """Names of the tasks, by ability in the order of the first run."""
     left_out: tuple[str, ...]
-    """Why another task is not among them, a sentence each."""
+    """Sentences that say why a task is not among them."""
     precision: str = ""
-    """That and which runs were scored in other precisions; empty = all in one."""
+    """Sentence on runs that were scored in different precisions; empty = all in one."""
 
 
 def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:

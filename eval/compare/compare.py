@@ -28,11 +28,11 @@ class Cell:
 
     score: TaskScore
     kept: Retention | None
-    """Of its teacher's score above chance; None for a teacher, and where no teacher was evaluated."""
+    """Share kept of the teacher's score above chance; None for a teacher, and where no teacher was evaluated."""
     difference: PairedDifference | None
-    """To the first run's model of the same role; None = there is no other such model."""
+    """Difference to the first run's model of the same role; None = there is no other such model."""
     adjusted_p: float | None = None
-    """Its p-value after Holm's correction over all differences of the table."""
+    """p-value of the difference after Holm's correction over all differences of the table."""
 
     @property
     def verdict(self) -> str | None:
@@ -45,18 +45,18 @@ class Model:
     """One row of the table."""
 
     contender: Contender
-    """The run that its scores are from; a teacher's is the first that evaluated it."""
+    """Run that the scores are from; of a teacher the first run that evaluated it."""
     role: str
     evaluation: Evaluation
     cells: tuple[Cell, ...]
-    """In the order of the tasks."""
+    """One cell per task, in their order."""
     speed: SpeedScore | None
     speed_ratio: SpeedRatio | None
-    """Of decoding, to the teacher that took turns with it."""
+    """Decoding speed over that of the teacher measured in turns with it."""
 
     @property
     def content(self) -> str | None:
-        """What identifies its weights."""
+        """Fingerprint of the weights."""
         return self.evaluation.provenance.inputs.get("model")
 
 
@@ -66,7 +66,7 @@ class RunComparison:
 
     contenders: tuple[Contender, ...]
     tasks: tuple[TaskScore, ...]
-    """One per column: its score in the first model."""
+    """Scores of the first model, one per column of the table."""
     silent: frozenset[str]
     """Tasks on which no intact teacher is clear of chance."""
     models: tuple[Model, ...]
@@ -75,11 +75,11 @@ class RunComparison:
     """Tasks and speeds that are not in the table, and why."""
     notes: tuple[str, ...]
     precision: str = ""
-    """What has to be said above the table where the runs were scored in other precisions; empty = all in one."""
+    """Sentence above the table on runs that were scored in different precisions; empty = all in one."""
 
     @property
     def num_differences(self) -> int:
-        """How many comparisons the correction allows for."""
+        """Number of comparisons that the correction allows for."""
         return len({_question(m, index) for m in self.models for index, cell in enumerate(m.cells) if cell.difference})
 
 

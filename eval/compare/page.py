@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 NAME = "compare"
 FIGURE = "pareto"
 IN_TERMINAL = (0, 1, 2, 3, 5, 7)
-"""Columns of a task's table that a terminal has room for."""
+"""Columns of a task's table that fit into a terminal."""
 FIRST_COSTS = 2
-"""Of the columns of costs: the model's name and its parameters stand before the scores."""
+"""Number of cost columns before the scores: the model's name and its parameters."""
 PROPORTIONAL = 0.05
 """Bytes per parameter that differ by more than this share make disk space a cost of its own."""
 

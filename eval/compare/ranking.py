@@ -23,18 +23,18 @@ from shoal.stats.paired import Retention, no_retention, paired, retention
 from ..harness.samples import protocol_of
 
 Scores = Mapping[str, TaskScore]
-"""By task name."""
+"""Scores by task name."""
 Labels = tuple[str, str, str]
-"""Task, ability, protocol."""
+"""Task, ability and protocol of a score."""
 
 
 @dataclass(frozen=True)
 class RankedBy:
-    """What plans are ranked by: a weighted sum of scores."""
+    """The quantity that plans are ranked by: a weighted sum of scores."""
 
     unit: Literal["retention", "nats"]
     weights: dict[str, float]
-    """By task; they add up to 1."""
+    """Weight by task; all add up to 1."""
 
 
 def check_columns(tasks: Mapping[str, Any], rank_by: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FIGURES_DIR = "figures"
 ANSWER_S = 180.0
-"""So long the Hub may take for an answer, or an upload for its next bytes; huggingface_hub itself waits for ever."""
+"""Seconds until the Hub has to answer, or an upload to move on; huggingface_hub itself waits for ever."""
 REMEDIES = {
     401: "the Hub does not accept the token; run `hf auth login` with one that may write",
     403: "the token may not write there; run `hf auth login` with one that may, or choose another export.hub_repo",

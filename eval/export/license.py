@@ -23,9 +23,9 @@ TEXTS = (
     ("llama 2 community license agreement", "llama2"),
     ("gemma terms of use", "gemma"),
 )
-"""What stands near the top of a license's text -> what the Hub calls it."""
+"""Words near the top of a license's text -> its name on the Hub."""
 TOP_CHARACTERS = 600
-"""Further down a license may name others."""
+"""Characters that are searched; further down a license may name others."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class License:
     """What is known of a license; identifier None = nothing is stated."""
 
     identifier: str | None = None
-    """As the Hub names it; `other` for one that it has no name for."""
+    """Name on the Hub; `other` for a license that the Hub has no name for."""
     name: str | None = None
     link: str | None = None
     source: str = ""
-    """Where it is stated, for a reader."""
+    """Place where the license is stated, for a reader."""
 
 
 def base_license(model: str, *, hub_id: str | None, revision: str | None, folder: Path | None) -> License:

@@ -25,15 +25,15 @@ WIDE_GAP = 0.2
 NEAR_CHANCE = 0.1
 """A teacher whose interval reaches further above chance is not said to be at chance: too few items tell."""
 OFTEN = 0.2
-"""Share of generated texts from which a defect of them is worth a word."""
+"""Share of generated texts from which a defect is mentioned."""
 MAX_HIDDEN = 8
-"""Tasks named in one sentence about what could not show."""
+"""Tasks named in one sentence on changes that could not show."""
 RATES = {
     "malformed": ("cannot be read", "Held no answer that could be read, which counts as wrong"),
     "repetition": ("loop", "Ended in a loop"),
     "cut_off": ("are cut off", "Were cut off by the limit of new tokens"),
 }
-"""Rate -> what is wrong with such a text, in short and in full."""
+"""Rate -> the defect in short and in full."""
 PAIRS = (("teacher", "pruned"), ("pruned", "distilled"), ("teacher", "distilled"))
 
 

@@ -36,7 +36,7 @@ class Facts:
     """A few figures to take in at a glance."""
 
     items: tuple[tuple[str, str], ...]
-    """Value and what it is."""
+    """Value and label of each."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Terms:
     """A list of terms with their explanations."""
 
     items: tuple[tuple[str, str], ...]
-    """Word and its meaning."""
+    """Term and meaning of each."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    """First cell = the row's heading."""
+    """Cells by row; the first one is the row's heading."""
     text_columns: frozenset[int] = frozenset({0})
     """Columns of words; the others hold figures and are set flush right."""
     groups: tuple[tuple[str, int], ...] = ()
     """Headings over runs of rows: text and number of rows; () = no headings."""
     folded: bool = False
     row_titles: tuple[str, ...] = ()
-    """What a row's heading stands for, shown by pointing at it: task identifiers; () = nothing."""
+    """Task identifier of each row, shown by pointing at its heading; () = none."""
 
     @property
     def stacks(self) -> bool:
@@ -91,7 +91,7 @@ class Picture:
 
     @property
     def width(self) -> int:
-        """In points, as it was drawn."""
+        """Width in points, as it was drawn."""
         view_box = re.search(r'viewBox="\S+ \S+ (\d+)', self.svg)
         assert view_box is not None
         return int(view_box[1])
@@ -104,7 +104,7 @@ class Code:
     text: str
     language: str
     summary: str | None = None
-    """Folded under this line; None = open."""
+    """Line under which the text is folded; None = open."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ class BoardLine:
 
     task: str
     unit: str
-    """Of its scores; empty = percent."""
+    """Unit of the scores; empty = percent."""
     identifier: str
     scores: tuple[str, ...]
-    """One per role of the board, each with its interval."""
+    """Score with its interval, one per role of the board."""
     changes: tuple[tuple[str, str], ...]
-    """One per pair of roles: the change with its interval, and `better`, `worse` or `unclear`."""
+    """Change with its interval and `better`, `worse` or `unclear`, one per pair of roles."""
     places: tuple[Place, ...] = ()
-    """() = no share, so it has no place between 0 and 100 %."""
+    """Places between 0 and 100 %; () = the score is no share."""
     chance: float | None = None
 
 
@@ -141,7 +141,7 @@ class Board:
     caption: str
     roles: tuple[str, ...]
     changes: tuple[str, ...]
-    """What each change is: `lost by the cut`."""
+    """Name of each change: `lost by the cut`."""
     lines: tuple[BoardLine, ...]
 
     def as_table(self) -> Table:
@@ -161,9 +161,9 @@ class Caution:
 
     about: str
     lead: str
-    """One sentence that stands alone."""
+    """Sentence that stands alone."""
     more: tuple[str, ...] = ()
-    """Where, how much and why."""
+    """Sentences on where, how much and why."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Cautions:
 
     @property
     def more(self) -> int:
-        """How many are not shown at once."""
+        """Number of cautions that are not shown at once."""
         return len(self.items) - len(self.shown)
 
     @property
@@ -194,7 +194,7 @@ class Flip:
 
     item: str
     question: str
-    """Empty where it was not kept."""
+    """Question of the item; empty where it was not kept."""
     expected: str
     before: str
     after: str
@@ -206,14 +206,14 @@ class Flips:
 
     task: str
     change: str
-    """What happened to them, in words: `lost by the cut`."""
+    """Name of the change: `lost by the cut`."""
     won: bool
     """Whether the role on the right is the one that has them right."""
     before: str
-    """Role whose text stands on the left."""
+    """Role whose text is on the left."""
     after: str
     count: int
-    """Of all such items, shown or not."""
+    """Number of all such items, shown or not."""
     items: tuple[Flip, ...]
 
     @property
@@ -243,7 +243,7 @@ class FlipBrowser:
 
 Block = Paragraph | Bullets | Facts | Terms | Table | Picture | Code | Board | Cautions | FlipBrowser
 CAUTIONS_SHOWN = 3
-"""Lines of them before a page folds the rest."""
+"""Cautions on a page before the rest is folded."""
 FLIPS_IN_MARKDOWN = 8
 """Items per task and direction: a Markdown table cannot be searched or folded."""
 
@@ -268,7 +268,7 @@ class Document:
     headline: tuple[str, ...]
     sections: tuple[Section, ...]
     opening: tuple[Block, ...] = ()
-    """What stands below the first sentence, before everything else."""
+    """Blocks below the first sentence, before everything else."""
 
 
 def to_markdown(document: Document) -> str:

@@ -43,11 +43,11 @@ ROLES = ("teacher", "pruned", "distilled")
 SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
 FEW_ITEMS = 50
-"""Below this many the intervals are so wide that a reader is told so."""
+"""Number of items below which the report says that intervals are wide."""
 
 A = TypeVar("A", bound=Artifact)
 Key = tuple[str, str, str]
-"""Task, protocol, metric."""
+"""Task, protocol and metric of a score."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Run:
     evaluations: dict[str, Evaluation]
     speed: Speed | None
     numerics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """In which precision the numbers were made and why, as run.json has it; empty = not recorded."""
+    """Precision of the numbers and the reason for it, as in run.json; empty = not recorded."""
 
     @property
     def model(self) -> str:
-        """What the recipe calls the model, else what is known instead."""
+        """Name of the model in the recipe, else `the model`."""
         name = (self.recipe or {}).get("model")
         return name if isinstance(name, str) else "the model"
 
@@ -113,9 +113,9 @@ class Writing:
 
     row: Row
     name: str
-    """One of rates.NAMES."""
+    """Name of the rate, one of rates.NAMES."""
     rates: dict[str, Rate]
-    """By role."""
+    """Rate by role."""
     differences: dict[tuple[str, str], PairedDifference]
     """(before role, after role) -> change, item by item; lower is better."""
     adjusted_p: dict[tuple[str, str], float]
@@ -128,7 +128,7 @@ class Comparison:
 
     rows: tuple[Row, ...]
     refused: tuple[str, ...]
-    """Why a role's score was left out of a row: it was measured with other settings."""
+    """Reasons why a role's score was left out of a row: it was measured with other settings."""
 
 
 def read_run(folder: Path) -> Run:

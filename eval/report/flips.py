@@ -15,15 +15,15 @@ CHANGES = (
     ("pruned", "distilled", "won back by distilling", "lost by distilling"),
     ("teacher", "pruned", "right only after the cut", "lost by the cut"),
 )
-"""Role before, role after, what the items are that were won and those that were lost."""
+"""Role before, role after, name of the items won, name of the items lost."""
 MAX_ITEMS = 60
-"""Shown per task and direction."""
+"""Items shown per task and direction."""
 MAX_CHARACTERS = 400
-"""Of one text."""
+"""Characters shown of one text."""
 MAX_BYTES = 1_000_000
-"""Of all shown items together, as they stand in the page: a report stays small however many items there are."""
+"""Bytes of all shown items in the page: a report stays small however many items there are."""
 MARKUP_BYTES = 600
-"""What the page puts around the texts of one item."""
+"""Bytes that the page puts around the texts of one item."""
 
 
 def flips_section(comparison: Comparison) -> Section | None:
@@ -55,7 +55,7 @@ def _groups(comparison: Comparison, before: str, after: str, won_word: str, lost
 
 
 def within(groups: Sequence[Flips], budget: int) -> list[Flips]:
-    """The groups with as many items as the budget allows, in turns, so that no task takes the room of another."""
+    """The groups with as many items as the budget allows, in turns, so that no task crowds out another."""
     kept: list[list[Flip]] = [[] for _ in groups]
     for place in range(MAX_ITEMS):
         for group, items in zip(groups, kept, strict=True):

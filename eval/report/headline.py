@@ -27,9 +27,9 @@ CHANGES = {
     ("pruned", "distilled"): "Brought back",
     ("teacher", "distilled"): "Against the teacher",
 }
-"""(before, after) -> what the change between them is."""
+"""(before, after) -> name of the change between them."""
 PROTOCOLS_DIFFER = 0.1
-"""From so much between what two ways of asking keep, both are shown at the top."""
+"""Difference in retention from which two ways of asking are both shown at the top."""
 
 
 def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
@@ -68,8 +68,8 @@ def board(run: Run, comparison: Comparison) -> Board | None:
 
 
 def _worst_and_best(ability: str, rows: Sequence[Row]) -> list[Row]:
-    """Of an ability the way of asking by which the cut model keeps least, that by which it keeps most if that is
-    another, and of what has no chance level the one that rose most."""
+    """Rows of an ability: the one that the cut model keeps least of, the one that it keeps most of if that is
+    another, and of those without a chance level the one that rose most."""
     own = [row for row in rows if row.ability == ability]
     kept = sorted(((_kept(row), row) for row in own if row.higher_is_better), key=lambda pair: pair[0])
     shown = [row for _, row in kept[:1]]
@@ -79,7 +79,7 @@ def _worst_and_best(ability: str, rows: Sequence[Row]) -> list[Row]:
 
 
 def _kept(row: Row) -> float:
-    """By the pruned model, or by the only one there is."""
+    """Share kept by the pruned model, or by the only one there is."""
     retention = next(iter(row.retained.values()), None)
     return 1.0 if retention is None or retention.value is None else retention.value
 
@@ -106,7 +106,7 @@ def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]
 
 
 def facts(run: Run) -> tuple[tuple[str, str], ...]:
-    """Figures to take in at a glance: value and what it is."""
+    """Key figures: value and label of each."""
     figures: list[tuple[str, str]] = []
     if run.plan and (run.plan.drop or not run.plan.edits):
         figures.append((f"{len(run.plan.drop)} of {run.plan.num_layers}", "decoder layers cut"))

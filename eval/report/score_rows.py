@@ -9,7 +9,7 @@ from shoal.tracking.wandb_results import Rows
 from .findings import compare, read_run
 
 RATES = ("malformed", "repetition", "cut_off", "mean_tokens")
-"""Of generated text; None for the others."""
+"""Rates of generated text; None for other tasks."""
 COLUMNS = (
     *("role", "task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance"),
     *("retention", "retention_low", "retention_high", "higher_is_better", "num_fewshot", "version"),

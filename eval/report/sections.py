@@ -32,7 +32,7 @@ RATES = {
     "cut_off": "Cut off at the limit",
     "mean_tokens": "Tokens, mean",
 }
-"""Of generated text: name -> what it is."""
+"""Rate of generated text -> its label."""
 VERDICT_WORDS = {"better": "▲ better", "worse": "▼ worse", "unclear": "○ no clear change", None: DASH}
 
 

@@ -12,12 +12,12 @@ Kind = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class SpeedRatio:
-    """To the teacher's speed; above 1 = faster."""
+    """Speed over the teacher's; above 1 = faster."""
 
     value: float
-    """Of the two medians."""
+    """Ratio of the two medians."""
     limits: tuple[float, float] | None
-    """The smallest and the largest ratio of one round, in which both took a turn; None where no rounds were kept."""
+    """Smallest and largest ratio of one round, in which both took a turn; None where no rounds were kept."""
 
     def in_words(self) -> str:
         """`1.24 × [1.20, 1.31]`."""

@@ -122,7 +122,7 @@ def _explanations(speed: Speed) -> list[Block]:
 
 
 def _batches(speed: Speed, score: SpeedScore) -> Sequence[BatchSpeed]:
-    """Of results from before there were several batch sizes, their one."""
+    """Speeds by batch size; results from before there were several have one."""
     if score.batches:
         return score.batches
     first = speed.batch_size * speed.prompt_tokens / score.prefill_tokens_per_s

@@ -15,9 +15,9 @@ from .findings import Row, is_share, measured_in_nats
 
 DASH = "–"
 LARGEST_NATS = 50
-"""Above it a perplexity is too long a number to be read."""
+"""Nats above which a perplexity is too long a number to be read."""
 MAX_NAMES = 8
-"""Tasks told by name in one sentence; all of them are in the tables."""
+"""Tasks named in one sentence; all of them are in the tables."""
 
 
 def score_text(score: TaskScore) -> str:
@@ -144,5 +144,5 @@ def task_names(rows: Iterable[Row]) -> str:
 
 
 def named_or_counted(rows: Sequence[Row]) -> str:
-    """The tasks by name, or how many scores they are where a sentence has no room for so many."""
+    """The tasks by name, or their number where they are too many for a sentence."""
     return task_names(rows) if len(rows) <= MAX_NAMES else f"{len(rows)} scores"

@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of the system's errors where no more can be written."""
+"""Error numbers of the system for a disk that takes no more."""
 _FULL_TEXTS = (
     *(f"os error {number}" for number in DISK_FULL),  # safetensors
     *(os.strerror(number) for number in DISK_FULL),

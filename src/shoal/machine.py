@@ -15,11 +15,11 @@ import psutil
 import torch
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux tells a container its limits."""
+"""Folder in which Linux tells a container its limits."""
 STATUS = Path("/proc/self/status")
-"""Where Linux tells a process about itself."""
+"""File in which Linux tells a process about itself."""
 CPU_INFO = Path("/proc/cpuinfo")
-"""Where Linux describes the processors."""
+"""File in which Linux describes the processors."""
 
 
 def available_memory() -> int:
@@ -77,7 +77,7 @@ def ranks_to_start(wanted: int | None) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What the manufacturer calls ``device``; for a CPU what Linux says of it, with what it has for bfloat16."""
+    """Name of ``device``; for a CPU as Linux gives it, with its instructions for bfloat16."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

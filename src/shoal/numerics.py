@@ -27,11 +27,11 @@ SIZE = {"cpu": 512}
 GFLOP/s, one of the smaller takes 0.3 s."""
 LARGE_SIZE = 4096
 GAIN = 1.2
-"""Half precision has to be so many times as fast as float32: what it rounds away is not given up for less."""
+"""Times that half precision has to be as fast as float32: what it rounds away is not given up for less."""
 FLOAT16_GAIN = 1.5
-"""float16 has to be so many times as fast as bfloat16, whose range needs no loss scaling."""
+"""Times that float16 has to be as fast as bfloat16, whose range needs no loss scaling."""
 SLOW = 3.0
-"""A named precision that is so many times slower than the device's best is worth a warning."""
+"""Times that a named precision may be slower than the device's best without a warning."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def choose(rates: Mapping[str, float], device: str) -> Choice:
 
 
 def fast_dtype(device: torch.device) -> Choice:
-    """What `auto` means on ``device``."""
+    """The precision that `auto` means on ``device``."""
     rates = dict(product_rates(device))
     if device.type == "cpu":
         del rates["float16"]

@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FIRST_S = 4.0
-"""After so many seconds in which nothing was said, what is being done is."""
+"""Seconds of silence after which a line says what is being done."""
 SHARE = 1 / 75
-"""Of the time that a piece of work has taken: what is done for hours is told less often."""
+"""Silence as a share of the time that the work has taken: long work is told less often."""
 LONGEST_S = 60.0
 POLL_S = 0.5
-"""How often the thread looks; bars are drawn as often."""
+"""Seconds between two looks of the thread; bars are drawn as often."""
 BYTES = "bytes"
 """The unit that is told as a size."""
 
@@ -40,7 +40,7 @@ class Work:
         self.label, self.total, self.unit, self.started = label, total, unit, started
         self.done = 0
         self.note = ""
-        """What else a reader wants to know now, the loss for instance."""
+        """Text behind the counts, such as the loss."""
         self._known = 0
 
     def __call__(self, count: int = 1) -> None:

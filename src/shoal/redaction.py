@@ -19,7 +19,7 @@ _SECRET_ARGUMENT = re.compile(
 )
 """`trainer.hub_token=x` and `trainer={hub_token: x}`, but not `num_tokens=80_000`."""
 SHORTEST_SECRET = 8
-"""Shorter values of the environment are not looked for: they would be found in innocent words."""
+"""Characters of the shortest value of the environment that is hidden; a shorter one is part of innocent words."""
 
 
 def redacted(value: Any) -> Any:

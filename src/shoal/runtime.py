@@ -164,7 +164,7 @@ def barrier() -> None:
 
 
 def agreed(decide: Callable[[], T]) -> T:
-    """What rank 0 decides, on every rank that has joined; its refusal is everyone's."""
+    """The decision of rank 0 on every rank that has joined; its refusal is everyone's."""
     import torch.distributed as dist
 
     if not dist.is_initialized():

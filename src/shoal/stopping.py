@@ -24,11 +24,11 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED_BY = "SHOAL_LAUNCHED_BY"
 """Variable of a launched process: the process number of the `shoal` that started the launcher."""
 ORPHAN_S = 8
-"""How long a rank without its launcher may take to finish its step and save."""
+"""Seconds that a rank without its launcher may take to finish its step and save."""
 SAVE_S = 120
-"""How long ranks may take for that when they are asked to stop."""
+"""Seconds that ranks may take for that when they are asked to stop."""
 QUIET_S = 5
-"""After how long it is said that they are waited for."""
+"""Seconds after which a message says that they are waited for."""
 
 
 @contextmanager

@@ -11,11 +11,11 @@ PROTOCOLS = {
     "worked": "worked answers",
     "rolling": "running text",
 }
-"""Protocol -> how a reader is told what was asked."""
+"""Protocol -> its words for a reader."""
 ABILITIES = ("retrieval", "knowledge", "reasoning")
-"""Those that task names begin with."""
+"""Abilities that task names begin with."""
 USUAL_METRICS = ("acc", "match", "exact_match", "nats_per_token")
-"""One for each way of asking; another one is named."""
+"""Metrics that are not named, one for each way of asking; others are."""
 ACRONYMS = ("arc", "bbh", "gsm8k", "mmlu", "nq", "piqa", "svamp", "uuid")
 _COUNTED = re.compile(r"(at|k)?(\d+)([a-z]{2,}?)?(\d+)?")
 

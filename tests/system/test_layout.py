@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("compress", "train", "eval")
+TOP = ("compress", "train", "eval")
 LEVELS = (
     ("shoal.abilities", "shoal"),
     ("shoal.models", "shoal.recipe"),
@@ -35,16 +35,16 @@ LEVELS = (
 )
 """Folders from the lowest to the highest: a module imports its own folder and folders of lower levels, no others."""
 LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in folders}
-ROOM_OF_ANOTHER = {"compress.sweeps": "eval"}
-"""Folder -> other room it may import: importance by task is an evaluation."""
+ANOTHER = {"compress.sweeps": "eval"}
+"""Folder -> other stage it may import: importance by task is an evaluation."""
 MOST_MODULES = 15
 SHARED = sorted(
     file
     for file in (ROOT / "src/shoal").rglob("*.py")
-    if file.relative_to(ROOT / "src/shoal").parts[0] not in (*ROOMS, "configs")
+    if file.relative_to(ROOT / "src/shoal").parts[0] not in (*TOP, "configs")
 )
-ROOM_FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
-ALL_FILES = [*SHARED, *ROOM_FILES]
+STAGE_FILES = sorted(file for stage in TOP for file in (ROOT / stage).rglob("*.py"))
+ALL_FILES = [*SHARED, *STAGE_FILES]
 TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -85,12 +85,12 @@ def folder_of(module: str) -> str:
     if module == "shoal.cli":
         return "cli"
     folder = module if module in PACKAGES else module.rpartition(".")[0]
-    return folder.removeprefix("shoal.") if room_of(folder) else folder
+    return folder.removeprefix("shoal.") if stage_of(folder) else folder
 
 
-def room_of(module: str) -> str | None:
+def stage_of(module: str) -> str | None:
     parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else None
+    return parts[1] if len(parts) > 1 and parts[1] in TOP else None
 
 
 def test_every_folder_has_one_level() -> None:
@@ -106,24 +106,24 @@ def test_modules_import_lower_folders_only(file: Path) -> None:
             assert LEVEL[folder] < LEVEL[own], f"{name_of(file)} imports {module}, which is not below it"
 
 
-@pytest.mark.parametrize("file", ROOM_FILES, ids=name_of)
-def test_rooms_know_one_another_only_where_they_must(file: Path) -> None:
+@pytest.mark.parametrize("file", STAGE_FILES, ids=name_of)
+def test_stages_know_one_another_only_where_they_must(file: Path) -> None:
     own = module_of(file)
     for _, module in imports(file):
-        if (room := room_of(module)) and room != room_of(own):
-            assert room == ROOM_OF_ANOTHER.get(folder_of(own)), f"{name_of(file)} imports {module}"
+        if (stage := stage_of(module)) and stage != stage_of(own):
+            assert stage == ANOTHER.get(folder_of(own)), f"{name_of(file)} imports {module}"
 
 
 @pytest.mark.parametrize("file", ALL_FILES, ids=name_of)
-def test_rooms_import_themselves_relatively_and_the_rest_absolutely(file: Path) -> None:
+def test_stages_import_themselves_relatively_and_the_rest_absolutely(file: Path) -> None:
     """Only this way editable installs, wheels, pytest, pyright and the launcher see one identity per class."""
-    own = room_of(module_of(file))
+    own = stage_of(module_of(file))
     for written, module in imports(file):
-        if own and room_of(module):
+        if own and stage_of(module):
             assert written.startswith("."), f"{name_of(file)}: import {module} relatively"
         elif "abilities" not in file.parts:
             assert not written.startswith("."), f"{name_of(file)}: write {module} for {written}"
-        assert module.split(".")[0] not in ROOMS, f"{name_of(file)}: {module} is no top-level module"
+        assert module.split(".")[0] not in TOP, f"{name_of(file)}: {module} is no top-level module"
 
 
 def test_no_folder_is_full() -> None:
@@ -138,7 +138,7 @@ def test_no_folder_is_full() -> None:
     ids=name_of,
 )
 def test_scripts_and_tests_import_absolutely(file: Path) -> None:
-    wrong = [written for written, _ in imports(file) if written.startswith(".") or written.split(".")[0] in ROOMS]
+    wrong = [written for written, _ in imports(file) if written.startswith(".") or written.split(".")[0] in TOP]
     assert not wrong
     assert not [written for written, _ in imports(file) if written.startswith("test_")], "share it in tests/support"
 
@@ -146,7 +146,7 @@ def test_scripts_and_tests_import_absolutely(file: Path) -> None:
 def own_test(module: str) -> Path:
     """Where tests of ``module`` are looked for: tests/ mirrors the tree."""
     *folders, stem = module.split(".")[1:]
-    return Path(*([] if room_of(module) else ["shoal"]), *folders, f"test_{stem}.py")
+    return Path(*([] if stage_of(module) else ["shoal"]), *folders, f"test_{stem}.py")
 
 
 def covered_by(test: Path) -> list[str]:
@@ -206,11 +206,11 @@ def test_declared_packages_are_those_of_the_tree() -> None:
     places = {package: ROOT / folder for package, folder in tools["package-dir"].items()}
     assert set(tools["packages"]) == set(places)
     declared = {folder.resolve() for folder in places.values()}
-    roots = [ROOT / "src/shoal", *(ROOT / room for room in ROOMS), ROOT / "configs"]
+    roots = [ROOT / "src/shoal", *(ROOT / stage for stage in TOP), ROOT / "configs"]
     found = {init.parent.resolve() for root in roots for init in root.rglob("__init__.py")}
     assert declared == found
     linked = {path.name: path.readlink() for path in (ROOT / "src/shoal").iterdir() if path.is_symlink()}
-    assert linked == {name: Path("../..") / name for name in (*ROOMS, "configs")}
+    assert linked == {name: Path("../..") / name for name in (*TOP, "configs")}
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES - {"shoal.abilities"}))
@@ -224,7 +224,7 @@ def test_a_folders_docstring_names_its_modules_and_folders_once(package: str) ->
 @pytest.mark.slow
 def test_wheel_holds_code_templates_recipes_and_tasks(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    for name in ("src", *ROOMS, "configs"):
+    for name in ("src", *TOP, "configs"):
         shutil.copytree(
             ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
@@ -238,7 +238,7 @@ def test_wheel_holds_code_templates_recipes_and_tasks(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("shoal-*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f"shoal/{file.relative_to(ROOT / 'src/shoal')}" for file in SHARED} | {"shoal/py.typed"}
-    for folder in (*ROOMS, "configs"):
+    for folder in (*TOP, "configs"):
         wanted |= {f"shoal/{file.relative_to(ROOT)}" for file in (ROOT / folder).rglob("*.py")}
     for pattern in (
         "configs/*.yaml",
@@ -270,7 +270,7 @@ def test_every_public_function_and_class_says_what_it_gives(file: Path) -> None:
 
 @pytest.mark.parametrize("file", [file for file in ALL_FILES if file.name != "cli.py"], ids=name_of)
 def test_nothing_prints(file: Path) -> None:
-    """Rooms log; only the command line talks to the terminal by itself."""
+    """Modules log; only the command line talks to the terminal by itself."""
     calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 

@@ -32,7 +32,7 @@ class Provenance:
     """What made an artifact, where and when."""
 
     inputs: dict[str, Json]
-    """Flat: `model`, `data`, `prune.drop`, ... to a fingerprint or a setting."""
+    """Fingerprints and settings by name: `model`, `data`, `prune.drop`, ..."""
     environment: dict[str, Json] = field(default_factory=environment)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -155,11 +155,11 @@ class PruningPlan(Artifact):
     num_layers: int
     """Layers of the teacher."""
     drop: tuple[int, ...]
-    """Strictly increasing."""
+    """Dropped layers, strictly increasing."""
     reason: str
-    """How the layers were chosen, in words for a reader."""
+    """Reason for this choice of layers, for a reader."""
     edits: Edits = ()
-    """What was done to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
+    """Changes to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
 
@@ -175,11 +175,11 @@ class PruningPlan(Artifact):
             yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
 
     def sealed(self, student: str) -> str:
-        """What the field ``student`` is with a student of this fingerprint."""
+        """Value of the field ``student`` for a student of this fingerprint."""
         return fingerprint([self.num_layers, list(self.drop), [asdict(edit) for edit in self.edits], student])
 
     def in_words(self) -> str:
-        """What is done to the teacher, in one line."""
+        """The changes to the teacher in one line."""
         gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
         return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits)])
 
@@ -201,16 +201,16 @@ class ItemScore:
 
     id: str
     score: float
-    """1/0 for accuracy-like metrics; nats per token for likelihood metrics."""
+    """Score: 1 or 0 for accuracy-like metrics, nats per token for likelihood metrics."""
     prediction: str = ""
-    """What the model chose or wrote."""
+    """Answer that the model chose or wrote."""
     target: str = ""
     weight: float = 1.0
     """Share of this item in the task's mean: 1, or the tokens of a perplexity window."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Of generated text: `malformed`, `repetition` and `cut_off` as 1 or 0, `tokens` as a count; else empty."""
+    """Rates of generated text: `malformed`, `repetition` and `cut_off` as 1 or 0, `tokens` as a count; else empty."""
     question: str = ""
-    """What was asked, without few-shot examples; the middle of a long one is left out."""
+    """Question without few-shot examples; the middle of a long one is left out."""
 
 
 @dataclass(frozen=True)
@@ -218,38 +218,38 @@ class TaskScore:
     """One task's mean under one protocol, with its interval and its items."""
 
     task: str
-    """lm-eval task name."""
+    """Name of the lm-eval task."""
     ability: str
-    """retrieval, knowledge, reasoning, language, or the task's own group."""
+    """Ability: retrieval, knowledge, reasoning, language, or the task's own group."""
     protocol: str
-    """loglikelihood, continuation, generation, worked (nats of the right answer), or rolling (perplexity)."""
+    """Protocol: loglikelihood, continuation, generation, worked (nats of the right answer), or rolling (perplexity)."""
     metric: str
     score: float
     ci_low: float
     ci_high: float
-    """95 % interval of the score."""
+    """Upper end of the 95 % interval of the score."""
     n: int
     chance: float
     higher_is_better: bool
     version: str
-    """Task version: prompt and matching rules."""
+    """Version of the task: prompt and matching rules."""
     num_fewshot: int
     items: tuple[ItemScore, ...]
     family: str | None = None
-    """Tasks that differ in nothing but their level; None = it stands alone."""
+    """Family of tasks that differ in nothing but their level; None = the task has no family."""
     level: float | None = None
-    """What the dial of a family stands at: steps of reasoning, pairs of a look-up, position of the answer."""
+    """Level within the family: steps of reasoning, pairs of a look-up, position of the answer."""
     rates: dict[str, float] = field(default_factory=dict)
-    """Of generated text, over the items: `malformed`, `repetition`, `cut_off` and `mean_tokens`; else empty. See
+    """Rates of generated text over the items: `malformed`, `repetition`, `cut_off` and `mean_tokens`; else empty. See
     eval/harness/rates.py."""
     prompts: str = ""
     """Fingerprint of everything that was asked, few-shot examples included, and of the task's rules of matching."""
     matching: int = 1
-    """Of generated text: the version of the code that reads answers out of it (shoal.abilities.matching); else 1."""
+    """Version of the code that reads answers out of generated text (shoal.abilities.matching); 1 for other tasks."""
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells this score from the others of one evaluation."""
+        """Task, protocol and metric, which tell the scores of one evaluation apart."""
         return self.task, self.protocol, self.metric
 
     def contradictions(self) -> Iterator[str]:
@@ -276,17 +276,17 @@ class Evaluation(Artifact):
     """eval/<role>.json: the abilities of one model."""
 
     role: str
-    """teacher, pruned or distilled."""
+    """Role of the model: teacher, pruned or distilled."""
     tasks: tuple[TaskScore, ...]
     num_parameters: int
     num_layers: int
     num_bytes: int
-    """Of the checkpoint's weights on disk."""
+    """Bytes of the checkpoint's weights on disk."""
     seconds: float
     num_requests: int = 0
-    """Asked of the model, each once; 0 = not recorded."""
+    """Requests that were asked of the model, each once; 0 = not recorded."""
     num_kept: int = 0
-    """Of them, those whose answers were there before ``seconds`` began."""
+    """Requests whose answers were there before ``seconds`` began."""
 
     def contradictions(self) -> Iterator[str]:
         if not self.tasks:
@@ -306,11 +306,11 @@ class BatchSpeed:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     first_token_s: float
-    """From handing over the prompts to knowing the first new token of each."""
+    """Seconds from handing over the prompts to knowing the first new token of each."""
     peak_memory_bytes: int | None
-    """Weights, cache and intermediate tensors at the fullest moment; None = not measured."""
+    """Bytes of weights, cache and intermediate tensors at the fullest moment; None = not measured."""
     samples: dict[str, tuple[float, ...]]
-    """All repeats of `prefill`, `decode` and `first_token`, so that a reader sees the noise."""
+    """Values of all repeats of `prefill`, `decode` and `first_token`, so that a reader sees the noise."""
     expected: dict[str, float] = field(default_factory=dict)
     """Name of a field above -> the teacher's value, scaled by what the layer count says; empty for the teacher."""
 
@@ -322,15 +322,15 @@ class SpeedScore:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     samples: dict[str, tuple[float, ...]]
-    """All repeats, so that a reader sees the noise."""
+    """Values of all repeats, so that a reader sees the noise."""
     batches: tuple[BatchSpeed, ...] = ()
-    """One per batch size, increasing."""
+    """Speeds by batch size, increasing."""
     num_layers: int | None = None
     num_parameters: int | None = None
     num_bytes: int | None = None
-    """Of the checkpoint's weights on disk."""
+    """Bytes of the checkpoint's weights on disk."""
     kv_bytes_per_token: int | None = None
-    """What one more token of one sequence adds to the cache."""
+    """Bytes that one more token of one sequence adds to the cache."""
     expected: dict[str, float] = field(default_factory=dict)
     """Name of a size above -> what the teacher's would be with this role's number of layers; empty for the teacher."""
 
@@ -343,12 +343,12 @@ class Speed(Artifact):
 
     roles: dict[str, SpeedScore]
     batch_size: int
-    """The first one, to which the speeds directly under a role belong."""
+    """First batch size, to which the speeds directly under a role belong."""
     prompt_tokens: int
     new_tokens: int
     dtype: str
     left_out: tuple[str, ...] = ()
-    """Why a batch size that was asked for is missing, a sentence each."""
+    """Reasons why a batch size that was asked for is missing, a sentence each."""
 
 
 @dataclass(frozen=True)
@@ -359,16 +359,16 @@ class Training(Artifact):
 
     num_steps: int
     num_tokens: int
-    """Tokens the student was trained on, over all ranks."""
+    """Tokens that the student was trained on, over all ranks."""
     seconds: float
     history: tuple[dict[str, float], ...]
     """Logged values by step: `step`, `loss`, each loss term, `learning_rate`, `grad_norm`, ..."""
     settings: dict[str, Json]
-    """Resolved training arguments and DeepSpeed configuration."""
+    """Training arguments and DeepSpeed configuration as resolved."""
     data: dict[str, Json]
     """Documents, tokens, truncations and drops by source."""
     peak_memory_bytes: int
-    """Of the largest rank."""
+    """Bytes at the peak of the largest rank."""
 
 
 def differences(expected: dict[str, Json], actual: dict[str, Json]) -> list[str]:

@@ -16,11 +16,11 @@ class Attribution:
     """Integrated gradients of one prompt at one site of every layer."""
 
     site: str
-    """layer, attention or mlp: whose output."""
+    """Part whose output it is: layer, attention or mlp."""
     input_ids: tuple[int, ...]
     num_answer: int
     gradients: tuple[tuple[float, ...], ...]
-    """One row per layer, one number per token; a row adds up to ``change`` as steps grow (completeness)."""
+    """Gradients by layer and token; a row adds up to ``change`` as steps grow (completeness)."""
     change: tuple[float, ...]
     """F(x) - F(x0) by layer: F is the sum of the answer tokens' probabilities, x the intact output, x0 its mean over
     the sequence at every token."""
@@ -32,9 +32,9 @@ class EffectiveDepth:
 
     layer: int | None
     ratio: float | None
-    """(layer + 1) / L."""
+    """Depth as a share: (layer + 1) / L."""
     reason: str = ""
-    """Why there is none."""
+    """Reason why there is none; empty = there is one."""
 
 
 @dataclass(frozen=True)
@@ -47,36 +47,36 @@ class Diagnostics(Artifact):
     num_tokens: int
     """Real tokens in the means of ``cosines`` and ``sizes``."""
     cosines: dict[str, tuple[float, ...]]
-    """layer, attention, mlp: mean cosine of what is written and what its writer has read. Negative = erases, near 0 =
+    """Mean cosine of what layer, attention or mlp writes and what it has read. Negative = erases, near 0 =
     new features, positive = amplifies."""
     sizes: dict[str, tuple[float, ...]]
-    """Mean size of what is written over the size of what its writer has read."""
+    """Mean size of what is written over the size of what was read, by the same names."""
     parallel: tuple[bool, ...]
     """Whether a layer's attention and MLP both read its input; empty = unknown, see ``halves_refusal``."""
     halves_refusal: str
-    """Why there are no curves of attention and MLP; empty = there are."""
+    """Reason why there are no curves of attention and MLP; empty = there are."""
     lens_tokens: int
     lens_kl: tuple[float, ...]
     """Mean KL(p_l || p_final) in nats of what the head makes of layer l's input."""
     lens_overlap: tuple[float, ...]
     """Mean share of the top-5 tokens in common with the output's."""
     lens_refusal: str
-    """Why states cannot be read through the head (no lens, no effect on the output, no integrated gradients)."""
+    """Reason why states cannot be read through the head (no lens, no effect on the output, no integrated gradients)."""
     num_cuts: int
-    """Prompts times cut positions, over which the effects are the largest."""
+    """Number of prompts times cut positions, over which the effects are the largest."""
     skip_effect: tuple[tuple[float, ...], ...]
-    """[s][l]: relative change of later layer l's update at tokens from the cut on, when layer s is skipped at the
+    """Effect [s][l]: relative change of later layer l's update from the cut on, when layer s is skipped at the
     tokens before it; 0 where l <= s."""
     skip_output: tuple[float, ...]
-    """The same for next-token probabilities: Euclidean distance."""
+    """Euclidean distance of the next-token probabilities, by skipped layer."""
     erasure_output: tuple[float, ...]
     """Change of the next-token probabilities behind a token whose state before layer l became the mean state."""
     effects_refusal: str
-    """Why there are no effects or integrated gradients."""
+    """Reason why there are no effects or integrated gradients."""
     gradient_steps: int
     attributions: tuple[Attribution, ...]
     effective_depth: dict[str, EffectiveDepth]
-    """cosine, kl, overlap."""
+    """Effective depth by rule: cosine, kl, overlap."""
 
     def in_words(self) -> str:
         """A few lines for the log."""
@@ -116,25 +116,25 @@ class ConceptDepth:
 
     path: str
     classes: tuple[str, ...]
-    """Sorted; with two of them F1 is the second one's, with more its mean over classes."""
+    """Names of the classes, sorted; F1 is that of the second of two, or the mean over more."""
     num_train: int
     num_test: int
     num_repeated: int
-    """Items left out because their text was there before."""
+    """Number of items left out because their text was there before."""
     num_shortened: int
-    """Texts with more than ``max_tokens`` tokens."""
+    """Number of texts with more than ``max_tokens`` tokens."""
     accuracy: tuple[float, ...]
-    """On the test part, as F1 and AUC."""
+    """Accuracy on the test part, as F1 and AUC are."""
     accuracy_low: tuple[float, ...]
     accuracy_high: tuple[float, ...]
-    """95 % Wilson interval."""
+    """Upper end of the 95 % Wilson interval."""
     f1: tuple[float, ...]
     auc: tuple[float, ...]
     """Area under the ROC curve; with more than two classes the mean of one against the rest."""
     majority: float
     """Accuracy on the test part of always saying the training part's most frequent class."""
     variation: tuple[float | None, ...]
-    """b_l = accuracy_l / accuracy_{l-1} for l = 1 to L; None where the one before is 0."""
+    """Variation b_l = accuracy_l / accuracy_{l-1} for l = 1 to L; None where the one before is 0."""
     jump: DepthPoint
     """First l / L with b_l >= 1.1."""
     converging: DepthPoint

@@ -36,12 +36,12 @@ class Chat:
 
     messages: list[dict[str, Any]]
     where: str
-    """Source and row, for messages."""
+    """Source and row of the conversation, for messages."""
     tools: list[Any] | None = None
 
     @property
     def num_characters(self) -> int:
-        """About how much memory it takes."""
+        """Number of characters: about as many bytes as it takes."""
         return sum(len(str(value)) for message in self.messages for value in message.values())
 
 

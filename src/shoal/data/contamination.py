@@ -18,9 +18,9 @@ import numpy as np
 
 NUM_WORDS = 13
 FEWEST_WORDS = 5
-"""A shorter item would be found by chance; it is not looked for."""
+"""Words of the shortest item that is looked for; a shorter one would be found by chance."""
 COMMON = 3
-"""An n-gram of more items of one task than this is the wording of its prompt."""
+"""Items of one task up to which an n-gram is their own; one of more is the wording of the prompt."""
 EXAMPLES = 20
 _SIGNS = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
@@ -33,11 +33,11 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Overlap:
-    """What of one task was found in the training text."""
+    """Items of one task that were found in the training text."""
 
     items: int
     compared: int
-    """Items with words of their own that are long enough to look for."""
+    """Number of items with words of their own that are long enough to look for."""
     found: int
     examples: tuple[int, ...]
     """Indices of the first items that were found."""

@@ -44,11 +44,11 @@ class TokenDocument:
 
     ids: np.ndarray
     supervised: np.ndarray
-    """Which tokens are learnt; the first never is, whatever it says here."""
+    """Mask of the tokens that are learnt; the first never is, whatever it says here."""
     epoch: int = 0
-    """How often its source had been used up before."""
+    """Number of times its source had been used up before."""
     truncated: int = 0
-    """Tokens that were cut off its end."""
+    """Number of tokens that were cut off its end."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,11 +71,11 @@ class PackedRows:
 
     input_ids_NS: Tensor
     position_ids_NS: Tensor
-    """Restart at 0 with every document."""
+    """Positions, which restart at 0 with every document."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Per source what its documents gave: FIELDS, and `dropped` documents."""
+    """Counts by source: FIELDS, and `dropped` documents."""
     supervised_NS: Tensor | None = None
-    """Which tokens are learnt (bool); None = all. A document's first never is."""
+    """Mask of the tokens that are learnt (bool); None = all. A document's first never is."""
 
     def __len__(self) -> int:
         return len(self.input_ids_NS)

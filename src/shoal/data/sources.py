@@ -42,7 +42,7 @@ __all__ = ["IGNORED", "PackedRows"]
 T = TypeVar("T")
 
 HELD_OUT_SHARE = 8
-"""One topic in eight of Python's documentation is kept for evaluation."""
+"""Topics of Python's documentation per one that is kept for evaluation."""
 
 
 def python_docs(*, held_out: bool) -> list[str]:
@@ -94,9 +94,9 @@ BUNDLED: dict[str, Callable[[], list[str]]] = {
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 """File ending -> its reader in `datasets`; a .txt file is one document, which `datasets` would cut into lines."""
 HELD_CHARACTERS = 32_000_000
-"""A source with less text than this is shuffled as a whole; a larger one streams through a buffer of this size."""
+"""Characters up to which a source is shuffled as a whole; a larger one streams through a buffer of this size."""
 CHARACTERS_PER_TOKEN = 16
-"""More than any tokenizer puts into a token of prose on average."""
+"""Characters: more than any tokenizer puts into a token of prose on average."""
 BORDER_TOKENS = 64
 """Tokens at the end of a beginning that may be others where the text goes on."""
 AT_ONCE = 256

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_COLUMNS = 5
-"""More would leave a column too narrow to read; the atlas and importance.json hold all of them."""
+"""Columns that are drawn; more would be too narrow to read. The atlas and importance.json hold all of them."""
 MAX_HEIGHT_INCHES, MAX_ROW_INCHES = 8.5, 0.2
 FAR_OUT = 3.0
 """A bar this many times longer than nine of ten others is broken off, so that it does not flatten them."""
@@ -33,7 +33,7 @@ class DepthColumn:
 
     name: str
     scores: tuple[float | None, ...]
-    """One per layer; None = the column says nothing of it."""
+    """Scores by layer; None = the column says nothing of it."""
     decided: bool = False
     """Whether layers were chosen by this column."""
     critical: frozenset[int] = frozenset()

@@ -25,7 +25,7 @@ class Ladder:
     protocol: str
     metric: str
     scores: dict[str, tuple[TaskScore, ...]]
-    """Role -> its scores; all roles were scored at the same levels."""
+    """Scores by role; all roles were scored at the same levels."""
 
     @property
     def levels(self) -> tuple[float, ...]:

@@ -27,7 +27,7 @@ COSTS: dict[Cost, str] = {
 FULL_WIDTH_INCHES = 7.4
 ROW_INCHES = 2.1
 MARK_WIDTH = 0.07
-"""Of the range of costs: marks that are closer than this stand side by side."""
+"""Share of the range of costs: marks that are closer than this are drawn side by side."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ParetoPoint:
     """One model in one panel."""
 
     label: str
-    """The run's letter, or those of all runs that share the model: `A, B`; empty for a teacher."""
+    """Letter of the run, or of all runs that share the model: `A, B`; empty for a teacher."""
     role: str
     cost: float
     kept: Interval

@@ -1,6 +1,6 @@
 """The record and distill stages: signals/, distilled/ and distill.json, and what they refuse before anything starts.
 
-Room code is imported where it is used, so that a verb loads only what it runs.
+Code of compress and train is imported where it is used, so that a verb loads only what it runs.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def signals_folder(run: Run) -> Path:
 
 def distill(run: Run) -> None:
     """distilled/ and distill.json. All ranks take part, inside an initialised process group."""
-    from shoal.train import distill as room
+    from shoal.train import distill as training
 
     plan = read_plan(run)
     recipe = run.recipe
@@ -101,7 +101,7 @@ def distill(run: Run) -> None:
     if "student" not in inputs:
         raise _student_is_gone(run)
     seed_everything(recipe.seed)
-    room.distill(
+    training.distill(
         run.teacher,
         run.dir / "student",
         plan,

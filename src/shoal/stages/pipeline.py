@@ -1,6 +1,6 @@
 """The stages after training and all of them in order: evaluate, report, export, run.
 
-Room code is imported where it is used, so that a verb loads only what it runs.
+Code of compress and eval is imported where it is used, so that a verb loads only what it runs.
 """
 
 from __future__ import annotations
@@ -197,21 +197,21 @@ def report(run: Run) -> None:
 
 def export_gguf(run: Run) -> None:
     """gguf/<model>-<role>.gguf, proven, of the distilled checkpoint, or of the pruned one where there is no other."""
-    from shoal.compress.targets import gguf as room
+    from shoal.compress.targets import gguf
 
     found = roles(run)
     role = next((role for role in ("distilled", "pruned") if role in found), None)
     if role is None:
         raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
-    inputs = {"model": model_fingerprint(found[role]), "converter": room.converter_fingerprint()}
-    path = run.dir / room.Gguf.FILE
-    if is_done(room.Gguf, path, inputs, "gguf") and (path.parent / room.Gguf.read(path).file).is_file():
+    inputs = {"model": model_fingerprint(found[role]), "converter": gguf.converter_fingerprint()}
+    path = run.dir / gguf.Gguf.FILE
+    if is_done(gguf.Gguf, path, inputs, "gguf") and (path.parent / gguf.Gguf.read(path).file).is_file():
         return
     name = re.sub(r"[^\w.-]+", "-", f"{Path(run.recipe.model).name}-{role}.gguf")
     log.info("gguf: converting %s with llama.cpp's converter", found[role])
     with written_folder(path.parent) as temporary:
-        proof = room.export_gguf(found[role], temporary / name)
-        room.Gguf(Provenance(inputs), name, proof).write(temporary / path.name)
+        proof = gguf.export_gguf(found[role], temporary / name)
+        gguf.Gguf(Provenance(inputs), name, proof).write(temporary / path.name)
     log.info("gguf: %s: %s", path.parent / name, proof.in_words())
 
 

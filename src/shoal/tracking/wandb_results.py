@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOGGED_FILE = "wandb_logged.json"
 WEIGHTS_WAIT_S = 4 * 3600
-"""So long a stage waits at its end for the upload of weights."""
+"""Seconds that a stage waits at its end for the upload of weights."""
 RESULT_FILES = (
     Importance.FILE,
     PruningPlan.FILE,
@@ -251,7 +251,7 @@ def _new_artifact(name: str, kind: str, record: dict[str, Any]) -> Artifact:
 
 
 def _hub_address(recipe: dict[str, Any]) -> str | None:
-    """Of the teacher's page; None where it is a folder of this machine."""
+    """Address of the teacher's page; None where it is a folder of this machine."""
     name = recipe["model"]
     if name.startswith((DEMO_PREFIX, ".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         return None
@@ -259,7 +259,7 @@ def _hub_address(recipe: dict[str, Any]) -> str | None:
 
 
 def _artifact_name(model: str) -> str:
-    """What a model is called among artifacts: the same in every run that starts from it."""
+    """Name of a model among artifacts: the same in every run that starts from it."""
     name = Path(model).name if model.startswith((".", "/", "~")) else model
     return re.sub(r"[^\w.-]+", "-", name).strip("-") or "model"
 

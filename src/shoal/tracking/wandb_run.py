@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 RUN_ID_FILE = "wandb_run_id"
 UPLOAD_WAIT_S = 300
-"""So long a stage waits at its end for what is still to be uploaded; all of it is on the disk anyway."""
+"""Seconds that a stage waits at its end for uploads; all of it is on the disk anyway."""
 FULL_DISK_BYTES = 100_000
-"""With less free space than this the last records are lost, and W&B does not say so."""
+"""Bytes of free space below which the last records are lost, and W&B does not say so."""
 
 _given_up = False
 
@@ -107,7 +107,7 @@ def is_tracking() -> bool:
 
 
 def sync_command(run_dir: Path) -> str:
-    """What uploads the records of a run directory later."""
+    """The command that uploads the records of a run directory later."""
     return f"wandb sync --include-online {run_dir / 'wandb'}"
 
 
