@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import signal
@@ -12,8 +13,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shoal import __version__, runtime
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
@@ -30,19 +32,57 @@ log = logging.getLogger("shoal")
 STARTED = "SHOAL_STARTED"
 """Names the file in the environment of ranks that rank 0 makes once it can speak for itself."""
 STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb that reads a recipe, and the functions of shoal.stages that do its work, as `module.function`."""
+
+    help: str
+    stage: str
+    """Function of the run; of a verb that ``launches``, of the run and of what launches a training."""
+    dry_run: tuple[str, str] | None = None
+    """Function of the run that returns the text of --dry-run, and words for it; None = there is no --dry-run."""
+    check: str | None = None
+    """Function of the run that refuses it before anything is written there."""
+    needs_group: bool = False
+    """Whether a process that no launcher started joins a process group, too."""
+    launches: bool = False
+    """Whether it locks the run directory and starts a launcher itself."""
+
+
 VERBS = {
-    "measure": "measure what every layer is worth: importance.json",
-    "prune": "choose layers and cut them out: plan.json, student/",
-    "record": "write down what the teacher says of the training rows, to train from: signals/",
-    "distill": "train the cut model on the full one: distilled/",
-    "eval": "score teacher, pruned and distilled: eval/*.json",
-    "search": "heal several plans for the same few tokens and rank them: search.json, search.md",
-    "report": "report.html, report.md, and the Hub push where the recipe asks for it",
-    "run": "all of it, skipping what is done and unchanged",
-}
-DRY_RUNS = {
-    "prune": "sizes, expected speed and targets before and after",
-    "distill": "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
+    "measure": Verb("measure what every layer is worth: importance.json", "measure.measure"),
+    "prune": Verb(
+        "choose layers and cut them out: plan.json, student/",
+        "prune.prune",
+        dry_run=("prune.prune_dry_run", "sizes, expected speed and targets before and after"),
+    ),
+    "record": Verb(
+        "write down what the teacher says of the training rows, to train from: signals/",
+        "distill.record",
+        needs_group=True,
+    ),
+    "distill": Verb(
+        "train the cut model on the full one: distilled/",
+        "distill.distill",
+        dry_run=(
+            "distill.distill_dry_run",
+            "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
+        ),
+    ),
+    "eval": Verb("score teacher, pruned and distilled: eval/*.json", "pipeline.evaluate"),
+    "search": Verb(
+        "heal several plans for the same few tokens and rank them: search.json, search.md",
+        "search.search",
+        launches=True,
+    ),
+    "report": Verb(
+        "report.html, report.md, and the Hub push where the recipe asks for it",
+        "pipeline.report",
+        check="pipeline.require_results",
+    ),
+    "run": Verb("all of it, skipping what is done and unchanged", "pipeline.run_all", launches=True),
 }
 COMPARE = "runs side by side: what each kept, at which size, speed and cost, and where they differ; needs no recipe"
 DELTA = "how far a donor's weights are from its base's, layer by layer: |donor - base| / |base|; needs no recipe"
@@ -68,10 +108,8 @@ def _main(argv: list[str]) -> int:
     # idle OpenMP threads that spin make every other process on the machine several times slower; read when torch loads
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parse(argv)
-    if arguments.verb == "delta":
-        return _without_recipe(lambda: _delta(arguments.base, arguments.donor, arguments.json))
-    if arguments.verb == "compare":
-        return _without_recipe(lambda: _compare(arguments))
+    if "work" in arguments:  # of a verb without a recipe
+        return _exit_code(lambda: arguments.work(arguments))
     dry = getattr(arguments, "dry_run", False)
     return run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry)
 
@@ -80,56 +118,48 @@ def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool 
     """Run one verb, or only say what prune or distill would do; returns the exit code."""
     from shoal.recipe.recipe import load_recipe  # not for --help and --version
 
+    def work() -> None:
+        recipe = load_recipe(config, overrides, further=_limits_without_task)
+        if dry_run:
+            with doing(f"{verb} --dry-run"):
+                text = _dry_run(verb, recipe)
+            _print(text)
+            return
+        label = f"{verb}, in the ranks" if STARTED in os.environ else verb
+        # training and its launcher listen themselves
+        with on_stop(lambda number: stop_at_once(number, STOPPED)), doing(label):
+            _dispatch(verb, recipe, config, overrides)
+
+    return _exit_code(work)
+
+
+def _exit_code(work: Callable[[], None]) -> int:
+    """Do ``work``; the exit code, after the message of what a user can fix."""
     runtime.set_up_logging()
     try:
         with explained_paths():
-            recipe = load_recipe(config, overrides, further=_limits_without_task)
-            if dry_run:
-                with doing(f"{verb} --dry-run"):
-                    told = _dry_run(verb, recipe)
-                _print(told)
-            else:
-                label = f"{verb}, in the ranks" if STARTED in os.environ else verb
-                # training and its launcher listen themselves
-                with on_stop(lambda number: stop_at_once(number, STOPPED)), doing(label):
-                    _dispatch(verb, recipe, config, overrides)
+            work()
     except UserError as error:
         if not runtime.is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
-        _print_error(error)
+        print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except LaunchEnded as ended:
         return ended.code
     return 0
 
 
-def _without_recipe(work: Callable[[], None]) -> int:
-    """Do ``work``, which reads no recipe; returns the exit code."""
-    runtime.set_up_logging()
-    try:
-        with explained_paths():
-            work()
-    except UserError as error:
-        _print_error(error)
-        return EXIT_USER_ERROR
-    return 0
-
-
-def _print_error(error: UserError) -> None:
-    print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
-
-
-def _delta(base: str, donor: str, out: str | None) -> None:
+def _delta(arguments: argparse.Namespace) -> None:
     """Print how far the weights of two models are from each other."""
     runtime.turn_down_libraries()
     from shoal.atomic_files import write_json
     from shoal.compress.delta import delta_norms
     from shoal.models.load import resolve_model
 
-    norms = delta_norms(resolve_model(base), resolve_model(donor))
+    norms = delta_norms(resolve_model(arguments.base), resolve_model(arguments.donor))
     _print(norms.table())
-    if out is not None:
-        write_json(Path(out), norms.document(), setting="--json")
+    if arguments.json is not None:
+        write_json(Path(arguments.json), norms.document(), setting="--json")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -146,13 +176,20 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _dry_run(verb: str, recipe: Recipe) -> str:
+    table = VERBS[verb].dry_run
+    assert table is not None
     with doing("loading the libraries"):
         runtime.turn_down_libraries()
-        from shoal.stages import distill, prune
         from shoal.stages.run import open_run
 
-    told = {"prune": prune.prune_dry_run, "distill": distill.distill_dry_run}
-    return told[verb](open_run(recipe))
+        text_of = _stage(table[0])
+    return text_of(open_run(recipe))
+
+
+def _stage(name: str) -> Callable[..., Any]:
+    """The function of shoal.stages that a row of VERBS names; its module is loaded now."""
+    module, function = name.split(".")
+    return getattr(importlib.import_module(f"shoal.stages.{module}"), function)
 
 
 def _print(text: str) -> None:
@@ -181,9 +218,12 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         Path(os.environ[STARTED]).touch()
     with doing("loading the libraries"):
         runtime.turn_down_libraries()
-        from shoal.stages import distill, measure, pipeline, prune
+        from shoal.stages import distill, pipeline
         from shoal.stages.run import Run, locked, open_run
         from shoal.tracking.wandb_run import wandb_mode
+
+        row = VERBS[verb]
+        stage = _distill if verb == "distill" else _stage(row.stage)
     from shoal.trust import refuse_links
 
     launched = "LOCAL_RANK" in os.environ
@@ -191,41 +231,30 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     wandb_mode(recipe.track)  # refuses now, not after hours
     if runtime.is_main():
         refuse_links(run.dir)
-    if verb in ("run", "search") and launched:
+    if row.launches and launched:
         raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
-    in_group = launched or verb in ("distill", "record")
     if verb == "distill" and not launched:
         run = open_run(recipe)
         distill.check_distill(run)
         distill.refuse_other_checkpoints(run)
         _launch_distill(recipe, config, overrides)
         return
-    if in_group:
+    if launched or row.needs_group:
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.timeout_s)
     run = open_run(recipe)
-    if verb == "run":
-        pipeline.run_all(run, lambda: _launch_distill(recipe, config, overrides))
-        return
-    if verb == "search":
-        from shoal.stages.search import search
+    if row.launches:
 
-        _print(search(run, lambda own, file: _launch_distill(own, str(file), ())))
+        def launch(own: Recipe = recipe, file: Path | None = None) -> None:
+            _launch_distill(own, *((config, overrides) if file is None else (str(file), ())))
+
+        if text := stage(run, launch):
+            _print(text)
         return
-    if verb == "report":
-        pipeline.require_results(run)
+    if row.check:
+        _stage(row.check)(run)
     with locked(run) if runtime.is_main() else contextlib.nullcontext():
-        if verb == "distill":
-            _distill(run)
-        else:
-            stages = {
-                "measure": measure.measure,
-                "prune": prune.prune,
-                "record": distill.record,
-                "eval": pipeline.evaluate,
-                "report": pipeline.report,
-            }
-            stages[verb](run)
+        stage(run)
         runtime.leave_distributed()  # before an upload that the other ranks need not wait for
         pipeline.track(run)
 
@@ -309,12 +338,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, text in VERBS.items():
-        sub = verbs.add_parser(verb, help=text, description=text)
+    for verb, row in VERBS.items():
+        sub = verbs.add_parser(verb, help=row.help, description=row.help)
         sub.add_argument("--config", required=True, help="recipe (YAML): a path, or the name of a shipped one")
         sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
-        if verb in DRY_RUNS:
-            sub.add_argument("--dry-run", action="store_true", help=f"print {DRY_RUNS[verb]}; write nothing")
+        if row.dry_run:
+            sub.add_argument("--dry-run", action="store_true", help=f"print {row.dry_run[1]}; write nothing")
         if verb == "measure":
             sub.add_argument(
                 "--diagnostics",
@@ -326,17 +355,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name in ("base", "donor"):
         delta.add_argument(name, help="Hub id, local path or demo:<name>")
     delta.add_argument("--json", metavar="FILE", help="also write every tensor's norms to FILE")
+    delta.set_defaults(work=_delta)
     compare = verbs.add_parser("compare", help=COMPARE, description=COMPARE)
     compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories with evaluations; two or more")
     compare.add_argument("--out", metavar="DIR", default="compare", help="where pages and figure go (default: compare)")
     compare.add_argument("--json", metavar="FILE", help="also write every number to FILE")
     compare.add_argument("--across-teachers", action="store_true", help="compare runs of different models too")
+    compare.set_defaults(work=_compare)
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
     words = known.verb == "compare"  # which takes run directories there instead
     unknown = [word for word in rest if word.startswith("-") or ("=" not in word and not words)]
     if "--dry-run" in unknown:
-        able = " or ".join(f"`shoal {verb} --dry-run`" for verb in DRY_RUNS)
+        able = " or ".join(f"`shoal {verb} --dry-run`" for verb, row in VERBS.items() if row.dry_run)
         parser.error(f"`shoal {known.verb}` has no --dry-run; there is {able}")
     if unknown or (rest and known.verb == "delta"):
         parser.error(f"unrecognized arguments: {' '.join(redacted_arguments(unknown or rest))}")

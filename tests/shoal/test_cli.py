@@ -85,7 +85,14 @@ def test_help_names_every_verb_and_what_it_makes(capsys: pytest.CaptureFixture[s
         main(["--help"])
     assert ended.value.code == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert all(f"{verb} {text}" in said for verb, text in cli.VERBS.items())
+    assert all(f"{verb} {row.help}" in said for verb, row in cli.VERBS.items())
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_names_functions_of_stages(verb: str) -> None:
+    row = cli.VERBS[verb]
+    for name in filter(None, (row.stage, row.dry_run and row.dry_run[0], row.check)):
+        assert cli._stage(name).__module__ == f"shoal.stages.{name.split('.')[0]}"
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
