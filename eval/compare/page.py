@@ -10,11 +10,11 @@ from pathlib import Path
 from shoal.artifacts.search import Interval
 from shoal.atomic_files import make_folder, write_text
 from shoal.figures.pareto import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
-from shoal.figures.run_figures import clean, inline_svg, save_figure
+from shoal.figures.style import clean
 from shoal.formatting import aligned, count_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
-from ..report.document import Bullets, Document, Paragraph, Picture, Section, Table, to_markdown
+from ..report.document import Bullets, Document, Paragraph, Picture, Section, Table, picture, to_markdown
 from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
 from ..report.page import to_html
 from ..report.wording import (
@@ -52,8 +52,8 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
         UserError: the folder cannot be written.
     """
     make_folder(folder, setting="--out")
-    picture = _draw(comparison, folder)
-    document = build_document(comparison, picture)
+    figure = _draw(comparison, folder)
+    document = build_document(comparison, figure)
     write_json_file(comparison, folder / f"{NAME}.json")
     write_text(folder / f"{NAME}.md", to_markdown(document))
     path = folder / f"{NAME}.html"
@@ -62,13 +62,13 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
     return path
 
 
-def build_document(comparison: RunComparison, picture: Picture | None) -> Document:
+def build_document(comparison: RunComparison, figure: Picture | None) -> Document:
     """The page: what may be said, the table, the figure, every task with its tests, and what to know."""
     warning = [Paragraph(comparison.precision, warning=True)] if comparison.precision else []
     sections = [
         Section("The runs", (_runs_table(comparison),)),
         Section("All models in one table", (*warning, _main_table(comparison), Paragraph(_legend(comparison)))),
-        Section("What is kept, at which cost", (picture,) if picture else (Paragraph(_no_figure(comparison)),)),
+        Section("What is kept, at which cost", (figure,) if figure else (Paragraph(_no_figure(comparison)),)),
         Section("Task by task", tuple(_task_table(comparison, i) for i in range(len(comparison.tasks)))),
     ]
     if known := _known(comparison):
@@ -175,8 +175,7 @@ def _draw(comparison: RunComparison, folder: Path) -> Picture | None:
     title = "Retention against size" + (" and speed" if rows[0][-1].cost == "decode" else "")
     description = " ".join([_FIGURE_LEGEND, *_frontier_lines(rows)])
     figure = pareto_figure(rows, {c.letter: c.name for c in comparison.contenders})
-    drawn, _ = (save_figure(figure, folder / f"{FIGURE}.{suffix}") for suffix in ("svg", "png"))
-    return Picture(f"{FIGURE}.png", inline_svg(drawn, FIGURE, title=title, description=description), title, description)
+    return picture(folder, FIGURE, figure, title, description)
 
 
 _FIGURE_LEGEND = (

@@ -9,8 +9,13 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shoal.figures.run_figures import clean
+from shoal.figures.style import clean, inline_svg, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_STACKED = 12
 """Columns up to which a row stays together on a phone; one of more is for comparing down its columns."""
@@ -84,7 +89,7 @@ class Picture:
     file: str
     """Path of the PNG, relative to the run directory."""
     svg: str
-    """Trusted markup from shoal.figures.run_figures.inline_svg."""
+    """Trusted markup from shoal.figures.style.inline_svg."""
     title: str
     description: str
     folded: bool = False
@@ -95,6 +100,17 @@ class Picture:
         view_box = re.search(r'viewBox="\S+ \S+ (\d+)', self.svg)
         assert view_box is not None
         return int(view_box[1])
+
+
+def picture(folder: Path, file: str, figure: Figure, title: str, description: str) -> Picture:
+    """The figure for a page, written to ``folder`` as ``file`` with the suffixes .svg and .png.
+
+    Raises:
+        UserError: a full or read-only disk.
+    """
+    drawn, _ = (save_figure(figure, folder / f"{file}.{suffix}") for suffix in ("svg", "png"))
+    svg = inline_svg(drawn, Path(file).name, title=title, description=description)
+    return Picture(f"{file}.png", svg, title, description)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from shoal.figures.run_figures import clean
+from shoal.figures.style import clean
 
 from .document import Document, FlipBrowser
 

@@ -13,16 +13,10 @@ from shoal.artifacts.search import SearchResult
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure
 from shoal.figures.depth import depth_figure
+from shoal.figures.importance import importance_figure
 from shoal.figures.levels import Ladder, ladders, level_figure
-from shoal.figures.run_figures import (
-    MAX_TASKS,
-    before_after_figure,
-    importance_figure,
-    inline_svg,
-    loss_series,
-    save_figure,
-    training_figure,
-)
+from shoal.figures.scores import MAX_TASKS, before_after_figure
+from shoal.figures.training import loss_series, training_figure
 
 from .cautions import cautions_section
 from .details import (
@@ -34,7 +28,7 @@ from .details import (
     terms_section,
     training_section,
 )
-from .document import Document, Facts, Picture, Section, to_markdown
+from .document import Document, Facts, Picture, Section, picture, to_markdown
 from .findings import Comparison, Run, compare, read_run, with_comparable_scores
 from .flips import flips_section
 from .headline import board, facts, headline
@@ -109,7 +103,7 @@ def _folded(picture: Picture) -> Picture:
 def draw_figures(run: Run) -> dict[str, Picture]:
     """The run's figures by name, saved as SVG and PNG under figures/ and ready to stand in a page."""
     drawn = dict(chain(_score_figures(run), _layer_figures(run), _training_figures(run)))
-    return {name: _drawn(run, name, *figure) for name, figure in drawn.items()}
+    return {name: picture(run.folder, f"{FIGURES_DIR}/{name}", *figure) for name, figure in drawn.items()}
 
 
 def _score_figures(run: Run) -> Iterator[NamedFigure]:
@@ -203,9 +197,3 @@ def _training_figures(run: Run) -> Iterator[NamedFigure]:
                 "the way, and the learning rate.",
             ),
         )
-
-
-def _drawn(run: Run, name: str, figure: Figure, title: str, description: str) -> Picture:
-    drawn, _ = (save_figure(figure, run.folder / FIGURES_DIR / f"{name}.{suffix}") for suffix in ("svg", "png"))
-    svg = inline_svg(drawn, name, title=title, description=description)
-    return Picture(f"{FIGURES_DIR}/{name}.png", svg, title, description)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import yaml
 
 from shoal.artifacts.search import Column, Correlation, HealedPlan, Interval, PlanStanding, Ranking, SearchResult
-from shoal.formatting import layers_text, listed, signed
+from shoal.formatting import interval_text, layers_text, listed, signed
 from shoal.recipe.edits import in_words, removed_layers
 from shoal.recipe.section import as_dict
 
@@ -161,21 +161,20 @@ def _value(value: Interval, ranking: Ranking) -> str:
 
 
 def _difference(interval: Interval, ranking: Ranking) -> str:
-    if ranking.unit == "nats":
-        return f"{signed(interval.value, 3)} [{signed(interval.ci_low, 3)}, {signed(interval.ci_high, 3)}]"
-    value, low, high = (signed(100 * end, 1) for end in (interval.value, interval.ci_low, interval.ci_high))
-    return f"{value} points [{low}, {high}]"
+    values = (interval.value, interval.ci_low, interval.ci_high)
+    return (
+        interval_text(values, "+.3f") if ranking.unit == "nats" else interval_text(values, "+.1f", " points", scale=100)
+    )
 
 
 def _percent(interval: Interval | None) -> str:
     if interval is None:
         return DASH
-    text = f"{100 * interval.value:.1f} % [{100 * interval.ci_low:.1f}, {100 * interval.ci_high:.1f}]"
-    return text.replace("-", "−")
+    return interval_text((interval.value, interval.ci_low, interval.ci_high), ".1f", " %", scale=100)
 
 
 def _plain(interval: Interval) -> str:
-    return f"{interval.value:.3f} [{interval.ci_low:.3f}, {interval.ci_high:.3f}]"
+    return interval_text((interval.value, interval.ci_low, interval.ci_high), ".3f")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

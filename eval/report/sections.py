@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from shoal.artifacts.artifact import TaskScore
 from shoal.figures.levels import Ladder, ladders
-from shoal.formatting import listed, signed
+from shoal.figures.style import heading
+from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, PairedDifference, z_above_chance
 
 from ..harness.rates import Rate
@@ -148,7 +149,7 @@ def score_table(run: Run, rows: Sequence[Row]) -> Table:
         "Scores with 95 % intervals, and the share kept of what the teacher scores above chance",
         ("Task", *titles),
         tuple(body),
-        groups=tuple((_heading(ability), len(group)) for ability, group in by_ability.items()),
+        groups=tuple((heading(ability), len(group)) for ability, group in by_ability.items()),
         row_titles=tuple(identifier_text(row.any_score) for row in shown),
     )
 
@@ -185,7 +186,7 @@ def level_section(run: Run, picture: Picture | None) -> Section | None:
         rows = tuple((f"{level:g}", *map(score_text, own)) for level, own in zip(ladder.levels, scores, strict=True))
         columns = ("Level", *(role.capitalize() for role in ladder.scores))
         blocks.append(
-            Table(f"{_heading(ladder.family)} by level, {protocol_text(ladder.protocol)}", columns, rows, folded=True)
+            Table(f"{heading(ladder.family)} by level, {protocol_text(ladder.protocol)}", columns, rows, folded=True)
         )
     return Section("How many steps survive", tuple(blocks))
 
@@ -201,17 +202,12 @@ def _reach(ladder: Ladder) -> str:
     levels = f"levels {ladder.levels[0]:g} to {ladder.levels[-1]:g}"
     reach = f"clear of chance are {listed(told)}" if told else "no model is clear of chance at any level"
     others = f"; {listed(at_none)} at no level" if told and at_none else ""
-    return f"{_heading(ladder.family)}, {protocol_text(ladder.protocol)}, {levels}: {reach}{others}."
+    return f"{heading(ladder.family)}, {protocol_text(ladder.protocol)}, {levels}: {reach}{others}."
 
 
 def _is_clear(score: TaskScore) -> bool:
     # one lucky answer lifts the interval off a chance of 0
     return (z_above_chance(score) or 0.0) > SIGNAL_SIGMAS
-
-
-def _heading(name: str) -> str:
-    text = name.replace("_", " ").strip()
-    return text[:1].upper() + text[1:]
 
 
 def _written_table(rows: Sequence[Row]) -> Table | None:
@@ -237,20 +233,19 @@ def _written_table(rows: Sequence[Row]) -> Table | None:
 
 
 def _rate_text(rate: Rate, scale: int, unit: str) -> str:
-    low, high = (f"{scale * end:.1f}" for end in (rate.ci_low, rate.ci_high))
-    return f"{scale * rate.value:.1f}{unit} [{low}, {high}]"
+    return interval_text((rate.value, rate.ci_low, rate.ci_high), ".1f", unit, scale=scale)
 
 
 def _change_text(change: PairedDifference | None, scale: int) -> str:
     if change is None:
         return DASH
-    value, low, high = (signed(scale * end, 1) for end in (change.difference, change.ci_low, change.ci_high))
-    return f"{value} [{low}, {high}]"
+    return interval_text((change.difference, change.ci_low, change.ci_high), "+.1f", scale=scale)
 
 
 def _gap_text(gap: float, limits: tuple[float, float] | None) -> str:
-    text = f"{signed(100 * gap, 0)} points"
-    return text if limits is None else f"{text} [{signed(100 * limits[0], 0)}, {signed(100 * limits[1], 0)}]"
+    if limits is None:
+        return f"{signed(100 * gap, 0)} points"
+    return interval_text((gap, *limits), "+.0f", " points", scale=100)
 
 
 def _difference_blocks(rows: Sequence[Row]) -> list[Block]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from shoal.artifacts.artifact import TaskScore
 from shoal.formatting import bytes_text as bytes_text
-from shoal.formatting import listed, signed
+from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import PairedDifference, Retention
 from shoal.task_words import PROTOCOLS, task_words
 
@@ -22,9 +22,10 @@ MAX_NAMES = 8
 
 def score_text(score: TaskScore) -> str:
     """`72.0 % [65.8, 78.2]`, or `2.60 [2.50, 2.70]` for scores that are no shares."""
+    values = (score.score, score.ci_low, score.ci_high)
     if is_share(score):
-        return f"{100 * score.score:.1f} % [{100 * score.ci_low:.1f}, {100 * score.ci_high:.1f}]"
-    text = f"{score.score:.3f} [{score.ci_low:.3f}, {score.ci_high:.3f}]"
+        return interval_text(values, ".1f", " %", scale=100)
+    text = interval_text(values, ".3f")
     if measured_in_nats(score) and score.score < LARGEST_NATS:
         text += f", perplexity {math.exp(score.score):,.1f}"
     return text
@@ -36,13 +37,8 @@ def glance_text(score: TaskScore | None) -> str:
         return DASH
     values = (score.score, score.ci_low, score.ci_high)
     if is_share(score):
-        value, low, high = (f"{100 * number:.0f}" for number in values)
-        return f"{value} % [{low}, {high}]"
-    if _as_perplexity(score):
-        value, low, high = (f"{math.exp(number):,.1f}" for number in values)
-    else:
-        value, low, high = (f"{number:.2f}" for number in values)
-    return f"{value} [{low}, {high}]"
+        return interval_text(values, ".0f", " %", scale=100)
+    return interval_text(map(math.exp, values), ",.1f") if _as_perplexity(score) else interval_text(values, ".2f")
 
 
 def glance_unit(score: TaskScore) -> str:
@@ -91,17 +87,15 @@ def difference_text(difference: PairedDifference | None, score: TaskScore) -> st
     """`+41.0 points [+33.9, +47.6]`; the plain unit of the metric where it is no share."""
     if difference is None:
         return DASH
-    if is_share(score):
-        low, high = signed(100 * difference.ci_low, 1), signed(100 * difference.ci_high, 1)
-        return f"{signed(100 * difference.difference, 1)} points [{low}, {high}]"
-    return f"{signed(difference.difference, 3)} [{signed(difference.ci_low, 3)}, {signed(difference.ci_high, 3)}]"
+    values = (difference.difference, difference.ci_low, difference.ci_high)
+    return interval_text(values, "+.1f", " points", scale=100) if is_share(score) else interval_text(values, "+.3f")
 
 
 def retention_text(kept: Retention | None) -> str:
     """Retention with its interval, or why there is none."""
     if kept is None or kept.value is None or kept.ci_low is None or kept.ci_high is None:
         return DASH
-    return f"{100 * kept.value:.0f} % [{100 * kept.ci_low:.0f}, {100 * kept.ci_high:.0f}]".replace("-", "−")
+    return interval_text((kept.value, kept.ci_low, kept.ci_high), ".0f", " %", scale=100)
 
 
 def chance_text(score: TaskScore) -> str:

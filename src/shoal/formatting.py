@@ -34,9 +34,19 @@ def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> l
 
 
 def signed(value: float, digits: int) -> str:
-    """With a real minus sign, and without a sign where the rounded value is zero."""
-    text = f"{value:+.{digits}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
+    """A number with its sign, a real minus sign where it is negative; without one where it is rounded to zero."""
+    return _number_text(value, f"+.{digits}f")
+
+
+def interval_text(values: Iterable[float], spec: str, unit: str = "", *, scale: float = 1) -> str:
+    """`72.0 % [65.8, 78.2]`: a value times ``scale`` with the ends of its interval; `+` in ``spec`` as in signed."""
+    value, low, high = (_number_text(scale * number, spec) for number in values)
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def _number_text(value: float, spec: str) -> str:
+    text = f"{value:{spec}}"
+    return text[1:] if spec.startswith("+") and float(text) == 0 else text.replace("-", "−")
 
 
 def listed(words: Iterable[str], last: str = "and") -> str:

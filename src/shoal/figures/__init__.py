@@ -1,6 +1,9 @@
 """Drawings of results, as SVG.
 
-run_figures  layers, training, before and after
+style        colours, text, panels, files
+importance   layers and runs of layers
+scores       before and after
+training     curves of a training
 atlas        sweeps
 depth        the stack of layers
 diagnostics  depth diagnostics and probes

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 from shoal.artifacts.artifact import Importance
 from shoal.artifacts.importance import Agreement, Atlas, Estimate, ProtocolGap, Sweep, SweepColumn
 from shoal.errors import UserError
-from shoal.figures.run_figures import (
+from shoal.figures.importance import refuse_foreign
+from shoal.figures.style import (
     DROPPED,
     FAINT,
     INK,
     SERIES_COLOURS,
+    SERIES_STYLE,
     WIDTH_INCHES,
     clean,
     figure_style,
     panels,
-    refuse_foreign,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ COLOURS = "cividis_r"
 """Dark = costly. Even in lightness and equal for every kind of colour blindness."""
 DARK_TEXT, LIGHT_TEXT = "#101418", "#ffffff"
 """On cells. Not INK, which becomes the page's text colour in inline SVG while cells keep theirs."""
-SERIES_STYLE = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"))
 
 
 def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shoal.artifacts.artifact import Importance, PruningPlan
 from shoal.errors import UserError
-from shoal.figures.run_figures import DROPPED, FAINT, INK, KEPT, WIDTH_INCHES, clean, figure_style
+from shoal.figures.style import DROPPED, FAINT, INK, KEPT, WIDTH_INCHES, clean, figure_style, panel_grid
 from shoal.recipe.edits import edited_layers
 
 if TYPE_CHECKING:
@@ -102,18 +102,11 @@ def _is_run(plan: PruningPlan) -> bool:
 
 
 def _side_by_side(num_layers: int, num_columns: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     row = min(MAX_ROW_INCHES, MAX_HEIGHT_INCHES / num_layers)
-    width = WIDTH_INCHES if num_columns > 2 else 1.9 + 1.1 * num_columns
-    with figure_style():
-        figure = Figure(figsize=(width, 1.0 + row * num_layers), layout="constrained")
-        FigureCanvasAgg(figure)
-        grid = figure.subplots(
-            1, 1 + num_columns, squeeze=False, sharey=True, width_ratios=[1.25, *[1.0] * num_columns]
-        )
-    return figure, list(grid[0])
+    size = (WIDTH_INCHES if num_columns > 2 else 1.9 + 1.1 * num_columns, 1.0 + row * num_layers)
+    ratios = [1.25, *[1.0] * num_columns]
+    figure, (axes,) = panel_grid((1, 1 + num_columns), size, sharey=True, width_ratios=ratios)
+    return figure, axes
 
 
 def _draw_stack(ax: Axes, plan: PruningPlan) -> None:

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from shoal.artifacts.depth import ConceptDepth, Diagnostics, Probes
 from shoal.errors import UserError
-from shoal.figures.run_figures import FAINT, INK, SERIES_COLOURS, WIDTH_INCHES, clean, figure_style, panels
+from shoal.figures.style import FAINT, INK, SERIES_COLOURS, SERIES_STYLE, WIDTH_INCHES, clean, figure_style, panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SERIES_STYLE = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"))
 CURVE_INCHES = 2.1
 MATRIX_INCHES = 4.2
 WRITERS = ("layer", "attention", "mlp")

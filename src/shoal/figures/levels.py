@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from shoal.artifacts.artifact import Evaluation, TaskScore
 from shoal.errors import UserError
-from shoal.figures.run_figures import INK, ROLE_STYLE, clean, figure_style, panels
+from shoal.figures.style import INK, ROLE_STYLE, clean, figure_style, legend_above, panels
 from shoal.task_words import PROTOCOLS
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def level_figure(families: Sequence[Ladder]) -> Figure:
     with figure_style():
         for ax, ladder in zip(axes, families, strict=True):
             _draw(ax, ladder)
-        handles = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=len(handles), columnspacing=1.2)
+        legend_above(figure, axes)
     return figure
 
 

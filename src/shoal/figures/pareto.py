@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.artifacts.search import Interval
 from shoal.errors import UserError
-from shoal.figures.run_figures import FAINT, INK, ROLE_STYLE, clean, figure_style, panels, short
+from shoal.figures.style import FAINT, INK, ROLE_STYLE, clean, figure_style, panel_grid, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,13 +102,10 @@ def pareto_figure(rows: Sequence[Sequence[ParetoPanel]], names: Mapping[str, str
 
 
 def _grid(num_rows: int, num_columns: int, *, key_lines: int) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of ``num_rows`` times ``num_columns`` panels, made like all of ours."""
+    """A figure of ``num_rows`` times ``num_columns`` panels above a key of so many lines."""
     width = FULL_WIDTH_INCHES if num_columns > 1 else FULL_WIDTH_INCHES * 0.72
-    figure, _ = panels([ROW_INCHES] * num_rows + [0.4 + 0.2 * key_lines], width=width)
-    with figure_style():
-        figure.clf()
-        grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex="col", sharey="row")
-    return figure, [list(row) for row in grid]
+    height = sum([ROW_INCHES] * num_rows + [0.4 + 0.2 * key_lines]) + 0.4
+    return panel_grid((num_rows, num_columns), (width, height), sharex="col", sharey="row")
 
 
 def _draw(ax: Axes, panel: ParetoPanel) -> None:

@@ -390,7 +390,7 @@ def _write_items(
 
 
 def _write(run: Run, importance: Importance) -> None:
-    from shoal.figures.run_figures import save_figure
+    from shoal.figures.style import save_figure
 
     importance.write(run.dir / Importance.FILE)
     with doing("measure: drawing figures"):
@@ -404,7 +404,7 @@ def _write(run: Run, importance: Importance) -> None:
 
 def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
     from shoal.figures.atlas import agreement_figure, atlas_figure, cumulative_figure, curves_figure, head_map_figure
-    from shoal.figures.run_figures import importance_figure
+    from shoal.figures.importance import importance_figure
 
     if importance.layers or importance.runs:
         yield "importance", importance_figure(importance)
@@ -437,7 +437,7 @@ def _is_diagnosed(run: Run) -> bool:
 def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
     from shoal.compress.depth.diagnostics import Effort, diagnose
     from shoal.figures.diagnostics import diagnostics_figure
-    from shoal.figures.run_figures import save_figure
+    from shoal.figures.style import save_figure
 
     found = diagnose(
         model,
@@ -460,7 +460,7 @@ def _probes_inputs(run: Run) -> dict[str, Any]:
 def _probe(run: Run, model: Any) -> None:
     from shoal.compress.depth.probes import probe_depth
     from shoal.figures.diagnostics import probes_figure
-    from shoal.figures.run_figures import save_figure
+    from shoal.figures.style import save_figure
 
     settings = run.recipe.measure
     tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)

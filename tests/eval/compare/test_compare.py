@@ -35,7 +35,7 @@ from shoal.eval.compare.compare import Cell, compare_runs, mean_kept
 from shoal.eval.compare.data import as_data
 from shoal.eval.compare.page import comparison_text, pareto_panels, write_comparison
 from shoal.figures.pareto import ParetoPanel, ParetoPoint, frontier, pareto_figure
-from shoal.figures.run_figures import save_figure
+from shoal.figures.style import save_figure
 from shoal.stats.paired import Retention, holm, interval, paired, retention
 
 SHARES = {"teacher": 0.9, "pruned": 0.4, "distilled": 0.7}

@@ -28,7 +28,7 @@ from shoal.figures.atlas import (
     curves_figure,
     head_map_figure,
 )
-from shoal.figures.run_figures import save_figure
+from shoal.figures.style import save_figure
 from shoal.recipe.edits import Component
 
 if TYPE_CHECKING:

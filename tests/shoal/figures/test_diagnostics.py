@@ -13,7 +13,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import ConceptDepth, DepthPoint, Diagnostics, EffectiveDepth, Probes
 from shoal.errors import UserError
 from shoal.figures.diagnostics import diagnostics_figure, probes_figure
-from shoal.figures.run_figures import save_figure
+from shoal.figures.style import save_figure
 
 L = 6
 NONE = EffectiveDepth(None, None, "needs the logit lens")

@@ -18,19 +18,18 @@ from results import DROP, NUM_LAYERS, choice, evaluation, importance, plan, trai
 from shoal.artifacts.artifact import Evaluation, Importance, Provenance, PruningPlan, Training
 from shoal.errors import UserError
 from shoal.figures.depth import depth_columns, depth_figure
+from shoal.figures.importance import importance_figure
 from shoal.figures.levels import ladders, level_figure
-from shoal.figures.run_figures import (
+from shoal.figures.scores import before_after_figure
+from shoal.figures.style import (
     FAINT,
     INK,
     ROLE_STYLE,
     SERIES_COLOURS,
-    before_after_figure,
-    importance_figure,
     inline_svg,
-    loss_series,
     save_figure,
-    training_figure,
 )
+from shoal.figures.training import loss_series, training_figure
 
 ROLES = ("teacher", "pruned", "distilled")
 
@@ -243,5 +242,5 @@ def test_a_long_model_and_one_metric_are_drawn() -> None:
 
 
 def test_importing_figures_does_not_load_matplotlib() -> None:
-    code = "import sys, shoal.figures.run_figures; assert 'matplotlib' not in sys.modules"
+    code = "import sys, shoal.figures.scores, shoal.figures.training; assert 'matplotlib' not in sys.modules"
     assert run([sys.executable, "-c", code], check=False).returncode == 0
