@@ -29,6 +29,7 @@ rows hold several: shoal and plain keep them apart, trl does not.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import itertools
 import json
@@ -42,6 +43,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from torch import Tensor
@@ -52,6 +54,8 @@ from shoal.artifacts.artifact import Training
 from shoal.atomic_files import write_json
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack
+from shoal.formatting import aligned
+from shoal.machine import peak_memory
 from shoal.models.load import load_model, load_tokenizer, resolve_model
 from shoal.numerics import fast_dtype
 from shoal.recipe.section import DataSource
@@ -66,23 +70,18 @@ IN_SHOAL: dict[str, dict[str, Any]] = {
     "recorded": {"teacher": {"recorded": "SIGNALS"}},
     "spared": {"trainable": "from_first_cut", "teacher": {"recorded": "SIGNALS", "prefix": True}},
 }
-OPTIMIZER = {
-    "learning_rate": 1e-4,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 1.0,
-    "weight_decay": 0.0,
-}
+OPTIMIZER = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "weight_decay": 0.0}
 HEAD_SIZE = 64
-HEAD_POINTS = [(vocab, 2048) for vocab in (32_768, 65_536, 131_072, 262_144)] + [
-    (49_152, tokens) for tokens in (1024, 2048, 4096, 8192)
-]
+HEAD_POINTS = [(vocab, 2048) for vocab in (32_768, 65_536, 131_072, 262_144)]
+HEAD_POINTS += [(49_152, tokens) for tokens in (1024, 2048, 4096, 8192)]
+"""Vocabulary and tokens of the loss at the head."""
 LENGTHS = (10_240, 102_400, 1_024_000)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for results and what is made to measure with")
-    parser.add_argument("what", nargs="?", choices=("steps", "head", "length"), default="steps")
+    parser.add_argument("measurement", nargs="?", choices=("steps", "head", "length"), default="steps")
     parser.add_argument("--model", default="demo:smollm2-135m")
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--sequence", type=int, default=1024)
@@ -99,17 +98,16 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.turn:
         print(json.dumps(take_turn(arguments.turn, arguments)))
-        return
-    measure = {"steps": measure_steps, "head": measure_head, "length": measure_length}[arguments.what]
-    measure(arguments)
+    else:
+        {"steps": measure_steps, "head": measure_head, "length": measure_length}[arguments.measurement](arguments)
 
 
-def process(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What ``turn`` gives in a process of its own."""
-    given = [word for word in sys.argv[1:] if word != arguments.what]
+def in_a_process(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The figures of ``turn``, taken in a process of its own."""
+    words = [word for word in sys.argv[1:] if word != arguments.measurement]
     # idle threads that spin would slow whoever shares the machine, and so this process too
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, __file__, *given, "--turn", turn]
+    command = [sys.executable, __file__, *words, "--turn", turn]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{turn} ended with exit code {done.returncode}")
@@ -118,25 +116,32 @@ def process(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def take_turn(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
     kind, *numbers = turn.split(":")
-    if kind == "head":
-        return head_turn(*map(int, numbers))
-    if kind == "length":
-        return shoal_turn(arguments.out / "length" / numbers[0], tokens=512 * 4)
-    if kind in IN_SHOAL:
-        return shoal_turn(arguments.out / kind, tokens=arguments.sequence * arguments.batch)
-    turns: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "step": lambda a: bare_turn(a, shoal_loss),
-        "models": lambda a: bare_turn(a, no_loss),
-        "trl": trl_turn,
-        "plain": plain_turn,
-    }
-    return turns[kind](arguments)
+    match kind:
+        case "head":
+            return head_turn(*map(int, numbers))
+        case "length":
+            return shoal_turn(arguments.out / "length" / numbers[0], tokens=512 * 4)
+        case "step":
+            return bare_turn(arguments, shoal_loss, trains=True)
+        case "models":
+            return bare_turn(arguments, no_loss, trains=False)
+        case "trl":
+            return trl_turn(arguments)
+        case "plain":
+            return plain_turn(arguments)
+    return shoal_turn(arguments.out / kind, tokens=arguments.sequence * arguments.batch)
 
 
-def memory(name: str) -> int:
-    """Bytes that this process holds (VmRSS) or at most held (VmHWM); ru_maxrss would begin with its parent's."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[name].split()[0]) * 1024
+def write_recipe(recipe: dict[str, Any]) -> Path:
+    """The file of a recipe, in its run directory."""
+    file = Path(recipe["run_dir"]) / "recipe.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump({**recipe, "track": {"wandb": "off"}}))
+    return file
+
+
+def run_shoal(verb: str, file: Path) -> None:
+    subprocess.run([sys.executable, "-m", "shoal.cli", verb, "--config", str(file)], check=True)
 
 
 # --- a step, side by side -----------------------------------------------------------------------------------------
@@ -144,12 +149,12 @@ def memory(name: str) -> int:
 
 def measure_steps(arguments: argparse.Namespace) -> None:
     prepare(arguments)
-    what = {name: getattr(arguments, name) for name in ("model", "sequence", "batch", "checkpointing", "packed")}
-    what |= {"drop": list(arguments.drop), "precision": arguments.precision, "threads": torch.get_num_threads()}
+    settings = {name: getattr(arguments, name) for name in ("model", "sequence", "batch", "checkpointing", "packed")}
+    settings |= {"drop": list(arguments.drop), "precision": arguments.precision, "threads": torch.get_num_threads()}
     name = f"steps-{arguments.sequence}x{arguments.batch}-{arguments.precision}"
     path = arguments.out / f"{name}{'-checkpointing' * arguments.checkpointing}{'-packed' * arguments.packed}.json"
     recordings = [variant for variant in ("recorded", "spared") if variant in arguments.variants]
-    result: dict[str, Any] = {"what": what, "turns": []}
+    result: dict[str, Any] = {"what": settings, "turns": []}
     result["bytes_per_token"] = {variant: bytes_per_token(arguments, variant) for variant in recordings}
     if path.is_file():
         result["turns"] = json.loads(path.read_text())["turns"]
@@ -160,7 +165,7 @@ def measure_steps(arguments: argparse.Namespace) -> None:
         result["turns"].append(turn)
         for variant in order:
             load = round(os.getloadavg()[0], 2)
-            turn[variant] = process(variant, arguments) | {"load_before": load}
+            turn[variant] = in_a_process(variant, arguments) | {"load_before": load}
             print(f"{variant:9} {turn[variant]}", file=sys.stderr, flush=True)
             write_json(path, result | {"figures": figures(result)})
     print(table(result))
@@ -173,7 +178,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         text.write_text("\n\n".join(load_texts(DataSource("python_docs"))), encoding="utf-8")
     for variant in IN_SHOAL:
         if variant in arguments.variants:
-            file = write_recipe(arguments, variant)
+            file = write_recipe(recipe_of(arguments, variant))
             run_shoal("prune", file)
             if variant in ("recorded", "spared"):
                 run_shoal("record", file)
@@ -183,18 +188,14 @@ def source(arguments: argparse.Namespace) -> str:
     return "python_docs" if arguments.packed else str(arguments.out / "text.txt")
 
 
-def write_recipe(arguments: argparse.Namespace, variant: str) -> Path:
-    folder = arguments.out / variant
-    # a recording belongs to its rows
-    kind = "spared-" * (variant == "spared")
-    signals = arguments.out / f"signals-{kind}{arguments.sequence}{'-packed' * arguments.packed}"
+def recipe_of(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
     distill: dict[str, Any] = {
         "data": source(arguments),
         "num_tokens": arguments.steps * arguments.batch * arguments.sequence,
         "sequence_length": arguments.sequence,
         "precision": arguments.precision,
         "watch": None,
-        **IN_SHOAL[variant],
+        **copy.deepcopy(IN_SHOAL[variant]),
         "trainer": {
             **OPTIMIZER,
             "per_device_train_batch_size": arguments.batch,
@@ -202,35 +203,31 @@ def write_recipe(arguments: argparse.Namespace, variant: str) -> Path:
             "save_strategy": "no",
         },
     }
+    signals = signals_folder(arguments, variant)
     if "teacher" in distill:
-        distill["teacher"] = {**distill["teacher"], "recorded": str(signals)}
-    recipe = {
+        distill["teacher"]["recorded"] = str(signals)
+    return {
         "model": arguments.model,
-        "run_dir": str(folder),
+        "run_dir": str(arguments.out / variant),
         "dtype": arguments.precision,
         "prune": {"drop": list(arguments.drop)},
         "record": {"folder": str(signals)},
         "distill": distill,
-        "track": {"wandb": "off"},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    return file
 
 
-def run_shoal(verb: str, file: Path) -> None:
-    subprocess.run([sys.executable, "-m", "shoal.cli", verb, "--config", str(file)], check=True)
+def signals_folder(arguments: argparse.Namespace, variant: str) -> Path:
+    """A recording belongs to its rows."""
+    kind = "spared-" * (variant == "spared")
+    return arguments.out / f"signals-{kind}{arguments.sequence}{'-packed' * arguments.packed}"
 
 
 def bytes_per_token(arguments: argparse.Namespace, variant: str) -> float:
-    """Of the recording, headers included."""
-    recipe = yaml.safe_load((arguments.out / variant / "recipe.yaml").read_text())
-    folder = Path(recipe["record"]["folder"])
-    tokens = arguments.sequence * sum(
-        shard["rows"] for shard in json.loads((folder / "recording.json").read_text())["shards"]
-    )
-    return sum(file.stat().st_size for file in folder.iterdir()) / tokens
+    """Bytes of the recording per token, headers included."""
+    folder = signals_folder(arguments, variant)
+    shards = json.loads((folder / "recording.json").read_text())["shards"]
+    num_tokens = arguments.sequence * sum(shard["rows"] for shard in shards)
+    return sum(file.stat().st_size for file in folder.iterdir()) / num_tokens
 
 
 def shoal_turn(folder: Path, *, tokens: int) -> dict[str, Any]:
@@ -246,7 +243,7 @@ def shoal_turn(folder: Path, *, tokens: int) -> dict[str, Any]:
         if code := run_verb("distill", str(folder / "recipe.yaml"), []):
             raise SystemExit(code)
     history = [row for row in Training.read(folder / Training.FILE).history if "loss" in row]
-    return clock.found(tokens) | {"loss": history[0]["loss"]}
+    return clock.figures(tokens) | {"loss": history[0]["loss"]}
 
 
 class Clock(TrainerCallback):
@@ -263,7 +260,7 @@ class Clock(TrainerCallback):
     def tick(self) -> None:
         self.wall.append(time.perf_counter())
         self.busy.append(time.process_time())
-        self.peak = memory("VmHWM")
+        self.peak = peak_memory()
 
     def of_every_trainer(self) -> Any:
         """While it is open, every Trainer that is made calls this clock."""
@@ -273,8 +270,8 @@ class Clock(TrainerCallback):
 
         return patch.object(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, self])
 
-    def found(self, tokens: int) -> dict[str, Any]:
-        """Of the steps but the first."""
+    def figures(self, tokens: int) -> dict[str, Any]:
+        """Medians over the steps but the first, each of so many tokens."""
         wall, busy = ([b - a for a, b in itertools.pairwise(times)] for times in (self.wall, self.busy))
         seconds = statistics.median(wall)
         return {
@@ -315,44 +312,45 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in ("input_ids", "position_ids", "labels")}
 
 
-def bare_turn(arguments: argparse.Namespace, loss_of: Callable[..., Any]) -> dict[str, Any]:
-    """Forward and backward in a loop, with an optimizer whose time is not counted where there is a loss."""
+Loss = Callable[[dict[str, Tensor]], Tensor]
+
+
+def bare_turn(
+    arguments: argparse.Namespace, loss_with: Callable[[PreTrainedModel, PreTrainedModel], Loss], *, trains: bool
+) -> dict[str, Any]:
+    """Forward and backward in a loop; the optimizer's time, where it ``trains``, is kept apart."""
     (teacher, student), rows = models_of(arguments), rows_of(arguments)
-    loss_of = loss_of(student, teacher)
+    loss_of = loss_with(student, teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=OPTIMIZER["learning_rate"], weight_decay=0.0)
-    clock, first_loss, is_real, optimizer_seconds = Clock(), None, False, []
-    wall, busy = [], []
+    wall, busy, optimizing, losses = [], [], [], []
     for start in range(0, len(rows), arguments.batch):
         batch = collate([rows[row] for row in range(start, start + arguments.batch)])
         began, began_busy = time.perf_counter(), time.process_time()
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
-            loss, is_real = loss_of(batch)
+            loss = loss_of(batch)
         loss.backward()
-        ended, ended_busy = time.perf_counter(), time.process_time()
+        ended = time.perf_counter()
         wall.append(ended - began)
-        busy.append(ended_busy - began_busy)
-        first_loss = loss.item() if first_loss is None else first_loss
-        if is_real:
+        busy.append(time.process_time() - began_busy)
+        losses.append(loss.item())
+        if trains:
             torch.nn.utils.clip_grad_norm_(student.parameters(), OPTIMIZER["max_grad_norm"])
             optimizer.step()
         optimizer.zero_grad()
-        optimizer_seconds.append(time.perf_counter() - ended)
-        clock.tick()
+        optimizing.append(time.perf_counter() - ended)
     seconds = statistics.median(wall[1:])
     return {
         "seconds": seconds,
         "cpu_seconds": statistics.median(busy[1:]),
-        "optimizer_seconds": statistics.median(optimizer_seconds[1:]),
+        "optimizer_seconds": statistics.median(optimizing[1:]),
         "tokens_per_s": arguments.batch * arguments.sequence / seconds,
-        "peak": clock.peak,
-        "loss": first_loss if is_real else None,
+        "peak": peak_memory(),
+        "loss": losses[0] if trains else None,
         "steps": [round(value, 4) for value in wall[1:]],
     }
 
 
-def shoal_loss(
-    student: PreTrainedModel, teacher: PreTrainedModel
-) -> Callable[[dict[str, Tensor]], tuple[Tensor, bool]]:
+def shoal_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Loss:
     from shoal.recipe.distill import Distill
     from shoal.recipe.losses import ForwardKL
     from shoal.train.objective.objective import Objective, to_logits
@@ -361,20 +359,20 @@ def shoal_loss(
     Objective(student, to_logits(teacher), terms=(ForwardKL(),), chunk=Distill().head_chunk).install()
     live = LiveTeacher(teacher, reads_logits=True, states=None, prefix=None)
 
-    def loss(batch: dict[str, Tensor]) -> tuple[Tensor, bool]:
-        return student(**batch, signals=live.signals(batch))[0] / (batch["labels"][:, 1:] >= 0).sum(), True
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        return student(**batch, signals=live.signals(batch))[0] / (batch["labels"][:, 1:] >= 0).sum()
 
     return loss
 
 
-def no_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[dict[str, Tensor]], tuple[Tensor, bool]]:
-    def loss(batch: dict[str, Tensor]) -> tuple[Tensor, bool]:
+def no_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Loss:
+    def sum_of_logits(batch: dict[str, Tensor]) -> Tensor:
         inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
         with torch.no_grad():
             teacher(**inputs)
-        return student(**inputs).logits.sum(), False
+        return student(**inputs).logits.sum()
 
-    return loss
+    return sum_of_logits
 
 
 def trainer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -410,7 +408,7 @@ def train(trainer: Trainer, clock: Clock, arguments: argparse.Namespace) -> dict
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     history = [row for row in trainer.state.log_history if "loss" in row]
-    return clock.found(arguments.batch * arguments.sequence) | {"loss": history[0]["loss"]}
+    return clock.figures(arguments.batch * arguments.sequence) | {"loss": history[0]["loss"]}
 
 
 def plain_turn(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -478,6 +476,17 @@ GOALS: dict[str, tuple[str, str, str, str, float]] = {
 }
 
 
+COLUMNS = {
+    "seconds": ".2f",
+    "cpu_seconds": ".2f",
+    "optimizer_seconds": ".2f",
+    "tokens_per_s": ".0f",
+    "peak": ".2f",
+    "loss": ".5f",
+}
+"""Figures of a variant, and how they are written."""
+
+
 def figures(result: dict[str, Any]) -> dict[str, Any]:
     """Medians over turns of each variant, and of the ratios within a turn."""
     turns = result["turns"]
@@ -490,48 +499,35 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
             key: median(
                 [turn[variant][key] for turn in turns if variant in turn and turn[variant].get(key) is not None]
             )
-            for key in ("seconds", "cpu_seconds", "optimizer_seconds", "tokens_per_s", "peak", "loss")
+            for key in COLUMNS
         }
         for variant in VARIANTS
         if any(variant in turn for turn in turns)
     }
 
-    def ratio(mine: str, other: str, key: str) -> float | None:
-        return median([turn[mine][key] / turn[other][key] for turn in turns if mine in turn and other in turn])
+    def ratio(own: str, other: str, key: str) -> float | None:
+        return median([turn[own][key] / turn[other][key] for turn in turns if own in turn and other in turn])
 
-    ratios = {
-        name: {
-            "measured": ratio(mine, other, key),
-            # what the machine's other work does to the clock it does not do to this
-            "by_cpu_time": None if key == "peak" else ratio(mine, other, "cpu_seconds"),
-            "goal": f"{sign} {goal}",
-        }
-        for name, (mine, other, key, sign, goal) in GOALS.items()
-    }
-    for name, (*_, key, _, _) in GOALS.items():
-        if key == "tokens_per_s" and (busy := ratios[name]["by_cpu_time"]) is not None:
-            ratios[name]["by_cpu_time"] = 1 / busy
+    ratios = {}
+    for name, (own, other, key, sign, goal) in GOALS.items():
+        # what the machine's other work does to the clock it does not do to the time of the processor
+        busy = None if key == "peak" else ratio(own, other, "cpu_seconds")
+        if key == "tokens_per_s" and busy is not None:
+            busy = 1 / busy
+        ratios[name] = {"measured": ratio(own, other, key), "by_cpu_time": busy, "goal": f"{sign} {goal}"}
     return {"variants": variants, "ratios": ratios}
 
 
 def table(result: dict[str, Any]) -> str:
-    found = figures(result)
+    summary = figures(result)
     lines = [", ".join(f"{key} {value}" for key, value in result["what"].items()) + f", {len(result['turns'])} turns"]
-    lines.append(f"{'':10} {'s/step':>8} {'cpu s':>8} {'optim s':>8} {'tokens/s':>9} {'peak GB':>8} {'first loss':>11}")
-    for variant, values in found["variants"].items():
-        cells = [
-            "-" if value is None else f"{value:{spec}}"
-            for value, spec in (
-                (values["seconds"], "8.2f"),
-                (values["cpu_seconds"], "8.2f"),
-                (values["optimizer_seconds"], "8.2f"),
-                (values["tokens_per_s"], "9.0f"),
-                (values["peak"] / 1e9, "8.2f"),
-                (values["loss"], "11.5f"),
-            )
-        ]
-        lines.append(f"{variant:10} " + " ".join(f"{cell:>8}" for cell in cells))
-    for name, values in found["ratios"].items():
+    rows = [["", "s/step", "cpu s", "optim s", "tokens/s", "peak GB", "first loss"]]
+    for variant, values in summary["variants"].items():
+        shown = {**values, "peak": values["peak"] / 1e9}
+        cells = ["-" if shown[key] is None else f"{shown[key]:{spec}}" for key, spec in COLUMNS.items()]
+        rows.append([variant, *cells])
+    lines += aligned(rows)
+    for name, values in summary["ratios"].items():
         if values["measured"] is not None:
             busy = "" if values["by_cpu_time"] is None else f"  ({values['by_cpu_time']:.2f} by processor time)"
             lines.append(f"{name:52} {values['measured']:5.2f}  goal {values['goal']}{busy}")
@@ -545,14 +541,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def measure_head(arguments: argparse.Namespace) -> None:
-    points = [process(f"head:{vocab}:{tokens}", arguments) for vocab, tokens in HEAD_POINTS]
+    points = [in_a_process(f"head:{vocab}:{tokens}", arguments) for vocab, tokens in HEAD_POINTS]
     write_json(arguments.out / "head.json", {"hidden_size": HEAD_SIZE, "points": points})
-    print(f"{'vocabulary':>10} {'tokens':>7} {'above weights MB':>17} {'whole logits MB':>16} {'cpu us/token':>13}")
+    rows = [["vocabulary", "tokens", "above weights MB", "whole logits MB", "cpu us/token"]]
     for point in points:
-        print(
-            f"{point['vocabulary']:10,} {point['tokens']:7,} {point['extra'] / 1e6:17,.0f} "
-            f"{point['whole'] / 1e6:16,.0f} {1e6 * point['cpu_seconds'] / point['tokens']:13.0f}"
-        )
+        sizes = [f"{point[key] / 1e6:,.0f}" for key in ("extra", "whole")]
+        time_us = f"{1e6 * point['cpu_seconds'] / point['tokens']:.0f}"
+        rows.append([f"{point['vocabulary']:,}", f"{point['tokens']:,}", *sizes, time_us])
+    print("\n".join(aligned(rows, left=())))
 
 
 def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
@@ -571,7 +567,7 @@ def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
     def run(num_tokens: int) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             targets = Dense(teacher_hidden[:num_tokens], lambda h: functional.linear(h, teacher_weight))
-            found = chunked_head_loss(
+            result = chunked_head_loss(
                 hidden[:num_tokens],
                 labels[:num_tokens],
                 targets,
@@ -580,22 +576,21 @@ def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
                 terms=(ForwardKL(),),
                 chunk=Distill().head_chunk,
             )
-        found.loss.backward()
+        result.loss.backward()
         hidden.grad = weight.grad = None
 
     run(8)  # libraries and threads take their memory
     gc.collect()
-    before = memory("VmRSS")
+    before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     began = time.process_time()
     run(tokens)
-    seconds = time.process_time() - began
-    gradients = 4 * (hidden.numel() + weight.numel())
+    seconds, growth = time.process_time() - began, peak_memory() - before
     return {
         "vocabulary": vocab,
         "tokens": tokens,
-        "peak_growth": memory("VmHWM") - before,
-        "extra": memory("VmHWM") - before - gradients,
+        "peak_growth": growth,
+        "extra": growth - 4 * (hidden.numel() + weight.numel()),  # without their gradients
         "whole": 4 * vocab * tokens,
         "cpu_seconds": seconds,
     }
@@ -611,11 +606,9 @@ def measure_length(arguments: argparse.Namespace) -> None:
         make_tiny(teacher)
     points = []
     for tokens in LENGTHS:
-        folder = arguments.out / "length" / str(tokens)
-        folder.mkdir(exist_ok=True)
         recipe = {
             "model": str(teacher),
-            "run_dir": str(folder),
+            "run_dir": str(arguments.out / "length" / str(tokens)),
             "prune": {"drop": [2]},
             "distill": {
                 "data": "python_docs",
@@ -625,22 +618,20 @@ def measure_length(arguments: argparse.Namespace) -> None:
                 "stop_on_spike": None,  # of a loss that is rounding alone before long
                 "trainer": {**OPTIMIZER, "per_device_train_batch_size": 4, "save_strategy": "no"},
             },
-            "track": {"wandb": "off"},
         }
-        file = folder / "recipe.yaml"
-        file.write_text(yaml.safe_dump(recipe))
-        run_shoal("prune", file)
-        points.append(process(f"length:{tokens}", arguments) | {"tokens": tokens})
+        run_shoal("prune", write_recipe(recipe))
+        points.append(in_a_process(f"length:{tokens}", arguments) | {"tokens": tokens})
     write_json(arguments.out / "length.json", {"points": points})
-    print(f"{'tokens':>10} {'tokens/s':>9} {'peak MB':>8}   tokens/s of first and last tenth, then per cpu second")
+    rows = [["tokens", "tokens/s", "peak MB", "first tenth", "last tenth", "by cpu: first", "last"]]
     for point in points:
         tenth = max(1, len(point["steps"]) // 10)
         ends = [
-            f"{2048 / statistics.median(part):9,.0f}"
+            f"{2048 / statistics.median(part):,.0f}"
             for steps in (point["steps"], point["cpu_steps"])
             for part in (steps[:tenth], steps[-tenth:])
         ]
-        print(f"{point['tokens']:10,} {point['tokens_per_s']:9,.0f} {point['peak'] / 1e6:8,.0f} {' '.join(ends)}")
+        rows.append([f"{point['tokens']:,}", f"{point['tokens_per_s']:,.0f}", f"{point['peak'] / 1e6:,.0f}", *ends])
+    print("\n".join(aligned(rows, left=())))
 
 
 def make_tiny(folder: Path) -> None:
