@@ -15,7 +15,7 @@ from shoal.stats.intervals import combined
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 
 from ..report.findings import SIGNAL_SIGMAS
-from ..report.speed_ratio import SpeedRatio, speed_ratio
+from ..report.speed import SpeedRatio, speed_ratio
 from .comparable import CUT_ROLES, Common, Contender, find_common, read_contenders, score_of
 
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")

@@ -11,7 +11,7 @@ from shoal.artifacts.search import Interval
 from shoal.atomic_files import make_folder, write_text
 from shoal.figures.pareto import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.figures.style import clean
-from shoal.formatting import aligned, count_text, listed, signed
+from shoal.formatting import aligned, bytes_text, count_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
 from ..report.document import Bullets, Document, Paragraph, Picture, Section, Table, picture, to_markdown
@@ -19,7 +19,6 @@ from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
 from ..report.page import to_html
 from ..report.wording import (
     DASH,
-    bytes_text,
     chance_text,
     difference_text,
     p_text,

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from shoal.artifacts.artifact import TaskScore
 from shoal.errors import UserError
-from shoal.formatting import duration_text, layers_text, listed
+from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.models.load import DEMO_PREFIX
 from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
@@ -22,8 +22,7 @@ from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
 from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
 from ..report.sections import difference_table, no_signal_section, score_table
-from ..report.speed_section import speed_section
-from ..report.wording import bytes_text
+from ..report.speed import speed_section
 from .license import License, base_license, license_file
 
 DEMO_BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -9,7 +9,7 @@ import yaml
 
 from shoal.artifacts.artifact import Json
 from shoal.artifacts.search import SearchResult
-from shoal.formatting import duration_text, layers_text, listed
+from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
 from shoal.task_words import task_words
@@ -17,7 +17,7 @@ from shoal.task_words import task_words
 from .cautions import disjointness
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
 from .findings import ROLES, Run
-from .wording import DASH, bytes_text, score_words
+from .wording import DASH, score_words
 
 TERMS = (
     ("Decoder layer", "One of the equal blocks (attention and MLP) that a language model stacks; counted from 0."),

@@ -10,7 +10,7 @@ from shoal.recipe.edits import in_words
 
 from .document import Board, BoardLine, Place
 from .findings import ROLES, Comparison, Row, Run, is_share
-from .speed_ratio import speed_ratio
+from .speed import speed_ratio
 from .wording import (
     MAX_NAMES,
     change_text,

@@ -33,9 +33,9 @@ from .findings import Comparison, Run, compare, read_run, with_comparable_scores
 from .flips import flips_section
 from .headline import board, facts, headline
 from .page import to_html
-from .search_section import read_search, search_section
+from .search import read_search, search_section
 from .sections import level_section, no_signal_section, protocol_section, scores_section
-from .speed_section import speed_section
+from .speed import speed_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shoal.artifacts.artifact import TaskScore
-from shoal.formatting import bytes_text as bytes_text
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import PairedDifference, Retention
 from shoal.task_words import PROTOCOLS, task_words

@@ -286,7 +286,7 @@ def _heal(candidate: Candidate, launch: Launch) -> None:
 
 def _result(run: Run, settings: Search, candidates: Sequence[Candidate], same_as: dict[str, str]) -> str:
     from shoal.eval.compare.ranking import rank_plans
-    from shoal.eval.report.search_table import search_text
+    from shoal.eval.report.search import search_text
 
     distinct = [candidate for candidate in candidates if candidate.name not in same_as]
     inputs = {

@@ -19,7 +19,7 @@ from shoal.compress.plan import choose_changes
 from shoal.errors import UserError
 from shoal.eval.compare.ranking import correlation, measure_by, rank_plans
 from shoal.eval.harness.samples import with_interval
-from shoal.eval.report.search_table import recipe_lines, search_text, verdicts
+from shoal.eval.report.search import recipe_lines, search_text, verdicts
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.yaml import read_yaml
 from shoal.stats.paired import paired, retention

@@ -70,7 +70,7 @@ from shoal.eval.report.flips import within
 from shoal.eval.report.headline import facts, headline
 from shoal.eval.report.page import to_html
 from shoal.eval.report.report import build_document, write_report
-from shoal.eval.report.search_section import read_search
+from shoal.eval.report.search import read_search
 from shoal.formatting import layers_text, signed
 from shoal.recipe.edits import SkipAttention, Swap
 from shoal.redaction import redacted

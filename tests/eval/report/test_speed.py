@@ -13,8 +13,7 @@ import results
 from shoal.artifacts.artifact import BatchSpeed, Speed
 from shoal.eval.report.document import Bullets, Paragraph, Table
 from shoal.eval.report.findings import Run, read_run
-from shoal.eval.report.speed_ratio import SpeedRatio, speed_ratio
-from shoal.eval.report.speed_section import speed_section
+from shoal.eval.report.speed import SpeedRatio, speed_ratio, speed_section
 
 
 def tables(run: Run) -> list[Table]:

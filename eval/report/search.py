@@ -1,8 +1,9 @@
-"""A search in words and tables: for the terminal, and with every score as search.md."""
+"""What `shoal search` found: for the terminal, as search.md with every score, and as a section of the report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import yaml
 
@@ -11,6 +12,7 @@ from shoal.formatting import interval_text, layers_text, listed, signed
 from shoal.recipe.edits import in_words, removed_layers
 from shoal.recipe.section import as_dict
 
+from .document import Block, Bullets, Code, Paragraph, Section, Table
 from .wording import DASH
 
 NOTE = (
@@ -182,3 +184,35 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read_search(folder: Path) -> SearchResult | None:
+    """search.json of the run directory; None where no search was made.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / SearchResult.FILE
+    return SearchResult.read(path) if path.is_file() else None
+
+
+def search_section(result: SearchResult | None) -> Section | None:
+    """The plans as they rank before and after the heal, what may be concluded, and the recipe of the first."""
+    if result is None:
+        return None
+    header, *rows = standings(result)
+    caption = f"{len(result.ranking.plans)} plans, each healed for {result.num_tokens:,} tokens, best first"
+    table = Table(
+        caption,
+        ("Plan", *(column.capitalize() for column in (*header[:2], *header[3:]))),
+        tuple((row[2], *row[:2], *row[3:]) for row in rows),
+        frozenset({0, 3}),
+    )
+    blocks: list[Block] = [
+        Paragraph(ranked_by(result.ranking).replace("\n", " ")),
+        table,
+        Bullets(tuple(verdicts(result))),
+        Paragraph(NOTE),
+        Code(recipe_lines(result.winner), "yaml", f"The recipe of {result.winner.name}"),
+    ]
+    return Section("What the search over plans found", tuple(blocks))
