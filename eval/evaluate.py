@@ -177,7 +177,11 @@ def check_runnable(tasks: dict[str, Any], *, num_ranks: int, max_length: int) ->
 
 
 def num_items(tasks: dict[str, Any], settings: Tasks) -> dict[str, int]:
-    """How many items of every task are scored."""
+    """Number of items that are scored, by task.
+
+    Raises:
+        UserError: a limit for a task that is not among them.
+    """
     unknown = sorted(set(settings.limits) - set(tasks))
     if unknown:
         raise UserError(f"eval.limits: {limit_without_task(unknown[0], tasks)}")

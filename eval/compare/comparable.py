@@ -357,7 +357,11 @@ def _unexplained(contenders: Sequence[Contender], tasks: Sequence[str], why: str
 
 
 def dtype_of(contender: Contender, role: str) -> str:
-    """The precision a role was scored in; `stored`, once `auto`, is its checkpoint's, where that is still there."""
+    """The precision a role was scored in; `stored`, once `auto`, is its checkpoint's, where that is still there.
+
+    Raises:
+        UserError: the checkpoint's config.json is not valid JSON.
+    """
     asked = str(contender.run.evaluations[role].provenance.inputs.get("dtype", ABSENT))
     config = contender.run.folder / ("distilled" if role == "distilled" else "student") / "config.json"
     if asked not in ("stored", "auto") or not config.is_file():

@@ -283,18 +283,9 @@ def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> No
     if not on_gpu:
         environment["DS_ACCELERATOR"] = "cpu"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    command += [
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(runtime.free_port()),
-        "--no_local_rank",
-        "--log_level",
-        "critical",
-        "--module",
-        "shoal.cli",
-    ]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {runtime.free_port()}".split()
+    command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.cli"]
     command += ["distill", "--config", config, *overrides]
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
     with tempfile.TemporaryDirectory() as folder:

@@ -134,7 +134,11 @@ def _nothing_in(source: DataSource) -> UserError:
 
 
 def documents(source: DataSource) -> Iterator[str | Chat | None]:
-    """Every row's text or conversation, in order; None for an empty one."""
+    """Every row's text or conversation, in order; None for an empty one.
+
+    Raises:
+        UserError: nothing there, no such column, or a column of another kind.
+    """
     if source.path in BUNDLED:
         yield from (text if text.strip() else None for text in _bundled(source.path))
         return
@@ -507,7 +511,11 @@ def row_texts(rows: PackedRows, tokenizer: Any, *, max_tokens: int | None = None
 
 
 def sources_fingerprint(sources: Sequence[DataSource]) -> str:
-    """Hash of what bundled and local sources hold; of Hub sources only the description, their revision is not known."""
+    """Hash of what bundled and local sources hold; of Hub sources only the description, their revision is not known.
+
+    Raises:
+        UserError: no such file or folder, or a file of an unknown kind.
+    """
     parts = []
     for source in sources:
         content: Any = None
