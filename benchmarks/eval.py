@@ -52,7 +52,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
-def endings(data: Path | None, count: int, *, num_examples: int = 0) -> list[Pair]:
+def endings(data: Path | None, count: int, num_examples: int = 0) -> list[Pair]:
     """A context with each of its four endings, behind ``num_examples`` contexts with their right ones."""
     if data is not None:
         examples = rows(data / "hellaswag/validation.jsonl")
@@ -123,6 +123,7 @@ class Bench:
         self.model: PreTrainedModel = load_model(self.folder, dtype=arguments.dtype, device=device())
         self.tokenizer: Any = load_tokenizer(self.folder)
         self.arguments = arguments
+        self.data, self.questions = arguments.data, arguments.questions
         make: Any = HFLM  # its decorator hides its type
         self.theirs: Any = make(
             pretrained=self.model, tokenizer=self.tokenizer, batch_size=arguments.batch_size, dtype=arguments.dtype
@@ -151,12 +152,12 @@ class Bench:
             figures[f"times_faster_by_{kind}"] = round(statistics.median(other / own for own, other in pairs), 2)
         return figures, results["ours"], results["theirs"]
 
-    def likelihoods(self, pairs: list[Pair], *, goal: float) -> dict[str, Any]:
+    def likelihoods(self, part: str, pairs: list[Pair]) -> dict[str, Any]:
         asked = requests("loglikelihood", pairs)
         figures, ours, theirs = self.turns(
             lambda: self.ours().loglikelihood(asked),
             lambda: self.theirs.loglikelihood(asked, disable_tqdm=True),
-            goal=goal,
+            goal=GOALS[part],
         )
         return {
             "requests": len(pairs),
@@ -171,22 +172,9 @@ def requests(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
     return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
 
 
-def measure_endings(bench: Bench) -> dict[str, Any]:
-    return bench.likelihoods(endings(bench.arguments.data, bench.arguments.questions), goal=GOALS["endings"])
-
-
-def measure_examples(bench: Bench) -> dict[str, Any]:
-    pairs = endings(bench.arguments.data, bench.arguments.questions, num_examples=NUM_EXAMPLES)
-    return bench.likelihoods(pairs, goal=GOALS["examples"])
-
-
-def measure_letters(bench: Bench) -> dict[str, Any]:
-    return bench.likelihoods(letters(bench.arguments.data, bench.arguments.questions), goal=GOALS["letters"])
-
-
 def measure_texts(bench: Bench) -> dict[str, Any]:
     settings = {"until": ["Question:", "\n\n"], "max_gen_toks": bench.arguments.new_tokens, "do_sample": False}
-    prompts = texts(bench.arguments.data, bench.arguments.prompts)
+    prompts = texts(bench.data, bench.arguments.prompts)
     asked = requests("generate_until", [(prompt, settings) for prompt in prompts])
     figures, ours, theirs = bench.turns(
         lambda: bench.ours().generate_until(asked),
@@ -221,9 +209,9 @@ def measure_quick(bench: Bench) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "endings": measure_endings,
-    "examples": measure_examples,
-    "letters": measure_letters,
+    "endings": lambda bench: bench.likelihoods("endings", endings(bench.data, bench.questions)),
+    "examples": lambda bench: bench.likelihoods("examples", endings(bench.data, bench.questions, NUM_EXAMPLES)),
+    "letters": lambda bench: bench.likelihoods("letters", letters(bench.data, bench.questions)),
     "texts": measure_texts,
     "quick": measure_quick,
 }

@@ -134,17 +134,9 @@ def main() -> None:
             ("loaded", arguments.memory_gigabytes),
             ("streamed", arguments.memory_gigabytes),
         ):
-            command = [
-                sys.executable,
-                __file__,
-                "--way",
-                way,
-                "--model",
-                str(folder),
-                "--memory-gigabytes",
-                str(memory),
-            ]
-            command += ["--tokens", str(arguments.tokens), "--length", str(arguments.length)]
+            sizes = {"memory-gigabytes": memory, "tokens": arguments.tokens, "length": arguments.length}
+            options = [f"--{name}={value}" for name, value in sizes.items()]
+            command = [sys.executable, __file__, "--way", way, "--model", str(folder), *options]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             figures = json.loads(done.stdout.splitlines()[-1])
             result[f"{way} in {memory:g} GB" if memory else f"{way} without limit"] = figures

@@ -36,6 +36,7 @@ from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.atomic_files import write_json
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery.cut_model import cut_model
+from shoal.machine import peak_memory
 from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, weight_files
 from shoal.models.load import load_model
 
@@ -123,10 +124,7 @@ def cut(way: str, folder: Path, num_layers: int) -> dict[str, float]:
         apply_plan(folder / "teacher", plan, folder / way, proof="files")
     else:
         cut_model(load_model(folder / "teacher"), drop, share=True).save_pretrained(folder / way)
-    seconds = time.perf_counter() - start
-    # not ru_maxrss, which begins with what the parent process held
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"seconds": seconds, "peak_bytes": int(status["VmHWM"].split()[0]) * 1024}
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
 
 
 def report(results: dict[str, list[dict[str, float]]], folder: Path) -> None:

@@ -20,6 +20,8 @@ from .comparable import CUT_ROLES, Common, Contender, find_common, read_contende
 
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
 SPEED_MACHINE = ("device", "cpu_threads")
+HARMLESS_INPUTS = ("attention", "eval.batch_size")
+HARMLESS_VERSIONS = ("torch", "transformers", "device")
 
 
 @dataclass(frozen=True)
@@ -297,18 +299,15 @@ def _restless(first: Contender, other: Contender, common: Common) -> Iterator[st
 
 def _harmless(contenders: Sequence[Contender]) -> dict[str, dict[str, list[str]]]:
     """Setting -> value -> letters, of settings that differ and move scores by rounding at most."""
-    by_setting: dict[str, dict[str, list[str]]] = {}
-    for name in ("attention", "eval.batch_size"):
-        _collect(by_setting, name, [(c.letter, _any(c).provenance.inputs.get(name)) for c in contenders])
-    for name in ("torch", "transformers", "device"):
-        _collect(by_setting, name, [(c.letter, _any(c).provenance.environment.get(name)) for c in contenders])
+    by_setting: dict[str, dict[str, list[str]]] = {name: {} for name in (*HARMLESS_INPUTS, *HARMLESS_VERSIONS)}
+    for contender in contenders:
+        provenance = _any(contender).provenance
+        values = {name: provenance.inputs.get(name) for name in HARMLESS_INPUTS}
+        values |= {name: provenance.environment.get(name) for name in HARMLESS_VERSIONS}
+        for name, value in values.items():
+            if value is not None:
+                by_setting[name].setdefault(str(value), []).append(contender.letter)
     return {name: values for name, values in by_setting.items() if len(values) > 1}
-
-
-def _collect(by_setting: dict[str, dict[str, list[str]]], name: str, values: Sequence[tuple[str, Any]]) -> None:
-    for letter, value in values:
-        if value is not None:
-            by_setting.setdefault(name, {}).setdefault(str(value), []).append(letter)
 
 
 def _any(contender: Contender) -> Evaluation:

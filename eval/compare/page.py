@@ -326,28 +326,18 @@ def _legend(comparison: RunComparison) -> str:
 
 def _known(comparison: RunComparison) -> list[str]:
     """What a reader has to know before the numbers mean anything."""
-    lines = (*_same_lines(comparison), *_few_lines(comparison), *_silent_lines(comparison))
-    return [*comparison.left_out, *lines, *comparison.notes]
-
-
-def _few_lines(comparison: RunComparison) -> Iterator[str]:
-    if few := [task for task in comparison.tasks if task.n < FEW_ITEMS]:
-        yield f"Too few items: fewer than {FEW_ITEMS}, so the intervals are wide: {tasks_text(few)}."
-
-
-def _same_lines(comparison: RunComparison) -> Iterator[str]:
+    lines = list(comparison.left_out)
     for group in same_models(comparison):
         letters = listed(model.contender.letter for model in group)
-        yield f"The {group[0].role} models of {letters} are one and the same: their weights are equal."
-
-
-def _silent_lines(comparison: RunComparison) -> Iterator[str]:
-    if comparison.silent:
-        silent = [task for task in comparison.tasks if task.task in comparison.silent]
-        yield (
+        lines.append(f"The {group[0].role} models of {letters} are one and the same: their weights are equal.")
+    if few := [task for task in comparison.tasks if task.n < FEW_ITEMS]:
+        lines.append(f"Too few items: fewer than {FEW_ITEMS}, so the intervals are wide: {tasks_text(few)}.")
+    if silent := [task for task in comparison.tasks if task.task in comparison.silent]:
+        lines.append(
             f"No signal on {tasks_text(silent)}: the intact teacher is not more than "
             f"{SIGNAL_SIGMAS:.0f} standard errors above guessing there, so no sentence and no figure rests on it."
         )
+    return [*lines, *comparison.notes]
 
 
 def _versions_table(comparison: RunComparison) -> Table:

@@ -32,16 +32,10 @@ if TYPE_CHECKING:
 LOGGED_FILE = "wandb_logged.json"
 WEIGHTS_WAIT_S = 4 * 3600
 """Seconds that a stage waits at its end for the upload of weights."""
+EVALUATIONS = {role: f"eval/{role}.json" for role in ("teacher", "pruned", "distilled")}
 RESULT_FILES = (
-    Importance.FILE,
-    PruningPlan.FILE,
-    Training.FILE,
-    "eval/teacher.json",
-    "eval/pruned.json",
-    "eval/distilled.json",
-    Speed.FILE,
-    "report.md",
-    "report.html",
+    *(Importance.FILE, PruningPlan.FILE, Training.FILE),
+    *(*EVALUATIONS.values(), Speed.FILE, "report.md", "report.html"),
 )
 
 
@@ -59,8 +53,8 @@ class _Part:
 
     name: str
     identity: str
-    log: Callable[[Run], dict[str, Any]]
-    """Logs it, or returns what run.log is to be given."""
+    log: Callable[[Run], dict[str, Any] | None]
+    """Function that logs it, or returns what run.log is to be given."""
 
 
 def log_results(
@@ -85,7 +79,7 @@ def log_results(
         with _staged_in(run_dir / "wandb"):
             values: dict[str, Any] = {}
             for part in new:
-                values |= part.log(run)
+                values |= part.log(run) or {}
             if values:
                 run.log(values)
         finish(run_dir)
@@ -110,10 +104,7 @@ def _media(run_dir: Path, score_rows: Callable[[Path], Rows]) -> Iterator[_Part]
     importance, plan = run_dir / Importance.FILE, run_dir / PruningPlan.FILE
     if importance.is_file():
         yield _Part("importance", _hashed(importance, plan), lambda _: _importance(importance, plan))
-    evaluations = [
-        file for role in ("teacher", "pruned", "distilled") if (file := _evaluation(run_dir, role)).is_file()
-    ]
-    if evaluations:
+    if evaluations := [file for name in EVALUATIONS.values() if (file := run_dir / name).is_file()]:
         identity = _hashed(*evaluations, run_dir / Speed.FILE)
         yield _Part("before_after", identity, lambda run: _scores(run, run_dir, score_rows(run_dir)))
     figures = run_dir / "figures"
@@ -146,8 +137,8 @@ def _scores(run: Run, run_dir: Path, rows: Rows) -> dict[str, Any]:
         summary[f"score/{name}"] = row["score"]
         if row["retention"] is not None:
             summary[f"retention/{name}"] = row["retention"]
-    for role in ("teacher", "pruned", "distilled"):
-        if (file := _evaluation(run_dir, role)).is_file():
+    for role, name in EVALUATIONS.items():
+        if (file := run_dir / name).is_file():
             summary[f"num_parameters/{role}"] = Evaluation.read(file).num_parameters
     if (speed := run_dir / Speed.FILE).is_file():
         for role, score in Speed.read(speed).roles.items():
@@ -201,17 +192,16 @@ def _artifacts(run_dir: Path, recipe: dict[str, Any], teacher: Path, *, upload: 
         yield _Part("artifacts/results", _hashed(*files), lambda run: _results(run, run_dir, files, recipe))
 
 
-def _teacher(run: Run, name: str, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _teacher(run: Run, name: str, recipe: dict[str, Any], folder: Path) -> None:
     record = {"model": redacted(recipe["model"]), "revision": recipe["revision"]}
     artifact = _new_artifact(name, "model", {**record, "fingerprint": model_fingerprint(folder)})
     artifact.add_reference(_hub_address(recipe) or folder.resolve().as_uri(), name="checkpoint", checksum=False)
     # what run.use_artifact does with a new artifact; but that refuses to offline, where `wandb sync` does it later, and
     # waits for the upload online
     run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
-    return {}
 
 
-def _checkpoint(run: Run, name: str, folder: Path, made_from: list[str], *, plan: Path, upload: bool) -> dict[str, Any]:
+def _checkpoint(run: Run, name: str, folder: Path, made_from: list[str], *, plan: Path, upload: bool) -> None:
     record: dict[str, Any] = {"made_from": made_from, "fingerprint": model_fingerprint(folder)}
     if plan.is_file():
         cut = PruningPlan.read(plan)
@@ -222,10 +212,9 @@ def _checkpoint(run: Run, name: str, folder: Path, made_from: list[str], *, plan
     else:
         artifact.add_reference(folder.resolve().as_uri(), name="checkpoint", checksum=False)
     run.log_artifact(artifact)
-    return {}
 
 
-def _results(run: Run, run_dir: Path, files: list[Path], recipe: dict[str, Any]) -> dict[str, Any]:
+def _results(run: Run, run_dir: Path, files: list[Path], recipe: dict[str, Any]) -> None:
     """The files as they are, but for secrets in settings."""
     artifact = _new_artifact(f"results-{run.id}", "results", {"made_from": [_artifact_name(recipe["model"])]})
     texts = {"recipe.yaml": yaml.safe_dump(redacted(recipe), sort_keys=False, allow_unicode=True)}
@@ -237,7 +226,6 @@ def _results(run: Run, run_dir: Path, files: list[Path], recipe: dict[str, Any])
         with artifact.new_file(name, encoding="utf-8") as handle:
             handle.write(text)
     run.log_artifact(artifact)
-    return {}
 
 
 def _new_artifact(name: str, kind: str, record: dict[str, Any]) -> Artifact:
@@ -262,10 +250,6 @@ def _artifact_name(model: str) -> str:
     """Name of a model among artifacts: the same in every run that starts from it."""
     name = Path(model).name if model.startswith((".", "/", "~")) else model
     return re.sub(r"[^\w.-]+", "-", name).strip("-") or "model"
-
-
-def _evaluation(run_dir: Path, role: str) -> Path:
-    return run_dir / "eval" / f"{role}.json"
 
 
 def _hashed(*files: Path) -> str:
