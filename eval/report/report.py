@@ -40,8 +40,8 @@ from .speed import speed_section
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    NamedFigure = tuple[str, tuple[Figure, str, str]]
-    """Name, then the figure, its title and what it shows."""
+    NamedFigure = tuple[str, Figure, str, str]
+    """Name of the file, figure, title, and what it shows."""
 
 FIGURES_DIR = "figures"
 
@@ -102,8 +102,10 @@ def _folded(picture: Picture) -> Picture:
 
 def draw_figures(run: Run) -> dict[str, Picture]:
     """The run's figures by name, saved as SVG and PNG under figures/ and ready to stand in a page."""
-    drawn = dict(chain(_score_figures(run), _layer_figures(run), _training_figures(run)))
-    return {name: picture(run.folder, f"{FIGURES_DIR}/{name}", *figure) for name, figure in drawn.items()}
+    drawn = chain(_score_figures(run), _layer_figures(run), _training_figures(run))
+    return {
+        name: picture(run.folder, f"{FIGURES_DIR}/{name}", figure, title, text) for name, figure, title, text in drawn
+    }
 
 
 def _score_figures(run: Run) -> Iterator[NamedFigure]:
@@ -115,22 +117,18 @@ def _score_figures(run: Run) -> Iterator[NamedFigure]:
         which = "every task" if count <= MAX_TASKS else f"the first {MAX_TASKS} of {count} tasks"
         yield (
             "before_after",
-            (
-                before_after_figure(single),
-                "Scores before and after",
-                f"Each mark is a score and its bar the 95 % interval, by ability, for {which}; a dashed tick is "
-                f"chance. The numbers are in the table below{', families in the next figure' if families else ''}.",
-            ),
+            before_after_figure(single),
+            "Scores before and after",
+            f"Each mark is a score and its bar the 95 % interval, by ability, for {which}; a dashed tick is "
+            f"chance. The numbers are in the table below{', families in the next figure' if families else ''}.",
         )
     if families:
         yield (
             "levels",
-            (
-                level_figure(families),
-                "Score against level",
-                "Scores with 95 % intervals by level: steps of reasoning, pairs of a look-up, or what else the family "
-                "counts. A dashed line is chance.",
-            ),
+            level_figure(families),
+            "Score against level",
+            "Scores with 95 % intervals by level: steps of reasoning, pairs of a look-up, or what else the family "
+            "counts. A dashed line is chance.",
         )
 
 
@@ -152,37 +150,31 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
                 "Columns by which layers were chosen come first. An arrow ends a bar that reaches far beyond the "
                 "others, a frame marks a layer without which the task is significantly worse."
             )
-        yield "depth", (depth_figure(run.plan, fitting), "The stack of layers and what was taken out of it", text)
+        yield "depth", depth_figure(run.plan, fitting), "The stack of layers and what was taken out of it", text
     if importance and (importance.layers or importance.runs):
         yield (
             "importance",
-            (
-                importance_figure(importance, drop),
-                "Importance of the layers",
-                "Bars: importance of each layer, the cut ones hatched and marked by a triangle. Heat map, where there "
-                "is one: importance of every run of neighbouring layers, by its first layer and its length.",
-            ),
+            importance_figure(importance, drop),
+            "Importance of the layers",
+            "Bars: importance of each layer, the cut ones hatched and marked by a triangle. Heat map, where there "
+            "is one: importance of every run of neighbouring layers, by its first layer and its length.",
         )
     if run.plan and importance and importance.runs:
         yield (
             "runs",
-            (
-                importance_figure(replace(importance, layers={}), drop),
-                "Importance of runs of layers",
-                "Importance of every run of neighbouring layers, by its first layer and its length; a frame marks the "
-                "cut where it is one run.",
-            ),
+            importance_figure(replace(importance, layers={}), drop),
+            "Importance of runs of layers",
+            "Importance of every run of neighbouring layers, by its first layer and its length; a frame marks the "
+            "cut where it is one run.",
         )
     if importance and importance.atlas:
         yield (
             "atlas",
-            (
-                atlas_figure(importance, drop),
-                "What every layer is worth, by ability and protocol",
-                "Each row is a layer, each column a metric or a task under one protocol; the panels below show what is "
-                "left of every task without each layer, with 95 % intervals. Layers without which a task is "
-                "significantly worse are framed.",
-            ),
+            atlas_figure(importance, drop),
+            "What every layer is worth, by ability and protocol",
+            "Each row is a layer, each column a metric or a task under one protocol; the panels below show what is "
+            "left of every task without each layer, with 95 % intervals. Layers without which a task is "
+            "significantly worse are framed.",
         )
 
 
@@ -190,10 +182,8 @@ def _training_figures(run: Run) -> Iterator[NamedFigure]:
     if run.training and loss_series(run.training):
         yield (
             "training",
-            (
-                training_figure(run.training),
-                "Training curves",
-                "By optimizer step: the loss and each of its terms, held-out text and tasks where they were scored on "
-                "the way, and the learning rate.",
-            ),
+            training_figure(run.training),
+            "Training curves",
+            "By optimizer step: the loss and each of its terms, held-out text and tasks where they were scored on "
+            "the way, and the learning rate.",
         )
