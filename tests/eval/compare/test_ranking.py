@@ -1,6 +1,6 @@
 """The ranking of healed plans against tables worked out by hand.
 
-Covers: shoal.artifacts.search, shoal.eval.report.search_table.
+Covers: shoal.artifacts.search, shoal.eval.report.search.
 """
 
 from __future__ import annotations

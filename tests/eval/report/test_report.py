@@ -1,7 +1,7 @@
 """The report says what the results allow and no more, works after any stage, and is safe to pass on.
 
 Covers: shoal.eval.report.cautions, shoal.eval.report.details, shoal.eval.report.document, shoal.eval.report.flips,
-shoal.eval.report.headline, shoal.eval.report.page, shoal.eval.report.search_section, shoal.eval.report.sections,
+shoal.eval.report.headline, shoal.eval.report.page, shoal.eval.report.sections,
 shoal.eval.report.wording, shoal.formatting, shoal.redaction.
 """
 

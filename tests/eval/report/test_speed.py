@@ -1,7 +1,4 @@
-"""The report's section on speed and size shows everything that was measured, each beside what was expected.
-
-Covers: shoal.eval.report.speed_ratio.
-"""
+"""The report's section on speed and size shows everything that was measured, each beside what was expected."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Figures hold what they claim, are text in SVG, repeat bit for bit, and never take names from data for markup.
 
-Covers: shoal.figures.depth, shoal.figures.levels.
+Covers: shoal.figures.depth, shoal.figures.importance, shoal.figures.levels, shoal.figures.scores,
+shoal.figures.training.
 """
 
 from __future__ import annotations
