@@ -223,7 +223,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         from shoal.tracking.wandb_run import wandb_mode
 
         row = VERBS[verb]
-        stage = _distill if verb == "distill" else _stage(row.stage)
+        stage: Callable[..., Any] = _distill if verb == "distill" else _stage(row.stage)
     from shoal.trust import refuse_links
 
     launched = "LOCAL_RANK" in os.environ
