@@ -1,10 +1,11 @@
-"""What a training is made of, put together: models, what of them is trained and shared, teacher, objective, Trainer."""
+"""A training put together: models are built, joined with the loss, and given to a Trainer; then weights are shared."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,140 +13,128 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.artifacts.artifact import PruningPlan
 from shoal.data.packing import PackedRows
-from shoal.models.load import align_weights, load_model
-from shoal.recipe.distill import Distill, Record
-from shoal.recipe.losses import LOGIT_TERMS, STATE_TERMS, CrossEntropy, needs_teacher, reads_distributions
+from shoal.models.load import align_weights
+from shoal.recipe.distill import Distill
+from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.runtime import device
 
 from .callbacks.validation import Scorer, Watcher
-from .engine.arguments import autocast_dtype, zero_stage
 from .engine.sharding import place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
 from .generated.sampling import end_tokens
 from .objective.host_batch import with_host_copy
 from .objective.layer_losses import StateLosses
-from .objective.objective import Objective, SharedPrefix, output_head, to_logits
-from .objective.self_check import check_objective
+from .objective.mixed_documents import warn_of_mixed_documents
+from .objective.objective import SharedPrefix
 from .student.frozen import share_frozen, stored_names
-from .student.local_stage import recorded_layers, unhealed
-from .student.lora import add_adapters
-from .student.trainable import Trained, keep_zeros, shares_prefix, train_only
+from .student.spec import TrainSpec
+from .student.trainable import keep_zeros
 from .teacher.recording_plan import recording_inputs, rows_from
 from .teacher.recording_reader import RecordingReader
-from .teacher.signals import LiveTeacher, NoTeacher, RecordedTeacher
+from .teacher.signals import RecordedTeacher
+from .teacher.wiring import make_trainable, wire
 from .trainer import DistillTrainer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """A training ready to start, its objective not yet installed."""
+class TrainingText:
+    """What is learnt from, and the tokenizer that made it."""
 
-    trainer: DistillTrainer
-    objective: Objective
+    rows: PackedRows
+    tokenizer: PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a training is known by when it goes on or is asked for again."""
+
+    stage: dict[str, Any]
+    """All that shapes distilled/."""
+    checkpoints: dict[str, Any]
+    """The same with the real batch, however ranks and micro-batches share it."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both models of a training. The student is made trainable."""
+
     student: PreTrainedModel
-    trained: Trained
-    shared_layers: int
-    """The lowest layers, run once for teacher and student, or not at all: their state is recorded."""
-    watcher: Watcher | None
+    teacher: PreTrainedModel | None
+    """None where its signals were recorded, or where no loss term asks it."""
+    stored: frozenset[str]
+    """Names of the tensors in the student's files."""
 
 
-def assemble(
-    teacher_dir: Path,
-    student_dir: Path,
-    plan: PruningPlan,
-    rows: PackedRows,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    settings: Distill,
-    record: Record,
+def load_models(spec: TrainSpec, *, seed: int) -> Models:
+    """Load the student with what is trained of it, and the teacher where it is to run.
+
+    Called when the TrainingArguments exist: under ZeRO-3 they make from_pretrained shard what it loads.
+
+    Raises:
+        UserError: parts of the recipe that contradict the models.
+    """
+    student = spec.student.model(dtype="float32")
+    stored = frozenset(stored_names(spec.student.folder))
+    make_trainable(student, spec, seed=seed, stored=stored)
+    keep_zeros(student)
+    teacher = None
+    if spec.runs_teacher:
+        teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype).requires_grad_(False)
+    return Models(student, teacher, stored)
+
+
+def make_trainer(
+    spec: TrainSpec,
+    models: Models,
+    text: TrainingText,
     arguments: TrainingArguments,
-    keep_checkpoints: int,
-    inputs: dict[str, Any],
-    identity: dict[str, Any],
+    identity: Identity,
+    *,
     stop: StopRequest,
-    scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None,
     callbacks: Sequence[TrainerCallback],
     peak_tokens_per_s: float | None,
-    seed: int,
-    dtype: str,
-    load: dict[str, Any],
-) -> Assembly:
-    """Load both models and put everything around them. ``inputs`` is the stage's identity, ``identity`` that of its
-    checkpoints; ``load`` goes to load_model.
-
-    Called when ``arguments`` exist: under ZeRO-3 they make from_pretrained shard what it loads.
+) -> DistillTrainer:
+    """The Trainer of these models, joined with the loss; the teacher is on its device, weights are shared.
 
     Raises:
         UserError: parts of the recipe that contradict the plan, the models or a recording.
-        RuntimeError: a loss that would pull a perfect student away from its teacher.
     """
-    student = load_model(student_dir, dtype="float32", **load)
-    trained = train_only(student, settings.trainable, plan)
-    stored = stored_names(student_dir)
-    if settings.lora is not None:
-        add_adapters(student, settings.lora, trained, seed=seed, stored=stored)
-    keep_zeros(student)
-    live = None
-    if settings.teacher.recorded is None and needs_teacher(settings.losses):
-        live = load_model(teacher_dir, dtype=settings.teacher.dtype or dtype, **load).requires_grad_(False)
-    frozen = shares_prefix(trained, plan)
-    if settings.teacher.prefix:
-        shared = recorded_layers(trained, plan, settings)
-    else:
-        shared = 0 if live is None else unhealed(frozen, plan, settings)
-    prefix = SharedPrefix(student, live, first_change=shared) if shared else None
-    state_terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
-    states = StateLosses(state_terms, plan, student, live, num_shared=frozen) if state_terms else None
-    reads_logits = any(map(reads_distributions, settings.losses))
-    if live is not None:
-        teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
-    elif settings.teacher.recorded is None:
-        teacher = NoTeacher()
-    else:
-        reader = _recording(teacher_dir, rows, settings, record, states, inputs, prefix=shared or None)
-        teacher = RecordedTeacher(reader, reads_logits=reads_logits, states=states, prefix=prefix)
-    objective = Objective(
-        student,
-        None if live is None else to_logits(live),
-        terms=settings.losses,
-        chunk=settings.head_chunk,
-        states=states,
-        recorded_temperature=record.temperature,
-    )
+    student, teacher = models.student, models.teacher
+    wiring = wire(spec, student, teacher, partial(_recorded_teacher, spec, text.rows, identity.stage))
     trainer = DistillTrainer(
         model=student,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=text.rows,
         data_collator=_stack,
-        teacher=teacher,
-        teacher_head=None if live is None else output_head(live),
-        objective=objective,
-        prefix=prefix,
-        inputs=identity,
-        keep_checkpoints=keep_checkpoints,
+        spec=spec,
+        wiring=wiring,
+        identity=identity.checkpoints,
         stop=stop,
-        stop_on_spike=settings.stop_on_spike,
-        autocast_dtype=autocast_dtype(settings),
-        on_policy=_on_policy(settings, student, tokenizer, seed=seed),
+        on_policy=_on_policy(spec.settings, student, text.tokenizer, seed=arguments.seed),
         peak_tokens_per_s=peak_tokens_per_s,
         callbacks=[*callbacks],
     )
     trainer.remove_callback(PrinterCallback)
-    if live is not None:
-        place_teacher(live, trainer, offload=settings.teacher.offload)
-        if zero_stage(settings) < 3 and not settings.teacher.offload:
-            _share_weights(student, live, plan, settings, stored)
-    check_objective(settings, live or student, rows, states, record, is_teacher=live is not None)
-    watcher = None
-    if settings.watch is not None and scorer is not None:
-        watcher = Watcher(settings.watch, Path(str(arguments.output_dir)), identity)
-        trainer.watch_with(watcher, scorer(tokenizer))
-    return Assembly(trainer, objective, student, trained, shared, watcher)
+    if teacher is not None:
+        place_teacher(teacher, trainer, offload=spec.settings.teacher.offload)
+        if spec.deepspeed.stage < 3 and not spec.settings.teacher.offload:
+            _share_weights(spec, models)
+    if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
+        warn_of_mixed_documents(teacher or student, text.rows, autocast_dtype=spec.deepspeed.autocast_dtype)
+    return trainer
+
+
+def watch(spec: TrainSpec, trainer: DistillTrainer, identity: Identity, score: Scorer | None) -> Watcher | None:
+    """Let ``score`` look at the student while it trains, where the recipe wants that."""
+    if spec.settings.watch is None or score is None:
+        return None
+    watcher = Watcher(spec.settings.watch, Path(str(trainer.args.output_dir)), identity.checkpoints)
+    trainer.watch_with(watcher, score)
+    return watcher
 
 
 def _on_policy(
@@ -161,41 +150,41 @@ def _on_policy(
     return Sampler(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None)
 
 
-def _share_weights(
-    student: PreTrainedModel, teacher: PreTrainedModel, plan: PruningPlan, settings: Distill, stored: set[str]
-) -> None:
-    for model in (student, teacher):
+def _share_weights(spec: TrainSpec, models: Models) -> None:
+    assert models.teacher is not None
+    for model in (models.student, models.teacher):
         align_weights(model)  # else the last bits may differ on a CPU: mapped files are not aligned
-    student.to(device())  # pyright: ignore[reportArgumentType]
-    saved = share_frozen(student, teacher, plan.keep, autocast_dtype=autocast_dtype(settings), stored=stored)
+    models.student.to(device())  # pyright: ignore[reportArgumentType]
+    saved = share_frozen(
+        models.student,
+        models.teacher,
+        spec.plan.keep,
+        autocast_dtype=spec.deepspeed.autocast_dtype,
+        stored=models.stored,
+    )
     if saved:
         log.info("teacher and student share %.0f MB of frozen weights", saved / 1e6)
 
 
-def _recording(
-    teacher_dir: Path,
+def _recorded_teacher(
+    spec: TrainSpec,
     rows: PackedRows,
-    settings: Distill,
-    record: Record,
-    states: StateLosses | None,
     inputs: dict[str, Any],
-    *,
-    prefix: int | None,
-) -> RecordingReader:
+    states: StateLosses | None,
+    prefix: SharedPrefix | None,
+) -> RecordedTeacher:
+    settings = spec.settings
     assert settings.teacher.recorded is not None
-    identity = recording_inputs(
-        record,
-        teacher_dir,
-        model=inputs["model"],
-        sequence_length=settings.sequence_length,
-        dtype=inputs["dtype"],
-        attention=inputs["attention"],
-        prefix=prefix,
-    )
-    return RecordingReader(
+    reader = RecordingReader(
         Path(settings.teacher.recorded).expanduser(),
         rows,
-        inputs=identity,
+        inputs=recording_inputs(
+            spec.record,
+            spec.teacher,
+            model=inputs["model"],
+            sequence_length=settings.sequence_length,
+            prefix=spec.shared_layers or None,
+        ),
         rows_from=rows_from(inputs),
         states=() if states is None else states.teacher_layers,
         temperatures={
@@ -204,6 +193,7 @@ def _recording(
             if isinstance(term, LOGIT_TERMS) and not isinstance(term, CrossEntropy)
         },
     )
+    return RecordedTeacher(reader, reads_logits=spec.reads_logits, states=states, prefix=prefix)
 
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:

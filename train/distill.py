@@ -4,50 +4,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from shoal.artifacts.artifact import PruningPlan
-from shoal.atomic_files import fingerprint
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
-from shoal.machine import ranks_on_this_node
-from shoal.models.load import load_config, load_model, load_tokenizer, text_config, tokenizer_fingerprint
+from shoal.models.load import Checkpoint, text_config, tokenizer_fingerprint
 from shoal.progress import doing
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
 from shoal.recipe.section import Shapes, shaping
-from shoal.recipe.track import Track
-from shoal.runtime import agreed, device, world_size
+from shoal.runtime import agreed, device, is_main
 from shoal.tracking import wandb_run
 
-from .assembly import assemble
+from .assembly import Identity, TrainingText, load_models, make_trainer, watch
 from .callbacks.progress import Progress
 from .callbacks.validation import Scorer
 from .callbacks.wandb_curves import Curves
 from .dataset import training_rows
-from .engine.arguments import (
-    BATCH_SPLIT,
-    check_names,
-    deepspeed_config,
-    num_rows,
-    rows_per_step,
-    training_arguments,
-    zero_stage,
-)
+from .engine.arguments import BATCH_SPLIT, check_names, deepspeed_config, num_rows, rows_per_step, training_arguments
 from .engine.checkpoint import last_complete, needs_universal
 from .engine.heartbeat import Heartbeat
 from .engine.sharding import join_deepspeed
 from .engine.stop import StopRequest
 from .generated.writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
 from .preflight.fit import check_fit
-from .preflight.mfu import peak_rate
+from .preflight.throughput import most_tokens_per_s
 from .save import write_results
 from .student.local_stage import local_stage
 from .student.lora import refuse_untrainable
-from .student.trainable import trained_parts
+from .student.spec import TrainSpec
 from .teacher.recording_plan import rows_from
 from .teacher.recording_reader import refuse_unrecorded
 from .trainer import DistillTrainer
@@ -105,201 +94,192 @@ def checkpoint_inputs(settings: Distill, inputs: dict[str, Any]) -> dict[str, An
     return {k: v for k, v in inputs.items() if k not in split} | {"distill.batch_size": rows_per_step(settings)}
 
 
-def check_distillable(
-    teacher: Path, student: Path, settings: Distill, record: Record, *, trust_remote_code: bool
-) -> None:
+def check_distillable(spec: TrainSpec) -> None:
     """What can be refused before weights are loaded.
 
     Raises:
-        UserError: different vocabularies or tokenizers, rows longer than the models' positions, or losses that signals
-            recorded by ``record`` cannot serve.
+        UserError: different vocabularies or tokenizers, losses that recorded signals cannot serve, or adapters that
+            nothing could be trained of.
     """
-    configs = [text_config(load_config(f, trust_remote_code=trust_remote_code)) for f in (teacher, student)]
-    sizes = [config.vocab_size for config in configs]
+    teacher, student, settings = spec.teacher, spec.student, spec.settings
+    sizes = [text_config(checkpoint.config).vocab_size for checkpoint in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"teacher {teacher} has {sizes[0]:,} vocabulary entries and student {student} has {sizes[1]:,}; "
-            "distillation compares next-token distributions, so cut the student from this teacher"
+            f"teacher {teacher.folder} has {sizes[0]:,} vocabulary entries and student {student.folder} has "
+            f"{sizes[1]:,}; distillation compares next-token distributions, so cut the student from this teacher"
         )
-    if tokenizer_fingerprint(teacher) != tokenizer_fingerprint(student):
+    if tokenizer_fingerprint(teacher.folder) != tokenizer_fingerprint(student.folder):
         raise UserError(
-            f"teacher {teacher} and student {student} have different tokenizers; "
+            f"teacher {teacher.folder} and student {student.folder} have different tokenizers; "
             "distillation compares next-token distributions, so cut the student from this teacher"
-        )
-    longest = getattr(configs[0], "max_position_embeddings", None)
-    if longest is not None and settings.sequence_length > longest:
-        raise UserError(
-            f"distill.sequence_length: {settings.sequence_length} is more than the {longest} positions of {teacher}; "
-            "lower it"
         )
     if settings.teacher.recorded is not None:
-        refuse_unrecorded(settings.losses, record, vocab_size=sizes[0])
+        refuse_unrecorded(settings.losses, spec.record, vocab_size=sizes[0])
+    if settings.lora is not None:
+        refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation does for a training."""
+
+    scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None = None
+    """Makes, for a tokenizer, what distill.watch scores the student with; None = nothing is watched."""
+    search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None = None
+    """Finds evaluation items in the training rows and gives what distill.json says of them; None = nobody looks."""
 
 
 def distill(
-    teacher_dir: Path,
-    student_dir: Path,
-    plan: PruningPlan,
+    spec: TrainSpec,
     *,
     run_dir: Path,
-    settings: Distill,
-    record: Record,
-    track: Track,
-    scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None,
-    search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None,
     inputs: dict[str, Any],
-    recipe: dict[str, Any],
-    seed: int,
-    dtype: str,
-    attention: str,
-    trust_remote_code: bool,
+    evaluation: Evaluation,
+    start_tracking: Callable[[], object],
 ) -> None:
-    """Train the student in ``student_dir`` on the teacher's signals; write distilled/ and distill.json.
+    """Train the student on the teacher's signals; write distilled/ and distill.json.
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
-    same run, if there is one. ``plan`` says which layers the student has left; ``scorer`` makes what distill.watch
-    scores the student with; ``search_rows`` finds evaluation items in the training rows and
-    gives what distill.json says of them.
+    same run, if there is one. ``inputs`` is the identity of distilled/; ``start_tracking`` gives None where nothing is
+    tracked.
 
     Raises:
         Stopped: on Ctrl-C, on SIGTERM or when the launcher is gone, after saving.
         UserError: input that cannot work.
     """
-    check_names(settings)
-    check_distillable(teacher_dir, student_dir, settings, record, trust_remote_code=trust_remote_code)
-    trained_parts(settings.trainable, plan)
-    if settings.lora is not None:
-        refuse_untrainable(settings.lora, settings.trainable, zero_stage=zero_stage(settings))
-    checkpoints = run_dir / "checkpoints"
-    heartbeat = Heartbeat(run_dir, timeout_s=settings.timeout_s)
+    check_names(spec.settings)
+    check_distillable(spec)
+    heartbeat = Heartbeat(run_dir, timeout_s=spec.settings.timeout_s)
     heartbeat.start()
-    identity = checkpoint_inputs(settings, inputs)
-    resume = agreed(lambda: last_complete(checkpoints, identity))
-    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=zero_stage(settings)))
-    with doing("working out what training takes"):
-        agreed(
-            lambda: check_fit(
-                teacher_dir,
-                student_dir,
-                plan,
-                settings=settings,
-                run_dir=run_dir,
-                dtype=dtype,
-                attention=attention,
-                ranks=world_size(),
-                ranks_per_node=ranks_on_this_node(),
-                device=device(),
-                trust_remote_code=trust_remote_code,
-            )
-        )
-    tokenizer = load_tokenizer(teacher_dir, trust_remote_code=trust_remote_code)
-    load = {"attention": attention, "trust_remote_code": trust_remote_code}
-    rows = rows_to_train_on(
-        teacher_dir, tokenizer, settings, run_dir, inputs=inputs, trust_remote_code=trust_remote_code
-    )
-    # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
-    with doing("looking for evaluation items in the training text"):
-        overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
-    if settings.local is not None:
-        student_dir = local_stage(
-            teacher_dir,
-            student_dir,
-            plan,
-            rows,
-            settings,
-            folder=run_dir / "local",
-            inputs=inputs,
-            dtype=dtype,
-            load=load,
-        )
-    with doing("measuring what the machine can do at best"):
-        peak = peak_rate(teacher_dir, student_dir, plan, settings, dtype=dtype, load=load)
+    identity = Identity(inputs, checkpoint_inputs(spec.settings, inputs))
+    resume, universal = _checkpoint_to_go_on_from(run_dir / "checkpoints", identity, spec)
+    prepared = _prepared(spec, run_dir, inputs, evaluation)
     with doing("starting the W&B run"):
-        tracked = wandb_run.start(track, run_dir, recipe)
-    with doing("loading DeepSpeed"):
-        join_deepspeed()
-    # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
-    arguments, keep = training_arguments(
-        settings, output_dir=checkpoints, seed=seed, report_to=[], load_universal=universal
-    )
-    stop = StopRequest()
-    progress = Progress(tokens_per_step=rows_per_step(settings) * settings.sequence_length)
-    made = assemble(
-        teacher_dir,
-        student_dir,
-        plan,
-        rows,
-        tokenizer,
-        settings=settings,
-        record=record,
-        arguments=arguments,
-        keep_checkpoints=keep,
-        inputs=inputs,
-        identity=identity,
-        stop=stop,
-        scorer=scorer,
-        callbacks=[
-            progress,
-            heartbeat,
-            *([Curves(run_dir)] if tracked else []),
-        ],
-        peak_tokens_per_s=peak,
-        seed=seed,
-        dtype=dtype,
-        load=load,
-    )
-    trainer, objective = made.trainer, made.objective
-    objective.install()
-    _announce(made.student, rows, trainer, settings, resume)
+        tracked = start_tracking() is not None
+    stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
+    callbacks = [progress, heartbeat, *([Curves(run_dir)] if tracked else [])]
+    trainer = _assembled(prepared, run_dir, identity, stop, callbacks, universal=universal)
+    tokenizer, make_scorer = prepared.text.tokenizer, evaluation.scorer
+    watcher = watch(spec, trainer, identity, None if make_scorer is None else make_scorer(tokenizer))
+    trainer.objective.install()
+    _announce(trainer, prepared.text.rows, spec, resume)
     with progress, stop.listening():
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    if trainer.state.global_step < trainer.state.max_steps:
-        heartbeat.stop()
-        wandb_run.finish(run_dir)
+    is_finished = trainer.state.global_step >= trainer.state.max_steps
+    if is_finished:
+        trainer.objective.uninstall()
+        write_results(
+            trainer,
+            prepared.spec,
+            run_dir=run_dir,
+            inputs=inputs,
+            watcher=watcher,
+            rows=prepared.text.rows,
+            overlap=prepared.overlap,
+        )
+    heartbeat.stop()
+    wandb_run.finish(run_dir)
+    if not is_finished:
         raise Stopped(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
             stop.number,
         )
-    objective.uninstall()
-    write_results(
-        trainer,
-        made.student,
-        student_dir,
-        run_dir=run_dir,
-        inputs=inputs,
-        watcher=made.watcher,
-        data={"sources": rows.counts, **overlap},
-        settings={
-            "rows": fingerprint(rows.fingerprint),
-            "shared_layers": made.shared_layers,
-            "trained_layers": list(made.trained.layers),
-        },
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What training begins with."""
+
+    spec: TrainSpec
+    """Its student is the one that the local stage has healed, where there is one."""
+    text: TrainingText
+    overlap: dict[str, Any]
+    """Evaluation items in the text, for distill.json."""
+    peak_tokens_per_s: float | None
+    """Tokens per second if all operations were matrix products; None where that is not known or not logged."""
+
+
+def _prepared(spec: TrainSpec, run_dir: Path, inputs: dict[str, Any], evaluation: Evaluation) -> _Prepared:
+    """Refuse what does not fit; then the text, and the local stage where the recipe has one."""
+    with doing("working out what training takes"):
+        flops_per_token = agreed(lambda: _flops_per_token(spec, run_dir))
+    tokenizer = spec.teacher.tokenizer()
+    rows = rows_to_train_on(spec.teacher, tokenizer, spec.settings, run_dir, inputs=inputs)
+    # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
+    with doing("looking for evaluation items in the training text"):
+        search_rows = evaluation.search_rows
+        overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
+    if spec.settings.local is not None:
+        healed = local_stage(spec, rows, folder=run_dir / "local", inputs=inputs)
+        spec = replace(spec, student=replace(spec.student, folder=healed))
+    with doing("measuring what the machine can do at best"):
+        peak = most_tokens_per_s(spec, flops_per_token) if is_main() else None  # which alone logs it
+    return _Prepared(spec, TrainingText(rows, tokenizer), overlap, peak)
+
+
+def _assembled(
+    prepared: _Prepared,
+    run_dir: Path,
+    identity: Identity,
+    stop: StopRequest,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    universal: bool,
+) -> DistillTrainer:
+    """The models, loaded and handed to their Trainer."""
+    spec, seed = prepared.spec, identity.stage["seed"]
+    with doing("loading DeepSpeed"):
+        join_deepspeed()
+    # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
+    arguments = training_arguments(
+        spec.settings, spec.deepspeed, output_dir=run_dir / "checkpoints", seed=seed, load_universal=universal
     )
-    heartbeat.stop()
-    wandb_run.finish(run_dir)
+    return make_trainer(
+        spec,
+        load_models(spec, seed=seed),
+        prepared.text,
+        arguments,
+        identity,
+        stop=stop,
+        callbacks=callbacks,
+        peak_tokens_per_s=prepared.peak_tokens_per_s,
+    )
+
+
+def _checkpoint_to_go_on_from(folder: Path, identity: Identity, spec: TrainSpec) -> tuple[Path | None, bool]:
+    """The last complete checkpoint of this run, if there is one, and whether it must be loaded in the form that fits
+    any number of ranks."""
+    resume = agreed(lambda: last_complete(folder, identity.checkpoints))
+    if resume is None:
+        return None, False
+    return resume, agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
+
+
+def _flops_per_token(spec: TrainSpec, run_dir: Path) -> float | None:
+    """Refuse what does not fit; the operations of a token, where they can be counted."""
+    size = check_fit(spec, run_dir)
+    return None if size is None else size.flops_per_token
 
 
 def rows_to_train_on(
-    teacher_dir: Path,
+    teacher: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     settings: Distill,
     run_dir: Path,
     *,
     inputs: dict[str, Any],
-    trust_remote_code: bool,
 ) -> PackedRows:
     """The packed rows of the budget; the teacher writes its own share first where the recipe asks for it."""
-    dtype, attention, seed = inputs["dtype"], inputs["attention"], inputs["seed"]
-    load = {"attention": attention, "trust_remote_code": trust_remote_code}
+    seed = inputs["seed"]
     texts: Sequence[str] = ()
     if wants_teacher_text(settings.data):
         check_backend(settings.writing)
 
         def load_writer() -> Writer:
             if settings.writing.backend == "vllm":
-                return vllm_writer(teacher_dir, tokenizer, settings.writing, seed=seed, dtype=dtype)
+                return vllm_writer(teacher.folder, tokenizer, settings.writing, seed=seed, dtype=teacher.load.dtype)
             # a copy of the teacher of its own, freed before training
-            writer = load_model(teacher_dir, dtype=dtype, device=device(), **load)
+            writer = teacher.model(device=device())
             return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
 
         texts, _ = write_texts(
@@ -323,9 +303,9 @@ def rows_to_train_on(
     )
 
 
-def _announce(
-    student: PreTrainedModel, rows: PackedRows, trainer: DistillTrainer, settings: Distill, resume: Path | None
-) -> None:
+def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume: Path | None) -> None:
+    # ZeRO 3 leaves parameters empty and says itself how large they are
+    student = trainer.objective.student
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in student.parameters()]
     trained, total = sum(n for n, wanted in sizes if wanted), sum(n for n, _ in sizes)
     log.info(
@@ -334,9 +314,9 @@ def _announce(
         total / 1e6,
         f"{rows.input_ids_NS.numel():,}",
         len(rows),
-        settings.sequence_length,
-        world_size(),
-        trainer.args.hf_deepspeed_config.config["zero_optimization"]["stage"],  # pyright: ignore[reportAttributeAccessIssue]
+        spec.settings.sequence_length,
+        spec.ranks.count,
+        spec.deepspeed.stage,
     )
     for name, count in rows.counts.items():
         log.info("  %s: %s", name, ", ".join(f"{value:,} {key}" for key, value in count.items()))

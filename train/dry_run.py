@@ -5,41 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedConfig
-
-from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text
-from shoal.machine import available_memory, device_memory, free_disk, matmul_flops_per_second
+from shoal.machine import available_memory, device_memory, free_disk
 from shoal.models.load import text_config
+from shoal.numerics import flops_per_second
 from shoal.progress import doing
-from shoal.recipe.distill import Distill
 
+from .engine.arguments import kept_checkpoints
 from .preflight.fit import cheapest, disk_bytes, fits, overrides, shortages, written_bytes
 from .preflight.memory import Setting, memory, shared_weights
-from .preflight.run_size import Job, job, teacher_dtype
-from .preflight.throughput import PROBE_S, Pace, flops_per_token, probe, step_seconds
+from .preflight.run_size import Job, job
+from .preflight.throughput import PROBE_S, Pace, probe, step_seconds
+from .student.spec import TrainSpec
 
 ASSUMED_SHARE = 0.4
-"""Of the measured peak of matrix products, where the models are too large to be tried here."""
+"""Share of the measured rate of matrix products that is assumed where the models are too large to be tried here."""
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "teacher", "buffers", "fixed", "peak", "host")
 
 
-def dry_run(
-    teacher_config: PreTrainedConfig,
-    student_config: PreTrainedConfig,
-    plan: PruningPlan,
-    *,
-    settings: Distill,
-    run_dir: Path,
-    dtype: str,
-    attention: str,
-    ranks: int,
-    ranks_per_node: int,
-    device: torch.device,
-    try_it: bool = True,
-) -> str:
+def dry_run(spec: TrainSpec, run_dir: Path, *, try_it: bool = True) -> str:
     """What training will take: memory by ZeRO stage, time, disk, and the cheapest setting that fits.
 
     ``try_it`` runs a few micro-batches of the real objective where one rank's models fit here; else, and where they do
@@ -50,44 +35,23 @@ def dry_run(
     """
     try:
         with doing("working out memory"):
-            found = job(
-                teacher_config,
-                student_config,
-                plan,
-                settings,
-                dtype=dtype,
-                attention=attention,
-                ranks=ranks,
-                ranks_per_node=ranks_per_node,
-                device=device,
-            )
+            size = job(spec)
     except RuntimeError as error:  # torch's, of operations that need numbers
         reason = str(error).strip().splitlines()[0][:120]
         raise UserError(
-            f"{text_config(student_config).model_type}: cannot be run without data, so its memory cannot be told "
+            f"{text_config(spec.student.config).model_type}: cannot be run without data, so its memory cannot be told "
             f"beforehand ({reason}); try a few steps with distill.trainer.max_steps"
         ) from error
-    free = device_memory(device), available_memory()
-    pace = None
-    if try_it and _can_be_tried(found, *free):
-        pace = probe(
-            teacher_config,
-            student_config,
-            plan,
-            settings,
-            found.setting,
-            teacher_dtype=teacher_dtype(teacher_config, settings, dtype),
-            attention=attention,
-            device=device,
-        )
+    free = device_memory(spec.ranks.device), available_memory()
+    pace = probe(spec, size.setting) if try_it and _can_be_tried(size, *free) else None
     parts: tuple[list[str], ...] = (
         ["dry run: nothing is written and nothing is trained"],
-        _about(found),
-        _memory_table(found, *free),
-        _beside(found),
-        _time(found, pace, device),
-        _disk(found, run_dir),
-        _proposal(found, *free),
+        _about(size),
+        _memory_table(size, *free),
+        _beside(size),
+        _time(size, pace),
+        _disk(size, run_dir),
+        _proposal(size, *free),
     )
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -119,13 +83,14 @@ def _about(job: Job) -> list[str]:
         "offloaded": f"live, its weights on the host, {setting.teacher_bytes} bytes each",
         "recorded": "recorded, not loaded",
     }
-    precision = f"{str(job.product_dtype).removeprefix('torch.')} {'autocast' if setting.autocast else 'products'}"
+    product_dtype = str(job.spec.deepspeed.product_dtype).removeprefix("torch.")
+    precision = f"{product_dtype} {'autocast' if setting.autocast else 'products'}"
     return [
         f"student: {len(student.layers)} layers, {_millions(student.parameters)}, {_millions(student.trained)} of them "
         f"trained; {setting.weight_bytes} bytes a weight, {precision}",
         f"teacher: {len(teacher.layers)} layers, {_millions(teacher.parameters)}, {where[setting.teacher]}",
         f"step:    {setting.ranks} rank(s) x {setting.accumulation} micro-batch(es) x {setting.rows} row(s) x "
-        f"{setting.sequence_length:,} tokens = {job.tokens_per_step:,} tokens; {job.num_steps:,} steps",
+        f"{setting.sequence_length:,} tokens = {job.spec.tokens_per_step:,} tokens; {job.spec.num_steps:,} steps",
     ]
 
 
@@ -148,14 +113,14 @@ def _rows(now: Setting) -> list[tuple[str, Setting]]:
 def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
     cells: list[tuple[str, ...]] = [(f"memory of one rank, GB ({job.setting.ranks} in all)", *COLUMNS, "")]
     for title, setting in _rows(job.setting):
-        found = memory(job.student, job.teacher, setting)
+        needed = memory(job.student, job.teacher, setting)
         verdict = "fits"
-        if not fits(found, setting, device_free=device_free, host_free=host_free):
+        if not fits(needed, setting, device_free=device_free, host_free=host_free):
             short = shortages(replace(job, setting=setting), device_free=device_free, host_free=host_free)
             verdict = "no" if short else "close"
-        if found.peak_at != "training":
-            verdict += f", {found.peak_at}"
-        cells.append((title, *(f"{getattr(found, column) / 1e9:.2f}" for column in COLUMNS), verdict))
+        if needed.peak_at != "training":
+            verdict += f", {needed.peak_at}"
+        cells.append((title, *(f"{getattr(needed, column) / 1e9:.2f}" for column in COLUMNS), verdict))
     on_device = "" if job.setting.device == "cpu" else f"{bytes_text(device_free)} on the device, "
     return [
         *aligned(cells, left=(0, len(cells[0]) - 1)),
@@ -167,42 +132,41 @@ def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
 
 def _beside(job: Job) -> list[str]:
     """What the table counts and does not show."""
-    setting, student, told = job.setting, job.student, []
-    if shared := shared_weights(student, setting):
-        told.append(f"student and teacher hold {_millions(shared)} once, which are frozen")
-    if job.shared_layers:
+    setting, student, notes = job.setting, job.student, []
+    if weights := shared_weights(student, setting):
+        notes.append(f"student and teacher hold {_millions(weights)} once, which are frozen")
+    if shared := job.spec.shared_layers:
         how = "not run, the state above is recorded" if setting.teacher == "recorded" else "run once for both"
-        which = "layer is" if job.shared_layers == 1 else f"{job.shared_layers} layers are"
-        told.append(f"the lowest {which} {how}")
+        which = "layer is" if shared == 1 else f"{shared} layers are"
+        notes.append(f"the lowest {which} {how}")
     if setting.four_bits:
-        told.append("frozen linear maps of the layers are held in 4 bits")
+        notes.append("frozen linear maps of the layers are held in 4 bits")
     whole = bytes_text(setting.weight_bytes * student.parameters)
     if setting.stage == 3 and (setting.scored_rows or setting.samples):
         keys = ["distill.watch"] * (setting.scored_rows > 0) + ["distill.on_policy"] * (setting.samples > 0)
-        told.append(f"{' and '.join(keys)}: ZeRO 3 gathers the whole student for that, {whole} on every rank")
+        notes.append(f"{' and '.join(keys)}: ZeRO 3 gathers the whole student for that, {whole} on every rank")
     if setting.samples:
-        told.append(
+        notes.append(
             f"on-policy steps: {setting.rows * setting.samples} samples of {setting.sample_tokens:,} tokens are "
             "written at one time; their cache is counted, the time they take is not"
         )
     if setting.captured:
         held = bytes_text(setting.rows * setting.sequence_length * setting.captured)
-        told.append(f"loss terms on states hold {held} of a micro-batch")
+        notes.append(f"loss terms on states hold {held} of a micro-batch")
     if setting.healed_layers:
-        told.append(
+        notes.append(
             "distill.local comes first: both models whole on every rank, and 16 bytes for each of "
             f"{_millions(sum(student.layers[layer].parameters for layer in setting.healed_layers))}"
         )
     if setting.writes:
-        told.append("teacher_text comes first: the teacher whole on every rank")
-    return told
+        notes.append("teacher_text comes first: the teacher whole on every rank")
+    return notes
 
 
-def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
-    setting = job.setting
+def _time(job: Job, pace: Pace | None) -> list[str]:
+    setting, spec, flops = job.setting, job.spec, job.flops_per_token
     with doing("timing a matrix product"):
-        peak = matmul_flops_per_second(device, job.product_dtype)
-    flops = flops_per_token(job.student, job.teacher, setting, shared=job.shared_layers > 0)
+        peak = flops_per_second(spec.ranks.device, spec.deepspeed.product_dtype)
     # ranks on one CPU share its cores, which a probe has had to itself
     machines = setting.ranks // setting.ranks_per_node if setting.device == "cpu" else setting.ranks
     if pace is None:
@@ -214,10 +178,10 @@ def _time(job: Job, pace: Pace | None, device: torch.device) -> list[str]:
             f"measured here on {_tried(pace, setting)} of the real objective: {rate * flops / peak:.0%} of the "
             f"{peak / 1e12:.3g} TFLOP/s of a matrix product"
         )
-    step = step_seconds(job.tokens_per_step // machines, rate, optimizer_s)
+    step = step_seconds(spec.tokens_per_step // machines, rate, optimizer_s)
     return [
-        f"time: {job.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, {_duration(job.num_steps * step)} for "
-        f"{job.num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",
+        f"time: {spec.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, "
+        f"{_duration(spec.num_steps * step)} for {spec.settings.num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",
         f"  {how}",
         "  communication between ranks, scoring, sampling, a local stage and checkpoints come on top",
     ]
@@ -239,33 +203,33 @@ def _duration(seconds: float) -> str:
 
 
 def _disk(job: Job, run_dir: Path) -> list[str]:
-    found = disk_bytes(job)
-    parts = ", ".join(f"{name}/ {bytes_text(size)}" for name, size in found.items())
-    needed, free = sum(found.values()) - written_bytes(run_dir), free_disk(run_dir)
+    folders = disk_bytes(job)
+    parts = ", ".join(f"{name}/ {bytes_text(size)}" for name, size in folders.items())
+    needed, free = sum(folders.values()) - written_bytes(run_dir), free_disk(run_dir)
     verdict = "" if needed <= free else ": NOT ENOUGH, free some space or set run_dir to another disk"
     signals = bytes_text(disk_bytes(job, record=True)["signals"])
     recorded = f"  recorded signals of these tokens would take {signals} at k = 32{_state_at_cut(job)}"
     return [
-        f"disk: {parts} ({job.kept_checkpoints} checkpoints kept, one more while it is written); {bytes_text(free)} "
-        f"free{verdict}",
+        f"disk: {parts} ({kept_checkpoints(job.spec.settings)} checkpoints kept, one more while it is written); "
+        f"{bytes_text(free)} free{verdict}",
         *([] if job.setting.teacher == "none" else [recorded]),
     ]
 
 
 def _state_at_cut(job: Job) -> str:
     """What distill.teacher.prefix adds to recorded signals, where it could be set."""
-    if not job.shared_layers:
+    if not job.spec.shared_layers:
         return ""
     each = job.teacher.hidden * job.setting.teacher_bytes
     return (
         "; with distill.teacher.prefix, which spares both models their lowest layers, "
-        f"{bytes_text(each * job.num_steps * job.tokens_per_step)} more ({each:,} bytes a token)"
+        f"{bytes_text(each * job.spec.num_steps * job.spec.tokens_per_step)} more ({each:,} bytes a token)"
     )
 
 
 def _proposal(job: Job, device_free: int, host_free: int) -> list[str]:
     with doing("looking for the cheapest setting that fits"):
-        setting = next(cheapest(job, device_free=device_free, host_free=host_free), None)
+        setting = cheapest(job, device_free=device_free, host_free=host_free)
     if setting is None:
         return [
             "no setting fits with a margin of a tenth: more ranks, shorter rows (distill.sequence_length), a smaller "

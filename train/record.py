@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of
-from shoal.models.load import load_model, logits_from_hidden
+from shoal.models.load import Checkpoint, logits_from_hidden
 from shoal.progress import progress
 from shoal.recipe.distill import Record
 from shoal.runtime import barrier, device, is_main, rank, world_size
@@ -41,37 +41,30 @@ HEAD_CHUNK = 256
 
 
 def record_signals(
-    teacher: Path,
+    teacher: Checkpoint,
     rows: TokenRows,
     folder: Path,
     settings: Record,
     *,
     model: str,
     rows_from: dict[str, Any],
-    dtype: str,
-    attention: str,
-    trust_remote_code: bool,
     prefix: int | None = None,
 ) -> None:
-    """Record what the teacher in this folder says of ``rows``, or what is missing of it. Every rank calls this.
+    """Record what the teacher says of ``rows``, or what is missing of it. Every rank calls this.
 
-    ``prefix``: so many of the lowest layers need never run again, the state above them is recorded.
+    ``model`` is the teacher's fingerprint, ``rows_from`` what shaped the rows, for messages. So many of the lowest
+    layers as ``prefix`` says need never run again: the state above them is recorded.
 
     Raises:
         UserError: as recording_layout, plan_recording and record do, the first two before any weight is loaded.
     """
     length = rows.input_ids_NS.shape[1]
-    load = {"dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code}
-    layout = recording_layout(
-        settings, teacher, sequence_length=length, trust_remote_code=trust_remote_code, dtype=dtype, prefix=prefix
-    )
-    inputs = recording_inputs(
-        settings, teacher, model=model, sequence_length=length, dtype=dtype, attention=attention, prefix=prefix
-    )
+    layout = recording_layout(settings, teacher, sequence_length=length, prefix=prefix)
+    inputs = recording_inputs(settings, teacher, model=model, sequence_length=length, prefix=prefix)
     pending = plan_recording(rows, folder, settings, layout=layout, inputs=inputs, rows_from=rows_from)
     if not pending and RecordingManifest.read(folder / RecordingManifest.FILE).num_rows >= len(rows):
         return
-    record(load_model(teacher, device=device(), **load), rows, folder, settings, pending=pending)
+    record(teacher.model(device=device()), rows, folder, settings, pending=pending)
 
 
 def record(
@@ -88,10 +81,10 @@ def record(
         UserError: the disk is full after all, or the teacher's distributions are not finite. What is written stays.
     """
     manifest = RecordingManifest.read(folder / RecordingManifest.FILE)
-    mine = pending[rank() :: world_size()]
+    own_shards = pending[rank() :: world_size()]
     setting = "run_dir" if settings.folder is None else "record.folder"
-    with progress("record", total=sum(map(len, mine)), unit="rows") as step:
-        for shard in mine:
+    with progress("record", total=sum(map(len, own_shards)), unit="rows") as step:
+        for shard in own_shards:
             planes = _record_shard(teacher, rows, shard, settings, manifest.layout, step)
             path = folder / shard_name(shard.start // settings.rows_per_shard)
             write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
@@ -142,13 +135,13 @@ def _record_shard(
         ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
         with _keeping(teacher, kept), _keeping_prefix(teacher, layout.prefix, prefix):
             hidden_BSD = final_hidden(teacher, ids_BS, positions_BS)
-        found = top_k_signals(
+        signals = top_k_signals(
             hidden_BSD.flatten(0, 1),
             lambda hidden: scaled(hidden, head),
             top_k=layout.top_k,
             temperature=settings.temperature,
         )
-        batches.append(tuple(x.unflatten(0, ids_BS.shape).cpu() for x in found))  # pyright: ignore[reportArgumentType]
+        batches.append(tuple(x.unflatten(0, ids_BS.shape).cpu() for x in signals))  # pyright: ignore[reportArgumentType]
         tell(len(ids_BS))
     ids, log_probs, tail = (torch.cat(part) for part in zip(*batches, strict=True))
     _refuse_non_finite(log_probs, tail, shard.start)

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance, Training
-from shoal.atomic_files import written_folder
+from shoal.atomic_files import fingerprint, written_folder
+from shoal.data.packing import PackedRows
 from shoal.machine import peak_memory
-from shoal.models.load import load_config
 from shoal.progress import doing
 from shoal.redaction import redacted
 from shoal.runtime import barrier, device, is_main, world_size
@@ -22,6 +21,7 @@ from .callbacks.validation import Watcher
 from .student.frozen import finished_state, save_finished
 from .student.local_stage import copy_all_but_weights
 from .student.lora import remove_adapters
+from .student.spec import TrainSpec
 from .trainer import DistillTrainer
 
 log = logging.getLogger(__name__)
@@ -29,19 +29,25 @@ log = logging.getLogger(__name__)
 
 def write_results(
     trainer: DistillTrainer,
-    student: PreTrainedModel,
-    student_dir: Path,
+    spec: TrainSpec,
     *,
     run_dir: Path,
     inputs: dict[str, Any],
     watcher: Watcher | None,
-    data: dict[str, Any],
-    settings: dict[str, Any],
+    rows: PackedRows,
+    overlap: dict[str, Any],
 ) -> None:
     """Write distilled/ from the last state, or from the best that ``watcher`` has kept, then distill.json.
 
-    Every rank calls this. ``data`` and ``settings`` go into distill.json.
+    Every rank calls this. ``spec.student`` is the checkpoint that training began with; ``overlap`` are evaluation items
+    in the training text.
     """
+    student, before = trainer.objective.student, spec.student
+    settings: dict[str, Any] = {
+        "rows": fingerprint(rows.fingerprint),
+        "shared_layers": spec.shared_layers,
+        "trained_layers": list(spec.trained.layers),
+    }
     with doing("bringing the student's weights together"):
         state = trainer.student_state()
     peak = torch.tensor(float(peak_memory()), device=device())
@@ -52,14 +58,14 @@ def write_results(
         if best is not None and watcher is not None:
             log.info("distilled/ is the student of step %d: %s %.4f", best["step"], best["metric"], best["score"])
             state = watcher.best_state()
-            settings = {**settings, "best": {key: best[key] for key in ("step", "metric", "score")}}
-        stored = getattr(torch, str(load_config(student_dir).dtype or "float32").removeprefix("torch."))
-        finished = finished_state(student, state, student_dir, dtype=stored)
+            settings["best"] = {key: best[key] for key in ("step", "metric", "score")}
+        stored = before.stored_dtype
+        finished = finished_state(student, state, before.folder, dtype=stored)
         remove_adapters(student)
         student.config.use_cache = True  # the Trainer turned it off
         with doing("writing distilled/"), written_folder(run_dir / "distilled") as folder:
             save_finished(student, finished, folder, dtype=stored)
-            copy_all_but_weights(student_dir, folder)
+            copy_all_but_weights(before.folder, folder)
         history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
         seconds = [row["seconds"] for row in history if "seconds" in row]
         Training(
@@ -74,7 +80,7 @@ def write_results(
                 "world_size": world_size(),
                 **settings,
             },
-            data=data,
+            data={"sources": rows.counts, **overlap},
             peak_memory_bytes=int(peak.item()),
         ).write(run_dir / Training.FILE)
         if watcher is not None:

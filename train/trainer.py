@@ -30,6 +30,7 @@ from shoal.runtime import barrier, is_main, seed_everything, world_size
 
 from .callbacks.loss_spikes import LossGuard, refuse_step
 from .callbacks.validation import Score, Scorer, Watcher
+from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, separate_groups
 from .engine.sharding import gathered, keep_gradient_norm, reduce_in_parts
 from .engine.stop import StopRequest
@@ -37,16 +38,16 @@ from .generated.on_policy import Sampler as OnPolicySampler
 from .generated.sampling import own_forwards
 from .objective.activation_checkpointing import recompute_selectively
 from .objective.host_batch import documents_known, on_host
-from .objective.objective import Objective, SharedPrefix
-from .teacher.signals import Teacher
+from .student.spec import TrainSpec
+from .teacher.wiring import Wiring
 
 INPUTS = ("input_ids", "position_ids", "labels")
-"""What the student's forward takes of a batch; the teacher may read more."""
+"""Planes that the student's forward takes of a batch; the teacher may read more."""
 AGREEMENT = "top1_agreement"
 PEAK_SHARE = "peak_share"
 """Tokens per second against those at the speed of a large matrix product on this machine."""
 OBJECTIVE_FILE = "objective.json"
-"""What loss terms keep between steps, inside a checkpoint."""
+"""File of what loss terms keep between steps, inside a checkpoint."""
 
 
 class DistillTrainer(Trainer):
@@ -58,31 +59,29 @@ class DistillTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        teacher: Teacher,
-        teacher_head: nn.Module | None,
-        objective: Objective,
-        prefix: SharedPrefix | None,
-        inputs: dict[str, Any],
-        keep_checkpoints: int,
+        spec: TrainSpec,
+        wiring: Wiring,
+        identity: dict[str, Any],
         stop: StopRequest,
-        stop_on_spike: float | None,
-        autocast_dtype: torch.dtype | None,
         on_policy: OnPolicySampler | None = None,
         peak_tokens_per_s: float | None = None,
         **kwargs: Any,
     ) -> None:
+        """``identity`` is what a checkpoint must have in common with the run that goes on from it; ``args`` and
+        ``kwargs`` are the Trainer's."""
         super().__init__(*args, **kwargs)
+        objective = wiring.objective
         recompute_selectively(objective.student, self.args)
         # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over
         self.model_accepts_loss_kwargs = True
-        self._teacher = teacher
-        self._teacher_head = teacher_head
-        self._objective = objective
-        self._prefix = prefix
-        self._inputs = inputs
-        self._keep_checkpoints = keep_checkpoints
-        self._guard = LossGuard(stop_on_spike)
-        self._autocast_dtype = autocast_dtype
+        self._teacher = wiring.teacher
+        self._teacher_head = wiring.teacher_head
+        self.objective = objective
+        self._prefix = wiring.prefix
+        self._identity = identity
+        self._keep_checkpoints = kept_checkpoints(spec.settings)
+        self._guard = LossGuard(spec.settings.stop_on_spike)
+        self._autocast_dtype = spec.deepspeed.autocast_dtype
         self._on_policy = on_policy
         self._peak_tokens_per_s = peak_tokens_per_s
         self._batches: list[dict[str, Tensor]] = []
@@ -97,7 +96,7 @@ class DistillTrainer(Trainer):
 
     def _zero_sums(self) -> Tensor:
         """Every term's mean over the step's supervised tokens, the counts of top-1 agreement, and whether to stop."""
-        return torch.zeros(len(self._objective.terms) + 3, dtype=torch.float64, device=self.args.device)
+        return torch.zeros(len(self.objective.terms) + 3, dtype=torch.float64, device=self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -138,10 +137,13 @@ class DistillTrainer(Trainer):
                 stack.enter_context(
                     self._prefix.replaying(next(p for p in model.parameters() if p.requires_grad).dtype)
                 )
+            # the student's forward is the objective's: sums over this micro-batch's tokens, no means
             loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals, on_host=host)
-        num_terms = len(self._objective.terms)
+        num_terms = len(self.objective.terms)
         self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
-        self._step_sums[num_terms:-1] += sums[num_terms:]
+        self._step_sums[num_terms:-1] += sums[
+            num_terms:
+        ]  # agreement is asked of every so many tokens: counts, no means
         loss = loss_sum * (world_size() / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
@@ -165,7 +167,7 @@ class DistillTrainer(Trainer):
         and the wish to stop come over together. DeepSpeed and, where it logs, the Trainer have waits of their own.
         """
         sums, step = self._step_sums, self.state.global_step
-        sums[-1].fill_(self._stop.reason is not None)
+        sums[-1].fill_(self._stop.reason is not None)  # after the sum over ranks: whether anyone was asked to stop
         if dist.is_initialized():
             dist.all_reduce(sums)
         gradient_norm = 0.0 if self._gradient_norm is None else self._gradient_norm
@@ -173,7 +175,7 @@ class DistillTrainer(Trainer):
         self._step_sums = self._zero_sums()
         if not num_items:
             raise UserError(f"step {step}: its batch holds no supervised token; raise distill.batch_size")
-        terms = self._objective.terms
+        terms = self.objective.terms
         means = counts[: len(terms)]
         loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
         values = {"loss": loss, **dict(zip(term_names(terms), means, strict=True))}
@@ -183,7 +185,7 @@ class DistillTrainer(Trainer):
             values["the norm of the gradient"] = norm if 0 <= norm < math.inf else math.nan
         if problem := self._guard.problem(values):
             raise refuse_step(problem, step, self._batches, Path(str(self.args.output_dir)).parent / "refused")
-        self._objective.end_step(means, step=step, num_steps=self.state.max_steps)
+        self.objective.end_step(means, step=step, num_steps=self.state.max_steps)
         self._window_sums = [before + now for before, now in zip(self._window_sums, counts, strict=True)]
         if stopped:
             self._stop.ask("another rank was asked to stop")
@@ -194,11 +196,11 @@ class DistillTrainer(Trainer):
         steps = self.state.global_step - self._steps_logged
         if "loss" in logs and steps > 0:
             *sums, matches, compared = self._window_sums
-            names = term_names(self._objective.terms)
+            names = term_names(self.objective.terms)
             logs |= {name: value / steps for name, value in zip(names, sums, strict=True)}
             if compared:
                 logs[AGREEMENT] = matches / compared
-            logs |= self._objective.curves()
+            logs |= self.objective.curves()
             logs |= self._rate.read(steps * self.tokens_per_step)
             if self._peak_tokens_per_s is not None:
                 logs[PEAK_SHARE] = logs["tokens_per_s"] / self._peak_tokens_per_s
@@ -210,7 +212,7 @@ class DistillTrainer(Trainer):
 
     @property
     def tokens_per_step(self) -> int:
-        """Of one optimizer step over all ranks."""
+        """Tokens of one optimizer step over all ranks."""
         args = self.args
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
         train_dataset: Any = self.train_dataset
@@ -243,7 +245,7 @@ class DistillTrainer(Trainer):
             unwrap_model_for_generation(
                 wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
             ) as model,
-            own_forwards(self._objective.student),
+            own_forwards(self.objective.student),
             self._autocast(),
         ):
             yield model  # pyright: ignore[reportReturnType]
@@ -269,9 +271,9 @@ class DistillTrainer(Trainer):
             with explained_disk_errors(folder), self._rate.paused(), doing(f"saving {folder.name}"):
                 super()._save_checkpoint(model, trial)
                 if is_main():
-                    write_json(folder / OBJECTIVE_FILE, self._objective.state())
+                    write_json(folder / OBJECTIVE_FILE, self.objective.state())
                 zero: Any = self.args.hf_deepspeed_config
-                commit(folder, self._inputs, zero_stage=zero.config["zero_optimization"]["stage"])
+                commit(folder, self._identity, zero_stage=zero.config["zero_optimization"]["stage"])
         except BaseException:
             if is_main():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -302,7 +304,7 @@ class DistillTrainer(Trainer):
         self._guard.remember([row["loss"] for row in history])
         self._rate = _Rate(history[-1]["seconds"] if history else 0.0)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        self._objective.load_state(json.loads((folder / OBJECTIVE_FILE).read_text()))
+        self.objective.load_state(json.loads((folder / OBJECTIVE_FILE).read_text()))
 
     def student_state(self) -> dict[str, Tensor] | None:
         """The student's whole state dict on rank 0's CPU, None elsewhere; every rank calls this (ZeRO-3 gathers).
@@ -363,11 +365,13 @@ class _StepEnds(TrainerCallback):
 
 def _numbers(values: Tensor, *more: Tensor | float) -> list[float]:
     """All of them as numbers, for which the host waits once."""
-    there = (
-        one.to(values.device, values.dtype, non_blocking=True) if isinstance(one, Tensor) else values.new_full((), one)
-        for one in more
+    on_device = (
+        value.to(values.device, values.dtype, non_blocking=True)
+        if isinstance(value, Tensor)
+        else values.new_full((), value)
+        for value in more
     )
-    return torch.cat([values, *(one.reshape(1) for one in there)]).tolist()
+    return torch.cat([values, *(value.reshape(1) for value in on_device)]).tolist()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from shoal.artifacts.importance import Removal
 from shoal.data.sources import PackedRows
 from shoal.errors import UserError
+from shoal.runtime import together
 
 Need = Literal["hidden", "gradients", "weights", "merges", "loss"]
 Yields = Literal["layers", "runs", "order"]
@@ -122,12 +123,7 @@ def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype:
     Raises:
         UserError: some rank found a fault; that of the lowest row is named.
     """
-    if distributed.is_initialized():
-        faults_by_rank: list[tuple[int, str] | None] = [None] * world_size()
-        distributed.all_gather_object(faults_by_rank, fault)
-    else:
-        faults_by_rank = [fault]
-    faults = [fault for fault in faults_by_rank if fault is not None]
+    faults = [each for each in together(lambda: fault) if each is not None]
     if faults:
         row, fault_text = min(faults)
         batch = row // world_size() // calibration.batch_size

@@ -93,15 +93,6 @@ def device_name(device: torch.device) -> str:
     return f"{name} with {extras[0]}" if extras else name
 
 
-def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a few square matrix products: what a training step is measured against.
-
-    A product of this size is as fast as they get, and takes a fraction of a second where the device has instructions
-    for ``dtype``. Where it has not, one may take seconds, and no more than one or two are made.
-    """
-    return fastest_products(device, (dtype,), size=1024 if device.type == "cpu" else 8192)[dtype]
-
-
 def fastest_products(
     device: torch.device, dtypes: Sequence[torch.dtype], *, size: int, seconds: float = 2.0
 ) -> dict[torch.dtype, float]:

@@ -19,7 +19,7 @@ import torch
 
 from shoal.atomic_files import cache_dir, write_json
 from shoal.errors import UserError
-from shoal.machine import device_name, fastest_products
+from shoal.machine import device_name, fastest_products, num_cores
 
 DTYPES = ("float32", "bfloat16", "float16")
 SIZE = {"cpu": 512}
@@ -76,6 +76,13 @@ def slowness(dtype: str, device: torch.device) -> float:
 def product_rates(device: torch.device) -> Mapping[str, float]:
     """FLOP/s of matrix products by the name of their dtype, measured on first use and remembered for this machine."""
     return _product_rates(device.type, device_name(device))
+
+
+def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products in ``dtype`` on the whole device, all cores of a CPU: what a training is measured
+    against."""
+    rate = product_rates(device)[str(dtype).removeprefix("torch.")]
+    return rate * (num_cores() if device.type == "cpu" else 1)
 
 
 @cache

@@ -181,6 +181,25 @@ def agreed(decide: Callable[[], T]) -> T:
     return answer[0]
 
 
+def together(decide: Callable[[], T]) -> list[T]:
+    """What every rank decides, in their order, on every rank that has joined; the refusal of one is everyone's."""
+    import torch.distributed as dist
+
+    answer: tuple[Any, str | None]
+    try:
+        answer = (decide(), None)
+    except UserError as error:
+        answer = (None, str(error))
+    answers: list[Any] = [answer]
+    if dist.is_initialized():
+        answers = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, answer)
+    for _, refusal in answers:
+        if refusal is not None:
+            raise UserError(refusal)
+    return [value for value, _ in answers]
+
+
 def leave_distributed() -> None:
     """End the process group: its threads, left to the interpreter's exit, sometimes abort a process that succeeded."""
     import torch.distributed as dist

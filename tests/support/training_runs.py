@@ -192,9 +192,9 @@ def all_of(*hooks: Callable[[], None]) -> None:
 
 def share_nothing() -> None:
     """Let no layer be run once for teacher and student."""
-    from shoal.train import assembly
+    from shoal.train.student import spec
 
-    assembly.shares_prefix = lambda *_: 0
+    spec.shares_prefix = lambda *_: 0
 
 
 def spoil_loss(step: int, factor: float, rank: int) -> None:
@@ -240,7 +240,7 @@ class Waits(TorchDispatchMode):
         if isinstance(tensor, OnHost):
             return
         for frame in reversed(traceback.extract_stack()):
-            whose = re.search(r"/(transformers|accelerate|deepspeed)/|/(train)/[^/]+$", frame.filename)
+            whose = re.search(r"/(transformers|accelerate|deepspeed)/|(?<!tests)/(train)/", frame.filename)
             if whose:
                 self.seen.append(f"{whose[1] or 'shoal'}: {frame.name}: {name}")
                 return

@@ -19,6 +19,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from shoal.eval.compare.comparable import TEXT_SETTINGS
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import OnPolicy
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping
@@ -211,11 +212,9 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
         "scores": pipeline.eval_inputs(run, run.teacher),
         "signals": recording_inputs(
             recipe.record,
-            run.teacher,
+            Checkpoint.read(run.teacher, LoadSettings(**run.load_args())),
             model=run.teacher_fingerprint,
             sequence_length=64,
-            dtype=recipe.dtype,
-            attention=recipe.attention,
             prefix=3,
         ),
         "speed": pipeline.speed_inputs(run, {}),

@@ -6,29 +6,41 @@ Covers: shoal.recipe.deepspeed_file, shoal.train.dataset, shoal.train.engine.arg
 import json
 
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard
 from tiny import tiny_checkpoint, tiny_tokenizer
 from torch.utils.data import BatchSampler, SequentialSampler
 
+from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.errors import UserError
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, Record, Teacher
 from shoal.recipe.losses import TAID, ForwardKL, ValueRelation
+from shoal.recipe.recipe import Recipe
+from shoal.stages import distill as stage
+from shoal.stages.run import open_run
 from shoal.train.dataset import training_rows
 from shoal.train.distill import check_distillable, checkpoint_inputs, distill_inputs
 from shoal.train.engine.arguments import (
+    DeepSpeed,
     batch_split,
     check_names,
     deepspeed_config,
+    kept_checkpoints,
     num_rows,
     rows_per_step,
     training_arguments,
 )
+from shoal.train.student.spec import Ranks, train_spec
 
 GENERAL = {"seed": 0, "dtype": "stored", "attention": "sdpa"}
 
 
-def check(teacher, student, **settings):
-    check_distillable(teacher, student, Distill(**settings), Record(), trust_remote_code=False)
+def check(whole, cut, record=None, **settings):
+    teacher, student = (Checkpoint.read(folder, LoadSettings()) for folder in (whole, cut))
+    plan = PruningPlan(Provenance({}), num_layers=6, drop=(), reason="")
+    ranks = Ranks(1, 1, torch.device("cpu"))
+    check_distillable(train_spec(teacher, student, plan, Distill(**settings), record or Record(), ranks))
 
 
 def test_different_vocabularies_are_refused(teacher, tmp_path):
@@ -50,9 +62,10 @@ def test_different_tokenizers_of_one_size_are_refused(teacher, tmp_path):
         check(teacher, student)
 
 
-def test_rows_longer_than_the_models_positions_are_refused(teacher):
+def test_rows_longer_than_the_models_positions_are_refused(teacher, tmp_path):
+    recipe = Recipe(model=str(teacher), run_dir=str(tmp_path / "run"), distill=Distill(sequence_length=2000))
     with pytest.raises(UserError, match=r"distill\.sequence_length: 2000 is more than the 1024 positions"):
-        check(teacher, teacher, sequence_length=2000)
+        stage.distill(open_run(recipe))
 
 
 @pytest.mark.parametrize(
@@ -65,17 +78,17 @@ def test_rows_longer_than_the_models_positions_are_refused(teacher):
     ],
 )
 def test_losses_that_no_recording_can_serve_are_refused_before_it_is_opened(teacher, loss, record, message):
-    def check(recorded: str | None):
-        settings = Distill(losses=(loss,), teacher=Teacher(recorded=recorded))
-        check_distillable(teacher, teacher, settings, Record(**record), trust_remote_code=False)
+    def check_recorded(folder: str | None):
+        check(teacher, teacher, Record(**record), losses=(loss,), teacher=Teacher(recorded=folder))
 
-    check(None)
+    check_recorded(None)
     with pytest.raises(UserError, match=message):
-        check("nowhere")
+        check_recorded("nowhere")
 
 
 def arguments(tmp_path, **trainer):
-    return training_arguments(Distill(trainer=trainer), output_dir=tmp_path, seed=0, report_to=[])
+    settings = Distill(trainer=trainer)
+    return training_arguments(settings, DeepSpeed.of(settings), output_dir=tmp_path, seed=0)
 
 
 def test_an_unknown_training_argument_gets_a_suggestion(tmp_path):
@@ -97,9 +110,10 @@ def test_a_training_argument_that_transformers_refuses_is_said_in_one_line(tmp_p
 
 
 def test_at_least_two_checkpoints_are_kept(tmp_path):
-    assert arguments(tmp_path, save_total_limit=1)[1] == 2
-    assert arguments(tmp_path, save_total_limit=5)[1] == 5
-    assert arguments(tmp_path)[0].save_total_limit is None, "rotation before the commit could delete the last good one"
+    assert [kept_checkpoints(Distill(trainer={"save_total_limit": limit})) for limit in (1, 5)] == [2, 5]
+    assert arguments(tmp_path, save_total_limit=5).save_total_limit is None, (
+        "rotation before the commit could delete the last good one"
+    )
 
 
 def test_rows_fill_whole_optimizer_steps():

@@ -103,6 +103,9 @@ def same(one: Trial, other: Trial, names: list[str], *, within: float = 1e-5) ->
         assert one.curve(name) == pytest.approx(other.curve(name), abs=within, rel=within), name
 
 
+TOO_LARGE = {"per_device_train_batch_size": 10_000_000}
+
+
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
     """One rank, all losses, watched, never interrupted."""
@@ -138,6 +141,14 @@ def test_scores_stand_beside_the_losses_and_the_best_state_is_what_is_left(every
     assert all(torch.equal(weight, best[name]) for name, weight in everything.weights().items())
     assert not (everything.dir / "checkpoints" / "best").exists()
     assert everything.training.data["overlap"].keys() == {"knowledge_continuation"}
+
+
+def test_that_a_training_will_not_resume_bit_by_bit_is_said_once(teacher, cut, tmp_path):
+    own = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "optimizer": {"type": "AdamW"}}
+    path = recipe(tmp_path, teacher, cut, deepspeed=own, batch_size=None, trainer=TOO_LARGE)
+    trial = run(path, ranks=1)
+    assert "this training will not fit" in trial.log  # after everything has asked for the configuration
+    assert trial.log.count("does not resume bit by bit") == 1
 
 
 def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_micro_batch_teaches_nothing(

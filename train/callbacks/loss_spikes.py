@@ -75,11 +75,11 @@ def refuse_step(problem: str, step: int, batches: Sequence[dict[str, Tensor]], f
 
 def load_batches(folder: Path) -> list[dict[str, Tensor]]:
     """The micro-batches of a step that was refused, rank after rank, as the training saw them."""
-    found = []
+    micro_batches = []
     for file in sorted(folder.glob("rank-*.safetensors"), key=lambda path: int(path.stem.removeprefix("rank-"))):
         batches: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(file).items():
             index, name = key.split(".", 1)
             batches.setdefault(int(index), {})[name] = value
-        found += [batches[index] for index in sorted(batches)]
-    return found
+        micro_batches += [batches[index] for index in sorted(batches)]
+    return micro_batches

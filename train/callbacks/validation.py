@@ -22,7 +22,7 @@ from shoal.runtime import barrier, is_main
 log = logging.getLogger(__name__)
 
 PREFIX = "watch/"
-"""Of the curves' names."""
+"""Beginning of the curves' names."""
 BEST = "best"
 UNITS = {"perplexity": " nats per token"}
 
@@ -77,8 +77,8 @@ class Watcher(TrainerCallback):
         scores = self.score()
         self.log({PREFIX + name: score.value for name, score in scores.items()})
         if is_main():
-            told = ", ".join(f"{name} {score.value:.3f}{UNITS.get(name, '')}" for name, score in scores.items())
-            log.info("step %d: %s", step, told)
+            in_words = ", ".join(f"{name} {score.value:.3f}{UNITS.get(name, '')}" for name, score in scores.items())
+            log.info("step %d: %s", step, in_words)
         if self._settings.best is not None:
             self._keep(step, scores[self._settings.best])
 
@@ -93,8 +93,8 @@ class Watcher(TrainerCallback):
             assert weights is not None
             with written_folder(self._folder) as folder:
                 save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
-                told = {"step": step, "metric": self._settings.best, "score": score.value, "inputs": self._inputs}
-                write_json(folder / "best.json", told)
+                story = {"step": step, "metric": self._settings.best, "score": score.value, "inputs": self._inputs}
+                write_json(folder / "best.json", story)
         barrier()
 
     def best(self) -> dict[str, Any] | None:
@@ -102,8 +102,8 @@ class Watcher(TrainerCallback):
         file = self._folder / "best.json"
         if not file.is_file():
             return None
-        found = json.loads(file.read_text())
-        return None if differences(self._inputs, found["inputs"]) else found
+        best = json.loads(file.read_text())
+        return None if differences(self._inputs, best["inputs"]) else best
 
     def best_state(self) -> dict[str, Tensor]:
         """The weights kept at ``best()``."""

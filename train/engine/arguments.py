@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -67,10 +68,10 @@ def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, in
     Raises:
         UserError: `distill.batch_size` does not come out even over these ranks.
     """
-    given = settings.trainer.get("per_device_train_batch_size")
+    micro_batch = settings.trainer.get("per_device_train_batch_size")
     default = int(DEFAULTS["per_device_train_batch_size"])
     if settings.batch_size is None:
-        return int(given or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
+        return int(micro_batch or default), int(settings.trainer.get("gradient_accumulation_steps", 1))
     ranks = ranks or world_size()
     per_rank, rest = divmod(settings.batch_size, ranks)
     if rest:
@@ -78,7 +79,7 @@ def batch_split(settings: Distill, *, ranks: int | None = None) -> tuple[int, in
             f"distill.batch_size: {settings.batch_size} rows do not divide over {ranks} ranks; "
             f"choose a multiple of {ranks}, or another number of ranks"
         )
-    rows = int(given or max(n for n in range(1, default + 1) if per_rank % n == 0))
+    rows = int(micro_batch or max(n for n in range(1, default + 1) if per_rank % n == 0))
     if per_rank % rows:
         raise UserError(
             f"distill.batch_size: {settings.batch_size} rows over {ranks} ranks are {per_rank} each, no "
@@ -102,10 +103,15 @@ def num_rows(settings: Distill) -> int:
     return math.ceil(settings.num_tokens / settings.sequence_length / per_step) * per_step
 
 
+def kept_checkpoints(settings: Distill) -> int:
+    """How many complete checkpoints stay on the disk: never one alone, which could turn out to be damaged."""
+    return max(2, settings.trainer.get("save_total_limit") or 2)
+
+
 def training_arguments(
-    settings: Distill, *, output_dir: Path, seed: int, report_to: list[str], load_universal: bool = False
-) -> tuple[TrainingArguments, int]:
-    """The Trainer's arguments, and how many checkpoints to keep.
+    settings: Distill, deepspeed: DeepSpeed, *, output_dir: Path, seed: int, load_universal: bool = False
+) -> TrainingArguments:
+    """The Trainer's arguments.
 
     ``load_universal`` = training goes on from a checkpoint that was made to fit any number of ranks.
 
@@ -114,25 +120,24 @@ def training_arguments(
     """
     check_names(settings)
     values: dict[str, Any] = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
-    deepspeed = deepspeed_config(settings)
+    config = dict(deepspeed.config)
     if load_universal:
-        deepspeed["checkpoint"] = {**deepspeed.get("checkpoint", {}), "load_universal": True}
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
-    keep = max(2, values.pop("save_total_limit", None) or 2)
+    values.pop("save_total_limit", None)
     try:
-        arguments = TrainingArguments(
+        return TrainingArguments(
             output_dir=str(output_dir),
-            deepspeed=deepspeed,
+            deepspeed=config,
             seed=seed,
             use_cpu=not torch.accelerator.is_available(),
             remove_unused_columns=False,
-            report_to=report_to,
+            report_to=[],
             label_names=["labels"],
             **values,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"distill.trainer: {str(error).strip()}") from error
-    return arguments, keep
 
 
 def check_names(settings: Distill) -> None:
@@ -169,36 +174,76 @@ def _check_values(trainer: Mapping[str, Any]) -> None:
             continue
         least, end = RANGES.get(name, (-MOST, MOST))
         if kinds <= {bool, NoneType}:
-            right, what = isinstance(value, bool), "true or false"
+            right, expected = isinstance(value, bool), "true or false"
         elif dict in kinds:
-            right, what = isinstance(value, dict), "a mapping of settings"
+            right, expected = isinstance(value, dict), "a mapping of settings"
         elif kinds <= {int, float, NoneType}:
             number: Any = value if isinstance(value, int if float not in kinds else int | float) else math.nan
             right = not isinstance(value, bool) and least <= number < end
-            what = f"a {'' if float in kinds else 'whole '}number from {least:g} to below {end:g}"
+            expected = f"a {'' if float in kinds else 'whole '}number from {least:g} to below {end:g}"
         else:
             continue
         if not right:
-            raise UserError(f"distill.trainer.{name}: must be {what} (got {value!r})")
+            raise UserError(f"distill.trainer.{name}: must be {expected} (got {value!r})")
 
 
-def zero_stage(settings: Distill) -> int:
-    """The ZeRO stage that the recipe asks for."""
-    return deepspeed_config(settings)["zero_optimization"]["stage"]
+@dataclass(frozen=True)
+class DeepSpeed:
+    """The DeepSpeed configuration of a training, read once, and what follows from it."""
 
+    config: Mapping[str, Any]
+    """Configuration as `deepspeed_config` gives it."""
 
-def autocast_dtype(settings: Distill) -> torch.dtype | None:
-    """What autocast casts to in training; None = it is off."""
-    wanted = deepspeed_config(settings).get("torch_autocast", {})
-    return getattr(torch, str(wanted["dtype"]).removeprefix("torch.")) if wanted.get("enabled") else None
+    @classmethod
+    def of(cls, settings: Distill) -> DeepSpeed:
+        """Read what the recipe names.
 
+        Raises:
+            UserError: as deepspeed_config does.
+        """
+        return cls(deepspeed_config(settings))
 
-def product_dtype(settings: Distill) -> torch.dtype:
-    """What most products of a training step are computed in: autocast's, else that of the weights."""
-    config = deepspeed_config(settings)
-    halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    weights = next((dtype for key, dtype in halves.items() if config.get(key, {}).get("enabled")), torch.float32)
-    return autocast_dtype(settings) or weights
+    @property
+    def zero(self) -> Mapping[str, Any]:
+        """Section zero_optimization."""
+        return self.config["zero_optimization"]
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return self.zero["stage"]
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Precision that autocast casts to in training; None = it is off."""
+        wanted = self.config.get("torch_autocast", {})
+        return getattr(torch, str(wanted["dtype"]).removeprefix("torch.")) if wanted.get("enabled") else None
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Precision of the trained weights in forward and backward passes."""
+        halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        enabled = (dtype for section, dtype in halves.items() if self.config.get(section, {}).get("enabled"))
+        return next(enabled, torch.float32)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Precision of most matrix products of a step: autocast's, else that of the weights."""
+        return self.autocast_dtype or self.weight_dtype
+
+    def offloads(self, section: str) -> bool:
+        """Whether `offload_optimizer` or `offload_param` puts something elsewhere than on the device."""
+        return (self.zero.get(section) or {}).get("device", "none") != "none"
+
+    def warn_of_inexact_resume(self) -> None:
+        """Log, where it is so, that the optimizer does not resume bit by bit."""
+        torch_adam = self.config.get("optimizer", {}).get("params", {}).get("torch_adam")
+        forced = self.config.get("zero_force_ds_cpu_optimizer", True)
+        if self.offloads("offload_optimizer") and forced and not torch_adam:
+            log.warning(
+                "distill.deepspeed: the offloaded optimizer is DeepSpeed's own CPU Adam, which does not resume bit by "
+                "bit; leave `optimizer` and zero_force_ds_cpu_optimizer out where that matters"
+            )
 
 
 def deepspeed_config(settings: Distill) -> dict[str, Any]:
@@ -246,12 +291,6 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     if offload != "none" and "optimizer" not in config:
         # torch's own AdamW runs on a CPU as well; DeepSpeed's has to be compiled and does not resume bit by bit
         config.setdefault("zero_force_ds_cpu_optimizer", False)
-    torch_adam = config.get("optimizer", {}).get("params", {}).get("torch_adam")
-    if offload != "none" and config.get("zero_force_ds_cpu_optimizer", True) and not torch_adam:
-        log.warning(
-            "distill.deepspeed: the offloaded optimizer is DeepSpeed's own CPU Adam, which does not resume bit by bit; "
-            "leave `optimizer` and zero_force_ds_cpu_optimizer out where that matters"
-        )
     if stage == 3:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     for key in (

@@ -45,11 +45,11 @@ def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None
     """
     barrier()
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    mine = {str(file.relative_to(folder)): _stamp(file) for file in files[rank() :: world_size()]}
-    gathered: list[Any] = [mine]
+    own_stamps = {str(file.relative_to(folder)): _stamp(file) for file in files[rank() :: world_size()]}
+    gathered: list[Any] = [own_stamps]
     if dist.is_initialized() and world_size() > 1:
         gathered = [None] * world_size()
-        dist.all_gather_object(gathered, mine)
+        dist.all_gather_object(gathered, own_stamps)
     if is_main():
         stamps = {name: stamp for part in gathered for name, stamp in part.items()}
         manifest = {"inputs": inputs, "layout": {"ranks": world_size(), "zero_stage": zero_stage}, "files": stamps}

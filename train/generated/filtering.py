@@ -59,21 +59,21 @@ def answers_alike(written: str, answer: str) -> bool:
     numbers = NUMBER.findall(answer) if wanted is None else [NUMBER.fullmatch(wanted) and wanted]
     if numbers and numbers[-1]:
         marked = _marked(written)
-        found = _lone_number(marked) if marked else NUMBER.findall(written)
-        return bool(found) and _value(found[-1]) == _value(numbers[-1])
+        stated = _lone_number(marked) if marked else NUMBER.findall(written)
+        return bool(stated) and _value(stated[-1]) == _value(numbers[-1])
     wanted = wanted or _last_line(answer)
     return bool(wanted) and _bare(wanted) == _bare(_marked(written) or _last_line(written))
 
 
 def _marked(text: str) -> str | None:
-    found = MARKED.findall(text)
-    return "".join(found[-1]).strip(" $%.") if found else None
+    matches = MARKED.findall(text)
+    return "".join(matches[-1]).strip(" $%.") if matches else None
 
 
 def _lone_number(marked: str) -> list[str]:
     last = marked.replace("{,}", ",").rsplit("=", 1)[-1]
-    found = WITH_UNIT.fullmatch(last.strip(" $\\"))
-    return [found[1]] if found else []
+    number = WITH_UNIT.fullmatch(last.strip(" $\\"))
+    return [number[1]] if number else []
 
 
 def _last_line(text: str) -> str:

@@ -40,10 +40,10 @@ class Sampler:
     seed: int
     sequence_length: int
     end_ids: tuple[int, ...]
-    """What ends a text."""
+    """Token ids that end a text."""
     pad_id: int
     bos_id: int | None = None
-    """What the model's documents start with; None = nothing."""
+    """Token id that the model's documents start with; None = nothing."""
 
     def replaces(self, step: int, num_steps: int) -> bool:
         """Whether step number ``step``, counted from 0, of ``num_steps`` trains on samples; the same on every rank."""

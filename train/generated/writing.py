@@ -50,7 +50,7 @@ class Prompt:
     messages: list[dict[str, Any]] | None = None
     """The conversation so far, where it is one."""
     answer: str | None = None
-    """What the data says to it."""
+    """Answer that the data has to it."""
 
 
 def wants_teacher_text(data: Sequence[DataSource]) -> bool:

@@ -7,5 +7,5 @@ layer_losses              terms of what happens inside the layers
 capture                   what these compare, taken in passing
 host_batch                what need not be asked of the device
 activation_checkpointing  what is kept for the backward pass
-self_check                a perfect student must have loss 0
+mixed_documents           whether documents that share a row see each other
 """

@@ -28,14 +28,14 @@ def recompute_selectively(student: PreTrainedModel, arguments: TrainingArguments
         UserError: with reentrant checkpointing, which cannot keep anything.
     """
     settings: Any = arguments.activation_checkpointing_kwargs
-    given: dict[str, Any] = dict(settings or {})
-    if not given.pop(SELECTIVE, False):
+    options: dict[str, Any] = dict(settings or {})
+    if not options.pop(SELECTIVE, False):
         return
-    if given.get("use_reentrant"):
+    if options.get("use_reentrant"):
         raise UserError(
             "distill.trainer.gradient_checkpointing_kwargs: selective works with use_reentrant: false only; set that"
         )
-    arguments.activation_checkpointing_kwargs = arguments.gradient_checkpointing_kwargs = given
+    arguments.activation_checkpointing_kwargs = arguments.gradient_checkpointing_kwargs = options
     enable: Any = student.activation_checkpointing_enable
     contexts = partial(create_selective_checkpoint_contexts, _policy(_kept()))
 

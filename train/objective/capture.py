@@ -61,20 +61,20 @@ def capturing(model: PreTrainedModel, layers: Collection[int], attention: Collec
     """
     seen = Captured()
     versions: dict[int, int] = {}
-    found = decoder_layers(model)
+    decoder = decoder_layers(model)
     family = model.config.model_type
 
     def keep(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
         state = state_of(output)
         if not isinstance(state, Tensor) or state.ndim != 3:
             raise UserError(f"{family}: layer {layer} does not return one stream of hidden states; {NO_STATES}")
-        if layer not in seen.states:
+        if layer not in seen.states:  # else checkpointing runs the layer a second time
             seen.states[layer] = state
             versions[layer] = _version(state)
 
     with ExitStack() as stack:
         for layer in sorted(layers):
-            stack.callback(found[layer].register_forward_hook(partial(keep, layer)).remove)
+            stack.callback(decoder[layer].register_forward_hook(partial(keep, layer)).remove)
         if attention:
             stack.enter_context(_attention_calls(model, attention, seen.attention))
         yield seen
@@ -102,8 +102,8 @@ def _attention_calls(
     Where families compute queries, keys and values differs (fused, latent, normed, rotated); that they hand them to
     one interface does not.
     """
-    found, family = decoder_layers(model), model.config.model_type
-    layer_of = {id(module): layer for layer in layers for module in found[layer].modules()}
+    decoder, family = decoder_layers(model), model.config.model_type
+    layer_of = {id(module): layer for layer in layers for module in decoder[layer].modules()}
     callers: dict[int, int] = {}
     get_interface = AttentionInterface.get_interface
 

@@ -27,7 +27,6 @@ from shoal.recipe.losses import (
     AdaptiveKL,
     CrossEntropy,
     LogitTerm,
-    TotalVariation,
     needs_teacher,
     term_names,
 )
@@ -42,7 +41,7 @@ LOGITS = 2**24
 AGREEMENT_STRIDE = 8
 """Every so many tokens teacher and student are asked for their most probable word."""
 SMALLEST_TAIL = 1e-8
-"""What stored log-probabilities leave to all other words is at least this; rounded ones may add up to more than 1."""
+"""Least probability that stored ones leave to all other words: rounded ones may add up to more than 1."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,9 @@ class Dense:
     """A teacher that is here: its final hidden states, and its way from them to logits."""
 
     hidden_ND: Tensor
+    """Final hidden states of the tokens whose next one is learnt."""
     to_logits: Callable[[Tensor], Tensor]
+    """Way from such states (C, D) to logits (C, V), scale and soft cap included."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,11 @@ class TopK:
     its whole vocabulary at ``temperature``, not renormalised."""
 
     ids_NK: Tensor
+    """Token ids, the most probable first."""
     log_probs_NK: Tensor
+    """Log-probabilities of these tokens, in nats."""
     temperature: float
+    """Temperature that logits were divided by when they were recorded."""
 
 
 class HeadLoss(NamedTuple):
@@ -126,70 +130,6 @@ def refuse_for_top_k(terms: Sequence[LogitTerm], *, temperature: float | None = 
             )
 
 
-def check_zero_at_teacher(
-    terms: Sequence[LogitTerm],
-    hidden_ND: Tensor,
-    to_logits: Callable[[Tensor], Tensor],
-    labels_N: Tensor,
-    *,
-    top_k: int | None = None,
-    shares: Sequence[float] | None = None,
-    chunk: int = 256,
-) -> None:
-    """Run every divergence with the teacher as its own student: value and gradient must be zero.
-
-    A term for which they are not pulls a perfect student away from its teacher. Gradients are those of the hidden
-    states and are judged against cross-entropy's over the same tokens. With ``top_k`` the targets are the teacher's so
-    many most probable tokens, as recorded signals would hold them.
-
-    Raises:
-        RuntimeError: naming the term. No recipe can cause this; it is a defect of shoal or of the model's code.
-    """
-    hidden_ND = hidden_ND.detach()
-
-    def run(term: LogitTerm, share: float) -> tuple[float, float]:
-        targets: Dense | TopK | None = None if isinstance(term, CrossEntropy) else Dense(hidden_ND, to_logits)
-        if targets is not None and top_k is not None:
-            targets = _most_probable(hidden_ND, to_logits, top_k, temperature_of(term), chunk)
-        leaf_ND = hidden_ND.clone().requires_grad_()
-        with torch.enable_grad():
-            loss, term_sums, _ = chunked_head_loss(
-                leaf_ND,
-                labels_N,
-                targets,
-                student_head=to_logits,
-                student_parameters=(),
-                terms=(term,),
-                chunk=chunk,
-                shares=(share,),
-            )
-            (gradient_ND,) = torch.autograd.grad(loss, leaf_ND)
-        return term_sums.item() / len(labels_N), gradient_ND.float().norm().item()
-
-    if shares is None:
-        shares = [term.start if isinstance(term, TAID) else 1.0 for term in terms]
-    _, usual = run(CrossEntropy(), 1.0)
-    for name, term, share in zip(term_names(terms), terms, shares, strict=True):
-        if isinstance(term, CrossEntropy):
-            continue
-        value, norm = run(type(term)(**{**vars(term), "weight": 1.0}), share)
-        # total variation has a kink there: of stored probabilities rounding decides the direction
-        any_direction = top_k is not None and isinstance(term, TotalVariation)
-        if not (abs(value) <= 1e-4 and (any_direction or norm <= 1e-3 * usual)):
-            raise RuntimeError(
-                f"{name} of the teacher with itself is {value:.3g} nats per token with a gradient of {norm:.3g} "
-                f"(cross-entropy's is {usual:.3g}); both must be 0, this objective would pull a perfect student away"
-            )
-
-
-@torch.no_grad()
-def _most_probable(
-    hidden_ND: Tensor, to_logits: Callable[[Tensor], Tensor], k: int, temperature: float, chunk: int
-) -> TopK:
-    found = [softened(to_logits(part), temperature).log_NV.topk(k, dim=-1) for part in hidden_ND.split(chunk)]
-    return TopK(torch.cat([part.indices for part in found]), torch.cat([part.values for part in found]), temperature)
-
-
 @dataclass(frozen=True)
 class _Objective:
     """What a chunk's loss depends on besides the student's logits."""
@@ -216,19 +156,22 @@ class _Objective:
             block = slice(start, start + rows)
             if kept is None:
                 teacher_RV = None if teacher_logits_CV is None else teacher_logits_CV[block]
-                found = self._whole(logits_CV[block], teacher_RV, labels_C[block], values_TC[:, block])
+                block_gradient_RV = self._whole(logits_CV[block], teacher_RV, labels_C[block], values_TC[:, block])
             else:
                 ids_CK, p = kept
                 p_block = Softmax(p.log_NV[block], p.prob_NV[block])
-                found = self._coarsened(logits_CV[block], ids_CK[block], p_block, labels_C[block], values_TC[:, block])
+                block_gradient_RV = self._coarsened(
+                    logits_CV[block], ids_CK[block], p_block, labels_C[block], values_TC[:, block]
+                )
             if gradient_CV is not None:
-                gradient_CV[block] = found
+                gradient_CV[block] = block_gradient_RV
         firsts_C = None if kept is None else kept[0][:, 0]
         return values_TC.sum(-1), _agreement(logits_CV, teacher_logits_CV, firsts_C, part.start), gradient_CV
 
     def _whole(self, logits_RV: Tensor, teacher_RV: Tensor | None, labels_R: Tensor, values_TR: Tensor) -> Tensor:
         """Fill in the terms' values of a block against the whole vocabulary; the gradient of its logits comes back."""
         total_RV = None
+        # terms of one temperature share its softmaxes, which are most of a block's work
         for temperature in dict.fromkeys(map(temperature_of, self.terms)):
             members = [index for index, term in enumerate(self.terms) if temperature_of(term) == temperature]
             q, p = softened(logits_RV, temperature), None
@@ -255,11 +198,14 @@ class _Objective:
         if self.targets.temperature != 1.0:
             tempered_RV.div_(self.targets.temperature)
         kept_RK = tempered_RV.gather(-1, ids_RK)
+        # log-sum-exp of all other words, about their largest so that nothing overflows; in place, a block is large
         others_RV = tempered_RV.scatter_(-1, ids_RK, -torch.inf)
         peak_R1 = others_RV.amax(-1, keepdim=True)
         sum_R1 = others_RV.sub_(peak_R1).exp_().sum(-1, keepdim=True)
+        # `another` is the last of K + 1 outcomes
         q = softened(torch.cat([kept_RK, peak_R1 + sum_R1.log()], -1), 1.0)
         coarse_RK = self._sum(coarse, p, q, labels_R, values_TR, None)
+        # a word's share of `another` is exp(its logit - peak) / sum, which others_RV holds already but for the sum
         spread_RV = others_RV.mul_(coarse_RK[:, -1:] / sum_R1).scatter_(-1, ids_RK, coarse_RK[:, :-1])
         return spread_RV if total_RV is None else total_RV.add_(spread_RV)
 
@@ -290,7 +236,7 @@ class _Objective:
 
 def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:
     """The stored words of a chunk, and the teacher's distribution over them and, last, all others."""
-    log_CK = targets.log_probs_NK[part].double()
+    log_CK = targets.log_probs_NK[part].double()  # 1 - sum has no digits in fp32 where the teacher is sure
     tail_C1 = (1 - log_CK.exp().sum(-1, keepdim=True)).clamp(min=SMALLEST_TAIL)
     exact = torch.promote_types(targets.log_probs_NK.dtype, torch.float32)
     log_C = torch.cat([log_CK, tail_C1.log()], -1).to(exact)
@@ -299,6 +245,7 @@ def _with_tail(targets: TopK, part: slice) -> tuple[Tensor, Softmax]:
 
 def _agreement(logits_CV: Tensor, teacher_logits_CV: Tensor | None, firsts_C: Tensor | None, start: int) -> Tensor:
     """Matches and comparisons of the most probable word, at every so many tokens of the batch."""
+    # places of the batch and not of the chunk, so that the same tokens are asked whatever the chunk
     picked = slice(-start % AGREEMENT_STRIDE, None, AGREEMENT_STRIDE)
     if teacher_logits_CV is not None:
         firsts = teacher_logits_CV[picked].argmax(-1)
@@ -307,6 +254,7 @@ def _agreement(logits_CV: Tensor, teacher_logits_CV: Tensor | None, firsts_C: Te
     else:
         return logits_CV.new_zeros(2, dtype=torch.float64)
     asked = logits_CV[picked]
+    # by the value and not by argmax: of two equal logits either is the student's first
     matches = (asked.gather(-1, firsts[:, None])[:, 0] == asked.amax(-1)).sum()
     return torch.stack([matches, torch.full_like(matches, len(firsts))]).double()
 
@@ -320,12 +268,14 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         agreement = torch.zeros(2, dtype=torch.float64, device=hidden_ND.device)
         hidden_grad_ND = torch.zeros_like(hidden_ND) if wanted[0] else None
         parameter_grads: list[Tensor | None] = [None] * len(parameters)
+        # cast once for all chunks, and gradients are taken with respect to the cast ones
         leaves = [_cast(p.detach()).requires_grad_(w) for p, w in zip(parameters, wanted[1:], strict=True)]
         if parameters and hidden_ND.device.type == "cpu":
             chunk = min(chunk, max(1, LOGITS // len(parameters[0])))
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             hidden_CD = hidden_ND[part].detach().requires_grad_(wanted[0])
+            # the only graph there is: from this chunk's hidden states to its logits, gone with the next chunk
             with torch.enable_grad():
                 logits_CV = head(hidden_CD, *leaves)
             sums, agreed, gradient_CV = objective.of_chunk(logits_CV.detach(), part, wanted=trains)
@@ -353,7 +303,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_others):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_grad_ND, *parameter_grads = ctx.saved_tensors
+        hidden_grad_ND, *parameter_grads = ctx.saved_tensors  # taken in forward for a loss whose gradient is 1
         scaled = [None if grad is None else grad.mul_(grad_loss) for grad in (hidden_grad_ND, *parameter_grads)]
         return (scaled[0], None, None, None, *scaled[1:])
 

@@ -66,6 +66,7 @@ def forward_kl(p: Softmax, q: Softmax) -> Values:
 
 def reverse_kl(p: Softmax, q: Softmax) -> Values:
     """KL(q || p)."""
+    # d/d log q of q (log q - log p) is this plus q, a slope of c q, which adds nothing (see above)
     slope_NV = q.prob_NV * (q.log_NV - p.log_NV)
     values_N = slope_NV.sum(-1)
     return Values(values_N, slope_NV - q.prob_NV * values_N[:, None])
@@ -117,7 +118,7 @@ def head_share(p: Softmax, q: Softmax, *, head_mass: float) -> Tensor:
     while True:
         sorted_NK, order_NK = p.prob_NV.topk(length, dim=-1)
         inside_NK = sorted_NK.cumsum(-1) <= head_mass
-        inside_NK[:, 0] = True
+        inside_NK[:, 0] = True  # also where one word alone has more than the mass
         if length == num_outcomes or not inside_NK[:, -1].any():
             break
         length = min(8 * length, num_outcomes)
@@ -141,6 +142,7 @@ def dkd(p: Softmax, q: Softmax, labels_N: Tensor, *, alpha: float, beta: float) 
     (p_pair_N2, p_rest), (q_pair_N2, q_rest) = _split(p, label_N1), _split(q, label_N1)
     target_N = (p_pair_N2.exp() * (p_pair_N2 - q_pair_N2)).sum(-1)
     rest_N = (p_rest.prob_NV * (p_rest.log_NV - q_rest.log_NV)).sum(-1)
+    # the gradient of the binary KL (label, rest) with respect to the label's logit; all other words share the opposite
     missing_N1 = alpha * (q.prob_NV.gather(-1, label_N1) - p.prob_NV.gather(-1, label_N1))
     gradient_NV = (beta - missing_N1) * q_rest.prob_NV - beta * p_rest.prob_NV
     return Values(alpha * target_N + beta * rest_N, gradient_NV.scatter_(-1, label_N1, missing_N1))
@@ -155,6 +157,7 @@ def total_variation(p: Softmax, q: Softmax) -> Values:
 def cross_entropy(q: Softmax, labels_N: Tensor) -> Values:
     """-log q(label): learning from the text itself."""
     label_N1 = labels_N[:, None]
+    # q - 1 at the label, q elsewhere
     gradient_NV = q.prob_NV.scatter_add(-1, label_N1, torch.full_like(q.prob_NV[:, :1], -1.0))
     return Values(-q.log_NV.gather(-1, label_N1)[:, 0], gradient_NV)
 
@@ -214,6 +217,7 @@ class TaidState:
             self._momentum = term.momentum * self._momentum + (1 - term.momentum) * fall
             t += term.step_size * (1 - t) / (1 + math.exp(-self._momentum))
         self._previous = step_mean_loss
+        # never behind the straight line, never beyond the end, never back
         line = term.start + (term.end - term.start) * step / total
         self.t = max(self.t, min(term.end, max(line, t)))
 

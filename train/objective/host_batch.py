@@ -33,7 +33,7 @@ class OnHost:
     position_ids_BS: Tensor
     input_ids_BS: Tensor | None = None
     rows: Sequence[int] = ()
-    """Their numbers in the packed rows; none of what the student has written."""
+    """Numbers of the batch's rows in the packed rows; empty for what the student has written."""
 
 
 def with_host_copy(batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def on_host(batch: Mapping[str, Any]) -> OnHost:
 def learnt_places(labels_BS: Tensor) -> Tensor:
     """Where in the flattened (B x S) tokens stand of which the next one is learnt; a row's first is no one's target."""
     learnt_BS = torch.zeros_like(labels_BS, dtype=torch.bool)
-    learnt_BS[:, :-1] = labels_BS[:, 1:] != IGNORED
+    learnt_BS[:, :-1] = labels_BS[:, 1:] != IGNORED  # position t predicts token t + 1
     return learnt_BS.flatten().nonzero()[:, 0]
 
 
@@ -72,6 +72,7 @@ def documents_known(host: OnHost, device: torch.device) -> Iterator[None]:
     """
     first_BS = document_starts(host.position_ids_BS)
     documents_BS = queued(first_BS.cumsum(1), device) if first_BS[:, 1:].any() else None
+    # transformers looks the function up in its module at every call, so that replacing it there is enough
     asked = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: documents_BS
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -109,6 +109,7 @@ class StateLosses:
         self._pairs = tuple(layer_pairs(term, plan, num_shared=num_shared) for term in terms)
         states = [pair for term, pairs in self._of_terms() if isinstance(term, HiddenStates) for pair in pairs]
         attention = [pair for term, pairs in self._of_terms() if not isinstance(term, HiddenStates) for pair in pairs]
+        # one capture serves all terms: the union of what they compare, side 0 the student's and side 1 the teacher's
         self.student_layers, self.teacher_layers = (tuple(sorted({pair[side] for pair in states})) for side in (0, 1))
         """Layers whose raw states are compared."""
         self.student_attention, self.teacher_attention = (
@@ -149,6 +150,7 @@ class StateLosses:
         loss = torch.zeros((), device=device)
         sums: list[Tensor] = []
         for term, pairs in self._of_terms():
+            # a term of weight 0 is computed for its curve alone
             with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight > 0):
                 total = torch.stack([self._pair_sum(term, *pair, student, teacher, tokens) for pair in pairs]).mean()
             if torch.is_grad_enabled() and term.weight > 0 and not total.requires_grad:
@@ -157,28 +159,8 @@ class StateLosses:
                     "set weight: 0. Relations also need gradient checkpointing with use_reentrant: false"
                 )
             loss = loss + term.weight * total
-            sums.append(total.detach().double())
+            sums.append(total.detach().double())  # added up over a whole step, where fp32 would lose digits
         return loss, torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device=device)
-
-    def check_zero_at_teacher(self, teacher: Captured, labels_BS: Tensor, position_ids_BS: Tensor) -> None:
-        """Every term must be zero, with its gradient, where a student's layer gives what it is compared with.
-
-        Raises:
-            RuntimeError: naming the term; a defect of shoal or of the model's code.
-        """
-        tokens = Tokens.of(labels_BS, position_ids_BS, labels_BS.device)
-        for term, pairs in self._of_terms():
-            for layer, target in pairs:
-                student, leaves = _copied(teacher, layer, target)
-                with torch.enable_grad():
-                    total = self._pair_sum(term, layer, target, student, teacher, tokens)
-                    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
-                largest = max((g.abs().max().item() for g in gradients if g is not None), default=0.0)
-                if not (abs(total.item()) <= 1e-3 and largest <= 1e-3):
-                    raise RuntimeError(
-                        f"{term.kind}: layer {layer} compared with itself gives {total.item():.3g} and a gradient of "
-                        f"{largest:.3g}; both must be 0, this objective would pull a perfect student away"
-                    )
 
     def _of_terms(self) -> Iterator[tuple[StateTerm, tuple[tuple[int, int], ...]]]:
         return zip(self.terms, self._pairs, strict=True)
@@ -188,27 +170,11 @@ class StateLosses:
     ) -> Tensor:
         if isinstance(term, HiddenStates):
             states_BSD = (student.states[layer], teacher.states[target].detach())
+            # only the upper half of the student looks at coarser targets
             pooled = term.multi_scale and 2 * layer >= self._num_layers
             return _again(_pooled_sum if pooled else _token_sum, *states_BSD, tokens, term.distance)
         sides = (student.attention[layer], teacher.attention[target])
         return _relation_sum(*sides, tokens, _queries_keys if isinstance(term, AttentionRelation) else _values)
-
-
-def _copied(teacher: Captured, layer: int, target: int) -> tuple[Captured, list[Tensor]]:
-    """A student whose ``layer`` gives what the teacher's ``target`` does, and its tensors."""
-    student, leaves = Captured(), []
-
-    def leaf(values: Tensor) -> Tensor:
-        leaves.append(values.detach().clone().requires_grad_())
-        return leaves[-1]
-
-    if target in teacher.states:
-        student.states[layer] = leaf(teacher.states[target])
-    if target in teacher.attention:
-        theirs = teacher.attention[target]
-        parts = {name: leaf(getattr(theirs, name)) for name in ("query_BHSd", "key_BGSd", "value_BGSd")}
-        student.attention[layer] = replace(theirs, **parts)
-    return student, leaves
 
 
 @dataclass(frozen=True)
@@ -216,7 +182,7 @@ class Tokens:
     """Which tokens count, and what lies next to each other."""
 
     counted_N: Tensor
-    """Their places in the flattened (B x S), rising."""
+    """Places of counted tokens in the flattened (B x S), rising."""
     document_BS: Tensor
     """Number of every token's document."""
     per_window_W: Tensor
@@ -230,6 +196,7 @@ class Tokens:
         first_BS = document_starts(position_ids_BS)
         learnt_N = learnt_places(labels_BS)
         counted_N = learnt_N[~first_BS.flatten()[learnt_N]]
+        # a running number of windows over the flattened tokens: one begins with a document and at every WINDOW tokens
         window = (first_BS | (position_ids_BS % WINDOW == 0)).flatten().cumsum(0)
         _, per_window_W = window[counted_N].unique_consecutive(return_counts=True)
         on_device = (queued(values, device) for values in (counted_N, first_BS.cumsum(1), per_window_W))
@@ -241,14 +208,15 @@ class Tokens:
 
     def between(self, start: int, end: int) -> Tensor:
         """The places from ``start`` to ``end`` of the flattened (B x S) that count, from ``start`` on."""
+        # found in the host's copy: asking the device's for a place would wait for it
         return self.counted_N[bisect_left(self.counted, start) : bisect_left(self.counted, end)] - start
 
 
 def _check(
     terms: Sequence[StateTerm], plan: PruningPlan, student: PreTrainedModel, teacher: PreTrainedModel | None
 ) -> None:
-    found = {"student": (student, len(plan.keep)), **({"teacher": (teacher, plan.num_layers)} if teacher else {})}
-    for role, (model, expected) in found.items():
+    models = {"student": (student, len(plan.keep)), **({"teacher": (teacher, plan.num_layers)} if teacher else {})}
+    for role, (model, expected) in models.items():
         if len(decoder_layers(model)) != expected:
             raise UserError(
                 f"{role}: has {len(decoder_layers(model))} layers, but {expected} by plan.json; run shoal prune again, "
@@ -277,7 +245,7 @@ def _in_full_precision(function: Callable[..., Tensor], *arguments: object) -> T
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.autocast(device.type, enabled=False):
         return function(
-            *(_full(one) if isinstance(one, Tensor) and one.is_floating_point() else one for one in arguments)
+            *(_full(each) if isinstance(each, Tensor) and each.is_floating_point() else each for each in arguments)
         )
 
 
@@ -301,11 +269,13 @@ def _pooled_sum(student_BSD: Tensor, teacher_BSD: Tensor, tokens: Tokens, distan
         torch.segment_reduce(tokens.of_states(states_BSD), "mean", lengths=tokens.per_window_W, unsafe=True)
         for states_BSD in (student_BSD, teacher_BSD)
     )
+    # weighted by its counted tokens, so that a term's sum stays one over tokens
     return (distances(ours_WD, theirs_WD, distance) * tokens.per_window_W).sum()
 
 
 def distances(student_ND: Tensor, teacher_ND: Tensor, distance: str) -> Tensor:
-    """Of every pair of states: squared error relative to the teacher's squared norm, or 1 - cosine."""
+    """Distances (N,) of pairs of states (N, D): squared error relative to the teacher's squared norm (`mse`), or 1 -
+    cosine."""
     if distance == "mse":
         smallest = torch.finfo(teacher_ND.dtype).tiny
         return (student_ND - teacher_ND).square().sum(-1) / teacher_ND.square().sum(-1).clamp_min(smallest)
@@ -318,10 +288,13 @@ class _Relation:
     """Between tokens: scores are scale * x y^T, then the softcap."""
 
     x_BGRSd: Tensor
-    """R heads read the same y."""
+    """Vectors of the reading side; the R heads of a group read the same y."""
     y_BGSd: Tensor
+    """Vectors of the side that is read."""
     scale: float
+    """Factor of the scores."""
     softcap: float | None
+    """Bound that scores are bent to; None = they are not."""
 
 
 def _queries_keys(inputs: AttentionInputs) -> _Relation:
@@ -370,8 +343,7 @@ def _relation_sum(
                 tokens.document_BS[row, :end],
                 None if seen_BSS is None else seen_BSS[row, start:end, :end],
                 counted,
-                ours,
-                theirs,
+                (ours, theirs),
             )
     return total
 
@@ -390,9 +362,9 @@ def _chunk_sum(
     document_K: Tensor,
     seen_CK: Tensor | None,
     counted_N: Tensor,
-    ours: _Relation,
-    theirs: _Relation,
+    relations: tuple[_Relation, _Relation],
 ) -> Tensor:
+    ours, theirs = relations  # for scale and softcap alone: their vectors are cut to the chunk above
     if seen_CK is None:
         seen_CK = _seen_CK(document_K, len(document_K) - x_GRCd.shape[2])
     student_GRCK = _log_relation(x_GRCd, y_GKd, seen_CK, ours)

@@ -49,13 +49,13 @@ class Signals:
     """What a teacher says about one micro-batch. What no loss term asks for is absent. K recorded tokens."""
 
     hidden_BSD: Tensor | None = None
-    """What the teacher's head reads; its logits are made chunk by chunk inside the loss."""
+    """Final hidden states that the teacher's head reads; its logits are made chunk by chunk inside the loss."""
     ids_BSK: Tensor | None = None
     """Recorded instead of the above: the most probable next tokens in falling order."""
     log_probs_BSK: Tensor | None = None
-    """Their log-probabilities under the full softmax, never renormalised."""
+    """Log-probabilities of these tokens under the full softmax, in nats, never renormalised."""
     captured: Captured = field(default_factory=Captured)
-    """What state terms compare with."""
+    """States and attention inputs that state terms compare with."""
 
 
 class Objective:
@@ -220,7 +220,7 @@ class SharedPrefix:
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel | None, *, first_change: int) -> None:
         self._state_BSD: Tensor | None = None
         self._like: Any = None
-        """What layers of this family return: their state alone, or the first of several values."""
+        """Return value of a layer of this family: its state alone, or the first of several values."""
         self._layers = list(decoder_layers(student)[:first_change])
         self._teacher_layer = None if teacher is None else decoder_layers(teacher)[first_change - 1]
 

@@ -11,38 +11,41 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory, device_memory, free_disk
-from shoal.models.load import load_config
-from shoal.recipe.distill import Distill
 
-from .memory import LIBRARY_BYTES, Memory, Setting, TeacherPlace, memory, shared_weights
+from ..engine.arguments import kept_checkpoints
+from ..student.spec import TeacherPlace, TrainSpec
+from .memory import LIBRARY_BYTES, Memory, Setting, memory, shared_weights
 from .run_size import Job, job
-from .throughput import flops_per_token
 
 log = logging.getLogger(__name__)
 
 MARGIN = 1.1
 """How far an estimate of memory may be off, either way."""
 ROW_BYTES = 9
-"""Of one packed token: id, position, whether it is supervised."""
+"""Bytes of one packed token: id, position, whether it is supervised."""
 SIGNAL_BYTES = 150
-"""Of one token of recorded signals at k = 32, at most."""
+"""Bytes of one token of recorded signals at k = 32, at most."""
 ADVICE = {
     "scoring": "; distill.watch: null leaves scoring out",
     "the local stage": "; distill.local: null leaves it out",
     "the teacher's writing": "; write where it fits and set distill.writing.folder to where that text is",
 }
-"""What no other place for weights would change."""
-SLOWER = {"offload_optimizer": 1.3, "offload_parameters": 2.0, "offloaded": 1.2, "stage 3": 1.15, "stages 1, 2": 1.02}
-"""What a setting costs in time, roughly: only for the order in which settings are tried."""
-SHORT_ROWS = 512
-"""Tokens of a micro-batch at which half the speed is lost; for the same order."""
+"""Remedies by what is done at the peak, where no other place for weights would change it."""
+PLACES: tuple[dict[str, Any], ...] = (
+    {"stage": 0},
+    {"stage": 2},
+    {"stage": 3},
+    {"stage": 2, "offload_optimizer": True},
+    {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+)
+"""Where weights, gradients and optimizer may lie, from fast to slow."""
+SHORT_TOKENS = 512
+"""Tokens of a micro-batch at which about half the speed is lost: smaller ones are proposed late."""
 
 
 # --- disk ---------------------------------------------------------------------------------------------------------
@@ -58,89 +61,67 @@ def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
     weights = setting.weight_bytes * (frozen if setting.stage == 3 else student.parameters)
     weights -= (setting.weight_bytes - setting.teacher_bytes) * shared_weights(student, setting)
     # moments; with ZeRO the fp32 weights that are stepped lie beside them
-    states = (8 if setting.stage == 0 else 12) * student.trained
-    steps = job.num_steps * job.tokens_per_step
-    found = {
-        "checkpoints": (job.kept_checkpoints + 1) * (weights + states),
+    states = setting.optimizer.num_bytes(student.trained, stage=setting.stage)
+    states += 4 * student.trained * (setting.stage > 0)
+    settings, tokens = job.spec.settings, job.spec.num_steps * job.spec.tokens_per_step
+    folders = {
+        "checkpoints": (kept_checkpoints(settings) + 1) * (weights + states),
         "distilled": setting.stored_bytes * student.parameters,
-        "text": ROW_BYTES * steps,
+        "text": ROW_BYTES * tokens,
     }
-    if job.keeps_best:  # the next one is complete before the last one is removed
-        found["checkpoints"] += 2 * setting.weight_bytes * student.parameters
+    if settings.watch is not None and settings.watch.best is not None:
+        # the next best student is complete before the last one is removed
+        folders["checkpoints"] += 2 * setting.weight_bytes * student.parameters
     if setting.healed_layers:
         healed = sum(student.layers[layer].parameters for layer in setting.healed_layers)
-        found["local"] = setting.stored_bytes * student.parameters + 12 * healed
-    return found | ({"signals": SIGNAL_BYTES * steps} if record else {})
+        folders["local"] = setting.stored_bytes * student.parameters + 12 * healed
+    return folders | ({"signals": SIGNAL_BYTES * tokens} if record else {})
 
 
 # --- refusal ------------------------------------------------------------------------------------------------------
 
 
-def check_fit(
-    teacher_dir: Path,
-    student_dir: Path,
-    plan: PruningPlan,
-    *,
-    settings: Distill,
-    run_dir: Path,
-    dtype: str,
-    attention: str,
-    ranks: int,
-    ranks_per_node: int,
-    device: torch.device,
-    trust_remote_code: bool = False,
-) -> None:
+def check_fit(spec: TrainSpec, run_dir: Path) -> Job | None:
     """Refuse a run that cannot fit into memory or onto the disk, before any weight is loaded; log what is close.
 
     One rank asks for all: its device stands for the others'. On a CPU what the processes take already is not counted
-    twice. Where the recipe says `check_memory: false`, what would be refused is only logged.
+    twice. Where the recipe says `check_memory: false`, what would be refused is only logged. What comes back is the
+    size of the run; None for a family that cannot be run without data.
 
     Raises:
         UserError: naming what is needed, what is free and the cheapest setting that fits.
     """
-    teacher, student = (
-        load_config(folder, trust_remote_code=trust_remote_code) for folder in (teacher_dir, student_dir)
-    )
     try:
-        found = job(
-            teacher,
-            student,
-            plan,
-            settings,
-            dtype=dtype,
-            attention=attention,
-            ranks=ranks,
-            ranks_per_node=ranks_per_node,
-            device=device,
-        )
+        size = job(spec)
     except RuntimeError as error:  # torch's, of operations that need numbers
         reason = str(error).strip().splitlines()[0][:120]
         log.warning("memory is not estimated: this family cannot be run without data (%s)", reason)
-        return
-    free = device_memory(device), available_memory()
-    problems = shortages(found, device_free=free[0], host_free=free[1])
-    needed = sum(disk_bytes(found).values()) - written_bytes(run_dir)
+        return None
+    free = device_memory(spec.ranks.device), available_memory()
+    problems = shortages(size, device_free=free[0], host_free=free[1])
+    needed = sum(disk_bytes(size).values()) - written_bytes(run_dir)
     if needed > free_disk(run_dir):
         problems.append(
             f"run_dir {run_dir}: training writes {bytes_text(needed)} more at its worst moment and "
             f"{bytes_text(free_disk(run_dir))} are free there; free some space, lower "
             "distill.trainer.save_total_limit, or set run_dir to another disk"
         )
-    if problems and not settings.check_memory:
+    if problems and not spec.settings.check_memory:
         log.warning("this training will not fit, and starts because distill.check_memory is false: %s", problems[0])
     elif problems:
-        fitting = next(cheapest(found, device_free=free[0], host_free=free[1]), None)
-        advice = "; this fits: " + ", ".join(overrides(found, fitting)) if fitting and needs_memory(problems) else ""
+        fitting = cheapest(size, device_free=free[0], host_free=free[1])
+        advice = "; this fits: " + ", ".join(overrides(size, fitting)) if fitting and needs_memory(problems) else ""
         raise UserError(
             "this training will not fit: " + "; ".join(problems) + advice + ". `shoal distill --dry-run` shows where "
             "memory goes; distill.check_memory: false starts it all the same"
         )
-    elif not fits(found.memory, found.setting, device_free=free[0], host_free=free[1]):
+    elif not fits(size.memory, size.setting, device_free=free[0], host_free=free[1]):
         log.warning(
             "memory will be close: %s per rank expected, %s free; estimates err by a tenth",
-            bytes_text(found.memory.peak),
+            bytes_text(size.memory.peak),
             bytes_text(free[0]),
         )
+    return size
 
 
 def needs_memory(problems: list[str]) -> bool:
@@ -150,31 +131,31 @@ def needs_memory(problems: list[str]) -> bool:
 
 def shortages(job: Job, *, device_free: int, host_free: int) -> list[str]:
     """What cannot fit even if the estimate is a margin too high, in words."""
-    found, setting = job.memory, job.setting
-    device, host = _needed(found, setting)
+    needed, setting = job.memory, job.setting
+    device, host = _needed(needed, setting)
     problems = []
     if device > MARGIN * device_free:
         where = f"{setting.ranks_per_node} rank(s) on this node" if setting.device == "cpu" else "a rank"
         problems.append(
-            f"{where} need {bytes_text(device)} of memory at the peak ({found.peak_at}) and {bytes_text(device_free)} "
-            f"are free{ADVICE.get(found.peak_at, '')}"
+            f"{where} need {bytes_text(device)} of memory at the peak ({needed.peak_at}) and {bytes_text(device_free)} "
+            f"are free{ADVICE.get(needed.peak_at, '')}"
         )
     if setting.device != "cpu" and host > MARGIN * host_free:
         problems.append(f"this node needs {bytes_text(host)} of host memory and {bytes_text(host_free)} are free")
     return problems
 
 
-def fits(found: Memory, setting: Setting, *, device_free: int, host_free: int) -> bool:
+def fits(needed: Memory, setting: Setting, *, device_free: int, host_free: int) -> bool:
     """Whether it fits even if the estimate is a margin too low."""
-    device, host = _needed(found, setting)
+    device, host = _needed(needed, setting)
     return MARGIN * device <= device_free and (setting.device == "cpu" or MARGIN * host <= host_free)
 
 
-def _needed(found: Memory, setting: Setting) -> tuple[int, int]:
-    """On the device, and on the host of a node. On a CPU all ranks of the node share both."""
+def _needed(needed: Memory, setting: Setting) -> tuple[int, int]:
+    """Bytes on the device, and on the host of a node. On a CPU all ranks of the node share both."""
     if setting.device == "cpu":
-        return setting.ranks_per_node * (found.peak - LIBRARY_BYTES) + found.host, 0
-    return found.peak, max(found.host, found.host_briefly)
+        return setting.ranks_per_node * (needed.peak - LIBRARY_BYTES) + needed.host, 0
+    return needed.peak, max(needed.host, needed.host_briefly)
 
 
 def written_bytes(run_dir: Path) -> int:
@@ -186,55 +167,44 @@ def written_bytes(run_dir: Path) -> int:
 # --- what fits ----------------------------------------------------------------------------------------------------
 
 
-def cheapest(job: Job, *, device_free: int, host_free: int) -> Iterator[Setting]:
-    """Settings that fit and train the same, the fastest first by a rough rule; recorded signals only at the very end,
-    since they need a pass of their own and are not quite the same loss."""
-    candidates = sorted(_alternatives(job), key=lambda setting: (setting.teacher == "recorded", _cost(job, setting)))
-    for setting in candidates:
+def cheapest(job: Job, *, device_free: int, host_free: int) -> Setting | None:
+    """The first of the proposals that fits; None where none does."""
+    for setting in proposals(job):
         if fits(memory(job.student, job.teacher, setting), setting, device_free=device_free, host_free=host_free):
-            yield setting
+            return setting
+    return None
 
 
-def _alternatives(job: Job) -> Iterator[Setting]:
-    """The same rows per step and rank, split in other ways, with the same teacher, and other places for everything."""
+def proposals(job: Job) -> Iterator[Setting]:
+    """Settings that train the same, about the fastest first: the same rows per step and rank, split in other ways, and
+    other places for everything. Recorded signals come only at the very end, since they need a pass of their own and
+    are not quite the same loss.
+    """
     now = job.setting
     rows = now.rows * now.accumulation
-    places: tuple[TeacherPlace, ...] = (now.teacher,)
+    splits = [micro for micro in range(rows, 0, -1) if rows % micro == 0]
+    quick = [micro for micro in splits if micro == rows or micro * now.sequence_length >= SHORT_TOKENS]
+    slow = [micro for micro in splits if micro not in quick]
+    teachers: tuple[TeacherPlace, ...] = (now.teacher,)
     if now.teacher == "live":
-        places = ("live", "offloaded", "recorded")
-    for micro, checkpointing, stage, optimizer, parameters, teacher in itertools.product(
-        [n for n in range(1, rows + 1) if rows % n == 0],
-        (False, True),
-        (0, 1, 2, 3),
-        (False, True),
-        (False, True),
-        places,
-    ):
-        impossible = (optimizer and stage == 0) or (parameters and stage < 3) or (now.weight_bytes == 2 and stage == 0)
-        impossible |= now.four_bits and stage == 3
-        if impossible or (teacher == "offloaded" and stage == 3) or (now.device == "cpu" and (optimizer or parameters)):
-            continue
-        yield replace(
-            now,
-            rows=micro,
-            accumulation=rows // micro,
-            checkpointing=checkpointing,
-            stage=stage,
-            offload_optimizer=optimizer,
-            offload_parameters=parameters,
-            teacher=teacher,
-        )
+        teachers = ("live", "offloaded", "recorded")
+    on_device = replace(now, offload_optimizer=False, offload_parameters=False)
+    for teacher, micros in itertools.product(teachers, (quick, slow)):
+        for checkpointing, place, micro in itertools.product((False, True), PLACES, micros):
+            changes = {"rows": micro, "accumulation": rows // micro, "checkpointing": checkpointing, "teacher": teacher}
+            setting = replace(on_device, **changes, **place)
+            if _is_possible(setting):
+                yield setting
 
 
-def _cost(job: Job, setting: Setting) -> float:
-    """Time per token up to a factor."""
-    same_teacher = (setting.teacher == "recorded") == (job.setting.teacher == "recorded")
-    cost = flops_per_token(job.student, job.teacher, setting, shared=job.shared_layers > 0 and same_teacher)
-    cost *= 1 + SHORT_ROWS / (setting.rows * setting.sequence_length)
-    cost *= {0: 1.0, 3: SLOWER["stage 3"]}.get(setting.stage, SLOWER["stages 1, 2"])
-    for name in ("offload_optimizer", "offload_parameters"):
-        cost *= SLOWER[name] if getattr(setting, name) else 1
-    return cost * (SLOWER["offloaded"] if setting.teacher == "offloaded" else 1)
+def _is_possible(setting: Setting) -> bool:
+    offloads = setting.offload_optimizer or setting.offload_parameters
+    return not (
+        (setting.weight_bytes == 2 and setting.stage == 0)  # refused: Adam would start a step late
+        or (setting.four_bits and setting.stage == 3)
+        or (setting.teacher == "offloaded" and setting.stage == 3)
+        or (setting.device == "cpu" and offloads)
+    )
 
 
 def overrides(job: Job, setting: Setting) -> list[str]:
@@ -250,7 +220,7 @@ def overrides(job: Job, setting: Setting) -> list[str]:
         lines.append(f"distill.deepspeed={named if len(zero) == 1 else mapping}")
     if now.rows != setting.rows:
         lines.append(f"distill.trainer.per_device_train_batch_size={setting.rows}")
-        if not job.fixed_batch:
+        if job.spec.settings.batch_size is None:  # else it follows
             lines.append(f"distill.trainer.gradient_accumulation_steps={setting.accumulation}")
     if now.checkpointing != setting.checkpointing:
         lines.append(f"distill.trainer.gradient_checkpointing={str(setting.checkpointing).lower()}")

@@ -11,10 +11,12 @@ from typing import Literal
 
 from ..engine.sharding import REDUCED_AT_ONCE
 from ..student.sizes import ModelSize
+from ..student.spec import TeacherPlace
+from .optimizers import ADAM, OptimizerState
 
 LOGIT_BYTES = 28
-"""Per logit of a chunk on a GPU beside the raw ones: log-softmax and softmax of both models in fp32, a term's product
-and its gradient, and their sum. On a CPU these exist for a block that fits its cache."""
+"""Bytes of a chunk's logit on a GPU beside the raw ones: log-softmax and softmax of both models in fp32, a term's
+product and its gradient, and their sum. On a CPU these exist for a block that fits its cache."""
 RAW_LOGITS = 3
 """Student's, teacher's, and their gradient, in the precision of the head's product."""
 BUCKET_ELEMENTS = 500_000_000
@@ -22,25 +24,23 @@ BUCKET_ELEMENTS = 500_000_000
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's own stage3_max_live_parameters: gathered ones that may stay until they are used again."""
 LIBRARY_BYTES = 600_000_000
-"""Of torch, transformers and DeepSpeed in a process on a CPU."""
+"""Bytes of torch, transformers and DeepSpeed in a process on a CPU."""
 FIXED_BYTES = {"cpu": LIBRARY_BYTES + 500_000_000, "cuda": 1_500_000_000}
-"""Of a process beside what it trains: on a CPU the libraries, and what the allocator keeps of freed memory (seen in
-runs); on a GPU the context, cuBLAS' and NCCL's buffers (a usual figure, not measured here)."""
+"""Bytes of a process beside what it trains: on a CPU the libraries, and what the allocator keeps of freed memory (seen
+in runs); on a GPU the context, cuBLAS' and NCCL's buffers (a usual figure, not measured here)."""
 
 QUARTER_BYTES = 4.13 / 8
-"""Of a weight in 4 bits, with its share of the scales (QLoRA, arXiv:2305.14314, section 3)."""
+"""Bytes of a weight in 4 bits, with its share of the scales (QLoRA, arXiv:2305.14314, section 3)."""
 PRODUCTS_SHARE = 0.5
-"""Of what a layer keeps, selective checkpointing leaves what matrix products and attention gave: 0.47 for Qwen3-8B by
-the formula in docs/scaling.md."""
+"""Share of what a layer keeps that selective checkpointing leaves, the results of matrix products and attention: 0.47
+for Qwen3-8B by the formula in docs/scaling.md."""
 SCORED_LOGITS = 1 << 25
 """Logits that exist at one time when a model is scored, and twice."""
 DRAWN_BYTES = 36
-"""Per logit of tokens that are drawn: raw, in fp32, and three tensors of fp64."""
+"""Bytes of a logit of tokens that are drawn: raw, in fp32, and three tensors of fp64."""
 KEY_BYTES, VALUE_BYTES = 4, 2
-"""Of a number in the cache of a model under bf16 autocast: rotary embedding makes keys fp32 again."""
+"""Bytes of a number in the cache of a model under bf16 autocast: rotary embedding makes keys fp32 again."""
 
-TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
-"""none: no loss term asks it."""
 Sharing = Literal["none", "linear", "all"]
 
 
@@ -49,33 +49,51 @@ class Setting:
     """What decides how much memory a rank takes, and how long a step."""
 
     rows: int
-    """Of a micro-batch on one rank."""
+    """Rows of a micro-batch on one rank."""
     sequence_length: int
+    """Tokens of a row."""
     head_chunk: int
+    """Tokens whose full-vocabulary logits exist at one time."""
     accumulation: int = 1
+    """Micro-batches of an optimizer step on one rank."""
     checkpointing: bool = False
+    """Activations of layers are computed again in the backward pass."""
     selective: bool = False
     """Checkpointing keeps what matrix products give (recompute.py)."""
     stage: int = 0
+    """ZeRO stage, 0 to 3."""
     ranks: int = 1
+    """Ranks over all nodes."""
     ranks_per_node: int = 1
+    """Ranks that share the memory of one host."""
+    optimizer: OptimizerState = ADAM
+    """State that the optimizer keeps of every trained weight."""
     offload_optimizer: bool = False
+    """Optimizer state and gradients lie on the host."""
     offload_parameters: bool = False
+    """Weights lie on the host."""
     bucket: int = BUCKET_ELEMENTS
+    """Gradients that ranks add up at one time."""
     overlap: bool = False
+    """A second bucket is filled while the first is on its way."""
     live: int = LIVE_ELEMENTS
+    """Weights that ZeRO 3 may hold gathered."""
     weight_bytes: int = 4
+    """Bytes of a weight of the student."""
     autocast: bool = True
+    """Matrix products are computed in half precision from fp32 weights."""
     teacher: TeacherPlace = "live"
+    """Place that the teacher's signals come from."""
     teacher_bytes: int = 2
-    """Per weight."""
+    """Bytes of a weight of the teacher."""
     device: str = "cuda"
+    """Type of the device, as torch calls it."""
     sharing: Sharing = "none"
     """Frozen weights that are held once for student and teacher: linear maps and embeddings, or all."""
     four_bits: bool = False
-    """Linear modules of the layers are held so (QLoRA)."""
+    """Linear modules of the layers are held in 4 bits (QLoRA)."""
     stored_bytes: int = 2
-    """Per weight of distilled/."""
+    """Bytes of a weight in distilled/."""
     captured: int = 0
     """Bytes per token that loss terms on states hold: the teacher's states, and both models' attention inputs."""
     comparing: int = 0
@@ -83,15 +101,15 @@ class Setting:
     relation: int = 0
     """Bytes of one chunk of scores."""
     scored_rows: int = 0
-    """Of a forward when distill.watch scores the student; 0 = nothing is watched."""
+    """Rows of a forward when distill.watch scores the student; 0 = nothing is watched."""
     samples: int = 0
-    """That stand in for one row of an on-policy step; 0 = there are none."""
+    """Samples that stand in for one row of an on-policy step; 0 = there are no such steps."""
     sample_tokens: int = 0
-    """Prompt and all."""
+    """Tokens of a sample, its prompt among them."""
     healed_layers: tuple[int, ...] = ()
     """Student layers that distill.local trains first."""
     healed_rows: int = 0
-    """Of a forward there."""
+    """Rows of a forward in that stage."""
     writes: bool = False
     """The teacher writes text first, whole on every rank."""
 
@@ -101,27 +119,30 @@ class Memory:
     """Bytes on one rank's device at its peak, and on one node's host."""
 
     weights: int
+    """Bytes of the student's weights, without those that are the teacher's."""
     gradients: int
+    """Bytes of gradients that wait for the optimizer."""
     optimizer: int
-    """Moments, and the fp32 copies that ZeRO keeps of the weights."""
+    """Bytes of moments, and of the fp32 copies that ZeRO keeps of the weights."""
     activations: int
-    """And hidden states handed from teacher to student."""
+    """Bytes kept for the backward pass, and of hidden states handed from teacher to student."""
     head: int
-    """Logits of a chunk, and what its gradient needs."""
+    """Bytes of a chunk's logits, and of what its gradient needs."""
     teacher: int
+    """Bytes of the teacher's weights on this device."""
     buffers: int
-    """DeepSpeed's, for communication and gathered weights."""
+    """Bytes of DeepSpeed's buffers for communication and gathered weights."""
     fixed: int
-    """Of the process."""
+    """Bytes of the process itself."""
     peak: int
-    """Not the sum: activations are gone when the optimizer steps."""
+    """Bytes at the fullest moment: not the sum, activations are gone when the optimizer steps."""
     peak_at: str
-    """What the rank does then."""
+    """Work of the rank at that moment, in words."""
     host: int
-    """Per node, all the time."""
+    """Bytes per node, all the time."""
     host_briefly: int
-    """Per node: every rank holds whole models on the host until they are moved or sharded, and one the whole student
-    when it is written."""
+    """Bytes per node while every rank holds whole models on the host, until they are moved or sharded, and while one
+    holds the whole student to write it."""
 
 
 def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
@@ -137,6 +158,10 @@ def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
     if setting.offload_optimizer:
         host += setting.ranks_per_node * (optimizer + gradients)
         device_optimizer = 0
+    elif setting.optimizer.paged and setting.device != "cpu":
+        moments = _moments(student, setting)
+        host += setting.ranks_per_node * moments
+        device_optimizer -= moments
     if setting.offload_parameters:
         host += setting.ranks_per_node * weights
         weights = 0
@@ -205,16 +230,21 @@ def _states(student: ModelSize, setting: Setting) -> tuple[int, int, int, int]:
     trained, shards = student.trained, setting.ranks
     width, weights = setting.weight_bytes, _own_weights(student, setting, shares=True)
     if setting.stage == 0:
-        return weights, 8 * trained, width * trained, 0
+        return weights, _moments(student, setting), width * trained, 0
     # stages 1 and 2 copy the weights they step, also where those are fp32 already; 3 only where they are not
     master = 4 * trained // shards if setting.stage < 3 or width < 4 else 0
-    optimizer = 8 * trained // shards + master
+    optimizer = _moments(student, setting) + master
     shard = 4 * trained // shards
     if setting.stage == 1:
         return weights, optimizer, width * trained, shard
     if setting.stage == 2:
         return weights, optimizer, shard, shard  # flattened once more for the step
     return weights // shards, optimizer, shard, 0
+
+
+def _moments(student: ModelSize, setting: Setting) -> int:
+    """Bytes of the optimizer's moments on one rank."""
+    return setting.optimizer.num_bytes(student.trained, stage=setting.stage) // (setting.ranks if setting.stage else 1)
 
 
 def _copies(student: ModelSize, setting: Setting) -> int:

@@ -5,161 +5,79 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
-from shoal.artifacts.artifact import PruningPlan
-from shoal.models.load import text_config
-from shoal.recipe.distill import Distill
 from shoal.recipe.edits import edited_layers
-from shoal.recipe.losses import STATE_TERMS, HiddenStates, needs_teacher
+from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
-from ..engine.arguments import DEFAULTS, autocast_dtype, batch_split, deepspeed_config, product_dtype
+from ..engine.arguments import DEFAULTS
 from ..generated.writing import wants_teacher_text
 from ..objective.activation_checkpointing import SELECTIVE
 from ..objective.layer_losses import SCORES, layer_pairs
-from ..student.local_stage import gaps, recorded_layers, unhealed
-from ..student.sizes import ModelSize, loaded_dtype, student_size, teacher_size
-from ..student.trainable import keys_from, shares_prefix, trained_parts
-from .memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, Memory, Setting, Sharing, TeacherPlace, memory
-from .throughput import make_trainable
+from ..student.sizes import ModelSize, student_size, teacher_size
+from ..student.spec import TrainSpec
+from ..student.trainable import gaps
+from ..teacher.wiring import make_trainable_alike
+from .memory import BUCKET_ELEMENTS, LIVE_ELEMENTS, Memory, Setting, Sharing, memory
+from .optimizers import optimizer_state
+from .throughput import flops_per_token
 
 CHECKPOINTING_KEYS = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 SCORED_ROWS = 16
-"""Of a forward when the student is scored, at most: eval.batch_size unless it is set."""
+"""Rows of a forward when the student is scored, at most: eval.batch_size unless it is set."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training run, as far as its size goes."""
+    """A training as far as its size goes."""
 
+    spec: TrainSpec
     student: ModelSize
     teacher: ModelSize
     setting: Setting
-    num_tokens: int
-    kept_checkpoints: int
-    keeps_best: bool
-    """distill.watch.best: the best student lies beside the checkpoints."""
-    shared_layers: int
-    """Frozen layers at the bottom that a live teacher runs for both, or that nobody runs: their state is recorded."""
-    fixed_batch: bool
-    """distill.batch_size: accumulation follows from it."""
-    product_dtype: torch.dtype = torch.float32
-    """What most matrix products are computed in."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Over all ranks."""
-        setting = self.setting
-        return setting.ranks * setting.rows * setting.accumulation * setting.sequence_length
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the budget."""
-        return math.ceil(self.num_tokens / self.tokens_per_step)
 
     @property
     def memory(self) -> Memory:
-        """Of this setting."""
+        """Bytes that the recipe's setting takes."""
         return memory(self.student, self.teacher, self.setting)
 
+    @property
+    def flops_per_token(self) -> float:
+        """Floating point operations of one token of a micro-batch."""
+        return flops_per_token(self.student, self.teacher, self.setting, shared=self.spec.shared_layers > 0)
 
-def job(
-    teacher_config: PreTrainedConfig,
-    student_config: PreTrainedConfig,
-    plan: PruningPlan,
-    settings: Distill,
-    *,
-    dtype: str,
-    attention: str,
-    ranks: int,
-    ranks_per_node: int,
-    device: torch.device,
-) -> Job:
-    """The size of the run that ``settings`` describe, from configurations; no weight is read.
+
+def job(spec: TrainSpec) -> Job:
+    """The size of the training that ``spec`` describes, from configurations; no weight is read.
 
     Raises:
-        UserError: what ``settings`` ask of ``plan`` and it does not have.
+        UserError: a batch that its ranks cannot share.
         RuntimeError: of torch, for a family that cannot be run without data.
     """
-    text = text_config(student_config)
-    tied = bool(getattr(text, "tie_word_embeddings", False))
-    parts = trained_parts(settings.trainable, plan, tied=tied, keys_from=keys_from(text))
-    frozen = shares_prefix(parts, plan)
-    if settings.teacher.prefix:
-        shared = recorded_layers(parts, plan, settings)
-    else:
-        runs = settings.teacher.recorded is None and needs_teacher(settings.losses)
-        shared = unhealed(frozen, plan, settings) if runs else 0
-    teacher = teacher_size(teacher_config, attention=attention)
-    setting = _setting(
-        settings,
-        teacher,
-        plan,
-        frozen=frozen,
-        ranks=ranks,
-        ranks_per_node=ranks_per_node,
-        teacher_dtype=teacher_dtype(teacher_config, settings, dtype),
-        stored_bytes=loaded_dtype(student_config, "stored").itemsize,
-        device=device,
-    )
+    teacher = teacher_size(spec.teacher.config, attention=spec.teacher.load.attention)
+    setting = _setting(spec, teacher)
+    plan = spec.plan
     student = student_size(
-        student_config,
-        sequence_length=settings.sequence_length,
-        prepare=partial(make_trainable, settings=settings, plan=plan),
+        spec.student.config,
+        sequence_length=spec.settings.sequence_length,
+        prepare=partial(make_trainable_alike, spec=spec),
         dtype=torch.float32 if setting.weight_bytes == 4 else torch.bfloat16,
         autocast=setting.autocast,
-        attention=attention,
+        attention=spec.student.load.attention,
         edited=[
             layer for layer, index in enumerate(plan.keep) if any(index in edited_layers(edit) for edit in plan.edits)
         ],
     )
-    return Job(
-        student=student,
-        teacher=teacher,
-        setting=setting,
-        num_tokens=settings.num_tokens,
-        kept_checkpoints=max(2, settings.trainer.get("save_total_limit") or 2),
-        keeps_best=settings.watch is not None and settings.watch.best is not None,
-        shared_layers=shared,
-        fixed_batch=settings.batch_size is not None,
-        product_dtype=product_dtype(settings),
-    )
+    return Job(spec, student, teacher, setting)
 
 
-def teacher_dtype(config: PreTrainedConfig, settings: Distill, dtype: str) -> torch.dtype:
-    """In which a live teacher runs."""
-    return loaded_dtype(config, settings.teacher.dtype or dtype)
-
-
-def _teacher_place(settings: Distill) -> TeacherPlace:
-    if settings.teacher.recorded is not None:
-        return "recorded"
-    if not needs_teacher(settings.losses):
-        return "none"
-    return "offloaded" if settings.teacher.offload else "live"
-
-
-def _setting(
-    settings: Distill,
-    teacher: ModelSize,
-    plan: PruningPlan,
-    *,
-    frozen: int,
-    ranks: int,
-    ranks_per_node: int,
-    teacher_dtype: torch.dtype,
-    stored_bytes: int,
-    device: torch.device,
-) -> Setting:
-    config = deepspeed_config(settings)
-    zero, trainer = config["zero_optimization"], DEFAULTS | settings.trainer
-    rows, accumulation = batch_split(settings, ranks=ranks)
-    stage, bucket = zero["stage"], zero.get("reduce_bucket_size", BUCKET_ELEMENTS)
-    overlap, live = zero.get("overlap_comm"), zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)
-    weight_bytes = 2 if any(config.get(kind, {}).get("enabled") for kind in ("bf16", "fp16")) else 4
+def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
+    settings, deepspeed = spec.settings, spec.deepspeed
+    zero, trainer = deepspeed.zero, DEFAULTS | settings.trainer
+    rows, accumulation = spec.batch_split
+    bucket, overlap = zero.get("reduce_bucket_size", BUCKET_ELEMENTS), zero.get("overlap_comm")
+    live = zero.get("stage3_max_live_parameters", LIVE_ELEMENTS)
     setting = Setting(
         rows=rows,
         sequence_length=settings.sequence_length,
@@ -167,36 +85,40 @@ def _setting(
         accumulation=accumulation,
         checkpointing=bool(trainer.get("gradient_checkpointing")),
         selective=any((trainer.get(key) or {}).get(SELECTIVE) for key in CHECKPOINTING_KEYS),
-        stage=stage,
-        ranks=ranks,
-        ranks_per_node=ranks_per_node,
-        offload_optimizer=_is_offloaded(zero.get("offload_optimizer")),
-        offload_parameters=_is_offloaded(zero.get("offload_param")),
+        stage=deepspeed.stage,
+        ranks=spec.ranks.count,
+        ranks_per_node=spec.ranks.per_node,
+        optimizer=optimizer_state(settings, deepspeed),
+        offload_optimizer=deepspeed.offloads("offload_optimizer"),
+        offload_parameters=deepspeed.offloads("offload_param"),
         bucket=teacher.hidden**2 if bucket == "auto" else int(bucket),  # what transformers fills in
-        overlap=stage == 3 if overlap is None else bool(overlap),
+        overlap=deepspeed.stage == 3 if overlap is None else bool(overlap),
         live=LIVE_ELEMENTS if live == "auto" else int(live),
-        weight_bytes=weight_bytes,
-        autocast="torch_autocast" in config,
-        teacher=_teacher_place(settings),
-        teacher_bytes=teacher_dtype.itemsize,
-        device=device.type,
-        sharing=_sharing(settings, teacher_dtype, weight_bytes),
+        weight_bytes=deepspeed.weight_dtype.itemsize,
+        autocast=deepspeed.autocast_dtype is not None,
+        teacher=spec.teacher_place,
+        teacher_bytes=spec.teacher_dtype.itemsize,
+        device=spec.ranks.device.type,
+        sharing=_sharing(spec),
         four_bits=settings.lora is not None and settings.lora.quantization == "nf4",
-        stored_bytes=stored_bytes,
+        stored_bytes=spec.student.stored_dtype.itemsize,
         writes=wants_teacher_text(settings.data) and settings.writing.backend == "transformers",
     )
-    return _with_states(_with_company(setting, settings, plan), settings, teacher, plan, frozen=frozen)
+    return _with_states(_with_company(setting, spec), spec, teacher)
 
 
-def _sharing(settings: Distill, teacher_dtype: torch.dtype, weight_bytes: int) -> Sharing:
+def _sharing(spec: TrainSpec) -> Sharing:
     """What frozen.py lets student and teacher hold once."""
-    if weight_bytes == 4 and teacher_dtype == torch.float32:
+    if spec.deepspeed.weight_dtype != torch.float32:
+        return "none"
+    if spec.teacher_dtype == torch.float32:
         return "all"
-    return "linear" if weight_bytes == 4 and teacher_dtype == autocast_dtype(settings) else "none"
+    return "linear" if spec.teacher_dtype == spec.deepspeed.autocast_dtype else "none"
 
 
-def _with_company(setting: Setting, settings: Distill, plan: PruningPlan) -> Setting:
+def _with_company(setting: Setting, spec: TrainSpec) -> Setting:
     """What happens beside plain steps."""
+    settings, plan = spec.settings, spec.plan
     watch, on_policy, local, length = settings.watch, settings.on_policy, settings.local, settings.sequence_length
     if watch is not None:
         windows = math.ceil(watch.perplexity_tokens / length)
@@ -211,15 +133,15 @@ def _with_company(setting: Setting, settings: Distill, plan: PruningPlan) -> Set
     return setting
 
 
-def _with_states(setting: Setting, settings: Distill, teacher: ModelSize, plan: PruningPlan, *, frozen: int) -> Setting:
+def _with_states(setting: Setting, spec: TrainSpec, teacher: ModelSize) -> Setting:
     """What loss terms on states hold: each teacher's state once, and of both models what attention is computed from."""
     states: set[int] = set()
     attention: set[tuple[int, int]] = set()
-    for term in settings.losses:
+    for term in spec.settings.losses:
         if isinstance(term, HiddenStates):
-            states |= {target for _, target in layer_pairs(term, plan, num_shared=frozen)}
+            states |= {target for _, target in layer_pairs(term, spec.plan, num_shared=spec.frozen_layers)}
         elif isinstance(term, STATE_TERMS):
-            attention |= set(layer_pairs(term, plan, num_shared=frozen))
+            attention |= set(layer_pairs(term, spec.plan, num_shared=spec.frozen_layers))
     width = 2 if setting.teacher == "recorded" else setting.teacher_bytes
     numbers = teacher.pair_flops // 4 + 2 * teacher.key_numbers
     return replace(
@@ -230,7 +152,3 @@ def _with_states(setting: Setting, settings: Distill, teacher: ModelSize, plan: 
         # scores, their logarithms and gradients, of both models
         relation=6 * 4 * SCORES if attention else 0,
     )
-
-
-def _is_offloaded(part: dict[str, Any] | None) -> bool:
-    return (part or {}).get("device", "none") != "none"

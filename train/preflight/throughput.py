@@ -6,36 +6,34 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import PruningPlan
 from shoal.machine import now
 from shoal.models.anatomy import text_config
+from shoal.numerics import flops_per_second
 from shoal.progress import doing
-from shoal.recipe.distill import Distill, Record
-from shoal.recipe.losses import STATE_TERMS, reads_distributions
+from shoal.recipe.distill import Record
 
-from ..engine.arguments import product_dtype
 from ..objective.capture import Captured
 from ..objective.layer_losses import StateLosses
-from ..objective.objective import Objective, SharedPrefix, Signals, to_logits
-from ..student.local_stage import recorded_layers, unhealed
-from ..student.lora import add_adapters
+from ..objective.objective import SharedPrefix, Signals
 from ..student.sizes import ModelSize, built
-from ..student.trainable import Trained, shares_prefix, train_only
-from ..teacher.signals import LiveTeacher, NoTeacher, Teacher
+from ..student.spec import TrainSpec
+from ..teacher.wiring import make_trainable_alike, wire
 from .memory import Setting
+from .optimizers import timed_optimizer
 
 PROBE_BATCHES = 3
 """Whole micro-batches of a probe; the fastest counts, the first also brings the machine to work."""
 FIRST_TOKENS = 16
-"""Of the first piece that a probe runs; it grows by GROWTH to a whole micro-batch, as long as the time allows."""
+"""Tokens of the first piece that a probe runs; it grows by GROWTH to a whole micro-batch, while there is time."""
 GROWTH = 4
 PROBE_S = 15.0
-"""What would go on for longer is not begun."""
+"""Seconds after which no further piece is begun."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,13 @@ class Pace:
     """What a probe has measured on this machine, one rank."""
 
     tokens_per_s: float
+    """Tokens per second of forward and backward passes."""
     optimizer_s: float
-    """One step of AdamW over everything that is trained."""
+    """Seconds of one optimizer step over everything that is trained."""
     loss: float
-    """Of one token; of models with random weights, so it says only that the objective ran."""
+    """Loss of one token of models with random weights, in nats: it says only that the objective ran."""
     num_tokens: int
-    """Of the largest piece that was run: a whole micro-batch, or what there was time for."""
+    """Tokens of the largest piece that was run: a whole micro-batch, or what there was time for."""
 
 
 def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *, shared: bool) -> float:
@@ -74,13 +73,15 @@ def flops_per_token(student: ModelSize, teacher: ModelSize, setting: Setting, *,
     return total
 
 
-def make_trainable(student: PreTrainedModel, settings: Distill, plan: PruningPlan) -> Trained:
-    """Freeze what the recipe does not train and put adapters where it wants them, their weights in full precision; the
-    parts that are trained."""
-    trained = train_only(student, settings.trainable, plan)
-    if settings.lora is not None:
-        add_adapters(student, replace(settings.lora, quantization="none"), trained, seed=0)
-    return trained
+def most_tokens_per_s(spec: TrainSpec, flops: float | None) -> float | None:
+    """Tokens per second of all ranks if every one of the ``flops`` operations of a token were as fast as a matrix
+    product; None where these could not be counted."""
+    if flops is None:
+        return None
+    ranks = spec.ranks
+    # ranks on one CPU share its cores
+    machines = ranks.count if ranks.device.type != "cpu" else max(1, ranks.count // ranks.per_node)
+    return machines * flops_per_second(ranks.device, spec.deepspeed.product_dtype) / flops
 
 
 def step_seconds(tokens: int, tokens_per_s: float, optimizer_s: float) -> float:
@@ -88,17 +89,7 @@ def step_seconds(tokens: int, tokens_per_s: float, optimizer_s: float) -> float:
     return tokens / tokens_per_s + optimizer_s
 
 
-def probe(
-    teacher_config: PreTrainedConfig,
-    student_config: PreTrainedConfig,
-    plan: PruningPlan,
-    settings: Distill,
-    setting: Setting,
-    *,
-    teacher_dtype: torch.dtype,
-    attention: str,
-    device: torch.device,
-) -> Pace:
+def probe(spec: TrainSpec, setting: Setting) -> Pace:
     """Run a few micro-batches of the real objective on random weights: how fast it is depends on their shapes alone.
 
     One rank, without DeepSpeed: what ranks send each other is not in it. Takes the memory that training takes at ZeRO
@@ -106,21 +97,19 @@ def probe(
     then leaves out what attention takes more in longer rows.
     """
     torch.manual_seed(0)
-    live, shared = None, 0
+    live, attention, device = None, spec.teacher.load.attention, spec.ranks.device
     with doing("building models of random weights"), torch.device(device):
-        student = built(student_config, dtype=torch.float32, attention=attention).train()
-        trained = make_trainable(student, settings, plan)
-        frozen = shares_prefix(trained, plan)
-        if setting.teacher in ("live", "offloaded"):
-            live = built(teacher_config, dtype=teacher_dtype, attention=attention).requires_grad_(False).eval()
-            shared = unhealed(frozen, plan, settings)
-        elif settings.teacher.prefix:
-            shared = recorded_layers(trained, plan, settings)
+        student = built(spec.student.config, dtype=torch.float32, attention=attention).train()
+        make_trainable_alike(student, spec)
+        if spec.runs_teacher:
+            live = (
+                built(spec.teacher.config, dtype=spec.teacher_dtype, attention=attention).requires_grad_(False).eval()
+            )
     if setting.checkpointing and not setting.selective:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    step = _step(student, live, plan, settings, setting, frozen=frozen, shared=shared)
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-6)
-    vocabulary, begun = text_config(student_config).vocab_size, now(device)
+    step = _step(spec, student, live, autocast=setting.autocast)
+    optimizer = timed_optimizer((p for p in student.parameters() if p.requires_grad), spec.settings, spec.deepspeed)
+    vocabulary, begun = text_config(spec.student.config).vocab_size, now(device)
     fastest, tokens, loss = math.inf, 0, math.nan
     for piece in _pieces(setting):
         size = piece.rows * piece.sequence_length
@@ -182,36 +171,17 @@ class _RandomRecording:
 
 
 def _step(
-    student: PreTrainedModel,
-    live: PreTrainedModel | None,
-    plan: PruningPlan,
-    settings: Distill,
-    setting: Setting,
-    *,
-    frozen: int,
-    shared: int,
+    spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None, *, autocast: bool
 ) -> Callable[[dict[str, Tensor]], Tensor]:
     """Batch -> the loss sum of one micro-batch, as the trainer computes it."""
-    terms = [term for term in settings.losses if isinstance(term, STATE_TERMS)]
-    states = StateLosses(terms, plan, student, live, num_shared=frozen) if terms else None
-    prefix = SharedPrefix(student, live, first_change=shared) if shared else None
-    teacher: Teacher
-    if setting.teacher == "none":
-        teacher = NoTeacher()
-    elif live is None:
-        config = text_config(student.config)
-        teacher = _RandomRecording(config.vocab_size, config.hidden_size, states, prefix)
-    else:
-        reads_logits = any(map(reads_distributions, settings.losses))
-        teacher = LiveTeacher(live, reads_logits=reads_logits, states=states, prefix=prefix)
-    head = None if live is None else to_logits(live)
-    Objective(student, head, terms=settings.losses, chunk=settings.head_chunk, states=states).install()
-    product = product_dtype(settings)
+    config = text_config(student.config)
+    wiring = wire(spec, student, live, partial(_RandomRecording, config.vocab_size, config.hidden_size))
+    wiring.objective.install()
 
     def step(batch: dict[str, Tensor]) -> Tensor:
-        signals = teacher.signals(batch)
-        replaying = contextlib.nullcontext() if prefix is None else prefix.replaying(torch.float32)
-        with replaying, torch.autocast(student.device.type, product, enabled=setting.autocast):
+        signals = wiring.teacher.signals(batch)
+        replaying = contextlib.nullcontext() if wiring.prefix is None else wiring.prefix.replaying(torch.float32)
+        with replaying, torch.autocast(student.device.type, spec.deepspeed.product_dtype, enabled=autocast):
             return student(**batch, signals=signals)[0]
 
     return step

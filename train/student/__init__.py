@@ -1,5 +1,6 @@
 """Which weights are trained.
 
+spec         one training, described once
 trainable    which parts
 lora         adapters beside them
 frozen       one copy of the rest, written as it was stored

@@ -77,22 +77,22 @@ def _cast(dtype: torch.dtype, _module: nn.Module, _args: Any, rows: Tensor) -> T
 
 
 def _is_interchangeable(
-    mine: Tensor,
+    own: Tensor,
     theirs: Tensor,
     owners: Mapping[str, nn.Module],
     *,
     autocast_dtype: torch.dtype | None,
     stored: Set[str],
 ) -> bool:
-    if mine.dtype == theirs.dtype:
-        return torch.equal(mine, theirs)
+    if own.dtype == theirs.dtype:
+        return torch.equal(own, theirs)
     kinds = {type(module) for module in owners.values()}
     # subclasses may scale what they return, in the dtype of the weight
-    if mine.dtype != torch.float32 or theirs.dtype != autocast_dtype or not kinds <= {*LINEAR, nn.Embedding}:
+    if own.dtype != torch.float32 or theirs.dtype != autocast_dtype or not kinds <= {*LINEAR, nn.Embedding}:
         return False
-    if torch.equal(mine, theirs.to(mine.dtype)):
+    if torch.equal(own, theirs.to(own.dtype)):
         return True
-    return nn.Embedding not in kinds and not stored.isdisjoint(owners) and torch.equal(mine.to(theirs.dtype), theirs)
+    return nn.Embedding not in kinds and not stored.isdisjoint(owners) and torch.equal(own.to(theirs.dtype), theirs)
 
 
 def _frozen_pairs(

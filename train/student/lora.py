@@ -26,7 +26,7 @@ from .trainable import Trained
 
 LINEAR = (nn.Linear, Conv1D)
 BASE = ".base_layer."
-"""What peft puts into the name of a weight that has an adapter."""
+"""Part of a weight's name that peft puts there where it has an adapter."""
 ADAPTER = "default"
 
 
@@ -114,15 +114,15 @@ def _chosen(student: PreTrainedModel, lora: Lora, trained: Trained) -> list[str]
         return possible
     chosen: set[str] = set()
     for target in lora.target_modules:
-        found = {name for name in possible if f".{name}".endswith(f".{target}")}
-        if not found:
+        meant = {name for name in possible if f".{name}".endswith(f".{target}")}
+        if not meant:
             known = sorted({name.rpartition(".")[2] for name in possible})
             close = difflib.get_close_matches(target.rpartition(".")[2], known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(known)}"
             raise UserError(
                 f"distill.lora.target_modules: {target!r} is no linear module of the layers that are trained; {hint}"
             )
-        chosen |= found
+        chosen |= meant
     return [name for name in possible if name in chosen]
 
 

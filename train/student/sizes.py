@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from shoal.models.anatomy import anatomy
-from shoal.models.load import decoder_layers, named_dtype, num_parameters, text_config
+from shoal.models.load import decoder_layers, num_parameters, text_config
 
 from ..objective.objective import final_hidden, output_head
 from .lora import LINEAR
@@ -29,8 +29,9 @@ class Kept:
     """Bytes that autograd keeps for the backward pass."""
 
     fixed: int = 0
-    """Whatever the batch: low-precision copies of the weights, tables of positions."""
+    """Bytes whatever the batch: low-precision copies of the weights, tables of positions."""
     per_row: int = 0
+    """Bytes per row of the micro-batch."""
 
     def of(self, rows: int) -> int:
         """For a micro-batch."""
@@ -42,15 +43,19 @@ class LayerSize:
     """One decoder layer."""
 
     parameters: int
+    """Weights of the layer."""
     trained: int
+    """Weights that are trained, adapters among them."""
     matrices: int
     """Weights of linear maps: two floating point operations each per token."""
     trained_matrices: int = 0
+    """Trained weights of linear maps."""
     frozen: int = 0
     """Weights that are frozen and the teacher's."""
     frozen_linear: int = 0
-    """Those of them in linear modules."""
+    """Weights among these that are in linear modules."""
     kept: Kept = Kept()
+    """Bytes that autograd keeps of the layer."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +63,29 @@ class ModelSize:
     """A model that was built without its weights."""
 
     parameters: int
-    """Tied ones once."""
+    """Weights, tied ones counted once."""
     trained: int
+    """Weights that are trained, adapters among them."""
     layers: tuple[LayerSize, ...]
     head: int
     """Weights of the map to the vocabulary."""
     head_trained: bool
     vocabulary: int
+    """Rows of the map to the vocabulary."""
     hidden: int
+    """Size of the hidden states."""
     state_bytes: int
-    """Of one number of the hidden states."""
+    """Bytes of one number of the hidden states."""
     pair_flops: int
-    """Of attention, one layer, per pair of tokens: scores and values, all heads."""
+    """Floating point operations of one layer's attention per pair of tokens: scores and values, all heads."""
     key_numbers: int
-    """Of one token in one layer's cache; as many of values."""
+    """Numbers of one token's keys in one layer's cache; its values are as many."""
     frozen: int = 0
     """Weights that are frozen and the teacher's, in and outside of layers; tied ones once."""
     frozen_linear: int = 0
-    """Those of them in linear modules and plain embeddings."""
+    """Weights among these that are in linear modules and plain embeddings."""
     outside: Kept = Kept()
-    """Kept before the first layer and after the last one."""
+    """Bytes that autograd keeps before the first layer and after the last one."""
 
 
 @contextlib.contextmanager
@@ -93,16 +101,6 @@ def without_data() -> Iterator[None]:
             yield
     finally:
         nn.Module.to = move
-
-
-def loaded_dtype(config: PreTrainedConfig, dtype: str) -> torch.dtype:
-    """What a model that is loaded as ``dtype``, a name of torch's or "stored", has as its precision."""
-    return (
-        named_dtype(dtype)
-        or getattr(config, "dtype", None)
-        or getattr(text_config(config), "dtype", None)
-        or torch.float32
-    )
 
 
 def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -141,9 +139,9 @@ def student_size(
         model = built(config, dtype=dtype, attention=attention)
         prepare(model)
         model.train()
-        one, state_bytes = _kept(model, 1, sequence_length, autocast=autocast)
-        two, _ = _kept(model, 2, sequence_length, autocast=autocast)
-        *layers, outside = (Kept(2 * a - b, b - a) for a, b in zip(one, two, strict=True))
+        of_one_row, state_bytes = _kept(model, 1, sequence_length, autocast=autocast)
+        of_two_rows, _ = _kept(model, 2, sequence_length, autocast=autocast)
+        *layers, outside = (Kept(2 * a - b, b - a) for a, b in zip(of_one_row, of_two_rows, strict=True))
         sizes = _sizes(model, edited)
     counted = tuple(replace(layer, kept=kept) for layer, kept in zip(sizes.layers, layers, strict=True))
     return replace(sizes, layers=counted, outside=outside, state_bytes=state_bytes)
@@ -215,12 +213,12 @@ def _layer_size(layer: nn.Module, is_edited: bool) -> LayerSize:
 def _outside(model: PreTrainedModel) -> dict[nn.Parameter, set[type[nn.Module]]]:
     """Parameters that no layer has, and the kinds of the modules that do: a tied one has two."""
     inside = {p for layer in anatomy(model).layers for p in layer.parameters()}
-    found: dict[nn.Parameter, set[type[nn.Module]]] = {}
+    owners: dict[nn.Parameter, set[type[nn.Module]]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter not in inside:
-                found.setdefault(parameter, set()).add(type(module))
-    return found
+                owners.setdefault(parameter, set()).add(type(module))
+    return owners
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> int:

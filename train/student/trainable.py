@@ -1,8 +1,12 @@
-"""What of the student is trained, and what must not move. Layers are the student's where a plan is not named."""
+"""What of the student is trained, and what must not move.
+
+Layers are numbered as in the student where nothing else is said.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +17,7 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, text_config
+from shoal.recipe.distill import Distill
 from shoal.recipe.edits import ZEROED_WEIGHTS, Merge, Replace, Swap, edited_layers
 
 
@@ -21,16 +26,17 @@ class Trained:
     """The parts of a student that are trained; all others are frozen."""
 
     layers: tuple[int, ...]
-    """Increasing."""
+    """Student layers, increasing."""
     norm: bool
-    """The norm before the head."""
+    """Norm before the head."""
     embeddings: bool = False
-    """The table that tokens are looked up in, and with it a head that is tied to it."""
+    """Table that tokens are looked up in, and with it a head that is tied to it."""
     head: bool = False
+    """Map from hidden states to logits."""
     rest: bool = False
     """Whatever else a model has: position embeddings, norms of embeddings, projections around the layers."""
     keys_from: int | None = None
-    """See `keys_from`."""
+    """Lowest layer whose keys and values layers above it read, see `keys_from`; None = there is none."""
 
 
 def keys_from(config: Any) -> int | None:
@@ -89,15 +95,15 @@ def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
 
 def _near_gaps(plan: PruningPlan) -> tuple[int, ...]:
     kept = list(enumerate(plan.keep))
-    found = {layer for layer, index in kept for edit in plan.edits if index in edited_layers(edit)}
+    near = {layer for layer, index in kept for edit in plan.edits if index in edited_layers(edit)}
     for (below, lower), (above, upper) in itertools.pairwise(kept):
         if upper != lower + 1:
-            found |= {below, above}
+            near |= {below, above}
     if plan.keep[0] != 0:
-        found.add(0)
+        near.add(0)
     if plan.keep[-1] != plan.num_layers - 1:
-        found.add(len(kept) - 1)
-    return tuple(sorted(found))
+        near.add(len(kept) - 1)
+    return tuple(sorted(near))
 
 
 def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
@@ -113,8 +119,56 @@ def shares_prefix(trained: Trained, plan: PruningPlan) -> int:
     return min([plan.first_change, *trained.layers[:1], *read])
 
 
-def train_only(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> Trained:
-    """Freeze what ``distill.trainable`` does not name; the parts it does.
+@dataclass(frozen=True)
+class Gap:
+    """One place where teacher layers are missing."""
+
+    layer: int
+    """Student layer that is trained to close it: the last before the gap, or the first where nothing is before it."""
+    target: int
+    """Teacher layer whose output the trained layer shall give."""
+
+
+def gaps(keep: Sequence[int], num_layers: int) -> tuple[Gap, ...]:
+    """The gaps that a plan leaves, from the bottom up; ``keep`` are the teacher's layers that stay.
+
+    A gap at the very bottom has no layer before it: the first kept one learns to work on embeddings.
+    """
+    closed = [Gap(0, keep[0])] if keep[0] > 0 else []
+    ends = [*keep[1:], num_layers]
+    for layer, (kept, following) in enumerate(zip(keep, ends, strict=True)):
+        if following > kept + 1:
+            if closed and closed[-1].layer == layer:
+                closed.pop()
+            closed.append(Gap(layer, following - 1))
+    return tuple(closed)
+
+
+def unhealed(shared: int, plan: PruningPlan, settings: Distill) -> int:
+    """How many of the ``shared`` lowest layers are still the teacher's after the local stage, if there is one, which
+    trains the layer before the first gap."""
+    healed = () if settings.local is None else gaps(plan.keep, plan.num_layers)
+    return min([shared, *(gap.layer for gap in healed[:1])])
+
+
+def recorded_layers(trained: Trained, plan: PruningPlan, settings: Distill) -> int:
+    """How many of the lowest layers ``distill.teacher.prefix`` spares both models.
+
+    Raises:
+        UserError: none.
+    """
+    if spared := unhealed(shares_prefix(trained, plan), plan, settings):
+        return spared
+    raise UserError(
+        f"distill.teacher.prefix: with trainable {settings.trainable}"
+        f"{'' if settings.local is None else ' after a local stage'} no layer at the bottom stays the teacher's (the "
+        f"first change is at layer {plan.first_change}); choose from_first_cut and a plan that leaves the first "
+        "layers, or leave it out"
+    )
+
+
+def parts_of(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> Trained:
+    """The parts of this student, which may be built without its weights, that ``distill.trainable`` means.
 
     Raises:
         UserError: as trained_parts does.
@@ -122,16 +176,21 @@ def train_only(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> T
     parts = anatomy(student)
     embeddings, head = parts.embeddings, parts.head
     tied = embeddings is not None and head is not None and getattr(head, "weight", head) is embeddings.weight
-    trained = trained_parts(trainable, plan, tied=tied, keys_from=keys_from(text_config(student.config)))
+    return trained_parts(trainable, plan, tied=tied, keys_from=keys_from(text_config(student.config)))
+
+
+def train_only(student: PreTrainedModel, trained: Trained) -> None:
+    """Freeze what ``trained`` does not name."""
+    parts = anatomy(student)
     student.requires_grad_(trained.rest)
     for layer, module in enumerate(parts.layers):
         module.requires_grad_(layer in trained.layers)
     # where head and embeddings are one table, their flags are equal
-    for module, wanted in ((parts.final_norm, trained.norm), (head, trained.head), (embeddings, trained.embeddings)):
+    wanted = ((parts.final_norm, trained.norm), (parts.head, trained.head), (parts.embeddings, trained.embeddings))
+    for module, is_trained in wanted:
         if module is not None:
-            module.requires_grad_(wanted)
+            module.requires_grad_(is_trained)
     _stop_at_the_lowest_trained_layer(student)
-    return trained
 
 
 def _stop_at_the_lowest_trained_layer(student: PreTrainedModel) -> None:

@@ -4,4 +4,5 @@ signals           live or recorded, one interface
 recording_plan    what identifies it and what of it is missing
 recording_format  how it lies on the disk
 recording_reader  reads it in training
+wiring            student, teacher and the loss between them
 """

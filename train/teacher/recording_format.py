@@ -79,19 +79,19 @@ class Layout:
 
     def planes(self, num_rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name -> dtype and shape of every plane of a shard of ``num_rows`` rows."""
-        here, k = (num_rows, self.sequence_length), self.top_k
+        tokens, k = (num_rows, self.sequence_length), self.top_k
         planes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "ids": (torch.uint16, (*here, k)),
-            "codes": (torch.uint16, (*here, k)),
-            "tail": (torch.float32, here),
+            "ids": (torch.uint16, (*tokens, k)),
+            "codes": (torch.uint16, (*tokens, k)),
+            "tail": (torch.float32, tokens),
             "row": (torch.uint8, (num_rows, ROW_HASH_BYTES)),
         }
         if self.high_bits:
-            planes["high"] = (torch.uint8, (*here, -(-k * self.high_bits // 8)))
+            planes["high"] = (torch.uint8, (*tokens, -(-k * self.high_bits // 8)))
         for layer in self.states:
-            planes[f"state_{layer}"] = (torch.bfloat16, (*here, self.hidden_size))
+            planes[f"state_{layer}"] = (torch.bfloat16, (*tokens, self.hidden_size))
         if self.prefix is not None:
-            planes["prefix"] = (getattr(torch, self.prefix_dtype), (*here, self.hidden_size))
+            planes["prefix"] = (getattr(torch, self.prefix_dtype), (*tokens, self.hidden_size))
         return planes
 
     def num_bytes(self, num_rows: int) -> int:

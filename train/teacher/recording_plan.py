@@ -11,33 +11,28 @@ What a shard holds depends on its rows alone, not on who wrote it: any number of
 from __future__ import annotations
 
 import logging
-import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
-import torch.distributed as dist
 
 from shoal.artifacts.artifact import Artifact, Provenance, differences
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
-from shoal.models.load import load_config, text_config, tokenizer_fingerprint
+from shoal.models.load import Checkpoint, loaded_dtype, text_config, tokenizer_fingerprint
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.section import Shapes, shaping, shaping_keys
-from shoal.runtime import environment, is_main, rank, world_size
+from shoal.runtime import environment, is_main, rank, together, world_size
 
-from ..student.sizes import loaded_dtype
 from .recording_format import HEADER_BYTES, Layout, ShardFile, TokenRows, remove_unfinished, row_hashes
 
 log = logging.getLogger(__name__)
 
 PREFIX = "distill.teacher.prefix"
 """Names, in what identifies a recording, the layers that need not run in training."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,9 +44,9 @@ class RecordingManifest(Artifact):
     rows_per_shard: int
     layout: Layout
     rows_from: dict[str, Any]
-    """What shaped the rows, for a reader and for messages."""
+    """Settings that shaped the rows, for a reader and for messages."""
     shards: tuple[dict[str, Any], ...] = field(default=())
-    """Of each: rows, bytes, sha256 of its planes."""
+    """Rows, bytes and sha256 of the planes of each shard."""
 
     @property
     def num_rows(self) -> int:
@@ -59,14 +54,7 @@ class RecordingManifest(Artifact):
 
 
 def recording_inputs(
-    settings: Record,
-    teacher: Path,
-    *,
-    model: str,
-    sequence_length: int,
-    dtype: str,
-    attention: str,
-    prefix: int | None = None,
+    settings: Record, teacher: Checkpoint, *, model: str, sequence_length: int, prefix: int | None = None
 ) -> dict[str, Any]:
     """What identifies recorded signals besides their rows, which are compared one by one.
 
@@ -75,9 +63,9 @@ def recording_inputs(
     """
     return {
         "model": model,
-        "tokenizer": tokenizer_fingerprint(teacher),
-        "dtype": dtype,
-        "attention": attention,
+        "tokenizer": tokenizer_fingerprint(teacher.folder),
+        "dtype": teacher.load.dtype,
+        "attention": teacher.load.attention,
         "sequence_length": sequence_length,
         **shaping(settings, Shapes.SIGNALS, "record."),
         **({} if prefix is None else {PREFIX: f"{prefix} layers"}),
@@ -91,30 +79,23 @@ def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def recording_layout(
-    settings: Record,
-    teacher: Path,
-    *,
-    sequence_length: int,
-    trust_remote_code: bool,
-    dtype: str = "stored",
-    prefix: int | None = None,
+    settings: Record, teacher: Checkpoint, *, sequence_length: int, prefix: int | None = None
 ) -> Layout:
-    """The planes that ``settings`` ask for of the teacher in this folder, told from its configuration. ``dtype`` is how
-    it is loaded, ``prefix`` the number of layers that distill.teacher.prefix spares.
+    """The planes that ``settings`` ask for of this teacher, told from its configuration. ``prefix`` is the number of
+    layers that distill.teacher.prefix spares.
 
     Raises:
         UserError: more tokens than its vocabulary has, or layers that it has not.
     """
-    whole = load_config(teacher, trust_remote_code=trust_remote_code)
-    config = text_config(whole)
+    config = text_config(teacher.config)
     if settings.top_k > config.vocab_size:
         raise UserError(
             f"record.top_k: {settings.top_k} is more than the {config.vocab_size:,} tokens of the vocabulary of "
-            f"{teacher}; set at most that"
+            f"{teacher.folder}; set at most that"
         )
     if wrong := [layer for layer in settings.states if layer >= config.num_hidden_layers]:
         raise UserError(
-            f"record.states: {wrong[0]} is no layer of {teacher}, which has {config.num_hidden_layers}; "
+            f"record.states: {wrong[0]} is no layer of {teacher.folder}, which has {config.num_hidden_layers}; "
             f"the last is {config.num_hidden_layers - 1}"
         )
     if len(set(settings.states)) < len(settings.states):
@@ -122,12 +103,8 @@ def recording_layout(
     layout = Layout(sequence_length, settings.top_k, config.vocab_size, config.hidden_size, tuple(settings.states))
     if prefix is None:
         return layout
-    return replace(layout, prefix=prefix - 1, prefix_dtype=str(loaded_dtype(whole, dtype)).removeprefix("torch."))
-
-
-def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
-    """Disk that a recording takes."""
-    return layout.num_bytes(num_rows) + math.ceil(num_rows / rows_per_shard) * HEADER_BYTES
+    dtype = loaded_dtype(teacher.config, teacher.load.dtype)
+    return replace(layout, prefix=prefix - 1, prefix_dtype=str(dtype).removeprefix("torch."))
 
 
 def plan_recording(
@@ -149,13 +126,15 @@ def plan_recording(
         UserError: the folder holds a recording of something else, or the disk has no room for the rest.
     """
     manifest = RecordingManifest(Provenance(inputs), settings.rows_per_shard, layout, rows_from)
-    _together(lambda: _claim(folder, manifest) if is_main() else None)
-    found = RecordingManifest.read(folder / RecordingManifest.FILE)
+    together(lambda: _claim(folder, manifest) if is_main() else None)
+    on_disk = RecordingManifest.read(folder / RecordingManifest.FILE)
     shards = shards_of(len(rows), settings.rows_per_shard)
-    mine = shards[rank() :: world_size()]
-    missing = _together(lambda: [shard for shard in mine if not _is_there(folder, shard, rows, found, rows_from)])
+    own_shards = shards[rank() :: world_size()]
+    missing = together(
+        lambda: [shard for shard in own_shards if not _is_there(folder, shard, rows, on_disk, rows_from)]
+    )
     pending = sorted((shard for part in missing for shard in part), key=lambda shard: shard.start)
-    _together(lambda: _announce(folder, layout, len(shards), pending) if is_main() else None)
+    together(lambda: _announce(folder, layout, len(shards), pending) if is_main() else None)
     return pending
 
 
@@ -167,36 +146,38 @@ def _claim(folder: Path, manifest: RecordingManifest) -> None:
             raise UserError(f"{folder}: holds other files; set record.folder to an empty or new folder")
         manifest.write(path)
         return
-    found = RecordingManifest.read(path)
-    differing = differences(manifest.provenance.inputs, found.provenance.inputs)
-    if found.rows_per_shard != manifest.rows_per_shard:
+    on_disk = RecordingManifest.read(path)
+    differing = differences(manifest.provenance.inputs, on_disk.provenance.inputs)
+    if on_disk.rows_per_shard != manifest.rows_per_shard:
         differing.append(
-            f"record.rows_per_shard is {manifest.rows_per_shard} in this recipe but {found.rows_per_shard} there"
+            f"record.rows_per_shard is {manifest.rows_per_shard} in this recipe but {on_disk.rows_per_shard} there"
         )
     if differing:
         raise UserError(
             f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, set record.folder to "
             f"another folder, or delete {folder} to record again"
         )
-    warn_of_versions(path, found.provenance)
+    warn_of_versions(path, on_disk.provenance)
     remove_unfinished(folder)
 
 
-def _is_there(folder: Path, shard: range, rows: TokenRows, found: RecordingManifest, rows_from: dict[str, Any]) -> bool:
+def _is_there(
+    folder: Path, shard: range, rows: TokenRows, on_disk: RecordingManifest, rows_from: dict[str, Any]
+) -> bool:
     """Whether the shard stands in ``folder`` whole."""
-    path = folder / shard_name(shard.start // found.rows_per_shard)
+    path = folder / shard_name(shard.start // on_disk.rows_per_shard)
     if not path.is_file():
         return False
     try:
-        file = ShardFile(path, found.layout)
+        file = ShardFile(path, on_disk.layout)
         if not file.is_intact():
             raise UserError(f"{path}: does not match its checksum")
-        if file.recording != found.provenance.fingerprint:
+        if file.recording != on_disk.provenance.fingerprint:
             raise UserError(f"{path}: is a part of another recording")
     except UserError as error:
         log.warning("%s; recording it again", error)
         return False
-    refuse_other_rows(path, file.hashes, rows, shard.start, differences(rows_from, found.rows_from))
+    refuse_other_rows(path, file.hashes, rows, shard.start, differences(rows_from, on_disk.rows_from))
     return file.num_rows >= len(shard)  # fewer: it was the last one of a smaller budget
 
 
@@ -254,32 +235,15 @@ def refuse_other_rows(
         )
 
 
-def warn_of_versions(path: Path, there: Provenance) -> None:
+def warn_of_versions(path: Path, before: Provenance) -> None:
     """Log what of the libraries has changed since the recording at ``path`` was begun."""
-    here = environment()
-    changed = [name for name in ("torch", "transformers") if here[name] != there.environment.get(name)]
+    now = environment()
+    changed = [name for name in ("torch", "transformers") if now[name] != before.environment.get(name)]
     for name in changed:
         log.warning(
             "%s: was recorded with %s %s, this is %s; the teacher's last digits may differ",
             path,
             name,
-            there.environment.get(name),
-            here[name],
+            before.environment.get(name),
+            now[name],
         )
-
-
-def _together(decide: Callable[[], T]) -> list[T]:
-    """What every rank decides, on every rank; the refusal of one is everyone's."""
-    answer: tuple[Any, str | None]
-    try:
-        answer = (decide(), None)
-    except UserError as error:
-        answer = (None, str(error))
-    answers: list[Any] = [answer]
-    if dist.is_initialized() and world_size() > 1:
-        answers = [None] * world_size()
-        dist.all_gather_object(answers, answer)
-    for _, refusal in answers:
-        if refusal is not None:
-            raise UserError(refusal)
-    return [value for value, _ in answers]

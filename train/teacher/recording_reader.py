@@ -69,8 +69,10 @@ class RecordingReader:
         if not path.is_file():
             raise UserError(f"{folder}: holds no recorded signals; run `shoal record` first")
         manifest = RecordingManifest.read(path)
-        there = {key: value for key, value in manifest.provenance.inputs.items() if key != PREFIX or key in inputs}
-        differing = differences(inputs, there)
+        recorded_inputs = {
+            key: value for key, value in manifest.provenance.inputs.items() if key != PREFIX or key in inputs
+        }
+        differing = differences(inputs, recorded_inputs)
         if differing:
             raise UserError(
                 f"{path}: belongs to another run: {'; '.join(differing)}. Set the recipe back, or run `shoal record` "
@@ -106,13 +108,13 @@ class RecordingReader:
         places: dict[int, list[int]] = defaultdict(list)
         for place, row in enumerate(indices):
             places[row // size].append(place)
-        for index, here in places.items():
-            file, inside = self._shard(index), [indices[place] % size for place in here]
-            ids[here], log_probs[here], tail[here] = file.read(inside)
+        for index, wanted in places.items():
+            file, inside = self._shard(index), [indices[place] % size for place in wanted]
+            ids[wanted], log_probs[wanted], tail[wanted] = file.read(inside)
             for layer, state in states.items():
-                state[here] = file.read_state(layer, inside)
+                state[wanted] = file.read_state(layer, inside)
             if prefix is not None:
-                prefix[here] = file.read_prefix(inside)
+                prefix[wanted] = file.read_prefix(inside)
         return RecordedRows(torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(tail), states, prefix)
 
     def _open(self, index: int) -> ShardFile:

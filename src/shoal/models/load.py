@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,54 @@ def loaded_dtype(config: PreTrainedConfig, wanted: str = "stored", shards: Itera
         return said
     floats = (FLOATS[tensor.dtype] for shard in shards for tensor in shard.tensors.values() if tensor.dtype in FLOATS)
     return next(floats, torch.float32)
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """How checkpoints are loaded."""
+
+    dtype: str = "stored"
+    """Name of torch's for the precision of the weights; stored = that of the checkpoint."""
+    attention: str = "sdpa"
+    """Attention implementation of transformers."""
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in a folder, as its configuration tells of it before any weight is read."""
+
+    folder: Path
+    config: PreTrainedConfig
+    load: LoadSettings = LoadSettings()
+
+    @classmethod
+    def read(cls, folder: Path, load: LoadSettings) -> Checkpoint:
+        """The checkpoint at ``folder``.
+
+        Raises:
+            UserError: as load_config does.
+        """
+        return cls(folder, load_config(folder, trust_remote_code=load.trust_remote_code), load)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Precision of the weights in the files."""
+        return loaded_dtype(self.config, "stored")
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer; raises as load_tokenizer does."""
+        return load_tokenizer(self.folder, trust_remote_code=self.load.trust_remote_code)
+
+    def model(self, *, dtype: str | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The model in eval mode, in ``dtype`` where that is given; raises as load_model does."""
+        return load_model(
+            self.folder,
+            dtype=dtype or self.load.dtype,
+            attention=self.load.attention,
+            device=device,
+            trust_remote_code=self.load.trust_remote_code,
+        )
 
 
 @torch.inference_mode(mode=False)  # the model stays one that can be trained, wherever this is called

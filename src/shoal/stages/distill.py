@@ -20,13 +20,13 @@ from shoal.data.packing import PackedRows
 from shoal.data.sources import TEACHER_TEXT, check_source, row_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
-from shoal.models.load import load_config, load_tokenizer, model_fingerprint, text_config
+from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, model_fingerprint
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import device, seed_everything
 from shoal.stages.prune import choose_plan, read_importance, read_plan
 from shoal.stages.run import Run, check_length, is_done
-from shoal.tracking.wandb_run import wandb_mode
+from shoal.tracking import wandb_run
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,12 @@ def record(run: Run) -> None:
     from shoal.train.record import record_signals
     from shoal.train.teacher.recording_plan import recording_layout, rows_from
 
-    recipe = run.recipe
+    recipe, teacher = run.recipe, _teacher(run)
     settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
-    trust = recipe.trust_remote_code
     check_length(run, settings.sequence_length, "distill.sequence_length")
-    prefix = _recorded_layers(run) if settings.teacher.prefix else None
+    prefix = _recorded_layers(run, teacher) if settings.teacher.prefix else None
     # refuses what the teacher cannot give before any text is read
-    recording_layout(recipe.record, run.teacher, sequence_length=settings.sequence_length, trust_remote_code=trust)
+    recording_layout(recipe.record, teacher, sequence_length=settings.sequence_length)
     seed_everything(recipe.seed)
     inputs = {
         "model": run.teacher_fingerprint,
@@ -55,31 +54,29 @@ def record(run: Run) -> None:
         **shaping(recipe, Shapes.TRAINING),
         **shaping(settings, Shapes.ROWS, "distill."),
     }
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=trust)
-    rows = rows_to_train_on(run.teacher, tokenizer, settings, run.dir, inputs=inputs, trust_remote_code=trust)
     record_signals(
-        run.teacher,
-        rows,
+        teacher,
+        rows_to_train_on(teacher, teacher.tokenizer(), settings, run.dir, inputs=inputs),
         signals_folder(run),
         recipe.record,
         model=run.teacher_fingerprint,
         rows_from=rows_from(inputs),
         prefix=prefix,
-        **run.load_args(),
     )
 
 
-def _recorded_layers(run: Run) -> int:
+def _recorded_layers(run: Run, teacher: Checkpoint) -> int:
     """How many of the lowest layers need not run in training, because the state above them is recorded."""
-    from shoal.train.student.local_stage import recorded_layers
-    from shoal.train.student.trainable import keys_from, trained_parts
+    from shoal.train.student.spec import student_parts
+    from shoal.train.student.trainable import recorded_layers
 
-    plan, distill = read_plan(run), run.recipe.distill
-    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+    plan, settings = read_plan(run), run.recipe.distill
     # below the first change, which is all that can be spared, the student's layers have the teacher's numbers
-    parts = trained_parts(distill.trainable, plan, tied=tied, keys_from=keys_from(config))
-    return recorded_layers(parts, plan, distill)
+    return recorded_layers(student_parts(teacher, plan, settings), plan, settings)
+
+
+def _teacher(run: Run) -> Checkpoint:
+    return Checkpoint.read(run.teacher, LoadSettings(**run.load_args()))
 
 
 def signals_folder(run: Run) -> Path:
@@ -91,9 +88,11 @@ def signals_folder(run: Run) -> Path:
 def distill(run: Run) -> None:
     """distilled/ and distill.json. All ranks take part, inside an initialised process group."""
     from shoal.train import distill as training
+    from shoal.train.student.spec import Ranks, train_spec
 
-    plan = read_plan(run)
     recipe = run.recipe
+    check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
+    plan = read_plan(run)
     inputs = training_inputs(run, plan)
     distilled = run.dir / "distilled"
     if _is_trained(run, inputs):
@@ -101,22 +100,14 @@ def distill(run: Run) -> None:
     if "student" not in inputs:
         raise _student_is_gone(run)
     seed_everything(recipe.seed)
+    teacher = _teacher(run)
+    student = Checkpoint.read(run.dir / "student", teacher.load)
     training.distill(
-        run.teacher,
-        run.dir / "student",
-        plan,
+        train_spec(teacher, student, plan, recipe.distill, recipe.record, Ranks.here()),
         run_dir=run.dir,
-        settings=recipe.distill,
-        record=recipe.record,
-        track=recipe.track,
-        scorer=_scorer(run),
-        search_rows=_search_rows(run),
         inputs=inputs,
-        recipe=as_dict(recipe),
-        seed=recipe.seed,
-        dtype=recipe.dtype,
-        attention=recipe.attention,
-        trust_remote_code=recipe.trust_remote_code,
+        evaluation=training.Evaluation(_scorer(run), _search_rows(run)),
+        start_tracking=partial(wandb_run.start, recipe.track, run.dir, as_dict(recipe)),
     )
     log.info("distill: %s", distilled)
 
@@ -130,26 +121,18 @@ def distill_dry_run(run: Run) -> str:
     """
     from shoal.compress.targets.check import student_config
     from shoal.train.dry_run import dry_run
+    from shoal.train.student.spec import Ranks, train_spec
 
     recipe = run.recipe
     check_training_settings(recipe)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     has_plan = (run.dir / PruningPlan.FILE).is_file()
     plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
-    teacher = load_config(run.teacher, trust_remote_code=recipe.trust_remote_code)
-    ranks = ranks_to_start(recipe.distill.num_ranks)
-    return dry_run(
-        teacher,
-        student_config(teacher, plan.keep),
-        plan,
-        settings=recipe.distill,
-        run_dir=run.dir,
-        dtype=recipe.dtype,
-        attention=recipe.attention,
-        ranks=ranks,
-        ranks_per_node=min(ranks, ranks_to_start(None)) if device().type != "cpu" else ranks,
-        device=device(),
-    )
+    teacher = _teacher(run)
+    student = Checkpoint(run.dir / "student", student_config(teacher.config, plan.keep), teacher.load)
+    count = ranks_to_start(recipe.distill.num_ranks)
+    ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
+    return dry_run(train_spec(teacher, student, plan, recipe.distill, recipe.record, ranks), run.dir)
 
 
 def distill_is_done(run: Run) -> bool:
@@ -191,8 +174,8 @@ def refuse_other_checkpoints(run: Run) -> None:
         raise _student_is_gone(run)
     if not (has_plan and has_student and checkpoints.is_dir()):
         return
-    inputs, made = training_inputs(run, read_plan(run)), run.dir / Training.FILE
-    if made.is_file() and not differences(inputs, Training.read(made).provenance.inputs):
+    inputs, trained = training_inputs(run, read_plan(run)), run.dir / Training.FILE
+    if trained.is_file() and not differences(inputs, Training.read(trained).provenance.inputs):
         return  # trained already, whatever number of ranks would train it now
     identity = checkpoint_inputs(settings, inputs)
     if settings.batch_size is None:
@@ -254,7 +237,7 @@ def check_training_settings(recipe: Recipe) -> None:
 
     check_names(recipe.distill)
     deepspeed_config(recipe.distill)
-    wandb_mode(recipe.track)
+    wandb_run.wandb_mode(recipe.track)
 
 
 def check_recording(recipe: Recipe) -> None:
@@ -302,10 +285,10 @@ def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], di
     def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         tasks = tasks_of(settings)
         documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
-        found = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
-        if there := [f"{one.found} of {one.compared} of {task}" for task, one in found.items() if one.found]:
-            log.warning("evaluation items stand in the training text: %s; their scores may flatter", ", ".join(there))
+        overlaps = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
+        if some := [f"{each.found} of {each.compared} of {task}" for task, each in overlaps.items() if each.found]:
+            log.warning("evaluation items stand in the training text: %s; their scores may flatter", ", ".join(some))
         searched = min(rows.input_ids_NS.numel(), OVERLAP_TOKENS)
-        return {"overlap": as_data(found), "tokens_searched_for_overlap": searched}
+        return {"overlap": as_data(overlaps), "tokens_searched_for_overlap": searched}
 
     return search

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,7 +32,6 @@ from shoal.train.objective.chunked_loss import (
     Dense,
     HeadLoss,
     TopK,
-    check_zero_at_teacher,
     chunked_head_loss,
     refuse_for_top_k,
 )
@@ -415,37 +415,31 @@ ALL: tuple[LogitTerm, ...] = (
 )
 
 
+@pytest.mark.parametrize("top_k", [None, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_divergence_passes_the_check_at_the_teacher(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("term", ALL, ids=kind)
+def test_no_divergence_pulls_a_perfect_student(term: LogitTerm, dtype: torch.dtype, top_k: int | None) -> None:
+    """Value and gradient of the teacher with itself are 0; the gradient is judged against cross-entropy's."""
+    if isinstance(term, CrossEntropy) or (top_k is not None and isinstance(term, AdaptiveKL | TAID | DKD)):
+        return  # no divergence, or none of stored words
     given = {name: tensor.to(dtype) for name, tensor in setting(9).items()}
-    check_zero_at_teacher(ALL, given["teacher_hidden"], live(given, capped).to_logits, LABELS, chunk=4)
-    terms = (*COARSE, CrossEntropy())
-    check_zero_at_teacher(terms, given["teacher_hidden"], live(given).to_logits, LABELS, top_k=6, chunk=4)
+    whole = live(given, capped)
 
+    def run(term: LogitTerm, targets: Dense | TopK | None) -> tuple[float, float]:
+        hidden = whole.hidden_ND.clone().requires_grad_()
+        loss, sums, _ = chunked_head_loss(
+            hidden, LABELS, targets, student_head=whole.to_logits, student_parameters=(), terms=(term,), chunk=4
+        )
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        return sums.item() / len(LABELS), gradient.float().norm().item()
 
-@pytest.mark.parametrize("wrong", ["value", "gradient"])
-def test_check_at_the_teacher_names_the_term_that_pulls_away(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(term: LogitTerm, *arguments: Any, **settings: Any) -> Any:
-        values, gradient = token_losses(term, *arguments, **settings)
-        if isinstance(term, JSD) and wrong == "value":
-            values = values + 1e-3
-        elif isinstance(term, JSD):
-            gradient[:, 0] += 0.05
-        return values, gradient
-
-    monkeypatch.setattr(head_module, "token_losses", broken)
-    given = setting(10)
-    with pytest.raises(RuntimeError, match=r"jsd of the teacher with itself is .* both must be 0"):
-        check_zero_at_teacher((ForwardKL(), JSD()), given["teacher_hidden"], live(given).to_logits, LABELS)
-
-
-def test_check_at_the_teacher_sees_a_head_that_is_not_the_same_twice() -> None:
-    """Dropout left on in the head, say: teacher and student of one state would not agree."""
-    given = setting(11)
-    calls = itertools.count()
-
-    def unsteady(hidden: Tensor) -> Tensor:
-        return head(hidden, given["teacher_weight"]) * (1.0 + 0.3 * (next(calls) % 2))
-
-    with pytest.raises(RuntimeError, match="forward_kl of the teacher with itself"):
-        check_zero_at_teacher((ForwardKL(),), given["teacher_hidden"], unsteady, LABELS)
+    targets: Dense | TopK = whole
+    if top_k is not None:
+        temperature = getattr(term, "temperature", 1.0)
+        words = softened(whole.to_logits(whole.hidden_ND), temperature).log_NV.topk(top_k, dim=-1)
+        targets = TopK(words.indices, words.values, temperature)
+    usual = run(CrossEntropy(), None)[1]
+    value, norm = run(replace(term, weight=1.0), targets)
+    assert abs(value) <= 1e-4
+    # total variation has a kink there: of stored probabilities rounding decides the direction
+    assert norm <= 1e-3 * usual or (top_k is not None and isinstance(term, TotalVariation))

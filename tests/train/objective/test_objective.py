@@ -16,7 +16,7 @@ from shoal.errors import UserError
 from shoal.models.load import decoder_layers
 from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.objective.objective import Objective, SharedPrefix, Signals, final_hidden, output_head, to_logits
-from shoal.train.student.trainable import train_only
+from shoal.train.student.trainable import train_only, trained_parts
 
 TERMS = (ForwardKL(),)
 
@@ -174,7 +174,8 @@ def test_shared_prefix_gives_the_loss_and_gradients_of_the_unshared_run(kind):
             for layer in decoder_layers(student)[first_cut:]:
                 for parameter in layer.parameters():
                     parameter.add_(0.05 * torch.ones_like(parameter))
-        train_only(student, "from_first_cut", PruningPlan(Provenance({}), 7, drop=(first_cut,), reason=""))
+        cut = PruningPlan(Provenance({}), 7, drop=(first_cut,), reason="")
+        train_only(student, trained_parts("from_first_cut", cut))
         installed = Objective(student, to_logits(teacher), terms=TERMS, chunk=5)
         installed.install()
         prefix = SharedPrefix(student, teacher, first_change=first_cut)

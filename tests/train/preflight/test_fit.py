@@ -1,7 +1,8 @@
 """What training will take: estimates against real tensors and files, and what is refused before it starts.
 
-Covers: shoal.train.dry_run, shoal.train.preflight.memory, shoal.train.preflight.mfu, shoal.train.preflight.run_size,
-shoal.train.preflight.throughput, shoal.train.student.sizes.
+Covers: shoal.train.dry_run, shoal.train.preflight.memory, shoal.train.preflight.optimizers,
+shoal.train.preflight.run_size, shoal.train.preflight.throughput, shoal.train.student.sizes, shoal.train.student.spec,
+shoal.train.teacher.wiring.
 """
 
 from __future__ import annotations
@@ -23,19 +24,25 @@ from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.machine import peak_memory, ranks_on_this_node
-from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Teacher, Watch
+from shoal.models.load import Checkpoint, LoadSettings
+from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Record, Teacher, Watch
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train import dry_run as report
+from shoal.train.engine.arguments import DeepSpeed
 from shoal.train.engine.sharding import REDUCED_AT_ONCE
 from shoal.train.objective.objective import final_hidden
 from shoal.train.preflight import fit, throughput
-from shoal.train.preflight.fit import cheapest, check_fit, disk_bytes, overrides, shortages
+from shoal.train.preflight.fit import cheapest, check_fit, disk_bytes, overrides, proposals, shortages
 from shoal.train.preflight.memory import KEY_BYTES, LIBRARY_BYTES, VALUE_BYTES, Setting, memory, shared_weights
+from shoal.train.preflight.optimizers import timed_optimizer
 from shoal.train.preflight.run_size import Job, job
-from shoal.train.preflight.throughput import flops_per_token, make_trainable
+from shoal.train.preflight.throughput import flops_per_token
 from shoal.train.student.sizes import ModelSize, student_size
+from shoal.train.student.spec import Ranks, TrainSpec, train_spec
+from shoal.train.teacher.wiring import make_trainable_alike
 
 CPU = torch.device("cpu")
+ONE_RANK = Ranks(1, 1, CPU)
 ROWS, LENGTH = 3, 64
 
 
@@ -53,8 +60,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def preparing(trained: str = "all") -> Callable[[Any], Any]:
     """For a student of six layers, the lowest two of which are below the cut."""
-    settings = Distill(**SETTINGS[trained])
-    return lambda student: make_trainable(student, settings, dropping(2, num_layers=NUM_LAYERS + 1))
+    spec = spec_of(Distill(**SETTINGS[trained]), dropping(2, num_layers=NUM_LAYERS + 1), student_layers=NUM_LAYERS)
+    return lambda student: make_trainable_alike(student, spec)
+
+
+def spec_of(settings: Distill, plan: PruningPlan, *, student_layers: int, **changes: Any) -> TrainSpec:
+    """Of a llama on one rank of a CPU."""
+    load = LoadSettings(changes.pop("dtype", "stored"))
+    teacher, student = (
+        Checkpoint(Path(name), tiny_config("llama", num_hidden_layers=layers), load)
+        for name, layers in (("teacher", plan.num_layers), ("student", student_layers))
+    )
+    return train_spec(teacher, student, plan, settings, Record(), changes.get("ranks", ONE_RANK))
 
 
 def really_saved(kind: str, *, autocast: bool, trained: str) -> int:
@@ -112,9 +129,13 @@ from dataclasses import replace
 from transformers import LlamaConfig
 from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.machine import peak_memory
-from shoal.train import pace
+from pathlib import Path
+from shoal.models.load import Checkpoint, LoadSettings
+from shoal.recipe.distill import Record
+from shoal.train.preflight import throughput as pace
 from shoal.train.preflight.memory import Setting, memory
 from shoal.train.student.sizes import student_size, teacher_size
+from shoal.train.student.spec import Ranks, train_spec
 from shoal.recipe.distill import Distill
 
 shape = dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2)
@@ -123,13 +144,12 @@ setting = Setting(rows=8, sequence_length=256, head_chunk=256, accumulation=2, d
 sizes = student_size(student, sequence_length=256, prepare=lambda model: None), teacher_size(teacher)
 pace.PROBE_BATCHES, pace.PROBE_S = 2, float("inf")
 
-def run(setting):
-    pace.probe(teacher, student, PruningPlan(Provenance({}), 6, (1,), ""), Distill(sequence_length=256), setting,
-               teacher_dtype=torch.bfloat16, attention="sdpa", device=torch.device("cpu"))
-
-run(replace(setting, rows=2))
+checkpoints = (Checkpoint(Path(), config, LoadSettings("bfloat16")) for config in (teacher, student))
+plan, ranks = PruningPlan(Provenance({}), 6, (1,), ""), Ranks(1, 1, torch.device("cpu"))
+spec = train_spec(*checkpoints, plan, Distill(sequence_length=256, precision="bfloat16"), Record(), ranks)
+pace.probe(spec, replace(setting, rows=2))
 before = psutil.Process().memory_info().rss
-run(setting)
+pace.probe(spec, setting)
 found = memory(*sizes, setting)
 print(found.peak - found.fixed - found.optimizer, peak_memory() - before)
 """
@@ -167,17 +187,8 @@ def job_of(**settings: Any) -> Job:
         "watch": None,
         "precision": "bfloat16",
     }
-    return job(
-        tiny_config("llama"),
-        tiny_config("llama", num_hidden_layers=4),
-        CUT,
-        Distill(**given | settings),
-        dtype="bfloat16",
-        attention="sdpa",
-        ranks=4,
-        ranks_per_node=2,
-        device=torch.device("cuda"),
-    )
+    ranks = Ranks(4, 2, torch.device("cuda"))
+    return job(spec_of(Distill(**given | settings), CUT, student_layers=4, dtype="bfloat16", ranks=ranks))
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +208,66 @@ def test_states_are_sharded_as_the_stage_says(tiny_job: Job) -> None:
         (4 * weights, 4 * weights // 4, 8 * weights // 4 + 4 * weights // 4),
         (4 * weights // 4, 4 * weights // 4, 8 * weights // 4),
     ]
+
+
+def moments(stage: int, name: str, options: str | None = None) -> float:
+    """Bytes of a trained weight, over all ranks and without the copies that ZeRO steps."""
+    found = job_of(deepspeed=f"deepspeed/zero{stage}.json", trainer={"optim": name, "optim_args": options})
+    shards, trained = (4 if stage else 1), found.student.trained
+    return (shards * found.memory.optimizer - 4 * trained * (stage > 0)) / trained
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "under_zero"),
+    [
+        ("adamw_torch", 8, 8),
+        ("adamw_bnb_8bit", 2 + 8 / 256, 2 + 8 / 256),
+        ("adafactor", 0, 4),  # rows and columns of matrices only, but ZeRO's pieces are flat
+        ("lion_32bit", 4, 4),
+        ("ademamix_8bit", 3 + 12 / 256, 3 + 12 / 256),
+        ("sgd", 0, 0),
+    ],
+)
+def test_moments_are_those_of_the_optimizer_that_the_recipe_names(
+    name: str, expected: float, under_zero: float
+) -> None:
+    assert moments(0, name) == pytest.approx(expected, rel=1e-3)
+    assert moments(2, name) == pytest.approx(under_zero, rel=1e-3, abs=1e-3)
+    found = job_of(trainer={"optim": name})
+    weights = 4 * found.student.parameters
+    assert disk_bytes(found)["checkpoints"] == 3 * (weights + found.memory.optimizer)
+
+
+def test_options_and_the_deepspeed_entry_decide_about_moments_and_an_unknown_optimizer_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert moments(0, "sgd", "momentum=0.9") == 4
+    entry = {"optimizer": {"type": "Lion"}, "zero_optimization": {"stage": 0}}
+    found = job_of(deepspeed=entry, trainer={"optim": "adamw_torch"})
+    assert found.memory.optimizer == 4 * found.student.trained
+    paged = job_of(trainer={"optim": "paged_adamw_32bit"}).memory
+    assert (paged.optimizer, paged.host) == (0, 2 * 8 * found.student.trained)  # of two ranks on a node
+    assert not caplog.text
+    assert moments(0, "grokadamw") == 8
+    assert "optimizer grokadamw: what its state takes is not known; AdamW's 8 bytes a trained weight" in caplog.text
+
+
+def test_the_optimizer_that_is_timed_is_the_recipes(caplog: pytest.LogCaptureFixture) -> None:
+    weights = [torch.nn.Parameter(torch.ones(4, 4))]
+
+    def timed(name: str, entry: dict[str, Any] | None = None) -> str:
+        settings = Distill(trainer={"optim": name}, deepspeed=entry and {"optimizer": entry})
+        optimizer = timed_optimizer(weights, settings, DeepSpeed.of(settings))
+        weights[0].grad = torch.ones(4, 4)
+        optimizer.step()
+        return type(optimizer).__name__
+
+    assert [timed(name) for name in ("adamw_torch", "adafactor", "sgd")] == ["AdamW", "Adafactor", "SGD"]
+    assert timed("sgd", {"type": "Adagrad", "params": {"lr": 1e-3}}) == "Adagrad"
+    assert not caplog.text
+    assert (timed("paged_adamw_8bit"), timed("sgd", {"type": "OneBitAdam"})) == ("AdamW", "AdamW")
+    assert "optimizer paged_adamw_8bit: AdamW is timed in its place" in caplog.text
+    assert "optimizer onebitadam: AdamW is timed in its place (is DeepSpeed's own)" in caplog.text
 
 
 def test_ranks_without_zero_add_up_a_few_gradients_at_a_time(tiny_job: Job) -> None:
@@ -270,8 +341,8 @@ def test_operations_per_token_follow_from_weights_and_length(tiny_job: Job) -> N
 def test_layers_whose_state_is_recorded_are_not_run() -> None:
     def cost(teacher: Teacher, shared: int) -> float:
         found = job_of(trainable="from_first_cut", teacher=teacher)
-        assert found.shared_layers == shared
-        return flops_per_token(found.student, found.teacher, found.setting, shared=found.shared_layers > 0)
+        assert found.spec.shared_layers == shared
+        return found.flops_per_token
 
     layer = 2 * (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48) + 4 * 32 * LENGTH
     recorded, spared = Teacher(recorded="signals"), Teacher(recorded="signals", prefix=True)
@@ -283,7 +354,7 @@ def test_layers_whose_state_is_recorded_are_not_run() -> None:
 def test_a_layer_that_the_local_stage_heals_is_not_shared_and_its_state_not_compared() -> None:
     losses = (ForwardKL(), HiddenStates())
     plain, healed = (job_of(trainable="from_first_cut", losses=losses, local=local) for local in (None, LocalHeal()))
-    assert (plain.shared_layers, healed.shared_layers) == (2, 1)  # training says as much of its own
+    assert (plain.spec.shared_layers, healed.spec.shared_layers) == (2, 1)  # training says as much of its own
     assert healed.setting.captured == plain.setting.captured > 0
 
 
@@ -304,7 +375,7 @@ def test_adapters_alone_have_gradients_and_moments() -> None:
 def test_frozen_weights_are_counted_once_where_they_are_shared() -> None:
     found = job_of(trainable="from_first_cut")
     model = tiny_model("llama", num_hidden_layers=4)
-    make_trainable(model, Distill(trainable="from_first_cut"), CUT)
+    make_trainable_alike(model, found.spec)
     frozen = {name: p.numel() for name, p in model.named_parameters() if not p.requires_grad}
     expected = sum(count for name, count in frozen.items() if "norm" not in name)
     assert shared_weights(found.student, found.setting) == expected
@@ -327,14 +398,14 @@ def test_a_teacher_is_where_the_recipe_says(tiny_job: Job) -> None:
     assert place(teacher=Teacher(recorded="signals")) == "recorded"
     assert place(losses=(CrossEntropy(),)) == "none"
     alone = job_of(losses=(CrossEntropy(),), trainable="from_first_cut")
-    assert (alone.setting.teacher, alone.shared_layers) == ("none", 0)  # nobody to share the lowest layers with
+    assert (alone.setting.teacher, alone.spec.shared_layers) == ("none", 0)  # nobody to share the lowest layers with
     assert place(losses=(CrossEntropy(), HiddenStates())) == "live"
     assert job_of(teacher=Teacher(dtype="float32")).memory.teacher == 2 * tiny_job.memory.teacher
 
 
 def test_a_batch_over_all_ranks_sets_rows_and_micro_batches() -> None:
     found = job_of(batch_size=24)
-    assert (found.setting.rows, found.setting.accumulation, found.tokens_per_step) == (3, 2, 24 * LENGTH)
+    assert (found.setting.rows, found.setting.accumulation, found.spec.tokens_per_step) == (3, 2, 24 * LENGTH)
     other = replace(found.setting, rows=1, accumulation=6)
     assert overrides(found, other) == ["distill.trainer.per_device_train_batch_size=1"]  # the rest follows
     with pytest.raises(UserError, match="26 rows do not divide over 4 ranks"):
@@ -428,17 +499,30 @@ def test_ranks_of_a_node_are_read_from_any_launcher(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_fits_is_chosen_by_cost_and_keeps_the_batch(tiny_job: Job) -> None:
-    plenty = next(cheapest(tiny_job, device_free=10**13, host_free=10**13))
+    plenty = cheapest(tiny_job, device_free=10**13, host_free=10**13)
+    assert plenty is not None
     assert (plenty.stage, plenty.checkpointing, plenty.teacher) == (0, False, "live")
     batch = tiny_job.setting.rows * tiny_job.setting.accumulation
     peaks = []
-    for setting in cheapest(tiny_job, device_free=10**13, host_free=10**13):
+    for setting in proposals(tiny_job):
         assert setting.rows * setting.accumulation == batch
         peaks.append(memory(tiny_job.student, tiny_job.teacher, setting).peak)
     scarce = sorted(peaks)[len(peaks) // 4]
-    for setting in cheapest(tiny_job, device_free=scarce, host_free=10**13):
-        assert fit.MARGIN * memory(tiny_job.student, tiny_job.teacher, setting).peak <= scarce
-    assert next(cheapest(tiny_job, device_free=1000, host_free=10**13), None) is None
+    found = cheapest(tiny_job, device_free=scarce, host_free=10**13)
+    assert found is not None
+    assert fit.MARGIN * memory(tiny_job.student, tiny_job.teacher, found).peak <= scarce
+    assert cheapest(tiny_job, device_free=1000, host_free=10**13) is None
+
+
+def test_proposals_leave_out_what_cannot_be_and_recorded_signals_come_last(tiny_job: Job) -> None:
+    def proposed(**changes: Any) -> list[Setting]:
+        return [*proposals(replace(tiny_job, setting=replace(tiny_job.setting, **changes)))]
+
+    assert [*dict.fromkeys(setting.teacher for setting in proposed())] == ["live", "offloaded", "recorded"]
+    assert not [setting for setting in proposed() if setting.teacher == "offloaded" and setting.stage == 3]
+    assert {setting.stage for setting in proposed(weight_bytes=2)} == {2, 3}
+    assert {setting.stage for setting in proposed(four_bits=True)} == {0, 2}
+    assert not any(setting.offload_optimizer or setting.offload_parameters for setting in proposed(device="cpu"))
 
 
 def test_a_proposal_is_said_in_recipe_keys(tiny_job: Job) -> None:
@@ -472,7 +556,7 @@ def test_only_what_cannot_fit_even_with_the_margin_is_a_shortage(tiny_job: Job) 
 
 
 def test_disk_counts_one_checkpoint_more_than_is_kept(tiny_job: Job) -> None:
-    weights, tokens = tiny_job.student.parameters, tiny_job.num_steps * tiny_job.tokens_per_step
+    weights, tokens = tiny_job.student.parameters, tiny_job.spec.num_steps * tiny_job.spec.tokens_per_step
     assert tokens == 100_352  # rounded up to whole steps of 4 ranks, 4 rows, 64 tokens
     assert disk_bytes(tiny_job, record=True) == {
         "checkpoints": 3 * 12 * weights,
@@ -495,17 +579,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def refuse(folders: tuple[Path, Path], run_dir: Path, **changes: Any) -> None:
     settings = Distill(sequence_length=LENGTH, watch=None, **changes)
-    check_fit(
-        *folders,
-        CUT,
-        settings=settings,
-        run_dir=run_dir,
-        dtype="stored",
-        attention="sdpa",
-        ranks=1,
-        ranks_per_node=1,
-        device=CPU,
-    )
+    teacher, student = (Checkpoint.read(folder, LoadSettings()) for folder in folders)
+    check_fit(train_spec(teacher, student, CUT, settings, Record(), ONE_RANK), run_dir)
 
 
 @pytest.fixture
@@ -554,17 +629,7 @@ def test_a_run_that_starts_all_the_same_says_what_is_short(
 def test_memory_that_is_close_is_a_warning(
     folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = job(
-        tiny_config("llama"),
-        tiny_config("llama", num_hidden_layers=4),
-        CUT,
-        Distill(sequence_length=LENGTH, watch=None),
-        dtype="stored",
-        attention="sdpa",
-        ranks=1,
-        ranks_per_node=1,
-        device=CPU,
-    )
+    found = job(spec_of(Distill(sequence_length=LENGTH, watch=None), CUT, student_layers=4))
     machine["memory"] = found.memory.peak - LIBRARY_BYTES
     refuse(folders, tmp_path)
     assert "memory will be close" in caplog.text
@@ -577,25 +642,14 @@ def test_a_duration_is_told_in_a_unit_that_it_fills(seconds: float, text: str) -
 
 @pytest.mark.slow
 def test_the_report_tries_the_objective_and_names_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "matmul_flops_per_second", lambda device, dtype: 1e11)
-    told = report.dry_run(
-        tiny_config("llama"),
-        tiny_config("llama", num_hidden_layers=4),
-        CUT,
-        settings=Distill(
-            sequence_length=LENGTH,
-            trainable="from_first_cut",
-            on_policy=OnPolicy(new_tokens=8),
-            local=LocalHeal(),
-            precision="bfloat16",
-        ),
-        run_dir=tmp_path / "run",
-        dtype="stored",
-        attention="sdpa",
-        ranks=1,
-        ranks_per_node=1,
-        device=CPU,
+    settings = Distill(
+        sequence_length=LENGTH,
+        trainable="from_first_cut",
+        on_policy=OnPolicy(new_tokens=8),
+        local=LocalHeal(),
+        precision="bfloat16",
     )
+    told = report.dry_run(spec_of(settings, CUT, student_layers=4), tmp_path / "run")
     for words in (
         "student: 4 layers",
         "teacher: 6 layers",
@@ -621,7 +675,6 @@ def test_the_verb_says_it_without_a_launcher_and_writes_nothing(
     def start(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(report, "matmul_flops_per_second", lambda device, dtype: 1e11)
     monkeypatch.setattr(subprocess, "Popen", start)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -649,6 +702,15 @@ def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
     assert peak_memory() > len(ballast) > child
 
 
+def test_the_probe_steps_the_optimizer_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: steps.append("SGD"))
+    settings = Distill(sequence_length=16, trainer={"optim": "sgd", "per_device_train_batch_size": 1})
+    spec = spec_of(settings, dropping(2), student_layers=NUM_LAYERS - 1)
+    throughput.probe(spec, job(spec).setting)
+    assert steps == ["SGD", "SGD"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("token_s", "num_tokens"), [(0.001, 256), (0.1, 64), (3.0, 16)])
 def test_a_slow_machine_tries_a_piece_of_a_micro_batch_and_the_bound_holds(
@@ -666,17 +728,8 @@ def test_a_slow_machine_tries_a_piece_of_a_micro_batch_and_the_bound_holds(
     monkeypatch.setattr(throughput, "now", lambda _: clock[0])
     monkeypatch.setattr(throughput, "_step", slow)
     tried = job_of(sequence_length=128, trainer={"per_device_train_batch_size": 2})
-    config = tiny_config("llama")
-    found = throughput.probe(
-        config,
-        config,
-        PruningPlan(Provenance({}), NUM_LAYERS, (), ""),
-        Distill(sequence_length=128),
-        tried.setting,
-        teacher_dtype=torch.float32,
-        attention="sdpa",
-        device=torch.device("cpu"),
-    )
+    spec = spec_of(Distill(sequence_length=128), dropping(), student_layers=NUM_LAYERS)
+    found = throughput.probe(spec, tried.setting)
     assert clock[0] <= max(throughput.PROBE_S, token_s * throughput.FIRST_TOKENS)
     assert found.num_tokens == num_tokens
     assert found.tokens_per_s == pytest.approx(1 / token_s)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from shoal.models.load import decoder_layers, load_model
 from shoal.train.student.frozen import finished_state, save_finished, share_frozen, stored_names
-from shoal.train.student.trainable import train_only
+from shoal.train.student.trainable import train_only, trained_parts
 
 CUT = plan(3, num_layers=7)
 BF16 = torch.bfloat16
@@ -29,7 +29,7 @@ def pair(kind: str, teacher_dtype: torch.dtype, trainable: str = "near_gaps") ->
             if parts[1] == "layers":
                 parts[2] = str(CUT.keep[int(parts[2])])
             parameter.copy_(theirs[".".join(parts)])
-    train_only(student, trainable, CUT)
+    train_only(student, trained_parts(trainable, CUT))
     return student, teacher
 
 

@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
-from shoal.recipe.distill import Distill, LocalHeal
+from shoal.models.load import Checkpoint, LoadSettings, decoder_layers
+from shoal.recipe.distill import Distill, LocalHeal, Record
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.student import local_stage as local
-from shoal.train.student.local_stage import Gap, LocalResult, copy_all_but_weights, gaps, heal_locally, local_stage
+from shoal.train.student.local_stage import LocalResult, copy_all_but_weights, heal_locally, local_stage
+from shoal.train.student.spec import Ranks, train_spec
+from shoal.train.student.trainable import Gap, gaps
 
 KEEP = (0, 1, 4, 5)
 """Of the six layers; the one before the gap is layer 1, which is to give the state after layer 3."""
@@ -74,14 +76,13 @@ def heal(
     inputs: dict[str, Any] | None = None,
     **settings: Any,
 ) -> LocalResult:
+    settings = {"batch_size": 4, "rows_at_once": 2, "learning_rate": 3e-3, **settings}
     return heal_locally(
         student,
         teacher,
         rows or text(),
-        LocalHeal(**{"batch_size": 4, "rows_at_once": 2, "learning_rate": 3e-3, **settings}),
-        num_steps=num_steps,
-        keep=keep,
-        num_layers=NUM_LAYERS,
+        LocalHeal(**settings, num_tokens=num_steps * settings["batch_size"] * 24),
+        gaps(keep, NUM_LAYERS),
         autocast=False,
         folder=folder,
         inputs=inputs or {"model": "a"},
@@ -194,30 +195,23 @@ def test_the_weights_do_not_depend_on_how_many_rows_are_read_at_once(tmp_path):
 
 
 def test_what_is_not_healed_is_written_as_it_was_stored(tmp_path):
-    student, teacher = models()
+    whole, whole_teacher = models()
     odd, trained = "model.layers.3.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"
-    stored = {name: weight.to(torch.bfloat16) for name, weight in student.state_dict().items()}
-    stored[odd] = student.get_parameter(odd).detach().clone()  # one of a bfloat16 checkpoint in float32
-    student.save_pretrained(tmp_path / "student", state_dict=dict(stored))
+    stored = {name: weight.to(torch.bfloat16) for name, weight in whole.state_dict().items()}
+    stored[odd] = whole.get_parameter(odd).detach().clone()  # one of a bfloat16 checkpoint in float32
+    whole.save_pretrained(tmp_path / "student", state_dict=dict(stored))
     config = tmp_path / "student" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "bfloat16"}))
-    teacher.save_pretrained(tmp_path / "teacher")
+    whole_teacher.save_pretrained(tmp_path / "teacher")
     rows = text(8)
     settings = Distill(local=LocalHeal(num_tokens=1, batch_size=4), sequence_length=24, precision="float32")
     identity: dict[str, Any] = dict.fromkeys(
         ("model", "student", "prune.drop", "dtype", "attention", "distill.teacher")
     )
-    healed = local_stage(
-        tmp_path / "teacher",
-        tmp_path / "student",
-        PruningPlan(Provenance({}), num_layers=NUM_LAYERS, drop=(2, 3), reason=""),
-        rows,
-        settings,
-        folder=tmp_path / "local",
-        inputs=identity,
-        dtype="float32",
-        load={"attention": "sdpa", "trust_remote_code": False},
-    )
+    teacher, student = (Checkpoint.read(tmp_path / n, LoadSettings("float32")) for n in ("teacher", "student"))
+    plan = PruningPlan(Provenance({}), num_layers=NUM_LAYERS, drop=(2, 3), reason="")
+    spec = train_spec(teacher, student, plan, settings, Record(), Ranks(1, 1, torch.device("cpu")))
+    healed = local_stage(spec, rows, folder=tmp_path / "local", inputs=identity)
     written = load_file(healed / "model.safetensors")
     assert all(torch.equal(written[name], weight) for name, weight in stored.items() if ".layers.1." not in name)
     assert written[odd].dtype == torch.float32

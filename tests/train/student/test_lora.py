@@ -17,7 +17,7 @@ from shoal.recipe.distill import Lora
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.student.frozen import finished_state, share_frozen, stored_names
 from shoal.train.student.lora import add_adapters, refuse_untrainable, remove_adapters
-from shoal.train.student.trainable import train_only
+from shoal.train.student.trainable import trained_parts
 
 CUT = plan(3, num_layers=7)
 IDS = torch.arange(5, 25)[None]
@@ -27,7 +27,7 @@ RANK_3 = Lora(rank=3, alpha=7.5)
 def adapted(kind: str, lora: Lora = RANK_3, trainable: str = "near_gaps", **overrides: Any) -> tuple[Any, list[str]]:
     student = (tiny_architecture if kind == "gpt2" else tiny_model)(kind, **overrides)
     cut = plan(3, num_layers=len(decoder_layers(student)) + 1)
-    return student, add_adapters(student, lora, train_only(student, trainable, cut), seed=1)
+    return student, add_adapters(student, lora, trained_parts(trainable, cut), seed=1)
 
 
 def move_adapters(student: Any) -> None:
@@ -114,7 +114,7 @@ def test_every_rank_draws_the_same_adapters_and_nothing_else_is_drawn() -> None:
 def test_weights_that_an_edit_zeroed_get_no_adapter() -> None:
     student = tiny_model("llama")
     setattr(student.config, ZEROED_WEIGHTS, ["model.layers.2.self_attn.o_proj.weight"])
-    chosen = add_adapters(student, RANK_3, train_only(student, "near_gaps", CUT), seed=0)
+    chosen = add_adapters(student, RANK_3, trained_parts("near_gaps", CUT), seed=0)
     assert "model.layers.2.self_attn.o_proj" not in chosen
     assert "model.layers.3.self_attn.o_proj" in chosen
 
@@ -148,7 +148,7 @@ def test_the_frozen_weights_beside_adapters_are_the_teachers_and_are_merged_as_i
         nn.ModuleList([*student.model.layers[:2], *student.model.layers[3:]]),
     )
     student.save_pretrained(tmp_path)
-    add_adapters(student, RANK_3, train_only(student, "near_gaps", cut), seed=0)
+    add_adapters(student, RANK_3, trained_parts("near_gaps", cut), seed=0)
     move_adapters(student)
     unshared = finished_state(student, student.state_dict(), tmp_path, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -194,8 +194,8 @@ def test_adapters_beside_4_bit_weights_are_merged_into_the_stored_ones(tmp_path)
     plain.save_pretrained(tmp_path)
     student, lora = tiny_model("llama", dtype=torch.bfloat16).float(), Lora(rank=3, quantization="nf4")
     with pytest.raises(UserError, match=r"LlamaForCausalLM keeps model\.layers\.0\.self_attn\.q_proj\.weight under"):
-        add_adapters(student, lora, train_only(student, "near_gaps", CUT), seed=0)
-    chosen = add_adapters(student, lora, train_only(student, "near_gaps", CUT), seed=0, stored=stored_names(tmp_path))
+        add_adapters(student, lora, trained_parts("near_gaps", CUT), seed=0)
+    chosen = add_adapters(student, lora, trained_parts("near_gaps", CUT), seed=0, stored=stored_names(tmp_path))
     inside = [module for module in student.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(inside) == 6 * 7
     assert all(module.weight.dtype == torch.uint8 for module in inside)

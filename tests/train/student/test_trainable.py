@@ -15,8 +15,15 @@ from shoal.recipe.distill import Distill, LocalHeal, Teacher, contradictions
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.objective.capture import capturing
 from shoal.train.objective.objective import SharedPrefix, final_hidden, output_head
-from shoal.train.student.local_stage import recorded_layers
-from shoal.train.student.trainable import Trained, keep_zeros, shares_prefix, train_only, trained_parts
+from shoal.train.student.trainable import (
+    Trained,
+    keep_zeros,
+    parts_of,
+    recorded_layers,
+    shares_prefix,
+    train_only,
+    trained_parts,
+)
 
 MERGE = {"kind": "merge", "layers": [2, 3]}
 REPLACE = {"kind": "replace", "layers": [6, 7, 8]}
@@ -80,10 +87,11 @@ def test_parameters_follow_the_choice_whatever_was_chosen_before() -> None:
         ),
         ("all", everything),
     ):
-        train_only(student, trainable, cut)
+        train_only(student, parts_of(student, trainable, cut))
         assert names(student) == expected, trainable
     tied = tiny_model("llama_tied")
-    assert train_only(tied, "norm_and_head", cut).embeddings
+    assert parts_of(tied, "norm_and_head", cut).embeddings
+    train_only(tied, parts_of(tied, "norm_and_head", cut))
     assert names(tied) == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
@@ -92,9 +100,9 @@ def test_what_is_neither_layer_nor_norm_nor_head_is_frozen_unless_the_choice_is_
 
     student = tiny_architecture("gpt2")  # with a table of positions, which the layers below a cut read
     cut = plan(2, num_layers=len(decoder_layers(student)) + 1)
-    train_only(student, "layers", cut)
+    train_only(student, trained_parts("layers", cut))
     assert "transformer.wpe.weight" in names(student)
-    train_only(student, "from_first_cut", cut)
+    train_only(student, trained_parts("from_first_cut", cut))
     assert "transformer.wpe.weight" not in names(student)
 
 
@@ -106,7 +114,7 @@ def test_backward_goes_no_further_down_than_what_is_trained(trainable, run_again
     gradients = []
     for checkpointed in (False, True):
         student = tiny_model("llama").train()
-        train_only(student, trainable, plan(3, num_layers=7))
+        train_only(student, trained_parts(trainable, plan(3, num_layers=7)))
         if checkpointed:
             student.activation_checkpointing_enable({"use_reentrant": False})
         calls: list[int] = []
@@ -130,7 +138,8 @@ def test_the_shared_prefix_of_each_choice_gives_the_gradients_of_the_unshared_ru
         for mine, kept in zip(decoder_layers(student), cut.keep, strict=True):
             mine.load_state_dict(decoder_layers(teacher)[kept].state_dict())
         student.get_input_embeddings().load_state_dict(teacher.get_input_embeddings().state_dict())
-        trained = train_only(student, trainable, cut)
+        trained = parts_of(student, trainable, cut)
+        train_only(student, trained)
         if checkpointed:
             student.activation_checkpointing_enable({"use_reentrant": False})
         count = shares_prefix(trained, cut)
@@ -202,7 +211,8 @@ def test_layers_whose_keys_others_read_run_in_the_student_too(family) -> None:
 
     teacher = tiny_architecture(family)  # layers 4 and 5 read the keys and values of 2 and 3
     student, cut = copy.deepcopy(teacher), plan(5, num_layers=7)
-    trained = train_only(student, "from_first_cut", cut)
+    trained = parts_of(student, "from_first_cut", cut)
+    train_only(student, trained)
     count = shares_prefix(trained, cut)
     assert (trained.layers, count) == ((5,), 2)
     ids, positions = torch.arange(20).view(2, 10), torch.arange(10).repeat(2, 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shoal.errors import UserError
-from shoal.models.load import load_model
+from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.recipe.distill import Record
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port, leave_distributed, set_up_distributed
@@ -31,6 +31,7 @@ from shoal.train import record as stage
 from shoal.train.record import record_signals, top_k_signals
 from shoal.train.teacher import recording_format, recording_plan
 from shoal.train.teacher.recording_format import (
+    HEADER_BYTES,
     LOWEST,
     MAX_ERROR,
     Layout,
@@ -39,12 +40,12 @@ from shoal.train.teacher.recording_format import (
     pack_high_bits,
     unpack_high_bits,
 )
-from shoal.train.teacher.recording_plan import RecordingManifest, recording_bytes, recording_inputs, recording_layout
+from shoal.train.teacher.recording_plan import RecordingManifest, recording_inputs, recording_layout
 from shoal.train.teacher.recording_reader import RecordingReader
 
 S = 12
 SETTINGS = Record(top_k=5, states=(1, 3), rows_per_shard=3, batch_size=2)
-RUN = {"model": "teacher", "dtype": "float32", "attention": "sdpa"}
+LOAD = {"dtype": "float32", "attention": "sdpa"}
 ROWS_FROM = {"seed": 0, "distill.data": "text"}
 
 
@@ -70,15 +71,28 @@ def teacher(tmp_path_factory) -> Path:
 
 
 def record(teacher: Path, folder: Path, data: Rows | None = None, settings: Record = SETTINGS, **changes: Any) -> None:
-    values = {**RUN, "rows_from": ROWS_FROM, "trust_remote_code": False, **changes}
-    record_signals(teacher, rows() if data is None else data, folder, settings, **values)
+    recorded, rest = loaded(teacher, changes)
+    values = {"model": "teacher", "rows_from": ROWS_FROM, **rest}
+    record_signals(recorded, rows() if data is None else data, folder, settings, **values)
+
+
+def loaded(teacher: Path, changes: dict[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
+    """The teacher loaded as ``changes`` say, and what else they say."""
+    load: Any = LOAD | {key: value for key, value in changes.items() if key in LOAD}
+    return Checkpoint.read(teacher, LoadSettings(**load)), {k: v for k, v in changes.items() if k not in LOAD}
+
+
+def recording_bytes(layout: Layout, num_rows: int, rows_per_shard: int) -> int:
+    """Disk that a recording takes at most."""
+    return layout.num_bytes(num_rows) + math.ceil(num_rows / rows_per_shard) * HEADER_BYTES
 
 
 def opened(teacher: Path, folder: Path, data: Rows | None = None, settings: Record = SETTINGS, **changes: Any):
-    shaping = (*RUN, "sequence_length", "prefix")
-    run = {**RUN, "sequence_length": S, **{k: v for k, v in changes.items() if k in shaping}}
+    recorded, changes = loaded(teacher, changes)
+    shaping = ("model", "sequence_length", "prefix")
+    run = {"model": "teacher", "sequence_length": S, **{k: v for k, v in changes.items() if k in shaping}}
     rest = {k: v for k, v in changes.items() if k not in run}
-    inputs = recording_inputs(settings, teacher, **run)
+    inputs = recording_inputs(settings, recorded, **run)
     data = rows() if data is None else data
     return RecordingReader(
         folder, data, **{"inputs": inputs, "rows_from": ROWS_FROM, "states": settings.states, **rest}
@@ -165,10 +179,11 @@ def test_the_state_to_go_on_from_is_the_teachers_to_the_bit(teacher, tmp_path, d
     assert found.dtype == getattr(torch, dtype)
     # the same two rows at one time as when it was recorded
     assert torch.equal(found[[2, 0]], states[2])
-    layout = recording_layout(SETTINGS, teacher, sequence_length=S, trust_remote_code=False, **run)
+    recorded, more = loaded(teacher, run)
+    layout = recording_layout(SETTINGS, recorded, sequence_length=S, **more)
     written = sum(map(len, shards(tmp_path / "signals").values()))
     assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, SETTINGS.rows_per_shard)
-    plain = recording_layout(SETTINGS, teacher, sequence_length=S, trust_remote_code=False)
+    plain = recording_layout(SETTINGS, recorded, sequence_length=S)
     assert layout.num_bytes(1) - plain.num_bytes(1) == S * states[2].shape[-1] * found.element_size()
 
 
@@ -250,7 +265,7 @@ def test_any_token_id_survives_at_no_more_than_150_bytes_a_token(vocab_size):
 
 def test_the_announced_size_is_the_size(teacher, tmp_path):
     record(teacher, tmp_path / "signals")
-    layout = recording_layout(SETTINGS, teacher, sequence_length=S, trust_remote_code=False)
+    layout = recording_layout(SETTINGS, loaded(teacher, {})[0], sequence_length=S)
     written = sum(map(len, shards(tmp_path / "signals").values()))
     assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, SETTINGS.rows_per_shard)
 
@@ -375,7 +390,7 @@ def test_a_torn_shard_is_named_and_recorded_again(teacher, tmp_path, caplog, dam
 def test_a_complete_recording_is_left_alone_and_needs_no_model(teacher, tmp_path, monkeypatch):
     record(teacher, tmp_path / "signals")
     before = (tmp_path / "signals" / RecordingManifest.FILE).read_bytes()
-    monkeypatch.setattr(stage, "load_model", None)
+    monkeypatch.setattr(Checkpoint, "model", None)
     record(teacher, tmp_path / "signals")
     record(teacher, tmp_path / "signals", rows(5))
     assert (tmp_path / "signals" / RecordingManifest.FILE).read_bytes() == before
@@ -515,7 +530,7 @@ def test_settings_that_the_teacher_cannot_meet_are_refused(teacher, tmp_path, se
 def test_a_disk_that_is_too_small_is_refused_before_the_model_is_loaded(teacher, tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 20_000})
     monkeypatch.setattr(recording_plan.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(stage, "load_model", None)
+    monkeypatch.setattr(Checkpoint, "model", None)
     with pytest.raises(
         UserError, match=r"recording needs [0-9.]+ kB there and the disk has 20 kB free; set record.folder"
     ):
@@ -545,12 +560,14 @@ def test_a_disk_that_fills_up_loses_nothing(teacher, tmp_path, monkeypatch):
 
 
 def test_a_teacher_that_gives_no_numbers_is_refused(teacher, tmp_path, monkeypatch):
+    load = Checkpoint.model
+
     def broken(*args, **kwargs):
-        model = load_model(*args, **kwargs)
+        model = load(*args, **kwargs)
         model.get_parameter("lm_head.weight").data[3] = torch.nan
         return model
 
-    monkeypatch.setattr(stage, "load_model", broken)
+    monkeypatch.setattr(Checkpoint, "model", broken)
     with pytest.raises(UserError, match="logits at position 0 of row 0 are not finite"):
         record(teacher, tmp_path / "signals")
     assert not shards(tmp_path / "signals")

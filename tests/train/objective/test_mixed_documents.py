@@ -1,0 +1,30 @@
+"""Before every run: documents of a row that see each other are told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import tiny_model
+
+from shoal.data.packing import PackedRows
+from shoal.train.objective.mixed_documents import warn_of_mixed_documents
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize(("family", "meet"), [("mamba", True), ("gpt_oss", False)])
+def test_documents_that_see_each_other_are_told(family, meet, precision, caplog) -> None:
+    ids = torch.randint(5, 90, (1, 40), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    packed = PackedRows(ids, torch.cat([torch.arange(10), torch.arange(30)]).int()[None])
+    for rows, told in ((packed, meet), (PackedRows(ids, torch.arange(40).int()[None]), False)):
+        caplog.clear()
+        warn_of_mixed_documents(tiny_model(family), rows, autocast_dtype=precision)
+        assert (f"{family}: documents that share a row see each other" in caplog.text) == told
+
+
+def test_a_teacher_whose_weights_are_offloaded_is_asked_on_the_device() -> None:
+    from accelerate import cpu_offload
+
+    model = tiny_model("gpt_oss")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    ids = torch.arange(5, 45, dtype=torch.int32)[None]
+    warn_of_mixed_documents(model, PackedRows(ids, (torch.arange(40) % 20).int()[None]), autocast_dtype=None)

@@ -1,0 +1,135 @@
+"""One training, described once: all that assembling, preflight, the dry run and the estimates of time read of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from shoal.artifacts.artifact import PruningPlan
+from shoal.machine import ranks_on_this_node
+from shoal.models.load import Checkpoint, loaded_dtype, text_config
+from shoal.recipe.distill import Distill, Record
+from shoal.recipe.losses import needs_teacher, reads_distributions
+from shoal.runtime import device, world_size
+
+from ..engine.arguments import DeepSpeed, batch_split
+from .sizes import built, without_data
+from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts, unhealed
+
+TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
+"""none: no loss term asks it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a training."""
+
+    count: int
+    """Ranks over all nodes."""
+    per_node: int
+    """Ranks that share one host."""
+    device: torch.device
+    """Device of one rank, which stands for the others'."""
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """Those that a launcher has started, this one among them."""
+        return cls(world_size(), ranks_on_this_node(), device())
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One training, told from configurations and the recipe; no weight is read."""
+
+    teacher: Checkpoint
+    student: Checkpoint
+    plan: PruningPlan
+    settings: Distill
+    record: Record
+    """Section of the recipe that says what recorded signals hold."""
+    ranks: Ranks
+    deepspeed: DeepSpeed
+    trained: Trained
+    """Parts of the student that are trained."""
+    frozen_layers: int
+    """Lowest student layers that are the teacher's when training begins, and frozen."""
+    shared_layers: int
+    """Lowest student layers that the student does not run: a live teacher does for both, or their state is recorded."""
+
+    @property
+    def teacher_place(self) -> TeacherPlace:
+        """Where the teacher's signals come from."""
+        if self.settings.teacher.recorded is not None:
+            return "recorded"
+        if not needs_teacher(self.settings.losses):
+            return "none"
+        return "offloaded" if self.settings.teacher.offload else "live"
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher is loaded."""
+        return self.teacher_place in ("live", "offloaded")
+
+    @property
+    def teacher_dtype(self) -> torch.dtype:
+        """Precision of a teacher that is loaded."""
+        return loaded_dtype(self.teacher.config, self.settings.teacher.dtype or self.teacher.load.dtype)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a loss term looks at the teacher's distributions."""
+        return any(map(reads_distributions, self.settings.losses))
+
+    @property
+    def batch_split(self) -> tuple[int, int]:
+        """Rows of a micro-batch on one rank, and micro-batches of an optimizer step; raises as batch_split does."""
+        return batch_split(self.settings, ranks=self.ranks.count)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step over all ranks."""
+        return self.ranks.count * math.prod(self.batch_split) * self.settings.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the token budget."""
+        return math.ceil(self.settings.num_tokens / self.tokens_per_step)
+
+
+def train_spec(
+    teacher: Checkpoint, student: Checkpoint, plan: PruningPlan, settings: Distill, record: Record, ranks: Ranks
+) -> TrainSpec:
+    """Describe the training of ``student``, which ``plan`` has cut from ``teacher``. What the log should say once per
+    training of its settings is said here.
+
+    Raises:
+        UserError: DeepSpeed settings that cannot work, or what ``settings`` ask of ``plan`` and it does not have.
+    """
+    deepspeed = DeepSpeed.of(settings)
+    deepspeed.warn_of_inexact_resume()
+    trained = student_parts(student, plan, settings)
+    frozen = shares_prefix(trained, plan)
+    if settings.teacher.prefix:
+        spared = recorded_layers(trained, plan, settings)
+    elif settings.teacher.recorded is not None or not needs_teacher(settings.losses):
+        spared = 0  # nobody to share them with
+    else:
+        spared = unhealed(frozen, plan, settings)
+    return TrainSpec(teacher, student, plan, settings, record, ranks, deepspeed, trained, frozen, spared)
+
+
+def student_parts(student: Checkpoint, plan: PruningPlan, settings: Distill) -> Trained:
+    """The parts of the student of ``plan`` that are trained.
+
+    Raises:
+        UserError: there is nothing of the kind to train.
+    """
+    if settings.trainable != "norm_and_head":
+        return trained_parts(settings.trainable, plan, keys_from=keys_from(text_config(student.config)))
+    # only there it matters whether head and embeddings are one table, which configurations do not say of every family
+    with without_data():
+        model = built(student.config, dtype=torch.float32, attention=student.load.attention)
+        return parts_of(model, settings.trainable, plan)
