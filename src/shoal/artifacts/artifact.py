@@ -12,16 +12,16 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from shoal.artifacts.importance import Atlas, Removal, Sweep, outside
 from shoal.atomic_files import fingerprint, write_text
 from shoal.errors import UserError
 from shoal.recipe.edits import Edits, first_change, in_words
+from shoal.recipe.section import adapter
 from shoal.runtime import environment
 
 Json = Any
@@ -42,9 +42,6 @@ class Provenance:
         return fingerprint(self.inputs)
 
 
-_adapter = cache(TypeAdapter)
-
-
 @dataclass(frozen=True)
 class Artifact:
     """A JSON file of the run directory. Subclasses are frozen dataclasses whose fields are the file's keys."""
@@ -57,7 +54,7 @@ class Artifact:
 
     def write(self, path: Path) -> None:
         """Write the file at ``path``, whole or not at all."""
-        body = _adapter(type(self)).dump_python(self, mode="json")
+        body = adapter(type(self)).dump_python(self, mode="json")
         body = {"schema": self.SCHEMA, **body}
         write_text(path, json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -82,7 +79,7 @@ class Artifact:
                 f"{path}: has schema {schema}, this version reads {cls.SCHEMA}; delete it and run its stage again"
             )
         try:
-            artifact = _adapter(cls).validate_python(body)
+            artifact = adapter(cls).validate_python(body)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])

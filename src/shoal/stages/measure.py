@@ -44,7 +44,7 @@ def measure_inputs(run: Run) -> dict[str, Any]:
     """What identifies importance.json."""
     from shoal.eval.tasks.names import tasks_fingerprint
 
-    inputs = {**_depth_inputs(run, Shapes.IMPORTANCE), "data": sources_fingerprint(run.recipe.measure.data)}
+    inputs = _inputs(run, Shapes.IMPORTANCE, data=sources_fingerprint(run.recipe.measure.data))
     settings = run.recipe.measure.sweep
     if settings is None:
         return inputs
@@ -420,14 +420,14 @@ def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
             yield operator, curves_figure(table)
 
 
-def _depth_inputs(run: Run, result: Shapes) -> dict[str, Any]:
-    """What identifies ``result`` besides the content of text and tasks."""
+def _inputs(run: Run, result: Shapes, **content: str) -> dict[str, Any]:
+    """What identifies ``result``: the model, the ``content`` of text that it is measured on, and settings."""
     settings = {**shaping(run.recipe, result), **shaping(run.recipe.measure, result, "measure.")}
-    return {"model": run.teacher_fingerprint, **settings}
+    return {"model": run.teacher_fingerprint, **content, **settings}
 
 
 def _diagnostics_inputs(run: Run) -> dict[str, Any]:
-    return {**_depth_inputs(run, Shapes.DIAGNOSTICS), "data": sources_fingerprint(run.recipe.measure.data)}
+    return _inputs(run, Shapes.DIAGNOSTICS, data=sources_fingerprint(run.recipe.measure.data))
 
 
 def _is_diagnosed(run: Run) -> bool:
@@ -454,7 +454,7 @@ def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
 
 def _probes_inputs(run: Run) -> dict[str, Any]:
     content = sources_fingerprint([probe.source for probe in run.recipe.measure.probes])
-    return {**_depth_inputs(run, Shapes.PROBES), "measure.probes (content)": content}
+    return {**_inputs(run, Shapes.PROBES), "measure.probes (content)": content}
 
 
 def _probe(run: Run, model: Any) -> None:

@@ -45,11 +45,12 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     inputs = {
         "model": model_fingerprint(folder),
         "data": sources_fingerprint(settings.perplexity_data),
+        **shaping(run.recipe, Shapes.SCORES),
         "tasks": tasks_fingerprint(settings.tasks, settings.include_path),
     }
     if settings.data_dir is not None:
         inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
-    return {**inputs, **shaping(run.recipe, Shapes.SCORES), **shaping(settings, Shapes.SCORES, "eval.")}
+    return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
 
 
 def speed_inputs(run: Run, found: dict[str, Path]) -> dict[str, Any]:
