@@ -85,8 +85,8 @@ def _hidden_scores(
     ]
     for layer in each(range(model.num_layers), "measure, layer by layer", unit="layers"):
         with model.layer(layer):
-            for one in waiting:
-                one.advance(layerwise, layer)
+            for batch in waiting:
+                batch.advance(layerwise, layer)
     waiting.reverse()
     while waiting and metrics.add(*waiting.pop().seen_whole()):
         pass
@@ -129,9 +129,9 @@ class _WaitingBatch:
         cls, batch: Batch, layerwise: StreamedLayerwise, reads: Collection[Reading], store: StateStore
     ) -> _WaitingBatch:
         inputs = {"input_ids": batch.input_ids_BS, "position_ids": batch.position_ids_BS, "use_cache": False}
-        made = layerwise.prepare(inputs)
+        prepared = layerwise.prepare(inputs)
         seen = _WaitingObservation(batch.view, layerwise.num_layers, reads, store)
-        return cls(batch, seen, made.without_hidden(), store.keep(made.hidden_BSD), store)
+        return cls(batch, seen, prepared.without_hidden(), store.keep(prepared.hidden_BSD), store)
 
     def advance(self, layerwise: StreamedLayerwise, layer: int) -> None:
         before_BSD = self.state.load()

@@ -166,10 +166,10 @@ def _refuse_different_models(
         )
     settings = (*POSITION_SETTINGS, *(SCALE_SETTINGS if parts else ()))
     for name in settings:
-        our, their = (getattr(text_config(one.config), name, None) for one in (model, donor))
+        our, their = (getattr(text_config(side.config), name, None) for side in (model, donor))
         _refuse(f"{name} of the configuration", our, their)
     for layer in layers:
-        old, new = (_kind(one.layers[layer], layer) for one in (ours, theirs))
+        old, new = (_kind(side.layers[layer], layer) for side in (ours, theirs))
         for trait in sorted(old.keys() | new.keys(), key=lambda name: (name.count("."), name)):
             _refuse(f"layer {layer}: {trait.lstrip('.')}", old.get(trait), new.get(trait))
     if "norm" in parts and ours.final_norm and theirs.final_norm:

@@ -90,8 +90,8 @@ def table_of(
     operator: str, components: Sequence[Component], columns: Sequence[tuple[Measured, Sequence[TaskScore]]]
 ) -> tuple[Sweep, tuple[Measured, ...]]:
     """The table, and what it was computed from."""
-    made = tuple(_column(column, variants, keep=operator == "layer") for column, variants in columns)
-    return Sweep(operator, tuple(components), made), tuple(column for column, _ in columns)
+    swept = tuple(_column(column, variants, keep=operator == "layer") for column, variants in columns)
+    return Sweep(operator, tuple(components), swept), tuple(column for column, _ in columns)
 
 
 def measured(
@@ -103,7 +103,7 @@ def measured(
         UserError: as sweep_table does.
     """
     if len(components) != len(removed):
-        raise ValueError(f"{len(components)} units but scores of {len(removed)} variants")
+        raise ValueError(f"{len(components)} components but scores of {len(removed)} variants")
     by_key: list[Mapping[tuple[str, str, str], TaskScore]] = [
         {score.key: score for score in scores} for scores in removed
     ]

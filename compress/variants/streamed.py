@@ -112,15 +112,15 @@ def score_variants_streamed(
     Raises:
         UserError: a limit too small for one layer; what StreamedModel, StreamedLayerwise, Edited and Decoder refuse.
     """
-    models = [streaming.open(one) for one in (folder, donor) if one is not None]
-    edited = Edited(*(one.model for one in models))
-    for one in models:
-        one.load_rest()
+    models = [streaming.open(checkpoint) for checkpoint in (folder, donor) if checkpoint is not None]
+    edited = Edited(*(model.model for model in models))
+    for model in models:
+        model.load_rest()
     layerwise = StreamedLayerwise(edited.model)
     with layerwise.stand_ins():
         decoder = Decoder(edited.model)
     batches = list(layouts(decoder, requests, batch_size=batch_size))
-    tokens_at_once = max((one.ids_BS.numel() for batch in batches for one in batch.passes), default=0)
+    tokens_at_once = max((run.ids_BS.numel() for batch in batches for run in batch.passes), default=0)
     logits = min(LOGIT_ELEMENTS, tokens_at_once * text_config(edited.model.config).vocab_size)
     store = streaming.store(
         models,
@@ -138,13 +138,13 @@ def score_variants_streamed(
             if any(KINDS[part].is_inside for part in parts):
                 with layerwise.stand_ins(but=layer):
                     prove_alone(edited.model, layer)
-            for one in states:
-                one.advance()
+            for states_of_batch in states:
+                states_of_batch.advance()
     answers: list[list[Score]] = [[(0.0, True)] * len(requests) for _ in variants]
-    for batch, one in zip(batches, states, strict=True):
+    for batch, states_of_batch in zip(batches, states, strict=True):
         done = 0
         for number, variant in enumerate(variants):
-            done = len(settle(decoder, batch.locate(one.final(variant)), answers[number]))
+            done = len(settle(decoder, batch.locate(states_of_batch.final(variant)), answers[number]))
         progress(done)
     return answers
 
@@ -158,16 +158,19 @@ def _bytes_per_token(model: StreamedModel) -> int:
 def _state_bytes(model: StreamedModel, layout: Layout) -> int:
     """Of one variant's states of all passes."""
     width = text_config(model.model.config).hidden_size
-    return sum(one.ids_BS.numel() for one in layout.passes) * width * model.model.dtype.itemsize
+    return sum(run.ids_BS.numel() for run in layout.passes) * width * model.model.dtype.itemsize
 
 
 def _mask_bytes(layout: Layout) -> int:
     """Of the passes' attention masks: every token may see every token of its row and of what it goes on from."""
     context = layout.passes[0].ids_BS.shape[1] if layout.branches else 0
-    return sum(one.ids_BS.numel() * (one.ids_BS.shape[1] + context) for one in layout.passes)
+    return sum(run.ids_BS.numel() * (run.ids_BS.shape[1] + context) for run in layout.passes)
 
 
 def _most_states(variants: Sequence[Variant], num_layers: int) -> int:
     """How many different states of one batch there are at one time, before and behind a layer together."""
-    counts = [len({tuple(e for e in one.edits if e[0] < layer) for one in variants}) for layer in range(num_layers + 1)]
+    counts = [
+        len({tuple(edit for edit in variant.edits if edit[0] < layer) for variant in variants})
+        for layer in range(num_layers + 1)
+    ]
     return max(before + after for before, after in itertools.pairwise(counts))

@@ -250,7 +250,7 @@ class StreamedLayerwise(Layerwise):
             return "a layer does not get what the one before returned"
         if strange := sorted({kind for call in plain.calls for kind in _changeable(call)}):
             return f"layers are given a {strange[0]}, which they may share"
-        if not all(_is_same(mine, theirs) for mine, theirs in zip(plain.calls, other.calls, strict=True)):
+        if not all(_is_same(first, second) for first, second in zip(plain.calls, other.calls, strict=True)):
             return "what a layer is given depends on other layers"
         if not torch.equal(plain.result_BSD, other.result_BSD):
             return "the final state depends on more than the last layer"
@@ -297,17 +297,18 @@ class _StandInRun:
 def _changeable(call: Call) -> set[str]:
     """Types among the arguments of a call through which one layer could reach another."""
     fixed = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device)
-    given = (*call.args, *call.kwargs.values())
-    leaves = pytree.tree_leaves(given, is_leaf=lambda value: isinstance(value, dict | list))
+    arguments = (*call.args, *call.kwargs.values())
+    leaves = pytree.tree_leaves(arguments, is_leaf=lambda value: isinstance(value, dict | list))
     return {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, fixed)}
 
 
-def _is_same(one: Call, other: Call) -> bool:
-    mine, my_spec = pytree.tree_flatten((one.args, one.kwargs))
-    theirs, their_spec = pytree.tree_flatten((other.args, other.kwargs))
-    return my_spec == their_spec and all(
+def _is_same(first: Call, second: Call) -> bool:
+    """Whether two calls hand over the same arguments but for the state."""
+    leaves, spec = pytree.tree_flatten((first.args, first.kwargs))
+    other_leaves, other_spec = pytree.tree_flatten((second.args, second.kwargs))
+    return spec == other_spec and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(mine, theirs, strict=True)
+        for a, b in zip(leaves, other_leaves, strict=True)
     )
 
 

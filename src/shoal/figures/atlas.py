@@ -272,7 +272,7 @@ def _draw_head_map(figure: Figure, ax: Axes, sweep: Sweep, column: SweepColumn, 
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, ec=INK, lw=1.6))
     bar = figure.colorbar(image, ax=ax, pad=0.02, label="worse without it")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
-    ax.set_xlabel("head" if sweep.operator == "head" else "key-value group")
+    ax.set_xlabel({"kv_group": "key-value group"}.get(sweep.operator, sweep.operator))
     ax.set_ylabel("layer")
     ax.set_title(_title(column, f"{column.metric} lost; framed: critical"))
 

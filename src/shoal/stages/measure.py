@@ -363,7 +363,9 @@ def _rankings(importance: Importance) -> dict[str, tuple[float, ...]]:
     """Every metric that ranks layers, higher = keep."""
     from shoal.compress.sweeps.columns import layer_scores
 
-    of_layers = [name for name, order in importance.orders.items() if all(step.unit.part == "layer" for step in order)]
+    of_layers = [
+        name for name, order in importance.orders.items() if all(removal.unit.part == "layer" for removal in order)
+    ]
     names = (*importance.layers, *importance.runs, *of_layers)
     return {name: layer_scores(name, importance, setting="measure.metrics") for name in names}
 
@@ -439,7 +441,7 @@ def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
     from shoal.figures.diagnostics import diagnostics_figure
     from shoal.figures.style import save_figure
 
-    found = diagnose(
+    diagnostics = diagnose(
         model,
         rows,
         provenance=Provenance(_diagnostics_inputs(run)),
@@ -447,9 +449,9 @@ def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
         effort=Effort(gradient_prompts=run.recipe.measure.gradient_prompts),
         seed=run.recipe.seed,
     )
-    found.write(run.dir / found.FILE)
-    save_figure(diagnostics_figure(found), run.dir / "figures" / "diagnostics.svg")
-    log.info("measure: %s", found.in_words())
+    diagnostics.write(run.dir / diagnostics.FILE)
+    save_figure(diagnostics_figure(diagnostics), run.dir / "figures" / "diagnostics.svg")
+    log.info("measure: %s", diagnostics.in_words())
 
 
 def _probes_inputs(run: Run) -> dict[str, Any]:
@@ -468,6 +470,6 @@ def _probe(run: Run, model: Any) -> None:
     for probe in settings.probes:
         sets.append(probe_depth(model, tokenizer, probe, batch_size=settings.batch_size, seed=run.recipe.seed))
         log.info("measure: %s", sets[-1].in_words())
-    found = Probes(Provenance(_probes_inputs(run)), run.num_layers, tuple(sets))
-    found.write(run.dir / found.FILE)
-    save_figure(probes_figure(found), run.dir / "figures" / "probes.svg")
+    probes = Probes(Provenance(_probes_inputs(run)), run.num_layers, tuple(sets))
+    probes.write(run.dir / probes.FILE)
+    save_figure(probes_figure(probes), run.dir / "figures" / "probes.svg")

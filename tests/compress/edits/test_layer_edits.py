@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -22,6 +23,12 @@ from shoal.recipe.measure import Operator
 
 def test_every_part_has_a_row_and_is_an_operator_of_sweeps() -> None:
     assert set(KINDS) == set(get_args(ComponentPart)) == set(get_args(Operator)) - {"cumulative"}
+
+
+def test_the_documentation_has_a_row_for_every_operator() -> None:
+    text = (Path(__file__).parents[3] / "docs/measuring.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert not [name for name in get_args(Operator) if not any(f"`{name}`" in row for row in rows)]
 
 
 @pytest.mark.parametrize("operator", [*KINDS, "cumulative"])
