@@ -17,16 +17,17 @@ from .metric import Layers, Metric, Need, Result, Runs, Yields
 from .observation import Observation, Reading, cosine
 
 SMALLEST_NORM = 1e-6
-"""What a state's norm is taken for at least where something is divided by it."""
+"""Lower bound of a state's norm where something is divided by it."""
 SILENCE = 1e-6
-"""Added to AVSS's share of silent units, so that it can be divided by."""
+"""Term that keeps AVSS's share of silent units away from zero, where the score divides by it."""
 
 
 @dataclass(frozen=True)
 class PassSize:
-    """How much one pass will see."""
+    """Sizes that the sums of a pass are made for."""
 
     num_layers: int
+    """L"""
     width: int
     """D"""
     sample: int
@@ -39,7 +40,7 @@ class HiddenMetric(Metric):
     needs: ClassVar[Need] = "hidden"
     reads: ClassVar[frozenset[Reading]]
     dtype: ClassVar[torch.dtype] = torch.float64
-    """Of the sums."""
+    """Dtype of the sums."""
 
     def __init__(self, size: PassSize) -> None:
         self.size = size
@@ -48,7 +49,8 @@ class HiddenMetric(Metric):
         """Tokens or documents in ``sums``."""
 
     @abstractmethod
-    def sums_shape(self) -> tuple[int, ...]: ...
+    def sums_shape(self) -> tuple[int, ...]:
+        """Shape of the sums, which no batch changes: ranks add theirs up."""
 
     @abstractmethod
     def add(self, seen: Observation) -> None:
@@ -56,7 +58,7 @@ class HiddenMetric(Metric):
 
     @abstractmethod
     def scores(self) -> Result:
-        """From the sums of all batches and ranks."""
+        """The scores, once the sums are those of all batches and ranks."""
 
     def _mean(self) -> Tensor:
         return self.sums / self.count
@@ -75,7 +77,8 @@ class _TokenMean(HiddenMetric):
         self.count += int(seen.view.real_T.sum())
 
     @abstractmethod
-    def of_tokens_LT(self, seen: Observation) -> Tensor: ...
+    def of_tokens_LT(self, seen: Observation) -> Tensor:
+        """The number of every layer at every token, padding included."""
 
     def scores(self) -> Layers:
         return tuple(self._mean().tolist())
@@ -112,7 +115,7 @@ class _Pairs(HiddenMetric):
         return (self.size.num_layers + 1, self.size.num_layers + 1)
 
     def scores(self) -> Runs:
-        means = self._mean()
+        means = self._mean()  # (L+1, L+1): entry [l, l + n] is that of the run of n layers from l
         return tuple(tuple(means.diagonal(length).tolist()) for length in range(1, self.size.num_layers + 1))
 
 
@@ -125,7 +128,8 @@ class Angular(_Pairs):
     reads: ClassVar[frozenset[Reading]] = frozenset({"last"})
 
     def add(self, seen: Observation) -> None:
-        states_MLD = seen.last_MLD
+        states_MLD = seen.last_MLD  # L + 1 states
+        # float64: the arc cosine of a float32 cosine next to 1 would be rounding (see observation.py)
         gram_MLL = states_MLD @ states_MLD.mT
         squares_ML = gram_MLL.diagonal(dim1=1, dim2=2)
         cosines_MLL = cosine(gram_MLL, squares_ML[:, :, None], squares_ML[:, None, :])
@@ -144,11 +148,11 @@ class StreamlineCosine(_Pairs):
 
     def add(self, seen: Observation) -> None:
         count = int(seen.view.real_T.sum())
-        self.sums += 0.5 * (count - seen.cosine_sums_LL())
+        self.sums += 0.5 * (count - seen.cosine_sums_LL())  # the sum over tokens of 1 - (0.5 + 0.5 cos)
         self.count += count
 
     def _mean(self) -> Tensor:
-        return super()._mean().clamp(0, 1)
+        return super()._mean().clamp(0, 1)  # float32 cosines of equal states round to a little above 1
 
 
 class AvssOutput(HiddenMetric):
@@ -178,6 +182,7 @@ class AvssOutput(HiddenMetric):
         variances = self.sums[:-1, 0] / documents
         silent = self.sums[:-1, 1] / (tokens * self.size.width)
         ratios = variances / (silent + SILENCE)
+        # every ratio is 0 where all states are equal; the smallest float64 then divides in the sum's place
         return tuple((ratios / ratios.sum().clamp(min=torch.finfo(torch.float64).tiny)).tolist())
 
 

@@ -1,4 +1,6 @@
-"""One streaming pass over calibration rows for all metrics of hidden states. N rows, B batch, S sequence, K sample.
+"""One streaming pass over calibration rows for all metrics of hidden states.
+
+N rows, B batch, S sequence, T = B*S tokens, M documents of a batch, K sampled tokens, D hidden.
 
 Besides the sums that metrics keep, memory is that of one batch: a few numbers per token and layer, and all states of
 the batch where a metric compares every layer with every other.
@@ -83,6 +85,7 @@ class HiddenPass:
         self._fault: tuple[int, str] | None = None
 
     def batch(self, rows_B: Tensor) -> Batch:
+        """The calibration rows of these indices, on the model's device."""
         return Batch.of(self._calibration, rows_B, self._sample_K2, self._device)
 
     def add(self, batch: Batch, seen: Observation) -> bool:
@@ -97,7 +100,7 @@ class HiddenPass:
         return True
 
     def scores(self) -> dict[str, Result]:
-        """From all batches of all ranks, which call it together.
+        """The scores by name, from all batches of all ranks, which call it together.
 
         Raises:
             UserError: some rank saw states that are not finite.
@@ -105,6 +108,7 @@ class HiddenPass:
         refuse_fault(self._calibration, self._fault, self._dtype)
         metrics = self._metrics
         counts = torch.tensor([metric.count for metric in metrics])
+        # sums, never means: those of unequally many tokens would not add up
         counts, *sums = add_up_ranks([counts, *(metric.sums for metric in metrics)], self._device)
         for metric, count, total in zip(metrics, counts.tolist(), sums, strict=True):
             metric.count, metric.sums = count, total
@@ -119,6 +123,7 @@ def sampled_tokens(calibration: Calibration) -> Tensor:
     follows_NS = calibration.follows_NS
     eligible_E2 = (follows_NS if follows_NS.any() else calibration.mask_NS).nonzero()
     size = min(SAMPLE_SIZE, len(eligible_E2))
+    # the middles of `size` equal parts: neither end of the data is preferred
     return eligible_E2[(2 * torch.arange(size) + 1) * len(eligible_E2) // (2 * max(size, 1))]
 
 
@@ -130,7 +135,7 @@ def writes_into_input(model: PreTrainedModel) -> bool:
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         state = given_state(args, kwargs)
-        inputs.append((state, state._version))
+        inputs.append((state, state._version))  # torch counts every write in place
 
     def after(_: nn.Module, __: Any, ___: Any) -> None:
         state, version = inputs.pop()
@@ -152,20 +157,23 @@ class Batch:
     """Rows that run together."""
 
     rows_B: Tensor
-    """Their indices in the calibration data."""
+    """Indices in the calibration data."""
     input_ids_BS: Tensor
     position_ids_BS: Tensor
     view: BatchView
 
     @classmethod
     def of(cls, calibration: Calibration, rows_B: Tensor, sample_K2: Tensor, device: torch.device) -> Batch:
+        """The rows ``rows_B``; ``sample_K2`` is the whole pass's sample, of which some tokens may lie in them."""
         input_ids_BS = calibration.rows.input_ids_NS[rows_B]
         position_ids_BS = calibration.rows.position_ids_NS[rows_B]
         mask_BS = calibration.mask_NS[rows_B]
         position_ids_BS = padding_apart(position_ids_BS, mask_BS)
         ends_T = _last_tokens(position_ids_BS, mask_BS).flatten()
         real_T = mask_BS.flatten()
+        # ends before a token = its document's number; padding shares one number behind the last, which is cut off below
         document_T = torch.where(real_T, ends_T.cumsum(0) - ends_T.long(), int(ends_T.sum()))
+        # of the pass's sample: which row of this batch, and which entry of the sample
         place_K, slots_K = (rows_B[:, None] == sample_K2[:, 0]).nonzero(as_tuple=True)
         sample_K = place_K * mask_BS.shape[1] + sample_K2[slots_K, 1]
         view = BatchView(

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 NUM_TEXTS = 5
 TEXT_LENGTH = 32
+"""Tokens of a text at most."""
 LONGEST_RUN = 4
 """Layers that a merge may take away where num_drop does not say how many."""
 WORST = 2.0
@@ -69,10 +70,11 @@ def merge_scores(model: PreTrainedModel, calibration: Calibration, names: Sequen
     own_runs = possible[rank() :: world_size()]
     for start, length in each(own_runs, "measure: merges", unit="runs"):
         tensors = merged_layer(model, start, length + 1, warn=False)
+        # the model stays whole: one layer holds the merged weights, those it took in pass their input on
         with tensors_in_place(model, {start: tensors}), skipped(model, range(start + 1, start + length + 1)):
             merged = _final_states(model, texts)
         scores[length - 1, start] = 1 - _mean_cosine(original, merged)
-    (scores,) = add_up_ranks([scores], model.device)
+    (scores,) = add_up_ranks([scores], model.device)  # a run that another rank tried is 0 here
     for length in range(1, longest + 1):
         for start in range(num_layers - length + 1):
             if (start, length) not in possible:
@@ -87,7 +89,7 @@ def first_texts(calibration: Calibration) -> list[list[int]]:
     rows = calibration.rows.input_ids_NS
     for ids, mask, follows in zip(rows, calibration.mask_NS, calibration.follows_NS, strict=True):
         for token, is_real, goes_on in zip(ids.tolist(), mask.tolist(), follows.tolist(), strict=True):
-            if is_real and not goes_on:
+            if is_real and not goes_on:  # a document begins
                 texts.append([])
             if is_real and len(texts[-1]) < TEXT_LENGTH:
                 texts[-1].append(token)

@@ -33,10 +33,11 @@ when the plan is made, all that goes after it would have been chosen for another
 ABSENT_SHARE = 0.1
 """Share of the layers that are absent from a random subnetwork (the source's f = 0.9)."""
 WINDOW = 3
-"""How many layers leave the full model in one walk of local Shapley values."""
+"""Layers that leave the full model in one walk of local Shapley values."""
 SUBNETWORKS_PER_LAYER = 8
-"""How many subnetworks are measured for every layer of the model. INFERRED; errors fall with its root."""
+"""Subnetworks measured for every layer of the model. INFERRED; errors fall with its root."""
 LARGEST_EXPONENT = math.log(1e300)
+"""Largest loss in nats per token whose exponential is still a float64."""
 
 
 class LossMetric(Metric):
@@ -141,7 +142,7 @@ class LocalShapley(LossMetric):
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Estimates:
         num_layers = len(decoder_layers(model))
-        chance = -math.log(text_config(model.config).vocab_size)
+        chance = -math.log(text_config(model.config).vocab_size)  # games are worth the negative loss
         intact = losses([INTACT])[0]
         if -intact <= chance:
             log.warning(

@@ -1,4 +1,4 @@
-"""What a metric says of itself, and what every pass over calibration data is given and gives back."""
+"""What a metric says of itself, and what every pass over calibration data takes and gives back. N rows, S sequence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Layers = tuple[float, ...]
 Runs = tuple[tuple[float, ...], ...]
 """scores[n - 1][l] of the run of n layers that starts at layer l."""
 Order = tuple[Removal, ...]
-"""What a greedy metric removes, first removal first."""
+"""Removals of a greedy metric, the first one first."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Estimates:
     standard_errors: tuple[float, ...]
     """NaN where one draw alone tells nothing of its error; 0 where every possible draw was made."""
     num_subnetworks: int
-    """How many different sets of players were asked for, the full one included."""
+    """Different sets of players that were asked for, the full one included."""
 
 
 Result = Layers | Runs | Order | Estimates
@@ -48,12 +48,11 @@ class Metric:
     """
 
     needs: ClassVar[Need]
-    """What must be computed: "hidden" = one forward pass without the output head; "gradients" = forwards and backwards;
-    "weights" = nothing; "merges" = a forward of a few texts for every run of layers; "loss" = likelihoods of many
-    variants."""
+    """Work of the pass: "hidden" = one forward without the output head; "gradients" = forwards and backwards; "weights"
+    = nothing; "merges" = a forward of a few texts for every run of layers; "loss" = likelihoods of many variants."""
     yields: ClassVar[Yields]
-    """layers: one score each; runs: one for every run of neighbouring layers; order: the units that go one after the
-    other, where later choices depend on earlier ones."""
+    """Shape of the result: "layers" = one score each; "runs" = one for every run of neighbouring layers; "order" = the
+    components that go one after the other, where later choices depend on earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -66,21 +65,22 @@ class Calibration:
     attention_mask_NS: Tensor | None = None
     """0 where a token is padding; None = nowhere."""
     num_drop: int | None = None
-    """How many removals greedy metrics make; None = as many as there can be."""
+    """Removals that greedy metrics make; None = as many as there can be."""
     seed: int = 0
-    """Of what is drawn at random."""
+    """Seed of everything that is drawn at random."""
 
     @cached_property
     def mask_NS(self) -> Tensor:
-        """Which tokens are real."""
+        """Mask (N, S) of real tokens."""
         if self.attention_mask_NS is None:
             return torch.ones_like(self.rows.input_ids_NS, dtype=torch.bool)
         return self.attention_mask_NS.bool()
 
     @cached_property
     def follows_NS(self) -> Tensor:
-        """Which tokens are real and come next in the document of the token before them."""
+        """Mask (N, S) of real tokens that come next in the document of the token before them: those with a loss."""
         positions_NS, mask_NS = self.rows.position_ids_NS, self.mask_NS
+        # packed documents start again at position 0, so a step of 1 means the same document; column 0 follows nothing
         follows_NS = torch.zeros_like(mask_NS)
         follows_NS[:, 1:] = (positions_NS[:, 1:] == positions_NS[:, :-1] + 1) & mask_NS[:, 1:] & mask_NS[:, :-1]
         return follows_NS
@@ -126,6 +126,7 @@ def refuse_fault(calibration: Calibration, fault: tuple[int, str] | None, dtype:
     faults = [each for each in together(lambda: fault) if each is not None]
     if faults:
         row, fault_text = min(faults)
+        # rows are dealt out in turn (see batches), so row // world_size is its place on its rank
         batch = row // world_size() // calibration.batch_size
         whose = f" of rank {row % world_size()}" if world_size() > 1 else ""
         raise UserError(

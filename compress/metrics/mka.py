@@ -15,8 +15,10 @@ from .metric import Layers, Yields
 from .observation import Observation, Reading
 
 SIGMA = 8.0
+"""Width of the kernel, in the state's median distances."""
 DENSITY_EXPONENT = 0.5
 BINS = 4
+"""Parts that each coordinate is cut into; tokens fall into BINS**2 cells."""
 
 
 class MkaSimilarity(HiddenMetric):
@@ -54,12 +56,14 @@ def _diffusion_map(states_KD: Tensor) -> np.ndarray:
     """The two leading coordinates (K, 2) behind the constant one."""
     distances = torch.cdist(states_KD, states_KD, compute_mode="use_mm_for_euclid_dist").fill_diagonal_(0).numpy()
     median = np.median(distances[np.triu_indices(len(distances), 1)]) if len(distances) > 1 else 0.0
-    kernel = np.exp(-np.sqrt(distances / (SIGMA * (median or 1.0))))
+    kernel = np.exp(-np.sqrt(distances / (SIGMA * (median or 1.0))))  # (K, K); one token or equal states: no median
     density = kernel.sum(1)
     kernel /= np.outer(density, density) ** DENSITY_EXPONENT
+    # D^-1/2 K D^-1/2 has the eigenvalues of the random walk D^-1 K and is symmetric, so that eigh solves it;
+    # times D^-1/2 its eigenvectors become the walk's
     scale = 1 / np.sqrt(kernel.sum(1))
     size = len(kernel)
-    first = max(0, size - 3)
+    first = max(0, size - 3)  # eigenvalues come in increasing order; the largest one's coordinate is constant
     values, vectors = linalg.eigh(kernel * np.outer(scale, scale), subset_by_index=(first, size - 1))
     coordinates = np.zeros((size, 2))
     for place, index in enumerate(range(len(values) - 2, -1, -1)):
@@ -69,6 +73,7 @@ def _diffusion_map(states_KD: Tensor) -> np.ndarray:
 
 def _cells(coordinates_K2: np.ndarray) -> np.ndarray:
     """Which of BINS**2 cells a token lies in."""
+    # by rank, so that every part holds equally many tokens whatever the coordinate's scale
     ranks = coordinates_K2.argsort(axis=0, kind="stable").argsort(axis=0, kind="stable")
     bins = ranks * BINS // len(ranks)
     return bins[:, 0] * BINS + bins[:, 1]
@@ -76,10 +81,10 @@ def _cells(coordinates_K2: np.ndarray) -> np.ndarray:
 
 def _similarity(first_cells: np.ndarray, second_cells: np.ndarray) -> float:
     """Mutual information over the geometric mean of the entropies; 1 where both have only one cell."""
-    joint = np.zeros((BINS**2, BINS**2))
+    joint = np.zeros((BINS**2, BINS**2))  # share of the tokens in each pair of cells
     np.add.at(joint, (first_cells, second_cells), 1 / len(first_cells))
     first, second, both = (_entropy(shares) for shares in (joint.sum(1), joint.sum(0), joint.ravel()))
-    if first * second == 0:
+    if first * second == 0:  # all tokens in one cell
         return 1.0 if first == second else 0.0
     return float(np.clip((first + second - both) / np.sqrt(first * second), 0, 1))
 

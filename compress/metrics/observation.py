@@ -1,10 +1,10 @@
-"""What hidden-state metrics share: one batch, looked at layer by layer while its states are in the cache.
+"""What hidden-state metrics share: one batch, read layer by layer while its states are in the processor's cache.
 
 A metric names what it reads; whatever several of them read is computed once. Sums per token and per document are what
 remains of a batch, and they go to the CPU at its end, where the last steps run in float64: the arc cosine of a float32
 cosine next to 1 is off by 3e-4, which is more than some layers matter.
 
-T = B*S tokens of a batch, D hidden, L layers, M documents, K sampled tokens.
+T = B*S tokens of a batch, P of them in one piece, D hidden, L layers, M documents, K sampled tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 Reading = Literal["products", "updates", "output_spread", "update_spread", "last", "cosines", "sample"]
-"""products: of a layer's input and output; updates: norms of their difference; spread: what AVSS needs of one of them;
-last: states of documents' last tokens; cosines: between all layers, summed over tokens; sample: states of some tokens.
-"""
+"""Quantity that a metric reads. products: inner ones of a layer's input and output; updates: norms of their difference;
+spread: sums that AVSS needs of one of them; last: states of documents' last tokens; cosines: those between all layers,
+summed over tokens; sample: states of some tokens."""
 
 PIECE_ELEMENTS = {"cpu": 1 << 18}
 """Hidden-state elements converted to float32 at one time, by device type: on a CPU what fits its cache."""
@@ -32,10 +32,10 @@ SPARSE_BELOW = 1e-3
 
 @dataclass(frozen=True)
 class BatchView:
-    """What of a batch counts. On the model's device, but for ``real_T`` and ``slots_K``."""
+    """Tokens of a batch that count. On the model's device, but for ``real_T`` and ``slots_K``."""
 
     real_T: Tensor
-    """Which tokens are no padding."""
+    """Mask of tokens that are no padding."""
     document_T: Tensor
     """Index of every token's document; that of padding is the number of documents."""
     lengths_M: Tensor
@@ -45,12 +45,12 @@ class BatchView:
     sample_K: Tensor
     """Flat indices of the tokens of this batch that are in the sample of the whole pass."""
     slots_K: Tensor
-    """Their places in it."""
+    """Places of these tokens in that sample."""
 
 
 @dataclass(frozen=True)
 class _Spread:
-    """What AVSS needs of one layer."""
+    """Sums over one layer's states that AVSS needs."""
 
     pooled_MD: Tensor
     """States added up per document; the last row is padding's."""
@@ -66,13 +66,14 @@ class _Spread:
     def add(self, piece: slice, states_PD: Tensor, squares_P: Tensor, buffer_PD: Tensor, view: BatchView) -> None:
         width = states_PD.shape[1]
         self.pooled_MD.index_add_(0, view.document_T[piece], states_PD)
-        limits = SPARSE_BELOW * (squares_P / width).sqrt()
-        is_silent = torch.lt(torch.abs(states_PD, out=buffer_PD), limits[:, None], out=buffer_PD)
+        limits_P = SPARSE_BELOW * (squares_P / width).sqrt()
+        # the buffer holds |state|, then in the same place 1 where a unit is silent, else 0
+        is_silent = torch.lt(torch.abs(states_PD, out=buffer_PD), limits_P[:, None], out=buffer_PD)
         torch.mv(is_silent, is_silent.new_ones(width), out=self.silent_T[piece])
 
     def sums_2(self, view: BatchView, real_T: Tensor) -> Tensor:
         """Variances of documents' mean states over hidden units, and silent units, both added up."""
-        means_MD = self.pooled_MD[:-1] / view.lengths_M[:, None]
+        means_MD = self.pooled_MD[:-1] / view.lengths_M[:, None]  # without padding's row
         return torch.stack([means_MD.var(dim=1, correction=0).double().sum(), self.silent_T[real_T].double().sum()])
 
 
@@ -87,7 +88,7 @@ class Observation:
         self._before_squares: list[Tensor] = []
         self._after_squares: list[Tensor] = []
         self._previous: Tensor | None = None
-        """What the layer before returned: as a rule the next layer's input, so that its norms are known."""
+        """Output of the layer before: as a rule the next layer's input, so that its norms are known."""
         self._products: list[Tensor] = []
         self._update_squares: list[Tensor] = []
         self._spreads: dict[Reading, list[_Spread]] = {"output_spread": [], "update_spread": []}
@@ -98,12 +99,14 @@ class Observation:
 
     def observe(self, layer: int, before_TD: Tensor, after_TD: Tensor) -> None:
         """Take what is needed from one layer's raw input and output."""
+        # norms of an input that is the last output are known; some families scale or copy between layers
         is_known = self._previous is not None and _is_same(before_TD, self._previous)
         self._before_squares.append(self._after_squares[-1] if is_known else _squares(before_TD))
         self._previous = after_TD
         self._keep(before_TD)
         if layer == self.num_layers - 1:
             self._keep(after_TD)
+        # room for one float32 per token, filled piece by piece below
         for numbers in (self._after_squares, self._products, self._update_squares):
             numbers.append(torch.empty(len(after_TD), device=after_TD.device))
         for kind, spreads in self._spreads.items():
@@ -117,7 +120,7 @@ class Observation:
     def _take(self, piece: slice, before_PD: Tensor, after_PD: Tensor) -> None:
         """Some tokens of one layer. All goes into memory that is there: fresh memory costs more than arithmetic."""
         buffers = [buffer[: len(after_PD)] for buffer in self._buffers]
-        after = _float32(after_PD, buffers[0])
+        after = _float32(after_PD, buffers[0])  # one conversion serves every reading
         torch.linalg.vecdot(after, after, out=self._after_squares[-1][piece])
         if "output_spread" in self._reads:
             self._spreads["output_spread"][-1].add(piece, after, self._after_squares[-1][piece], buffers[3], self.view)
@@ -180,9 +183,10 @@ class Observation:
 
         The sum over tokens and units is one matrix product of all normalised states, laid out as L+1 long rows.
         """
-        squares_LT = self._state_squares()
-        inverse_LT = torch.where(self._real_T & (squares_LT > 0), squares_LT.rsqrt(), 0)
+        squares_LT = self._state_squares()  # L + 1 rows
+        inverse_LT = torch.where(self._real_T & (squares_LT > 0), squares_LT.rsqrt(), 0)  # padding adds nothing
         padded = -(-len(squares_LT) // ROWS_MULTIPLE) * ROWS_MULTIPLE
+        # four times the elements of other pieces, for all states together
         step, width = max(1, _step(self._kept[0]) * 4 // padded), self._kept[0].shape[1]
         buffer_LPD = torch.zeros(padded, step, width, device=squares_LT.device)
         sums_LL = torch.zeros(padded, padded, dtype=torch.float64, device=squares_LT.device)
@@ -192,13 +196,14 @@ class Observation:
             for state_TD, row_PD in zip(self._kept, rows_LPD, strict=False):
                 row_PD.copy_(state_TD[piece])
             rows_LPD[: len(squares_LT)].mul_(inverse_LT[:, piece, None])
-            rows_LK = rows_LPD.flatten(1)
-            sums_LL += rows_LK @ rows_LK.mT
+            rows_LN = rows_LPD.flatten(1)  # N = P * D
+            sums_LL += rows_LN @ rows_LN.mT  # float32 within a piece, float64 over pieces
+        # two zero states count as equal, as in cosine()
         zero_LT = (self._real_T & (squares_LT == 0)).double()
         return (sums_LL[: len(squares_LT), : len(squares_LT)] + zero_LT @ zero_LT.mT).cpu()
 
     def _state_squares(self) -> Tensor:
-        """Of the L+1 states: every layer's input, and the last one's output."""
+        """Squared norms (L+1, T) of every layer's input and of the last one's output."""
         return torch.stack([*self._before_squares, self._after_squares[-1]])
 
     def first_fault(self) -> tuple[int, int] | None:

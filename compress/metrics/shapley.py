@@ -1,6 +1,6 @@
-"""What layers are worth beside others: means over random subnetworks, and Shapley values near the full model.
+"""Worth of layers beside others: means over random subnetworks, and Shapley values near the full model.
 
-P players (layers), C clusters of walks. A game says what the model is worth without a set of players.
+N subnetworks, P players (layers), C clusters of walks. A game says what the model is worth without a set of players.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .metric import Estimates
 
 Absent = frozenset[int]
 Game = Callable[[Sequence[Absent]], Sequence[float]]
-"""What the model is worth without each of these sets of players; higher = better."""
+"""Sets of players -> the model's worth without each of them; higher = better."""
 Walk = Sequence[int]
 """Players in the order in which they leave."""
 
@@ -42,7 +42,7 @@ def present_absent(game: Game, num_players: int, *, num_absent: int, num_subnetw
     if is_complete:
         drawn = [frozenset(absent) for absent in itertools.combinations(range(num_players), num_absent)]
     else:
-        drawn = _dealt(num_players, num_absent, num_subnetworks, random.Random(seed))
+        drawn = _dealt(num_players, num_absent, num_subnetworks, random.Random(seed))  # one set may come twice
     absent_NP = np.array([[player in absent for player in range(num_players)] for absent in drawn], dtype=bool)
     if not len(drawn) or not (absent_NP.any(0) & ~absent_NP.all(0)).all():
         least = max(-(-num_players // num_absent), -(-num_players // (num_players - num_absent)))
@@ -102,6 +102,7 @@ def antithetic_pairs(num_players: int, window: int, count: int, *, seed: int) ->
         orders = [generator.sample(range(num_players), num_players) for _ in range(count)]
         return [(order, order[::-1]) for order in orders]
     pairs: list[tuple[Walk, Walk]] = []
+    # the first and the last `window` lead an order and its reverse: dealt out evenly; no walk reaches the middle
     for ends in _dealt(num_players, 2 * window, count, generator):
         outer = generator.sample(sorted(ends), len(ends))
         inner = generator.sample(sorted(set(range(num_players)) - ends), num_players - len(ends))
@@ -123,6 +124,7 @@ def shapley_of_walks(
     sums_CP, counts_CP = np.zeros((2, len(clusters), num_players))
     truncated: set[tuple[int, ...]] = set()
     for step in range(window):
+        # all walks take the step together, so that a set that several come to is asked for once, in one call
         truncated |= {walk for _, walk in walks if walk not in truncated and worth[frozenset(walk[:step])] <= chance}
         open_walks = [walk for _, walk in walks if walk not in truncated]
         fresh = list(dict.fromkeys(after for walk in open_walks if (after := frozenset(walk[: step + 1])) not in worth))
@@ -134,6 +136,7 @@ def shapley_of_walks(
                 sums_CP[number, walk[step]] += worth[frozenset(walk[:step])] - worth[frozenset(walk[: step + 1])]
     counts_P = counts_CP.sum(0)
     values_P = sums_CP.sum(0) / counts_P
+    # value = sum / count over clusters, a ratio estimator: its residuals are sum - value * count
     squares_P = ((sums_CP - values_P * counts_CP) ** 2).sum(0)
     told_P = (counts_CP > 0).sum(0)  # a cluster without the player says nothing of its spread
     scale_P = np.divide(told_P, told_P - 1, out=np.full(num_players, math.nan), where=told_P > 1)
@@ -149,6 +152,7 @@ def _dealt(num_players: int, size: int, count: int, generator: random.Random) ->
     counts = [0] * num_players
     sets: list[Absent] = []
     for _ in range(count):
+        # those taken least often come first, equals in random order
         chances = [generator.random() for _ in counts]
         chosen = sorted(range(num_players), key=lambda player: (counts[player], chances[player]))[:size]
         for player in chosen:

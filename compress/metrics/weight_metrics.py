@@ -1,4 +1,7 @@
-"""Metrics of weights and of their gradients. N rows, B batch, S sequence, T = B*S, V vocabulary, P predicted tokens."""
+"""Metrics of weights and of their gradients.
+
+N rows, B batch, S sequence, T = B*S tokens, P predicted ones of them, D hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from .hidden_pass import padding_apart
 from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, refuse_fault
 
 FIRST_PROTECTED, LAST_PROTECTED = 4, 2
-"""How many layers Taylor+ never removes at either end."""
+"""Layers at either end that Taylor+ never removes."""
 
 Matrices = list[dict[str, nn.Parameter]]
 """Per layer: name in the layer -> parameter of two or more dimensions."""
@@ -145,10 +148,11 @@ def loss_gradients(model: PreTrainedModel, calibration: Calibration, matrices: M
             num_predicted = int(calibration.follows_NS[rows_B].sum())
             if num_predicted == 0:
                 continue
-            weight[0] = num_predicted / total
+            weight[0] = num_predicted / total  # the hooks read it while this batch runs backwards
             loss = _backward(decoder, calibration, rows_B)
             if not (loss.isfinite() and checks.isfinite().all()):
                 bad = (~checks.isfinite()).nonzero().flatten().tolist()
+                # gradients go from the last layer down, so the highest bad one was the first
                 faulty = f"the gradient of layer {bad[-1]}" if loss.isfinite() else "the loss"
                 fault = int(rows_B[0]), faulty
                 break
@@ -171,8 +175,8 @@ def _gradients_into(
             def take(parameter: Tensor, layer: int = layer, into: Tensor = sums[matrix]) -> None:
                 assert parameter.grad is not None
                 into.add_(parameter.grad, alpha=weight[0])
-                checks[layer].add_(parameter.grad.sum(dtype=torch.float32))
-                parameter.grad = None
+                checks[layer].add_(parameter.grad.sum(dtype=torch.float32))  # stays on the device: no wait per matrix
+                parameter.grad = None  # so that one matrix's gradient in the model's dtype is held at a time
 
             matrix.requires_grad_(True)
             matrix.grad = None
@@ -197,13 +201,14 @@ def _backward(decoder: Decoder, calibration: Calibration, rows_B: Tensor) -> Ten
     body: Any = decoder_body(decoder.model)
     with documents_apart(body, positions_BS):
         hidden_TD = body(**arguments).last_hidden_state.flatten(0, 1)
+    # two steps: the head runs backwards piece by piece into the leaf's gradient, then the body once
     leaf_TD = hidden_TD.detach().requires_grad_()
     predicted_P = follows_BS.flatten().nonzero().flatten().to(device)  # never a row's first token
     head: Any = decoder.model.get_output_embeddings()
     to_logits = logits_from_hidden(decoder.model)
     loss = torch.zeros((), device=device)
     for piece_P in predicted_P.split(decoder.positions_at_once()):
-        logits_PV = to_logits(leaf_TD[piece_P - 1], head).float()
+        logits_PV = to_logits(leaf_TD[piece_P - 1], head).float()  # from the state of the token before
         part = functional.cross_entropy(logits_PV, ids_BS.flatten()[piece_P], reduction="sum") / len(predicted_P)
         part.backward()
         loss += part.detach()

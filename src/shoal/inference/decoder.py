@@ -24,7 +24,7 @@ from shoal.models.load import logits_from_hidden, text_config
 LOGIT_ELEMENTS = 2**25
 """Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""
 ENOUGH_TOKENS = {"cpu": 128}
-"""From how many tokens on a forward gains nothing by more of them, by device type; 4096 elsewhere."""
+"""Tokens from which on a forward gains nothing by more of them, by device type; 4096 elsewhere."""
 
 
 class Decoder:
@@ -49,10 +49,11 @@ class Decoder:
             and not family(text_config(model.config).model_type).no_branch
             and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.new_cache().layers)
         )
-        """Whether rows of the cache are keys and values that can be copied; recurrent models get full forwards."""
+        """True where rows of the cache are keys and values that can be copied; recurrent models get full forwards."""
         self._check_head()
 
     def new_cache(self) -> DynamicCache:
+        """An empty cache of the model's own kind: sliding layers forget what left their window."""
         return DynamicCache(config=self.model.config)
 
     @torch.no_grad()
@@ -76,12 +77,12 @@ class Decoder:
         position_ids_BS: Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> dict[str, Any]:
-        """What the model's body is called with for this."""
+        """Keyword arguments with which `hidden` calls the model's body."""
         arguments: dict[str, Any] = {"input_ids": input_ids_BS, "use_cache": cache is not None}
         if cache is not None:
             assert self._cache_name is not None, "a model that takes no cache was given one"
             arguments[self._cache_name] = cache
-        if mask is not None and not bool(mask.all()):
+        if mask is not None and not bool(mask.all()):  # without one, attention takes its faster, purely causal path
             arguments["attention_mask"] = mask
         if position_ids_BS is not None and self._takes_positions:
             arguments["position_ids"] = position_ids_BS
@@ -93,17 +94,17 @@ class Decoder:
         return self._to_logits(hidden_ND, self._head).float()
 
     def positions_at_once(self) -> int:
-        """How many positions' logits fit into LOGIT_ELEMENTS."""
+        """Positions whose logits fit into LOGIT_ELEMENTS; at least 1."""
         return max(1, LOGIT_ELEMENTS // text_config(self.model.config).vocab_size)
 
     @property
     def enough_tokens(self) -> int:
-        """From how many tokens on a forward rather ends than takes in more padding."""
+        """Tokens from which on a batch rather ends than takes in more padding."""
         return ENOUGH_TOKENS.get(self.device.type, 4096)
 
     @cached_property
     def cache_bytes(self) -> int:
-        """What the keys and values of one token take; families differ too much to work it out."""
+        """Bytes of one token's keys and values, by trying; families differ too much to work it out."""
         cache = self.new_cache()
         self.hidden(torch.zeros(1, 1, dtype=torch.long, device=self.device), cache=cache)
         slots: Any = cache.layers
@@ -117,7 +118,7 @@ class Decoder:
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=self.device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        return ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
+        return ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0)  # padding gets position 0, which nobody attends to
 
     def right_padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Token ids (B, S); what follows a row cannot be seen by it, so neither mask nor positions are needed."""
@@ -151,6 +152,7 @@ def plain_cache(num_layers: int) -> DynamicCache:
 
 def branched(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A new cache with the given ``rows`` of ``cache``, each as often as it is named; ``cache`` stays as it is."""
+    # shallow copies: selecting rows puts new tensors into them, those of `cache` are only read
     branch = copy.copy(cache)
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     branch.batch_select_indices(rows)

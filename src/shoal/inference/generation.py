@@ -2,7 +2,8 @@
 
 What transformers' generate does, as lm-eval's class calls it: every prompt is read whole, examples included, and padded
 to the longest of its batch; every new token copies all keys and values of all rows to put its own behind them; a row
-that is finished is written on until the last one is. Here beginnings that prompts share are read once (beginnings.py),
+that is finished is written on until the last one is. Here beginnings that prompts share are read once
+(prefix_sharing.py),
 new keys and values go into room that is kept behind the old ones, and rows leave the batch as soon as they are
 finished. What stays is what a token needs: the weights once per step for all rows, and each row's keys and values.
 
@@ -36,13 +37,13 @@ class Texts:
 
     cache: DynamicCache
     mask_BS: Tensor
-    """Over the cache and the new tokens."""
+    """Mask over the cache and the new tokens, 0 where padding is."""
     ids_BS: Tensor
     positions_BS: Tensor
     alive: list[int]
-    """Which text each row writes."""
+    """Index of the text that each row writes."""
     written: list[list[int]]
-    """The new tokens of every text, finished ones too."""
+    """New tokens of every text, finished ones too."""
 
 
 def generate_greedily(
@@ -90,7 +91,9 @@ def write(
         hidden_BSD = decoder.hidden(
             texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache
         )
-        token_B = decoder.logits(hidden_BSD[:, -1]).argmax(dim=-1)
+        token_B = decoder.logits(hidden_BSD[:, -1]).argmax(
+            dim=-1
+        )  # rows end together
         kept = []
         for row, (text, token) in enumerate(zip(texts.alive, token_B.tolist(), strict=True)):
             texts.written[text].append(token)
@@ -116,14 +119,16 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         vars(self).update(vars(layer))
         self._rooms: list[Tensor] = []
-        """What ``keys`` and ``values`` are the beginnings of."""
+        """Tensors whose first positions ``keys`` and ``values`` are; the rest is room."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values (B, heads, positions, size), the new ones written behind the others."""
         used, new = self.get_seq_length(), key_states.shape[-2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if not self._rooms or self._rooms[0].shape[-2] < used + new:
             self._rooms = []
+            # not zeroed: a position is written before it is read
             for old, more in ((self.keys, key_states), (self.values, value_states)):
                 room = more.new_empty(*more.shape[:-2], used + new + ROOM, more.shape[-1])
                 if used and old is not None:
@@ -135,6 +140,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices``; called on a copy, so the rows it was copied from stay as they are."""
         used = self.get_seq_length()
         if used and not self._rooms:
             super().batch_select_indices(indices)

@@ -7,7 +7,7 @@ of their batch. What is needed at least: the states of the examples once, of the
 the head at the tokens that are scored. With F examples, Q question and O option tokens for N questions that is
 N (F + Q + n O) tokens against F + N (Q + n O), and logits at N (1 + n O) of them; so that is what happens here:
 
-- beginnings.py reads once what prompts of a task have in common;
+- prefix_sharing.py reads once what prompts of a task have in common;
 - the options of a question go on from copies of its keys and values; where that would save little (one option, or only
   options of one token), question and option are one row;
 - only the states before scored tokens meet the head, as many at a time as LOGIT_ELEMENTS allows;
@@ -47,18 +47,20 @@ class Question:
     context: Tokens
     requests: dict[Tokens, list[int]] = field(default_factory=dict)
     shared: int = 0
-    """How much of the context is a beginning that other contexts have too and that is read once for all."""
+    """Tokens of the context that begin other contexts too and are read once for all."""
 
     @property
     def tails(self) -> list[Tokens]:
-        """What has to be fed after the context: continuations without their last token, longest first, each once."""
+        """Continuations without their last token, which only has to be scored: longest first, each once."""
         return sorted({continuation[:-1] for continuation in self.requests}, key=lambda tail: (-len(tail), tail))
 
     @property
     def beginning(self) -> Tokens:
+        """Tokens that other contexts begin with too."""
         return self.context[: self.shared]
 
     def is_worth_branching(self) -> bool:
+        """Whether reading the context once for all tails saves a good share of the tokens that one row each takes."""
         tails, own = self.tails, len(self.context) - self.shared
         return (len(tails) - 1) * own > WORTH_BRANCHING * sum(own + len(tail) for tail in tails)
 
@@ -70,16 +72,18 @@ class Positions:
         self.hidden: list[Tensor] = []
         self.count = 0
         self.wanted: list[tuple[int, int]] = []
-        """(position, token)"""
+        """Pairs (position, token), one for each scored token."""
         self.owners: list[list[int]] = []
+        """Requests whose score the token is part of."""
 
     def add_hidden(self, hidden_ND: Tensor) -> int:
-        """Where these rows start."""
+        """Add states (N, D); returns the position of the first."""
         self.hidden.append(hidden_ND)
         self.count += len(hidden_ND)
         return self.count - len(hidden_ND)
 
     def want(self, positions: Sequence[int], tokens: Tokens, owners: list[int]) -> None:
+        """Ask for the score of each token at its position, on behalf of the requests ``owners``."""
         self.wanted += zip(positions, tokens, strict=True)
         self.owners += [owners] * len(tokens)
 
@@ -114,10 +118,10 @@ class Pass:
 
     ids_BS: Tensor
     mask: Tensor | None = None
-    """Over what the cache holds and the new tokens; None = nothing is padded that a token could see."""
+    """Mask over what the cache holds and the new tokens; None = nothing is padded that a token could see."""
     positions_BS: Tensor | None = None
     rows: Tensor | None = None
-    """Which rows of the first pass each row goes on from; None = none, as in the first pass itself."""
+    """Rows of the first pass that these rows go on from; None = none, as in the first pass itself."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Layout:
     passes: tuple[Pass, ...]
     locate: Callable[[Sequence[Tensor]], Positions]
     begun: DynamicCache | None = None
-    """What the first pass goes on from; None = nothing."""
+    """Cache that the first pass goes on from; None = nothing is read yet."""
 
     @property
     def branches(self) -> bool:
@@ -158,7 +162,7 @@ def layouts(
     branch: bool = True,
     share: bool = False,
 ) -> Iterator[Layout]:
-    """What has to run to score every (context, continuation), batch after batch.
+    """Layouts of all that has to run to score every (context, continuation), batch after batch.
 
     With ``share`` beginnings that contexts have in common are read once, for which the decoder is run in between.
 
@@ -199,6 +203,7 @@ def _whole_layout(decoder: Decoder, reader: Reader, batch: Sequence[tuple[Questi
     def locate(hidden: Sequence[Tensor]) -> Positions:
         positions = Positions()
         for row, (question, tail) in enumerate(batch):
+            # from the context's last token, whose state predicts the first one of the continuation
             start = positions.add_hidden(hidden[0][row, ends[row] - len(tail) - 1 : ends[row]])
             for continuation, owners in question.requests.items():
                 if continuation[:-1] == tail:
@@ -219,13 +224,14 @@ def _branched_layout(decoder: Decoder, reader: Reader, batch: Sequence[Question]
     for chunk in chunks:
         rows = torch.tensor([row for row, _ in chunk], device=decoder.device)
         ids_BT = decoder.right_padded([tail for _, tail in chunk])
+        # tails are padded on the right, so their positions count on from the context's length
         offsets = torch.tensor([[len(batch[row].context)] for row, _ in chunk], device=decoder.device)
         mask = torch.cat([start.mask[rows], torch.ones_like(ids_BT)], dim=1)
         passes.append(Pass(ids_BT, mask, offsets + torch.arange(ids_BT.shape[1], device=decoder.device), rows))
 
     def locate(hidden: Sequence[Tensor]) -> Positions:
         positions = Positions()
-        positions.add_hidden(hidden[0][:, -1])
+        positions.add_hidden(hidden[0][:, -1])  # contexts' last states are the first positions, in order of the rows
         starts: dict[tuple[int, Tokens], int] = {}
         for chunk, hidden_BTD in zip(chunks, hidden[1:], strict=True):
             for index, (row, tail) in enumerate(chunk):
@@ -255,7 +261,7 @@ def token_scores(decoder: Decoder, hidden_ND: Tensor, wanted: Sequence[tuple[int
 
     In fp32, and never more logits at one time than LOGIT_ELEMENTS.
     """
-    wanted_M2 = torch.tensor(wanted, device=decoder.device)
+    wanted_M2 = torch.tensor(wanted, device=decoder.device)  # one transfer; each chunk of positions picks its own
     index_M, token_M = wanted_M2[:, 0], wanted_M2[:, 1]
     log_prob_M = torch.zeros(len(wanted), dtype=torch.float32, device=decoder.device)
     first_choice_M = torch.zeros(len(wanted), dtype=torch.bool, device=decoder.device)
