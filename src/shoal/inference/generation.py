@@ -91,9 +91,7 @@ def write(
         hidden_BSD = decoder.hidden(
             texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache
         )
-        token_B = decoder.logits(hidden_BSD[:, -1]).argmax(
-            dim=-1
-        )  # rows end together
+        token_B = decoder.logits(hidden_BSD[:, -1]).argmax(dim=-1)  # rows end together
         kept = []
         for row, (text, token) in enumerate(zip(texts.alive, token_B.tolist(), strict=True)):
             texts.written[text].append(token)
