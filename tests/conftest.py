@@ -26,12 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --fast, leave out tests that are marked slow, and of a parametrised test all but its first case."""
+    """With --fast, leave out tests that are marked slow, and all but the first case where not marked every_case."""
     if not config.getoption("--fast"):
         return
     first: dict[str, pytest.Item] = {}
     for item in items:
-        first.setdefault(item.nodeid.partition("[")[0], item)
+        every_case = item.get_closest_marker("every_case") is not None
+        first.setdefault(item.nodeid if every_case else item.nodeid.partition("[")[0], item)
     kept = [item for item in first.values() if item.get_closest_marker("slow") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept

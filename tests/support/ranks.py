@@ -89,13 +89,8 @@ def run_ranks(
 
     Every rank first calls ``before``, which has to be a function of a module.
     """
-    port = env.get("MASTER_PORT", str(free_port()))
     with TemporaryFile("w+") as log:
-        processes = []
-        for rank in range(ranks):
-            world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
-            own = {**env, "MASTER_ADDR": "127.0.0.1", **world}
-            processes.append(start_rank(arguments, own, cwd=cwd, log=log, before=before))
+        processes = start_ranks(arguments, ranks=ranks, env=env, cwd=cwd, log=log, before=before)
         deadline = time.monotonic() + timeout_s
         while any(process.is_alive() for process in processes):
             if any(process.exitcode for process in processes) or time.monotonic() > deadline:
@@ -108,18 +103,24 @@ def run_ranks(
         return subprocess.CompletedProcess(list(arguments), failed, stdout="", stderr=log.read())
 
 
-def start_rank(
+def start_ranks(
     arguments: Sequence[str],
-    env: Mapping[str, str],
     *,
+    ranks: int,
+    env: Mapping[str, str],
     cwd: Path,
     log: IO[str],
     before: Callable[[], None] | None = None,
-) -> ForkServerProcess:
-    """One rank of its own, writing to ``log``."""
-    process = _preload().Process(target=_run, args=(list(arguments), dict(env), str(cwd), _path_of(log), before))
-    process.start()
-    return process
+) -> list[ForkServerProcess]:
+    """`shoal ARGUMENTS` on ``ranks`` ranks that have begun, all writing to ``log``."""
+    port = env.get("MASTER_PORT", str(free_port()))
+    processes = []
+    for rank in range(ranks):
+        world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+        own = {**env, "MASTER_ADDR": "127.0.0.1", **world}
+        processes.append(_preload().Process(target=_run, args=(list(arguments), own, str(cwd), _path_of(log), before)))
+        processes[-1].start()
+    return processes
 
 
 def _preload() -> ForkServerContext:

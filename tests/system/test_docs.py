@@ -16,6 +16,7 @@ from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.yaml import read_yaml
 from shoal.train.engine.arguments import check_names, deepspeed_config
 
+pytestmark = pytest.mark.every_case
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINING = ROOT / "docs/training.md"

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import psutil
 import pytest
 import torch
 import yaml
 from long_training import MANY, MANY_STEPS, STEPS, recipe, wait_for
-from ranks import environment, run_ranks
+from ranks import environment, run_ranks, start_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
@@ -40,18 +41,19 @@ def one_rank(**more: str) -> dict[str, str]:
     )
 
 
-def distill(path: Path, *overrides: str, ranks: int = 1, launcher: bool = False, env: dict[str, str] | None = None):
-    """The distill verb on every rank to its end; `launcher` goes through the `deepspeed` program as a user does."""
-    if not launcher:
-        return run_ranks(
-            ["distill", "--config", str(path), *overrides], ranks=ranks, env=env or environment(), cwd=path.parent
-        )
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    command += [str(ROOT / "launch" / "distill.py"), "--config", str(path), *overrides]
+def launch(script: str, path: Path, *overrides: str, ranks: int, env: dict[str, str] | None = None):
+    """A script of launch/ under the `deepspeed` program, as a user does it."""
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    command += ["--master_port", str(free_port()), str(ROOT / "launch" / script), "--config", str(path), *overrides]
     return subprocess.run(
         command, env=env or environment(), capture_output=True, text=True, timeout=300, cwd=path.parent, check=False
     )
+
+
+def distill(path: Path, *overrides: str, ranks: int = 1, env: dict[str, str] | None = None):
+    """The distill verb on every rank to its end, without a launcher."""
+    arguments = ["distill", "--config", str(path), *overrides]
+    return run_ranks(arguments, ranks=ranks, env=env or environment(), cwd=path.parent)
 
 
 def finished(result: subprocess.CompletedProcess[str]) -> str:
@@ -75,7 +77,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
     """One rank, ZeRO 0, fp32, never interrupted, started exactly as the README says."""
     path = recipe(tmp_path_factory.mktemp("reference"), teacher)
-    finished(distill(path, launcher=True))
+    finished(launch("distill.py", path, ranks=1))
     return path
 
 
@@ -259,15 +261,17 @@ def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_p
 
 def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_left(long_reference, teacher, tmp_path):
     path = recipe(tmp_path, teacher, **MANY)
-    launcher = start(path, "distill.timeout_s=8", ranks=2)
-    checkpoints = path.parent / "run" / "checkpoints"
-    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
-    late = next(process for process in ranks_of(launcher) if process.environ()["RANK"] == "1")
-    late.suspend()
-    wait_for(lambda: launcher.poll() is None and len(ranks_of(launcher)) == 1, "the waiting rank to end", 60)
-    late.kill()  # the launcher would, half a minute later
-    _, log = launcher.communicate(timeout=60)
-    assert launcher.returncode != 0
+    arguments = ["distill", "--config", str(path), "distill.timeout_s=8"]
+    with TemporaryFile("w+") as said:
+        waiting, late = start_ranks(arguments, ranks=2, env=environment(), cwd=tmp_path, log=said)
+        checkpoints = path.parent / "run" / "checkpoints"
+        wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+        psutil.Process(late.pid).suspend()
+        waiting.join(60)
+        late.kill()
+        said.seek(0)
+        log = said.read()
+    assert waiting.exitcode
     assert f"rank 1 (host {socket.gethostname()}, process {late.pid}) gives no sign of life" in log
     assert "the same command goes on from the last checkpoint" in log
     assert "going on from" in finished(distill(path))
@@ -276,17 +280,15 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_le
 
 def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_reference, teacher, tmp_path):
     path = recipe(tmp_path, teacher, **MANY)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch" / "distill.py"), "--config", str(path)],
-        env=one_rank(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    checkpoints = path.parent / "run" / "checkpoints"
-    wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=120)
-    assert process.returncode == 143, log[-2000:]
+    with TemporaryFile("w+") as said:
+        (rank,) = start_ranks(["distill", "--config", str(path)], ranks=1, env=environment(), cwd=tmp_path, log=said)
+        checkpoints = path.parent / "run" / "checkpoints"
+        wait_for(lambda: list(checkpoints.glob("checkpoint-*/manifest.json")), "a first checkpoint")
+        rank.terminate()
+        rank.join(120)
+        said.seek(0)
+        log = said.read()
+    assert rank.exitcode == 143, log[-2000:]
     assert re.search(r"stopped at step \d+ of 60 \(SIGTERM\), saved; the same command goes on", log)
     finished(distill(path))
     assert curve(path, MANY_STEPS) == curve(long_reference, MANY_STEPS)
@@ -388,16 +390,8 @@ def test_teacher_text_is_written_once_and_trained_on(teacher, tmp_path):
     assert sources["teacher_text"]["tokens"] > 0
 
 
-def stage(script: str, path: Path, *overrides: str, ranks: int) -> None:
-    """Run launch/measure.py or launch/eval.py under the DeepSpeed launcher; its verb on a rank alone without one."""
-    if ranks == 1:
-        verb = script.removesuffix(".py")
-        finished(run_ranks([verb, "--config", str(path), *overrides], ranks=1, env=environment(), cwd=path.parent))
-        return
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(ROOT / "launch" / script)]
-    command += ["--config", str(path), *overrides]
-    finished(subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False))
+def stage(verb: str, path: Path, *overrides: str, ranks: int) -> None:
+    finished(run_ranks([verb, "--config", str(path), *overrides], ranks=ranks, env=environment(), cwd=path.parent))
 
 
 def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(teacher, tmp_path):
@@ -405,9 +399,9 @@ def test_two_ranks_measure_the_numbers_of_one_and_go_on_where_one_was_killed(tea
     tasks = "tasks: [knowledge_continuation, knowledge_generation], limit: 25, batch_size: 1"
     few.append(f"measure.sweep={{{tasks}, perplexity_tokens: 700, sequence_length: 64}}")
     paths = [recipe(tmp_path / str(ranks), teacher) for ranks in (1, 2)]
-    stage("measure.py", paths[0], *few, ranks=1)
+    stage("measure", paths[0], *few, ranks=1)
     interrupted = kill_in_the_middle_of_a_sweep(paths[1], *few)
-    stage("measure.py", paths[1], *few, ranks=2)
+    stage("measure", paths[1], *few, ranks=2)
     one, two = (Importance.read(path.parent / "run" / Importance.FILE) for path in paths)
     assert one.num_tokens == two.num_tokens
     for name, scores in one.layers.items():
@@ -447,7 +441,10 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
     tasks = "eval.tasks=[knowledge_continuation, retrieval_generation]"
     for ranks in (1, 2):
         path = recipe(tmp_path / str(ranks), teacher)
-        stage("eval.py", path, *small, tasks, "eval.speed=false", ranks=ranks)
+        if ranks == 1:
+            stage("eval", path, *small, tasks, "eval.speed=false", ranks=1)
+        else:
+            finished(launch("eval.py", path, *small, tasks, "eval.speed=false", ranks=2))
         found.append(Evaluation.read(path.parent / "run" / "eval" / "teacher.json"))
     for one, two in zip(found[0].tasks, found[1].tasks, strict=True):
         assert (one.task, one.n) == (two.task, two.n)
@@ -462,5 +459,5 @@ def test_a_gpu_gives_the_curve_of_the_cpu(reference, teacher, tmp_path, zero):
     path = recipe(tmp_path, teacher)
     env = environment()
     del env["DS_ACCELERATOR"]
-    finished(distill(path, f"distill.deepspeed=deepspeed/zero{zero}.json", launcher=True, env=env))
+    finished(launch("distill.py", path, f"distill.deepspeed=deepspeed/zero{zero}.json", ranks=1, env=env))
     assert curve(path) == pytest.approx(curve(reference), abs=1e-3)

@@ -38,6 +38,7 @@ LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in fol
 ANOTHER = {"compress.sweeps": "eval"}
 """Folder -> other stage it may import: importance by task is an evaluation."""
 MOST_MODULES = 15
+pytestmark = pytest.mark.every_case
 SHARED = sorted(
     file
     for file in (ROOT / "src/shoal").rglob("*.py")
@@ -46,6 +47,11 @@ SHARED = sorted(
 STAGE_FILES = sorted(file for stage in TOP for file in (ROOT / stage).rglob("*.py"))
 ALL_FILES = [*SHARED, *STAGE_FILES]
 TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def name_of(file: Path) -> str:
@@ -67,7 +73,7 @@ def imports(file: Path) -> Iterator[tuple[str, str]]:
     """Every imported module of ``file``: as it is written, and its whole name."""
     module = MODULES and module_of(file) if file in ALL_FILES else ""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -151,7 +157,7 @@ def own_test(module: str) -> Path:
 
 def covered_by(test: Path) -> list[str]:
     """The modules that the docstring of ``test`` says it covers besides the one of its name."""
-    described = ast.get_docstring(ast.parse(test.read_text(encoding="utf-8"))) or ""
+    described = ast.get_docstring(tree_of(test)) or ""
     _, _, named = described.partition("Covers: ")
     return re.findall(r"shoal(?:\.\w+)+", named.partition("\n\n")[0])
 
@@ -215,7 +221,7 @@ def test_declared_packages_are_those_of_the_tree() -> None:
 
 @pytest.mark.parametrize("package", sorted(PACKAGES - {"shoal.abilities"}))
 def test_a_folders_docstring_names_its_modules_and_folders_once(package: str) -> None:
-    described = ast.get_docstring(ast.parse(MODULES[package].read_text(encoding="utf-8"))) or ""
+    described = ast.get_docstring(tree_of(MODULES[package])) or ""
     named = re.findall(r"^ *(\w+) {2,}\S", described, flags=re.MULTILINE)
     inside = [module for module in MODULES if module.rpartition(".")[0] == package]
     assert sorted(named) == sorted(module.rpartition(".")[2] for module in inside)
@@ -258,7 +264,7 @@ def test_wheel_holds_code_templates_recipes_and_tasks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ALL_FILES, ids=name_of)
 def test_every_public_function_and_class_says_what_it_gives(file: Path) -> None:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = tree_of(file)
     if tree.body:
         assert ast.get_docstring(tree), "the module says nothing"
     public = [
@@ -271,7 +277,7 @@ def test_every_public_function_and_class_says_what_it_gives(file: Path) -> None:
 @pytest.mark.parametrize("file", [file for file in ALL_FILES if file.name != "cli.py"], ids=name_of)
 def test_nothing_prints(file: Path) -> None:
     """Modules log; only the command line talks to the terminal by itself."""
-    calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    calls = [node for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)]
     assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
 
 
