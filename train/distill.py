@@ -16,7 +16,8 @@ from shoal.errors import UserError
 from shoal.models.load import Checkpoint, text_config, tokenizer_fingerprint
 from shoal.progress import doing
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
-from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.recipe import Recipe
+from shoal.recipe.section import Shapes, shaping, shaping_keys
 from shoal.runtime import agreed, device, is_main
 from shoal.tracking import wandb_run
 
@@ -287,7 +288,7 @@ def rows_to_train_on(
             tokenizer,
             data=settings.data,
             folder=run_dir / "text",
-            inputs={key: inputs[key] for key in ("model", "dtype", "attention")},
+            inputs={key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))},
             seed=seed,
             load_writer=load_writer,
         )

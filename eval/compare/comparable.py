@@ -21,7 +21,7 @@ from shoal.stats.paired import SAME_MEASUREMENT, paired, require_same_measuremen
 from ..report.findings import Run, read_run
 
 CUT_ROLES = ("pruned", "distilled")
-TEXT_SETTINGS = ("data", *(f"eval.{key}" for key in shaping_keys(Eval, Shapes.PERPLEXITY)))
+TEXT_SETTINGS = ("data", *shaping_keys(Eval, Shapes.PERPLEXITY, "eval."))
 """Settings that the perplexity depends on; `data` is the hash of the text itself."""
 MOST_PROBLEMS = 8
 """Problems that one refusal lists."""

@@ -20,9 +20,9 @@ from tiny import tiny_tokenizer
 
 from shoal.eval.compare.comparable import TEXT_SETTINGS
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import OnPolicy
+from shoal.recipe.distill import Distill, OnPolicy
 from shoal.recipe.recipe import Recipe, parse_recipe
-from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping
+from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.stages import distill as distilling
 from shoal.stages import measure, pipeline, prune
 from shoal.stages import run as run_module
@@ -366,9 +366,15 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
             said = {"importance"} if Shapes.SCORES in shapes else set()
         after = with_perplexity(identities(Run(changed)))
         differing = {result for result, inputs in after.items() if inputs != before[result]}
-        # a plan is chosen by importance; text that the teacher writes has its identity from prompts too
-        assert differing - {"plan"} == said - {"plan", "text"}, place
+        # a plan is chosen by importance; text and healed gaps have their identity from more than settings
+        assert differing - {"plan"} == said - {"plan", "text", "local"}, place
         assert "plan" in differing or "plan" not in said, place
+
+
+def test_healed_gaps_and_written_text_are_identified_as_run_directories_hold_it() -> None:
+    assert shaping_keys(Recipe, Shapes.LOCAL) == ["dtype", "attention"]
+    assert shaping_keys(Distill, Shapes.LOCAL, "distill.") == ["distill.teacher", "distill.local"]
+    assert shaping_keys(Recipe, Shapes.TEXT) == ["seed", "dtype", "attention"]
 
 
 def with_perplexity(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

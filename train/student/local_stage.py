@@ -37,8 +37,9 @@ from shoal.lr_schedule import warmup_cosine
 from shoal.models.anatomy import state_of, with_state
 from shoal.models.load import Checkpoint, decoder_layers
 from shoal.progress import each
-from shoal.recipe.distill import LocalHeal
-from shoal.recipe.section import as_dict
+from shoal.recipe.distill import Distill, LocalHeal
+from shoal.recipe.recipe import Recipe
+from shoal.recipe.section import Shapes, shaping_keys
 from shoal.runtime import barrier, device, is_main, rank, world_size
 
 from ..objective.capture import capturing
@@ -79,11 +80,11 @@ def local_stage(spec: TrainSpec, rows: PackedRows, *, folder: Path, inputs: dict
     settings = spec.settings.local
     assert settings is not None
     healed, story = folder / "student", folder / "local.json"
-    keys = ("model", "student", "prune.drop", "dtype", "attention", "distill.teacher")
+    settings_keys = [*shaping_keys(Recipe, Shapes.LOCAL), *shaping_keys(Distill, Shapes.LOCAL, "distill.")]
     # no loss scaling here, without which float16 loses small gradients: what trains in it later heals in float32
     autocast = spec.deepspeed.autocast_dtype == torch.bfloat16
-    identity = {key: inputs[key] for key in keys}
-    identity |= {"rows": rows.fingerprint, "autocast": autocast, "distill.local": as_dict(settings)}
+    identity = {key: inputs[key] for key in ("model", "student", "prune.drop", *settings_keys)}
+    identity |= {"rows": rows.fingerprint, "autocast": autocast}
     if story.is_file() and not differences(identity, json.loads(story.read_text())["inputs"]):
         log.info("local: done already, %s", healed)
         return healed

@@ -24,6 +24,7 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.load import Checkpoint, loaded_dtype, text_config, tokenizer_fingerprint
 from shoal.recipe.distill import Distill, Record
+from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, shaping, shaping_keys
 from shoal.runtime import environment, is_main, rank, together, world_size
 
@@ -74,7 +75,7 @@ def recording_inputs(
 
 def rows_from(inputs: dict[str, Any]) -> dict[str, Any]:
     """What shapes the training rows, for messages about a recording of others."""
-    keys = (*(f"distill.{key}" for key in shaping_keys(Distill, Shapes.ROWS)), "data", "seed")
+    keys = (*shaping_keys(Distill, Shapes.ROWS, "distill."), "data", *shaping_keys(Recipe, Shapes.ROWS))
     return {key: inputs[key] for key in keys if key in inputs}
 
 

@@ -192,8 +192,8 @@ class Distill(Section):
     backward pass nor optimizer state."""
     lora: Annotated[Lora | None, Shapes.TRAINING] = None
     """Adapters beside the weights of the trained layers instead of these weights; None = train the weights."""
-    teacher: Annotated[Teacher, Shapes.TRAINING] = Teacher()
-    local: Annotated[LocalHeal | None, Shapes.TRAINING] = None
+    teacher: Annotated[Teacher, Shapes.LOCAL | Shapes.TRAINING] = Teacher()
+    local: Annotated[LocalHeal | None, Shapes.LOCAL | Shapes.TRAINING] = None
     """A stage before this one; None = none."""
     writing: Annotated[Writing, Shapes.TRAINING] = Writing()
     """Text that the teacher writes where data names the source `teacher_text`."""

@@ -39,14 +39,16 @@ class Recipe(Section):
     """Seed of everything that is drawn: data, text, probes, examples."""
     revision: Annotated[str | None, Shapes.BY_CONTENT] = None
     """Hub revision of the model."""
-    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED] = "auto"
+    dtype: Annotated[Dtype, Shapes.NUMBERS | Shapes.LOCAL | Shapes.SIGNALS | Shapes.SPEED] = "auto"
     """Precision in which models are measured, evaluated and used as a frozen teacher; auto = what the device multiplies
     fast in, or what this run directory was begun in; stored = that of the checkpoint."""
     full_size_gflops: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.BY_CONTENT] = None
     """GFLOP/s of matrix products over all cores that the sizes of this recipe are meant for. On a slower device there
     are fewer tokens (to measure, write, train and score) and fewer items, in proportion but a fifth at least, so that
     the run takes about as long; log, run.json and report say so. None = sizes are what they say, on every device."""
-    attention: Annotated[Literal["sdpa", "eager"], Shapes.NUMBERS | Shapes.SIGNALS | Shapes.SPEED] = "sdpa"
+    attention: Annotated[Literal["sdpa", "eager"], Shapes.NUMBERS | Shapes.LOCAL | Shapes.SIGNALS | Shapes.SPEED] = (
+        "sdpa"
+    )
     """Attention kernels. flash_attention_2 is refused: with several rows in a batch its kernels let packed documents
     see each other."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False

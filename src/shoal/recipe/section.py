@@ -95,6 +95,8 @@ class Shapes(Flag):
     """What the teacher writes before training."""
     ROWS = auto()
     """Packed rows of the training text."""
+    LOCAL = auto()
+    """Gaps that are healed before training, with all of a section that shapes TRAINING."""
     TRAINING = auto()
     """distill.json and distilled/."""
     SCORES = auto()
@@ -105,7 +107,7 @@ class Shapes(Flag):
     """eval/speed.json."""
     SEARCH = auto()
     """search.json, besides the plans and scores it is made from."""
-    NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | PLAN | TRAINING | SCORES
+    NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | PLAN | TEXT | TRAINING | SCORES
     """What comes of running a model."""
 
 
@@ -117,9 +119,9 @@ def shaped(section: Any) -> dict[str, Shapes | None]:
     return {key: next((mark for mark in said if isinstance(mark, Shapes)), None) for key, said in marks.items()}
 
 
-def shaping_keys(section: Any, result: Shapes) -> list[str]:
-    """The keys of a class of sections that shape ``result``."""
-    return [key for key, results in shaped(section).items() if results is not None and result in results]
+def shaping_keys(section: Any, result: Shapes, place: str = "") -> list[str]:
+    """The keys of a class of sections that shape ``result``, after ``place``."""
+    return [place + key for key, results in shaped(section).items() if results is not None and result in results]
 
 
 def shaping(section: Section, result: Shapes, place: str = "") -> dict[str, Any]:

@@ -206,7 +206,7 @@ def test_what_is_not_healed_is_written_as_it_was_stored(tmp_path):
     rows = text(8)
     settings = Distill(local=LocalHeal(num_tokens=1, batch_size=4), sequence_length=24, precision="float32")
     identity: dict[str, Any] = dict.fromkeys(
-        ("model", "student", "prune.drop", "dtype", "attention", "distill.teacher")
+        ("model", "student", "prune.drop", "dtype", "attention", "distill.teacher", "distill.local")
     )
     teacher, student = (Checkpoint.read(tmp_path / n, LoadSettings("float32")) for n in ("teacher", "student"))
     plan = PruningPlan(Provenance({}), num_layers=NUM_LAYERS, drop=(2, 3), reason="")
