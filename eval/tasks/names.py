@@ -20,7 +20,7 @@ from typing import get_args
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks
-from shoal.recipe.recipe import CONFIGS_DIR
+from shoal.recipe.suites import CONFIGS_DIR
 
 from .data_sets import DataSet, Part, TaskProtocol, parts_of, read_data_sets
 

@@ -19,7 +19,8 @@ def test_a_recipe_is_read_and_refused_before_anything_heavy_is_loaded(work: str)
     script = f"""
 import sys
 from shoal.cli import run_verb
-from shoal.recipe.recipe import CONFIGS_DIR, load_recipe
+from shoal.recipe.recipe import load_recipe
+from shoal.recipe.suites import CONFIGS_DIR
 {work}
 loaded = [name for name in {HEAVY!r} if name in sys.modules]
 assert not loaded, loaded

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.recipe.recipe import CONFIGS_DIR
+from shoal.recipe.suites import CONFIGS_DIR
 
 
 def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from shoal.recipe.messages import blamed, explained, quoted
 from shoal.recipe.prune import Prune
 from shoal.recipe.search import Search
 from shoal.recipe.section import Dtype, Section, Shapes, Text, adapter
-from shoal.recipe.suites import with_suite
+from shoal.recipe.suites import CONFIGS_DIR, with_suite
 from shoal.recipe.track import Export, Track
 from shoal.recipe.yaml import YAMLError, read_yaml
 from shoal.redaction import redacted
@@ -61,11 +61,6 @@ class Recipe(Section):
     eval: Eval = field(default_factory=Eval)
     track: Annotated[Track, Shapes.NOTHING] = field(default_factory=Track)
     export: Annotated[Export, Shapes.NOTHING] = field(default_factory=Export)
-
-
-CONFIGS_DIR = Path(__file__).parents[1] / "configs"
-if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
-    CONFIGS_DIR = Path(__file__).parents[3] / "configs"
 
 
 def load_recipe(

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
-from shoal.recipe.section import Positive, RowLength, Section, Text
+from shoal.recipe.section import Positive, RowLength, Section, Text, adapter
 from shoal.recipe.yaml import read_yaml
 
 SuiteName = Literal["quick", "standard", "full"]
-SUITES_DIR = Path(__file__).parents[1] / "configs" / "suites"
-if not SUITES_DIR.exists():  # editable install through a tree without symlinks
-    SUITES_DIR = Path(__file__).parents[3] / "configs" / "suites"
+CONFIGS_DIR = Path(__file__).parents[1] / "configs"
+if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
+    CONFIGS_DIR = Path(__file__).parents[3] / "configs"
+SUITES_DIR = CONFIGS_DIR / "suites"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Suite(Section):
 def read_suite(name: str) -> Suite:
     """The suite of this name."""
     text = (SUITES_DIR / f"{name}.yaml").read_text(encoding="utf-8")
-    return TypeAdapter(Suite).validate_python(read_yaml(text))
+    return adapter(Suite).validate_python(read_yaml(text))
 
 
 def with_suite(raw: Mapping[str, Any]) -> dict[str, Any]:

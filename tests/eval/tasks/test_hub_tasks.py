@@ -11,7 +11,7 @@ import lm_eval.tasks
 import pytest
 
 from shoal.eval.tasks.load import load_tasks
-from shoal.recipe.recipe import CONFIGS_DIR
+from shoal.recipe.suites import CONFIGS_DIR
 
 THEIRS = {
     "loglikelihood": "mmlu_anatomy",

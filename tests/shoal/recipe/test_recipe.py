@@ -16,8 +16,9 @@ import pytest
 
 from shoal.errors import UserError
 from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL
-from shoal.recipe.recipe import CONFIGS_DIR, Recipe, load_recipe, parse_recipe
+from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import DataSource, as_dict
+from shoal.recipe.suites import CONFIGS_DIR
 
 BASE: dict[str, Any] = {"model": "m", "run_dir": "r"}
 SHIPPED = sorted(CONFIGS_DIR.glob("*.yaml"))
