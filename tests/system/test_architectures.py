@@ -1,6 +1,6 @@
 """Contract 1 for every family: cutting in memory and on disk equals skipping, or is refused with the reason.
 
-Covers: shoal.compress.surgery.proof, shoal.models.anatomy.
+Covers: shoal.compress.surgery.proof, shoal.models.anatomy, shoal.models.families.
 """
 
 from __future__ import annotations
