@@ -38,7 +38,6 @@ LEVEL = {folder: level for level, folders in enumerate(LEVELS) for folder in fol
 ANOTHER = {"compress.sweeps": "eval"}
 """Folder -> other stage it may import: importance by task is an evaluation."""
 MOST_MODULES = 15
-pytestmark = pytest.mark.every_case
 SHARED = sorted(
     file
     for file in (ROOT / "src/shoal").rglob("*.py")
@@ -69,9 +68,14 @@ MODULES = {module_of(file): file for file in ALL_FILES}
 PACKAGES = {module for module, file in MODULES.items() if file.name == "__init__.py"}
 
 
-def imports(file: Path) -> Iterator[tuple[str, str]]:
+@cache
+def imports(file: Path) -> tuple[tuple[str, str], ...]:
     """Every imported module of ``file``: as it is written, and its whole name."""
-    module = MODULES and module_of(file) if file in ALL_FILES else ""
+    return tuple(_imports(file))
+
+
+def _imports(file: Path) -> Iterator[tuple[str, str]]:
+    module = module_of(file) if file in ALL_FILES else ""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
@@ -104,32 +108,32 @@ def test_every_folder_has_one_level() -> None:
     assert len(LEVEL) == sum(map(len, LEVELS))
 
 
-@pytest.mark.parametrize("file", ALL_FILES, ids=name_of)
-def test_modules_import_lower_folders_only(file: Path) -> None:
-    own = folder_of(module_of(file))
-    for _, module in imports(file):
-        if module in MODULES and (folder := folder_of(module)) != own:
-            assert LEVEL[folder] < LEVEL[own], f"{name_of(file)} imports {module}, which is not below it"
+def test_modules_import_lower_folders_only() -> None:
+    for file in ALL_FILES:
+        own = folder_of(module_of(file))
+        for _, module in imports(file):
+            if module in MODULES and (folder := folder_of(module)) != own:
+                assert LEVEL[folder] < LEVEL[own], f"{name_of(file)} imports {module}, which is not below it"
 
 
-@pytest.mark.parametrize("file", STAGE_FILES, ids=name_of)
-def test_stages_know_one_another_only_where_they_must(file: Path) -> None:
-    own = module_of(file)
-    for _, module in imports(file):
-        if (stage := stage_of(module)) and stage != stage_of(own):
-            assert stage == ANOTHER.get(folder_of(own)), f"{name_of(file)} imports {module}"
+def test_stages_know_one_another_only_where_they_must() -> None:
+    for file in STAGE_FILES:
+        own = module_of(file)
+        for _, module in imports(file):
+            if (stage := stage_of(module)) and stage != stage_of(own):
+                assert stage == ANOTHER.get(folder_of(own)), f"{name_of(file)} imports {module}"
 
 
-@pytest.mark.parametrize("file", ALL_FILES, ids=name_of)
-def test_stages_import_themselves_relatively_and_the_rest_absolutely(file: Path) -> None:
+def test_stages_import_themselves_relatively_and_the_rest_absolutely() -> None:
     """Only this way editable installs, wheels, pytest, pyright and the launcher see one identity per class."""
-    own = stage_of(module_of(file))
-    for written, module in imports(file):
-        if own and stage_of(module):
-            assert written.startswith("."), f"{name_of(file)}: import {module} relatively"
-        elif "abilities" not in file.parts:
-            assert not written.startswith("."), f"{name_of(file)}: write {module} for {written}"
-        assert module.split(".")[0] not in TOP, f"{name_of(file)}: {module} is no top-level module"
+    for file in ALL_FILES:
+        own = stage_of(module_of(file))
+        for written, module in imports(file):
+            if own and stage_of(module):
+                assert written.startswith("."), f"{name_of(file)}: import {module} relatively"
+            elif "abilities" not in file.parts:
+                assert not written.startswith("."), f"{name_of(file)}: write {module} for {written}"
+            assert module.split(".")[0] not in TOP, f"{name_of(file)}: {module} is no top-level module"
 
 
 def test_no_folder_is_full() -> None:
@@ -138,15 +142,12 @@ def test_no_folder_is_full() -> None:
     assert not full
 
 
-@pytest.mark.parametrize(
-    "file",
-    [*TEST_FILES, *sorted((ROOT / "launch").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))],
-    ids=name_of,
-)
-def test_scripts_and_tests_import_absolutely(file: Path) -> None:
-    wrong = [written for written, _ in imports(file) if written.startswith(".") or written.split(".")[0] in TOP]
-    assert not wrong
-    assert not [written for written, _ in imports(file) if written.startswith("test_")], "share it in tests/support"
+def test_scripts_and_tests_import_absolutely() -> None:
+    for file in [*TEST_FILES, *(ROOT / "launch").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        for written, _ in imports(file):
+            assert not written.startswith("."), f"{name_of(file)}: write {written} absolutely"
+            assert not written.startswith("test_"), f"{name_of(file)}: share what {written} has in tests/support"
+            assert written.split(".")[0] not in TOP, f"{name_of(file)}: {written} is no top-level module"
 
 
 def own_test(module: str) -> Path:
@@ -162,17 +163,12 @@ def covered_by(test: Path) -> list[str]:
     return re.findall(r"shoal(?:\.\w+)+", named.partition("\n\n")[0])
 
 
-@cache
-def imported_by(file: Path) -> frozenset[str]:
-    return frozenset(module for _, module in imports(file))
-
-
 def reached_from(file: Path) -> set[str]:
     """Modules of shoal that ``file`` imports, itself or through helpers and other modules."""
     helpers = {helper.stem: helper for helper in (ROOT / "tests/support").glob("*.py")}
     reached, waiting = set(), [file]
     while waiting:
-        for module in imported_by(waiting.pop()) - reached:
+        for module in {module for _, module in imports(waiting.pop())} - reached:
             reached.add(module)
             waiting += filter(None, [MODULES.get(module) or helpers.get(module)])
     return reached & MODULES.keys()
@@ -189,10 +185,11 @@ def test_every_module_has_a_test_of_its_name_or_one_that_names_it() -> None:
     assert not missing, "add tests, or a line `Covers: MODULE, ...` to the docstring of those that there are"
 
 
-@pytest.mark.parametrize("file", [file for file in TEST_FILES if covered_by(file)], ids=name_of)
-def test_what_a_test_says_it_covers_is_within_its_reach(file: Path) -> None:
-    beyond = set(covered_by(file)) - reached_from(file)
-    assert not beyond
+def test_what_a_test_says_it_covers_is_within_its_reach() -> None:
+    for file in TEST_FILES:
+        if covered := covered_by(file):
+            beyond = set(covered) - reached_from(file)
+            assert not beyond, name_of(file)
 
 
 def test_every_module_can_be_imported() -> None:
@@ -219,12 +216,12 @@ def test_declared_packages_are_those_of_the_tree() -> None:
     assert linked == {name: Path("../..") / name for name in (*TOP, "configs")}
 
 
-@pytest.mark.parametrize("package", sorted(PACKAGES - {"shoal.abilities"}))
-def test_a_folders_docstring_names_its_modules_and_folders_once(package: str) -> None:
-    described = ast.get_docstring(tree_of(MODULES[package])) or ""
-    named = re.findall(r"^ *(\w+) {2,}\S", described, flags=re.MULTILINE)
-    inside = [module for module in MODULES if module.rpartition(".")[0] == package]
-    assert sorted(named) == sorted(module.rpartition(".")[2] for module in inside)
+def test_a_folders_docstring_names_its_modules_and_folders_once() -> None:
+    for package in PACKAGES - {"shoal.abilities"}:
+        described = ast.get_docstring(tree_of(MODULES[package])) or ""
+        named = re.findall(r"^ *(\w+) {2,}\S", described, flags=re.MULTILINE)
+        inside = [module for module in MODULES if module.rpartition(".")[0] == package]
+        assert sorted(named) == sorted(module.rpartition(".")[2] for module in inside), package
 
 
 @pytest.mark.slow
@@ -262,23 +259,21 @@ def test_wheel_holds_code_templates_recipes_and_tasks(tmp_path: Path) -> None:
     assert not {name for name in held if not name.startswith(("shoal/", "shoal-"))}
 
 
-@pytest.mark.parametrize("file", ALL_FILES, ids=name_of)
-def test_every_public_function_and_class_says_what_it_gives(file: Path) -> None:
-    tree = tree_of(file)
-    if tree.body:
-        assert ast.get_docstring(tree), "the module says nothing"
-    public = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-    ]
-    silent = [node.name for node in public if not ast.get_docstring(node)]
-    assert not silent, f"{name_of(file)}: no docstring on {', '.join(silent)}"
+def test_every_public_function_and_class_says_what_it_gives() -> None:
+    for file in ALL_FILES:
+        tree = tree_of(file)
+        assert not tree.body or ast.get_docstring(tree), f"{name_of(file)}: the module says nothing"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name_of(file)}: no docstring on {node.name}"
 
 
-@pytest.mark.parametrize("file", [file for file in ALL_FILES if file.name != "cli.py"], ids=name_of)
-def test_nothing_prints(file: Path) -> None:
+def test_nothing_prints() -> None:
     """Modules log; only the command line talks to the terminal by itself."""
-    calls = [node for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)]
-    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    for file in ALL_FILES:
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and file.name != "cli.py":
+                assert node.func.id != "print", f"{name_of(file)}:{node.lineno}"
 
 
 def test_no_file_names_a_folder_of_one_machine() -> None:
