@@ -20,7 +20,14 @@ from shoal.atomic_files import fingerprint, write_json
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
-from shoal.models.checkpoint_files import TOKENIZER_PATTERNS, Shard, has_tokenizer, json_or_empty, read_shards
+from shoal.models.checkpoint_files import (
+    WITH_MODEL,
+    WITH_TOKENIZER,
+    Shard,
+    has_tokenizer,
+    json_or_empty,
+    read_shards,
+)
 from shoal.models.load import load_config, load_model, load_tokenizer, refuse_incomplete
 from shoal.progress import doing
 from shoal.recipe.edits import Replace
@@ -43,16 +50,6 @@ from .surgery.stored_names import (
 
 log = logging.getLogger(__name__)
 
-COPIED_FILES = (
-    *TOKENIZER_PATTERNS,
-    "chat_template*",
-    "additional_chat_templates",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-"""What goes from the teacher's folder to the student's byte for byte: a cut changes no token and no licence."""
 GENERATION_FILE = "generation_config.json"
 
 Proof = Literal["auto", "run", "files"]
@@ -125,7 +122,7 @@ def apply_plan(
             expected = _write_copy(copy, folder)
         else:
             expected = _write_from_memory(teacher, plan, folder, donors=donors or {}, seed=seed, runs=runs)
-        for pattern in COPIED_FILES:
+        for pattern in (*WITH_TOKENIZER, *WITH_MODEL):  # byte for byte: a cut changes no token and no licence
             for file in sorted(teacher_folder.glob(pattern)):
                 copy_beside(file, folder / file.name)
         with doing("prune: proving the student by its files"):

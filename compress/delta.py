@@ -7,11 +7,12 @@ loaded, and a model larger than memory is no matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from shoal.errors import UserError
@@ -21,12 +22,12 @@ from shoal.models.load import FLOATS, load_config, text_config, without_data
 from shoal.progress import BYTES, Work, progress
 
 from .surgery.quantised import without_quantization
-from .surgery.stored_names import NotByCopy, find_layers
+from .surgery.stored_names import NotByCopy, find_layers, split_layer
 
 CHUNK = 2**22
 """Numbers of each checkpoint in memory at one time: 32 MiB in float64."""
 COUNTING = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
-"""Masks and positions that old checkpoints hold; they are no weights, but must be equal."""
+"""Dtypes of masks and positions that old checkpoints hold: no weights, but they must be equal."""
 BAR_WIDTH = 30
 
 
@@ -36,11 +37,11 @@ class TensorDelta:
 
     name: str
     layer: int | None
-    """None = outside of the decoder layers."""
+    """Index of the decoder layer; None = outside of them."""
     difference: float
-    """|donor - base|"""
+    """Norm |donor - base|."""
     base: float
-    """|base|"""
+    """Norm |base|."""
 
     @property
     def relative(self) -> float | None:
@@ -58,17 +59,15 @@ class DeltaNorms:
     @property
     def layers(self) -> tuple[float | None, ...]:
         """|donor - base| / |base| of each decoder layer, all its tensors taken as one vector."""
-        return tuple(_together(delta for delta in self.tensors if delta.layer == layer) for layer in self.indices)
+        return tuple(_relative(self._of(layer)) for layer in range(self.num_layers))
 
     @property
     def outside(self) -> float | None:
         """The same for everything that is in no layer: embeddings, final norm, head."""
-        return _together(delta for delta in self.tensors if delta.layer is None)
+        return _relative(self._of(None))
 
-    @property
-    def indices(self) -> range:
-        """Of the decoder layers."""
-        return range(self.num_layers)
+    def _of(self, layer: int | None) -> list[TensorDelta]:
+        return [delta for delta in self.tensors if delta.layer == layer]
 
     def document(self) -> dict[str, Any]:
         """Everything as plain JSON."""
@@ -80,16 +79,15 @@ class DeltaNorms:
 
     def table(self) -> str:
         """For a reader: one line per layer, with the tensor that differs most."""
-        largest = max((value for value in (*self.layers, self.outside) if value is not None), default=0.0)
-        rows = [(f"layer {layer}", value, layer) for layer, value in zip(self.indices, self.layers, strict=True)]
+        groups = [*range(self.num_layers), None]
+        values = [*self.layers, self.outside]
+        largest = max((value for value in values if value is not None), default=0.0)
         lines = [f"{'':>10}  relative  {'':{BAR_WIDTH}}  largest"]
-        for label, value, layer in [*rows, ("outside", self.outside, None)]:
+        for layer, value in zip(groups, values, strict=True):
+            label = "outside" if layer is None else f"layer {layer}"
             bar = "#" * round(BAR_WIDTH * (value or 0) / largest) if largest else ""
-            most = max(
-                (delta for delta in self.tensors if delta.layer == layer), key=lambda delta: delta.relative or 0.0
-            )
-            of_most = "-" if most.relative is None else f"{most.relative:.4f}"
-            number = "-" if value is None else f"{value:.4f}"
+            most = max(self._of(layer), key=lambda delta: delta.relative or 0.0)
+            number, of_most = ("-" if ratio is None else f"{ratio:.4f}" for ratio in (value, most.relative))
             lines.append(f"{label:>10}  {number:>8}  {bar:{BAR_WIDTH}}  {most.name} {of_most}")
         return "\n".join(lines)
 
@@ -119,17 +117,18 @@ def delta_norms(base_folder: Path, donor_folder: Path) -> DeltaNorms:
         prefix = find_layers(shapes, skeleton, configs[0])
     except NotByCopy as error:
         raise UserError(f"{base_folder}: {error}; give a plain checkpoint of transformers") from error
-    base, donor = stored
+    (base, donor), num_layers = stored, len(anatomy(skeleton).layers)
     total = sum(tensor.end - tensor.start for _, tensor in (*base.values(), *donor.values()))
     deltas = []
     with progress("delta", total=total, unit=BYTES) as step:
         for name, pair in sorted(base.items(), key=lambda item: (item[1][0].name, item[1][1].start)):
             sizes = _squares(name, pair, donor[name], step)
             if sizes is not None:
-                layer = _layer_of(name, prefix, len(anatomy(skeleton).layers))
-                deltas.append(TensorDelta(name, layer, *map(math.sqrt, sizes)))
+                layer = split_layer(name, prefix)[0]
+                is_inside = layer is not None and layer < num_layers  # more layers predict further tokens
+                deltas.append(TensorDelta(name, layer if is_inside else None, *map(math.sqrt, sizes)))
     deltas.sort(key=lambda delta: (delta.layer is None, delta.layer or 0))
-    return DeltaNorms(len(anatomy(skeleton).layers), tuple(deltas))
+    return DeltaNorms(num_layers, tuple(deltas))
 
 
 Stored = dict[str, tuple[Path, StoredTensor]]
@@ -150,16 +149,16 @@ def _refuse_different(folders: tuple[Path, Path], configs: list[Any]) -> None:
 def _settle_ties(skeleton: Any, stored: list[Stored], tied: list[bool]) -> None:
     """Let a head that is tied be what it is tied to, or nothing where both are."""
     parts = anatomy(skeleton)
-    for own, is_tied in zip(stored, tied, strict=True):
-        head = _spelled(f"{parts.head_name}.weight", own)
+    for tensors, is_tied in zip(stored, tied, strict=True):
+        head = _spelled(f"{parts.head_name}.weight", tensors)
         if is_tied and head:
-            del own[head]
-    if not all(tied) and any(tied):
-        tied_one, other = stored if tied[0] else reversed(stored)
-        head = _spelled(f"{parts.head_name}.weight", other)
-        embeddings = _spelled(f"{parts.embeddings_name}.weight", tied_one)
+            del tensors[head]
+    if tied[0] != tied[1]:
+        tied_tensors, others = stored if tied[0] else reversed(stored)
+        head = _spelled(f"{parts.head_name}.weight", others)
+        embeddings = _spelled(f"{parts.embeddings_name}.weight", tied_tensors)
         if head and embeddings:
-            tied_one[head] = tied_one[embeddings]
+            tied_tensors[head] = tied_tensors[embeddings]
 
 
 def _spelled(name: str, stored: Stored) -> str | None:
@@ -182,11 +181,6 @@ def _refuse_other_names(folders: tuple[Path, Path], stored: list[Stored]) -> Non
             )
 
 
-def _layer_of(name: str, prefix: str, num_layers: int) -> int | None:
-    number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-    return int(number) if number.isdigit() and int(number) < num_layers else None
-
-
 def _squares(
     name: str, base: tuple[Path, StoredTensor], donor: tuple[Path, StoredTensor], step: Work
 ) -> tuple[float, float] | None:
@@ -194,12 +188,12 @@ def _squares(
     dtypes = base[1].dtype, donor[1].dtype
     if len(set(dtypes)) > 1 and not set(dtypes) <= FLOATS.keys():
         raise UserError(f"{donor[0]}: {name} is {dtypes[1]}, but {dtypes[0]} in {base[0]}; give models of one kind")
-    difference = own = 0.0
+    difference = size = 0.0
     for base_piece, donor_piece in zip(_pieces(name, *base), _pieces(name, *donor), strict=True):
         step(base_piece.nbytes + donor_piece.nbytes)
         if base_piece.is_floating_point():
             exact = base_piece.double()
-            own += float(exact.square().sum())
+            size += float(exact.square().sum())
             difference += float((donor_piece.double() - exact).square().sum())
         elif not torch.equal(base_piece, donor_piece):
             raise UserError(
@@ -209,23 +203,19 @@ def _squares(
         raise UserError(
             f"{name}: holds numbers that are not finite, in {base[0]} or {donor[0]}; {DOWNLOAD_AGAIN} that holds them"
         )
-    return (difference, own) if dtypes[0] in FLOATS else None
+    return (difference, size) if dtypes[0] in FLOATS else None
 
 
 def _pieces(name: str, file: Path, tensor: StoredTensor) -> Iterator[torch.Tensor]:
     dtype = FLOATS.get(tensor.dtype) or (torch.uint8 if tensor.dtype in COUNTING else None)
     if dtype is None:
         raise UserError(f"{file}: {name} is {tensor.dtype}, which is quantised; give the full-precision model")
-    position, size = tensor.start, CHUNK * dtype.itemsize
-    with file.open("rb") as handle:
-        handle.seek(position)
-        while position < tensor.end:
-            data = bytearray(handle.read(min(size, tensor.end - position)))
-            position += len(data)
-            yield torch.frombuffer(data, dtype=dtype)
+    size = CHUNK * dtype.itemsize
+    for start in range(tensor.start, tensor.end, size):
+        data = np.fromfile(file, np.uint8, min(size, tensor.end - start), offset=start)
+        yield torch.from_numpy(data).view(dtype)
 
 
-def _together(deltas: Iterable[TensorDelta]) -> float | None:
-    listed = list(deltas)
-    base = math.hypot(*(delta.base for delta in listed))
-    return math.hypot(*(delta.difference for delta in listed)) / base if base else None
+def _relative(deltas: Sequence[TensorDelta]) -> float | None:
+    base = math.hypot(*(delta.base for delta in deltas))
+    return math.hypot(*(delta.difference for delta in deltas)) / base if base else None

@@ -8,20 +8,18 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import Attribution, Diagnostics, EffectiveDepth
 from shoal.data.sources import PackedRows
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers, given_state, state_of
+from shoal.models.anatomy import decoder_layers
 from shoal.progress import each, progress
 
 from ..edits.sublayers import probing, sublayers
@@ -40,6 +38,7 @@ from .runs import (
     readout_refusal,
     require_one_path,
     run_body,
+    states_at,
 )
 
 log = logging.getLogger(__name__)
@@ -59,17 +58,17 @@ class Effort:
     num_prompts: int = 10
     """Prompts for the effects on later layers; 0 = none, nor for integrated gradients."""
     prompt_tokens: int = 64
-    """Tokens of each of them."""
+    """Tokens of each prompt."""
     num_positions: int = 4
-    """Cut positions in each of them."""
+    """Cut positions in each prompt."""
     gradient_prompts: int = 0
-    """How many of them integrated gradients look at; they cost more than everything else together."""
+    """Prompts that integrated gradients look at; they cost more than everything else together."""
     gradient_tokens: int = 32
     gradient_sites: tuple[str, ...] = SITES
     steps: int = 256
     """Points on the path from the baseline."""
     answer_tokens: int = 8
-    """Where prompts are documents: their last tokens that count as the answer."""
+    """Last tokens that count as the answer, where prompts are documents."""
 
 
 def diagnose(
@@ -197,7 +196,7 @@ def _prompts(rows: PackedRows | Sequence[Prompt], prompts: Sequence[Prompt], eff
 
 
 def _cost(model: PreTrainedModel, prompts: Sequence[Prompt], effort: Effort) -> str:
-    """What the runs beside the one pass amount to, in words."""
+    """Cost of the runs beside the one pass, in words."""
     num_layers, tokens = len(decoder_layers(model)), sum(len(prompt.input_ids) for prompt in prompts)
     effects = effort.num_positions * tokens * num_layers
     paths = min(effort.gradient_prompts, len(prompts)) * len(effort.gradient_sites)
@@ -219,35 +218,15 @@ def _one_pass(
     every = max(1, math.ceil(num_tokens / lens_tokens))
     lens: list[Tensor] = [torch.zeros(len(decoder_layers(model)), 0, 2, dtype=torch.float64)]
     for batch in each(batches, "diagnostics: one pass", unit="batches"):
-        real_T = batch.real_BS.flatten().nonzero().flatten()
-        chosen_T = real_T[(seen + torch.arange(len(real_T))) % every == 0].to(model.device)
-        seen += len(real_T)
-        with _states_at(model, chosen_T) as states, add_batch(model, flows, batch, sums):
+        places_T2 = batch.real_BS.nonzero()  # row and column of every real token
+        # every n-th real token of all batches, so that batches of another size choose the same ones
+        chosen_T2 = places_T2[(seen + torch.arange(len(places_T2))) % every == 0].to(model.device)
+        seen += len(places_T2)
+        with states_at(model, *chosen_T2.unbind(1)) as states, add_batch(model, flows, batch, sums):
             run_body(model, batch)
-        if readout is not None and len(chosen_T):
+        if readout is not None and len(chosen_T2):
             lens.append(torch.stack(lens_terms(readout, states), dim=-1))
     return sums, torch.cat(lens, dim=1)
-
-
-@contextmanager
-def _states_at(model: PreTrainedModel, chosen_T: Tensor) -> Iterator[list[Tensor]]:
-    """L + 1 raw states of the chosen tokens, once the block's forward has run."""
-    layers, states = decoder_layers(model), []
-
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        state = given_state(args, kwargs)
-        states.append(state.flatten(0, 1)[chosen_T])
-
-    def leave(_: nn.Module, args: Any, output: Any) -> None:
-        states.append(state_of(output).flatten(0, 1)[chosen_T])
-
-    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(leave))
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _interventions(
@@ -291,7 +270,7 @@ def _attributions(
     effort: Effort,
     batch_size: int,
 ) -> tuple[Attribution, ...]:
-    """Of the sites that every layer has."""
+    """Attributions of the first prompts at the sites that every layer has."""
     modules: dict[str, tuple[str, ...]] = {"layer": ("",) * runs.num_layers}
     for site in ("attention", "mlp") if flows else ():
         halves = zip(sublayers(model), decoder_layers(model), strict=True)

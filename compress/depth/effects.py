@@ -1,4 +1,4 @@
-"""What later layers and the output make of a layer that is skipped, or a state that is erased, at earlier tokens.
+"""Effects on later layers and the output of a layer that is skipped, or a state that is erased, at earlier tokens.
 
 R rows (a prompt with one cut position each), S sequence, D hidden, L layers, T chosen tokens.
 """
@@ -84,12 +84,13 @@ def measure_effects(
     cuts = sorted(cuts, key=lambda cut: len(cut[0].input_ids))  # little padding
     for start in range(0, len(cuts), batch_size):
         rows = _rows(runs, cuts[start : start + batch_size])
+        # not the last layer: nothing behind it mixes tokens, so later ones never see that it was skipped
         skipped = [_skip(runs, rows, layer, effects.skip_LL[layer], progress) for layer in range(num_layers - 1)]
         final_TD = rows.intact.states[-1][rows.from_RS]
         if readout is None:
             continue
         assert effects.erasure_output_L is not None
-        behind_T = (rows.from_RS & ~rows.at_RS)[rows.from_RS].cpu()
+        behind_T = (rows.from_RS & ~rows.at_RS)[rows.from_RS].cpu()  # of the tokens in final_TD, those after the cut
         erased = [_erase(runs, rows, layer, means_LD[layer], progress) for layer in range(num_layers)]
         changes = output_changes(readout, final_TD, [*skipped, *erased])
         _keep_largest(effects.skip_output_L[:-1], changes[: num_layers - 1])
@@ -108,6 +109,7 @@ def _rows(runs: DepthRuns, cuts: Sequence[tuple[Prompt, int]]) -> _Rows:
 def _skip(runs: DepthRuns, rows: _Rows, layer: int, largest_L: Tensor, progress: Callable[[], object]) -> Tensor:
     """Adds to ``largest_L``; returns the last layer's output at the tokens from the cut on, (T, D)."""
     states = rows.intact.states
+    # what leaves the skipped layer: its input at tokens before the cut, its real output elsewhere
     entering_RSD = torch.where(rows.before_RS[..., None], states[layer], states[layer + 1])
 
     def compare(later: int, before_RSD: Tensor, after_RSD: Tensor) -> None:

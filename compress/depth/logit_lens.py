@@ -23,11 +23,13 @@ def lens_terms(readout: Readout, states_LTD: Sequence[Tensor]) -> tuple[Tensor, 
     overlap = torch.empty_like(divergence)
     for chunk in readout.chunks(len(final_TD)):
         final_TV = readout(final_TD[chunk]).log_softmax(-1)
-        final_top = final_TV.topk(TOP, dim=-1).indices
+        final_top = final_TV.topk(TOP, dim=-1).indices  # (T, 5)
         for layer, state_TD in enumerate(inputs):
             log_TV = readout(state_TD[chunk]).log_softmax(-1)
             top = log_TV.topk(TOP, dim=-1).indices
+            # (T, 5, 5) -> is each token of one list in the other -> share of the five
             overlap[layer, chunk] = (top[:, :, None] == final_top[:, None, :]).any(-1).double().mean(-1).cpu()
+            # summed in float64: a difference of two near-equal distributions, over a large vocabulary
             divergence[layer, chunk] = (log_TV.exp() * (log_TV - final_TV)).sum(-1, dtype=torch.float64).cpu()
     return divergence, overlap
 

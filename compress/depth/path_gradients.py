@@ -62,10 +62,12 @@ def integrated_gradients(
             output_SD = probability.output()
             baseline_SD = output_SD.mean(0, keepdim=True).expand_as(output_SD)
             total_SD = torch.zeros(output_SD.shape, dtype=torch.float64, device=output_SD.device)
+            # the left sum: points 0, 1/N, ... (N-1)/N of the way, N steps in all
             for first in range(0, steps, batch_size):
                 share_N = torch.arange(first, min(first + batch_size, steps), device=output_SD.device) / steps
                 total_SD += probability.gradient(baseline_SD + share_N[:, None, None] * (output_SD - baseline_SD))
             gradients.append(((output_SD - baseline_SD).double() * total_SD / steps).sum(-1).cpu())
+            # F(output) - F(baseline), which the contributions of all tokens add up to if the steps are fine enough
             ends_2 = probability(torch.stack([output_SD, baseline_SD]))
             change.append(float(ends_2[0] - ends_2[1]))
             progress()
@@ -85,7 +87,7 @@ class _Probability:
     module: str
     intact: Intact
     calls_of: dict[int, tuple[Call, ...]]
-    """By number of rows: masks and positions have as many."""
+    """Number of rows -> calls of all layers: masks and positions have as many."""
 
     def output(self) -> Tensor:
         """The intact output, (S, D) in float32."""
@@ -105,8 +107,9 @@ class _Probability:
         points_NSD = points_NSD.detach().requires_grad_()
         with torch.enable_grad():
             answers_NAD = self._answer_states(points_NSD)
+            # dF/dx = dF/da * da/dx: first through the head to the answers' states a, part by part, so that logits of
+            # few rows exist at a time; then once through the layers
             leaves = [part.detach().requires_grad_() for part in self._parts(answers_NAD)]
-            # part by part, so that logits of few rows exist at a time
             slopes = [torch.autograd.grad(self._probabilities(leaf).sum(), leaf)[0] for leaf in leaves]
             (gradient_NSD,) = torch.autograd.grad(answers_NAD, points_NSD, torch.cat(slopes))
         return gradient_NSD.sum(0, dtype=torch.float64)
@@ -125,11 +128,12 @@ class _Probability:
         if self.site == "layer":
             final_NSD = self.runs.run_from(self.layer + 1, outputs_NSD, calls)
         else:
+            # the layer runs on its intact input, and the hook puts the points in the place of the half's output
             entering_NSD = self.intact.states[self.layer].expand(rows, -1, -1)
             module = self.runs.layerwise.layers[self.layer].get_submodule(self.module)
             with module.register_forward_hook(_put(outputs_NSD)):
                 final_NSD = self.runs.run_from(self.layer, entering_NSD, calls)
-        return final_NSD[:, -self.prompt.num_answer - 1 : -1]
+        return final_NSD[:, -self.prompt.num_answer - 1 : -1]  # each predicts the token after it
 
     def _parts(self, answers_NAD: Tensor) -> tuple[Tensor, ...]:
         entries = self.prompt.num_answer * self.readout.vocab_size

@@ -9,27 +9,25 @@ import itertools
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.artifacts.depth import ConceptDepth, DepthPoint
 from shoal.data.sources import load_labelled
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers, given_state, state_of
 from shoal.progress import each
 from shoal.recipe.measure import ProbeSet
 from shoal.stats.intervals import wilson
 
 from ..edits.sublayers import probing
-from .runs import Prompt, batch_of_prompts, require_one_path, run_body
+from .runs import Prompt, batch_of_prompts, require_one_path, run_body, states_at
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +169,8 @@ def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: 
         for start in each(range(0, len(prompts), batch_size), f"measure: states for the probe {path}", unit="batches"):
             chosen = by_length[start : start + batch_size]
             batch = batch_of_prompts([prompts[index] for index in chosen])
-            with _states_of_last(model, batch.real_BS.sum(1).to(model.device) - 1) as states:
+            last_B = batch.real_BS.sum(1).to(model.device) - 1
+            with states_at(model, torch.arange(len(last_B), device=model.device), last_B) as states:
                 run_body(model, batch)
             for index, state_LD in zip(chosen, torch.stack(states, dim=1).float().cpu(), strict=True):
                 states_NLD[index] = state_LD
@@ -182,26 +181,6 @@ def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: 
             "the recipe"
         )
     return stacked_NLD.numpy()
-
-
-@contextmanager
-def _states_of_last(model: PreTrainedModel, last_B: Tensor) -> Iterator[list[Tensor]]:
-    """L + 1 states (B, D) at the given tokens, once the block's forward has run."""
-    layers, states, rows_B = decoder_layers(model), list[Tensor](), torch.arange(len(last_B), device=last_B.device)
-
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        states.append(given_state(args, kwargs)[rows_B, last_B])
-
-    def leave(_: nn.Module, args: Any, output: Any) -> None:
-        states.append(state_of(output)[rows_B, last_B])
-
-    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
-    handles.append(layers[-1].register_forward_hook(leave))
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _score(

@@ -49,8 +49,11 @@ class ResidualSums:
 
     num_tokens: int = 0
     cosines: dict[str, Tensor] = field(default_factory=dict)
+    """Half or `layer` -> sums (L,) of the cosine of what it writes with what it has read."""
     sizes: dict[str, Tensor] = field(default_factory=dict)
+    """Half or `layer` -> sums (L,) of the norm of what it writes, relative to what it has read."""
     states_LD: Tensor | None = None
+    """Sums of the states before every layer."""
 
     def mean(self, sums: dict[str, Tensor]) -> dict[str, tuple[float, ...]]:
         """Token means by half, one per layer."""
@@ -82,11 +85,6 @@ def layer_flows(model: PreTrainedModel) -> tuple[tuple[LayerFlow, ...], str]:
     return tuple(known_flows), ""
 
 
-def add_batch(model: PreTrainedModel, flows: tuple[LayerFlow, ...], batch: TokenBatch, sums: ResidualSums) -> Any:
-    """Context in which one forward of the model over ``batch`` is added to ``sums``."""
-    return _watched(model, flows, batch.real_BS.flatten(), sums)
-
-
 def _flow(layer: nn.Module, halves: Sublayers, args: Any, kwargs: Any) -> LayerFlow | None:
     """None where the attention depends on the MLP. Noise in place of a half's output shows who reads it."""
 
@@ -107,6 +105,7 @@ def _flow(layer: nn.Module, halves: Sublayers, args: Any, kwargs: Any) -> LayerF
             output = state_of(layer.forward(*positional, **named)).clone()
         return seen, output
 
+    # with the MLP silent a layer returns the stream between its halves; whose input equals that reads it there
     plain, _ = inputs_with_noise((), halves.mlp)
     noisy_attention, between = inputs_with_noise(halves.attention, halves.mlp)
     noisy_mlp, _ = inputs_with_noise(halves.mlp, ())
@@ -143,19 +142,20 @@ def _same(first: dict[str, Tensor], second: dict[str, Tensor], name: str) -> boo
 
 
 @contextmanager
-def _watched(
-    model: PreTrainedModel, flows: tuple[LayerFlow, ...], real_T: Tensor, sums: ResidualSums
+def add_batch(
+    model: PreTrainedModel, flows: tuple[LayerFlow, ...], batch: TokenBatch, sums: ResidualSums
 ) -> Iterator[None]:
-    layers = decoder_layers(model)
-    measured: dict[str, list[Tensor]] = {}
+    """Add to ``sums`` what one forward of the model over ``batch``, inside the block, writes to the stream."""
+    layers, real_T = decoder_layers(model), batch.real_BS.flatten()
+    measured: dict[str, list[Tensor]] = {}  # half or layer -> (2, T) of every layer, on the model's device till the end
     state_sums: list[Tensor] = []
-    before: dict[int, Tensor] = {}
-    between: dict[int, Tensor] = {}
+    before: dict[int, Tensor] = {}  # layer -> the stream (T, D) before it
+    between: dict[int, Tensor] = {}  # layer -> the stream (T, D) between its halves
     real_T1 = real_T.to(model.device)[:, None]
 
     def enter(index: int) -> Any:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            before[index] = given_state(args, kwargs).flatten(0, 1).clone()
+            before[index] = given_state(args, kwargs).flatten(0, 1).clone()  # some layers write into their input
 
         return hook
 
@@ -175,6 +175,7 @@ def _watched(
                 before_TD, between.pop(index, None), state_of(output).flatten(0, 1), parallel
             ):
                 measured.setdefault(name, []).append(values)
+            # where, not a product: padding may not be finite
             state_sums.append(torch.where(real_T1, before_TD, 0).sum(0, dtype=torch.float64).cpu())
 
         return hook
@@ -219,7 +220,7 @@ def _layer_terms(
 
 
 def _update(reads_TD: Tensor, before_TD: Tensor, after_TD: Tensor) -> Tensor:
-    """Cosine and relative size of what was written, against what its writer has read, in float32."""
+    """(2, T) cosine and relative size of what was written, against what its writer has read, in float32."""
     terms_2T = torch.empty(2, len(reads_TD), device=reads_TD.device, dtype=torch.float32)
     tokens, width = reads_TD.shape
     step = max(1, PIECE_ELEMENTS.get(reads_TD.device.type, DEFAULT_PIECE_ELEMENTS) // width)

@@ -9,18 +9,18 @@ B batch, S sequence, D hidden, V vocabulary, L layers, T chosen tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.data.sources import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config
-from shoal.models.document_masks import documents_apart
+from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.load import logits_from_hidden
 
 from ..edits.sublayers import probe_ids, probing
@@ -58,7 +58,7 @@ class Intact:
     states: list[Tensor]
     """L + 1 tensors (B, S, D): what enters every layer, and last what leaves the last one, before the final norm."""
     calls: tuple[Call, ...]
-    """How the layers are called over these tokens."""
+    """Calls of the layers over these tokens."""
 
 
 def batches_of_rows(rows: PackedRows, batch_size: int, attention_mask_NS: Tensor | None = None) -> list[TokenBatch]:
@@ -67,9 +67,7 @@ def batches_of_rows(rows: PackedRows, batch_size: int, attention_mask_NS: Tensor
     positions_NS = rows.position_ids_NS
     if attention_mask_NS is not None:
         real_NS = attention_mask_NS.bool()
-        index_S = torch.arange(real_NS.shape[1])
-        last_real_NS = torch.where(real_NS, index_S, -1).cummax(dim=1).values
-        positions_NS = torch.where(real_NS, positions_NS, index_S - last_real_NS - 1)
+        positions_NS = padding_apart(positions_NS, real_NS)
     parts = (part.split(batch_size) for part in (rows.input_ids_NS.long(), positions_NS.long(), real_NS))
     return [TokenBatch(*batch) for batch in zip(*parts, strict=True)]
 
@@ -83,6 +81,7 @@ def batch_of_prompts(prompts: Sequence[Prompt]) -> TokenBatch:
         row[: len(prompt.input_ids)] = torch.tensor(prompt.input_ids)
     index_S = torch.arange(width)
     real_BS = index_S < lengths_B[:, None]
+    # positions of padding start again at 0, as those of another document do
     return TokenBatch(ids_BS, torch.where(real_BS, index_S, index_S - lengths_B[:, None]), real_BS)
 
 
@@ -124,7 +123,7 @@ class DepthRuns:
         return self.layerwise.prepare(body_inputs(self.model, batch)).calls
 
     def run_from(self, start: int, state_BSD: Tensor, calls: Sequence[Call], observe: Observer | None = None) -> Tensor:
-        """What leaves the last layer when ``state_BSD`` enters layer ``start``; the number of layers = leaves it.
+        """Output (B, S, D) of the last layer when ``state_BSD`` enters layer ``start``; L = leaves the last one.
 
         ``calls`` are those of an intact run over rows of the same tokens. Gradients flow if they are on.
         """
@@ -138,7 +137,7 @@ class DepthRuns:
 
 
 class Readout:
-    """From raw states to logits: the final norm, the head, and what the family does behind it."""
+    """The way from raw states to logits: the final norm, the head, and what the family does behind it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         parts = anatomy(model)
@@ -173,6 +172,7 @@ def readout_refusal(model: PreTrainedModel) -> str:
         last_TD = last[0][0]
         known = last_TD.shape[-1] == text_config(model.config).hidden_size
         read_TV = Readout(model)(last_TD) if known else last_TD  # several streams side by side, merged by the model
+    # the model may compute all tokens at once and in another order: a few roundings, not a missing step
     tolerance = 64 * torch.finfo(model.dtype).eps * float(logits_TV.abs().max())
     if read_TV.shape != logits_TV.shape or float((read_TV - logits_TV).abs().max()) > tolerance:
         return f"{family}: does more between its last layer and its logits than the final norm and the head"
@@ -201,6 +201,27 @@ def run_body(model: PreTrainedModel, batch: TokenBatch) -> None:
     inputs = body_inputs(model, batch)
     with documents_apart(decoder, inputs["position_ids"]):
         body(**inputs)
+
+
+@contextmanager
+def states_at(model: PreTrainedModel, rows_T: Tensor, columns_T: Tensor) -> Iterator[list[Tensor]]:
+    """Raw states (T, D) of the tokens at these places of (B, S), before every layer and last behind the last one.
+
+    The list holds its L + 1 entries once a forward has run inside the block.
+    """
+    layers, states = decoder_layers(model), list[Tensor]()
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        states.append(given_state(args, kwargs)[rows_T, columns_T])
+
+    def leave(_: nn.Module, args: Any, output: Any) -> None:
+        states.append(state_of(output)[rows_T, columns_T])
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
+        stack.enter_context(layers[-1].register_forward_hook(leave))
+        yield states
 
 
 def require_one_path(model: PreTrainedModel) -> None:

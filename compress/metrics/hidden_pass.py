@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, given_state, state_of
-from shoal.models.document_masks import documents_apart
+from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.load import decoder_layers, text_config
 from shoal.progress import each
 
@@ -202,16 +202,6 @@ def _run(
         documents_apart(body, batch.position_ids_BS),
     ):
         body(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
-
-
-def padding_apart(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """Position ids in which every stretch of padding is a document of its own.
-
-    An attention mask would not do: given one, transformers no longer looks for the borders between packed documents.
-    """
-    index_S = torch.arange(mask_BS.shape[1])
-    last_real_BS = torch.where(mask_BS, index_S, -1).cummax(dim=1).values
-    return torch.where(mask_BS, position_ids_BS, index_S - last_real_BS - 1)
 
 
 def _last_tokens(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

@@ -17,13 +17,12 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import anatomy, decoder_body, decoder_layers
-from shoal.models.document_masks import documents_apart
+from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.load import logits_from_hidden
 from shoal.progress import each
 
 from ..edits.zeroing import PLAIN_DTYPES
 from ..surgery.quantised import without_quantization
-from .hidden_pass import padding_apart
 from .metric import Calibration, Layers, Metric, Need, Result, Yields, add_up_ranks, refuse_fault
 
 FIRST_PROTECTED, LAST_PROTECTED = 4, 2

@@ -51,8 +51,8 @@ class Loading:
 
         def renamed(names: Iterable[str]) -> Iterator[str]:
             for name in names:
-                prefix = next((prefix for prefix in prefixes if _layer(name, prefix)[0] is not None), "")
-                layer, rest = _layer(name, prefix)
+                prefix = next((prefix for prefix in prefixes if split_layer(name, prefix)[0] is not None), "")
+                layer, rest = split_layer(name, prefix)
                 if layer in new_index:
                     yield f"{prefix}{new_index[layer]}.{rest}"
                 elif layer is None and not is_mtp(name):
@@ -110,7 +110,7 @@ def other_towers(names: Iterable[str], prefixes: Collection[str]) -> set[str]:
 
 def modules_inside(names: Iterable[str], prefix: str) -> set[str]:
     """Modules that own tensors in the layers under ``prefix``: `self_attn.q_proj`."""
-    rests = (_layer(name, prefix)[1] for name in names)
+    rests = (split_layer(name, prefix)[1] for name in names)
     return {module for rest in rests if (module := rest.rpartition(".")[0])}
 
 
@@ -124,7 +124,7 @@ def student_names(names: Iterable[str], *, prefix: str, num_layers: int, keep: S
     kept: dict[str, str] = {}
     extra: list[str] = []
     for name in names:
-        layer, rest = _layer(name, prefix)
+        layer, rest = split_layer(name, prefix)
         if is_mtp(name) or (layer is not None and layer >= num_layers):
             extra.append(name)
         elif layer is None:
@@ -200,7 +200,7 @@ def _all_on_meta() -> Iterator[None]:
         setattr(WeightConverter, "force_cpu", stored)  # noqa: B010
 
 
-def _layer(name: str, prefix: str) -> tuple[int | None, str]:
+def split_layer(name: str, prefix: str) -> tuple[int | None, str]:
     """The number after ``prefix`` and what follows it; (None, "") where there is none."""
     number, _, rest = name.removeprefix(prefix).partition(".")
     return (int(number), rest) if prefix and name.startswith(prefix) and number.isdigit() else (None, "")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from shoal.atomic_files import cache_dir, file_hash, fingerprint
 from shoal.errors import UserError
 from shoal.models.cache import made_once
 from shoal.models.checkpoint_files import (
-    DOWNLOAD_AGAIN,
     TOKENIZER_FILES,
+    WITH_MODEL,
+    WITH_TOKENIZER,
+    json_or_empty,
     model_fingerprint,
     read_header,
     read_shards,
@@ -42,27 +44,17 @@ INPUT_METHODS = (
     *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
     *("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"),
 )
-"""peft's methods that add virtual tokens or gates: there is no weight they could become."""
-SETTINGS = {
-    *("alpha_pattern", "bias", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform"),
-    *("lora_alpha", "lora_bias", "modules_to_save", "r", "rank_pattern", "target_modules", "target_parameters"),
-    *("trainable_token_indices", "use_dora", "use_rslora"),
-    # without effect on what the adapter computes, or looked at by name below
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
-    *("task_type", "lora_dropout", "ensure_weight_tying", "init_lora_weights", "megatron_core", "qalora_group_size"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+"""Methods of peft that add virtual tokens or gates: there is no weight they could become."""
+VARIANTS = {
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config"),
+    *("monteclora_config", "use_bdlora", "use_qalora", "velora_config"),
 }
-"""What an adapter may say; every other setting is a variant of LoRA that has no merge, or none that is known here."""
+"""Settings of peft's variants of LoRA that have no merge into a plain checkpoint, or none that was tried here."""
 INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Those that leave the base's weights as they were."""
-TOKENIZER_PATTERNS = (
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    "additional_chat_templates",
-)
-BASE_PATTERNS = ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Initialisations that leave the base's weights as they were."""
 PROOF_TOKENS = 24
 TOLERANCE = 1e-3
-"""Of the largest logit: a hundred times what sums in another order differ by in float32."""
+"""Largest difference, as a share of the largest logit: a hundred times that of sums in another order in float32."""
 
 
 def merged_adapter(folder: Path) -> Path:
@@ -81,7 +73,7 @@ def merged_adapter(folder: Path) -> Path:
         UserError: an adapter that is no LoRA, cannot be merged exactly, does not fit its base, is pickled or damaged,
             or lies beside a full model; a base that is missing, quantised or needs code of its own.
     """
-    config = _read_config(folder)
+    config = json_or_empty(folder / ADAPTER_CONFIG)
     _refuse_unmergeable(folder, config)
     base = _base(folder, config)
     content = {
@@ -100,23 +92,13 @@ def merged_adapter(folder: Path) -> Path:
     return target
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / ADAPTER_CONFIG}: is not valid JSON ({error}); {DOWNLOAD_AGAIN}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / ADAPTER_CONFIG}: holds no settings; {DOWNLOAD_AGAIN}")
-    return config
-
-
 def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse what can be seen without loading anything."""
-    if full := sorted(
-        file.name for pattern in ("model*.safetensors*", "pytorch_model*") for file in folder.glob(pattern)
-    ):
+    """Refuse what no merge can make right, or what the proof of a merge cannot see."""
+    from peft import LoraConfig
+
+    if full := sorted([*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]):
         raise UserError(
-            f"{folder}: holds a full model ({full[0]}) and an adapter ({ADAPTER_CONFIG}), and could mean either; "
+            f"{folder}: holds a full model ({full[0].name}) and an adapter ({ADAPTER_CONFIG}), and could mean either; "
             "move one of them to a folder of its own"
         )
     kind = config.get("peft_type")
@@ -130,20 +112,19 @@ def _refuse_unmergeable(folder: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{folder}: is a {kind} adapter, and shoal merges LORA only; {elsewhere}")
     if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
         raise UserError(f"{folder}: is an adapter for {task}, not for a causal language model; give one of CAUSAL_LM")
-    for name in sorted(config.keys() - SETTINGS):
-        if config[name]:
-            raise UserError(
-                f"{folder}: its {ADAPTER_CONFIG} sets {name}, which shoal cannot merge; {elsewhere}, if peft can"
-            )
+    known = {field.name for field in fields(LoraConfig)} - VARIANTS  # peft itself passes over what it does not know
+    if strange := sorted(name for name in config.keys() - known if config[name]):
+        raise UserError(
+            f"{folder}: its {ADAPTER_CONFIG} sets {strange[0]}, which shoal cannot merge; {elsewhere}, if peft can"
+        )
     if (start := config.get("init_lora_weights", True)) not in INITIALISATIONS:
         raise UserError(
             f"{folder}: was initialised by {start}, which changes the base's weights too; save it as a plain LoRA "
             "(peft's save_pretrained with path_initial_model_for_weight_conversion) and give that"
         )
     if not (folder / WEIGHTS).is_file():
-        pickled = (
-            " but a pickle, which can run code when it is read" if (folder / "adapter_model.bin").is_file() else ""
-        )
+        has_pickle = (folder / "adapter_model.bin").is_file()
+        pickled = " but a pickle, which can run code when it is read" if has_pickle else ""
         raise UserError(f"{folder}: has no {WEIGHTS}{pickled}; save the adapter as safetensors")
     read_header(folder / WEIGHTS)
 
@@ -201,7 +182,7 @@ def _merge(folder: Path, base: Path, out: Path) -> None:
     expected = _logits(merged)
     merged.save_pretrained(out)
     del model, merged
-    for source, patterns in ((_tokenizer_source(folder, base), TOKENIZER_PATTERNS), (base, BASE_PATTERNS)):
+    for source, patterns in ((_tokenizer_source(folder, base), WITH_TOKENIZER), (base, WITH_MODEL)):
         for file in (file for pattern in patterns for file in sorted(source.glob(pattern))):
             copier = shutil.copytree if file.is_dir() else shutil.copyfile
             copier(file, out / file.name)
@@ -248,7 +229,7 @@ def _misfit(folder: Path, base: Path, reason: str) -> str:
 
 @torch.inference_mode()
 def _logits(model: Any) -> Tensor:
-    """Of a few random tokens."""
+    """Logits (1, S, V) of a few random tokens."""
     align_weights(model)
     vocabulary = text_config(model.config).vocab_size
     input_ids = torch.randint(0, vocabulary, (1, PROOF_TOKENS), generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,10 @@ DOWNLOAD_AGAIN = "make or download the checkpoint again"
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 TOKENIZER_PATTERNS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-"""Everything a tokenizer may be stored in."""
+"""Names of all files that a tokenizer may be stored in."""
+WITH_TOKENIZER = (*TOKENIZER_PATTERNS, "chat_template*", "additional_chat_templates")
+WITH_MODEL = ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Names of files that go with a tokenizer or a model wherever its weights change."""
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "unk_token")
 """What of tokenizer_config.json shapes tokens; the rest are paths, versions, and the pad token, which shoal masks."""
 INDEX_FILE = "model.safetensors.index.json"
