@@ -40,7 +40,7 @@ class Component:
     """0-based. Several where layers go together; then in the order in which they were added to the set."""
     part: ComponentPart = "layer"
     index: int | None = None
-    """Which head or key-value group of the layer."""
+    """Index of the head or key-value group in the layer."""
 
     @property
     def name(self) -> str:
@@ -111,7 +111,7 @@ class Swap(Section):
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """0 = the model's own weights, 1 = the donor's; both exact."""
     parts: tuple[Literal["embeddings", "norm", "head"], ...] = ()
-    """What is swapped besides layers."""
+    """Parts of the model that are swapped besides layers."""
 
 
 @dataclass(frozen=True)

@@ -190,10 +190,10 @@ def _share_importance(run: Run, candidates: Sequence[Candidate]) -> None:
     if not automatic:
         return
     measured = automatic[0].run.recipe.measure
-    own = Run(replace(run.recipe, measure=replace(run.recipe.measure, diagnostics=False, probes=())))
+    narrower = Run(replace(run.recipe, measure=replace(run.recipe.measure, diagnostics=False, probes=())))
     wider = Run(replace(run.recipe, measure=measured, run_dir=str(run.dir / FOLDER / MEASURED)))
     inputs = measure_inputs(wider)
-    source = own if not differences(measure_inputs(own), inputs) else wider
+    source = wider if differences(measure_inputs(narrower), inputs) else narrower
     measure(source)
     for candidate in automatic:
         _adopt(Importance, source.dir, candidate.run.dir, Importance.FILE, inputs)
