@@ -101,12 +101,7 @@ def evaluate(
     for score in scores:
         log.info(
             "eval: %s %s %.3f [%.3f, %.3f], n = %d",
-            score.task,
-            score.metric,
-            score.score,
-            score.ci_low,
-            score.ci_high,
-            score.n,
+            *(score.task, score.metric, score.score, score.ci_low, score.ci_high, score.n),
         )
     return scores
 

@@ -13,6 +13,9 @@ from .document import Block, Bullets, Paragraph, Section, Table
 from .findings import ROLES, Run
 from .wording import DASH
 
+SIZES = ("Model", "Layers", "Parameters", "Of the teacher", "Weights on disk", "Cache per token", "Evaluated in")
+AGAINST = "Against the teacher"
+SPEEDS = ("Model", "At once", "Reading", AGAINST, "First token", "Writing", AGAINST, "Peak memory")
 Kind = Literal["prefill", "decode"]
 Words = Callable[[float], str]
 
@@ -45,16 +48,7 @@ def speed_section(run: Run) -> Section:
     blocks: list[Block] = []
     scores = run.speed.roles if run.speed else {}
     if rows := [_size_row(run, role, scores.get(role)) for role in ROLES if role in run.evaluations or role in scores]:
-        titles = (
-            "Model",
-            "Layers",
-            "Parameters",
-            "Of the teacher",
-            "Weights on disk",
-            "Cache per token",
-            "Evaluated in",
-        )
-        blocks.append(Table("Size", titles, tuple(rows)))
+        blocks.append(Table("Size", SIZES, tuple(rows)))
     if run.speed is None:
         blocks.append(Paragraph("Speed was not measured in this run (`eval.speed` in the recipe)."))
         return Section("Speed and size", tuple(blocks))
@@ -104,17 +98,7 @@ def _speed_table(speed: Speed) -> Table:
         "tokens per second over all sequences, slowest and fastest repeat in brackets; against the teacher the "
         "smallest and largest ratio of one round, in which every model takes a turn"
     )
-    columns = (
-        "Model",
-        "At once",
-        "Reading",
-        "Against the teacher",
-        "First token",
-        "Writing",
-        "Against the teacher",
-        "Peak memory",
-    )
-    return Table(caption, columns, tuple(rows))
+    return Table(caption, SPEEDS, tuple(rows))
 
 
 def _explanations(speed: Speed) -> list[Block]:

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+NOISY = (
+    *("httpx", "httpcore", "filelock", "fsspec", "matplotlib", "datasets"),
+    *("lm_eval", "urllib3", "absl", "DeepSpeed", "accelerate"),
+)
+"""Loggers that say errors only."""
 STAMPED_PACKAGES = ("torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "datasets", "lm_eval")
 
 
@@ -76,19 +81,7 @@ def turn_down_libraries() -> None:
     transformers_logging.disable_progress_bar()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import where it has to guess
-    for noisy in (
-        "httpx",
-        "httpcore",
-        "filelock",
-        "fsspec",
-        "matplotlib",
-        "datasets",
-        "lm_eval",
-        "urllib3",
-        "absl",
-        "DeepSpeed",
-        "accelerate",
-    ):
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # libraries that call each other by old names: nothing that a reader of a run could do about it
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|deepspeed|accelerate|trl)\b")
