@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,24 +170,14 @@ def _artifacts(run_dir: Path, recipe: dict[str, Any], teacher: Path, *, upload: 
     made; since all stages are one run, its graph cannot show the student as what distilled/ was made from.
     """
     plan, training = run_dir / PruningPlan.FILE, run_dir / Training.FILE
-    student, distilled = run_dir / "student", run_dir / "distilled"
     base = _artifact_name(recipe["model"])
     made_of_it = next((file for file in (plan, run_dir / Importance.FILE) if file.is_file()), None)
     if made_of_it is not None:
         yield _Part("artifacts/teacher", _hashed(made_of_it), lambda run: _teacher(run, base, recipe, teacher))
-    if plan.is_file() and (student / "config.json").is_file():
-        made_from = [base]
-        yield _Part(
-            "artifacts/student",
-            f"{_hashed(plan)} {upload}",
-            lambda run: _checkpoint(run, "student", student, made_from, plan=plan, upload=upload),
-        )
-    if training.is_file() and (distilled / "config.json").is_file():
-        yield _Part(
-            "artifacts/distilled",
-            f"{_hashed(training)} {upload}",
-            lambda run: _checkpoint(run, "distilled", distilled, [f"student-{run.id}", base], plan=plan, upload=upload),
-        )
+    for name, record in (("student", plan), ("distilled", training)):
+        if record.is_file() and (run_dir / name / "config.json").is_file():
+            log = partial(_checkpoint, folder=run_dir / name, base=base, plan=plan, upload=upload)
+            yield _Part(f"artifacts/{name}", f"{_hashed(record)} {upload}", log)
     files = [run_dir / name for name in RESULT_FILES if (run_dir / name).is_file()]
     if files:
         yield _Part("artifacts/results", _hashed(*files), lambda run: _results(run, run_dir, files, recipe))
@@ -201,12 +192,13 @@ def _teacher(run: Run, name: str, recipe: dict[str, Any], folder: Path) -> None:
     run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
 
-def _checkpoint(run: Run, name: str, folder: Path, made_from: list[str], *, plan: Path, upload: bool) -> None:
+def _checkpoint(run: Run, *, folder: Path, base: str, plan: Path, upload: bool) -> None:
+    made_from = [base] if folder.name == "student" else [f"student-{run.id}", base]
     record: dict[str, Any] = {"made_from": made_from, "fingerprint": model_fingerprint(folder)}
     if plan.is_file():
         cut = PruningPlan.read(plan)
         record |= {"num_layers": len(cut.keep), "drop": list(cut.drop), "plan": cut.in_words()}
-    artifact = _new_artifact(f"{name}-{run.id}", "model", record)
+    artifact = _new_artifact(f"{folder.name}-{run.id}", "model", record)
     if upload:
         artifact.add_dir(str(folder), name="checkpoint", policy="immutable", skip_cache=True)
     else:
