@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
-from shoal.models.load import checkpoint_bytes, num_parameters, text_config
+from shoal.models.load import Checkpoint, checkpoint_bytes, num_parameters, text_config
 from shoal.progress import each
 from shoal.recipe.evaluate import Tasks
-from shoal.runtime import rank, seed_everything
+from shoal.runtime import device, rank, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks, prompt_room
 from .harness.item_cache import ItemCache, identity_of
@@ -33,21 +33,23 @@ log = logging.getLogger(__name__)
 
 def role_evaluation(
     role: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
     settings: Tasks,
     *,
-    folder: Path,
     inputs: dict[str, Json],
     seed: int,
     items: Path | None = None,
     tasks: dict[str, Any] | None = None,
 ) -> Evaluation:
-    """The artifact of one role: its scores, parameters, layers and the size of its weights in ``folder``.
+    """The artifact of one role: its scores, parameters, layers and the size of its weights in ``checkpoint``.
 
     All ranks take part and all get it; ``inputs`` is its provenance. Answers are kept in the folder ``items``, and what
     this model (``inputs["model"]``) has answered there already is not asked again. ``tasks``: see evaluate.
+
+    Raises:
+        UserError: as evaluate does, or a checkpoint that cannot be loaded.
     """
+    model, tokenizer = checkpoint.model(device=device()), checkpoint.tokenizer()
     started = time.monotonic()
     cache = ItemCache()
     if items is not None:
@@ -64,7 +66,7 @@ def role_evaluation(
         tasks=scores,
         num_parameters=num_parameters(model),
         num_layers=text_config(model.config).num_hidden_layers,
-        num_bytes=checkpoint_bytes(folder),
+        num_bytes=checkpoint_bytes(checkpoint.folder),
         seconds=time.monotonic() - started,
         num_requests=int(counts[0]),
         num_kept=int(counts[1]),

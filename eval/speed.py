@@ -11,7 +11,6 @@ import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, now
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
-from shoal.models.load import checkpoint_bytes, load_model, num_parameters, text_config, without_data
+from shoal.models.load import Checkpoint, checkpoint_bytes, num_parameters, text_config, without_data
 from shoal.progress import progress
 from shoal.runtime import device
 
@@ -54,37 +53,25 @@ class _Entry:
 
 
 def measure_speed(
-    models: Mapping[str, Path | PreTrainedModel],
+    models: Mapping[str, Checkpoint | PreTrainedModel],
     *,
     provenance: Provenance,
     batch_sizes: Sequence[int] | None = None,
     prompt_tokens: int = 256,
     new_tokens: int = 32,
     repeats: int = 5,
-    dtype: str = "stored",
-    attention: str = "sdpa",
-    trust_remote_code: bool = False,
 ) -> Speed:
     """Median speeds of every role at every batch size, over rounds in which each role takes one turn.
 
-    Folders are loaded here and kept in memory together: reloading between turns would measure a cold model. The first
-    round of a batch size warms up, measures memory and is not timed; the order of the roles turns from round to round.
-    Random tokens: speed does not depend on what is read. ``batch_sizes`` None = BATCH_SIZES; a size for which the
-    memory will not do is left out, and the result says so.
+    Checkpoints are loaded here and kept in memory together: reloading between turns would measure a cold model. The
+    first round of a batch size warms up, measures memory and is not timed; the order of the roles turns from round to
+    round. Random tokens: speed does not depend on what is read. ``batch_sizes`` None = BATCH_SIZES; a size for which
+    the memory will not do is left out, and the result says so.
 
     Raises:
         UserError: a prompt that does not fit the model's positions, or a model that keeps no cache of keys and values.
     """
-    entries: dict[str, _Entry] = {}
-    for role, source in models.items():
-        model: Any = source
-        if isinstance(source, Path):
-            model = load_model(
-                source, dtype=dtype, attention=attention, device=device(), trust_remote_code=trust_remote_code
-            )
-        decoder = _checked(role, model, prompt_tokens + new_tokens)
-        stored = checkpoint_bytes(source) if isinstance(source, Path) else None
-        entries[role] = _Entry(decoder, _weight_bytes(model), stored)
+    entries = {role: _entry(role, model, prompt_tokens + new_tokens) for role, model in models.items()}
     first = next(iter(entries.values())).decoder
     sizes = sorted(set(batch_sizes or BATCH_SIZES.get(first.device.type, OTHER_BATCH_SIZES)))
     batches: dict[str, list[BatchSpeed]] = {role: [] for role in entries}
@@ -99,11 +86,7 @@ def measure_speed(
             batches[role].append(speed)
             log.info(
                 "speed: %s, %d at once: prefill %.0f, decode %.1f tokens/s, first token after %.2f s",
-                role,
-                size,
-                speed.prefill_tokens_per_s,
-                speed.decode_tokens_per_s,
-                speed.first_token_s,
+                *(role, size, speed.prefill_tokens_per_s, speed.decode_tokens_per_s, speed.first_token_s),
             )
     roles = {role: _score(entry, batches[role]) for role, entry in entries.items()}
     return Speed(
@@ -134,7 +117,10 @@ def expectation(
     return work[0] / work[1], read[0] / read[1]
 
 
-def _checked(role: str, model: PreTrainedModel, num_tokens: int) -> Decoder:
+def _entry(role: str, source: Checkpoint | PreTrainedModel, num_tokens: int) -> _Entry:
+    """The model of ``role`` in memory, once it is known to take so many tokens and to keep a cache."""
+    is_stored = isinstance(source, Checkpoint)
+    model = source.model(device=device()) if is_stored else source
     positions = getattr(text_config(model.config), "max_position_embeddings", None)
     if positions is not None and num_tokens > positions:
         raise UserError(
@@ -146,7 +132,7 @@ def _checked(role: str, model: PreTrainedModel, num_tokens: int) -> Decoder:
         raise UserError(
             f"speed: {role} keeps no cache of keys and values to measure decoding with; set eval.speed: false"
         )
-    return decoder
+    return _Entry(decoder, _weight_bytes(model), checkpoint_bytes(source.folder) if is_stored else None)
 
 
 def _measured(entries: Mapping[str, _Entry], work: tuple[int, int, int], rounds: int) -> dict[str, BatchSpeed]:

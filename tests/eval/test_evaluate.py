@@ -25,6 +25,7 @@ from shoal.eval.evaluate import role_evaluation
 from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.perplexity import perplexity, windows
 from shoal.eval.harness.samples import item_ids, task_score
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
@@ -88,7 +89,7 @@ def test_role_evaluation_is_an_artifact(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=4096)
     model = tiny_model("llama", max_position_embeddings=4096)
     settings = dataclasses.replace(SETTINGS, tasks=("knowledge_continuation",))
-    made = role_evaluation("pruned", model, tiny_tokenizer(), settings, folder=folder, inputs={"model": "m"}, seed=0)
+    made = role_evaluation("pruned", Checkpoint.read(folder, LoadSettings()), settings, inputs={"model": "m"}, seed=0)
     made.write(tmp_path / "pruned.json")
     assert Evaluation.read(tmp_path / "pruned.json") == made
     assert (made.role, made.num_layers, made.provenance.inputs) == ("pruned", 6, {"model": "m"})

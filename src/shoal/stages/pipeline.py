@@ -16,11 +16,11 @@ from shoal.artifacts.artifact import Artifact, Evaluation, Importance, Provenanc
 from shoal.atomic_files import write_json, written_folder
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
-from shoal.models.load import load_config, load_model, load_tokenizer, model_fingerprint
+from shoal.models.load import Checkpoint, LoadSettings, load_config, model_fingerprint
 from shoal.progress import doing
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.redaction import redacted
-from shoal.runtime import barrier, device, environment, is_main, seed_everything
+from shoal.runtime import barrier, environment, is_main, seed_everything
 from shoal.stages.distill import check_distill, distill_is_done, training_inputs
 from shoal.stages.measure import check_measure, measure, measure_inputs
 from shoal.stages.prune import choose_plan, prune, read_plan, refuse_impossible_changes, refuse_unfit_student
@@ -74,23 +74,21 @@ def evaluate(run: Run) -> None:
     if list(found) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     due = _due(run, found)
+    load = LoadSettings(**run.load_args())
+    checkpoints = {role: Checkpoint.read(folder, load) for role, folder in found.items()}
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
     if due and is_main():
         log.info("eval: %s, each: %s", ", ".join(due), _cost_in_words(run, tasks))
     for number, (role, inputs) in enumerate(due.items(), 1):
-        folder, path = found[role], run.dir / "eval" / f"{role}.json"
-        log.info("eval: %s (%s)", role, folder)
+        path = run.dir / "eval" / f"{role}.json"
+        log.info("eval: %s (%s)", role, found[role])
         seed_everything(run.recipe.seed)
-        model = load_model(folder, device=device(), **run.load_args())
-        tokenizer = load_tokenizer(folder, trust_remote_code=run.recipe.trust_remote_code)
         result = role_evaluation(
             role,
-            model,
-            tokenizer,
+            checkpoints[role],
             run.recipe.eval,
-            folder=folder,
             inputs=inputs,
             seed=run.recipe.seed,
             items=run.dir / "eval" / "items",
@@ -101,10 +99,9 @@ def evaluate(run: Run) -> None:
             result.write(path)
             if rest := rest_in_words(result, list(due)[number:]):
                 log.info("eval: %s", rest)
-        del model
         barrier()
     if run.recipe.eval.speed and is_main():
-        _speed(run, found)
+        _speed(run, found, checkpoints)
     barrier()
 
 
@@ -159,7 +156,7 @@ def _require_this_run(run: Run) -> None:
             require(Evaluation, path, eval_inputs(run, folder), "shoal eval")
 
 
-def _speed(run: Run, found: dict[str, Path]) -> None:
+def _speed(run: Run, found: dict[str, Path], checkpoints: dict[str, Checkpoint]) -> None:
     from shoal.eval.speed import measure_speed
 
     path = run.dir / Speed.FILE
@@ -168,7 +165,7 @@ def _speed(run: Run, found: dict[str, Path]) -> None:
         return
     log.info("eval: speed of %s, interleaved", ", ".join(found))
     batch_sizes = run.recipe.eval.speed_batch_sizes
-    measure_speed(found, provenance=Provenance(inputs), batch_sizes=batch_sizes, **run.load_args()).write(path)
+    measure_speed(checkpoints, provenance=Provenance(inputs), batch_sizes=batch_sizes).write(path)
 
 
 # --- report, export, run ------------------------------------------------------------------------------------------

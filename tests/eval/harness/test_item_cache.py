@@ -21,6 +21,7 @@ from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.item_cache import ItemCache, identity_of, key_of
 from shoal.inference.decoder import Decoder
 from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.evaluate import Eval
 
 
@@ -186,17 +187,14 @@ def test_a_role_asks_only_what_it_has_not_answered(
     tmp_path: Path, forwards: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tiny_checkpoint(tmp_path / "model", "llama", max_position_embeddings=4096)
-    model = tiny_model("llama", max_position_embeddings=4096)
     tasks = ("knowledge_continuation", "retrieval_generation")
 
     def run(**changes: Any) -> Any:
         settings = Eval(**{"tasks": tasks, "limit": 3, "perplexity_tokens": 300, "sequence_length": 128, **changes})
         return role_evaluation(
             "teacher",
-            model,
-            tiny_tokenizer(),
+            Checkpoint.read(folder, LoadSettings()),
             settings,
-            folder=folder,
             inputs={"model": model_fingerprint(folder)},
             seed=0,
             items=tmp_path / "items",
