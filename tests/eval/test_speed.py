@@ -15,7 +15,7 @@ from shoal.errors import UserError
 from shoal.eval import speed
 from shoal.eval.speed import expectation, measure_speed, peak_growth
 from shoal.models.cost import model_cost
-from shoal.models.load import without_data
+from shoal.models.load import Checkpoint, LoadSettings, without_data
 
 SHORT: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 4}
 
@@ -24,11 +24,10 @@ SHORT: dict[str, Any] = {"prompt_tokens": 16, "new_tokens": 4}
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Speed:
     """A teacher of six layers and a cut model of four."""
     folder = tmp_path_factory.mktemp("speed")
-    folders = {
-        "teacher": tiny_checkpoint(folder / "whole", "llama"),
-        "pruned": tiny_checkpoint(folder / "cut", "llama", num_hidden_layers=4),
-    }
-    return measure_speed(folders, provenance=Provenance({}), batch_sizes=(3, 1), repeats=2, **SHORT)
+    whole = tiny_checkpoint(folder / "whole", "llama")
+    cut = tiny_checkpoint(folder / "cut", "llama", num_hidden_layers=4)
+    checkpoints = {role: Checkpoint.read(at, LoadSettings()) for role, at in (("teacher", whole), ("pruned", cut))}
+    return measure_speed(checkpoints, provenance=Provenance({}), batch_sizes=(3, 1), repeats=2, **SHORT)
 
 
 @pytest.mark.slow
