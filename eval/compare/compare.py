@@ -301,14 +301,10 @@ def _harmless(contenders: Sequence[Contender]) -> dict[str, dict[str, list[str]]
     """Setting -> value -> letters, of settings that differ and move scores by rounding at most."""
     by_setting: dict[str, dict[str, list[str]]] = {name: {} for name in (*HARMLESS_INPUTS, *HARMLESS_VERSIONS)}
     for contender in contenders:
-        provenance = _any(contender).provenance
+        provenance = next(iter(contender.run.evaluations.values())).provenance
         values = {name: provenance.inputs.get(name) for name in HARMLESS_INPUTS}
         values |= {name: provenance.environment.get(name) for name in HARMLESS_VERSIONS}
         for name, value in values.items():
             if value is not None:
                 by_setting[name].setdefault(str(value), []).append(contender.letter)
     return {name: values for name, values in by_setting.items() if len(values) > 1}
-
-
-def _any(contender: Contender) -> Evaluation:
-    return next(iter(contender.run.evaluations.values()))

@@ -108,8 +108,9 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
         if unclear:
             parts.append(f"no clear difference on {unclear} of {len(cells)} {'task' if len(cells) == 1 else 'tasks'}")
         if parts:
+            dtypes = {dtype_of(contender, model.role) for contender in (model.contender, comparison.contenders[0])}
             against = f"{model.contender.letter} {model.role} against {first} {model.role}"
-            yield f"{against}{', in another precision' if _other_dtype(comparison, model) else ''}: {'; '.join(parts)}."
+            yield f"{against}{', in another precision' if len(dtypes) > 1 else ''}: {'; '.join(parts)}."
     if comparison.num_differences:
         yield (
             f"“Better” and “worse” are said where p is below {SIGNIFICANT:g} after Holm's correction over all "
@@ -117,26 +118,20 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
         )
 
 
-def _other_dtype(comparison: RunComparison, model: Model) -> bool:
-    """Whether the model was scored in another precision than the first run's of its role."""
-    return dtype_of(model.contender, model.role) != dtype_of(comparison.contenders[0], model.role)
-
-
 def pareto_panels(comparison: RunComparison) -> list[list[ParetoPanel]]:
     """One row per ability and protocol, one panel per cost; empty where no retention is known."""
     rows = []
     for (ability, protocol), columns in by_ability(comparison).items():
-        kept = [_kept(model, columns) for model in comparison.models]
+        kept = [
+            Interval(1.0, 1.0, 1.0) if model.role == "teacher" else mean_kept([model.cells[i] for i in columns])
+            for model in comparison.models
+        ]
         mean = f", mean of {len(columns)} tasks" if len(columns) > 1 else ""
         title = f"{ability[:1].upper()}{ability[1:]}, {protocol_text(protocol)}{mean}"
         panels = [ParetoPanel(title, cost, tuple(_points(comparison, kept, cost))) for cost in _costs(comparison)]
         if any(model.role != "teacher" and value for model, value in zip(comparison.models, kept, strict=True)):
             rows.append(panels)
     return rows
-
-
-def _kept(model: Model, columns: Sequence[int]) -> Interval | None:
-    return Interval(1.0, 1.0, 1.0) if model.role == "teacher" else mean_kept([model.cells[i] for i in columns])
 
 
 def _points(comparison: RunComparison, kept: Sequence[Interval | None], cost: Cost) -> Iterator[ParetoPoint]:

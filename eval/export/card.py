@@ -78,6 +78,8 @@ def base_model(run: Run) -> str | None:
 
 def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License, datasets: list[str]) -> ModelCardData:
     fields: dict[str, Any] = {"base_model_relation": "finetune"} if base and run.training else {}
+    role = _role(run, "pruned")
+    scored = [row for row in comparison.rows if role in row.scores]
     return ModelCardData(
         base_model=base,
         datasets=datasets or None,
@@ -88,7 +90,7 @@ def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License
         pipeline_tag="text-generation",
         tags=["shoal", "layer-pruning", "knowledge-distillation", "arxiv:2510.02091"],
         model_name=_name(run, base),
-        eval_results=[_eval_result(score, row, role) for row, role, score in _scores(run, comparison)] or None,
+        eval_results=[_eval_result(row.scores[role], row, role) for row in scored] or None,
         **fields,
     )
 
@@ -101,12 +103,6 @@ def _license_link(run: Run, terms: License, base: str | None) -> str | None:
     if terms.identifier or link:
         return link
     return f"https://huggingface.co/{base}" if base else None
-
-
-def _scores(run: Run, comparison: Comparison) -> list[tuple[Row, str, TaskScore]]:
-    """What the exported model scored, task by task."""
-    role = _role(run, "pruned")
-    return [(row, role, row.scores[role]) for row in comparison.rows if role in row.scores]
 
 
 def _role(run: Run, otherwise: str) -> str:

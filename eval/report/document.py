@@ -17,6 +17,7 @@ from shoal.figures.style import clean, inline_svg, save_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_ESCAPES = {"://": ":&#47;/"}  # a bare address would become a link on GitHub
 MOST_STACKED = 12
 """Columns up to which a row stays together on a phone; one of more is for comparing down its columns."""
 
@@ -357,12 +358,7 @@ def inline(text: str, *, strip: bool = True) -> str:
     line = line.replace("\r", " ").replace("\t", " ")
     line = html.escape(line, quote=False)
     # `_` inside a word is no markup, and task names are full of it
-    return re.sub(r"(\\|[`*\[\]|~#]|(?<!\w)_|_(?!\w)|://)", lambda match: _escaped(match[0]), line)
-
-
-def _escaped(markup: str) -> str:
-    # a bare address would become a link on GitHub
-    return ":&#47;/" if markup == "://" else "\\" + markup
+    return re.sub(r"(\\|[`*\[\]|~#]|(?<!\w)_|_(?!\w)|://)", lambda match: _ESCAPES.get(match[0], "\\" + match[0]), line)
 
 
 def _row(cells: tuple[str, ...]) -> str:

@@ -183,7 +183,9 @@ def compare(run: Run) -> Comparison:
             else:
                 scores[role] = task
         rows.append(_row(key, scores))
-    return Comparison(_with_adjusted_p(rows), tuple(refused))
+    adjusted = _adjusted([row.differences for row in rows])
+    rows = [replace(row, adjusted_p=p_values) for row, p_values in zip(rows, adjusted, strict=True)]
+    return Comparison(tuple(rows), tuple(refused))
 
 
 def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
@@ -320,11 +322,6 @@ def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
 def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
     """(before, after) of all roles that are there."""
     return [(a, b) for i, a in enumerate(ROLES) for b in ROLES[i + 1 :] if a in roles and b in roles]
-
-
-def _with_adjusted_p(rows: list[Row]) -> tuple[Row, ...]:
-    adjusted = _adjusted([row.differences for row in rows])
-    return tuple(replace(row, adjusted_p=p_values) for row, p_values in zip(rows, adjusted, strict=True))
 
 
 def _adjusted(tasks: Sequence[dict[tuple[str, str], PairedDifference]]) -> list[dict[tuple[str, str], float]]:

@@ -46,9 +46,10 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
     if not roles:
         sentences.append("No ability has been evaluated yet, so nothing is said here about what was lost.")
     silent = [row for row in comparison.rows if not row.has_signal]
+    left_out = "One task is" if len(silent) == 1 else f"{len(silent)} tasks are"
     if silent and len(roles) > 1:
         sentences.append(
-            f"{_number(len(silent), 'task')} left out of these sentences because the intact model is not shown to be "
+            f"{left_out} left out of these sentences because the intact model is not shown to be "
             "above chance there (see “No signal here”)."
         )
     return tuple(sentence for sentence in sentences if sentence)
@@ -195,7 +196,3 @@ def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> tuple[list
 
 def _smallest(run: Run) -> str | None:
     return next((role for role in ("distilled", "pruned") if role in run.evaluations), None)
-
-
-def _number(count: int, noun: str) -> str:
-    return f"One {noun} is" if count == 1 else f"{count} {noun}s are"

@@ -71,13 +71,14 @@ def build_document(
         return [pictures[name] for name in names if name in pictures]
 
     glance, lines = facts(run), board(run, comparison)
+    folded = [replace(figure, folded=True) for figure in drawn("runs", "atlas")]
     sections: list[Section | None] = [
         cautions_section(run, comparison),
         scores_section(run, comparison, pictures.get("before_after")),
         level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
         no_signal_section(comparison),
         protocol_section(run, comparison),
-        cut_section(run, [*drawn("depth" if run.plan else "importance"), *map(_folded, drawn("runs", "atlas"))]),
+        cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
         training_section(run, drawn("training")),
         search_section(search),
         flips_section(comparison),
@@ -94,10 +95,6 @@ def build_document(
         sections=tuple(section for section in sections if section is not None),
         opening=(*([lines] if lines else []), *([Facts(glance)] if glance else [])),
     )
-
-
-def _folded(picture: Picture) -> Picture:
-    return replace(picture, folded=True)
 
 
 def draw_figures(run: Run) -> dict[str, Picture]:

@@ -262,18 +262,15 @@ def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
         "mcnemar-exact": "the exact McNemar test for right-or-wrong items",
         "paired-bootstrap": "a paired bootstrap",
     }
+    above = any(row.verdict("teacher", "distilled") == "better" for row in rows)
     legend = Paragraph(
         f"“Better” and “worse” are said only where p (Holm) is below {SIGNIFICANT:g}: among many tasks, some change "
         "clearly by luck, so p is corrected for having looked at all of them, while each interval stands for its own "
         f"task alone. p is from {listed(used[test] for test in sorted(tests))}. "
         "What is kept is (score − chance) / (teacher − chance): 100 % is the teacher, 0 % is guessing"
-        f"{'; of more than 100 %, see “Read with care”' if _above_teacher(rows) else ''}."
+        f"{'; of more than 100 %, see “Read with care”' if above else ''}."
     )
     return [*(difference_table(rows, *pair, wanted[pair]) for pair in pairs), legend]
-
-
-def _above_teacher(rows: Sequence[Row]) -> bool:
-    return any(row.verdict("teacher", "distilled") == "better" for row in rows)
 
 
 def fair_gaps(rows: Sequence[Row], role: str) -> list[tuple[Row, Row, float]]:

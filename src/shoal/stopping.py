@@ -100,7 +100,8 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str], *, rank
                     os.write(2, b"shoal: waiting for the ranks to save and end; Ctrl-C again ends them now\n")
             time.sleep(0.1)
         if asked:
-            _kill_group(process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return process.wait(), asked[0] if asked else None
 
 
@@ -115,11 +116,6 @@ def _ask_to_stop(launcher: int, ranks: str) -> bool:
                 child.terminate()
                 any_asked = True
     return any_asked
-
-
-def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 def watch_launcher() -> None:
