@@ -195,6 +195,6 @@ def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
     dataclasses.replace(made, student="").write(
         run.dir / "plan.json"
     )  # of before plans knew their student, else refused for that
-    monkeypatch.setattr(pipeline, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("shoal.models.load.load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="number of tokens is 260 in the tokenizer of pruned"):
         pipeline.evaluate(run)

@@ -304,7 +304,7 @@ def test_weights_are_uploaded_only_where_the_recipe_says_so(tmp_path: Path) -> N
     run = SimpleNamespace(id="abcd", log_artifact=logged.append)
     for upload in (False, True):
         wandb_results.model_fingerprint, before = lambda _: "print", wandb_results.model_fingerprint
-        wandb_results._checkpoint(run, "student", folder, ["base"], plan=tmp_path / "none", upload=upload)  # pyright: ignore[reportArgumentType]
+        wandb_results._checkpoint(run, folder=folder, base="base", plan=tmp_path / "none", upload=upload)  # pyright: ignore[reportArgumentType]
         wandb_results.model_fingerprint = before
     entries = [artifact.manifest.entries["checkpoint/model.safetensors"] for artifact in logged]
     assert entries[0].ref == (folder / "model.safetensors").as_uri()
