@@ -12,11 +12,58 @@ from transformers import PreTrainedTokenizerBase
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.packing import PackedRows, read_rows
 from shoal.data.sources import TEACHER_TEXT, pack, texts_fingerprint
+from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill
-from shoal.recipe.section import Packing
-from shoal.runtime import barrier, is_main
+from shoal.recipe.recipe import Recipe
+from shoal.recipe.section import Shapes, shaping_keys
+from shoal.runtime import barrier, device, is_main
+
+from .engine.arguments import num_rows
+from .generated.writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
+from .teacher.recording_plan import rows_from
 
 log = logging.getLogger(__name__)
+
+
+def rows_to_train_on(
+    teacher: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Distill,
+    run_dir: Path,
+    *,
+    inputs: dict[str, Any],
+) -> PackedRows:
+    """The packed rows of the budget; the teacher writes its own share first where the recipe asks for it."""
+    seed = inputs["seed"]
+    texts: Sequence[str] = ()
+    if wants_teacher_text(settings.data):
+        check_backend(settings.writing)
+
+        def load_writer() -> Writer:
+            if settings.writing.backend == "vllm":
+                return vllm_writer(teacher.folder, tokenizer, settings.writing, seed=seed, dtype=teacher.load.dtype)
+            # a copy of the teacher of its own, freed before training
+            writer = teacher.model(device=device())
+            return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
+
+        texts, _ = write_texts(
+            settings.writing,
+            tokenizer,
+            data=settings.data,
+            folder=run_dir / "text",
+            inputs={key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))},
+            seed=seed,
+            load_writer=load_writer,
+        )
+    return training_rows(
+        settings,
+        tokenizer,
+        num_rows=num_rows(settings),
+        seed=seed,
+        teacher_text=texts,
+        folder=run_dir / "text",
+        inputs={"model": inputs["model"], **rows_from(inputs)},
+    )
 
 
 def training_rows(
@@ -28,14 +75,13 @@ def training_rows(
     teacher_text: Sequence[str],
     folder: Path,
     inputs: dict[str, Any],
-    packing: Packing = "split",
 ) -> PackedRows:
     """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name.
 
     Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
     later, so that a large budget costs no rank memory or a second tokenisation.
     """
-    path = folder / f"rows-{fingerprint([inputs, num_rows, packing, texts_fingerprint(teacher_text)])}"
+    path = folder / f"rows-{fingerprint([inputs, num_rows, settings.packing, texts_fingerprint(teacher_text)])}"
     if is_main() and not path.exists():
         num_tokens = num_rows * settings.sequence_length
         if num_tokens > 1.1 * settings.num_tokens:
@@ -51,7 +97,7 @@ def training_rows(
                 sequence_length=settings.sequence_length,
                 num_tokens=num_tokens,
                 seed=seed,
-                packing=packing,
+                packing=settings.packing,
                 folder=unfinished,
             )
         for name, count in rows.counts.items():

@@ -13,32 +13,29 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
-from shoal.models.load import Checkpoint, text_config, tokenizer_fingerprint
+from shoal.models.load import text_config, tokenizer_fingerprint
 from shoal.progress import doing
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
-from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import Shapes, shaping, shaping_keys
-from shoal.runtime import agreed, device, is_main
+from shoal.recipe.section import Shapes, shaping
+from shoal.runtime import agreed, is_main
 from shoal.tracking import wandb_run
 
 from .assembly import Identity, TrainingText, load_models, make_trainer, watch
 from .callbacks.progress import Progress
 from .callbacks.validation import Scorer
 from .callbacks.wandb_curves import Curves
-from .dataset import training_rows
-from .engine.arguments import BATCH_SPLIT, check_names, deepspeed_config, num_rows, rows_per_step, training_arguments
+from .dataset import rows_to_train_on
+from .engine.arguments import BATCH_SPLIT, check_names, deepspeed_config, rows_per_step, training_arguments
 from .engine.checkpoint import last_complete, needs_universal
 from .engine.heartbeat import Heartbeat
 from .engine.sharding import join_deepspeed
 from .engine.stop import StopRequest
-from .generated.writing import Writer, check_backend, transformers_writer, vllm_writer, wants_teacher_text, write_texts
 from .preflight.fit import check_fit
 from .preflight.throughput import most_tokens_per_s
 from .save import write_results
 from .student.local_stage import local_stage
 from .student.lora import refuse_untrainable
 from .student.spec import TrainSpec
-from .teacher.recording_plan import rows_from
 from .teacher.recording_reader import refuse_unrecorded
 from .trainer import DistillTrainer
 
@@ -260,48 +257,6 @@ def _flops_per_token(spec: TrainSpec, run_dir: Path) -> float | None:
     """Refuse what does not fit; the operations of a token, where they can be counted."""
     size = check_fit(spec, run_dir)
     return None if size is None else size.flops_per_token
-
-
-def rows_to_train_on(
-    teacher: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Distill,
-    run_dir: Path,
-    *,
-    inputs: dict[str, Any],
-) -> PackedRows:
-    """The packed rows of the budget; the teacher writes its own share first where the recipe asks for it."""
-    seed = inputs["seed"]
-    texts: Sequence[str] = ()
-    if wants_teacher_text(settings.data):
-        check_backend(settings.writing)
-
-        def load_writer() -> Writer:
-            if settings.writing.backend == "vllm":
-                return vllm_writer(teacher.folder, tokenizer, settings.writing, seed=seed, dtype=teacher.load.dtype)
-            # a copy of the teacher of its own, freed before training
-            writer = teacher.model(device=device())
-            return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
-
-        texts, _ = write_texts(
-            settings.writing,
-            tokenizer,
-            data=settings.data,
-            folder=run_dir / "text",
-            inputs={key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))},
-            seed=seed,
-            load_writer=load_writer,
-        )
-    return training_rows(
-        settings,
-        tokenizer,
-        num_rows=num_rows(settings),
-        seed=seed,
-        teacher_text=texts,
-        packing=settings.packing,
-        folder=run_dir / "text",
-        inputs={"model": inputs["model"], **rows_from(inputs)},
-    )
 
 
 def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume: Path | None) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from shoal.artifacts.artifact import Provenance, Training
-from shoal.atomic_files import fingerprint, written_folder
+from shoal.atomic_files import fingerprint
 from shoal.data.packing import PackedRows
 from shoal.machine import peak_memory
 from shoal.progress import doing
@@ -18,9 +18,7 @@ from shoal.redaction import redacted
 from shoal.runtime import barrier, device, is_main, world_size
 
 from .callbacks.validation import Watcher
-from .student.frozen import finished_state, save_finished
-from .student.local_stage import copy_all_but_weights
-from .student.lora import remove_adapters
+from .student.frozen import write_student
 from .student.spec import TrainSpec
 from .trainer import DistillTrainer
 
@@ -42,7 +40,7 @@ def write_results(
     Every rank calls this. ``spec.student`` is the checkpoint that training began with; ``overlap`` are evaluation items
     in the training text.
     """
-    student, before = trainer.objective.student, spec.student
+    student = trainer.objective.student
     settings: dict[str, Any] = {
         "rows": fingerprint(rows.fingerprint),
         "shared_layers": spec.shared_layers,
@@ -59,13 +57,9 @@ def write_results(
             log.info("distilled/ is the student of step %d: %s %.4f", best["step"], best["metric"], best["score"])
             state = watcher.best_state()
             settings["best"] = {key: best[key] for key in ("step", "metric", "score")}
-        stored = before.stored_dtype
-        finished = finished_state(student, state, before.folder, dtype=stored)
-        remove_adapters(student)
         student.config.use_cache = True  # the Trainer turned it off
-        with doing("writing distilled/"), written_folder(run_dir / "distilled") as folder:
-            save_finished(student, finished, folder, dtype=stored)
-            copy_all_but_weights(before.folder, folder)
+        with doing("writing distilled/"):
+            write_student(student, state, spec.student, run_dir / "distilled")
         history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
         seconds = [row["seconds"] for row in history if "seconds" in row]
         Training(

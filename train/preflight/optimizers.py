@@ -86,7 +86,7 @@ def timed_optimizer(weights: Iterable[nn.Parameter], settings: Distill, deepspee
     name, options = named_optimizer(settings, deepspeed)
     weights = list(weights)
     if "optimizer" in deepspeed.config:
-        in_torch = {each.lower(): each for each in dir(torch.optim) if isinstance(getattr(torch.optim, each), type)}
+        in_torch = {each.lower(): each for each in torch.optim.__all__ if each.lower() in MOMENTS}
         if name in in_torch:
             momentum = {"momentum": float(options["momentum"])} if "momentum" in options else {}
             return getattr(torch.optim, in_torch[name])(weights, lr=1e-6, **momentum)

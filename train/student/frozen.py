@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shoal.atomic_files import written_folder
 from shoal.models.anatomy import anatomy, decoder_body, text_config
 from shoal.models.checkpoint_files import read_shards
+from shoal.models.load import Checkpoint
 
-from .lora import BASE, LINEAR, adapted_modules, weight_change
+from .lora import BASE, LINEAR, adapted_modules, remove_adapters, weight_change
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +197,17 @@ def finished_state(
     return finished
 
 
+def write_student(student: PreTrainedModel, state: Mapping[str, Tensor], before: Checkpoint, folder: Path) -> None:
+    """Write a trained student as a plain checkpoint: its weights as finished_state has them, all else as it lies beside
+    the weights that training began with, ``before``. The model has no adapters any more after that."""
+    dtype = before.stored_dtype
+    finished = finished_state(student, state, before.folder, dtype=dtype)
+    remove_adapters(student)
+    with written_folder(folder) as unfinished:
+        save_finished(student, finished, unfinished, dtype=dtype)
+        copy_all_but_weights(before.folder, unfinished)
+
+
 def save_finished(student: PreTrainedModel, finished: dict[str, Tensor], folder: Path, *, dtype: torch.dtype) -> None:
     """Write the student with these weights, and ``dtype`` in its config.json: transformers puts there what the model in
     memory has, float32 in training, and whoever loads the checkpoint would get that."""
@@ -209,3 +223,13 @@ def _holds(value: Tensor, original: Tensor) -> bool:
     """Whether ``value`` is the stored tensor, as a model of its dtype holds it."""
     same_kind = value.is_floating_point() == original.is_floating_point()
     return same_kind and value.shape == original.shape and torch.equal(original.to(value.dtype), value.cpu())
+
+
+def copy_all_but_weights(source: Path, folder: Path) -> None:
+    """Tokenizer, chat templates, licence and notices as they came with the model, byte for byte."""
+    for beside in source.iterdir():
+        ours = beside.suffix in (".safetensors", ".py") or beside.name in ("config.json", "generation_config.json")
+        if beside.is_dir():
+            shutil.copytree(beside, folder / beside.name, dirs_exist_ok=True)
+        elif not ours and not beside.name.endswith(".index.json"):
+            shutil.copy2(beside, folder / beside.name)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +29,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import differences
-from shoal.atomic_files import write_json, written_folder
+from shoal.atomic_files import write_json
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError, explained_disk_errors
 from shoal.lr_schedule import warmup_cosine
 from shoal.models.anatomy import state_of, with_state
-from shoal.models.load import Checkpoint, decoder_layers
+from shoal.models.load import decoder_layers
 from shoal.progress import each
 from shoal.recipe.distill import Distill, LocalHeal
 from shoal.recipe.recipe import Recipe
@@ -46,7 +45,7 @@ from ..objective.capture import capturing
 from ..objective.host_batch import queued
 from ..objective.layer_losses import Tokens, distances
 from ..objective.objective import final_hidden
-from .frozen import finished_state, save_finished
+from .frozen import write_student
 from .spec import TrainSpec
 from .trainable import Gap, gaps, keep_zeros
 
@@ -107,20 +106,12 @@ def local_stage(spec: TrainSpec, rows: PackedRows, *, folder: Path, inputs: dict
         inputs=identity,
     )
     if is_main():
-        _write_healed(student, spec.student, healed)
+        state = {name: w for name, w in student.state_dict().items() if name not in student.all_tied_weights_keys}
+        write_student(student, state, spec.student, healed)
         write_json(story, {"inputs": identity, "before": result.before, "after": result.after})
         (folder / STATE_FILE).unlink(missing_ok=True)
     barrier()
     return healed
-
-
-def _write_healed(student: PreTrainedModel, before: Checkpoint, folder: Path) -> None:
-    """Write the student as its checkpoint ``before`` stores it, but for the layers that were trained."""
-    stored = before.stored_dtype
-    state = {name: weight for name, weight in student.state_dict().items() if name not in student.all_tied_weights_keys}
-    with written_folder(folder) as unfinished:
-        copy_all_but_weights(before.folder, unfinished)
-        save_finished(student, finished_state(student, state, before.folder, dtype=stored), unfinished, dtype=stored)
 
 
 def heal_locally(
@@ -332,13 +323,3 @@ class _Progress:
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return [sum(column) / len(column) for column in zip(*rows, strict=True)]
-
-
-def copy_all_but_weights(source: Path, folder: Path) -> None:
-    """Tokenizer, chat templates, licence and notices as they came with the model, byte for byte."""
-    for beside in source.iterdir():
-        ours = beside.suffix in (".safetensors", ".py") or beside.name in ("config.json", "generation_config.json")
-        if beside.is_dir():
-            shutil.copytree(beside, folder / beside.name, dirs_exist_ok=True)
-        elif not ours and not beside.name.endswith(".index.json"):
-            shutil.copy2(beside, folder / beside.name)

@@ -37,7 +37,7 @@ OVERLAP_TOKENS = 50_000_000
 
 def record(run: Run) -> None:
     """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
-    from shoal.train.distill import rows_to_train_on
+    from shoal.train.dataset import rows_to_train_on
     from shoal.train.record import record_signals
     from shoal.train.teacher.recording_plan import recording_layout, rows_from
 

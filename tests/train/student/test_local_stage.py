@@ -23,7 +23,8 @@ from shoal.models.load import Checkpoint, LoadSettings, decoder_layers
 from shoal.recipe.distill import Distill, LocalHeal, Record
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.student import local_stage as local
-from shoal.train.student.local_stage import LocalResult, copy_all_but_weights, heal_locally, local_stage
+from shoal.train.student.frozen import copy_all_but_weights
+from shoal.train.student.local_stage import LocalResult, heal_locally, local_stage
 from shoal.train.student.spec import Ranks, train_spec
 from shoal.train.student.trainable import Gap, gaps
 
