@@ -6,7 +6,7 @@ import difflib
 import inspect
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -253,46 +253,20 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
         UserError: a file that is missing or no JSON, or settings that shoal knows to be wrong.
     """
     config = read_deepspeed(settings.deepspeed)
-    stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {stage!r})")
-    if "scheduler" in config:
-        raise UserError("distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer")
-    named = precisions_named(config)
-    if settings.precision != "auto" and named:
-        raise UserError(
-            f"distill.precision: {settings.precision} contradicts `{named[0]}` in the DeepSpeed configuration; "
-            "leave one of them out"
-        )
+    zero = config.setdefault("zero_optimization", {})
+    stage, named = zero.setdefault("stage", 0), precisions_named(config)
     # a stage knows what `auto` is in its run directory and has put it in; settings on their own ask the device
     precision = fast_dtype(device()).dtype if settings.precision == "auto" and not named else settings.precision
+    _refuse_wrong(config, named, settings.precision, computed_in=precision)
     if precision in ("bfloat16", "float16"):
         # fp32 weights: a plain bf16 weight does not move at usual learning rates, its rounding is coarser than a step
         config["torch_autocast"] = {"enabled": True, "dtype": precision}
-    if "bf16" in named and stage == 0:
-        raise UserError(
-            "distill.deepspeed: bf16 with ZeRO stage 0 starts Adam one step late; use stage 1 to 3, or "
-            "distill.precision: bfloat16 (autocast), which is exact at every stage"
-        )
-    if ("fp16" in named or precision == "float16") and not torch.accelerator.is_available():
-        key = "precision" if precision == "float16" else "deepspeed"
-        raise UserError(
-            f"distill.{key}: fp16 does not train on a CPU; use distill.precision: auto, and no fp16 section"
-        )
-    for part in ("offload_optimizer", "offload_param"):
-        place = config["zero_optimization"].get(part) or {}
-        folder = place.get("nvme_path")
-        if place.get("device") == "nvme" and (folder is None or not Path(folder).expanduser().is_dir()):
-            raise UserError(
-                f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
-                "local disk, or set device: cpu"
-            )
-    offload = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
     if offload != "none" and "optimizer" not in config:
         # torch's own AdamW runs on a CPU as well; DeepSpeed's has to be compiled and does not resume bit by bit
         config.setdefault("zero_force_ds_cpu_optimizer", False)
     if stage == 3:
-        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
     for key in (
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
@@ -301,3 +275,40 @@ def deepspeed_config(settings: Distill) -> dict[str, Any]:
     ):
         config.setdefault(key, "auto")
     return config
+
+
+def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: str, *, computed_in: str) -> None:
+    """Refuse what shoal knows to be wrong of a configuration. ``named`` are the precisions that it names itself,
+    ``precision`` is what the recipe says, ``computed_in`` what comes of both.
+
+    Raises:
+        UserError: it is.
+    """
+    zero = config["zero_optimization"]
+    if zero["stage"] not in (0, 1, 2, 3):
+        raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {zero['stage']!r})")
+    if "scheduler" in config:
+        raise UserError("distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer")
+    if precision != "auto" and named:
+        raise UserError(
+            f"distill.precision: {precision} contradicts `{named[0]}` in the DeepSpeed configuration; "
+            "leave one of them out"
+        )
+    if "bf16" in named and zero["stage"] == 0:
+        raise UserError(
+            "distill.deepspeed: bf16 with ZeRO stage 0 starts Adam one step late; use stage 1 to 3, or "
+            "distill.precision: bfloat16 (autocast), which is exact at every stage"
+        )
+    if ("fp16" in named or computed_in == "float16") and not torch.accelerator.is_available():
+        key = "precision" if computed_in == "float16" else "deepspeed"
+        raise UserError(
+            f"distill.{key}: fp16 does not train on a CPU; use distill.precision: auto, and no fp16 section"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        place = zero.get(part) or {}
+        folder = place.get("nvme_path")
+        if place.get("device") == "nvme" and (folder is None or not Path(folder).expanduser().is_dir()):
+            raise UserError(
+                f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
+                "local disk, or set device: cpu"
+            )
