@@ -89,7 +89,7 @@ class ModelSize:
 
 
 @contextlib.contextmanager
-def without_data() -> Iterator[None]:
+def shapes_only() -> Iterator[None]:
     """Models built and run here have shapes and no numbers, and take no memory.
 
     Modules are not moved: there is nothing to move, and torch cannot where something looks at a tensor without data.
@@ -106,13 +106,13 @@ def without_data() -> Iterator[None]:
 def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The causal language model of ``config``, its weights whatever the surrounding context makes of them."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    model.tie_weights()  # is part of the initialisation that without_data leaves out
+    model.tie_weights()  # is part of the initialisation that shapes_only leaves out
     return model
 
 
 def teacher_size(config: PreTrainedConfig, *, attention: str = "sdpa") -> ModelSize:
     """Sizes of a model that nothing is trained of."""
-    with without_data():
+    with shapes_only():
         model = built(config, dtype=torch.bfloat16, attention=attention).requires_grad_(False)
         return _sizes(model)
 
@@ -135,7 +135,7 @@ def student_size(
     Raises:
         RuntimeError: the family looks at numbers while it runs, as mixtures of experts may.
     """
-    with without_data():
+    with shapes_only():
         model = built(config, dtype=dtype, attention=attention)
         prepare(model)
         model.train()

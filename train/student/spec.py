@@ -16,7 +16,7 @@ from shoal.recipe.losses import needs_teacher, reads_distributions
 from shoal.runtime import device, world_size
 
 from ..engine.arguments import DeepSpeed, batch_split
-from .sizes import built, without_data
+from .sizes import built, shapes_only
 from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts, unhealed
 
 TeacherPlace = Literal["none", "live", "offloaded", "recorded"]
@@ -130,6 +130,6 @@ def student_parts(student: Checkpoint, plan: PruningPlan, settings: Distill) -> 
     if settings.trainable != "norm_and_head":
         return trained_parts(settings.trainable, plan, keys_from=keys_from(text_config(student.config)))
     # only there it matters whether head and embeddings are one table, which configurations do not say of every family
-    with without_data():
+    with shapes_only():
         model = built(student.config, dtype=torch.float32, attention=student.load.attention)
         return parts_of(model, settings.trainable, plan)
