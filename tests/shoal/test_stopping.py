@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from long_training import MANY, recipe, wait_for
+from long_training import MANY, pruned_recipe, recipe, wait_for
 from ranks import environment
 from tiny import tiny_checkpoint
 
@@ -91,7 +91,7 @@ def without_progress(said: list[str]) -> list[str]:
 @pytest.mark.parametrize(("number", "ranks"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_a_stop_of_shoal_saves_on_its_ranks(teacher: Path, tmp_path: Path, number: int, ranks: int) -> None:
     """Also: what lies in the current folder is not taken for a module of the ranks."""
-    path = recipe(tmp_path, teacher, **MANY)
+    path = pruned_recipe(tmp_path, teacher, **MANY)
     (tmp_path / "shoal").mkdir()
     (tmp_path / "psutil.py").write_text("open('imported', 'w')")
     shoal = Shoal(tmp_path, "distill", "--config", str(path), f"distill.num_ranks={ranks}")
@@ -105,7 +105,7 @@ def test_a_stop_of_shoal_saves_on_its_ranks(teacher: Path, tmp_path: Path, numbe
 
 
 def test_ctrl_c_before_the_ranks_train_says_that_there_is_no_checkpoint(teacher: Path, tmp_path: Path) -> None:
-    shoal = Shoal(tmp_path, "distill", "--config", str(recipe(tmp_path, teacher, **MANY)))
+    shoal = Shoal(tmp_path, "distill", "--config", str(pruned_recipe(tmp_path, teacher, **MANY)))
     wait_for(shoal.ranks, "a rank")
     said = without_progress(shoal.stop(signal.SIGINT))
     assert shoal.process.returncode == 130, shoal.said
@@ -113,7 +113,7 @@ def test_ctrl_c_before_the_ranks_train_says_that_there_is_no_checkpoint(teacher:
 
 
 def test_ranks_do_not_outlive_a_killed_shoal(teacher: Path, tmp_path: Path) -> None:
-    shoal = Shoal(tmp_path, "distill", "--config", str(recipe(tmp_path, teacher, **MANY)))
+    shoal = Shoal(tmp_path, "distill", "--config", str(pruned_recipe(tmp_path, teacher, **MANY)))
     wait_for(shoal.ranks, "a rank")
     started = shoal.children()
     shoal.process.kill()

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from functools import cache
 from pathlib import Path
 
 import yaml
+
+from shoal.recipe.recipe import load_recipe
+from shoal.stages.prune import prune
+from shoal.stages.run import open_run
 
 DROP = [2, 3]
 
@@ -44,6 +50,19 @@ def recipe(folder: Path, teacher: Path, **distill) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@cache
+def _cut(teacher: Path) -> Path:
+    path = recipe(teacher.parent / "cut", teacher)
+    prune(open_run(load_recipe(str(path), [])))
+    return path.parent / "run"
+
+
+def pruned_recipe(folder: Path, teacher: Path, **distill) -> Path:
+    """A recipe whose student is made already."""
+    shutil.copytree(_cut(teacher), folder / "run")
+    return recipe(folder, teacher, **distill)
 
 
 def wait_for(condition, what: str, timeout_s: float = 120):

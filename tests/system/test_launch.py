@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from long_training import MANY, MANY_STEPS, STEPS, recipe, wait_for
+from long_training import MANY, MANY_STEPS, STEPS, pruned_recipe, recipe, wait_for
 from ranks import environment, run_ranks, start_ranks
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint
@@ -83,7 +83,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def long_reference(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    path = recipe(tmp_path_factory.mktemp("long_reference"), teacher, **MANY)
+    path = pruned_recipe(tmp_path_factory.mktemp("long_reference"), teacher, **MANY)
     finished(distill(path, "distill.trainer.save_steps=0.5"))
     return path
 
@@ -117,7 +117,7 @@ def test_every_zero_stage_and_rank_count_gives_the_same_curve_and_weights(
     reference, teacher, tmp_path, zero, ranks, ranks_later
 ):
     """Also where the second half is trained under another number of ranks."""
-    path = recipe(tmp_path, teacher, deepspeed=f"deepspeed/{zero}.json")
+    path = pruned_recipe(tmp_path, teacher, deepspeed=f"deepspeed/{zero}.json")
     half = "distill.trainer.save_steps=0.5"
     finished(distill(path, half, ranks=ranks))
     same_as(reference, path)
@@ -151,7 +151,7 @@ def unfinish(run_dir: Path, *, keep: int) -> None:
 
 def test_weight_decay_stays_where_it_belongs_when_zero_3_changes_ranks(teacher, tmp_path):
     """DeepSpeed gives every group the first one's settings there, and one step counter to all."""
-    path = recipe(tmp_path, teacher, deepspeed="deepspeed/zero3.json", trainable="from_first_cut")
+    path = pruned_recipe(tmp_path, teacher, deepspeed="deepspeed/zero3.json", trainable="from_first_cut")
     settings = ["distill.trainer.weight_decay=5", "distill.trainer.save_steps=0.5"]
     finished(distill(path, *settings))
     whole = load_file(path.parent / "run" / "distilled" / "model.safetensors")
@@ -170,7 +170,7 @@ def test_loss_does_not_depend_on_the_split_where_rows_hold_unequal_numbers_of_ta
     documents.write_text("".join(json.dumps({"text": chr(97 + n % 26) * n}) + "\n" for n in lengths))
     curves = []
     for rows, ranks in [(4, 1), (1, 1), (1, 2)]:
-        path = recipe(tmp_path / f"{rows}-{ranks}", teacher, data={"path": str(documents)})
+        path = pruned_recipe(tmp_path / f"{rows}-{ranks}", teacher, data={"path": str(documents)})
         overrides = [
             f"distill.trainer.per_device_train_batch_size={rows}",
             "distill.trainer.save_strategy=no",
@@ -184,7 +184,7 @@ def test_loss_does_not_depend_on_the_split_where_rows_hold_unequal_numbers_of_ta
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (1, 1), (2, 2), (3, 2)])
 def test_bf16_stays_near_the_fp32_curve_under_every_zero_stage(reference, teacher, tmp_path, stage, ranks):
-    path = recipe(tmp_path, teacher)
+    path = pruned_recipe(tmp_path, teacher)
     finished(
         distill(
             path,
@@ -204,7 +204,7 @@ def test_a_shared_prefix_under_zero_3_and_checkpointing_gives_the_plain_curve(te
         ("plain", 1, ["distill.deepspeed=deepspeed/zero0.json"]),
         ("sharded", 2, ["distill.deepspeed=deepspeed/zero3.json", "distill.trainer.gradient_checkpointing=true"]),
     ]:
-        path = recipe(tmp_path / name, teacher, trainable="from_first_cut")
+        path = pruned_recipe(tmp_path / name, teacher, trainable="from_first_cut")
         finished(distill(path, *overrides, "distill.trainer.save_strategy=no", ranks=ranks))
         curves.append(curve(path))
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
@@ -241,7 +241,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("victim", ["rank", "launcher"])
 def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_path, victim):
-    path = recipe(tmp_path, teacher, **MANY)
+    path = pruned_recipe(tmp_path, teacher, **MANY)
     ranks = 2 if victim == "rank" else 1
     launcher = start(path, ranks=ranks)
     checkpoints = path.parent / "run" / "checkpoints"
@@ -260,7 +260,7 @@ def test_a_killed_run_goes_on_with_the_same_curve(long_reference, teacher, tmp_p
 
 
 def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_left(long_reference, teacher, tmp_path):
-    path = recipe(tmp_path, teacher, **MANY)
+    path = pruned_recipe(tmp_path, teacher, **MANY)
     arguments = ["distill", "--config", str(path), "distill.timeout_s=8"]
     with TemporaryFile("w+") as said:
         waiting, late = start_ranks(arguments, ranks=2, env=environment(), cwd=tmp_path, log=said)
@@ -279,7 +279,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_under_the_ranks_that_are_le
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_with_equal_bits(long_reference, teacher, tmp_path):
-    path = recipe(tmp_path, teacher, **MANY)
+    path = pruned_recipe(tmp_path, teacher, **MANY)
     with TemporaryFile("w+") as said:
         (rank,) = start_ranks(["distill", "--config", str(path)], ranks=1, env=environment(), cwd=tmp_path, log=said)
         checkpoints = path.parent / "run" / "checkpoints"
@@ -331,7 +331,7 @@ def test_a_checkpoint_of_other_settings_is_refused_naming_the_field(reference, t
 
 
 def test_a_port_in_use_is_named(teacher, tmp_path):
-    path = recipe(tmp_path, teacher)
+    path = pruned_recipe(tmp_path, teacher)
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
@@ -378,7 +378,7 @@ def test_wandb_offline_keeps_one_run_id_over_a_resume(reference, tmp_path):
 
 def test_teacher_text_is_written_once_and_trained_on(teacher, tmp_path):
     sources = [{"path": "python_docs"}, {"path": "teacher_text"}]
-    path = recipe(tmp_path, teacher, data=sources, writing={"num_tokens": 300})
+    path = pruned_recipe(tmp_path, teacher, data=sources, writing={"num_tokens": 300})
     log = finished(distill(path, "distill.trainer.max_steps=1"))
     assert "the teacher writes 2 texts" in log
     (folder,) = (path.parent / "run" / "text").glob("written-*")
@@ -456,7 +456,7 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_gpu_gives_the_curve_of_the_cpu(reference, teacher, tmp_path, zero):
-    path = recipe(tmp_path, teacher)
+    path = pruned_recipe(tmp_path, teacher)
     env = environment()
     del env["DS_ACCELERATOR"]
     finished(launch("distill.py", path, f"distill.deepspeed=deepspeed/zero{zero}.json", ranks=1, env=env))
