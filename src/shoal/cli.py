@@ -71,7 +71,7 @@ VERBS = {
             "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
         ),
     ),
-    "eval": Verb("score teacher, pruned and distilled: eval/*.json", "pipeline.evaluate"),
+    "eval": Verb("score teacher, pruned and distilled: eval/*.json", "evaluate.evaluate"),
     "search": Verb(
         "heal several plans for the same few tokens and rank them: search.json, search.md",
         "search.search",
@@ -79,8 +79,8 @@ VERBS = {
     ),
     "report": Verb(
         "report.html, report.md, and the Hub push where the recipe asks for it",
-        "pipeline.report",
-        check="pipeline.require_results",
+        "report.report",
+        check="report.require_results",
     ),
     "run": Verb("all of it, skipping what is done and unchanged", "pipeline.run_all", launches=True),
 }

@@ -23,8 +23,8 @@ from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
 from shoal.recipe.suites import SUITES_DIR, Cost, SuiteName, read_suite
-from shoal.stages import pipeline
-from shoal.stages.pipeline import _tell_of_left_out
+from shoal.stages import evaluate
+from shoal.stages.evaluate import _tell_of_left_out
 from shoal.stages.run import open_run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -179,11 +179,11 @@ def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
     def load_model(*_: Any, **__: Any) -> None:
         raise Loading
 
-    monkeypatch.setattr(pipeline, "load_model", load_model)
+    monkeypatch.setattr(evaluate, "load_model", load_model)
     settings = {"tasks": ["knowledge_continuation", "retrieval_generation"], "limit": 5, "perplexity_tokens": 500}
     recipe = {"model": str(tiny_checkpoint(tmp_path, "llama")), "run_dir": str(tmp_path / "run"), "eval": settings}
     with caplog.at_level("INFO"), pytest.raises(Loading):
-        pipeline.evaluate(open_run(parse_recipe(recipe)))
+        evaluate.evaluate(open_run(parse_recipe(recipe)))
     told = [line for line in caplog.messages if "tokens to read" in line]
     assert len(told) == 1
     assert re.fullmatch(
@@ -199,8 +199,8 @@ def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
     for before in range(2):
         random.seed(before)
         with pytest.raises(Loading):
-            pipeline.evaluate(open_run(parse_recipe(recipe)))
+            evaluate.evaluate(open_run(parse_recipe(recipe)))
     assert drawn[0] == drawn[1], "what a task draws as it is loaded is the same whenever it is"
     recipe["eval"] = {**settings, "tasks": ["knowledge_continuatoin"]}
     with pytest.raises(UserError, match="did you mean 'knowledge_continuation'"):
-        pipeline.evaluate(open_run(parse_recipe(recipe)))
+        evaluate.evaluate(open_run(parse_recipe(recipe)))

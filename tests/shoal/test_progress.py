@@ -1,6 +1,6 @@
 """What takes long says so: before 5 s are over, with rate and time left; a bar on a terminal, lines in a file.
 
-Covers: shoal.train.callbacks.progress.
+Covers: shoal.stages.report, shoal.train.callbacks.progress.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shoal import progress as module
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.progress import BYTES, POLL_S, Lines, Speaker, doing, each, progress
 from shoal.recipe.recipe import load_recipe, parse_recipe
-from shoal.stages import distill, measure, pipeline, prune
+from shoal.stages import distill, evaluate, measure, prune, report
 from shoal.stages.run import open_run
 from shoal.stages.search import search
 from shoal.train.callbacks.progress import Progress
@@ -403,8 +403,8 @@ def test_evaluating_and_reporting_tell_of_requests_texts_and_speed(
         parse_recipe({"model": str(teacher), "dtype": "float32", "run_dir": str(tmp_path / "run"), "eval": settings})
     )
     run.dir.mkdir()
-    pipeline.evaluate(run)
-    pipeline.report(run)
+    evaluate.evaluate(run)
+    report.report(run)
     told(
         caplog.messages,
         "eval: loading the tasks",

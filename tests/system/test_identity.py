@@ -24,7 +24,7 @@ from shoal.recipe.distill import Distill, OnPolicy
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.stages import distill as distilling
-from shoal.stages import measure, pipeline, prune
+from shoal.stages import evaluate, measure, prune
 from shoal.stages import run as run_module
 from shoal.stages.run import Run
 from shoal.train import distill as distill_module
@@ -209,7 +209,7 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
         "plan": prune.plan_inputs(run),
         "training": training,
         "rows": rows_from(training),
-        "scores": pipeline.eval_inputs(run, run.teacher),
+        "scores": evaluate.eval_inputs(run, run.teacher),
         "signals": recording_inputs(
             recipe.record,
             Checkpoint.read(run.teacher, LoadSettings(**run.load_args())),
@@ -217,7 +217,7 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
             sequence_length=64,
             prefix=3,
         ),
-        "speed": pipeline.speed_inputs(run, {}),
+        "speed": evaluate.speed_inputs(run, {}),
         "search": {} if recipe.search is None else shaping(recipe.search, Shapes.SEARCH, "search."),
     }
 
@@ -350,7 +350,7 @@ def variants(section: Any, place: str = "") -> Iterator[tuple[str, Shapes, Any]]
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.usefixtures("folder")
 def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = (measure, pipeline, prune, distilling, distill_module, run_module)
+    modules = (measure, evaluate, prune, distilling, distill_module, run_module)
     contents = ("sources", "model", "task_files", "local_data")
     for module, name in itertools.product(modules, [f"{content}_fingerprint" for content in contents]):
         monkeypatch.setattr(module, name, lambda *_: "...", raising=False)

@@ -5,5 +5,9 @@ measure   measure
 prune     prune
 distill   record, distill
 search    search
-pipeline  eval, report, export, and all in order
+evaluate   eval
+report     report
+export     GGUF files, the Hub
+preflight  what is refused before a stage begins
+pipeline   all in order
 """

@@ -18,13 +18,22 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
-from shoal.artifacts.artifact import Artifact, differences, require_same_run
-from shoal.atomic_files import file_hash, fingerprint
+from shoal.artifacts.artifact import (
+    Artifact,
+    Evaluation,
+    Importance,
+    PruningPlan,
+    Speed,
+    Training,
+    differences,
+    require_same_run,
+)
+from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
 from shoal.models.demo import DEMO_PREFIX
@@ -33,7 +42,9 @@ from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
 from shoal.recipe.edits import Swap
 from shoal.recipe.recipe import Recipe
-from shoal.runtime import agreed, barrier, device, is_main
+from shoal.recipe.section import as_dict
+from shoal.redaction import redacted
+from shoal.runtime import agreed, barrier, device, environment, is_main
 
 log = logging.getLogger(__name__)
 
@@ -345,3 +356,29 @@ def local_data_fingerprint(data_dir: str) -> str:
     folder = Path(data_dir).expanduser()
     files = sorted(folder.glob("*/*.jsonl"))
     return fingerprint([[str(file.relative_to(folder)), file_hash(file)] for file in files])
+
+
+def write_story(run: Run) -> None:
+    """run.json: the resolved recipe without secrets, versions, and the fingerprint of every stage that is there."""
+    if not is_main():
+        return
+    stages = {}
+    kinds: list[tuple[str, type[Artifact]]] = [
+        (Importance.FILE, Importance),
+        (PruningPlan.FILE, PruningPlan),
+        (Training.FILE, Training),
+        *((f"eval/{role}.json", Evaluation) for role in ("teacher", "pruned", "distilled")),
+        (Speed.FILE, Speed),
+    ]
+    for name, kind in kinds:
+        if (run.dir / name).is_file():
+            provenance = kind.read(run.dir / name).provenance
+            stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
+    numerics = None if run.numerics is None else asdict(run.numerics)
+    story = {
+        "recipe": redacted(as_dict(run.recipe)),
+        "numerics": numerics,
+        "environment": environment(),
+        "stages": stages,
+    }
+    write_json(run.dir / "run.json", story)

@@ -29,7 +29,7 @@ from shoal.recipe.search import Search, SearchPlan
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.recipe.track import Export
 from shoal.stages import distill as distilling
-from shoal.stages import pipeline
+from shoal.stages import evaluate, preflight
 from shoal.stages import prune as pruning
 from shoal.stages.measure import measure, measure_inputs
 from shoal.stages.run import Run, is_done, locked
@@ -81,7 +81,7 @@ def search(run: Run, launch: Launch) -> str:
         )
     with locked(run):
         candidates = _candidates(run, settings)
-        pipeline.preflight(candidates[0].run)
+        preflight.preflight(candidates[0].run)
         _share_importance(run, candidates)
         for candidate in each(candidates, "search: plans cut", unit="plans"):
             _cut(candidate)
@@ -251,7 +251,7 @@ def _share_teacher(run: Run, candidates: Sequence[Candidate], settings: Search) 
     from shoal.eval.compare.ranking import measure_by
 
     name, first = "eval/teacher.json", candidates[0]
-    inputs = pipeline.eval_inputs(first.run, first.run.teacher)
+    inputs = evaluate.eval_inputs(first.run, first.run.teacher)
     _adopt(Evaluation, run.dir, first.run.dir, name, inputs)
     if not (first.run.dir / name).is_file() or differences(inputs, first.evaluation("teacher").provenance.inputs):
         log.info("search: the teacher, once for all plans")
@@ -272,7 +272,7 @@ def _adopt(kind: type[Artifact], source: Path, target: Path, name: str, inputs: 
 
 def _evaluate(candidate: Candidate) -> None:
     with locked(candidate.run):
-        pipeline.evaluate(candidate.run)
+        evaluate.evaluate(candidate.run)
 
 
 def _heal(candidate: Candidate, launch: Launch) -> None:

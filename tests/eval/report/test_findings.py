@@ -20,7 +20,7 @@ from shoal.eval.harness.rates import NAMES, hold_answers, text_rates, with_rates
 from shoal.eval.harness.tokenizer_check import require_same_tokenizer
 from shoal.eval.report.findings import Comparison, Run, compare, gap_limits, protocol_gaps, read_run, writing
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import pipeline
+from shoal.stages import evaluate, prune
 from shoal.stages.run import Run as Stages
 from shoal.stats.paired import mcnemar
 
@@ -189,7 +189,7 @@ def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
 ) -> None:
     teacher = tiny_checkpoint(tmp_path, "llama")
     run = Stages(parse_recipe({"model": str(teacher), "run_dir": str(tmp_path / "run"), "prune": {"drop": [1, 3]}}))
-    pipeline.prune(run)
+    prune.prune(run)
     saved(run.dir / "student", add_token)
     made = PruningPlan.read(run.dir / "plan.json")
     dataclasses.replace(made, student="").write(
@@ -197,4 +197,4 @@ def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
     )  # of before plans knew their student, else refused for that
     monkeypatch.setattr("shoal.models.load.load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="number of tokens is 260 in the tokenizer of pruned"):
-        pipeline.evaluate(run)
+        evaluate.evaluate(run)

@@ -21,7 +21,7 @@ from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.search import SearchPlan
 from shoal.recipe.section import as_dict
-from shoal.stages import measure, pipeline
+from shoal.stages import evaluate, measure
 from shoal.stages import search as searching
 from shoal.stages.run import Run, open_run
 from shoal.stages.search import prune_of
@@ -114,7 +114,7 @@ def test_importance_and_teacher_of_the_run_itself_are_used(make_run: Any, monkey
     plans = [{"metric": "angular", "num_drop": 2}, {"drop": [1, 3]}]
     run = make_run(plans)
     measure.measure(run)
-    pipeline.evaluate(open_run(parse_recipe({**as_dict(run.recipe), "eval": {**EVAL, "speed": False}})))
+    evaluate.evaluate(open_run(parse_recipe({**as_dict(run.recipe), "eval": {**EVAL, "speed": False}})))
     teacher = (run.dir / "eval" / "teacher.json").read_bytes()
     monkeypatch.setattr("shoal.stages.measure.load_model", stop)
     searching.search(run, Healer(0.5, 0.1))

@@ -1,6 +1,6 @@
 """The stages: each made once, made again when its settings change, never mixed up, never by two at a time.
 
-Covers: shoal.stages.distill, shoal.stages.prune, shoal.stages.run.
+Covers: shoal.stages.distill, shoal.stages.evaluate, shoal.stages.preflight, shoal.stages.prune, shoal.stages.run.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 from shoal.artifacts.artifact import Importance, Provenance, PruningPlan, Training
 from shoal.errors import UserError
 from shoal.recipe.recipe import parse_recipe
-from shoal.stages import distill, measure, pipeline
+from shoal.stages import distill, evaluate, measure, preflight
 from shoal.stages import prune as pruning
-from shoal.stages.run import Run, locked, open_run
+from shoal.stages.run import Run, locked, open_run, write_story
 from shoal.train.distill import checkpoint_inputs
 from shoal.train.engine.checkpoint import commit
 
@@ -279,7 +279,7 @@ def test_a_lock_that_is_no_file_is_refused_and_what_it_leads_to_is_left_alone(
 def test_run_json_tells_the_story(make_run: Any) -> None:
     run = make_run()
     pruning.prune(run)
-    pipeline._write_story(run)
+    write_story(run)
     story = json.loads((run.dir / "run.json").read_text())
     assert parse_recipe(story["recipe"]) == run.recipe
     assert story["environment"]["torch"] == torch.__version__
@@ -295,7 +295,7 @@ def test_run_json_holds_no_secret(make_run: Any, monkeypatch: pytest.MonkeyPatch
         distill={"trainer": {"hub_model_id": f"https://me:{token}@host/x", "learning_rate": 1e-3}},
     )
     run.dir.mkdir(parents=True)
-    pipeline._write_story(run)
+    write_story(run)
     text = (run.dir / "run.json").read_text()
     assert token not in text
     assert "opensesame" not in text
@@ -305,22 +305,22 @@ def test_run_json_holds_no_secret(make_run: Any, monkeypatch: pytest.MonkeyPatch
 
 def test_roles_are_the_models_that_exist(make_run: Any) -> None:
     run = make_run()
-    assert list(pipeline.roles(run)) == ["teacher"]
+    assert list(evaluate.roles(run)) == ["teacher"]
     pruning.prune(run)
-    assert list(pipeline.roles(run)) == ["teacher", "pruned"]
+    assert list(evaluate.roles(run)) == ["teacher", "pruned"]
 
 
 def test_evaluating_before_the_cut_says_that_only_the_teacher_is_scored(
     make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "is_done", lambda *_: True)
+    monkeypatch.setattr(evaluate, "is_done", lambda *_: True)
     run = make_run()
-    pipeline.evaluate(run)
+    evaluate.evaluate(run)
     assert f"{run.dir}/student does not exist: only the teacher is scored; `shoal prune` makes it" in caplog.text
     caplog.clear()
-    pipeline.evaluate(make_run(prune={}))
+    evaluate.evaluate(make_run(prune={}))
     pruning.prune(run)
-    pipeline.evaluate(run)
+    evaluate.evaluate(run)
     assert "only the teacher" not in caplog.text
 
 
@@ -453,11 +453,11 @@ def test_a_student_that_was_deleted_after_training_keeps_nobody_from_its_results
     inputs = distill.training_inputs(run, pruning.read_plan(run))
     Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).write(run.dir / Training.FILE)
     (run.dir / "student").rename(run.dir / "distilled")
-    pipeline._require_models_of_this_run(run, pipeline.roles(run))
+    evaluate.require_models_of_this_run(run, evaluate.roles(run))
     assert distill.distill_is_done(run)
     other = make_run(distill={"num_tokens": 7})
     with pytest.raises(UserError, match=r"belongs to another run: distill.num_tokens is 7 in this recipe"):
-        pipeline._require_models_of_this_run(other, pipeline.roles(other))
+        evaluate.require_models_of_this_run(other, evaluate.roles(other))
 
 
 @pytest.mark.slow
@@ -465,4 +465,4 @@ def test_a_limit_of_a_task_that_is_not_asked_is_refused_before_anything_is_measu
     """A group's tasks are known to lm-eval's index alone, so that the recipe does not tell."""
     run = make_run(eval={"tasks": ["shoal_retrieval"], "limits": {"knowledge_continuation": 3}})
     with pytest.raises(UserError, match=r"eval.limits: 'knowledge_continuation' is not among .*eval.limits=\{\}"):
-        pipeline.preflight(run)
+        preflight.preflight(run)

@@ -1,0 +1,147 @@
+"""The stage `eval`: teacher, pruned and distilled model on the same items, and how fast they are.
+
+Code of a stage is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from shoal.artifacts.artifact import Evaluation, Provenance, Speed, Training
+from shoal.data.sources import sources_fingerprint
+from shoal.models.load import Checkpoint, LoadSettings, model_fingerprint
+from shoal.progress import doing
+from shoal.recipe.section import Shapes, shaping
+from shoal.runtime import barrier, is_main, seed_everything
+from shoal.stages.distill import training_inputs
+from shoal.stages.prune import read_plan
+from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require
+
+log = logging.getLogger(__name__)
+
+
+def roles(run: Run) -> dict[str, Path]:
+    """The models that exist now, by role."""
+    found = {"teacher": run.teacher, "pruned": run.dir / "student", "distilled": run.dir / "distilled"}
+    return {role: folder for role, folder in found.items() if (folder / "config.json").is_file()}
+
+
+def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
+    """What identifies the evaluation of the model in ``folder``."""
+    from shoal.eval.tasks.names import tasks_fingerprint
+
+    settings = run.recipe.eval
+    inputs = {
+        "model": model_fingerprint(folder),
+        "data": sources_fingerprint(settings.perplexity_data),
+        **shaping(run.recipe, Shapes.SCORES),
+        "tasks": tasks_fingerprint(settings.tasks, settings.include_path),
+    }
+    if settings.data_dir is not None:
+        inputs["eval.data_dir (files)"] = local_data_fingerprint(settings.data_dir)
+    return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
+
+
+def speed_inputs(run: Run, found: dict[str, Path]) -> dict[str, Any]:
+    """What identifies the speed of these models, by role."""
+    settings = {**shaping(run.recipe, Shapes.SPEED), **shaping(run.recipe.eval, Shapes.SPEED, "eval.")}
+    return {**settings, **{role: model_fingerprint(folder) for role, folder in found.items()}}
+
+
+def evaluate(run: Run) -> None:
+    """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
+    from shoal.eval.evaluate import role_evaluation
+    from shoal.eval.harness.tokenizer_check import require_same_tokenizer
+    from shoal.eval.suites import rest_in_words
+    from shoal.eval.tasks.load import tasks_of
+
+    check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
+    found = roles(run)
+    require_models_of_this_run(run, found)
+    require_same_tokenizer(found, trust_remote_code=run.recipe.trust_remote_code)
+    prune = run.recipe.prune
+    if list(found) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
+        log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
+    due = _due(run, found)
+    load = LoadSettings(**run.load_args())
+    checkpoints = {role: Checkpoint.read(folder, load) for role, folder in found.items()}
+    seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
+    with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
+        tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
+    if due and is_main():
+        log.info("eval: %s, each: %s", ", ".join(due), _cost_in_words(run, tasks))
+    for number, (role, inputs) in enumerate(due.items(), 1):
+        path = run.dir / "eval" / f"{role}.json"
+        log.info("eval: %s (%s)", role, found[role])
+        seed_everything(run.recipe.seed)
+        result = role_evaluation(
+            role,
+            checkpoints[role],
+            run.recipe.eval,
+            inputs=inputs,
+            seed=run.recipe.seed,
+            items=run.dir / "eval" / "items",
+            tasks=tasks,
+        )
+        if is_main():
+            _tell_of_left_out(path, result)
+            result.write(path)
+            if rest := rest_in_words(result, list(due)[number:]):
+                log.info("eval: %s", rest)
+        barrier()
+    if run.recipe.eval.speed and is_main():
+        _speed(run, found, checkpoints)
+    barrier()
+
+
+def _due(run: Run, found: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Role -> what identifies its evaluation, of the models whose evaluation is not there."""
+    inputs = {role: eval_inputs(run, folder) for role, folder in found.items()}
+    files = {role: run.dir / "eval" / f"{role}.json" for role in found}
+    return {role: own for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
+
+
+def _cost_in_words(run: Run, tasks: dict[str, Any]) -> str:
+    """What every model has to do, by a few items of every task."""
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.suites import in_words, work_of
+
+    settings = run.recipe.eval
+    return in_words(work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens))
+
+
+def _tell_of_left_out(path: Path, result: Evaluation) -> None:
+    """Log how many tasks of an earlier evaluation are no part of the one that takes its place."""
+    before = {task.task for task in Evaluation.read(path).tasks} if path.is_file() else set[str]()
+    now = {task.task for task in result.tasks}
+    if gone := before - now:
+        log.warning(
+            "eval %s: %d task%s in place of %d; %s no longer scored, answers given stay in eval/items",
+            result.role,
+            len(now),
+            "" if len(now) == 1 else "s",
+            len(before),
+            f"{', '.join(sorted(gone))} {'is' if len(gone) == 1 else 'are'}",
+        )
+
+
+def require_models_of_this_run(run: Run, found: dict[str, Path]) -> None:
+    """Refuse a student/ or distilled/ that other settings made: scores of different runs would share a table."""
+    if "pruned" in found or "distilled" in found:
+        plan = read_plan(run)
+        if "distilled" in found:
+            require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
+
+
+def _speed(run: Run, found: dict[str, Path], checkpoints: dict[str, Checkpoint]) -> None:
+    from shoal.eval.speed import measure_speed
+
+    path = run.dir / Speed.FILE
+    inputs = speed_inputs(run, found)
+    if is_done(Speed, path, inputs, "speed"):
+        return
+    log.info("eval: speed of %s, interleaved", ", ".join(found))
+    batch_sizes = run.recipe.eval.speed_batch_sizes
+    measure_speed(checkpoints, provenance=Provenance(inputs), batch_sizes=batch_sizes).write(path)

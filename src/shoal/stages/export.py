@@ -1,0 +1,57 @@
+"""What leaves the run directory: a GGUF file, a push to the Hub.
+
+Code of a stage is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from shoal.artifacts.artifact import Provenance
+from shoal.atomic_files import written_folder
+from shoal.errors import UserError
+from shoal.models.load import model_fingerprint
+from shoal.stages.evaluate import roles
+from shoal.stages.run import Run, is_done
+
+log = logging.getLogger(__name__)
+
+
+def export_gguf(run: Run) -> None:
+    """gguf/<model>-<role>.gguf, proven, of the distilled checkpoint, or of the pruned one where there is no other."""
+    from shoal.compress.targets import gguf
+
+    found = roles(run)
+    role = next((role for role in ("distilled", "pruned") if role in found), None)
+    if role is None:
+        raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
+    inputs = {"model": model_fingerprint(found[role]), "converter": gguf.converter_fingerprint()}
+    path = run.dir / gguf.Gguf.FILE
+    if is_done(gguf.Gguf, path, inputs, "gguf") and (path.parent / gguf.Gguf.read(path).file).is_file():
+        return
+    name = re.sub(r"[^\w.-]+", "-", f"{Path(run.recipe.model).name}-{role}.gguf")
+    log.info("gguf: converting %s with llama.cpp's converter", found[role])
+    with written_folder(path.parent) as temporary:
+        proof = gguf.export_gguf(found[role], temporary / name)
+        gguf.Gguf(Provenance(inputs), name, proof).write(temporary / path.name)
+    log.info("gguf: %s: %s", path.parent / name, proof.in_words())
+
+
+def export(run: Run) -> None:
+    """Push distilled/ with its model card to the Hub."""
+    from shoal.eval.export.card import model_card
+    from shoal.eval.export.hub import push
+
+    distilled = run.dir / "distilled"
+    if not (distilled / "config.json").is_file():
+        raise UserError(f"{distilled}: nothing to export yet; run `shoal distill` first")
+    assert run.recipe.export.hub_repo is not None
+    url = push(
+        distilled,
+        model_card(run.dir, base_folder=run.teacher),
+        run.recipe.export.hub_repo,
+        private=run.recipe.export.private,
+    )
+    log.info("export: %s", url)

@@ -1,0 +1,44 @@
+"""What `shoal run` refuses within seconds instead of after hours.
+
+Code of a stage is imported where it is used, so that a verb loads only what it runs.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from shoal.data.sources import load_texts
+from shoal.models.load import load_config
+from shoal.stages.distill import check_distill
+from shoal.stages.measure import check_measure
+from shoal.stages.prune import choose_plan, refuse_impossible_changes, refuse_unfit_student
+from shoal.stages.run import Run, check_length
+
+log = logging.getLogger(__name__)
+
+
+def preflight(run: Run) -> None:
+    """Refuse within seconds what a later stage would refuse after hours: layers, data, tasks, training arguments.
+
+    Raises:
+        UserError: as the stages do.
+    """
+    from shoal.compress.plan import check_choice, is_automatic
+    from shoal.eval.evaluate import num_items
+    from shoal.eval.tasks.load import tasks_of
+
+    recipe = run.recipe
+    check_choice(recipe.prune, num_layers=run.num_layers)
+    refuse_impossible_changes(run)
+    if recipe.export.gguf:
+        from shoal.compress.targets.gguf import check_export
+
+        check_export(load_config(run.teacher, trust_remote_code=recipe.trust_remote_code))
+    if not is_automatic(recipe.prune):
+        refuse_unfit_student(run, choose_plan(run, None, {}))
+    check_measure(run)
+    check_distill(run)
+    check_length(run, recipe.eval.sequence_length, "eval.sequence_length")
+    for source in recipe.eval.perplexity_data:
+        load_texts(source, max_characters=1)
+    num_items(tasks_of(recipe.eval), recipe.eval)
