@@ -179,7 +179,7 @@ def test_what_evaluating_costs_is_said_before_a_model_is_loaded(
     def load_model(*_: Any, **__: Any) -> None:
         raise Loading
 
-    monkeypatch.setattr(evaluate, "load_model", load_model)
+    monkeypatch.setattr("shoal.models.load.load_model", load_model)
     settings = {"tasks": ["knowledge_continuation", "retrieval_generation"], "limit": 5, "perplexity_tokens": 500}
     recipe = {"model": str(tiny_checkpoint(tmp_path, "llama")), "run_dir": str(tmp_path / "run"), "eval": settings}
     with caplog.at_level("INFO"), pytest.raises(Loading):
