@@ -38,6 +38,7 @@ NAME = "compare"
 FIGURE = "pareto"
 IN_TERMINAL = (0, 1, 2, 3, 5, 7)
 """Columns of a task's table that fit into a terminal."""
+COSTS_SHOWN = ("Model", "Parameters", "Layers", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
 FIRST_COSTS = 2
 """Number of cost columns before the scores: the model's name and its parameters."""
 PROPORTIONAL = 0.05
@@ -83,7 +84,7 @@ def comparison_text(comparison: RunComparison) -> str:
     """The table for a terminal: sizes and costs, then every task below the other, with intervals."""
     parts = ["\n".join(_run_lines(comparison))]
     parts += [comparison.precision] if comparison.precision else []
-    parts.append(_aligned([_cost_columns(), *map(_cost_row, comparison.models)]))
+    parts.append(_aligned([COSTS_SHOWN, *map(_cost_row, comparison.models)]))
     for index in range(len(comparison.tasks)):
         table = _task_table(comparison, index)
         narrow = [[row[i] for i in IN_TERMINAL] for row in (table.columns, *table.rows)]
@@ -212,18 +213,13 @@ def _run_lines(comparison: RunComparison) -> Iterator[str]:
 
 def _main_table(comparison: RunComparison) -> Table:
     """Rows are models, columns every task and the costs; a phone shows the first ones."""
-    titles, costs = [_task_title(comparison, index) for index in range(len(comparison.tasks))], _cost_columns()
+    titles = [_task_title(comparison, index) for index in range(len(comparison.tasks))]
     rows = []
     for model in comparison.models:
         cost = _cost_row(model)
         rows.append((*cost[:FIRST_COSTS], *map(_cell_text, model.cells), *cost[FIRST_COSTS:]))
-    return Table(
-        "Models, their scores and their costs", (*costs[:FIRST_COSTS], *titles, *costs[FIRST_COSTS:]), tuple(rows)
-    )
-
-
-def _cost_columns() -> tuple[str, ...]:
-    return ("Model", "Parameters", "Layers", "On disk", "Decoding, tokens/s", "Training tokens", "Training hours")
+    columns = (*COSTS_SHOWN[:FIRST_COSTS], *titles, *COSTS_SHOWN[FIRST_COSTS:])
+    return Table("Models, their scores and their costs", columns, tuple(rows))
 
 
 def _cost_row(model: Model) -> tuple[str, ...]:

@@ -57,7 +57,9 @@ class Work:
         if not self.unit:
             parts = [f"done in {clock_text(seconds)}" if finished else f"{clock_text(seconds)} so far"]
         else:
-            parts = [self._counted()]
+            unit = "" if self.unit == BYTES else f" {self.unit}"
+            total = "" if self.total is None else f" of {self._amount(self.total)}"
+            parts = [f"{self._amount(self.done)}{total}{unit}"]
             if finished:
                 parts[0] += f" in {clock_text(seconds)}"
             elif new and seconds > 0:
@@ -67,11 +69,6 @@ class Work:
             else:
                 parts.append(f"{clock_text(seconds)} so far")
         return f"{self.label}: {', '.join([*parts, *filter(None, [self.note])])}"
-
-    def _counted(self) -> str:
-        done, total = (None if n is None else self._amount(n) for n in (self.done, self.total))
-        unit = "" if self.unit == BYTES else f" {self.unit}"
-        return f"{done}{unit}" if total is None else f"{done} of {total}{unit}"
 
     def _rate(self, per_s: float) -> str:
         if self.unit == BYTES:
