@@ -2,6 +2,9 @@
 
 Why the Trainer and not a loop of our own: every TrainingArguments setting keeps its meaning, and schedules, W&B,
 logging and gradient checkpointing come with it. What it gets wrong for us is overridden here, one method each.
+
+A loss is summed over supervised tokens and divided once, by the number of them in the whole optimizer step, over all
+its micro-batches and ranks. So the curve does not depend on how a batch is split.
 """
 
 from __future__ import annotations

@@ -126,7 +126,8 @@ class Sampler:
 def lay_out(
     rows: Sequence[Sequence[tuple[list[int], list[int]]]], *, sequence_length: int, pad_id: int
 ) -> dict[str, Tensor]:
-    """Rows of (prompt, continuation) pairs as a batch: every pair a document from position 0, labels on continuations.
+    """Rows of (prompt, continuation) pairs as planes (B, S): every pair a document from position 0, labels on
+    continuations.
 
     Rows are as long as the longest of them; what fills the others is a document of its own that nobody learns.
     """

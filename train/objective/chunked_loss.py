@@ -140,7 +140,8 @@ class _Objective:
     labels_N: Tensor
 
     def of_chunk(self, logits_CV: Tensor, part: slice, *, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The terms' sums over the chunk ``part``, its agreement, and the weighted gradient of its logits if wanted."""
+        """The terms' sums over the chunk ``part``, (number of terms,), its agreement, (2,), and the weighted gradient
+        of its logits, (C, V), if wanted."""
         targets, labels_C = self.targets, self.labels_N[part]
         teacher_logits_CV = kept = None
         if isinstance(targets, Dense):

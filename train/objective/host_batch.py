@@ -57,7 +57,7 @@ def learnt_places(labels_BS: Tensor) -> Tensor:
 
 
 def document_starts(position_ids_BS: Tensor) -> Tensor:
-    """Whether a token is the first of its document or row."""
+    """Whether a token is the first of its document or row, (B, S)."""
     first_BS = torch.ones_like(position_ids_BS, dtype=torch.bool)
     first_BS[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
     return first_BS

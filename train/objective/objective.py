@@ -175,7 +175,7 @@ class Objective:
 
 
 def to_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """The way from what the head reads to logits, scale and soft cap included.
+    """The way from what the head reads, (..., D), to logits, (..., V), scale and soft cap included.
 
     Under ZeRO 3 the head has to be `gathered`, and its own forward is passed by: the hooks there let go of the weight
     after every call and gather it for the next one. Ranks have unequal numbers of chunks, and a rank that gathers waits

@@ -161,7 +161,7 @@ def adapted_modules(student: PreTrainedModel) -> dict[str, Any]:
 
 
 def weight_change(module: Any, state: Mapping[str, Tensor], name: str) -> Tensor:
-    """What the adapter of ``module``, called ``name`` in ``state``, adds to its weight, in float32."""
+    """What the adapter of ``module``, called ``name`` in ``state``, adds to its weight, in float32 and of its shape."""
     down, up = (state[f"{name}.{part}.{ADAPTER}.weight"].float() for part in ("lora_A", "lora_B"))
     change = (up @ down) * module.scaling[ADAPTER]
     return change.T if module.fan_in_fan_out else change

@@ -100,7 +100,7 @@ class Layout:
 
 
 def encode_log_probs(log_probs: Tensor) -> Tensor:
-    """uint16 codes of log-probabilities, by the square root of their size.
+    """uint16 codes (..., K) of log-probabilities in nats, by the square root of their size.
 
     Half floats spend their precision on the wrong end: they are exact for p near 1 and coarse (0.004 nats) where
     p < 3e-4. Even steps in sqrt(-log p) err by at most sqrt(32 * -log p) / 65535 nats: 0.00007 at p = 0.5, 0.0005 at
@@ -150,7 +150,8 @@ def shard_planes(
     states: Mapping[int, Tensor],
     prefix: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The planes of one shard from its rows' signals on the CPU."""
+    """The planes of one shard from its rows' signals on the CPU: ``ids`` and ``log_probs`` (N, S, K), ``tail`` (N, S),
+    ``states`` by layer and ``prefix`` (N, S, D)."""
     planes = {
         "ids": (ids & 0xFFFF).to(torch.int32).to(torch.uint16),
         "codes": encode_log_probs(log_probs),

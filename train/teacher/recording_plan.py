@@ -225,7 +225,12 @@ def shard_name(index: int) -> str:
 def refuse_other_rows(
     path: Path, hashes: np.ndarray, rows: TokenRows, start: int, shaped_otherwise: Sequence[str]
 ) -> None:
-    """Refuse a shard whose rows, as far as both go, are not those of this run from ``start`` on."""
+    """Refuse a shard whose rows, as far as both go, are not those of this run from ``start`` on. ``hashes`` (N, 8) are
+    those of the shard, ``shaped_otherwise`` says which settings shaped its rows in another way.
+
+    Raises:
+        UserError: they are not.
+    """
     both = min(len(hashes), len(rows) - start)
     unequal = (row_hashes(rows, start, start + both) != hashes[:both]).any(-1)
     if unequal.any():
