@@ -110,6 +110,7 @@ def test_a_cut_needs_no_tokenizer_and_says_that_there_was_none(
     assert not list((tmp_path / "student").glob("tokenizer*"))
 
 
+@pytest.mark.slow
 def test_a_cut_tells_of_a_tokenizer_larger_than_the_embedding(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tiny_checkpoint(tmp_path, "llama", vocab_size=100, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     apply_plan(folder, plan((1,)), tmp_path / "student")
@@ -119,6 +120,7 @@ def test_a_cut_tells_of_a_tokenizer_larger_than_the_embedding(tmp_path: Path, ca
 # --- copying
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row", ["llama", "gpt2", "exaone", "mixtral", "deepseek_v3", "qwen3_next", "gemma3", "qwen4_exp_text"]
 )
@@ -143,6 +145,7 @@ def test_copy_is_what_a_cut_in_memory_saves(row: str, tmp_path: Path) -> None:
     assert len(read_shards(tmp_path / "copied")) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_hash_of_every_kept_tensor_is_unchanged(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = sharded(tmp_path, "llama", dtype=dtype)
@@ -159,6 +162,7 @@ def test_hash_of_every_kept_tensor_is_unchanged(dtype: torch.dtype, tmp_path: Pa
     assert after == expected
 
 
+@pytest.mark.slow
 def test_copy_builds_no_model_and_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sharded(tmp_path, "llama")
     for module, name in ((apply, "load_model"), (proof, "load_model"), (torch, "from_file")):
@@ -178,6 +182,7 @@ def test_tables_that_must_be_sliced_are_cut_in_memory(tmp_path: Path, caplog: py
         assert torch.equal(exactness.logits(teacher), exactness.logits(student))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.layers.6.eh_proj.weight", "mtp.layers.0.eh_proj.weight"])
 def test_multi_token_prediction_is_left_out(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
@@ -188,6 +193,7 @@ def test_multi_token_prediction_is_left_out(name: str, tmp_path: Path, caplog: p
     assert len(hashes(tmp_path / "student")) == len(tensors) - 9
 
 
+@pytest.mark.slow
 def test_generation_settings_in_an_old_config_survive(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
     (folder / "generation_config.json").unlink()
@@ -196,6 +202,7 @@ def test_generation_settings_in_an_old_config_survive(tmp_path: Path) -> None:
     assert load_model(tmp_path / "student").generation_config.max_length == 77
 
 
+@pytest.mark.slow
 def test_files_of_the_hubs_cache_are_followed_and_read_only_ones_copied_writable(tmp_path: Path) -> None:
     real = sharded(tmp_path, "llama")
     snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
@@ -229,6 +236,7 @@ def spoil(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apply, "compare_shards", compare_then_spoil)
 
 
+@pytest.mark.slow
 def test_student_that_differs_on_disk_is_refused_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +247,7 @@ def test_student_that_differs_on_disk_is_refused_and_leaves_nothing(
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [0, 3])
 def test_weights_that_lie_at_other_offsets_in_the_students_file_change_no_bit(layer: int, tmp_path: Path) -> None:
     """With a few tokens per expert, float32 kernels are chosen that add up in another order at another alignment."""
@@ -247,6 +256,7 @@ def test_weights_that_lie_at_other_offsets_in_the_students_file_change_no_bit(la
     apply_plan(tmp_path / "teacher", plan((layer,)), tmp_path / "student", proof="run")
 
 
+@pytest.mark.slow
 def test_student_whose_cached_text_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = iter([torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])])
     folder = tiny_checkpoint(tmp_path, "llama")
@@ -261,6 +271,7 @@ def lose_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -316,6 +327,7 @@ def test_containers_limit_counts_as_memory(tmp_path: Path, monkeypatch: pytest.M
     assert machine.available_memory() > 3000
 
 
+@pytest.mark.slow
 def test_weights_in_which_torch_cannot_calculate_are_copied_and_not_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -435,6 +447,7 @@ def test_code_that_came_with_the_checkpoint_needs_consent_and_is_then_refused(tm
         apply_plan(folder, plan((1,)), tmp_path / "student", trust_remote_code=True)
 
 
+@pytest.mark.slow
 def test_student_of_a_known_architecture_names_no_code_beside_its_teacher(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
     set_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
@@ -465,6 +478,7 @@ def test_full_disk_is_explained_and_leaves_nothing(calls: int, tmp_path: Path, m
     assert [file.name for file in tmp_path.iterdir()] == ["llama"]
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving_from_memory_is_explained_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,7 @@ def test_states_that_overflow_are_refused_by_layer_and_batch(metric: str) -> Non
         measure_importance(model, fine, metrics=[metric], batch_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt_oss", "bloom", "opt"])
 def test_documents_of_a_row_stay_apart_where_a_family_forgets_their_positions(family: str) -> None:
     model = tiny_architecture(family)

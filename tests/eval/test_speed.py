@@ -61,6 +61,7 @@ def test_sizes_are_those_of_the_formulas_and_the_cut_models_are_expected(measure
     assert pruned.expected["num_bytes"] == pytest.approx(pruned.num_bytes, rel=0.02)  # names in the file take room, too
 
 
+@pytest.mark.slow
 def test_memory_is_weights_cache_and_what_is_under_way(measured: Speed) -> None:
     for role, layers in (("teacher", 6), ("pruned", 4)):
         weights = 4 * (measured.roles[role].num_parameters or 0)
@@ -133,6 +134,7 @@ def test_roles_take_turns_and_none_is_always_first(monkeypatch: pytest.MonkeyPat
     assert found.roles["pruned"].num_bytes is None  # a model in memory has no files
 
 
+@pytest.mark.slow
 def test_a_batch_size_without_the_memory_for_it_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -91,6 +91,7 @@ def write_when_told(path: Path, writing: Event, told: Event) -> None:
         (folder / "b").write_text("whole")
 
 
+@pytest.mark.slow
 def test_leftover_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
     path, told = tmp_path / "student", FORK.Event()
     started = [FORK.Event(), FORK.Event()]

@@ -326,6 +326,7 @@ def measured_names() -> set[str]:
     return set(METRICS)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_end_is_told")
 def test_measuring_layer_by_layer_tells_of_every_layer(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -339,6 +340,7 @@ def test_measuring_layer_by_layer_tells_of_every_layer(
     told(caplog.messages, "measure, layer by layer")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_end_is_told")
 def test_pruning_tells_of_copying_and_of_both_proofs(
     teacher: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

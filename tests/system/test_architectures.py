@@ -78,6 +78,7 @@ def tail(value: Any) -> Any:
     return value[:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "field", "broken"),
     [

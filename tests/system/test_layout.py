@@ -197,6 +197,7 @@ def test_every_module_can_be_imported() -> None:
         importlib.import_module(module)
 
 
+@pytest.mark.slow
 def test_launch_scripts_shadow_no_installed_module() -> None:
     """The launcher puts launch/ first on sys.path."""
     for script in (ROOT / "launch").glob("*.py"):

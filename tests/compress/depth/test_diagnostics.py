@@ -129,6 +129,7 @@ def residual_reference(model: PreTrainedModel, kind: str) -> dict[tuple[str, str
     return means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
 def test_residual_curves_equal_the_reference(kind: str, dtype: torch.dtype) -> None:
@@ -207,6 +208,7 @@ def test_never_more_logits_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> No
     assert max(sizes) == bound
 
 
+@pytest.mark.slow
 def test_lens_takes_evenly_spaced_tokens_whatever_the_batches() -> None:
     model = tiny_model("qwen3")
     one, other = (run(model, batch_size=size, effort=replace(EFFORT, num_prompts=0, lens_tokens=50)) for size in (1, 3))
@@ -354,6 +356,7 @@ def assert_same(one: Diagnostics, other: Diagnostics) -> None:
             assert row == pytest.approx(other_row, rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(side: str) -> None:
     model = tiny_model("qwen2")
@@ -421,6 +424,7 @@ def test_effective_depth_says_why_there_is_none() -> None:
     assert found["kl"].reason == found["overlap"].reason == "needs the logit lens"
 
 
+@pytest.mark.slow
 def test_the_artifact_survives_the_disk_and_speaks(tmp_path: Path) -> None:
     found = run(tiny_model("llama"), effort=replace(EFFORT, gradient_prompts=1, steps=2))
     found.write(tmp_path / Diagnostics.FILE)
@@ -480,6 +484,7 @@ def _doubled(output: Any) -> Any:
     return output
 
 
+@pytest.mark.slow
 def test_layers_that_share_more_than_a_state_have_curves_without_effects() -> None:
     model = architectures.tiny_model("glm_moe_dsa")
     found = run(model, PROMPTS_BELOW_80)
@@ -510,6 +515,7 @@ def test_no_token_is_refused() -> None:
         run(tiny_model("llama"), attention_mask_NS=torch.zeros_like(ROWS.input_ids_NS))
 
 
+@pytest.mark.slow
 def test_documents_that_are_too_short_for_a_cut_are_refused() -> None:
     with pytest.raises(UserError, match=r"no document has 10 tokens, so nothing can be skipped before a later token"):
         run(tiny_model("llama"), packed([[9, 9, 9], [8, 8, 8, 3]]))
@@ -529,6 +535,7 @@ def test_states_that_overflow_are_refused() -> None:
         run(model)
 
 
+@pytest.mark.slow
 def test_padding_has_no_effects_where_a_family_lets_it_see_the_text() -> None:
     model = architectures.tiny_model("bloom")
     assert_same(run(model, PROMPTS_BELOW_80, batch_size=1), run(model, PROMPTS_BELOW_80, batch_size=8))

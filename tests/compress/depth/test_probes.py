@@ -163,6 +163,7 @@ def test_the_split_is_seeded_and_stratified(tmp_path: Path) -> None:
     assert sorted([*one.train, *one.test]) == list(range(100))
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_probes(tmp_path: Path) -> None:
     probe_set, tokenizer, model = balanced(tmp_path / "set.jsonl"), tiny_tokenizer(), tiny_model("llama")
     one, same = (probe_depth(model, tokenizer, probe_set, batch_size=8) for _ in range(2))

@@ -144,6 +144,7 @@ def test_a_second_cut_renames_what_the_first_zeroed(folder: Path, tmp_path: Path
     assert not any(second.get_parameter(name).any() for name in getattr(second.config, ZEROED_WEIGHTS))
 
 
+@pytest.mark.slow
 def test_an_edit_that_was_not_baked_in_is_seen(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edit_module, "zero_for_good", lambda *_: [])
     with pytest.raises(UserError, match=r"logits differ from those of the teacher after MLP of layer 2 zeroed"):

@@ -57,6 +57,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_zeroed_weights_give_the_bits_of_the_operator_in_force(name: str, tmp_path: Path) -> None:
     teacher = tiny(name)
@@ -172,6 +173,7 @@ def test_a_half_that_still_writes_is_refused_and_left_as_it_was() -> None:
     assert all(parameter is before[key] for key, parameter in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_zeroed_is_refused_before_anything_changes() -> None:
     model = tiny("llama")
     with pytest.raises(UserError, match=r"layer 6: is out of range"):

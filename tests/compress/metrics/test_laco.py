@@ -96,6 +96,7 @@ def test_texts_are_the_first_documents_without_padding() -> None:
     assert texts == [expected[0][3:35], *(document[:32] for document in expected[1:5])]
 
 
+@pytest.mark.slow
 def test_padding_changes_no_score() -> None:
     padded = torch.nn.functional.pad(ROWS.input_ids_NS, (0, 3)), torch.nn.functional.pad(ROWS.position_ids_NS, (0, 3))
     mask = torch.nn.functional.pad(torch.ones_like(ROWS.input_ids_NS), (0, 3))

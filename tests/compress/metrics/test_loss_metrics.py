@@ -105,6 +105,7 @@ def sleb_layers(num_layers: int, order: Sequence[int]) -> int:
     return count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_sleb_runs_three_fifths_of_a_plain_loops_layers(seed: int) -> None:
     num_layers, num_drop = 16, 4
@@ -138,6 +139,7 @@ def test_blockpruner_equals_the_float64_loop_over_models_with_silent_halves(kind
     assert [removal.score for removal in order] == pytest.approx([loss for _, loss in expected], abs=2e-6)
 
 
+@pytest.mark.slow
 def test_present_absent_equals_its_definition() -> None:
     model = tiny_model("llama")  # one of six layers is absent, and all six subnetworks are measured
     found = measured(model, "present_absent")["present_absent"]
@@ -242,6 +244,7 @@ def test_a_family_without_halves_is_refused_before_anything_is_measured() -> Non
         measured(architecture("mamba"), "blockpruner", rows=packed([[9]], below=90), num_drop=1)
 
 
+@pytest.mark.slow
 def test_a_plan_can_be_made_of_what_is_measured() -> None:
     model = tiny_model("llama")
     scores = measure_importance(model, ROWS, metrics=list(LOSS_METRICS), batch_size=2, num_drop=2)

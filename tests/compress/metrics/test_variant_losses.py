@@ -28,6 +28,7 @@ from shoal.errors import UserError
 from shoal.models.load import decoder_layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_are_those_of_really_cut_models_document_by_document(kind: str) -> None:
     model = tiny_model(kind)
@@ -99,6 +100,7 @@ def test_losses_that_are_not_finite_are_refused_by_variant_and_row() -> None:
         measured(model, "sleb", rows=PackedRows(ids, ROWS.position_ids_NS), batch_size=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bloom", "mamba"])
 def test_documents_stay_apart_where_the_model_knows_no_positions(name: str) -> None:
     model, rows = architecture(name), packed([[12], [5, 7], [9, 3]], below=90)

@@ -114,6 +114,7 @@ def test_only_layer_matrices_get_gradients_and_nothing_stays_changed() -> None:
     assert all(parameter.grad is None for parameter in model.parameters() if parameter is not own)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_add_up_in_float32() -> None:
     exact = measure(tiny_model("qwen3")).layers["taylor"]
     assert measure(tiny_model("qwen3", dtype=torch.bfloat16)).layers["taylor"] == pytest.approx(exact, rel=0.1)

@@ -200,6 +200,7 @@ def test_importance_is_higher_for_layers_to_keep_whatever_the_direction_of_the_m
     assert made.columns[3].importances[0] == pytest.approx(4.0, abs=0.01)
 
 
+@pytest.mark.slow
 def test_equal_input_gives_an_equal_atlas_in_whatever_order_items_come() -> None:
     intact, removed = scores()
     turned = [[replace(score, items=score.items[::-1]) for score in tasks] for tasks in removed]

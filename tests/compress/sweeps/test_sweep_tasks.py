@@ -112,6 +112,7 @@ def test_drawn_texts_are_drawn_anew_for_every_repeat_and_the_same_in_every_run(t
     assert other[0][0].items != intact[0].items
 
 
+@pytest.mark.slow
 def test_a_variant_that_gives_no_numbers_is_named() -> None:
     donor = model()
     with torch.no_grad():

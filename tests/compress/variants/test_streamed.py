@@ -100,6 +100,7 @@ def test_dtype_is_what_loading_makes_of_it(tmp_path: Path) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 def test_padding_counts_nowhere(tmp_path: Path) -> None:
     folder, mask_NS = saved(tmp_path, "llama"), torch.ones_like(ROWS.input_ids_NS)
     mask_NS[1, 15:] = mask_NS[3, :4] = 0
@@ -123,6 +124,7 @@ def test_a_donors_layers_come_from_its_own_files(tmp_path: Path) -> None:
     assert found[0] != found[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", [False, True], ids=["measure", "variants"])
 def test_every_tensor_is_read_once_and_its_layer_let_go(
     sweep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,6 +214,7 @@ def test_metrics_that_need_the_whole_model_are_refused(tmp_path: Path) -> None:
         measure_streamed(tmp_path, ROWS, metrics=["angular", "taylor"], batch_size=2, streaming=Streaming())
 
 
+@pytest.mark.slow
 def test_unknown_metrics_and_states_that_overflow_are_refused_as_in_memory(tmp_path: Path) -> None:
     folder = saved(tmp_path, "llama")
     with pytest.raises(UserError, match=r"'angulr' is no metric"):
@@ -240,6 +243,7 @@ def test_a_missing_tensor_is_refused_before_anything_runs(tmp_path: Path) -> Non
         StreamedModel(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "message"),
     [

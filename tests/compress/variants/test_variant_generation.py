@@ -97,6 +97,7 @@ def test_texts_without_layers_are_those_that_transformers_writes_with_the_cut_mo
             assert written[0, len(prompt) :].tolist() == text
 
 
+@pytest.mark.slow
 def test_swapped_layers_write_one_after_the_other() -> None:
     edited = Edited(tiny_model("llama", **VARIED), tiny_model("llama", seed=1, **VARIED))
     one = variant("swap", [(2, LayerEdit("donor"))])
@@ -116,6 +117,7 @@ def test_groups_of_variants_write_what_all_at_once_write(monkeypatch: pytest.Mon
     assert generate_variants(*arguments, batch_size=4) == at_once
 
 
+@pytest.mark.slow
 def test_a_variant_that_writes_the_intact_text_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", **VARIED)
     with torch.no_grad():

@@ -70,6 +70,7 @@ def test_scores_of_variants_are_those_of_each_variant_alone(kind: str) -> None:
         assert scores == expected, one.name  # the same kernels on the same shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_without_layers_are_those_of_the_cut_model(kind: str) -> None:
     model = tiny_model(kind)
@@ -80,6 +81,7 @@ def test_scores_without_layers_are_those_of_the_cut_model(kind: str) -> None:
         assert_equal_scores(scores, score(Decoder(cut_model(model, drop)), asked, batch_size=7, branch=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_variants_of_every_kind_of_family_score_and_write_what_each_alone_does(family: str) -> None:
     model = tiny_family(family)
@@ -101,6 +103,7 @@ def test_variants_of_every_kind_of_family_score_and_write_what_each_alone_does(f
     assert (layerwise_or_none(model) is None) == (family in RUN_AS_A_WHOLE)
 
 
+@pytest.mark.slow
 def test_a_donors_layers_are_those_that_swapping_puts_in(monkeypatch: pytest.MonkeyPatch) -> None:
     model, donor = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
     edited, decoder, asked = Edited(model, donor), Decoder(model), requests()
@@ -157,6 +160,7 @@ def test_what_variants_share_is_computed_once() -> None:
     assert layer_calls(model, nested) == NUM_LAYERS - 1
 
 
+@pytest.mark.slow
 def test_an_architecture_whose_layers_share_more_is_scored_variant_by_variant(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_family("gemma3n_text")
     edited, decoder = Edited(model), Decoder(model)

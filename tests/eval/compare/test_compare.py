@@ -677,6 +677,7 @@ def test_the_frontier_holds_what_nothing_else_beats() -> None:
     assert [one.label for one in frontier(ParetoPanel("x", "bytes", equal))] == ["A", "B"]
 
 
+@pytest.mark.slow
 def test_marks_of_equal_cost_stand_side_by_side_and_letters_and_stairs_are_drawn(tmp_path: Path) -> None:
     points = (point("", 10, 1.0, "teacher"), point("A", 6, 0.5), point("B", 6, 0.6), point("A, B", 6, 0.1, "pruned"))
     panel = ParetoPanel("Retrieval, generation", "parameters", points)

@@ -105,6 +105,7 @@ def test_card_tells_what_was_cut_and_what_it_cost(folder: Path) -> None:
     assert "figures/" not in card
 
 
+@pytest.mark.slow
 def test_card_opens_with_what_was_lost_and_what_came_back(tmp_path: Path) -> None:
     card = model_card(write_quickstart(tmp_path)).replace("\\", "")
     opening = card.split("## Before and after")[0]
@@ -123,6 +124,7 @@ def test_card_shows_the_figures_that_exist(folder: Path) -> None:
     assert "figures/levels.png" not in card
 
 
+@pytest.mark.slow
 def test_license_comes_from_the_base_models_card(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()

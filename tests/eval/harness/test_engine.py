@@ -63,6 +63,7 @@ def assert_same(found: list[tuple[float, bool]], expected: list[tuple[float, boo
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_loglikelihood_equals_lm_evals_own(kind: str, batch_size: int) -> None:
@@ -192,6 +193,7 @@ def test_examples_are_read_once_for_all_texts(monkeypatch: pytest.MonkeyPatch) -
     assert sum(fed) < beginning + 4 * longest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
 def test_a_long_text_outgrows_the_room_behind_its_cache(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "ROOM", 7)
@@ -360,6 +362,7 @@ def test_an_item_without_numbers_is_refused_and_not_kept() -> None:
     assert len(lm.items) == 1
 
 
+@pytest.mark.slow
 def test_a_text_that_waited_for_others_ended_where_its_stop_string_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' generate writes every row on until the last one has met a stop string."""
     asked = [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in ("Once upon a time", "x", "1 2 3 4")]

@@ -44,6 +44,7 @@ def expected() -> tuple[Any, Any]:
     return asked(None)
 
 
+@pytest.mark.slow
 def test_a_repeated_evaluation_computes_nothing(tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]) -> None:
     assert asked(tmp_path) == expected
     assert forwards
@@ -112,6 +113,7 @@ def test_bytes_that_a_disk_lost_are_skipped(tmp_path: Path) -> None:
     assert (len(found), found["one"]) == (1, [-1.5, True])
 
 
+@pytest.mark.slow
 def test_ranks_keep_files_of_their_own_and_read_all(
     tmp_path: Path, expected: tuple[Any, Any], forwards: list[int]
 ) -> None:
@@ -136,6 +138,7 @@ def test_values_come_back_bit_for_bit(tmp_path: Path) -> None:
     assert again.missing([*keys, "new", "new"]) == [4]
 
 
+@pytest.mark.slow
 def test_answers_of_another_model_are_neither_used_nor_lost(tmp_path: Path, forwards: list[int]) -> None:
     asked(tmp_path)
     first = len(forwards)

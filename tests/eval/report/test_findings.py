@@ -184,6 +184,7 @@ def test_files_that_say_the_same_in_other_words_are_the_same_tokenizer(tmp_path:
     require_same_tokenizer({"teacher": whole, "pruned": other})
 
 
+@pytest.mark.slow
 def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -805,6 +805,7 @@ def test_no_sentence_of_the_cautions_is_repeated_and_none_is_a_riddle(quickstart
     assert page.count(lead) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sources", "said"),
     [

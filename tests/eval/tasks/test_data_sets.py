@@ -232,6 +232,7 @@ def test_few_shot_examples_come_from_the_other_file_and_end_in_their_answer(data
         load("boolq_continuation", data_dir, num_fewshot=1)
 
 
+@pytest.mark.slow
 def test_other_kinds_of_questions_are_asked_as_they_should(data_dir: Path) -> None:
     assert asked("winogrande_continuation", data_dir) == [
         ("Ann thanked Eve because Ann", " had helped."),
@@ -358,6 +359,7 @@ def test_every_described_data_set_can_be_read_from_the_folder_with_its_answers_a
 # --- through a model ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_form_is_scored_through_a_model(data_dir: Path) -> None:
     names = (
         "arc_easy_loglikelihood",

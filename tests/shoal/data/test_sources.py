@@ -334,6 +334,7 @@ def test_sources_get_their_share_within_one_document(weights: tuple[float, float
         assert rows.counts[f"source{index}"]["tokens"] == pytest.approx(share, abs=2)
 
 
+@pytest.mark.slow
 def test_shares_hold_where_long_documents_are_cut() -> None:
     """What is cut off is not trained on, so it must not count for a source's share either."""
     rows = packed((1, ["a" * 100, "b" * 70]), (3, ["c" * 4, "d" * 3]), num_tokens=16 * 2000, packing="best_fit")

@@ -69,6 +69,7 @@ def cumulative() -> Sweep:
     return sweep_table("cumulative", units, [task(right(0.8))], [[task(right(0.8, 10 * n))] for n in (1, 2, 4)])
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_map_holds_its_number() -> None:
     heat = atlas_figure(swept(), DROP).axes[0]
     names = [label.get_text() for label in heat.get_xticklabels()]

@@ -102,6 +102,7 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "pone.svg").read_bytes() == (tmp_path / "pother.svg").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_has_no_panel(tmp_path: Path) -> None:
     bare = replace(
         DIAGNOSTICS,

@@ -162,6 +162,7 @@ def test_training_figure_leaves_out_values_that_are_not_finite() -> None:
         training_figure(replace(training(), history=()))
 
 
+@pytest.mark.slow
 def test_before_after_figure_shows_scores_intervals_and_chance(tmp_path: Path) -> None:
     figure = before_after_figure([evaluation(role) for role in ROLES])
     abilities = [ax.get_title(loc="left") for ax in figure.axes]
@@ -242,6 +243,7 @@ def test_a_long_model_and_one_metric_are_drawn() -> None:
     assert isinstance(training(), Training)
 
 
+@pytest.mark.slow
 def test_importing_figures_does_not_load_matplotlib() -> None:
     code = "import sys, shoal.figures.scores, shoal.figures.training; assert 'matplotlib' not in sys.modules"
     assert run([sys.executable, "-c", code], check=False).returncode == 0

@@ -52,6 +52,7 @@ def test_a_beginning_that_saves_little_is_not_shared() -> None:
     assert common_beginnings([start + tokens(100) for _ in range(2)]) == [0, 0]
 
 
+@pytest.mark.slow
 def test_prompts_that_each_go_on_from_the_one_before_are_grouped_without_recursion() -> None:
     text = tokens(3000)
     assert max(common_beginnings([text[:count] for count in range(1, 3000)])) > 1000
@@ -90,6 +91,7 @@ def requests() -> list[tuple[Tokens, Tokens]]:
     return [*several, *((FIRST + tokens(own), tokens(1)) for own in (3, 6, 30))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_sharing_changes_no_value(kind: str, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def adapter(base: Path, tmp_path: Path) -> Path:
     return trained(base, tmp_path / "adapter", lora())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rank_stabilised", [False, True])
 def test_weights_are_the_formula_rounded_once(tmp_path: Path, dtype: str, rank_stabilised: bool) -> None:
@@ -176,6 +177,7 @@ def test_merging_in_float32_loses_less_than_in_bfloat16(tmp_path: Path) -> None:
     assert (logits(ours) - expected).norm() < (logits(naive) - expected).norm()
 
 
+@pytest.mark.slow
 def test_the_result_is_a_plain_checkpoint_with_the_bases_settings(tmp_path: Path, cache: Path) -> None:
     base = tiny_checkpoint(tmp_path, "llama", dtype=torch.bfloat16)
     (base / "LICENSE").write_text("a licence")
@@ -218,6 +220,7 @@ def test_dtypes_of_single_tensors_are_kept(tmp_path: Path) -> None:
     assert dtypes[0] == dtypes[1]
 
 
+@pytest.mark.slow
 def test_it_is_merged_once_and_the_log_says_where(
     adapter: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -249,6 +252,7 @@ def test_another_base_adapter_or_tokenizer_is_another_model(base: Path, adapter:
     assert model_fingerprint(second) != model_fingerprint(first)
 
 
+@pytest.mark.slow
 def test_the_adapters_tokenizer_is_used_where_it_has_one(adapter: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<tool>"])
@@ -265,6 +269,7 @@ def test_an_adapter_of_an_adapter_is_merged_into_the_merged_one(adapter: Path, t
     assert torch.equal(logits(loaded(resolve_model(str(second)))), expected)
 
 
+@pytest.mark.slow
 def test_the_base_is_taken_at_the_adapters_revision(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None]] = []
 
@@ -355,6 +360,7 @@ def test_variants_are_settings_that_peft_saves_and_a_plain_lora_leaves_unset(ada
     assert not [name for name in adapters.VARIANTS if saved[name]]
 
 
+@pytest.mark.slow
 def test_a_full_model_beside_the_adapter_is_refused(adapter: Path, base: Path, cache: Path) -> None:
     shutil.copyfile(base / "config.json", adapter / "config.json")  # some trainers save the base's: no ambiguity
     resolve_model(str(adapter))
@@ -400,18 +406,21 @@ def test_a_base_with_code_of_its_own_is_refused(adapter: Path, base: Path, cache
     refused(adapter, r"llama needs code that comes with it, which a merged checkpoint could not bring along", cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
 def test_an_adapter_of_another_architecture_is_refused(adapter: Path, tmp_path: Path, kind: str, cache: Path) -> None:
     edit(adapter, base_model_name_or_path=str(tiny_checkpoint(tmp_path, kind, hidden_size=64)))
     refused(adapter, r"does not fit its base .*: tensors of other shapes; set base_model_name_or_path", cache)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_deeper_model_is_refused(adapter: Path, base: Path, cache: Path) -> None:
     """peft itself would leave the tensors of the missing layers out without a word."""
     tiny_checkpoint(base.parent, "llama", num_hidden_layers=4)
     refused(adapter, r"does not fit its base .*: .*layers.4.self_attn.q_proj.lora_A.weight has no place in it", cache)
 
 
+@pytest.mark.slow
 def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path, cache: Path) -> None:
     grown = loaded(base)
     grown.resize_token_embeddings(VOCAB_SIZE + 8)
@@ -425,6 +434,7 @@ def test_a_resized_vocabulary_is_refused(base: Path, tmp_path: Path, cache: Path
     refused(tmp_path / "grown", r"has a tokenizer of 279 tokens, but .* has 272 rows of embeddings: they were", cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_a_lora_on_one_of_two_tied_embeddings_is_refused(tmp_path: Path, target: str, cache: Path) -> None:
     """peft merges it into both with a warning only."""
@@ -433,6 +443,7 @@ def test_a_lora_on_one_of_two_tied_embeddings_is_refused(tmp_path: Path, target:
     refused(adapter, r"merged, it gives other logits than base and adapter side by side \(by up to .*tied embed", cache)
 
 
+@pytest.mark.slow
 def test_a_bias_without_a_place_is_refused(base: Path, tmp_path: Path, cache: Path) -> None:
     adapter = trained(base, tmp_path / "adapter", lora(lora_bias=True))
     refused(adapter, r"cannot be merged: Impossible to merge LoRA with `lora_bias=True` because the base layer", cache)
@@ -447,6 +458,7 @@ def test_numbers_that_are_not_finite_are_refused(adapter: Path, tmp_path: Path, 
     refused(other, r"merged, .*proj.weight overflows torch.float16; convert .*qwen3 to bfloat16 first", cache)
 
 
+@pytest.mark.slow
 def test_a_merge_that_is_wrong_is_refused(adapter: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora.layer import Linear
 

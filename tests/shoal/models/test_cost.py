@@ -83,6 +83,7 @@ def test_a_cost_at_another_depth_takes_the_average_of_unlike_layers() -> None:
     assert half.active_parameters == whole.active_parameters - whole.active_layer_parameters // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parameters_and_cache_are_those_of_the_real_model(name: str) -> None:
     model = architectures.tiny_model(name)
@@ -102,6 +103,7 @@ def test_the_student_without_data_has_the_size_of_the_really_cut_model(name: str
     assert found.cache_bytes(21) == real_cache_bytes(student, 21) < cost(model.config).cache_bytes(21)
 
 
+@pytest.mark.slow
 def test_the_cache_is_counted_in_the_dtype_of_the_model() -> None:
     config = tiny.tiny_config("llama")
     assert 2 * cost(config, torch.bfloat16).cache_bytes(10) == cost(config).cache_bytes(10)
@@ -132,6 +134,7 @@ def test_active_parameters_of_mixtral_by_its_formula() -> None:
     assert cost(config).active_parameters == layers * layer + hidden + hidden * vocabulary
 
 
+@pytest.mark.slow
 def test_active_parameters_of_deepseek_by_its_formula() -> None:
     config = architectures.tiny_config("deepseek_v3")
     model: Any = architectures.tiny_model("deepseek_v3")
@@ -143,6 +146,7 @@ def test_active_parameters_of_deepseek_by_its_formula() -> None:
     assert found.active_parameters == found.num_parameters - idle - config.vocab_size * config.hidden_size
 
 
+@pytest.mark.slow
 def test_what_layers_share_is_stored_once_and_read_by_each() -> None:
     whole = cost(tiny.tiny_config("llama"))
     model: Any = without_data(tiny.tiny_config("llama"), dtype=torch.float32)
@@ -240,6 +244,7 @@ def test_prefill_counts_what_torch_counts(name: str) -> None:
     assert prefill_flops(found, length) == 2 * found.active_parameters * length - head * (length - 1) + pairs * causal
 
 
+@pytest.mark.slow
 def test_prefill_of_a_sliding_layer_counts_pairs_within_its_window() -> None:
     found = cost(architectures.tiny_config("gemma3_text"))
     assert found.cache is not None

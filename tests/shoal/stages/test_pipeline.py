@@ -57,6 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
 
 
+@pytest.mark.slow
 def test_prune_with_explicit_layers_writes_plan_and_student_without_measuring(
     make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ def test_changed_model_makes_it_again_and_says_so(
     assert "plan.json is out of date (model is '" in caplog.text
 
 
+@pytest.mark.slow
 def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path: Path) -> None:
     pruning.prune(make_run())
     other = make_run(model=str(tiny_checkpoint(tmp_path, "llama", seed=1)))
@@ -119,12 +121,14 @@ def test_plan_of_another_model_is_refused_with_the_field(make_run: Any, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_plan_of_other_settings_is_refused_with_the_field(make_run: Any) -> None:
     pruning.prune(make_run())
     with pytest.raises(UserError, match=r"prune.drop is \[2\] in this recipe but \[1, 3\] there"):
         pruning.read_plan(make_run(prune={"drop": [2]}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prune", "change", "message"),
     [
@@ -174,11 +178,13 @@ def test_importance_of_another_depth_chooses_nothing(make_run: Any) -> None:
         pruning.prune(make_run(prune={"num_drop": 1}))
 
 
+@pytest.mark.slow
 def test_missing_plan_is_made_first_and_the_log_says_so(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert pruning.read_plan(make_run()).drop == (1, 3)
     assert "needs plan.json, pruning first" in caplog.text
 
 
+@pytest.mark.slow
 def test_damaged_plan_is_refused_with_the_remedy(make_run: Any) -> None:
     run = make_run()
     pruning.prune(run)
@@ -196,6 +202,7 @@ def test_lost_student_is_made_again(make_run: Any) -> None:
     assert AutoModelForCausalLM.from_pretrained(run.dir / "student").config.num_hidden_layers == 4
 
 
+@pytest.mark.slow
 def test_failed_cut_leaves_no_plan_behind(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from shoal.compress import apply
 
@@ -209,6 +216,7 @@ def test_failed_cut_leaves_no_plan_behind(make_run: Any, monkeypatch: pytest.Mon
     assert not (make_run().dir / "plan.json").exists(), "the old student would count as the new plan's"
 
 
+@pytest.mark.slow
 def test_another_cut_under_trained_checkpoints_is_refused(make_run: Any) -> None:
     run = make_run()
     pruning.prune(run)
@@ -276,6 +284,7 @@ def test_a_lock_that_is_no_file_is_refused_and_what_it_leads_to_is_left_alone(
     assert precious.read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_run_json_tells_the_story(make_run: Any) -> None:
     run = make_run()
     pruning.prune(run)
@@ -303,6 +312,7 @@ def test_run_json_holds_no_secret(make_run: Any, monkeypatch: pytest.MonkeyPatch
     assert json.loads(text)["recipe"]["distill"]["trainer"]["learning_rate"] == 1e-3
 
 
+@pytest.mark.slow
 def test_roles_are_the_models_that_exist(make_run: Any) -> None:
     run = make_run()
     assert list(evaluate.roles(run)) == ["teacher"]
@@ -310,6 +320,7 @@ def test_roles_are_the_models_that_exist(make_run: Any) -> None:
     assert list(evaluate.roles(run)) == ["teacher", "pruned"]
 
 
+@pytest.mark.slow
 def test_evaluating_before_the_cut_says_that_only_the_teacher_is_scored(
     make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -436,6 +447,7 @@ def test_a_training_of_other_settings_is_refused_before_the_launch_and_not_promi
     assert "making it again" not in caplog.text
 
 
+@pytest.mark.slow
 def test_the_batch_of_all_ranks_is_compared_before_the_launch(make_run: Any) -> None:
     run = make_run(distill={"num_ranks": 2})
     pruning.prune(run)
@@ -447,6 +459,7 @@ def test_the_batch_of_all_ranks_is_compared_before_the_launch(make_run: Any) -> 
     distill.refuse_other_checkpoints(make_run(distill={"num_ranks": 3, "batch_size": 8}))
 
 
+@pytest.mark.slow
 def test_a_student_that_was_deleted_after_training_keeps_nobody_from_its_results(make_run: Any) -> None:
     run = make_run()
     pruning.prune(run)

@@ -286,6 +286,7 @@ def test_p_of_a_few_nats_is_that_of_a_t_test_and_not_what_resampling_cannot_exce
     assert found.p_value == pytest.approx(2 * stats.t.sf(t, 2), rel=0.5)
 
 
+@pytest.mark.slow
 def test_p_is_below_a_twentieth_exactly_where_the_interval_excludes_zero() -> None:
     rng = np.random.default_rng(15)
     sides = []

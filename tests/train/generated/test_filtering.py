@@ -10,6 +10,7 @@ def record(written: str, *, prompt: str = "Well, ", answer: str | None = None) -
     return {"text": prompt + written, "written": written, "answer": answer}
 
 
+@pytest.mark.slow
 def test_what_is_not_worth_training_on_is_left_out_and_counted():
     fact = sorted(stated_facts("eval"))[0]
     records = [record(one) for one in ("a text", "  \n", "no " * 40, "a text", f"so {fact}", "another")]

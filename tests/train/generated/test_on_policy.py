@@ -92,6 +92,7 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_the_share():
     assert (drawn == 1).double().mean().item() == pytest.approx(2 / 3, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_every_token_is_drawn_from_the_models_own_distribution_without_cache_and_padding(kind):
     """Recomputed one prompt and one token at a time from the whole forward."""
@@ -191,6 +192,7 @@ def test_the_models_start_token_stays_in_front():
     assert chosen._openings([END]) == []
 
 
+@pytest.mark.slow
 def test_of_a_conversation_the_prompt_is_all_before_an_assistants_turn(student):
     rows = text_rows(1, 40, 8)
     labels = torch.full((1, ROW), IGNORED)

@@ -46,6 +46,7 @@ def run(kind, tmp_path, settings):
     return loss, gradients, calls.counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
 def test_products_are_kept_all_else_is_computed_again_and_no_bit_changes(kind, tmp_path):
     loss, gradients, calls = run(kind, tmp_path, None)

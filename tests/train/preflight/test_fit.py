@@ -103,6 +103,7 @@ def test_what_autograd_keeps_is_counted_to_the_byte(kind: str, autocast: bool, t
     assert counted == really_saved(kind, autocast=autocast, trained=trained)
 
 
+@pytest.mark.slow
 def test_a_llama_layer_keeps_what_the_formula_of_the_document_says() -> None:
     found = student_size(tiny_config("llama"), sequence_length=LENGTH, prepare=preparing(), autocast=True)
     width, inner, heads, attended = 32, 48, 4, 32  # keys and values are repeated to one per query head and kept so
@@ -197,6 +198,7 @@ def tiny_job() -> Job:
     return job_of()
 
 
+@pytest.mark.slow
 def test_states_are_sharded_as_the_stage_says(tiny_job: Job) -> None:
     size, weights = tiny_job.student, tiny_job.student.parameters
     parts = {
@@ -218,6 +220,7 @@ def moments(stage: int, name: str, options: str | None = None) -> float:
     return (shards * found.memory.optimizer - 4 * trained * (stage > 0)) / trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected", "under_zero"),
     [
@@ -239,6 +242,7 @@ def test_moments_are_those_of_the_optimizer_that_the_recipe_names(
     assert disk_bytes(found)["checkpoints"] == 3 * (weights + found.memory.optimizer)
 
 
+@pytest.mark.slow
 def test_options_and_the_deepspeed_entry_decide_about_moments_and_an_unknown_optimizer_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -316,6 +320,7 @@ def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: J
     assert activations(False) - activations(True) == saved - len(layers) * state
 
 
+@pytest.mark.slow
 def test_selective_checkpointing_lies_between() -> None:
     kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
     found = job_of(trainer=kwargs)
@@ -404,6 +409,7 @@ def test_a_teacher_is_where_the_recipe_says(tiny_job: Job) -> None:
     assert job_of(teacher=Teacher(dtype="float32")).memory.teacher == 2 * tiny_job.memory.teacher
 
 
+@pytest.mark.slow
 def test_a_batch_over_all_ranks_sets_rows_and_micro_batches() -> None:
     found = job_of(batch_size=24)
     assert (found.setting.rows, found.setting.accumulation, found.spec.tokens_per_step) == (3, 2, 24 * LENGTH)
@@ -434,6 +440,7 @@ def test_scoring_gathers_the_whole_student_on_every_rank_of_zero_3() -> None:
     assert job_of(watch=Watch(tasks=("a",))).setting.scored_rows == 16
 
 
+@pytest.mark.slow
 def test_samples_have_a_cache_of_keys_and_values() -> None:
     found = job_of(on_policy=OnPolicy(prompt_tokens=4, new_tokens=12))
     assert (found.setting.samples, found.setting.sample_tokens) == (4, 16)  # as many as fit into a row
@@ -444,6 +451,7 @@ def test_samples_have_a_cache_of_keys_and_values() -> None:
     assert peaks[1].peak - peaks[0].peak == pytest.approx(cached, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cache_of_a_student_under_autocast_holds_what_is_counted() -> None:
     model = tiny_model("llama")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -453,6 +461,7 @@ def test_the_cache_of_a_student_under_autocast_holds_what_is_counted() -> None:
     assert held == 10 * NUM_LAYERS * found.key_numbers * (KEY_BYTES + VALUE_BYTES)
 
 
+@pytest.mark.slow
 def test_a_local_stage_takes_both_models_whole_and_twelve_bytes_per_trained_weight() -> None:
     found = job_of(local=LocalHeal(), deepspeed="deepspeed/zero3.json")
     assert found.setting.healed_layers == (1, 2)  # before layers 2 and 4 of the teacher
@@ -465,6 +474,7 @@ def test_a_local_stage_takes_both_models_whole_and_twelve_bytes_per_trained_weig
     assert disk_bytes(found)["local"] == 4 * found.student.parameters + 12 * 2 * found.student.layers[1].parameters
 
 
+@pytest.mark.slow
 def test_writing_the_student_takes_a_copy_and_what_its_files_hold_otherwise() -> None:
     student, teacher, setting = large(job_of(), device="cpu", stored_bytes=2, teacher="recorded")
     found = memory(student, teacher, setting)
@@ -594,10 +604,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return free
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_starts(folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int]) -> None:
     refuse(folders, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_without_the_memory_is_refused_with_what_fits(
     folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int]
 ) -> None:
@@ -618,6 +630,7 @@ def test_a_run_without_the_disk_is_refused(folders: tuple[Path, Path], tmp_path:
     refuse(folders, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_all_the_same_says_what_is_short(
     folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -703,6 +716,7 @@ def test_the_peak_of_a_process_is_its_own_and_not_its_parents() -> None:
     assert peak_memory() > len(ballast) > child
 
 
+@pytest.mark.slow
 def test_the_probe_steps_the_optimizer_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
     monkeypatch.setattr(torch.optim.SGD, "step", lambda optimizer: steps.append("SGD"))

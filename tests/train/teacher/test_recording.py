@@ -270,6 +270,7 @@ def test_the_announced_size_is_the_size(teacher, tmp_path):
     assert layout.num_bytes(8) < written <= recording_bytes(layout, 8, SETTINGS.rows_per_shard)
 
 
+@pytest.mark.slow
 def test_large_vocabularies_are_recorded_and_read_back(tmp_path):
     big = tiny_checkpoint(tmp_path, "llama_tied", vocab_size=70_000, num_hidden_layers=1)
     settings = Record(top_k=4, rows_per_shard=2)
@@ -327,6 +328,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nobody catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["between two shards", "in the middle of a shard", "while a shard is written"])
 def test_a_recording_that_was_killed_goes_on_at_the_next_shard(teacher, tmp_path, monkeypatch, moment):
     record(teacher, tmp_path / "whole")
@@ -396,6 +398,7 @@ def test_a_complete_recording_is_left_alone_and_needs_no_model(teacher, tmp_path
     assert (tmp_path / "signals" / RecordingManifest.FILE).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_larger_budget_adds_what_is_missing(teacher, tmp_path):
     record(teacher, tmp_path / "signals")
     record(teacher, tmp_path / "signals", rows(16))
@@ -451,6 +454,7 @@ def test_signals_of_another_run_are_refused_by_the_field_that_differs(teacher, t
     assert shards(tmp_path / "signals") == kept
 
 
+@pytest.mark.slow
 def test_a_recorded_prefix_serves_runs_without_one_and_no_other_prefix(teacher, tmp_path):
     record(teacher, tmp_path / "signals", prefix=2)
     with pytest.raises(UserError, match=r"distill.teacher.prefix is '3 layers' in this recipe but '2 layers' there"):
@@ -537,6 +541,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_model_is_loaded(teacher,
         record(teacher, tmp_path / "signals")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_loses_nothing(teacher, tmp_path, monkeypatch):
     original, written = recording_format.save_file, []
 
