@@ -66,7 +66,7 @@ class Teacher:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all stored tensors."""
+        """Stored name -> shape, of all tensors."""
         return {name: tensor.shape for shard in self.shards for name, tensor in shard.tensors.items()}
 
     def load(self) -> PreTrainedModel:
@@ -80,7 +80,7 @@ class Copy:
 
     teacher: Teacher
     config: PreTrainedConfig
-    """The student's."""
+    """Configuration of the student."""
     shards: list[NewShard]
     side_files: dict[str, object]
     """Settings of the quantisation that lie beside config.json: file name -> content."""

@@ -28,14 +28,14 @@ HALVES = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class Choice:
-    """What is done to the teacher, and why."""
+    """Changes to the teacher, and why."""
 
     drop: tuple[int, ...]
-    """Increasing; among them the layers that edits merge or replace."""
+    """Layers that go, increasing; among them those that edits merge or replace."""
     edits: Edits
-    """Those of the recipe, and the single halves that an order of halves removes."""
+    """Edits of the recipe, and the single halves that an order of halves removes."""
     reason: str
-    """For a reader."""
+    """Reason in words."""
 
 
 def choose_changes(prune: Prune, *, num_layers: int, importance: Importance | None) -> Choice:
@@ -77,7 +77,7 @@ def is_automatic(prune: Prune) -> bool:
 
 
 def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], Edits, str]:
-    """What is dropped besides what edits remove, and halves to skip."""
+    """Layers that go beside those that edits remove, edits that skip halves, and the reason."""
     if prune.drop is not None:
         drop, reason = _explicit(prune, prune.drop, num_layers)
         return drop, (), reason
@@ -286,7 +286,7 @@ def _lowest(
 
 
 def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...]]:
-    """What the scores are called, and one per layer."""
+    """Name of the scores in words, and one score per layer."""
     if not prune.weights:
         metric = prune.metric or DEFAULT_METRIC
         _warn_without_signal(metric, importance)

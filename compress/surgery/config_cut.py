@@ -1,4 +1,4 @@
-"""The student's configuration, made from the teacher's.
+"""The student's configuration, made from the teacher's. ``keep`` is everywhere the kept teacher indices, in order.
 
 A depth cut touches more of a configuration than `num_hidden_layers`: lists with one entry per layer, thresholds, lists
 of layer indices, and rules such as "every sixth layer". RULES knows the fields that transformers 5.24 uses. What a cut
@@ -62,7 +62,11 @@ def renumber(_: str, value: Any, keep: Sequence[int]) -> list[int]:
 
 
 def renumber_cross_attention(field: str, value: Any, keep: Sequence[int]) -> list[int]:
-    """Llama 3.2 Vision's layers that read the image: without one they are passed over and cache nothing."""
+    """Llama 3.2 Vision's layers that read the image: without one they are passed over and cache nothing.
+
+    Raises:
+        UserError: such a layer would come first.
+    """
     student = renumber(field, value, keep)
     if 0 in student:
         raise UserError(
@@ -98,7 +102,11 @@ def renumber_keys(_: str, value: Any, keep: Sequence[int]) -> dict[str, Any]:
 
 
 def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
-    """A rule "every n-th layer": true of the student only where every kept layer moved by a multiple of n."""
+    """A rule "every n-th layer": true of the student only where every kept layer moved by a multiple of n.
+
+    Raises:
+        UserError: a layer moved by another number.
+    """
     if value in (0, 1) or all((old - new) % value == 0 for new, old in enumerate(keep)):
         return value
     raise UserError(
@@ -176,6 +184,7 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     if getattr(config, "quantization_config", None) is not None:
         raise UserError("config.quantization_config: quantised weights cannot be cut; give the full-precision model")
     student = copy.deepcopy(config)
+    # the part that is cut: `student` itself, or one of its sub-configurations
     text = student.get_text_config(decoder=True)
     if reason := family(text.model_type).no_cut:
         raise UserError(f"{text.model_type}: {reason}; shoal cannot cut this family")
@@ -210,6 +219,7 @@ def _explicit_values(text: PreTrainedConfig) -> dict[str, Any]:
 
 def _changes(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
+    # rules of several fields first: where one says of a field what becomes of it, the field's own rule is not asked
     for fields, group_rule in GROUP_RULES.items():
         if all(field in values for field in fields) and _is_obeyed(fields[0], values):
             changes |= group_rule(values, keep)
@@ -231,7 +241,7 @@ def _obsolete(values: dict[str, Any], changes: dict[str, Any]) -> set[str]:
 
 
 def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str]) -> PreTrainedConfig:
-    declared = type(text).default_config_fields()
+    declared = type(text).default_config_fields()  # a class would put its default in the place of one that is left out
     kept = {key: value for key, value in values.items() if key not in without or key in declared}
     try:
         rebuilt = type(text).from_dict(kept)
@@ -277,6 +287,7 @@ def _refuse_unknown_lists(values: dict[str, Any], num_layers: int) -> None:
                 f"config.{field}: has {len(value)} entries for {num_layers} layers; shoal cuts it only where there is "
                 "one per layer"
             )
+        # a list as long as the model is deep may mean the layers by chance; better asked about than shifted
         about_layers = is_list and (len(value) == num_layers > 1 or "layer" in field)
         if about_layers and field not in RULES and field not in NOT_PER_LAYER:
             raise UserError(
@@ -302,7 +313,7 @@ def _check_round_trip(config: PreTrainedConfig, student: PreTrainedConfig, keep:
 
     Per-layer lists that a class computes (properties) must come out as the kept entries too.
     """
-    reloaded = type(student).from_dict(student.to_diff_dict())
+    reloaded = type(student).from_dict(student.to_diff_dict())  # what save_pretrained writes
     before, after = config.get_text_config(decoder=True), reloaded.get_text_config(decoder=True)
     if after.num_hidden_layers != len(keep):
         raise UserError(

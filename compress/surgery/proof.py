@@ -43,16 +43,16 @@ NOT_COMPARED = {
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a model answers to the proof's fixed random input of S tokens, vocabulary V."""
+    """Answers of a model to the proof's fixed random input of S tokens, vocabulary V."""
 
     logits_1SV: Tensor
     text_1S: Tensor
-    """The input and a few greedy tokens, with the KV cache."""
+    """Tokens of the input and a few greedy ones, written with the KV cache."""
 
 
 @torch.inference_mode()
 def behaviour(model: PreTrainedModel) -> Behaviour:
-    """What ``model`` answers; compare it with another's by prove_by_run."""
+    """The answers of ``model``; compare them with another's by prove_by_run."""
     align_weights(model)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, text_config(model.config).vocab_size, (1, PROOF_TOKENS), generator=generator)

@@ -21,20 +21,20 @@ from .stored_names import is_mtp
 
 FIELDS = ("quantization_config", "compression_config")
 SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Where AutoGPTQ, AutoAWQ and ModelOpt put the same settings beside config.json."""
+"""Files beside config.json into which AutoGPTQ, AutoAWQ and ModelOpt put the same settings."""
 REGEX_MARKS = set("\\^$+?()[]{}|")
 REGEX_PREFIXES = ("re:", "+:", "-:")
-"""compressed-tensors; GPTQModel's `dynamic`."""
+"""Prefixes of regular expressions: of compressed-tensors, and of GPTQModel's `dynamic`."""
 
 
 @dataclass(frozen=True)
 class LayerNames:
-    """What a list of module names can mean by a layer's number."""
+    """Numbered modules that a list of module names can mean."""
 
     prefixes: tuple[str, ...]
-    """Of the decoder layers, in the files and in the model: `model.layers.`."""
+    """Prefixes of the decoder layers, in the files and in the model: `model.layers.`."""
     others: frozenset[str]
-    """Of numbered layers that end with the same word and are no decoder layers, in a vision tower for instance."""
+    """Prefixes of numbered layers that end with the same word and are no decoder layers, in a vision tower perhaps."""
     modules: tuple[str, ...]
     """Modules inside a layer: `self_attn.q_proj`."""
 

@@ -35,14 +35,15 @@ from shoal.progress import BYTES, progress
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 8
-"""The data of a safetensors file start at a multiple of this, so that a memory map can be used as it is."""
+"""Bytes of which the start of a file's data is a multiple, so that a memory map can be used as it is."""
 STEP_BYTES = 64 * 2**20
-"""Moved by one call; progress is shown this often."""
+"""Bytes moved by one call; progress is shown this often."""
 BUFFER_BYTES = 8 * 2**20
-"""Where the kernel cannot copy by itself."""
+"""Bytes in memory at one time, where the kernel cannot copy by itself."""
 PART = ".part"
 """Suffix of a file that is not complete on the disk yet."""
 NOT_IN_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of a disk or kernel that cannot copy between these two files by itself."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,16 @@ class NewShard:
     header: bytes
     """Length field, JSON and padding."""
     runs: tuple[tuple[int, int], ...]
-    """(first byte, one past the last byte) in the source file."""
+    """Pairs (first byte, one past the last byte) in the source file."""
 
     @property
     def num_data_bytes(self) -> int:
-        """Of the tensors."""
+        """Size of the tensors."""
         return sum(end - start for start, end in self.runs)
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole file."""
+        """Size of the whole file."""
         return len(self.header) + self.num_data_bytes
 
 
@@ -87,7 +88,7 @@ def new_shards(shards: Sequence[Shard], names: Mapping[str, str]) -> list[NewSha
 
 
 def shards_fingerprint(shards: Sequence[NewShard]) -> str:
-    """What would be written, by the headers, the byte runs, and size and time of change of every source file."""
+    """Fingerprint of the files to be written: headers, byte runs, and size and time of change of every source file."""
     return fingerprint([[shard.name, shard.header.hex(), shard.runs, _identity(shard.source.file)] for shard in shards])
 
 
@@ -167,7 +168,7 @@ def _header(shard: Shard, tensors: Mapping[str, StoredTensor], names: Mapping[st
         }
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * (-len(text) % ALIGNMENT)  # the format allows spaces behind the JSON
     return struct.pack("<Q", len(text)) + text
 
 
@@ -265,7 +266,7 @@ def _room(folder: Path) -> int:
 
 
 def _disk_full(folder: Path, num_bytes: int, number: int) -> UserError:
-    """What is said of the system's error ``number``; what is free on the disk says nothing of a user's own limits."""
+    """The refusal for the system's error ``number``; what is free on the disk says nothing of a user's own limits."""
     needed = f"the student needs {bytes_text(num_bytes)} ({num_bytes:,} bytes)"
     if number == errno.ENOSPC:
         problem = f"the disk is full: {needed}, and there is room for {bytes_text(_room(folder))}"

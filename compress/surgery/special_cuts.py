@@ -1,4 +1,4 @@
-"""What a depth cut does where one field or one whole tensor per layer is not the whole story.
+"""Depth cuts where one field or one whole tensor per layer is not the whole story.
 
 Some families say only with several fields together which layers are special, let late layers read the keys and values
 of an earlier one, or keep a table for all layers in one tensor. Every rule here either says of the kept layers exactly
@@ -34,10 +34,11 @@ def _refit_expert_period(values: dict[str, Any], keep: Sequence[int]) -> dict[st
 def _refit_period(period_field: str, offset_field: str, values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
     """Jamba: layer i is special where i % period == offset. Another pair may say so of the kept layers."""
     period, offset = values[period_field], values[offset_field]
+    # new indices of the kept special layers, which must again be an arithmetic sequence
     special = [new for new, old in enumerate(keep) if old % period == offset]
     # the teacher's own period first; one above the number of layers says that at most one is special
     for candidate in (period, *range(1, len(keep) + 2)):
-        start = special[0] if special else candidate - 1
+        start = special[0] if special else candidate - 1  # no special layer: the first one lies past the end
         if start < candidate and list(range(start, len(keep), candidate)) == special:
             return {period_field: candidate, offset_field: start}
     raise UserError(
@@ -118,6 +119,7 @@ def _recount_shared_blocks(values: dict[str, Any], keep: Sequence[int]) -> dict[
     blocks = [rank % num_blocks for rank in ranks]
     if not blocks:
         return {}
+    # blocks are used in turn, so the kept ones must repeat from the first on
     for candidate in range(1, len(set(blocks)) + 1):  # more would store a block twice
         if all(block == blocks[new % candidate] for new, block in enumerate(blocks)):
             return {"num_mem_blocks": candidate}
@@ -138,6 +140,7 @@ def _rescale_depth(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any
     """MiniCPM multiplies every residual branch by scale_depth / sqrt(number of layers); this must not change a bit."""
     scale = values["scale_depth"] / math.sqrt(values["num_hidden_layers"])
     root = math.sqrt(len(keep))
+    # scale * root rounds, so dividing it by root may miss the scale by a unit in the last place: its neighbours do not
     for limit in (math.inf, -math.inf):
         candidate = scale * root
         for _ in range(4):
@@ -214,7 +217,7 @@ def kept_part(name: str, tensor: Tensor, keep: Sequence[int], num_layers: int) -
     dim = side_by_side_dim(name)
     if dim is None:
         return tensor
-    parts = tensor.unflatten(dim, (num_layers, -1))
+    parts = tensor.unflatten(dim, (num_layers, -1))  # (..., L * size, ...) -> (..., L, size, ...)
     return parts.index_select(dim, torch.tensor(keep, device=tensor.device)).flatten(dim, dim + 1)
 
 

@@ -39,14 +39,14 @@ class Loading:
     """Tensors that did not find each other when a checkpoint was loaded, by their names in the model."""
 
     missing: frozenset[str]
-    """The model has them and the files do not."""
+    """Tensors that only the model has."""
     unexpected: frozenset[str]
-    """The files have them and the model does not."""
+    """Tensors that only the files have."""
     mismatched: frozenset[str]
-    """Both have them, in other shapes."""
+    """Tensors that both have, in other shapes."""
 
     def renumbered(self, prefixes: Collection[str], keep: Sequence[int]) -> Loading:
-        """What loading the student must say where this is said of the teacher."""
+        """The same tensors under the student's names: what loading it must report where the teacher's did this."""
         new_index = {old: new for new, old in enumerate(keep)}
 
         def renamed(names: Iterable[str]) -> Iterator[str]:
@@ -73,7 +73,7 @@ class Loading:
 
 
 def find_layers(shapes: Mapping[str, tuple[int, ...]], teacher: PreTrainedModel, config: PreTrainedConfig) -> str:
-    """What the stored names of the decoder layers start with before the layer's number: `model.layers.`.
+    """The prefix of the decoder layers' stored names, up to the layer's number: `model.layers.`.
 
     ``shapes`` are the stored tensors (name -> shape), ``teacher`` is the model of ``config`` without its weights. Files
     may have other numbered modules, in a vision tower for instance, and other words than the model. So the first and
@@ -207,7 +207,7 @@ def split_layer(name: str, prefix: str) -> tuple[int | None, str]:
 
 
 def _numbered(names: Iterable[str]) -> dict[str, set[int]]:
-    """What stands before a number in the names (with a dot at its end) -> the numbers there."""
+    """Prefix of a number in the names (with a dot at its end) -> the numbers that follow it."""
     numbers: dict[str, set[int]] = defaultdict(set)
     for name in names:
         for match in re.finditer(r"(?<=\.)(\d+)\.|^(\d+)\.", name):

@@ -42,7 +42,7 @@ class Verdict:
     """`no` too where it would load and be another model."""
     reason: str
     remedy: str = ""
-    """What to do where it does not load."""
+    """Advice where it does not load."""
 
     def in_words(self) -> str:
         """One line for a reader."""
@@ -50,7 +50,7 @@ class Verdict:
 
 
 def check_targets(student: PreTrainedConfig, *, targets: Sequence[Target] = TARGETS) -> list[Verdict]:
-    """What each of ``targets`` makes of a student with this configuration.
+    """Verdicts of each of ``targets`` on a student with this configuration.
 
     transformers is right by construction, and `shoal prune` proves it on the files. The others are judged by what their
     sources do with the configuration, as read at one release; whether a kernel for some hardware exists is not asked.

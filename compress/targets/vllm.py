@@ -72,7 +72,7 @@ RECURRENT = names_in("linear_attention mamba conv hybrid hybrid_sliding")
 
 Loads = Literal["yes", "no", "unknown"]
 Rule = Callable[[Any], str | None]
-"""The text decoder's configuration -> what vLLM would do to it that is wrong; None = nothing."""
+"""Configuration of the text decoder -> mistake that vLLM would make; None = none."""
 
 
 def vllm_loads(config: Any) -> tuple[Loads, str]:
@@ -98,7 +98,7 @@ def vllm_loads(config: Any) -> tuple[Loads, str]:
 
 
 def _architecture(config: Any) -> str:
-    """What AutoModelForCausalLM makes of the configuration and a student's config.json names."""
+    """The class that AutoModelForCausalLM makes of the configuration and a student's config.json names."""
     names: Any = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) or config.architectures or [""]
     return names if isinstance(names, str) else names[0]
 

@@ -17,13 +17,13 @@ from shoal.errors import UserError
 from shoal.models.families import family
 
 LAYER_LISTS = ("layers", "h", "blocks", "block")
-"""What families call the list of their decoder layers."""
+"""Names of the list of decoder layers, by family."""
 FINAL_NORMS = (
     *("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm", "final_norm", "layer_norm", "layernorm"),
     *("output_layernorm", "ln_out", "out_norm"),
     "embedding_norm",  # LFM2 norms its output with it, not the embeddings
 )
-"""What families call the norm between the last layer and the head; it stands beside the list of layers."""
+"""Names of the norm between the last layer and the head, by family; it stands beside the list of layers."""
 
 
 @dataclass(frozen=True)

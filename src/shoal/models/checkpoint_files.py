@@ -22,11 +22,11 @@ WITH_TOKENIZER = (*TOKENIZER_PATTERNS, "chat_template*", "additional_chat_templa
 WITH_MODEL = ("*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Names of files that go with a tokenizer or a model wherever its weights change."""
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "bos_token", "eos_token", "unk_token")
-"""What of tokenizer_config.json shapes tokens; the rest are paths, versions, and the pad token, which shoal masks."""
+"""Keys of tokenizer_config.json that shape tokens; the rest are paths, versions, and the pad token, which is masked."""
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000
-"""What the safetensors library itself accepts."""
+"""Bytes of the longest header that the safetensors library itself accepts."""
 DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -57,12 +57,12 @@ class Shard:
 
     file: Path
     tensors: dict[str, StoredTensor]
-    """In the order of their bytes, without gap from the header to the end of the file."""
+    """Tensors in the order of their bytes, without gap from the header to the end of the file."""
     metadata: dict[str, str]
 
     @property
     def num_bytes(self) -> int:
-        """Of the file."""
+        """Size of the file."""
         return self.file.stat().st_size
 
 
@@ -234,7 +234,7 @@ def json_or_empty(file: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> Shard:
-    """What lies where in a safetensors file.
+    """The header of a safetensors file: every tensor's dtype, shape and place, in bytes.
 
     Raises:
         UserError: no such file, another size than the header says, or a header that contradicts itself.

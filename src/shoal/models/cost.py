@@ -25,15 +25,15 @@ PROBE_TOKENS = (2, 3)
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one slot of the cache keeps of one sequence."""
+    """Content of one slot of the cache for one sequence."""
 
     token_bytes: int
-    """For every token: keys and values, or the latent in their place that transformers and vLLM keep of multi-head
-    latent attention; with it the keys of an indexer."""
+    """Bytes for every token: keys and values, or the latent in their place that transformers and vLLM keep of
+    multi-head latent attention; with it the keys of an indexer."""
     max_tokens: int | None
-    """How many tokens at most, where a window bounds it."""
+    """Tokens that are kept at most, where a window bounds them."""
     state_bytes: int
-    """Whatever the length: states of convolutions, linear attention and state spaces."""
+    """Bytes whatever the length: states of convolutions, linear attention and state spaces."""
     pair_flops: int
     """Floating point operations of attention for one token and one token that it sees, all heads."""
 
@@ -44,20 +44,20 @@ class Cost:
 
     num_layers: int
     num_parameters: int
-    """Tied ones counted once."""
+    """Parameters, tied ones counted once."""
     active_parameters: int
-    """Read to write one token of text: of routed experts those that a token is sent to, of embeddings nothing (single
-    rows), weights that several layers share once per layer, and the head."""
+    """Parameters read to write one token of text: of routed experts those that a token is sent to, of embeddings
+    nothing (single rows), weights that several layers share once per layer, and the head."""
     head_parameters: int
-    """Of these, the map to the vocabulary."""
+    """Active parameters of the map to the vocabulary."""
     layer_parameters: int
-    """Of all, those in the decoder layers."""
+    """Parameters in the decoder layers."""
     active_layer_parameters: int
     cache: tuple[LayerCache, ...] | None
-    """By slot; None where transformers cannot run this family without data, or keeps another kind of cache."""
+    """Cache by slot; None where transformers cannot run this family without data, or keeps another kind of cache."""
 
     def cache_bytes(self, num_tokens: int) -> int:
-        """What the cache of one sequence of ``num_tokens`` takes."""
+        """Bytes that the cache of one sequence of ``num_tokens`` takes."""
         assert self.cache is not None
         return sum(
             slot.state_bytes + slot.token_bytes * min(num_tokens, slot.max_tokens or num_tokens) for slot in self.cache

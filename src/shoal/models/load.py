@@ -42,10 +42,10 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Plain floating-point dtypes by their names in safetensors files."""
 MOST_LAYERS = 100_000
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
-"""How the names of architectures end that read text and write none."""
+"""Ends of the names of architectures that read text and write none."""
 NOT_CAUSAL = "is no causal language model of transformers, which writes text from left to right; give one that is"
 IMPOSSIBLE_SETTINGS = (KeyError, AssertionError, ArithmeticError, TypeError, SafetensorError)
-"""What building a model raises over settings that no code foresaw: an unknown activation, no heads, a torn file."""
+"""Errors of building a model over settings that no code foresaw: an unknown activation, no heads, a torn file."""
 NEEDS_CONSENT = (
     "needs code that comes with the checkpoint; read it, then set trust_remote_code: true in the recipe if you trust it"
 )
@@ -108,7 +108,8 @@ def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bo
 
 
 def _embedding_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> int | None:
-    """Of the model at ``folder``, where the tokenizer has ids beyond them; None where all fit or there is no model."""
+    """Rows of embeddings of the model at ``folder``, where the tokenizer has ids beyond them; None where all fit, or
+    where there is no model."""
     if not (folder / "config.json").is_file():
         return None
     config, largest = load_config(folder, trust_remote_code=trust_remote_code), max(tokenizer.get_vocab().values())
@@ -121,7 +122,7 @@ def _embedding_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_r
 
 
 def _tokens_without_embedding(tokenizer: PreTrainedTokenizerBase, rows: int) -> str:
-    """What is wrong with a tokenizer that makes ids from ``rows`` on out of text; empty where no text has them.
+    """The refusal of a tokenizer that makes ids from ``rows`` on out of text; empty where no text has them.
 
     Published checkpoints have special tokens beyond their embeddings that no text holds: for padding, or for images.
     """
@@ -316,7 +317,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def _refuse_no_decoder(folder: Path) -> None:
-    """What can be seen before transformers makes a list of layers."""
+    """Refuse what can be seen before transformers makes a list of layers."""
     whole = json_or_empty(folder / "config.json")
     for section in (whole, whole.get("text_config")):
         count = section.get("num_hidden_layers") if isinstance(section, dict) else None
@@ -328,7 +329,7 @@ def _refuse_no_decoder(folder: Path) -> None:
 
 
 def before_head(model: PreTrainedModel) -> nn.Module | None:
-    """What final hidden states pass through on their way to the linear head; None = nothing, as nearly everywhere."""
+    """The module that final hidden states pass through before the linear head; None = none, as nearly everywhere."""
     prepares = family(text_config(model.config).model_type).head_prepares
     return model.get_submodule("lm_head") if prepares else None
 
