@@ -232,7 +232,7 @@ def _best_run(
     """The cheapest run of ``count`` neighbours without a protected layer (Gromov et al. 2024, arXiv:2403.17887)."""
     metric = prune.metric or DEFAULT_RUN_METRIC
     if metric not in importance.runs and (
-        metric in (*importance.layers, *importance.orders) or _is_swept(metric, importance)
+        metric in (*importance.layers, *importance.orders) or swept_columns(metric, importance)
     ):
         raise UserError(
             f"prune.metric={metric}: scores single layers, but prune.contiguous needs a metric of runs; "
@@ -299,10 +299,6 @@ def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...
     parts = " + ".join(f"{weight / total:.2g} {name}" for name, weight in prune.weights.items())
     # sums of equal ranks in another order must stay equal, or rounding would choose
     return f"mean rank of {parts}", tuple(round(value, 12) for value in mix)
-
-
-def _is_swept(name: str, importance: Importance) -> bool:
-    return bool(swept_columns(name, importance))
 
 
 def _warn_without_signal(name: str, importance: Importance) -> None:

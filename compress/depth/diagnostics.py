@@ -130,9 +130,7 @@ def diagnose(
         num_cuts=num_cuts,
         skip_effect=_rows_of(effects.skip_LL) if effects else (),
         skip_output=tuple(effects.skip_output_L.tolist()) if effects and readout else (),
-        erasure_output=tuple(effects.erasure_output_L.tolist())
-        if effects and effects.erasure_output_L is not None
-        else (),
+        erasure_output=tuple(effects.erasure_output_L.tolist()) if effects and readout else (),
         effects_refusal=refusal,
         gradient_steps=effort.steps if attributions else 0,
         attributions=attributions,
@@ -255,8 +253,7 @@ def _interventions(
     num_runs = math.ceil(len(cuts) / batch_size) * (runs.num_layers * (1 if readout is None else 2) - 1)
     with progress("diagnostics: skips", total=num_runs, unit="runs") as step:
         effects = measure_effects(runs, readout, cuts, means_LD, batch_size=batch_size, progress=step)
-    measured = (effects.skip_LL, effects.skip_output_L, effects.erasure_output_L)
-    _require_finite(model, *(tensor for tensor in measured if tensor is not None))
+    _require_finite(model, effects.skip_LL, effects.skip_output_L, effects.erasure_output_L)
     attributions = _attributions(model, runs, readout, prompts, flows, effort, batch_size) if readout else ()
     return effects, attributions, len(cuts), ""
 

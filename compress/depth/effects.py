@@ -30,7 +30,7 @@ class DepthEffects:
     """[s, l]: relative change of layer l's update at tokens from the cut on, when layer s is skipped before it."""
     skip_output_L: Tensor
     """Change of the next-token probabilities from the cut on; 0 for the last layer, behind which nothing mixes."""
-    erasure_output_L: Tensor | None
+    erasure_output_L: Tensor
     """Change of the next-token probabilities behind the one token whose state before layer l is erased."""
 
 
@@ -69,18 +69,15 @@ def measure_effects(
     batch_size: int,
     progress: Callable[[], object],
 ) -> DepthEffects:
-    """The largest effects over ``cuts``; without a readout only those on later layers.
+    """The largest effects over ``cuts``; without a readout only those on later layers, and 0 for those on the output.
 
     ``means_LD`` is what an erased state becomes: the mean state before every layer. Skipping layer s at tokens 1 to
     t - 1 leaves its other outputs as they are, so the run starts behind s with its input in the place of its output.
     ``progress`` is called once per run.
     """
     num_layers = runs.num_layers
-    effects = DepthEffects(
-        torch.zeros(num_layers, num_layers, dtype=torch.float64), torch.zeros(num_layers, dtype=torch.float64), None
-    )
-    if readout is not None:
-        effects.erasure_output_L = torch.zeros(num_layers, dtype=torch.float64)
+    shapes = ((num_layers, num_layers), num_layers, num_layers)
+    effects = DepthEffects(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
     cuts = sorted(cuts, key=lambda cut: len(cut[0].input_ids))  # little padding
     for start in range(0, len(cuts), batch_size):
         rows = _rows(runs, cuts[start : start + batch_size])
@@ -89,7 +86,6 @@ def measure_effects(
         final_TD = rows.intact.states[-1][rows.from_RS]
         if readout is None:
             continue
-        assert effects.erasure_output_L is not None
         behind_T = (rows.from_RS & ~rows.at_RS)[rows.from_RS].cpu()  # of the tokens in final_TD, those after the cut
         erased = [_erase(runs, rows, layer, means_LD[layer], progress) for layer in range(num_layers)]
         changes = output_changes(readout, final_TD, [*skipped, *erased])

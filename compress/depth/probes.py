@@ -97,16 +97,16 @@ def depth_points(accuracy: Sequence[float]) -> dict[str, Any]:
     known = [(layer, value) for layer, value in enumerate(variation, 1) if value is not None]
     jumps = [layer for layer, value in known if value >= JUMP]
     still = [layer for layer, value in known if abs(value - 1) < CONVERGED]
-    enough = next(layer for layer, value in enumerate(accuracy) if value >= ENOUGH * max(accuracy))
+    enough = [layer for layer, value in enumerate(accuracy) if value >= ENOUGH * max(accuracy)]
+
+    def point(layers: Sequence[int], reason: str = "") -> DepthPoint:
+        return DepthPoint(layers[0] / num_layers) if layers else DepthPoint(None, reason)
+
     return {
         "variation": variation,
-        "jump": DepthPoint(jumps[0] / num_layers)
-        if jumps
-        else DepthPoint(None, f"no layer raises the accuracy by a factor of {JUMP}"),
-        "converging": DepthPoint(still[-1] / num_layers)
-        if still
-        else DepthPoint(None, f"every layer changes the accuracy by {CONVERGED:.0%} or more"),
-        "enough": DepthPoint(enough / num_layers),
+        "jump": point(jumps, f"no layer raises the accuracy by a factor of {JUMP}"),
+        "converging": point(still[-1:], f"every layer changes the accuracy by {CONVERGED:.0%} or more"),
+        "enough": point(enough),
     }
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, with_state
+from shoal.models.anatomy import decoder_layers, given_state, state_of, text_config, watched, with_state
 from shoal.models.families import family
 
 from ..edits.sublayers import Sublayers, probing, silence, sublayers, where
@@ -69,15 +69,10 @@ def layer_flows(model: PreTrainedModel) -> tuple[tuple[LayerFlow, ...], str]:
         return (), f"{model_type}: {reason}, so that a layer's update is not the sum of its halves"
     flows: list[LayerFlow | None] = [None] * len(halves)
 
-    def look(index: int) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            flows[index] = _flow(layer, halves[index], args, kwargs)
+    def after(index: int, args: Any, kwargs: Any, _: Any) -> None:
+        flows[index] = _flow(decoder_layers(model)[index], halves[index], args, kwargs)
 
-        return hook
-
-    with probing(model), ExitStack() as stack:
-        for index, layer in enumerate(decoder_layers(model)):
-            stack.enter_context(layer.register_forward_hook(look(index), with_kwargs=True))
+    with probing(model), watched(decoder_layers(model), after=after):
         run_body(model, probe_batch(model))
     known_flows = [flow for flow in flows if flow is not None]
     if len(known_flows) < len(halves):
@@ -153,40 +148,25 @@ def add_batch(
     between: dict[int, Tensor] = {}  # layer -> the stream (T, D) between its halves
     real_T1 = real_T.to(model.device)[:, None]
 
-    def enter(index: int) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            before[index] = given_state(args, kwargs).flatten(0, 1).clone()  # some layers write into their input
+    def enter(index: int, args: Any, kwargs: Any) -> None:
+        before[index] = given_state(args, kwargs).flatten(0, 1).clone()  # some layers write into their input
 
-        return hook
+    def pass_between(number: int, args: Any, kwargs: Any) -> None:
+        between[with_reader[number]] = _read(args, kwargs)[0].flatten(0, 1).clone()
 
-    def pass_between(index: int) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            between[index] = _read(args, kwargs)[0].flatten(0, 1).clone()
+    def leave(index: int, args: Any, kwargs: Any, output: Any) -> None:
+        before_TD, after_TD = before.pop(index), state_of(output).flatten(0, 1)
+        if flows and not flows[index].reader:
+            between[index] = _without_mlp(layers[index], flows[index], before_TD, args, kwargs)
+        parallel = bool(flows) and flows[index].parallel
+        for name, values in _layer_terms(before_TD, between.pop(index, None), after_TD, parallel):
+            measured.setdefault(name, []).append(values)
+        # where, not a product: padding may not be finite
+        state_sums.append(torch.where(real_T1, before_TD, 0).sum(0, dtype=torch.float64).cpu())
 
-        return hook
-
-    def leave(index: int) -> Any:
-        def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            before_TD = before.pop(index)
-            if flows and not flows[index].reader:
-                between[index] = _without_mlp(layer, flows[index], before_TD, args, kwargs)
-            parallel = bool(flows) and flows[index].parallel
-            for name, values in _layer_terms(
-                before_TD, between.pop(index, None), state_of(output).flatten(0, 1), parallel
-            ):
-                measured.setdefault(name, []).append(values)
-            # where, not a product: padding may not be finite
-            state_sums.append(torch.where(real_T1, before_TD, 0).sum(0, dtype=torch.float64).cpu())
-
-        return hook
-
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.enter_context(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
-            stack.enter_context(layer.register_forward_hook(leave(index), with_kwargs=True))
-            if flows and flows[index].reader:
-                reader = layer.get_submodule(flows[index].reader)
-                stack.enter_context(reader.register_forward_pre_hook(pass_between(index), with_kwargs=True))
+    with_reader = [index for index, flow in enumerate(flows) if flow.reader]
+    readers = [layers[index].get_submodule(flows[index].reader) for index in with_reader]
+    with watched(layers, before=enter, after=leave), watched(readers, before=pass_between):
         yield
     for name, parts in measured.items():
         cosine_L, size_L = torch.stack(parts).cpu().double()[..., real_T].sum(-1).unbind(1)

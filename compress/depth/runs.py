@@ -9,17 +9,17 @@ B batch, S sequence, D hidden, V vocabulary, L layers, T chosen tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.data.sources import PackedRows
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config
+from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config, watched
 from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.load import logits_from_hidden
 
@@ -211,16 +211,13 @@ def states_at(model: PreTrainedModel, rows_T: Tensor, columns_T: Tensor) -> Iter
     """
     layers, states = decoder_layers(model), list[Tensor]()
 
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+    def before(_: int, args: Any, kwargs: Any) -> None:
         states.append(given_state(args, kwargs)[rows_T, columns_T])
 
-    def leave(_: nn.Module, args: Any, output: Any) -> None:
+    def after(_: int, __: Any, ___: Any, output: Any) -> None:
         states.append(state_of(output)[rows_T, columns_T])
 
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(layer.register_forward_pre_hook(enter, with_kwargs=True))
-        stack.enter_context(layers[-1].register_forward_hook(leave))
+    with watched(layers, before=before), watched(layers[-1:], after=after):
         yield states
 
 
@@ -233,16 +230,11 @@ def require_one_path(model: PreTrainedModel) -> None:
     batch, shapes, order = probe_batch(model), list[tuple[int, ...]](), list[int]()
     layers = decoder_layers(model)
 
-    def enter(index: int) -> Any:
-        def hook(_: Any, args: Any, kwargs: Any) -> None:
-            order.append(index)
-            shapes.append(tuple(given_state(args, kwargs).shape))
+    def before(index: int, args: Any, kwargs: Any) -> None:
+        order.append(index)
+        shapes.append(tuple(given_state(args, kwargs).shape))
 
-        return hook
-
-    with ExitStack() as stack, probing(model):
-        for index, layer in enumerate(layers):
-            stack.enter_context(layer.register_forward_pre_hook(enter(index), with_kwargs=True))
+    with watched(layers, before=before), probing(model):
         run_body(model, batch)
     family, remedy = text_config(model.config).model_type, "its depth cannot be diagnosed, leave diagnostics off"
     if order != list(range(len(layers))):

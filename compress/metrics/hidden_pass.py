@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_body, given_state, state_of
+from shoal.models.anatomy import decoder_body, given_state, state_of, watched
 from shoal.models.document_masks import documents_apart, padding_apart
 from shoal.models.load import decoder_layers, text_config
 from shoal.progress import each
@@ -133,22 +133,17 @@ def writes_into_input(model: PreTrainedModel) -> bool:
     changed: list[bool] = []
     inputs: list[tuple[Tensor, int]] = []
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(_: int, args: Any, kwargs: Any) -> None:
         state = given_state(args, kwargs)
         inputs.append((state, state._version))  # torch counts every write in place
 
-    def after(_: nn.Module, __: Any, ___: Any) -> None:
+    def after(*_: Any) -> None:
         state, version = inputs.pop()
         changed.append(state._version != version)
 
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in decoder_layers(model)]
-    handles += [layer.register_forward_hook(after) for layer in decoder_layers(model)]
-    try:
+    with watched(decoder_layers(model), before=before, after=after):
         ids = torch.arange(2, device=model.device).unsqueeze(0)
         decoder_body(model)(input_ids=ids, position_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return any(changed)
 
 
@@ -196,9 +191,20 @@ def _run(
     *,
     writes: bool,
 ) -> None:
-    body = decoder_body(model)
+    body, copies = decoder_body(model), dict[int, Tensor]()
+
+    def before(layer: int, args: Any, kwargs: Any) -> None:
+        copies[layer] = given_state(args, kwargs).clone()
+
+    def after(layer: int, args: Any, kwargs: Any, output: Any) -> None:
+        before_BSD = copies.pop(layer) if writes else given_state(args, kwargs)
+        after_BSD = state_of(output)
+        for state in (before_BSD, after_BSD):
+            refuse_other_shape(layer, state, batch.input_ids_BS.shape)
+        observe(layer, before_BSD.flatten(0, 1), after_BSD.flatten(0, 1))
+
     with (
-        _observed(layers, batch.input_ids_BS.shape, observe, writes=writes),
+        watched(layers, before=before if writes else None, after=after),
         documents_apart(body, batch.position_ids_BS),
     ):
         body(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)

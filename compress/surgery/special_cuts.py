@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +22,6 @@ from shoal.models.families import family
 
 GroupRule = Callable[[dict[str, Any], Sequence[int]], dict[str, Any]]
 """(the teacher's configuration as a dictionary, kept teacher indices in order) -> values of fields of the student."""
-
-
-def _refit_attention_period(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    return _refit_period("attn_layer_period", "attn_layer_offset", values, keep)
-
-
-def _refit_expert_period(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
-    return _refit_period("expert_layer_period", "expert_layer_offset", values, keep)
 
 
 def _refit_period(period_field: str, offset_field: str, values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
@@ -153,10 +146,10 @@ def _rescale_depth(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any
     )
 
 
+_PERIODS = (("attn_layer_period", "attn_layer_offset"), ("expert_layer_period", "expert_layer_offset"))
 GROUP_RULES: dict[tuple[str, ...], GroupRule] = {
     ("scale_depth", "num_hidden_layers"): _rescale_depth,
-    ("attn_layer_period", "attn_layer_offset"): _refit_attention_period,
-    ("expert_layer_period", "expert_layer_offset"): _refit_expert_period,
+    **{fields: partial(_refit_period, *fields) for fields in _PERIODS},
     ("moe_layer_interval", "moe_layer_start_index", "moe_layer_end_index"): _refit_interval,
     ("decoder_sparse_step", "mlp_only_layers"): _list_dense_layers,
     ("num_kv_shared_layers", "layer_types"): _recount_shared_layers,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from transformers import PreTrainedConfig
 
@@ -30,7 +30,6 @@ TITLES: dict[Target, str] = {
     "vllm": f"vLLM {vllm.VERSION} (its source was read, not run)",
     "llama_cpp": f"llama.cpp {llama_cpp.VERSION}",
 }
-OTHER_LAYERS = "drop other layers, or take {target} out of prune.targets"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def check_targets(student: PreTrainedConfig, *, targets: Sequence[Target] = TARG
     sources do with the configuration, as read at one release; whether a kernel for some hardware exists is not asked.
     llama.cpp's rules are compared with its sources where they are installed, vLLM's with nothing.
     """
-    return [_JUDGES[target](student) for target in targets]
+    return [_verdict(target, student) for target in targets]
 
 
 def student_config(teacher: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfig:
@@ -97,20 +96,13 @@ def log_verdicts(verdicts: Sequence[Verdict]) -> None:
         log.log(logging.INFO if verdict.loads == "yes" else logging.WARNING, "prune: %s", verdict.in_words())
 
 
-def _transformers(_: Any) -> Verdict:
-    return Verdict("transformers", "yes", "these are its own layers; shoal proves it on the written files")
-
-
-def _vllm(student: PreTrainedConfig) -> Verdict:
-    loads, reason = vllm.vllm_loads(student)
-    return Verdict("vllm", loads, reason, OTHER_LAYERS.format(target="vllm") if loads == "no" else "")
-
-
-def _llama_cpp(student: PreTrainedConfig) -> Verdict:
-    if refusal := llama_cpp.llama_cpp_refusal(student):
-        return Verdict("llama_cpp", "no", refusal, OTHER_LAYERS.format(target="llama_cpp"))
-    caveat = llama_cpp.llama_cpp_caveat(student)
-    return Verdict("llama_cpp", "yes", caveat or "it has a converter that takes every layer for what it is")
-
-
-_JUDGES = {"transformers": _transformers, "vllm": _vllm, "llama_cpp": _llama_cpp}
+def _verdict(target: Target, student: PreTrainedConfig) -> Verdict:
+    loads, reason = "yes", "these are its own layers; shoal proves it on the written files"
+    if target == "vllm":
+        loads, reason = vllm.vllm_loads(student)
+    elif target == "llama_cpp":
+        refusal, caveat = llama_cpp.llama_cpp_refusal(student), llama_cpp.llama_cpp_caveat(student)
+        loads = "no" if refusal else "yes"
+        reason = refusal or caveat or "it has a converter that takes every layer for what it is"
+    remedy = f"drop other layers, or take {target} out of prune.targets" if loads == "no" else ""
+    return Verdict(target, loads, reason, remedy)

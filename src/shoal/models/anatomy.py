@@ -6,11 +6,13 @@ layers, the norm beside that list. families.py holds what the rule cannot know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
@@ -96,6 +98,28 @@ def state_of(output: Any) -> Tensor:
 def with_state(output: Any, state: Tensor) -> Any:
     """``output`` with another hidden state in it."""
     return type(output)([state, *output[1:]]) if isinstance(output, tuple | list) else state
+
+
+@contextmanager
+def watched(
+    layers: Iterable[nn.Module],
+    *,
+    before: Callable[[int, Any, Any], None] | None = None,
+    after: Callable[[int, Any, Any, Any], None] | None = None,
+) -> Iterator[None]:
+    """Show every call of ``layers`` inside the block: ``before(index, args, kwargs)``, ``after(..., output)``."""
+
+    def handles(index: int, layer: nn.Module) -> Iterator[RemovableHandle]:
+        if before is not None:
+            yield layer.register_forward_pre_hook(lambda _, *call: before(index, *call), with_kwargs=True)
+        if after is not None:
+            yield layer.register_forward_hook(lambda _, *call: after(index, *call), with_kwargs=True)
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            for handle in handles(index, layer):
+                stack.enter_context(handle)
+        yield
 
 
 def text_config(config: Any) -> Any:

@@ -21,16 +21,7 @@ from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles
 from shoal.stats.intervals import Z95, Array, combined, newcombe_paired, paired_ratio, wilson
 
 SAME_MEASUREMENT = (
-    "task",
-    "ability",
-    "protocol",
-    "metric",
-    "chance",
-    "higher_is_better",
-    "version",
-    "matching",
-    "num_fewshot",
-    "n",
+    *("task", "ability", "protocol", "metric", "chance", "higher_is_better", "version", "matching", "num_fewshot", "n"),
 )
 """Fields that must agree before two scores are compared."""
 
