@@ -179,6 +179,7 @@ def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
         return None
     layer_caches = []
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        # what a longer input adds grows with every token; the rest is there whatever the length
         token_bytes = (_num_bytes(new) - _num_bytes(old)) // (long - short)
         window = getattr(new, "sliding_window", None)
         layer_caches.append(

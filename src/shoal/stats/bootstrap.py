@@ -32,6 +32,7 @@ def resampled_means(scores_NK: Array, weights_N: Array, resamples: int = NUM_RES
     repeat.
     """
     weighted_NK = scores_NK * weights_N[:, None]
+    # counts (R, N) @ (N, K): every resample of every column in one matrix product
     blocks = [counts @ weighted_NK / (counts @ weights_N)[:, None] for counts in _counts(len(weights_N), resamples)]
     return np.concatenate(blocks)
 
@@ -42,7 +43,7 @@ def _counts(n: int, resamples: int) -> Iterator[Array]:
     if resamples <= size:
         yield _all_counts(n, resamples)
         return
-    rng = np.random.default_rng(RESAMPLE_SEED)
+    rng = np.random.default_rng(RESAMPLE_SEED)  # one generator for all blocks: the draws are those of one large call
     for start in range(0, resamples, size):
         yield rng.multinomial(n, np.full(n, 1 / n), size=min(size, resamples - start)).astype(np.float64)
 
@@ -84,6 +85,7 @@ def bias_corrected(values_R: Array, value: float) -> tuple[float, float]:
 
     For statistics that clip at zero, whose resamples lie to one side of the value itself.
     """
+    # share of resamples below the value, ties half; kept off 0 and 1, whose normal quantiles are infinite
     below = (np.sum(values_R < value) + 0.5 * np.sum(values_R == value)) / len(values_R)
     shift = float(stats.norm.ppf(min(max(below, 1 / len(values_R)), 1 - 1 / len(values_R))))
     low, high = np.percentile(values_R, 100 * stats.norm.cdf([2 * shift - Z95, 2 * shift + Z95]))
@@ -102,6 +104,7 @@ def bootstrap_p(means_RU: Array, change_U: Array, n: float) -> Array:
     reach_U = np.where(change_U > 0, change_U - low_U, high_U - change_U)
     n, size_U = max(n, 2.0), np.abs(change_U)
     spread_U = reach_U > 1e-9 * size_U  # rounding leaves a little
+    # the interval reaches t(.975) standard errors, so this many of them lie between the change and zero
     t_U = stats.t.ppf(0.975, n - 1) * size_U / np.where(spread_U, reach_U, 1.0)
     p_U = np.where(spread_U, 2 * stats.t.sf(t_U, n - 1), np.where(change_U == 0, 1.0, 2 ** (1 - n)))
     return np.maximum(p_U, 1 / (1 + len(means_RU)))

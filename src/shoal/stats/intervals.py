@@ -65,6 +65,7 @@ def paired_ratio(both: int, won: int, lost: int, neither: int, chance: float) ->
     phi = paired_correlation(both, won, lost, neither)
 
     def root(after_reach: float, before_reach: float, sign: int) -> float | None:
+        # (after - r before)**2 = after_reach**2 - 2 phi r after_reach before_reach + r**2 before_reach**2, solved for r
         square = before**2 - before_reach**2
         middle = after * before - phi * after_reach * before_reach
         inside = middle**2 - square * (after**2 - after_reach**2)

@@ -196,6 +196,7 @@ def retention(before: TaskScore, after: TaskScore) -> Retention:
     if is_binary(before) and is_binary(after):
         limits = paired_ratio(**_table(before_N, after_N), chance=before.chance)
     else:
+        # both roles in the same resamples; those in which the teacher is at chance have no ratio
         above_R2 = resampled_means(np.stack([before_N, after_N], axis=1), weights_N) - before.chance
         ratios_R = above_R2[above_R2[:, 0] > 0, 1] / above_R2[above_R2[:, 0] > 0, 0]
         limits = _limits(ratios_R, value, weights_N)
@@ -216,6 +217,7 @@ def retention_gap(
     limits = [(k.value, k.ci_low, k.ci_high) for k in kept if k.value is not None and k.ci_low is not None]
     if len(limits) < 2:
         return None
+    # a - b is the sum of a and -b, whose limits change places
     (a, a_low, a_high), (b, b_low, b_high) = np.array(limits, dtype=np.float64).tolist()
     shared = -_shared_luck(first, second)  # the second part is negated
     correlation_22 = np.array([[1.0, shared], [shared, 1.0]])
@@ -230,6 +232,7 @@ def _shared_luck(first: tuple[TaskScore, TaskScore], second: tuple[TaskScore, Ta
         later = {item.id: item.score for item in after.items}
         above = before.score - before.chance
         kept = (after.score - before.chance) / above
+        # how much each item moves the ratio (after - chance) / (before - chance), to first order
         influences.append(
             {
                 i.id: i.weight * (later[i.id] - after.score - kept * (i.score - before.score)) / above
@@ -290,6 +293,7 @@ def minimal_detectable_difference(before: TaskScore, after: TaskScore, *, power:
     discordant = min(1.0, max(int((before_N != after_N).sum()), 3) / n)
 
     def shortfall(difference: float) -> float:
+        """Zero at the ``difference`` that is just shown with this power (Connor's equation)."""
         spread = math.sqrt(max(discordant - difference**2, 0.0))
         return difference * math.sqrt(n) - Z95 * math.sqrt(discordant) - z_power * spread
 
