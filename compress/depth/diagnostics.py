@@ -110,7 +110,7 @@ def diagnose(
         sums, lens_LT2 = _one_pass(model, readout, batches, flows, num_tokens, effort.lens_tokens)
         _require_finite(model, *sums.cosines.values(), *sums.sizes.values(), lens_LT2)
         assert sums.states_LD is not None
-        means_LD = sums.states_LD / num_tokens
+        means_LD = sums.states_LD / num_tokens  # what an erased state becomes
         effects, attributions, num_cuts, refusal = _interventions(
             model, readout, chosen, means_LD, flows, effort, batch_size, seed
         )
@@ -214,6 +214,7 @@ def _one_pass(
     """Sums over all tokens, and (L, T, 2) divergence and overlap of the tokens that the lens looks at."""
     sums, seen = ResidualSums(), 0
     every = max(1, math.ceil(num_tokens / lens_tokens))
+    # begins with an empty (L, 0, 2), so that there is something to join where no lens can be had
     lens: list[Tensor] = [torch.zeros(len(decoder_layers(model)), 0, 2, dtype=torch.float64)]
     for batch in each(batches, "diagnostics: one pass", unit="batches"):
         places_T2 = batch.real_BS.nonzero()  # row and column of every real token
@@ -250,6 +251,7 @@ def _interventions(
             "name a data source with longer texts, or a longer sequence_length"
         )
     cuts = cut_positions(prompts, effort.num_positions, seed=seed)
+    # per batch L - 1 skips, and with a readout L erasures
     num_runs = math.ceil(len(cuts) / batch_size) * (runs.num_layers * (1 if readout is None else 2) - 1)
     with progress("diagnostics: skips", total=num_runs, unit="runs") as step:
         effects = measure_effects(runs, readout, cuts, means_LD, batch_size=batch_size, progress=step)

@@ -60,7 +60,7 @@ def probe_depth(
         UserError: a set that cannot be read, with one class or too few items, or states that are not finite.
     """
     require_one_path(model)
-    items, num_repeated = _items(probe_set, seed)
+    items, num_repeated = _items(probe_set, seed)  # a text in both parts of the split would be learnt by heart
     classes = sorted({label for _, label in items})
     labels_N = np.array([classes.index(label) for _, label in items])
     split = _stratified(labels_N, probe_set, seed)
@@ -142,7 +142,7 @@ def _stratified(labels_N: NDArray[np.int64], probe_set: ProbeSet, seed: int) -> 
     train, test = [], []
     for label in np.unique(labels_N):
         members = order.permutation(np.flatnonzero(labels_N == label))
-        count = min(max(1, round(len(members) * probe_set.test_share)), len(members) - 1)
+        count = min(max(1, round(len(members) * probe_set.test_share)), len(members) - 1)  # both parts get one
         test.append(members[:count])
         train.append(members[count:])
     return _Split(np.sort(np.concatenate(train)), np.sort(np.concatenate(test)))
@@ -155,6 +155,7 @@ def _prompt(tokenizer: Any, text: str, probe_set: ProbeSet) -> tuple[Prompt, boo
         raise UserError(f"probe {probe_set.path!r}: {text[:40]!r} tokenises to nothing; leave it out")
     shortened = len(ids) > probe_set.max_tokens
     if shortened:
+        # the end is kept, because the last token's state is read; a begin token stays, since models expect one
         starts = [ids[0]] if ids[0] == tokenizer.bos_token_id and probe_set.max_tokens > 1 else []
         ids = [*starts, *ids[len(starts) - probe_set.max_tokens :]]
     return Prompt(tuple(ids), 0), shortened
@@ -164,6 +165,7 @@ def _prompt(tokenizer: Any, text: str, probe_set: ProbeSet) -> tuple[Prompt, boo
 def _last_states(model: PreTrainedModel, prompts: Sequence[Prompt], batch_size: int, path: str) -> NDArray[np.float32]:
     """(N, L + 1, D) raw states of the prompts' last tokens."""
     states_NLD: list[Tensor] = [torch.empty(0)] * len(prompts)
+    # longest first: rows of a batch are about equally long, and memory that does not suffice shows at once
     by_length = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index].input_ids), index))
     with probing(model):
         for start in each(range(0, len(prompts), batch_size), f"measure: states for the probe {path}", unit="batches"):
@@ -193,6 +195,7 @@ def _score(
     from sklearn.preprocessing import StandardScaler
 
     train_ND, test_ND = (states_ND[part].astype(np.float64) for part in (split.train, split.test))
+    # per unit: a few units of the residual stream are a thousand times as large as the others
     scaler = StandardScaler().fit(train_ND)
     probe = LogisticRegression(max_iter=MAX_ITERATIONS)
     with warnings.catch_warnings(record=True) as caught:

@@ -8,8 +8,7 @@ the batch where a metric compares every layer with every other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,7 +193,7 @@ def _run(
     body, copies = decoder_body(model), dict[int, Tensor]()
 
     def before(layer: int, args: Any, kwargs: Any) -> None:
-        copies[layer] = given_state(args, kwargs).clone()
+        copies[layer] = given_state(args, kwargs).clone()  # the layer will have changed it when `after` runs
 
     def after(layer: int, args: Any, kwargs: Any, output: Any) -> None:
         before_BSD = copies.pop(layer) if writes else given_state(args, kwargs)
@@ -212,7 +211,7 @@ def _run(
 
 def _last_tokens(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """Which tokens end a document: the next position does not follow, or the row ends."""
-    ends_BS = torch.ones_like(mask_BS)
+    ends_BS = torch.ones_like(mask_BS)  # a row's last token always ends its document
     ends_BS[:, :-1] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
     return ends_BS & mask_BS
 
@@ -224,38 +223,3 @@ def refuse_other_shape(layer: int, state: Tensor, shape: torch.Size) -> None:
             f"measure: layer {layer} works on states of shape {tuple(state.shape)}, not one vector per token; "
             "metrics of hidden states are not defined for this architecture: use metrics of loss or weights"
         )
-
-
-@contextmanager
-def _observed(
-    layers: nn.ModuleList, shape: torch.Size, observe: Callable[[int, Tensor, Tensor], None], *, writes: bool
-) -> Iterator[None]:
-    copies: dict[int, Tensor] = {}
-
-    def before(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        copies[layer] = given_state(args, kwargs).clone()
-
-    def after(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before_BSD = copies.pop(layer) if writes else given_state(args, kwargs)
-        after_BSD = state_of(output)
-        for state in (before_BSD, after_BSD):
-            refuse_other_shape(layer, state, shape)
-        observe(layer, before_BSD.flatten(0, 1), after_BSD.flatten(0, 1))
-
-    handles = []
-    for index, layer in enumerate(layers):
-        if writes:
-            hook = layer.register_forward_pre_hook(
-                lambda _, args, kwargs, i=index: before(i, args, kwargs), with_kwargs=True
-            )
-            handles.append(hook)
-        handles.append(
-            layer.register_forward_hook(
-                lambda _, args, kwargs, output, i=index: after(i, args, kwargs, output), with_kwargs=True
-            )
-        )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

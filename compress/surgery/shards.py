@@ -105,7 +105,7 @@ def write_shards(shards: Sequence[NewShard], folder: Path) -> None:
     total, rest = (sum(shard.num_bytes for shard in some) for some in (shards, missing))
     if missing != list(shards):
         log.info("copy: %s of %s were copied before", bytes_text(total - rest), bytes_text(total))
-    if total > _room(folder):
+    if total > _room(folder):  # of all shards: what is there already counts as room too
         raise _disk_full(folder, total, errno.ENOSPC)
     with (
         progress("prune: copying", total=rest, unit=BYTES) as step,
@@ -149,7 +149,7 @@ def _aligned(shard: Shard, names: Mapping[str, str]) -> dict[str, StoredTensor]:
 
     The usual writers store them so already; then the order stays and neighbours stay neighbours.
     """
-    kept = [name for name in shard.tensors if name in names]
+    kept = [name for name in shard.tensors if name in names]  # in the order of their bytes; sorted() keeps equals so
     return {
         name: shard.tensors[name]
         for name in sorted(kept, key=lambda name: -DTYPE_BITS.get(shard.tensors[name].dtype, 0))

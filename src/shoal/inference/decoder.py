@@ -106,6 +106,7 @@ class Decoder:
     def cache_bytes(self) -> int:
         """Bytes of one token's keys and values, by trying; families differ too much to work it out."""
         cache = self.new_cache()
+        # one token through all layers: what the cache holds then is what each token adds
         self.hidden(torch.zeros(1, 1, dtype=torch.long, device=self.device), cache=cache)
         slots: Any = cache.layers
         return sum(slot.keys.nbytes + slot.values.nbytes for slot in slots)

@@ -106,7 +106,7 @@ def scored(
     ``branch`` False gives every continuation a forward of its own, which a model whose cache cannot branch gets anyway:
     same values at another cost.
     """
-    answers: list[Score] = [(0.0, True)] * len(requests)
+    answers: list[Score] = [(0.0, True)] * len(requests)  # sums that grow token by token
     for layout in layouts(decoder, requests, batch_size=batch_size, branch=branch, share=branch):
         done = settle(decoder, layout.locate(layout.hidden(decoder)), answers)
         yield {index: answers[index] for index in done}
@@ -180,6 +180,7 @@ def layouts(
             question.shared = shared
     branching = [q for q in questions.values() if branch and decoder.can_branch and q.is_worth_branching()]
     chosen = {question.context for question in branching}
+    # all others: question and tail in one row, once for all continuations that differ in their last token only
     whole = [(q, tail) for q in questions.values() if q.context not in chosen for tail in q.tails]
     even = partial(batches_by_beginning, enough_tokens=decoder.enough_tokens)
     reader = Reader(decoder, [question.beginning for question in branching])
