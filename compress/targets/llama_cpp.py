@@ -114,7 +114,7 @@ EXPERTS = ("a layer of experts", "a dense layer")
 SPARSE = ("a layer with sparse activations", "a layer with dense activations")
 
 
-def _misread(names: tuple[str, str], actual: Sequence[Any], takes: Callable[[int], bool], law: str) -> str | None:
+def _misread(names: Sequence[str], actual: Sequence[Any], takes: Callable[[int], bool], law: str) -> str | None:
     """The first layer whose kind llama.cpp gets wrong, in words; None = none.
 
     ``names`` are those of the two kinds, ``actual`` says of every layer whether it is of the first one, and ``takes``

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
@@ -109,16 +108,15 @@ def watched(
 ) -> Iterator[None]:
     """Show every call of ``layers`` inside the block: ``before(index, args, kwargs)``, ``after(..., output)``."""
 
-    def handles(index: int, layer: nn.Module) -> Iterator[RemovableHandle]:
-        if before is not None:
-            yield layer.register_forward_pre_hook(lambda _, *call: before(index, *call), with_kwargs=True)
-        if after is not None:
-            yield layer.register_forward_hook(lambda _, *call: after(index, *call), with_kwargs=True)
+    def numbered(show: Callable[..., None], index: int) -> Callable[..., None]:
+        return lambda _, *call: show(index, *call)
 
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-            for handle in handles(index, layer):
-                stack.enter_context(handle)
+            if before is not None:
+                stack.enter_context(layer.register_forward_pre_hook(numbered(before, index), with_kwargs=True))
+            if after is not None:
+                stack.enter_context(layer.register_forward_hook(numbered(after, index), with_kwargs=True))
         yield
 
 
