@@ -176,8 +176,8 @@ def _draw(comparison: RunComparison, folder: Path) -> Picture | None:
 _FIGURE_LEGEND = (
     "Every mark is a model, its letter the run (letters beside it: the runs that share it) and its bar the 95 % "
     "interval of the share of the teacher's score above chance that it keeps. Marks of equal cost stand side by side. "
-    "The dashed stairs join the models that no other one beats in both directions; they go by the marks alone, and "
-    "where bars overlap the order is not settled."
+    "The dashed line of steps joins the models that no other one beats in both directions; it goes by the marks alone, "
+    "and where bars overlap the order is not settled."
 )
 
 

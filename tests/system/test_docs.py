@@ -10,6 +10,9 @@ import pytest
 from transformers import TrainingArguments
 
 from shoal.cli import _parse
+from shoal.compress.metrics.registry import METRICS
+from shoal.eval.tasks.data_sets import read_data_sets
+from shoal.eval.tasks.names import TASKS_DIR, task_names
 from shoal.recipe.distill import Trainable
 from shoal.recipe.losses import LOGIT_TERMS
 from shoal.recipe.recipe import Recipe, parse_recipe
@@ -149,3 +152,55 @@ def test_the_table_of_losses_has_every_kind_with_its_keys_and_defaults() -> None
 
 def test_the_table_of_trainable_parts_has_every_choice() -> None:
     assert [cells[0].strip("`") for cells in table("## What is trained")] == list(get_args(Trainable))
+
+
+def patterns_of(file: Path) -> list[str]:
+    """What the first cells of a document's tables name, as regular expressions: {20,50}pairs stands for two names."""
+    cells = re.findall(r"^\| (`.*?`) \|", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`(.*?)`", cell)]
+    alternatives = [re.sub(r"\{(.*?)\}", lambda of: f"({of[1].replace(',', '|')})", name) for name in names]
+    return [re.sub(r"<\w+>|\*", ".*", name) for name in alternatives]
+
+
+def test_every_metric_has_a_row() -> None:
+    assert not set(METRICS) - set(patterns_of(ROOT / "docs/measuring.md"))
+
+
+def test_every_task_has_a_row() -> None:
+    patterns = patterns_of(ROOT / "docs/evaluating.md")
+    parts = {part.name for data in read_data_sets(TASKS_DIR).values() for part, _ in task_names(data).values()}
+    assert not [name for name in parts if not any(re.fullmatch(pattern, name) for pattern in patterns)]
+
+
+CONTRIBUTING = ROOT / "docs/contributing.md"
+MODULES = [file for folder in ("src", "compress", "train", "eval", "tests") for file in (ROOT / folder).rglob("*.py")]
+
+
+def is_defined(stem: str, name: str) -> bool:
+    definition = re.compile(rf"^(?:def |class )?{name}\b", flags=re.MULTILINE)
+    return any(definition.search(file.read_text(encoding="utf-8")) for file in MODULES if file.stem == stem)
+
+
+def test_what_the_page_for_contributors_names_is_there() -> None:
+    text, _ = re.subn(r"^```.*?^```", "", CONTRIBUTING.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    paths = re.findall(r"`([\w./-]+/[\w./-]*)`", text)
+    names = re.findall(r"`(\w+)\.(\w+)`", text)
+    assert len(paths) > 50
+    assert len(names) > 50
+    assert not [path for path in paths if not any(ROOT.glob(path.replace("NAME", "*")))]
+    names = [(stem, name) for stem, name in names if stem not in SECTIONS and name not in (*NO_KEYS, "toml")]
+    assert not [f"{stem}.{name}" for stem, name in names if not is_defined(stem, name)]
+
+
+def test_diffs_for_contributors_begin_at_lines_that_are_there() -> None:
+    hunks = 0
+    for block in blocks(CONTRIBUTING, "diff"):
+        for part in re.split(r"^\+\+\+ b/", block, flags=re.MULTILINE)[1:]:
+            name, _, lines = part.partition("\n")
+            file = ROOT / name
+            for hunk in re.split(r"^@@.*\n", lines, flags=re.MULTILINE):
+                before = [line[1:] for line in hunk.splitlines() if not line.startswith("+")]
+                hunks += 1
+                assert file.parent.is_dir(), name
+                assert not before or "\n".join(before) in file.read_text(encoding="utf-8"), hunk
+    assert hunks > 20

@@ -12,6 +12,7 @@ from torch import Tensor
 from shoal.recipe.losses import (
     DKD,
     JSD,
+    LOGIT_TERMS,
     TAID,
     AdaptiveKL,
     CrossEntropy,
@@ -56,6 +57,10 @@ TERMS: list[LogitTerm] = [
     CrossEntropy(),
 ]
 DIVERGENCES = [term for term in TERMS if not isinstance(term, CrossEntropy)]
+
+
+def test_every_kind_of_the_head_is_tested() -> None:
+    assert {type(term) for term in TERMS} == set(LOGIT_TERMS)
 
 
 def name(term: object) -> str:
