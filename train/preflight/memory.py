@@ -59,7 +59,7 @@ class Setting:
     checkpointing: bool = False
     """Activations of layers are computed again in the backward pass."""
     selective: bool = False
-    """Checkpointing keeps what matrix products give (recompute.py)."""
+    """Checkpointing keeps what matrix products give (objective/activation_checkpointing.py)."""
     stage: int = 0
     """ZeRO stage, 0 to 3."""
     ranks: int = 1

@@ -56,8 +56,15 @@ def prune(run: Run) -> None:
     if (student / "config.json").is_file() and is_done(PruningPlan, path, inputs, "prune"):
         refuse_unfit_student(run, _plan_of_its_student(run))
         return
-    _refuse_stale_training(run)
     plan = choose_plan(run, importance, inputs)
+    if _is_cut_already(run, plan):
+        refuse_unfit_student(run, plan)
+        log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
+        if is_main():
+            replace(plan, student=PruningPlan.read(path).student).write(path)
+        barrier()
+        return
+    _refuse_stale_training(run)
     _refuse_unreadable_data(plan.edits)
     refuse_unfit_student(run, plan)
     log.info("prune: %s", plan.in_words())
@@ -213,6 +220,20 @@ def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
         from shoal.compress.targets.gguf import refuse_gguf
 
         refuse_gguf(student)
+
+
+def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
+    """Whether student/ is what ``plan`` would make, because a new importance.json chooses what the last one chose.
+
+    Sweeps are made again whenever the text of a task changes; a training must not be lost where that moves no layer.
+    """
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    if not path.is_file() or not (student / "config.json").is_file():
+        return False
+    last = PruningPlan.read(path)
+    before, now = ({**made_by.provenance.inputs, "importance": ""} for made_by in (last, plan))
+    same = (last.drop, last.edits) == (plan.drop, plan.edits) and not differences(now, before)
+    return same and last.student == plan.sealed(model_fingerprint(student))
 
 
 def _refuse_stale_training(run: Run) -> None:

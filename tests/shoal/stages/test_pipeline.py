@@ -228,6 +228,33 @@ def test_another_cut_under_trained_checkpoints_is_refused(make_run: Any) -> None
 
 
 @pytest.mark.slow
+def test_a_new_measurement_that_chooses_the_same_layers_keeps_student_and_training(
+    make_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = {
+        "measure": {**MEASURE, "metrics": ["block_influence"]},
+        "prune": {"metric": "block_influence", "num_drop": 2},
+    }
+    second = {**first, "measure": {**MEASURE, "metrics": ["block_influence", "magnitude"]}}
+    run = make_run(**first)
+    pruning.prune(run)
+    (run.dir / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    inode, last = (run.dir / "student").stat().st_ino, PruningPlan.read(run.dir / "plan.json")
+    measure.measure(make_run(**second))
+    pruning.prune(make_run(**second))
+    assert f"prune: importance.json still says {last.in_words()}, so student/ and its training stay" in caplog.text
+    assert (run.dir / "student").stat().st_ino == inode
+    assert pruning.read_plan(make_run(**second)).student == last.student
+
+    measure.measure(make_run(**first))
+    importance = json.loads((run.dir / "importance.json").read_text())
+    importance["layers"]["block_influence"] = [0, 0, 1, 1, 1, 1]
+    (run.dir / "importance.json").write_text(json.dumps(importance))
+    with pytest.raises(UserError, match="checkpoints trained on another cut"):
+        pruning.prune(make_run(**first))
+
+
+@pytest.mark.slow
 def test_choosing_by_metric_measures_first_and_reads_what_is_measured(
     make_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
