@@ -228,10 +228,13 @@ def test_deepspeed_settings_known_to_be_wrong_are_refused(settings, message):
         deepspeed_config(Distill(**settings))
 
 
-def test_a_broken_deepspeed_file_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "fault"), [("{", "is not valid JSON"), ("[1]", r"must be a JSON mapping \(got \[1\]\)")]
+)
+def test_a_broken_deepspeed_file_is_named(tmp_path, text, fault):
     file = tmp_path / "ds.json"
-    file.write_text("{")
-    with pytest.raises(UserError, match=r"ds\.json: is not valid JSON"):
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"ds\.json: {fault}"):
         deepspeed_config(Distill(deepspeed=str(file)))
 
 

@@ -14,7 +14,7 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
     """A copy of the configuration: a mapping, the JSON file at a path, or that of a name under configs/.
 
     Raises:
-        UserError: there is no such file, or it is no JSON.
+        UserError: there is no such file, or it holds no JSON mapping.
     """
     if source is None:
         return {}
@@ -26,9 +26,12 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
     for file in candidates:
         if file.is_file():
             try:
-                return json.loads(file.read_text())
+                config = json.loads(file.read_text())
             except json.JSONDecodeError as error:
                 raise UserError(f"{file}: is not valid JSON ({error}); mend it, or name a shipped one") from error
+            if not isinstance(config, dict):
+                raise UserError(f"{file}: must be a JSON mapping (got {config!r}); mend it, or name a shipped one")
+            return config
     shipped = ", ".join(sorted(f"deepspeed/{file.name}" for file in (CONFIGS_DIR / "deepspeed").glob("*.json")))
     raise UserError(f"distill.deepspeed: no file {source!r}; shipped ones are {shipped}")
 
