@@ -104,9 +104,21 @@ def test_a_batch_that_is_no_whole_number_is_refused(value):
         check_names(Distill(trainer={"gradient_accumulation_steps": value}))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optim": "adamw_torhc"}, r"trainer\.optim: there is no 'adamw_torhc'; did you mean 'adamw_torch'\?"),
+        ({"save_strategy": 3}, r"save_strategy: there is no 3; choose one of no, steps, epoch, best"),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused_before_anything_is_built(values, message):
+    with pytest.raises(UserError, match=message):
+        check_names(Distill(trainer=values))
+
+
 def test_a_training_argument_that_transformers_refuses_is_said_in_one_line(tmp_path):
-    with pytest.raises(UserError, match=r"distill\.trainer: .*is not a valid SchedulerType"):
-        arguments(tmp_path, lr_scheduler_type="zigzag")
+    with pytest.raises(UserError, match=r"distill\.trainer: .*requires the save and eval strategy to match"):
+        arguments(tmp_path, load_best_model_at_end=True)
 
 
 def test_at_least_two_checkpoints_are_kept(tmp_path):

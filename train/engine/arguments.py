@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -165,7 +166,9 @@ def check_names(settings: Distill) -> None:
 
 
 def _check_values(trainer: Mapping[str, Any]) -> None:
-    """Refuse numbers, booleans and mappings that are none: transformers would pass them on, to fail much later."""
+    """Refuse numbers, booleans and mappings that are none, and choices that there are not (`optim`): transformers would
+    pass them on or refuse them only when the training begins.
+    """
     hints = get_type_hints(TrainingArguments)
     for name, value in trainer.items():
         hint = hints[name]
@@ -173,6 +176,12 @@ def _check_values(trainer: Mapping[str, Any]) -> None:
         if value is None and NoneType in kinds:
             continue
         least, end = RANGES.get(name, (-MOST, MOST))
+        for choices in (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)):
+            names = [str(choice.value) for choice in choices]
+            if value not in names:
+                close = difflib.get_close_matches(str(value), names, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(names)}"
+                raise UserError(f"distill.trainer.{name}: there is no {value!r}; {hint}")
         if kinds <= {bool, NoneType}:
             right, expected = isinstance(value, bool), "true or false"
         elif dict in kinds:
