@@ -225,6 +225,8 @@ def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
             {"deepspeed": {"zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": "/no/disk"}}}},
             r"offload_optimizer is on nvme, and its nvme_path is no folder \(got '/no/disk'\)",
         ),
+        ({"deepspeed": {"optimizer": {"type": "Adum"}}}, r"optimizer\.type must be one of adagrad, .* \(got 'Adum'\)"),
+        ({"deepspeed": {"optimizer": "Adam"}}, r"optimizer\.type must be one of adagrad, .* \(got None\)"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "leave `scheduler` out; set lr_scheduler_type"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16 with ZeRO stage 0 starts Adam one step late"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, "deepspeed: fp16 does not train on a CPU"),

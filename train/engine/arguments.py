@@ -298,6 +298,7 @@ def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: st
         raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {zero['stage']!r})")
     if "scheduler" in config:
         raise UserError("distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer")
+    _refuse_unknown_optimizer(config.get("optimizer"))
     if precision != "auto" and named:
         raise UserError(
             f"distill.precision: {precision} contradicts `{named[0]}` in the DeepSpeed configuration; "
@@ -321,3 +322,16 @@ def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: st
                 f"distill.deepspeed: {part} is on nvme, and its nvme_path is no folder (got {folder!r}); name one on a "
                 "local disk, or set device: cpu"
             )
+
+
+def _refuse_unknown_optimizer(entry: Any) -> None:
+    if entry is None:
+        return
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    name = entry.get("type") if isinstance(entry, Mapping) else None
+    if not isinstance(name, str) or (name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name)):
+        raise UserError(
+            f"distill.deepspeed: optimizer.type must be one of {', '.join(DEEPSPEED_OPTIMIZERS)}, or a class of "
+            f"torch.optim (got {name!r})"
+        )

@@ -270,9 +270,9 @@ def test_the_optimizer_that_is_timed_is_the_recipes(caplog: pytest.LogCaptureFix
     assert [timed(name) for name in ("adamw_torch", "adafactor", "sgd")] == ["AdamW", "Adafactor", "SGD"]
     assert timed("sgd", {"type": "Adagrad", "params": {"lr": 1e-3}}) == "Adagrad"
     assert not caplog.text
-    assert (timed("paged_adamw_8bit"), timed("sgd", {"type": "OneBitAdam"})) == ("AdamW", "AdamW")
+    assert (timed("paged_adamw_8bit"), timed("sgd", {"type": "MuAdam"})) == ("AdamW", "AdamW")
     assert "optimizer paged_adamw_8bit: AdamW is timed in its place" in caplog.text
-    assert "optimizer onebitadam: AdamW is timed in its place (is DeepSpeed's own)" in caplog.text
+    assert "optimizer muadam: AdamW is timed in its place (is DeepSpeed's own)" in caplog.text
 
 
 def test_ranks_without_zero_add_up_a_few_gradients_at_a_time(tiny_job: Job) -> None:
