@@ -165,10 +165,10 @@ def _expectation(sides: tuple[_Side, _Side], length: int) -> list[str]:
     read = [decode_bytes(side.cost, bytes_per_parameter=side.bytes_per_parameter, num_tokens=length) for side in sides]
     work = [prefill_flops(side.cost, length) for side in sides]
     unknown = any(side.cost.cache is None for side in sides)
-    what = "reading weights" if unknown else "reading weights and cache"
+    reads = "reading weights" if unknown else "reading weights and cache"
     return [
         "expected, not measured:",
-        f"  decode  {read[0] / read[1]:.2f} x as fast, one sequence behind {length:,} tokens, if {what} "
+        f"  decode  {read[0] / read[1]:.2f} x as fast, one sequence behind {length:,} tokens, if {reads} "
         f"takes all the time ({bytes_text(read[0])} a token, then {bytes_text(read[1])})",
         f"  prefill {work[0] / work[1]:.2f} x as fast, {length:,} tokens, if multiplications take all the time "
         f"({work[0] / 1e12:.4g} TFLOP, then {work[1] / 1e12:.4g})",

@@ -162,12 +162,12 @@ def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> Non
     first, *others = layers
     expected = _kind(model, first)
     for layer in others:
-        found = _kind(model, layer)
-        for trait in sorted(expected.keys() | found.keys(), key=lambda name: (name.count("."), name)):
-            if expected.get(trait) != found.get(trait):
+        traits = _kind(model, layer)
+        for trait in sorted(expected.keys() | traits.keys(), key=lambda name: (name.count("."), name)):
+            if expected.get(trait) != traits.get(trait):
                 raise UserError(
                     f"layers {first} and {layer} are of different kinds: {trait} is {expected.get(trait)!r} in one and "
-                    f"{found.get(trait)!r} in the other; only layers of one kind can stand for each other"
+                    f"{traits.get(trait)!r} in the other; only layers of one kind can stand for each other"
                 )
         computed = buffers(decoder_layers(model)[layer], stored=False)  # part of its kind
         for name, buffer in buffers(decoder_layers(model)[first], stored=False).items():

@@ -68,11 +68,11 @@ def jaccard(one: Sequence[float], other: Sequence[float], k: int) -> float:
 
 def column_stability(column: Measured) -> Stability:
     """Rank correlation between disjoint thirds of the items, averaged over random divisions, and what it implies."""
-    rng, found = np.random.default_rng(DIVISION_SEED), []
+    rng, correlations = np.random.default_rng(DIVISION_SEED), []
     for _ in range(NUM_DIVISIONS):
         thirds = [_importances(column, rows) for rows in np.array_split(rng.permutation(len(column.ids)), 3)]
-        found += [spearman(thirds[a], thirds[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
-    known = [value for value in found if value is not None]
+        correlations += [spearman(thirds[a], thirds[b]) for a, b in ((0, 1), (0, 2), (1, 2))]
+    known = [value for value in correlations if value is not None]
     if not known:
         return Stability(None, None)
     mean = float(np.mean(known))

@@ -84,14 +84,14 @@ def cornerstones(sweep: Sweep) -> tuple[int, ...]:
 
 def _gaps(columns: Sequence[Measured]) -> tuple[tuple[ProtocolGap, ...], list[str]]:
     """For every pair of a likelihood and a generation column of one ability; and why a pair has none."""
-    found, notes = [], []
+    gaps, notes = [], []
     for likely in (column for column in columns if column.task.protocol in LIKELIHOOD_PROTOCOLS):
         for written in (column for column in columns if column.task.protocol == "generation"):
             if likely.task.ability == written.task.ability:
                 gap = _gap(likely, written)
                 notes += [gap] if isinstance(gap, str) else []
-                found += [gap] if isinstance(gap, ProtocolGap) else []
-    return tuple(found), notes
+                gaps += [gap] if isinstance(gap, ProtocolGap) else []
+    return tuple(gaps), notes
 
 
 def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:

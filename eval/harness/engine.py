@@ -181,10 +181,10 @@ class CausalLM(TemplateLM):
         step.known(len(pairs) - len(missing))
         if missing:
             asked = [pairs[index] for index in missing]
-            for found in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
-                self._refuse_nan(found.values())
-                self.items.add([keys[missing[index]] for index in found], list(found.values()))
-                step(len(found))
+            for scores in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
+                self._refuse_nan(scores.values())
+                self.items.add([keys[missing[index]] for index in scores], list(scores.values()))
+                step(len(scores))
         return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]
 
     def _refuse_nan(self, scores: Iterable[Score]) -> None:
@@ -408,8 +408,8 @@ class CausalLM(TemplateLM):
 
 def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """What text without a context follows: the start token, or the end token where there is none."""
-    made: Any = tokenizer
-    return made.eos_token_id if made.bos_token_id is None else made.bos_token_id
+    special: Any = tokenizer
+    return special.eos_token_id if special.bos_token_id is None else special.bos_token_id
 
 
 def prompt_room(settings: dict[str, Any], max_length: int) -> tuple[int, dict[str, Any]]:

@@ -42,16 +42,17 @@ def perplexity(lm: CausalLM, settings: Tasks) -> TaskScore:
             f"eval.sequence_length: {settings.sequence_length} is more than the model's {lm.max_length} positions; "
             "lower it"
         )
-    found = windows(lm.tokenizer, settings)
-    mine = found[lm.rank :: lm.world_size]
-    scores = lm.log_likelihoods([(context, scored) for _, context, scored in mine])
-    totals = {identity: -log_prob for (identity, _, _), (log_prob, _) in zip(mine, scores, strict=True)}
+    all_windows = windows(lm.tokenizer, settings)
+    own_windows = all_windows[lm.rank :: lm.world_size]
+    scores = lm.log_likelihoods([(context, scored) for _, context, scored in own_windows])
+    totals = {identity: -log_prob for (identity, _, _), (log_prob, _) in zip(own_windows, scores, strict=True)}
     if lm.world_size > 1:
         gathered: list[Any] = [None] * lm.world_size
         dist.all_gather_object(gathered, totals)
         totals = {identity: total for part in gathered for identity, total in part.items()}
     items = tuple(
-        ItemScore(identity, totals[identity] / len(scored), weight=float(len(scored))) for identity, _, scored in found
+        ItemScore(identity, totals[identity] / len(scored), weight=float(len(scored)))
+        for identity, _, scored in all_windows
     )
     mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
     return with_interval(
@@ -76,17 +77,17 @@ def perplexity(lm: CausalLM, settings: Tasks) -> TaskScore:
 def windows(tokenizer: PreTrainedTokenizerBase, settings: Tasks) -> list[Window]:
     """The first ``perplexity_tokens`` tokens, each source its share. Ids tell other text or tokens apart."""
     total_weight = sum(source.weight for source in settings.perplexity_data)
-    found: list[Window] = []
+    all_windows: list[Window] = []
     for source in settings.perplexity_data:
         budget = round(settings.perplexity_tokens * source.weight / total_weight)
-        found += _source_windows(tokenizer, source, budget, settings.sequence_length)
-    if not found:
+        all_windows += _source_windows(tokenizer, source, budget, settings.sequence_length)
+    if not all_windows:
         raise UserError("eval.perplexity_data: the text tokenises to nothing; name a source that holds text")
-    return found
+    return all_windows
 
 
 def _source_windows(tokenizer: PreTrainedTokenizerBase, source: DataSource, budget: int, length: int) -> list[Window]:
-    found: list[Window] = []
+    own_windows: list[Window] = []
     prefix = prefix_token(tokenizer)
     texts: Sequence[str] = load_texts(source, max_characters=budget * CHARACTERS_PER_TOKEN)
     for number, text in enumerate(texts):
@@ -95,7 +96,7 @@ def _source_windows(tokenizer: PreTrainedTokenizerBase, source: DataSource, budg
         for index, pair in enumerate(get_rolling_token_windows(ids, prefix, length, context_len=1)):
             context, scored = make_disjoint_window(pair)
             digest = hashlib.sha256(repr((context, scored)).encode()).hexdigest()[:8]
-            found.append((f"{source.path}:{number}:{index}:{digest}", context, scored))
+            own_windows.append((f"{source.path}:{number}:{index}:{digest}", context, scored))
         if budget <= 0:
             break
-    return found
+    return own_windows

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 def roles(run: Run) -> dict[str, Path]:
     """The models that exist now, by role."""
-    found = {"teacher": run.teacher, "pruned": run.dir / "student", "distilled": run.dir / "distilled"}
-    return {role: folder for role, folder in found.items() if (folder / "config.json").is_file()}
+    folders = {"teacher": run.teacher, "pruned": run.dir / "student", "distilled": run.dir / "distilled"}
+    return {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
 
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
@@ -44,10 +44,10 @@ def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
     return {**inputs, **shaping(settings, Shapes.SCORES, "eval.")}
 
 
-def speed_inputs(run: Run, found: dict[str, Path]) -> dict[str, Any]:
+def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
     """What identifies the speed of these models, by role."""
     settings = {**shaping(run.recipe, Shapes.SPEED), **shaping(run.recipe.eval, Shapes.SPEED, "eval.")}
-    return {**settings, **{role: model_fingerprint(folder) for role, folder in found.items()}}
+    return {**settings, **{role: model_fingerprint(folder) for role, folder in folders.items()}}
 
 
 def evaluate(run: Run) -> None:
@@ -58,15 +58,15 @@ def evaluate(run: Run) -> None:
     from shoal.eval.tasks.load import tasks_of
 
     check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
-    found = roles(run)
-    require_models_of_this_run(run, found)
-    require_same_tokenizer(found, trust_remote_code=run.recipe.trust_remote_code)
+    folders = roles(run)
+    require_models_of_this_run(run, folders)
+    require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
     prune = run.recipe.prune
-    if list(found) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
+    if list(folders) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
-    due = _due(run, found)
+    due = _due(run, folders)
     load = LoadSettings(**run.load_args())
-    checkpoints = {role: Checkpoint.read(folder, load) for role, folder in found.items()}
+    checkpoints = {role: Checkpoint.read(folder, load) for role, folder in folders.items()}
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
@@ -74,7 +74,7 @@ def evaluate(run: Run) -> None:
         log.info("eval: %s, each: %s", ", ".join(due), _cost_in_words(run, tasks))
     for number, (role, inputs) in enumerate(due.items(), 1):
         path = run.dir / "eval" / f"{role}.json"
-        log.info("eval: %s (%s)", role, found[role])
+        log.info("eval: %s (%s)", role, folders[role])
         seed_everything(run.recipe.seed)
         result = role_evaluation(
             role,
@@ -92,14 +92,14 @@ def evaluate(run: Run) -> None:
                 log.info("eval: %s", rest)
         barrier()
     if run.recipe.eval.speed and is_main():
-        _speed(run, found, checkpoints)
+        _speed(run, folders, checkpoints)
     barrier()
 
 
-def _due(run: Run, found: dict[str, Path]) -> dict[str, dict[str, Any]]:
+def _due(run: Run, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Role -> what identifies its evaluation, of the models whose evaluation is not there."""
-    inputs = {role: eval_inputs(run, folder) for role, folder in found.items()}
-    files = {role: run.dir / "eval" / f"{role}.json" for role in found}
+    inputs = {role: eval_inputs(run, folder) for role, folder in folders.items()}
+    files = {role: run.dir / "eval" / f"{role}.json" for role in folders}
     return {role: own for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
 
 
@@ -127,21 +127,21 @@ def _tell_of_left_out(path: Path, result: Evaluation) -> None:
         )
 
 
-def require_models_of_this_run(run: Run, found: dict[str, Path]) -> None:
+def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
     """Refuse a student/ or distilled/ that other settings made: scores of different runs would share a table."""
-    if "pruned" in found or "distilled" in found:
+    if "pruned" in folders or "distilled" in folders:
         plan = read_plan(run)
-        if "distilled" in found:
+        if "distilled" in folders:
             require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
 
 
-def _speed(run: Run, found: dict[str, Path], checkpoints: dict[str, Checkpoint]) -> None:
+def _speed(run: Run, folders: dict[str, Path], checkpoints: dict[str, Checkpoint]) -> None:
     from shoal.eval.speed import measure_speed
 
     path = run.dir / Speed.FILE
-    inputs = speed_inputs(run, found)
+    inputs = speed_inputs(run, folders)
     if is_done(Speed, path, inputs, "speed"):
         return
-    log.info("eval: speed of %s, interleaved", ", ".join(found))
+    log.info("eval: speed of %s, interleaved", ", ".join(folders))
     batch_sizes = run.recipe.eval.speed_batch_sizes
     measure_speed(checkpoints, provenance=Provenance(inputs), batch_sizes=batch_sizes).write(path)

@@ -23,18 +23,18 @@ def export_gguf(run: Run) -> None:
     """gguf/<model>-<role>.gguf, proven, of the distilled checkpoint, or of the pruned one where there is no other."""
     from shoal.compress.targets import gguf
 
-    found = roles(run)
-    role = next((role for role in ("distilled", "pruned") if role in found), None)
+    folders = roles(run)
+    role = next((role for role in ("distilled", "pruned") if role in folders), None)
     if role is None:
         raise UserError(f"{run.dir}: nothing to export yet; run `shoal prune` first")
-    inputs = {"model": model_fingerprint(found[role]), "converter": gguf.converter_fingerprint()}
+    inputs = {"model": model_fingerprint(folders[role]), "converter": gguf.converter_fingerprint()}
     path = run.dir / gguf.Gguf.FILE
     if is_done(gguf.Gguf, path, inputs, "gguf") and (path.parent / gguf.Gguf.read(path).file).is_file():
         return
     name = re.sub(r"[^\w.-]+", "-", f"{Path(run.recipe.model).name}-{role}.gguf")
-    log.info("gguf: converting %s with llama.cpp's converter", found[role])
+    log.info("gguf: converting %s with llama.cpp's converter", folders[role])
     with written_folder(path.parent) as temporary:
-        proof = gguf.export_gguf(found[role], temporary / name)
+        proof = gguf.export_gguf(folders[role], temporary / name)
         gguf.Gguf(Provenance(inputs), name, proof).write(temporary / path.name)
     log.info("gguf: %s: %s", path.parent / name, proof.in_words())
 

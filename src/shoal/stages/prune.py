@@ -140,8 +140,8 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
     plan = PruningPlan.read(path)
     _refuse_other_depth(run, path, plan.num_layers)
-    made = plan.student and (student / "config.json").is_file()
-    if made and plan.student != plan.sealed(model_fingerprint(student)):
+    is_there = plan.student and (student / "config.json").is_file()
+    if is_there and plan.student != plan.sealed(model_fingerprint(student)):
         raise UserError(
             f"{path}: says {plan.in_words()!r}, and {student} was not made so: one of them was changed after the cut. "
             "Delete plan.json and run `shoal prune` again; to choose other layers, set prune.drop"
@@ -165,9 +165,9 @@ def read_importance(run: Run) -> Importance | None:
     if not is_automatic(run.recipe.prune) or not path.is_file():
         return None
     require(Importance, path, measure_inputs(run), "shoal measure")
-    found = Importance.read(path)
-    _refuse_other_depth(run, path, found.num_layers)
-    return found
+    importance = Importance.read(path)
+    _refuse_other_depth(run, path, importance.num_layers)
+    return importance
 
 
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
@@ -184,8 +184,8 @@ def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Se
 
     path = run.dir / Importance.FILE
     if importance is None and path.is_file():
-        found = Importance.read(path)
-        importance = None if differences(measure_inputs(run), found.provenance.inputs) else found
+        measured = Importance.read(path)
+        importance = None if differences(measure_inputs(run), measured.provenance.inputs) else measured
     if importance is None or importance.atlas is None:
         return ()
     return expected_sacrifice(importance, plan.drop, plan.edits)

@@ -41,11 +41,11 @@ def report(run: Run) -> None:
 
 def _require_this_run(run: Run) -> None:
     """Refuse to report or export results that other settings made, naming the first that differs."""
-    found = roles(run)
-    require_models_of_this_run(run, found)
+    folders = roles(run)
+    require_models_of_this_run(run, folders)
     if (run.dir / Importance.FILE).is_file():
         require(Importance, run.dir / Importance.FILE, measure_inputs(run), "shoal measure")
-    for role, folder in found.items():
+    for role, folder in folders.items():
         path = run.dir / "eval" / f"{role}.json"
         if path.is_file():
             require(Evaluation, path, eval_inputs(run, folder), "shoal eval")

@@ -168,24 +168,24 @@ def _size(recipe: Recipe, dtype: str) -> tuple[float, str]:
     """What this device, or the one that began the run directory, takes of the recipe's sizes, and why."""
     if recipe.full_size_gflops is None:
         return 1.0, ""
-    here, full = device(), recipe.full_size_gflops
+    own_device, full_gflops = device(), recipe.full_size_gflops
     begun = _mapping(Path(recipe.run_dir).expanduser() / "run.json", "numerics")
-    if begun.get("full_size_gflops") == full and begun.get("size_reason"):
+    if begun.get("full_size_gflops") == full_gflops and begun.get("size_reason"):
         return float(begun["size"]), str(begun["size_reason"])
-    rate = (num_cores() if here.type == "cpu" else 1) * product_rates(here)[dtype] / 1e9
-    share = round(min(1.0, max(LEAST_SIZE, rate / full)), 2)
+    rate = (num_cores() if own_device.type == "cpu" else 1) * product_rates(own_device)[dtype] / 1e9
+    share = round(min(1.0, max(LEAST_SIZE, rate / full_gflops)), 2)
     if share == 1:
         return share, ""
     reason = (
-        f"{share:.0%} of this recipe's tokens and items, which are meant for {full:g} GFLOP/s: {device_name(here)} "
-        f"multiplies at {rate:,.0f} in {dtype}; full_size_gflops=null takes them all"
+        f"{share:.0%} of this recipe's tokens and items, which are meant for {full_gflops:g} GFLOP/s: "
+        f"{device_name(own_device)} multiplies at {rate:,.0f} in {dtype}; full_size_gflops=null takes them all"
     )
     return share, reason
 
 
 def _numerics(recipe: Recipe) -> Numerics:
-    here, folder = device(), Path(recipe.run_dir).expanduser()
-    choice, name = fast_dtype(here), device_name(here)
+    own_device, folder = device(), Path(recipe.run_dir).expanduser()
+    choice, name = fast_dtype(own_device), device_name(own_device)
     dtype, precision = recipe.dtype, recipe.distill.precision
     reasons = []
     if dtype == "auto":
@@ -195,9 +195,9 @@ def _numerics(recipe: Recipe) -> Numerics:
         precision, source = _begun_in(folder, "distill.precision") or (choice.dtype, None)
         reasons.append(source or choice.reason)
     slow = {
-        key: slowness(value, here)
+        key: slowness(value, own_device)
         for key, value in (("dtype", recipe.dtype), ("distill.precision", recipe.distill.precision))
-        if value in DTYPES and slowness(value, here) > SLOW
+        if value in DTYPES and slowness(value, own_device) > SLOW
     }
     if slow:
         values = {key: recipe.dtype if key == "dtype" else recipe.distill.precision for key in slow}
