@@ -36,11 +36,13 @@ from shoal.compress.sweeps.sweep import VariantsLM
 from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import INTACT, Edited, layerwise_or_none, score_variants, without
-from shoal.data.sources import PackedRows, load_texts, pack
+from shoal.data.packing import PackedRows
+from shoal.data.sources import load_texts, pack
 from shoal.eval.tasks.load import load_tasks
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
-from shoal.models.load import decoder_layers, load_model, load_tokenizer, resolve_model
+from shoal.models.anatomy import decoder_layers
+from shoal.models.load import load_model, load_tokenizer, resolve_model
 from shoal.recipe.section import DataSource
 from shoal.runtime import device, environment
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from shoal.compress.measure import measure_importance
 from shoal.compress.streamed import measure_streamed
 from shoal.compress.variants.streamed import Streaming
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import load_model, without_data

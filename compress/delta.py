@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy
+from shoal.models.anatomy import anatomy, text_config
 from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
-from shoal.models.load import FLOATS, load_config, text_config, without_data
+from shoal.models.load import FLOATS, load_config, without_data
 from shoal.progress import BYTES, Work, progress
 
 from .surgery.quantised import without_quantization

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
 from shoal.machine import free_disk
+from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
-from shoal.models.load import load_config, loaded_dtype, text_config, without_data
+from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.edits import in_words, removed_layers
 from shoal.recipe.prune import Target
 

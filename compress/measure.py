@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
 from .metrics.registry import METRICS, PASSES

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.progress import each

@@ -16,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
-from shoal.models.load import Checkpoint, checkpoint_bytes, num_parameters, text_config
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import checkpoint_bytes
+from shoal.models.load import Checkpoint, num_parameters
 from shoal.progress import each
 from shoal.recipe.evaluate import Tasks
 from shoal.runtime import device, rank, seed_everything

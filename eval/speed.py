@@ -21,8 +21,10 @@ from shoal.artifacts.artifact import BatchSpeed, Provenance, Speed, SpeedScore
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, now
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
-from shoal.models.load import Checkpoint, checkpoint_bytes, num_parameters, text_config, without_data
+from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import progress
 from shoal.runtime import device
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.packing import PackedRows, read_rows
-from shoal.data.sources import TEACHER_TEXT, pack, texts_fingerprint
+from shoal.data.sources import pack, texts_fingerprint
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import Shapes, shaping_keys
+from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
 from shoal.runtime import barrier, device, is_main
 
 from .engine.arguments import num_rows

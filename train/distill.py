@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
-from shoal.models.load import text_config, tokenizer_fingerprint
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import tokenizer_fingerprint
 from shoal.progress import doing
 from shoal.recipe.distill import NEUTRAL_TRAINER_KEYS, Distill, Record
 from shoal.recipe.section import Shapes, shaping

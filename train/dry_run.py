@@ -8,7 +8,7 @@ from pathlib import Path
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text
 from shoal.machine import available_memory, device_memory, free_disk
-from shoal.models.load import text_config
+from shoal.models.anatomy import text_config
 from shoal.numerics import flops_per_second
 from shoal.progress import doing
 

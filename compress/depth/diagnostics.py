@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import Attribution, Diagnostics, EffectiveDepth
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.progress import each, progress

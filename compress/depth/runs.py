@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_body, decoder_layers, given_state, state_of, text_config, watched
 from shoal.models.document_masks import documents_apart, padding_apart

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.lr_schedule import warmup_cosine
-from shoal.models.anatomy import decoder_body, given_state, state_of
+from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of
 from shoal.models.document_masks import documents_apart
-from shoal.models.load import decoder_layers
 from shoal.progress import each
 from shoal.recipe.edits import Replace
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_body, given_state, state_of, watched
+from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, text_config, watched
 from shoal.models.document_masks import documents_apart, padding_apart
-from shoal.models.load import decoder_layers, text_config
 from shoal.progress import each
 
 from .hidden_metrics import (

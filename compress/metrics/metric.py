@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
 from shoal.artifacts.importance import Removal
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.runtime import together
 

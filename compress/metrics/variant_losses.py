@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from shoal.data.sources import IGNORED
+from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.models.anatomy import decoder_layers

@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy, given_state, with_state
+from shoal.models.anatomy import anatomy, decoder_layers, given_state, text_config, with_state
 from shoal.models.families import family
-from shoal.models.load import decoder_layers, text_config
 
 from .config_cut import cut_config
 from .special_cuts import goes_with_a_dropped_layer, kept_part, teacher_leaf

@@ -15,8 +15,9 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
+from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import Shard, read_shards
-from shoal.models.load import align_weights, load_config, load_model, text_config
+from shoal.models.load import align_weights, load_config, load_model
 from shoal.recipe.edits import ZEROED_WEIGHTS
 
 from .config_cut import KEPT_LAYERS, RULES, SPELT_OUT_BY, refuse_wrong_entries

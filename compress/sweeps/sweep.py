@@ -25,7 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from shoal.artifacts.artifact import TaskScore
 from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
-from shoal.inference.scoring import Score, Tokens
+from shoal.inference.prefix_sharing import Tokens
+from shoal.inference.scoring import Score
 from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
 from shoal.recipe.edits import REMOVED

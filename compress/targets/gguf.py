@@ -34,8 +34,9 @@ from transformers import PreTrainedConfig
 from shoal.artifacts.artifact import Artifact
 from shoal.errors import UserError, explained_disk_errors
 from shoal.formatting import bytes_text
+from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, json_or_empty, read_shards, weight_files
-from shoal.models.load import load_config, text_config
+from shoal.models.load import load_config
 from shoal.progress import doing, each
 
 from .llama_cpp import CONVERTED, SLIDING, WITHOUT_MTP, converted_architecture, llama_cpp_caveat, llama_cpp_refusal

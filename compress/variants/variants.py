@@ -27,7 +27,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder, plain_cache
-from shoal.inference.scoring import Layout, Pass, Score, Tokens, layouts, settle
+from shoal.inference.prefix_sharing import Tokens
+from shoal.inference.scoring import Layout, Pass, Score, layouts, settle
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.recipe.edits import REMOVED, Component, LayerEdit, LayerEdits
 

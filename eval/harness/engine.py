@@ -36,8 +36,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import Finish, generate_greedily
-from shoal.inference.prefix_sharing import Reader, Start, batches, batches_by_beginning, common_beginnings
-from shoal.inference.scoring import Score, Tokens, scored
+from shoal.inference.prefix_sharing import Reader, Start, Tokens, batches, batches_by_beginning, common_beginnings
+from shoal.inference.scoring import Score, scored
 from shoal.progress import Work, progress
 
 from .item_cache import ItemCache, key_of

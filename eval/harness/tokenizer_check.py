@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import UserError
-from shoal.models.load import load_tokenizer, tokenizer_fingerprint
+from shoal.models.checkpoint_files import tokenizer_fingerprint
+from shoal.models.load import load_tokenizer
 
 SPECIAL = ("bos_token", "eos_token", "unk_token")
 """Padding is masked, so its token may differ."""

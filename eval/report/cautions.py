@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Provenance
-from shoal.data.sources import BUNDLED, TEACHER_TEXT
+from shoal.data.sources import BUNDLED
 from shoal.formatting import listed
+from shoal.recipe.section import TEACHER_TEXT
 from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 

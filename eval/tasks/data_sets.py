@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from shoal.errors import UserError
 from shoal.recipe.section import Positive, Section, Text
-from shoal.recipe.yaml import YAMLError, read_yaml
+from shoal.recipe.yaml import read_yaml
 
 TaskProtocol = Literal["loglikelihood", "continuation", "generation", "worked", "rolling"]
 

@@ -43,8 +43,8 @@ from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.compress.surgery.resumable_folder import only_writer
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, read_shards
-from shoal.models.load import load_model, resolve_model, tokenizer_fingerprint
+from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, read_shards, tokenizer_fingerprint
+from shoal.models.load import load_model, resolve_model
 from shoal.recipe.edits import SkipMlp
 
 Change = Callable[[Path], object]

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS
 from shoal.compress.metrics.registry import METRICS
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 
 ALL = ("block_influence", "angular")
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from shoal.compress.metrics.loss_metrics import loss_scores
 from shoal.compress.metrics.metric import Calibration, Estimates
 from shoal.compress.surgery.cut_model import cut_model
-from shoal.data.sources import PackedRows
-from shoal.models.load import decoder_layers
+from shoal.data.packing import PackedRows
+from shoal.models.anatomy import decoder_layers
 
 
 def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0, below: int = 256) -> PackedRows:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 
 
 def packed(lengths: Sequence[Sequence[int]], *, seed: int = 0) -> PackedRows:

@@ -6,7 +6,7 @@ import torch
 from tiny import NUM_LAYERS
 
 from shoal.compress.variants.variants import INTACT, variant, without
-from shoal.inference.scoring import Tokens
+from shoal.inference.prefix_sharing import Tokens
 from shoal.recipe.edits import REMOVED, LayerEdit
 
 

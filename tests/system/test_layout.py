@@ -71,23 +71,25 @@ PACKAGES = {module for module, file in MODULES.items() if file.name == "__init__
 @cache
 def imports(file: Path) -> tuple[tuple[str, str], ...]:
     """Every imported module of ``file``: as it is written, and its whole name."""
-    return tuple(_imports(file))
+    return tuple(
+        (written, f"{base}.{name}" if f"{base}.{name}" in MODULES else base)
+        for written, base, name in all_imports(file)
+    )
 
 
-def _imports(file: Path) -> Iterator[tuple[str, str]]:
+def all_imports(file: Path) -> Iterator[tuple[str, str, str]]:
+    """Every import of ``file``: the module as it is written, its whole name, and what is taken of it."""
     module = module_of(file) if file in ALL_FILES else ""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, alias.name) for alias in node.names)
+            yield from ((alias.name, alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *filter(None, [node.module])])
-            for alias in node.names:
-                whole = f"{base}.{alias.name}"
-                yield "." * node.level + (node.module or ""), whole if whole in MODULES else base
+            yield from (("." * node.level + (node.module or ""), base, alias.name) for alias in node.names)
 
 
 def folder_of(module: str) -> str:
@@ -134,6 +136,27 @@ def test_stages_import_themselves_relatively_and_the_rest_absolutely() -> None:
             elif "abilities" not in file.parts:
                 assert not written.startswith("."), f"{name_of(file)}: write {module} for {written}"
             assert module.split(".")[0] not in TOP, f"{name_of(file)}: {module} is no top-level module"
+
+
+def defined_in(module: str) -> set[str]:
+    """The names that ``module`` makes at its top level, besides those it imports."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    parts = [node for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
+    made = {node.name for node in parts if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    stored = (node for part in parts if not isinstance(part, ast.FunctionDef | ast.ClassDef) for node in ast.walk(part))
+    return made | {node.id for node in stored if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+
+
+def test_a_name_is_imported_from_the_module_that_makes_it() -> None:
+    """One name has one path, so that it is found and moved by that path. `abilities` lists what it offers."""
+    made = {module: defined_in(module) for module in MODULES if not module.startswith("shoal.abilities")}
+    wrong = [
+        f"{name_of(file)}: {module}.{name}"
+        for file in (*ALL_FILES, *TEST_FILES, *ROOT.glob("benchmarks/*.py"))
+        for _, module, name in all_imports(file)
+        if module in made and name and f"{module}.{name}" not in MODULES and name not in made[module]
+    ]
+    assert not wrong
 
 
 def test_no_folder_is_full() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.data.sources import IGNORED
+from shoal.data.packing import IGNORED
 from shoal.recipe.distill import OnPolicy
 
 from ..objective.host_batch import ON_HOST, on_host, queued

@@ -23,11 +23,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from shoal.atomic_files import fingerprint, write_json, write_text
 from shoal.data.chat import Chat, check_template
-from shoal.data.sources import TEACHER_TEXT, documents, load_texts
+from shoal.data.sources import documents, load_texts
 from shoal.errors import UserError
 from shoal.progress import each
 from shoal.recipe.distill import Writing
-from shoal.recipe.section import DataSource, Shapes, shaping
+from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
 from shoal.runtime import barrier, is_main, rank, world_size
 
 from .filtering import sifted

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from shoal.data.packing import ROW
-from shoal.data.sources import IGNORED
+from shoal.data.packing import IGNORED, ROW
 
 ON_HOST = "on_host"
 """Its place in a batch. It has no method `to`, so what moves a batch to the device leaves it where it is."""

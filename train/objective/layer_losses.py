@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers, text_config
+from shoal.models.anatomy import decoder_layers, text_config
 from shoal.recipe.edits import Merge, Replace
 from shoal.recipe.losses import AttentionRelation, HiddenStates, StateTerm
 

@@ -17,9 +17,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_body, state_of, with_state
+from shoal.models.anatomy import decoder_body, decoder_layers, state_of, with_state
 from shoal.models.document_masks import documents_apart
-from shoal.models.load import before_head, decoder_layers, logits_from_hidden
+from shoal.models.load import before_head, logits_from_hidden
 from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, term_names
 
 from .capture import Captured

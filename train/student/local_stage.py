@@ -33,8 +33,7 @@ from shoal.atomic_files import write_json
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError, explained_disk_errors
 from shoal.lr_schedule import warmup_cosine
-from shoal.models.anatomy import state_of, with_state
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers, state_of, with_state
 from shoal.progress import each
 from shoal.recipe.distill import Distill, LocalHeal
 from shoal.recipe.recipe import Recipe

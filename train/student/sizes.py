@@ -17,8 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from shoal.models.anatomy import anatomy
-from shoal.models.load import decoder_layers, num_parameters, text_config
+from shoal.models.anatomy import anatomy, decoder_layers, text_config
+from shoal.models.load import num_parameters
 
 from ..objective.objective import final_hidden, output_head
 from .lora import LINEAR

@@ -10,7 +10,8 @@ import torch
 
 from shoal.artifacts.artifact import PruningPlan
 from shoal.machine import ranks_on_this_node
-from shoal.models.load import Checkpoint, loaded_dtype, text_config
+from shoal.models.anatomy import text_config
+from shoal.models.load import Checkpoint, loaded_dtype
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.losses import needs_teacher, reads_distributions
 from shoal.runtime import device, world_size

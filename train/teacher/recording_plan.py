@@ -22,7 +22,9 @@ import numpy as np
 from shoal.artifacts.artifact import Artifact, Provenance, differences
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
-from shoal.models.load import Checkpoint, loaded_dtype, text_config, tokenizer_fingerprint
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import tokenizer_fingerprint
+from shoal.models.load import Checkpoint, loaded_dtype
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, shaping, shaping_keys

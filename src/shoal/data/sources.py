@@ -21,7 +21,6 @@ from shoal.atomic_files import file_hash, fingerprint
 from shoal.data.chat import Chat, chat_of, check_template, tokenised
 from shoal.data.packing import (
     FIELDS,
-    IGNORED,
     PackedRows,
     TokenDocument,
     best_fit_rows,
@@ -36,8 +35,6 @@ from shoal.data.packing import (
 from shoal.errors import UserError
 from shoal.progress import progress
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Packing
-
-__all__ = ["IGNORED", "PackedRows"]
 
 T = TypeVar("T")
 

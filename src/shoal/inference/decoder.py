@@ -17,9 +17,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_body
+from shoal.models.anatomy import decoder_body, text_config
 from shoal.models.families import family
-from shoal.models.load import logits_from_hidden, text_config
+from shoal.models.load import logits_from_hidden
 
 LOGIT_ELEMENTS = 2**25
 """Largest number of fp32 logits held at one time (128 MiB, and their log-softmax as much again)."""

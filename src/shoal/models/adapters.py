@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from shoal.atomic_files import cache_dir, file_hash, fingerprint
 from shoal.errors import UserError
+from shoal.models.anatomy import text_config
 from shoal.models.cache import made_once
 from shoal.models.checkpoint_files import (
     TOKENIZER_FILES,
@@ -27,15 +28,7 @@ from shoal.models.checkpoint_files import (
     read_shards,
     tokenizer_fingerprint,
 )
-from shoal.models.load import (
-    ADAPTER_CONFIG,
-    align_weights,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-    text_config,
-)
+from shoal.models.load import ADAPTER_CONFIG, align_weights, load_config, load_model, load_tokenizer, resolve_model
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, cache_utils
 
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy, decoder_layers, layer_config
-from shoal.models.load import num_parameters, text_config
+from shoal.models.anatomy import anatomy, decoder_layers, layer_config, text_config
+from shoal.models.load import num_parameters
 
 PROBE_TOKENS = (2, 3)
 """Lengths of two inputs whose caches are compared: what has grown grows with every token."""

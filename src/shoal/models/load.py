@@ -23,12 +23,14 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers as decoder_layers
-from shoal.models.anatomy import text_config as text_config
-from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, check_checkpoint, has_tokenizer, json_or_empty
-from shoal.models.checkpoint_files import checkpoint_bytes as checkpoint_bytes
-from shoal.models.checkpoint_files import model_fingerprint as model_fingerprint
-from shoal.models.checkpoint_files import tokenizer_fingerprint as tokenizer_fingerprint
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import (
+    DOWNLOAD_AGAIN,
+    Shard,
+    check_checkpoint,
+    has_tokenizer,
+    json_or_empty,
+)
 from shoal.models.demo import DEMO_PREFIX, resolve_demo
 from shoal.models.families import family
 from shoal.progress import doing

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
+from yaml import YAMLError
 
 from shoal.errors import UserError
 from shoal.recipe import distill, measure, prune, search, track
@@ -24,7 +25,7 @@ from shoal.recipe.search import Search
 from shoal.recipe.section import Dtype, Section, Shapes, Text, adapter
 from shoal.recipe.suites import CONFIGS_DIR, with_suite
 from shoal.recipe.track import Export, Track
-from shoal.recipe.yaml import YAMLError, read_yaml
+from shoal.recipe.yaml import read_yaml
 from shoal.redaction import redacted
 
 

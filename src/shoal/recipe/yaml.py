@@ -8,8 +8,6 @@ from typing import Any
 import yaml
 from yaml import YAMLError
 
-__all__ = ["YAMLError", "read_yaml"]
-
 
 def read_yaml(text: str) -> Any:
     """What the YAML ``text`` says, as plain Python values.

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.artifacts.artifact import PruningPlan, Training, differences
 from shoal.data.contamination import as_data, find_overlap
 from shoal.data.packing import PackedRows
-from shoal.data.sources import TEACHER_TEXT, check_source, row_texts, sources_fingerprint
+from shoal.data.sources import check_source, row_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
-from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, model_fingerprint
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import Shapes, as_dict, shaping
+from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.runtime import device, seed_everything
 from shoal.stages.prune import choose_plan, read_importance, read_plan
 from shoal.stages.run import Run, check_length, is_done

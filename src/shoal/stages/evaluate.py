@@ -11,7 +11,8 @@ from typing import Any
 
 from shoal.artifacts.artifact import Evaluation, Provenance, Speed, Training
 from shoal.data.sources import sources_fingerprint
-from shoal.models.load import Checkpoint, LoadSettings, model_fingerprint
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, is_main, seed_everything

@@ -12,7 +12,7 @@ from pathlib import Path
 from shoal.artifacts.artifact import Provenance
 from shoal.atomic_files import written_folder
 from shoal.errors import UserError
-from shoal.models.load import model_fingerprint
+from shoal.models.checkpoint_files import model_fingerprint
 from shoal.stages.evaluate import roles
 from shoal.stages.run import Run, is_done
 

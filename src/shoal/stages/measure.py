@@ -15,11 +15,14 @@ from shoal.artifacts.artifact import Importance, Provenance, TaskScore
 from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.importance import Removal
 from shoal.atomic_files import fingerprint, write_json
-from shoal.data.sources import PackedRows, load_labelled, load_texts, pack, sources_fingerprint
+from shoal.data.packing import PackedRows
+from shoal.data.sources import load_labelled, load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
-from shoal.models.load import checkpoint_bytes, load_config, load_model, load_tokenizer, model_fingerprint, text_config
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import checkpoint_bytes, model_fingerprint
+from shoal.models.load import load_config, load_model, load_tokenizer
 from shoal.progress import doing
 from shoal.recipe.edits import Component
 from shoal.recipe.measure import Sweeps

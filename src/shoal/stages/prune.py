@@ -14,7 +14,8 @@ from typing import Any
 from shoal.artifacts.artifact import Importance, Provenance, PruningPlan, differences
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
-from shoal.models.load import load_config, model_fingerprint
+from shoal.models.checkpoint_files import model_fingerprint
+from shoal.models.load import load_config
 from shoal.recipe.edits import Edit, Replace
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main

@@ -36,8 +36,10 @@ from shoal.artifacts.artifact import (
 from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
+from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.demo import DEMO_PREFIX
-from shoal.models.load import load_config, model_fingerprint, resolve_model, text_config
+from shoal.models.load import load_config, resolve_model
 from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
 from shoal.recipe.edits import Swap

@@ -26,9 +26,9 @@ from shoal.compress.depth import runs
 from shoal.compress.depth.diagnostics import Effort, diagnose, effective_depths
 from shoal.compress.depth.effects import cut_positions
 from shoal.compress.depth.runs import Prompt
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 
 ROWS = packed([[40], [17, 23], [4, 36]])
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import DepthPoint, Probes
 from shoal.compress.depth import probes
-from shoal.compress.depth.probes import ProbeSet, depth_points, probe_depth
+from shoal.compress.depth.probes import depth_points, probe_depth
 from shoal.compress.depth.runs import Prompt
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
+from shoal.recipe.measure import ProbeSet
 
 WORDS = ("red", "blue", "green", "seven", "hill", "river", "stone", "lamp")
 

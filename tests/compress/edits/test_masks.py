@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from shoal.compress.edits.masks import attention_skipped, head_means, heads_masked, kv_groups_masked, mlp_skipped
 from shoal.compress.edits.sublayers import sublayers
 from shoal.compress.surgery.cut_model import skipped
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 

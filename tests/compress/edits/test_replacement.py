@@ -17,9 +17,9 @@ from shoal.compress.edits import replacement
 from shoal.compress.edits.merging import with_layers
 from shoal.compress.edits.replacement import TrainedLayer, train_replacement
 from shoal.compress.surgery.cut_model import cut_model
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.edits import Replace
 
 LENGTH = 24

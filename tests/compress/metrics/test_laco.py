@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics.laco import first_texts
 from shoal.compress.metrics.metric import Calibration
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 
 ROWS = packed([[40], [17, 23], [1, 19, 20], [40]])
 

@@ -25,10 +25,10 @@ from shoal.compress.metrics.shapley import local_shapley, shapley_of_walks
 from shoal.compress.metrics.variant_losses import VariantLosses
 from shoal.compress.plan import choose_changes
 from shoal.compress.variants.variants import INTACT, Edited, without
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.edits import Component, SkipAttention, SkipMlp
 from shoal.recipe.prune import Prune
 

@@ -27,9 +27,9 @@ from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics import observation
 from shoal.compress.metrics.hidden_pass import HIDDEN_METRICS, writes_into_input
 from shoal.compress.metrics.registry import METRICS, PASSES
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 
 ROWS = packed([[40], [17, 23], [1, 19, 20], [40], [39, 1]], seed=1)
 

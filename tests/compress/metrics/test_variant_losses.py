@@ -23,9 +23,9 @@ from tiny import KINDS, NUM_LAYERS, tiny_model
 from shoal.compress.metrics.variant_losses import VariantLosses
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.variants.variants import INTACT, without
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from shoal.compress.measure import Scores, measure_importance
 from shoal.compress.metrics import weight_metrics
-from shoal.data.sources import PackedRows
+from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 
 ALL = ("magnitude", "taylor", "taylor_plus")
 ROWS = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])

@@ -17,7 +17,7 @@ from transformers import Cohere2Config, LlamaConfig
 from shoal.compress.surgery.config_cut import KEPT_LAYERS, cut_config
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -28,7 +28,8 @@ from shoal.compress.variants.variants import (
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.inference.generation import generate_greedily
-from shoal.inference.scoring import Score, Tokens, score
+from shoal.inference.prefix_sharing import Tokens
+from shoal.inference.scoring import Score, score
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.edits import REMOVED, LayerEdit
 

@@ -32,10 +32,10 @@ from shoal.artifacts.artifact import (
     TaskScore,
     Training,
     differences,
-    fingerprint,
     require_same_run,
 )
 from shoal.artifacts.importance import Removal, Sweep
+from shoal.atomic_files import fingerprint
 from shoal.errors import UserError
 from shoal.recipe.edits import Component
 

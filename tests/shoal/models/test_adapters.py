@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from shoal.errors import UserError
 from shoal.models import adapters
+from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import decoder_layers, load_model, load_tokenizer, resolve_model
+from shoal.models.load import load_model, load_tokenizer, resolve_model
 
 PROJECTIONS = ["q_proj", "v_proj"]
 PEFT_CHATTER = [

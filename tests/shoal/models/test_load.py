@@ -32,8 +32,7 @@ from transformers import (
 from shoal.atomic_files import cache_dir
 from shoal.errors import UserError
 from shoal.models import demo
-from shoal.models import load as models
-from shoal.models.anatomy import decoder_body
+from shoal.models.anatomy import decoder_body, decoder_layers
 from shoal.models.checkpoint_files import (
     check_checkpoint,
     checkpoint_bytes,
@@ -43,7 +42,6 @@ from shoal.models.checkpoint_files import (
     weight_files,
 )
 from shoal.models.load import (
-    decoder_layers,
     load_config,
     load_model,
     load_tokenizer,
@@ -678,7 +676,3 @@ def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "shoal"
-
-
-def test_names_that_rooms_use_are_in_one_place() -> None:
-    assert models.model_fingerprint is model_fingerprint

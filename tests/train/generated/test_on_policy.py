@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import GenerationConfig
 
-from shoal.data.sources import IGNORED
+from shoal.data.packing import IGNORED
 from shoal.recipe.distill import OnPolicy
 from shoal.recipe.losses import ForwardKL
 from shoal.train.generated.on_policy import Sampler, lay_out

@@ -5,8 +5,7 @@ import torch
 from tiny import tiny_model
 from transformers import masking_utils
 
-from shoal.data.packing import ROW
-from shoal.data.sources import IGNORED
+from shoal.data.packing import IGNORED, ROW
 from shoal.train.objective.host_batch import ON_HOST, OnHost, documents_known, learnt_places, on_host, with_host_copy
 from shoal.train.objective.objective import final_hidden
 

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance, PruningPlan
-from shoal.data.sources import IGNORED
+from shoal.data.packing import IGNORED
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.edits import Edits, Merge, Replace, SkipMlp
 from shoal.recipe.losses import AttentionRelation, HiddenStates, StateTerm, ValueRelation
 from shoal.train.objective import layer_losses

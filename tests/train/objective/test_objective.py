@@ -11,9 +11,9 @@ from tiny import tiny_model
 from torch.nn import functional
 
 from shoal.artifacts.artifact import Provenance, PruningPlan
-from shoal.data.sources import IGNORED
+from shoal.data.packing import IGNORED
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import CrossEntropy, ForwardKL
 from shoal.train.objective.objective import Objective, SharedPrefix, Signals, final_hidden, output_head, to_logits
 from shoal.train.student.trainable import train_only, trained_parts

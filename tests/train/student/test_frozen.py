@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.nn import functional
 
-from shoal.models.load import decoder_layers, load_model
+from shoal.models.anatomy import decoder_layers
+from shoal.models.load import load_model
 from shoal.train.student.frozen import finished_state, save_finished, share_frozen, stored_names
 from shoal.train.student.trainable import train_only, trained_parts
 

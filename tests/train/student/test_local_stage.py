@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.load import Checkpoint, LoadSettings, decoder_layers
+from shoal.models.anatomy import decoder_layers
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, LocalHeal, Record
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.student import local_stage as local

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import Lora
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.student.frozen import finished_state, share_frozen, stored_names

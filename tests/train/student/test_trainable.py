@@ -10,7 +10,7 @@ from cut_students import names, plan
 from tiny import tiny_model
 
 from shoal.errors import UserError
-from shoal.models.load import decoder_layers
+from shoal.models.anatomy import decoder_layers
 from shoal.recipe.distill import Distill, LocalHeal, Teacher, contradictions
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.objective.capture import capturing
