@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from shoal.artifacts.artifact import Importance
-from shoal.artifacts.importance import Estimate, Sweep, SweepColumn
+from shoal.artifacts.importance import Atlas, Estimate, Sweep, SweepColumn
 
 Row = tuple[str, str, str]
 """Claim, verdict, statistic."""
 
+ORDER = (("retrieval", "knowledge"), ("knowledge", "reasoning"))
 LIKELIHOOD = ("loglikelihood", "continuation")
 
 
-def claims(importance: Importance) -> Iterator[Row]:
-    atlas = importance.atlas
-    if atlas is None:
-        return
-    num_layers = importance.num_layers
+def claims(atlas: Atlas, num_layers: int) -> Iterator[Row]:
     for gap in atlas.gaps:
         name = f"{gap.likelihood} - {gap.generation} (n {gap.n})"
         for part, estimate in zip(("middle", "last"), gap.thirds[1:], strict=True):
@@ -38,7 +35,7 @@ def claims(importance: Importance) -> Iterator[Row]:
     for column in atlas.columns:
         if column.protocol in LIKELIHOOD and not column.no_retention:
             yield initial_layers(column, num_layers)
-    yield from depth_order(importance)
+    yield from depth_order(atlas)
     for column in atlas.columns:
         yield first_layer(column)
     for profile in atlas.depth:
@@ -47,10 +44,9 @@ def claims(importance: Importance) -> Iterator[Row]:
             yield (
                 f"a few isolated layers carry it: {profile.task}",
                 "described",
-                f"critical after Holm: {', '.join(map(str, critical)) or 'none'}; Gini {profile.gini:.2f}, "
-                f"entropy {profile.entropy:.2f}",
+                f"critical after Holm: {listed(critical)}; Gini {profile.gini:.2f}, entropy {profile.entropy:.2f}",
             )
-    yield from agreement(importance)
+    yield from agreement(atlas)
 
 
 def initial_layers(column: SweepColumn, num_layers: int) -> Row:
@@ -61,61 +57,39 @@ def initial_layers(column: SweepColumn, num_layers: int) -> Row:
     return (
         f"only the first layers matter to likelihood: {column.task}",
         verdict(not late and bool(column.critical), bool(late)),
-        f"critical behind the first quarter: {', '.join(map(str, late)) or 'none'}; in the middle third "
+        f"critical behind the first quarter: {listed(late)}; in the middle third "
         f"{sum(value > 0.9 for value in kept)} of {len(kept)} keep more than 0.9",
     )
 
 
-def depth_order(importance: Importance) -> Iterator[Row]:
+def depth_order(atlas: Atlas) -> Iterator[Row]:
     """Retrieval lies below knowledge, knowledge below reasoning."""
-    assert importance.atlas is not None
-    by_task = {column.task: column for column in importance.atlas.columns}
-    centroids = [
-        (by_task[depth.task], depth.centroid) for depth in importance.atlas.depth if depth.centroid is not None
-    ]
-    order = ("retrieval", "knowledge", "reasoning")
+    by_task = {column.task: column for column in atlas.columns}
+    centroids = [(by_task[depth.task], depth.centroid) for depth in atlas.depth if depth.centroid is not None]
     for (lower, low), (upper, high) in itertools.permutations(centroids, 2):
-        abilities = (lower.ability, upper.ability)
-        if abilities not in list(itertools.pairwise(order)) or lower.protocol != upper.protocol:
-            continue
-        yield (
-            f"{lower.ability} lies below {upper.ability} ({lower.protocol})",
-            verdict(low.high < high.low, low.low > high.high),
-            f"centroids {interval(low)} and {interval(high)}",
-        )
+        if (lower.ability, upper.ability) in ORDER and lower.protocol == upper.protocol:
+            yield (
+                f"{lower.ability} lies below {upper.ability} ({lower.protocol})",
+                verdict(low.high < high.low, low.low > high.high),
+                f"centroids {interval(low)} and {interval(high)}",
+            )
 
 
 def first_layer(column: SweepColumn) -> Row:
-    effect = column.effects[0]
+    effect, claim = column.effects[0], f"without layer 0 everything breaks: {column.task}"
     retention = effect.retention
     if retention is None:
-        change = interval(effect.change)
-        return (
-            f"without layer 0 everything breaks: {column.task}",
-            verdict(effect.critical, False),
-            f"change {change}",
-        )
-    return (
-        f"without layer 0 everything breaks: {column.task}",
-        verdict(retention.high < 0.5, retention.low > 0.5),
-        f"retention {interval(retention)}",
-    )
+        return claim, verdict(effect.critical, False), f"change {interval(effect.change)}"
+    return claim, verdict(retention.high < 0.5, retention.low > 0.5), f"retention {interval(retention)}"
 
 
-def agreement(importance: Importance) -> Iterator[Row]:
+def agreement(atlas: Atlas) -> Iterator[Row]:
     """Importance by one measure says little about importance by another."""
-    assert importance.atlas is not None
-    correlations = importance.atlas.agreement
-    written = [column.task for column in importance.atlas.columns if column.protocol == "generation"]
-    for task in written:
-        place = correlations.columns.index(task)
-        others = [
-            (name, correlations.spearman[place][other], correlations.ceiling[place][other])
-            for other, name in enumerate(correlations.columns)
-            if other != place
-        ]
-        told = ", ".join(f"{name} {value:.2f}" for name, value, _ in others if value is not None)
-        yield (f"rank correlation with what generation needs: {task}", "described", told)
+    names, spearman = atlas.agreement.columns, atlas.agreement.spearman
+    for task in (column.task for column in atlas.columns if column.protocol == "generation"):
+        others = zip(names, spearman[names.index(task)], strict=True)
+        told = ", ".join(f"{name} {value:.2f}" for name, value in others if name != task and value is not None)
+        yield f"rank correlation with what generation needs: {task}", "described", told
 
 
 def heads(table: Sweep, num_layers: int) -> Iterator[Row]:
@@ -125,8 +99,7 @@ def heads(table: Sweep, num_layers: int) -> Iterator[Row]:
         yield (
             f"heads that matter lie shallow to mid: {column.task} ({table.operator})",
             verdict(bool(critical) and not upper, bool(upper)),
-            f"{len(critical)} of {len(table.units)} critical after Holm: "
-            + (", ".join(unit.name for unit in critical) or "none"),
+            f"{len(critical)} of {len(table.units)} critical after Holm: {listed(unit.name for unit in critical)}",
         )
 
 
@@ -148,29 +121,37 @@ def interval(estimate: Estimate) -> str:
     return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
-def table(importance: Importance) -> list[Row]:
-    rows = list(claims(importance))
+def listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values)) or "none"
+
+
+def rows_of(importance: Importance) -> Iterator[Row]:
+    if importance.atlas is not None:
+        yield from claims(importance.atlas, importance.num_layers)
     for operator, sweep in importance.sweeps.items():
         if operator in ("head", "kv_group"):
-            rows += heads(sweep, importance.num_layers)
+            yield from heads(sweep, importance.num_layers)
         elif operator == "cumulative":
-            rows += cumulative(sweep)
-    return rows
+            yield from cumulative(sweep)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def print_table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    for cells in (names, ["---"] * len(names), *rows):
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description="What a measured run says about the study's claims")
     parser.add_argument("runs", nargs="+", type=Path)
-    for folder in parser.parse_args(arguments).runs:
+    for folder in parser.parse_args().runs:
         importance = Importance.read(folder / Importance.FILE)
-        print(f"\n### {folder.name}\n\n| claim | verdict | statistic |\n| --- | --- | --- |")
-        for row in table(importance):
-            print("| " + " | ".join(row) + " |")
+        print(f"\n### {folder.name}\n")
+        print_table(("claim", "verdict", "statistic"), rows_of(importance))
         if importance.atlas is not None:
-            print("\n| column | n | intact | critical layers |\n| --- | --- | --- | --- |")
-            for column in importance.atlas.columns:
-                critical = ", ".join(map(str, column.critical)) or "none"
-                print(f"| {column.task} | {column.n} | {interval(column.intact)} | {critical} |")
+            print()
+            columns = importance.atlas.columns
+            rows = ((c.task, c.n, interval(c.intact), listed(c.critical)) for c in columns)
+            print_table(("column", "n", "intact", "critical layers"), rows)
 
 
 if __name__ == "__main__":
