@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,13 +124,20 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int
 def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tuple[TaskScore, ...]:
     """One score per task over its first ``num_items``; on ranks other than 0 nothing, because lm-eval gathers there."""
     from lm_eval import evaluator
+    from lm_eval.api import task as task_module
 
     check_runnable(tasks, num_ranks=lm.world_size, max_length=lm.max_length)
     lm.endings.clear()
-    with _without_request_bars():
+    first = {name: list(range(count)) for name, count in counts.items()}
+    theirs: Any = task_module
+    bar = theirs.tqdm
+    # its making of prompts is told of as all else, not by a bar of its own for every task
+    theirs.tqdm = partial(each, label="eval: making prompts", unit="items")
+    try:
         # its bootstrap is left out: intervals are ours, paired over the kept items
-        first = {name: list(range(count)) for name, count in counts.items()}
         results: Any = evaluator.evaluate(lm=lm, task_dict={"tasks": tasks}, samples=first, bootstrap_iters=0)
+    finally:
+        theirs.tqdm = bar
     gathered = lm.gather_object(lm.endings)
     if results is None:
         return ()
@@ -187,16 +192,3 @@ def num_items(tasks: dict[str, Any], settings: Tasks) -> dict[str, int]:
     wanted = {name: settings.limits.get(name, settings.limit) for name in tasks}
     available = {name: len(task.eval_docs) for name, task in tasks.items()}
     return {name: min(wanted[name] or available[name], available[name]) for name in tasks}
-
-
-@contextmanager
-def _without_request_bars() -> Iterator[None]:
-    """Tell of lm-eval's making of prompts as of all else, not by a bar of its own for every task."""
-    from lm_eval.api import task as module
-
-    bar = module.tqdm
-    module.tqdm = partial(each, label="eval: making prompts", unit="items")  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        module.tqdm = bar

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,24 +48,17 @@ class QuickScores:
     def __call__(self, model: PreTrainedModel) -> dict[str, QuickScore]:
         """Scores by task name. The model is left in the mode it came in, and so are all random number generators."""
         connect_ranks(model.device)
-        was_training = model.training
+        # training must draw the same numbers whether or not it is watched
+        was_training, python, numpy = model.training, random.getstate(), np.random.get_state()
         model.eval()
         try:
-            with _random_state_kept(), torch.no_grad():
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
                 lm = CausalLM(model, self._tokenizer, self._settings.batch_size, called="watch")
                 scores = list(scores_of(lm, self._tasks, self._settings, seed=self._seed))
                 if self._settings.perplexity_tokens:
                     scores.insert(0, perplexity(lm, self._settings))
         finally:
             model.train(was_training)
+            random.setstate(python)
+            np.random.set_state(numpy)
         return {score.task: QuickScore(score.score, score.higher_is_better) for score in scores}
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Training must draw the same numbers whether or not it is watched."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)

@@ -49,10 +49,6 @@ class _Entry:
     num_bytes: int | None
     """Bytes of the weights on disk; None = the model came from no folder."""
 
-    @property
-    def num_layers(self) -> int:
-        return text_config(self.decoder.model.config).num_hidden_layers
-
 
 def measure_speed(
     models: Mapping[str, Checkpoint | PreTrainedModel],
@@ -237,7 +233,7 @@ def _score(entry: _Entry, batches: Sequence[BatchSpeed]) -> SpeedScore:
         decode_tokens_per_s=batches[0].decode_tokens_per_s,
         samples={kind: batches[0].samples[kind] for kind in ("prefill", "decode")},
         batches=tuple(batches),
-        num_layers=entry.num_layers,
+        num_layers=text_config(entry.decoder.model.config).num_hidden_layers,
         num_parameters=num_parameters(entry.decoder.model),
         num_bytes=entry.num_bytes,
         kv_bytes_per_token=entry.decoder.cache_bytes,

@@ -18,7 +18,7 @@ from shoal.recipe.edits import Component
 from shoal.recipe.section import LEAST_ITEMS
 from shoal.stats.bootstrap import bootstrap_p, effective_n, expanded_percentiles, num_resamples, resampled_means
 from shoal.stats.intervals import Array, newcombe_paired, paired_ratio, wilson
-from shoal.stats.paired import holm, is_binary, mcnemar, require_same_measurement, z_above_chance
+from shoal.stats.paired import holm, is_binary, mcnemar, paired_table, require_same_measurement, z_above_chance
 
 ALPHA = 0.05
 SIGNAL_SIGMAS = 3.0
@@ -183,10 +183,10 @@ def _column(column: Measured, variants: Sequence[TaskScore], *, keep: bool) -> S
 
 def _binary_effects(column: Measured) -> tuple[list[Estimate], list[Estimate], list[float]]:
     scores, changes, p_values = [], [], []
-    for both, won, lost, neither in _tables(column):
-        n = both + won + lost + neither
-        scores.append(Estimate((both + won) / n, *wilson(both + won, n)))
-        limits = newcombe_paired(both=both, won=won, lost=lost, neither=neither)
+    for table in _tables(column):
+        n, right, won, lost = sum(table.values()), table["both"] + table["won"], table["won"], table["lost"]
+        scores.append(Estimate(right / n, *wilson(right, n)))
+        limits = newcombe_paired(**table)
         changes.append(Estimate((won - lost) / n, *limits))
         p_values.append(mcnemar(won, lost))
     return scores, changes, p_values
@@ -208,7 +208,7 @@ def _retentions(column: Measured) -> list[Estimate | None]:
     mean_K = np.average(column.scores_NK, axis=0, weights=column.weights_N) - chance
     kept_U = mean_K[1:] / mean_K[0]
     if column.is_binary:
-        limits = [paired_ratio(*table, chance) for table in _tables(column)]
+        limits = [paired_ratio(**table, chance=chance) for table in _tables(column)]
         return [
             None if pair is None else Estimate(float(kept), *pair) for kept, pair in zip(kept_U, limits, strict=True)
         ]
@@ -232,16 +232,10 @@ def _no_retention(task: TaskScore) -> str:
     return ""
 
 
-def _tables(column: Measured) -> list[tuple[int, int, int, int]]:
+def _tables(column: Measured) -> list[dict[str, int]]:
     """Per component: items right both times, only without the component, only with it, never."""
-    before_N, after_NU = column.scores_NK[:, :1], column.scores_NK[:, 1:]
-    counts_4U = [
-        (before_N * after_NU).sum(0),
-        ((1 - before_N) * after_NU).sum(0),
-        (before_N * (1 - after_NU)).sum(0),
-        ((1 - before_N) * (1 - after_NU)).sum(0),
-    ]
-    return [(int(a), int(b), int(c), int(d)) for a, b, c, d in zip(*counts_4U, strict=True)]
+    before_N, *others = column.scores_NK.T
+    return [paired_table(before_N, after_N) for after_N in others]
 
 
 def _correlation_rows(column: Measured) -> tuple[tuple[float, ...], ...]:

@@ -115,11 +115,9 @@ def find_common(contenders: Sequence[Contender], *, across_teachers: bool = Fals
     seen: set[tuple[str, str]] = set()
     for contender in contenders:
         for role in contender.run.evaluations:
-            reference = role if role in first.run.evaluations else next(iter(first.run.evaluations))
-            if contender is first:
-                reference = next(iter(first.run.evaluations))
-            base, compared = (first, reference), (contender, role)
-            for field, problem in _differences(base, compared, tasks):
+            alike = contender is not first and role in first.run.evaluations
+            reference = role if alike else next(iter(first.run.evaluations))
+            for field, problem in _differences((first, reference), (contender, role), tasks):
                 if (contender.letter, field) not in seen:
                     seen.add((contender.letter, field))
                     problems.append(problem)

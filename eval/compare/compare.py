@@ -94,15 +94,9 @@ def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> R
     contenders = read_contenders(folders)
     common = find_common(contenders, across_teachers=across_teachers)
     speeds, no_speed = _speeds(contenders)
-    models = [
-        *(_model(c, "teacher", contenders, common, speeds) for c in _first_of_each_teacher(contenders)),
-        *(
-            _model(c, role, contenders, common, speeds)
-            for c in contenders
-            for role in CUT_ROLES
-            if role in c.run.evaluations
-        ),
-    ]
+    shown = [(contender, "teacher") for contender in _first_of_each_teacher(contenders)]
+    shown += [(contender, role) for contender in contenders for role in CUT_ROLES if role in contender.run.evaluations]
+    models = [_model(contender, role, contenders, common, speeds) for contender, role in shown]
     first = models[0]
     return RunComparison(
         contenders=contenders,

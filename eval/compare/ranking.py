@@ -7,7 +7,6 @@ all differences between plans are paired by item.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from scipy import stats
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Evaluation, TaskScore
 from shoal.artifacts.search import PERPLEXITY, Column, Correlation, Interval, PlanScore, PlanStanding, Ranking, Standing
 from shoal.errors import UserError
+from shoal.stats.intervals import Array, combined
 from shoal.stats.paired import Retention, no_retention, paired, retention
 
 from ..harness.samples import protocol_of
@@ -64,7 +64,7 @@ def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> RankedBy:
     Raises:
         UserError: a column of ``rank_by`` that says nothing here, columns without a unit in common, or nothing left.
     """
-    scores = {task.task: task for task in teacher.tasks}
+    scores = _by_task(teacher)
     labels = [(task.task, task.ability, task.protocol) for task in teacher.tasks]
     if not rank_by:
         return RankedBy("retention", _by_protocol(scores))
@@ -159,11 +159,9 @@ def _standings(measure: RankedBy, teacher: Scores, plans: Mapping[str, Scores]) 
 
 def _value(measure: RankedBy, teacher: Scores, scores: Scores) -> Interval:
     if measure.unit == "nats":
-        parts = [(weight, scores[task]) for task, weight in measure.weights.items()]
-        value = sum(weight * score.score for weight, score in parts)
-        low = math.sqrt(sum((weight * (score.score - score.ci_low)) ** 2 for weight, score in parts))
-        high = math.sqrt(sum((weight * (score.ci_high - score.score)) ** 2 for weight, score in parts))
-        return _interval(value, value - low, value + high)
+        parts = [scores[task] for task in measure.weights]
+        limits = [(score.score, score.ci_low, score.ci_high) for score in parts]
+        return _weighted_sum(list(measure.weights.values()), limits, np.eye(len(parts)))
     lost = _difference(measure, teacher, teacher, scores)
     return _interval(1 + lost.value, 1 + lost.ci_low, 1 + lost.ci_high)
 
@@ -185,18 +183,18 @@ def _difference(measure: RankedBy, teacher: Scores, before: Scores, after: Score
     """
     tasks = list(measure.weights)
     changes = [paired(before[task], after[task]) for task in tasks]
-    scales = np.array([_scale(measure, teacher[task]) for task in tasks])
-    differences = np.array([change.difference for change in changes])
     correlations = np.array([[_correlated(before, after, task, other) for other in tasks] for task in tasks])
+    limits = [(change.difference, change.ci_low, change.ci_high) for change in changes]
+    return _weighted_sum([_scale(measure, teacher[task]) for task in tasks], limits, correlations)
 
-    def reach(distances: Sequence[float]) -> float:
-        scaled = scales * np.array(distances)
-        return math.sqrt(max(0.0, float(scaled @ correlations @ scaled)))
 
-    value = float(scales @ differences)
-    low = reach([change.difference - change.ci_low for change in changes])
-    high = reach([change.ci_high - change.difference for change in changes])
-    return _interval(value, value - low, value + high)
+def _weighted_sum(
+    scales: Sequence[float], limits: Sequence[tuple[float, float, float]], correlation: Array
+) -> Interval:
+    """The sum of ``limits`` (value and ends), each times its positive scale."""
+    values_U3 = np.array(scales)[:, None] * np.array(limits)
+    low, value, high = combined(*values_U3.T.tolist(), correlation).tolist()
+    return _interval(value, low, high)
 
 
 def _scale(measure: RankedBy, teacher: TaskScore) -> float:

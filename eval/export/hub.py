@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,8 @@ def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | N
     api = HfApi(endpoint=endpoint, token=token)
     try:
         log.info("pushing %s to %s", folder, repo)
-        with _bounded_answers(), doing(f"pushing to {repo}"):
+        set_client_factory(_bounded_client)
+        with doing(f"pushing to {repo}"):
             url = str(api.create_repo(repo, private=private, exist_ok=True))
             api.upload_folder(
                 repo_id=repo,
@@ -63,23 +62,16 @@ def push(folder: Path, card: str, repo: str, *, private: bool, endpoint: str | N
         # RuntimeError: what huggingface_hub and hf_xet raise for a failed transfer; ValueError: a refused name or card
         reason = _reason(error).replace(token, "(hidden)")
         raise UserError(_failure(folder, repo, reason, private=private, endpoint=endpoint)) from error
+    finally:
+        set_client_factory(default_client_factory)
     return url
 
 
-@contextmanager
-def _bounded_answers() -> Iterator[None]:
-    """Let no request of huggingface_hub wait for longer than ANSWER_S without a sign of the other side."""
-
-    def client() -> Any:
-        http_client = default_client_factory()
-        http_client.timeout = ANSWER_S
-        return http_client
-
-    set_client_factory(client)
-    try:
-        yield
-    finally:
-        set_client_factory(default_client_factory)
+def _bounded_client() -> Any:
+    """What huggingface_hub sends with, where no request waits longer than ANSWER_S for a sign of the other side."""
+    client = default_client_factory()
+    client.timeout = ANSWER_S
+    return client
 
 
 def complete_export(folder: Path, card: str, figures: Path) -> None:

@@ -168,11 +168,7 @@ class CausalLM(TemplateLM):
         fitted = [self._fit(context, continuation) for _, context, continuation in requests]
         self._report_truncation(sum(cut for _, _, cut in fitted), len(fitted), "context")
         with progress(f"{self._called}: likelihoods", total=len(requests), unit="requests") as step:
-            scores = self._score([(context, continuation) for context, continuation, _ in fitted], step)
-        for (key, _, _), answer in zip(requests, scores, strict=True):
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, answer)
-        return scores
+            return self._score([(context, continuation) for context, continuation, _ in fitted], step)
 
     def _score(self, pairs: list[tuple[Tokens, Tokens]], step: Work) -> list[Score]:
         """Scores of (context, continuation) that fit the model."""
@@ -232,8 +228,6 @@ class CausalLM(TemplateLM):
         totals = [0.0] * len(requests)
         for owner, (log_prob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             totals[owner] += log_prob
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -247,7 +241,6 @@ class CausalLM(TemplateLM):
                 answers = self._generate(prompts, copy.deepcopy(requests[indices[0]].args[1]), step)
                 for index, text in zip(indices, answers, strict=True):
                     texts[index] = text
-                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
 
     def _generate(self, prompts: list[str], settings: dict[str, Any], step: Work) -> list[str]:
@@ -314,11 +307,9 @@ class CausalLM(TemplateLM):
     def _write_batch(self, rows: Sequence[list[int]], how: Writing, start: Start | None = None) -> list[list[int]]:
         """The new tokens of ``rows``, whose beginning ``start`` may have been read already."""
         if not self._writes_greedily(how):
-            return self._generate_with_transformers(rows, how.max_new_tokens, how.stop, how.settings)
-        finish = self._finish(how)
-        return generate_greedily(
-            self._decoder, rows, max_new_tokens=how.max_new_tokens, is_finished=finish, start=start
-        )
+            return self._generate_with_transformers(rows, how)
+        limit, finish = how.max_new_tokens, self._finish(how)
+        return generate_greedily(self._decoder, rows, max_new_tokens=limit, is_finished=finish, start=start)
 
     def _writes_greedily(self, how: Writing) -> bool:
         """Whether the text can be written by our own loop; recurrent models, sampling and the like need another."""
@@ -342,10 +333,9 @@ class CausalLM(TemplateLM):
         model_settings = set() if config is None else config.to_diff_dict().keys() - NEUTRAL_SETTINGS
         return not wanted.get("do_sample") and not wanted.keys() - GREEDY_SETTINGS and not model_settings
 
-    def _generate_with_transformers(
-        self, rows: Sequence[list[int]], max_new_tokens: int, stop: list[str], wanted: dict[str, Any]
-    ) -> list[list[int]]:
+    def _generate_with_transformers(self, rows: Sequence[list[int]], how: Writing) -> list[list[int]]:
         """Sampling, beams, penalties and models with a recurrent state are left to transformers."""
+        wanted = how.settings
         if not wanted.get("do_sample"):
             wanted = {key: value for key, value in wanted.items() if key not in GREEDY_SETTINGS} | {"do_sample": False}
         ids, mask, _ = self._decoder.left_padded(rows)
@@ -354,8 +344,8 @@ class CausalLM(TemplateLM):
             written = model.generate(
                 input_ids=ids.masked_fill(mask == 0, self.tokenizer.pad_token_id),
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, ids.shape[1], len(rows)),
+                max_new_tokens=how.max_new_tokens,
+                stopping_criteria=stop_sequences_criteria(self.tokenizer, how.stop, ids.shape[1], len(rows)),
                 pad_token_id=self.tokenizer.pad_token_id,
                 # whole on every rank also where ZeRO 3 trains it, and ranks have unequal numbers of batches
                 synced_gpus=False,

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +15,7 @@ from shoal.data.sources import first_tokens, load_texts
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks
 from shoal.recipe.section import DataSource
+from shoal.runtime import together
 
 from .engine import CausalLM, prefix_token
 from .samples import with_interval
@@ -45,11 +44,8 @@ def perplexity(lm: CausalLM, settings: Tasks) -> TaskScore:
     all_windows = windows(lm.tokenizer, settings)
     own_windows = all_windows[lm.rank :: lm.world_size]
     scores = lm.log_likelihoods([(context, scored) for _, context, scored in own_windows])
-    totals = {identity: -log_prob for (identity, _, _), (log_prob, _) in zip(own_windows, scores, strict=True)}
-    if lm.world_size > 1:
-        gathered: list[Any] = [None] * lm.world_size
-        dist.all_gather_object(gathered, totals)
-        totals = {identity: total for part in gathered for identity, total in part.items()}
+    own = {identity: -log_prob for (identity, _, _), (log_prob, _) in zip(own_windows, scores, strict=True)}
+    totals = {identity: total for part in together(lambda: own) for identity, total in part.items()}
     items = tuple(
         ItemScore(identity, totals[identity] / len(scored), weight=float(len(scored)))
         for identity, _, scored in all_windows

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from shoal.abilities.matching import letter_pattern
 from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.search import Interval
 from shoal.data.repetition import ends_in_loop
 from shoal.stats.intervals import Array, wilson
 from shoal.stats.paired import PairedDifference, bootstrap_mean, paired_values
@@ -23,15 +24,6 @@ RATES = ("malformed", "repetition", "cut_off")
 """Shares of the texts, each a defect."""
 LENGTH = "mean_tokens"
 NAMES = (*RATES, LENGTH)
-
-
-@dataclass(frozen=True)
-class Rate:
-    """One rate of one role with its 95 % interval: Wilson's for shares, bootstrap for the length."""
-
-    value: float
-    ci_low: float
-    ci_high: float
 
 
 def text_rates(
@@ -75,11 +67,11 @@ def values_of(score: TaskScore, name: str) -> Array:
     return np.array([item.rates[key] for item in score.items], dtype=np.float64)
 
 
-def rate(score: TaskScore, name: str) -> Rate:
-    """One of NAMES over the texts of ``score``, which has rates."""
+def rate(score: TaskScore, name: str) -> Interval:
+    """One of NAMES over the texts of ``score``, which has rates; Wilson's interval, of the length the bootstrap's."""
     values_N = values_of(score, name)
     low, high = bootstrap_mean(values_N.tolist()) if name == LENGTH else wilson(float(values_N.sum()), len(values_N))
-    return Rate(float(values_N.mean()), max(low, 0.0), high)  # no text is shorter than nothing
+    return Interval(float(values_N.mean()), max(low, 0.0), high)  # no text is shorter than nothing
 
 
 def rate_difference(before: TaskScore, after: TaskScore, name: str) -> PairedDifference:

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from shoal.stats.paired import interval
 from ..tasks.load import Sample, check_answers
 from ..tasks.protocols import letter_match, match_stated
 from .rates import hold_answers, text_rates, with_rates
+
+if TYPE_CHECKING:
+    from .engine import Ending
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 """Which of a task's metrics stands for it, if neither its metadata nor this list says: its first one."""
@@ -47,20 +50,6 @@ MATCHING_RULES = (
 """Parts of a task's settings that decide what counts as right."""
 
 CountTokens = Callable[[str, str], int]
-
-
-class Ending(Protocol):
-    """How a text ended, as the engine knows it."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the text."""
-        ...
-
-    @property
-    def finished(self) -> bool:
-        """Whether it ended by itself, not by the limit of new tokens."""
-        ...
 
 
 def task_score(

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from shoal.artifacts.artifact import Json
+from shoal.artifacts.artifact import Artifact, Json
 from shoal.artifacts.search import SearchResult
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
@@ -162,19 +162,23 @@ def reproduce_section(run: Run) -> Section:
 
 def missing_section(run: Run) -> Section | None:
     """What this report could not show because a stage has not run; None where all ran."""
-    parts = [
-        ("importance.json (shoal measure)", run.importance),
-        ("plan.json (shoal prune)", run.plan),
-        ("distill.json (shoal distill)", run.training),
-        *((f"eval/{role}.json (shoal eval)", run.evaluations.get(role)) for role in ROLES),
-        ("eval/speed.json (shoal eval with eval.speed: true)", run.speed),
-    ]
-    absent = tuple(name for name, part in parts if part is None)
+    absent = tuple(f"{name} (shoal {verb})" for (name, verb), artifact in _results(run).items() if artifact is None)
     if not absent:
         return None
     return Section(
         "Not in this report", (Paragraph("These results do not exist in the run directory:"), Bullets(absent))
     )
+
+
+def _results(run: Run) -> dict[tuple[str, str], Artifact | None]:
+    """Every result that a run can have, by its file and the verb that makes it."""
+    return {
+        ("importance.json", "measure"): run.importance,
+        ("plan.json", "prune"): run.plan,
+        ("distill.json", "distill"): run.training,
+        **{(f"eval/{role}.json", "eval"): run.evaluations.get(role) for role in ROLES},
+        ("eval/speed.json", "eval with eval.speed: true"): run.speed,
+    }
 
 
 def _data_blocks(data: dict[str, Json]) -> list[Block]:
@@ -212,14 +216,7 @@ def _identifiers(run: Run) -> Table | None:
 
 
 def _environment_blocks(run: Run) -> list[Block]:
-    artifacts: dict[str, Any] = {
-        "importance.json": run.importance,
-        "plan.json": run.plan,
-        "distill.json": run.training,
-        **{f"eval/{role}.json": evaluation for role, evaluation in run.evaluations.items()},
-        "eval/speed.json": run.speed,
-    }
-    provenances = {name: artifact.provenance for name, artifact in artifacts.items() if artifact is not None}
+    provenances = {name: artifact.provenance for (name, _), artifact in _results(run).items() if artifact is not None}
     fields = list(dict.fromkeys(field for provenance in provenances.values() for field in provenance.environment))
     rows = []
     for field in fields:

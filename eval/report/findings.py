@@ -23,6 +23,7 @@ from shoal.artifacts.artifact import (
     TaskScore,
     Training,
 )
+from shoal.artifacts.search import Interval
 from shoal.errors import UserError
 from shoal.stats.paired import (
     PairedDifference,
@@ -37,7 +38,7 @@ from shoal.stats.paired import (
     z_above_chance,
 )
 
-from ..harness.rates import NAMES, Rate, rate, rate_difference
+from ..harness.rates import NAMES, rate, rate_difference
 
 ROLES = ("teacher", "pruned", "distilled")
 SIGNAL_SIGMAS = 3.0
@@ -114,7 +115,7 @@ class Writing:
     row: Row
     name: str
     """Name of the rate, one of rates.NAMES."""
-    rates: dict[str, Rate]
+    rates: dict[str, Interval]
     """Rate by role."""
     differences: dict[tuple[str, str], PairedDifference]
     """(before role, after role) -> change, item by item; lower is better."""
@@ -143,18 +144,18 @@ def read_run(folder: Path) -> Run:
     evaluations = {
         role: evaluation
         for role in ROLES
-        if (evaluation := _read(Evaluation, folder / "eval" / f"{role}.json")) is not None
+        if (evaluation := read_result(Evaluation, folder / "eval" / f"{role}.json")) is not None
     }
     run_file = _read_json(folder / "run.json")
     run = Run(
         folder=folder,
         recipe=run_file.get("recipe"),
         stages=run_file.get("stages") or {},
-        importance=_read(Importance, folder / Importance.FILE),
-        plan=_read(PruningPlan, folder / PruningPlan.FILE),
-        training=_read(Training, folder / Training.FILE),
+        importance=read_result(Importance, folder / Importance.FILE),
+        plan=read_result(PruningPlan, folder / PruningPlan.FILE),
+        training=read_result(Training, folder / Training.FILE),
         evaluations=evaluations,
-        speed=_read(Speed, folder / Speed.FILE),
+        speed=read_result(Speed, folder / Speed.FILE),
         numerics=run_file.get("numerics") or {},
     )
     parts = (run.importance, run.plan, run.training, run.speed)
@@ -162,6 +163,11 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: holds no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
     _refuse_mixed_runs(run)
     return run
+
+
+def read_result(kind: type[A], path: Path) -> A | None:
+    """The artifact at ``path``; None where it was not made. Raises as its ``read`` does."""
+    return kind.read(path) if path.is_file() else None
 
 
 def compare(run: Run) -> Comparison:
@@ -333,10 +339,6 @@ def _adjusted(tasks: Sequence[dict[tuple[str, str], PairedDifference]]) -> list[
         for index, value in zip(holders, values, strict=True):
             adjusted[index][pair] = value
     return adjusted
-
-
-def _read(kind: type[A], path: Path) -> A | None:
-    return kind.read(path) if path.is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from shoal.artifacts.artifact import ItemScore
 
@@ -57,18 +59,14 @@ def _groups(comparison: Comparison, before: str, after: str, won_word: str, lost
 def within(groups: Sequence[Flips], budget: int) -> list[Flips]:
     """The groups with as many items as the budget allows, in turns, so that no task crowds out another."""
     kept: list[list[Flip]] = [[] for _ in groups]
-    for place in range(MAX_ITEMS):
-        for group, items in zip(groups, kept, strict=True):
-            if place < len(group.items):
-                budget -= _size(group.items[place])
-                if budget < 0:
-                    return [_with(group, items) for group, items in zip(groups, kept, strict=True)]
-                items.append(group.items[place])
-    return [_with(group, items) for group, items in zip(groups, kept, strict=True)]
-
-
-def _with(group: Flips, items: Sequence[Flip]) -> Flips:
-    return Flips(group.task, group.change, group.won, group.before, group.after, group.count, tuple(items))
+    turns = itertools.product(range(MAX_ITEMS), zip(groups, kept, strict=True))
+    for place, (group, items) in turns:
+        if place < len(group.items):
+            budget -= _size(group.items[place])
+            if budget < 0:
+                break
+            items.append(group.items[place])
+    return [replace(group, items=tuple(items)) for group, items in zip(groups, kept, strict=True)]
 
 
 def _size(flip: Flip) -> int:

@@ -76,17 +76,14 @@ def _worst_and_best(ability: str, rows: Sequence[Row]) -> list[Row]:
     shown = [row for _, row in kept[:1]]
     if kept and kept[-1][0] - kept[0][0] >= PROTOCOLS_DIFFER:
         shown.append(kept[-1][1])
-    return shown + sorted((row for row in own if not row.higher_is_better), key=_rise)[-1:]
+    falling = [row for row in own if not row.higher_is_better]
+    return shown + sorted(falling, key=lambda row: next(iter(row.differences.values())).difference)[-1:]
 
 
 def _kept(row: Row) -> float:
     """Share kept by the pruned model, or by the only one there is."""
     retention = next(iter(row.retained.values()), None)
     return 1.0 if retention is None or retention.value is None else retention.value
-
-
-def _rise(row: Row) -> float:
-    return next(iter(row.differences.values())).difference
 
 
 def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]) -> BoardLine:
@@ -187,11 +184,9 @@ def _sentence(first: str, *others: tuple[str, Sequence[Row]]) -> str:
     return "; ".join([first, *(f"{how}{named_or_counted(rows)}" for how, rows in others if rows)]) + "."
 
 
-def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> tuple[list[Row], list[Row], list[Row]]:
-    def with_verdict(verdict: str) -> list[Row]:
-        return [row for row in rows if row.verdict(*pair) == verdict]
-
-    return with_verdict("worse"), with_verdict("better"), with_verdict("unclear")
+def _sorted_by_verdict(rows: Sequence[Row], pair: tuple[str, str]) -> list[list[Row]]:
+    """Rows that are worse, better, and not clearly either."""
+    return [[row for row in rows if row.verdict(*pair) == verdict] for verdict in ("worse", "better", "unclear")]
 
 
 def _smallest(run: Run) -> str | None:

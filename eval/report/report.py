@@ -29,11 +29,11 @@ from .details import (
     training_section,
 )
 from .document import Document, Facts, Picture, Section, picture, to_markdown
-from .findings import Comparison, Run, compare, read_run, with_comparable_scores
+from .findings import Comparison, Run, compare, read_result, read_run, with_comparable_scores
 from .flips import flips_section
 from .headline import board, facts, headline
 from .page import to_html
-from .search import read_search, search_section
+from .search import search_section
 from .sections import level_section, no_signal_section, protocol_section, scores_section
 from .speed import speed_section
 
@@ -55,7 +55,7 @@ def write_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     comparison = compare(run)
     pictures = draw_figures(with_comparable_scores(run, comparison))
-    document = build_document(run, comparison, pictures, read_search(run_dir))
+    document = build_document(run, comparison, pictures, read_result(SearchResult, run_dir / SearchResult.FILE))
     write_text(run_dir / "report.md", to_markdown(document))
     path = run_dir / "report.html"
     write_text(path, to_html(document))

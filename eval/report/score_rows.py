@@ -6,14 +6,13 @@ from pathlib import Path
 
 from shoal.tracking.wandb_results import Rows
 
+from ..harness.rates import NAMES
 from .findings import compare, read_run
 
-RATES = ("malformed", "repetition", "cut_off", "mean_tokens")
-"""Rates of generated text; None for other tasks."""
 COLUMNS = (
     *("role", "task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance"),
     *("retention", "retention_low", "retention_high", "higher_is_better", "num_fewshot", "version"),
-    *("family", "level", *RATES),
+    *("family", "level", *NAMES),
 )
 
 
@@ -33,7 +32,7 @@ def score_rows(run_dir: Path) -> Rows:
                     *(role, score.task, score.ability, score.protocol, score.metric),
                     *(score.score, score.ci_low, score.ci_high, score.n, score.chance),
                     *(*share, score.higher_is_better, score.num_fewshot, score.version),
-                    *(score.family, score.level, *map(score.rates.get, RATES)),
+                    *(score.family, score.level, *map(score.rates.get, NAMES)),
                 )
             )
     return Rows(COLUMNS, tuple(rows))

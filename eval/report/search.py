@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import yaml
 
@@ -63,29 +62,21 @@ def verdicts(result: SearchResult) -> list[str]:
     sizes = sorted({plan.num_layers for plan in result.plans})
     if len(sizes) > 1:
         lines.append(f"The plans leave different numbers of layers ({listed(map(str, sizes))}): size is compared too.")
-    lines += [f"{plan.name} comes to the layers of {plan.same_as}, which were healed once." for plan in _same(result)]
-    return lines
+    same = [plan for plan in result.plans if plan.same_as is not None]
+    return lines + [f"{plan.name} comes to the layers of {plan.same_as}, which were healed once." for plan in same]
 
 
 def recipe_lines(plan: HealedPlan) -> str:
     """The section prune that makes exactly this cut, without measuring anything."""
     inside = removed_layers(plan.edits)
     drop = [layer for layer in plan.drop if layer not in inside]
+    edits = [{key: value for key, value in as_dict(edit).items() if value is not None} for edit in plan.edits]
     section = {
         **({"drop": drop} if drop else {}),
-        **({"edits": [_plainly(edit) for edit in plan.edits]} if plan.edits else {}),
+        **({"edits": edits} if edits else {}),
     }
     text = yaml.safe_dump({"prune": section}, sort_keys=False, default_flow_style=None, width=120)
     return f"# {plan.reason}\n{text}"
-
-
-def _plainly(edit: object) -> dict[str, object]:
-    """An edit's settings, without those that are unset."""
-    return {key: value for key, value in as_dict(edit).items() if value is not None}
-
-
-def _same(result: SearchResult) -> Iterator[HealedPlan]:
-    return (plan for plan in result.plans if plan.same_as is not None)
 
 
 def ranked_by(ranking: Ranking) -> str:
@@ -184,16 +175,6 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def read_search(folder: Path) -> SearchResult | None:
-    """search.json of the run directory; None where no search was made.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    path = folder / SearchResult.FILE
-    return SearchResult.read(path) if path.is_file() else None
 
 
 def search_section(result: SearchResult | None) -> Section | None:

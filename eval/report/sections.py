@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Sequence
 
 from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.search import Interval
 from shoal.figures.levels import Ladder, ladders
 from shoal.figures.style import heading
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, PairedDifference, z_above_chance
 
-from ..harness.rates import Rate
 from .document import Block, Bullets, Paragraph, Picture, Section, Table
 from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, protocol_gaps, writing
 from .wording import (
@@ -232,7 +232,7 @@ def _written_table(rows: Sequence[Row]) -> Table | None:
     return Table("How the texts went that were written, with 95 % intervals", columns, tuple(body), groups=counts)
 
 
-def _rate_text(rate: Rate, scale: int, unit: str) -> str:
+def _rate_text(rate: Interval, scale: int, unit: str) -> str:
     return interval_text((rate.value, rate.ci_low, rate.ci_high), ".1f", unit, scale=scale)
 
 

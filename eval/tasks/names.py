@@ -65,14 +65,9 @@ def limits_without_task(settings: Tasks) -> Iterator[str]:
     """`place: what is wrong` with limits of single tasks, as far as names tell; what lm-eval's mean its index knows."""
     described, tags = described_tasks(task_folders(settings.include_path))
     tasks = [member for name in settings.tasks for member in tags.get(name, (name,))]
-    of_files = {name for text in _texts(HUB_TASKS_DIR) for name in _defined(text)}
+    of_files = {name for text in _texts(HUB_TASKS_DIR) for key, name in _names(text) if key == "task"}
     if described.keys() | of_files >= set(tasks):
         yield from (f"eval.limits: {limit_without_task(name, tasks)}" for name in settings.limits if name not in tasks)
-
-
-def _defined(text: str) -> list[str]:
-    """The tasks that a file defines, without groups and tags."""
-    return [name for key, name in _names(text) if key == "task"]
 
 
 def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:

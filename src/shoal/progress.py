@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO, TypeVar
 
 from shoal.formatting import bytes_text, clock_text
@@ -211,14 +211,12 @@ class Lines(logging.StreamHandler[TextIO]):
             super().emit(record)
 
 
-@contextmanager
-def progress(label: str, *, total: int | None = None, unit: str) -> Iterator[Work]:
+def progress(label: str, *, total: int | None = None, unit: str) -> AbstractContextManager[Work]:
     """Tell how far the work ``label`` is while it is done; calling what this gives counts steps.
 
     ``unit`` is a plural ("rows") or BYTES; ``total`` None = not known.
     """
-    with SPEAKER.telling(label, total, unit) as work:
-        yield work
+    return SPEAKER.telling(label, total, unit)
 
 
 def each(items: Iterable[T], label: str, *, unit: str, total: int | None = None) -> Iterator[T]:
@@ -229,8 +227,6 @@ def each(items: Iterable[T], label: str, *, unit: str, total: int | None = None)
             step()
 
 
-@contextmanager
-def doing(label: str) -> Iterator[None]:
+def doing(label: str) -> AbstractContextManager[Work]:
     """Tell that ``label`` is being done, where there are no steps to count."""
-    with SPEAKER.telling(label, None, ""):
-        yield
+    return SPEAKER.telling(label, None, "")

@@ -40,7 +40,7 @@ def is_trusted(path: Path) -> bool:
 
 def signed(document: dict[str, Any]) -> dict[str, Any]:
     """``document`` with this user's signature; with none where the key cannot be had, which is said once."""
-    key = _key()
+    key = _key_at(cache_dir())
     return document if key is None else {**document, "signature": _signature(document, key)}
 
 
@@ -49,7 +49,7 @@ def is_signed(document: dict[str, Any]) -> bool:
     signature = document.get("signature")
     if not isinstance(signature, str):
         return False
-    key = _key()
+    key = _key_at(cache_dir())
     rest = {name: value for name, value in document.items() if name != "signature"}
     return key is not None and hmac.compare_digest(signature.encode(), _signature(rest, key).encode())
 
@@ -93,10 +93,6 @@ def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
 def _signature(document: dict[str, Any], key: bytes) -> str:
     plain = json.loads(json.dumps(document))  # as it will be read
     return hmac.new(key, json.dumps(plain, sort_keys=True).encode(), hashlib.sha256).hexdigest()
-
-
-def _key() -> bytes | None:
-    return _key_at(cache_dir())
 
 
 @cache

@@ -11,18 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import ConfigDict
-
 from shoal.recipe.edits import Component
-
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Removal:
     """One step of a greedy order."""
-
-    __pydantic_config__ = STRICT
 
     unit: Component
     score: float
@@ -33,8 +27,6 @@ class Removal:
 class Estimate:
     """A value with its 95 % interval."""
 
-    __pydantic_config__ = STRICT
-
     value: float
     low: float
     high: float
@@ -43,8 +35,6 @@ class Estimate:
 @dataclass(frozen=True)
 class Effect:
     """What one component's removal does to one column."""
-
-    __pydantic_config__ = STRICT
 
     score: Estimate
     change: Estimate
@@ -67,8 +57,6 @@ class Effect:
 @dataclass(frozen=True)
 class SweepColumn:
     """One task under one protocol over all components of a sweep."""
-
-    __pydantic_config__ = STRICT
 
     task: str
     ability: str
@@ -113,12 +101,15 @@ class SweepColumn:
 class Sweep:
     """Every component of one operator by every column."""
 
-    __pydantic_config__ = STRICT
-
     operator: str
     """layer, attention, mlp, head, kv_group, cumulative or donor."""
     units: tuple[Component, ...]
     columns: tuple[SweepColumn, ...]
+
+    def title(self, column: SweepColumn) -> str:
+        """`ability/protocol` of one of its columns, or the task's name where that stands for several tasks."""
+        alone = sum(other.label == column.label for other in self.columns) == 1
+        return column.label if alone else column.task
 
     def contradictions(self, place: str, *, num_layers: int) -> Iterator[str]:
         """`place: what is wrong` with it as a table about a model of ``num_layers``."""
@@ -142,8 +133,6 @@ def outside(place: str, units: Sequence[Component], *, num_layers: int) -> Itera
 class ProtocolGap:
     """Retention by likelihood minus retention in generated text, on the items that both columns share."""
 
-    __pydantic_config__ = STRICT
-
     ability: str
     likelihood: str
     """Task of the likelihood or continuation column."""
@@ -165,8 +154,6 @@ class DepthProfile:
     w = max(0, 1 - retention); max(0, increase) for nats.
     """
 
-    __pydantic_config__ = STRICT
-
     task: str
     centroid: Estimate | None
     """Mean relative depth l / (L - 1), weighted with w; None where no layer costs anything or w is undefined."""
@@ -181,8 +168,6 @@ class DepthProfile:
 class Stability:
     """How far a column's ranking of the layers agrees with itself on other items."""
 
-    __pydantic_config__ = STRICT
-
     thirds: float | None
     """Mean rank correlation between disjoint thirds of the items; None where a third tells no layers apart."""
     reliability: float | None
@@ -192,8 +177,6 @@ class Stability:
 @dataclass(frozen=True)
 class Agreement:
     """How far columns rank the layers alike."""
-
-    __pydantic_config__ = STRICT
 
     columns: tuple[str, ...]
     """Metric names and task names."""
@@ -212,8 +195,6 @@ class Agreement:
 @dataclass(frozen=True)
 class Atlas:
     """What every layer is worth by task and protocol: the sweep of single-layer removals and what follows from it."""
-
-    __pydantic_config__ = STRICT
 
     sweep: Sweep
     gaps: tuple[ProtocolGap, ...]

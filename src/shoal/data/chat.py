@@ -52,19 +52,26 @@ def chat_of(row: Mapping[str, Any], source: DataSource, where: str) -> Chat | No
         UserError: no such column, or no list of turns in it.
     """
     if source.messages is not None:
-        messages = _turns(_column(row, source.messages, where), source.messages, where)
+        messages = _turns(column_of(row, source.messages, where), source.messages, where)
     else:
         assert source.prompt is not None
         assert source.completion is not None
         sides = ((source.prompt, "user"), (source.completion, ASSISTANT))
-        messages = [turn for column, role in sides for turn in _side(_column(row, column, where), column, role, where)]
-    tools = None if source.tools is None else _column(row, source.tools, where)
+        messages = [
+            turn for column, role in sides for turn in _side(column_of(row, column, where), column, role, where)
+        ]
+    tools = None if source.tools is None else column_of(row, source.tools, where)
     if isinstance(tools, str):
         tools = json.loads(tools) if tools.strip() else None
     return Chat(messages, where, tools or None) if messages else None
 
 
-def _column(row: Mapping[str, Any], name: str, where: str) -> Any:
+def column_of(row: Mapping[str, Any], name: str, where: str) -> Any:
+    """What ``row`` has in the column ``name``.
+
+    Raises:
+        UserError: no such column.
+    """
     if name not in row:
         raise UserError(f"data {where}: has no column {name!r}; it has {', '.join(map(str, row))}")
     return row[name]

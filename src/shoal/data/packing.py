@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.atomic_files import write_json
 from shoal.errors import UserError
 
 IGNORED = -100
@@ -245,13 +244,8 @@ def write_rows(folder: Path, rows: Iterable[Row], num_rows: int, length: int, *,
                 file.write(getattr(row, name).astype(PLANES[name], copy=False).tobytes())
 
 
-def write_counts(folder: Path, counts: dict[str, dict[str, int]]) -> None:
-    """What `read_rows` reads back as counts."""
-    write_json(folder / COUNTS, counts)
-
-
 def read_rows(folder: Path) -> PackedRows:
-    """Rows written by `write_rows`, mapped instead of read."""
+    """Rows written by `write_rows`, mapped instead of read, with the counts that lie beside them in COUNTS."""
     planes = {
         name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
         for name in PLANES

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from shoal.atomic_files import file_hash, fingerprint
-from shoal.data.chat import Chat, chat_of, check_template, tokenised
+from shoal.atomic_files import file_hash, fingerprint, write_json
+from shoal.data.chat import Chat, chat_of, check_template, column_of, tokenised
 from shoal.data.packing import (
+    COUNTS,
     FIELDS,
     PackedRows,
     TokenDocument,
@@ -29,7 +30,6 @@ from shoal.data.packing import (
     read_rows,
     split_rows,
     teaching_rows,
-    write_counts,
     write_rows,
 )
 from shoal.errors import UserError
@@ -159,7 +159,7 @@ def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]
     """
     labelled: list[tuple[str, Any]] = []
     for number, (where, row) in enumerate(_records(source)):
-        text, label = _text(row, source.column, where), _field(row, label_column, where)
+        text, label = _text(row, source.column, where), column_of(row, label_column, repr(where))
         if not text.strip() or label is None:
             empty = source.column if not text.strip() else label_column
             raise UserError(f"data {where!r}: row {number} has nothing in column {empty!r}; fill it or leave it out")
@@ -231,18 +231,12 @@ def _hub_rows(source: DataSource) -> Iterable[dict[str, Any]]:
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str:
-    text = _field(row, column, where)
+    text = column_of(row, column, repr(where))
     if text is not None and not isinstance(text, str):
         raise UserError(
             f"data {where!r}: column {column!r} holds {type(text).__name__}, not text; name a column of text"
         )
     return text or ""
-
-
-def _field(row: dict[str, Any], column: str, where: str) -> Any:
-    if column not in row:
-        raise UserError(f"data {where!r}: has no column {column!r}; it has {', '.join(map(str, row))}")
-    return row[column]
 
 
 def _known_sources(name: str) -> str:
@@ -300,7 +294,7 @@ def pack(
         marked = packing == "best_fit" or any(source.assistant_only for source, _ in sources)
         if folder is not None:
             write_rows(folder, rows, num_rows, sequence_length, with_supervised=marked)
-            write_counts(folder, counts)
+            write_json(folder / COUNTS, counts)
             return read_rows(folder)
         planes = collect(rows, num_rows, sequence_length, with_supervised=marked)
         tensors = {name: torch.from_numpy(plane) for name, plane in planes.items()}

@@ -59,7 +59,7 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
     with figure_style():
         _draw_heat(axes[0], metrics, atlas, drop)
         for index, column in enumerate(atlas.columns):
-            colour, name = SERIES_COLOURS[index % 5], _label(column, atlas.sweep)
+            colour, name = SERIES_COLOURS[index % 5], atlas.sweep.title(column)
             _draw_column(axes[1 + index], column, name, colour, drop, range(importance.num_layers))
         for index, gap in enumerate(atlas.gaps):
             _draw_gap(axes[1 + len(atlas.columns) + index], gap, drop)
@@ -123,7 +123,7 @@ def curves_figure(sweep: Sweep) -> Figure:
     figure, axes = panels([1.6] * len(sweep.columns))
     with figure_style():
         for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
-            _draw_column(ax, column, _label(column, sweep), SERIES_COLOURS[index % 5], (), places)
+            _draw_column(ax, column, sweep.title(column), SERIES_COLOURS[index % 5], (), places)
         axes[-1].set_xlabel({"donor": "layer of the donor"}.get(sweep.operator, f"{sweep.operator} of layer"))
     return figure
 
@@ -168,7 +168,7 @@ def _draw_heat(ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, dr
         texts.append([""] * num_layers)
         frames.append(())
     for column in atlas.columns:
-        names.append(_name(_label(column, atlas.sweep).replace("/", "\n")))
+        names.append(_name(atlas.sweep.title(column).replace("/", "\n")))
         shades.append([_loss_shade(column, layer) for layer in range(num_layers)])
         texts.append([_cell_text(column, layer) for layer in range(num_layers)])
         frames.append(column.critical)
@@ -238,7 +238,7 @@ def _draw_gap(ax: Axes, gap: ProtocolGap, drop: Sequence[int]) -> None:
 
 def _draw_centroids(ax: Axes, atlas: Atlas) -> None:
     for row, profile in enumerate(atlas.depth):
-        label = _label(atlas.columns[row], atlas.sweep)
+        label = atlas.sweep.title(atlas.columns[row])
         if profile.centroid is None:
             label += f" ({profile.reason})"
         else:
@@ -326,14 +326,7 @@ def _name_cells(ax: Axes, columns: Sequence[str], rows: Sequence[str]) -> None:
     ax.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     ax.set_yticks(range(len(rows)), rows, fontsize=8)
     ax.tick_params(length=0)
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
-
-
-def _label(column: SweepColumn, sweep: Sweep) -> str:
-    """`ability/protocol`, or the task's name where that stands for several tasks."""
-    alone = sum(other.label == column.label for other in sweep.columns) == 1
-    return column.label if alone else column.task
+    ax.spines[["left", "bottom"]].set_visible(False)
 
 
 def _title(column: SweepColumn, quantity: str) -> str:

@@ -73,9 +73,8 @@ def _all_columns(importance: Importance, plan: PruningPlan | None) -> Iterator[D
             single = [unit.layers[0] for unit in atlas.sweep.units]
             scores = dict(zip(single, column.importances, strict=True))
             critical = frozenset(single[place] for place in column.critical)
-            name = column.label if sum(other.label == column.label for other in atlas.columns) == 1 else column.task
             every = tuple(scores.get(layer) for layer in range(importance.num_layers))
-            yield DepthColumn(name, every, decided, critical)
+            yield DepthColumn(atlas.sweep.title(column), every, decided, critical)
     for name, scores in importance.layers.items():
         yield DepthColumn(name, tuple(scores), name in chosen_by)
     for name, rows in importance.runs.items():
@@ -135,8 +134,7 @@ def _draw_stack(ax: Axes, plan: PruningPlan) -> None:
     ax.set_ylim(plan.num_layers - 0.4, -0.6)
     ax.set_xlim(-0.04, 1.46)
     ax.set_xticks([])
-    for side in ax.spines.values():
-        side.set_visible(False)
+    ax.spines[:].set_visible(False)
     ax.set_title("text in ↓", fontsize=8, loc="center")
     legend = ["■ kept", *(["▨ cut"] if plan.drop else []), *(["◆ edited"] if edited else [])]
     ax.set_xlabel("\n".join(["↓ next word out", "  ".join(legend)]), fontsize=8)
@@ -165,8 +163,7 @@ def _draw_column(ax: Axes, column: DepthColumn, dropped: set[int]) -> None:
     ax.axvline(0, color=FAINT, lw=0.8)
     ax.set_xticks([])
     ax.tick_params(axis="y", length=0, labelleft=False)
-    for side in ax.spines.values():
-        side.set_visible(False)
+    ax.spines[:].set_visible(False)
     parts = clean(column.name).replace("_", " ").split("/")
     lines = [line for part in parts for line in textwrap.wrap(part, 13, break_on_hyphens=False)][:3]
     weight = "bold" if column.decided else "normal"

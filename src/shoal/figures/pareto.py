@@ -77,7 +77,9 @@ def pareto_figure(rows: Sequence[Sequence[ParetoPanel]], names: Mapping[str, str
         raise UserError("compare: there is no retention to draw; evaluate the teacher and a task it is above chance on")
     from matplotlib.lines import Line2D
 
-    figure, grid = _grid(len(rows), len(rows[0]), key_lines=len(names))
+    width = FULL_WIDTH_INCHES if len(rows[0]) > 1 else FULL_WIDTH_INCHES * 0.72
+    height = sum([ROW_INCHES] * len(rows) + [0.4 + 0.2 * len(names)]) + 0.4
+    figure, grid = panel_grid((len(rows), len(rows[0])), (width, height), sharex="col", sharey="row")
     with figure_style():
         for axes, row in zip(grid, rows, strict=True):
             low, high = _range([point for panel in row for point in panel.points])
@@ -99,13 +101,6 @@ def pareto_figure(rows: Sequence[Sequence[ParetoPanel]], names: Mapping[str, str
         keys = [Line2D([], [], ls="", label=f"{letter} = {short(name, 60)}") for letter, name in names.items()]
         figure.legend(handles=keys, loc="outside lower left", handlelength=0, handletextpad=0, labelspacing=0.3)
     return figure
-
-
-def _grid(num_rows: int, num_columns: int, *, key_lines: int) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of ``num_rows`` times ``num_columns`` panels above a key of so many lines."""
-    width = FULL_WIDTH_INCHES if num_columns > 1 else FULL_WIDTH_INCHES * 0.72
-    height = sum([ROW_INCHES] * num_rows + [0.4 + 0.2 * key_lines]) + 0.4
-    return panel_grid((num_rows, num_columns), (width, height), sharex="col", sharey="row")
 
 
 def _draw(ax: Axes, panel: ParetoPanel) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, cache_utils
 
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy, decoder_layers, layer_config, text_config
+from shoal.models.anatomy import anatomy, layer_config, text_config
 from shoal.models.load import num_parameters
 
 PROBE_TOKENS = (2, 3)
@@ -86,15 +86,17 @@ def model_cost(model: PreTrainedModel) -> Cost:
         UserError: layers that are not one list, or a mixture of experts of which it is not known how many a token is
             sent to.
     """
-    head, decoder = model.get_output_embeddings(), _decoder(model)
-    head_parameters = sum(parameter.numel() for parameter in head.parameters()) if head is not None else 0
+    parts = anatomy(model)
+    # the module that holds the list of layers, and what comes before and after it but the head
+    decoder = model.get_submodule(parts.layers_name.rpartition(".")[0])
+    head_parameters = num_parameters(parts.head) if parts.head is not None else 0
     return Cost(
         num_layers=text_config(model.config).num_hidden_layers,
         num_parameters=num_parameters(model),
         active_parameters=_active_parameters(decoder) + head_parameters,
         head_parameters=head_parameters,
-        layer_parameters=num_parameters(decoder_layers(model)),
-        active_layer_parameters=_active_parameters(decoder_layers(model)),
+        layer_parameters=num_parameters(parts.layers),
+        active_layer_parameters=_active_parameters(parts.layers),
         cache=_cache(decoder, text_config(model.config)),
     )
 
@@ -161,15 +163,10 @@ def _enclosing_experts(name: str, modules: dict[str, nn.Module]) -> tuple[int, i
     )
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    """The module that holds the list of layers, and what comes before and after it but the head."""
-    return model.get_submodule(anatomy(model).layers_name.rpartition(".")[0])
-
-
 def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
     for name, module in decoder.named_modules():
         if name.rpartition(".")[2] == "experts":
-            module.forward = _same_shape  # routing reads numbers, and there are none
+            module.forward = lambda hidden_states, *_, **__: hidden_states  # routing reads numbers, and there are none
     short, long = PROBE_TOKENS
     try:
         before, after = (_slots(decoder, num_tokens) for num_tokens in PROBE_TOKENS)
@@ -191,10 +188,6 @@ def _cache(decoder: nn.Module, text: Any) -> tuple[LayerCache, ...] | None:
             )
         )
     return tuple(layer_caches)
-
-
-def _same_shape(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
 
 
 @torch.no_grad()

@@ -93,5 +93,5 @@ def combined(values: Sequence[float], lows: Sequence[float], highs: Sequence[flo
     """
     value, down, up = np.asarray(values), np.asarray(values) - lows, np.asarray(highs) - values
     total = float(value.sum())
-    reach = [math.sqrt(max(float(part @ correlation @ part), 0.0)) for part in (down, up)]
+    reach = [math.sqrt(max(0.0, float(part @ correlation @ part))) for part in (down, up)]
     return np.array([total - reach[0], total, total + reach[1]])

@@ -108,7 +108,7 @@ def paired_values(
     won, lost = int((gain_N > 0).sum()), int((gain_N < 0).sum())
     difference = float(np.average(change_N, weights=weights_N))
     if binary:
-        low, high = newcombe_paired(**_table(before_N, after_N))
+        low, high = newcombe_paired(**paired_table(before_N, after_N))
         return PairedDifference(n, difference, low, high, mcnemar(won, lost), "mcnemar-exact", won, lost)
     if n == 1:
         return PairedDifference(n, difference, -math.inf, math.inf, 1.0, "paired-bootstrap", won, lost)
@@ -194,7 +194,7 @@ def retention(before: TaskScore, after: TaskScore) -> Retention:
     before_N, after_N, weights_N = _aligned(before, after)
     value = (after.score - before.chance) / (before.score - before.chance)
     if is_binary(before) and is_binary(after):
-        limits = paired_ratio(**_table(before_N, after_N), chance=before.chance)
+        limits = paired_ratio(**paired_table(before_N, after_N), chance=before.chance)
     else:
         # both roles in the same resamples; those in which the teacher is at chance have no ratio
         above_R2 = resampled_means(np.stack([before_N, after_N], axis=1), weights_N) - before.chance
@@ -302,7 +302,7 @@ def minimal_detectable_difference(before: TaskScore, after: TaskScore, *, power:
     return float(optimize.brentq(shortfall, 0.0, discordant))  # pyright: ignore[reportArgumentType]
 
 
-def _table(before_N: Array, after_N: Array) -> dict[str, int]:
+def paired_table(before_N: Array, after_N: Array) -> dict[str, int]:
     """How many 0/1 items were right both times, only after, only before, never."""
     return {
         "both": int((before_N * after_N).sum()),

@@ -143,36 +143,25 @@ def _open(
         "resume": "allow",
         "settings": wandb.Settings(finish_timeout=wait_s, finish_timeout_raises=True),
     }
-    with _hidden_arguments():
-        try:
-            run = wandb.init(mode=mode, **arguments)
-        except wandb.Error as error:
-            if mode == "offline":
-                raise
-            log.warning(
-                "W&B: cannot go online (%s); this stage is tracked offline, later: %s",
-                _reason(error),
-                sync_command(run_dir),
-            )
-            wandb.teardown()  # its service still holds the id of the run that did not come about
-            run = wandb.init(mode="offline", **arguments)
+    command_line = sys.argv
+    sys.argv = redacted_arguments(command_line)  # W&B records it, and a setting on it may be a secret
+    try:
+        run = wandb.init(mode=mode, **arguments)
+    except wandb.Error as error:
+        if mode == "offline":
+            raise
+        later = sync_command(run_dir)
+        log.warning("W&B: cannot go online (%s); this stage is tracked offline, later: %s", _reason(error), later)
+        wandb.teardown()  # its service still holds the id of the run that did not come about
+        run = wandb.init(mode="offline", **arguments)
+    finally:
+        sys.argv = command_line
     # not at the top level: the Trainer puts its arguments and the model's configuration there, under the same names
     run.config.update(redacted({"recipe": recipe, "environment": environment()}), allow_val_change=True)
     where = "offline" if run.offline else str(run.url)
     later = f"; it is uploaded with: {sync_command(run_dir)}" if run.offline and is_new else ""
     log.info("W&B: %s %s, %s%s", "run" if is_new else "going on with run", run.id, where, later)
     return run
-
-
-@contextmanager
-def _hidden_arguments() -> Iterator[None]:
-    """W&B records the command line, and a setting on it may be a secret."""
-    before = sys.argv
-    sys.argv = redacted_arguments(before)
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 def _reason(error: Exception) -> str:

@@ -65,12 +65,11 @@ from shoal.eval.report.document import (
     prose,
     to_markdown,
 )
-from shoal.eval.report.findings import Comparison, Run, compare, protocol_gaps, read_run
+from shoal.eval.report.findings import Comparison, Run, compare, protocol_gaps, read_result, read_run
 from shoal.eval.report.flips import within
 from shoal.eval.report.headline import facts, headline
 from shoal.eval.report.page import to_html
 from shoal.eval.report.report import build_document, write_report
-from shoal.eval.report.search import read_search
 from shoal.formatting import layers_text, signed
 from shoal.recipe.edits import SkipAttention, Swap
 from shoal.redaction import redacted
@@ -90,7 +89,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str, Path]:
 def told(folder: Path) -> str:
     """report.md of the folder, without drawing its figures."""
     run = read_run(folder)
-    return to_markdown(build_document(run, compare(run), {}, read_search(folder)))
+    return to_markdown(build_document(run, compare(run), {}, read_result(SearchResult, folder / SearchResult.FILE)))
 
 
 def planted(text: str) -> tuple[TaskScore, TaskScore]:
