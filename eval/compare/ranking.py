@@ -193,7 +193,8 @@ def _weighted_sum(
 ) -> Interval:
     """The sum of ``limits`` (value and ends), each times its positive scale."""
     values_U3 = np.array(scales)[:, None] * np.array(limits)
-    low, value, high = combined(*values_U3.T.tolist(), correlation).tolist()
+    values, lows, highs = values_U3.T.tolist()
+    low, value, high = combined(values, lows, highs, correlation).tolist()
     return _interval(value, low, high)
 
 
