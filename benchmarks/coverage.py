@@ -1,6 +1,6 @@
 """Do 95 % intervals of atlas and report hold the truth 95 times in 100? Item scores are drawn from known chances.
 
-    python benchmarks/coverage.py [--data-sets 2000] [--json FILE]
+    python benchmarks/coverage.py [--data-sets 2000]
 
 Three kinds of column are planted, each over layers that range from harmless to fatal: option text (0/1, chance 1/4),
 generated text (0/1, chance 0) and nats per token (skewed, a few hard items). Every data set goes through the same
@@ -18,8 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from scipy import stats
 
 from shoal.artifacts.artifact import ItemScore, TaskScore
 from shoal.artifacts.importance import Estimate
-from shoal.atomic_files import write_json
 from shoal.compress.sweeps.table import sweep_table
 from shoal.eval.harness.rates import rate_difference, with_rates
 from shoal.recipe.edits import Component
@@ -47,7 +46,6 @@ GOAL = (0.93, 0.97)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data-sets", type=int, default=2000)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
     for name, items, intact, chance in (
@@ -56,17 +54,15 @@ def main() -> None:
         ("generated text", 100, 0.4, 0.0),
         ("generated text", 200, 0.7, 0.0),
     ):
-        rows += planted_shares(name, items, intact, chance, arguments.data_sets)
+        rows += coverage(name, items, planted_shares(items, intact, chance), arguments.data_sets)
     for items in (20, 60):
-        rows += planted_nats(items, arguments.data_sets)
+        rows += coverage("nats", items, planted_nats(items), arguments.data_sets)
     print_summary(rows)
     report = planted_report(arguments.data_sets)
     outside = [row for row in report if not row["low"] <= row["share"] <= row["high"]]
     print(f"report: {len(report) - len(outside)} of {len(report)} inside what is promised")
     for row in (*rows, *report):
         print(json.dumps(row))
-    if arguments.json:
-        write_json(arguments.json, {"data_sets": arguments.data_sets, "rows": rows, "report": report})
 
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
@@ -79,28 +75,37 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
         print(f"  goal {GOAL[0]} to {GOAL[1]}; lowest of all {min(row[quantity] for row in with_quantity):.3f}")
 
 
-def planted_shares(name: str, items: int, intact: float, chance: float, data_sets: int) -> list[dict[str, float | str]]:
-    """Coverage per layer for right-or-wrong items."""
+@dataclass(frozen=True)
+class Planted:
+    """A column of which the truth is known."""
+
+    draw: Callable[[], Array]
+    """Scores of one data set: a row per item, the intact model first and then every layer's removal."""
+    change_L: Array
+    kept_L: Array | None
+    """Layer -> retention; None where there is none."""
+    changed_L: Array
+    """Layer -> items whose score changes."""
+    chance: float = 0.0
+
+
+def planted_shares(items: int, intact: float, chance: float) -> Planted:
+    """Right-or-wrong items."""
     rng = np.random.default_rng(20251002)
     loss_L, won_L = np.array(LOSS), np.array(WON)
     change_L = (1 - intact) * won_L - intact * loss_L
-    kept_L = (intact + change_L - chance) / (intact - chance)
 
     def draw() -> Array:
         right_N1 = rng.random((items, 1)) < intact
         luck_NL = rng.random((items, len(LOSS)))
         return np.hstack([right_N1, np.where(right_N1, luck_NL >= loss_L, luck_NL < won_L)]).astype(float)
 
-    hits = coverage(draw, data_sets, chance=chance, higher_is_better=True, change_L=change_L, kept_L=kept_L)
-    changed_L = items * (intact * loss_L + (1 - intact) * won_L)
-    return [
-        {"column": name, "items": items, "layer": layer, "changed": round(float(changed_L[layer]), 1)} | hit
-        for layer, hit in enumerate(hits)
-    ]
+    kept_L = (intact + change_L - chance) / (intact - chance)
+    return Planted(draw, change_L, kept_L, items * (intact * loss_L + (1 - intact) * won_L), chance)
 
 
-def planted_nats(items: int, data_sets: int) -> list[dict[str, float | str]]:
-    """Coverage per layer for nats per token: items of different difficulty, increases that are skewed."""
+def planted_nats(items: int) -> Planted:
+    """Nats per token: items of different difficulty, increases that are skewed."""
     rng = np.random.default_rng(7)
     increase_L = np.array(INCREASE)
 
@@ -109,135 +114,101 @@ def planted_nats(items: int, data_sets: int) -> list[dict[str, float | str]]:
         noise_NL = rng.normal(0.0, 0.05, size=(items, len(INCREASE)))
         return np.hstack([intact_N1, intact_N1 + increase_L * rng.gamma(2.0, 0.5, size=noise_NL.shape) + noise_NL])
 
-    hits = coverage(draw, data_sets, chance=0.0, higher_is_better=False, change_L=increase_L, kept_L=None)
-    return [
-        {"column": "nats", "items": items, "layer": layer, "changed": items} | hit for layer, hit in enumerate(hits)
-    ]
+    return Planted(draw, increase_L, None, np.full(len(INCREASE), items))
 
 
-def coverage(
-    draw: Callable[[], Array],
-    data_sets: int,
-    *,
-    chance: float,
-    higher_is_better: bool,
-    change_L: Array,
-    kept_L: Array | None,
-) -> list[dict[str, float]]:
+def coverage(name: str, items: int, planted: Planted, data_sets: int) -> list[dict[str, Any]]:
     """Share of data sets whose intervals hold the truth, per layer."""
-    changes_L, kept_hits_L = np.zeros(len(change_L)), np.zeros(len(change_L))
-    with_retention = 0
+    num_layers = len(planted.change_L)
+    units = [Component((layer,), "mlp") for layer in range(num_layers)]
+    hits_L = {"change": np.zeros(num_layers), "retention": np.zeros(num_layers)}
+    counted = dict.fromkeys(hits_L, 0)
     for _ in range(data_sets):
-        scores_NK = draw()
-        tasks = [_task(column, chance, higher_is_better) for column in scores_NK.T]
-        units = [Component((layer,), "mlp") for layer in range(len(change_L))]
+        tasks = [_task(scores_N, planted.chance, planted.kept_L is not None) for scores_N in planted.draw().T]
         (column,) = sweep_table("mlp", units, tasks[:1], [[task] for task in tasks[1:]]).columns
-        changes_L += [holds(effect.change, truth) for effect, truth in zip(column.effects, change_L, strict=True)]
-        if kept_L is not None and not column.no_retention:
-            with_retention += 1
-            kept_hits_L += [
-                holds(effect.retention, truth) for effect, truth in zip(column.effects, kept_L, strict=True)
-            ]
-    shares = [{"change": hits / data_sets} for hits in changes_L.tolist()]
-    if with_retention:
-        shares = [
-            hit | {"retention": kept / with_retention} for hit, kept in zip(shares, kept_hits_L.tolist(), strict=True)
-        ]
-    return shares
+        truths = {"change": planted.change_L}
+        if planted.kept_L is not None and not column.no_retention:
+            truths["retention"] = planted.kept_L
+        for quantity, truth_L in truths.items():
+            counted[quantity] += 1
+            estimates = [getattr(effect, quantity) for effect in column.effects]
+            hits_L[quantity] += [holds(estimate, truth) for estimate, truth in zip(estimates, truth_L, strict=True)]
+    shares_L = {quantity: hits_L[quantity] / number for quantity, number in counted.items() if number}
+    return [
+        {"column": name, "items": items, "layer": layer, "changed": round(float(planted.changed_L[layer]), 1)}
+        | {quantity: float(share_L[layer]) for quantity, share_L in shares_L.items()}
+        for layer in range(num_layers)
+    ]
 
 
 def planted_report(data_sets: int) -> list[dict[str, Any]]:
     """What the report's intervals and tests promise, and how often they keep it: `share` between `low` and `high`."""
+    luck = 3 * (0.95 * 0.05 / data_sets) ** 0.5
+    promises: list[tuple[str, tuple[int, ...], Callable[[np.random.Generator, int], bool], int]] = [
+        ("gap of protocols, the same items", (100, 400), partial(gap_holds, shared=True), 11),
+        ("gap of protocols, other items", (100, 400), partial(gap_holds, shared=False), 11),
+        ("mean of nats", (10, 20, 60), mean_holds, 12),
+        ("mean of nats, unequal windows", (10, 20, 60), partial(mean_holds, unequal=True), 12),
+        ("change of length", (10, 20, 60), partial(rate_holds, name="mean_tokens", truth=8.0), 14),
+        ("retention of scores between 0 and 1", (40, 200), soft_retention_holds, 13),
+        ("change of malformed answers", (40, 200), partial(rate_holds, name="malformed", truth=0.2), 14),
+        ("no change found in nats", (8, 20, 60), no_alarm, 15),
+    ]
     rows = []
-    for shared in (True, False):
-        for n in (100, 400):
-            name = f"gap of protocols, {'the same' if shared else 'other'} items"
-            rows.append(_row(name, n, data_sets, gap_hits(n, data_sets, shared=shared)))
-    for n in (10, 20, 60):
-        rows.append(_row("mean of nats", n, data_sets, mean_hits(n, data_sets)))
-        rows.append(_row("mean of nats, unequal windows", n, data_sets, mean_hits(n, data_sets, unequal=True)))
-        rows.append(_row("change of length", n, data_sets, rate_hits(n, data_sets, "mean_tokens")))
-    for n in (40, 200):
-        rows.append(_row("retention of scores between 0 and 1", n, data_sets, soft_retention_hits(n, data_sets)))
-        rows.append(_row("change of malformed answers", n, data_sets, rate_hits(n, data_sets, "malformed")))
-    for n in (8, 20, 60):
-        rows.append(_row("no change found in nats", n, data_sets, false_alarms(n, data_sets), high=1.0))
+    for name, sizes, hit, seed in promises:
+        high = 1.0 if hit is no_alarm else 0.98
+        for n in sizes:
+            rng = np.random.default_rng(seed)
+            share = sum(hit(rng, n) for _ in range(data_sets)) / data_sets
+            rows.append({"interval": name, "items": n, "share": share, "low": 0.93 - luck, "high": high + luck})
     return rows
 
 
-def _row(name: str, n: int, data_sets: int, hits: int, *, high: float = 0.98) -> dict[str, Any]:
-    luck = 3 * (0.95 * 0.05 / data_sets) ** 0.5
-    return {"interval": name, "items": n, "share": hits / data_sets, "low": 0.93 - luck, "high": high + luck}
-
-
-def gap_hits(n: int, data_sets: int, *, shared: bool) -> int:
+def gap_holds(rng: np.random.Generator, n: int, *, shared: bool) -> bool:
     """Of two protocols, one gentle and one hard, whose luck per item is the same by half where items are shared."""
-    rng = np.random.default_rng(11)
-    right, lost, won, chance = (0.85, 0.6), (0.1, 0.4), (0.05, 0.02), (0.25, 0.0)
-    kept = [
-        (p * (1 - loss) + (1 - p) * gain - c) / (p - c)
-        for p, loss, gain, c in zip(right, lost, won, chance, strict=True)
-    ]
-    hits = 0
-    for number in range(data_sets):
-        luck = rng.normal(size=(2, n))  # of the item, for the intact model and for the change
-        pairs = []
-        for protocol in range(2):
-            own = rng.normal(size=(2, n))
-            draws = stats.norm.cdf((luck + own) / np.sqrt(2) if shared else own)
-            before = draws[0] < right[protocol]
-            after = np.where(before, draws[1] >= lost[protocol], draws[1] < won[protocol])
-            name = f"{number}" if shared else f"{number}-{protocol}"
-            pairs.append(tuple(_task(s.astype(float), chance[protocol], True, name) for s in (before, after)))
-        gap = retention_gap(*pairs)
-        hits += gap is not None and gap[1] <= kept[0] - kept[1] <= gap[2]
-    return hits
+    luck = rng.normal(size=(2, n))  # of the item, for the intact model and for the change
+    pairs, kept = [], []
+    for right, loss, gain, chance in ((0.85, 0.1, 0.05, 0.25), (0.6, 0.4, 0.02, 0.0)):
+        kept.append((right * (1 - loss) + (1 - right) * gain - chance) / (right - chance))
+        own = rng.normal(size=(2, n))
+        draws = stats.norm.cdf((luck + own) / np.sqrt(2) if shared else own)
+        before = draws[0] < right
+        after = np.where(before, draws[1] >= loss, draws[1] < gain)
+        name = "" if shared else f"{len(pairs)}-"
+        pairs.append(tuple(_task(scores.astype(float), chance, True, name) for scores in (before, after)))
+    gap = retention_gap(*pairs)
+    return gap is not None and gap[1] <= kept[0] - kept[1] <= gap[2]
 
 
-def mean_hits(n: int, data_sets: int, *, unequal: bool = False) -> int:
+def mean_holds(rng: np.random.Generator, n: int, *, unequal: bool = False) -> bool:
     """Of a role's nats per token, skewed."""
-    rng = np.random.default_rng(12)
     weights = rng.integers(100, 512, size=n).astype(float) if unequal else np.ones(n)
-    limits = (bootstrap_mean(rng.gamma(4.0, 0.5, size=n).tolist(), weights.tolist()) for _ in range(data_sets))
-    return sum(low <= 2.0 <= high for low, high in limits)
+    low, high = bootstrap_mean(rng.gamma(4.0, 0.5, size=n).tolist(), weights.tolist())
+    return low <= 2.0 <= high
 
 
-def soft_retention_hits(n: int, data_sets: int) -> int:
+def soft_retention_holds(rng: np.random.Generator, n: int) -> bool:
     """Of scores like F1: teacher's mean 2/3, of which 3/4 stay."""
-    rng = np.random.default_rng(13)
-    hits = 0
-    for _ in range(data_sets):
-        before = rng.beta(2.0, 1.0, size=n)
-        kept = retention(*(_task(scores, 0.0, True) for scores in (before, before * rng.beta(3.0, 1.0, size=n))))
-        hits += kept.ci_low is not None and kept.ci_high is not None and kept.ci_low <= 0.75 <= kept.ci_high
-    return hits
+    before = rng.beta(2.0, 1.0, size=n)
+    kept = retention(_task(before, 0.0, True), _task(before * rng.beta(3.0, 1.0, size=n), 0.0, True))
+    return kept.ci_low is not None and kept.ci_high is not None and kept.ci_low <= 0.75 <= kept.ci_high
 
 
-def rate_hits(n: int, data_sets: int, name: str) -> int:
+def rate_holds(rng: np.random.Generator, n: int, *, name: str, truth: float) -> bool:
     """Of the change of a rate of written text: 10 % to 30 % malformed, or 8 tokens more of about 20."""
-    rng = np.random.default_rng(14)
-    truth = 8.0 if name == "mean_tokens" else 0.2
-    hits = 0
-    for _ in range(data_sets):
-        broken = rng.random(n) < 0.1
-        later = broken | (rng.random(n) < 0.2 / 0.9)
-        length = rng.poisson(20, size=n)
-        longer = length + rng.poisson(8.0, size=n)
-        before, after = (_written(bad, tokens) for bad, tokens in ((broken, length), (later, longer)))
-        change = rate_difference(before, after, name)
-        hits += change.ci_low - 1e-9 <= truth <= change.ci_high + 1e-9
-    return hits
+    broken = rng.random(n) < 0.1
+    later = broken | (rng.random(n) < 0.2 / 0.9)
+    length = rng.poisson(20, size=n)
+    longer = length + rng.poisson(8.0, size=n)
+    change = rate_difference(_written(broken, length), _written(later, longer), name)
+    return change.ci_low - 1e-9 <= truth <= change.ci_high + 1e-9
 
 
-def false_alarms(n: int, data_sets: int) -> int:
-    """How many data sets without a change a test at 5 % leaves alone."""
-    rng = np.random.default_rng(15)
-    alone = 0
-    for _ in range(data_sets):
-        before = rng.gamma(4.0, 0.5, size=n)
-        after = before + rng.normal(0.0, 0.3, size=n)
-        alone += paired(_task(before, 0.0, False), _task(after, 0.0, False)).p_value >= 0.05
-    return alone
+def no_alarm(rng: np.random.Generator, n: int) -> bool:
+    """Whether a test at 5 % leaves a data set without a change alone."""
+    before = rng.gamma(4.0, 0.5, size=n)
+    after = before + rng.normal(0.0, 0.3, size=n)
+    return paired(_task(before, 0.0, False), _task(after, 0.0, False)).p_value >= 0.05
 
 
 def _written(malformed_N: NDArray[np.bool_], tokens_N: NDArray[Any]) -> TaskScore:
