@@ -41,14 +41,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainingText:
-    """What is learnt from, and the tokenizer that made it."""
-
-    rows: PackedRows
-    tokenizer: PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
 class Identity:
     """What a training is known by when it goes on or is asked for again."""
 
@@ -58,39 +50,10 @@ class Identity:
     """The same with the real batch, however ranks and micro-batches share it."""
 
 
-@dataclass(frozen=True)
-class Models:
-    """Both models of a training. The student is made trainable."""
-
-    student: PreTrainedModel
-    teacher: PreTrainedModel | None
-    """None where its signals were recorded, or where no loss term asks it."""
-    stored: frozenset[str]
-    """Names of the tensors in the student's files."""
-
-
-def load_models(spec: TrainSpec, *, seed: int) -> Models:
-    """Load the student with what is trained of it, and the teacher where it is to run.
-
-    Called when the TrainingArguments exist: under ZeRO-3 they make from_pretrained shard what it loads.
-
-    Raises:
-        UserError: parts of the recipe that contradict the models.
-    """
-    student = spec.student.model(dtype="float32")
-    stored = frozenset(stored_names(spec.student.folder))
-    make_trainable(student, spec, seed=seed, stored=stored)
-    keep_zeros(student)
-    teacher = None
-    if spec.runs_teacher:
-        teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype).requires_grad_(False)
-    return Models(student, teacher, stored)
-
-
 def make_trainer(
     spec: TrainSpec,
-    models: Models,
-    text: TrainingText,
+    rows: PackedRows,
+    tokenizer: PreTrainedTokenizerBase,
     arguments: TrainingArguments,
     identity: Identity,
     *,
@@ -98,23 +61,31 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback],
     peak_tokens_per_s: float | None,
 ) -> DistillTrainer:
-    """The Trainer of these models, joined with the loss; the teacher is on its device, weights are shared.
+    """Load the student, made trainable, and the teacher where it is to run; the Trainer that joins them with the loss.
+
+    The teacher is on its device, weights are shared. ``arguments`` exist before the models: under ZeRO-3 they make
+    from_pretrained shard what it loads.
 
     Raises:
         UserError: parts of the recipe that contradict the plan, the models or a recording.
     """
-    student, teacher = models.student, models.teacher
-    wiring = wire(spec, student, teacher, partial(_recorded_teacher, spec, text.rows, identity.stage))
+    student, teacher = spec.student.model(dtype="float32"), None
+    stored = stored_names(spec.student.folder)
+    make_trainable(student, spec, seed=arguments.seed, stored=stored)
+    keep_zeros(student)
+    if spec.runs_teacher:
+        teacher = spec.teacher.model(dtype=spec.settings.teacher.dtype).requires_grad_(False)
+    wiring = wire(spec, student, teacher, partial(_recorded_teacher, spec, rows, identity.stage))
     trainer = DistillTrainer(
         model=student,
         args=arguments,
-        train_dataset=text.rows,
+        train_dataset=rows,
         data_collator=_stack,
         spec=spec,
         wiring=wiring,
         identity=identity.checkpoints,
         stop=stop,
-        on_policy=_on_policy(spec.settings, student, text.tokenizer, seed=arguments.seed),
+        on_policy=_on_policy(spec.settings, student, tokenizer, seed=arguments.seed),
         peak_tokens_per_s=peak_tokens_per_s,
         callbacks=[*callbacks],
     )
@@ -122,9 +93,9 @@ def make_trainer(
     if teacher is not None:
         place_teacher(teacher, trainer, offload=spec.settings.teacher.offload)
         if spec.deepspeed.stage < 3 and not spec.settings.teacher.offload:
-            _share_weights(spec, models)
+            _share_weights(spec, student, teacher, stored)
     if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
-        warn_of_mixed_documents(teacher or student, text.rows, autocast_dtype=spec.deepspeed.autocast_dtype)
+        warn_of_mixed_documents(teacher or student, rows, autocast_dtype=spec.deepspeed.autocast_dtype)
     return trainer
 
 
@@ -150,19 +121,12 @@ def _on_policy(
     return Sampler(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None)
 
 
-def _share_weights(spec: TrainSpec, models: Models) -> None:
-    assert models.teacher is not None
-    for model in (models.student, models.teacher):
+def _share_weights(spec: TrainSpec, student: PreTrainedModel, teacher: PreTrainedModel, stored: set[str]) -> None:
+    for model in (student, teacher):
         align_weights(model)  # else the last bits may differ on a CPU: mapped files are not aligned
-    models.student.to(device())  # pyright: ignore[reportArgumentType]
-    saved = share_frozen(
-        models.student,
-        models.teacher,
-        spec.plan.keep,
-        autocast_dtype=spec.deepspeed.autocast_dtype,
-        stored=models.stored,
-    )
-    if saved:
+    student.to(device())  # pyright: ignore[reportArgumentType]
+    autocast_dtype = spec.deepspeed.autocast_dtype
+    if saved := share_frozen(student, teacher, spec.plan.keep, autocast_dtype=autocast_dtype, stored=stored):
         log.info("teacher and student share %.0f MB of frozen weights", saved / 1e6)
 
 

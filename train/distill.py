@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from shoal.data.packing import PackedRows
 from shoal.data.sources import sources_fingerprint
@@ -21,7 +21,7 @@ from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, is_main
 from shoal.tracking import wandb_run
 
-from .assembly import Identity, TrainingText, load_models, make_trainer, watch
+from .assembly import Identity, make_trainer, watch
 from .callbacks.progress import Progress
 from .callbacks.validation import Scorer
 from .callbacks.wandb_curves import Curves
@@ -151,57 +151,10 @@ def distill(
     heartbeat = Heartbeat(run_dir, timeout_s=spec.settings.timeout_s)
     heartbeat.start()
     identity = Identity(inputs, checkpoint_inputs(spec.settings, inputs))
-    resume, universal = _checkpoint_to_go_on_from(run_dir / "checkpoints", identity, spec)
-    prepared = _prepared(spec, run_dir, inputs, evaluation)
-    with doing("starting the W&B run"):
-        tracked = start_tracking() is not None
-    stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
-    callbacks = [progress, heartbeat, *([Curves(run_dir)] if tracked else [])]
-    trainer = _assembled(prepared, run_dir, identity, stop, callbacks, universal=universal)
-    tokenizer, make_scorer = prepared.text.tokenizer, evaluation.scorer
-    watcher = watch(spec, trainer, identity, None if make_scorer is None else make_scorer(tokenizer))
-    trainer.objective.install()
-    _announce(trainer, prepared.text.rows, spec, resume)
-    with progress, stop.listening():
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    is_finished = trainer.state.global_step >= trainer.state.max_steps
-    if is_finished:
-        trainer.objective.uninstall()
-        write_results(
-            trainer,
-            prepared.spec,
-            run_dir=run_dir,
-            inputs=inputs,
-            watcher=watcher,
-            rows=prepared.text.rows,
-            overlap=prepared.overlap,
-        )
-    heartbeat.stop()
-    wandb_run.finish(run_dir)
-    if not is_finished:
-        raise Stopped(
-            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
-            stop.number,
-        )
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What training begins with."""
-
-    spec: TrainSpec
-    """Its student is the one that the local stage has healed, where there is one."""
-    text: TrainingText
-    overlap: dict[str, Any]
-    """Evaluation items in the text, for distill.json."""
-    peak_tokens_per_s: float | None
-    """Tokens per second if all operations were matrix products; None where that is not known or not logged."""
-
-
-def _prepared(spec: TrainSpec, run_dir: Path, inputs: dict[str, Any], evaluation: Evaluation) -> _Prepared:
-    """Refuse what does not fit; then the text, and the local stage where the recipe has one."""
+    resume = agreed(lambda: last_complete(run_dir / "checkpoints", identity.checkpoints))
+    universal = resume is not None and agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
     with doing("working out what training takes"):
-        flops_per_token = agreed(lambda: _flops_per_token(spec, run_dir))
+        flops_per_token = agreed(lambda: (size := check_fit(spec, run_dir)) and size.flops_per_token)
     tokenizer = spec.teacher.tokenizer()
     rows = rows_to_train_on(spec.teacher, tokenizer, spec.settings, run_dir, inputs=inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
@@ -213,51 +166,40 @@ def _prepared(spec: TrainSpec, run_dir: Path, inputs: dict[str, Any], evaluation
         spec = replace(spec, student=replace(spec.student, folder=healed))
     with doing("measuring what the machine can do at best"):
         peak = most_tokens_per_s(spec, flops_per_token) if is_main() else None  # which alone logs it
-    return _Prepared(spec, TrainingText(rows, tokenizer), overlap, peak)
-
-
-def _assembled(
-    prepared: _Prepared,
-    run_dir: Path,
-    identity: Identity,
-    stop: StopRequest,
-    callbacks: Sequence[TrainerCallback],
-    *,
-    universal: bool,
-) -> DistillTrainer:
-    """The models, loaded and handed to their Trainer."""
-    spec, seed = prepared.spec, identity.stage["seed"]
+    with doing("starting the W&B run"):
+        tracked = start_tracking() is not None
     with doing("loading DeepSpeed"):
         join_deepspeed()
     # before the models: under ZeRO-3 these arguments make from_pretrained shard what it loads
     arguments = training_arguments(
-        spec.settings, spec.deepspeed, output_dir=run_dir / "checkpoints", seed=seed, load_universal=universal
+        spec.settings,
+        spec.deepspeed,
+        output_dir=run_dir / "checkpoints",
+        seed=inputs["seed"],
+        load_universal=universal,
     )
-    return make_trainer(
-        spec,
-        load_models(spec, seed=seed),
-        prepared.text,
-        arguments,
-        identity,
-        stop=stop,
-        callbacks=callbacks,
-        peak_tokens_per_s=prepared.peak_tokens_per_s,
+    stop, progress = StopRequest(), Progress(tokens_per_step=spec.tokens_per_step)
+    callbacks = [progress, heartbeat, *([Curves(run_dir)] if tracked else [])]
+    trainer = make_trainer(
+        spec, rows, tokenizer, arguments, identity, stop=stop, callbacks=callbacks, peak_tokens_per_s=peak
     )
-
-
-def _checkpoint_to_go_on_from(folder: Path, identity: Identity, spec: TrainSpec) -> tuple[Path | None, bool]:
-    """The last complete checkpoint of this run, if there is one, and whether it must be loaded in the form that fits
-    any number of ranks."""
-    resume = agreed(lambda: last_complete(folder, identity.checkpoints))
-    if resume is None:
-        return None, False
-    return resume, agreed(lambda: needs_universal(resume, zero_stage=spec.deepspeed.stage))
-
-
-def _flops_per_token(spec: TrainSpec, run_dir: Path) -> float | None:
-    """Refuse what does not fit; the operations of a token, where they can be counted."""
-    size = check_fit(spec, run_dir)
-    return None if size is None else size.flops_per_token
+    make_scorer = evaluation.scorer
+    watcher = watch(spec, trainer, identity, None if make_scorer is None else make_scorer(tokenizer))
+    trainer.objective.install()
+    _announce(trainer, rows, spec, resume)
+    with progress, stop.listening():
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    is_finished = trainer.state.global_step >= trainer.state.max_steps
+    if is_finished:
+        trainer.objective.uninstall()
+        write_results(trainer, spec, run_dir=run_dir, inputs=inputs, watcher=watcher, rows=rows, overlap=overlap)
+    heartbeat.stop()
+    wandb_run.finish(run_dir)
+    if not is_finished:
+        raise Stopped(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps} ({stop.reason}), saved",
+            stop.number,
+        )
 
 
 def _announce(trainer: DistillTrainer, rows: PackedRows, spec: TrainSpec, resume: Path | None) -> None:

@@ -16,7 +16,7 @@ from .engine.arguments import kept_checkpoints
 from .preflight.fit import cheapest, disk_bytes, fits, overrides, shortages, written_bytes
 from .preflight.memory import Setting, memory, shared_weights
 from .preflight.run_size import Job, job
-from .preflight.throughput import PROBE_S, Pace, probe, step_seconds
+from .preflight.throughput import PROBE_S, Pace, probe
 from .student.spec import TrainSpec
 
 ASSUMED_SHARE = 0.4
@@ -167,8 +167,6 @@ def _time(job: Job, pace: Pace | None) -> list[str]:
     setting, spec, flops = job.setting, job.spec, job.flops_per_token
     with doing("timing a matrix product"):
         peak = flops_per_second(spec.ranks.device, spec.deepspeed.product_dtype)
-    # ranks on one CPU share its cores, which a probe has had to itself
-    machines = setting.ranks // setting.ranks_per_node if setting.device == "cpu" else setting.ranks
     if pace is None:
         rate, optimizer_s = ASSUMED_SHARE * peak / flops, 0.0
         how = f"assuming {ASSUMED_SHARE:.0%} of the {peak / 1e12:.3g} TFLOP/s of a matrix product measured here"
@@ -178,7 +176,8 @@ def _time(job: Job, pace: Pace | None) -> list[str]:
             f"measured here on {_tried(pace, setting)} of the real objective: {rate * flops / peak:.0%} of the "
             f"{peak / 1e12:.3g} TFLOP/s of a matrix product"
         )
-    step = step_seconds(spec.tokens_per_step // machines, rate, optimizer_s)
+    # ranks on one CPU share its cores, which a probe has had to itself
+    step = spec.tokens_per_step // spec.ranks.machines / rate + optimizer_s
     return [
         f"time: {spec.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, "
         f"{_duration(spec.num_steps * step)} for {spec.settings.num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",

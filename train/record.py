@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,36 +57,22 @@ def record_signals(
     layers as ``prefix`` says need never run again: the state above them is recorded.
 
     Raises:
-        UserError: as recording_layout, plan_recording and record do, the first two before any weight is loaded.
+        UserError: as recording_layout and plan_recording do, before any weight is loaded; the disk is full after all,
+            or the teacher's distributions are not finite. What is written stays.
     """
     length = rows.input_ids_NS.shape[1]
     layout = recording_layout(settings, teacher, sequence_length=length, prefix=prefix)
     inputs = recording_inputs(settings, teacher, model=model, sequence_length=length, prefix=prefix)
     pending = plan_recording(rows, folder, settings, layout=layout, inputs=inputs, rows_from=rows_from)
-    if not pending and RecordingManifest.read(folder / RecordingManifest.FILE).num_rows >= len(rows):
-        return
-    record(teacher.model(device=device()), rows, folder, settings, pending=pending)
-
-
-def record(
-    teacher: PreTrainedModel,
-    rows: TokenRows,
-    folder: Path,
-    settings: Record,
-    *,
-    pending: Sequence[range],
-) -> None:
-    """Write the shards that plan_recording found missing, in turn over the ranks, then the manifest.
-
-    Raises:
-        UserError: the disk is full after all, or the teacher's distributions are not finite. What is written stays.
-    """
     manifest = RecordingManifest.read(folder / RecordingManifest.FILE)
+    if not pending and manifest.num_rows >= len(rows):
+        return
+    loaded = teacher.model(device=device())
     own_shards = pending[rank() :: world_size()]
     setting = "run_dir" if settings.folder is None else "record.folder"
     with progress("record", total=sum(map(len, own_shards)), unit="rows") as step:
         for shard in own_shards:
-            planes = _record_shard(teacher, rows, shard, settings, manifest.layout, step)
+            planes = _record_shard(loaded, rows, shard, settings, manifest.layout, step)
             path = folder / shard_name(shard.start // settings.rows_per_shard)
             write_shard(path, planes, recording=manifest.provenance.fingerprint, setting=setting)
     barrier()
@@ -133,7 +120,7 @@ def _record_shard(
     for start in range(shard.start, shard.stop, settings.batch_size):
         part = slice(start, min(start + settings.batch_size, shard.stop))
         ids_BS, positions_BS = (x[part].long().to(teacher.device) for x in (rows.input_ids_NS, rows.position_ids_NS))
-        with _keeping(teacher, kept), _keeping_prefix(teacher, layout.prefix, prefix):
+        with _keeping(teacher, kept, layout.prefix, prefix):
             hidden_BSD = final_hidden(teacher, ids_BS, positions_BS)
         signals = top_k_signals(
             hidden_BSD.flatten(0, 1),
@@ -151,50 +138,34 @@ def _record_shard(
 
 
 @contextmanager
-def _keeping(teacher: PreTrainedModel, kept: dict[int, list[Tensor]]) -> Iterator[None]:
-    """While the teacher runs: append the outputs of the layers asked for, as they go to disk."""
-
-    def keeper(layer: int) -> Callable[..., None]:
-        def keep(_module: Any, _args: Any, output: Any) -> None:
-            state = state_of(output)
-            kept[layer].append(state.to(torch.bfloat16).cpu())
-
-        return keep
-
-    layers = decoder_layers(teacher)
-    handles = [layers[layer].register_forward_hook(keeper(layer)) for layer in kept]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _keeping_prefix(teacher: PreTrainedModel, layer: int | None, kept: list[Tensor]) -> Iterator[None]:
-    """While the teacher runs: append a copy of the output of ``layer``.
+def _keeping(
+    teacher: PreTrainedModel, states: dict[int, list[Tensor]], below: int | None, prefix: list[Tensor]
+) -> Iterator[None]:
+    """While the teacher runs: append the outputs of the layers asked for, as they go to disk, to ``states``, and a copy
+    of the output of layer ``below`` to ``prefix``.
 
     Raises:
-        UserError: it is not one (B, S, D) stream.
+        UserError: that one is not one (B, S, D) stream.
     """
-    if layer is None:
-        yield
-        return
 
-    def keep(_module: Any, _args: Any, output: Any) -> None:
+    def keep(layer: int, _module: Any, _args: Any, output: Any) -> None:
         state = state_of(output)
+        if layer in states:
+            states[layer].append(state.to(torch.bfloat16).cpu())
+        if layer != below:
+            return
         if not isinstance(state, Tensor) or state.ndim != 3:
             raise UserError(
                 f"{teacher.config.model_type}: layer {layer} does not return one stream of hidden states; leave "
                 "distill.teacher.prefix out"
             )
-        kept.append(state.to("cpu", copy=True))
+        prefix.append(state.to("cpu", copy=True))
 
-    handle = decoder_layers(teacher)[layer].register_forward_hook(keep)
-    try:
+    layers = decoder_layers(teacher)
+    with ExitStack() as stack:
+        for layer in states.keys() | ({below} - {None}):
+            stack.callback(layers[layer].register_forward_hook(partial(keep, layer)).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def _refuse_non_finite(log_probs: Tensor, tail: Tensor, first_row: int) -> None:

@@ -77,10 +77,8 @@ class DistillTrainer(Trainer):
         recompute_selectively(objective.student, self.args)
         # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over
         self.model_accepts_loss_kwargs = True
-        self._teacher = wiring.teacher
-        self._teacher_head = wiring.teacher_head
         self.objective = objective
-        self._prefix = wiring.prefix
+        self._wiring = wiring
         self._identity = identity
         self._keep_checkpoints = kept_checkpoints(spec.settings)
         self._guard = LossGuard(spec.settings.stop_on_spike)
@@ -133,13 +131,12 @@ class DistillTrainer(Trainer):
         host = on_host(inputs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(documents_known(host, self.args.device))
-            signals = self._teacher.signals(inputs)
-            if self._teacher_head is not None:
-                stack.enter_context(gathered(self._teacher_head))
-            if self._prefix is not None:
-                stack.enter_context(
-                    self._prefix.replaying(next(p for p in model.parameters() if p.requires_grad).dtype)
-                )
+            signals = self._wiring.teacher.signals(inputs)
+            if self._wiring.teacher_head is not None:
+                stack.enter_context(gathered(self._wiring.teacher_head))
+            if self._wiring.prefix is not None:
+                dtype = next(p for p in model.parameters() if p.requires_grad).dtype
+                stack.enter_context(self._wiring.prefix.replaying(dtype))
             # the student's forward is the objective's: sums over this micro-batch's tokens, no means
             loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals, on_host=host)
         num_terms = len(self.objective.terms)

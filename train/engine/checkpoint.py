@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from shoal.artifacts.artifact import differences
 from shoal.atomic_files import cache_dir, file_hash, write_text, written_folder
 from shoal.errors import UserError
-from shoal.runtime import barrier, is_main, rank, world_size
+from shoal.runtime import barrier, is_main, rank, together, world_size
 from shoal.trust import CONSENT, is_signed, is_trusted, signed
 
 log = logging.getLogger(__name__)
@@ -45,11 +44,8 @@ def commit(folder: Path, inputs: dict[str, Any], *, zero_stage: int = 0) -> None
     """
     barrier()
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    own_stamps = {str(file.relative_to(folder)): _stamp(file) for file in files[rank() :: world_size()]}
-    gathered: list[Any] = [own_stamps]
-    if dist.is_initialized() and world_size() > 1:
-        gathered = [None] * world_size()
-        dist.all_gather_object(gathered, own_stamps)
+    own_files = files[rank() :: world_size()]
+    gathered = together(lambda: {str(file.relative_to(folder)): _stamp(file) for file in own_files})
     if is_main():
         stamps = {name: stamp for part in gathered for name, stamp in part.items()}
         manifest = {"inputs": inputs, "layout": {"ranks": world_size(), "zero_stage": zero_stage}, "files": stamps}

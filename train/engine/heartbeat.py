@@ -61,22 +61,12 @@ class Heartbeat(TrainerCallback):
             with contextlib.suppress(OSError):  # another rank's file is still there
                 self._folder.rmdir()
 
-    def moved(self) -> None:
+    def moved(self, *_: Any, **__: Any) -> None:
         """This rank got further."""
         self._progress += 1
         self._moved = time.monotonic()
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.moved()
-
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        self.moved()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.moved()
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self.moved()
+    on_step_begin = on_substep_end = on_step_end = on_save = moved
 
     def _file(self, of_rank: int) -> Path:
         return self._folder / f"{of_rank}.json"

@@ -76,34 +76,6 @@ def write_texts(
     Raises:
         UserError: no prompts, or nothing that was written can be kept.
     """
-    place, chosen, identity = _planned(settings, tokenizer, data=data, folder=folder, inputs=inputs, seed=seed)
-    if not (place / TEXTS).exists():
-        _write_batches(
-            settings,
-            tokenizer,
-            chosen,
-            folder=place / BATCHES,
-            load_writer=load_writer,
-            turn=rank(),
-            turns=world_size(),
-        )
-    barrier()
-    if is_main():
-        _sift(place, identity, keep=settings.keep)
-    barrier()
-    return _kept(place)
-
-
-def _planned(
-    settings: Writing,
-    tokenizer: Any,
-    *,
-    data: Sequence[DataSource],
-    folder: Path,
-    inputs: dict[str, Any],
-    seed: int,
-) -> tuple[Path, list[Prompt], dict[str, Any]]:
-    """Where the texts will be, what they go on from, and everything that they follow from."""
     chosen = _chosen(list(_prompts(settings, tokenizer, data=data, seed=seed)), settings, seed=seed)
     identity = {
         **inputs,
@@ -112,7 +84,14 @@ def _planned(
         "seed": seed,
     }
     shared = folder if settings.folder is None else Path(settings.folder).expanduser()
-    return shared / f"written-{fingerprint(identity)}", chosen, identity
+    place = shared / f"written-{fingerprint(identity)}"
+    if not (place / TEXTS).exists():
+        _write_batches(settings, tokenizer, chosen, folder=place / BATCHES, load_writer=load_writer)
+    barrier()
+    if is_main():
+        _sift(place, identity, keep=settings.keep)
+    barrier()
+    return _kept(place)
 
 
 def _sift(place: Path, identity: dict[str, Any], *, keep: str) -> None:
@@ -156,13 +135,11 @@ def _write_batches(
     *,
     folder: Path,
     load_writer: Callable[[], Writer],
-    turn: int,
-    turns: int,
 ) -> None:
-    """Write every ``turns``-th batch that is not there yet; prompts of like length go together, to pad little."""
+    """Write this rank's batches that are not there yet; prompts of like length go together, to pad little."""
     by_length = sorted(range(len(prompts)), key=lambda number: (len(prompts[number].ids), number))
     batches = [by_length[start : start + settings.batch_size] for start in range(0, len(prompts), settings.batch_size)]
-    files = {folder / f"{index:08d}.jsonl": batches[index] for index in range(turn, len(batches), turns)}
+    files = {folder / f"{index:08d}.jsonl": batches[index] for index in range(rank(), len(batches), world_size())}
     missing = {file: batch for file, batch in files.items() if not file.exists()}
     if not missing:
         return

@@ -110,7 +110,8 @@ def check_fit(spec: TrainSpec, run_dir: Path) -> Job | None:
         log.warning("this training will not fit, and starts because distill.check_memory is false: %s", problems[0])
     elif problems:
         fitting = cheapest(size, device_free=free[0], host_free=free[1])
-        advice = "; this fits: " + ", ".join(overrides(size, fitting)) if fitting and needs_memory(problems) else ""
+        needs_memory = any(not problem.startswith("run_dir") for problem in problems)
+        advice = "; this fits: " + ", ".join(overrides(size, fitting)) if fitting and needs_memory else ""
         raise UserError(
             "this training will not fit: " + "; ".join(problems) + advice + ". `shoal distill --dry-run` shows where "
             "memory goes; distill.check_memory: false starts it all the same"
@@ -122,11 +123,6 @@ def check_fit(spec: TrainSpec, run_dir: Path) -> Job | None:
             bytes_text(free[0]),
         )
     return size
-
-
-def needs_memory(problems: list[str]) -> bool:
-    """Whether another setting would help."""
-    return any(not problem.startswith("run_dir") for problem in problems)
 
 
 def shortages(job: Job, *, device_free: int, host_free: int) -> list[str]:

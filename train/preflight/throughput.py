@@ -78,15 +78,7 @@ def most_tokens_per_s(spec: TrainSpec, flops: float | None) -> float | None:
     product; None where these could not be counted."""
     if flops is None:
         return None
-    ranks = spec.ranks
-    # ranks on one CPU share its cores
-    machines = ranks.count if ranks.device.type != "cpu" else max(1, ranks.count // ranks.per_node)
-    return machines * flops_per_second(ranks.device, spec.deepspeed.product_dtype) / flops
-
-
-def step_seconds(tokens: int, tokens_per_s: float, optimizer_s: float) -> float:
-    """One optimizer step of ``tokens`` on one rank."""
-    return tokens / tokens_per_s + optimizer_s
+    return spec.ranks.machines * flops_per_second(spec.ranks.device, spec.deepspeed.product_dtype) / flops
 
 
 def probe(spec: TrainSpec, setting: Setting) -> Pace:

@@ -35,6 +35,11 @@ class Ranks:
     device: torch.device
     """Device of one rank, which stands for the others'."""
 
+    @property
+    def machines(self) -> int:
+        """Ranks that compute at full speed at one time: those on one CPU share its cores."""
+        return self.count if self.device.type != "cpu" else max(1, self.count // self.per_node)
+
     @classmethod
     def here(cls) -> Ranks:
         """Those that a launcher has started, this one among them."""

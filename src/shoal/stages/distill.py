@@ -21,7 +21,7 @@ from shoal.data.sources import check_source, row_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer
+from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.runtime import device, seed_everything
@@ -219,7 +219,7 @@ def check_distill(run: Run) -> None:
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / PruningPlan.FILE).is_file():
         check_choice(recipe.prune, num_layers=run.num_layers)
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = run.tokenizer()
     for source in recipe.distill.data:
         if source.path != TEACHER_TEXT:
             distill = recipe.distill

@@ -22,7 +22,7 @@ from shoal.formatting import bytes_text
 from shoal.machine import available_memory
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, model_fingerprint
-from shoal.models.load import load_config, load_model, load_tokenizer
+from shoal.models.load import load_model
 from shoal.progress import doing
 from shoal.recipe.edits import Component
 from shoal.recipe.measure import Sweeps
@@ -95,8 +95,8 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     from shoal.compress.sweeps.sweep import checked_tasks, window_weights
     from shoal.compress.sweeps.table import require_items
 
-    config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    config = run.config()
+    tokenizer = run.tokenizer()
     tasks, counts = checked_tasks(settings, config, tokenizer)
     num_removals = max((num_components(operator, text_config(config)) for operator in settings.operators), default=1)
     for task, count in counts.items():
@@ -195,7 +195,7 @@ def _rows(run: Run) -> PackedRows:
     log.info("measure: %s over %s tokens", ", ".join(settings.metrics), f"{settings.num_tokens:,}")
     return pack(
         [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data],
-        load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code),
+        run.tokenizer(),
         sequence_length=settings.sequence_length,
         num_tokens=settings.num_tokens,
         seed=run.recipe.seed,
@@ -214,15 +214,7 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
     else:
         num_drop = settings.num_drop or max(1, run.num_layers // 4)
         scores = measure_importance(model, rows, num_drop=num_drop, seed=run.recipe.seed, **common)
-    importance = Importance(
-        Provenance(inputs),
-        num_layers=scores.num_layers,
-        num_tokens=scores.num_tokens,
-        layers=scores.layers,
-        runs=scores.runs,
-        errors=scores.errors,
-        orders=scores.orders,
-    )
+    importance = Importance(Provenance(inputs), **vars(scores))
     if settings.sweep is None or sweeping is None:
         return importance
     return _swept(run, sweeping, settings.sweep, importance)
@@ -243,7 +235,7 @@ def _sweeping(run: Run, model: Any, settings: Sweeps) -> _Sweeping:
     from shoal.compress.edits.layer_edits import components_of
 
     skeleton = _streaming(run).open(run.teacher).model if model is None else model
-    sweep = _streamed_sweep(run, settings) if model is None else _sweep_in_memory(run, model, settings)
+    sweep = _sweep(run, model, settings)
     known = [operator for operator in settings.operators if operator != "cumulative"]
     return _Sweeping(skeleton, sweep, {operator: components_of(operator, skeleton) for operator in known})
 
@@ -306,24 +298,18 @@ def _task_order(
     )
 
 
-def _sweep_in_memory(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
-    from shoal.compress.sweeps.sweep import sweep
+def _sweep(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
+    """What scores variants of ``model``; where there is none, of the checkpoint, layer by layer."""
+    from shoal.compress.sweeps.sweep import StreamedVariantsLM, sweep, sweep_by, with_intact
     from shoal.compress.variants.variants import Edited
 
-    donor = None
-    if settings.donor is not None:
-        donor = load_model(resolved(settings.donor, settings.donor_revision), device=device(), **run.load_args())
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-    return partial(sweep, Edited(model, donor), tokenizer)
-
-
-def _streamed_sweep(run: Run, settings: Sweeps) -> Callable[..., Any]:
-    from shoal.compress.sweeps.sweep import StreamedVariantsLM, sweep_by, with_intact
-
     donor = None if settings.donor is None else resolved(settings.donor, settings.donor_revision)
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
+    tokenizer = run.tokenizer()
+    if model is not None:
+        other = None if donor is None else load_model(donor, device=device(), **run.load_args())
+        return partial(sweep, Edited(model, other), tokenizer)
 
-    def sweep(variants: Any, settings: Sweeps, **arguments: Any) -> Any:
+    def streamed(variants: Any, settings: Sweeps, **arguments: Any) -> Any:
         lm = StreamedVariantsLM(
             run.teacher,
             tokenizer,
@@ -334,7 +320,7 @@ def _streamed_sweep(run: Run, settings: Sweeps) -> Callable[..., Any]:
         )
         return sweep_by(lm, variants, settings, **arguments)
 
-    return sweep
+    return streamed
 
 
 def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
@@ -468,8 +454,7 @@ def _probe(run: Run, model: Any) -> None:
     from shoal.figures.style import save_figure
 
     settings = run.recipe.measure
-    tokenizer = load_tokenizer(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-    sets = []
+    tokenizer, sets = run.tokenizer(), []
     for probe in settings.probes:
         sets.append(probe_depth(model, tokenizer, probe, batch_size=settings.batch_size, seed=run.recipe.seed))
         log.info("measure: %s", sets[-1].in_words())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 
 from shoal.data.sources import load_texts
-from shoal.models.load import load_config
 from shoal.stages.distill import check_distill
 from shoal.stages.measure import check_measure
 from shoal.stages.prune import choose_plan, refuse_impossible_changes, refuse_unfit_student
@@ -33,7 +32,7 @@ def preflight(run: Run) -> None:
     if recipe.export.gguf:
         from shoal.compress.targets.gguf import check_export
 
-        check_export(load_config(run.teacher, trust_remote_code=recipe.trust_remote_code))
+        check_export(run.config())
     if not is_automatic(recipe.prune):
         refuse_unfit_student(run, choose_plan(run, None, {}))
     check_measure(run)

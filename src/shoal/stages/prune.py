@@ -213,8 +213,7 @@ def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
     targets, gguf = run.recipe.prune.targets, run.recipe.export.gguf
     if not targets and not gguf:
         return
-    config = load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
-    student = student_config(config, plan.keep)
+    student = student_config(run.config(), plan.keep)
     if targets:
         refuse_for_targets(student, targets)
     if gguf:
@@ -238,13 +237,11 @@ def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
 
 
 def _refuse_stale_training(run: Run) -> None:
-    if any((run.dir / "checkpoints").glob("checkpoint-*")) and (run.dir / PruningPlan.FILE).is_file():
+    path = run.dir / PruningPlan.FILE
+    if any((run.dir / "checkpoints").glob("checkpoint-*")) and path.is_file():
+        changes = differences(plan_inputs(run), PruningPlan.read(path).provenance.inputs)
         raise UserError(
             f"{run.dir}: holds checkpoints trained on another cut "
-            f"({'; '.join(_plan_changes(run)) or 'student/ is gone'}). "
+            f"({'; '.join(changes) or 'student/ is gone'}). "
             "Set the recipe back, choose another run_dir, or delete its checkpoints folder"
         )
-
-
-def _plan_changes(run: Run) -> list[str]:
-    return differences(plan_inputs(run), PruningPlan.read(run.dir / PruningPlan.FILE).provenance.inputs)

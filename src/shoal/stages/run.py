@@ -23,6 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 from shoal.artifacts.artifact import (
     Artifact,
     Evaluation,
@@ -39,7 +41,7 @@ from shoal.machine import device_name, num_cores
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.demo import DEMO_PREFIX
-from shoal.models.load import load_config, resolve_model
+from shoal.models.load import load_config, load_tokenizer, resolve_model
 from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
 from shoal.recipe.edits import Swap
@@ -109,8 +111,15 @@ class Run:
 
     @property
     def num_layers(self) -> int:
-        config = load_config(self.teacher, trust_remote_code=self.recipe.trust_remote_code)
-        return text_config(config).num_hidden_layers
+        return text_config(self.config()).num_hidden_layers
+
+    def config(self) -> PreTrainedConfig:
+        """The teacher's configuration, a new one every time."""
+        return load_config(self.teacher, trust_remote_code=self.recipe.trust_remote_code)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer, a new one every time."""
+        return load_tokenizer(self.teacher, trust_remote_code=self.recipe.trust_remote_code)
 
     def load_args(self) -> dict[str, Any]:
         recipe = self.recipe
@@ -320,8 +329,7 @@ def _leave_nothing(folder: Path, *, is_new: bool) -> None:
 
 def check_length(run: Run, sequence_length: int, setting: str) -> None:
     """Refuse rows longer than the model's positions, before any weight is loaded."""
-    config = text_config(load_config(run.teacher, trust_remote_code=run.recipe.trust_remote_code))
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(text_config(run.config()), "max_position_embeddings", None)
     if longest is not None and sequence_length > longest:
         raise UserError(
             f"{setting}: {sequence_length} is more than the {longest} positions of {run.recipe.model}; lower it"
