@@ -46,7 +46,7 @@ def rows_to_train_on(
             writer = teacher.model(device=device())
             return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
 
-        texts, _ = write_texts(
+        texts = write_texts(
             settings.writing,
             tokenizer,
             data=settings.data,

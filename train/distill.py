@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,29 +118,22 @@ def check_distillable(spec: TrainSpec) -> None:
         refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What evaluation does for a training."""
-
-    scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None = None
-    """Makes, for a tokenizer, what distill.watch scores the student with; None = nothing is watched."""
-    search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None = None
-    """Finds evaluation items in the training rows and gives what distill.json says of them; None = nobody looks."""
-
-
 def distill(
     spec: TrainSpec,
     *,
     run_dir: Path,
     inputs: dict[str, Any],
-    evaluation: Evaluation,
+    make_scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None = None,
+    search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None = None,
     start_tracking: Callable[[], object],
 ) -> None:
     """Train the student on the teacher's signals; write distilled/ and distill.json.
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
-    same run, if there is one. ``inputs`` is the identity of distilled/; ``start_tracking`` gives None where nothing is
-    tracked.
+    same run, if there is one. ``inputs`` is the identity of distilled/. ``make_scorer`` makes, for a tokenizer, what
+    distill.watch scores the student with; None = nothing is watched. ``search_rows`` finds evaluation items in the
+    training rows and gives what distill.json says of them; None = nobody looks. ``start_tracking`` gives None where
+    nothing is tracked.
 
     Raises:
         Stopped: on Ctrl-C, on SIGTERM or when the launcher is gone, after saving.
@@ -159,7 +152,6 @@ def distill(
     rows = rows_to_train_on(spec.teacher, tokenizer, spec.settings, run_dir, inputs=inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
-        search_rows = evaluation.search_rows
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
     if spec.settings.local is not None:
         healed = local_stage(spec, rows, folder=run_dir / "local", inputs=inputs)
@@ -183,7 +175,6 @@ def distill(
     trainer = make_trainer(
         spec, rows, tokenizer, arguments, identity, stop=stop, callbacks=callbacks, peak_tokens_per_s=peak
     )
-    make_scorer = evaluation.scorer
     watcher = watch(spec, trainer, identity, None if make_scorer is None else make_scorer(tokenizer))
     trainer.objective.install()
     _announce(trainer, rows, spec, resume)

@@ -14,7 +14,7 @@ from shoal.progress import doing
 
 from .engine.arguments import kept_checkpoints
 from .preflight.fit import cheapest, disk_bytes, fits, overrides, shortages, written_bytes
-from .preflight.memory import Setting, memory, shared_weights
+from .preflight.memory import Setting, shared_weights
 from .preflight.run_size import Job, job
 from .preflight.throughput import PROBE_S, Pace, probe
 from .student.spec import TrainSpec
@@ -72,7 +72,7 @@ def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
         healed_layers=(),
         writes=False,
     )
-    return fits(memory(job.student, job.teacher, alone), alone, device_free=device_free, host_free=host_free)
+    return fits(replace(job, setting=alone), device_free=device_free, host_free=host_free)
 
 
 def _about(job: Job) -> list[str]:
@@ -113,10 +113,10 @@ def _rows(now: Setting) -> list[tuple[str, Setting]]:
 def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
     cells: list[tuple[str, ...]] = [(f"memory of one rank, GB ({job.setting.ranks} in all)", *COLUMNS, "")]
     for title, setting in _rows(job.setting):
-        needed = memory(job.student, job.teacher, setting)
-        verdict = "fits"
-        if not fits(needed, setting, device_free=device_free, host_free=host_free):
-            short = shortages(replace(job, setting=setting), device_free=device_free, host_free=host_free)
+        row = replace(job, setting=setting)
+        needed, verdict = row.memory, "fits"
+        if not fits(row, device_free=device_free, host_free=host_free):
+            short = shortages(row, device_free=device_free, host_free=host_free)
             verdict = "no" if short else "close"
         if needed.peak_at != "training":
             verdict += f", {needed.peak_at}"
@@ -237,7 +237,7 @@ def _proposal(job: Job, device_free: int, host_free: int) -> list[str]:
     lines = overrides(job, setting)
     if not lines:
         return ["cheapest setting that fits: this recipe's"]
-    peak = memory(job.student, job.teacher, setting).peak
+    peak = replace(job, setting=setting).memory.peak
     return [f"cheapest setting that fits ({bytes_text(peak)} at the peak):", *(f"  {line}" for line in lines)]
 
 

@@ -6,7 +6,7 @@ B batch, S sequence, D hidden, V vocabulary, K recorded tokens, C chunk, N token
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial

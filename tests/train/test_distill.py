@@ -88,7 +88,7 @@ def test_losses_that_no_recording_can_serve_are_refused_before_it_is_opened(teac
 
 def arguments(tmp_path, **trainer):
     settings = Distill(trainer=trainer)
-    return training_arguments(settings, DeepSpeed.of(settings), output_dir=tmp_path, seed=0)
+    return training_arguments(settings, DeepSpeed(deepspeed_config(settings)), output_dir=tmp_path, seed=0)
 
 
 def test_an_unknown_training_argument_gets_a_suggestion(tmp_path):

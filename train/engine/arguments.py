@@ -203,15 +203,6 @@ class DeepSpeed:
     config: Mapping[str, Any]
     """Configuration as `deepspeed_config` gives it."""
 
-    @classmethod
-    def of(cls, settings: Distill) -> DeepSpeed:
-        """Read what the recipe names.
-
-        Raises:
-            UserError: as deepspeed_config does.
-        """
-        return cls(deepspeed_config(settings))
-
     @property
     def zero(self) -> Mapping[str, Any]:
         """Section zero_optimization."""

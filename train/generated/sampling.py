@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,19 +69,20 @@ def draw(logits_PV: Tensor, uniforms_P: Tensor, *, temperature: float, top_p: fl
     return torch.searchsorted(cumulative_PV, at_P1, right=True)[:, 0].clamp(max=logits_PV.shape[-1] - 1)
 
 
+@dataclass
 class _Choice(LogitsProcessor):
     """Leaves `generate` nothing but the drawn token to take."""
 
-    def __init__(self, uniforms_PT: Tensor, *, temperature: float, top_p: float) -> None:
-        self._uniforms_PT = uniforms_PT
-        self._temperature = temperature
-        self._top_p = top_p
-        self._done = 0
+    uniforms_PT: Tensor
+    temperature: float
+    top_p: float
+    done: int = 0
+    """Tokens that were drawn of every text."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        uniforms_P = self._uniforms_PT[:, self._done]
-        self._done += 1
-        chosen_P = draw(scores, uniforms_P, temperature=self._temperature, top_p=self._top_p)
+        uniforms_P = self.uniforms_PT[:, self.done]
+        self.done += 1
+        chosen_P = draw(scores, uniforms_P, temperature=self.temperature, top_p=self.top_p)
         return torch.full_like(scores, -torch.inf).scatter(-1, chosen_P[:, None], 0.0)
 
 

@@ -67,8 +67,8 @@ def write_texts(
     inputs: dict[str, Any],
     seed: int,
     load_writer: Callable[[], Writer],
-) -> tuple[list[str], dict[str, int]]:
-    """The documents that the teacher has written, and how many were rejected for what; every rank calls this.
+) -> list[str]:
+    """The documents that the teacher has written and that are kept; every rank calls this.
 
     ``inputs`` names the writer (model, precision, kernels). With prompts, settings and seed it makes the name of the
     folder within ``folder``: whoever asks for the same finds it there, and ``load_writer`` is not called.
@@ -106,7 +106,7 @@ def _sift(place: Path, identity: dict[str, Any], *, keep: str) -> None:
     shutil.rmtree(place / BATCHES, ignore_errors=True)
 
 
-def _kept(place: Path) -> tuple[list[str], dict[str, int]]:
+def _kept(place: Path) -> list[str]:
     records = _read(place / TEXTS)
     counts = json.loads((place / COUNTS).read_text(encoding="utf-8"))
     log.info("teacher text: %s; in %s", ", ".join(f"{count:,} {reason}" for reason, count in counts.items()), place)
@@ -116,7 +116,7 @@ def _kept(place: Path) -> tuple[list[str], dict[str, int]]:
             f"distill.writing: nothing that the teacher wrote can be kept ({reasons}); give other prompts or another "
             "temperature"
         )
-    return [record["text"] for record in records], counts
+    return [record["text"] for record in records]
 
 
 def _lines(records: Sequence[dict[str, Any]]) -> str:
@@ -218,7 +218,6 @@ def check_backend(settings: Writing) -> None:
 
 def vllm_writer(teacher: Path, tokenizer: Any, settings: Writing, *, seed: int, dtype: str) -> Writer:
     """Writes with vLLM. Its texts are its own: other numbers are drawn than by transformers."""
-    check_backend(settings)
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     engine: Any = LLM(model=str(teacher), dtype="auto" if dtype == "stored" else dtype, seed=seed)

@@ -37,7 +37,7 @@ def recompute_selectively(student: PreTrainedModel, arguments: TrainingArguments
         )
     arguments.activation_checkpointing_kwargs = arguments.gradient_checkpointing_kwargs = options
     enable: Any = student.activation_checkpointing_enable
-    contexts = partial(create_selective_checkpoint_contexts, _policy(_kept()))
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, _kept()))
 
     def enable_selectively(activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any) -> None:
         chosen = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False, "context_fn": contexts}
@@ -53,8 +53,5 @@ def _kept() -> frozenset[Any]:
     return frozenset(getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name))
 
 
-def _policy(kept: frozenset[Any]) -> Any:
-    def policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return policy
+def _policy(kept: frozenset[Any], _context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE

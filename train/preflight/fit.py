@@ -19,7 +19,7 @@ from shoal.machine import available_memory, device_memory, free_disk
 
 from ..engine.arguments import kept_checkpoints
 from ..student.spec import TeacherPlace, TrainSpec
-from .memory import LIBRARY_BYTES, Memory, Setting, memory, shared_weights
+from .memory import LIBRARY_BYTES, Memory, Setting, shared_weights
 from .run_size import Job, job
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def check_fit(spec: TrainSpec, run_dir: Path) -> Job | None:
             "this training will not fit: " + "; ".join(problems) + advice + ". `shoal distill --dry-run` shows where "
             "memory goes; distill.check_memory: false starts it all the same"
         )
-    elif not fits(size.memory, size.setting, device_free=free[0], host_free=free[1]):
+    elif not fits(size, device_free=free[0], host_free=free[1]):
         log.warning(
             "memory will be close: %s per rank expected, %s free; estimates err by a tenth",
             bytes_text(size.memory.peak),
@@ -141,10 +141,10 @@ def shortages(job: Job, *, device_free: int, host_free: int) -> list[str]:
     return problems
 
 
-def fits(needed: Memory, setting: Setting, *, device_free: int, host_free: int) -> bool:
+def fits(job: Job, *, device_free: int, host_free: int) -> bool:
     """Whether it fits even if the estimate is a margin too low."""
-    device, host = _needed(needed, setting)
-    return MARGIN * device <= device_free and (setting.device == "cpu" or MARGIN * host <= host_free)
+    device, host = _needed(job.memory, job.setting)
+    return MARGIN * device <= device_free and (job.setting.device == "cpu" or MARGIN * host <= host_free)
 
 
 def _needed(needed: Memory, setting: Setting) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def written_bytes(run_dir: Path) -> int:
 def cheapest(job: Job, *, device_free: int, host_free: int) -> Setting | None:
     """The first of the proposals that fits; None where none does."""
     for setting in proposals(job):
-        if fits(memory(job.student, job.teacher, setting), setting, device_free=device_free, host_free=host_free):
+        if fits(replace(job, setting=setting), device_free=device_free, host_free=host_free):
             return setting
     return None
 

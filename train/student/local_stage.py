@@ -210,16 +210,15 @@ def _step(
             with _learning(student, places, seen.states, tokens, sums):
                 final_hidden(student, ids, positions)
         sums[-1] += len(tokens.counted)
-    gradients = [p.grad for place in places for p in decoder_layers(student)[place.layer].parameters()]
+    parameters = [p for place in places for p in decoder_layers(student)[place.layer].parameters()]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if dist.is_initialized():
         dist.all_reduce(sums)
         for gradient in gradients:
-            if gradient is not None:
-                dist.all_reduce(gradient)
+            dist.all_reduce(gradient)
     num_tokens = sums[-1].clamp_min(1)  # rows may hold nothing to learn but what follows a document's first token
     for gradient in gradients:
-        if gradient is not None:
-            gradient.div_(num_tokens.to(gradient.dtype))
+        gradient.div_(num_tokens.to(gradient.dtype))
     return (sums[:-1] / num_tokens).tolist()
 
 

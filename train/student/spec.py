@@ -16,7 +16,7 @@ from shoal.recipe.distill import Distill, Record
 from shoal.recipe.losses import needs_teacher, reads_distributions
 from shoal.runtime import device, world_size
 
-from ..engine.arguments import DeepSpeed, batch_split
+from ..engine.arguments import DeepSpeed, batch_split, deepspeed_config
 from .sizes import built, shapes_only
 from .trainable import Trained, keys_from, parts_of, recorded_layers, shares_prefix, trained_parts, unhealed
 
@@ -114,7 +114,7 @@ def train_spec(
     Raises:
         UserError: DeepSpeed settings that cannot work, or what ``settings`` ask of ``plan`` and it does not have.
     """
-    deepspeed = DeepSpeed.of(settings)
+    deepspeed = DeepSpeed(deepspeed_config(settings))
     deepspeed.warn_of_inexact_resume()
     trained = student_parts(student, plan, settings)
     frozen = shares_prefix(trained, plan)

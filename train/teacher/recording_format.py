@@ -246,16 +246,10 @@ class ShardFile:
         log_probs -= np.log(total)[..., None].astype(np.float32)
         return ids, log_probs, (tail / total).astype(np.float32)
 
-    def read_state(self, layer: int, rows: Sequence[int]) -> Tensor:
-        """(R, S, D) of some rows, bfloat16."""
-        return self._tensor(f"state_{layer}", rows).view(torch.bfloat16)
-
-    def read_prefix(self, rows: Sequence[int]) -> Tensor:
-        """(R, S, D) of some rows, in the precision that was recorded."""
-        return self._tensor("prefix", rows).view(getattr(torch, self._layout.prefix_dtype))
-
-    def _tensor(self, plane: str, rows: Sequence[int]) -> Tensor:
-        return torch.from_numpy(np.array(self._planes[plane][np.asarray(rows)]))
+    def read_states(self, plane: str, rows: Sequence[int]) -> Tensor:
+        """(R, S, D) of some rows of ``plane``, state_L or prefix, in the precision that was recorded."""
+        dtype, _ = self._layout.planes(self.num_rows)[plane]
+        return torch.from_numpy(np.array(self._planes[plane][np.asarray(rows)])).view(dtype)
 
 
 def _checksum(planes: Mapping[str, Tensor] | Mapping[str, NDArray]) -> str:

@@ -112,9 +112,9 @@ class RecordingReader:
             file, inside = self._shard(index), [indices[place] % size for place in wanted]
             ids[wanted], log_probs[wanted], tail[wanted] = file.read(inside)
             for layer, state in states.items():
-                state[wanted] = file.read_state(layer, inside)
+                state[wanted] = file.read_states(f"state_{layer}", inside)
             if prefix is not None:
-                prefix[wanted] = file.read_prefix(inside)
+                prefix[wanted] = file.read_states("prefix", inside)
         return RecordedRows(torch.from_numpy(ids), torch.from_numpy(log_probs), torch.from_numpy(tail), states, prefix)
 
     def _open(self, index: int) -> ShardFile:

@@ -31,8 +31,6 @@ class Wiring:
     """Output head of a teacher that is loaded."""
     prefix: SharedPrefix | None
     """Lowest layers that the student does not run; None = it runs all."""
-    states: StateLosses | None
-    """Loss terms of what happens inside the layers; None = the recipe has none."""
 
 
 def make_trainable(student: PreTrainedModel, spec: TrainSpec, *, seed: int, stored: Set[str] = frozenset()) -> None:
@@ -77,4 +75,4 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
         states=states,
         recorded_temperature=spec.record.temperature,
     )
-    return Wiring(objective, teacher, None if live is None else output_head(live), prefix, states)
+    return Wiring(objective, teacher, None if live is None else output_head(live), prefix)

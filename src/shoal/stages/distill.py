@@ -58,7 +58,7 @@ def record(run: Run) -> None:
     record_signals(
         teacher,
         rows_to_train_on(teacher, teacher.tokenizer(), settings, run.dir, inputs=inputs),
-        signals_folder(run),
+        run.dir / "signals" if recipe.record.folder is None else Path(recipe.record.folder).expanduser(),
         recipe.record,
         model=run.teacher_fingerprint,
         rows_from=rows_from(inputs),
@@ -78,12 +78,6 @@ def _recorded_layers(run: Run, teacher: Checkpoint) -> int:
 
 def _teacher(run: Run) -> Checkpoint:
     return Checkpoint.read(run.teacher, LoadSettings(**run.load_args()))
-
-
-def signals_folder(run: Run) -> Path:
-    """Where this recipe's signals are written."""
-    folder = run.recipe.record.folder
-    return run.dir / "signals" if folder is None else Path(folder).expanduser()
 
 
 def distill(run: Run) -> None:
@@ -107,7 +101,8 @@ def distill(run: Run) -> None:
         train_spec(teacher, student, plan, recipe.distill, recipe.record, Ranks.here()),
         run_dir=run.dir,
         inputs=inputs,
-        evaluation=training.Evaluation(_scorer(run), _search_rows(run)),
+        make_scorer=_scorer(run),
+        search_rows=_search_rows(run),
         start_tracking=partial(wandb_run.start, recipe.track, run.dir, as_dict(recipe)),
     )
     log.info("distill: %s", distilled)

@@ -6,7 +6,7 @@ import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,6 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, model_fingerprint
 from shoal.models.load import load_model
 from shoal.progress import doing
-from shoal.recipe.edits import Component
 from shoal.recipe.measure import Sweeps
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
@@ -95,8 +94,7 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     from shoal.compress.sweeps.sweep import checked_tasks, window_weights
     from shoal.compress.sweeps.table import require_items
 
-    config = run.config()
-    tokenizer = run.tokenizer()
+    config, tokenizer = run.config(), run.tokenizer()
     tasks, counts = checked_tasks(settings, config, tokenizer)
     num_removals = max((num_components(operator, text_config(config)) for operator in settings.operators), default=1)
     for task, count in counts.items():
@@ -124,7 +122,8 @@ def _check_order_name(name: str, settings: Sweeps, metrics: Sequence[str], tasks
         abilities["perplexity"] = "language"
     ability, _, protocol = name.partition("/")
     meant = [name] if name in abilities else [task for task, own_ability in abilities.items() if own_ability == ability]
-    if "layer" not in _before(settings.operators, "cumulative") or not meant:
+    swept_before = settings.operators[: settings.operators.index("cumulative")]
+    if "layer" not in swept_before or not meant:
         raise UserError(
             f"measure.sweep.order: {name!r} is not measured here; name one of measure.metrics ({', '.join(metrics)}), "
             f"or put the operator layer before cumulative to order by a task ({', '.join(abilities)})"
@@ -170,7 +169,9 @@ def measure(run: Run) -> None:
     inputs = measure_inputs(run)
     path = run.dir / Importance.FILE
     done = is_done(Importance, path, inputs, "measure")
-    diagnosed = not run.recipe.measure.diagnostics or _is_diagnosed(run)
+    diagnosed = not run.recipe.measure.diagnostics or is_done(
+        Diagnostics, run.dir / Diagnostics.FILE, _diagnostics_inputs(run), "diagnostics"
+    )
     probed = not run.recipe.measure.probes or is_done(Probes, run.dir / Probes.FILE, _probes_inputs(run), "probes")
     if done and diagnosed and probed:
         return
@@ -208,50 +209,34 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
 
     settings = run.recipe.measure
     common: dict[str, Any] = {"metrics": settings.metrics, "batch_size": settings.batch_size}
-    sweeping = None if settings.sweep is None else _sweeping(run, model, settings.sweep)
-    if model is None:
-        scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
-    else:
-        num_drop = settings.num_drop or max(1, run.num_layers // 4)
-        scores = measure_importance(model, rows, num_drop=num_drop, seed=run.recipe.seed, **common)
-    importance = Importance(Provenance(inputs), **vars(scores))
-    if settings.sweep is None or sweeping is None:
-        return importance
-    return _swept(run, sweeping, settings.sweep, importance)
+
+    def scored() -> Importance:
+        if model is None:
+            scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
+        else:
+            num_drop = settings.num_drop or max(1, run.num_layers // 4)
+            scores = measure_importance(model, rows, num_drop=num_drop, seed=run.recipe.seed, **common)
+        return Importance(Provenance(inputs), **vars(scores))
+
+    return scored() if settings.sweep is None else _swept(run, model, settings.sweep, scored)
 
 
-@dataclass(frozen=True)
-class _Sweeping:
-    """What sweeps need, made before anything is measured, so that what they refuse is refused at once."""
-
-    skeleton: Any
-    """The model; where it is too large, without its weights."""
-    sweep: Callable[..., Any]
-    components: dict[str, tuple[Component, ...]]
-    """By operator; cumulative ones wait for their order."""
-
-
-def _sweeping(run: Run, model: Any, settings: Sweeps) -> _Sweeping:
-    from shoal.compress.edits.layer_edits import components_of
-
-    skeleton = _streaming(run).open(run.teacher).model if model is None else model
-    sweep = _sweep(run, model, settings)
-    known = [operator for operator in settings.operators if operator != "cumulative"]
-    return _Sweeping(skeleton, sweep, {operator: components_of(operator, skeleton) for operator in known})
-
-
-def _swept(run: Run, sweeping: _Sweeping, settings: Sweeps, importance: Importance) -> Importance:
-    """``importance`` with the atlas and the tables of all operators."""
+def _swept(run: Run, model: Any, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:
+    """What ``scored`` gives, with the atlas and the tables of all operators."""
     from shoal.compress.edits.layer_edits import components_of
     from shoal.compress.sweeps.atlas import build_atlas
     from shoal.compress.sweeps.table import sweep_table
     from shoal.compress.variants.variants import variant_of
 
-    skeleton, sweep = sweeping.skeleton, sweeping.sweep
+    # before anything is measured, so that what these refuse is refused at once
+    skeleton = _streaming(run).open(run.teacher).model if model is None else model
+    sweep = _sweep(run, model, settings)
+    known = {operator: components_of(operator, skeleton) for operator in settings.operators if operator != "cumulative"}
+    importance = scored()
     donor = measure_inputs(run).get(DONOR_CONTENT)
     identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, donor])
     for operator in settings.operators:
-        components = sweeping.components.get(operator)
+        components = known.get(operator)
         if components is None:
             order = _order(settings, importance)[: settings.max_removed]
             components = components_of(operator, skeleton, order=order)
@@ -333,10 +318,6 @@ def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:
         return tuple(sorted(range(num_layers), key=lambda layer: (scores[layer], layer))[:-1])
     _check_order(settings.order, num_layers)
     return settings.order
-
-
-def _before(operators: Sequence[str], operator: str) -> Sequence[str]:
-    return operators[: operators.index(operator)]
 
 
 def _check_order(order: tuple[int, ...], num_layers: int) -> None:
@@ -421,10 +402,6 @@ def _diagnostics_inputs(run: Run) -> dict[str, Any]:
     return _inputs(run, Shapes.DIAGNOSTICS, data=sources_fingerprint(run.recipe.measure.data))
 
 
-def _is_diagnosed(run: Run) -> bool:
-    return is_done(Diagnostics, run.dir / Diagnostics.FILE, _diagnostics_inputs(run), "diagnostics")
-
-
 def _diagnose(run: Run, model: Any, rows: PackedRows) -> None:
     from shoal.compress.depth.diagnostics import Effort, diagnose
     from shoal.figures.diagnostics import diagnostics_figure
@@ -454,7 +431,8 @@ def _probe(run: Run, model: Any) -> None:
     from shoal.figures.style import save_figure
 
     settings = run.recipe.measure
-    tokenizer, sets = run.tokenizer(), []
+    tokenizer = run.tokenizer()
+    sets = []
     for probe in settings.probes:
         sets.append(probe_depth(model, tokenizer, probe, batch_size=settings.batch_size, seed=run.recipe.seed))
         log.info("measure: %s", sets[-1].in_words())

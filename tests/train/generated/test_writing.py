@@ -41,10 +41,7 @@ def write(
     def load():
         return Teacher(settings, seed=seed) if writer is None else writer
 
-    texts, _ = write_texts(
-        settings, tiny_tokenizer(), data=data, folder=folder, inputs=inputs, seed=seed, load_writer=load
-    )
-    return texts
+    return write_texts(settings, tiny_tokenizer(), data=data, folder=folder, inputs=inputs, seed=seed, load_writer=load)
 
 
 def unexpected(prompts, numbers):

@@ -28,7 +28,7 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Record, Teacher, Watch
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train import dry_run as report
-from shoal.train.engine.arguments import DeepSpeed
+from shoal.train.engine.arguments import DeepSpeed, deepspeed_config
 from shoal.train.engine.sharding import REDUCED_AT_ONCE
 from shoal.train.objective.objective import final_hidden
 from shoal.train.preflight import fit, throughput
@@ -262,7 +262,7 @@ def test_the_optimizer_that_is_timed_is_the_recipes(caplog: pytest.LogCaptureFix
 
     def timed(name: str, entry: dict[str, Any] | None = None) -> str:
         settings = Distill(trainer={"optim": name}, deepspeed=entry and {"optimizer": entry})
-        optimizer = timed_optimizer(weights, settings, DeepSpeed.of(settings))
+        optimizer = timed_optimizer(weights, settings, DeepSpeed(deepspeed_config(settings)))
         weights[0].grad = torch.ones(4, 4)
         optimizer.step()
         return type(optimizer).__name__
