@@ -65,7 +65,7 @@ def write_results(
         Training(
             provenance=Provenance(inputs),
             num_steps=trainer.state.global_step,
-            num_tokens=trainer.state.global_step * trainer.tokens_per_step,
+            num_tokens=trainer.state.global_step * spec.tokens_per_step,
             seconds=seconds[-1] if seconds else 0.0,
             history=tuple({key: float(value) for key, value in row.items()} for row in history),
             settings={

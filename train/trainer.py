@@ -80,6 +80,7 @@ class DistillTrainer(Trainer):
         self.objective = objective
         self._wiring = wiring
         self._identity = identity
+        self._tokens_per_step = spec.tokens_per_step
         self._keep_checkpoints = kept_checkpoints(spec.settings)
         self._guard = LossGuard(spec.settings.stop_on_spike)
         self._autocast_dtype = spec.deepspeed.autocast_dtype
@@ -201,7 +202,7 @@ class DistillTrainer(Trainer):
             if compared:
                 logs[AGREEMENT] = matches / compared
             logs |= self.objective.curves()
-            logs |= self._rate.read(steps * self.tokens_per_step)
+            logs |= self._rate.read(steps * self._tokens_per_step)
             if self._peak_tokens_per_s is not None:
                 logs[PEAK_SHARE] = logs["tokens_per_s"] / self._peak_tokens_per_s
             if self._gradient_norm is not None:
@@ -209,14 +210,6 @@ class DistillTrainer(Trainer):
             self._window_sums = [0.0] * len(self._window_sums)
             self._steps_logged = self.state.global_step
         super().log(logs, start_time)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks."""
-        args = self.args
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
-        train_dataset: Any = self.train_dataset
-        return rows * train_dataset.input_ids_NS.shape[1]
 
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:
         """Let ``watcher`` score the student now and then."""
@@ -239,6 +232,7 @@ class DistillTrainer(Trainer):
         from trl.models.utils import unwrap_model_for_generation
 
         wrapped: Any = self.model_wrapped
+        dtype = self._autocast_dtype
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
             _without_deprecations(),
@@ -246,14 +240,10 @@ class DistillTrainer(Trainer):
                 wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
             ) as model,
             own_forwards(self.objective.student),
-            self._autocast(),
+            # DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through
+            torch.autocast(self.args.device.type, dtype, enabled=dtype is not None),
         ):
             yield model  # pyright: ignore[reportReturnType]
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through."""
-        dtype = self._autocast_dtype
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.args.device.type, dtype)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it

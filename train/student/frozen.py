@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -145,10 +144,7 @@ def _computed(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Ten
     ids = torch.randint(0, vocabulary, (1, PROOF_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
     training = model.training
     model.eval()
-    autocast: Any = contextlib.nullcontext()
-    if autocast_dtype is not None:
-        autocast = torch.autocast(device.type, dtype=autocast_dtype)
-    with autocast:
+    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         hidden = decoder_body(model)(input_ids=ids, use_cache=False).last_hidden_state
         head: Any = model.get_output_embeddings()
         logits = nn.functional.linear(hidden[:, -1], head.weight)

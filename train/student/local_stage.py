@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,16 +228,12 @@ def _learning(
 ) -> Iterator[None]:
     """While the student runs, forward and backward of every trained layer happen where it is called."""
     layers = decoder_layers(student)
-    wrapped = []
-    try:
+    with ExitStack() as stack:
         for index, place in enumerate(places):
             layer = layers[place.layer]
             layer.forward = _learner(layer.forward, targets[place.target], tokens, sums, index)
-            wrapped.append(layer)
+            stack.callback(delattr, layer, "forward")
         yield
-    finally:
-        for layer in wrapped:
-            del layer.forward
 
 
 def _learner(

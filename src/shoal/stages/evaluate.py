@@ -53,9 +53,9 @@ def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
 
 def evaluate(run: Run) -> None:
     """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
-    from shoal.eval.evaluate import role_evaluation
+    from shoal.eval.evaluate import num_items, role_evaluation
     from shoal.eval.harness.tokenizer_check import require_same_tokenizer
-    from shoal.eval.suites import rest_in_words
+    from shoal.eval.suites import in_words, rest_in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
     check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
@@ -72,7 +72,9 @@ def evaluate(run: Run) -> None:
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
     if due and is_main():
-        log.info("eval: %s, each: %s", ", ".join(due), _cost_in_words(run, tasks))
+        items = num_items(tasks, run.recipe.eval)
+        cost = work_of(tasks, items, perplexity_tokens=run.recipe.eval.perplexity_tokens)
+        log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
     for number, (role, inputs) in enumerate(due.items(), 1):
         path = run.dir / "eval" / f"{role}.json"
         log.info("eval: %s (%s)", role, folders[role])
@@ -102,15 +104,6 @@ def _due(run: Run, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     inputs = {role: eval_inputs(run, folder) for role, folder in folders.items()}
     files = {role: run.dir / "eval" / f"{role}.json" for role in folders}
     return {role: own for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
-
-
-def _cost_in_words(run: Run, tasks: dict[str, Any]) -> str:
-    """What every model has to do, by a few items of every task."""
-    from shoal.eval.evaluate import num_items
-    from shoal.eval.suites import in_words, work_of
-
-    settings = run.recipe.eval
-    return in_words(work_of(tasks, num_items(tasks, settings), perplexity_tokens=settings.perplexity_tokens))
 
 
 def _tell_of_left_out(path: Path, result: Evaluation) -> None:
