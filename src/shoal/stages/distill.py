@@ -40,12 +40,18 @@ def record(run: Run) -> None:
     """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
     from shoal.train.dataset import rows_to_train_on
     from shoal.train.record import record_signals
+    from shoal.train.student.spec import student_parts
+    from shoal.train.student.trainable import recorded_layers
     from shoal.train.teacher.recording_plan import recording_layout, rows_from
 
     recipe, teacher = run.recipe, _teacher(run)
     settings = dataclasses.replace(recipe.distill, num_tokens=recipe.record.num_tokens or recipe.distill.num_tokens)
     check_length(run, settings.sequence_length, "distill.sequence_length")
-    prefix = _recorded_layers(run, teacher) if settings.teacher.prefix else None
+    prefix = None
+    if settings.teacher.prefix:
+        plan = read_plan(run)
+        # below the first change, which is all that can be spared, the student's layers have the teacher's numbers
+        prefix = recorded_layers(student_parts(teacher, plan, settings), plan, settings)
     # refuses what the teacher cannot give before any text is read
     recording_layout(recipe.record, teacher, sequence_length=settings.sequence_length)
     seed_everything(recipe.seed)
@@ -66,16 +72,6 @@ def record(run: Run) -> None:
     )
 
 
-def _recorded_layers(run: Run, teacher: Checkpoint) -> int:
-    """How many of the lowest layers need not run in training, because the state above them is recorded."""
-    from shoal.train.student.spec import student_parts
-    from shoal.train.student.trainable import recorded_layers
-
-    plan, settings = read_plan(run), run.recipe.distill
-    # below the first change, which is all that can be spared, the student's layers have the teacher's numbers
-    return recorded_layers(student_parts(teacher, plan, settings), plan, settings)
-
-
 def _teacher(run: Run) -> Checkpoint:
     return Checkpoint.read(run.teacher, LoadSettings(**run.load_args()))
 
@@ -89,7 +85,6 @@ def distill(run: Run) -> None:
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     plan = read_plan(run)
     inputs = training_inputs(run, plan)
-    distilled = run.dir / "distilled"
     if _is_trained(run, inputs):
         return
     if "student" not in inputs:
@@ -105,7 +100,7 @@ def distill(run: Run) -> None:
         search_rows=_search_rows(run),
         start_tracking=partial(wandb_run.start, recipe.track, run.dir, as_dict(recipe)),
     )
-    log.info("distill: %s", distilled)
+    log.info("distill: %s", run.dir / "distilled")
 
 
 def distill_dry_run(run: Run) -> str:
