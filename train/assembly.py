@@ -19,7 +19,6 @@ from shoal.recipe.distill import Distill
 from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.runtime import device
 
-from .callbacks.validation import Scorer, Watcher
 from .engine.sharding import place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
@@ -97,15 +96,6 @@ def make_trainer(
     if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
         warn_of_mixed_documents(teacher or student, rows, autocast_dtype=spec.deepspeed.autocast_dtype)
     return trainer
-
-
-def watch(spec: TrainSpec, trainer: DistillTrainer, identity: Identity, score: Scorer | None) -> Watcher | None:
-    """Let ``score`` look at the student while it trains, where the recipe wants that."""
-    if spec.settings.watch is None or score is None:
-        return None
-    watcher = Watcher(spec.settings.watch, Path(str(trainer.args.output_dir)), identity.checkpoints)
-    trainer.watch_with(watcher, score)
-    return watcher
 
 
 def _on_policy(

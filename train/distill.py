@@ -21,9 +21,9 @@ from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import agreed, is_main
 from shoal.tracking import wandb_run
 
-from .assembly import Identity, make_trainer, watch
+from .assembly import Identity, make_trainer
 from .callbacks.progress import Progress
-from .callbacks.validation import Scorer
+from .callbacks.validation import Scorer, Watcher
 from .callbacks.wandb_curves import Curves
 from .dataset import rows_to_train_on
 from .engine.arguments import BATCH_SPLIT, check_names, deepspeed_config, rows_per_step, training_arguments
@@ -175,7 +175,10 @@ def distill(
     trainer = make_trainer(
         spec, rows, tokenizer, arguments, identity, stop=stop, callbacks=callbacks, peak_tokens_per_s=peak
     )
-    watcher = watch(spec, trainer, identity, None if make_scorer is None else make_scorer(tokenizer))
+    watcher = None
+    if spec.settings.watch is not None and make_scorer is not None:
+        watcher = Watcher(spec.settings.watch, run_dir / "checkpoints", identity.checkpoints)
+        trainer.watch_with(watcher, make_scorer(tokenizer))
     trainer.objective.install()
     _announce(trainer, rows, spec, resume)
     with progress, stop.listening():

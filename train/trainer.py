@@ -132,7 +132,7 @@ class DistillTrainer(Trainer):
         host = on_host(inputs)
         with contextlib.ExitStack() as stack:
             stack.enter_context(documents_known(host, self.args.device))
-            signals = self._wiring.teacher.signals(inputs)
+            signals = self._wiring.teacher(inputs)
             if self._wiring.teacher_head is not None:
                 stack.enter_context(gathered(self._wiring.teacher_head))
             if self._wiring.prefix is not None:

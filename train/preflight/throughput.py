@@ -147,7 +147,7 @@ class _RandomRecording:
     prefix: SharedPrefix | None
     top_k: int = Record().top_k
 
-    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
+    def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
         ids_BS = batch["input_ids"]
         scores_BSK = torch.randn(*ids_BS.shape, self.top_k + 1, device=ids_BS.device)
         if self.prefix is not None:
@@ -171,7 +171,7 @@ def _step(
     wiring.objective.install()
 
     def step(batch: dict[str, Tensor]) -> Tensor:
-        signals = wiring.teacher.signals(batch)
+        signals = wiring.teacher(batch)
         replaying = contextlib.nullcontext() if wiring.prefix is None else wiring.prefix.replaying(torch.float32)
         with replaying, torch.autocast(student.device.type, spec.deepspeed.product_dtype, enabled=autocast):
             return student(**batch, signals=signals)[0]

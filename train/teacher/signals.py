@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,11 +16,8 @@ from ..objective.layer_losses import StateLosses
 from ..objective.objective import SharedPrefix, Signals, final_hidden
 from .recording_reader import RecordingReader
 
-
-class Teacher(Protocol):
-    """Gives the signals of a micro-batch."""
-
-    def signals(self, batch: Mapping[str, Tensor]) -> Signals: ...
+Teacher = Callable[[Mapping[str, Tensor]], Signals]
+"""Gives the signals of a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class LiveTeacher:
     """Recorder of the state at the first cut, for the student to go on from."""
 
     @torch.no_grad()
-    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
+    def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
         """The teacher's final hidden states, and what the state terms compare with."""
         if not self.reads_logits and self.states is None and self.prefix is None:
             return Signals()
@@ -46,14 +42,6 @@ class LiveTeacher:
         with recording, capturing as captured:
             hidden_BSD = final_hidden(self.model, batch["input_ids"], batch["position_ids"])
         return Signals(hidden_BSD if self.reads_logits else None, captured=captured)
-
-
-class NoTeacher:
-    """Says nothing: no loss term asks."""
-
-    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
-        """Empty ones."""
-        return Signals()
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,7 @@ class RecordedTeacher:
     prefix: SharedPrefix | None
     """Taker of the recorded state that the student goes on from."""
 
-    def signals(self, batch: Mapping[str, Tensor]) -> Signals:
+    def __call__(self, batch: Mapping[str, Tensor]) -> Signals:
         """The rows' most probable tokens, and the recorded states that state terms compare with."""
         device = batch["input_ids"].device
         rows = self.reader.rows(on_host(batch).rows)

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from shoal.recipe.losses import STATE_TERMS
 
 from ..objective.layer_losses import StateLosses
-from ..objective.objective import Objective, SharedPrefix, output_head, to_logits
+from ..objective.objective import Objective, SharedPrefix, Signals, output_head, to_logits
 from ..student.lora import add_adapters
 from ..student.spec import TrainSpec
 from ..student.trainable import train_only
-from .signals import LiveTeacher, NoTeacher, Teacher
+from .signals import LiveTeacher, Teacher
 
 Recorded = Callable[[StateLosses | None, SharedPrefix | None], Teacher]
 """Makes the teacher whose signals were recorded, from the state terms that read them and the layers that are spared."""
@@ -66,7 +66,7 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
     if live is not None:
         teacher = LiveTeacher(live, reads_logits=spec.reads_logits, states=states, prefix=prefix)
     else:
-        teacher = NoTeacher() if spec.teacher_place == "none" else recorded(states, prefix)
+        teacher = recorded(states, prefix) if spec.teacher_place == "recorded" else lambda _batch: Signals()
     objective = Objective(
         student,
         None if live is None else to_logits(live),
