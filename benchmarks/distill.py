@@ -360,7 +360,7 @@ def shoal_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Loss:
     live = LiveTeacher(teacher, reads_logits=True, states=None, prefix=None)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
-        return student(**batch, signals=live.signals(batch))[0] / (batch["labels"][:, 1:] >= 0).sum()
+        return student(**batch, signals=live(batch))[0] / (batch["labels"][:, 1:] >= 0).sum()
 
     return loss
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,14 +152,6 @@ def _computed(model: PreTrainedModel, autocast_dtype: torch.dtype | None) -> Ten
     return torch.cat([hidden.flatten().float(), logits.flatten().float()])
 
 
-def frozen_tensors_from(folder: Path, names: Set[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of these names, as the checkpoint at ``folder`` stores them; names it does not have are left out."""
-    for shard in read_shards(folder):
-        with safe_open(shard.file, framework="pt") as file:
-            for name in names & shard.tensors.keys():
-                yield name, file.get_tensor(name)
-
-
 def finished_state(
     student: PreTrainedModel, state: Mapping[str, Tensor], folder: Path, *, dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -170,11 +162,16 @@ def finished_state(
     float32, into what is stored of a weight that is held in 4 bits. All that was trained is rounded once, to ``dtype``;
     what the files have in float32 all the same (decays of state spaces, for one) stays in that.
     """
-    exact = {name for shard in read_shards(folder) for name, tensor in shard.tensors.items() if tensor.dtype == "F32"}
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     adapted = adapted_modules(student)
     quantised = {name for name, module in student.named_modules() if type(module).__name__ == "Linear4bit"}
-    stored = dict(frozen_tensors_from(folder, {plain_name(name) for name in state if name not in trained}))
+    frozen = {plain_name(name) for name in state if name not in trained}
+    exact: set[str] = set()
+    stored: dict[str, Tensor] = {}
+    for shard in read_shards(folder):
+        exact |= {name for name, tensor in shard.tensors.items() if tensor.dtype == "F32"}
+        with safe_open(shard.file, framework="pt") as file:
+            stored |= {name: file.get_tensor(name) for name in frozen & shard.tensors.keys()}
     finished: dict[str, Tensor] = {}
     for name, value in state.items():
         plain = plain_name(name)
