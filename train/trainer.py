@@ -235,7 +235,8 @@ class DistillTrainer(Trainer):
         dtype = self._autocast_dtype
         checkpointing: Any = self.args.gradient_checkpointing_kwargs
         with (
-            _without_deprecations(),
+            # TRL asks transformers by old names
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
             unwrap_model_for_generation(
                 wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
             ) as model,
@@ -362,11 +363,3 @@ def _numbers(values: Tensor, *more: Tensor | float) -> list[float]:
         for value in more
     )
     return torch.cat([values, *(value.reshape(1) for value in on_device)]).tolist()
-
-
-@contextlib.contextmanager
-def _without_deprecations() -> Iterator[None]:
-    """TRL asks transformers by old names."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield

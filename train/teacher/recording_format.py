@@ -177,12 +177,6 @@ def write_shard(path: Path, planes: dict[str, Tensor], *, recording: str, settin
         save_file(planes, temporary, metadata={"shoal": stamp})
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes were writing. Nobody else may be at it."""
-    for leftover in folder.glob(".shard-*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
 class ShardFile:
     """One shard on disk, mapped. Rows are counted from its own first.
 

@@ -30,7 +30,7 @@ from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import Shapes, shaping, shaping_keys
 from shoal.runtime import environment, is_main, rank, together, world_size
 
-from .recording_format import HEADER_BYTES, Layout, ShardFile, TokenRows, remove_unfinished, row_hashes
+from .recording_format import HEADER_BYTES, Layout, ShardFile, TokenRows, row_hashes
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +161,8 @@ def _claim(folder: Path, manifest: RecordingManifest) -> None:
             f"another folder, or delete {folder} to record again"
         )
     warn_of_versions(path, on_disk.provenance)
-    remove_unfinished(folder)
+    for leftover in folder.glob(".shard-*.tmp"):  # of killed processes: nobody else is at it
+        leftover.unlink(missing_ok=True)
 
 
 def _is_there(
