@@ -76,6 +76,26 @@ def write_texts(
     Raises:
         UserError: no prompts, or nothing that was written can be kept.
     """
+    place, chosen, identity = _planned(settings, tokenizer, data=data, folder=folder, inputs=inputs, seed=seed)
+    if not (place / TEXTS).exists():
+        _write_batches(settings, tokenizer, chosen, folder=place / BATCHES, load_writer=load_writer)
+    barrier()
+    if is_main():
+        _sift(place, identity, keep=settings.keep)
+    barrier()
+    return _kept(place)
+
+
+def _planned(
+    settings: Writing,
+    tokenizer: Any,
+    *,
+    data: Sequence[DataSource],
+    folder: Path,
+    inputs: dict[str, Any],
+    seed: int,
+) -> tuple[Path, list[Prompt], dict[str, Any]]:
+    """Where the texts will be, what they go on from, and everything that they follow from."""
     chosen = _chosen(list(_prompts(settings, tokenizer, data=data, seed=seed)), settings, seed=seed)
     identity = {
         **inputs,
@@ -84,14 +104,7 @@ def write_texts(
         "seed": seed,
     }
     shared = folder if settings.folder is None else Path(settings.folder).expanduser()
-    place = shared / f"written-{fingerprint(identity)}"
-    if not (place / TEXTS).exists():
-        _write_batches(settings, tokenizer, chosen, folder=place / BATCHES, load_writer=load_writer)
-    barrier()
-    if is_main():
-        _sift(place, identity, keep=settings.keep)
-    barrier()
-    return _kept(place)
+    return shared / f"written-{fingerprint(identity)}", chosen, identity
 
 
 def _sift(place: Path, identity: dict[str, Any], *, keep: str) -> None:
