@@ -163,7 +163,7 @@ def _keeping(
 
     layers = decoder_layers(teacher)
     with ExitStack() as stack:
-        for layer in states.keys() | ({below} - {None}):
+        for layer in {*states, *(() if below is None else (below,))}:
             stack.callback(layers[layer].register_forward_hook(partial(keep, layer)).remove)
         yield
 
