@@ -94,6 +94,7 @@ def test_a_machine_is_measured_once(counted: list[int], tmp_path: Path) -> None:
 def test_another_machine_and_other_instructions_are_measured_again(
     counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     numerics.product_rates(CPU)
     forget_process()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

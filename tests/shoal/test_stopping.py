@@ -53,7 +53,7 @@ class Shoal:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def ranks(self) -> list[psutil.Process]:
-        return [c for c in self.children() if "shoal.cli" in (w := c.cmdline()[:5]) and "deepspeed" not in str(w)]
+        return [child for child in self.children() if "shoal.cli" in (w := words(child)) and "deepspeed" not in str(w)]
 
     def stop(self, number: int) -> list[str]:
         """Send a signal as a terminal does, to the whole process group; what is said from then on."""
@@ -62,6 +62,14 @@ class Shoal:
         self.process.wait(timeout=60)
         all_gone(started)
         return [line for line in self.said[before:].splitlines() if line]
+
+
+def words(process: psutil.Process) -> list[str]:
+    """The beginning of its command; nothing of one that ends meanwhile."""
+    try:
+        return process.cmdline()[:5]
+    except psutil.NoSuchProcess:  # a zombie among them
+        return []
 
 
 def all_gone(started: list[psutil.Process]) -> None:
