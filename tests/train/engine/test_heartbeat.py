@@ -72,7 +72,7 @@ def test_a_rank_that_moves_waits_for_nobody(tmp_path, monkeypatch):
     heartbeat = Heartbeat(tmp_path, timeout_s=0.3)
     heartbeat.start()
     for _ in range(50):
-        heartbeat.on_step_end()
+        heartbeat.moved()
         time.sleep(0.01)
     heartbeat.stop()
     assert not (tmp_path / FOLDER).exists()

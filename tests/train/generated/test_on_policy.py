@@ -290,11 +290,11 @@ def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(mon
     """As if on two ranks: without a process group any collective of transformers' loop fails."""
     from transformers.generation import utils
 
-    from shoal.eval.harness.engine import CausalLM
+    from shoal.eval.harness.engine import CausalLM, Writing
 
     monkeypatch.setattr(utils, "is_deepspeed_zero3_enabled", lambda: True)
     monkeypatch.setattr(utils, "_get_torch_distributed_world_size", lambda: 2)
     model, uniforms = tiny_model("llama"), torch.rand(1, 3, generator=torch.Generator().manual_seed(0))
     assert len(sample(model, [[1, 2]], uniforms, temperature=1.0, end_ids=(), pad_id=PAD)[0]) == 3
     lm = CausalLM(model, tiny_tokenizer(), 2)
-    assert len(lm._generate_with_transformers([[1, 2]], 3, [], {})[0]) == 3
+    assert len(lm._generate_with_transformers([[1, 2]], Writing(3, [], {}))[0]) == 3
