@@ -5,7 +5,6 @@ N steps on the path, S sequence, D hidden, V vocabulary, A answer tokens, L laye
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from shoal.artifacts.depth import Attribution
 from shoal.models.anatomy import state_of, with_state
 
-from ..edits.sublayers import Sublayers
+from ..edits.sublayers import Sublayers, takes_residual
 from ..variants.layerwise import Call
 from .runs import DepthRuns, Intact, Prompt, Readout, batch_of_prompts
 
@@ -30,7 +29,7 @@ def single_module(halves: Sublayers, layer: nn.Module, site: str) -> str:
     A module that returns the whole stream with the half added has no output of its own.
     """
     names = getattr(halves, site)
-    if len(names) != 1 or "residual" in inspect.signature(layer.get_submodule(names[0]).forward).parameters:
+    if len(names) != 1 or takes_residual(layer.get_submodule(names[0])):
         return ""
     return names[0]
 

@@ -22,38 +22,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from shoal.models.anatomy import decoder_layers, layer_config
 from shoal.recipe.edits import Component, ComponentPart, LayerEdit, LayerEdits
 
-from ..surgery.cut_model import skipped
 from .masks import (
+    Hooks,
     RowsOfBatch,
-    attention_skipped,
-    half_silenced_on_rows,
+    half_silenced,
     heads_masked,
-    heads_masked_on_rows,
     heads_of_groups,
-    layer_skipped_on_rows,
-    mlp_skipped,
+    layer_skipped,
     with_halves,
     with_heads,
 )
-from .zeroing import zero_attention, zero_heads, zero_mlp
+from .zeroing import zero_half, zero_heads
 
 LayerIndices = dict[int, tuple[int, ...]]
 """Layer -> which heads and the like of it; none of a part that is not one of several."""
-
-
-def _one(model: PreTrainedModel, layer: int) -> Sequence[None]:
-    return (None,)
 
 
 def _half(model: PreTrainedModel, layer: int) -> Sequence[None]:
@@ -61,64 +53,60 @@ def _half(model: PreTrainedModel, layer: int) -> Sequence[None]:
     return (None,)
 
 
-def _heads(model: PreTrainedModel, layer: int) -> Sequence[int]:
-    return range(with_heads(model, layer).num_heads)
-
-
-def _kv_heads(model: PreTrainedModel, layer: int) -> Sequence[int]:
-    return range(with_heads(model, layer).num_kv_heads)
-
-
 @dataclass(frozen=True)
 class Kind:
     """What is done with one part."""
 
-    in_layer: Callable[[PreTrainedModel, int], Sequence[int | None]] = _one
+    in_layer: Callable[[PreTrainedModel, int], Sequence[int | None]] | None = None
     """(model, layer) -> an index for each component of the layer; (None,) where it is the only one.
 
-    Raises UserError for a layer out of which it cannot be taken exactly."""
+    Raises UserError for a layer out of which it cannot be taken exactly. None = it is the layer itself."""
     told_by: str = ""
     """Setting of a configuration that says how many components a layer has; empty = there is one."""
-    is_inside: bool = True
-    """Whether it lies within a layer, so that it must be known where the layer keeps it."""
     heads: Callable[[PreTrainedModel, int, Sequence[int]], list[int]] | None = None
     """(model, layer, indices) -> the query heads by which it is taken out; then the rest is as with `head`."""
-    in_force: Callable[[PreTrainedModel, LayerIndices], AbstractContextManager[object]] | None = None
-    """None where it takes more than the model: a donor."""
-    on_rows: Callable[[PreTrainedModel, int, Sequence[int], RowsOfBatch], Iterator[RemovableHandle]] | None = None
-    """The same for some rows of a batch, by hooks of one layer; None = its texts are written apart from others'."""
+    hooks: Callable[[PreTrainedModel, int, Sequence[int], RowsOfBatch | None], Hooks] | None = None
+    """(model, layer, indices, rows) -> what puts it in force, in all rows of a batch where ``rows`` is None.
+
+    None where it takes more than the model: a donor."""
     for_good: Callable[[PreTrainedModel, LayerIndices], list[str]] | None = None
     """Zeroes weights of a student; the names of the changed parameters."""
     stored: str = ""
     """How stored answers of sweeps name its edit, with its indices at {}."""
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether it lies within a layer, so that it must be known where the layer keeps it."""
+        return self.in_layer is not None
+
 
 KINDS: dict[ComponentPart, Kind] = {
-    "layer": Kind(is_inside=False, in_force=skipped, on_rows=layer_skipped_on_rows, stored="Removed()"),
+    "layer": Kind(hooks=layer_skipped, stored="Removed()"),
     "attention": Kind(
         _half,
-        in_force=attention_skipped,
-        on_rows=partial(half_silenced_on_rows, "attention"),
-        for_good=zero_attention,
+        hooks=partial(half_silenced, "attention"),
+        for_good=partial(zero_half, "attention"),
         stored="Silenced(half='attention')",
     ),
     "mlp": Kind(
         _half,
-        in_force=mlp_skipped,
-        on_rows=partial(half_silenced_on_rows, "mlp"),
-        for_good=zero_mlp,
+        hooks=partial(half_silenced, "mlp"),
+        for_good=partial(zero_half, "mlp"),
         stored="Silenced(half='mlp')",
     ),
     "head": Kind(
-        _heads,
+        lambda model, layer: range(with_heads(model, layer).num_heads),
         told_by="num_attention_heads",
-        in_force=heads_masked,
-        on_rows=heads_masked_on_rows,
+        hooks=heads_masked,
         for_good=zero_heads,
         stored="Masked(heads={})",
     ),
-    "kv_group": Kind(_kv_heads, told_by="num_key_value_heads", heads=heads_of_groups),
-    "donor": Kind(is_inside=False, stored="Swapped()"),
+    "kv_group": Kind(
+        lambda model, layer: range(with_heads(model, layer).num_kv_heads),
+        told_by="num_key_value_heads",
+        heads=heads_of_groups,
+    ),
+    "donor": Kind(stored="Swapped()"),
 }
 
 
@@ -132,7 +120,7 @@ def components_of(operator: str, model: PreTrainedModel, *, order: Sequence[int]
         return tuple(Component(tuple(order[:count])) for count in range(1, len(order) + 1))
     if operator not in KINDS:
         raise ValueError(f"no operator {operator!r}")
-    in_layer = KINDS[operator].in_layer
+    in_layer = KINDS[operator].in_layer or (lambda *_: (None,))
     layers = range(len(decoder_layers(model)))
     return tuple(Component((layer,), operator, index) for layer in layers for index in in_layer(model, layer))
 
@@ -174,8 +162,9 @@ def in_force(model: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> 
     """
     with ExitStack() as stack:
         for layer, edit in edits:
-            if (put := KINDS[edit.part].in_force) is not None:
-                stack.enter_context(put(model, {layer: edit.indices}))
+            if (hooks := KINDS[edit.part].hooks) is not None:
+                for hook in hooks(model, layer, edit.indices, None):
+                    stack.enter_context(hook)
         yield model
 
 

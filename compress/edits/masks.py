@@ -1,20 +1,21 @@
-"""Silence attention, MLP or heads of single layers while a block runs; zeroing.py does it for good in a student.
+"""Hooks that silence attention, MLP or heads of single layers; zeroing.py does it for good in a student.
 
-Hooks replace what the sublayer writes. No weight is copied or changed, and everything is undone when the block ends.
+Hooks replace what the sublayer writes. No weight is copied or changed, and everything is undone when they are removed.
+They act on every row of the batch, or on the rows that a RowsOfBatch names for the next forward.
 
 B batch, S sequence, R rows with an edit, H query heads, d size of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from shoal.data.packing import PackedRows
@@ -22,37 +23,104 @@ from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, with_state
 from shoal.models.document_masks import documents_apart
 
+from ..surgery.cut_model import skipped
 from .sublayers import Sublayers, probing, silence, silent_output, sublayers, where
 
 Half = Literal["attention", "mlp"]
 Replacement = Literal["zero", "mean", "resample"]
+Hooks = Iterator[AbstractContextManager[object]]
+"""What holds an edit of one layer in force until it is closed."""
 
 
-@contextmanager
-def attention_skipped(model: PreTrainedModel, layers: Collection[int]) -> Iterator[PreTrainedModel]:
-    """``model`` with the attention (or what mixes tokens in its place) of ``layers`` adding nothing to the residual
-    stream, until the block ends. It still runs, because a KV cache counts on every layer's slot.
+@dataclass
+class RowsOfBatch:
+    """The rows for which an edit holds in the next forward. Hooks read it, and whoever runs the model sets it."""
+
+    rows_R: Tensor
+    """Their indices, int64, on the model's device."""
+    num_rows: int
+    """B"""
+
+
+def layer_skipped(model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch | None) -> Hooks:
+    """``layer`` passes its input on, in some rows of the batch; None = in all.
+
+    Raises:
+        UserError: an index that is no layer, or the only one.
+    """
+    if rows is None:
+        yield skipped(model, [layer])
+        return
+    inputs: list[Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # indexing copies, as it must: some layers write into their input
+        inputs[:] = [given_state(args, kwargs)[rows.rows_R]]
+
+    def pass_on(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        return _with_rows(output, rows, inputs[0])
+
+    module = decoder_layers(model)[layer]
+    yield module.register_forward_pre_hook(remember, with_kwargs=True)
+    yield module.register_forward_hook(pass_on)
+
+
+def half_silenced(half: Half, model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch | None) -> Hooks:
+    """One half of ``layer`` (or what mixes tokens in the attention's place) adds nothing to the residual stream.
+
+    It still runs, because a KV cache counts on every layer's slot.
 
     Raises:
         UserError: an index that is no layer, or a layer whose half cannot be taken out exactly.
     """
-    with _silenced(model, layers, "attention"):
-        yield model
+
+    def silence_rows(
+        rows: RowsOfBatch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        silent = silent_output(module, args, kwargs, output)
+        # experts may return all tokens in one dimension (B * S, D): one row of this is all of a row's tokens
+        return _with_rows(output, rows, silent.reshape(rows.num_rows, -1)[rows.rows_R])
+
+    for name in getattr(with_halves(model, layer), half):
+        module = decoder_layers(model)[layer].get_submodule(name)
+        if rows is None:
+            yield silence(module)
+        else:
+            yield module.register_forward_hook(partial(silence_rows, rows), with_kwargs=True)
 
 
-@contextmanager
-def mlp_skipped(model: PreTrainedModel, layers: Collection[int]) -> Iterator[PreTrainedModel]:
-    """``model`` with the MLP or mixture of experts of ``layers`` adding nothing, until the block ends.
+def heads_masked(
+    model: PreTrainedModel,
+    layer: int,
+    heads: Sequence[int],
+    rows: RowsOfBatch | None,
+    value_of: Callable[[Tensor, int], Tensor] | None = None,
+) -> Hooks:
+    """Zeros in the place of the contexts of single query ``heads``, or ``value_of`` all contexts and the head.
+
+    A head's context is its slice of the output projection's input. Under grouped-query attention nothing else changes
+    there; zeroing the value rows instead would silence all heads that share them.
 
     Raises:
-        UserError: as attention_skipped does.
+        UserError: an index that is no layer or no head, or a layer whose heads cannot be masked alone.
     """
-    with _silenced(model, layers, "mlp"):
-        yield model
+    halves = with_heads(model, layer)
+    checked(heads, halves.num_heads, f"{where(model, layer)}: head")
+
+    def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        context = args[0].clone()
+        intact_BSHd, context_BSHd = (states.unflatten(-1, (halves.num_heads, -1)) for states in (args[0], context))
+        # one head at a time: two index lists side by side would be paired, not crossed
+        for head in heads:
+            value = 0 if value_of is None else value_of(intact_BSHd, head)
+            context_BSHd[slice(None) if rows is None else rows.rows_R, ..., head, :] = value
+        return (context, *args[1:])
+
+    yield decoder_layers(model)[layer].get_submodule(halves.projection).register_forward_pre_hook(mask)
 
 
 @contextmanager
-def heads_masked(
+def heads_replaced(
     model: PreTrainedModel,
     heads: Mapping[int, Sequence[int]],
     *,
@@ -63,11 +131,8 @@ def heads_masked(
 ) -> Iterator[PreTrainedModel]:
     """``model`` with the contexts of single query heads (layer -> heads) replaced until the block ends.
 
-    A head's context is its slice of the output projection's input. Under grouped-query attention nothing else changes
-    there; zeroing the value rows instead would silence all heads that share them.
-
-    ``zero`` puts zeros there, ``mean`` the vectors of ``means`` (from head_means), ``resample`` the same head's context
-    at the same position of another sequence of the batch: one permutation for all heads and layers, drawn from
+    ``zero`` is heads_masked, ``mean`` puts the vectors of ``means`` (from head_means), ``resample`` the same head's
+    context at the same position of another sequence of the batch: one permutation for all heads and layers, drawn from
     ``seed``, that leaves no sequence in its place. Positions must mean the same in all of them, so that padding is
     refused.
 
@@ -75,46 +140,33 @@ def heads_masked(
     2510.02091 does so; this is only for comparing with figures made by it.
 
     Raises:
-        UserError: an index that is no layer or no head, a layer whose heads cannot be masked alone, ``mean`` without
-            fitting means; at a forward, ``resample`` of a single sequence or of padded ones.
+        UserError: as heads_masked does, or ``mean`` without fitting means; at a forward, ``resample`` of a single
+            sequence or of padded ones.
     """
     if replacement not in ("zero", "mean", "resample"):
-        raise UserError(f"heads_masked: replacement {replacement!r} is none; there is zero, mean and resample")
+        raise UserError(f"heads_replaced: replacement {replacement!r} is none; there is zero, mean and resample")
     if (replacement == "mean") != (means is not None):
         raise UserError(
-            f"heads_masked: replacement {replacement!r} and means do not fit; mean needs them, no other does"
+            f"heads_replaced: replacement {replacement!r} and means do not fit; mean needs them, no other does"
         )
+
+    def other_context(context_BSHd: Tensor, head: int) -> Tensor:
+        return context_BSHd[_elsewhere(len(context_BSHd), seed).to(context_BSHd.device), ..., head, :]
+
     with ExitStack() as stack:
         if replacement == "resample":
             stack.enter_context(_padding_refused(model))
-        for layer, named in heads.items():
+        for layer, chosen in heads.items():
             halves = with_heads(model, layer)
-            chosen = checked(named, halves.num_heads, f"{where(model, layer)}: head")
+            value_of = other_context if replacement == "resample" else None
+            if means is not None:
+                value_of = partial(_mean_context, _mean_of(means, layer, halves, model))
             if legacy_gqa:
-                chosen = _of_groups(halves, sorted({head // halves.heads_per_group for head in chosen}))
-            mean_Hd = None if means is None else _mean_of(means, layer, halves, model)
-            projection = decoder_layers(model)[layer].get_submodule(halves.projection)
-            stack.enter_context(_masked(projection, halves.num_heads, chosen, replacement, mean_Hd, seed))
-        yield model
-
-
-@contextmanager
-def kv_groups_masked(
-    model: PreTrainedModel,
-    groups: Mapping[int, Sequence[int]],
-    *,
-    replacement: Replacement = "zero",
-    means: Mapping[int, Tensor] | None = None,
-    seed: int = 0,
-) -> Iterator[PreTrainedModel]:
-    """``model`` with all query heads that read the named key-value heads (layer -> key-value heads) masked, as
-    heads_masked does it.
-
-    Raises:
-        UserError: as heads_masked does.
-    """
-    heads = {layer: heads_of_groups(model, layer, named) for layer, named in groups.items()}
-    with heads_masked(model, heads, replacement=replacement, means=means, seed=seed):
+                checked(chosen, halves.num_heads, f"{where(model, layer)}: head")
+                size = halves.num_heads // halves.num_kv_heads
+                chosen = heads_of_groups(model, layer, sorted({head // size for head in chosen}))
+            for hook in heads_masked(model, layer, chosen, None, value_of):
+                stack.enter_context(hook)
         yield model
 
 
@@ -153,78 +205,6 @@ def head_means(
     return {layer: sums[layer].unflatten(0, (halves[layer].num_heads, -1)) / num_tokens for layer in layers}
 
 
-@contextmanager
-def _silenced(model: PreTrainedModel, layers: Collection[int], half: Half) -> Iterator[None]:
-    with ExitStack() as stack:
-        for layer in layers:
-            for name in getattr(with_halves(model, layer), half):
-                stack.enter_context(silence(decoder_layers(model)[layer].get_submodule(name)))
-        yield
-
-
-@dataclass
-class RowsOfBatch:
-    """The rows for which an edit holds in the next forward. Hooks read it, and whoever runs the model sets it."""
-
-    rows_R: Tensor
-    """Their indices, int64, on the model's device."""
-    num_rows: int
-    """B"""
-
-
-def layer_skipped_on_rows(
-    model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch
-) -> Iterator[RemovableHandle]:
-    """Hooks that let ``layer`` pass its input on in some rows of the batch."""
-    inputs: list[Tensor] = []
-
-    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # indexing copies, as it must: some layers write into their input
-        inputs[:] = [given_state(args, kwargs)[rows.rows_R]]
-
-    def pass_on(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        return _with_rows(output, rows, inputs[0])
-
-    module = decoder_layers(model)[layer]
-    yield module.register_forward_pre_hook(remember, with_kwargs=True)
-    yield module.register_forward_hook(pass_on)
-
-
-def half_silenced_on_rows(
-    half: Half, model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch
-) -> Iterator[RemovableHandle]:
-    """Hooks that let one half of ``layer`` add nothing in some rows of the batch."""
-
-    def silencing(module: nn.Module) -> Any:
-        def silence_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            silent = silent_output(module, args, kwargs, output)
-            # experts may return all tokens in one dimension (B * S, D): one row of this is all of a row's tokens
-            return _with_rows(output, rows, silent.reshape(rows.num_rows, -1)[rows.rows_R])
-
-        return silence_rows
-
-    for name in getattr(with_halves(model, layer), half):
-        module = decoder_layers(model)[layer].get_submodule(name)
-        yield module.register_forward_hook(silencing(module), with_kwargs=True)
-
-
-def heads_masked_on_rows(
-    model: PreTrainedModel, layer: int, heads: Sequence[int], rows: RowsOfBatch
-) -> Iterator[RemovableHandle]:
-    """Hooks that put zeros in the place of the contexts of ``heads`` in some rows of the batch."""
-    halves = with_heads(model, layer)
-
-    def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        context = args[0].clone()
-        context_BSHd = context.unflatten(-1, (halves.num_heads, -1))
-        # one head at a time: two index lists side by side would be paired, not crossed
-        for head in heads:
-            context_BSHd[rows.rows_R, ..., head, :] = 0
-        return (context, *args[1:])
-
-    yield decoder_layers(model)[layer].get_submodule(halves.projection).register_forward_pre_hook(mask)
-
-
 def _with_rows(output: Any, rows: RowsOfBatch, values: Tensor) -> Any:
     """``output`` of a module with the states of some rows replaced by ``values``, whose first dimension is R."""
     if not len(rows.rows_R):
@@ -260,8 +240,8 @@ def with_heads(model: PreTrainedModel, layer: int) -> Sublayers:
     return halves
 
 
-def checked(indices: Sequence[int], count: int, what: str) -> list[int]:
-    """``indices`` if all of them are among ``count``; messages call one ``what``.
+def checked(indices: Sequence[int], count: int, what: str) -> None:
+    """Nothing, if all of ``indices`` are among ``count``; messages call one ``what``.
 
     Raises:
         UserError: one that is not.
@@ -269,7 +249,6 @@ def checked(indices: Sequence[int], count: int, what: str) -> list[int]:
     for index in indices:
         if not 0 <= index < count:
             raise UserError(f"{what} {index}: is out of range; there are 0..{count - 1}")
-    return list(indices)
 
 
 def heads_of_groups(model: PreTrainedModel, layer: int, groups: Sequence[int]) -> list[int]:
@@ -279,40 +258,17 @@ def heads_of_groups(model: PreTrainedModel, layer: int, groups: Sequence[int]) -
         UserError: as with_heads does, and for a key-value head that is none.
     """
     halves = with_heads(model, layer)
-    return _of_groups(halves, checked(groups, halves.num_kv_heads, f"{where(model, layer)}: key-value head"))
-
-
-def _of_groups(halves: Sublayers, groups: Sequence[int]) -> list[int]:
-    size = halves.heads_per_group
+    checked(groups, halves.num_kv_heads, f"{where(model, layer)}: key-value head")
+    size = halves.num_heads // halves.num_kv_heads
     return [head for group in groups for head in range(group * size, (group + 1) * size)]
-
-
-def _masked(
-    projection: nn.Module,
-    num_heads: int,
-    heads: list[int],
-    replacement: Replacement,
-    mean_Hd: Tensor | None,
-    seed: int,
-) -> RemovableHandle:
-    def mask(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        context = args[0].clone()
-        context_BSHd = context.unflatten(-1, (num_heads, -1))
-        if replacement == "resample":
-            others = _elsewhere(len(context), seed).to(context.device)
-            value: Any = args[0].unflatten(-1, (num_heads, -1))[others][..., heads, :]
-        else:
-            value = 0 if mean_Hd is None else mean_Hd[heads].to(context)
-        context_BSHd[..., heads, :] = value
-        return (context, *args[1:])
-
-    return projection.register_forward_pre_hook(mask)
 
 
 def _elsewhere(num_rows: int, seed: int) -> Tensor:
     """(B,) For every row another one: a random cycle through all of them."""
     if num_rows < 2:
-        raise UserError("heads_masked: resample takes contexts from other sequences of the batch, and it has only one")
+        raise UserError(
+            "heads_replaced: resample takes contexts from other sequences of the batch, and it has only one"
+        )
     cycle = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
     others = torch.empty_like(cycle)
     others[cycle] = cycle.roll(1)
@@ -324,7 +280,7 @@ def _padding_refused(model: PreTrainedModel) -> Iterator[None]:
     def refuse(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
-            raise UserError("heads_masked: resample needs sequences of one length, and some are padded")
+            raise UserError("heads_replaced: resample needs sequences of one length, and some are padded")
 
     # callers may run the body alone, without the head
     with decoder_body(model).register_forward_pre_hook(refuse, with_kwargs=True):
@@ -335,5 +291,9 @@ def _mean_of(means: Mapping[int, Tensor], layer: int, halves: Sublayers, model: 
     """(H, d) on the model's device."""
     mean = means.get(layer)
     if mean is None or mean.dim() != 2 or len(mean) != halves.num_heads:
-        raise UserError(f"heads_masked: means hold nothing for {where(model, layer)}; name the layer in head_means")
+        raise UserError(f"heads_replaced: means hold nothing for {where(model, layer)}; name the layer in head_means")
     return mean.to(model.device)
+
+
+def _mean_context(mean_Hd: Tensor, context_BSHd: Tensor, head: int) -> Tensor:
+    return mean_Hd[head].to(context_BSHd)

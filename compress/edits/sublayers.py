@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -76,11 +77,6 @@ class Sublayers:
         """All modules that belong to the MLP; for most families just ``mlp``."""
         return tuple(name for half in self.mlp for name in (*MLP_COMPANIONS.get(half, ()), half))
 
-    @property
-    def heads_per_group(self) -> int:
-        """Query heads that read one key-value head."""
-        return self.num_heads // self.num_kv_heads
-
 
 _known: WeakKeyDictionary[nn.Module, tuple[Any, tuple[Sublayers, ...]]] = WeakKeyDictionary()
 
@@ -134,22 +130,21 @@ def silence(module: nn.Module) -> RemovableHandle:
 
     Most modules return what is added; those that take the residual and add it themselves (Bloom, MPT) return it.
     """
+    return module.register_forward_hook(_add_nothing, with_kwargs=True)
 
-    def nothing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        silent = silent_output(module, args, kwargs, output)
-        return with_state(output, silent)
 
-    return module.register_forward_hook(nothing, with_kwargs=True)
+def _add_nothing(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    return with_state(output, silent_output(module, args, kwargs, output))
 
 
 def silent_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
     """What ``module`` returns when it adds nothing to the residual stream, given what a forward hook gets."""
-    return _residual(module, args, kwargs) if _takes_residual(module) else torch.zeros_like(state_of(output))
+    return _residual(module, args, kwargs) if takes_residual(module) else torch.zeros_like(state_of(output))
 
 
 def adds_something(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> bool:
     """Whether ``module`` changes the residual stream, given what a forward hook gets."""
-    if _takes_residual(module):
+    if takes_residual(module):
         return not torch.equal(state_of(output), _residual(module, args, kwargs))
     return bool(state_of(output).any())
 
@@ -187,7 +182,8 @@ def _half(name: str) -> str:
     return ""
 
 
-def _takes_residual(module: nn.Module) -> bool:
+def takes_residual(module: nn.Module) -> bool:
+    """Whether ``module`` adds what it writes to the residual stream itself."""
     return "residual" in inspect.signature(module.forward).parameters
 
 
@@ -309,11 +305,8 @@ def _watch(
         if adds_something(module, args, kwargs, output):
             trace.adding.add(index)
 
-    def keep_contexts(name: str) -> Callable[[nn.Module, Any], None]:
-        def keep(_: nn.Module, args: Any) -> None:
-            trace.contexts.setdefault(index, {})[name] = args[0].clone()
-
-        return keep
+    def keep_contexts(name: str, _: nn.Module, args: Any) -> None:
+        trace.contexts.setdefault(index, {})[name] = args[0].clone()
 
     def enter(*_: Any) -> None:
         probe.layer = index
@@ -331,7 +324,7 @@ def _watch(
         yield layer.get_submodule(name).register_forward_pre_hook(enter)
         yield layer.get_submodule(name).register_forward_hook(leave)
     for name in _projections(layer, halves):
-        yield layer.get_submodule(name).register_forward_pre_hook(keep_contexts(name), prepend=True)
+        yield layer.get_submodule(name).register_forward_pre_hook(partial(keep_contexts, name), prepend=True)
 
 
 def _projections(layer: nn.Module, halves: Sublayers) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ from shoal.recipe.edits import LayerEdit
 
 from .masks import Half, checked, with_halves, with_heads
 from .merging import put_tensors
-from .sublayers import Sublayers, adds_something, probe_ids, probing, sublayers, where
+from .sublayers import OUTPUT_PROJECTIONS, Sublayers, adds_something, probe_ids, probing, sublayers, where
 
 OUTPUT_MAPS = {
-    *("o_proj", "out_proj", "dense", "c_proj", "Wo", "linear_out"),  # of attention and what stands in its place
+    *(*OUTPUT_PROJECTIONS, "linear_out"),  # of attention and what stands in its place
     *("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear"),  # of MLPs and experts
 }
 """Modules and parameters that write a half's result. What these names miss shows when the zeroed half is run."""
@@ -35,22 +36,36 @@ OUTPUT_BIASES = ("bias", "experts.bias")
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def zero_attention(model: PreTrainedModel, layers: Collection[int]) -> list[str]:
-    """Let the attention of ``layers`` add nothing for good; returns the names of the parameters that became zero.
+@torch.no_grad()
+def zero_half(half: Half, model: PreTrainedModel, layers: Collection[int]) -> list[str]:
+    """Let the attention or MLP of ``layers`` add nothing for good; the names of the parameters that became zero.
 
     They are new tensors: what ``model`` shares with its teacher stays as it is there. A context or expert that is not
-    finite gives NaN (0 * inf), where attention_skipped gives zero.
+    finite gives NaN (0 * inf), where half_silenced gives zero.
 
     Raises:
-        UserError: as attention_skipped does; a half whose output weights shoal does not know, that are quantised, or
+        UserError: as half_silenced does; a half whose output weights shoal does not know, that are quantised, or
             that other layers use too. The model is then as it was.
     """
-    return _zero_halves(model, layers, "attention")
-
-
-def zero_mlp(model: PreTrainedModel, layers: Collection[int]) -> list[str]:
-    """Let the MLP or mixture of experts of ``layers`` add nothing for good; the rest is as with zero_attention."""
-    return _zero_halves(model, layers, "mlp")
+    names: list[str] = []
+    for layer in layers:
+        outputs = _output_parameters(model, layer, with_halves(model, layer), half)
+        if not outputs:
+            raise UserError(
+                f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
+            )
+        names += outputs
+    names = list(dict.fromkeys(names))
+    _refuse_unzeroable(model, names)
+    zeros = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
+    before = put_tensors(model, zeros, where="zero")
+    if loud := _loud_layers(model, layers, half):
+        put_tensors(model, before, where="zero")
+        raise UserError(
+            f"{where(model, loud[0])}: its {half} writes something even with {names[0]} and the like zeroed, so that a "
+            "checkpoint cannot hold it silenced; drop whole layers"
+        )
+    return names
 
 
 @torch.no_grad()
@@ -66,7 +81,7 @@ def zero_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> li
     masked: dict[str, Tensor] = {}
     for layer, named in heads.items():
         halves = with_heads(model, layer)
-        chosen = checked(named, halves.num_heads, f"{where(model, layer)}: head")
+        checked(named, halves.num_heads, f"{where(model, layer)}: head")
         projection = decoder_layers(model)[layer].get_submodule(halves.projection)
         name = f"{_name_of(model, layer)}.{halves.projection}.weight"
         _refuse_unzeroable(model, [name])
@@ -74,7 +89,7 @@ def zero_heads(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> li
         # (D, H * d) of a linear map, (H * d, D) of GPT-2's
         inputs_dim = 0 if isinstance(projection, Conv1D) else 1
         weight.unflatten(inputs_dim, (halves.num_heads, -1)).index_fill_(
-            inputs_dim, torch.tensor(chosen, device=weight.device), 0
+            inputs_dim, torch.tensor(list(named), device=weight.device), 0
         )
         masked[name] = weight
     put_tensors(model, masked, where="zero_heads")
@@ -106,29 +121,6 @@ def unsaved_parameters(model: PreTrainedModel, edits: Iterable[tuple[int, LayerE
     return sum((shares | whole).values())
 
 
-@torch.no_grad()
-def _zero_halves(model: PreTrainedModel, layers: Collection[int], half: Half) -> list[str]:
-    names: list[str] = []
-    for layer in layers:
-        outputs = _output_parameters(model, layer, with_halves(model, layer), half)
-        if not outputs:
-            raise UserError(
-                f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
-            )
-        names += outputs
-    names = list(dict.fromkeys(names))
-    _refuse_unzeroable(model, names)
-    zeros = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
-    before = put_tensors(model, zeros, where="zero")
-    if loud := _loud_layers(model, layers, half):
-        put_tensors(model, before, where="zero")
-        raise UserError(
-            f"{where(model, loud[0])}: its {half} writes something even with {names[0]} and the like zeroed, so that a "
-            "checkpoint cannot hold it silenced; drop whole layers"
-        )
-    return names
-
-
 def _output_parameters(model: PreTrainedModel, layer: int, halves: Sublayers, half: Half) -> list[str]:
     """Full names of the parameters that write the half's result."""
     names = []
@@ -145,18 +137,17 @@ def _loud_layers(model: PreTrainedModel, layers: Collection[int], half: Half) ->
     """Those of ``layers`` whose half still adds something, on a few tokens."""
     loud: list[int] = []
 
-    def listening(layer: int) -> Any:
-        def listen(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if adds_something(module, args, kwargs, output):
-                loud.append(layer)
-
-        return listen
+    def listen(layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if adds_something(module, args, kwargs, output):
+            loud.append(layer)
 
     with ExitStack() as stack, probing(model):
         for layer in layers:
             for name in getattr(sublayers(model)[layer], half):
                 module = decoder_layers(model)[layer].get_submodule(name)
-                stack.enter_context(module.register_forward_hook(listening(layer), with_kwargs=True, prepend=True))
+                stack.enter_context(
+                    module.register_forward_hook(partial(listen, layer), with_kwargs=True, prepend=True)
+                )
         model(input_ids=probe_ids(model), use_cache=False)
     return loud
 

@@ -81,7 +81,7 @@ def without_components(components: Sequence[Component]) -> Variant:
     """
     for component in components:
         kind = KINDS[component.part]
-        if kind.in_force is None or bool(kind.told_by) != (component.index is not None):
+        if kind.hooks is None or bool(kind.told_by) != (component.index is not None):
             raise UserError(f"{component.name}: no removal is known for it; there are layers, attention, mlp and heads")
     edits = layer_edits(components, None)
     parts: dict[int, set[ComponentPart]] = defaultdict(set)

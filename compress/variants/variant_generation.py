@@ -97,7 +97,7 @@ def _together(model: PreTrainedModel, decoder: Decoder, variants: Sequence[Varia
     chosen = [
         number
         for number, variant in enumerate(variants)
-        if all(KINDS[edit.part].on_rows is not None for _, edit in variant.edits)
+        if all(KINDS[edit.part].hooks is not None for _, edit in variant.edits)
     ]
     return sorted(chosen, key=lambda number: [layer for layer, _ in variants[number].edits])
 
@@ -274,8 +274,8 @@ class RowEdits:
     def applied(self) -> Iterator[None]:
         with ExitStack() as stack:
             for (layer, edit), rows in self._rows.items():
-                hooks = KINDS[edit.part].on_rows
+                hooks = KINDS[edit.part].hooks
                 assert hooks is not None
-                for handle in hooks(self._model, layer, edit.indices, rows):
-                    stack.callback(handle.remove)
+                for hook in hooks(self._model, layer, edit.indices, rows):
+                    stack.enter_context(hook)
             yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,7 +11,9 @@ from architectures import SLIDING_WINDOW, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from shoal.compress.edits.layer_edits import in_force, layer_edits
 from shoal.compress.edits.sublayers import Sublayers, sublayers
+from shoal.recipe.edits import Component, ComponentPart
 
 FAMILIES = (
     *("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "glm4", "cohere2", "phi"),
@@ -57,3 +61,23 @@ def with_heads(model: PreTrainedModel) -> tuple[int, Sublayers]:
     return next(
         (layer, found) for layer, found in reversed(list(enumerate(sublayers(model)))) if not found.head_refusal
     )
+
+
+def _taken_out(model: PreTrainedModel, part: ComponentPart, layers: Iterable[Any]) -> AbstractContextManager[Any]:
+    return in_force(model, layer_edits([Component((layer,), part, *index) for layer, *index in layers], model))
+
+
+def attention_skipped(model: PreTrainedModel, layers: Sequence[int]) -> AbstractContextManager[Any]:
+    return _taken_out(model, "attention", ((layer,) for layer in layers))
+
+
+def mlp_skipped(model: PreTrainedModel, layers: Sequence[int]) -> AbstractContextManager[Any]:
+    return _taken_out(model, "mlp", ((layer,) for layer in layers))
+
+
+def heads_masked(model: PreTrainedModel, heads: Mapping[int, Sequence[int]]) -> AbstractContextManager[Any]:
+    return _taken_out(model, "head", ((layer, head) for layer in heads for head in heads[layer]))
+
+
+def kv_groups_masked(model: PreTrainedModel, groups: Mapping[int, Sequence[int]]) -> AbstractContextManager[Any]:
+    return _taken_out(model, "kv_group", ((layer, group) for layer in groups for group in groups[layer]))

@@ -9,13 +9,24 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, SLIDING_WINDOW, tiny_model
-from masked_models import FAMILIES, ids, logits, text, tiny, with_heads
+from masked_models import (
+    FAMILIES,
+    attention_skipped,
+    heads_masked,
+    ids,
+    kv_groups_masked,
+    logits,
+    mlp_skipped,
+    text,
+    tiny,
+    with_heads,
+)
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from shoal.compress.edits.masks import attention_skipped, head_means, heads_masked, kv_groups_masked, mlp_skipped
+from shoal.compress.edits.masks import head_means, heads_of_groups, heads_replaced
 from shoal.compress.edits.sublayers import sublayers
 from shoal.compress.surgery.cut_model import skipped
 from shoal.data.packing import PackedRows
@@ -197,7 +208,7 @@ def test_the_published_masking_silences_whole_groups() -> None:
     """It zeroes rows of queries, keys and values and columns of the output; the value rows belong to a group."""
     model = tiny("llama")
     head, size = 2, 8
-    with heads_masked(model, {3: [head]}, legacy_gqa=True):
+    with heads_replaced(model, {3: [head]}, legacy_gqa=True):
         found = logits(model)
     with kv_groups_masked(model, {3: [head // 2]}):
         assert torch.equal(logits(model), found)
@@ -214,7 +225,7 @@ def test_the_published_masking_silences_whole_groups() -> None:
     single = tiny_model("llama", num_key_value_heads=4)
     with heads_masked(single, {3: [head]}):
         alone = logits(single)
-    with heads_masked(single, {3: [head]}, legacy_gqa=True):
+    with heads_replaced(single, {3: [head]}, legacy_gqa=True):
         assert torch.equal(logits(single), alone)
 
 
@@ -258,11 +269,11 @@ def test_mean_ablation_puts_the_mean_in_the_heads_place() -> None:
     model = tiny("llama")
     means = head_means(model, rows(), [1, 4], batch_size=3)
     (intact,) = contexts(model, 4, lambda: logits(model))
-    with heads_masked(model, {4: [1, 3]}, replacement="mean", means=means):
+    with heads_replaced(model, {4: [1, 3]}, replacement="mean", means=means):
         (found,) = contexts(model, 4, lambda: logits(model))
     assert torch.equal(found[:, :, [0, 2]], intact[:, :, [0, 2]])
     assert torch.equal(found[:, :, [1, 3]], means[4][[1, 3]].float().expand(*found.shape[:2], 2, 8))
-    with kv_groups_masked(model, {4: [0]}, replacement="mean", means=means):
+    with heads_replaced(model, {4: heads_of_groups(model, 4, [0])}, replacement="mean", means=means):
         (grouped,) = contexts(model, 4, lambda: logits(model))
     assert torch.equal(grouped[0, 0, [0, 1]], means[4][[0, 1]].float())
     assert torch.equal(grouped[:, :, 2:], intact[:, :, 2:])
@@ -276,7 +287,7 @@ def test_resampling_takes_the_head_from_another_sequence(num_rows: int) -> None:
     for seed in range(5):
         with torch.no_grad():
             (intact,) = contexts(model, 2, lambda: logits(model, batch))
-            with heads_masked(model, {2: [3], 4: [0]}, replacement="resample", seed=seed):
+            with heads_replaced(model, {2: [3], 4: [0]}, replacement="resample", seed=seed):
                 (found,) = contexts(model, 2, lambda: logits(model, batch))
                 (again,) = contexts(model, 2, lambda: logits(model, batch))
         assert torch.equal(found, again)
@@ -290,7 +301,7 @@ def test_resampling_takes_the_head_from_another_sequence(num_rows: int) -> None:
 
 def test_resampling_refuses_what_has_no_other_sequence_of_the_same_positions() -> None:
     model = tiny("llama")
-    with heads_masked(model, {2: [3]}, replacement="resample"):
+    with heads_replaced(model, {2: [3]}, replacement="resample"):
         with pytest.raises(UserError, match=r"resample takes contexts from other sequences .* only one"):
             logits(model, ids(1))
         mask = torch.ones(2, 2 * SLIDING_WINDOW)
@@ -316,11 +327,11 @@ NO_REPLACEMENT: Any = "noise"
             lambda model: kv_groups_masked(model, {2: [2]}),
             r"layer 2 of llama: key-value head 2: is out of range; .*0\.\.1",
         ),
-        (lambda model: heads_masked(model, {2: [0]}, replacement="mean"), "mean needs them, no other does"),
-        (lambda model: heads_masked(model, {2: [0]}, means=MEANS), "replacement 'zero' and means do not fit"),
-        (lambda model: heads_masked(model, {1: [0]}, replacement="mean", means=MEANS), "hold nothing for layer 1"),
+        (lambda model: heads_replaced(model, {2: [0]}, replacement="mean"), "mean needs them, no other does"),
+        (lambda model: heads_replaced(model, {2: [0]}, means=MEANS), "replacement 'zero' and means do not fit"),
+        (lambda model: heads_replaced(model, {1: [0]}, replacement="mean", means=MEANS), "hold nothing for layer 1"),
         (
-            lambda model: heads_masked(model, {2: [0]}, replacement=NO_REPLACEMENT),
+            lambda model: heads_replaced(model, {2: [0]}, replacement=NO_REPLACEMENT),
             "'noise' is none; there is zero, mean",
         ),
     ],

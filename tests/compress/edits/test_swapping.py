@@ -10,11 +10,10 @@ import pytest
 import torch
 from architectures import tiny_model
 from exactness import is_tied
-from masked_models import FAMILIES, logits, tiny
+from masked_models import FAMILIES, logits, mlp_skipped, tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shoal.compress.edits.masks import mlp_skipped
 from shoal.compress.edits.swapping import Part, swapped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers

@@ -9,13 +9,23 @@ from typing import Any
 import pytest
 import torch
 from architectures import tiny_model
-from masked_models import FAMILIES, logits, text, tiny, with_heads
+from masked_models import (
+    FAMILIES,
+    attention_skipped,
+    heads_masked,
+    kv_groups_masked,
+    logits,
+    mlp_skipped,
+    text,
+    tiny,
+    with_heads,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal.compress.edits.layer_edits import layer_edits
-from shoal.compress.edits.masks import attention_skipped, heads_masked, heads_of_groups, kv_groups_masked, mlp_skipped
-from shoal.compress.edits.zeroing import unsaved_parameters, zero_attention, zero_heads, zero_mlp
+from shoal.compress.edits.masks import heads_of_groups
+from shoal.compress.edits.zeroing import unsaved_parameters, zero_half, zero_heads
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
@@ -67,7 +77,11 @@ def test_zeroed_weights_give_the_bits_of_the_operator_in_force(name: str, tmp_pa
         expected, expected_text = logits(teacher), text(teacher, use_cache=True, padded=False)
     intact = logits(teacher)
     student = cut_model(teacher, (), share=True)
-    names = [*zero_attention(student, [0, 3]), *zero_mlp(student, [2, last]), *zero_heads(student, {layer: [1, 3]})]
+    names = [
+        *zero_half("attention", student, [0, 3]),
+        *zero_half("mlp", student, [2, last]),
+        *zero_heads(student, {layer: [1, 3]}),
+    ]
     assert torch.equal(logits(student), expected)
     assert torch.equal(logits(teacher), intact), "the teacher's storage is the student's no more"
 
@@ -90,8 +104,8 @@ def test_the_weights_that_write_a_half_become_zero_and_no_others(name: str) -> N
     model = tiny(name)
     layer = 0 if name == "granitemoehybrid" else len(decoder_layers(model)) - 1
     prefix = next(key for key, module in model.named_modules() if module is decoder_layers(model)[layer])
-    assert set(zero_attention(model, [layer])) == {f"{prefix}.{key}" for key in attention}
-    assert set(zero_mlp(model, [layer])) == {f"{prefix}.{key}" for key in mlp}
+    assert set(zero_half("attention", model, [layer])) == {f"{prefix}.{key}" for key in attention}
+    assert set(zero_half("mlp", model, [layer])) == {f"{prefix}.{key}" for key in mlp}
     for key in (*attention, *mlp):
         assert not model.get_parameter(f"{prefix}.{key}").any()
 
@@ -112,10 +126,10 @@ def test_zeroed_groups_are_masked_groups(name: str) -> None:
 def test_zeroing_after_a_drop_counts_the_students_layers() -> None:
     teacher = tiny("llama")
     student = cut_model(teacher, (1,), share=True)
-    assert zero_mlp(student, [1]) == ["model.layers.1.mlp.down_proj.weight"]
+    assert zero_half("mlp", student, [1]) == ["model.layers.1.mlp.down_proj.weight"]
     assert zero_heads(student, {4: [0]}) == ["model.layers.4.self_attn.o_proj.weight"]
     whole = cut_model(teacher, ())
-    zero_mlp(whole, [2])
+    zero_half("mlp", whole, [2])
     zero_heads(whole, {5: [0]})
     assert torch.equal(logits(cut_model(whole, (1,))), logits(student))
 
@@ -124,7 +138,11 @@ def test_zeroing_after_a_drop_counts_the_students_layers() -> None:
 def test_zeros_stay_zero_in_training(name: str) -> None:
     student = tiny(name)
     layer, _ = with_heads(student)
-    names = [*zero_mlp(student, [1, 4]), *zero_attention(student, [2]), *zero_heads(student, {layer: [1]})]
+    names = [
+        *zero_half("mlp", student, [1, 4]),
+        *zero_half("attention", student, [2]),
+        *zero_heads(student, {layer: [1]}),
+    ]
     setattr(student.config, ZEROED_WEIGHTS, names)
     keep_zeros(student)
     zeros = {key: student.get_parameter(key) == 0 for key in names}
@@ -150,7 +168,7 @@ def test_not_finite_contexts_are_silenced_by_the_operator_only() -> None:
     with attention_skipped(model, [0]):
         assert logits(model).isfinite().all()
     with pytest.raises(UserError, match="writes something even with"):
-        zero_attention(model, [0])
+        zero_half("attention", model, [0])
 
 
 def test_a_half_that_still_writes_is_refused_and_left_as_it_was() -> None:
@@ -169,7 +187,7 @@ def test_a_half_that_still_writes_is_refused_and_left_as_it_was() -> None:
     with mlp_skipped(model, [2]):
         logits(model)
     with pytest.raises(UserError, match=r"layer 2 of llama: its mlp writes something even with .*down_proj\.weight"):
-        zero_mlp(model, [1, 2])
+        zero_half("mlp", model, [1, 2])
     assert all(parameter is before[key] for key, parameter in model.named_parameters())
 
 
@@ -177,22 +195,22 @@ def test_a_half_that_still_writes_is_refused_and_left_as_it_was() -> None:
 def test_what_cannot_be_zeroed_is_refused_before_anything_changes() -> None:
     model = tiny("llama")
     with pytest.raises(UserError, match=r"layer 6: is out of range"):
-        zero_attention(model, [0, 6])
+        zero_half("attention", model, [0, 6])
     with pytest.raises(UserError, match=r"layer 2 of llama: head 4: is out of range"):
         zero_heads(model, {2: [0, 4]})
     with pytest.raises(UserError, match=r"key-value head 2: is out of range"):
         layer_edits([Component((2,), "kv_group", 2)], model)
     with pytest.raises(UserError, match=r"layer 0 of mamba: is one sublayer only"):
-        zero_mlp(tiny("mamba"), [0])
+        zero_half("mlp", tiny("mamba"), [0])
     with pytest.raises(UserError, match=r"layer 1 of ctrl: shoal does not know which weights write its mlp's output"):
-        zero_mlp(tiny("ctrl"), [1])
+        zero_half("mlp", tiny("ctrl"), [1])
     assert all(parameter.any() for parameter in model.parameters())
 
     layers: Any = decoder_layers(model)
     layers[4].mlp.down_proj.weight = layers[1].mlp.down_proj.weight
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight: is also model\.layers\.4\.mlp\.down_proj"):
-        zero_mlp(model, [1])
-    assert set(zero_mlp(model, [1, 4])) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 4)}
+        zero_half("mlp", model, [1])
+    assert set(zero_half("mlp", model, [1, 4])) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 4)}
 
     layers[3].self_attn.o_proj.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UserError, match=r"o_proj\.weight: is stored as torch\.int8, which is quantised"):
