@@ -56,8 +56,7 @@ TASK_NAMES: dict[Protocol, tuple[str, ...]] = {
 
 
 def sweep(
-    edited: Edited,
-    tokenizer: PreTrainedTokenizerBase,
+    make_lm: Callable[[Sequence[Variant], int], VariantsLM],
     variants: Sequence[Variant],
     settings: Sweeps,
     *,
@@ -67,35 +66,17 @@ def sweep(
 ) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
     """The scores of the intact model and of every variant over the same items, on every rank.
 
-    With ``folder`` answers are kept there, and a sweep that was stopped goes on from them; ``identity`` says of which
-    model they are.
+    ``make_lm`` makes what answers for variants (the intact model first) in batches of a size. With ``folder`` answers
+    are kept there, and a sweep that was stopped goes on from them; ``identity`` says of which model they are.
 
     Raises:
         UserError: an unknown task, a task without the asked protocol, data that cannot be had.
     """
-    lm = VariantsLM(edited, tokenizer, with_intact(variants), settings.batch_size)
-    return sweep_by(lm, variants, settings, seed=seed, folder=folder, identity=identity)
-
-
-def with_intact(variants: Sequence[Variant]) -> list[Variant]:
-    """The intact model, then all variants that differ from it."""
-    return [INTACT, *(variant for variant in variants if variant.edits)]
-
-
-def sweep_by(
-    lm: VariantsLM,
-    variants: Sequence[Variant],
-    settings: Sweeps,
-    *,
-    seed: int,
-    folder: Path | None = None,
-    identity: str = "",
-) -> tuple[tuple[TaskScore, ...], list[tuple[TaskScore, ...]]]:
-    """As sweep does, with the answers of ``lm``, which was made for ``with_intact(variants)``."""
+    everything = [INTACT, *(variant for variant in variants if variant.edits)]
+    lm = make_lm(everything, settings.batch_size)
     connect_ranks(lm.device)
     settings = replace(settings, tasks=task_names(settings), protocols=())
     tasks = tasks_of(settings, seed=seed)
-    everything = with_intact(variants)
     lm.seed = seed
     answered_by = fingerprint([identity, ENGINE, [stored_name(variant.edits) for variant in everything]])
     lm.items = ItemCache(folder, answered_by, name="answers", rank=lm.rank)

@@ -285,27 +285,16 @@ def _task_order(
 
 def _sweep(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
     """What scores variants of ``model``; where there is none, of the checkpoint, layer by layer."""
-    from shoal.compress.sweeps.sweep import StreamedVariantsLM, sweep, sweep_by, with_intact
+    from shoal.compress.sweeps.sweep import StreamedVariantsLM, VariantsLM, sweep
     from shoal.compress.variants.variants import Edited
 
     donor = None if settings.donor is None else resolved(settings.donor, settings.donor_revision)
     tokenizer = run.tokenizer()
-    if model is not None:
-        other = None if donor is None else load_model(donor, device=device(), **run.load_args())
-        return partial(sweep, Edited(model, other), tokenizer)
-
-    def streamed(variants: Any, settings: Sweeps, **arguments: Any) -> Any:
-        lm = StreamedVariantsLM(
-            run.teacher,
-            tokenizer,
-            with_intact(variants),
-            settings.batch_size,
-            streaming=_streaming(run),
-            donor=donor,
-        )
-        return sweep_by(lm, variants, settings, **arguments)
-
-    return streamed
+    if model is None:
+        lm = partial(StreamedVariantsLM, run.teacher, tokenizer, streaming=_streaming(run), donor=donor)
+        return partial(sweep, lm)
+    other = None if donor is None else load_model(donor, device=device(), **run.load_args())
+    return partial(sweep, partial(VariantsLM, Edited(model, other), tokenizer))
 
 
 def _order(settings: Sweeps, importance: Importance) -> tuple[int, ...]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from planted import COPY, NUM_LAYERS, TABLE, TAME, planted_model, planted_tasks, planted_tokenizer
 
 from shoal.artifacts.importance import Atlas, SweepColumn
 from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.sweeps.atlas import build_atlas
-from shoal.compress.sweeps.sweep import sweep
+from shoal.compress.sweeps.sweep import VariantsLM, sweep
 from shoal.compress.variants.variants import Edited, variant_of
 from shoal.recipe.measure import Sweeps
 
@@ -22,7 +24,7 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
     )
     model = planted_model()
     variants = [variant_of(unit, model) for unit in components_of("layer", model)]
-    intact, removed = sweep(Edited(model), planted_tokenizer(), variants, settings, seed=0)
+    intact, removed = sweep(partial(VariantsLM, Edited(model), planted_tokenizer()), variants, settings, seed=0)
     return build_atlas(intact, removed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
-from shoal.compress.sweeps.sweep import checked_tasks, sweep
+from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, sweep
 from shoal.compress.variants.variants import Edited, variant, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
@@ -78,7 +79,13 @@ def model() -> Any:
 
 
 def run(asked: Sweeps, drops: list[int], **arguments: Any) -> Any:
-    return sweep(Edited(model()), tiny_tokenizer(), [without([drop]) for drop in drops], asked, seed=0, **arguments)
+    return sweep(
+        partial(VariantsLM, Edited(model()), tiny_tokenizer()),
+        [without([drop]) for drop in drops],
+        asked,
+        seed=0,
+        **arguments,
+    )
 
 
 @pytest.mark.slow
@@ -108,7 +115,7 @@ def test_drawn_texts_are_drawn_anew_for_every_repeat_and_the_same_in_every_run(t
     file.write_text("\n".join([head, *lines[::2]]) + "\n")
     assert run(asked, [2], folder=folder, identity="a") == (intact, removed)
     assert sorted(file.read_text().splitlines()[1:]) == sorted(lines)
-    other = sweep(Edited(model()), tiny_tokenizer(), [without([2])], asked, seed=1)
+    other = sweep(partial(VariantsLM, Edited(model()), tiny_tokenizer()), [without([2])], asked, seed=1)
     assert other[0][0].items != intact[0].items
 
 
@@ -120,7 +127,7 @@ def test_a_variant_that_gives_no_numbers_is_named() -> None:
     variants = [variant(f"layer {layer} of the donor", [(layer, LayerEdit("donor"))]) for layer in (2, 3)]
     asked = Sweeps(tasks=("knowledge_continuation",), limit=2)
     with pytest.raises(UserError, match=r"layer 3 of the donor: .* no numbers then, in torch.float32; set dtype"):
-        sweep(Edited(model(), donor), tiny_tokenizer(), variants, asked, seed=0)
+        sweep(partial(VariantsLM, Edited(model(), donor), tiny_tokenizer()), variants, asked, seed=0)
 
 
 def test_a_task_that_only_writes_text_has_no_options_to_choose_from(tasks: Path) -> None:
