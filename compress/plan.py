@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from shoal.artifacts.artifact import Importance
 from shoal.artifacts.importance import Removal, SweepColumn
@@ -99,13 +98,18 @@ def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tup
         protected |= set(_cornerstones(importance))
     spared = _spared(prune, importance)
     protected |= {layer for column in spared for layer in column.critical}
+    halves: Edits = ()
     if prune.contiguous:
         drop, reason = _best_run(prune, count, protected, spared, importance)
-        return drop, (), reason
-    if prune.metric in importance.orders and prune.metric not in importance.layers:
-        return _first_of_order(prune.metric, count, protected, spared, importance)
-    drop, reason = _lowest(prune, count, protected, spared, importance)
-    return drop, (), reason
+    elif prune.metric in importance.orders and prune.metric not in importance.layers:
+        drop, halves, reason = _first_of_order(prune.metric, count, protected, spared, importance)
+    else:
+        drop, reason = _lowest(prune, count, protected, spared, importance)
+    if protected:
+        reason += f"; {_named(sorted(protected))} protected"
+    if spared:
+        reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
+    return drop, halves, reason
 
 
 def _cornerstones(importance: Importance) -> tuple[int, ...]:
@@ -209,7 +213,8 @@ def _count(prune: Prune, num_layers: int) -> int:
         # 0.29 * 100 is 28.999999999999996 in floating point
         key, count = f"prune.ratio={prune.ratio}", math.floor(prune.ratio * num_layers + 1e-9)
     if count == 0:
-        raise UserError(f"{key}: is less than one of {num_layers} layers; give at least {_round_up(1 / num_layers)}")
+        least = math.ceil(1 / num_layers * 1000) / 1000
+        raise UserError(f"{key}: is less than one of {num_layers} layers; give at least {least}")
     if count >= num_layers:
         raise UserError(f"{key}: would drop all {num_layers} layers; drop at most {num_layers - 1}")
     return count
@@ -236,7 +241,7 @@ def _best_run(
     ):
         raise UserError(
             f"prune.metric={metric}: scores single layers, but prune.contiguous needs a metric of runs; "
-            f"use {_one_of(importance.runs)}, or set prune.contiguous: false"
+            f"use {' or '.join(sorted(importance.runs)) or 'none'}, or set prune.contiguous: false"
         )
     if metric not in importance.runs:
         raise unknown(metric, importance, f"prune.metric={metric}")
@@ -261,7 +266,7 @@ def _best_run(
         f"the run of {_layers(count, importance.num_layers)} with the lowest {metric} ({scores[best]:.4g}) "
         f"of {len(starts)} possible"
     )
-    return tuple(range(best, best + count)), reason + _protection(protected, spared)
+    return tuple(range(best, best + count)), reason
 
 
 def _lowest(
@@ -282,7 +287,7 @@ def _lowest(
         f"the {_layers(count, importance.num_layers)} with the lowest {metric} "
         f"({scores[drop[0]]:.4g} to {scores[drop[-1]]:.4g})"
     )
-    return tuple(sorted(drop)), reason + _protection(protected, spared)
+    return tuple(sorted(drop)), reason
 
 
 def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...]]:
@@ -347,7 +352,7 @@ def _first_of_order(
     reason = f"{removed} of the order of {metric} ({last.score:.4g} without them)"
     if skipped:
         reason = f"{removed} of the order of {metric} that may go ({skipped} passed over)"
-    return tuple(sorted(layers)), halves, reason + _protection(protected, spared)
+    return tuple(sorted(layers)), halves, reason
 
 
 def _without_halves(removals: Sequence[Removal]) -> tuple[list[int], Edits]:
@@ -371,16 +376,3 @@ def _layers(count: int, num_layers: int) -> str:
 
 def _named(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-
-
-def _protection(protected: set[int], spared: Sequence[SweepColumn]) -> str:
-    text = f"; {_named(sorted(protected))} protected" if protected else ""
-    return text + (f"; nothing significant spent on {', '.join(column.task for column in spared)}" if spared else "")
-
-
-def _one_of(names: Mapping[str, Any]) -> str:
-    return " or ".join(sorted(names)) or "none"
-
-
-def _round_up(value: float) -> float:
-    return math.ceil(value * 1000) / 1000

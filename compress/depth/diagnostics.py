@@ -128,7 +128,7 @@ def diagnose(
         lens_overlap=overlap if readout else (),
         lens_refusal=lens_refusal,
         num_cuts=num_cuts,
-        skip_effect=_rows_of(effects.skip_LL) if effects else (),
+        skip_effect=tuple(map(tuple, effects.skip_LL.tolist())) if effects else (),
         skip_output=tuple(effects.skip_output_L.tolist()) if effects and readout else (),
         erasure_output=tuple(effects.erasure_output_L.tolist()) if effects and readout else (),
         effects_refusal=refusal,
@@ -307,7 +307,3 @@ def _require_finite(model: PreTrainedModel, *values: Tensor) -> None:
             f"diagnostics: the model's states overflow in {model.dtype}; set dtype: bfloat16 or dtype: float32 in the "
             "recipe"
         )
-
-
-def _rows_of(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in matrix.tolist())

@@ -10,9 +10,10 @@ B batch, S sequence, D hidden, L layers, T = B * S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class ResidualSums:
 def layer_flows(model: PreTrainedModel) -> tuple[tuple[LayerFlow, ...], str]:
     """Every layer's flow, or none and the reason why this model's layers cannot be told apart into halves."""
     halves, model_type = sublayers(model), text_config(model.config).model_type
-    if refusal := next((known_flows.refusal for known_flows in halves if known_flows.refusal), ""):
+    if refusal := next((layer_halves.refusal for layer_halves in halves if layer_halves.refusal), ""):
         return (), refusal
     if reason := family(model_type).changed_residual:
         return (), f"{model_type}: {reason}, so that a layer's update is not the sum of its halves"
@@ -85,6 +86,11 @@ def _flow(layer: nn.Module, halves: Sublayers, args: Any, kwargs: Any) -> LayerF
 
     def inputs_with_noise(noisy: tuple[str, ...], silent: tuple[str, ...]) -> tuple[dict[str, Tensor], Tensor]:
         seen: dict[str, Tensor] = {}
+
+        def remember(name: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+            if tensors := _read(args, kwargs):
+                seen.setdefault(name, tensors[0].clone())
+
         with ExitStack() as stack:
             for name in noisy:
                 stack.enter_context(layer.get_submodule(name).register_forward_hook(_add_noise))
@@ -92,9 +98,8 @@ def _flow(layer: nn.Module, halves: Sublayers, args: Any, kwargs: Any) -> LayerF
                 stack.enter_context(silence(layer.get_submodule(name)))
             for name, module in layer.named_modules():
                 if name:
-                    stack.enter_context(
-                        module.register_forward_pre_hook(_remember(seen, name), with_kwargs=True, prepend=True)
-                    )
+                    hook = partial(remember, name)
+                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True))
             positional = [value.clone() if isinstance(value, Tensor) else value for value in args]
             named = {key: value.clone() if isinstance(value, Tensor) else value for key, value in kwargs.items()}
             output = state_of(layer.forward(*positional, **named)).clone()
@@ -116,14 +121,6 @@ def _add_noise(_: nn.Module, args: Any, output: Any) -> Any:
     noise = torch.randn(state.shape, generator=torch.Generator().manual_seed(0)).to(state)
     changed = state + noise * state.abs().max().clamp_min(1.0)
     return with_state(output, changed)
-
-
-def _remember(seen: dict[str, Tensor], name: str) -> Callable[..., None]:
-    def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-        if tensors := _read(args, kwargs):
-            seen.setdefault(name, tensors[0].clone())
-
-    return hook
 
 
 def _read(args: Any, kwargs: Any) -> list[Tensor]:

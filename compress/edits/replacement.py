@@ -78,8 +78,12 @@ def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedR
     run = _Run(teacher, rows, first, last)
     run.refuse_first_with_memory(held_out[0])
     unit = run.mean_squared_error(None, held_out)
-    if not math.isfinite(unit) or unit == 0:
-        raise UserError(_no_target(run, unit))
+    if unit == 0:
+        raise UserError(f"{run}: change nothing in any state, so there is nothing to train; drop them")
+    if not math.isfinite(unit):
+        raise UserError(
+            f"{run}: their states overflow in {teacher.dtype}; set dtype: bfloat16 or dtype: float32 in the recipe"
+        )
     layer = copy.deepcopy(decoder_layers(teacher)[first]).float().requires_grad_(True).eval()
     initial_error = run.mean_squared_error(layer, held_out) / unit
     log.info("%s by one: error of %d alone %.4f, of none 1", run, first, initial_error)
@@ -233,12 +237,6 @@ def _fit(layer: nn.Module, run: _Run, batches: Sequence[Tensor], *, learning_rat
                 raise UserError(_diverged(run, learning_rate))
             speed = num_tokens / (time.monotonic() - start)
             log.info("%s: step %d of %d, error %.4f, %s tokens/s", run, step, len(batches), value, f"{speed:,.0f}")
-
-
-def _no_target(run: _Run, unit: float) -> str:
-    if unit == 0:
-        return f"{run}: change nothing in any state, so there is nothing to train; drop them"
-    return f"{run}: their states overflow in {run.teacher.dtype}; set dtype: bfloat16 or dtype: float32 in the recipe"
 
 
 def _diverged(run: _Run, learning_rate: float) -> str:

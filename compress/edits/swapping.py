@@ -99,7 +99,10 @@ def _mixed(
         if weight != 1:
             by_pair[pair] = _between(name, ours[name], theirs[name], weight)
         else:
-            by_pair[pair] = _on(model.device, _copy(theirs[name]) if pair[1] in taken else theirs[name])
+            # a tensor of the donor that is there already and taken once goes in as it is
+            as_it_is = pair[1] not in taken and theirs[name].device == model.device
+            copied = theirs[name].detach().to(model.device, copy=pair[1] in taken)
+            by_pair[pair] = theirs[name] if as_it_is else _like(theirs[name], copied)
             taken.add(pair[1])
     return {name: by_pair[id(ours[name]), id(theirs[name])] for name in names}
 
@@ -113,19 +116,12 @@ def _between(name: str, ours: Tensor, theirs: Tensor, weight: float) -> Tensor:
     mixed = (base + weight * (theirs.to(ours.device).double() - base)).to(ours.dtype)
     if not mixed.isfinite().all():
         raise UserError(f"{name}: is not finite in {ours.dtype} at weight {weight:g}; choose one nearer to 0..1")
-    return nn.Parameter(mixed, requires_grad=ours.requires_grad) if isinstance(ours, nn.Parameter) else mixed
+    return _like(ours, mixed)
 
 
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    if tensor.device == device:
-        return tensor
-    moved = tensor.to(device)
-    return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    """``values`` as what ``tensor`` is, a parameter or none: under two names it must stay one of them."""
+    return nn.Parameter(values, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
 def _stored(model: PreTrainedModel) -> dict[str, Tensor]:

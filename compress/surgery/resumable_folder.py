@@ -77,17 +77,12 @@ def resumable_folder(path: Path, key: str) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         try:
             yield folder
-            flush_folder(folder)
+            for inner in (*folder.rglob("*"), folder):
+                flush(inner)
             put_in_place(folder, path)
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until everything in ``folder`` is on the disk."""
-    for path in (*folder.rglob("*"), folder):
-        flush(path)
 
 
 def copy_beside(source: Path, target: Path) -> None:

@@ -16,10 +16,11 @@ from shoal.artifacts.importance import Atlas, DepthProfile, Estimate, ProtocolGa
 from shoal.errors import UserError
 from shoal.recipe.edits import Component
 from shoal.stats.bootstrap import bias_corrected, expanded_percentiles
-from shoal.stats.intervals import Array, combined
+from shoal.stats.intervals import Array
 
 from .agreement import agreement
-from .table import Measured, measured, needed_items, resampled_retention, restricted, retentions, table_of
+from .expected_loss import summed
+from .table import Measured, needed_items, resampled_retentions, restricted, retentions, table_of
 
 CORNERSTONE_RETENTION = 0.1
 
@@ -40,12 +41,12 @@ def build_atlas(
     if not intact:
         raise UserError("sweep: no task was scored, so there is no atlas; name some in measure.sweep.tasks")
     units = tuple(Component((layer,)) for layer in range(len(removed)))
-    sweep, columns = table_of("layer", units, measured("layer", units, intact, removed))
+    sweep, columns = table_of("layer", units, intact, removed)
     gaps, notes = _gaps(columns)
     return Atlas(
         sweep=sweep,
         gaps=gaps,
-        depth=tuple(_depth(made, column) for made, column in zip(sweep.columns, columns, strict=True)),
+        depth=tuple(_depth(swept, column) for swept, column in zip(sweep.columns, columns, strict=True)),
         agreement=agreement(columns, metrics or {}),
         notes=tuple(notes),
     )
@@ -109,12 +110,13 @@ def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
             return f"{names}: {task}: {kept}"
     assert not isinstance(one, str)
     assert not isinstance(other, str)
-    one_RL, other_RL = _jointly(likely, written)
+    one_RL, other_RL = resampled_retentions(likely, written)
     gaps_RL = one_RL - other_RL
     value_L = np.array([a.value - b.value for a, b in zip(one, other, strict=True)])
+    correlations = [_correlation(one_RL[:, i], other_RL[:, i]) for i in range(num_layers)]
     gaps = [
-        _difference(a, b, _correlation(one_RL[:, i], other_RL[:, i]))
-        for i, (a, b) in enumerate(zip(one, other, strict=True))
+        summed([a, Estimate(-b.value, -b.high, -b.low)], np.array([[1.0, -r], [-r, 1.0]]))
+        for a, b, r in zip(one, other, correlations, strict=True)
     ]
     edges = [0, *(round(num_layers * third / 3) for third in (1, 2, 3))]
     spans = [slice(min(a, num_layers - 1), max(a, b - 1) + 1) for a, b in itertools.pairwise(edges)]
@@ -131,25 +133,6 @@ def _gap(likely: Measured, written: Measured) -> ProtocolGap | str:
     )
 
 
-def _jointly(likely: Measured, written: Measured) -> tuple[Array, Array]:
-    """(R, L) twice: both retentions in the same resamples of the items, where both intact scores lie above chance."""
-    assert likely.means_RK is not None
-    assert written.means_RK is not None
-    one_RK, other_RK = likely.means_RK - likely.task.chance, written.means_RK - written.task.chance
-    usable = (one_RK[:, 0] > 0) & (other_RK[:, 0] > 0)
-    return one_RK[usable, 1:] / one_RK[usable, :1], other_RK[usable, 1:] / other_RK[usable, :1]
-
-
-def _difference(one: Estimate, other: Estimate, correlation: float) -> Estimate:
-    low, value, high = combined(
-        [one.value, -other.value],
-        [one.low, -other.high],
-        [one.high, -other.low],
-        np.array([[1.0, -correlation], [-correlation, 1.0]]),
-    )
-    return Estimate(float(value), float(low), float(high))
-
-
 def _correlation(one_R: Array, other_R: Array) -> float:
     return float(np.corrcoef(one_R, other_R)[0, 1]) if one_R.std() > 0 and other_R.std() > 0 else 0.0
 
@@ -160,27 +143,28 @@ def _mean_gap(gaps_RL: Array, value_L: Array, span: slice, n: float) -> Estimate
     return Estimate(float(value), float(low), float(high))
 
 
-def _depth(made: SweepColumn, column: Measured) -> DepthProfile:
+def _depth(swept: SweepColumn, column: Measured) -> DepthProfile:
     """Noise in single layers adds to w wherever it lies, which draws a centroid towards the middle of the model.
 
     The interval tells the luck of the items, not this: with 200 items it covers 93 to 94 % where losses are spread over
     layers, but too little where one end of the model has all of them and the others are pure noise.
     """
-    losses = layer_losses(made)
+    losses = layer_losses(swept)
     if losses is None:
-        return DepthProfile(made.task, None, None, None, made.no_retention)
+        return DepthProfile(swept.task, None, None, None, swept.no_retention)
     if len(losses) < 2 or sum(losses) == 0:
-        return DepthProfile(made.task, None, None, None, "no layer's removal makes it worse")
+        return DepthProfile(swept.task, None, None, None, "no layer's removal makes it worse")
     assert column.means_RK is not None
-    if made.higher_is_better:
-        losses_RL = np.maximum(0.0, 1 - resampled_retention(column))
+    if swept.higher_is_better:
+        (kept_RL,) = resampled_retentions(column)
+        losses_RL = np.maximum(0.0, 1 - kept_RL)
     else:
         losses_RL = np.maximum(0.0, column.means_RK[:, 1:] - column.means_RK[:, :1])
     loss_L, depth_L = np.array(losses), np.linspace(0.0, 1.0, len(losses))
     centroid = float(loss_L @ depth_L / loss_L.sum())
     losses_RL = losses_RL[losses_RL.sum(axis=1) > 0]
     limits = bias_corrected(losses_RL @ depth_L / losses_RL.sum(axis=1), centroid)
-    return DepthProfile(made.task, Estimate(centroid, *limits), normalised_entropy(loss_L), gini(loss_L))
+    return DepthProfile(swept.task, Estimate(centroid, *limits), normalised_entropy(loss_L), gini(loss_L))
 
 
 def normalised_entropy(loss_L: Array) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from scipy import stats
 
@@ -26,24 +26,15 @@ def layer_scores(name: str, importance: Importance, *, setting: str) -> tuple[fl
         return importance.runs[name][0]
     if name in importance.orders:
         return _positions(name, importance.orders[name], importance.num_layers, setting)
-    return swept_column(name, importance, setting=setting).importances
-
-
-def swept_column(name: str, importance: Importance, *, setting: str) -> SweepColumn:
-    """The one column of the atlas that ``name`` means.
-
-    Raises:
-        UserError: none, or several.
-    """
     columns = swept_columns(name, importance)
     if len(columns) > 1:
         raise UserError(
-            f"{setting}: {name} could be {_listed(column.task for column in columns)} (importance.json has them all); "
-            "name one, or mix them with prune.weights"
+            f"{setting}: {name} could be {' or '.join(column.task for column in columns)} (importance.json has them "
+            "all); name one, or mix them with prune.weights"
         )
     if not columns:
         raise unknown(name, importance, setting)
-    return columns[0]
+    return columns[0].importances
 
 
 def swept_columns(name: str, importance: Importance) -> tuple[SweepColumn, ...]:
@@ -84,7 +75,3 @@ def _positions(name: str, order: Sequence[Removal], num_layers: int, setting: st
         for layer in removal.unit.layers:
             scores[layer] = float(position)
     return tuple(scores)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " or ".join(names)

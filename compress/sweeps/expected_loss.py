@@ -10,7 +10,7 @@ from shoal.artifacts.artifact import Importance
 from shoal.artifacts.importance import Estimate, SweepColumn
 from shoal.formatting import layers_text, signed
 from shoal.recipe.edits import Edits, in_words
-from shoal.stats.intervals import combined
+from shoal.stats.intervals import Array, combined
 
 
 def joint_change(column: SweepColumn, drop: Sequence[int]) -> Estimate:
@@ -24,12 +24,13 @@ def joint_change(column: SweepColumn, drop: Sequence[int]) -> Estimate:
     for i, one in enumerate(layers):
         for j, other in enumerate(layers[:i]):
             correlation[i, j] = correlation[j, i] = column.correlation[one][other]
-    low, value, high = combined(
-        [change.value for change in changes],
-        [change.low for change in changes],
-        [change.high for change in changes],
-        correlation,
-    )
+    return summed(changes, correlation)
+
+
+def summed(parts: Sequence[Estimate], correlation: Array) -> Estimate:
+    """The sum of ``parts``, with an interval by square-and-add over their correlation."""
+    limits = ([part.value for part in parts], [part.low for part in parts], [part.high for part in parts])
+    low, value, high = combined(*limits, correlation)
     return Estimate(float(value), float(low), float(high))
 
 

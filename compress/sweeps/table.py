@@ -83,21 +83,13 @@ def sweep_table(
     Raises:
         UserError: too few items, a component without the scores of a task, or scores of other items or settings.
     """
-    return table_of(operator, components, measured(operator, components, intact, removed))[0]
+    return table_of(operator, components, intact, removed)[0]
 
 
 def table_of(
-    operator: str, components: Sequence[Component], columns: Sequence[tuple[Measured, Sequence[TaskScore]]]
-) -> tuple[Sweep, tuple[Measured, ...]]:
-    """The table, and what it was computed from."""
-    swept = tuple(_column(column, variants, keep=operator == "layer") for column, variants in columns)
-    return Sweep(operator, tuple(components), swept), tuple(column for column, _ in columns)
-
-
-def measured(
     operator: str, components: Sequence[Component], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
-) -> list[tuple[Measured, Sequence[TaskScore]]]:
-    """Every column's scores in one matrix, checked, with the scores of its variants.
+) -> tuple[Sweep, tuple[Measured, ...]]:
+    """The table, and what it was computed from: every column's scores in one matrix, checked.
 
     Raises:
         UserError: as sweep_table does.
@@ -107,7 +99,7 @@ def measured(
     by_key: list[Mapping[tuple[str, str, str], TaskScore]] = [
         {score.key: score for score in scores} for scores in removed
     ]
-    columns = []
+    columns: list[tuple[Measured, Sequence[TaskScore]]] = []
     for task in intact:
         require_items(task.task, len(task.items), len(components), weights=[item.weight for item in task.items])
         missing = [
@@ -121,7 +113,8 @@ def measured(
         for variant in variants:
             require_same_measurement(task, variant)
         columns.append((_measured(task, variants, operator == "layer"), variants))
-    return columns
+    swept = tuple(_column(column, variants, keep=operator == "layer") for column, variants in columns)
+    return Sweep(operator, tuple(components), swept), tuple(column for column, _ in columns)
 
 
 def _measured(task: TaskScore, variants: Sequence[TaskScore], resample: bool) -> Measured:
@@ -212,15 +205,16 @@ def _retentions(column: Measured) -> list[Estimate | None]:
         return [
             None if pair is None else Estimate(float(kept), *pair) for kept, pair in zip(kept_U, limits, strict=True)
         ]
-    return list(_estimates(kept_U, *expanded_percentiles(resampled_retention(column), kept_U, column.effective_n)))
+    (kept_RU,) = resampled_retentions(column)
+    return list(_estimates(kept_U, *expanded_percentiles(kept_RU, kept_U, column.effective_n)))
 
 
-def resampled_retention(column: Measured) -> Array:
-    """(R, U): retention in each resample in which the intact model lies above chance."""
-    assert column.means_RK is not None
-    above_RK = column.means_RK - column.task.chance
-    usable = above_RK[:, 0] > 0
-    return above_RK[usable, 1:] / above_RK[usable, :1]
+def resampled_retentions(*columns: Measured) -> list[Array]:
+    """(R, U) of each: retention in the same resamples, those in which every intact score lies above chance."""
+    above = [column.means_RK - column.task.chance for column in columns if column.means_RK is not None]
+    assert len(above) == len(columns)
+    usable = np.logical_and.reduce([above_RK[:, 0] > 0 for above_RK in above])
+    return [above_RK[usable, 1:] / above_RK[usable, :1] for above_RK in above]
 
 
 def _no_retention(task: TaskScore) -> str:

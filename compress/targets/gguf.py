@@ -293,7 +293,9 @@ def _refuse_wrong_metadata(path: Path, reader: gguf.GGUFReader, text: PreTrained
             raise UserError(f"{path}: {architecture}.{key} is {actual}, the model's is {value}; {ANOTHER_CONVERTER}")
     kinds = getattr(text, "layer_types", None)
     for name, field in reader.fields.items():
-        if not name.startswith(f"{architecture}.") or not name.endswith(PER_LAYER) or not _is_list(field):
+        if not name.startswith(f"{architecture}.") or not name.endswith(PER_LAYER):
+            continue
+        if field.types[0] != gguf.GGUFValueType.ARRAY:
             continue
         entries = field.contents()
         wrong = len(entries) != num_layers
@@ -306,10 +308,6 @@ def _refuse_wrong_metadata(path: Path, reader: gguf.GGUFReader, text: PreTrained
                 f"{path}: {name} is {entries}, but the {num_layers} layers are {kinds or 'all of one kind'}; "
                 f"{ANOTHER_CONVERTER}"
             )
-
-
-def _is_list(field: gguf.ReaderField) -> bool:
-    return field.types[0] == gguf.GGUFValueType.ARRAY
 
 
 def _tensor_names(reader: gguf.GGUFReader, num_layers: int) -> Any:
