@@ -86,6 +86,35 @@ class Architecture:
     """Why text with a KV cache is not compared with text without: the teacher itself differs; empty = compared."""
 
 
+MOSTLY_LINEAR = ["linear_attention", "full_attention", "linear_attention"] * 2
+"""Kinds of layers of families with linear attention: a cut of layers 1 and 4 would leave that only."""
+QWEN_VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "depth": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+}
+QWEN4: dict[str, Any] = {
+    "layer_types": ["linear_attention", "indexed_attention", "linear_attention"] * 2,
+    "eos_token_id": 91,
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "ple_layer_ids": [1, 4],
+    "ngram_vocab_size_base": 50,
+    "make_ngram_vocab_size_divisible_by": 2,
+    "heads_per_ngram": 2,
+    "split_ngram_parts": 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "afmoe": Architecture({"num_dense_layers": 2, "global_attn_every_n_layers": 3}),
     "apertus": Architecture(),
@@ -96,7 +125,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "axk2": Architecture(),
     "bailing_hybrid": Architecture(
         {
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2,
+            "layer_types": MOSTLY_LINEAR,
             "n_group": 1,
             "topk_group": 1,
             "num_experts_per_tok": 2,
@@ -390,7 +419,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_local_experts": 4,
             "linear_head_dim": 8,
             "linear_num_heads": 4,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2,
+            "layer_types": MOSTLY_LINEAR,
         },
         refuses="leaves only",
         drops=((1, 4),),
@@ -480,7 +509,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmo2": Architecture(),
     "olmo3": Architecture(),
     "olmo_hybrid": Architecture(
-        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
+        {"layer_types": MOSTLY_LINEAR},
         refuses="leaves only|at least one attention layer",
         drops=((1, 4),),
     ),
@@ -517,103 +546,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": Architecture({"use_sliding_window": True, "max_window_layers": 3, "mlp_only_layers": [1, 4]}),
     "qwen3": Architecture({"use_sliding_window": True, "max_window_layers": 3}),
     "qwen3_5": Architecture(
-        {
-            "text_config": {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "depth": 2,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-            },
-        },
+        {"text_config": {"layer_types": MOSTLY_LINEAR}, "vision_config": QWEN_VISION},
         refuses="leaves only",
         drops=((1, 4),),
     ),
     "qwen3_5_moe": Architecture(
-        {
-            "text_config": {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "depth": 2,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-            },
-        },
+        {"text_config": {"layer_types": MOSTLY_LINEAR}, "vision_config": QWEN_VISION},
         refuses="leaves only",
         drops=((1, 4),),
     ),
-    "qwen3_5_moe_text": Architecture(
-        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
-        refuses="leaves only",
-        drops=((1, 4),),
-    ),
-    "qwen3_5_text": Architecture(
-        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2},
-        refuses="leaves only",
-        drops=((1, 4),),
-    ),
+    "qwen3_5_moe_text": Architecture({"layer_types": MOSTLY_LINEAR}, refuses="leaves only", drops=((1, 4),)),
+    "qwen3_5_text": Architecture({"layer_types": MOSTLY_LINEAR}, refuses="leaves only", drops=((1, 4),)),
     "qwen3_moe": Architecture({"mlp_only_layers": [0, 3]}),
     "qwen3_moe_step": Architecture({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, "qwen3_moe"),
     "qwen3_next": Architecture(
-        {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2, "mlp_only_layers": [1, 2]},
+        {"layer_types": MOSTLY_LINEAR, "mlp_only_layers": [1, 2]},
         refuses="leaves only",
         drops=((1, 4),),
     ),
     "qwen4_exp": Architecture(
-        {
-            "text_config": {
-                "layer_types": ["linear_attention", "indexed_attention", "linear_attention"] * 2,
-                "eos_token_id": 91,
-                "hc_count": 2,
-                "hc_lowrank": 8,
-                "ple_layer_ids": [1, 4],
-                "ngram_vocab_size_base": 50,
-                "make_ngram_vocab_size_divisible_by": 2,
-                "heads_per_ngram": 2,
-                "split_ngram_parts": 2,
-                "indexer_n_heads": 2,
-                "indexer_kv_heads": 1,
-                "indexer_head_dim": 8,
-                "indexer_budget": 8,
-                "indexer_compress_ratio": 2,
-            },
-            "vision_config": {
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "depth": 2,
-                "out_hidden_size": 32,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-            },
-        },
-        refuses="ngram_embedding.weight: has shape",
+        {"text_config": QWEN4, "vision_config": QWEN_VISION}, refuses="ngram_embedding.weight: has shape"
     ),
-    "qwen4_exp_text": Architecture(
-        {
-            "layer_types": ["linear_attention", "indexed_attention", "linear_attention"] * 2,
-            "eos_token_id": 91,
-            "hc_count": 2,
-            "hc_lowrank": 8,
-            "ple_layer_ids": [1, 4],
-            "ngram_vocab_size_base": 50,
-            "make_ngram_vocab_size_divisible_by": 2,
-            "heads_per_ngram": 2,
-            "split_ngram_parts": 2,
-            "indexer_n_heads": 2,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 8,
-            "indexer_budget": 8,
-            "indexer_compress_ratio": 2,
-        },
-        refuses="leaves only|ngram_embedding.weight: has shape",
-    ),
+    "qwen4_exp_text": Architecture(QWEN4, refuses="leaves only|ngram_embedding.weight: has shape"),
     "recurrent_gemma": Architecture({"attention_window_size": SLIDING_WINDOW}, refuses="leaves only", drops=((2, 5),)),
     "rwkv": Architecture(refuses="rescale_every=6: ties layers"),
     "sarvam_mla": Architecture({"first_k_dense_replace": 2}),
