@@ -47,7 +47,7 @@ reason before anything is written. `exact` means every cut that was tried, `no` 
 
 A family that is not listed goes through the same generic rule, and `shoal prune` proves the result on the saved student
 or refuses it. `python tests/support/exactness.py` writes this file. The tests do the same, but save and reload half of
-the cuts only, and fail when it is out of date.
+the cuts and write text without a cache after one of them only, and fail when it is out of date.
 
 | family | cuts | kinds of layers | head and embeddings | settings that a cut changes | remarks |
 | --- | --- | --- | --- | --- | --- |
