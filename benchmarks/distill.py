@@ -22,42 +22,44 @@ models         teacher forward, student forward and backward with their heads an
                pass starts at the sum of the logits; no optimizer
 
 All take the same rows, batch, optimizer and --precision (autocast over fp32 weights, and the teacher). TRL's trainer
-hands no position_ids on and so knows no borders within a row; therefore every row is one document here. With --packed
-rows hold several: shoal and plain keep them apart, trl does not.
+hands no position_ids on and so knows no borders within a row; therefore every row is one document here.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import itertools
 import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
-import yaml
+from side_by_side import in_a_process, print_table, rotated, run_shoal, timed, write_recipe, write_tiny
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, trainer
+from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.artifact import Training
 from shoal.atomic_files import write_json
+from shoal.cli import run_verb
+from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack
-from shoal.formatting import aligned
 from shoal.machine import peak_memory
 from shoal.models.load import load_model, load_tokenizer, resolve_model
 from shoal.numerics import fast_dtype
+from shoal.recipe.distill import Distill
+from shoal.recipe.losses import ForwardKL
 from shoal.recipe.section import DataSource
 from shoal.runtime import device
 
@@ -67,9 +69,10 @@ IN_SHOAL: dict[str, dict[str, Any]] = {
     "shoal": {},
     "lean": {"deepspeed": "deepspeed/zero0.json"},
     "prefix": {"trainable": "from_first_cut"},
-    "recorded": {"teacher": {"recorded": "SIGNALS"}},
-    "spared": {"trainable": "from_first_cut", "teacher": {"recorded": "SIGNALS", "prefix": True}},
+    "recorded": {},
+    "spared": {"trainable": "from_first_cut"},
 }
+RECORDED: dict[str, dict[str, Any]] = {"recorded": {}, "spared": {"prefix": True}}
 OPTIMIZER = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "weight_decay": 0.0}
 HEAD_SIZE = 64
 HEAD_POINTS = [(vocab, 2048) for vocab in (32_768, 65_536, 131_072, 262_144)]
@@ -89,7 +92,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of a turn; the first one is not counted")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in every variant")
-    parser.add_argument("--packed", action="store_true", help="rows of several documents")
     fast = fast_dtype(device()).dtype
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default=fast, help=f"here {fast}")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -102,16 +104,9 @@ def main() -> None:
         {"steps": measure_steps, "head": measure_head, "length": measure_length}[arguments.measurement](arguments)
 
 
-def in_a_process(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measured(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """The figures of ``turn``, taken in a process of its own."""
-    words = [word for word in sys.argv[1:] if word != arguments.measurement]
-    # idle threads that spin would slow whoever shares the machine, and so this process too
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, __file__, *words, "--turn", turn]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise SystemExit(f"{turn} ended with exit code {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_a_process(*(word for word in sys.argv[1:] if word != arguments.measurement), "--turn", turn)
 
 
 def take_turn(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -132,43 +127,34 @@ def take_turn(turn: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return shoal_turn(arguments.out / kind, tokens=arguments.sequence * arguments.batch)
 
 
-def write_recipe(recipe: dict[str, Any]) -> Path:
-    """The file of a recipe, in its run directory."""
-    file = Path(recipe["run_dir"]) / "recipe.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump({**recipe, "track": {"wandb": "off"}}))
-    return file
-
-
-def run_shoal(verb: str, file: Path) -> None:
-    subprocess.run([sys.executable, "-m", "shoal.cli", verb, "--config", str(file)], check=True)
-
-
 # --- a step, side by side -----------------------------------------------------------------------------------------
 
 
 def measure_steps(arguments: argparse.Namespace) -> None:
     prepare(arguments)
-    settings = {name: getattr(arguments, name) for name in ("model", "sequence", "batch", "checkpointing", "packed")}
+    settings = {name: getattr(arguments, name) for name in ("model", "sequence", "batch", "checkpointing")}
     settings |= {"drop": list(arguments.drop), "precision": arguments.precision, "threads": torch.get_num_threads()}
     name = f"steps-{arguments.sequence}x{arguments.batch}-{arguments.precision}"
-    path = arguments.out / f"{name}{'-checkpointing' * arguments.checkpointing}{'-packed' * arguments.packed}.json"
-    recordings = [variant for variant in ("recorded", "spared") if variant in arguments.variants]
-    result: dict[str, Any] = {"what": settings, "turns": []}
-    result["bytes_per_token"] = {variant: bytes_per_token(arguments, variant) for variant in recordings}
-    if path.is_file():
-        result["turns"] = json.loads(path.read_text())["turns"]
+    path = arguments.out / f"{name}{'-checkpointing' * arguments.checkpointing}.json"
+    sizes = {variant: bytes_per_token(arguments, variant) for variant in RECORDED if variant in arguments.variants}
+    turns: list[dict[str, Any]] = json.loads(path.read_text())["turns"] if path.is_file() else []
     for _ in range(arguments.repeats):
-        first = len(result["turns"]) % len(arguments.variants)
-        order = [*arguments.variants[first:], *arguments.variants[:first]]
-        turn: dict[str, Any] = {}
-        result["turns"].append(turn)
+        order = rotated(arguments.variants, len(turns))
+        turns.append({})
         for variant in order:
             load = round(os.getloadavg()[0], 2)
-            turn[variant] = in_a_process(variant, arguments) | {"load_before": load}
-            print(f"{variant:9} {turn[variant]}", file=sys.stderr, flush=True)
-            write_json(path, result | {"figures": figures(result)})
-    print(table(result))
+            turns[-1][variant] = measured(variant, arguments) | {"load_before": load}
+            print(f"{variant:9} {turns[-1][variant]}", file=sys.stderr, flush=True)
+            result = {"what": settings, "turns": turns, "bytes_per_token": sizes, "figures": figures(turns)}
+            write_json(path, result)
+    print(", ".join(f"{key} {value}" for key, value in settings.items()) + f", {len(turns)} turns")
+    summary = figures(turns)
+    print_table([{"variant": name, **values} for name, values in summary["variants"].items()], COLUMNS)
+    ratios = [{"ratio": name, **values} for name, values in summary["ratios"].items() if values["measured"] is not None]
+    print_table(ratios, {"ratio": "", "measured": ".2f", "by_cpu_time": ".2f", "goal": ""})
+    goals = {"recorded": "<= 150"}
+    recordings = [{"variant": name, "bytes_per_token": size, "goal": goals.get(name)} for name, size in sizes.items()]
+    print_table(recordings, {"variant": "", "bytes_per_token": ".0f", "goal": ""})
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -180,22 +166,19 @@ def prepare(arguments: argparse.Namespace) -> None:
         if variant in arguments.variants:
             file = write_recipe(recipe_of(arguments, variant))
             run_shoal("prune", file)
-            if variant in ("recorded", "spared"):
+            if variant in RECORDED:
                 run_shoal("record", file)
 
 
-def source(arguments: argparse.Namespace) -> str:
-    return "python_docs" if arguments.packed else str(arguments.out / "text.txt")
-
-
 def recipe_of(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
+    signals = str(signals_folder(arguments, variant))
     distill: dict[str, Any] = {
-        "data": source(arguments),
+        "data": str(arguments.out / "text.txt"),
         "num_tokens": arguments.steps * arguments.batch * arguments.sequence,
         "sequence_length": arguments.sequence,
         "precision": arguments.precision,
         "watch": None,
-        **copy.deepcopy(IN_SHOAL[variant]),
+        **IN_SHOAL[variant],
         "trainer": {
             **OPTIMIZER,
             "per_device_train_batch_size": arguments.batch,
@@ -203,23 +186,21 @@ def recipe_of(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
             "save_strategy": "no",
         },
     }
-    signals = signals_folder(arguments, variant)
-    if "teacher" in distill:
-        distill["teacher"]["recorded"] = str(signals)
+    if variant in RECORDED:
+        distill["teacher"] = {"recorded": signals, **RECORDED[variant]}
     return {
         "model": arguments.model,
         "run_dir": str(arguments.out / variant),
         "dtype": arguments.precision,
         "prune": {"drop": list(arguments.drop)},
-        "record": {"folder": str(signals)},
+        "record": {"folder": signals},
         "distill": distill,
     }
 
 
 def signals_folder(arguments: argparse.Namespace, variant: str) -> Path:
     """A recording belongs to its rows."""
-    kind = "spared-" * (variant == "spared")
-    return arguments.out / f"signals-{kind}{arguments.sequence}{'-packed' * arguments.packed}"
+    return arguments.out / f"signals-{'spared-' * (variant == 'spared')}{arguments.sequence}"
 
 
 def bytes_per_token(arguments: argparse.Namespace, variant: str) -> float:
@@ -232,14 +213,12 @@ def bytes_per_token(arguments: argparse.Namespace, variant: str) -> float:
 
 def shoal_turn(folder: Path, *, tokens: int) -> dict[str, Any]:
     """`shoal distill` in this process, as the launcher runs it on one rank."""
-    from shoal.cli import run_verb
-
     for old in ("distilled", "checkpoints"):
         shutil.rmtree(folder / old, ignore_errors=True)
     (folder / Training.FILE).unlink(missing_ok=True)
     os.environ["LOCAL_RANK"] = "0"
     clock = Clock()
-    with clock.of_every_trainer():
+    with patch.object(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, clock]):
         if code := run_verb("distill", str(folder / "recipe.yaml"), []):
             raise SystemExit(code)
     history = [row for row in Training.read(folder / Training.FILE).history if "loss" in row]
@@ -255,39 +234,31 @@ class Clock(TrainerCallback):
         self.peak = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.tick()
-
-    def tick(self) -> None:
         self.wall.append(time.perf_counter())
         self.busy.append(time.process_time())
         self.peak = peak_memory()
 
-    def of_every_trainer(self) -> Any:
-        """While it is open, every Trainer that is made calls this clock."""
-        from unittest.mock import patch
-
-        from transformers import trainer
-
-        return patch.object(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, self])
-
     def figures(self, tokens: int) -> dict[str, Any]:
-        """Medians over the steps but the first, each of so many tokens."""
+        """Of the steps but the first, each of so many tokens."""
         wall, busy = ([b - a for a, b in itertools.pairwise(times)] for times in (self.wall, self.busy))
-        seconds = statistics.median(wall)
-        return {
-            "seconds": seconds,
-            "cpu_seconds": statistics.median(busy),
-            "tokens_per_s": tokens / seconds,
-            "peak": self.peak,
-            "steps": [round(value, 4) for value in wall],
-            "cpu_steps": [round(value, 4) for value in busy],
-        }
+        return step_figures(wall, busy, tokens) | {"peak": self.peak}
+
+
+def step_figures(wall: list[float], busy: list[float], tokens: int) -> dict[str, Any]:
+    """Medians over steps of so many tokens."""
+    return {
+        "seconds": statistics.median(wall),
+        "cpu_seconds": statistics.median(busy),
+        "tokens_per_s": tokens / statistics.median(wall),
+        "steps": [round(value, 4) for value in wall],
+        "cpu_steps": [round(value, 4) for value in busy],
+    }
 
 
 def rows_of(arguments: argparse.Namespace) -> PackedRows:
     """The rows that `shoal distill` makes of the same recipe."""
     return pack(
-        [(DataSource(source(arguments)), None)],
+        [(DataSource(str(arguments.out / "text.txt")), None)],
         load_tokenizer(resolve_model(arguments.model)),
         sequence_length=arguments.sequence,
         num_tokens=arguments.steps * arguments.batch * arguments.sequence,
@@ -297,8 +268,6 @@ def rows_of(arguments: argparse.Namespace) -> PackedRows:
 
 def models_of(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The teacher and the student, the latter in fp32 and training."""
-    from shoal.compress.surgery.cut_model import cut_model
-
     folder = resolve_model(arguments.model)
     teacher = load_model(folder, dtype=arguments.precision).requires_grad_(False)
     student = cut_model(load_model(folder, dtype="float32"), tuple(arguments.drop))
@@ -323,36 +292,33 @@ def bare_turn(
     loss_of = loss_with(student, teacher)
     optimizer = torch.optim.AdamW(student.parameters(), lr=OPTIMIZER["learning_rate"], weight_decay=0.0)
     wall, busy, optimizing, losses = [], [], [], []
-    for start in range(0, len(rows), arguments.batch):
-        batch = collate([rows[row] for row in range(start, start + arguments.batch)])
-        began, began_busy = time.perf_counter(), time.process_time()
+
+    def forward_and_backward() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
             loss = loss_of(batch)
         loss.backward()
-        ended = time.perf_counter()
-        wall.append(ended - began)
-        busy.append(time.process_time() - began_busy)
         losses.append(loss.item())
+
+    def step() -> None:
         if trains:
             torch.nn.utils.clip_grad_norm_(student.parameters(), OPTIMIZER["max_grad_norm"])
             optimizer.step()
         optimizer.zero_grad()
-        optimizing.append(time.perf_counter() - ended)
-    seconds = statistics.median(wall[1:])
-    return {
-        "seconds": seconds,
-        "cpu_seconds": statistics.median(busy[1:]),
+
+    for start in range(0, len(rows), arguments.batch):
+        batch = collate([rows[row] for row in range(start, start + arguments.batch)])
+        wall_s, busy_s, _ = timed(forward_and_backward)
+        wall.append(wall_s)
+        busy.append(busy_s)
+        optimizing.append(timed(step)[0])
+    return step_figures(wall[1:], busy[1:], arguments.batch * arguments.sequence) | {
         "optimizer_seconds": statistics.median(optimizing[1:]),
-        "tokens_per_s": arguments.batch * arguments.sequence / seconds,
         "peak": peak_memory(),
         "loss": losses[0] if trains else None,
-        "steps": [round(value, 4) for value in wall[1:]],
     }
 
 
 def shoal_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Loss:
-    from shoal.recipe.distill import Distill
-    from shoal.recipe.losses import ForwardKL
     from shoal.train.objective.objective import Objective, to_logits
     from shoal.train.teacher.signals import LiveTeacher
 
@@ -402,12 +368,12 @@ def checkpointing(arguments: argparse.Namespace, *, selective: bool = False) -> 
     }
 
 
-def train(trainer: Trainer, clock: Clock, arguments: argparse.Namespace) -> dict[str, Any]:
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    history = [row for row in trainer.state.log_history if "loss" in row]
+def train(own: Trainer, arguments: argparse.Namespace) -> dict[str, Any]:
+    clock = Clock()
+    own.add_callback(clock)
+    own.remove_callback(PrinterCallback)
+    own.train()
+    history = [row for row in own.state.log_history if "loss" in row]
     return clock.figures(arguments.batch * arguments.sequence) | {"loss": history[0]["loss"]}
 
 
@@ -426,15 +392,13 @@ def plain_turn(arguments: argparse.Namespace) -> dict[str, Any]:
             return (loss, {}) if return_outputs else loss
 
     teacher, student = models_of(arguments)
-    clock = Clock()
-    trainer = Plain(
+    plain = Plain(
         student,
         TrainingArguments(**trainer_settings(arguments)),
         data_collator=collate,
         train_dataset=rows_of(arguments),  # pyright: ignore[reportArgumentType]
-        callbacks=[clock],
     )
-    return train(trainer, clock, arguments)
+    return train(plain, arguments)
 
 
 def trl_turn(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -446,17 +410,16 @@ def trl_turn(arguments: argparse.Namespace) -> dict[str, Any]:
         return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
     teacher, student = models_of(arguments)
-    rows, clock = rows_of(arguments), Clock()
-    trainer = GKDTrainer(
+    rows = rows_of(arguments)
+    gkd = GKDTrainer(
         student,
         teacher,
         GKDConfig(**trainer_settings(arguments), lmbda=0.0, beta=0.0, temperature=1.0, max_length=arguments.sequence),
         data_collator=with_mask,
         train_dataset=Dataset.from_dict({"input_ids": rows.input_ids_NS.numpy(), "labels": rows.labels_NS.numpy()}),
         processing_class=load_tokenizer(resolve_model(arguments.model)),
-        callbacks=[clock],
     )
-    return train(trainer, clock, arguments)
+    return train(gkd, arguments)
 
 
 GOALS: dict[str, tuple[str, str, str, str, float]] = {
@@ -477,90 +440,59 @@ GOALS: dict[str, tuple[str, str, str, str, float]] = {
 
 
 COLUMNS = {
+    "variant": "",
     "seconds": ".2f",
     "cpu_seconds": ".2f",
     "optimizer_seconds": ".2f",
     "tokens_per_s": ".0f",
-    "peak": ".2f",
+    "peak": ",.0f",
     "loss": ".5f",
 }
-"""Figures of a variant, and how they are written."""
+"""Figures of a variant, and how they are written; the peak in bytes."""
 
 
-def figures(result: dict[str, Any]) -> dict[str, Any]:
+def figures(turns: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over turns of each variant, and of the ratios within a turn."""
-    turns = result["turns"]
-
-    def median(values: list[float]) -> float | None:
-        return statistics.median(values) if values else None
-
     variants = {
-        variant: {
-            key: median(
-                [turn[variant][key] for turn in turns if variant in turn and turn[variant].get(key) is not None]
-            )
-            for key in COLUMNS
-        }
+        variant: {key: median(turn[variant].get(key) for turn in turns if variant in turn) for key in list(COLUMNS)[1:]}
         for variant in VARIANTS
         if any(variant in turn for turn in turns)
     }
-
-    def ratio(own: str, other: str, key: str) -> float | None:
-        return median([turn[own][key] / turn[other][key] for turn in turns if own in turn and other in turn])
-
     ratios = {}
     for name, (own, other, key, sign, goal) in GOALS.items():
+        pairs = [(turn[own], turn[other]) for turn in turns if own in turn and other in turn]
         # what the machine's other work does to the clock it does not do to the time of the processor
-        busy = None if key == "peak" else ratio(own, other, "cpu_seconds")
-        if key == "tokens_per_s" and busy is not None:
-            busy = 1 / busy
-        ratios[name] = {"measured": ratio(own, other, key), "by_cpu_time": busy, "goal": f"{sign} {goal}"}
+        busy = median(first["cpu_seconds"] / second["cpu_seconds"] for first, second in pairs if key != "peak")
+        ratios[name] = {
+            "measured": median(first[key] / second[key] for first, second in pairs),
+            "by_cpu_time": 1 / busy if busy and key == "tokens_per_s" else busy,
+            "goal": f"{sign} {goal}",
+        }
     return {"variants": variants, "ratios": ratios}
 
 
-def table(result: dict[str, Any]) -> str:
-    summary = figures(result)
-    lines = [", ".join(f"{key} {value}" for key, value in result["what"].items()) + f", {len(result['turns'])} turns"]
-    rows = [["", "s/step", "cpu s", "optim s", "tokens/s", "peak GB", "first loss"]]
-    for variant, values in summary["variants"].items():
-        shown = {**values, "peak": values["peak"] / 1e9}
-        cells = ["-" if shown[key] is None else f"{shown[key]:{spec}}" for key, spec in COLUMNS.items()]
-        rows.append([variant, *cells])
-    lines += aligned(rows)
-    for name, values in summary["ratios"].items():
-        if values["measured"] is not None:
-            busy = "" if values["by_cpu_time"] is None else f"  ({values['by_cpu_time']:.2f} by processor time)"
-            lines.append(f"{name:52} {values['measured']:5.2f}  goal {values['goal']}{busy}")
-    for variant, size in result["bytes_per_token"].items():
-        goal = "  goal <= 150" if variant == "recorded" else ""
-        lines.append(f"{variant + ', bytes per token':52} {size:5.0f}{goal}")
-    return "\n".join(lines)
+def median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 # --- the loss at the head -----------------------------------------------------------------------------------------
 
 
 def measure_head(arguments: argparse.Namespace) -> None:
-    points = [in_a_process(f"head:{vocab}:{tokens}", arguments) for vocab, tokens in HEAD_POINTS]
+    points = [measured(f"head:{vocab}:{tokens}", arguments) for vocab, tokens in HEAD_POINTS]
     write_json(arguments.out / "head.json", {"hidden_size": HEAD_SIZE, "points": points})
-    rows = [["vocabulary", "tokens", "above weights MB", "whole logits MB", "cpu us/token"]]
-    for point in points:
-        sizes = [f"{point[key] / 1e6:,.0f}" for key in ("extra", "whole")]
-        time_us = f"{1e6 * point['cpu_seconds'] / point['tokens']:.0f}"
-        rows.append([f"{point['vocabulary']:,}", f"{point['tokens']:,}", *sizes, time_us])
-    print("\n".join(aligned(rows, left=())))
+    print_table(points, {"vocabulary": ",", "tokens": ",", "extra": ",", "whole": ",", "cpu_us_per_token": ".0f"})
 
 
 def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
-    """What the loss takes beyond hidden states, head and their gradients; `whole` is one fp32 copy of all logits."""
-    from shoal.recipe.distill import Distill
-    from shoal.recipe.losses import ForwardKL
+    """Bytes of the loss beyond hidden states, head and their gradients; `whole` is one fp32 copy of all logits."""
     from shoal.train.objective.chunked_loss import Dense, chunked_head_loss
 
-    generator = torch.Generator().manual_seed(0)
-    hidden, teacher_hidden = (torch.randn(tokens, HEAD_SIZE, generator=generator) for _ in range(2))
-    weight, teacher_weight = (torch.randn(vocab, HEAD_SIZE, generator=generator) for _ in range(2))
-    labels = torch.randint(vocab, (tokens,), generator=generator)
+    torch.manual_seed(0)
+    hidden, teacher_hidden = (torch.randn(tokens, HEAD_SIZE) for _ in range(2))
+    weight, teacher_weight = (torch.randn(vocab, HEAD_SIZE) for _ in range(2))
+    labels = torch.randint(vocab, (tokens,))
     hidden.requires_grad_()
     weight.requires_grad_()
 
@@ -583,9 +515,8 @@ def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
     gc.collect()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    began = time.process_time()
-    run(tokens)
-    seconds, growth = time.process_time() - began, peak_memory() - before
+    _, seconds, _ = timed(lambda: run(tokens))
+    growth = peak_memory() - before
     return {
         "vocabulary": vocab,
         "tokens": tokens,
@@ -593,6 +524,7 @@ def head_turn(vocab: int, tokens: int) -> dict[str, Any]:
         "extra": growth - 4 * (hidden.numel() + weight.numel()),  # without their gradients
         "whole": 4 * vocab * tokens,
         "cpu_seconds": seconds,
+        "cpu_us_per_token": 1e6 * seconds / tokens,
     }
 
 
@@ -603,7 +535,7 @@ def measure_length(arguments: argparse.Namespace) -> None:
     """A tiny model, so that whatever grows with the run would show beside its steps."""
     teacher = arguments.out / "length" / "teacher"
     if not teacher.exists():
-        make_tiny(teacher)
+        write_tiny(teacher, num_hidden_layers=4)
     points = []
     for tokens in LENGTHS:
         recipe = {
@@ -620,35 +552,15 @@ def measure_length(arguments: argparse.Namespace) -> None:
             },
         }
         run_shoal("prune", write_recipe(recipe))
-        points.append(in_a_process(f"length:{tokens}", arguments) | {"tokens": tokens})
-    write_json(arguments.out / "length.json", {"points": points})
-    rows = [["tokens", "tokens/s", "peak MB", "first tenth", "last tenth", "by cpu: first", "last"]]
-    for point in points:
+        point = measured(f"length:{tokens}", arguments) | {"tokens": tokens}
         tenth = max(1, len(point["steps"]) // 10)
-        ends = [
-            f"{2048 / statistics.median(part):,.0f}"
-            for steps in (point["steps"], point["cpu_steps"])
-            for part in (steps[:tenth], steps[-tenth:])
-        ]
-        rows.append([f"{point['tokens']:,}", f"{point['tokens_per_s']:,.0f}", f"{point['peak'] / 1e6:,.0f}", *ends])
-    print("\n".join(aligned(rows, left=())))
-
-
-def make_tiny(folder: Path) -> None:
-    """A Llama of random numbers whose tokens are bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    words = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    words.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    words.add_special_tokens(["</s>"])
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for kind in ("steps", "cpu_steps"):
+            point[f"first_tenth_{kind}"] = 2048 / statistics.median(point[kind][:tenth])
+            point[f"last_tenth_{kind}"] = 2048 / statistics.median(point[kind][-tenth:])
+        points.append(point)
+    write_json(arguments.out / "length.json", {"points": points})
+    tenths = [f"{end}_tenth_{kind}" for kind in ("steps", "cpu_steps") for end in ("first", "last")]
+    print_table(points, {"tokens": ",", "tokens_per_s": ",.0f", "peak": ",", **dict.fromkeys(tenths, ",.0f")})
 
 
 if __name__ == "__main__":

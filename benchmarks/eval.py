@@ -20,26 +20,24 @@ import json
 import re
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import PreTrainedModel
+from side_by_side import Bench, largest_difference, print_parts, timed, write_recipe
 
 from shoal.abilities import Item, items
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.sources import load_texts
 from shoal.eval.evaluate import evaluate
 from shoal.eval.harness.engine import CausalLM
-from shoal.models.load import load_model, load_tokenizer, resolve_model
+from shoal.models.load import load_model
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import DataSource
-from shoal.runtime import device, environment
+from shoal.runtime import device
 
 Pair = tuple[str, str]
 
@@ -58,12 +56,8 @@ def endings(data: Path | None, count: int, num_examples: int = 0) -> list[Pair]:
         examples = rows(data / "hellaswag/validation.jsonl")
         examples = examples[:: max(1, len(examples) // (count + num_examples))]  # the file begins with the short ones
         questions = [
-            (
-                f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}".strip(),
-                row["endings"],
-                int(row["label"]),
-            )
-            for row in examples
+            (f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}".strip(), r["endings"], int(r["label"]))
+            for r in examples
         ]
     else:
         text = " ".join(load_texts(DataSource("python_docs_heldout"), max_characters=4000 * (count + num_examples)))
@@ -115,14 +109,11 @@ def texts(data: Path | None, count: int) -> list[str]:
     return [f"{head}\n\n{question}" for question in asked[:count]]
 
 
-class Bench:
-    """The model in both hands."""
+class BesideHarness(Bench):
+    """The model in both hands, and the items."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.folder = resolve_model(arguments.model)
-        self.model: PreTrainedModel = load_model(self.folder, dtype=arguments.dtype, device=device())
-        self.tokenizer: Any = load_tokenizer(self.folder)
-        self.arguments = arguments
+        super().__init__(arguments)
         self.data, self.questions = arguments.data, arguments.questions
         make: Any = HFLM  # its decorator hides its type
         self.theirs: Any = make(
@@ -133,37 +124,21 @@ class Bench:
         """New every time: what it has answered it would not compute again."""
         return CausalLM(self.model, self.tokenizer, self.arguments.batch_size)
 
-    def turns(
-        self, ours: Callable[[], Any], theirs: Callable[[], Any], *, goal: float
-    ) -> tuple[dict[str, Any], Any, Any]:
-        """Both in turns, the first of every other pair being the other one; times, ratios and the last results."""
-        times: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": []}
-        results: dict[str, Any] = {}
-        for repeat in range(self.arguments.repeats):
-            both = [("ours", ours), ("theirs", theirs)]
-            for name, run in both if repeat % 2 == 0 else both[::-1]:
-                wall, processor = time.perf_counter(), time.process_time()
-                results[name] = run()
-                times[name].append((time.perf_counter() - wall, time.process_time() - processor))
-        figures: dict[str, Any] = {"goal": goal}
-        for index, kind in enumerate(("wall", "processor")):
-            pairs = [(own[index], other[index]) for own, other in zip(times["ours"], times["theirs"], strict=True)]
-            figures[f"{kind}_s"] = [[round(own, 1), round(other, 1)] for own, other in pairs]
-            figures[f"times_faster_by_{kind}"] = round(statistics.median(other / own for own, other in pairs), 2)
-        return figures, results["ours"], results["theirs"]
+    def mean_tokens(self, texts: Iterable[str]) -> float:
+        return round(statistics.mean(len(self.tokenizer(text)["input_ids"]) for text in texts), 1)
 
     def likelihoods(self, part: str, pairs: list[Pair]) -> dict[str, Any]:
         asked = requests("loglikelihood", pairs)
-        figures, ours, theirs = self.turns(
+        figures, ours, theirs = self.pairs(
             lambda: self.ours().loglikelihood(asked),
             lambda: self.theirs.loglikelihood(asked, disable_tqdm=True),
-            goal=GOALS[part],
         )
         return {
             "requests": len(pairs),
-            "mean_tokens": round(statistics.mean(len(self.tokenizer(a + b)["input_ids"]) for a, b in pairs), 1),
+            "mean_tokens": self.mean_tokens(context + answer for context, answer in pairs),
+            "goal": GOALS[part],
             **figures,
-            "largest_difference": max(abs(own[0] - other[0]) for own, other in zip(ours, theirs, strict=True)),
+            "largest_difference": largest_difference(ours, theirs),
             "same_first_choices": sum(own[1] == other[1] for own, other in zip(ours, theirs, strict=True)),
         }
 
@@ -172,43 +147,38 @@ def requests(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]:
     return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
 
 
-def measure_texts(bench: Bench) -> dict[str, Any]:
+def measure_texts(bench: BesideHarness) -> dict[str, Any]:
     settings = {"until": ["Question:", "\n\n"], "max_gen_toks": bench.arguments.new_tokens, "do_sample": False}
     prompts = texts(bench.data, bench.arguments.prompts)
     asked = requests("generate_until", [(prompt, settings) for prompt in prompts])
-    figures, ours, theirs = bench.turns(
+    figures, ours, theirs = bench.pairs(
         lambda: bench.ours().generate_until(asked),
         lambda: bench.theirs.generate_until(asked, disable_tqdm=True),
-        goal=GOALS["texts"],
     )
     return {
         "prompts": len(prompts),
-        "mean_prompt_tokens": round(statistics.mean(len(bench.tokenizer(text)["input_ids"]) for text in prompts), 1),
-        "mean_new_tokens": round(statistics.mean(len(bench.tokenizer(text)["input_ids"]) for text in ours), 1),
+        "mean_prompt_tokens": bench.mean_tokens(prompts),
+        "mean_new_tokens": bench.mean_tokens(ours),
+        "goal": GOALS["texts"],
         **figures,
         "equal_texts": sum(own == other for own, other in zip(ours, theirs, strict=True)),
     }
 
 
-def measure_quick(bench: Bench) -> dict[str, Any]:
+def measure_quick(bench: BesideHarness) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(f"model: {bench.arguments.model}\nrun_dir: {folder}\neval: {{suite: quick}}\n")
-        settings = load_recipe(recipe).eval
+        recipe = {"model": bench.arguments.model, "run_dir": folder, "eval": {"suite": "quick"}}
+        settings = load_recipe(write_recipe(recipe)).eval
     model = load_model(bench.folder, device=device())  # in the precision it is stored in, as shoal runs it
     cut = partial(cut_model, model, list(DROP), share=True)
     figures: dict[str, Any] = {"goal_s": 360}
     for role, make in (("teacher", lambda: model), ("pruned", cut), ("distilled", cut)):
-        wall, processor = time.perf_counter(), time.process_time()
-        evaluate(make(), bench.tokenizer, settings, seed=0)
-        figures[role] = {
-            "wall_s": round(time.perf_counter() - wall, 1),
-            "processor_s": round(time.process_time() - processor, 1),
-        }
+        wall, processor, _ = timed(partial(evaluate, make(), bench.tokenizer, settings, seed=0))
+        figures[role] = {"wall_s": round(wall, 1), "processor_s": round(processor, 1)}
     return figures
 
 
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[BesideHarness], dict[str, Any]]] = {
     "endings": lambda bench: bench.likelihoods("endings", endings(bench.data, bench.questions)),
     "examples": lambda bench: bench.likelihoods("examples", endings(bench.data, bench.questions, NUM_EXAMPLES)),
     "letters": lambda bench: bench.likelihoods("letters", letters(bench.data, bench.questions)),
@@ -219,21 +189,11 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What evaluating costs beside lm-eval's transformers class")
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all of them if none is named")
-    parser.add_argument("--model", default="demo:smollm2-135m")
-    parser.add_argument("--dtype", default="float32", help="values and texts are compared, so not bfloat16")
     parser.add_argument("--data", type=Path, help="folder with hellaswag, mmlu and gsm8k; default: bundled items")
-    parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    bench = Bench(arguments)
-    for name in arguments.parts or PARTS:
-        print(json.dumps({name: PARTS[name](bench)}, indent=1), flush=True)
-    settings = {key: str(value) for key, value in vars(arguments).items()}
-    print(json.dumps({**settings, "threads": torch.get_num_threads(), **environment()}, indent=1))
+    print_parts(BesideHarness, PARTS, parser, questions=32)
 
 
 if __name__ == "__main__":

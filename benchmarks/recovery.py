@@ -21,12 +21,8 @@ local          shoal's local heal first, then the default
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import math
 import shutil
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -35,7 +31,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
+from side_by_side import run_shoal, write_recipe
 
 from shoal.artifacts.artifact import Evaluation, ItemScore, TaskScore, Training
 from shoal.stats.paired import interval, paired, retention
@@ -79,35 +75,36 @@ LEAST_WRITTEN = 4000
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, help="equal wall time of training")
-    parser.add_argument("--tokens", type=int, help="equal tokens")
+    budgets = parser.add_mutually_exclusive_group(required=True)
+    budgets.add_argument("--seconds", type=float, help="equal wall time of training")
+    budgets.add_argument("--tokens", type=int, help="equal tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     arguments = parser.parse_args()
-    if (arguments.seconds is None) == (arguments.tokens is None):
-        parser.error("give --seconds or --tokens, one of them")
     for arm in arguments.arms:
         for seed in arguments.seeds:
             heal(arm, seed, arguments)
     print(table(arguments))
 
 
-def heal(arm: str, seed: int, arguments: argparse.Namespace) -> Path:
-    """The run directory of one arm under one seed, trained and evaluated."""
+def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
+    """Train and evaluate one arm under one seed."""
     tokens = arguments.tokens or budget(arm, arguments)
-    folder = f"{tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
-    run_dir = arguments.out / folder / f"{arm}-{seed}"
+    run_dir = folder_of(arguments) / f"{arm}-{seed}"
     file = recipe(arm, seed, arguments, run_dir=run_dir, tokens=tokens)
-    shoal("distill", file)
+    run_shoal("distill", file)
     for role in ("teacher", "pruned"):  # the same under every arm of one seed; `shoal eval` checks that
-        done = sorted((arguments.out / folder).glob(f"*-{seed}/eval/{role}.json"))
+        done = sorted(folder_of(arguments).glob(f"*-{seed}/eval/{role}.json"))
         if done and not (run_dir / "eval" / f"{role}.json").exists():
             (run_dir / "eval").mkdir(exist_ok=True)
             shutil.copy2(done[0], run_dir / "eval")
-    shoal("eval", file)
-    return run_dir
+    run_shoal("eval", file)
+
+
+def folder_of(arguments: argparse.Namespace) -> Path:
+    return arguments.out / (f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds")
 
 
 def budget(arm: str, arguments: argparse.Namespace) -> int:
@@ -121,9 +118,9 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
     for probe, wall in zip(probes, walls, strict=True):
         file = recipe(arm, 0, arguments, run_dir=probe, tokens=(PROBE_STEPS + 1) * row_tokens)
         if not wall.exists():
-            shoal("prune", file)
+            run_shoal("prune", file)
             began = time.monotonic()
-            shoal("distill", file, "distill.local=null")
+            run_shoal("distill", file, "distill.local=null")
             wall.write_text(str(time.monotonic() - began))
     seconds = [row["seconds"] for row in Training.read(probes[-1] / Training.FILE).history]
     token_s = (seconds[-1] - seconds[0]) / ((len(seconds) - 1) * row_tokens)
@@ -139,33 +136,28 @@ def writes(arm: str) -> bool:
 
 
 def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path, tokens: int) -> Path:
-    base: dict[str, Any] = {
-        "data": [dict(source) for source in MIXTURE],
+    trainer = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    trainer |= {"warmup_steps": 5, "save_strategy": "no", **ARMS[arm].get("trainer", {})}
+    distill: dict[str, Any] = {
+        "data": list(MIXTURE),
         "losses": [{"kind": "cross_entropy"}],
         "num_tokens": tokens,
         "sequence_length": 512,
         "trainable": "from_first_cut",
         "watch": None,
         "deepspeed": "deepspeed/zero0.json",  # one rank shares nothing out
+        **ARMS[arm],
+        "trainer": trainer,
     }
-    changes = copy.deepcopy(ARMS[arm])
     if writes(arm):
         num_written = max(LEAST_WRITTEN, round(WRITTEN_SHARE * tokens))
-        changes["writing"] = {"num_tokens": num_written, "folder": str(arguments.out.resolve() / "written")}
-    trainer = {
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 5,
-        "save_strategy": "no",
-        **changes.pop("trainer", {}),
-    }
+        distill["writing"] = {"num_tokens": num_written, "folder": str(arguments.out.resolve() / "written")}
     settings = {
         "model": "demo:smollm2-135m",
         "run_dir": str(run_dir),
         "seed": seed,
         "prune": {"drop": list(arguments.drop)},
-        "distill": {**base, **changes, "trainer": trainer},
+        "distill": distill,
         "eval": {
             "tasks": list(TASKS),
             "limit": arguments.limit,
@@ -174,29 +166,19 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
             "sequence_length": 512,
             "speed": False,
         },
-        "track": {"wandb": "off"},
     }
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = run_dir / "recipe.yaml"
-    file.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return file
-
-
-def shoal(verb: str, file: Path, *overrides: str) -> None:
-    command = [sys.executable, "-m", "shoal.cli", verb, "--config", str(file), *overrides]
-    if subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"`{' '.join(command[2:])}` failed")
+    return write_recipe(settings)
 
 
 def table(arguments: argparse.Namespace) -> str:
     """One row per arm: the mean over its seeds and their range, what is kept, and how far it is from the first arm."""
-    folder = f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
-    places = {
-        arm: {seed: arguments.out / folder / f"{arm}-{seed}" for seed in arguments.seeds} for arm in arguments.arms
-    }
     runs = {
-        arm: {seed: run for seed, run in of_seeds.items() if (run / "eval/distilled.json").exists()}
-        for arm, of_seeds in places.items()
+        arm: {
+            seed: run
+            for seed in arguments.seeds
+            if ((run := folder_of(arguments) / f"{arm}-{seed}") / "eval/distilled.json").exists()
+        }
+        for arm in arguments.arms
     }
     reference, *_ = runs.values()
     teacher, pruned = (pooled(reference.values(), role) for role in ("teacher", "pruned"))
@@ -252,7 +234,4 @@ def scores(run_dir: Path, role: str) -> dict[str, TaskScore]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"a result cannot be read: {error}") from error
+    main()

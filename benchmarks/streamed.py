@@ -12,20 +12,19 @@ import argparse
 import json
 import re
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from side_by_side import in_a_process, write_large
 from transformers import LlamaConfig
 
 from shoal.compress.measure import measure_importance
 from shoal.compress.streamed import measure_streamed
 from shoal.compress.variants.streamed import Streaming
 from shoal.data.packing import PackedRows
+from shoal.machine import STATUS, peak_memory
 from shoal.models.anatomy import decoder_layers
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import load_model, without_data
@@ -36,8 +35,7 @@ LAYERS_PER_FILE = 4
 
 
 def write_model(folder: Path, num_bytes: int) -> None:
-    """A random Llama in a precision that is fast here, written file by file: never in memory as a whole."""
-    dtype = fast_dtype(torch.device("cpu")).dtype
+    """A random Llama in a precision that is fast here."""
     config = LlamaConfig(
         vocab_size=32000,
         hidden_size=2048,
@@ -46,43 +44,26 @@ def write_model(folder: Path, num_bytes: int) -> None:
         num_key_value_heads=8,
         num_hidden_layers=1,
         tie_word_embeddings=True,
-        dtype=dtype,
+        dtype=fast_dtype(torch.device("cpu")).dtype,
     )
-    stored = getattr(torch, dtype)
-    per_layer = stored.itemsize * sum(p.numel() for p in decoder_layers(without_data(config))[0].parameters())
+    per_layer = sum(p.nbytes for p in decoder_layers(without_data(config))[0].parameters())
     config.num_hidden_layers = max(LAYERS_PER_FILE, num_bytes // per_layer)
-    config.save_pretrained(folder)
-    shapes = {name: tuple(p.shape) for name, p in without_data(config).named_parameters()}
-    files: dict[str, list[str]] = {}
-    for name in shapes:
-        layer = re.search(r"layers\.(\d+)\.", name)
-        files.setdefault(f"model-{int(layer[1]) // LAYERS_PER_FILE if layer else 'rest'}.safetensors", []).append(name)
-    torch.manual_seed(0)
-    for file, names in files.items():
-        tensors = {
-            name: torch.ones(shapes[name], dtype=stored)
-            if len(shapes[name]) == 1
-            else 0.02 * torch.randn(shapes[name], dtype=stored)
-            for name in names
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    weight_map = {name: file for file, names in files.items() for name in names}
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_large(folder, config, shard_bytes=LAYERS_PER_FILE * per_layer)
 
 
-def measure(folder: Path, *, streamed: bool, tokens: int, length: int, memory_bytes: int | None) -> dict[str, object]:
+def measure(arguments: argparse.Namespace, memory_bytes: int | None) -> dict[str, object]:
     """Measure in this process, and say what that took."""
-    rows = PackedRows(
-        torch.randint(0, 1000, (tokens // length, length), generator=torch.Generator().manual_seed(0)),
-        torch.arange(length).repeat(tokens // length, 1),
-    )
+    folder, length = arguments.model, arguments.length
+    ids_NS = torch.randint(0, 1000, (arguments.tokens // length, length), generator=torch.Generator().manual_seed(0))
+    rows = PackedRows(ids_NS, torch.arange(length).repeat(len(ids_NS), 1))
     if memory_bytes is not None:
-        room = held("VmData") + memory_bytes
+        data = re.search(r"VmData:\s+(\d+)", STATUS.read_text())
+        assert data is not None
+        room = 1024 * int(data[1]) + memory_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (room, room))
-    before, read, start = held("VmHWM"), bytes_read(), time.perf_counter()
+    before, read, start = peak_memory(), bytes_read(), time.perf_counter()
     try:
-        if streamed:
+        if arguments.way == "streamed":
             streaming = Streaming(memory_bytes=memory_bytes)
             scores = measure_streamed(folder, rows, metrics=METRICS, batch_size=4, streaming=streaming)
         else:
@@ -91,17 +72,10 @@ def measure(folder: Path, *, streamed: bool, tokens: int, length: int, memory_by
         return {"refused": str(error).splitlines()[0]}
     return {
         "seconds": round(time.perf_counter() - start, 1),
-        "peak_memory_above_start": held("VmHWM") - before,
+        "peak_memory_above_start": peak_memory() - before,
         "bytes_read_by_calls": bytes_read() - read,
         "block_influence": scores.layers["block_influence"],
     }
-
-
-def held(name: str) -> int:
-    """Of this process, by Linux's account."""
-    line = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert line is not None
-    return int(line[1]) * 1024
 
 
 def bytes_read() -> int:
@@ -120,25 +94,17 @@ def main() -> None:
     arguments = parser.parse_args()
     memory_bytes = int(arguments.memory_gigabytes * 1e9) or None
     if arguments.way:
-        streamed = arguments.way == "streamed"
-        sizes = {"tokens": arguments.tokens, "length": arguments.length, "memory_bytes": memory_bytes}
-        print(json.dumps(measure(arguments.model, streamed=streamed, **sizes)))
+        print(json.dumps(measure(arguments, memory_bytes)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.model or Path(temporary)
         if arguments.model is None:
             write_model(folder, int(arguments.gigabytes * 1e9))
         result: dict[str, object] = {"checkpoint_bytes": checkpoint_bytes(folder), "threads": torch.get_num_threads()}
-        for way, memory in (
-            ("loaded", 0.0),
-            ("loaded", arguments.memory_gigabytes),
-            ("streamed", arguments.memory_gigabytes),
-        ):
-            sizes = {"memory-gigabytes": memory, "tokens": arguments.tokens, "length": arguments.length}
-            options = [f"--{name}={value}" for name, value in sizes.items()]
-            command = [sys.executable, __file__, "--way", way, "--model", str(folder), *options]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            figures = json.loads(done.stdout.splitlines()[-1])
+        limit = arguments.memory_gigabytes
+        for way, memory in (("loaded", 0.0), ("loaded", limit), ("streamed", limit)):
+            options = ("--memory-gigabytes", memory, "--tokens", arguments.tokens, "--length", arguments.length)
+            figures = in_a_process("--way", way, "--model", folder, *options)
             result[f"{way} in {memory:g} GB" if memory else f"{way} without limit"] = figures
     scores = [run.pop("block_influence") for run in result.values() if isinstance(run, dict) and "seconds" in run]
     result["largest_difference"] = max(abs(a - b) for a, b in zip(*scores, strict=True))

@@ -20,24 +20,19 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from side_by_side import in_a_process, rotated, write_large
+from transformers import LlamaConfig
 
 from shoal.artifacts.artifact import Provenance, PruningPlan
-from shoal.atomic_files import write_json
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.machine import peak_memory
-from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, weight_files
+from shoal.models.checkpoint_files import checkpoint_bytes, weight_files
 from shoal.models.load import load_model
 
 TIME_TARGET, MEMORY_TARGET = 1.3, 1.5
@@ -57,13 +52,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        make_teacher(folder / "teacher", arguments.layers, int(arguments.shard_gb * 1e9))
+        sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}
+        config = LlamaConfig(num_hidden_layers=arguments.layers, dtype="bfloat16", **sizes)
+        write_large(folder / "teacher", config, shard_bytes=int(arguments.shard_gb * 1e9))
         cut("shoal", folder, arguments.layers)
         (folder / "shoal").rename(folder / "kept")
         results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for repeat in range(arguments.repeats + 1):  # the first turn warms the caches up
-            first = repeat % len(WAYS)  # who comes after whom matters: memory has to be freed for the next
-            for way in (*WAYS[first:], *WAYS[:first]):
+            for way in rotated(WAYS, repeat):  # memory of the one before has to be freed for the next
                 subprocess.run(["sync"], check=True)
                 result = take_turn(way, folder, arguments)
                 shutil.rmtree(folder / way)
@@ -72,46 +68,15 @@ def main() -> None:
         report(results, folder)
 
 
-def make_teacher(folder: Path, num_layers: int, max_shard_bytes: int) -> None:
-    """A checkpoint of random numbers, written shard by shard."""
-    words = Tokenizer(WordLevel({f"word{index}": index for index in range(32_000)}, unk_token="word0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="word1").save_pretrained(folder)
-    config = LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=num_layers, num_attention_heads=16, dtype="bfloat16"
-    )
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    shards: list[dict[str, torch.Size]] = [{}]
-    size = 0
-    for name, shape in shapes.items():
-        if shards[-1] and size + 2 * shape.numel() > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shape
-        size += 2 * shape.numel()
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in shard.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": weight_map})
-
-
 def take_turn(way: str, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """A process of its own for shoal and for the model in memory, because a process cannot lower its peak."""
+    """A process of its own for shoal and for the model in memory."""
     if way in ("shoal", "in_memory"):
-        options = ["--way", way, "--folder", str(folder), "--layers", str(arguments.layers)]
-        output = subprocess.run([sys.executable, __file__, *options], check=True, capture_output=True, text=True).stdout
-        return json.loads(output.splitlines()[-1])
+        return in_a_process("--way", way, "--folder", folder, "--layers", arguments.layers)
     (folder / way).mkdir()
     start = time.perf_counter()
-    sources = [str(file) for file in weight_files(folder / "kept")]
-    subprocess.run(["cp", *sources, str(folder / way)], check=True)
+    subprocess.run(["cp", *weight_files(folder / "kept"), folder / way], check=True)
     if way == "cp_flushed":
-        subprocess.run(["sync", *(str(file) for file in (folder / way).iterdir())], check=True)
+        subprocess.run(["sync", *(folder / way).iterdir()], check=True)
     return {"seconds": time.perf_counter() - start}
 
 
@@ -134,9 +99,7 @@ def report(results: dict[str, list[dict[str, float]]], folder: Path) -> None:
         pairs = zip(results[way], results[other], strict=True)
         return round(statistics.median(own["seconds"] / its["seconds"] for own, its in pairs), 3)
 
-    def peak(way: str) -> float:
-        return max(turn["peak_bytes"] for turn in results[way])
-
+    peak = {way: max(turn["peak_bytes"] for turn in results[way]) for way in ("shoal", "in_memory")}
     result: dict[str, Any] = {
         "teacher_gb": round(checkpoint_bytes(folder / "teacher") / 1e9, 2),
         "kept_gb": round(checkpoint_bytes(folder / "kept") / 1e9, 2),
@@ -146,9 +109,9 @@ def report(results: dict[str, list[dict[str, float]]], folder: Path) -> None:
         "time_against_cp_flushed": ratio("shoal", "cp_flushed"),
         "time_target": TIME_TARGET,
         "in_memory_time_against_cp": ratio("in_memory", "cp"),
-        "peak_gb": {way: round(peak(way) / 1e9, 2) for way in ("shoal", "in_memory")},
-        "peak_against_largest_shard": round(peak("shoal") / largest, 3),
-        "in_memory_peak_against_largest_shard": round(peak("in_memory") / largest, 3),
+        "peak_gb": {way: round(size / 1e9, 2) for way, size in peak.items()},
+        "peak_against_largest_shard": round(peak["shoal"] / largest, 3),
+        "in_memory_peak_against_largest_shard": round(peak["in_memory"] / largest, 3),
         "memory_target": MEMORY_TARGET,
     }
     print(json.dumps(result, indent=1))

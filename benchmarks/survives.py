@@ -25,17 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from side_by_side import write_recipe, write_tiny
 
 from shoal.artifacts.artifact import Training
-from shoal.models.load import resolve_model
-from shoal.runtime import free_port
 
 STEPS = 40
-MOMENTS = ("step", "save", "rename", "remove")
-"""While training; `result` is the moment after it."""
+MOMENTS = {
+    "step": (("open",), "/trainer_state.json"),
+    "save": (("os.mkdir",), "/checkpoint-"),
+    "rename": (("os.rename",), "/checkpoint-"),
+    "remove": (("shutil.rmtree", "os.remove"), "/checkpoint-"),
+    "result": (("open", "os.rename", "os.mkdir"), "/.distilled."),
+    "never": ((), ""),
+}
+"""Moment -> the events that begin it, and what is part of the path they are about; `result` is after training."""
 LATER_S = {"step": 1.0, "save": 0.05}
 """These begin with an event and end somewhere within so many seconds."""
 
@@ -57,11 +61,13 @@ def main() -> None:
 
 def survive(folder: Path, kills: int, seed: int, zero: int) -> dict[str, Any]:
     """The figure: how often the run was killed and where, and how far it ended from the run left alone."""
-    teacher = _teacher(folder / "teacher")
+    teacher = folder / "teacher"
+    write_tiny(teacher, num_hidden_layers=6, num_key_value_heads=2, tie_word_embeddings=True)
     alone, killed = (_recipe(folder / name, teacher, zero) for name in ("alone", "killed"))
     assert _run(alone, "never", 0, 0) == 0
     draw = random.Random(seed)
-    moments = [draw.choice(MOMENTS) for _ in range(kills - kills // 5)] + ["result"] * (kills // 5)
+    during = ("step", "save", "rename", "remove")
+    moments = [draw.choice(during) for _ in range(kills - kills // 5)] + ["result"] * (kills // 5)
     hits: Counter[str] = Counter()
     for moment in moments:
         started = time.monotonic()
@@ -72,10 +78,10 @@ def survive(folder: Path, kills: int, seed: int, zero: int) -> dict[str, Any]:
         if code == 0:
             break
     assert _run(killed, "never", 0, 0) == 0
-    curves = [_curves(Training.read(path.parent / "run/distill.json")) for path in (alone, killed)]
+    curves = [_curves(Training.read(path.parent / "distill.json")) for path in (alone, killed)]
     assert curves[0].keys() == curves[1].keys(), curves[0].keys() ^ curves[1].keys()
-    weights = [load_file(path.parent / "run/distilled/model.safetensors") for path in (alone, killed)]
-    left = sorted(file.name for file in (killed.parent / "run").rglob("*.tmp"))
+    weights = [load_file(path.parent / "distilled/model.safetensors") for path in (alone, killed)]
+    left = sorted(file.name for file in killed.parent.rglob("*.tmp"))
     return {
         "kills": sum(hits.values()),
         "by moment": dict(hits),
@@ -97,89 +103,45 @@ def _curves(training: Training) -> dict[tuple[float, str], float]:
     }
 
 
-def _teacher(folder: Path) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("demo:smollm2-135m"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def _recipe(folder: Path, teacher: Path, zero: int) -> Path:
-    folder.mkdir()
-    settings = {
-        "model": str(teacher),
-        "run_dir": str(folder / "run"),
-        "prune": {"drop": [2, 3]},
-        "track": {"wandb": "off"},
-        "distill": {
-            "num_tokens": STEPS * 4 * 64,
-            "sequence_length": 64,
-            "batch_size": 4,
-            "precision": "float32",
-            "deepspeed": f"deepspeed/zero{zero}.json",
-            "trainer": {"learning_rate": 1e-3, "save_steps": 2},
-        },
+    distill = {
+        "num_tokens": STEPS * 4 * 64,
+        "sequence_length": 64,
+        "batch_size": 4,
+        "precision": "float32",
+        "deepspeed": f"deepspeed/zero{zero}.json",
+        "trainer": {"learning_rate": 1e-3, "save_steps": 2},
     }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return path
+    return write_recipe({"model": str(teacher), "run_dir": str(folder), "prune": {"drop": [2, 3]}, "distill": distill})
 
 
 def _run(recipe: Path, moment: str, count: int, share: float) -> int:
     """The exit code of one life."""
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    env = {**os.environ, **world, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    # what DeepSpeed's launcher tells a process: without it, `shoal distill` starts the launcher
+    env = {**os.environ, "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--life", str(recipe), moment, str(count), str(share)]
-    with (recipe.parent / "log").open("a") as log:
+    with recipe.parent.with_suffix(".log").open("a") as log:
         return subprocess.run(command, env=env, stdout=log, stderr=log, check=False).returncode
 
 
 def _live(recipe: str, moment: str, count: str, share: str) -> None:
     """One life: shoal's distill verb, with an end at the ``count``-th time that ``moment`` comes."""
     left = int(count)
-    run_dir = str(Path(recipe).parent / "run")
+    events, part = MOMENTS[moment]
+    run_dir = str(Path(recipe).parent)
 
     def die() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if not comes(event, arguments):
-            return
-        left -= 1
-        if left > 0:
-            return
-        if moment in LATER_S:
-            threading.Timer(float(share) * LATER_S[moment], die).start()
-        else:
-            die()
-
-    def comes(event: str, arguments: tuple[Any, ...]) -> bool:
         target = str(arguments[1 if event == "os.rename" else 0]) if arguments else ""
-        if not target.startswith(run_dir):
-            return False
-        match moment:
-            case "step":
-                return event == "open" and target.endswith("/trainer_state.json")
-            case "save":
-                return event == "os.mkdir" and "/checkpoint-" in target
-            case "rename":
-                return event == "os.rename" and "/checkpoint-" in target
-            case "remove":
-                return event in ("shutil.rmtree", "os.remove") and "/checkpoint-" in target
-            case "result":
-                return "/.distilled." in target and event in ("open", "os.rename", "os.mkdir")
-        return False
+        if target.startswith(run_dir) and event in events and part in target:
+            left -= 1
+            if left <= 0 and moment in LATER_S:
+                threading.Timer(float(share) * LATER_S[moment], die).start()
+            elif left <= 0:
+                die()
 
     sys.addaudithook(watch)
     from shoal.cli import main as shoal
