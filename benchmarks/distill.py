@@ -73,7 +73,13 @@ IN_SHOAL: dict[str, dict[str, Any]] = {
     "spared": {"trainable": "from_first_cut"},
 }
 RECORDED: dict[str, dict[str, Any]] = {"recorded": {}, "spared": {"prefix": True}}
-OPTIMIZER = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "weight_decay": 0.0}
+TRAINER: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 1.0,
+    "weight_decay": 0.0,
+    "save_strategy": "no",
+}
 HEAD_SIZE = 64
 HEAD_POINTS = [(vocab, 2048) for vocab in (32_768, 65_536, 131_072, 262_144)]
 HEAD_POINTS += [(49_152, tokens) for tokens in (1024, 2048, 4096, 8192)]
@@ -179,12 +185,7 @@ def recipe_of(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
         "precision": arguments.precision,
         "watch": None,
         **IN_SHOAL[variant],
-        "trainer": {
-            **OPTIMIZER,
-            "per_device_train_batch_size": arguments.batch,
-            **checkpointing(arguments, selective=variant == "lean"),
-            "save_strategy": "no",
-        },
+        "trainer": trainer_settings(arguments, selective=variant == "lean"),
     }
     if variant in RECORDED:
         distill["teacher"] = {"recorded": signals, **RECORDED[variant]}
@@ -290,27 +291,26 @@ def bare_turn(
     """Forward and backward in a loop; the optimizer's time, where it ``trains``, is kept apart."""
     (teacher, student), rows = models_of(arguments), rows_of(arguments)
     loss_of = loss_with(student, teacher)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=OPTIMIZER["learning_rate"], weight_decay=0.0)
-    wall, busy, optimizing, losses = [], [], [], []
+    optimizer = torch.optim.AdamW(student.parameters(), lr=TRAINER["learning_rate"], weight_decay=0.0)
+    steps, optimizing = [], []
 
-    def forward_and_backward() -> None:
+    def forward_and_backward() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
             loss = loss_of(batch)
         loss.backward()
-        losses.append(loss.item())
+        return loss.item()
 
     def step() -> None:
         if trains:
-            torch.nn.utils.clip_grad_norm_(student.parameters(), OPTIMIZER["max_grad_norm"])
+            torch.nn.utils.clip_grad_norm_(student.parameters(), TRAINER["max_grad_norm"])
             optimizer.step()
         optimizer.zero_grad()
 
     for start in range(0, len(rows), arguments.batch):
         batch = collate([rows[row] for row in range(start, start + arguments.batch)])
-        wall_s, busy_s, _ = timed(forward_and_backward)
-        wall.append(wall_s)
-        busy.append(busy_s)
+        steps.append(timed(forward_and_backward))
         optimizing.append(timed(step)[0])
+    wall, busy, losses = ([values[index] for values in steps] for index in range(3))
     return step_figures(wall[1:], busy[1:], arguments.batch * arguments.sequence) | {
         "optimizer_seconds": statistics.median(optimizing[1:]),
         "peak": peak_memory(),
@@ -341,30 +341,31 @@ def no_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Loss:
     return sum_of_logits
 
 
-def trainer_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def trainer_settings(arguments: argparse.Namespace, *, selective: bool = False) -> dict[str, Any]:
+    """What every variant's Trainer is told."""
+    saving = {"selective": True} if selective and not arguments.checkpointing else {"use_reentrant": False}
     return {
-        **OPTIMIZER,
-        "output_dir": str(arguments.out / "trainer"),
+        **TRAINER,
         "per_device_train_batch_size": arguments.batch,
+        "activation_checkpointing": arguments.checkpointing or selective,
+        "activation_checkpointing_kwargs": saving if arguments.checkpointing or selective else None,
+    }
+
+
+def other_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a Trainer is told that shoal does not set up."""
+    return {
+        **trainer_settings(arguments),
+        "output_dir": str(arguments.out / "trainer"),
         "num_train_epochs": 1,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
-        "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,
         "bf16": arguments.precision == "bfloat16",
         "remove_unused_columns": False,
         "disable_tqdm": True,
-        **checkpointing(arguments),
         "seed": 0,
-    }
-
-
-def checkpointing(arguments: argparse.Namespace, *, selective: bool = False) -> dict[str, Any]:
-    settings = {"selective": True} if selective and not arguments.checkpointing else {"use_reentrant": False}
-    return {
-        "activation_checkpointing": arguments.checkpointing or selective,
-        "activation_checkpointing_kwargs": settings if arguments.checkpointing or selective else None,
     }
 
 
@@ -394,7 +395,7 @@ def plain_turn(arguments: argparse.Namespace) -> dict[str, Any]:
     teacher, student = models_of(arguments)
     plain = Plain(
         student,
-        TrainingArguments(**trainer_settings(arguments)),
+        TrainingArguments(**other_settings(arguments)),
         data_collator=collate,
         train_dataset=rows_of(arguments),  # pyright: ignore[reportArgumentType]
     )
@@ -414,7 +415,7 @@ def trl_turn(arguments: argparse.Namespace) -> dict[str, Any]:
     gkd = GKDTrainer(
         student,
         teacher,
-        GKDConfig(**trainer_settings(arguments), lmbda=0.0, beta=0.0, temperature=1.0, max_length=arguments.sequence),
+        GKDConfig(**other_settings(arguments), lmbda=0.0, beta=0.0, temperature=1.0, max_length=arguments.sequence),
         data_collator=with_mask,
         train_dataset=Dataset.from_dict({"input_ids": rows.input_ids_NS.numpy(), "labels": rows.labels_NS.numpy()}),
         processing_class=load_tokenizer(resolve_model(arguments.model)),
@@ -548,7 +549,7 @@ def measure_length(arguments: argparse.Namespace) -> None:
                 "sequence_length": 512,
                 "watch": None,
                 "stop_on_spike": None,  # of a loss that is rounding alone before long
-                "trainer": {**OPTIMIZER, "per_device_train_batch_size": 4, "save_strategy": "no"},
+                "trainer": {**TRAINER, "per_device_train_batch_size": 4},
             },
         }
         run_shoal("prune", write_recipe(recipe))

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,7 @@ def _live(recipe: str, moment: str, count: str, share: str) -> None:
     events, part = MOMENTS[moment]
     run_dir = str(Path(recipe).parent)
 
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    die = partial(os.kill, os.getpid(), signal.SIGKILL)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
