@@ -553,7 +553,7 @@ def measure_length(arguments: argparse.Namespace) -> None:
             },
         }
         run_shoal("prune", write_recipe(recipe))
-        point = measured(f"length:{tokens}", arguments) | {"tokens": tokens}
+        point: dict[str, Any] = {"tokens": tokens, **measured(f"length:{tokens}", arguments)}
         tenth = max(1, len(point["steps"]) // 10)
         for kind in ("steps", "cpu_steps"):
             point[f"first_tenth_{kind}"] = 2048 / statistics.median(point[kind][:tenth])

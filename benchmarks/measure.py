@@ -102,7 +102,8 @@ def choices_of(bench: BesideLoop, task: str) -> dict[str, Any]:
 
     def ours() -> Any:
         lm = VariantsLM(bench.edited, bench.tokenizer, bench.without_each, 8)
-        encoded = [tuple(map(tuple, lm._encode_pair(*request.args))) for request in requests]
+        pairs = (lm._encode_pair(*request.args) for request in requests)
+        encoded = [(tuple(context), tuple(option)) for context, option in pairs]
         return score_variants(bench.edited, lm._decoder, encoded, bench.without_each, batch_size=8)
 
     def loop() -> Any:

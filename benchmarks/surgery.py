@@ -52,7 +52,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}
+        sizes: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}
         config = LlamaConfig(num_hidden_layers=arguments.layers, dtype="bfloat16", **sizes)
         write_large(folder / "teacher", config, shard_bytes=int(arguments.shard_gb * 1e9))
         cut("shoal", folder, arguments.layers)
