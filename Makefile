@@ -34,7 +34,9 @@ format: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py
-	$(BIN)/python benchmarks/distill.py
+	$(BIN)/python benchmarks/distill.py runs/distillation
+	$(BIN)/python benchmarks/distill.py runs/distillation head
+	$(BIN)/python benchmarks/distill.py runs/distillation length
 	$(BIN)/python benchmarks/eval.py
 	$(BIN)/python benchmarks/surgery.py
 	$(BIN)/python benchmarks/coverage.py
