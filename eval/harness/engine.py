@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
@@ -137,10 +136,6 @@ class CausalLM(TemplateLM):
     @property
     def max_gen_toks(self) -> int:
         return NEW_TOKENS
-
-    @property
-    def tokenizer_name(self) -> str:
-        return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; no second start token where the text has one already."""
@@ -352,20 +347,6 @@ class CausalLM(TemplateLM):
                 **wanted,
             )
         return written[:, ids.shape[1] :].tolist()
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as the model's own template writes it; without the system turn if the template has none."""
-        arguments = {
-            "tokenize": False,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
-        try:
-            return self.tokenizer.apply_chat_template(chat_history, **arguments)
-        except jinja2.exceptions.TemplateError:
-            log.warning("the chat template takes no system turn; it is left out")
-            without = [turn for turn in chat_history if turn["role"] != "system"]
-            return self.tokenizer.apply_chat_template(without, **arguments)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.world_size == 1:

@@ -326,16 +326,6 @@ def test_recurrent_models_get_full_forwards() -> None:
     assert_same(lm.loglikelihood(requests), hf.loglikelihood(requests, disable_tqdm=True))
 
 
-def test_chat_template_drops_a_system_turn_that_the_template_refuses() -> None:
-    tokenizer = tiny_tokenizer()
-    refuse = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    tokenizer.chat_template = f"{{% for m in messages %}}{refuse}{{{{ m.content }}}}{{% endfor %}}"
-    lm = CausalLM(tiny_model("llama"), tokenizer, 1)
-    turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
-    assert lm.apply_chat_template(turns) == "U"
-    assert CausalLM(tiny_model("llama"), tiny_tokenizer(), 1).apply_chat_template(turns[1:]) == "user: U\nassistant: "
-
-
 def test_llama_config_is_what_the_reference_reads() -> None:
     """Guards the two tests above that rely on max_position_embeddings."""
     assert isinstance(tiny_model("llama", max_position_embeddings=32).config, LlamaConfig)
