@@ -25,6 +25,7 @@ from shoal.recipe.section import adapter
 from shoal.runtime import environment
 
 Json = Any
+ABSENT = "absent"
 
 
 @dataclass(frozen=True)
@@ -369,12 +370,11 @@ class Training(Artifact):
 
 
 def differences(expected: dict[str, Json], actual: dict[str, Json]) -> list[str]:
-    """`field: X here, Y there` for every field in which two sets of inputs differ."""
-    missing = "absent"
+    """A sentence for every field in which two sets of inputs differ: both values, or whose files are not the same."""
     return [
-        f"{key} is {expected.get(key, missing)!r} in this recipe but {actual.get(key, missing)!r} there"
+        _in_words(key, expected.get(key, ABSENT), actual.get(key, ABSENT))
         for key in sorted(expected.keys() | actual.keys())
-        if _plain(expected.get(key, missing)) != _plain(actual.get(key, missing))
+        if _plain(expected.get(key, ABSENT)) != _plain(actual.get(key, ABSENT))
     ]
 
 
@@ -390,6 +390,15 @@ def require_same_run(expected: dict[str, Json], provenance: Provenance, path: Pa
     differing = differences(expected, asked)
     if differing:
         raise UserError(f"{path}: belongs to another run: {'; '.join(differing)}. {remedy}")
+
+
+def _in_words(key: str, here: Json, there: Json) -> str:
+    if ABSENT not in (here, there):  # two hashes would tell nobody anything
+        if key == "tasks":
+            return "the task files, or what makes their items, differ"
+        if key.endswith(" (files)"):
+            return f"the files of {key.removesuffix(' (files)')} differ"
+    return f"{key} is {here!r} in this recipe but {there!r} there"
 
 
 def _plain(value: Json) -> Json:

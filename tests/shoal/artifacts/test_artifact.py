@@ -212,6 +212,18 @@ def test_differences_names_every_field_and_both_values() -> None:
     assert differences(here, here) == []
 
 
+def test_of_files_that_differ_their_setting_is_named_and_not_two_hashes() -> None:
+    keys = ("tasks", "eval.data_dir (files)", "measure.sweep.tasks (files)")
+    assert differences(dict.fromkeys(keys, "a"), dict.fromkeys(keys, "b")) == [
+        "the files of eval.data_dir differ",
+        "the files of measure.sweep.tasks differ",
+        "the task files, or what makes their items, differ",
+    ]
+    assert differences({"eval.data_dir (files)": "a"}, {}) == [
+        "eval.data_dir (files) is 'a' in this recipe but 'absent' there"
+    ]
+
+
 def test_artifact_of_another_run_is_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
     require_same_run({"model": "abc", "prune.drop": (1, 3)}, MADE, tmp_path, remedy="")
     with pytest.raises(UserError) as refused:
