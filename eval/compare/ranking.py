@@ -84,6 +84,11 @@ def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> RankedBy:
     units = sorted({scores[task].metric for task in in_nats})
     if len(units) > 1:
         raise UserError(f"search.rank_by: {units[0]} and {units[1]} have no mean; name columns of one unit")
+    if single := next((task for task in in_nats if scores[task].n == 1), None):
+        raise UserError(
+            f"search.rank_by: {single} ranks nothing: a single item says nothing of the spread; ask more "
+            "(search.limit, for the perplexity eval.perplexity_tokens), or name another column"
+        )
     if not in_nats and any(silent.values()):
         task = next(task for task, reason in silent.items() if reason)
         raise UserError(f"search.rank_by: {task} ranks nothing: {silent[task]}; name another column")

@@ -89,9 +89,14 @@ def paired_correlation(both: int, won: int, lost: int, neither: int) -> float:
 def combined(values: Sequence[float], lows: Sequence[float], highs: Sequence[float], correlation: Array) -> Array:
     """(low, value, high) of the sum of ``values`` by square-and-add of their limits (Zou and Donner 2008).
 
-    A difference is the sum with a negated second part. ``correlation`` of the parts' estimates, (U, U).
+    A difference is the sum with a negated second part. ``correlation`` of the parts' estimates, (U, U). One part
+    without a limit leaves the sum without it.
     """
     value, down, up = np.asarray(values), np.asarray(values) - lows, np.asarray(highs) - values
     total = float(value.sum())
-    reach = [math.sqrt(max(0.0, float(part @ correlation @ part))) for part in (down, up)]
+    reach = [
+        # infinity times a correlation of 0 would be NaN
+        math.inf if np.isinf(part).any() else math.sqrt(max(0.0, float(part @ correlation @ part)))
+        for part in (down, up)
+    ]
     return np.array([total - reach[0], total, total + reach[1]])

@@ -253,6 +253,8 @@ def no_retention(teacher: TaskScore) -> str:
     if teacher.ci_low <= teacher.chance:
         told = f"{teacher.score:.2f} against {teacher.chance:.2f}, n = {teacher.n}"
         return f"the teacher is not shown to be above chance ({told})"
+    if teacher.n == 1 and not is_binary(teacher):
+        return f"a single item says nothing of the spread of {teacher.metric}"
     return ""
 
 

@@ -200,6 +200,11 @@ def test_columns_that_cannot_rank_are_refused(rank_by: list[str], message: str) 
         measure_by(teacher, rank_by)
 
 
+def test_a_column_of_one_window_ranks_nothing() -> None:
+    with pytest.raises(UserError, match=r"search.rank_by: perplexity ranks nothing: a single item .*perplexity_tokens"):
+        measure_by(evaluation(task(LIKELY, 17), nats(2.0)), ["perplexity"])
+
+
 def test_a_teacher_at_chance_ranks_nothing_but_by_text() -> None:
     with pytest.raises(UserError, match=r"above chance on none of them.*rank_by: \[perplexity\]"):
         measure_by(evaluation(task(LIKELY, 5), nats(2.0)), ())

@@ -19,6 +19,7 @@ from shoal.errors import UserError
 from shoal.stats import bootstrap
 from shoal.stats import paired as ours
 from shoal.stats.bootstrap import effective_n
+from shoal.stats.intervals import combined
 
 
 def task(
@@ -370,6 +371,19 @@ def test_the_gap_adds_limits_as_squares_and_uses_the_luck_that_two_protocols_sha
         assert found[2] == pytest.approx(
             a - b + math.sqrt((ah - a) ** 2 + (b - bl) ** 2 - 2 * rho * (ah - a) * (b - bl))
         )
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5, -0.5])
+def test_a_sum_has_no_limit_where_one_of_its_parts_has_none(shared: float) -> None:
+    correlation = np.array([[1.0, shared], [shared, 1.0]])
+    low, value, high = combined([0.5, 1.0], [0.4, -math.inf], [0.6, 1.0], correlation).tolist()
+    assert (low, value, high) == (-math.inf, 1.5, pytest.approx(1.6))
+
+
+def test_a_single_item_that_is_neither_right_nor_wrong_has_no_share_to_keep() -> None:
+    before, after = (task([score], chance=0.0, metric="f1") for score in (0.8, 0.4))
+    assert ours.retention(before, after).reason == "a single item says nothing of the spread of f1"
+    assert ours.no_retention(task([1.0], chance=0.0)) == ""
 
 
 def test_there_is_no_gap_where_the_teacher_is_at_chance() -> None:
