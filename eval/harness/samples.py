@@ -107,11 +107,21 @@ def ending_key(prompt: str, settings: dict[str, Any]) -> tuple[str, str]:
 
 
 def prompts_fingerprint(task: Any, samples: Sequence[Sample]) -> str:
-    """A short hash of everything that is asked and of what counts as right; equal = the same test."""
+    """A short hash of everything that is asked and of what counts as right; equal = the same test.
+
+    A task file's own function counts by its source. shoal's count by name: what they do has versions, those of the task
+    and of answer matching, which scores hold beside this.
+    """
     settings: dict[str, Any] = task.config.to_dict()  # callables become their source
-    rules = str({name: settings[name] for name in MATCHING_RULES if name in settings})
+    rules = str({name: _name_of_ours(task, name) or settings[name] for name in MATCHING_RULES if name in settings})
     # of a callable without source only its name is told, and where it happens to lie in memory
     return fingerprint([[sample["arguments"] for sample in samples], re.sub(r" at 0x[0-9a-f]+", "", rules)])
+
+
+def _name_of_ours(task: Any, setting: str) -> str:
+    """The name of the function of shoal that ``setting`` is; empty where it is anything else."""
+    value = getattr(task.config, setting, None)
+    return value.__name__ if callable(value) and value.__module__.startswith("shoal.") else ""
 
 
 def with_interval(score: TaskScore) -> TaskScore:

@@ -214,7 +214,7 @@ TEXT_MATCHES = {
     "last": match_last,
     "stated": match_stated,
 }
-"""Plain functions each: lm-eval records the rule of a task by its source."""
+"""Plain functions each: scores record the rule of a task by its name (samples.py)."""
 
 
 def nats(doc: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, float]:

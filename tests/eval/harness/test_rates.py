@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_eval.config.task import TaskConfig
 from scipy import stats
 from tiny import tiny_model, tiny_tokenizer
 
@@ -18,8 +19,8 @@ from shoal.errors import UserError
 from shoal.eval.harness import samples as scoring
 from shoal.eval.harness.engine import CausalLM, Ending, Writing
 from shoal.eval.harness.rates import answer_pattern, hold_answers, rate, rate_difference, text_rates, with_rates
-from shoal.eval.harness.samples import ending_key, task_score
-from shoal.eval.tasks.protocols import letter_match, match_stated
+from shoal.eval.harness.samples import ending_key, prompts_fingerprint, task_score
+from shoal.eval.tasks.protocols import letter_match, match_start, match_stated
 from shoal.stats.intervals import newcombe_paired
 from shoal.stats.paired import mcnemar, paired
 
@@ -187,6 +188,24 @@ def test_scores_of_other_prompts_are_refused() -> None:
     asked = replace(made.items[1], question="something else")
     with pytest.raises(UserError, match="question of item 'i1' is"):
         paired(made, replace(made, items=(made.items[0], asked)))
+
+
+def match_own(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """A rule as a task file of a user's own holds it."""
+    return {"match": float(results[0] == doc["answer"])}
+
+
+def test_shoals_rules_count_by_name_in_the_prompts_fingerprint_and_others_by_their_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def print_of(rule: Any, source: str) -> str:
+        monkeypatch.setattr("lm_eval.config.task.getsource", lambda _: source)
+        config = TaskConfig(task="capitals", output_type="generate_until", process_results=rule)
+        return prompts_fingerprint(SimpleNamespace(config=config), [{"arguments": [("prompt", {})]}])
+
+    assert print_of(match_stated, "as it is") == print_of(match_stated, "as it is after its helpers have moved")
+    assert print_of(match_stated, "as it is") != print_of(match_start, "as it is")
+    assert print_of(match_own, "as it is") != print_of(match_own, "as it is after a change")
 
 
 def test_the_engine_tells_texts_that_ended_from_texts_that_were_cut_off() -> None:

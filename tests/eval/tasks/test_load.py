@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from shoal.abilities.matching import lettered_prompt, letters_of
+from shoal.abilities.matching import MATCHING, lettered_prompt, letters_of
 from shoal.errors import UserError
 from shoal.eval.tasks import documents
 from shoal.eval.tasks import names as naming
 from shoal.eval.tasks.load import load_tasks
-from shoal.eval.tasks.protocols import match_last, match_start
+from shoal.eval.tasks.protocols import TEXT_MATCHES, letter_match, match_last, match_start
 
 ASKED = {
     "knowledge_continuation": "bf34bc407e61c02b",
@@ -53,6 +53,14 @@ ASKED = {
 Never changed since the first version, so that scores of all versions can be compared.
 """
 FIRST_ITEMS = 20
+WRITTEN = (
+    *("", "Rome", "rome.", "The Rome", "It is Rome", "Rome, which is", "Romeo", "Paris\nRome", "\nRome", "D"),
+    *("3", "3.0", "-3", "\u22123", "3.5", "3.5km", "3/4", "3 apples", "10:30", "2^3", "so 5 - 2 = 3", "#### 3"),
+    *("1200", "1,200", "1,200.", "It costs $1,200", "Alice", "Bob gave it to Alice", "Alice gave it to Bob", "alice"),
+    *("A", "a", "B", "B)", "(b)", "a planet", "A planet.", "The answer is B", "I say B", "option b", "not B but C"),
+    *("The answer is Rome", "answer is 3, not 4"),
+)
+"""Texts in which the rules of matching read an answer, another one or none."""
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 OWN_TASK = """\
 task: {name}
@@ -227,6 +235,18 @@ def test_written_answers_of_our_own_tasks_are_matched_by_the_rule_of_before(ever
     rules = {name: task.config.process_results for name, task in every_task.items() if name.endswith("_generation")}
     assert rules.pop("reasoning_generation") is match_last
     assert set(rules.values()) == {match_start}
+
+
+def test_rules_of_one_version_read_written_answers_alike() -> None:
+    """Scores are compared where MATCHING is equal: who changes what a rule reads raises it, and then this hash."""
+    answers = ("Rome", "3", "Alice", "1,200")
+    docs: list[tuple[dict[str, Any], Any]] = [
+        ({"answers": [answer]}, rule) for answer in answers for rule in TEXT_MATCHES.values()
+    ]
+    docs.append(({"options": ["The sun", "A planet", "Rome", "3"], "answer": 1}, letter_match))
+    read = [[rule(doc, [text])["match"] for text in WRITTEN] for doc, rule in docs]
+    assert {0.0, 1.0} == {match for row in read for match in row}
+    assert (MATCHING, hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]) == (2, "a0e18008404e2b8b")
 
 
 def test_tasks_are_identified_by_what_shapes_their_items_and_by_nothing_else(tmp_path: Path) -> None:
