@@ -142,9 +142,8 @@ class DistillTrainer(Trainer):
             loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals, on_host=host)
         num_terms = len(self.objective.terms)
         self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
-        self._step_sums[num_terms:-1] += sums[
-            num_terms:
-        ]  # agreement is asked of every so many tokens: counts, no means
+        # agreement is asked of every so many tokens: counts, no means
+        self._step_sums[num_terms:-1] += sums[num_terms:]
         loss = loss_sum * (world_size() / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 

@@ -227,6 +227,7 @@ def test_the_recipes_own_deepspeed_mapping_is_left_as_it_was():
         ),
         ({"deepspeed": {"optimizer": {"type": "Adum"}}}, r"optimizer\.type must be one of adagrad, .* \(got 'Adum'\)"),
         ({"deepspeed": {"optimizer": "Adam"}}, r"optimizer\.type must be one of adagrad, .* \(got None\)"),
+        ({"deepspeed": {"optimizer": None}}, r"optimizer\.type must be one of adagrad, .* \(got None\)"),
         ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "leave `scheduler` out; set lr_scheduler_type"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, "bf16 with ZeRO stage 0 starts Adam one step late"),
         ({"deepspeed": {"fp16": {"enabled": True}}}, "deepspeed: fp16 does not train on a CPU"),

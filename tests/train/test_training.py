@@ -145,10 +145,11 @@ def test_scores_stand_beside_the_losses_and_the_best_state_is_what_is_left(every
 
 def test_that_a_training_will_not_resume_bit_by_bit_is_said_once(teacher, cut, tmp_path):
     own = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "optimizer": {"type": "AdamW"}}
-    path = recipe(tmp_path, teacher, cut, deepspeed=own, batch_size=None, trainer=TOO_LARGE)
+    path = recipe(tmp_path, teacher, cut, deepspeed=own, batch_size=None, trainer=TOO_LARGE | {"optim": "sgd"})
     trial = run(path, ranks=1)
     assert "this training will not fit" in trial.log  # after everything has asked for the configuration
     assert trial.log.count("does not resume bit by bit") == 1
+    assert trial.log.count("distill.trainer.optim: sgd has no effect, the DeepSpeed configuration names AdamW") == 1
 
 
 def test_two_ranks_zero_3_and_accumulation_give_the_same_curves_also_where_a_micro_batch_teaches_nothing(

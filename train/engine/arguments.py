@@ -235,9 +235,17 @@ class DeepSpeed:
         """Whether `offload_optimizer` or `offload_param` puts something elsewhere than on the device."""
         return (self.zero.get(section) or {}).get("device", "none") != "none"
 
-    def warn_of_inexact_resume(self) -> None:
-        """Log, where it is so, that the optimizer does not resume bit by bit."""
-        torch_adam = self.config.get("optimizer", {}).get("params", {}).get("torch_adam")
+    def warn_of_optimizer(self, trainer: Mapping[str, Any]) -> None:
+        """Log, where it is so, that the optimizer is not the one that distill.trainer, ``trainer``, names, and that it
+        does not resume bit by bit."""
+        entry = self.config.get("optimizer", {})
+        if entry and "optim" in trainer:
+            log.warning(
+                "distill.trainer.optim: %s has no effect, the DeepSpeed configuration names %s; leave one of them out",
+                trainer["optim"],
+                entry["type"],
+            )
+        torch_adam = (entry.get("params") or {}).get("torch_adam")
         forced = self.config.get("zero_force_ds_cpu_optimizer", True)
         if self.offloads("offload_optimizer") and forced and not torch_adam:
             log.warning(
@@ -289,7 +297,8 @@ def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: st
         raise UserError(f"distill.deepspeed: zero_optimization.stage must be 0, 1, 2 or 3 (got {zero['stage']!r})")
     if "scheduler" in config:
         raise UserError("distill.deepspeed: leave `scheduler` out; set lr_scheduler_type under distill.trainer")
-    _refuse_unknown_optimizer(config.get("optimizer"))
+    if "optimizer" in config:
+        _refuse_unknown_optimizer(config["optimizer"])
     if precision != "auto" and named:
         raise UserError(
             f"distill.precision: {precision} contradicts `{named[0]}` in the DeepSpeed configuration; "
@@ -316,8 +325,6 @@ def _refuse_wrong(config: Mapping[str, Any], named: Sequence[str], precision: st
 
 
 def _refuse_unknown_optimizer(entry: Any) -> None:
-    if entry is None:
-        return
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
     name = entry.get("type") if isinstance(entry, Mapping) else None

@@ -29,8 +29,9 @@ MOMENTS = {
     "ademamix": 3,
 }
 """Moments of every weight, by the first word of an optimizer's name; `momentum` in its options is one more."""
-BLOCK = 256
-"""Weights that share a scale of four bytes where moments have 8 bits (Dettmers et al. 2021, arXiv:2110.02861)."""
+BLOCK = {8: 256, 4: 128}
+"""Weights that share a scale of four bytes, by the bits of a moment, in bitsandbytes and torchao. The paper of
+block-wise moments (Dettmers et al. 2021, arXiv:2110.02861) has 2048."""
 ADAM_BYTES = 8.0
 
 
@@ -55,8 +56,7 @@ ADAM = OptimizerState()
 
 def named_optimizer(settings: Distill, deepspeed: DeepSpeed) -> tuple[str, Mapping[str, Any]]:
     """The optimizer's name in lower case and its options: the DeepSpeed configuration's, else distill.trainer.optim."""
-    entry = deepspeed.config.get("optimizer")
-    if entry is not None:
+    if (entry := deepspeed.config.get("optimizer")) is not None:
         return str(entry.get("type", DEFAULT)).lower(), entry.get("params") or {}
     pairs = (str(settings.trainer.get("optim_args") or "")).replace(" ", "").split(",")
     options = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
@@ -75,7 +75,7 @@ def optimizer_state(settings: Distill, deepspeed: DeepSpeed) -> OptimizerState:
         )
         return ADAM
     count = MOMENTS[kind] + (float(options.get("momentum", 0)) > 0)
-    width = next((bits / 8 + 4 / BLOCK for bits in (4, 8) if name.endswith(f"_{bits}bit")), 4.0)
+    width = next((bits / 8 + 4 / block for bits, block in BLOCK.items() if name.endswith(f"_{bits}bit")), 4.0)
     return OptimizerState(count * width, factored=kind == "adafactor", paged=name.startswith("paged_"))
 
 

@@ -227,6 +227,7 @@ def moments(stage: int, name: str, options: str | None = None) -> float:
         ("adamw_torch", 8, 8),
         ("adamw_bnb_8bit", 2 + 8 / 256, 2 + 8 / 256),
         ("adafactor", 0, 4),  # rows and columns of matrices only, but ZeRO's pieces are flat
+        ("adamw_torch_4bit", 1 + 8 / 128, 1 + 8 / 128),
         ("lion_32bit", 4, 4),
         ("ademamix_8bit", 3 + 12 / 256, 3 + 12 / 256),
         ("sgd", 0, 0),
@@ -247,9 +248,11 @@ def test_options_and_the_deepspeed_entry_decide_about_moments_and_an_unknown_opt
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert moments(0, "sgd", "momentum=0.9") == 4
-    entry = {"optimizer": {"type": "Lion"}, "zero_optimization": {"stage": 0}}
+    entry = {"optimizer": {"type": "Lion", "params": None}, "zero_optimization": {"stage": 0}}
     found = job_of(deepspeed=entry, trainer={"optim": "adamw_torch"})
     assert found.memory.optimizer == 4 * found.student.trained
+    assert "distill.trainer.optim: adamw_torch has no effect, the DeepSpeed configuration names Lion" in caplog.text
+    caplog.clear()
     paged = job_of(trainer={"optim": "paged_adamw_32bit"}).memory
     assert (paged.optimizer, paged.host) == (0, 2 * 8 * found.student.trained)  # of two ranks on a node
     assert not caplog.text
