@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from yaml import YAMLError
 
+from shoal.artifacts.artifact import Column
 from shoal.errors import UserError
 from shoal.recipe.section import Positive, Section, Text
 from shoal.recipe.yaml import read_yaml
@@ -79,6 +80,13 @@ class DataSet(Section):
     """One line on what it asks."""
     ability: Text
     """Ability under which reports list its tasks: retrieval, knowledge, reasoning ..."""
+    column: Column | None = None
+    """How its items relate to healing text: in = in a form (wording, carrier) that such text may have, twin = in one
+    that it never has, out = an ability that it never shows, public = a public benchmark. None = not said where items
+    are bundled, public where rows are read."""
+    twin_of: Text | None = None
+    """Part whose items, by id, its own ask again in another form, as its tasks call it before the protocol; {} in it
+    stands for its own part. Only in the column twin."""
     protocols: tuple[TaskProtocol, ...] = ("loglikelihood", "continuation", "generation")
     """Protocols under which it is asked, each a task."""
     under: dict[TaskProtocol, Under] = field(default_factory=dict)
@@ -161,6 +169,8 @@ class DataSet(Section):
                 raise ValueError("options and answer belong together; set both")
             if self.options is None and "loglikelihood" in self.protocols:
                 raise ValueError("the protocol loglikelihood needs options; leave it out of protocols")
+        if self.twin_of is not None and self.column != "twin":
+            raise ValueError(f"twin_of needs column: twin (got column: {self.column or 'none'})")
         if (self.beginnings is None) != (self.ending is None):
             raise ValueError("beginnings and ending belong together; set both")
         if "rolling" in self.protocols and (self.page is None or len(self.protocols) > 1):
@@ -237,6 +247,15 @@ class Part:
         if not 0 <= share < 1:
             raise ValueError(f"chance is {text!r}; give a number from 0 to below 1, or a fraction such as 1/4")
         return share
+
+    @property
+    def column(self) -> Column | Literal[""]:
+        """How its items relate to healing text; empty = not said."""
+        return self.data.column or ("public" if self.data.bundled is None else "")
+
+    def twin_of(self, protocol: TaskProtocol) -> str:
+        """Task under ``protocol`` that asks the same items in a form that healing text may have; empty = none."""
+        return f"{self.data.twin_of.format(self.value)}_{protocol}" if self.data.twin_of else ""
 
     @property
     def items(self) -> str:

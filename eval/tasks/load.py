@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from shoal.artifacts.artifact import Column
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Tasks
 
@@ -74,6 +75,7 @@ def load_tasks(
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
         _set_ability(task, data_sets)
+        _check_column(name, task)
     return tasks
 
 
@@ -170,6 +172,16 @@ def _set_ability(task: Any, data_sets: Collection[DataSet]) -> None:
         part = _part_read_by(config, data_sets)
         if part is not None:
             config.metadata = {**(config.metadata or {}), "ability": part.data.ability}
+
+
+def _check_column(name: str, task: Any) -> None:
+    """Refuse a column of a task file that is none; descriptions have been checked."""
+    column = (task.config.metadata or {}).get("column", "")
+    if column not in ("", *get_args(Column)):
+        raise UserError(
+            f"eval.tasks: {name!r} has metadata.column {column!r}; it is one of {', '.join(get_args(Column))}, or left "
+            "out for a public benchmark"
+        )
 
 
 @cache

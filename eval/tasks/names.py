@@ -92,7 +92,11 @@ def described_data(folders: Sequence[Path]) -> dict[str, DataSet]:
 def described_tasks(
     folders: Sequence[Path],
 ) -> tuple[dict[str, tuple[Part, TaskProtocol]], dict[str, tuple[str, ...]]]:
-    """The tasks that described data sets give, each with its part and protocol, and the groups they are in."""
+    """The tasks that described data sets give, each with its part and protocol, and the groups they are in.
+
+    Raises:
+        UserError: a data set that calls itself a twin of tasks that none of them gives.
+    """
     tasks: dict[str, tuple[Part, TaskProtocol]] = {}
     tags: dict[str, tuple[str, ...]] = {}
     for data in described_data(folders).values():
@@ -100,6 +104,12 @@ def described_tasks(
         tasks |= of_data
         for tag in data.tags:
             tags[tag] = (*tags.get(tag, ()), *of_data)
+    for part, protocol in tasks.values():
+        if (other := part.twin_of(protocol)) and other not in tasks:
+            raise UserError(
+                f"data set {part.data.dataset!r}: twin_of is {part.data.twin_of!r}, and no described data set has a "
+                f"task {other!r}; name one before its protocol (retrieval, knowledge ...)"
+            )
     return tasks, tags
 
 

@@ -41,9 +41,11 @@ def task_config(part: Part, protocol: TaskProtocol, data_dir: Path | None, num_f
     """
     data, family = part.data, part.family(protocol)
     shots = part.num_fewshot(protocol) if num_fewshot is None else num_fewshot
-    metadata: Config = {"version": data.version, "ability": data.ability, "protocol": protocol}
+    metadata: Config = {"version": data.version, "ability": data.ability, "protocol": protocol, "column": part.column}
     if family is not None:
         metadata |= {"family": family, "level": part.level}
+    if data.twin_of is not None:
+        metadata["twin_of"] = part.twin_of(protocol)
     shown = shots > 0 and has_examples(part, data_dir)
     form = FORMS[protocol](part)
     return {

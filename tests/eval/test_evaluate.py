@@ -39,13 +39,13 @@ def scores() -> tuple[TaskScore, ...]:
 
 @pytest.mark.slow
 def test_scores_carry_what_a_reader_needs(scores: tuple[TaskScore, ...]) -> None:
-    described = [(s.task, s.ability, s.protocol, s.metric, s.chance, s.higher_is_better) for s in scores]
+    described = [(s.task, s.ability, s.protocol, s.metric, s.chance, s.higher_is_better, s.column) for s in scores]
     assert described == [
-        ("knowledge_continuation", "knowledge", "continuation", "acc", 0.25, True),
-        ("knowledge_loglikelihood", "knowledge", "loglikelihood", "acc", 0.25, True),
-        ("retrieval_generation", "retrieval", "generation", "match", 0.1, True),
-        ("reasoning_worked", "reasoning", "worked", "nats_per_token", 0.0, False),
-        ("perplexity", "language", "rolling", "nats_per_token", 0.0, False),
+        ("knowledge_continuation", "knowledge", "continuation", "acc", 0.25, True, "in"),
+        ("knowledge_loglikelihood", "knowledge", "loglikelihood", "acc", 0.25, True, "in"),
+        ("retrieval_generation", "retrieval", "generation", "match", 0.1, True, "in"),
+        ("reasoning_worked", "reasoning", "worked", "nats_per_token", 0.0, False, "in"),
+        ("perplexity", "language", "rolling", "nats_per_token", 0.0, False, ""),
     ]
     for score in scores[:4]:
         assert score.n == len(score.items) == 6
@@ -143,8 +143,20 @@ def test_a_task_without_metadata_is_described_from_itself(tmp_path: Path) -> Non
     rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}, {"q": "c d", "options": ["A", "B", "C"], "answer": 0}]
     (score, _) = run(**dataclasses.asdict(own_task(tmp_path, MULTIPLE, rows)) | unchanged())
     assert (score.ability, score.protocol, score.metric, score.n) == ("own", "loglikelihood", "acc_norm", 2)
+    assert (score.column, score.twin_of) == ("public", "")
     assert score.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert score.items[0].id.startswith("0-")
+
+
+def test_a_task_file_says_its_column_and_no_other_word(tmp_path: Path) -> None:
+    rows = [{"q": "a b", "options": ["A", "B"], "answer": 1}]
+    (score, _) = run(
+        **dataclasses.asdict(own_task(tmp_path, MULTIPLE + "metadata: {column: out}\n", rows)) | unchanged()
+    )
+    assert score.column == "out"
+    wrong = own_task(tmp_path, MULTIPLE + "metadata: {column: outside}\n", rows)
+    with pytest.raises(UserError, match=r"'own' has metadata\.column 'outside'; it is one of in, twin, out, public"):
+        run(**dataclasses.asdict(wrong) | unchanged())
 
 
 def unchanged() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, ValidationError
 
@@ -26,6 +26,9 @@ from shoal.runtime import environment
 
 Json = Any
 ABSENT = "absent"
+Column = Literal["in", "twin", "out", "public"]
+"""How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
+that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,10 @@ class TaskScore:
     """Fingerprint of everything that was asked, few-shot examples included, and of the task's rules of matching."""
     matching: int = 1
     """Version of the code that reads answers out of generated text (shoal.abilities.matching); 1 for other tasks."""
+    column: Column | Literal[""] = ""
+    """How the items relate to training text; empty = not said."""
+    twin_of: str = ""
+    """Task that asks the same items (by id) in a form that training text may have; empty = none."""
 
     @property
     def key(self) -> tuple[str, str, str]:

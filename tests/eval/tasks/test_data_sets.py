@@ -18,6 +18,7 @@ import yaml
 from jinja2.meta import find_undeclared_variables
 from tiny import tiny_model, tiny_tokenizer
 
+from shoal.abilities import GENERATORS
 from shoal.abilities.facts import RELATIONS
 from shoal.abilities.knowledge import facts_in
 from shoal.errors import UserError
@@ -25,6 +26,7 @@ from shoal.eval.evaluate import evaluate
 from shoal.eval.tasks.data_sets import TaskProtocol, parts_of, read_data_sets
 from shoal.eval.tasks.load import known_tasks, load_tasks
 from shoal.eval.tasks.names import TASKS_DIR, task_names
+from shoal.eval.tasks.protocols import task_config
 from shoal.eval.tasks.rows import _jinja, bbh_options
 from shoal.recipe.evaluate import Eval
 
@@ -135,6 +137,48 @@ def test_names_are_no_others_and_have_a_level_where_they_have_a_family() -> None
         assert bool(families) == (levels[0] is not None)
         if data.parts is None or data.parts.names is None:
             assert levels == sorted(levels, key=lambda level: level or 0)
+
+
+def test_every_task_says_how_its_items_relate_to_healing_text() -> None:
+    for data in DATA_SETS.values():
+        if data.bundled in GENERATORS:
+            assert data.column in ("in", "twin", "out"), data.dataset
+        else:
+            assert data.column is None, data.dataset
+        of_part = {part.column for part in parts_of(data)}
+        assert of_part == {data.column or ("" if data.bundled else "public")}
+        for part in parts_of(data):
+            for protocol in data.protocols:
+                told = task_config(part, protocol, None)["metadata"]
+                assert (told["column"], told.get("twin_of", "")) == (part.column, part.twin_of(protocol))
+                assert (data.column == "twin") == ("twin_of" in told), data.dataset
+
+
+TWIN = """\
+dataset: my_twin
+about: {about}
+ability: retrieval
+column: twin
+twin_of: {twin_of}
+bundled: retrieval
+protocols: [continuation]
+parts: {parts}
+"""
+
+
+def test_a_twin_names_the_task_whose_items_it_asks_again(tmp_path: Path) -> None:
+    twin = {"about": "mine", "twin_of": "retrieval_{}pairs", "parts": "{values: [20, 50], setting: num_pairs}"}
+    (tmp_path / "own.yaml").write_text(TWIN.format(**twin))
+    tasks = load_tasks(["my_twin_20_continuation", "my_twin_50_continuation"], include_path=tmp_path)
+    told = [(task.config.metadata["column"], task.config.metadata["twin_of"]) for task in tasks.values()]
+    assert told == [("twin", "retrieval_20pairs_continuation"), ("twin", "retrieval_50pairs_continuation")]
+    misspelt = tmp_path / "misspelt"
+    misspelt.mkdir()
+    (misspelt / "own.yaml").write_text(TWIN.format(**twin | {"twin_of": "retrival_{}pairs"}))
+    with pytest.raises(
+        UserError, match=r"'my_twin': twin_of is 'retrival_.*no .* task 'retrival_20pairs_continuation'"
+    ):
+        load_tasks(["my_twin_20_continuation"], include_path=misspelt)
 
 
 @pytest.mark.slow
@@ -610,6 +654,12 @@ def test_the_readme_names_every_file_of_a_data_dir() -> None:
             r"names has 1 entries for 2 values",
         ),
         (("about: mine", "about: [}"), r"own.yaml: is not valid YAML"),
+        (
+            ("about: mine", "column: inn\nabout: mine"),
+            r"own.yaml: column: .*'in', 'twin', 'out' or 'public'.*got 'inn'",
+        ),
+        (("about: mine", "twin_of: retrieval\nabout: mine"), r"twin_of needs column: twin \(got column: none\)"),
+        (("about: mine", "column: out\ntwin_of: x\nabout: mine"), r"twin_of needs column: twin \(got column: out\)"),
         (("options: choices\nanswer: gold", "answers: gold"), r"the protocol loglikelihood needs options"),
         (("about: mine", "protocols: [rolling]\nabout: mine"), r"the protocol rolling needs page"),
     ],

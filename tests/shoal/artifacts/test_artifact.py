@@ -92,13 +92,14 @@ def test_importance_of_before_there_were_sweeps_is_still_read(tmp_path: Path) ->
 def test_results_of_before_there_were_levels_and_batch_sizes_are_still_read(tmp_path: Path) -> None:
     made = {"schema": 1, "provenance": {"inputs": {}}}
     task = {**dataclasses.asdict(TASK), "items": [{"id": "a", "score": 0.25}], "n": 1}
-    for new in ("family", "level", "rates"):
+    for new in ("family", "level", "rates", "column", "twin_of"):
         del task[new]
     sizes = {"num_parameters": 1, "num_layers": 1, "num_bytes": 1, "seconds": 1.0}
     path = tmp_path / "x.json"
     path.write_text(json.dumps({**made, "role": "teacher", "tasks": [task], **sizes}))
     (found,) = Evaluation.read(path).tasks
     assert (found.family, found.level, found.rates, found.items[0].rates) == (None, None, {}, {})
+    assert (found.column, found.twin_of) == ("", "")
     role = {"prefill_tokens_per_s": 1.0, "decode_tokens_per_s": 2.0, "samples": {}}
     settings = {"batch_size": 1, "prompt_tokens": 2, "new_tokens": 3, "dtype": "float32"}
     path.write_text(json.dumps({**made, "roles": {"teacher": role}, **settings}))
