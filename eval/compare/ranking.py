@@ -17,13 +17,11 @@ from scipy import stats
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Evaluation, TaskScore
 from shoal.artifacts.search import PERPLEXITY, Column, Correlation, Interval, PlanScore, PlanStanding, Ranking, Standing
 from shoal.errors import UserError
-from shoal.stats.intervals import Array, combined
-from shoal.stats.paired import Retention, no_retention, paired, retention
+from shoal.stats.paired import Retention, no_retention, retention
 
 from ..harness.samples import protocol_of
+from .means import Scores, columns_that_rank, even_weights, summed_change, weighted_sum
 
-Scores = Mapping[str, TaskScore]
-"""Scores by task name."""
 Labels = tuple[str, str, str]
 """Task, ability and protocol of a score."""
 
@@ -43,18 +41,22 @@ def check_columns(tasks: Mapping[str, Any], rank_by: Sequence[str]) -> None:
     Raises:
         UserError: such a column, or, where the recipe does not say what to rank by, no task that writes text.
     """
+    described = {name: task.config.metadata or {} for name, task in tasks.items()}
     labels = [
-        (name, str(described.get("ability") or name), str(described.get("protocol") or _protocol(task)))
-        for name, task in tasks.items()
-        for described in [task.config.metadata or {}]
+        (name, str(about.get("ability") or name), str(about.get("protocol") or _protocol(tasks[name])))
+        for name, about in described.items()
     ]
-    labels.append((PERPLEXITY, "language", "rolling"))
     for name in rank_by:
-        _tasks_of(name, labels)
-    if not rank_by and not any(protocol == "generation" for *_, protocol in labels):
+        _tasks_of(name, [*labels, (PERPLEXITY, "language", "rolling")])
+    columns = {name: about.get("column", "public") for name, about in described.items()}
+    that_rank = columns_that_rank(columns.values())
+    ranking = [(name, protocol) for name, _, protocol in labels if columns[name] in that_rank]
+    if not rank_by and not any(protocol == "generation" for _, protocol in ranking):
+        outside = "" if len(ranking) == len(labels) else ", which are outside the form of training text,"
         raise UserError(
-            f"search.tasks: none of {', '.join(tasks) or 'them'} writes text, and likelihood hides what a cut does to "
-            "that; add one such as retrieval_generation, or say in search.rank_by what to rank by"
+            f"search.tasks: none of {', '.join(name for name, _ in ranking) or 'them'}{outside} writes text, and "
+            "likelihood hides what a cut does to that; add one such as retrieval_twin_generation, or say in "
+            "search.rank_by what to rank by"
         )
 
 
@@ -154,8 +156,8 @@ def _standings(measure: RankedBy, teacher: Scores, plans: Mapping[str, Scores]) 
         name: Standing(
             value=values[name],
             rank=1 + sum(sign * other.value < sign * values[name].value for other in values.values()),
-            likelihood=_kept(teacher, scores, LIKELIHOOD_PROTOCOLS),
-            generation=_kept(teacher, scores, ("generation",)),
+            likelihood=_kept(teacher, scores, written=False),
+            generation=_kept(teacher, scores, written=True),
             behind=_difference(measure, teacher, plans[best], scores),
         )
         for name, scores in plans.items()
@@ -166,65 +168,25 @@ def _value(measure: RankedBy, teacher: Scores, scores: Scores) -> Interval:
     if measure.unit == "nats":
         parts = [scores[task] for task in measure.weights]
         limits = [(score.score, score.ci_low, score.ci_high) for score in parts]
-        return _weighted_sum(list(measure.weights.values()), limits, np.eye(len(parts)))
+        return weighted_sum(list(measure.weights.values()), limits, np.eye(len(parts)))
     lost = _difference(measure, teacher, teacher, scores)
-    return _interval(1 + lost.value, 1 + lost.ci_low, 1 + lost.ci_high)
+    return Interval(1 + lost.value, 1 + lost.ci_low, 1 + lost.ci_high)
 
 
-def _kept(teacher: Scores, scores: Scores, protocols: Sequence[str]) -> Interval | None:
-    """The mean share kept over the tasks under ``protocols``; None where no task has such a share."""
-    tasks = [task.task for task in teacher.values() if task.protocol in protocols and not no_retention(task)]
-    if not tasks:
-        return None
-    return _value(RankedBy("retention", {task: 1 / len(tasks) for task in tasks}), teacher, scores)
+def _kept(teacher: Scores, scores: Scores, *, written: bool) -> Interval | None:
+    """The mean share kept of generated text or of likelihood, each column the same; None where no such task ranks."""
+    tasks = [task for task in _that_rank(teacher) if _is_written(task) == written]
+    return _value(RankedBy("retention", even_weights(tasks, _column_of)), teacher, scores) if tasks else None
 
 
 def _difference(measure: RankedBy, teacher: Scores, before: Scores, after: Scores) -> Interval:
-    """The value of ``after`` less that of ``before``, with the interval that the tasks' paired ones make.
-
-    Distances to the ends of the tasks' intervals are added like standard errors (MOVER: Zou and Donner 2008, Statistics
-    in Medicine 27:1693), so what holds for few items on one task holds for the sum. Tasks that ask the same items in
-    another way err together; their correlation is taken from the items' own differences.
-    """
-    tasks = list(measure.weights)
-    changes = [paired(before[task], after[task]) for task in tasks]
-    correlations = np.array([[_correlated(before, after, task, other) for other in tasks] for task in tasks])
-    limits = [(change.difference, change.ci_low, change.ci_high) for change in changes]
-    return _weighted_sum([_scale(measure, teacher[task]) for task in tasks], limits, correlations)
-
-
-def _weighted_sum(
-    scales: Sequence[float], limits: Sequence[tuple[float, float, float]], correlation: Array
-) -> Interval:
-    """The sum of ``limits`` (value and ends), each times its positive scale."""
-    values_U3 = np.array(scales)[:, None] * np.array(limits)
-    values, lows, highs = values_U3.T.tolist()
-    low, value, high = combined(values, lows, highs, correlation).tolist()
-    return _interval(value, low, high)
+    """The value of ``after`` less that of ``before``, paired by item."""
+    return summed_change({task: _scale(measure, teacher[task]) for task in measure.weights}, before, after)
 
 
 def _scale(measure: RankedBy, teacher: TaskScore) -> float:
     weight = measure.weights[teacher.task]
     return weight / (teacher.score - teacher.chance) if measure.unit == "retention" else weight
-
-
-def _correlated(before: Scores, after: Scores, first: str, other: str) -> float:
-    """How far the changes on two tasks go together, item by item; 0 where they share no items."""
-    if first == other:
-        return 1.0
-    if before[first].ability != before[other].ability:
-        return 0.0
-    changes = [_changes(before[task], after[task]) for task in (first, other)]
-    shared = sorted(changes[0].keys() & changes[1].keys())
-    pairs = np.array([[change[item] for item in shared] for change in changes])
-    if len(shared) < 3 or np.ptp(pairs, axis=1).min() == 0:
-        return 0.0
-    return float(np.corrcoef(pairs)[0, 1])
-
-
-def _changes(before: TaskScore, after: TaskScore) -> dict[str, float]:
-    earlier = {item.id: item.score for item in before.items}
-    return {item.id: item.score - earlier[item.id] for item in after.items}
 
 
 def _column(task: TaskScore, measure: RankedBy, before: Mapping[str, Scores], after: Mapping[str, Scores]) -> Column:
@@ -241,6 +203,7 @@ def _column(task: TaskScore, measure: RankedBy, before: Mapping[str, Scores], af
         weight=measure.weights.get(task.task, 0.0),
         no_retention=no_retention(task),
         agreement=correlation(*values),
+        column=task.column,
     )
 
 
@@ -265,17 +228,30 @@ def _overall_agreement(
 
 
 def _by_protocol(scores: Scores) -> dict[str, float]:
-    """Likelihood and generated text half each, whatever the number of their tasks."""
-    usable = [task for task in scores.values() if not no_retention(task)]
-    likely = [task.task for task in usable if task.protocol in LIKELIHOOD_PROTOCOLS]
-    written = [task.task for task in usable if task.protocol == "generation"]
-    groups = [group for group in (likely, written) if group]
-    if not groups:
+    """Columns count the same, in each likelihood and generated text half each, whatever the number of their tasks."""
+    usable = _that_rank(scores)
+    if not usable:
         raise UserError(
             "search.tasks: the teacher is above chance on none of them, so they rank nothing; name others, or rank by "
             f"text alone with search.rank_by: [{PERPLEXITY}]"
         )
-    return {task: 1 / (len(groups) * len(group)) for group in groups for task in group}
+    return even_weights(usable, _column_of, _is_written)
+
+
+def _that_rank(teacher: Scores) -> list[TaskScore]:
+    """The tasks of which a share can be kept, outside the form of training text where there are such."""
+    protocols = (*LIKELIHOOD_PROTOCOLS, "generation")
+    usable = [task for task in teacher.values() if not no_retention(task) and task.protocol in protocols]
+    columns = columns_that_rank(task.column for task in usable)
+    return [task for task in usable if task.column in columns]
+
+
+def _is_written(task: TaskScore) -> bool:
+    return task.protocol == "generation"
+
+
+def _column_of(task: TaskScore) -> str:
+    return task.column
 
 
 def _tasks_of(name: str, labels: Sequence[Labels]) -> list[str]:
@@ -294,8 +270,3 @@ def _protocol(task: Any) -> str:
 
 def _by_task(evaluation: Evaluation) -> dict[str, TaskScore]:
     return {task.task: task for task in evaluation.tasks}
-
-
-def _interval(value: float, low: float, high: float) -> Interval:
-    # sums of equal shares in another order must stay equal, or rounding would rank
-    return Interval(round(value, 12), round(low, 12), round(high, 12))

@@ -88,6 +88,10 @@ def ranked_by(ranking: Ranking) -> str:
     columns = [f"{column.task} ({100 * column.weight:.0f} %)" for column in ranking.columns if column.weight]
     silent = [column for column in ranking.columns if column.higher_is_better and column.no_retention]
     lines = [f"Ranked by {measure} over {listed(columns)}, {ranking.num_items} items in all."]
+    if all(column.column == "in" for column in ranking.columns if column.weight):
+        lines.append("All of it is asked in the form of training text, which a heal lifts before anything else.")
+    elif inside := [c.task for c in ranking.columns if c.column == "in" and not (c.weight or c.no_retention)]:
+        lines.append(f"Not counted, being asked in the form of training text: {listed(inside)}.")
     lines += [f"Not counted: {column.task}, {column.no_retention}." for column in silent]
     return "\n".join(lines)
 

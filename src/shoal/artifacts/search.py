@@ -53,6 +53,8 @@ class Column:
     """Reason why the share that is kept of the teacher's score above chance means nothing here; empty where it does."""
     agreement: Correlation
     """Rank correlation of the plans' scores before the heal with those after it."""
+    column: str = ""
+    """How its items relate to healing text; see TaskScore."""
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,9 @@ class Search(Section):
     limit: Annotated[Positive | None, Shapes.BY_CONTENT] = None
     """Items of every task; None = as eval.limit and eval.limits say."""
     rank_by: Annotated[tuple[Text, ...], Shapes.SEARCH] = ()
-    """Tasks, abilities or `ability/protocol` whose mean ranks the plans, each name counting the same; none = the mean
-    of what is kept of likelihood scores and of what is kept of generated text."""
+    """Tasks, abilities or `ability/protocol` whose mean ranks the plans, each name counting the same; none = what is
+    kept outside the form of training text: the mean over the columns twin, out and public, in each of likelihood and
+    of generated text."""
 
 
 def contradictions(search: Search, trainer: Mapping[str, Any]) -> Iterator[str]:

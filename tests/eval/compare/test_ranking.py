@@ -1,6 +1,6 @@
 """The ranking of healed plans against tables worked out by hand.
 
-Covers: shoal.artifacts.search, shoal.eval.report.search.
+Covers: shoal.artifacts.search, shoal.eval.compare.means, shoal.eval.report.search.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ from shoal.artifacts.artifact import Evaluation, ItemScore, TaskScore
 from shoal.artifacts.search import HealedPlan, Ranking, SearchResult
 from shoal.compress.plan import choose_changes
 from shoal.errors import UserError
-from shoal.eval.compare.ranking import correlation, measure_by, rank_plans
+from shoal.eval.compare.ranking import check_columns, correlation, measure_by, rank_plans
 from shoal.eval.harness.samples import with_interval
-from shoal.eval.report.search import recipe_lines, search_text, verdicts
+from shoal.eval.report.search import ranked_by, recipe_lines, search_text, verdicts
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.yaml import read_yaml
 from shoal.stats.paired import paired, retention
@@ -27,11 +28,13 @@ from shoal.stats.paired import paired, retention
 LIKELY, WRITTEN, OTHER = "retrieval_continuation", "retrieval_generation", "knowledge_continuation"
 
 
-def task(name: str, right: int, *, n: int = 20, chance: float = 0.25, protocol: str = "continuation") -> TaskScore:
+def task(
+    name: str, right: int, *, n: int = 20, chance: float = 0.25, protocol: str = "continuation", column: Any = ""
+) -> TaskScore:
     """A task whose first ``right`` items are right."""
     items = tuple(ItemScore(f"{name.split('_')[0]}-{i}", float(i < right)) for i in range(n))
     ability = name.split("_")[0]
-    draft = TaskScore(name, ability, protocol, "acc", right / n, 0, 0, n, chance, True, "1", 0, items)
+    draft = TaskScore(name, ability, protocol, "acc", right / n, 0, 0, n, chance, True, "1", 0, items, column=column)
     return with_interval(draft)
 
 
@@ -100,6 +103,51 @@ def test_plans_rank_by_the_mean_of_both_kinds_of_protocol() -> None:
 def test_two_kinds_count_the_same_whatever_the_number_of_their_tasks() -> None:
     teacher = evaluation(*TEACHER.tasks, task(OTHER, 20), task("reasoning_generation", 0, protocol="generation"))
     assert measure_by(teacher, ()).weights == {LIKELY: 0.25, OTHER: 0.25, WRITTEN: 0.5}, "chance level counts nothing"
+
+
+def in_columns(likely: int, twin: int, out: int, public: int, other_public: int) -> Evaluation:
+    return evaluation(
+        task(LIKELY, likely, column="in"),
+        task("retrieval_twin_continuation", twin, column="twin"),
+        task("needle_generation", out, chance=0.0, protocol="generation", column="out"),
+        task("arc_continuation", public, column="public"),
+        task("piqa_continuation", other_public, column="public"),
+    )
+
+
+def test_columns_outside_the_trained_form_rank_and_count_the_same() -> None:
+    teacher = in_columns(17, 17, 16, 17, 17)
+    third = 1 / 3
+    weights = {"retrieval_twin_continuation": third, "needle_generation": third}
+    assert measure_by(teacher, ()).weights == weights | {"arc_continuation": third / 2, "piqa_continuation": third / 2}
+    trained, healed = in_columns(20, 8, 4, 8, 8), in_columns(8, 14, 12, 11, 11)
+    found = rank_plans(teacher, {"form": (trained, trained), "ability": (healed, healed)})
+    assert found.winner_after == "ability", "what the form of the text lifts ranks nothing"
+    kept = {plan.name: plan.after for plan in found.plans}
+    assert f"Not counted, being asked in the form of training text: {LIKELY}." in ranked_by(found)
+    assert kept["ability"].value.value == pytest.approx((0.75 + 0.75 + 0.5) / 3)
+    assert kept["ability"].likelihood is not None
+    assert kept["ability"].likelihood.value == pytest.approx((0.75 + 0.5) / 2)
+
+
+def test_the_trained_form_ranks_where_nothing_else_was_scored() -> None:
+    inside = evaluation(*(replace(score, column="in") for score in TEACHER.tasks))
+    assert measure_by(inside, ()).weights == measure_by(TEACHER, ()).weights
+    assert "All of it is asked in the form of training text" in ranked_by(rank_plans(inside, PLANS))
+    assert "form of training text" not in ranked_by(ranking())
+
+
+def test_tasks_of_which_none_that_ranks_writes_text_are_refused() -> None:
+    def described(protocol: str, column: str) -> Any:
+        return SimpleNamespace(config=SimpleNamespace(metadata={"protocol": protocol, "column": column}))
+
+    tasks = {WRITTEN: described("generation", "in"), LIKELY: described("continuation", "in")}
+    check_columns(tasks, ())
+    tasks |= {"arc_continuation": described("continuation", "public")}
+    with pytest.raises(UserError, match=r"none of arc_continuation, which are outside the form .*, writes text"):
+        check_columns(tasks, ())
+    check_columns(tasks, [WRITTEN])
+    check_columns(tasks | {"needle_generation": described("generation", "out")}, ())
 
 
 def test_winner_of_a_tie_before_the_heal_is_the_one_that_wins_after_it() -> None:
