@@ -24,6 +24,8 @@ SAME_MEASUREMENT = (
     *("task", "ability", "protocol", "metric", "chance", "higher_is_better", "version", "matching", "num_fewshot", "n"),
 )
 """Fields that must agree before two scores are compared."""
+SAME_ASKING = ("protocol", "metric", "chance", "higher_is_better", "num_fewshot")
+"""Fields that must agree between a task and its twin."""
 
 
 SIGNIFICANT = 0.05
@@ -258,6 +260,49 @@ def no_retention(teacher: TaskScore) -> str:
     return ""
 
 
+def form_gap(own: TaskScore, twin: TaskScore) -> PairedDifference:
+    """own - twin, item by item: what the form that training text may have adds to the score of the same content.
+
+    Over the items that both have, since a limit may have left one of them fewer. Interval and test as in paired.
+
+    Raises:
+        UserError: the two are asked in different ways, or fewer than half of the items have equal ids.
+    """
+    _require_same_content(own, twin)
+    binary = is_binary(own) and is_binary(twin)
+    return paired_values(*_aligned(twin, own), binary=binary, higher_is_better=own.higher_is_better)
+
+
+def form_gap_change(
+    before: tuple[TaskScore, TaskScore], after: tuple[TaskScore, TaskScore]
+) -> tuple[float, float, float]:
+    """The form gap of ``after`` minus that of ``before`` with its 95 % interval; each is (own, twin).
+
+    Over the items that all four have. 0/1 scores: the limits of both gaps added as squares, with the correlation of the
+    items' gaps. (Resampling covers 78 % instead of 95 % with 40 items of which nearly all are right.) Others: bootstrap
+    over (own - twin) after minus before.
+
+    Raises:
+        UserError: as form_gap does, or a task was measured with different settings before and after.
+    """
+    for one, other in zip(before, after, strict=True):
+        require_same_measurement(one, other)
+    _require_same_content(*before)
+    own_before_N, twin_before_N, own_after_N, twin_after_N, weights_N = _aligned(*before, *after)
+    gap_before_N, gap_after_N = own_before_N - twin_before_N, own_after_N - twin_after_N
+    if not all(map(is_binary, (*before, *after))):
+        higher = before[0].higher_is_better
+        change = paired_values(gap_before_N, gap_after_N, weights_N, binary=False, higher_is_better=higher)
+        return change.difference, change.ci_low, change.ci_high
+    tables = (paired_table(twin_before_N, own_before_N), paired_table(twin_after_N, own_after_N))
+    (before_low, before_high), (after_low, after_high) = (newcombe_paired(**table) for table in tables)
+    varies = len(set(gap_before_N)) > 1 and len(set(gap_after_N)) > 1
+    correlation_22 = np.corrcoef(-gap_before_N, gap_after_N) if varies else np.eye(2)
+    gaps = [-float(gap_before_N.mean()), float(gap_after_N.mean())]
+    low, change, high = combined(gaps, [-before_high, after_low], [-before_low, after_high], correlation_22).tolist()
+    return change, low, high
+
+
 def z_above_chance(task: TaskScore) -> float | None:
     """How many standard errors a higher-is-better score lies above chance; None for lower-is-better ones.
 
@@ -319,11 +364,26 @@ def _limits(means_R: Array, value: float, weights_N: Array) -> tuple[float, floa
     return float(low), float(high)
 
 
-def _aligned(before: TaskScore, after: TaskScore) -> tuple[Array, Array, Array]:
-    """Scores of both, and the weights, in the order of ``before``'s items."""
-    by_id = {item.id: item.score for item in after.items}
-    return (
-        np.array([item.score for item in before.items], dtype=np.float64),
-        np.array([by_id[item.id] for item in before.items], dtype=np.float64),
-        np.array([item.weight for item in before.items], dtype=np.float64),
-    )
+def _aligned(*scores: TaskScore) -> tuple[Array, ...]:
+    """Scores of each and the weights, over the items that all of them have, in the order of the first one's items."""
+    by_id = [{item.id: item.score for item in score.items} for score in scores]
+    shared = [item for item in scores[0].items if all(item.id in own for own in by_id)]
+    aligned = (*([own[item.id] for item in shared] for own in by_id), [item.weight for item in shared])
+    return tuple(np.array(values, dtype=np.float64) for values in aligned)
+
+
+def _require_same_content(own: TaskScore, twin: TaskScore) -> None:
+    """Refuse two scores that are not of the same items in two forms."""
+    for field in SAME_ASKING:
+        own_value, twin_value = getattr(own, field), getattr(twin, field)
+        if own_value != twin_value:
+            raise UserError(
+                f"tasks {own.task!r} and {twin.task!r}: {field} is {own_value!r} in one and {twin_value!r} in the "
+                "other; a task and its twin differ in form only, correct the description of the twin"
+            )
+    fewer = min(own.n, twin.n)
+    if 2 * len({item.id for item in own.items} & {item.id for item in twin.items}) < fewer:
+        raise UserError(
+            f"tasks {own.task!r} and {twin.task!r}: fewer than half of {fewer} items have the same id; a twin's items "
+            "have the ids of those whose content they ask again"
+        )

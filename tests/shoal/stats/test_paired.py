@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -404,3 +404,94 @@ def test_the_detectable_difference_in_nats_has_the_promised_power() -> None:
         change = rng.normal(least, spread, size=20)
         shown.append(abs(change.mean()) / (change.std(ddof=1) / math.sqrt(20)) > stats.t.ppf(0.975, 19))
     assert 0.74 <= np.mean(shown) <= 0.86
+
+
+# --- form and ability -----------------------------------------------------------------------------------------------
+
+
+def answers(rng: np.random.Generator, n: int, shares: Sequence[float], shared: float) -> list[np.ndarray]:
+    """Right and wrong of ``n`` items under several askings, which have the items' difficulty in common."""
+    difficulty_N = rng.normal(size=n)
+    noise_KN = rng.normal(size=(len(shares), n))
+    ability_KN = math.sqrt(shared) * difficulty_N + math.sqrt(1 - shared) * noise_KN
+    return [(own_N < stats.norm.ppf(share)).astype(float) for own_N, share in zip(ability_KN, shares, strict=True)]
+
+
+def test_a_form_gap_is_own_minus_twin_over_the_items_that_both_have() -> None:
+    own = task([1, 1, 0, 1, 1, 0, 1, 1])
+    twin = dataclasses.replace(task([0, 1, 0, 0, 1, 1]), task="t_twin", version="2")
+    found = ours.form_gap(own, twin)
+    assert (found.n, found.won, found.lost, found.test) == (6, 2, 1, "mcnemar-exact")
+    assert found.difference == pytest.approx(4 / 6 - 3 / 6)
+    assert (found.ci_low, found.ci_high) == pytest.approx(ours.newcombe_paired(both=2, won=2, lost=1, neither=1))
+    reverse = ours.form_gap(twin, own)
+    assert (reverse.difference, reverse.ci_low, reverse.ci_high) == pytest.approx(
+        (-found.difference, -found.ci_high, -found.ci_low)
+    )
+
+
+def test_a_form_gap_of_nats_is_the_weighted_mean_of_the_items_differences() -> None:
+    rng = np.random.default_rng(4)
+    own_N, twin_N, weights_N = rng.normal(1, 0.3, 60), rng.normal(1.4, 0.3, 60), rng.uniform(1, 3, 60)
+    found = ours.form_gap(nats(own_N, weights_N.tolist()), nats(twin_N, weights_N.tolist()))
+    assert found.difference == pytest.approx(math.fsum(weights_N * (own_N - twin_N)) / math.fsum(weights_N))
+    assert found.ci_low < found.difference < found.ci_high < 0
+    assert found.won > found.lost, "fewer nats in the own form"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"protocol": "generation"},
+            r"'t' and 't_twin': protocol is 'continuation' in one and 'generation' in the oth",
+        ),
+        ({"metric": "acc_norm"}, "metric is 'acc'"),
+        ({"chance": 0.1}, "chance is 0.25"),
+        ({"num_fewshot": 3}, "num_fewshot is 0 in one and 3 in the other; a task and its twin differ in form only"),
+        ({"items": task([1, 0, 1, 0, 1, 1, 1]).items[4:], "n": 3}, "fewer than half of 3 items have the same id"),
+    ],
+)
+def test_what_is_no_twin_is_refused(change: dict[str, object], message: str) -> None:
+    twin = dataclasses.replace(task([1, 0, 1, 0]), task="t_twin", **change)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=message):
+        ours.form_gap(task([1, 1, 0, 1]), twin)
+
+
+@pytest.mark.parametrize("make", [task, nats])
+def test_a_change_of_the_form_gap_is_a_difference_of_differences(make: Callable[..., TaskScore]) -> None:
+    rng = np.random.default_rng(5)
+    own_before, twin_before, own_after, twin_after = answers(rng, 90, (0.6, 0.6, 0.95, 0.55), 0.5)
+    if make is nats:
+        own_after, twin_after = own_after + rng.normal(0, 0.1, 90), twin_after + rng.normal(0, 0.1, 90)
+    before, after = (make(own_before), make(twin_before)), (make(own_after), make(twin_after))
+    change, low, high = ours.form_gap_change(before, after)
+    per_item = [(a - b) - (c - d) for a, b, c, d in zip(own_after, twin_after, own_before, twin_before, strict=True)]
+    assert change == pytest.approx(math.fsum(per_item) / 90)
+    # a normal interval of the items' mean, which both ways of making one come near in the middle of the scale
+    error = stats.sem(per_item)
+    assert (low, high) == pytest.approx((change - 1.96 * error, change + 1.96 * error), abs=0.35 * error)
+    assert ours.form_gap_change(after, before) == pytest.approx((-change, -high, -low))
+    assert ours.form_gap_change(before, before)[0] == 0.0
+
+
+def test_a_change_of_the_form_gap_asks_for_the_same_settings_of_both_models() -> None:
+    one, other = task([1, 1, 0, 1]), task([1, 0, 0, 1])
+    with pytest.raises(UserError, match="version is"):
+        ours.form_gap_change((one, other), (one, dataclasses.replace(other, version="2")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [40, 150])
+@pytest.mark.parametrize("shares", [(0.64, 0.6, 0.98, 0.5), (0.95, 0.95, 0.98, 0.97), (0.05, 0.04, 0.1, 0.05)], ids=str)
+def test_intervals_of_form_gaps_and_of_their_changes_hold_the_truth(shares: tuple[float, ...], n: int) -> None:
+    rng = np.random.default_rng(6)
+    held_gap = held_change = 0
+    for _ in range(250):
+        own_before, twin_before, own_after, twin_after = map(task, answers(rng, n, shares, 0.6))
+        gap = ours.form_gap(own_after, twin_after)
+        held_gap += gap.ci_low <= shares[2] - shares[3] <= gap.ci_high
+        _, low, high = ours.form_gap_change((own_before, twin_before), (own_after, twin_after))
+        held_change += low <= (shares[2] - shares[3]) - (shares[0] - shares[1]) <= high
+    assert held_gap >= 0.92 * 250
+    assert held_change >= 0.92 * 250
