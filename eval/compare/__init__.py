@@ -3,6 +3,7 @@
 compare     side by side
 comparable  which may stand in one table
 means       over tasks, columns the same
+standings   of models, by column
 data        for scripts
 page        for readers
 ranking     of plans, before and after a heal

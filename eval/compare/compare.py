@@ -7,14 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shoal.artifacts.artifact import Evaluation, Speed, SpeedScore, TaskScore
-from shoal.artifacts.search import Interval
-from shoal.stats.intervals import combined
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 
-from ..report.findings import SIGNAL_SIGMAS
+from ..report.findings import ROLES, SIGNAL_SIGMAS
 from ..report.speed import SpeedRatio, speed_ratio
 from .comparable import CUT_ROLES, Common, Contender, find_common, read_contenders, score_of
 
@@ -32,7 +28,7 @@ class Cell:
     kept: Retention | None
     """Share kept of the teacher's score above chance; None for a teacher, and where no teacher was evaluated."""
     difference: PairedDifference | None
-    """Difference to the first run's model of the same role; None = there is no other such model."""
+    """Difference to the first run's cut model of the same role; None = there is no other such model."""
     adjusted_p: float | None = None
     """p-value of the difference after Holm's correction over all differences of the table."""
 
@@ -95,7 +91,7 @@ def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> R
     common = find_common(contenders, across_teachers=across_teachers)
     speeds, no_speed = _speeds(contenders)
     shown = [(contender, "teacher") for contender in _first_of_each_teacher(contenders)]
-    shown += [(contender, role) for contender in contenders for role in CUT_ROLES if role in contender.run.evaluations]
+    shown += [(contender, role) for contender in contenders for role in ROLES[1:] if role in contender.run.evaluations]
     models = [_model(contender, role, contenders, common, speeds) for contender, role in shown]
     first = models[0]
     return RunComparison(
@@ -107,31 +103,6 @@ def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> R
         notes=tuple(_notes(contenders, common)),
         precision=common.precision,
     )
-
-
-def mean_kept(cells: Sequence[Cell]) -> Interval | None:
-    """The mean retention over tasks, with the interval that theirs add up to; None where one has none.
-
-    Tasks that share items share their luck: their limits are added as if they erred together, others' as squares.
-    """
-    kept = [cell.kept for cell in cells if cell.kept is not None]
-    limits = [(k.value, k.ci_low, k.ci_high) for k in kept if k.value is not None and k.ci_low is not None]
-    if not cells or len(limits) < len(cells):
-        return None
-    values, lows, highs = (np.array(column, dtype=np.float64) / len(cells) for column in zip(*limits, strict=True))
-    items = [{item.id for item in cell.score.items} for cell in cells]
-    together = np.array([[float(bool(own & other)) for other in items] for own in items])
-    low, value, high = combined(values.tolist(), lows.tolist(), highs.tolist(), together).tolist()
-    return Interval(value, low, high)
-
-
-def by_ability(comparison: RunComparison) -> dict[tuple[str, str], list[int]]:
-    """(ability, protocol) -> columns with a retention to speak of: the teacher is clear of chance there."""
-    columns: dict[tuple[str, str], list[int]] = {}
-    for index, task in enumerate(comparison.tasks):
-        if task.higher_is_better and task.task not in comparison.silent:
-            columns.setdefault((task.ability, task.protocol), []).append(index)
-    return columns
 
 
 def same_models(comparison: RunComparison) -> list[list[Model]]:
@@ -151,8 +122,8 @@ def _model(
     speeds: dict[tuple[str, str], tuple[SpeedScore, SpeedRatio | None]],
 ) -> Model:
     evaluation, first = contender.run.evaluations[role], contenders[0]
-    teacher = _teacher_of(contender, contenders) if role != "teacher" else None
-    other = first.run.evaluations.get(role) if role != "teacher" and contender is not first else None
+    teacher = teacher_of(contender, contenders) if role != "teacher" else None
+    other = first.run.evaluations.get(role) if role in CUT_ROLES and contender is not first else None
     if other and evaluation.provenance.inputs.get("model") == other.provenance.inputs.get("model") is not None:
         other = None  # the same weights: nothing to compare
     cells = []
@@ -164,7 +135,7 @@ def _model(
     return Model(contender, role, evaluation, tuple(cells), speed, ratio)
 
 
-def _teacher_of(contender: Contender, contenders: Sequence[Contender]) -> Evaluation | None:
+def teacher_of(contender: Contender, contenders: Sequence[Contender]) -> Evaluation | None:
     """The run's own evaluation of its teacher, else another run's of the same one."""
     own = contender.run.evaluations.get("teacher")
     if own or contender.teacher is None:
@@ -265,7 +236,7 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
             if role not in contender.run.evaluations:
                 yield f"{contender.letter} has no {role} model here: {contender.file(role)} does not exist."
         if "teacher" not in contender.run.evaluations:
-            same = _teacher_of(contender, contenders)
+            same = teacher_of(contender, contenders)
             said = "that of another run is used, of the same model" if same else "so nothing is known of what it kept"
             yield f"{contender.letter} has no evaluation of its teacher; {said}."
     judged = [contender for contender in contenders if "teacher" in contender.run.evaluations]

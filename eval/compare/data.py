@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Provenance
+from shoal.artifacts.search import Interval
 from shoal.atomic_files import write_json
 
 from .comparable import Contender, dtype_of
 from .compare import Cell, Model, RunComparison
+from .standings import Standing, controls, standings, task_groups
 
 TASK_FIELDS = (
     *("task", "ability", "protocol", "metric", "version", "num_fewshot"),
-    *("matching", "n", "chance", "higher_is_better", "family", "level"),
+    *("matching", "n", "chance", "higher_is_better", "family", "level", "column", "twin_of"),
 )
 
 
@@ -24,9 +26,9 @@ def write_json_file(comparison: RunComparison, path: Path) -> None:
 
 
 def as_data(comparison: RunComparison) -> dict[str, Any]:
-    """The comparison as plain values: runs, tasks, models with one cell per task, notes."""
+    """The comparison as plain values: runs, tasks, models with one cell per task, where they stand, notes."""
     inputs = {f"{m.contender.letter} {m.role}": m.evaluation.provenance.fingerprint for m in comparison.models}
-    provenance = Provenance(inputs)
+    provenance, groups = Provenance(inputs), task_groups(comparison)
     return {
         "schema": 1,
         "provenance": {**vars(provenance), "fingerprint": provenance.fingerprint},
@@ -37,6 +39,13 @@ def as_data(comparison: RunComparison) -> dict[str, Any]:
             for task in comparison.tasks
         ],
         "models": [_model_data(model) for model in comparison.models],
+        "groups": {title: [task.task for task in tasks] for title, tasks in groups.tasks.items()},
+        "ranked_by": list(groups.that_rank),
+        "standings": [_standing_data(standing) for standing in standings(comparison, groups)],
+        "controls": [
+            {"run": letter, "what": what, "change": {title: _interval_data(value) for title, value in changes.items()}}
+            for (letter, what), changes in controls(comparison, groups).items()
+        ],
         "precision": comparison.precision or None,
         "num_differences": comparison.num_differences,
         "left_out": list(comparison.left_out),
@@ -72,6 +81,21 @@ def _model_data(model: Model) -> dict[str, Any]:
         "decode_ratio_of_rounds": ratio.limits if ratio else None,
         "cells": [_cell_data(cell) for cell in model.cells],
     }
+
+
+def _standing_data(standing: Standing) -> dict[str, Any]:
+    return {
+        "run": standing.model.contender.letter,
+        "role": standing.model.role,
+        "mean": _interval_data(standing.mean),
+        "against": _interval_data(standing.against),
+        "kept": {title: _interval_data(value) for title, value in standing.kept.items()},
+        "form_gap": _interval_data(standing.form),
+    }
+
+
+def _interval_data(interval: Interval | None) -> dict[str, Any] | None:
+    return interval and {key: _finite(value) for key, value in vars(interval).items()}
 
 
 def _cell_data(cell: Cell) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.artifact import Evaluation, TaskScore
 from shoal.artifacts.search import Interval
 from shoal.stats.intervals import Array, combined
 from shoal.stats.paired import paired
@@ -20,6 +20,11 @@ HEADLINE = ("twin", "out", "public")
 """Columns outside the form of the training text."""
 Scores = Mapping[str, TaskScore]
 """Scores by task name."""
+
+
+def by_task(evaluation: Evaluation) -> Scores:
+    """The scores of an evaluation by task name."""
+    return {task.task: task for task in evaluation.tasks}
 
 
 def columns_that_rank(columns: Iterable[str]) -> frozenset[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 from shoal.artifacts.search import Interval
 from shoal.atomic_files import make_folder, write_text
 from shoal.figures.pareto import COSTS, Cost, ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.figures.style import clean
-from shoal.formatting import aligned, bytes_text, count_text, listed, signed
+from shoal.formatting import aligned, bytes_text, count_text, interval_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, minimal_detectable_difference
 
 from ..report.document import Bullets, Document, Paragraph, Picture, Section, Table, picture, to_markdown
@@ -22,15 +23,16 @@ from ..report.wording import (
     chance_text,
     difference_text,
     p_text,
-    protocol_text,
     retention_text,
     score_text,
     score_words,
     tasks_text,
 )
-from .comparable import dtype_of
-from .compare import Cell, Model, RunComparison, by_ability, mean_kept, same_models
+from .comparable import CUT_ROLES, dtype_of
+from .compare import Cell, Model, RunComparison, same_models
 from .data import write_json_file
+from .means import even_weights
+from .standings import CONTROLLED, Groups, controls, mean_kept, standings, task_groups
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +67,16 @@ def write_comparison(comparison: RunComparison, folder: Path) -> Path:
 def build_document(comparison: RunComparison, figure: Picture | None) -> Document:
     """The page: what may be said, the table, the figure, every task with its tests, and what to know."""
     warning = [Paragraph(comparison.precision, warning=True)] if comparison.precision else []
+    groups = task_groups(comparison)
     sections = [
         Section("The runs", (_runs_table(comparison),)),
+        Section("What comes back", tuple(_standing_blocks(comparison, groups))),
         Section("All models in one table", (*warning, _main_table(comparison), Paragraph(_legend(comparison)))),
         Section("What is kept, at which cost", (figure,) if figure else (Paragraph(_no_figure(comparison)),)),
         Section("Task by task", tuple(_task_table(comparison, i) for i in range(len(comparison.tasks)))),
     ]
     if known := _known(comparison):
-        sections.insert(3, Section("What to know before reading on", (Bullets(tuple(known)),)))
+        sections.insert(4, Section("What to know before reading on", (Bullets(tuple(known)),)))
     sections.append(Section("Versions and settings", (_versions_table(comparison),)))
     names = listed(f"{c.letter} ({c.name})" for c in comparison.contenders)
     return Document(
@@ -84,6 +88,9 @@ def comparison_text(comparison: RunComparison) -> str:
     """The table for a terminal: sizes and costs, then every task below the other, with intervals."""
     parts = ["\n".join(_run_lines(comparison))]
     parts += [comparison.precision] if comparison.precision else []
+    for block in _standing_blocks(comparison, task_groups(comparison)):
+        is_table = isinstance(block, Table)
+        parts.append(f"{block.caption}\n{_aligned([block.columns, *block.rows])}" if is_table else block.text)
     parts.append(_aligned([COSTS_SHOWN, *map(_cost_row, comparison.models)]))
     for index in range(len(comparison.tasks)):
         table = _task_table(comparison, index)
@@ -97,6 +104,7 @@ def comparison_text(comparison: RunComparison) -> str:
 
 def verdicts(comparison: RunComparison) -> Iterator[str]:
     """What may be said of every run against the first, sentence by sentence."""
+    yield from _first(comparison)
     first = comparison.contenders[0].letter
     compared = [model for model in comparison.models if any(cell.difference for cell in model.cells)]
     for model in sorted(compared, key=lambda model: model.role != "distilled"):
@@ -119,27 +127,57 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
         )
 
 
+def _first(comparison: RunComparison) -> Iterator[str]:
+    """Which model ranks first, by what, and what is above the teacher."""
+    groups = task_groups(comparison)
+    found = [one for one in standings(comparison, groups) if one.model.role != "teacher"]
+    if found and found[0].mean:
+        in_mean = (
+            f"in the mean of {_inside(groups.that_rank)}"
+            if len(groups.that_rank) > 1
+            else f"in {_inside(groups.that_rank)}"
+        )
+        yield f"{_model_name(found[0].model)} keeps the most of its teacher: {retention_text(found[0].mean)} {in_mean}."
+    above = {
+        title: [_model_name(one.model) for one in found if (kept := one.kept[title]) and kept.ci_low > 1]
+        for title in groups.tasks
+    }
+    if told := "; ".join(f"in {_inside([title])} {listed(names)}" for title, names in above.items() if names):
+        yield (
+            f"More than the teacher: {told}. A cut cannot have taken away more than the teacher had, so the surplus is "
+            "learnt from the text."
+        )
+
+
 def pareto_panels(comparison: RunComparison) -> list[list[ParetoPanel]]:
-    """One row per ability and protocol, one panel per cost; empty where no retention is known."""
+    """A row for the mean that ranks and one per group of tasks, a panel per cost; empty where no retention is known."""
+    groups = task_groups(comparison)
+    weights = {title: even_weights(tasks) for title, tasks in groups.tasks.items()}
+    if len(groups.that_rank) > 1:
+        weights = {f"Mean of the {len(groups.that_rank)} rows below": groups.weights, **weights}
+    columns = {task.task: task.column for task in comparison.tasks}
     rows = []
-    for (ability, protocol), columns in by_ability(comparison).items():
+    for title, own in weights.items():
+        mean = f", mean of {len(own)} tasks" if title in groups.tasks and len(own) > 1 else ""
+        form = {"in": "trained form", "": ""}.get(columns[next(iter(own))], "untrained form")
         kept = [
-            Interval(1.0, 1.0, 1.0) if model.role == "teacher" else mean_kept([model.cells[i] for i in columns])
+            Interval(1.0, 1.0, 1.0) if model.role == "teacher" else mean_kept(model.cells, own)
             for model in comparison.models
         ]
-        mean = f", mean of {len(columns)} tasks" if len(columns) > 1 else ""
-        title = f"{ability[:1].upper()}{ability[1:]}, {protocol_text(protocol)}{mean}"
-        panels = [ParetoPanel(title, cost, tuple(_points(comparison, kept, cost))) for cost in _costs(comparison)]
-        if any(model.role != "teacher" and value for model, value in zip(comparison.models, kept, strict=True)):
-            rows.append(panels)
+        points = [tuple(_points(comparison, kept, cost)) for cost in _costs(comparison)]
+        if any(point.role != "teacher" for panel in points for point in panel):
+            costs = zip(_costs(comparison), points, strict=True)
+            rows.append([ParetoPanel(f"{title}{mean}", cost, panel, form) for cost, panel in costs])
     return rows
 
 
 def _points(comparison: RunComparison, kept: Sequence[Interval | None], cost: Cost) -> Iterator[ParetoPoint]:
-    """One point per model; runs that share one share the point."""
+    """One point per model, but for controls; runs that share one share the point."""
     letters = {id(group[0]): ", ".join(own.contender.letter for own in group) for group in same_models(comparison)}
     again = {id(own) for group in same_models(comparison) for own in group[1:]}
     for model, value in zip(comparison.models, kept, strict=True):
+        if model.role == "control":
+            continue
         amount = _cost(model, cost)
         if value is not None and amount is not None and id(model) not in again:
             label = "" if model.role == "teacher" else letters.get(id(model), model.contender.letter)
@@ -209,6 +247,65 @@ def _run_lines(comparison: RunComparison) -> Iterator[str]:
     for contender in comparison.contenders:
         cut = f": {contender.run.plan.in_words()}" if contender.run.plan else ""
         yield f"{contender.letter} = {contender.name}{cut}"
+
+
+def _standing_blocks(comparison: RunComparison, groups: Groups) -> Iterator[Table | Paragraph]:
+    """What every model keeps by column, how that is to be read, and what the controls tell."""
+    if not groups.tasks:
+        return
+    found, first = standings(comparison, groups), comparison.contenders[0].letter
+    columns = ["Model", *(["Mean"] if len(groups.that_rank) > 1 else [])]
+    compared, formed = any(one.against for one in found), any(one.form for one in found)
+    rows = []
+    for one in found:
+        row = [_model_name(one.model)]
+        row += [retention_text(one.mean)] if len(groups.that_rank) > 1 else []
+        row += [_points_text(one.against)] if compared else []
+        row += [retention_text(one.kept[title]) for title in groups.tasks]
+        row += [_points_text(one.form)] if formed else []
+        rows.append(tuple(row))
+    columns += [f"Against {first}"] if compared else []
+    columns += [*groups.tasks, *(["Form gap"] if formed else [])]
+    yield Table("Kept of the teacher, those that keep the most first", tuple(columns), tuple(rows))
+    yield Paragraph(" ".join(_how_ranked(groups, formed=formed)))
+    if told := controls(comparison, groups):
+        rows = [
+            (f"{letter}, {what} ({after} − {before})", *map(_points_text, changes.values()))
+            for (letter, what), changes in told.items()
+            for before, after in [CONTROLLED[what]]
+        ]
+        caption = "What the control tells: the uncut teacher, trained on the same text with the same settings"
+        yield Table(caption, ("Change of what is kept", *groups.tasks), tuple(rows))
+
+
+def _how_ranked(groups: Groups, *, formed: bool) -> Iterator[str]:
+    columns = {task.column for title in groups.that_rank for task in groups.tasks[title]}
+    if len(groups.that_rank) > 1:
+        yield (
+            f"Models are ranked by the mean over {_inside(groups.that_rank)}: each is the mean of its tasks and counts "
+            "the same, however many tasks it has."
+        )
+    if columns == {"in"}:
+        yield (
+            "These runs share no task outside the form of training text, so they are ranked in that form, which a heal "
+            "lifts before anything else."
+        )
+    elif not groups.outside:
+        yield "Not all of these results say whether their tasks are asked in the form of training text."
+    if formed:
+        yield (
+            "Form gap: the score in the form of training text minus that of the same items in a form that no training "
+            "text has. The teacher's says how much harder that form is for a model that was not trained on either."
+        )
+
+
+def _inside(titles: Sequence[str]) -> str:
+    """Titles inside a sentence."""
+    return listed(title[:1].lower() + title[1:] for title in titles)
+
+
+def _points_text(change: Interval | None) -> str:
+    return DASH if change is None else interval_text(astuple(change), "+.1f", " points", scale=100)
 
 
 def _main_table(comparison: RunComparison) -> Table:
@@ -294,7 +391,7 @@ def _least_text(least: float, *, share: bool) -> str:
 
 def _no_difference(comparison: RunComparison, model: Model) -> str:
     first = comparison.contenders[0]
-    if model.role == "teacher" or model.contender.letter == first.letter:
+    if model.role not in CUT_ROLES or model.contender.letter == first.letter:
         return DASH
     return "the same model" if model.role in first.run.evaluations else f"{first.letter} has none"
 

@@ -20,7 +20,7 @@ from shoal.errors import UserError
 from shoal.stats.paired import Retention, no_retention, retention
 
 from ..harness.samples import protocol_of
-from .means import Scores, columns_that_rank, even_weights, summed_change, weighted_sum
+from .means import Scores, by_task, columns_that_rank, even_weights, summed_change, weighted_sum
 
 Labels = tuple[str, str, str]
 """Task, ability and protocol of a score."""
@@ -66,7 +66,7 @@ def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> RankedBy:
     Raises:
         UserError: a column of ``rank_by`` that says nothing here, columns without a unit in common, or nothing left.
     """
-    scores = _by_task(teacher)
+    scores = by_task(teacher)
     labels = [(task.task, task.ability, task.protocol) for task in teacher.tasks]
     if not rank_by:
         return RankedBy("retention", _by_protocol(scores))
@@ -106,9 +106,9 @@ def rank_plans(
         UserError: as measure_by does, and scores that were measured with different settings.
     """
     measure = measure_by(teacher, rank_by)
-    intact = _by_task(teacher)
-    before = {name: _by_task(pair[0]) for name, pair in plans.items()}
-    after = {name: _by_task(pair[1]) for name, pair in plans.items()}
+    intact = by_task(teacher)
+    before = {name: by_task(pair[0]) for name, pair in plans.items()}
+    after = {name: by_task(pair[1]) for name, pair in plans.items()}
     standings = [_standings(measure, intact, scores) for scores in (before, after)]
     order = sorted(plans, key=lambda name: standings[1][name].rank)
     winner_after = order[0]
@@ -266,7 +266,3 @@ def _tasks_of(name: str, labels: Sequence[Labels]) -> list[str]:
 
 def _protocol(task: Any) -> str:
     return protocol_of(task, [{"doc": task.eval_docs[0]}])
-
-
-def _by_task(evaluation: Evaluation) -> dict[str, TaskScore]:
-    return {task.task: task for task in evaluation.tasks}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.search import Interval
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import PairedDifference, Retention
 from shoal.task_words import PROTOCOLS, task_words
@@ -90,7 +91,7 @@ def difference_text(difference: PairedDifference | None, score: TaskScore) -> st
     return interval_text(values, "+.1f", " points", scale=100) if is_share(score) else interval_text(values, "+.3f")
 
 
-def retention_text(kept: Retention | None) -> str:
+def retention_text(kept: Retention | Interval | None) -> str:
     """Retention with its interval, or why there is none."""
     if kept is None or kept.value is None or kept.ci_low is None or kept.ci_high is None:
         return DASH

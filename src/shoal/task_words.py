@@ -12,6 +12,13 @@ PROTOCOLS = {
     "rolling": "running text",
 }
 """Protocol -> its words for a reader."""
+COLUMNS = {
+    "twin": "twin forms",
+    "out": "untrained abilities",
+    "public": "public benchmarks",
+    "in": "trained form",
+}
+"""Column -> its words, in the order in which they stand beside each other; see TaskScore.column."""
 ABILITIES = ("retrieval", "knowledge", "reasoning")
 """Abilities that task names begin with."""
 USUAL_METRICS = ("acc", "match", "exact_match", "nats_per_token")

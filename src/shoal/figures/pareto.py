@@ -1,4 +1,4 @@
-"""What runs keep of the teacher against what they cost: one row of panels per ability, one column per cost.
+"""What runs keep of the teacher against what they cost: one row of panels per group of tasks, one column per cost.
 
 A run is the letter in its mark and a role the mark's shape, so the figure reads in grey as well. The staircase joins
 the models that no other one beats in both directions, by their point estimates.
@@ -44,11 +44,13 @@ class ParetoPoint:
 
 @dataclass(frozen=True)
 class ParetoPanel:
-    """One ability against one cost."""
+    """One group of tasks against one cost."""
 
     title: str
     cost: Cost
     points: tuple[ParetoPoint, ...]
+    form: str = ""
+    """How the tasks relate to the form of training text, as a line of the axis."""
 
     @property
     def less_is_better(self) -> bool:
@@ -86,7 +88,7 @@ def pareto_figure(rows: Sequence[Sequence[ParetoPanel]], names: Mapping[str, str
             for ax, panel in zip(axes, row, strict=True):
                 _draw(ax, panel)
                 ax.set_ylim(low, high)
-            axes[0].set_ylabel("kept of the teacher")
+            axes[0].set_ylabel(",\n".join(filter(None, ("kept of the teacher", row[0].form))))
             axes[0].set_title(short(row[0].title, 56), weight="bold", fontsize=10)
         for ax, panel in zip(grid[-1], rows[-1], strict=True):
             better = "less" if panel.less_is_better else "more"

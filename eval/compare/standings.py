@@ -1,0 +1,145 @@
+"""Where every model stands: what it keeps by column, the mean that ranks it, its form gap, and what a control tells.
+
+Means are over shares kept of the teacher's score above chance, in which tasks of any metric are of one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.search import Interval
+from shoal.stats.intervals import Array
+from shoal.stats.paired import form_gap, no_retention
+from shoal.task_words import COLUMNS, PROTOCOLS
+
+from .comparable import CUT_ROLES
+from .compare import Cell, Model, RunComparison, teacher_of
+from .means import HEADLINE, Scores, by_task, columns_that_rank, even_weights, summed_change, weighted_sum
+
+CONTROLLED = {"form learnt": ("teacher", "control"), "still lost": ("control", "distilled")}
+"""What a control tells -> roles before and after."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The tasks on which the teacher is clear of chance, as means are taken over them."""
+
+    tasks: dict[str, tuple[TaskScore, ...]]
+    """Title -> tasks: a group for every column, or for every ability and protocol where no column is recorded."""
+    that_rank: tuple[str, ...]
+    """Titles of the groups whose mean ranks."""
+
+    @property
+    def outside(self) -> bool:
+        """Whether what ranks is outside the form of training text."""
+        return {task.column for title in self.that_rank for task in self.tasks[title]} <= set(HEADLINE)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by task in the mean that ranks: groups count the same, and in each its tasks."""
+        return even_weights([task for title in self.that_rank for task in self.tasks[title]], group_title)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one model keeps."""
+
+    model: Model
+    mean: Interval | None
+    """Mean over the groups that rank; None = on one of their tasks there is no share to keep."""
+    against: Interval | None
+    """That mean less the first run's for the same role, over the same items; None = nothing to compare with."""
+    kept: dict[str, Interval | None]
+    """Mean over the tasks of each group."""
+    form: Interval | None
+    """Score in the trained form minus that in its twin, mean over the tasks with a twin; None where there are none."""
+
+
+def task_groups(comparison: RunComparison) -> Groups:
+    """The groups of a table's tasks, those that rank first."""
+    usable = [task for task in comparison.tasks if task.higher_is_better and task.task not in comparison.silent]
+    columns = columns_that_rank(task.column for task in usable)
+    tasks: dict[str, tuple[TaskScore, ...]] = {}
+    order = (*COLUMNS, "")
+    for task in sorted(usable, key=lambda task: order.index(task.column)):
+        tasks[group_title(task)] = (*tasks.get(group_title(task), ()), task)
+    return Groups(tasks, tuple(title for title, own in tasks.items() if own[0].column in columns))
+
+
+def group_title(task: TaskScore) -> str:
+    """`Twin forms`; `Retrieval, generated` where the column is not recorded."""
+    own = f"{task.ability}, {PROTOCOLS.get(task.protocol, task.protocol)}"
+    title = COLUMNS.get(task.column, own)
+    return title[:1].upper() + title[1:]
+
+
+def standings(comparison: RunComparison, groups: Groups) -> list[Standing]:
+    """The teachers, then every cut model, those that keep the most first."""
+    found = [_standing(comparison, model, groups) for model in comparison.models if model.role != "control"]
+    return sorted(found, key=lambda one: (one.model.role in CUT_ROLES, -one.mean.value if one.mean else np.inf))
+
+
+def controls(comparison: RunComparison, groups: Groups) -> dict[tuple[str, str], dict[str, Interval | None]]:
+    """(letter, what its control tells) -> change of the share kept by group, of the runs that have a control."""
+    told: dict[tuple[str, str], dict[str, Interval | None]] = {}
+    for contender in comparison.contenders:
+        evaluations = contender.run.evaluations | {"teacher": teacher_of(contender, comparison.contenders)}
+        scores = {role: by_task(evaluation) for role, evaluation in evaluations.items() if evaluation}
+        for what, (before, after) in CONTROLLED.items():
+            if {"control", "teacher", before, after} <= scores.keys():
+                told[contender.letter, what] = {
+                    title: _change(scores["teacher"], scores[before], scores[after], even_weights(tasks))
+                    for title, tasks in groups.tasks.items()
+                }
+    return told
+
+
+def mean_kept(cells: Sequence[Cell], weights: Mapping[str, float]) -> Interval | None:
+    """The mean retention by ``weights`` of tasks, with the interval that theirs add up to; None where one has none.
+
+    Tasks that share items share their luck: their limits are added as if they erred together, others' as squares.
+    """
+    cells = [cell for cell in cells if cell.score.task in weights]
+    kept = [cell.kept for cell in cells if cell.kept is not None and cell.kept.value is not None]
+    if not cells or len(kept) < len(cells):
+        return None
+    limits = np.array([(one.value, one.ci_low, one.ci_high) for one in kept], dtype=np.float64).tolist()
+    return weighted_sum([weights[cell.score.task] for cell in cells], limits, _together([cell.score for cell in cells]))
+
+
+def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standing:
+    scores, against, first = by_task(model.evaluation), None, comparison.contenders[0]
+    teacher = teacher_of(model.contender, comparison.contenders)
+    if teacher and model.contender.teacher == first.teacher and any(cell.difference for cell in model.cells):
+        before = by_task(first.run.evaluations[model.role])
+        against = _change(by_task(teacher), before, scores, groups.weights)
+    kept = {title: mean_kept(model.cells, even_weights(tasks)) for title, tasks in groups.tasks.items()}
+    return Standing(model, mean_kept(model.cells, groups.weights), against, kept, _form(scores, groups))
+
+
+def _change(teacher: Scores, before: Scores, after: Scores, weights: Mapping[str, float]) -> Interval | None:
+    """The weighted change of the share kept of ``teacher``; None where there is no share to keep."""
+    if not weights or any(no_retention(teacher[task]) for task in weights):
+        return None
+    scales = {task: weight / (teacher[task].score - teacher[task].chance) for task, weight in weights.items()}
+    return summed_change(scales, before, after)
+
+
+def _form(scores: Scores, groups: Groups) -> Interval | None:
+    usable = {task.task: task for tasks in groups.tasks.values() for task in tasks}
+    twins = [scores[name] for name, task in usable.items() if task.twin_of in usable]
+    gaps = [form_gap(scores[twin.twin_of], twin) for twin in twins]
+    if not gaps:
+        return None
+    limits = [(gap.difference, gap.ci_low, gap.ci_high) for gap in gaps]
+    return weighted_sum([1 / len(gaps)] * len(gaps), limits, _together(twins))
+
+
+def _together(scores: Sequence[TaskScore]) -> Array:
+    """1 for tasks that share items, as if they erred together; else 0."""
+    items = [{item.id for item in score.items} for score in scores]
+    return np.array([[float(bool(own & other)) for other in items] for own in items])
