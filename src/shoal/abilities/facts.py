@@ -17,6 +17,12 @@ class Relation:
     question: str
     """The same as a question, for lettered prompts."""
 
+    paraphrase: str
+    """The same in words that no training text has; ends right before the object."""
+
+    kinds: tuple[str, str]
+    """What subject and object are, as the names of two fields."""
+
     pairs: tuple[tuple[str, str], ...]
     """(subject, object), each subject once."""
 
@@ -24,17 +30,22 @@ class Relation:
     """How the object is written: words about words stand in quotation marks."""
 
 
-def relation(prompt: str, question: str, table: str, *, answer: str = "{}") -> Relation:
+def relation(
+    prompt: str, question: str, paraphrase: str, kinds: tuple[str, str], table: str, *, answer: str = "{}"
+) -> Relation:
     """A Relation from lines of "subject: object; subject: object"."""
     entries = [entry.strip() for entry in table.replace("\n", " ").split(";") if entry.strip()]
     pairs = [entry.split(": ", 1) for entry in entries]
-    return Relation(prompt, question, tuple((subject.strip(), target.strip()) for subject, target in pairs), answer)
+    told = tuple((subject.strip(), target.strip()) for subject, target in pairs)
+    return Relation(prompt, question, paraphrase, kinds, told, answer)
 
 
 RELATIONS: dict[str, Relation] = {
     "capital": relation(
         "The capital of {} is",
         "What is the capital of {}?",
+        "{} is governed from the city of",
+        ("country", "capital"),
         """
         France: Paris; Spain: Madrid; Italy: Rome; Germany: Berlin; Portugal: Lisbon; Greece: Athens; Austria: Vienna;
         Belgium: Brussels; Ireland: Dublin; Norway: Oslo; Sweden: Stockholm; Finland: Helsinki; Denmark: Copenhagen;
@@ -53,6 +64,8 @@ RELATIONS: dict[str, Relation] = {
     "us_state_capital": relation(
         "The capital city of the state of {} is",
         "What is the capital city of the state of {}?",
+        "The government of the US state of {} sits in the city of",
+        ("US state", "capital"),
         """
         Texas: Austin; California: Sacramento; Georgia: Atlanta; Colorado: Denver; Massachusetts: Boston;
         Arizona: Phoenix; Hawaii: Honolulu; Tennessee: Nashville; Ohio: Columbus; Indiana: Indianapolis;
@@ -66,6 +79,8 @@ RELATIONS: dict[str, Relation] = {
     "element_symbol": relation(
         "The chemical symbol for {} is",
         "What is the chemical symbol for {}?",
+        "In the periodic table, {} is abbreviated as",
+        ("element", "symbol"),
         """
         hydrogen: H; helium: He; lithium: Li; carbon: C; nitrogen: N; oxygen: O; fluorine: F; neon: Ne; sodium: Na;
         magnesium: Mg; aluminum: Al; silicon: Si; phosphorus: P; sulfur: S; chlorine: Cl; argon: Ar; potassium: K;
@@ -77,6 +92,8 @@ RELATIONS: dict[str, Relation] = {
     "author": relation(
         "The author of {} is",
         "Who is the author of {}?",
+        "{} was written by",
+        ("book", "author"),
         """
         Romeo and Juliet: William Shakespeare; Pride and Prejudice: Jane Austen; Oliver Twist: Charles Dickens;
         War and Peace: Leo Tolstoy; Don Quixote: Miguel de Cervantes; Moby-Dick: Herman Melville;
@@ -94,6 +111,8 @@ RELATIONS: dict[str, Relation] = {
     "opposite": relation(
         'The opposite of "{}" is',
         'What is the opposite of "{}"?',
+        '"{}" means the contrary of',
+        ("word", "opposite"),
         """
         hot: cold; big: small; up: down; left: right; day: night; black: white; good: bad; fast: slow; open: closed;
         happy: sad; rich: poor; full: empty; strong: weak; hard: soft; wet: dry; young: old; tall: short;
@@ -109,6 +128,8 @@ RELATIONS: dict[str, Relation] = {
     "past_tense": relation(
         'The past tense of "{}" is',
         'What is the past tense of "{}"?',
+        'Today I "{}", but yesterday I',
+        ("verb", "past tense"),
         """
         go: went; eat: ate; see: saw; take: took; give: gave; come: came; run: ran; write: wrote; speak: spoke;
         break: broke; drive: drove; ride: rode; fly: flew; know: knew; grow: grew; throw: threw; draw: drew;
@@ -123,6 +144,8 @@ RELATIONS: dict[str, Relation] = {
     "plural": relation(
         'The plural of "{}" is',
         'What is the plural of "{}"?',
+        'There is one "{}" here, and over there are two',
+        ("singular", "plural"),
         """
         child: children; man: men; woman: women; foot: feet; tooth: teeth; mouse: mice; goose: geese; ox: oxen;
         leaf: leaves; knife: knives; wife: wives; wolf: wolves; half: halves; shelf: shelves; loaf: loaves;
@@ -135,6 +158,8 @@ RELATIONS: dict[str, Relation] = {
     "young_animal": relation(
         "A baby {} is called a",
         "What is a baby {} called?",
+        "The young of a {} is a",
+        ("animal", "young"),
         """
         dog: puppy; cat: kitten; cow: calf; horse: foal; sheep: lamb; goat: kid; pig: piglet; bear: cub; deer: fawn;
         kangaroo: joey; duck: duckling; goose: gosling; hen: chick; swan: cygnet; frog: tadpole; butterfly: caterpillar
@@ -143,6 +168,8 @@ RELATIONS: dict[str, Relation] = {
     "currency": relation(
         "The currency of {} is the",
         "What is the currency of {}?",
+        "In {}, people pay with the",
+        ("country", "currency"),
         """
         Japan: yen; the United Kingdom: pound; the United States: dollar; Germany: euro; India: rupee; China: yuan;
         Russia: ruble; Mexico: peso; Switzerland: franc; Sweden: krona; Brazil: real; South Korea: won;
@@ -154,6 +181,8 @@ RELATIONS: dict[str, Relation] = {
     "language": relation(
         "The most widely spoken language in {} is",
         "What is the most widely spoken language in {}?",
+        "Most people in {} speak",
+        ("country", "language"),
         """
         France: French; Germany: German; Italy: Italian; Japan: Japanese; Russia: Russian; Brazil: Portuguese;
         Mexico: Spanish; Egypt: Arabic; Greece: Greek; Poland: Polish; Sweden: Swedish; Norway: Norwegian;
@@ -165,6 +194,8 @@ RELATIONS: dict[str, Relation] = {
     "study": relation(
         "The scientific study of {} is called",
         "What is the scientific study of {} called?",
+        "The science that deals with {} is",
+        ("subject", "science"),
         """
         living things: biology; plants: botany; animals: zoology; the mind: psychology; rocks: geology;
         insects: entomology; stars and planets: astronomy; weather: meteorology; fossils: paleontology;
@@ -176,6 +207,8 @@ RELATIONS: dict[str, Relation] = {
     "landmark": relation(
         "{} is located in the city of",
         "In which city is {} located?",
+        "To visit {}, one has to travel to",
+        ("sight", "city"),
         """
         The Eiffel Tower: Paris; Big Ben: London; The Colosseum: Rome; The Statue of Liberty: New York;
         The Brandenburg Gate: Berlin; The Acropolis: Athens; The Kremlin: Moscow; The Sagrada Familia: Barcelona;
@@ -187,6 +220,8 @@ RELATIONS: dict[str, Relation] = {
     "continent": relation(
         "The continent on which {} lies is",
         "On which continent does {} lie?",
+        "On a map of the world, {} is found in",
+        ("country", "continent"),
         """
         France: Europe; Poland: Europe; Sweden: Europe; Kenya: Africa; Nigeria: Africa; Ghana: Africa; Morocco: Africa;
         Japan: Asia; India: Asia; Vietnam: Asia; Nepal: Asia; Mongolia: Asia; Canada: North America;
@@ -197,6 +232,8 @@ RELATIONS: dict[str, Relation] = {
     "female": relation(
         'The female counterpart of "{}" is',
         'What is the female counterpart of "{}"?',
+        'A man is a "{}", and a woman is a',
+        ("male", "female"),
         """
         king: queen; prince: princess; husband: wife; father: mother; son: daughter; brother: sister; uncle: aunt;
         nephew: niece; actor: actress; waiter: waitress; boy: girl; grandfather: grandmother; bull: cow; rooster: hen;

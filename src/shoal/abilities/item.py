@@ -1,9 +1,10 @@
-"""One multiple-choice item, and the rule that decides which split a piece of content belongs to."""
+"""One multiple-choice item, the forms in which it can be asked, and the rule that decides which split content is in."""
 
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 Value = int | str | None
 SPLITS = ("train", "eval")
@@ -17,7 +18,7 @@ class Item:
     """The generator that made it: retrieval, knowledge, state_tracking ..."""
 
     id: str
-    """Hash of the content: equal items have equal ids in every run."""
+    """Hash of the content: equal items have equal ids in every run, and in every form."""
 
     context: str
     """What the model reads; ends without a space."""
@@ -38,6 +39,49 @@ class Item:
     def gold(self) -> str:
         """The right option."""
         return self.options[self.answer]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way in which an ability's content is put into text: its carrier and wording, as str.format templates.
+
+    Every field of a subclass that is text, or a tuple of texts, is such a template.
+    """
+
+    name: str
+
+    twin: bool
+    """True: no training text has this form, so that a score in it tells the ability from the form that was trained."""
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Every template of the form."""
+        values = [getattr(self, field.name) for field in fields(self) if field.name != "name"]
+        return tuple(text for value in values for text in (value if isinstance(value, tuple) else (value,)) if text)
+
+
+F = TypeVar("F", bound=Form)
+
+
+def assigned_forms(forms: Sequence[F], asked: Value, task: str, num_items: int) -> list[F]:
+    """The form of each item: the first one, or ``asked``: a name, or "trained" or "twin" for all of these by turns.
+
+    Every run of as many items as there are forms has each of them once, in an order of its own, so that no form goes
+    with one position or kind.
+
+    Raises:
+        ValueError: there is no such form.
+    """
+    if asked is None:
+        return [forms[0]] * num_items
+    groups = {"trained": [f for f in forms if not f.twin], "twin": [f for f in forms if f.twin]}
+    check_choice(f"{task} form", asked, [*groups, *(form.name for form in forms)])
+    chosen = groups.get(str(asked)) or [form for form in forms if form.name == asked]
+    rng = random.Random(digest("form", task, asked))
+    shuffled: list[F] = []
+    while len(shuffled) < num_items:
+        shuffled += rng.sample(chosen, len(chosen))
+    return shuffled[:num_items]
 
 
 def digest(*content: object) -> str:

@@ -1,9 +1,80 @@
 """Completions of well-known facts, with other objects of the same relation as wrong options."""
 
-from shoal.abilities.facts import RELATIONS
-from shoal.abilities.item import Item, Value, build_item, check_choice, check_range, digest, generator, split_of
+from dataclasses import dataclass, replace
+
+from shoal.abilities.facts import RELATIONS, Relation
+from shoal.abilities.item import (
+    Form,
+    Item,
+    Value,
+    assigned_forms,
+    build_item,
+    check_choice,
+    check_range,
+    digest,
+    generator,
+    split_of,
+)
 
 NUM_OPTIONS = 4
+NUM_EXAMPLES = 2
+
+
+@dataclass(frozen=True)
+class FactForm(Form):
+    """How a fact is asked for; its relation has the words."""
+
+    ask: str
+    """Ends right before the object. {prompt}, {question} and {paraphrase} are the relation's, {kind} and {wanted} its
+    kinds of subject and object, {examples} two other facts of it."""
+
+    answer: str = ""
+    """How the object is written, after a space; empty = as the relation does."""
+
+    end: str = ""
+    """After the object."""
+
+    between: str = "\n"
+    """Between two facts of one text."""
+
+    example: str = ""
+    """One of the examples."""
+
+    def asked(self, relation: Relation, subject: str, examples: list[tuple[str, str]]) -> str:
+        """The text before the object; ``examples`` are other facts of the relation."""
+        words = {name: getattr(relation, name).format(subject) for name in ("prompt", "question", "paraphrase")}
+        kind, wanted = relation.kinds
+        shown = [self.example.format(subject=other, target=target, wanted=wanted) for other, target in examples]
+        text = self.ask.format(subject=subject, kind=kind, wanted=wanted, examples="".join(shown), **words)
+        return text[:1].upper() + text[1:]
+
+    def answered(self, relation: Relation, target: str) -> str:
+        """The object as an answer."""
+        return f" {self.answer.format(target=target) or relation.answer.format(target)}"
+
+
+FORMS = (
+    FactForm("statement", False, "{prompt}", end="."),
+    FactForm("record", False, "{kind}: {subject}\n{wanted}:", "{target}", between="\n\n"),
+    FactForm("question", False, "Question: {question}\nAnswer:", "{target}", between="\n\n"),
+    FactForm("known", True, "It is well known that {paraphrase}"),
+    FactForm("object", True, '{{{examples}"{subject}":', '"{target}"', example='"{subject}": "{target}", '),
+    FactForm(
+        "rows",
+        True,
+        "{kind} | {wanted}\n--- | ---\n{examples}{subject} |",
+        "{target}",
+        example="{subject} | {target}\n",
+    ),
+    FactForm(
+        "notes",
+        True,
+        "My notes on {wanted}s. {examples}{subject}, of course:",
+        "{target}",
+        example="{subject}, of course: {target}. ",
+    ),
+)
+"""The first is the one asked for where none is named. Twins were chosen as those of retrieval were."""
 
 
 def facts_in(split: str, relation: str) -> list[tuple[str, str]]:
@@ -11,22 +82,24 @@ def facts_in(split: str, relation: str) -> list[tuple[str, str]]:
     return [pair for pair in RELATIONS[relation].pairs if split_of("fact", relation, pair[0]) == split]
 
 
-def knowledge_items(*, split: str, num_items: int, seed: int, relation: Value = None) -> list[Item]:
+def knowledge_items(*, split: str, num_items: int, seed: int, relation: Value = None, form: Value = None) -> list[Item]:
     """Fact items of one relation, or of all in a mixed order; the seed decides which and in what order.
 
     The wrong options of a fact depend on the fact alone, and come from its own split: an object that was seen in
     training is never offered beside one that was not.
 
     Raises:
-        ValueError: for an unknown relation, or when there are fewer facts than items asked for.
+        ValueError: for an unknown relation or form, or when there are fewer facts than items asked for.
     """
     if relation is not None:
         check_choice("knowledge relation", relation, RELATIONS)
     names = RELATIONS if relation is None else (str(relation),)
     facts = [(name, *pair) for name in names for pair in facts_in(split, name)]
     check_range(f"knowledge num_items (split {split})", num_items, 1, len(facts))
+    forms = assigned_forms(FORMS, form, "knowledge", num_items)
     rng = generator("knowledge", split, seed, relation=relation)
-    return [make_fact(split, *fact) for fact in rng.sample(facts, num_items)]
+    chosen = rng.sample(facts, num_items)
+    return [make_fact(split, *fact, form=in_form) for fact, in_form in zip(chosen, forms, strict=True)]
 
 
 def stated_facts(split: str) -> list[str]:
@@ -36,18 +109,24 @@ def stated_facts(split: str) -> list[str]:
     return [fact.context + fact.options[fact.answer] for fact in facts]
 
 
-def make_fact(split: str, relation: str, subject: str, target: str) -> Item:
+def _examples(relation: str, subject: str) -> list[tuple[str, str]]:
+    """Two facts of the training split, others than that of ``subject``: what may be shown is no answer."""
+    others = [pair for pair in facts_in("train", relation) if pair[0] != subject]
+    return sorted(others, key=lambda pair: digest("example", relation, pair[0]))[:NUM_EXAMPLES]
+
+
+def make_fact(split: str, relation: str, subject: str, target: str, *, form: FactForm = FORMS[0]) -> Item:
     """One completion with its three wrong objects."""
-    form = RELATIONS[relation]
+    asked = RELATIONS[relation]
     others = sorted({other for _, other in facts_in(split, relation)} - {target})
     others.sort(key=lambda other: digest("wrong", relation, subject, other))
-    prompt = form.prompt.format(subject)
-    return build_item(
+    item = build_item(
         "knowledge",
-        prompt,
-        gold=f" {form.answer.format(target)}",
-        wrong=[f" {form.answer.format(other)}" for other in others[: NUM_OPTIONS - 1]],
+        form.asked(asked, subject, _examples(relation, subject)),
+        gold=form.answered(asked, target),
+        wrong=[form.answered(asked, other) for other in others[: NUM_OPTIONS - 1]],
         position=int(digest("position", relation, subject)[:8], 16),
-        question=form.question.format(subject),
+        question=asked.question.format(subject),
         params={"relation": relation, "subject": subject, "final": target},
     )
+    return item if form == FORMS[0] else replace(item, id=make_fact(split, relation, subject, target).id)

@@ -6,20 +6,178 @@ a wrong last step, so nothing but following the steps tells it from the right an
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from shoal.abilities import words
-from shoal.abilities.item import Item, Value, build_item, check_choice, check_range, generator, split_of, words_in
+from shoal.abilities.item import (
+    Form,
+    Item,
+    Value,
+    assigned_forms,
+    build_item,
+    check_choice,
+    check_range,
+    generator,
+    split_of,
+    words_in,
+)
 
-GAINS = ("{name} buys {number} more.", "{name} finds {number} more.", "{name} gets {number} more.")
-LOSSES = ("{name} gives away {number}.", "{name} loses {number}.", "{name} sells {number}.")
 MAX_STEPS = 8
 
 
 @dataclass(frozen=True)
+class StoryForm(Form):
+    """The carrier of a story and its wording, kind by kind."""
+
+    text: str
+    """Around the story and the question; ends right before the worked answer."""
+
+    sentence: str = "{sentence}"
+    """One sentence of the story."""
+
+    joint: str = " "
+    """Between sentences of the story."""
+
+    spelled: bool = False
+    """Numbers as words."""
+
+    has: str = "{name} has {number} {things}."
+    gains: tuple[str, str, str] = (
+        "{name} buys {number} more.",
+        "{name} finds {number} more.",
+        "{name} gets {number} more.",
+    )
+    losses: tuple[str, str, str] = ("{name} gives away {number}.", "{name} loses {number}.", "{name} sells {number}.")
+    how_many: str = "How many {things} does {name} have now?"
+    plus: str = "{total} + {number} = {result}."
+    minus: str = "{total} - {number} = {result}."
+    amount: str = "{has} {lines} The answer is {number}."
+
+    compared: str = "{high} is {comparative} than {low}."
+    who: str = "Who is the {superlative}?"
+    ranking: str = "{lines} So the order is {names}. The {superlative} is {name}."
+
+    placed: str = "The {thing} is in the {place} and the {other} is in the {elsewhere}."
+    moved: str = "Then the {thing} is moved to the {place}."
+    where: str = "Where is the {thing}?"
+    now: str = "Now the {thing} is in the {place} and the {other} is in the {elsewhere}."
+    found: str = "{lines} So the {thing} is in the {place}."
+
+    def number(self, value: int) -> str:
+        """A number as this form writes it."""
+        return spelled(value) if self.spelled else str(value)
+
+    def asked(self, story: Sequence[str], question: str) -> str:
+        """Story and question, without the carrier."""
+        sentences = [self.sentence.format(sentence=sentence) for sentence in story]
+        return f"{self.joint.join(sentences)}{self.joint}{question}"
+
+
+FORMS = (
+    StoryForm("question", False, "Question: {problem}\nAnswer:"),
+    StoryForm(
+        "solution",
+        False,
+        "Problem: {problem}\nSolution:",
+        has="At first {name} has {number} {things}.",
+        gains=("Then {name} receives {number}.", "Then {name} picks up {number}.", "Then {name} takes {number}."),
+        losses=("Then {name} throws away {number}.", "Then {name} breaks {number}.", "Then {name} uses {number}."),
+        how_many="What number of {things} does {name} have in the end?",
+        compared="{high} is much {comparative} than {low}.",
+        who="Which one is the {superlative}?",
+        placed="At first the {thing} is in the {place} and the {other} is in the {elsewhere}.",
+        moved="Somebody moves the {thing} to the {place}.",
+        where="Where is the {thing} in the end?",
+    ),
+    StoryForm("steps", False, "{problem}\nSteps:", "- {sentence}", "\n"),
+    StoryForm(
+        "spelled",
+        True,
+        "Puzzle: {problem}\nHere is the answer.",
+        spelled=True,
+        has="In the beginning {name} owns {number} {things}.",
+        gains=("{name} collects {number}.", "{name} wins {number}.", "{name} is given {number}."),
+        losses=("{name} spends {number}.", "{name} eats {number}.", "{name} hands over {number}."),
+        how_many="How large is the number of {things} that {name} owns at last?",
+        plus="{total} plus {number} is {result}.",
+        minus="{total} minus {number} is {result}.",
+        amount="{has} {lines} So the number is {number}.",
+        compared="Compared to {low}, {high} is {comparative}.",
+        who="Of all these people, who is the {superlative}?",
+        ranking="{lines} In a row: {names}. Of all these people, the {superlative} is {name}.",
+        placed="One can see the {thing} in the {place} and the {other} in the {elsewhere}.",
+        moved="Next, the {thing} goes to the {place}.",
+        where="Where can one see the {thing} at last?",
+        now="One can see the {thing} in the {place} and the {other} in the {elsewhere}.",
+        found="{lines} At last one can see the {thing} in the {place}.",
+    ),
+    StoryForm(
+        "dialogue",
+        True,
+        "Anna: {problem}\nBen: Let me think.",
+        has="Imagine that {name} holds {number} {things}.",
+        gains=("{name} earns another {number}.", "{name} adds another {number}.", "{name} borrows another {number}."),
+        losses=("{name} drops {number}.", "{name} returns {number}.", "{name} mails {number} to a friend."),
+        how_many="How many {things} is {name} holding?",
+        plus="{total} and {number} give {result}.",
+        minus="{total} less {number} gives {result}.",
+        amount="{has} {lines} It must be {number}.",
+        compared="I know that {high} is {comparative} than {low} is.",
+        who="Can you tell me who is the {superlative}?",
+        ranking="{lines} That gives {names}. It must be that {name} is the {superlative}.",
+        placed="I have put the {thing} into the {place} and the {other} into the {elsewhere}.",
+        moved="I have now put the {thing} into the {place}.",
+        where="Can you tell me where I can find the {thing}?",
+        now="You have the {thing} in the {place} and the {other} in the {elsewhere}.",
+        found="{lines} You can find the {thing} in the {place}.",
+    ),
+    StoryForm(
+        "exercise",
+        True,
+        "Exercise\n\n{problem}\n\nSolved by Kim:",
+        has="On Monday, {name} had {number} {things}.",
+        gains=(
+            "After that, {name} ordered {number}.",
+            "After that, {name} made {number}.",
+            "After that, {name} won {number}.",
+        ),
+        losses=(
+            "After that, {name} dropped {number}.",
+            "After that, {name} lent {number}.",
+            "After that, {name} missed {number}.",
+        ),
+        how_many="How many {things} did {name} have on Sunday?",
+        plus="Adding {number} to {total} gives {result}.",
+        minus="Taking {number} from {total} gives {result}.",
+        amount="{has} {lines} On Sunday it was {number}.",
+        compared="{high} was {comparative} than {low} on Monday.",
+        who="Who was the {superlative} on Monday?",
+        ranking="{lines} This gives the list {names}. On Monday, {name} was the {superlative}.",
+        placed="On Monday, the {thing} was in the {place} and the {other} was in the {elsewhere}.",
+        moved="After that, the {thing} was in the {place}.",
+        where="Where was the {thing} on Sunday?",
+        now="Then the {thing} was in the {place} and the {other} was in the {elsewhere}.",
+        found="{lines} On Sunday, the {thing} was in the {place}.",
+    ),
+)
+ONES = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def spelled(value: int) -> str:
+    """A whole number below 100 in words."""
+    if value < 20:
+        return ONES[value]
+    return TENS[value // 10] + (f"-{ONES[value % 10]}" if value % 10 else "")
+
+
+@dataclass(frozen=True)
 class Problem:
-    """A story with its question, the right worked answer, and at least three wrong ones."""
+    """A story with its question, the right worked answer, and wrong ones."""
 
     question: str
     worked: str
@@ -27,70 +185,95 @@ class Problem:
     final: str
 
 
-def reasoning_items(*, split: str, num_items: int, seed: int, num_steps: Value = 2, kind: Value = None) -> list[Item]:
+Telling = Callable[[StoryForm], Problem]
+"""A problem's content, to be put into any form."""
+
+
+def reasoning_items(
+    *, split: str, num_items: int, seed: int, num_steps: Value = 2, kind: Value = None, form: Value = None
+) -> list[Item]:
     """Problems of one kind, or of all kinds in turn; `num_steps` is the length of the worked answer.
 
     Raises:
-        ValueError: for an unknown kind or a number of steps outside its range.
+        ValueError: for an unknown kind or form, or a number of steps outside its range.
     """
     check_range("reasoning num_steps", num_steps, 1, MAX_STEPS)
     assert isinstance(num_steps, int)
     if kind is not None:
         check_choice("reasoning kind", kind, KINDS)
+    forms = assigned_forms(FORMS, form, "reasoning", num_items)
     rng = generator("reasoning", split, seed, num_steps=num_steps, kind=kind)
     kinds = tuple(KINDS) if kind is None else (str(kind),)
     made: dict[str, Item] = {}
     while len(made) < num_items:
-        item = make_problem(rng, split, kinds[len(made) % len(kinds)], num_steps)
+        item = make_problem(rng, split, kinds[len(made) % len(kinds)], num_steps, form=forms[len(made)])
         made.setdefault(item.id, item)
     return list(made.values())
 
 
-def make_problem(rng: random.Random, split: str, kind: str, num_steps: int) -> Item:
+def make_problem(rng: random.Random, split: str, kind: str, num_steps: int, *, form: StoryForm = FORMS[0]) -> Item:
     """One problem as an item with three twins."""
-    problem = KINDS[kind](rng, split, num_steps)
-    wrong = sorted(set(problem.twins) - {problem.worked})
-    return build_item(
-        "reasoning",
-        f"Question: {problem.question}\nAnswer:",
-        gold=f" {problem.worked}",
-        wrong=[f" {twin}" for twin in rng.sample(wrong, 3)],
-        position=rng.randrange(4),
-        question=problem.question,
-        params={"kind": kind, "num_steps": num_steps, "final": problem.final},
-    )
+    tell = KINDS[kind](rng, split, num_steps)
+    plain = tell(FORMS[0])
+    wrong = [plain.twins.index(twin) for twin in rng.sample(sorted({*plain.twins} - {plain.worked}), 3)]
+    position = rng.randrange(4)
+
+    def item(form: StoryForm) -> Item:
+        problem = tell(form)
+        return build_item(
+            "reasoning",
+            form.text.format(problem=problem.question),
+            gold=f" {problem.worked}",
+            wrong=[f" {problem.twins[index]}" for index in wrong],
+            position=position,
+            question=problem.question,
+            params={"kind": kind, "num_steps": num_steps, "final": problem.final},
+        )
+
+    return item(form) if form == FORMS[0] else replace(item(form), id=item(FORMS[0]).id)
 
 
-def arithmetic(rng: random.Random, split: str, num_steps: int) -> Problem:
+def arithmetic(rng: random.Random, split: str, num_steps: int) -> Telling:
     """Gaining and losing things; the worked answer writes one equation per step."""
     name = rng.choice(words_in(split, "name", words.NAMES))
     things = rng.choice(words_in(split, "thing", words.THINGS))
     start, changes = draw_numbers(rng, split, num_steps)
-    story = [f"{name} has {start} {things}."]
-    story += [rng.choice(GAINS if change > 0 else LOSSES).format(name=name, number=abs(change)) for change in changes]
-
-    def work(changes: Sequence[int], slips: Sequence[int]) -> str:
-        total, lines = start, []
-        for change, slip in zip(changes, slips, strict=True):
-            result = total + change + slip
-            lines.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {result}.")
-            total = result
-        return f"{name} has {start} {things}. {' '.join(lines)} The answer is {total}."
+    ways = [rng.choice(range(len(FORMS[0].gains))) for _ in changes]
+    flipped = [[-change if i == step else change for i, change in enumerate(changes)] for step in range(num_steps)]
+    right = [0] * num_steps
 
     def slipping(step: int, slip: int) -> list[int]:
         return [slip if index == step else 0 for index in range(num_steps)]
 
-    flipped = [[-change if i == step else change for i, change in enumerate(changes)] for step in range(num_steps)]
-    twins = [work(wrong, [0] * num_steps) for wrong in flipped if lowest_total(start, wrong) >= 0]
+    wrong = [(other, right) for other in flipped if lowest_total(start, other) >= 0]
     early = rng.randrange(max(1, num_steps - 1))
-    twins += [work(changes, slipping(early, slip)) for slip in rng.sample((-2, -1, 1, 2), 2)]
-    twins += [work(changes, slipping(num_steps - 1, slip)) for slip in rng.sample((-4, -3, 3, 4), 2)]
-    return Problem(
-        f"{' '.join(story)} How many {things} does {name} have now?",
-        work(changes, [0] * num_steps),
-        twins,
-        str(start + sum(changes)),
-    )
+    wrong += [(changes, slipping(early, slip)) for slip in rng.sample((-2, -1, 1, 2), 2)]
+    wrong += [(changes, slipping(num_steps - 1, slip)) for slip in rng.sample((-4, -3, 3, 4), 2)]
+
+    def tell(form: StoryForm) -> Problem:
+        has = form.has.format(name=name, number=form.number(start), things=things)
+
+        def work(changes: Sequence[int], slips: Sequence[int]) -> str:
+            total, lines = start, []
+            for change, slip in zip(changes, slips, strict=True):
+                result = total + change + slip
+                told = {
+                    key: form.number(n) for key, n in (("total", total), ("number", abs(change)), ("result", result))
+                }
+                lines.append((form.plus if change > 0 else form.minus).format(**told))
+                total = result
+            return form.amount.format(has=has, lines=" ".join(lines), number=form.number(total))
+
+        story = [has]
+        for change, way in zip(changes, ways, strict=True):
+            story.append(
+                (form.gains if change > 0 else form.losses)[way].format(name=name, number=form.number(abs(change)))
+            )
+        question = form.how_many.format(things=things, name=name)
+        final = form.number(start + sum(changes))
+        return Problem(form.asked(story, question), work(changes, right), [work(*one) for one in wrong], final)
+
+    return tell
 
 
 def draw_numbers(rng: random.Random, split: str, num_steps: int) -> tuple[int, list[int]]:
@@ -107,60 +290,73 @@ def lowest_total(start: int, changes: Sequence[int]) -> int:
     return min(start + sum(changes[: index + 1]) for index in range(len(changes)))
 
 
-def order(rng: random.Random, split: str, num_steps: int) -> Problem:
+def order(rng: random.Random, split: str, num_steps: int) -> Telling:
     """Shuffled pairwise comparisons; the worked answer chains them into one ranking."""
     ranking = rng.sample(words_in(split, "name", words.NAMES), num_steps + 1)
     comparative, top, bottom = rng.choice(words.COMPARISONS)
     ask_top = rng.random() < 0.5
-    facts = [f"{high} is {comparative} than {low}." for high, low in pairwise(ranking)]
-
-    def work(ranking: Sequence[str], final: str) -> str:
-        chain = " ".join(f"{high} is {comparative} than {low}." for high, low in pairwise(ranking))
-        return f"{chain} So the order is {', '.join(ranking)}. The {top if ask_top else bottom} is {final}."
-
-    def end_of(ranking: Sequence[str]) -> str:
-        return ranking[0 if ask_top else -1]
-
-    final = end_of(ranking)
+    superlative, end = (top, 0) if ask_top else (bottom, -1)
+    final = ranking[end]
     swaps = []
     for step in range(num_steps):
         swapped = list(ranking)
         swapped[step], swapped[step + 1] = swapped[step + 1], swapped[step]
-        swaps.append(work(swapped, end_of(swapped)))
-    swaps.append(work(ranking[::-1], end_of(ranking[::-1])))
-    swaps.append(work(ranking[::-1], final))
-    wrong_end = [work(ranking, name) for name in ranking if name != final]
-    question = f"{' '.join(rng.sample(facts, len(facts)))} Who is the {top if ask_top else bottom}?"
-    return Problem(question, work(ranking, final), [*rng.sample(list(dict.fromkeys(swaps)), 2), *wrong_end], final)
+        swaps.append((tuple(swapped), swapped[end]))
+    backwards = tuple(ranking[::-1])
+    swaps += [(backwards, backwards[end]), (backwards, final)]
+    shown = rng.sample(range(num_steps), num_steps)
+    wrong = rng.sample(list(dict.fromkeys(swaps)), 2) + [(tuple(ranking), name) for name in ranking if name != final]
+
+    def tell(form: StoryForm) -> Problem:
+        def facts(ranking: Sequence[str]) -> list[str]:
+            return [
+                form.compared.format(high=high, comparative=comparative, low=low) for high, low in pairwise(ranking)
+            ]
+
+        def work(ranking: Sequence[str], name: str) -> str:
+            told = {"lines": " ".join(facts(ranking)), "names": ", ".join(ranking)}
+            return form.ranking.format(**told, superlative=superlative, name=name)
+
+        story = [facts(ranking)[index] for index in shown]
+        question = form.asked(story, form.who.format(superlative=superlative))
+        return Problem(question, work(ranking, final), [work(*one) for one in wrong], final)
+
+    return tell
 
 
-def state(rng: random.Random, split: str, num_steps: int) -> Problem:
+def state(rng: random.Random, split: str, num_steps: int) -> Telling:
     """Two objects that are moved about; the worked answer writes where both are after every step."""
     objects = rng.sample(words_in(split, "object", words.OBJECTS), 2)
     places = rng.sample(words_in(split, "place", words.PLACES), num_steps + 2)
     movers = [rng.randrange(2) for _ in range(num_steps)]
     moves = list(zip(movers, places[2:], strict=True))
     asked = rng.randrange(2)
-
-    def work(moves: Sequence[tuple[int, str]], *, answered: int = asked) -> str:
-        where, lines = places[:2], []
-        for mover, place in moves:
-            where = [place if index == mover else old for index, old in enumerate(where)]
-            lines.append(f"Now the {objects[0]} is in the {where[0]} and the {objects[1]} is in the {where[1]}.")
-        return f"{' '.join(lines)} So the {objects[asked]} is in the {where[answered]}."
-
-    story = [f"The {objects[0]} is in the {places[0]} and the {objects[1]} is in the {places[1]}."]
-    story += [f"Then the {objects[mover]} is moved to the {place}." for mover, place in moves]
-    twins = [work(moves, answered=1 - asked)]
+    wrong = [(moves, 1 - asked)]
     for step, (mover, place) in enumerate(moves):
-        twins.append(work([*moves[:step], (1 - mover, place), *moves[step + 1 :]]))
+        wrong.append(([*moves[:step], (1 - mover, place), *moves[step + 1 :]], asked))
         elsewhere = rng.choice([other for other in places if other != place])
-        twins.append(work([*moves[:step], (mover, elsewhere), *moves[step + 1 :]]))
+        wrong.append(([*moves[:step], (mover, elsewhere), *moves[step + 1 :]], asked))
     last_place = next((place for mover, place in reversed(moves) if mover == asked), places[asked])
-    return Problem(f"{' '.join(story)} Where is the {objects[asked]}?", work(moves), twins, last_place)
+
+    def tell(form: StoryForm) -> Problem:
+        def both(template: str, where: Sequence[str]) -> str:
+            return template.format(thing=objects[0], place=where[0], other=objects[1], elsewhere=where[1])
+
+        def work(moves: Sequence[tuple[int, str]], answered: int) -> str:
+            where, lines = places[:2], []
+            for mover, place in moves:
+                where = [place if index == mover else old for index, old in enumerate(where)]
+                lines.append(both(form.now, where))
+            return form.found.format(lines=" ".join(lines), thing=objects[asked], place=where[answered])
+
+        story = [both(form.placed, places), *(form.moved.format(thing=objects[m], place=place) for m, place in moves)]
+        question = form.asked(story, form.where.format(thing=objects[asked]))
+        return Problem(question, work(moves, asked), [work(*one) for one in wrong], last_place)
+
+    return tell
 
 
-KINDS: dict[str, Callable[[random.Random, str, int], Problem]] = {
+KINDS: dict[str, Callable[[random.Random, str, int], Telling]] = {
     "arithmetic": arithmetic,
     "order": order,
     "state": state,

@@ -1,15 +1,116 @@
-"""Key-value lookup: one JSON object in the prompt, one key asked for, values of the same object as options."""
+"""Look-ups: pairs of a key and a value in the prompt, one key asked for, values of the same pairs as options."""
 
-import json
 import random
 import uuid
+from dataclasses import dataclass, replace
 from functools import cache
 
 from shoal.abilities import words
-from shoal.abilities.item import Item, Value, build_item, check_choice, check_range, generator, split_of, words_in
+from shoal.abilities.item import (
+    Form,
+    Item,
+    Value,
+    assigned_forms,
+    build_item,
+    check_choice,
+    check_range,
+    generator,
+    split_of,
+    words_in,
+)
 
 KINDS = ("word", "uuid")
 MAX_PAIRS = {"word": 100, "uuid": 500}
+
+
+@dataclass(frozen=True)
+class LookupForm(Form):
+    """How pairs are written down and how one is asked for."""
+
+    block: str
+    """Around all pairs."""
+
+    pair: str
+
+    ask: str
+    """Ends right before the value."""
+
+    joint: str = "\n"
+    """Between two pairs."""
+
+    lead: str = "\n\n"
+    """Between the pairs and the first question."""
+
+    value: str = "{value}"
+    """How the value is written in an answer, after a space."""
+
+    end: str = ""
+    """After the value."""
+
+    question: str = 'What is the value of "{key}"?'
+    """The bare question behind the pairs."""
+
+    def data(self, pairs: list[tuple[str, str]]) -> str:
+        """All pairs."""
+        return self.block.format(pairs=self.joint.join(self.pair.format(key=key, value=value) for key, value in pairs))
+
+    def answered(self, key: str, value: str) -> str:
+        """A question with its answer."""
+        return f"{self.ask.format(key=key)} {self.value.format(value=value)}{self.end}"
+
+
+FORMS = (
+    LookupForm(
+        "json", False, "JSON data:\n{{{pairs}}}", '"{key}": "{value}"', '"{key}":', ", ", "\n\nAnswer:\n", '"{value}"'
+    ),
+    LookupForm(
+        "table",
+        False,
+        "| word | code |\n| --- | --- |\n{pairs}",
+        "| {key} | {value} |",
+        "The row of {key}:\n| {key} |",
+        end=" |",
+    ),
+    LookupForm("settings", False, "[settings]\n{pairs}", "{key} = {value}", "[read]\n{key} ="),
+    LookupForm(
+        "prose",
+        False,
+        "Everybody in this game has a number. {pairs}",
+        "The {key} has the number {value}.",
+        "Which number does the {key} have? The {key} has the number",
+        " ",
+        end=".",
+    ),
+    LookupForm(
+        "markup",
+        True,
+        "<entries>\n{pairs}\n</entries>",
+        '<entry name="{key}"> {value} </entry>',
+        '<entry name="{key}">',
+        end=" </entry>",
+    ),
+    LookupForm("arrows", True, "{pairs}", "{key} -> {value}", "Look up {key} in this list.\n{key} ->"),
+    LookupForm(
+        "dialogue",
+        True,
+        "Anna: Please tell me all the numbers.\nBen: {pairs}.",
+        "{key} is {value}",
+        "Anna: And what is {key}?\nBen: {key} is",
+        ", ",
+        "\n",
+    ),
+    LookupForm(
+        "letter",
+        True,
+        "Dear Tom, you asked me for the numbers of all places. {pairs} Yours, Ann",
+        "For the {key} it is {value}.",
+        "Tom wants to know the number of one place. For the {key} it is",
+        " ",
+        end=".",
+    ),
+)
+"""The first is the one asked for where none is named. Which of them are twins was chosen so that the intact demo
+model finds both kinds equally hard (docs/validity.md)."""
 
 
 def retrieval_items(
@@ -21,11 +122,12 @@ def retrieval_items(
     num_pairs: Value = 8,
     gold_position: Value = None,
     num_options: Value = 4,
+    form: Value = None,
 ) -> list[Item]:
     """Lookup items; `gold_position` None walks evenly over all positions, `num_options` "all" offers every value.
 
     Raises:
-        ValueError: for a kind, count or position outside its range.
+        ValueError: for a kind, count, position or form outside its range.
     """
     check_choice("retrieval kind", kind, KINDS)
     check_range("retrieval num_pairs", num_pairs, 2, MAX_PAIRS[str(kind)])
@@ -36,30 +138,35 @@ def retrieval_items(
     if num_options != "all":
         check_range("retrieval num_options", num_options, 2, num_pairs)
         num_wrong = int(num_options or 0) - 1
+    forms = assigned_forms(FORMS, form, "retrieval", num_items)
     rng = generator(
         "retrieval", split, seed, kind=kind, num_pairs=num_pairs, gold_position=gold_position, num_options=num_options
     )
     made = []
-    for index in range(num_items):
+    for index, in_form in enumerate(forms):
         position = index % num_pairs if gold_position is None else int(gold_position)
-        made.append(make_lookup(rng, split, str(kind), num_pairs, position=position, num_wrong=num_wrong))
+        pairs = draw_pairs(rng, split, str(kind), num_pairs)
+        wrong = rng.sample([value for other, (_, value) in enumerate(pairs) if other != position], num_wrong)
+        made.append(_lookup(in_form, pairs, position, wrong, rng.randrange(num_wrong + 1), kind=str(kind)))
     return made
 
 
-def make_lookup(rng: random.Random, split: str, kind: str, num_pairs: int, *, position: int, num_wrong: int) -> Item:
-    """One lookup of the key at `position`."""
-    pairs = draw_pairs(rng, split, kind, num_pairs)
+def _lookup(
+    form: LookupForm, pairs: list[tuple[str, str]], position: int, wrong: list[str], answer: int, *, kind: str
+) -> Item:
+    """The look-up of the key at ``position``, with its value as option ``answer``."""
     key, value = pairs[position]
-    wrong = [other for index, (_, other) in enumerate(pairs) if index != position]
-    wrong = rng.sample(wrong, num_wrong)
-    return build_item(
+    item = build_item(
         "retrieval",
-        f"{show_pairs(pairs)}\n\nAnswer:\n{ask(key)}",
-        gold=f' "{value}"',
-        wrong=[f' "{other}"' for other in wrong],
-        position=rng.randrange(num_wrong + 1),
-        question=f'{show_pairs(pairs)}\nWhat is the value of "{key}"?',
-        params={"kind": kind, "num_pairs": num_pairs, "gold_position": position, "key": key, "final": value},
+        f"{form.data(pairs)}{form.lead}{form.ask.format(key=key)}",
+        gold=f" {form.value.format(value=value)}",
+        wrong=[f" {form.value.format(value=other)}" for other in wrong],
+        position=answer,
+        question=f"{form.data(pairs)}\n{form.question.format(key=key)}",
+        params={"kind": kind, "num_pairs": len(pairs), "gold_position": position, "key": key, "final": value},
+    )
+    return (
+        item if form == FORMS[0] else replace(item, id=_lookup(FORMS[0], pairs, position, wrong, answer, kind=kind).id)
     )
 
 
@@ -80,13 +187,3 @@ def draw_pairs(rng: random.Random, split: str, kind: str, num_pairs: int) -> lis
 def numbers_in(split: str) -> list[str]:
     """The four-digit numbers of the split; kept, since finding them takes longer than everything else about an item."""
     return [str(number) for number in range(1000, 10000) if split_of("number", number) == split]
-
-
-def show_pairs(pairs: list[tuple[str, str]]) -> str:
-    """The JSON object, as a data block of the prompt."""
-    return f"JSON data:\n{json.dumps(dict(pairs))}"
-
-
-def ask(key: str) -> str:
-    """The lookup, cut off right before the value."""
-    return f'"{key}":'

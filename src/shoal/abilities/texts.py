@@ -1,22 +1,22 @@
-"""Distillation text made of training-split items: the prompts of the evaluation with answers, and other content."""
+"""Distillation text made of training-split items in the trained forms: other content than the evaluation asks for."""
 
 import random
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
+from shoal.abilities import knowledge, reasoning, retrieval
 from shoal.abilities.facts import RELATIONS
-from shoal.abilities.item import generator
-from shoal.abilities.knowledge import facts_in, make_fact
-from shoal.abilities.reasoning import KINDS, make_problem
-from shoal.abilities.retrieval import ask, draw_pairs, show_pairs
+from shoal.abilities.item import Form, generator
 
 DEFAULT_MIX = {"retrieval": 1.0, "knowledge": 1.0, "reasoning": 1.0}
+F = TypeVar("F", bound=Form)
 
 
 def training_texts(*, num_texts: int, seed: int, mix: Mapping[str, float] = DEFAULT_MIX) -> list[str]:
-    """Documents of the training split, one ability each, drawn with the weights of `mix`.
+    """Documents of the training split, one ability in one form each, drawn with the weights of `mix`.
 
-    A document holds several items, so that most of its tokens teach something: a lookup block asks for several keys of
-    one object, facts stand in a list, problems follow each other.
+    A document holds several items, so that most of its tokens teach something: a lookup block asks for several of its
+    keys, facts and problems follow each other. Its form is any of the trained ones; no document has a twin form.
 
     Raises:
         ValueError: for an unknown ability, a negative weight, or weights that are all zero.
@@ -33,23 +33,31 @@ def training_texts(*, num_texts: int, seed: int, mix: Mapping[str, float] = DEFA
 
 
 def write_lookups(rng: random.Random) -> str:
-    """One JSON object and several lookups in it."""
-    pairs = draw_pairs(rng, "train", rng.choice(("word", "word", "word", "uuid")), rng.randint(4, 12))
+    """Pairs and several lookups in them."""
+    form = _trained(rng, retrieval.FORMS)
+    pairs = retrieval.draw_pairs(rng, "train", rng.choice(("word", "word", "word", "uuid")), rng.randint(4, 12))
     asked = rng.sample(pairs, min(len(pairs), rng.randint(2, 6)))
-    return f"{show_pairs(pairs)}\n\nAnswer:\n" + "\n".join(f'{ask(key)} "{value}"' for key, value in asked)
+    return form.data(pairs) + form.lead + "\n".join(form.answered(key, value) for key, value in asked)
 
 
 def write_facts(rng: random.Random) -> str:
     """A list of facts of mixed relations."""
-    facts = [(name, *pair) for name in RELATIONS for pair in facts_in("train", name)]
-    chosen = [make_fact("train", *fact) for fact in rng.sample(facts, rng.randint(4, 12))]
-    return "\n".join(f"{item.context}{item.gold}." for item in chosen)
+    form = _trained(rng, knowledge.FORMS)
+    facts = [(name, *pair) for name in RELATIONS for pair in knowledge.facts_in("train", name)]
+    chosen = [knowledge.make_fact("train", *fact, form=form) for fact in rng.sample(facts, rng.randint(4, 12))]
+    return form.between.join(f"{item.context}{item.gold}{form.end}" for item in chosen)
 
 
 def write_problems(rng: random.Random) -> str:
     """Several problems with their worked answers."""
-    chosen = [make_problem(rng, "train", rng.choice(list(KINDS)), rng.randint(1, 3)) for _ in range(rng.randint(1, 4))]
+    form = _trained(rng, reasoning.FORMS)
+    kinds = [rng.choice(list(reasoning.KINDS)) for _ in range(rng.randint(1, 4))]
+    chosen = [reasoning.make_problem(rng, "train", kind, rng.randint(1, 3), form=form) for kind in kinds]
     return "\n\n".join(f"{item.context}{item.gold}" for item in chosen)
+
+
+def _trained(rng: random.Random, forms: tuple[F, ...]) -> F:
+    return rng.choice([form for form in forms if not form.twin])
 
 
 WRITERS: dict[str, Callable[[random.Random], str]] = {
