@@ -15,7 +15,7 @@ from shoal.task_words import ABILITIES, task_words
 
 from ..tasks.names import described_tasks, task_folders
 from .document import Caution, Cautions, Paragraph, Section
-from .findings import FEW_ITEMS, ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
+from .findings import FEW_ITEMS, PAIRS, ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
 from .sections import fair_gaps
 from .wording import named_or_counted, score_words, task_names
 
@@ -35,7 +35,6 @@ RATES = {
     "cut_off": ("are cut off", "Were cut off by the limit of new tokens"),
 }
 """Rate -> the defect in short and in full."""
-PAIRS = (("teacher", "pruned"), ("pruned", "distilled"), ("teacher", "distilled"))
 
 
 def cautions_section(run: Run, comparison: Comparison) -> Section:
@@ -63,7 +62,7 @@ def _settings(run: Run, comparison: Comparison) -> Iterator[Caution]:
         count = "One score is" if len(refused) == 1 else f"{len(refused)} scores are"
         yield Caution("Settings differ", f"{count} left out of the tables, because settings differ.", refused)
     for role, evaluation in run.evaluations.items():
-        if run.plan and role != "teacher" and evaluation.num_layers != len(run.plan.keep):
+        if run.plan and role in ("pruned", "distilled") and evaluation.num_layers != len(run.plan.keep):
             yield Caution(
                 "Another plan",
                 f"The evaluation of {role} is of a model with {evaluation.num_layers} layers, but the plan keeps "

@@ -171,12 +171,14 @@ def missing_section(run: Run) -> Section | None:
 
 
 def _results(run: Run) -> dict[tuple[str, str], Artifact | None]:
-    """Every result that a run can have, by its file and the verb that makes it."""
+    """Every result that a run can have, by its file and the verb that makes it; a control only where it is wanted."""
+    has_control = "control" in run.evaluations or ((run.recipe or {}).get("eval") or {}).get("control")
+    roles = [role for role in ROLES if role != "control" or has_control]
     return {
         ("importance.json", "measure"): run.importance,
         ("plan.json", "prune"): run.plan,
         ("distill.json", "distill"): run.training,
-        **{(f"eval/{role}.json", "eval"): run.evaluations.get(role) for role in ROLES},
+        **{(f"eval/{role}.json", "eval"): run.evaluations.get(role) for role in roles},
         ("eval/speed.json", "eval with eval.speed: true"): run.speed,
     }
 

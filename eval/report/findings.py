@@ -40,7 +40,15 @@ from shoal.stats.paired import (
 
 from ..harness.rates import NAMES, rate, rate_difference
 
-ROLES = ("teacher", "pruned", "distilled")
+ROLES = ("teacher", "pruned", "control", "distilled")
+PAIRS = (
+    ("teacher", "pruned"),
+    ("pruned", "distilled"),
+    ("teacher", "distilled"),
+    ("teacher", "control"),
+    ("control", "distilled"),
+)
+"""(before, after) of the roles that are compared. The control is the uncut teacher, trained as the cut model was."""
 SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
 FEW_ITEMS = 50
@@ -295,12 +303,14 @@ def _identities(
     run: Run, parts: Sequence[Importance | PruningPlan | Training]
 ) -> dict[str, list[tuple[str, str, Any]]]:
     """What every file says that it was made from: (file, field, value), the file that the others follow from first."""
-    entries: dict[str, list[tuple[str, str, Any]]] = {"the teacher": [], "the student": [], "the distilled model": []}
+    subjects = {"pruned": "the student", "distilled": "the distilled model"}
+    subjects = {role: subjects.get(role, f"the {role}") for role in ROLES}
+    entries: dict[str, list[tuple[str, str, Any]]] = {subject: [] for subject in subjects.values()}
     for part in parts:
         entries["the teacher"].append((part.FILE, "model", part.provenance.inputs.get("model")))
     if run.training:
         entries["the student"].append((Training.FILE, "student", run.training.provenance.inputs.get("student")))
-    for subject, role in zip(entries, ROLES, strict=True):
+    for role, subject in subjects.items():
         if evaluation := run.evaluations.get(role):
             entries[subject].append((f"eval/{role}.json", "model", evaluation.provenance.inputs.get("model")))
         if run.speed and role in run.speed.roles:
@@ -326,8 +336,8 @@ def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
 
 
 def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
-    """(before, after) of all roles that are there."""
-    return [(a, b) for i, a in enumerate(ROLES) for b in ROLES[i + 1 :] if a in roles and b in roles]
+    """The pairs of which both roles are there."""
+    return [pair for pair in PAIRS if set(pair) <= set(roles)]
 
 
 def _adjusted(tasks: Sequence[dict[tuple[str, str], PairedDifference]]) -> list[dict[tuple[str, str], float]]:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 INK = "#1f2430"
 """Text and axes; becomes the reader's own text colour in inline SVG."""
 FAINT = "#8a919e"
-ROLE_STYLE = {"teacher": ("#7d8590", "s"), "pruned": ("#d55e00", "v"), "distilled": ("#1f86c8", "o")}
+ROLE_STYLE = {
+    "teacher": ("#7d8590", "s"),
+    "pruned": ("#d55e00", "v"),
+    "control": ("#b08900", "D"),
+    "distilled": ("#1f86c8", "o"),
+}
 """Role -> colour and marker."""
 SERIES_COLOURS = ("#1f86c8", "#d55e00", "#0f9d75", "#b4699a", "#b08900")
 SERIES_STYLE = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"))
