@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from shoal.abilities import Item, items, training_texts
+from shoal.abilities.facts import RELATIONS
 from shoal.abilities.forms import FORMS, twin_wordings
 from shoal.abilities.item import Form
 from shoal.abilities.reasoning import spelled
@@ -19,25 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "knowledge": {},
     "reasoning": {"num_steps": 2},
 }
-ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-]
+ONES = [spelled(value) for value in range(40)]
 
 
 def made(ability: str, form: str | None, num_items: int = 24) -> list[Item]:
@@ -127,6 +110,8 @@ def telling(form: Form) -> list[str]:
     """Patterns of the templates that are this form's own."""
     others = {text for forms in FORMS.values() for other in forms if other != form for text in other.templates}
     own = [text for text in form.templates if text not in others and len(re.sub(r"\{\w+\}|\W", "", text)) >= 4]
+    if form.name == "statement":  # whose words are the relations' alone
+        own = [relation.prompt.format("{subject}") for relation in RELATIONS.values()]
     return [pattern(text) for text in own if "{pairs}" not in text]
 
 
