@@ -112,6 +112,10 @@ def telling(form: Form) -> list[str]:
     own = [text for text in form.templates if text not in others and len(re.sub(r"\{\w+\}|\W", "", text)) >= 4]
     if form.name == "statement":  # whose words are the relations' alone
         own = [relation.prompt.format("{subject}") for relation in RELATIONS.values()]
+    if form.name == "record":
+        own = [
+            f"{relation.kinds[0].capitalize()}: {{subject}}\n{relation.kinds[1]}:" for relation in RELATIONS.values()
+        ]
     return [pattern(text) for text in own if "{pairs}" not in text]
 
 
