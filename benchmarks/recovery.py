@@ -1,21 +1,29 @@
-"""Which recipe gives back most: one cut, several ways to heal it, under equal wall time or equal tokens.
+"""Which recipe gives back most, outside the form of its text: one cut, several ways to heal it.
 
-    python benchmarks/recovery.py OUT [--seconds 720 | --tokens 80000] [--seeds 0 1 2] [--arms default forward_kl ...]
+    python benchmarks/recovery.py OUT [--seconds 720 | --tokens 80000] [--seeds 0 1 2] [--arms mixed forms ...]
+        [--drop 13 25 26] [--data-dir DIR] [--general FOLDER_OR_FILE ...] [--control]
 
-Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, data, row length and batch are the same,
-and so are the evaluated items. Equal wall time: an arm's tokens per second are measured in a short run first, and its
+Every arm is a recipe of its own, run by `shoal distill` and `shoal eval`; cut, row length and batch are the same, so
+are the items: those asked in the trained form (in), the same in forms that no text has (twin), abilities that no text
+trains (out) and, with --data-dir (a folder as eval.data_dir takes it), public benchmarks. Arms are ranked by the mean
+over twin, out and public. Equal wall time: an arm's tokens per second are measured in a short run first, and its
 budget set so that its schedule ends when the time does; an arm whose teacher writes has that much less time to train.
 What is there is not done again, so a broken run goes on.
 
-default        what configs/quickstart.yaml does: the text's own tokens, from the first cut up
-teacher        the teacher's distributions instead, from the first cut up
-both           half of each
-cross_entropy  the text's own tokens, everything trained
-lora           cross-entropy through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
-forward_kl     the teacher's distributions, everything trained (Minitron, arXiv:2407.14679)
-streamline     only the layers before the gaps, on hidden states (LLM-Streamline, arXiv:2403.19135)
-self_written   the default, with prose that the teacher wrote in place of the documentation (arXiv:2602.01997)
-local          shoal's local heal first, then the default
+General text is what every machine has (documentation, docstrings, readmes), or that of --general. From the first cut
+up, at a learning rate of 1e-3, if nothing else is said:
+
+one_form       cross-entropy; 40 % Python's documentation, 60 % abilities in the form that `in` asks: the first default
+forms          the same with the abilities in all trained forms
+general_kl     the teacher's distributions on general text alone
+mixed_kl       the teacher's distributions; 60 % general text, 10 % instructions, 30 % abilities in all trained forms
+mixed_ce       cross-entropy on the same text
+mixed          half of each on the same text
+mixed_slow     the same at 5e-4
+mixed_all      the same with everything trained, at 3e-4
+mixed_lora     the same through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
+local          shoal's local heal (LLM-Streamline, arXiv:2403.19135) first, then mixed
+self_written   mixed, half of its general text written by the teacher (arXiv:2602.01997)
 """
 
 from __future__ import annotations
@@ -25,7 +33,7 @@ import math
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -34,38 +42,48 @@ from typing import Any
 from side_by_side import run_shoal, write_recipe
 
 from shoal.artifacts.artifact import Evaluation, ItemScore, TaskScore, Training
-from shoal.stats.paired import interval, paired, retention
+from shoal.eval.compare.means import HEADLINE, Scores, even_weights, summed_change
+from shoal.stats.paired import form_gap, interval, no_retention, paired
+from shoal.task_words import COLUMNS
 
-DROP = (12, 13, 14, 18, 21, 22, 25, 26)
+DROP = (12, 13, 14, 21, 25, 26)
+PROTOCOLS = {"retrieval": "continuation generation", "knowledge": "continuation generation"}
 TASKS = (
-    "retrieval_continuation",
-    "retrieval_generation",
-    "knowledge_continuation",
-    "knowledge_generation",
-    "reasoning_1step_continuation",
-    "reasoning_worked",
+    *(
+        f"{task}{form}_{protocol}"
+        for task in PROTOCOLS
+        for form in ("", "_twin")
+        for protocol in PROTOCOLS[task].split()
+    ),
+    *("reasoning_1step_continuation", "reasoning_1step_twin_continuation", "reasoning_worked", "reasoning_twin_worked"),
+    *("needle_20sentences_continuation", "needle_20sentences_generation", "knowledge_out_continuation"),
+    *("knowledge_out_generation", "multi_hop_k1_continuation", "copying_1_continuation"),
 )
-MIXTURE = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts", "weight": 0.6})
-EVERYTHING = {"trainable": "all", "trainer": {"learning_rate": 3e-4}}
-"""With all weights trained, 1e-3 is worse than this; from the first cut up 5e-4 and 2e-3 are worse than 1e-3."""
+PUBLIC_TASKS = (
+    *("arc_easy_continuation", "hellaswag_continuation", "piqa_continuation", "openbookqa_continuation"),
+    *("lambada_continuation", "lambada_worked", "nq_passage_generation", "wikidata_generation", "wikitext2_rolling"),
+)
+LIMITS = {"nq_passage_generation": 100, "wikitext2_rolling": 20, "wikidata_generation": 200}
+GENERAL = ("python_docs", "docstrings", "readmes")
+ONE_FORM = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts_one_form", "weight": 0.6})
+FORMS = ({"path": "python_docs", "weight": 0.4}, {"path": "ability_texts", "weight": 0.6})
+CROSS_ENTROPY = [{"kind": "cross_entropy"}]
 TEACHER = [{"kind": "forward_kl"}]
 ARMS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "teacher": {"losses": TEACHER},
-    "both": {"losses": [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}]},
-    "cross_entropy": EVERYTHING,
-    "lora": {"trainable": "all", "lora": {"rank": 64}},
-    "forward_kl": {"losses": TEACHER, **EVERYTHING},
-    "streamline": {"losses": [{"kind": "hidden_states"}], "trainable": "near_gaps"},
-    "self_written": {
-        "data": [
-            {"path": "python_docs", "weight": 0.02},
-            {"path": "teacher_text", "weight": 0.38},
-            {"path": "ability_texts", "weight": 0.6},
-        ]
-    },
+    "one_form": {"data": ONE_FORM, "losses": CROSS_ENTROPY},
+    "forms": {"data": FORMS, "losses": CROSS_ENTROPY},
+    "general_kl": {"general": 1.0, "losses": TEACHER},
+    "mixed_kl": {"losses": TEACHER},
+    "mixed_ce": {"losses": CROSS_ENTROPY},
+    "mixed": {},
+    "mixed_slow": {"trainer": {"learning_rate": 5e-4}},
+    "mixed_all": {"trainable": "all", "trainer": {"learning_rate": 3e-4}},
+    "mixed_lora": {"trainable": "all", "lora": {"rank": 64}},
     "local": {"local": {"num_tokens": 16_384}},
+    "self_written": {"general": 0.3, "written": 0.3},
 }
+"""What an arm says of section `distill`; `general` and `written` are shares of general text and of the teacher's."""
+OWN_KEYS = {"general", "written"}
 PROBE_STEPS = 4
 WRITTEN_SHARE = 1 / 8
 """Tokens that the teacher writes, of those trained on; at least LEAST_WRITTEN."""
@@ -80,8 +98,11 @@ def main() -> None:
     budgets.add_argument("--tokens", type=int, help="equal tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
+    parser.add_argument("--data-dir", help="public benchmarks, as eval.data_dir takes them")
+    parser.add_argument("--general", nargs="+", default=GENERAL, help="sources of general text, in equal shares")
+    parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
     for arm in arguments.arms:
         for seed in arguments.seeds:
@@ -104,7 +125,8 @@ def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
 
 
 def folder_of(arguments: argparse.Namespace) -> Path:
-    return arguments.out / (f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds")
+    budget = f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
+    return arguments.out / f"{len(arguments.drop)}-layers-{budget}"
 
 
 def budget(arm: str, arguments: argparse.Namespace) -> int:
@@ -132,21 +154,30 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
 
 def writes(arm: str) -> bool:
     """Whether the teacher writes for this arm."""
-    return any(source["path"] == "teacher_text" for source in ARMS[arm].get("data", ()))
+    return "written" in ARMS[arm]
+
+
+def mixture(arm: str, general: Iterable[str]) -> list[dict[str, Any]]:
+    """Sources of an arm that names none of its own."""
+    shares = {"general": 0.6, "written": 0.0, **ARMS[arm]}
+    rest = 1.0 - shares["general"] - shares["written"]
+    weights = {path: shares["general"] / len(list(general)) for path in general}
+    weights |= {"teacher_text": shares["written"], "instructions": rest / 4, "ability_texts": 3 * rest / 4}
+    return [{"path": path, "weight": round(weight, 4)} for path, weight in weights.items() if weight > 1e-6]
 
 
 def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path, tokens: int) -> Path:
     trainer = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
     trainer |= {"warmup_steps": 5, "save_strategy": "no", **ARMS[arm].get("trainer", {})}
     distill: dict[str, Any] = {
-        "data": list(MIXTURE),
-        "losses": [{"kind": "cross_entropy"}],
+        "data": mixture(arm, arguments.general),
+        "losses": [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}],
         "num_tokens": tokens,
         "sequence_length": 512,
         "trainable": "from_first_cut",
         "watch": None,
         "deepspeed": "deepspeed/zero0.json",  # one rank shares nothing out
-        **ARMS[arm],
+        **{key: list(value) if key == "data" else value for key, value in ARMS[arm].items() if key not in OWN_KEYS},
         "trainer": trainer,
     }
     if writes(arm):
@@ -159,8 +190,11 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "prune": {"drop": list(arguments.drop)},
         "distill": distill,
         "eval": {
-            "tasks": list(TASKS),
+            "tasks": [*TASKS, *(PUBLIC_TASKS if arguments.data_dir else ())],
             "limit": arguments.limit,
+            "limits": {task: limit for task, limit in LIMITS.items() if arguments.data_dir},
+            "data_dir": arguments.data_dir,
+            "control": arguments.control,
             "perplexity_data": "python_docs_heldout",
             "perplexity_tokens": 8192,
             "sequence_length": 512,
@@ -171,7 +205,7 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
 
 
 def table(arguments: argparse.Namespace) -> str:
-    """One row per arm: the mean over its seeds and their range, what is kept, and how far it is from the first arm."""
+    """Two tables with a row per arm: the mean share kept by column, then every task; means over the seeds."""
     runs = {
         arm: {
             seed: run
@@ -180,29 +214,66 @@ def table(arguments: argparse.Namespace) -> str:
         }
         for arm in arguments.arms
     }
-    reference, *_ = runs.values()
+    reference = next(own for own in runs.values() if own)
     teacher, pruned = (pooled(reference.values(), role) for role in ("teacher", "pruned"))
-    names = ["arm", *teacher]
-    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}", row("teacher", teacher), row("pruned", pruned)]
+    rows: dict[str, tuple[Scores, Scores | None]] = {"pruned": (pruned, None)}
     for arm, own in ((arm, own) for arm, own in runs.items() if own):
         training = [Training.read(run / Training.FILE) for run in own.values()]
         seconds = ", ".join(f"{result.seconds:.0f}" for result in training)
-        cells = [f"{arm} ({training[0].num_tokens:,} tokens; {seconds} s)"]
+        title = f"{arm} ({training[0].num_tokens:,} tokens; {seconds} s)"
         common = [seed for seed in own if seed in reference and own is not reference]
-        own_scores, reference_scores = (pooled([of[seed] for seed in common], "distilled") for of in (own, reference))
-        for name, score in pooled(own.values(), "distilled").items():
+        rows[title] = (
+            pooled(own.values(), "distilled"),
+            pooled([reference[seed] for seed in common], "distilled") if common else None,
+        )
+        if all((run / "eval/control.json").exists() for run in own.values()):
+            rows[f"control of {arm}"] = (pooled(own.values(), "control"), None)
+    return f"{kept_by_column(teacher, rows)}\n\n{by_task(teacher, rows)}"
+
+
+Rows = Mapping[str, tuple[Scores, Scores | None]]
+"""Title -> scores, and those of the first arm over the same seeds."""
+
+
+def kept_by_column(teacher: Scores, rows: Rows) -> str:
+    """The mean share kept of the teacher's distance to chance, by column and over those outside the trained form."""
+    usable = [task for task in teacher.values() if not no_retention(task)]
+    columns = {name: even_weights(own) for name in COLUMNS if (own := [t for t in usable if t.column == name])}
+    columns["twin, out, public"] = even_weights([t for t in usable if t.column in HEADLINE], lambda task: task.column)
+    lines = [f"| arm | {' | '.join(columns)} | form gap |", f"|{' --- |' * (len(columns) + 2)}"]
+    for title, (own, first) in rows.items():
+        cells = [kept_text(teacher, own, weights, first) for weights in columns.values()]
+        twins = [task for task in own.values() if task.twin_of in own and task.higher_is_better]
+        gaps = [form_gap(own[task.twin_of], task).difference for task in twins]
+        lines.append(f"| {title} | {' | '.join(cells)} | {fmean(gaps):+.3f} |")
+    return "\n".join(lines)
+
+
+def kept_text(teacher: Scores, own: Scores, weights: Mapping[str, float], first: Scores | None) -> str:
+    """Mean share kept with its interval, and its distance to the first arm's."""
+    scales = {name: weight / (teacher[name].score - teacher[name].chance) for name, weight in weights.items()}
+    lost = summed_change(scales, teacher, own)
+    cell = f"{1 + lost.value:.2f} [{1 + lost.ci_low:.2f}, {1 + lost.ci_high:.2f}]"
+    if first is not None:
+        change = summed_change(scales, first, own)
+        cell += f"; {change.value:+.2f} [{change.ci_low:+.2f}, {change.ci_high:+.2f}]"
+    return cell
+
+
+def by_task(teacher: Scores, rows: Rows) -> str:
+    """Every task's score with its interval, and how far it is from the first arm's."""
+    titles = [f"{task.column or 'text'}: {name}" for name, task in teacher.items()]
+    lines = [f"| arm | {' | '.join(titles)} |", f"|{' --- |' * (len(titles) + 1)}"]
+    lines.append(f"| teacher | {' | '.join(f'{task.score:.3f}' for task in teacher.values())} |")
+    for title, (own, first) in rows.items():
+        cells = []
+        for name, score in own.items():
             cell = f"{score.score:.3f} [{score.ci_low:.3f}, {score.ci_high:.3f}]"
-            if len(own) > 1:
-                values = [scores(run, "distilled")[name].score for run in own.values()]
-                cell += f" ({min(values):.3f} to {max(values):.3f})"
-            kept = retention(teacher[name], score)
-            if kept.value is not None:
-                cell += f"; keeps {kept.value:.2f} [{kept.ci_low:.2f}, {kept.ci_high:.2f}]"
-            if common:
-                change = paired(reference_scores[name], own_scores[name])
+            if first is not None:
+                change = paired(first[name], score)
                 cell += f"; {change.difference:+.3f} [{change.ci_low:+.3f}, {change.ci_high:+.3f}]"
             cells.append(cell)
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -223,10 +294,6 @@ def pooled(runs: Iterable[Path], role: str) -> dict[str, TaskScore]:
         low, high = interval(task)
         by_task[name] = replace(task, ci_low=low, ci_high=high)
     return by_task
-
-
-def row(role: str, by_task: dict[str, TaskScore]) -> str:
-    return f"| {role} | {' | '.join(f'{score.score:.3f}' for score in by_task.values())} |"
 
 
 def scores(run_dir: Path, role: str) -> dict[str, TaskScore]:
