@@ -361,7 +361,8 @@ def dtype_of(contender: Contender, role: str) -> str:
         UserError: the checkpoint's config.json is not valid JSON.
     """
     asked = str(contender.run.evaluations[role].provenance.inputs.get("dtype", ABSENT))
-    config = contender.run.folder / ("distilled" if role == "distilled" else "student") / "config.json"
+    folder = {"control": "control/distilled", "distilled": "distilled"}.get(role, "student")
+    config = contender.run.folder / folder / "config.json"
     if asked not in ("stored", "auto") or not config.is_file():
         return asked
     try:

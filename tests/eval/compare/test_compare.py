@@ -35,12 +35,12 @@ from shoal.eval.compare.comparable import distinct_names
 from shoal.eval.compare.compare import Cell, RunComparison, compare_runs
 from shoal.eval.compare.data import as_data
 from shoal.eval.compare.page import comparison_text, pareto_panels, write_comparison
-from shoal.eval.compare.standings import mean_kept, standings, task_groups
+from shoal.eval.compare.standings import controls, mean_kept, standings, task_groups
 from shoal.figures.pareto import ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.figures.style import save_figure
 from shoal.stats.paired import Retention, form_gap, holm, interval, paired, retention
 
-SHARES = {"teacher": 0.9, "pruned": 0.4, "distilled": 0.7}
+SHARES = {"teacher": 0.9, "pruned": 0.4, "control": 0.95, "distilled": 0.7}
 INPUTS: dict[str, Any] = {
     "data": "text-1",
     "seed": 0,
@@ -124,12 +124,13 @@ def write_run(
     scores: Callable[[float], tuple[TaskScore, ...]] = tasks,
 ) -> Path:
     """A run directory whose teacher has 8 layers; ``change`` is made to every task's score."""
-    contents = {"teacher": teacher, "pruned": pruned or f"pruned-{layers}", "distilled": f"distilled-{folder.name}"}
+    contents = {"teacher": teacher, "pruned": pruned or f"pruned-{layers}"}
+    contents |= {role: f"{role}-{folder.name}" for role in ("control", "distilled")}
     versions, drop = ENVIRONMENT | (environment or {}), tuple(range(1, 9 - layers))
     for role in roles:
         share = distilled if role == "distilled" else SHARES[role]
         made = Provenance(INPUTS | {"model": contents[role]} | (inputs or {}), versions)
-        count = 8 if role == "teacher" else layers
+        count = 8 if role in ("teacher", "control") else layers
         found = tuple(map(change, scores(share)))
         Evaluation(made, role, found, count * 10**6, count, count * 2 * 10**6, 9.0).write(folder / f"eval/{role}.json")
     of_teacher = {"model": teacher}
@@ -281,6 +282,31 @@ def test_every_model_has_its_form_gap(columned: RunComparison) -> None:
         gap = form_gap(*in_columns(share)[:2])
         assert one.form is not None
         assert astuple(one.form) == pytest.approx((gap.difference, gap.ci_low, gap.ci_high))
+
+
+def test_a_control_tells_what_the_text_teaches_and_what_is_still_lost_by_column(tmp_path: Path) -> None:
+    roles = ("teacher", "pruned", "control", "distilled")
+    one = write_run(tmp_path / "one", scores=in_columns, roles=roles)
+    other = write_run(tmp_path / "other", scores=in_columns, distilled=0.6, layers=4)
+    comparison = compare_runs([one, other])
+    assert ("A", "control") in [(model.contender.letter, model.role) for model in comparison.models]
+    found = controls(comparison, task_groups(comparison))
+    assert list(found) == [("A", "form learnt"), ("A", "still lost")]
+    teacher, control, model = (in_columns(share)[1] for share in (0.9, 0.95, 0.7))
+    for what, before, after in (("form learnt", teacher, control), ("still lost", control, model)):
+        change, told = paired(before, after), found["A", what]["Twin forms"]
+        assert told is not None
+        assert astuple(told) == pytest.approx(
+            [x / teacher.score for x in (change.difference, change.ci_low, change.ci_high)]
+        )
+    text = comparison_text(comparison)
+    assert "A, form learnt (control − teacher)" in text
+    assert "A, still lost (distilled − control)" in text
+    assert "A control" in text
+    assert "control" not in [point.role for row in pareto_panels(comparison) for point in row[0].points]
+    assert "control against" not in text
+    assert as_data(comparison)["controls"][0]["what"] == "form learnt"
+    assert comparison.num_differences == 2 * len(comparison.tasks), "of cut models alone"
 
 
 def test_the_page_says_what_ranks_and_the_figure_what_its_axis_holds(columned: RunComparison) -> None:
