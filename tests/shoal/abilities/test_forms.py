@@ -12,6 +12,7 @@ from shoal.abilities import Item, items, training_texts
 from shoal.abilities.facts import RELATIONS
 from shoal.abilities.forms import FORMS, twin_wordings
 from shoal.abilities.item import Form
+from shoal.abilities.knowledge import FactForm
 from shoal.abilities.reasoning import spelled
 
 NAMES = [(ability, form.name) for ability, forms in FORMS.items() for form in forms]
@@ -106,12 +107,21 @@ def test_training_text_has_every_trained_form_and_no_twin() -> None:
     assert not [words for words in twin_wordings()["knowledge/paraphrases"] if re.search(pattern(words), text)]
 
 
+def test_text_of_one_form_has_the_first_alone() -> None:
+    text = "\n\n".join(training_texts(num_texts=200, seed=3, one_form=True))
+    for forms in FORMS.values():
+        found = [form.name for form in forms if any(re.search(tell, text) for tell in telling(form))]
+        assert found == [forms[0].name]
+
+
 def telling(form: Form) -> list[str]:
     """Patterns of the templates that are this form's own."""
     others = {text for forms in FORMS.values() for other in forms if other != form for text in other.templates}
     own = [text for text in form.templates if text not in others and len(re.sub(r"\{\w+\}|\W", "", text)) >= 4]
     if form.name == "statement":  # whose words are the relations' alone
         own = [relation.prompt.format("{subject}") for relation in RELATIONS.values()]
+    if form.name == "question" and isinstance(form, FactForm):  # stories are asked so too
+        own = [f"Question: {relation.question.format('{subject}')}\nAnswer:" for relation in RELATIONS.values()]
     if form.name == "record":
         own = [
             f"{relation.kinds[0].capitalize()}: {{subject}}\n{relation.kinds[1]}:" for relation in RELATIONS.values()
