@@ -6,5 +6,6 @@ means       over tasks, columns the same
 standings   of models, by column
 data        for scripts
 page        for readers
+figure      what is kept against costs
 ranking     of plans, before and after a heal
 """

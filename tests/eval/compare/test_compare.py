@@ -1,6 +1,6 @@
 """Runs side by side: only what was measured alike shares a table, and every number in it is the statistics' own.
 
-Covers: shoal.eval.compare.comparable, shoal.eval.compare.data, shoal.eval.compare.page,
+Covers: shoal.eval.compare.comparable, shoal.eval.compare.data, shoal.eval.compare.figure, shoal.eval.compare.page,
 shoal.eval.compare.standings, shoal.figures.pareto.
 """
 
@@ -34,7 +34,8 @@ from shoal.errors import UserError
 from shoal.eval.compare.comparable import distinct_names
 from shoal.eval.compare.compare import Cell, RunComparison, compare_runs
 from shoal.eval.compare.data import as_data
-from shoal.eval.compare.page import comparison_text, pareto_panels, write_comparison
+from shoal.eval.compare.figure import pareto_panels
+from shoal.eval.compare.page import comparison_text, write_comparison
 from shoal.eval.compare.standings import controls, mean_kept, standings, task_groups
 from shoal.figures.pareto import ParetoPanel, ParetoPoint, frontier, pareto_figure
 from shoal.figures.style import save_figure
