@@ -1,6 +1,7 @@
 """Text to measure and train on: sources, rows, conversations.
 
 sources        sources, tokenised and drawn by weight
+general_text   text that comes with Python and its packages
 packing        rows of one length
 chat           conversations
 contamination  evaluation items in training text

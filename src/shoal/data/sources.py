@@ -19,6 +19,7 @@ import torch
 
 from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.data.chat import Chat, chat_of, check_template, column_of, tokenised
+from shoal.data.general_text import docstrings, instructions, python_docs, readmes
 from shoal.data.packing import (
     COUNTS,
     FIELDS,
@@ -38,43 +39,6 @@ from shoal.recipe.section import TEACHER_TEXT, DataSource, Packing
 
 T = TypeVar("T")
 
-HELD_OUT_SHARE = 8
-"""Topics of Python's documentation per one that is kept for evaluation."""
-
-
-def python_docs(*, held_out: bool) -> list[str]:
-    """Python's documentation topics, split into training and held-out documents that share no paragraph.
-
-    Topics quote each other (`compound` contains `if`), so the split is by topic first, and then every paragraph that a
-    held-out document contains is taken out of the training documents.
-    """
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    ours = [name for name in names if int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0]
-    kept_back = {paragraph.strip() for name in ours for paragraph in topics[name].split("\n\n")}
-    if held_out:
-        return _without_repeats(topics[name].split("\n\n") for name in ours)
-    others = (
-        [p for p in topics[name].split("\n\n") if p.strip() not in kept_back] for name in names if name not in ours
-    )
-    return _without_repeats(others)
-
-
-def _without_repeats(documents: Any) -> list[str]:
-    """Documents joined from paragraphs, each paragraph only where it is first seen."""
-    seen: set[str] = set()
-    joined = []
-    for paragraphs in documents:
-        fresh = []
-        for paragraph in paragraphs:
-            if paragraph.strip() and paragraph.strip() not in seen:
-                seen.add(paragraph.strip())
-                fresh.append(paragraph)
-        if fresh:
-            joined.append("\n\n".join(fresh))
-    return joined
-
 
 def ability_texts() -> list[str]:
     """Prompts with answers of the three abilities, from the items that evaluation never sees."""
@@ -86,6 +50,9 @@ def ability_texts() -> list[str]:
 BUNDLED: dict[str, Callable[[], list[str]]] = {
     "python_docs": lambda: python_docs(held_out=False),
     "python_docs_heldout": lambda: python_docs(held_out=True),
+    "docstrings": docstrings,
+    "readmes": readmes,
+    "instructions": instructions,
     "ability_texts": ability_texts,
 }
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}

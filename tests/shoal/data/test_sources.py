@@ -26,7 +26,6 @@ from shoal.data.sources import (
     first_tokens,
     load_texts,
     pack,
-    python_docs,
     sources_fingerprint,
     texts_fingerprint,
 )
@@ -40,24 +39,7 @@ EOS = 257
 # --- sources
 
 
-def paragraphs(documents: list[str]) -> set[str]:
-    return {paragraph.strip() for text in documents for paragraph in text.split("\n\n")}
-
-
-def test_python_docs_train_and_held_out_share_no_paragraph() -> None:
-    train, held_out = python_docs(held_out=False), python_docs(held_out=True)
-    assert not paragraphs(train) & paragraphs(held_out)
-    assert sum(map(len, train)) > 200_000
-    assert sum(map(len, held_out)) > 20_000
-    assert all(text.strip() for text in train + held_out)
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_python_docs_repeat_no_paragraph(held_out: bool) -> None:
-    found = [p.strip() for text in python_docs(held_out=held_out) for p in text.split("\n\n") if p.strip()]
-    assert len(found) == len(set(found))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_source_is_the_same_every_time(name: str) -> None:
     texts = load_texts(DataSource(name))

@@ -1,0 +1,222 @@
+"""Text that comes with Python and its packages: prose, each paragraph once, and nothing that evaluation asks for."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from shoal.abilities import GENERATORS
+from shoal.abilities.forms import twin_wordings
+from shoal.data import general_text
+from shoal.data.contamination import find_overlap
+from shoal.data.general_text import PACKAGES, QUESTIONS, docstrings, instructions, python_docs, readmes
+from shoal.errors import UserError
+from shoal.eval.harness.item_texts import item_texts
+from shoal.eval.tasks.load import load_tasks
+from shoal.eval.tasks.names import described_tasks, task_folders
+
+ROOT = Path(__file__).parents[3]
+GENERAL = {"docstrings": docstrings, "readmes": readmes, "instructions": instructions}
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, list[str]]:
+    return {name: read() for name, read in GENERAL.items()}
+
+
+def paragraphs(documents: list[str]) -> list[str]:
+    """All paragraphs, without their line breaks."""
+    found = [" ".join(paragraph.split()) for text in documents for paragraph in text.split("\n\n")]
+    return [paragraph for paragraph in found if paragraph]
+
+
+def test_python_docs_train_and_held_out_share_no_paragraph() -> None:
+    train, held_out = python_docs(held_out=False), python_docs(held_out=True)
+    assert not set(paragraphs(train)) & set(paragraphs(held_out))
+    assert sum(map(len, train)) > 200_000
+    assert sum(map(len, held_out)) > 20_000
+    assert all(text.strip() for text in train + held_out)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_python_docs_repeat_no_paragraph(held_out: bool) -> None:
+    found = [p.strip() for text in python_docs(held_out=held_out) for p in text.split("\n\n") if p.strip()]
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "documents", "characters"), [("docstrings", 500, 1e6), ("readmes", 20, 4e4)])
+def test_there_is_as_much_text_as_the_documentation_says(texts, name: str, documents: int, characters: float) -> None:
+    assert len(texts[name]) > documents
+    assert sum(map(len, texts[name])) > characters
+
+
+@pytest.mark.slow
+def test_no_paragraph_is_held_out_or_stands_twice(texts) -> None:
+    held_out = set(paragraphs(python_docs(held_out=True)))
+    for name in ("docstrings", "readmes"):
+        found = [re.sub(r"^[\w.]+: ", "", paragraph) for paragraph in paragraphs(texts[name])]
+        assert not set(found) & held_out, name
+        assert len(found) == len(set(found)), name
+    answers = [text.split("\n\n", 1)[1] for text in texts["instructions"]]
+    assert not set(answers) & held_out
+    assert len(answers) == len(set(answers))
+
+
+def test_what_is_held_out_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept_back = next(p for p in paragraphs(python_docs(held_out=True)) if general_text._prose(p) and len(p) > 150)
+    source = f'"""{kept_back}"""\n\ndef f():\n    """{kept_back}\n\n    {"And what nobody held back. " * 8}"""\n'
+    with_library(monkeypatch, tmp_path, {"a.py": source})
+    assert docstrings() == [f"f: {('And what nobody held back. ' * 8).strip()}"]
+
+
+@pytest.mark.slow
+def test_no_item_of_a_bundled_task_stands_in_the_text(texts) -> None:
+    described, _ = described_tasks(task_folders(None))
+    parts = {
+        part.name: name for name, (part, _) in described.items() if part.data.bundled
+    }  # all protocols ask the same
+    assert {described[name][0].data.bundled for name in parts.values()} >= {*GENERATORS, "python_docs_heldout"}
+    tasks = load_tasks([*parts.values()])
+    items = item_texts(tasks, {name: len(task.eval_docs) for name, task in tasks.items()})
+    found = find_overlap(items, (text for documents in texts.values() for text in documents))
+    assert {task: overlap.examples for task, overlap in found.items() if overlap.found} == {}
+
+
+@pytest.mark.slow
+def test_the_text_does_not_name_this_machine(texts) -> None:
+    places = (str(Path.home()), sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"])
+    for name, documents in texts.items():
+        assert not [text for text in documents for place in places if place in text], name
+
+
+@pytest.mark.slow
+def test_instructions_are_thousands_of_questions_about_public_names(texts) -> None:
+    wordings = [re.escape(wording).replace(r"\{\}", r"`([\w.]+)`(?: of \w+)?") for wording in QUESTIONS]
+    asked = [[re.fullmatch(w, text.split("\n\n")[0]) for w in wordings] for text in texts["instructions"]]
+    assert len(asked) > 5000
+    for of_text in asked:
+        (found,) = filter(None, of_text)
+        assert "._" not in f".{found[1]}"
+    shares = [sum(bool(of_text[index]) for of_text in asked) / len(asked) for index in range(len(wordings))]
+    assert min(shares) > 0.5 / len(wordings)
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "prose"),
+    [
+        ("Return the mean of\nall numbers that are there.", "Return the mean of all numbers that are there."),
+        (
+            "See :func:`~numpy.mean` for the arithmetic mean\nof an ``array`` of numbers [1]_ along an axis.",
+            "See `numpy.mean` for the arithmetic mean of an `array` of numbers along an axis.",
+        ),
+        ("Notes\n-----\nThe *sum* is **never** taken.", "The sum is never taken."),
+        ("It is in `the guide <x.html>`_ and in [our page](y.html).", "It is in the guide and in our page."),
+        (
+            "A [`~trainer.Trainer`] takes a model and a tokenizer.",
+            "A `trainer.Trainer` takes a model and a tokenizer.",
+        ),
+        ("`open` gives a file that has been opened.", "`open` gives a file that has been opened."),
+        ("Parameters\n----------\nx : float\n    The number that is taken.", ""),
+        ("Args:\n    x: The number that is taken.", ""),
+        ("x : the number that is taken.", ""),
+        ("Example: the number that is taken.", ""),
+        (">>> take(1)\n1.", ""),
+        ("- one thing that is there.", ""),
+        (".. versionadded:: 3.2 and after that.", ""),
+        ("the number of all that is there.", ""),
+        ("What comes behind a colon is this:", ""),
+        ("See https://example.org for all of it.", ""),
+        ("THIS SOFTWARE IS PROVIDED AS IT IS.", ""),
+        ("Takes 1 or 2 and 3 or 4 or 56 of 78.", ""),
+        ("Return self.", ""),
+    ],
+)
+def test_prose_is_told_from_everything_else(paragraph: str, prose: str) -> None:
+    assert general_text._prose(paragraph) == prose
+
+
+LONG = "This function does what its name says, and it does so for every argument that it is given by whoever calls it."
+MORE = "Whatever is put into it stays there until somebody takes it out."
+SOURCE = f'''"""{LONG}
+
+More about the module.
+"""
+
+raise SystemExit("imported")
+
+
+class Box:
+    """A box for many things. {LONG}"""
+
+    def put(self, thing):
+        """Put a thing into the box, on top of everything that has been in it before.
+
+        {LONG}
+
+        {MORE}
+
+        Args:
+            thing: What is put.
+        """
+
+    def _shake(self):
+        """Shake the box until nothing in it stands where it has been. {LONG}"""
+
+    def take(self):
+        """Too short."""
+'''
+
+
+def with_library(monkeypatch: pytest.MonkeyPatch, folder: Path, files: dict[str, str]) -> None:
+    """Python's library is these files, and no package is installed."""
+    for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source, encoding="utf-8")
+    monkeypatch.setattr(general_text, "PACKAGES", {})
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(folder)})
+    monkeypatch.setattr(general_text, "_documented", general_text._documented.__wrapped__)
+
+
+def test_sources_are_read_and_not_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = SOURCE.replace(LONG, "What a test says is of no use to anybody who wants to learn how people write. " * 3)
+    broken = f'"""{LONG} {LONG}"""\nprint "2"\n'
+    files = {"b/box.py": SOURCE, "b/tests/x.py": other, "b/_inner/x.py": other, "not-a-name/x.py": other}
+    with_library(monkeypatch, tmp_path, {**files, "broken.py": broken})
+    (document,) = docstrings()
+    assert document.split("\n\n") == [
+        f"{LONG}",
+        "More about the module.",
+        f"Box: A box for many things. {LONG}",
+        "Box.put: Put a thing into the box, on top of everything that has been in it before.",
+        MORE,
+        f"Box._shake: Shake the box until nothing in it stands where it has been. {LONG}",
+    ]
+    asked = dict(text.split("\n\n") for text in instructions())
+    assert [re.findall("`(.*)`", question) for question in asked] == [["b.box.Box"], ["b.box.Box.put"]]
+    assert list(asked.values()) == [
+        f"A box for many things. {LONG}",
+        f"Put a thing into the box, on top of everything that has been in it before. {LONG} {MORE}",
+    ]
+
+
+def test_a_machine_without_any_text_is_told_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_library(monkeypatch, tmp_path, {"a.py": "x = 1\n"})
+    for name, read in GENERAL.items():
+        with pytest.raises(UserError, match=rf"data '{name}': .* hold no text on this machine; install shoal's"):
+            read()
+
+
+def test_no_question_is_worded_like_a_twin() -> None:
+    twins = [text for texts in twin_wordings().values() for text in texts if isinstance(text, str)]
+    for question in QUESTIONS:
+        assert not [twin for twin in twins for part in question.split("{}") if len(part) > 4 and part in twin]
+
+
+def test_only_what_shoal_depends_on_is_read() -> None:
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert set(PACKAGES) <= {re.findall(r"[\w.-]+", each)[0] for each in wanted}
