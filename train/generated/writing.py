@@ -301,7 +301,8 @@ def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
 
 def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> list[list[int]]:
     # ability prompts make it state facts of the kinds that evaluation asks for
-    others = [source for source in data if source.path not in (TEACHER_TEXT, "ability_texts") and not source.is_chat]
+    unfit = (TEACHER_TEXT, "ability_texts", "ability_texts_one_form")
+    others = [source for source in data if source.path not in unfit and not source.is_chat]
     if not others:
         raise UserError(
             f"distill.data: {TEACHER_TEXT!r} needs a source of prose beside it to take openings from, or "

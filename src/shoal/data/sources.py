@@ -40,11 +40,11 @@ from shoal.recipe.section import TEACHER_TEXT, DataSource, Packing
 T = TypeVar("T")
 
 
-def ability_texts() -> list[str]:
+def ability_texts(*, one_form: bool) -> list[str]:
     """Prompts with answers of the three abilities, from the items that evaluation never sees."""
     from shoal.abilities import training_texts
 
-    return training_texts(num_texts=4000, seed=0)
+    return training_texts(num_texts=4000, seed=0, one_form=one_form)
 
 
 BUNDLED: dict[str, Callable[[], list[str]]] = {
@@ -53,7 +53,8 @@ BUNDLED: dict[str, Callable[[], list[str]]] = {
     "docstrings": docstrings,
     "readmes": readmes,
     "instructions": instructions,
-    "ability_texts": ability_texts,
+    "ability_texts": lambda: ability_texts(one_form=False),
+    "ability_texts_one_form": lambda: ability_texts(one_form=True),
 }
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 """File ending -> its reader in `datasets`; a .txt file is one document, which `datasets` would cut into lines."""
