@@ -37,8 +37,8 @@ def write_results(
 ) -> None:
     """Write distilled/ from the last state, or from the best that ``watcher`` has kept, then distill.json.
 
-    Every rank calls this. ``spec.student`` is the checkpoint that training began with; ``overlap`` are evaluation items
-    in the training text.
+    Every rank calls this. ``spec.student`` is the checkpoint that training began with; ``overlap`` is what of
+    evaluation stands in the training text.
     """
     student = trainer.objective.student
     settings: dict[str, Any] = {

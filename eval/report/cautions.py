@@ -42,6 +42,7 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
     cautions = (
         *_settings(run, comparison),
         *_overlap(run),
+        *_twin_wording(run),
         *_learnt_form(run, comparison.rows),
         *_protocols(comparison.rows),
         *_written_text(comparison.rows),
@@ -52,7 +53,8 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         return Section(title, (Cautions(cautions),))
     text = (
         "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
-        "items, too few items, tasks at chance, protocols that disagree, generated text without a readable answer."
+        "items or the wording of twins, too few items, tasks at chance, protocols that disagree, generated text "
+        "without a readable answer."
     )
     return Section(title, (Paragraph(text),))
 
@@ -102,6 +104,23 @@ def _overlap(run: Run) -> Iterator[Caution]:
     elif foreign := _foreign(run):
         told = "; ".join(foreign)
         yield Caution(about, f"It was not checked whether training text and evaluation items overlap for: {told}.")
+
+
+def _twin_wording(run: Run) -> Iterator[Caution]:
+    """Forms that no training text may have, and this one has."""
+    wording = (run.training.data.get("wording") or {}) if run.training else {}
+    if found := {form: told for form, told in wording.items() if told["found"]}:
+        yield Caution(
+            "Wording of twins in training text",
+            f"The wording of {listed(found)} stands in {_searched(run)}: scores in such a form may flatter.",
+            (
+                *(
+                    f"{form}: found in documents: {told['found']:,}, one with “{told['places'][0]['excerpt']}”."
+                    for form, told in found.items()
+                ),
+                "A twin tells the ability from its form only where no training text has that form.",
+            ),
+        )
 
 
 def disjointness(run: Run) -> str | None:

@@ -57,7 +57,8 @@ class Form:
     def templates(self) -> tuple[str, ...]:
         """Every template of the form."""
         values = [getattr(self, field.name) for field in fields(self) if field.name != "name"]
-        return tuple(text for value in values for text in (value if isinstance(value, tuple) else (value,)) if text)
+        texts = (text for value in values for text in (value if isinstance(value, tuple) else (value,)))
+        return tuple(text for text in texts if text and isinstance(text, str))
 
 
 F = TypeVar("F", bound=Form)

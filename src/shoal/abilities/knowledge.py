@@ -109,7 +109,7 @@ def stated_facts(split: str) -> list[str]:
     return [fact.context + fact.options[fact.answer] for fact in facts]
 
 
-def _examples(relation: str, subject: str) -> list[tuple[str, str]]:
+def examples_of(relation: str, subject: str | None) -> list[tuple[str, str]]:
     """Two facts of the training split, others than that of ``subject``: what may be shown is no answer."""
     others = [pair for pair in facts_in("train", relation) if pair[0] != subject]
     return sorted(others, key=lambda pair: digest("example", relation, pair[0]))[:NUM_EXAMPLES]
@@ -122,7 +122,7 @@ def make_fact(split: str, relation: str, subject: str, target: str, *, form: Fac
     others.sort(key=lambda other: digest("wrong", relation, subject, other))
     item = build_item(
         "knowledge",
-        form.asked(asked, subject, _examples(relation, subject)),
+        form.asked(asked, subject, examples_of(relation, subject)),
         gold=form.answered(asked, target),
         wrong=[form.answered(asked, other) for other in others[: NUM_OPTIONS - 1]],
         position=int(digest("position", relation, subject)[:8], 16),

@@ -5,5 +5,6 @@ general_text   text that comes with Python and its packages
 packing        rows of one length
 chat           conversations
 contamination  evaluation items in training text
+wording        wording of evaluation forms in training text
 repetition     whether a text ends in one
 """

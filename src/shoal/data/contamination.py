@@ -54,8 +54,8 @@ def find_overlap(
     lengths = sorted({len(gram) for gram in owners})
     known = {n: np.unique(np.array([_hash(gram) for gram in owners if len(gram) == n], np.uint64)) for n in lengths}
     hits: dict[str, set[int]] = {task: set() for task in tasks}
-    for words in _blocks(documents) if owners else ():
-        for gram in _shared(words, known):
+    for words in _blocks(documents):
+        for gram in _shared(words, known) if known else ():
             for task, index in owners.get(gram, ()):
                 hits[task].add(index)
     return {

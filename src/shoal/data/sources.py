@@ -64,6 +64,8 @@ CHARACTERS_PER_TOKEN = 16
 """Characters: more than any tokenizer puts into a token of prose on average."""
 BORDER_TOKENS = 64
 """Tokens at the end of a beginning that may be others where the text goes on."""
+JOINED_ROWS = 16
+"""Rows of one document that are put together again at a time: a book is not held as a whole."""
 AT_ONCE = 256
 CHARACTERS_AT_ONCE = 4_000_000
 """Most documents and characters tokenised together: fast tokenizers work through a list with all cores."""
@@ -460,13 +462,28 @@ def _texts(items: Iterable[str | Chat], tokenizer: Any, enough: int | None) -> I
             yield whole, np.ones(len(whole), bool)
 
 
-def row_texts(rows: PackedRows, tokenizer: Any, *, max_tokens: int | None = None) -> Iterator[str]:
-    """What is in the first rows, document by document, decoded; None = in all of them."""
-    last = len(rows) if max_tokens is None else math.ceil(max_tokens / rows.input_ids_NS.shape[1])
-    for ids, positions in zip(rows.input_ids_NS[:last], rows.position_ids_NS[:last], strict=True):
-        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-        pieces = [ids[start:end].tolist() for start, end in itertools.pairwise(borders)]
-        yield from tokenizer.batch_decode(pieces, skip_special_tokens=True)
+def row_texts(rows: PackedRows, tokenizer: Any, *, max_tokens: int | None = None) -> Iterator[tuple[int, str]]:
+    """What is in the first rows, document by document, with the row where each begins; None = in all of them.
+
+    A document that rows split is put together again, JOINED_ROWS rows at a time, the last of which comes twice.
+    """
+    length = rows.input_ids_NS.shape[1]
+    last = len(rows) if max_tokens is None else math.ceil(max_tokens / length)
+    is_split = any(counts["split"] for counts in rows.counts.values())
+    held: list[int] = []
+    begun = 0
+    for row, (ids, positions) in enumerate(zip(rows.input_ids_NS[:last], rows.position_ids_NS[:last], strict=True)):
+        borders = [*(positions == 0).nonzero().flatten().tolist(), length]
+        for start, end in itertools.pairwise(borders):
+            piece = ids[start:end].tolist()
+            goes_on = is_split and start == 0 and held[-1:] not in ([], [tokenizer.eos_token_id])
+            if not goes_on or len(held) > JOINED_ROWS * length:
+                if held:
+                    yield begun, tokenizer.decode(held, skip_special_tokens=True)
+                held, begun = (held[-length:], row - 1) if goes_on else ([], row)
+            held += piece
+    if held:
+        yield begun, tokenizer.decode(held, skip_special_tokens=True)
 
 
 def sources_fingerprint(sources: Sequence[DataSource]) -> str:

@@ -183,7 +183,7 @@ class Distill(Section):
     """split: what does not fit a row goes on in the next as a document of its own. best_fit: documents stay whole, what
     is longer than a row is cut, and rows are padded."""
     overlap: Annotated[bool, Shapes.NOTHING] = True
-    """Look for evaluation items in the training text, and report how many there are."""
+    """Look for evaluation items and for the wording of twin forms in the training text, and report what is there."""
     losses: Annotated[tuple[LossTerm, ...], Shapes.TRAINING] = (ForwardKL(),)
     trainable: Annotated[Trainable, Shapes.TRAINING] = "all"
     """Weights that are trained: everything; all but embeddings and head; the layers from the first cut up, with the

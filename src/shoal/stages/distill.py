@@ -8,22 +8,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.abilities.forms import twin_wordings
 from shoal.artifacts.artifact import PruningPlan, Training, differences
-from shoal.data.contamination import as_data, find_overlap
+from shoal.data import contamination, wording
 from shoal.data.packing import PackedRows
-from shoal.data.sources import check_source, row_texts, sources_fingerprint
+from shoal.data.sources import BUNDLED, check_source, load_texts, row_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
+from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
 from shoal.runtime import device, seed_everything
 from shoal.stages.prune import choose_plan, read_importance, read_plan
 from shoal.stages.run import Run, check_length, is_done
@@ -33,7 +34,9 @@ log = logging.getLogger(__name__)
 
 RECORDING = "recording.json"
 OVERLAP_TOKENS = 50_000_000
-"""So much of the training text is searched for evaluation items at most: minutes, not hours."""
+"""So much of the training text is searched for evaluation items and wording at most: minutes, not hours."""
+PLACES_TOLD = 3
+"""Places of one form's wording that the log tells; distill.json has more."""
 
 
 def record(run: Run) -> None:
@@ -197,7 +200,7 @@ def check_distill(run: Run) -> None:
     """Refuse what training would refuse, before anything is measured, cut or launched.
 
     Raises:
-        UserError: impossible layers, unknown tasks, and what the checks below do.
+        UserError: impossible layers, unknown tasks, bundled text with a twin's wording, and what the checks below do.
     """
     from shoal.compress.plan import check_choice
     from shoal.eval.evaluate import num_items
@@ -215,7 +218,26 @@ def check_distill(run: Run) -> None:
             distill = recipe.distill
             check_source(source, tokenizer, sequence_length=distill.sequence_length, packing=distill.packing)
     if recipe.distill.overlap:
+        for source in recipe.distill.data:
+            if source.path in BUNDLED:
+                refuse_twin_wording(source.path)
         num_items(tasks_of(recipe.eval), recipe.eval)
+
+
+@cache
+def refuse_twin_wording(name: str) -> None:
+    """Refuse bundled text that holds the wording of a twin, which no training text may have.
+
+    Raises:
+        UserError: it does.
+    """
+    for form, found in wording.find_wording(twin_wordings(), enumerate(load_texts(DataSource(name)))).items():
+        if found.places:
+            raise UserError(
+                f"distill.data {name}: document {found.places[0].number} holds the wording of the form {form} "
+                f"({found.places[0].excerpt!r}), in which twin tasks are asked and no training text may be; take the "
+                "source out, or change its text or the form in shoal.abilities"
+            )
 
 
 def check_training_settings(recipe: Recipe) -> None:
@@ -264,7 +286,8 @@ def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTraine
 
 
 def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None:
-    """What looks for evaluation items in training rows, by task; None where the recipe does not want it."""
+    """What looks for evaluation items, by task, and for the wording of twins in training rows; None where the recipe
+    does not want it."""
     from shoal.eval.evaluate import num_items
     from shoal.eval.harness.item_texts import item_texts
     from shoal.eval.tasks.load import tasks_of
@@ -275,11 +298,32 @@ def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], di
 
     def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         tasks = tasks_of(settings)
-        documents = row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS)
-        overlaps = find_overlap(item_texts(tasks, num_items(tasks, settings)), documents)
+        items = item_texts(tasks, num_items(tasks, settings))
+        twins = {name for name, task in tasks.items() if (task.config.metadata or {}).get("column") == "twin"}
+        own = {name: wording.shared_wording(items[name]) for name in twins}  # nothing where items have several forms
+        looked_for = wording.WordingSearch(twin_wordings() | own)
+        texts = looked_for.passing(row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS))
+        overlaps = contamination.find_overlap(items, texts)
         if some := [f"{each.found} of {each.compared} of {task}" for task, each in overlaps.items() if each.found]:
             log.warning("evaluation items stand in the training text: %s; their scores may flatter", ", ".join(some))
-        searched = min(rows.input_ids_NS.numel(), OVERLAP_TOKENS)
-        return {"overlap": as_data(overlaps), "tokens_searched_for_overlap": searched}
+        if found := [_told(form, each) for form, each in looked_for.result.items() if each.found]:
+            sources = [name for name in rows.counts if name not in BUNDLED] or rows.counts
+            log.warning(
+                "the wording of twin forms stands in the training text of %s: %s; scores in these forms may flatter, "
+                "as twins tell what is learnt only where no training text has their form; take such text out",
+                ", ".join(sources),
+                "; ".join(found),
+            )
+        return {
+            "overlap": contamination.as_data(overlaps),
+            "wording": wording.as_data(looked_for.result),
+            "tokens_searched_for_overlap": min(rows.input_ids_NS.numel(), OVERLAP_TOKENS),
+        }
 
     return search
+
+
+def _told(form: str, found: wording.Wording) -> str:
+    """How often and where a form's wording was found."""
+    places = ", ".join(f"row {place.number}: {place.excerpt!r}" for place in found.places[:PLACES_TOLD])
+    return f"{form} (documents: {found.found}; {places}{', ...' * (found.found > PLACES_TOLD)})"

@@ -434,6 +434,26 @@ def test_overlap_of_training_and_evaluation_is_stated(
     assert said in told(tmp_path)
 
 
+def test_wording_of_twins_in_training_text_is_a_caution_with_a_place(tmp_path: Path) -> None:
+    wording = {
+        "retrieval/letter": {"found": 1200, "places": [{"number": 7, "excerpt": "Dear Tom, you asked"}]},
+        "retrieval/arrows": {"found": 0, "places": []},
+    }
+    write_run(tmp_path)
+    about = "scores in such a form may flatter"
+    assert about not in told(tmp_path)
+    data = {**read("my.jsonl", mmlu=0), "wording": wording}
+    replace(training(), data=data).write(tmp_path / "distill.json")
+    text = told(tmp_path)
+    assert "The wording of retrieval/letter stands in the first 5,000 tokens of the training text" in text
+    assert about in text
+    assert "retrieval/letter: found in documents: 1,200, one with “Dear Tom, you asked”" in text
+    assert "Wording of twins in the training text" in text
+    wording["retrieval/letter"]["found"] = 0
+    replace(training(), data=data).write(tmp_path / "distill.json")
+    assert about not in told(tmp_path)
+
+
 @pytest.mark.slow
 def test_report_repeats_byte_for_byte(tmp_path: Path) -> None:
     write_run(tmp_path)

@@ -84,6 +84,12 @@ def test_the_wording_that_all_items_of_a_task_share_is_no_overlap() -> None:
     assert find_overlap({"t": items[:COMMON]}, [frame])["t"].found == COMMON
 
 
+def test_all_documents_are_asked_for_where_there_is_nothing_to_find() -> None:
+    documents = iter(["one", "two"])
+    assert find_overlap({"t": [""]}, documents)["t"].compared == 0
+    assert next(documents, None) is None  # who else looks at them as they pass has seen all
+
+
 def test_tasks_are_counted_apart_and_kept_as_json() -> None:
     one, other = " ".join(sentence(1, 20)), " ".join(sentence(2, 20))
     found = find_overlap({"a": [one, other], "b": [other], "empty": []}, [f"see {other}"])
@@ -111,8 +117,9 @@ def test_packed_rows_are_looked_through_as_they_are_trained_on() -> None:
         num_tokens=512,
         seed=0,
     )
-    assert {"something else", f"so {item} it is"} <= set(row_texts(rows, tiny_tokenizer()))
-    assert find_overlap({"t": [item, "five other words of nothing"]}, row_texts(rows, tiny_tokenizer()))["t"].found == 1
+    texts = [text for _, text in row_texts(rows, tiny_tokenizer())]
+    assert {"something else", f"so {item} it is"} <= set(texts)
+    assert find_overlap({"t": [item, "five other words of nothing"]}, texts)["t"].found == 1
 
 
 def test_items_of_tasks_are_their_questions_with_the_right_answer() -> None:

@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_checkpoint
+from tiny import tiny_checkpoint, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from shoal.artifacts.artifact import Importance, Provenance, PruningPlan, Training
+from shoal.data.sources import BUNDLED, pack
 from shoal.errors import UserError
 from shoal.recipe.recipe import parse_recipe
+from shoal.recipe.section import DataSource
 from shoal.stages import distill, evaluate, measure, preflight
 from shoal.stages import prune as pruning
 from shoal.stages.run import Run, locked, open_run, write_story
@@ -506,3 +508,72 @@ def test_a_limit_of_a_task_that_is_not_asked_is_refused_before_anything_is_measu
     run = make_run(eval={"tasks": ["shoal_retrieval"], "limits": {"knowledge_continuation": 3}})
     with pytest.raises(UserError, match=r"eval.limits: 'knowledge_continuation' is not among .*eval.limits=\{\}"):
         preflight.preflight(run)
+
+
+PLANTED = "Dear Tom, you asked me for the numbers of all places. For the lake it is 1234. Yours, Ann"
+OWN_TWIN = """\
+dataset: mine
+about: mine
+ability: retrieval
+column: twin
+items: test.jsonl
+question: "{{word}}"
+context: "A stranger whispers {{word}} and waits for your reply:"
+answers: "[reply]"
+protocols: [generation]
+"""
+
+
+def test_bundled_text_with_the_wording_of_a_twin_is_refused_before_anything_is_measured(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(BUNDLED, "planted", lambda: ["All is well.", f"So it goes. {PLANTED}"])
+    told = r"distill.data planted: document 1 holds the wording of the form retrieval/letter \('Dear Tom, you asked me"
+    with pytest.raises(UserError, match=told):
+        distill.check_distill(make_run(distill={"data": ["python_docs", "planted"]}))
+    distill.check_distill(make_run(distill={"data": ["python_docs", "planted"], "overlap": False}))
+
+
+@pytest.mark.slow
+def test_wording_of_twins_in_training_rows_is_told_with_its_places(
+    make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN_TWIN)
+    (tmp_path / "mine").mkdir()
+    rows = [{"word": f"w{number}", "reply": f"r{number}"} for number in range(9)]
+    (tmp_path / "mine" / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tasks = ["mine_generation", "knowledge_continuation", "retrieval_twin_generation"]
+    settings = {"tasks": tasks, "limit": 20, "include_path": str(tmp_path), "data_dir": str(tmp_path)}
+    search = distill._search_rows(make_run(eval=settings))
+    assert search is not None
+    own = "A STRANGER whispers hello\nand waits for your reply: no"
+    documents = ["All is well. " * 40, PLANTED, own, "All is well.", PLANTED.upper()]
+    packed = pack(
+        [(DataSource("my.jsonl"), documents)],
+        tiny_tokenizer(),
+        sequence_length=64,
+        num_tokens=900,
+        seed=0,
+        packing="split",
+    )
+    told = search(packed, tiny_tokenizer())
+    assert told["overlap"].keys() == set(tasks)
+    assert told["tokens_searched_for_overlap"] == packed.input_ids_NS.numel()
+    wording = told["wording"]
+    assert {form: each["found"] for form, each in wording.items() if each["found"]} == {
+        "retrieval/letter": 2,
+        "mine_generation": 1,
+    }
+    assert {"retrieval/arrows", "reasoning/dialogue", "knowledge/known"} < wording.keys()
+    assert "retrieval_twin_generation" not in wording  # its forms are there by their names
+    place = wording["mine_generation"]["places"][0]
+    assert place["excerpt"] == "and waits for your reply: no"
+    assert "twin forms stands in the training text of my.jsonl: " in caplog.text
+    assert "retrieval/letter (documents: 2; row " in caplog.text
+    assert f"mine_generation (documents: 1; row {place['number']}: 'and waits for your" in caplog.text
+    caplog.clear()
+    clean = pack(
+        [(DataSource("x"), ["All is well. "] * 3)], tiny_tokenizer(), sequence_length=64, num_tokens=90, seed=0
+    )
+    assert not any(each["found"] for each in search(clean, tiny_tokenizer())["wording"].values())
+    assert "wording of twin" not in caplog.text
