@@ -17,6 +17,7 @@ from shoal.errors import UserError
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.section import Shapes, shaping_keys
 from shoal.stats.paired import SAME_MEASUREMENT, paired, require_same_measurement
+from shoal.task_words import COLUMNS
 
 from ..report.findings import Run, read_run
 
@@ -57,7 +58,7 @@ class Common:
     """What can be compared."""
 
     tasks: tuple[str, ...]
-    """Names of the tasks, by ability in the order of the first run."""
+    """Names of the tasks, by column and then by ability in the order of the first run."""
     left_out: tuple[str, ...]
     """Sentences that say why a task is not among them."""
     precision: str = ""
@@ -203,14 +204,11 @@ def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]
         for role, evaluation in contender.run.evaluations.items()
     }
     by_letter = {contender.letter: contender for contender in contenders}
-    abilities = {
-        task.task: task.ability
-        for c in contenders
-        for evaluation in c.run.evaluations.values()
-        for task in evaluation.tasks
+    tasks = {
+        task.task: task for c in contenders for evaluation in c.run.evaluations.values() for task in evaluation.tasks
     }
     shared, left_out = [], []
-    for task in abilities:
+    for task in tasks:
         lacking = [str(by_letter[letter].file(role)) for (letter, role), known in names.items() if task not in known]
         if lacking:
             rest = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
@@ -220,8 +218,10 @@ def _shared_tasks(contenders: Sequence[Contender]) -> tuple[list[str], list[str]
     if not shared:
         sets = [f"{c.run.folder}: {', '.join(dict.fromkeys(_tasks_of(c))) or 'none'}" for c in contenders]
         raise UserError("compare: no task was evaluated in all of these runs\n" + "\n".join(sets))
-    order = list(dict.fromkeys(abilities[task] for task in shared))
-    return sorted(shared, key=lambda task: order.index(abilities[task])), left_out
+    abilities = list(dict.fromkeys(tasks[task].ability for task in shared))
+    columns = (*COLUMNS, "")
+    order = {task: (columns.index(tasks[task].column), abilities.index(tasks[task].ability)) for task in shared}
+    return sorted(shared, key=order.__getitem__), left_out
 
 
 def _tasks_of(contender: Contender) -> Iterator[str]:

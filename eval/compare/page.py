@@ -104,23 +104,28 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
     first = comparison.contenders[0].letter
     compared = [model for model in comparison.models if any(cell.difference for cell in model.cells)]
     for model in sorted(compared, key=lambda model: model.role != "distilled"):
+        dtypes = {dtype_of(contender, model.role) for contender in (model.contender, comparison.contenders[0])}
+        against = f"{model.contender.letter} {model.role} against {first} {model.role}"
+        against += ", in another precision" if len(dtypes) > 1 else ""
         cells = [cell for cell in model.cells if cell.score.task not in comparison.silent]
-        by_verdict = {verdict: [cell for cell in cells if cell.verdict == verdict] for verdict in ("better", "worse")}
-        unclear = sum(cell.verdict == "unclear" for cell in cells)
-        parts = [
-            f"{verdict} on {tasks_text([cell.score for cell in some])}" for verdict, some in by_verdict.items() if some
-        ]
-        if unclear:
-            parts.append(f"no clear difference on {unclear} of {len(cells)} {'task' if len(cells) == 1 else 'tasks'}")
-        if parts:
-            dtypes = {dtype_of(contender, model.role) for contender in (model.contender, comparison.contenders[0])}
-            against = f"{model.contender.letter} {model.role} against {first} {model.role}"
-            yield f"{against}{', in another precision' if len(dtypes) > 1 else ''}: {'; '.join(parts)}."
+        trained = [cell for cell in cells if cell.score.column == "in"]
+        for where, own in (("", [c for c in cells if c not in trained]), (", in the trained form", trained)):
+            if told := _told(own):
+                yield f"{against}{where}: {told}."
     if comparison.num_differences:
         yield (
             f"“Better” and “worse” are said where p is below {SIGNIFICANT:g} after Holm's correction over all "
             f"{comparison.num_differences} differences of the table."
         )
+
+
+def _told(cells: Sequence[Cell]) -> str:
+    """`better on ...; no clear difference on 2 of 3 tasks`; empty where nothing is compared."""
+    by_verdict = {verdict: [cell.score for cell in cells if cell.verdict == verdict] for verdict in ("better", "worse")}
+    parts = [f"{verdict} on {tasks_text(some)}" for verdict, some in by_verdict.items() if some]
+    if unclear := sum(cell.verdict == "unclear" for cell in cells):
+        parts.append(f"no clear difference on {unclear} of {len(cells)} {'task' if len(cells) == 1 else 'tasks'}")
+    return "; ".join(parts)
 
 
 def _first(comparison: RunComparison) -> Iterator[str]:

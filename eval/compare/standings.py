@@ -64,8 +64,7 @@ def task_groups(comparison: RunComparison) -> Groups:
     usable = [task for task in comparison.tasks if task.higher_is_better and task.task not in comparison.silent]
     columns = columns_that_rank(task.column for task in usable)
     tasks: dict[str, tuple[TaskScore, ...]] = {}
-    order = (*COLUMNS, "")
-    for task in sorted(usable, key=lambda task: order.index(task.column)):
+    for task in usable:
         tasks[group_title(task)] = (*tasks.get(group_title(task), ()), task)
     return Groups(tasks, tuple(title for title, own in tasks.items() if own[0].column in columns))
 

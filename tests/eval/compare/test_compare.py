@@ -315,6 +315,11 @@ def test_the_page_says_what_ranks_and_the_figure_what_its_axis_holds(columned: R
     assert "in the mean of twin forms, untrained abilities and public benchmarks." in text
     assert re.search(r"B distilled keeps the most of its teacher: \d+ %", text)
     assert "each is the mean of its tasks and counts the same" in text
+    against = "B distilled against A distilled"
+    outside, inside = (line for line in text.splitlines() if line.startswith(against))
+    assert re.match(rf"{against}: .*(perplexity|of 5 tasks)", outside)
+    assert re.match(rf"{against}, in the trained form: .*(retrieval \(generated\)|on 1 of 1 task)", inside)
+    assert "retrieval (generated" not in outside
     assert "The teacher's says how much harder that form is" in text
     panels = [row[0] for row in pareto_panels(columned)]
     assert [(panel.title, panel.form) for panel in panels] == [
@@ -328,7 +333,7 @@ def test_the_page_says_what_ranks_and_the_figure_what_its_axis_holds(columned: R
     assert data["ranked_by"] == ["Twin forms", "Untrained abilities", "Public benchmarks"]
     assert data["standings"][1]["role"] == "distilled"
     assert data["standings"][0]["form_gap"]["value"] > 0
-    assert [task["column"] for task in data["tasks"]] == ["in", "twin", "out", "public", "public", ""]
+    assert [task["column"] for task in data["tasks"]] == ["twin", "out", "public", "public", "in", ""]
 
 
 def test_runs_scored_in_the_trained_form_only_are_ranked_by_it_and_say_so(tmp_path: Path) -> None:
