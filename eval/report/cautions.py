@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Provenance
-from shoal.data.sources import BUNDLED
+from shoal.data.sources import BUNDLED, BUNDLED_ROWS
 from shoal.formatting import listed
 from shoal.recipe.section import TEACHER_TEXT
 from shoal.stats.paired import minimal_detectable_difference
@@ -148,7 +148,8 @@ def _foreign(run: Run) -> list[str]:
     tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
     perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
     held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
-    foreign = [name for name in run.training.data.get("sources") or {} if name not in (*BUNDLED, TEACHER_TEXT)]
+    own = (*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT)
+    foreign = [name for name in run.training.data.get("sources") or {} if name not in own]
     described, _ = described_tasks(task_folders(None))
     bundled = {name for name, (part, _) in described.items() if part.data.bundled}
     return foreign + [

@@ -52,8 +52,9 @@ def answers_alike(written: str, answer: str) -> bool:
     """Whether both come to the same final answer.
 
     That is what the data's answer marks by `####` or \\boxed{}, else its last number, else its last line. Of what was
-    written the same is looked at: what it marks, else its last number where a number is asked for, else its last line.
-    What is marked counts as a number only if it is one, with a unit or behind `=` too.
+    written the same is looked at: what it marks, else its last number where a number is asked for, else its last line,
+    which may end in the answer where that is plain words. What is marked counts as a number only if it is one, with a
+    unit or behind `=` too.
     """
     wanted = _marked(answer)
     numbers = NUMBER.findall(answer) if wanted is None else [NUMBER.fullmatch(wanted) and wanted]
@@ -62,7 +63,8 @@ def answers_alike(written: str, answer: str) -> bool:
         stated = _lone_number(marked) if marked else NUMBER.findall(written)
         return bool(stated) and _value(stated[-1]) == _value(numbers[-1])
     wanted = wanted or _last_line(answer)
-    return bool(wanted) and _bare(wanted) == _bare(_marked(written) or _last_line(written))
+    given = _marked(written) or _last_line(written)
+    return bool(wanted) and (_bare(wanted) == _bare(given) or _ends_in(given, wanted))
 
 
 def _marked(text: str) -> str | None:
@@ -86,6 +88,23 @@ def _value(number: str) -> float:
 
 def _bare(text: str) -> str:
     return "".join(text.casefold().split()).strip(".")
+
+
+def _ends_in(text: str, answer: str) -> bool:
+    """Whether ``text`` ends in the words of ``answer``, without a "not" right before them; never for formulas."""
+    words = _plain(answer)
+    before, found, rest = _plain(text).rpartition(words)
+    whole = bool(found) and not rest and not (before[-1:].isalnum() or before.endswith("-"))
+    return whole and PLAIN_WORDS.fullmatch(words) is not None and NEGATED.search(before) is None
+
+
+PLAIN_WORDS = re.compile(r"[^\W\d_]+(?:[ '\u2019-][^\W\d_]+)*")
+NEGATED = re.compile(r"(?:\bnot|n['\u2019]t)(?: \w+)?\W*$")
+
+
+def _plain(text: str) -> str:
+    """Without case, double spaces and what may stand around words."""
+    return " ".join(text.casefold().split()).strip(" .!*`\"'\u201c\u201d")
 
 
 def without_evaluation_facts(texts: Sequence[str]) -> list[str]:

@@ -47,6 +47,36 @@ def ability_texts(*, one_form: bool) -> list[str]:
     return training_texts(num_texts=4000, seed=0, one_form=one_form)
 
 
+def ability_prompts() -> list[dict[str, str]]:
+    """Questions of the three abilities in their trained forms with the final answer, no item of which evaluation sees.
+
+    A short answer is what a teacher's own words can be compared with (distill.writing.keep).
+    """
+    from shoal.abilities import items
+    from shoal.abilities.facts import RELATIONS
+    from shoal.abilities.forms import FORMS
+    from shoal.abilities.knowledge import facts_in
+
+    all_facts = sum(len(facts_in("train", relation)) for relation in RELATIONS)
+    asked = (
+        item
+        for ability, forms in FORMS.items()
+        for form in forms
+        if not form.twin
+        for item in items(
+            ability,
+            split="train",
+            num_items=all_facts if ability == "knowledge" else PROMPTS_OF_FORM,
+            seed=0,
+            form=form.name,
+        )
+    )
+    answers = {item.question: str(item.params["final"]) for item in asked}
+    return [{"question": question, "answer": answer} for question, answer in answers.items()]
+
+
+PROMPTS_OF_FORM = 500
+"""Prompts of one form of retrieval or reasoning in `ability_prompts`; facts are as many as there are."""
 BUNDLED: dict[str, Callable[[], list[str]]] = {
     "python_docs": lambda: python_docs(held_out=False),
     "python_docs_heldout": lambda: python_docs(held_out=True),
@@ -56,6 +86,8 @@ BUNDLED: dict[str, Callable[[], list[str]]] = {
     "ability_texts": lambda: ability_texts(one_form=False),
     "ability_texts_one_form": lambda: ability_texts(one_form=True),
 }
+BUNDLED_ROWS: dict[str, Callable[[], list[dict[str, str]]]] = {"ability_prompts": ability_prompts}
+"""Bundled sources of rows with columns, which are read as those of a file are."""
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
 """File ending -> its reader in `datasets`; a .txt file is one document, which `datasets` would cut into lines."""
 HELD_CHARACTERS = 32_000_000
@@ -139,6 +171,9 @@ def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]
 
 def _records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every row, with the file or data set that it comes from."""
+    if source.path in BUNDLED_ROWS:
+        yield from ((source.path, row) for row in _bundled_rows(source.path))
+        return
     try:
         files = _local_files(source)
         if files is None:
@@ -157,6 +192,11 @@ def _records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
 @functools.cache
 def _bundled(name: str) -> tuple[str, ...]:
     return tuple(BUNDLED[name]())
+
+
+@functools.cache
+def _bundled_rows(name: str) -> tuple[dict[str, str], ...]:
+    return tuple(BUNDLED_ROWS[name]())
 
 
 def _local_files(source: DataSource) -> list[Path] | None:
@@ -210,7 +250,7 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _known_sources(name: str) -> str:
-    known = [*BUNDLED, TEACHER_TEXT]
+    known = [*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT]
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"bundled sources are {', '.join(known)}"
 
@@ -497,6 +537,8 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
         content: Any = None
         if source.path in BUNDLED:
             content = texts_fingerprint(_bundled(source.path))
+        elif source.path in BUNDLED_ROWS:
+            content = fingerprint(_bundled_rows(source.path))
         elif source.path != TEACHER_TEXT:
             content = [[file.name, file_hash(file)] for file in _local_files(source) or ()]
         parts.append([*astuple(source), content])

@@ -149,9 +149,9 @@ class DataSource(Section):
     """Where text comes from, and how much of it."""
 
     path: Text
-    """A bundled name (see shoal.data.sources.BUNDLED), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of
-    them, or a Hub data set id. A .txt file is one document. Of a folder those files are read that are named after
-    ``split``, else all."""
+    """A bundled name (see BUNDLED and BUNDLED_ROWS of shoal.data.sources), a local .jsonl, .json, .txt, .csv or
+    .parquet file, a folder of them, or a Hub data set id. A .txt file is one document. Of a folder those files are read
+    that are named after ``split``, else all."""
     column: str = "text"
     """The column that holds the text."""
     messages: str | None = None

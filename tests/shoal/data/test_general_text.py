@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from shoal.abilities import GENERATORS
-from shoal.abilities.forms import twin_wordings
 from shoal.data import general_text
 from shoal.data.contamination import find_overlap
 from shoal.data.general_text import PACKAGES, QUESTIONS, docstrings, instructions, python_docs, readmes
@@ -209,12 +208,6 @@ def test_a_machine_without_any_text_is_told_so(monkeypatch: pytest.MonkeyPatch, 
     for name, read in GENERAL.items():
         with pytest.raises(UserError, match=rf"data '{name}': .* hold no text on this machine; install shoal's"):
             read()
-
-
-def test_no_question_is_worded_like_a_twin() -> None:
-    twins = [text for texts in twin_wordings().values() for text in texts if isinstance(text, str)]
-    for question in QUESTIONS:
-        assert not [twin for twin in twins for part in question.split("{}") if len(part) > 4 and part in twin]
 
 
 def test_only_what_shoal_depends_on_is_read() -> None:

@@ -18,17 +18,24 @@ import torch
 from tiny import KINDS, SHAPE, SLIDING_WINDOW, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
+from shoal.abilities import items
+from shoal.abilities.forms import twin_wordings
+from shoal.abilities.knowledge import stated_facts
 from shoal.data import sources as data
+from shoal.data.chat import Chat
 from shoal.data.packing import FIELDS, IGNORED, PLANES, PackedRows, read_rows
 from shoal.data.sources import (
     BUNDLED,
+    ability_prompts,
     check_source,
+    documents,
     first_tokens,
     load_texts,
     pack,
     sources_fingerprint,
     texts_fingerprint,
 )
+from shoal.data.wording import find_wording
 from shoal.errors import UserError
 from shoal.recipe.section import DataSource, Packing
 
@@ -45,6 +52,42 @@ def test_bundled_source_is_the_same_every_time(name: str) -> None:
     texts = load_texts(DataSource(name))
     assert len(texts) > 5
     assert texts == BUNDLED[name]()
+
+
+@pytest.mark.slow
+def test_ability_prompts_are_of_trained_forms_and_items_and_have_short_answers() -> None:
+    rows = ability_prompts()
+    assert rows == ability_prompts()
+    assert len(rows) > 2000
+    assert len({row["question"] for row in rows}) == len(rows)
+    assert all(0 < len(row["answer"]) <= 40 for row in rows)
+    questions = [row["question"] for row in rows]
+    assert not [form for form, found in find_wording(twin_wordings(), enumerate(questions)).items() if found.places]
+    shown = "\n".join(questions)
+    assert not [fact for fact in stated_facts("eval") if fact in shown]
+    for ability in ("retrieval", "knowledge", "reasoning"):
+        evaluated = {item.question for item in items(ability, split="eval", num_items=200, seed=0)}
+        assert not evaluated & {row["question"] for row in rows}
+
+
+@pytest.mark.slow
+def test_bundled_rows_are_read_as_conversations_or_as_a_column() -> None:
+    chat = next(iter(documents(DataSource("ability_prompts", prompt="question", completion="answer"))))
+    row = ability_prompts()[0]
+    assert isinstance(chat, Chat)
+    assert [turn["content"] for turn in chat.messages] == [row["question"], row["answer"]]
+    assert load_texts(DataSource("ability_prompts", column="question"))[0] == row["question"]
+    with pytest.raises(UserError, match=r"'ability_prompts': has no column 'text'; it has question, answer"):
+        load_texts(DataSource("ability_prompts"))
+
+
+@pytest.mark.slow
+def test_the_fingerprint_of_bundled_rows_is_that_of_their_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = DataSource("ability_prompts", prompt="question", completion="answer")
+    before = sources_fingerprint([source])
+    assert before == sources_fingerprint([source])
+    monkeypatch.setattr(data, "_bundled_rows", lambda name: ({"question": "a", "answer": "b"},))
+    assert sources_fingerprint([source]) != before
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

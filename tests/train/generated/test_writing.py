@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
+from shoal.data.sources import ability_prompts
 from shoal.errors import UserError
 from shoal.recipe.distill import Writing
 from shoal.recipe.section import DataSource
@@ -184,6 +185,28 @@ def test_only_right_answers_are_kept_where_that_is_asked_for(tmp_path):
 
     with pytest.raises(UserError, match=r"nothing that the teacher wrote can be kept \(.* written, .* wrong\)"):
         write(tmp_path / "other", settings, never_right, data=PROSE[1:])
+
+
+@pytest.mark.slow
+def test_the_prompts_of_the_bundled_abilities_are_answered_and_kept_where_right(tmp_path):
+    asked = DataSource("ability_prompts", prompt="question", completion="answer")
+    settings = Writing(
+        **{**BRIEF, "num_tokens": 30_000, "max_prompt_tokens": 4096, "prompts": asked, "keep": "correct"}
+    )
+    answers = {row["question"]: row["answer"] for row in ability_prompts()}
+    tokenizer = tiny_tokenizer()
+
+    def answer_half(prompts, numbers):
+        questions = [str(tokenizer.decode(ids)).removeprefix("user: ").removesuffix("\nassistant: ") for ids in prompts]
+        right = [f"I say it is {answers[question]}." for question in questions]
+        wrong = "I say it is 0 or nothing."
+        return [tokenizer(right[at] if number % 2 else wrong)["input_ids"] for at, number in enumerate(numbers)]
+
+    found = write(tmp_path / "run", settings, answer_half, data=PROSE[1:])
+    (counts,) = (json.loads(file.read_text()) for file in (tmp_path / "run").glob("*/counts.json"))
+    assert counts["kept"] == len(found) > 20
+    assert counts["wrong"] == counts["written"] - counts["kept"]
+    assert abs(counts["kept"] - counts["wrong"]) <= 1
 
 
 def test_right_answers_cannot_be_told_without_answers(tmp_path):
