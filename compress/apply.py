@@ -21,9 +21,8 @@ from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import (
-    WITH_MODEL,
-    WITH_TOKENIZER,
     Shard,
+    copy_beside,
     has_tokenizer,
     json_or_empty,
     read_shards,
@@ -36,7 +35,7 @@ from .edits.apply import NOTHING_MADE, Materials, edited, edited_student, materi
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
-from .surgery.resumable_folder import copy_beside, only_writer, resumable_folder
+from .surgery.resumable_folder import only_writer, resumable_folder
 from .surgery.shards import NewShard, compare_shards, new_shards, shards_fingerprint, write_shards
 from .surgery.stored_names import (
     Loading,
@@ -122,9 +121,7 @@ def apply_plan(
             expected = _write_copy(copy, folder)
         else:
             expected = _write_from_memory(teacher, plan, folder, donors=donors or {}, seed=seed, runs=runs)
-        for pattern in (*WITH_TOKENIZER, *WITH_MODEL):  # byte for byte: a cut changes no token and no licence
-            for file in sorted(teacher_folder.glob(pattern)):
-                copy_beside(file, folder / file.name)
+        copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
         with doing("prune: proving the student by its files"):
             prove_by_files(folder, skeleton, keep)
         if runs:
@@ -257,7 +254,7 @@ def _write_copy(copy: Copy, folder: Path) -> None:
         write_json(folder / name, content)
     generation = copy.teacher.folder / GENERATION_FILE
     if generation.is_file():
-        copy_beside(generation, folder / GENERATION_FILE)
+        copy_beside(copy.teacher.folder, folder, (GENERATION_FILE,))
     else:  # what transformers does where the settings are still in config.json
         GenerationConfig.from_pretrained(
             copy.teacher.folder, config_file_name="config.json", _from_model_config=True

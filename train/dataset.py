@@ -29,11 +29,12 @@ def rows_to_train_on(
     teacher: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     settings: Distill,
-    run_dir: Path,
+    folder: Path,
     *,
     inputs: dict[str, Any],
 ) -> PackedRows:
-    """The packed rows of the budget; the teacher writes its own share first where the recipe asks for it."""
+    """The packed rows of the budget, kept in ``folder``; the teacher writes its own share first where the recipe asks
+    for it."""
     seed = inputs["seed"]
     texts: Sequence[str] = ()
     if wants_teacher_text(settings.data):
@@ -50,7 +51,7 @@ def rows_to_train_on(
             settings.writing,
             tokenizer,
             data=settings.data,
-            folder=run_dir / "text",
+            folder=folder,
             inputs={key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))},
             seed=seed,
             load_writer=load_writer,
@@ -61,7 +62,7 @@ def rows_to_train_on(
         num_rows=num_rows(settings),
         seed=seed,
         teacher_text=texts,
-        folder=run_dir / "text",
+        folder=folder,
         inputs={"model": inputs["model"], **rows_from(inputs)},
     )
 

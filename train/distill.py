@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .dataset import rows_to_train_on
 from .engine.arguments import BATCH_SPLIT, check_names, deepspeed_config, rows_per_step, training_arguments
 from .engine.checkpoint import last_complete, needs_universal
 from .engine.heartbeat import Heartbeat
-from .engine.sharding import join_deepspeed
+from .engine.sharding import join_deepspeed, leave_deepspeed
 from .engine.stop import StopRequest
 from .preflight.fit import check_fit
 from .preflight.throughput import most_tokens_per_s
@@ -56,13 +56,13 @@ def distill_inputs(
     record: Record,
     *,
     teacher: str,
-    student: str,
-    drop: tuple[int, ...],
-    general: dict[str, Any],
+    trained: Mapping[str, Any],
+    general: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Everything that shapes distilled/: the stage's identity.
 
-    ``teacher`` and ``student`` are fingerprints of models, ``general`` the recipe's settings outside its sections.
+    ``teacher`` is the teacher's fingerprint, ``trained`` what tells the model that is trained from it, ``general`` the
+    recipe's settings outside its sections.
     """
     section = shaping(settings, Shapes.TRAINING, "distill.")
     if settings.watch is None or settings.watch.best is None:
@@ -78,8 +78,7 @@ def distill_inputs(
     trainer = {f"distill.trainer.{key}": value for key, value in settings.trainer.items() if key not in neutral}
     return {
         "model": teacher,
-        "student": student,
-        "prune.drop": list(drop),
+        **trained,
         "data": sources_fingerprint(settings.data),
         **general,
         **section,
@@ -122,6 +121,7 @@ def distill(
     spec: TrainSpec,
     *,
     run_dir: Path,
+    text: Path,
     inputs: dict[str, Any],
     make_scorer: Callable[[PreTrainedTokenizerBase], Scorer] | None = None,
     search_rows: Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None = None,
@@ -130,8 +130,9 @@ def distill(
     """Train the student on the teacher's signals; write distilled/ and distill.json.
 
     Every rank calls this, inside an initialised process group. It goes on from the last complete checkpoint of the
-    same run, if there is one. ``inputs`` is the identity of distilled/. ``make_scorer`` makes, for a tokenizer, what
-    distill.watch scores the student with; None = nothing is watched. ``search_rows`` finds evaluation items in the
+    same run, if there is one. ``text`` is the folder of the rows and of what the teacher writes, ``inputs`` the
+    identity of distilled/. ``make_scorer`` makes, for a tokenizer, what distill.watch scores the student with; None =
+    nothing is watched. ``search_rows`` finds evaluation items in the
     training rows and gives what distill.json says of them; None = nobody looks. ``start_tracking`` gives None where
     nothing is tracked.
 
@@ -149,7 +150,7 @@ def distill(
     with doing("working out what training takes"):
         flops_per_token = agreed(lambda: (size := check_fit(spec, run_dir)) and size.flops_per_token)
     tokenizer = spec.teacher.tokenizer()
-    rows = rows_to_train_on(spec.teacher, tokenizer, spec.settings, run_dir, inputs=inputs)
+    rows = rows_to_train_on(spec.teacher, tokenizer, spec.settings, text, inputs=inputs)
     # before anything is trained: what is found may stop a reader, and items that cannot be had must not stop the end
     with doing("looking for evaluation items in the training text"):
         overlap = {} if search_rows is None else agreed(lambda: search_rows(rows, tokenizer))
@@ -187,6 +188,7 @@ def distill(
     if is_finished:
         trainer.objective.uninstall()
         write_results(trainer, spec, run_dir=run_dir, inputs=inputs, watcher=watcher, rows=rows, overlap=overlap)
+    leave_deepspeed(trainer)
     heartbeat.stop()
     wandb_run.finish(run_dir)
     if not is_finished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from shoal.artifacts.artifact import CONTROL
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text
 from shoal.machine import available_memory, device_memory, free_disk
@@ -13,7 +14,7 @@ from shoal.numerics import flops_per_second
 from shoal.progress import doing
 
 from .engine.arguments import kept_checkpoints
-from .preflight.fit import cheapest, disk_bytes, fits, overrides, shortages, written_bytes
+from .preflight.fit import cheapest, disk_bytes, fits, missing_bytes, overrides, shortages
 from .preflight.memory import Setting, shared_weights
 from .preflight.run_size import Job, job
 from .preflight.throughput import PROBE_S, Pace, probe
@@ -24,11 +25,12 @@ ASSUMED_SHARE = 0.4
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "teacher", "buffers", "fixed", "peak", "host")
 
 
-def dry_run(spec: TrainSpec, run_dir: Path, *, try_it: bool = True) -> str:
+def dry_run(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None, try_it: bool = True) -> str:
     """What training will take: memory by ZeRO stage, time, disk, and the cheapest setting that fits.
 
-    ``try_it`` runs a few micro-batches of the real objective where one rank's models fit here; else, and where they do
-    not, the time is worked out from operations and a measured matrix product.
+    ``control`` is the training of the uncut teacher that comes after it; None = there is none. ``try_it`` runs a few
+    micro-batches of the real objective where one rank's models fit here; else, and where they do not, the time is
+    worked out from operations and a measured matrix product.
 
     Raises:
         UserError: what the configuration contradicts, and a family whose memory cannot be told without running it.
@@ -36,6 +38,7 @@ def dry_run(spec: TrainSpec, run_dir: Path, *, try_it: bool = True) -> str:
     try:
         with doing("working out memory"):
             size = job(spec)
+            uncut = None if control is None else job(control)
     except RuntimeError as error:  # torch's, of operations that need numbers
         reason = str(error).strip().splitlines()[0][:120]
         raise UserError(
@@ -50,7 +53,8 @@ def dry_run(spec: TrainSpec, run_dir: Path, *, try_it: bool = True) -> str:
         _memory_table(size, *free),
         _beside(size),
         _time(size, pace),
-        _disk(size, run_dir),
+        [] if uncut is None else _control(size, uncut, *free),
+        _disk(size, uncut, run_dir),
         _proposal(size, *free),
     )
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -114,12 +118,7 @@ def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
     cells: list[tuple[str, ...]] = [(f"memory of one rank, GB ({job.setting.ranks} in all)", *COLUMNS, "")]
     for title, setting in _rows(job.setting):
         row = replace(job, setting=setting)
-        needed, verdict = row.memory, "fits"
-        if not fits(row, device_free=device_free, host_free=host_free):
-            short = shortages(row, device_free=device_free, host_free=host_free)
-            verdict = "no" if short else "close"
-        if needed.peak_at != "training":
-            verdict += f", {needed.peak_at}"
+        needed, verdict = row.memory, _verdict(row, device_free, host_free)
         cells.append((title, *(f"{getattr(needed, column) / 1e9:.2f}" for column in COLUMNS), verdict))
     on_device = "" if job.setting.device == "cpu" else f"{bytes_text(device_free)} on the device, "
     return [
@@ -127,6 +126,24 @@ def _memory_table(job: Job, device_free: int, host_free: int) -> list[str]:
         "the peak is no sum: gradients come as activations go; `host` is per node, `fixed` the process itself; where a "
         "verdict names something else than training, that is when the peak is",
         f"free now: {on_device}{bytes_text(host_free)} on this node",
+    ]
+
+
+def _verdict(job: Job, device_free: int, host_free: int) -> str:
+    """Whether it fits, and when the peak is if not in training."""
+    verdict, peak_at = "fits", job.memory.peak_at
+    if not fits(job, device_free=device_free, host_free=host_free):
+        verdict = "no" if shortages(job, device_free=device_free, host_free=host_free) else "close"
+    return verdict if peak_at == "training" else f"{verdict}, {peak_at}"
+
+
+def _control(job: Job, control: Job, device_free: int, host_free: int) -> list[str]:
+    """What eval.control adds."""
+    size, verdict = control.student, _verdict(control, device_free, host_free)
+    return [
+        f"control: after the student the uncut teacher is trained on the same rows, {len(size.layers)} layers, "
+        f"{_millions(size.trained)} trained: {control.flops_per_token / job.flops_per_token:.2f} times the student's "
+        f"time, {control.memory.peak / 1e9:.2f} GB at the peak of a rank ({verdict})",
     ]
 
 
@@ -201,10 +218,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
 
 
-def _disk(job: Job, run_dir: Path) -> list[str]:
-    folders = disk_bytes(job)
+def _disk(job: Job, control: Job | None, run_dir: Path) -> list[str]:
+    folders, needed, free = disk_bytes(job), missing_bytes(job, run_dir), free_disk(run_dir)
+    if control is not None:
+        folders |= {f"{CONTROL}/{name}": size for name, size in disk_bytes(control).items()}
+        needed += missing_bytes(control, run_dir / CONTROL)
     parts = ", ".join(f"{name}/ {bytes_text(size)}" for name, size in folders.items())
-    needed, free = sum(folders.values()) - written_bytes(run_dir), free_disk(run_dir)
     verdict = "" if needed <= free else ": NOT ENOUGH, free some space or set run_dir to another disk"
     signals = bytes_text(disk_bytes(job, record=True)["signals"])
     recorded = f"  recorded signals of these tokens would take {signals} at k = 32{_state_at_cut(job)}"

@@ -83,13 +83,3 @@ def resumable_folder(path: Path, key: str) -> Iterator[Path]:
         except Exception:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def copy_beside(source: Path, target: Path) -> None:
-    """Copy a file or a folder's files without their permissions: a read-only source must not make a read-only copy."""
-    if source.is_dir():
-        target.mkdir(exist_ok=True)
-        for entry in sorted(source.iterdir()):
-            copy_beside(entry, target / entry.name)
-    else:
-        shutil.copyfile(source, target)

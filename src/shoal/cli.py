@@ -64,14 +64,14 @@ VERBS = {
         needs_group=True,
     ),
     "distill": Verb(
-        "train the cut model on the full one: distilled/",
+        "train the cut model on the full one: distilled/; with eval.control the full one too: control/",
         "distill.distill",
         dry_run=(
             "distill.distill_dry_run",
             "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
         ),
     ),
-    "eval": Verb("score teacher, pruned and distilled: eval/*.json", "evaluate.evaluate"),
+    "eval": Verb("score teacher, pruned, control and distilled: eval/*.json", "evaluate.evaluate"),
     "search": Verb(
         "heal several plans for the same few tokens and rank them: search.json, search.md",
         "search.search",
@@ -317,9 +317,11 @@ def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded:
 
 def _where_distill_goes_on(run_dir: Path) -> str:
     """What the same command does after training was ended before its end."""
-    steps = [int(file.parent.name.split("-")[1]) for file in run_dir.glob("checkpoints/checkpoint-*/manifest.json")]
+    within = "control/" if (run_dir / "control" / "checkpoints").is_dir() else ""  # which is trained last
+    checkpoints = (run_dir / within / "checkpoints").glob("checkpoint-*/manifest.json")
+    steps = [int(file.parent.name.split("-")[1]) for file in checkpoints]
     if steps:
-        return f"the same command goes on from checkpoint-{max(steps)}"
+        return f"the same command goes on from {within}checkpoint-{max(steps)}"
     return "there is no checkpoint yet, so the same command begins this training again"
 
 

@@ -5,6 +5,7 @@ Torch takes seconds to load and is imported where it is used, so that a mistake 
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -191,6 +192,15 @@ def together(decide: Callable[[], T]) -> list[T]:
         if refusal is not None:
             raise UserError(refusal)
     return [value for value, _ in answers]
+
+
+def free_memory() -> None:
+    """Give back what models held that nobody refers to any more, on the device too."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def leave_distributed() -> None:

@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from tiny import tiny_tokenizer
 
+from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.eval.compare.comparable import TEXT_SETTINGS
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, OnPolicy
@@ -200,14 +200,15 @@ OF_CONTENT = ("model", "data", "tokenizer", "tasks", "importance", "prompts", "d
 
 def identities(run: Run) -> dict[str, dict[str, Any]]:
     """What identifies every result of a run that drops layers 1 and 2."""
-    recipe, plan = run.recipe, SimpleNamespace(drop=(1, 2))
-    training = distilling.training_inputs(run, plan)  # pyright: ignore[reportArgumentType]
+    recipe, plan = run.recipe, PruningPlan(Provenance({}), num_layers=run.num_layers, drop=(1, 2), reason="")
+    training = distilling.training_inputs(run, plan)
     return {
         "importance": measure.measure_inputs(run),
         "diagnostics": measure._diagnostics_inputs(run),
         "probes": measure._probes_inputs(run),
         "plan": prune.plan_inputs(run),
         "training": training,
+        "control": distilling.control_inputs(run, plan),
         "rows": rows_from(training),
         "scores": evaluate.eval_inputs(run, run.teacher),
         "signals": recording_inputs(
@@ -364,6 +365,8 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
         said = {result.name.lower() for result in shapes if result.name is not None}
         if place.startswith("measure.sweep."):
             said = {"importance"} if Shapes.SCORES in shapes else set()
+        if "training" in said and not place.startswith("distill.local"):
+            said.add("control")
         after = with_perplexity(identities(Run(changed)))
         differing = {result for result, inputs in after.items() if inputs != before[result]}
         # a plan is chosen by importance; text and healed gaps have their identity from more than settings

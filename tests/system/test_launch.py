@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Evaluation, Importance, Training
+from shoal.artifacts.artifact import Evaluation, Importance, Speed, Training
 from shoal.runtime import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -450,6 +450,25 @@ def test_two_ranks_evaluate_to_the_numbers_of_one(teacher, tmp_path):
         assert (one.task, one.n) == (two.task, two.n)
         assert two.score == pytest.approx(one.score, abs=1e-5)
         assert [(item.id, item.prediction) for item in one.items] == [(item.id, item.prediction) for item in two.items]
+
+
+def test_the_control_is_trained_after_the_student_and_scored_beside_it(teacher, tmp_path):
+    path = pruned_recipe(tmp_path, teacher, trainable="from_first_cut", losses=[{"kind": "cross_entropy"}])
+    tasks = ["eval.tasks=[knowledge_continuation]", "eval.limit=4", "eval.perplexity_tokens=200"]
+    control = [*tasks, "eval.sequence_length=64", "eval.control=true"]
+    log = finished(launch("distill.py", path, *control, ranks=1))
+    assert "after the student the uncut teacher is trained on the same rows" in log
+    stage("eval", path, *control, ranks=1)
+    found = path.parent / "run" / "eval"
+    roles = {role: Evaluation.read(found / f"{role}.json") for role in ("teacher", "pruned", "control", "distilled")}
+    assert {evaluation.role: evaluation.num_layers for evaluation in roles.values()} == {
+        "teacher": 6,
+        "pruned": 4,
+        "control": 6,
+        "distilled": 4,
+    }
+    assert roles["control"].tasks[-1].score < roles["teacher"].tasks[-1].score, "it has read text of the same kind"
+    assert Speed.read(found / "speed.json").roles.keys() == {"teacher", "pruned", "distilled"}
 
 
 @pytest.mark.gpu

@@ -34,6 +34,7 @@ from shoal.train.engine.arguments import (
 from shoal.train.student.spec import Ranks, train_spec
 
 GENERAL = {"seed": 0, "dtype": "stored", "attention": "sdpa"}
+TRAINED = {"student": "s", "prune.drop": [1]}
 
 
 def check(whole, cut, record=None, **settings):
@@ -176,7 +177,7 @@ def test_checkpoints_know_the_real_batch_and_not_how_it_is_shared(monkeypatch):
     def known(ranks, **settings):
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         chosen = Distill(**settings)
-        own = distill_inputs(chosen, Record(), teacher="t", student="s", drop=(1,), general=GENERAL)
+        own = distill_inputs(chosen, Record(), teacher="t", trained=TRAINED, general=GENERAL)
         return checkpoint_inputs(chosen, own)
 
     two = known(2, trainer={"per_device_train_batch_size": 4})
@@ -255,7 +256,7 @@ def test_a_broken_deepspeed_file_is_named(tmp_path, text, fault):
 
 def test_how_the_work_is_done_is_not_part_of_a_runs_identity():
     def inputs(**settings):
-        return distill_inputs(Distill(**settings), Record(), teacher="t", student="s", drop=(1,), general=GENERAL)
+        return distill_inputs(Distill(**settings), Record(), teacher="t", trained=TRAINED, general=GENERAL)
 
     assert inputs() == inputs(timeout_s=5, num_ranks=2, trainer={"save_steps": 3, "logging_steps": 7})
     assert inputs() != inputs(trainer={"learning_rate": 1.0})

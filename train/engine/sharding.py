@@ -1,10 +1,10 @@
-"""What DeepSpeed needs of process group and teacher: joined before models load, sharded or placed after."""
+"""What DeepSpeed needs of process group and teacher: joined before models load, sharded or placed after, and left."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import _lru_cache_wrapper, partial
 from typing import Any
 
 import torch.distributed as dist
@@ -30,6 +30,22 @@ def join_deepspeed() -> None:
     if device().type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+def leave_deepspeed(trainer: Trainer) -> None:
+    """Let another training follow in this process. DeepSpeed's hooks hold the models, under ZeRO 3 so do a list and a
+    cache that outlive it, and transformers would go on sharding whatever is built."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    trainer.accelerator.free_memory()
+    FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():  # which do not say what they wrap
+        for cell in getattr(method, "__closure__", None) or ():
+            if isinstance(cell.cell_contents, _lru_cache_wrapper):
+                cell.cell_contents.cache_clear()
+    unset_hf_deepspeed_config()
 
 
 def place_teacher(teacher: PreTrainedModel, trainer: Trainer, *, offload: bool) -> None:

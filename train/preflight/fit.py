@@ -54,7 +54,8 @@ SHORT_TOKENS = 512
 def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
     """What the run writes under run_dir, by folder, at its worst moment.
 
-    A checkpoint is removed after the next one is complete, so one more than is kept lies there for a while.
+    A checkpoint is removed after the next one is complete, so one more than is kept lies there for a while. A control
+    reads the rows of the student.
     """
     student, setting = job.student, job.setting
     frozen = student.parameters - student.trained
@@ -67,8 +68,9 @@ def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
     folders = {
         "checkpoints": (kept_checkpoints(settings) + 1) * (weights + states),
         "distilled": setting.stored_bytes * student.parameters,
-        "text": ROW_BYTES * tokens,
     }
+    if not job.spec.is_control:
+        folders["text"] = ROW_BYTES * tokens
     if settings.watch is not None and settings.watch.best is not None:
         # the next best student is complete before the last one is removed
         folders["checkpoints"] += 2 * setting.weight_bytes * student.parameters
@@ -81,12 +83,13 @@ def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
 # --- refusal ------------------------------------------------------------------------------------------------------
 
 
-def check_fit(spec: TrainSpec, run_dir: Path) -> Job | None:
+def check_fit(spec: TrainSpec, run_dir: Path, *, beside: int = 0) -> Job | None:
     """Refuse a run that cannot fit into memory or onto the disk, before any weight is loaded; log what is close.
 
-    One rank asks for all: its device stands for the others'. On a CPU what the processes take already is not counted
-    twice. Where the recipe says `check_memory: false`, what would be refused is only logged. What comes back is the
-    size of the run; None for a family that cannot be run without data.
+    ``beside`` are bytes that something else will have written on that disk by then. One rank asks for all: its device
+    stands for the others'. On a CPU what the processes take already is not counted twice. Where the recipe says
+    `check_memory: false`, what would be refused is only logged. What comes back is the size of the run; None for a
+    family that cannot be run without data.
 
     Raises:
         UserError: naming what is needed, what is free and the cheapest setting that fits.
@@ -97,9 +100,11 @@ def check_fit(spec: TrainSpec, run_dir: Path) -> Job | None:
         reason = str(error).strip().splitlines()[0][:120]
         log.warning("memory is not estimated: this family cannot be run without data (%s)", reason)
         return None
-    free = device_memory(spec.ranks.device), available_memory()
+    free, called = (device_memory(spec.ranks.device), available_memory()), "this training"
+    if spec.is_control:
+        called = "the control's training (eval.control)"
     problems = shortages(size, device_free=free[0], host_free=free[1])
-    needed = sum(disk_bytes(size).values()) - written_bytes(run_dir)
+    needed = beside + missing_bytes(size, run_dir)
     if needed > free_disk(run_dir):
         problems.append(
             f"run_dir {run_dir}: training writes {bytes_text(needed)} more at its worst moment and "
@@ -107,22 +112,45 @@ def check_fit(spec: TrainSpec, run_dir: Path) -> Job | None:
             "distill.trainer.save_total_limit, or set run_dir to another disk"
         )
     if problems and not spec.settings.check_memory:
-        log.warning("this training will not fit, and starts because distill.check_memory is false: %s", problems[0])
+        log.warning("%s will not fit, and starts because distill.check_memory is false: %s", called, problems[0])
     elif problems:
         fitting = cheapest(size, device_free=free[0], host_free=free[1])
         needs_memory = any(not problem.startswith("run_dir") for problem in problems)
         advice = "; this fits: " + ", ".join(overrides(size, fitting)) if fitting and needs_memory else ""
         raise UserError(
-            "this training will not fit: " + "; ".join(problems) + advice + ". `shoal distill --dry-run` shows where "
+            f"{called} will not fit: " + "; ".join(problems) + advice + ". `shoal distill --dry-run` shows where "
             "memory goes; distill.check_memory: false starts it all the same"
         )
     elif not fits(size, device_free=free[0], host_free=free[1]):
         log.warning(
-            "memory will be close: %s per rank expected, %s free; estimates err by a tenth",
+            "memory will be close for %s: %s per rank expected, %s free; estimates err by a tenth",
+            called,
             bytes_text(size.memory.peak),
             bytes_text(free[0]),
         )
     return size
+
+
+def check_control(control: TrainSpec, folder: Path, spec: TrainSpec, run_dir: Path) -> None:
+    """Refuse a control in ``folder`` that could not be trained after the student of ``spec``, before that one is; log
+    what it takes.
+
+    Raises:
+        UserError: as check_fit.
+    """
+    try:
+        own = job(spec)
+    except RuntimeError:  # of which check_fit tells
+        own = None
+    beside = 0 if own is None else missing_bytes(own, run_dir)
+    size = check_fit(control, folder, beside=beside)
+    if own is not None and size is not None:
+        log.info(
+            "eval.control: after the student the uncut teacher is trained on the same rows, which takes %.2g times as "
+            "long and %s on the disk; eval.control: false does without it",
+            size.flops_per_token / own.flops_per_token,
+            bytes_text(sum(disk_bytes(size).values())),
+        )
 
 
 def shortages(job: Job, *, device_free: int, host_free: int) -> list[str]:
@@ -154,10 +182,12 @@ def _needed(needed: Memory, setting: Setting) -> tuple[int, int]:
     return needed.peak, max(needed.host, needed.host_briefly)
 
 
-def written_bytes(run_dir: Path) -> int:
-    """Bytes of an earlier life of the run that the new one goes on from or replaces."""
-    folders = [run_dir / name for name in ("checkpoints", "text", "distilled", "local")]
-    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+def missing_bytes(job: Job, run_dir: Path) -> int:
+    """Bytes that the run has still to write at its worst moment: without those of an earlier life of it that it goes on
+    from or replaces; never less than 0."""
+    wanted = disk_bytes(job)
+    files = (file for name in wanted for file in (run_dir / name).rglob("*") if file.is_file())
+    return max(0, sum(wanted.values()) - sum(file.stat().st_size for file in files))
 
 
 # --- what fits ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Which weights are trained.
 
 spec         one training, described once
+control      that of the uncut teacher beside it
 trainable    which parts
 lora         adapters beside them
 frozen       one copy of the rest, written as it was stored

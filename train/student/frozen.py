@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 
 from shoal.atomic_files import written_folder
 from shoal.models.anatomy import anatomy, decoder_body, text_config
-from shoal.models.checkpoint_files import read_shards
+from shoal.models.checkpoint_files import copy_beside, read_shards
 from shoal.models.load import Checkpoint
 
 from .lora import BASE, LINEAR, adapted_modules, remove_adapters, weight_change
@@ -198,7 +197,7 @@ def write_student(student: PreTrainedModel, state: Mapping[str, Tensor], before:
     remove_adapters(student)
     with written_folder(folder) as unfinished:
         save_finished(student, finished, unfinished, dtype=dtype)
-        copy_all_but_weights(before.folder, unfinished)
+        copy_beside(before.folder, unfinished)  # a teacher's folder may hold much else, such as other formats
 
 
 def save_finished(student: PreTrainedModel, finished: dict[str, Tensor], folder: Path, *, dtype: torch.dtype) -> None:
@@ -216,13 +215,3 @@ def _holds(value: Tensor, original: Tensor) -> bool:
     """Whether ``value`` is the stored tensor, as a model of its dtype holds it."""
     same_kind = value.is_floating_point() == original.is_floating_point()
     return same_kind and value.shape == original.shape and torch.equal(original.to(value.dtype), value.cpu())
-
-
-def copy_all_but_weights(source: Path, folder: Path) -> None:
-    """Tokenizer, chat templates, licence and notices as they came with the model, byte for byte."""
-    for beside in source.iterdir():
-        ours = beside.suffix in (".safetensors", ".py") or beside.name in ("config.json", "generation_config.json")
-        if beside.is_dir():
-            shutil.copytree(beside, folder / beside.name, dirs_exist_ok=True)
-        elif not ours and not beside.name.endswith(".index.json"):
-            shutil.copy2(beside, folder / beside.name)

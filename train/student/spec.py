@@ -66,6 +66,11 @@ class TrainSpec:
     """Lowest student layers that the student does not run: a live teacher does for both, or their state is recorded."""
 
     @property
+    def is_control(self) -> bool:
+        """Whether nothing was cut from the model that is trained."""
+        return not (self.plan.drop or self.plan.edits)
+
+    @property
     def teacher_place(self) -> TeacherPlace:
         """Where the teacher's signals come from."""
         if self.settings.teacher.recorded is not None:

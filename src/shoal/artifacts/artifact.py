@@ -281,7 +281,7 @@ class Evaluation(Artifact):
     """eval/<role>.json: the abilities of one model."""
 
     role: str
-    """Role of the model: teacher, pruned or distilled."""
+    """Role of the model: teacher, pruned, control or distilled."""
     tasks: tuple[TaskScore, ...]
     num_parameters: int
     num_layers: int
@@ -356,9 +356,13 @@ class Speed(Artifact):
     """Reasons why a batch size that was asked for is missing, a sentence each."""
 
 
+CONTROL = "control"
+"""Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
+
+
 @dataclass(frozen=True)
 class Training(Artifact):
-    """distill.json: how the student was trained; written when distilled/ is complete."""
+    """distill.json: how the student was trained; written when distilled/ is complete. Of the control: control/."""
 
     FILE: ClassVar[str] = "distill.json"
 

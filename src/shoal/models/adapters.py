@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from shoal.models.checkpoint_files import (
     TOKENIZER_FILES,
     WITH_MODEL,
     WITH_TOKENIZER,
+    copy_beside,
     json_or_empty,
     model_fingerprint,
     read_header,
@@ -175,10 +175,8 @@ def _merge(folder: Path, base: Path, out: Path) -> None:
     expected = _logits(merged)
     merged.save_pretrained(out)
     del model, merged
-    for source, patterns in ((_tokenizer_source(folder, base), WITH_TOKENIZER), (base, WITH_MODEL)):
-        for file in (file for pattern in patterns for file in sorted(source.glob(pattern))):
-            copier = shutil.copytree if file.is_dir() else shutil.copyfile
-            copier(file, out / file.name)
+    copy_beside(_tokenizer_source(folder, base), out, WITH_TOKENIZER)
+    copy_beside(base, out, WITH_MODEL)
     if not torch.equal(_logits(load_model(out)), expected):
         raise UserError(f"{folder}: merged and saved, it gives other logits than before; shoal cannot use it")
 

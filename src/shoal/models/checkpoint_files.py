@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,17 @@ def tokenizer_fingerprint(folder: Path) -> str:
     }
     digest.update(json.dumps([tokens, chat], sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def copy_beside(source: Path, folder: Path, patterns: Iterable[str] = (*WITH_TOKENIZER, *WITH_MODEL)) -> None:
+    """Copy into ``folder`` what lies beside the weights in ``source`` under these names, byte for byte, and of folders
+    the files. Permissions stay behind: a read-only source must not make a read-only copy."""
+    for entry in (entry for pattern in patterns for entry in sorted(source.glob(pattern))):
+        if entry.is_dir():
+            (folder / entry.name).mkdir(exist_ok=True)
+            copy_beside(entry, folder / entry.name, ("*",))
+        else:
+            shutil.copyfile(entry, folder / entry.name)
 
 
 def json_or_empty(file: Path) -> dict[str, Any]:

@@ -51,6 +51,9 @@ class Eval(Tasks):
     )
     limit: Annotated[Positive | None, Shapes.SCORES] = 200
     perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
+    control: Annotated[bool, Shapes.NOTHING] = False
+    """Train the uncut teacher too, on the same rows with the same settings, and score it as the role `control`, which
+    shows what training on this text does to a model that has lost nothing. Takes longer than training the student."""
     speed: Annotated[bool, Shapes.NOTHING] = True
     """Measure prefill and decode tokens per second, time to the first token and memory of teacher, pruned and
     distilled, interleaved."""

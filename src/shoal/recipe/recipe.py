@@ -160,6 +160,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from measure.contradictions(recipe.measure)
     yield from prune.contradictions(recipe.prune)
     yield from distill.contradictions(recipe.distill)
+    if recipe.eval.control and recipe.distill.trainable == "replacement":
+        yield (
+            "eval.control: distill.trainable: replacement trains only what an edit has put in, of which the uncut "
+            "teacher has nothing; choose another trainable, or set eval.control: false"
+        )
     if recipe.search is not None:
         yield from search.contradictions(recipe.search, recipe.distill.trainer)
     yield from track.contradictions(recipe.export)

@@ -10,12 +10,12 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.abilities.forms import twin_wordings
-from shoal.artifacts.artifact import PruningPlan, Training, differences
+from shoal.artifacts.artifact import CONTROL, PruningPlan, Training, differences
 from shoal.data import contamination, wording
 from shoal.data.packing import PackedRows
 from shoal.data.sources import BUNDLED, check_source, load_texts, row_texts, sources_fingerprint
@@ -23,12 +23,17 @@ from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
+from shoal.progress import doing
+from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
-from shoal.runtime import device, seed_everything
+from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.stages.prune import choose_plan, read_importance, read_plan
 from shoal.stages.run import Run, check_length, is_done
 from shoal.tracking import wandb_run
+
+if TYPE_CHECKING:
+    from shoal.train.student.spec import Ranks, TrainSpec
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +71,7 @@ def record(run: Run) -> None:
     }
     record_signals(
         teacher,
-        rows_to_train_on(teacher, teacher.tokenizer(), settings, run.dir, inputs=inputs),
+        rows_to_train_on(teacher, teacher.tokenizer(), settings, run.dir / "text", inputs=inputs),
         run.dir / "signals" if recipe.record.folder is None else Path(recipe.record.folder).expanduser(),
         recipe.record,
         model=run.teacher_fingerprint,
@@ -80,30 +85,60 @@ def _teacher(run: Run) -> Checkpoint:
 
 
 def distill(run: Run) -> None:
-    """distilled/ and distill.json. All ranks take part, inside an initialised process group."""
+    """distilled/ and distill.json, and those of control/ where eval.control asks for them. All ranks take part, inside
+    an initialised process group."""
     from shoal.train import distill as training
-    from shoal.train.student.spec import Ranks, train_spec
+    from shoal.train.preflight.fit import check_control
+    from shoal.train.student.control import control_spec
+    from shoal.train.student.spec import Ranks
 
     recipe = run.recipe
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     plan = read_plan(run)
     inputs = training_inputs(run, plan)
-    if _is_trained(run, inputs):
+    is_trained, due = _is_trained(run, inputs), _control_due(run, plan)
+    if is_trained and due is None:
         return
-    if "student" not in inputs:
+    if not is_trained and "student" not in inputs:
         raise _student_is_gone(run)
-    seed_everything(recipe.seed)
-    teacher = _teacher(run)
-    student = Checkpoint.read(run.dir / "student", teacher.load)
-    training.distill(
-        train_spec(teacher, student, plan, recipe.distill, recipe.record, Ranks.here()),
-        run_dir=run.dir,
-        inputs=inputs,
-        make_scorer=_scorer(run),
-        search_rows=_search_rows(run),
-        start_tracking=partial(wandb_run.start, recipe.track, run.dir, as_dict(recipe)),
-    )
-    log.info("distill: %s", run.dir / "distilled")
+    spec = _spec(run, plan, Ranks.here())
+    control = None if due is None else control_spec(spec)
+    train = partial(training.distill, text=run.dir / "text", make_scorer=_scorer(run))
+    if not is_trained:
+        if control is not None:
+            with doing("working out what the control takes"):
+                agreed(lambda: check_control(control, run.dir / CONTROL, spec, run.dir))
+        seed_everything(recipe.seed)
+        train(
+            spec,
+            run_dir=run.dir,
+            inputs=inputs,
+            search_rows=_search_rows(run),
+            start_tracking=partial(wandb_run.start, recipe.track, run.dir, as_dict(recipe)),
+        )
+        log.info("distill: %s", run.dir / "distilled")
+        free_memory()
+    if control is not None and due is not None:
+        log.info("distill: the control, which is the uncut teacher, on the same rows")
+        if recipe.distill.local is not None:
+            log.info("distill: distill.local is left out of the control, which has no gap to heal")
+        seed_everything(recipe.seed)
+        # its curve is in its distill.json alone: a W&B run has one axis of steps
+        train(control, run_dir=run.dir / CONTROL, inputs=due, start_tracking=lambda: None)
+        log.info("distill: %s", run.dir / CONTROL / "distilled")
+
+
+def _spec(run: Run, plan: PruningPlan, ranks: Ranks) -> TrainSpec:
+    """The training of the student of ``plan``, whether student/ is there or not."""
+    from shoal.compress.targets.check import student_config
+    from shoal.train.student.spec import train_spec
+
+    folder, teacher = run.dir / "student", _teacher(run)
+    if (folder / "config.json").is_file():
+        student = Checkpoint.read(folder, teacher.load)
+    else:
+        student = Checkpoint(folder, student_config(teacher.config, plan.keep), teacher.load)
+    return train_spec(teacher, student, plan, run.recipe.distill, run.recipe.record, ranks)
 
 
 def distill_dry_run(run: Run) -> str:
@@ -113,38 +148,50 @@ def distill_dry_run(run: Run) -> str:
         UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
             memory cannot be told without running it.
     """
-    from shoal.compress.targets.check import student_config
     from shoal.train.dry_run import dry_run
-    from shoal.train.student.spec import Ranks, train_spec
+    from shoal.train.student.control import control_spec
+    from shoal.train.student.spec import Ranks
 
     recipe = run.recipe
     check_training_settings(recipe)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     has_plan = (run.dir / PruningPlan.FILE).is_file()
     plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
-    teacher = _teacher(run)
-    student = Checkpoint(run.dir / "student", student_config(teacher.config, plan.keep), teacher.load)
     count = ranks_to_start(recipe.distill.num_ranks)
     ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
-    return dry_run(train_spec(teacher, student, plan, recipe.distill, recipe.record, ranks), run.dir)
+    spec = _spec(run, plan, ranks)
+    return dry_run(spec, run.dir, control=control_spec(spec) if recipe.eval.control else None)
 
 
 def distill_is_done(run: Run) -> bool:
-    """Whether distilled/ is there already, so that no launcher need be started."""
+    """Whether distilled/ is there already, and control/ where it is asked for, so that no launcher need be started."""
     refuse_other_checkpoints(run)
-    return _has_distilled(run) and _is_trained(run, training_inputs(run, read_plan(run)))
+    if not _has_distilled(run.dir):
+        return False
+    plan = read_plan(run)
+    return _is_trained(run, training_inputs(run, plan)) and _control_due(run, plan) is None
 
 
-def _has_distilled(run: Run) -> bool:
-    return (run.dir / "distilled" / "config.json").is_file()
+def _has_distilled(folder: Path) -> bool:
+    return (folder / "distilled" / "config.json").is_file()
 
 
 def _is_trained(run: Run, inputs: dict[str, Any]) -> bool:
     """Whether distilled/ is what ``inputs`` make; what is known of them is compared where student/ is gone."""
     file = run.dir / Training.FILE
-    if _has_distilled(run) and file.is_file() and "student" not in inputs:
+    if _has_distilled(run.dir) and file.is_file() and "student" not in inputs:
         inputs = {**inputs, "student": Training.read(file).provenance.inputs.get("student")}
-    return _has_distilled(run) and is_done(Training, file, inputs, "distill")
+    return _has_distilled(run.dir) and is_done(Training, file, inputs, "distill")
+
+
+def _control_due(run: Run, plan: PruningPlan) -> dict[str, Any] | None:
+    """The identity of a control that is still to be trained; None where it is there, or not asked for."""
+    folder = run.dir / CONTROL
+    if not run.recipe.eval.control:
+        return None
+    inputs = control_inputs(run, plan)
+    there = _has_distilled(folder) and is_done(Training, folder / Training.FILE, inputs, "distill, control")
+    return None if there else inputs
 
 
 def _student_is_gone(run: Run) -> UserError:
@@ -159,41 +206,53 @@ def refuse_other_checkpoints(run: Run) -> None:
     Raises:
         UserError: checkpoints of other settings are in the way, the plan is of another run, or its student is gone.
     """
+    has_plan, has_student = (run.dir / PruningPlan.FILE).is_file(), (run.dir / "student" / "config.json").is_file()
+    if has_plan and not has_student and not _has_distilled(run.dir):
+        raise _student_is_gone(run)
+    if has_plan and has_student and (run.dir / "checkpoints").is_dir():
+        _refuse_other_checkpoints(run.dir, training_inputs(run, read_plan(run)), run.recipe.distill)
+    if has_plan and run.recipe.eval.control and (run.dir / CONTROL / "checkpoints").is_dir():
+        _refuse_other_checkpoints(run.dir / CONTROL, control_inputs(run, read_plan(run)), run.recipe.distill)
+
+
+def _refuse_other_checkpoints(folder: Path, inputs: dict[str, Any], settings: Distill) -> None:
     from shoal.train.distill import checkpoint_inputs
     from shoal.train.engine.checkpoint import refuse_other_run
 
-    checkpoints, settings = run.dir / "checkpoints", run.recipe.distill
-    has_plan, has_student = (run.dir / PruningPlan.FILE).is_file(), (run.dir / "student" / "config.json").is_file()
-    if has_plan and not has_student and not _has_distilled(run):
-        raise _student_is_gone(run)
-    if not (has_plan and has_student and checkpoints.is_dir()):
-        return
-    inputs, trained = training_inputs(run, read_plan(run)), run.dir / Training.FILE
+    trained = folder / Training.FILE
     if trained.is_file() and not differences(inputs, Training.read(trained).provenance.inputs):
         return  # trained already, whatever number of ranks would train it now
     identity = checkpoint_inputs(settings, inputs)
     if settings.batch_size is None:
         identity["distill.batch_size"] *= ranks_to_start(settings.num_ranks)
-    refuse_other_run(checkpoints, identity)
+    refuse_other_run(folder / "checkpoints", identity)
 
 
 def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     """The identity of distilled/; without `student` where that folder is gone."""
+    student = run.dir / "student"
+    is_there = (student / "config.json").is_file()
+    return _inputs(
+        run,
+        run.recipe.distill,
+        {"prune.drop": list(plan.drop), **({"student": model_fingerprint(student)} if is_there else {})},
+    )
+
+
+def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """The identity of control/distilled/: no student, and of the plan what decides how the control is trained."""
+    from shoal.train.student.control import control_identity
+
+    settings = dataclasses.replace(run.recipe.distill, local=None)
+    return _inputs(run, settings, control_identity(settings, plan))
+
+
+def _inputs(run: Run, settings: Distill, trained: dict[str, Any]) -> dict[str, Any]:
     from shoal.train.distill import distill_inputs
 
-    recipe, student = run.recipe, run.dir / "student"
-    is_there = (student / "config.json").is_file()
-    inputs = distill_inputs(
-        recipe.distill,
-        recipe.record,
-        teacher=run.teacher_fingerprint,
-        student=model_fingerprint(student) if is_there else "",
-        drop=plan.drop,
-        general=shaping(recipe, Shapes.TRAINING),
-    )
-    if not is_there:
-        del inputs["student"]
-    return inputs
+    recipe = run.recipe
+    general = shaping(recipe, Shapes.TRAINING)
+    return distill_inputs(settings, recipe.record, teacher=run.teacher_fingerprint, trained=trained, general=general)
 
 
 def check_distill(run: Run) -> None:

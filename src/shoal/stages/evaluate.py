@@ -1,4 +1,4 @@
-"""The stage `eval`: teacher, pruned and distilled model on the same items, and how fast they are.
+"""The stage `eval`: teacher, pruned, control and distilled model on the same items, and how fast they are.
 
 Code of a stage is imported where it is used, so that a verb loads only what it runs.
 """
@@ -9,14 +9,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import Evaluation, Provenance, Speed, Training
+from shoal.artifacts.artifact import CONTROL, Evaluation, Provenance, Speed, Training
 from shoal.data.sources import sources_fingerprint
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, is_main, seed_everything
-from shoal.stages.distill import training_inputs
+from shoal.stages.distill import control_inputs, training_inputs
 from shoal.stages.prune import read_plan
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require
 
@@ -24,8 +24,11 @@ log = logging.getLogger(__name__)
 
 
 def roles(run: Run) -> dict[str, Path]:
-    """The models that exist now, by role."""
-    folders = {"teacher": run.teacher, "pruned": run.dir / "student", "distilled": run.dir / "distilled"}
+    """The models that exist now, by role; the control only where the recipe asks for it."""
+    folders = {"teacher": run.teacher, "pruned": run.dir / "student"}
+    if run.recipe.eval.control:
+        folders[CONTROL] = run.dir / CONTROL / "distilled"
+    folders["distilled"] = run.dir / "distilled"
     return {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
 
 
@@ -65,6 +68,8 @@ def evaluate(run: Run) -> None:
     prune = run.recipe.prune
     if list(folders) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
+    if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
+        log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
     due = _due(run, folders)
     load = LoadSettings(**run.load_args())
     checkpoints = {role: Checkpoint.read(folder, load) for role, folder in folders.items()}
@@ -122,9 +127,12 @@ def _tell_of_left_out(path: Path, result: Evaluation) -> None:
 
 
 def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
-    """Refuse a student/ or distilled/ that other settings made: scores of different runs would share a table."""
-    if "pruned" in folders or "distilled" in folders:
+    """Refuse a student/, distilled/ or control/ that other settings made: scores of different runs would share a
+    table."""
+    if folders.keys() & {"pruned", CONTROL, "distilled"}:
         plan = read_plan(run)
+        if CONTROL in folders:
+            require(Training, run.dir / CONTROL / Training.FILE, control_inputs(run, plan), "shoal distill")
         if "distilled" in folders:
             require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
 
@@ -133,9 +141,11 @@ def _speed(run: Run, folders: dict[str, Path], checkpoints: dict[str, Checkpoint
     from shoal.eval.speed import measure_speed
 
     path = run.dir / Speed.FILE
+    folders = {role: folder for role, folder in folders.items() if role != CONTROL}  # which is as fast as the teacher
     inputs = speed_inputs(run, folders)
     if is_done(Speed, path, inputs, "speed"):
         return
     log.info("eval: speed of %s, interleaved", ", ".join(folders))
     batch_sizes = run.recipe.eval.speed_batch_sizes
-    measure_speed(checkpoints, provenance=Provenance(inputs), batch_sizes=batch_sizes).write(path)
+    measured = {role: checkpoints[role] for role in folders}
+    measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes).write(path)

@@ -26,6 +26,7 @@ from typing import Any, TextIO
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import (
+    CONTROL,
     Artifact,
     Evaluation,
     Importance,
@@ -377,7 +378,8 @@ def write_story(run: Run) -> None:
         (Importance.FILE, Importance),
         (PruningPlan.FILE, PruningPlan),
         (Training.FILE, Training),
-        *((f"eval/{role}.json", Evaluation) for role in ("teacher", "pruned", "distilled")),
+        (f"{CONTROL}/{Training.FILE}", Training),
+        *((f"eval/{role}.json", Evaluation) for role in ("teacher", "pruned", CONTROL, "distilled")),
         (Speed.FILE, Speed),
     ]
     for name, kind in kinds:

@@ -8,14 +8,12 @@ scores, the text that it writes.
 from __future__ import annotations
 
 import difflib
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from shoal.artifacts.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences
@@ -28,6 +26,7 @@ from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.search import Search, SearchPlan
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.recipe.track import Export
+from shoal.runtime import free_memory
 from shoal.stages import distill as distilling
 from shoal.stages import evaluate, preflight
 from shoal.stages import prune as pruning
@@ -109,7 +108,7 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
     check_columns(tasks, settings.rank_by)
     limits = {} if settings.limit else {name: n for name, n in recipe.eval.limits.items() if name in tasks}
     limit = settings.limit or recipe.eval.limit
-    scored = replace(recipe.eval, tasks=names, suite=None, limit=limit, limits=limits, speed=False)
+    scored = replace(recipe.eval, tasks=names, suite=None, limit=limit, limits=limits, control=False, speed=False)
     prunes = [prune_of(plan, recipe.prune) for plan in settings.plans]
     measured = replace(recipe.measure, metrics=_metrics(recipe, prunes), diagnostics=False, probes=())
     distill = replace(recipe.distill, num_tokens=settings.num_tokens)
@@ -277,9 +276,7 @@ def _evaluate(candidate: Candidate) -> None:
 
 def _heal(candidate: Candidate, launch: Launch) -> None:
     if not distilling.distill_is_done(candidate.run):
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the ranks that are started need what this process still holds
+        free_memory()  # the ranks that are started need what this process still holds
         launch(candidate.run.recipe, candidate.recipe_file)
     _evaluate(candidate)
 

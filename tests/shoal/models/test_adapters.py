@@ -290,7 +290,7 @@ def test_an_interrupted_merge_leaves_nothing(adapter: Path, cache: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(adapters.shutil, "copyfile", stop)
+        patched.setattr("shutil.copyfile", stop)
         with pytest.raises(KeyboardInterrupt):
             resolve_model(str(adapter))
     assert not [folder for folder in (cache / "adapters").iterdir() if folder.is_dir()]

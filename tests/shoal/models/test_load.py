@@ -36,6 +36,7 @@ from shoal.models.anatomy import decoder_body, decoder_layers
 from shoal.models.checkpoint_files import (
     check_checkpoint,
     checkpoint_bytes,
+    copy_beside,
     model_fingerprint,
     read_shards,
     tokenizer_fingerprint,
@@ -676,3 +677,26 @@ def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "shoal"
+
+
+def test_what_goes_with_tokenizer_and_model_is_copied_in_folders_too_and_can_be_written_again(tmp_path: Path) -> None:
+    beside = ("tokenizer.json", "chat_template.jinja", "LICENSE", "additional_chat_templates/tool_use.jinja")
+    others = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "pytorch_model.bin",
+        "onnx/model.onnx",
+    )
+    for name in (*beside, *others):
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_text(name)
+        (tmp_path / "model" / name).chmod(0o444)
+    for _ in range(2):  # a second time over what the first has made
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        copy_beside(tmp_path / "model", tmp_path / "copy")
+    files = {
+        str(file.relative_to(tmp_path / "copy")): file for file in (tmp_path / "copy").rglob("*") if file.is_file()
+    }
+    assert {name: file.read_text() for name, file in files.items()} == {name: name for name in beside}
+    assert all(file.stat().st_mode & 0o200 for file in files.values())

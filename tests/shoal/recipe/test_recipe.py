@@ -116,6 +116,11 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
             "distill: {trainer: {resume_from_checkpoint: x}}",
             "distill.trainer.resume_from_checkpoint: is set by shoal; use the same command again instead",
         ),
+        (
+            "distill: {trainable: replacement}\neval: {control: true}",
+            "eval.control: distill.trainable: replacement trains only what an edit has put in, of which the uncut "
+            "teacher has nothing; choose another trainable, or set eval.control: false",
+        ),
         ("export: {hub_repo: name}", "export.hub_repo: must have the form owner/name (got 'name')"),
     ],
 )

@@ -40,7 +40,7 @@ def make_run(teacher: Path, tmp_path: Path) -> Callable[..., Run]:
             "prune": {"drop": [2, 4]},
             "measure": MEASURE,
             "distill": {"sequence_length": 64},
-            "eval": EVAL,
+            "eval": {**EVAL, "control": True},  # of the run alone: no plan is healed twice
             "track": {"wandb": "off"},
             "search": {"plans": plans, "num_tokens": 128, "rank_by": ["perplexity"], **(search or {})},
             **sections,

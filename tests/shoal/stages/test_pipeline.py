@@ -502,6 +502,80 @@ def test_a_student_that_was_deleted_after_training_keeps_nobody_from_its_results
         evaluate.require_models_of_this_run(other, evaluate.roles(other))
 
 
+def as_trained(folder: Path, inputs: dict[str, Any], model: Path) -> None:
+    """What a training with these inputs leaves, with the weights of ``model``."""
+    shutil.copytree(model, folder / "distilled")
+    Training(Provenance(inputs), 1, 64, 1.0, (), {}, {}, 1).write(folder / Training.FILE)
+
+
+@pytest.mark.slow
+def test_a_control_is_due_where_it_is_asked_for_and_not_there(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plain, asked = make_run(), make_run(eval={"control": True})
+    pruning.prune(plain)
+    plan = pruning.read_plan(plain)
+    as_trained(plain.dir, distill.training_inputs(plain, plan), plain.dir / "student")
+    assert distill.distill_is_done(plain)
+    assert not distill.distill_is_done(asked)
+    as_trained(plain.dir / "control", distill.control_inputs(asked, plan), plain.teacher)
+    assert distill.distill_is_done(asked)
+    assert list(evaluate.roles(plain)) == ["teacher", "pruned", "distilled"]
+    assert list(evaluate.roles(asked)) == ["teacher", "pruned", "control", "distilled"]
+    evaluate.require_models_of_this_run(asked, evaluate.roles(asked))
+    (plain.dir / "student").rename(plain.dir / "moved")  # whose results stay
+    assert distill.distill_is_done(asked)
+    (plain.dir / "moved").rename(plain.dir / "student")
+    inputs = distill.control_inputs(make_run(distill={"num_tokens": 7}), plan)
+    Training(Provenance(inputs), 1, 7, 1.0, (), {}, {}, 1).write(plain.dir / "control" / Training.FILE)
+    assert not distill.distill_is_done(asked)
+    with pytest.raises(UserError, match=r"control/distill.json: belongs to another run: distill.num_tokens is 200000 "):
+        evaluate.require_models_of_this_run(asked, evaluate.roles(asked))
+    evaluate.require_models_of_this_run(plain, evaluate.roles(plain))
+
+
+@pytest.mark.slow
+def test_a_control_that_is_not_trained_yet_is_missed_by_the_evaluation(
+    make_run: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "is_done", lambda *_: True)
+    run = make_run(eval={"control": True})
+    pruning.prune(run)
+    evaluate.evaluate(run)
+    assert "no control" not in caplog.text
+    as_trained(run.dir, distill.training_inputs(run, pruning.read_plan(run)), run.dir / "student")
+    evaluate.evaluate(run)
+    assert f"there is no control (eval.control) in {run.dir}/control yet; `shoal distill` trains it" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_control_of_other_settings_is_refused_before_the_launch(make_run: Any) -> None:
+    run = make_run(eval={"control": True})
+    pruning.prune(run)
+    inputs = distill.control_inputs(make_run(seed=1), pruning.read_plan(run))
+    folder = run.dir / "control" / "checkpoints" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    commit(folder, checkpoint_inputs(run.recipe.distill, inputs))
+    with pytest.raises(UserError, match=r"control/checkpoints/checkpoint-2: belongs to another run: seed is 0 in this"):
+        distill.refuse_other_checkpoints(run)
+    distill.refuse_other_checkpoints(make_run())
+
+
+def test_without_the_teachers_weights_a_recording_alone_trains_nothing(teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    raw = {
+        "model": str(tmp_path / "bare"),
+        "run_dir": str(tmp_path / "run"),
+        "prune": {"drop": [1]},
+        "distill": {"teacher": {"recorded": str(tmp_path / "signals")}},
+        "eval": {"control": True},
+    }
+    (tmp_path / "signals").mkdir()
+    (tmp_path / "signals" / "recording.json").write_text("{}")
+    with pytest.raises(UserError, match=r"bare: has no weights; give a complete checkpoint in safetensors"):
+        distill.check_distill(open_run(parse_recipe(raw)))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_limit_of_a_task_that_is_not_asked_is_refused_before_anything_is_measured(make_run: Any) -> None:
     """A group's tasks are known to lm-eval's index alone, so that the recipe does not tell."""

@@ -32,11 +32,12 @@ from shoal.train.engine.arguments import DeepSpeed, deepspeed_config
 from shoal.train.engine.sharding import REDUCED_AT_ONCE
 from shoal.train.objective.objective import final_hidden
 from shoal.train.preflight import fit, throughput
-from shoal.train.preflight.fit import cheapest, check_fit, disk_bytes, overrides, proposals, shortages
+from shoal.train.preflight.fit import cheapest, check_control, check_fit, disk_bytes, overrides, proposals, shortages
 from shoal.train.preflight.memory import KEY_BYTES, LIBRARY_BYTES, VALUE_BYTES, Setting, memory, shared_weights
 from shoal.train.preflight.optimizers import timed_optimizer
 from shoal.train.preflight.run_size import Job, job
 from shoal.train.preflight.throughput import flops_per_token
+from shoal.train.student.control import control_spec
 from shoal.train.student.sizes import ModelSize, student_size
 from shoal.train.student.spec import Ranks, TrainSpec, train_spec
 from shoal.train.teacher.wiring import make_trainable_alike
@@ -135,6 +136,7 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Record
 from shoal.train.preflight import throughput as pace
 from shoal.train.preflight.memory import Setting, memory
+from shoal.train.student.control import control_spec
 from shoal.train.student.sizes import student_size, teacher_size
 from shoal.train.student.spec import Ranks, train_spec
 from shoal.recipe.distill import Distill
@@ -632,6 +634,46 @@ def test_a_run_without_the_disk_is_refused(folders: tuple[Path, Path], tmp_path:
     with (tmp_path / "checkpoints" / "earlier").open("wb") as file:
         file.truncate(10**8)  # a run that goes on has written its files already
     refuse(folders, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_control_without_room_after_the_student_is_refused_and_its_cost_told_before(
+    folders: tuple[Path, Path], tmp_path: Path, machine: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="shoal")
+    teacher, student = (Checkpoint.read(folder, LoadSettings()) for folder in folders)
+    settings = Distill(sequence_length=LENGTH, watch=None)
+    spec = train_spec(teacher, student, CUT, settings, Record(), ONE_RANK)
+    control = control_spec(spec)
+    own, uncut = job(spec), job(control)
+    assert disk_bytes(uncut).keys() == disk_bytes(own).keys() - {"text"}
+    both = sum(disk_bytes(own).values()) + sum(disk_bytes(uncut).values())
+    machine["disk"] = both
+    check_control(control, tmp_path / "control", spec, tmp_path)
+    times = uncut.flops_per_token / own.flops_per_token
+    assert 1.2 < times < 1.5
+    assert f"the uncut teacher is trained on the same rows, which takes {times:.2g} times as long" in caplog.text
+    machine["disk"] = both - 1
+    with pytest.raises(UserError, match=r"^the control's training \(eval.control\) will not fit: run_dir .*/control: "):
+        check_control(control, tmp_path / "control", spec, tmp_path)
+    (tmp_path / "distilled").mkdir()
+    (tmp_path / "distilled" / "model").write_bytes(b"..")  # of an earlier life
+    check_control(control, tmp_path / "control", spec, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_report_tells_what_a_control_adds(tmp_path: Path) -> None:
+    spec = spec_of(Distill(sequence_length=LENGTH, trainable="from_first_cut"), CUT, student_layers=4)
+    plain, told = (
+        report.dry_run(spec, tmp_path / "run", control=control, try_it=False) for control in (None, control_spec(spec))
+    )
+    assert "control" not in plain
+    (line,) = (line for line in told.splitlines() if line.startswith("control: "))
+    assert "trained on the same rows, 6 layers, 0.0 million weights trained: 1." in line
+    assert line.endswith(("GB at the peak of a rank (fits, scoring)", "GB at the peak of a rank (fits)"))
+    assert "control/checkpoints/ " in told
+    assert "control/distilled/ " in told
+    assert "control/text/ " not in told
 
 
 @pytest.mark.slow

@@ -24,7 +24,6 @@ from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, LocalHeal, Record
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.student import local_stage as local
-from shoal.train.student.frozen import copy_all_but_weights
 from shoal.train.student.local_stage import LocalResult, heal_locally, local_stage
 from shoal.train.student.spec import Ranks, train_spec
 from shoal.train.student.trainable import Gap, gaps
@@ -220,18 +219,6 @@ def test_what_is_not_healed_is_written_as_it_was_stored(tmp_path):
     assert written[trained].dtype == torch.bfloat16
     assert not torch.equal(written[trained], stored[trained])
     assert json.loads((healed / "config.json").read_text())["dtype"] == "bfloat16"
-
-
-def test_what_lies_beside_the_weights_comes_along_in_folders_too(tmp_path):
-    beside = ("tokenizer.json", "LICENSE", "additional_chat_templates/tool_use.jinja")
-    ours = ("model.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "modeling.py")
-    for name in (*beside, *ours):
-        (tmp_path / "student" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "student" / name).write_text(name)
-    (tmp_path / "made").mkdir()
-    copy_all_but_weights(tmp_path / "student", tmp_path / "made")
-    files = [file for file in (tmp_path / "made").rglob("*") if file.is_file()]
-    assert {str(file.relative_to(tmp_path / "made")) for file in files} == {*beside}
 
 
 def test_what_cannot_be_healed_is_refused(tmp_path, monkeypatch):

@@ -1,0 +1,118 @@
+"""The uncut teacher in the place of the student: what is trained of it, and what tells two controls apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cut_students import plan
+from pydantic import TypeAdapter
+from tiny import tiny_config
+
+from shoal.artifacts.artifact import PruningPlan
+from shoal.models.load import Checkpoint
+from shoal.recipe.distill import Distill, LocalHeal, Record, Teacher
+from shoal.recipe.losses import AttentionRelation, CrossEntropy, HiddenStates
+from shoal.train.objective.layer_losses import layer_pairs
+from shoal.train.student.control import control_identity, control_spec
+from shoal.train.student.spec import Ranks, TrainSpec, train_spec
+
+MERGE = {"kind": "merge", "layers": [2, 3]}
+SKIP = {"kind": "skip_attention", "layers": [1]}
+SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "norm"]}
+
+
+def spec_of(changes: PruningPlan, **settings: Any) -> TrainSpec:
+    """The student's training; no weight is read."""
+    teacher, student = (
+        Checkpoint(Path(name), tiny_config("llama", num_hidden_layers=layers))
+        for name, layers in (("teacher", changes.num_layers), ("student", len(changes.keep)))
+    )
+    return train_spec(teacher, student, changes, Distill(**settings), Record(), Ranks(1, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("trainable", "changes", "layers", "norm", "shared"),
+    [
+        ("all", plan(4), range(10), True, 0),
+        ("layers", plan(4), range(10), True, 0),
+        ("from_first_cut", plan(4, 7), range(4, 10), True, 4),  # those that the cut removes are trained as well
+        ("from_first_cut", plan(7, edits=(SKIP,)), range(1, 10), True, 1),
+        ("near_gaps", plan(4), (3, 5), False, 3),
+        ("near_gaps", plan(3, 4, 7), (2, 5, 6, 8), False, 2),
+        ("near_gaps", plan(0, 1), (2,), False, 0),
+        ("near_gaps", plan(8, 9), (7,), True, 7),
+        ("near_gaps", plan(3, edits=(MERGE,)), (2, 4), False, 2),
+        ("near_gaps", plan(7, edits=(SWAP,)), (4, 6, 8), True, 0),
+        ("norm_and_head", plan(4), (), True, 4),
+    ],
+)
+def test_what_is_trained_is_known_by_its_number_in_the_teacher(trainable, changes, layers, norm, shared) -> None:
+    spec = spec_of(changes, trainable=trainable)
+    control = control_spec(spec)
+    assert (control.trained.layers, control.trained.norm) == (tuple(layers), norm)
+    assert replace(control.trained, layers=()) == replace(spec.trained, layers=())
+    assert control.shared_layers == spec.shared_layers == shared
+    identity = control_identity(spec.settings, changes)
+    assert (identity["control.layers"], identity["control.norm"]) == ([*layers], norm)
+
+
+def test_nothing_is_cut_and_no_gap_is_healed() -> None:
+    spec = spec_of(plan(4, 7, edits=(SKIP,)), trainable="from_first_cut", local=LocalHeal())
+    control = control_spec(spec)
+    assert control.student == control.teacher == spec.teacher
+    assert control.plan.keep == tuple(range(10))
+    assert (spec.is_control, control.is_control) == (False, True)
+    assert control.settings == replace(spec.settings, local=None)
+
+
+def test_a_recording_of_the_state_below_serves_the_control_also_where_a_local_stage_shortened_it() -> None:
+    recorded = Teacher(recorded="signals", prefix=True)
+    spec = spec_of(plan(4), trainable="from_first_cut", local=LocalHeal(), teacher=recorded)
+    assert control_spec(spec).shared_layers == spec.shared_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("term", "changes", "targets"),
+    [
+        (HiddenStates(), plan(4, 5), (5, 6, 7, 8, 9)),  # the layer before the gap is asked for the state after it
+        (HiddenStates(map="own"), plan(4, 5), (6, 7, 8, 9)),
+        (HiddenStates(layers=(3, 5)), plan(4, 5), (5, 7)),
+        (HiddenStates(map="own"), plan(3, edits=(MERGE,)), (3, 4, 5, 6, 7, 8, 9)),
+        (AttentionRelation(), plan(9), (8,)),
+        (AttentionRelation(layers=(2, 4)), plan(3), (2, 5)),
+    ],
+)
+def test_states_are_compared_at_the_teachers_layers_of_the_student_each_with_itself(term, changes, targets) -> None:
+    spec = spec_of(changes, losses=(CrossEntropy(), term))
+    assert {target for _, target in layer_pairs(term, changes)} == {*targets}
+    control = control_spec(spec)
+    plain, mapped = control.settings.losses
+    assert plain == CrossEntropy()
+    assert layer_pairs(mapped, control.plan) == tuple((layer, layer) for layer in targets)  # pyright: ignore[reportArgumentType]
+    assert replace(mapped, layers=term.layers) == term
+
+
+def test_states_that_nothing_below_can_change_are_left_out_as_for_the_student() -> None:
+    spec = spec_of(plan(4, 5), trainable="from_first_cut", losses=(HiddenStates(),))
+    (term,) = control_spec(spec).settings.losses
+    assert term.layers == (6, 7, 8, 9), "the student's layer before the gap is frozen"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("settings", "same"),
+    [
+        ({}, True),
+        ({"trainable": "norm_and_head"}, True),
+        ({"trainable": "from_first_cut"}, True),
+        ({"trainable": "near_gaps"}, False),
+        ({"losses": [{"kind": "hidden_states"}]}, False),
+    ],
+)
+def test_another_cut_makes_another_control_only_where_it_decides_how_it_is_trained(settings, same) -> None:
+    distill = TypeAdapter(Distill).validate_python(settings)
+    one, other = (control_identity(distill, plan(4, above)) for above in (6, 7))
+    assert (one == other) == same

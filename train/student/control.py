@@ -1,0 +1,74 @@
+"""The control: the uncut teacher in the place of the student, trained in the same way on the same rows.
+
+It shows what training on this text does to a model that has lost nothing. What is trained of it is the same by meaning:
+a layer is known by its number in the teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from shoal.artifacts.artifact import PruningPlan
+from shoal.models.anatomy import text_config
+from shoal.recipe.distill import Distill
+from shoal.recipe.losses import STATE_TERMS, LossTerm
+from shoal.recipe.section import as_dict
+
+from ..objective.layer_losses import layer_pairs
+from .spec import TrainSpec
+from .trainable import Trained, keys_from, shares_prefix, trained_parts
+
+
+def control_spec(spec: TrainSpec) -> TrainSpec:
+    """The training of the control beside that of the student, ``spec``.
+
+    There are no gaps, so there is no local stage. Losses on states compare the control with the teacher where they
+    compare the student with it, each layer with itself. The layers that the student is spared are spared here too, so
+    that one recording serves both.
+
+    Raises:
+        UserError: a loss that names a layer which the student does not have.
+    """
+    settings, plan = spec.settings, spec.plan
+    parts = replace(spec.trained, keys_from=keys_from(text_config(spec.teacher.config)))
+    trained = _in_teacher(parts, settings.trainable, plan)
+    frozen = shares_prefix(trained, plan)
+    losses = tuple(_of_equal_layers(term, plan, num_shared=spec.frozen_layers) for term in settings.losses)
+    return replace(
+        spec,
+        student=spec.teacher,
+        plan=replace(plan, drop=(), edits=(), reason="the control is not cut", student=""),
+        settings=replace(settings, local=None, losses=losses),
+        trained=trained,
+        frozen_layers=frozen,
+        shared_layers=min(frozen, spec.shared_layers),
+    )
+
+
+def control_identity(settings: Distill, plan: PruningPlan) -> dict[str, Any]:
+    """What of ``plan`` shapes the control: which parts are trained, and the whole of it where a loss compares states.
+
+    Raises:
+        UserError: there is nothing of the kind to train in the student.
+    """
+    trained = _in_teacher(trained_parts(settings.trainable, plan), settings.trainable, plan)
+    identity = {"control.layers": list(trained.layers), "control.norm": trained.norm}
+    if any(isinstance(term, STATE_TERMS) for term in settings.losses):
+        identity |= {"prune.drop": list(plan.drop), "prune.edits": [as_dict(edit) for edit in plan.edits]}
+    return identity
+
+
+def _in_teacher(trained: Trained, trainable: str, plan: PruningPlan) -> Trained:
+    """``trained`` of the student of ``plan`` in the teacher's numbers; what a cut has removed inside it is trained."""
+    if trainable == "near_gaps":
+        return replace(trained, layers=tuple(plan.keep[layer] for layer in trained.layers))
+    # all others are one run up to the last layer, or none; below it the student's numbers are the teacher's
+    return replace(trained, layers=tuple(range(trained.layers[0], plan.num_layers)) if trained.layers else ())
+
+
+def _of_equal_layers(term: LossTerm, plan: PruningPlan, *, num_shared: int) -> LossTerm:
+    if not isinstance(term, STATE_TERMS):
+        return term
+    targets = tuple(target for _, target in layer_pairs(term, plan, num_shared=num_shared))
+    return replace(term, layers=targets)
