@@ -5,6 +5,7 @@ page        as HTML
 document    blocks, whatever they look like
 findings    what a run directory holds
 headline    the first sentences
+forms       what the form of the questions adds
 cautions    what speaks against the numbers
 sections    what the model can do
 details     how it was done

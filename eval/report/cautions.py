@@ -17,7 +17,7 @@ from ..tasks.names import described_tasks, task_folders
 from .document import Caution, Cautions, Paragraph, Section
 from .findings import FEW_ITEMS, PAIRS, ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
 from .sections import fair_gaps
-from .wording import named_or_counted, score_words, task_names
+from .wording import kept_words, named_or_counted, score_words, task_names
 
 HELD_OUT = "python_docs_heldout"
 """The bundled source that belongs to evaluation."""
@@ -44,6 +44,7 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         *_overlap(run),
         *_twin_wording(run),
         *_learnt_form(run, comparison.rows),
+        *_form(run, comparison.rows),
         *_protocols(comparison.rows),
         *_written_text(comparison.rows),
         *_few_items(comparison.rows),
@@ -53,8 +54,8 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         return Section(title, (Cautions(cautions),))
     text = (
         "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
-        "items or the wording of twins, too few items, tasks at chance, protocols that disagree, generated text "
-        "without a readable answer."
+        "items or the wording of twins, a form that was learnt, too few items, tasks at chance, protocols that disagree, "
+        "generated text without a readable answer."
     )
     return Section(title, (Paragraph(text),))
 
@@ -161,11 +162,13 @@ def _foreign(run: Run) -> list[str]:
 
 def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
     """A model that beats its teacher in what it was trained on has not become the better model."""
-    better = [row for row in rows if row.verdict("teacher", "distilled") == "better"]
+    verdicts = [(row.verdict("teacher", "distilled"), row) for row in rows if row.column in ("in", "")]
+    better = [row for verdict, row in verdicts if verdict == "better"]
     if not better:
         return
     sources = (run.training.data.get("sources") or {}) if run.training else {}
-    seen = "ability_texts" in sources and all(row.ability in ABILITIES for row in better)
+    bundled = all(row.column == "in" or (not row.column and row.ability in ABILITIES) for row in better)
+    seen = "ability_texts" in sources and bundled
     count = "one score" if len(better) == 1 else f"{len(better)} scores"
     yield Caution(
         "Better than its teacher",
@@ -175,9 +178,28 @@ def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
             "Its training text has that form, with other items."
             if seen
             else "Whether its training text has that form is not known here.",
-            "More than 100 % kept says that this form is answered better, not that the model can do more.",
+            "More than the teacher says that this form is answered better, not that the model can do more.",
         ),
     )
+
+
+def _form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
+    """Whether what came back is the ability, as far as twins and public benchmarks tell."""
+    if "distilled" not in run.evaluations:
+        return
+    clear = [row for row in rows if row.has_signal and len(row.scores) > 1]
+    if any(row.column for row in clear) and not any(row.column in ("twin", "public") for row in clear):
+        yield Caution(
+            "No twin and no public benchmark",
+            "Whether the ability came back or the form of the questions was learnt cannot be told from this run.",
+            ("It takes tasks that ask the same items in a form that no training text has, or a public benchmark.",),
+        )
+    if learnt := [row for row in clear if row.form and row.form.is_learnt("distilled")]:
+        yield Caution(
+            "Form learnt",
+            "The distilled model does better in the trained form than in its twin, where the teacher does not.",
+            (f"Concerned: {named_or_counted(learnt)}.", "The twin tells what it can do; the rest is the form."),
+        )
 
 
 def _few_items(rows: Sequence[Row]) -> Iterator[Caution]:
@@ -230,9 +252,8 @@ def _protocols(rows: Sequence[Row]) -> Iterator[Caution]:
                 widest[likely.ability] = likely, written, gap
         for likely, written, gap in widest.values():
             pair = (likely, written) if gap > 0 else (written, likely)
-            kept = [f"{100 * (row.retained[role].value or 0.0):.0f} %".replace("-", "−") for row in pair]
-            names = [task_names([row]) for row in pair]
-            told.append(f"The {role} model keeps {kept[0]} of {names[0]}, but {kept[1]} of {names[1]}.")
+            kept = [f"{kept_words(row.retained[role].value or 0.0)} {task_names([row])}" for row in pair]
+            told.append(f"The {role} model keeps {kept[0]}, but {kept[1]}.")
     if told:
         lead = "What is kept depends on how the model is asked: no number alone tells what it can do."
         yield Caution("Protocols disagree", lead, tuple(told))

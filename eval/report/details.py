@@ -24,6 +24,10 @@ TERMS = (
     ("Teacher", "The intact model."),
     ("Pruned", "The teacher without the cut layers, before any training."),
     ("Distilled", "The pruned model after it was trained to predict what the teacher predicts."),
+    ("Control", "The uncut teacher after the same training as the cut model: what it learnt, the text teaches."),
+    ("Trained form", "Wording and carrier of questions that training text may have; the items are others."),
+    ("Twin form", "The items of the trained form in wordings and carriers that no training text has."),
+    ("Form gap", "The score in the trained form minus that of the same items in the twin form."),
     ("Importance", "How much a layer changes what passes through it. Higher means: keep."),
     ("Block influence", "One minus the cosine similarity between what enters a layer and what leaves it."),
     (

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from shoal.figures.style import clean, inline_svg, save_figure
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ESCAPES = {"://": ":&#47;/"}  # a bare address would become a link on GitHub
+T = TypeVar("T")
 MOST_STACKED = 12
 """Columns up to which a row stays together on a phone; one of more is for comparing down its columns."""
 
@@ -77,10 +79,12 @@ class Table:
     @property
     def grouped_rows(self) -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
         """Every heading with its rows; one without text where there are no headings."""
-        rows, grouped = iter(self.rows), []
-        for heading, count in self.groups or (("", len(self.rows)),):
-            grouped.append((heading, tuple(next(rows) for _ in range(count))))
-        return tuple(grouped)
+        return _grouped(self.rows, self.groups)
+
+
+def _grouped(lines: Sequence[T], groups: Sequence[tuple[str, int]]) -> tuple[tuple[str, tuple[T, ...]], ...]:
+    left = iter(lines)
+    return tuple((text, tuple(next(left) for _ in range(count))) for text, count in groups or (("", len(lines)),))
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,13 @@ class Board:
     changes: tuple[str, ...]
     """Name of each change: `lost by the cut`."""
     lines: tuple[BoardLine, ...]
+    groups: tuple[tuple[str, int], ...] = ()
+    """Headings over runs of lines: text and number of lines; () = no headings."""
+
+    @property
+    def grouped_lines(self) -> tuple[tuple[str, tuple[BoardLine, ...]], ...]:
+        """Every heading with its lines; one without text where there are no headings."""
+        return _grouped(self.lines, self.groups)
 
     def as_table(self) -> Table:
         """The same without its scale, for readers of plain text."""
@@ -169,7 +180,7 @@ class Board:
         )
         titles = tuple(line.identifier for line in self.lines)
         heads = ("Ability", *(role.capitalize() for role in self.roles), *self.changes)
-        return Table(self.caption, heads, rows, row_titles=titles)
+        return Table(self.caption, heads, rows, groups=self.groups, row_titles=titles)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from shoal.stats.paired import (
 )
 
 from ..harness.rates import NAMES, rate, rate_difference
+from .forms import Form, form_of
 
 ROLES = ("teacher", "pruned", "control", "distilled")
 PAIRS = (
@@ -55,6 +56,7 @@ FEW_ITEMS = 50
 """Number of items below which the report says that intervals are wide."""
 
 A = TypeVar("A", bound=Artifact)
+K = TypeVar("K")
 Key = tuple[str, str, str]
 """Task, protocol and metric of a score."""
 
@@ -96,10 +98,17 @@ class Row:
     """Standard errors of the teacher above chance; None where chance means nothing or there is no teacher."""
     adjusted_p: dict[tuple[str, str], float]
     """p-values of the differences after Holm's correction over all tasks."""
+    form: Form | None = None
+    """How the same items do in the form that training text may have, where this row is their twin."""
 
     @property
     def any_score(self) -> TaskScore:
         return next(iter(self.scores.values()))
+
+    @property
+    def column(self) -> str:
+        """How the items relate to training text, see TaskScore.column."""
+        return self.any_score.column
 
     @property
     def higher_is_better(self) -> bool:
@@ -199,7 +208,7 @@ def compare(run: Run) -> Comparison:
         rows.append(_row(key, scores))
     adjusted = _adjusted([row.differences for row in rows])
     rows = [replace(row, adjusted_p=p_values) for row, p_values in zip(rows, adjusted, strict=True)]
-    return Comparison(tuple(rows), tuple(refused))
+    return Comparison(tuple(_with_forms(rows, refused)), tuple(refused))
 
 
 def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
@@ -335,14 +344,30 @@ def _row(key: Key, scores: dict[str, TaskScore]) -> Row:
     )
 
 
+def _with_forms(rows: Sequence[Row], refused: list[str]) -> list[Row]:
+    """The rows, those of twins with their form gaps; why one has none is added to ``refused``."""
+    by_task, forms = {row.any_score.task: row for row in rows}, dict[Key, Form]()
+    for row in rows:
+        if own := by_task.get(row.any_score.twin_of):
+            try:
+                forms[row.key] = form_of(own.scores, row.scores)
+            except UserError as error:
+                refused.append(f"form gap: {error}")
+    adjusted = _adjusted([form.gaps for form in forms.values()])
+    corrected = {
+        key: replace(form, adjusted_p=values) for (key, form), values in zip(forms.items(), adjusted, strict=True)
+    }
+    return [replace(row, form=corrected.get(row.key)) for row in rows]
+
+
 def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
     """The pairs of which both roles are there."""
     return [pair for pair in PAIRS if set(pair) <= set(roles)]
 
 
-def _adjusted(tasks: Sequence[dict[tuple[str, str], PairedDifference]]) -> list[dict[tuple[str, str], float]]:
-    """By task and pair of roles: the p-value after Holm's correction over the tasks."""
-    adjusted: list[dict[tuple[str, str], float]] = [{} for _ in tasks]
+def _adjusted(tasks: Sequence[dict[K, PairedDifference]]) -> list[dict[K, float]]:
+    """By task and pair of roles, or role: the p-value after Holm's correction over the tasks."""
+    adjusted: list[dict[K, float]] = [{} for _ in tasks]
     for pair in dict.fromkeys(pair for differences in tasks for pair in differences):
         holders = [index for index, differences in enumerate(tasks) if pair in differences]
         values = holm([tasks[index][pair].p_value for index in holders])

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoal.artifacts.artifact import SpeedScore
+from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 from shoal.recipe.edits import in_words
 
+from ..tasks.names import described_tasks, task_folders
 from .document import Board, BoardLine, Place
 from .findings import ROLES, Comparison, Row, Run, is_share
 from .speed import speed_ratio
 from .wording import (
     MAX_NAMES,
+    by_column,
     change_text,
+    column_words,
+    gap_text,
     glance_text,
     glance_unit,
     identifier_text,
@@ -26,8 +31,9 @@ CHANGES = {
     ("teacher", "pruned"): "Lost by the cut",
     ("pruned", "distilled"): "Brought back",
     ("teacher", "distilled"): "Against the teacher",
+    ("control", "distilled"): "Still lost",
 }
-"""(before, after) -> name of the change between them."""
+"""(before, after) -> name of the change between them. Where there is a control, what is missing is what it has."""
 PROTOCOLS_DIFFER = 0.1
 """Difference in retention from which two ways of asking are both shown at the top."""
 
@@ -36,13 +42,17 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
     """A few plain sentences; better and worse are said only where the difference is significant."""
     sentences = [_cut(run)]
     roles = run.evaluations
-    rows = [row for row in comparison.rows if row.has_signal]
-    if {"teacher", "pruned"} <= roles.keys():
-        sentences.append(_lost(rows))
-    if {"pruned", "distilled"} <= roles.keys():
-        sentences.append(_came_back(rows))
-    if {"teacher", "distilled"} <= roles.keys():
-        sentences.append(_still_missing(rows))
+    columns = by_column(row for row in comparison.rows if row.has_signal)
+    for column, rows in columns.items():
+        told = [_still_missing(rows), _against_control(rows)]
+        if column == "in":
+            told.insert(1, _learnt_by_control(rows))
+        if column != "in" or not told[0] or len(columns) == 1:  # else it stands beside what counts: tables tell more
+            told = [_lost(rows), _came_back(rows), *told]
+        said = " ".join(filter(None, told))
+        sentences.append(f"{heading(column_words(column))}: {said}" if said and any(columns) else said)
+    if "distilled" in roles:
+        sentences += [_form_gaps(comparison.rows), _nothing_outside(comparison.rows)]
     if not roles:
         sentences.append("No ability has been evaluated yet, so nothing is said here about what was lost.")
     silent = [row for row in comparison.rows if not row.has_signal]
@@ -58,20 +68,27 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
 def board(run: Run, comparison: Comparison) -> Board | None:
     """What was lost and came back by ability, as it is asked worst and best; None where nothing can be compared."""
     roles = tuple(role for role in ROLES if role in run.evaluations)
-    pairs = [pair for pair in CHANGES if set(pair) <= set(roles)]
+    left_out = ("teacher", "distilled") if "control" in roles else None
+    pairs = [pair for pair in CHANGES if set(pair) <= set(roles) and pair != left_out]
     rows = [row for row in comparison.rows if row.has_signal and len(row.scores) > 1]
     if not pairs or not rows:
         return None
-    shown = [row for ability in dict.fromkeys(row.ability for row in rows) for row in _worst_and_best(ability, rows)]
-    lines = tuple(_board_line(row, roles, pairs) for row in shown)
+    shown = {column: _shown(column, own) for column, own in by_column(rows).items()}
+    lines = tuple(_board_line(row, roles, pairs) for own in shown.values() for row in own)
     caption = "What was lost and what came back" if "distilled" in roles else "What was lost"
-    return Board(caption, roles, tuple(CHANGES[pair] for pair in pairs), lines)
+    groups = tuple((heading(column_words(column)), len(own)) for column, own in shown.items())
+    return Board(caption, roles, tuple(CHANGES[pair] for pair in pairs), lines, groups if any(shown) else ())
 
 
-def _worst_and_best(ability: str, rows: Sequence[Row]) -> list[Row]:
+def _shown(column: str, rows: Sequence[Row]) -> list[Row]:
+    """Rows of a column that stand on the board, by ability; of the trained form the first of each alone."""
+    abilities = {ability: [row for row in rows if row.ability == ability] for ability in {r.ability: 0 for r in rows}}
+    return [row for own in abilities.values() for row in _worst_and_best(own)[: 1 if column == "in" else None]]
+
+
+def _worst_and_best(own: Sequence[Row]) -> list[Row]:
     """Rows of an ability: the one that the cut model keeps least of, the one that it keeps most of if that is
     another, and of those without a chance level the one that rose most."""
-    own = [row for row in rows if row.ability == ability]
     kept = sorted(((_kept(row), row) for row in own if row.higher_is_better), key=lambda pair: pair[0])
     shown = [row for _, row in kept[:1]]
     if kept and kept[-1][0] - kept[0][0] >= PROTOCOLS_DIFFER:
@@ -150,8 +167,8 @@ def _lost(rows: Sequence[Row]) -> str:
     total = len(worse) + len(better) + len(unclear)
     if not total:
         return ""
-    if len(worse) == total > 1:
-        return f"Cutting made all {total} scores worse."
+    if len(worse) == total:
+        return f"Cutting made {f'all {total} scores' if total > 1 else task_names(worse)} worse."
     told = f": {task_names(worse)}" if 0 < len(worse) <= MAX_NAMES else ""
     return _sentence(
         f"Cutting made {len(worse)} of {total} scores worse{told}",
@@ -167,8 +184,9 @@ def _came_back(rows: Sequence[Row]) -> str:
         return ""
     first = "Distilling made no score clearly better than that of the cut model"
     if better:
-        which = f"all {total}" if len(better) == total > 1 else f"{len(better)} of {total}"
-        first = f"Distilling made {which} scores better than those of the cut model"
+        which = f"all {total}" if len(better) == total else f"{len(better)} of {total}"
+        scores = f"{which} scores better than those" if total > 1 else f"{task_names(better)} better than that"
+        first = f"Distilling made {scores} of the cut model"
     return _sentence(first, ("worse: ", worse), ("no clear change: ", unclear))
 
 
@@ -176,8 +194,68 @@ def _still_missing(rows: Sequence[Row]) -> str:
     worse, better, unclear = _sorted_by_verdict(rows, ("teacher", "distilled"))
     parts = (("still worse on ", worse), ("no clear difference on ", unclear), ("better on ", better))
     first, *others = [f"{how}{named_or_counted(some)}" for how, some in parts if some] or [""]
-    ending = ", where it may have learnt the form of the questions" if better else ""
-    return f"Against the teacher, the distilled model is {'; '.join((first, *others))}{ending}." if first else ""
+    learnt = ", which is more than the teacher has: the form of the questions was learnt"
+    ending = learnt if better and all(row.column == "in" for row in better) else ""
+    against = "the teacher and the control" if _is_alike(rows) else "the teacher"
+    return f"Against {against}, the distilled model is {'; '.join((first, *others))}{ending}." if first else ""
+
+
+def _is_alike(rows: Sequence[Row]) -> bool:
+    """Whether the distilled model stands to the control as it stands to the teacher."""
+    verdicts = [[row.verdict(role, "distilled") for row in rows] for role in ("teacher", "control")]
+    return verdicts[0] == verdicts[1]
+
+
+def _against_control(rows: Sequence[Row]) -> str:
+    """What training does not bring back although the intact model, trained alike, has it."""
+    worse, better, unclear = _sorted_by_verdict(rows, ("control", "distilled"))
+    if _is_alike(rows) or not (worse or better or unclear):
+        return ""
+    first = f"still lost: {named_or_counted(worse)}" if worse else "nothing is clearly still lost"
+    return _sentence(f"Against the control, {first}", ("better than it: ", better))
+
+
+def _learnt_by_control(rows: Sequence[Row]) -> str:
+    """How much of what is more than the teacher has the intact model learnt, trained alike."""
+    better = [row for row in rows if row.verdict("teacher", "distilled") == "better"]
+    told = [
+        f"{task_names([row])} {change_text(row, 'teacher', 'control')}" for row in better if "control" in row.scores
+    ]
+    if not told:
+        return ""
+    more = f"; and {len(told) - MAX_NAMES} more" if len(told) > MAX_NAMES else ""
+    return f"Of that the control, the uncut teacher trained alike, learnt: {'; '.join(told[:MAX_NAMES])}{more}."
+
+
+def _form_gaps(rows: Sequence[Row]) -> str:
+    """Where the distilled model does better in the trained form than in its twin, and the teacher does not."""
+    twins = [row for row in rows if row.has_signal and row.form and "distilled" in row.form.growth]
+    told = [
+        f"{task_names([row])} {gap_text(row.form.gaps['distilled'], row.any_score)}, of the teacher "
+        f"{gap_text(row.form.gaps['teacher'], row.any_score)}"
+        for row in twins
+        if row.form and row.form.is_learnt("distilled")
+    ]
+    if not told:
+        return "No form gap is clearly larger than the teacher's." if twins else ""
+    more = f"; and {len(told) - MAX_NAMES} more" if len(told) > MAX_NAMES else ""
+    gap = "Form gap, which is the score in the trained form minus that of its twin"
+    return f"{gap}: {'; '.join(told[:MAX_NAMES])}{more}."
+
+
+def _nothing_outside(rows: Sequence[Row]) -> str:
+    """What a run that asks in the trained form alone does not know, and which tasks would tell."""
+    columns = by_column(row for row in rows if row.has_signal and len(row.scores) > 1)
+    if "in" not in columns or columns.keys() & {"twin", "out", "public"}:
+        return ""
+    evaluated = {row.any_score.task for row in rows}
+    described, _ = described_tasks(task_folders(None))
+    twins = [name for name, (part, protocol) in described.items() if part.twin_of(protocol) in evaluated]
+    would = listed([*(twins[:MAX_NAMES] or ["twins of these tasks"]), "public benchmarks"])
+    return (
+        "Nothing here was measured outside the form that training text may have, so what came back may be the form "
+        f"alone; {would} would tell."
+    )
 
 
 def _sentence(first: str, *others: tuple[str, Sequence[Row]]) -> str:

@@ -34,7 +34,7 @@ from .flips import flips_section
 from .headline import board, facts, headline
 from .page import to_html
 from .search import search_section
-from .sections import level_section, no_signal_section, protocol_section, scores_section
+from .sections import form_section, level_section, no_signal_section, protocol_section, scores_section
 from .speed import speed_section
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def build_document(
     folded = [replace(figure, folded=True) for figure in drawn("runs", "atlas")]
     sections: list[Section | None] = [
         cautions_section(run, comparison),
+        form_section(comparison),
         scores_section(run, comparison, pictures.get("before_after")),
         level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
         no_signal_section(comparison),

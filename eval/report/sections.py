@@ -13,11 +13,14 @@ from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import SIGNIFICANT, PairedDifference, z_above_chance
 
 from .document import Block, Bullets, Paragraph, Picture, Section, Table
-from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, protocol_gaps, writing
+from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, is_share, protocol_gaps, writing
 from .wording import (
     DASH,
+    by_column,
     chance_text,
+    column_words,
     difference_text,
+    gap_text,
     identifier_text,
     p_text,
     protocol_text,
@@ -57,6 +60,41 @@ def scores_section(run: Run, comparison: Comparison, picture: Picture | None) ->
         *_difference_blocks(comparison.rows),
     ]
     return Section("Before and after", tuple(blocks))
+
+
+def form_section(comparison: Comparison) -> Section | None:
+    """The form gap of every role, with both of its scores; None where no task was asked in two forms."""
+    twins = [row for row in comparison.rows if row.form]
+    roles = [role for role in ROLES if any(row.form and role in row.form.gaps for row in twins)]
+    if not roles:
+        return None
+    own = {row.any_score.task: row for row in comparison.rows}
+    body = []
+    for row in twins:
+        asked = own[row.any_score.twin_of]
+        cells = [_form_text(asked, row, role) for role in roles]
+        if row.form and "distilled" in roles:
+            cells.append(gap_text(row.form.growth.get("distilled"), row.any_score))
+        body.append((task_name(asked) + unit_text(asked.any_score), *cells))
+    columns = ("Task", *(role.capitalize() for role in roles), *(["Distilled − teacher"] * ("distilled" in roles)))
+    caption = "Form gap, with the score in the trained form and that of its twin"
+    text = Paragraph(
+        "A twin asks the items of a task in a wording and carrier that no training text has. The form gap is the score "
+        "in the trained form minus that of the twin, over the same items: a form that is easier in itself gives the "
+        "teacher a gap too, so what was learnt of it is by how much the gap of the distilled model is larger."
+    )
+    titles = tuple(identifier_text(row.any_score) for row in twins)
+    return Section("Form and ability", (text, Table(caption, columns, tuple(body), row_titles=titles)))
+
+
+def _form_text(own: Row, twin: Row, role: str) -> str:
+    """`+54 points [+43, +63], 98 % − 44 %`."""
+    gap = twin.form.gaps.get(role) if twin.form else None
+    if gap is None:
+        return DASH
+    scores = [row.scores[role] for row in (own, twin)]
+    told = " − ".join(f"{100 * s.score:.0f} %" if is_share(s) else f"{s.score:.2f}" for s in scores)
+    return f"{gap_text(gap, twin.any_score)}, {told}"
 
 
 def no_signal_section(comparison: Comparison) -> Section | None:
@@ -132,11 +170,13 @@ def protocol_section(run: Run, comparison: Comparison) -> Section | None:
 def score_table(run: Run, rows: Sequence[Row]) -> Table:
     """Every task's scores by ability, with what is kept of them; in this order a phone sets what is kept below."""
     roles = [role for role in ROLES if role in run.evaluations]
-    kept = [role for role in roles if any(role in row.retained for row in rows)]
-    by_ability: dict[str, list[Row]] = {}
-    for row in rows:
-        by_ability.setdefault(row.ability, []).append(row)
-    shown = [row for group in by_ability.values() for row in group]
+    kept = [role for role in roles if role != "control" and any(role in row.retained for row in rows)]
+    told_apart = any(row.column for row in rows)
+    groups: dict[str, list[Row]] = {}
+    for ability in dict.fromkeys(row.ability for row in rows):
+        for column, own in by_column(row for row in rows if row.ability == ability).items():
+            groups[f"{heading(ability)}, {column_words(column)}" if told_apart else heading(ability)] = own
+    shown = [row for group in groups.values() for row in group]
     body = []
     for row in shown:
         first = row.any_score
@@ -149,7 +189,7 @@ def score_table(run: Run, rows: Sequence[Row]) -> Table:
         "Scores with 95 % intervals, and the share kept of what the teacher scores above chance",
         ("Task", *titles),
         tuple(body),
-        groups=tuple((heading(ability), len(group)) for ability, group in by_ability.items()),
+        groups=tuple((text, len(group)) for text, group in groups.items()),
         row_titles=tuple(identifier_text(row.any_score) for row in shown),
     )
 
@@ -253,6 +293,8 @@ def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
         ("teacher", "pruned"): "What the cut cost: pruned minus teacher",
         ("pruned", "distilled"): "What distilling brought back: distilled minus pruned",
         ("teacher", "distilled"): "What is still missing: distilled minus teacher",
+        ("teacher", "control"): "What the control learnt, the uncut teacher trained alike: control minus teacher",
+        ("control", "distilled"): "What is still lost: distilled minus control",
     }
     pairs = [pair for pair in wanted if any(pair in row.differences for row in rows)]
     if not pairs:
@@ -268,7 +310,7 @@ def _difference_blocks(rows: Sequence[Row]) -> list[Block]:
         "clearly by luck, so p is corrected for having looked at all of them, while each interval stands for its own "
         f"task alone. p is from {listed(used[test] for test in sorted(tests))}. "
         "What is kept is (score − chance) / (teacher − chance): 100 % is the teacher, 0 % is guessing"
-        f"{'; of more than 100 %, see “Read with care”' if above else ''}."
+        f"{'; what is more than the teacher has is no share of it, see “Read with care”' if above else ''}."
     )
     return [*(difference_table(rows, *pair, wanted[pair]) for pair in pairs), legend]
 

@@ -9,7 +9,7 @@ from shoal.artifacts.artifact import TaskScore
 from shoal.artifacts.search import Interval
 from shoal.formatting import interval_text, listed, signed
 from shoal.stats.paired import PairedDifference, Retention
-from shoal.task_words import PROTOCOLS, task_words
+from shoal.task_words import COLUMNS, PROTOCOLS, task_words
 
 from .findings import Row, is_share, measured_in_nats
 
@@ -55,11 +55,20 @@ def change_text(row: Row, before: str, after: str) -> str:
     change = row.differences.get((before, after))
     if change is None:
         return DASH
-    scale, digits, unit = (100, 0, " points") if is_share(row.any_score) else (1, 2, "")
-    unit = " nats" if measured_in_nats(row.any_score) else unit
-    value, low, high = (signed(scale * end, digits) for end in (change.difference, change.ci_low, change.ci_high))
     sign = {"better": "▲ ", "worse": "▼ "}.get(row.verdict(before, after) or "")
-    return f"{sign}{value}{unit} [{low}, {high}]" if sign else f"no clear change [{low}, {high}]"
+    told = gap_text(change, row.any_score)
+    return f"{sign}{told}" if sign else f"no clear change {told[told.index('[') :]}"
+
+
+def gap_text(change: PairedDifference | Interval | None, score: TaskScore) -> str:
+    """`+42 points [+30, +53]`: a difference of scores in few digits."""
+    if change is None:
+        return DASH
+    difference = change.value if isinstance(change, Interval) else change.difference
+    scale, digits, unit = (100, 0, " points") if is_share(score) else (1, 2, "")
+    unit = " nats" if measured_in_nats(score) else unit
+    value, low, high = (signed(scale * end, digits) for end in (difference, change.ci_low, change.ci_high))
+    return f"{value}{unit} [{low}, {high}]"
 
 
 def unit_text(score: TaskScore) -> str:
@@ -92,10 +101,19 @@ def difference_text(difference: PairedDifference | None, score: TaskScore) -> st
 
 
 def retention_text(kept: Retention | Interval | None) -> str:
-    """Retention with its interval, or why there is none."""
+    """Retention with its interval, or why there is none; what is more than the teacher has is no share of it."""
     if kept is None or kept.value is None or kept.ci_low is None or kept.ci_high is None:
         return DASH
+    if kept.value > 1:
+        return (
+            "more than the teacher" if kept.ci_low > 1 else f"100 % [{100 * kept.ci_low:.0f}, more]".replace("-", "−")
+        )
     return interval_text((kept.value, kept.ci_low, kept.ci_high), ".0f", " %", scale=100)
+
+
+def kept_words(value: float) -> str:
+    """A share kept inside a sentence: `47 % of`."""
+    return "more than all of" if value > 1 else f"{100 * value:.0f} % of".replace("-", "−")
 
 
 def chance_text(score: TaskScore) -> str:
@@ -130,6 +148,18 @@ def tasks_text(scores: Iterable[TaskScore]) -> str:
         asked.setdefault(first, []).append(", ".join(others))
     told = {first: "; ".join(filter(None, ways)) for first, ways in asked.items()}
     return listed(f"{first} ({ways})" if ways else first for first, ways in told.items())
+
+
+def column_words(column: str) -> str:
+    """How tasks relate to training text: `twin forms`."""
+    return COLUMNS.get(column, "other tasks")
+
+
+def by_column(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by column: first what is asked outside the trained form, last what no column is known of."""
+    rows = list(rows)
+    columns = {column: [row for row in rows if row.column == column] for column in (*COLUMNS, "")}
+    return {column: own for column, own in columns.items() if own}
 
 
 def task_names(rows: Iterable[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,64 @@ def quickstart(role: str) -> Evaluation:
     layers = 30 if role == "teacher" else 24
     parameters = 134_515_008 - (30 - layers) * 3_540_096
     return Evaluation(provenance(), role, tuple(tasks), parameters, layers, 2 * parameters, 100.0)
+
+
+FORMED = (
+    ("retrieval_generation", "retrieval", "generation", 0.1, "in", "", (64, 22, 100, 98)),
+    ("retrieval_twin_generation", "retrieval", "generation", 0.1, "twin", "retrieval_generation", (60, 20, 66, 44)),
+    ("knowledge_continuation", "knowledge", "continuation", 0.25, "in", "", (93, 64, 95, 85)),
+    (
+        "knowledge_twin_continuation",
+        "knowledge",
+        "continuation",
+        0.25,
+        "twin",
+        "knowledge_continuation",
+        (91, 63, 90, 80),
+    ),
+    ("needle_20sentences_generation", "retrieval", "generation", 0.25, "out", "", (90, 70, 90, 73)),
+    ("arc_easy_continuation", "knowledge", "continuation", 0.25, "public", "", (58, 40, 57, 41)),
+)
+"""Task, ability, protocol, chance, column, twin_of, and how many of 100 items each of FORMED_ROLES has right."""
+FORMED_NATS = (
+    ("reasoning_worked", "reasoning", "worked", "in", "", (1.21, 1.96, 0.22, 0.25)),
+    ("reasoning_twin_worked", "reasoning", "worked", "twin", "reasoning_worked", (1.3, 2.0, 1.0, 1.5)),
+    ("perplexity", "language", "rolling", "", "", (2.56, 3.45, 2.50, 2.85)),
+)
+FORMED_ROLES = ("teacher", "pruned", "control", "distilled")
+
+
+def formed(role: str, columns: Collection[str] = ("in", "twin", "out", "public", "")) -> Evaluation:
+    """An evaluation in which the distilled model has learnt the form of look-ups, and a control as well."""
+    place, tasks = FORMED_ROLES.index(role), []
+    for name, ability, protocol, chance, column, twin_of, right in FORMED:
+        made = _counted(role, name, ability, protocol, chance, 100, right[place])
+        tasks.append(replace(made, column=column, twin_of=twin_of))
+    for name, ability, protocol, column, twin_of, mean in FORMED_NATS:
+        made = _spread(role, name, ability, protocol, 100, mean[place])
+        tasks.append(replace(made, column=column, twin_of=twin_of))
+    content = {task.task: task.twin_of or task.task for task in tasks}
+    tasks = [replace(task, items=_of_content(content[task.task], task)) for task in tasks if task.column in columns]
+    return replace(quickstart("teacher" if role in ("teacher", "control") else role), role=role, tasks=tuple(tasks))
+
+
+def _of_content(name: str, task: TaskScore) -> tuple[ItemScore, ...]:
+    return tuple(replace(item, id=f"{name}-{index}") for index, item in enumerate(task.items))
+
+
+def write_formed(
+    folder: Path,
+    *,
+    roles: Collection[str] = FORMED_ROLES,
+    columns: Collection[str] = ("in", "twin", "out", "public", ""),
+) -> Path:
+    """A run directory whose results stand in several columns."""
+    write_quickstart(folder)
+    for role in FORMED_ROLES:
+        (folder / "eval" / f"{role}.json").unlink(missing_ok=True)
+    for role in roles:
+        formed(role, columns).write(folder / "eval" / f"{role}.json")
+    return folder
 
 
 def write_quickstart(folder: Path) -> Path:

@@ -342,7 +342,7 @@ def test_runs_scored_in_the_trained_form_only_are_ranked_by_it_and_say_so(tmp_pa
 
     runs = [write_run(tmp_path / name, scores=inside, distilled=d) for name, d in (("a", 1.0), ("b", 0.5))]
     text = comparison_text(compare_runs(runs))
-    assert re.search(r"A distilled keeps the most of its teacher: 1\d\d % \[\d+, \d+\] in trained form\.", text)
+    assert re.search(r"A distilled keeps the most of its teacher: more than the teacher in trained form\.", text)
     assert "More than the teacher: in trained form A distilled." in text
     assert "no task outside the form of training text, so they are ranked in that form" in text
     half = write_run(tmp_path / "c", scores=in_columns)

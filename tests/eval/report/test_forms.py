@@ -1,0 +1,140 @@
+"""What a report says of columns: form and ability are told apart, and with a control what training itself taught."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from results import formed, write_formed
+
+from shoal.eval.report.document import to_markdown
+from shoal.eval.report.findings import compare, read_run
+from shoal.eval.report.headline import headline
+from shoal.eval.report.report import build_document
+from shoal.eval.report.score_rows import score_rows
+from shoal.eval.report.wording import kept_words, retention_text
+from shoal.stats.paired import Retention, holm
+
+
+def told(folder: Path) -> str:
+    """report.md of the folder, without drawing its figures."""
+    run = read_run(folder)
+    return to_markdown(build_document(run, compare(run), {}))
+
+
+def sentences(folder: Path) -> dict[str, str]:
+    """The headline's sentences by what they are of."""
+    run = read_run(folder)
+    return dict(told.split(": ", 1) for told in headline(run, compare(run)) if ": " in told)
+
+
+def test_the_headline_tells_the_columns_apart_and_what_was_learnt_of_the_form(tmp_path: Path) -> None:
+    said = sentences(write_formed(tmp_path))
+    assert [*said][:4] == ["Twin forms", "Untrained abilities", "Public benchmarks", "Trained form"]
+    assert said["Twin forms"].startswith("Cutting made all 3 scores worse. Distilling made all 3 scores better")
+    assert "Against the teacher and the control, the distilled model is still worse on" in said["Twin forms"]
+    assert said["Trained form"].startswith("Against the teacher, the distilled model is still worse on knowledge")
+    learnt = (
+        "better on retrieval (generated) and reasoning (worked answers), which is more than the teacher has: the form"
+    )
+    assert f"{learnt} of the questions was learnt." in said["Trained form"]
+    assert (
+        "uncut teacher trained alike, learnt: retrieval (generated) ▲ +36 points [+27, +46]; " in said["Trained form"]
+    )
+    assert said["Trained form"].endswith("Against the control, still lost: knowledge (option text).")
+    gap = said["Form gap, which is the score in the trained form minus that of its twin"]
+    assert gap.startswith("retrieval (twin, generated) +54 points [+43, +63], of the teacher +4 points [−10, +18]; ")
+    assert "knowledge" not in gap
+
+
+def test_form_gaps_are_in_the_table_of_forms_and_more_than_the_teacher_is_no_share(tmp_path: Path) -> None:
+    text = told(write_formed(tmp_path)).replace("\\", "")
+    section = text.split("## Form and ability")[1].split("\n## ")[0]
+    assert "| Task | Teacher | Pruned | Control | Distilled | Distilled − teacher |" in section
+    assert "| retrieval, generated | +4 points [−10, +18], 64 % − 60 % | " in section
+    assert "| +54 points [+43, +63], 98 % − 44 % | +50 points [" in section
+    assert "−1.25 nats [" in section
+    scores = text.split("**Scores with 95 % intervals")[1].split("**What the cut cost")[0]
+    assert scores.index("**Retrieval, twin forms**") < scores.index("**Retrieval, trained form**")
+    assert "| more than the teacher |" in scores
+    assert not re.search(r"1[0-9][1-9] %", text), "nothing is kept more than wholly"
+    assert "What is still lost: distilled minus control" in text
+
+
+def test_without_a_control_and_a_learnt_form_nothing_is_said_of_them(tmp_path: Path) -> None:
+    folder = write_formed(tmp_path, roles=("teacher", "pruned", "distilled"))
+    evaluation = replace(formed("distilled"), tasks=formed("pruned").tasks)
+    evaluation.write(folder / "eval" / "distilled.json")
+    text = told(folder)
+    assert "No form gap is clearly larger than the teacher's." in text
+    assert "ontrol" not in text.split("## Words used here")[0]
+    assert "Form learnt" not in text
+
+
+def test_a_run_in_the_trained_form_alone_says_what_it_does_not_know(tmp_path: Path) -> None:
+    text = told(write_formed(tmp_path, columns=("in", "")))
+    assert "Nothing here was measured outside the form that training text may have" in text
+    assert re.search(r"form alone; (\w*twin\w*|twins of these tasks).* and public benchmarks would tell\.", text)
+    assert "**No twin and no public benchmark.** Whether the ability came back or the form" in text
+    assert "Form and ability" not in text
+    text = told(write_formed(tmp_path, columns=("in", "public")))
+    assert "Nothing here was measured outside" not in text
+    assert "No twin and no public" not in text
+
+
+def test_a_learnt_form_is_a_caution_with_its_tasks(tmp_path: Path) -> None:
+    text = told(write_formed(tmp_path))
+    assert "**Form learnt.** The distilled model does better in the trained form than in its twin, where the" in text
+    assert "Concerned: retrieval (twin, generated) and reasoning (twin, worked answers)." in text
+
+
+def test_a_twin_of_other_items_has_no_form_gap_and_that_is_told(tmp_path: Path) -> None:
+    folder = write_formed(tmp_path, roles=("teacher", "pruned"))
+    for role in ("teacher", "pruned"):
+        made = formed(role)
+        tasks = tuple(
+            replace(task, items=tuple(replace(item, id=f"x{item.id}") for item in task.items))
+            if task.task == "retrieval_twin_generation"
+            else task
+            for task in made.tasks
+        )
+        replace(made, tasks=tasks).write(folder / "eval" / f"{role}.json")
+    rows = {row.any_score.task: row for row in compare(read_run(folder)).rows}
+    assert rows["retrieval_twin_generation"].form is None
+    assert rows["knowledge_twin_continuation"].form is not None
+    assert "fewer than half of 100 items have the same id" in told(folder)
+
+
+def test_p_values_of_form_gaps_are_corrected_over_the_twins(tmp_path: Path) -> None:
+    rows = [row for row in compare(read_run(write_formed(tmp_path))).rows if row.form]
+    forms = [row.form for row in rows if row.form]
+    assert [row.column for row in rows] == ["twin"] * 3
+    for role in ("teacher", "distilled"):
+        assert [form.adjusted_p[role] for form in forms] == holm([form.gaps[role].p_value for form in forms])
+    assert [form.is_learnt("distilled") for form in forms] == [True, False, True]
+    assert not any(form.is_learnt("teacher") for form in forms)
+
+
+def test_rows_for_programs_have_column_and_form_gap(tmp_path: Path) -> None:
+    made = score_rows(write_formed(tmp_path))
+    rows = [dict(zip(made.columns, row, strict=True)) for row in made.rows]
+    (twin,) = (row for row in rows if row["task"] == "retrieval_twin_generation" and row["role"] == "distilled")
+    assert (twin["column"], twin["form_gap"]) == ("twin", pytest.approx(0.54))
+    assert twin["form_gap_low"] < 0.54 < twin["form_gap_high"]
+    assert {row["form_gap"] for row in rows if row["column"] != "twin"} == {None}
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ((0.5, 0.4, 0.6), "50 % [40, 60]"),
+        ((1.3, 1.1, 1.5), "more than the teacher"),
+        ((1.02, 0.94, 1.1), "100 % [94, more]"),
+        ((0.98, 0.9, 1.06), "98 % [90, 106]"),
+    ],
+)
+def test_more_than_the_teacher_has_is_no_share_kept(kept: tuple[float, float, float], said: str) -> None:
+    assert retention_text(Retention(*kept)) == said
+    assert kept_words(kept[0]) == ("more than all of" if kept[0] > 1 else f"{100 * kept[0]:.0f} % of")
