@@ -54,8 +54,8 @@ def cautions_section(run: Run, comparison: Comparison) -> Section:
         return Section(title, (Cautions(cautions),))
     text = (
         "Nothing was found of what is looked for: other settings or versions, training text that holds evaluation "
-        "items or the wording of twins, a form that was learnt, too few items, tasks at chance, protocols that disagree, "
-        "generated text without a readable answer."
+        "items or the wording of twins, a form that was learnt, too few items, tasks at chance, protocols that "
+        "disagree, generated text without a readable answer."
     )
     return Section(title, (Paragraph(text),))
 

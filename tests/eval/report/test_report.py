@@ -597,7 +597,7 @@ def test_a_verdict_that_many_comparisons_could_bring_about_is_not_said(tmp_path:
         made = replace(choice("teacher", f"task_{number}", f"skill {number}", "continuation"), items=items, n=200)
         return with_interval(replace(made, score=sum(item.score for item in items) / 200))
 
-    for count, worse, said in ((1, 1, "skill 0"), (10, 0, "0 of 10 scores")):
+    for count, worse, said in ((1, 1, "task 0 (option text) worse"), (10, 0, "0 of 10 scores worse")):
         for role, lost in (("teacher", range(3, 4)), ("pruned", range(101, 112))):
             tasks = tuple(task(number, lost if number == 0 else range(0)) for number in range(count))
             evaluation(role, tasks).write(tmp_path / "eval" / f"{role}.json")
