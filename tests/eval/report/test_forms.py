@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from results import formed, write_formed
 
+from shoal.artifacts.search import Interval
 from shoal.eval.report.document import to_markdown
 from shoal.eval.report.findings import compare, read_run
+from shoal.eval.report.forms import Form, form_of
 from shoal.eval.report.headline import headline
 from shoal.eval.report.report import build_document
 from shoal.eval.report.score_rows import score_rows
@@ -124,6 +126,23 @@ def test_rows_for_programs_have_column_and_form_gap(tmp_path: Path) -> None:
     assert (twin["column"], twin["form_gap"]) == ("twin", pytest.approx(0.54))
     assert twin["form_gap_low"] < 0.54 < twin["form_gap_high"]
     assert {row["form_gap"] for row in rows if row["column"] != "twin"} == {None}
+
+
+def test_a_gap_that_the_teacher_has_as_well_or_that_favours_the_twin_is_not_learnt() -> None:
+    own, twin = formed("teacher").tasks[:2]
+    wide = form_of({"teacher": own, "distilled": own}, {"teacher": twin, "distilled": twin})
+    gap = replace(wide.gaps["distilled"], difference=0.5)
+    for difference, growth, p_value, higher_is_better, learnt in (
+        (0.5, (0.4, 0.3, 0.5), 0.01, True, True),
+        (0.5, (0.1, -0.1, 0.3), 0.01, True, False),
+        (0.5, (0.4, 0.3, 0.5), 0.2, True, False),
+        (-0.5, (0.4, 0.3, 0.5), 0.01, True, False),
+        (-0.5, (-0.4, -0.5, -0.3), 0.01, False, True),
+        (0.5, (0.4, 0.3, 0.5), 0.01, False, False),
+    ):
+        gaps, grown = {"distilled": replace(gap, difference=difference)}, {"distilled": Interval(*growth)}
+        assert Form(gaps, grown, higher_is_better, {"distilled": p_value}).is_learnt("distilled") == learnt
+    assert not wide.is_learnt("teacher")
 
 
 @pytest.mark.parametrize(
