@@ -88,11 +88,15 @@ def answer_pattern(targets: Sequence[str]) -> re.Pattern[str]:
     """What a text must hold to hold an answer at all, whatever the task's own rule of matching is.
 
     INFERRED: something of the kind that every target of the task holds. Where all targets are one letter, one of these
-    letters as a word of its own that is no article; where all hold a digit, a digit; else a letter or digit.
+    letters as a word of its own that is no article; where all hold a digit, a digit; where none holds a letter or
+    digit (brackets), one of their characters; else a letter or digit.
     """
     targets = [target.strip() for target in targets]
     if targets and all(len(target) == 1 and target.isalpha() for target in targets):
         return letter_pattern(targets)
     if targets and all(any(character.isdigit() for character in target) for target in targets):
         return re.compile(r"\d")
+    signs = "".join(sorted({character for target in targets for character in target if not character.isspace()}))
+    if signs and not any(character.isalnum() for character in signs):
+        return re.compile(f"[{re.escape(signs)}]")
     return re.compile(r"[^\W_]")
