@@ -263,6 +263,13 @@ class Part:
         return (self.data.items or "").format(self.value)
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Paths in eval.data_dir of the rows and of the examples that are shown unasked."""
+        data = self.data
+        shown = data.examples and any(self.num_fewshot(protocol) for protocol in data.protocols)
+        return (f"{data.place}/{self.items}", *([f"{data.place}/{data.examples}"] if shown else []))
+
+    @property
     def hub(self) -> HubData | None:
         """Place on the Hub."""
         hub = self.data.hub

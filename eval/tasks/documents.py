@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from shoal.abilities import ALL_SCORED, GENERATORS, items
 from shoal.abilities.item import digest
 from shoal.errors import UserError
+from shoal.formatting import listed
 
 from .data_sets import DataSet, HubData, Part
 from .rows import Doc, Row, as_docs
@@ -18,20 +20,31 @@ NUM_ITEMS = 200
 """Items that a generator makes for a task that does not say how many."""
 NUM_EXAMPLES = 32
 """Rows of the training split that few-shot prompts draw from: its first ones."""
+LEAVE_OUT = "leave their tasks out"
+"""What a user can do about data that cannot be had."""
+
+
+class UnreadHub(UserError):
+    """Rows that could not be had from the Hub."""
 
 
 class MissingFiles(UserError):
-    """Files that eval.data_dir lacks: ``files`` by their path in it, each with the data set that is read from it."""
+    """Files that eval.data_dir lacks: ``files`` by their path in it, each with the data set that is read from it.
 
-    def __init__(self, data_dir: Path, files: Mapping[str, DataSet]) -> None:
+    ``on_hub`` says whether the Hub has all that is asked, ``instead`` what else the user can do.
+    """
+
+    def __init__(
+        self, data_dir: Path, files: Mapping[str, DataSet], *, on_hub: bool = False, instead: str = LEAVE_OUT
+    ) -> None:
         self.files = dict(files)
         lacking = [f"{path} ({data.dataset!r}; {_what_is_there(data_dir / path)})" for path, data in files.items()]
-        on_hub = [data.dataset for data in files.values() if data.hub]
-        whole = f"leave eval.data_dir out to read {', '.join(dict.fromkeys(on_hub))} from the Hub"
+        from_hub = f"leave eval.data_dir out to read {listed(dict.fromkeys(data.dataset for data in files.values()))}"
         super().__init__(
             f"eval.data_dir: {str(data_dir)!r} lacks {', '.join(lacking)}; put {'it' if len(files) == 1 else 'them'} "
             f"there (shoal's configs/tasks/README.md says what they hold), "
-            + (f"{whole}, or leave their tasks out" if on_hub else "or leave their tasks out")
+            + (f"{from_hub} from the Hub, " if on_hub else "")
+            + f"or {instead}"
         )
 
 
@@ -62,13 +75,13 @@ def has_examples(part: Part, data_dir: Path | None) -> bool:
     """Whether few-shot examples would be there."""
     data = part.data
     if data.bundled is not None:
-        return "rolling" not in data.protocols
+        return "rolling" not in data.protocols and data.bundled not in ALL_SCORED
     return bool(data.shots) or bool(data.examples if data_dir is not None else data.hub and data.hub.examples)
 
 
 def _docs(part: Part, data_dir: Path | None, *, with_examples: bool) -> dict[str, Iterator[Doc]]:
     if part.data.bundled is not None:
-        return {split: iter(docs) for split, docs in _bundled(part).items()}
+        return {split: iter(docs) for split, docs in _bundled(part, with_examples=with_examples).items()}
     where, rows = _rows(part, data_dir, with_examples=with_examples)
     if part.data.shots and with_examples:
         rows["examples"] = list(part.data.shots)
@@ -77,8 +90,7 @@ def _docs(part: Part, data_dir: Path | None, *, with_examples: bool) -> dict[str
     return {split: as_docs(part, split_rows, f"{where} ({split})") for split, split_rows in rows.items()}
 
 
-def _bundled(part: Part) -> dict[str, list[Doc]]:
-    from shoal.abilities import GENERATORS
+def _bundled(part: Part, *, with_examples: bool) -> dict[str, list[Doc]]:
     from shoal.data.sources import BUNDLED
 
     data = part.data
@@ -93,34 +105,26 @@ def _bundled(part: Part) -> dict[str, list[Doc]]:
     settings = dict(data.settings)
     if data.parts and data.parts.setting:
         settings[data.parts.setting] = part.value
-    return _generated(data.bundled, data.num_items or NUM_ITEMS, json.dumps(settings, sort_keys=True))
+    written = json.dumps(settings, sort_keys=True)
+    found = {"items": _generated(data.bundled, "eval", data.num_items or NUM_ITEMS, written)}
+    return found | ({"examples": _generated(data.bundled, "train", NUM_EXAMPLES, written)} if with_examples else {})
 
 
 @cache
-def _generated(kind: str, num_items: int, settings: str) -> dict[str, list[Doc]]:
+def _generated(kind: str, split: str, num_items: int, settings: str) -> list[Doc]:
     """The documents of a generator; kept, because the tasks of all protocols ask for the same ones."""
-    from shoal.abilities import items
-
-    make = partial(items, kind, seed=0, **json.loads(settings))
-    splits = {
-        "items": make(split="eval", num_items=num_items),
-        "examples": make(split="train", num_items=NUM_EXAMPLES),
-    }
-    return {
-        split: [
-            {
-                "id": item.id,
-                "context": item.context,
-                "question": item.question,
-                "options": [option.strip() for option in item.options],
-                "answer": item.answer,
-                "answers": [str(item.params["final"])],
-                "worked": str(item.params.get("worked", item.gold.strip())),
-            }
-            for item in generated
-        ]
-        for split, generated in splits.items()
-    }
+    return [
+        {
+            "id": item.id,
+            "context": item.context,
+            "question": item.question,
+            "options": [option.strip() for option in item.options],
+            "answer": item.answer,
+            "answers": [str(item.params["final"])],
+            "worked": str(item.params.get("worked", item.gold.strip())),
+        }
+        for item in items(kind, split=split, num_items=num_items, seed=0, **json.loads(settings))
+    ]
 
 
 def _rows(part: Part, data_dir: Path | None, *, with_examples: bool) -> tuple[str, dict[str, list[Row]]]:
@@ -129,11 +133,7 @@ def _rows(part: Part, data_dir: Path | None, *, with_examples: bool) -> tuple[st
     if data_dir is not None:
         files = {"items": part.items, **({"examples": data.examples} if data.examples and with_examples else {})}
         return f"{data_dir / data.place}", local_rows(data, data_dir, files)
-    if hub is None:
-        raise UserError(
-            f"eval.tasks: {part.name!r} is not on the Hub; set eval.data_dir to a folder with "
-            f"{data.place}/{part.items}, or leave the task out"
-        )
+    assert hub is not None, "refused where tasks are loaded"
     return hub.path, _hub_rows(part, hub, with_examples=with_examples)
 
 
@@ -176,8 +176,7 @@ def _hub_rows(part: Part, hub: HubData, *, with_examples: bool) -> dict[str, lis
         loaded: Any = {split: load_dataset(hub.path, hub.name, split=name) for split, name in splits.items()}
     except Exception as error:  # the Hub, the network and `datasets` raise a dozen unrelated types here
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else ""
-        raise UserError(
-            f"eval.tasks: {part.name!r} cannot be read from the Hub ({hub.path}: {type(error).__name__}: {reason}). "
-            f"Check the network, or set eval.data_dir to a folder with {part.data.place}/{part.items}"
+        raise UnreadHub(
+            f"eval.tasks: {part.name!r} cannot be read from the Hub ({hub.path}: {type(error).__name__}: {reason})"
         ) from error
     return {split: [dict(row) for row in rows] for split, rows in loaded.items()}

@@ -15,10 +15,11 @@ from typing import Any, get_args
 
 from shoal.artifacts.artifact import Column
 from shoal.errors import UserError
-from shoal.recipe.evaluate import Tasks
+from shoal.formatting import listed
+from shoal.recipe.evaluate import Eval, Tasks
 
 from .data_sets import DataSet, Part, parts_of
-from .documents import MissingFiles, local_rows
+from .documents import LEAVE_OUT, MissingFiles, UnreadHub, local_rows
 from .names import described_data, described_tasks, refuse_unknown, task_folders, unknown
 from .protocols import task_config
 
@@ -39,6 +40,7 @@ def load_tasks(
     data_dir: str | Path | None = None,
     num_fewshot: int | None = None,
     seed: int = 0,
+    suite: str | None = None,
 ) -> dict[str, Any]:
     """Task name -> lm-eval task, groups expanded, in the order asked for.
 
@@ -51,26 +53,32 @@ def load_tasks(
     """
     folders = task_folders(include_path)
     refuse_unknown(names, include_path)
-    local = None if data_dir is None else Path(data_dir).expanduser()
-    if local is not None and not local.is_dir():
-        raise UserError(f"eval.data_dir: {str(data_dir)!r} is no folder; name one that holds a folder per data set")
     described, tags = described_tasks(folders)
     manager = _manager_that_knows([name for name in names if name not in described | tags], folders)
+    both = {name for name in names if name in tags and name in manager.task_index}  # a group of files too
+    members = [member for name in names for member in (*tags.get(name, (name,)), *([name] if name in both else []))]
+    outside = _parts_read(members, manager, folders)
+    instead = (
+        LEAVE_OUT if suite is None else f"name the tasks that you have data for in eval.tasks, without suite: {suite}"
+    )
+    local = _checked_folder(data_dir, outside, instead)
     tasks: dict[str, Any] = {}
     missing: dict[str, DataSet] = {}
     with _data_from(local, folders, num_fewshot) as opened:
-        for name in names:
-            files = [name] if name in tags and name in manager.task_index else []  # a group of files too
-            for member in (*tags.get(name, (name,)), *files):
-                try:
-                    if member in described:
-                        tasks |= manager.load([task_config(*described[member], local, num_fewshot)])["tasks"]
-                    else:
-                        tasks |= _load(manager, member, opened)
-                except MissingFiles as error:
-                    missing |= error.files
+        for member in members:
+            try:
+                if member in described:
+                    tasks |= manager.load([task_config(*described[member], local, num_fewshot)])["tasks"]
+                else:
+                    tasks |= _load(manager, member, opened)
+            except MissingFiles as error:
+                missing |= error.files
+            except UnreadHub as error:
+                raise UserError(
+                    f"{error}. Check the network, or set eval.data_dir to a folder with {_files_of(outside)}"
+                ) from error
     if missing and local is not None:  # all of them, so that one attempt is enough
-        raise MissingFiles(local, missing)
+        raise MissingFiles(local, missing, on_hub=all(part.hub for part in outside), instead=instead)
     data_sets = described_data(folders).values()
     for name, task in tasks.items():
         _set_fewshot(name, task, num_fewshot, seed)
@@ -87,6 +95,7 @@ def tasks_of(settings: Tasks, *, seed: int = 0) -> dict[str, Any]:
         data_dir=settings.data_dir,
         num_fewshot=settings.num_fewshot,
         seed=seed,
+        suite=settings.suite if isinstance(settings, Eval) else None,
     )
 
 
@@ -95,6 +104,47 @@ def known_tasks(include_path: str | Path | None = None, *, ours_only: bool = Fal
     folders = task_folders(include_path)
     described, tags = described_tasks(folders)
     return {*_manager(folders, with_all=not ours_only).task_index, *described, *tags}
+
+
+def _parts_read(members: Sequence[str], manager: Any, folders: tuple[Path, ...]) -> list[Part]:
+    """The described parts whose rows ``members`` read from eval.data_dir or the Hub, each once."""
+    described, _ = described_tasks(folders)
+    data_sets = described_data(folders).values()
+    found: dict[str, Part] = {}
+    for member in members:
+        if member in described:
+            part = described[member][0]
+        else:
+            config: dict[str, Any] = manager.task_index[member].cfg or {}
+            part = _part_read_by(config.get("dataset_path"), config.get("dataset_name"), data_sets)
+        if part is not None and part.data.bundled is None:
+            found.setdefault(part.files[0], part)
+    return list(found.values())
+
+
+def _checked_folder(data_dir: str | Path | None, parts: Sequence[Part], instead: str) -> Path | None:
+    """``data_dir`` as a folder; None = the Hub, which must have all then: described data are read from one place.
+
+    Raises:
+        UserError: no such folder, or none where the Hub lacks data; all files that it should hold are named.
+    """
+    if data_dir is not None:
+        local = Path(data_dir).expanduser()
+        if not local.is_dir():
+            held = f"holds {_files_of(parts)}" if parts else "holds a folder per data set"
+            raise UserError(f"eval.data_dir: {str(data_dir)!r} is no folder; name one that {held}")
+        return local
+    lacking = [part.name for part in parts if part.hub is None]
+    if lacking:
+        raise UserError(
+            f"eval.tasks: the Hub does not have {listed(lacking)}; set eval.data_dir to a folder with "
+            f"{_files_of(parts)} (shoal's configs/tasks/README.md says what they hold), or {instead}"
+        )
+    return None
+
+
+def _files_of(parts: Sequence[Part]) -> str:
+    return listed(dict.fromkeys(file for part in parts for file in part.files))
 
 
 @contextmanager
@@ -141,7 +191,7 @@ def _local_splits(
     """
     from datasets import Dataset
 
-    part, name = _part_read_by(config, data_sets), config.dataset_name
+    part, name = _part_read_by(config.dataset_path, config.dataset_name, data_sets), config.dataset_name
     if part is None or part.hub is None:
         return None
     hub, shown = part.hub, part.data.examples
@@ -155,9 +205,8 @@ def _local_splits(
     return {split: Dataset.from_list([dict(row) for row in rows[split]]) for split in rows}
 
 
-def _part_read_by(config: Any, data_sets: Collection[DataSet]) -> Part | None:
-    """The described part that has the Hub data set of a task's configuration."""
-    path, name = config.dataset_path, config.dataset_name
+def _part_read_by(path: str | None, name: str | None, data_sets: Collection[DataSet]) -> Part | None:
+    """The described part that has the Hub data set ``path`` under its configuration ``name``."""
     for part in (part for data in data_sets for part in parts_of(data)):
         hub = part.hub
         if hub and hub.path == path and (name in (hub.name, None) or hub.part_column is not None):
@@ -169,7 +218,7 @@ def _set_ability(task: Any, data_sets: Collection[DataSet]) -> None:
     """A task that does not say what it asks for, lm-eval's own for one, has the ability of the data that it reads."""
     config = task.config
     if config.custom_dataset is None and "ability" not in (config.metadata or {}):
-        part = _part_read_by(config, data_sets)
+        part = _part_read_by(config.dataset_path, config.dataset_name, data_sets)
         if part is not None:
             config.metadata = {**(config.metadata or {}), "ability": part.data.ability}
 

@@ -15,10 +15,15 @@ import pytest
 from results import evaluation as evaluation_of
 from tiny import tiny_checkpoint
 
+from shoal.data.contamination import find_overlap
+from shoal.data.sources import BUNDLED, BUNDLED_ROWS
 from shoal.errors import UserError
 from shoal.eval.evaluate import num_items
+from shoal.eval.harness.item_texts import item_texts
 from shoal.eval.suites import Work, in_words, rest_in_words, work_of
+from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.load import known_tasks, tasks_of
+from shoal.eval.tasks.names import TASKS_DIR, described_tasks, task_folders
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import as_dict
@@ -28,6 +33,7 @@ from shoal.stages.evaluate import _tell_of_left_out
 from shoal.stages.run import open_run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")
 NAMES = get_args(SuiteName)
 
 
@@ -76,7 +82,9 @@ def test_spelling_it_out_twice_changes_nothing_and_no_suite_changes_nothing() ->
 
 
 def test_an_unknown_suite_and_wrong_settings_beside_one_are_refused() -> None:
-    with pytest.raises(UserError, match=r"eval.suite: must be 'quick', 'standard' or 'full' \(got 'fast'\)"):
+    with pytest.raises(
+        UserError, match=r"eval.suite: must be 'quick', 'transfer', 'standard' or 'full' \(got 'fast'\)"
+    ):
         evaluation(suite="fast")
     with pytest.raises(UserError, match=r"eval.tasks: must be .*list.* \(got 'a'\)"):
         evaluation(suite="quick", tasks="a")
@@ -103,12 +111,88 @@ def test_quick_needs_no_network_and_costs_what_it_says() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real test sets beside the repository")
-def test_standard_reads_a_local_folder_and_costs_what_it_says() -> None:
-    settings = evaluation(suite="standard", data_dir=str(SHARED))
+@needs_data
+@pytest.mark.parametrize("name", ["transfer", "standard"])
+def test_a_suite_reads_a_local_folder_and_costs_what_it_says(name: str) -> None:
+    settings = evaluation(suite=name, data_dir=str(SHARED))
     tasks = tasks_of(settings)
     counts = num_items(tasks, settings)
-    assert_costs(work_of(tasks, counts, perplexity_tokens=settings.perplexity_tokens), read_suite("standard").cost)
+    assert_costs(work_of(tasks, counts, perplexity_tokens=settings.perplexity_tokens), read_suite(name).cost)
+    told = [(task.config.metadata or {}).get("column", "public") for task in tasks.values()]
+    assert set(told) == {"in", "twin", "out", "public"}
+    pairs = [task.config.metadata["twin_of"] for task in tasks.values() if task.config.metadata.get("twin_of")]
+    assert pairs
+    assert set(pairs) <= set(tasks), "a form gap needs both"
+
+
+def files_of(suite: str) -> list[str]:
+    """By the descriptions of its tasks, worked out here anew."""
+    described, tags = described_tasks(task_folders(None))
+    members = [member for name in read_suite(suite).tasks for member in tags.get(name, (name,))]
+    mmlu = [read_data_sets(TASKS_DIR)["mmlu"]] if any(member.startswith("mmlu_all") for member in members) else []
+    parts = [described[member][0] for member in members if member in described]
+    files = [f"{part.data.place}/{part.items}" for part in parts if part.data.bundled is None]
+    return sorted({*files, *(f"{data.place}/{data.items}" for data in mmlu)})
+
+
+@pytest.mark.parametrize("name", ["transfer", "standard", "full"])
+def test_a_suite_without_data_names_every_file_before_anything_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("something was read"))
+    with pytest.raises(UserError) as refused:
+        tasks_of(evaluation(suite=name))
+    told = str(refused.value)
+    assert told.startswith("eval.tasks: the Hub does not have ")
+    assert "wikidata and nq_passage;" in told if name == "transfer" else "nq_passage" in told.split(";")[0]
+    assert told.endswith(f"or name the tasks that you have data for in eval.tasks, without suite: {name}")
+    assert not [file for file in files_of(name) if file not in told]
+    with pytest.raises(UserError) as refused:
+        tasks_of(evaluation(suite=name, data_dir=str(tmp_path / "nowhere")))
+    told = str(refused.value)
+    assert told.startswith(f"eval.data_dir: '{tmp_path}/nowhere' is no folder; name one that holds ")
+    assert not [file for file in files_of(name) if file not in told]
+
+
+@needs_data
+def test_a_suite_with_a_part_of_its_data_names_all_that_is_missing(tmp_path: Path) -> None:
+    lacks = ("arc_easy/test.jsonl", "mmlu/test.jsonl", "nq_open_oracle/test.jsonl")
+    for file in files_of("standard"):
+        if file not in lacks:
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            (tmp_path / file).write_text("\n".join((SHARED / file).read_text().split("\n")[:3]))
+    with pytest.raises(UserError) as refused:
+        tasks_of(evaluation(suite="standard", data_dir=str(tmp_path)))
+    told = str(refused.value)
+    assert all(file in told for file in lacks), told
+    assert "gsm8k/train.jsonl" in told, "examples that are shown are missing too"
+    assert "leave eval.data_dir out" not in told, "the Hub does not have all of it"
+    assert told.endswith("or name the tasks that you have data for in eval.tasks, without suite: standard")
+    assert "piqa" not in told
+
+
+@pytest.mark.slow
+@needs_data
+def test_no_public_item_of_a_suite_stands_in_bundled_text() -> None:
+    """All items, not only those that a suite asks; one protocol of each data set."""
+    asked: dict[str, str] = {}
+    for task in (*read_suite("transfer").tasks, *read_suite("standard").tasks):
+        asked.setdefault(task.rpartition("_")[0], task)
+    settings = evaluation(tasks=list(asked.values()), limit=None, data_dir=str(SHARED))
+    tasks = {
+        name: task
+        for name, task in tasks_of(settings).items()
+        if (task.config.metadata or {}).get("column", "public") == "public"
+    }
+    assert len(tasks) >= 15
+    texts = item_texts(tasks, num_items(tasks, settings))
+    planted = texts["arc_easy_continuation"][0]
+    documents = [text for source in BUNDLED.values() for text in source()]
+    documents += ["\n".join(row.values()) for source in BUNDLED_ROWS.values() for row in source()]
+    found = find_overlap(texts, [*documents, planted])
+    assert {name: overlap.examples for name, overlap in found.items() if overlap.found} == {
+        "arc_easy_continuation": (0,)
+    }
 
 
 def test_a_cost_is_counted_by_hand_once() -> None:

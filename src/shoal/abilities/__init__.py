@@ -10,12 +10,13 @@ import inspect
 from shoal.abilities.composition import multi_hop_items, nested_arithmetic_items, state_tracking_items
 from shoal.abilities.haystack import needle_items
 from shoal.abilities.item import SPLITS, Item, Value
-from shoal.abilities.knowledge import knowledge_items
+from shoal.abilities.knowledge import knowledge_items, knowledge_out_items
 from shoal.abilities.reasoning import reasoning_items
 from shoal.abilities.retrieval import retrieval_items
+from shoal.abilities.sequences import brackets_items, copying_items, sorting_items
 from shoal.abilities.texts import training_texts
 
-__all__ = ["GENERATORS", "SPLITS", "Item", "items", "training_texts"]
+__all__ = ["ALL_SCORED", "GENERATORS", "SPLITS", "Item", "items", "training_texts"]
 
 GENERATORS = {
     "retrieval": retrieval_items,
@@ -25,7 +26,13 @@ GENERATORS = {
     "state_tracking": state_tracking_items,
     "multi_hop": multi_hop_items,
     "nested_arithmetic": nested_arithmetic_items,
+    "copying": copying_items,
+    "brackets": brackets_items,
+    "sorting": sorting_items,
+    "knowledge_out": knowledge_out_items,
 }
+ALL_SCORED = frozenset({"knowledge_out"})
+"""Abilities without items of the training split."""
 
 
 def items(task: str, *, split: str, num_items: int, seed: int, **params: Value) -> list[Item]:
@@ -38,6 +45,8 @@ def items(task: str, *, split: str, num_items: int, seed: int, **params: Value) 
         raise ValueError(f"unknown ability task {task!r}; choose one of {', '.join(GENERATORS)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r} of {task}; choose one of {', '.join(SPLITS)}")
+    if split == "train" and task in ALL_SCORED:
+        raise ValueError(f"{task} has no items of the split train, because all are scored; ask for the split eval")
     if num_items < 1:
         raise ValueError(f"num_items is {num_items} for {task}; it must be at least 1")
     known = [

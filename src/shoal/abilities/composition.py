@@ -10,7 +10,16 @@ import random
 from collections.abc import Callable, Sequence
 
 from shoal.abilities import words
-from shoal.abilities.item import Item, Value, build_item, check_range, generator, split_of, words_in
+from shoal.abilities.item import (
+    Item,
+    Value,
+    build_item,
+    check_range,
+    distinct_items,
+    generator,
+    split_of,
+    words_in,
+)
 
 MAX_STEPS = 12
 NUM_OPTIONS = 4
@@ -19,8 +28,6 @@ NUM_PEOPLE = 4
 NUM_ROWS = 16
 LARGEST_OPERAND = 20
 LARGEST_VALUE = 40
-ATTEMPTS = 200
-"""Draws per item wanted until it is clear that there are not so many."""
 
 Make = Callable[[random.Random, str, int, int], Item]
 """From a random generator, a split, a number of steps and an item's number."""
@@ -147,13 +154,8 @@ def _items(task: str, make: Make, split: str, num_items: int, seed: int, num_ste
     check_range(f"{task} num_steps", num_steps, 1, MAX_STEPS)
     assert isinstance(num_steps, int)
     rng = generator(task, split, seed, num_steps=num_steps)
-    made: dict[str, Item] = {}
-    for _ in range(ATTEMPTS * num_items):
-        item = make(rng, split, num_steps, len(made))
-        made.setdefault(item.context, item)
-        if len(made) == num_items:
-            return list(made.values())
-    raise ValueError(f"{task} has fewer than {num_items} items of {num_steps} steps (split {split}); ask for fewer")
+    kind = f"{task} of {num_steps} steps (split {split})"
+    return distinct_items(lambda number: make(rng, split, num_steps, number), num_items, kind=kind)
 
 
 def _item(

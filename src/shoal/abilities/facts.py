@@ -17,27 +17,31 @@ class Relation:
     question: str
     """The same as a question, for lettered prompts."""
 
-    paraphrase: str
-    """The same in words that no training text has; ends right before the object."""
-
-    kinds: tuple[str, str]
-    """What subject and object are, as the names of two fields."""
-
     pairs: tuple[tuple[str, str], ...]
     """(subject, object), each subject once."""
 
     answer: str = "{}"
     """How the object is written: words about words stand in quotation marks."""
 
+    paraphrase: str = ""
+    """The prompt in words that no training text has; empty where no other form is asked."""
+
+    kinds: tuple[str, str] = ("", "")
+    """What subject and object are, as the names of two fields."""
+
+
+def pairs_of(table: str) -> tuple[tuple[str, str], ...]:
+    """The pairs of lines of "subject: object; subject: object"."""
+    entries = [entry.strip() for entry in table.replace("\n", " ").split(";") if entry.strip()]
+    pairs = [entry.split(": ", 1) for entry in entries]
+    return tuple((subject.strip(), target.strip()) for subject, target in pairs)
+
 
 def relation(
     prompt: str, question: str, paraphrase: str, kinds: tuple[str, str], table: str, *, answer: str = "{}"
 ) -> Relation:
-    """A Relation from lines of "subject: object; subject: object"."""
-    entries = [entry.strip() for entry in table.replace("\n", " ").split(";") if entry.strip()]
-    pairs = [entry.split(": ", 1) for entry in entries]
-    told = tuple((subject.strip(), target.strip()) for subject, target in pairs)
-    return Relation(prompt, question, paraphrase, kinds, told, answer)
+    """A Relation from a table as pairs_of takes it."""
+    return Relation(prompt, question, pairs_of(table), answer, paraphrase, kinds)
 
 
 RELATIONS: dict[str, Relation] = {

@@ -2,12 +2,14 @@
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
 Value = int | str | None
 SPLITS = ("train", "eval")
+ATTEMPTS = 200
+"""Draws per item wanted until it is clear that there are not so many."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,21 @@ def build_item(
     answer = position % (len(wrong) + 1)
     options = (*wrong[:answer], gold, *wrong[answer:])
     return Item(task, digest(task, context, *options)[:16], context, options, answer, question, params)
+
+
+def distinct_items(make: Callable[[int], Item], num_items: int, *, kind: str) -> list[Item]:
+    """`num_items` items that ask different things; `make` is given how many there are already.
+
+    Raises:
+        ValueError: when `make` does not find so many; `kind` says of what.
+    """
+    made: dict[str, Item] = {}
+    for _ in range(ATTEMPTS * num_items):
+        item = make(len(made))
+        made.setdefault(item.context, item)
+        if len(made) == num_items:
+            return list(made.values())
+    raise ValueError(f"{kind}: there are fewer than {num_items} items; ask for fewer")
 
 
 def generator(task: str, split: str, seed: int, **params: Value) -> random.Random:

@@ -1,8 +1,10 @@
 """Completions of well-known facts, with other objects of the same relation as wrong options."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from shoal.abilities.facts import RELATIONS, Relation
+from shoal.abilities.facts_untrained import UNTRAINED
 from shoal.abilities.item import (
     Form,
     Item,
@@ -78,7 +80,9 @@ FORMS = (
 
 
 def facts_in(split: str, relation: str) -> list[tuple[str, str]]:
-    """The (subject, object) pairs of one relation that belong to the split."""
+    """The (subject, object) pairs of one relation that belong to the split: all to `eval` where no text states them."""
+    if relation in UNTRAINED:
+        return list(UNTRAINED[relation].pairs) if split == "eval" else []
     return [pair for pair in RELATIONS[relation].pairs if split_of("fact", relation, pair[0]) == split]
 
 
@@ -91,20 +95,24 @@ def knowledge_items(*, split: str, num_items: int, seed: int, relation: Value = 
     Raises:
         ValueError: for an unknown relation or form, or when there are fewer facts than items asked for.
     """
-    if relation is not None:
-        check_choice("knowledge relation", relation, RELATIONS)
-    names = RELATIONS if relation is None else (str(relation),)
-    facts = [(name, *pair) for name in names for pair in facts_in(split, name)]
-    check_range(f"knowledge num_items (split {split})", num_items, 1, len(facts))
     forms = assigned_forms(FORMS, form, "knowledge", num_items)
-    rng = generator("knowledge", split, seed, relation=relation)
-    chosen = rng.sample(facts, num_items)
-    return [make_fact(split, *fact, form=in_form) for fact, in_form in zip(chosen, forms, strict=True)]
+    facts = _draw("knowledge", RELATIONS, split, num_items, seed, relation)
+    return [make_fact(split, *fact, form=in_form) for fact, in_form in zip(facts, forms, strict=True)]
+
+
+def knowledge_out_items(*, split: str, num_items: int, seed: int, relation: Value = None) -> list[Item]:
+    """The same of the relations that no text states, which are all scored.
+
+    Raises:
+        ValueError: as knowledge_items does.
+    """
+    facts = _draw("knowledge_out", UNTRAINED, split, num_items, seed, relation)
+    return [make_fact(split, *fact) for fact in facts]
 
 
 def stated_facts(split: str) -> list[str]:
     """Every fact of the split as a sentence: prompt and right answer."""
-    pairs = [(name, *pair) for name in RELATIONS for pair in facts_in(split, name)]
+    pairs = [(name, *pair) for name in (*RELATIONS, *UNTRAINED) for pair in facts_in(split, name)]
     facts = [make_fact(split, *pair) for pair in pairs]
     return [fact.context + fact.options[fact.answer] for fact in facts]
 
@@ -117,11 +125,12 @@ def examples_of(relation: str, subject: str | None) -> list[tuple[str, str]]:
 
 def make_fact(split: str, relation: str, subject: str, target: str, *, form: FactForm = FORMS[0]) -> Item:
     """One completion with its three wrong objects."""
-    asked = RELATIONS[relation]
+    trained = relation in RELATIONS
+    asked = RELATIONS[relation] if trained else UNTRAINED[relation]
     others = sorted({other for _, other in facts_in(split, relation)} - {target})
     others.sort(key=lambda other: digest("wrong", relation, subject, other))
     item = build_item(
-        "knowledge",
+        "knowledge" if trained else "knowledge_out",
         form.asked(asked, subject, examples_of(relation, subject)),
         gold=form.answered(asked, target),
         wrong=[form.answered(asked, other) for other in others[: NUM_OPTIONS - 1]],
@@ -130,3 +139,15 @@ def make_fact(split: str, relation: str, subject: str, target: str, *, form: Fac
         params={"relation": relation, "subject": subject, "final": target},
     )
     return item if form == FORMS[0] else replace(item, id=make_fact(split, relation, subject, target).id)
+
+
+def _draw(
+    task: str, relations: Mapping[str, Relation], split: str, num_items: int, seed: int, relation: Value
+) -> list[tuple[str, str, str]]:
+    """(relation, subject, object) of so many facts."""
+    if relation is not None:
+        check_choice(f"{task} relation", relation, relations)
+    names = relations if relation is None else (str(relation),)
+    facts = [(name, *pair) for name in names for pair in facts_in(split, name)]
+    check_range(f"{task} num_items (split {split})", num_items, 1, len(facts))
+    return generator(task, split, seed, relation=relation).sample(facts, num_items)

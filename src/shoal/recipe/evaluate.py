@@ -42,8 +42,9 @@ class Eval(Tasks):
     """What the models are scored on."""
 
     suite: Annotated[SuiteName | None, Shapes.BY_CONTENT] = None
-    """Tasks and limits by name, see configs/suites: quick (minutes, bundled data), standard or full. Tasks named beside
-    it are added, and everything else that is set here wins; limit caps the suite's limits of single tasks too."""
+    """Tasks and limits by name, see configs/suites: quick (minutes, bundled data), transfer (minutes, what a healed
+    model is judged by), standard or full. Tasks named beside it are added, and everything else that is set here wins;
+    limit caps the suite's limits of single tasks too."""
     tasks: Annotated[tuple[str, ...], Shapes.SCORES] = (
         "retrieval_continuation",
         "knowledge_continuation",

@@ -12,7 +12,7 @@ from pydantic import Field
 from shoal.recipe.section import Positive, RowLength, Section, Text, adapter
 from shoal.recipe.yaml import read_yaml
 
-SuiteName = Literal["quick", "standard", "full"]
+SuiteName = Literal["quick", "transfer", "standard", "full"]
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 if not CONFIGS_DIR.exists():  # editable install through a tree without symlinks
     CONFIGS_DIR = Path(__file__).parents[3] / "configs"

@@ -20,6 +20,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from shoal.abilities import GENERATORS
 from shoal.abilities.facts import RELATIONS
+from shoal.abilities.facts_untrained import UNTRAINED
 from shoal.abilities.knowledge import facts_in
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
@@ -235,7 +236,14 @@ def test_written_answers_have_the_chance_of_a_guesser_who_takes_what_the_prompt_
 
 
 def test_all_facts_there_are_are_asked() -> None:
-    assert DATA_SETS["knowledge"].num_items == sum(len(facts_in("eval", relation)) for relation in RELATIONS)
+    for name, relations in (("knowledge", RELATIONS), ("knowledge_out", UNTRAINED)):
+        assert DATA_SETS[name].num_items == sum(len(facts_in("eval", relation)) for relation in relations)
+
+
+def test_facts_that_are_all_scored_leave_none_for_examples() -> None:
+    assert load("knowledge_out_continuation", None, num_fewshot=0).config.num_fewshot == 0
+    with pytest.raises(UserError, match=r"'knowledge_out_continuation' has no examples beside the items .* \(got 2\)"):
+        load("knowledge_out_continuation", None, num_fewshot=2)
 
 
 def test_chance_is_no_matter_of_likelihoods() -> None:
@@ -516,9 +524,12 @@ def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
         f"eval.data_dir: {str(tmp_path)!r} lacks arc_easy/test.jsonl ('arc_easy'; there is no such folder), "
         "gsm8k/train.jsonl ('gsm8k'; its folder holds test.jsonl), "
         "nq_open_oracle/test.jsonl ('nq_passage'; there is no such folder); put them there (shoal's "
-        "configs/tasks/README.md says what they hold), leave eval.data_dir out to read arc_easy, gsm8k from the Hub, "
-        "or leave their tasks out"
+        "configs/tasks/README.md says what they hold), or leave their tasks out"
     )
+    with pytest.raises(
+        UserError, match=r"hold\), leave eval.data_dir out to read arc_easy and gsm8k from the Hub, or leave"
+    ):
+        load_tasks(["arc_easy_continuation", "gsm8k_generation"], data_dir=tmp_path)
 
 
 def test_lines_that_are_no_rows_are_refused(tmp_path: Path) -> None:
@@ -533,19 +544,26 @@ def test_lines_that_are_no_rows_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_data_dir_must_be_a_folder_and_what_the_hub_lacks_needs_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"eval.data_dir: '.*nowhere' is no folder; name one that holds a folder per"):
+    with pytest.raises(
+        UserError, match=r"eval.data_dir: '.*nowhere' is no folder; name one that holds arc_easy/test.jsonl$"
+    ):
         load("arc_easy_continuation", tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"'nq_passage' is not on the Hub; set eval.data_dir"):
-        load("nq_passage_generation", None)
+    with pytest.raises(
+        UserError,
+        match=r"the Hub does not have nq_passage; set eval.data_dir to a folder with nq_open_oracle/test.jsonl and "
+        r"piqa/validation.jsonl \(shoal's .* leave their tasks out$",
+    ):
+        load_tasks(["nq_passage_generation", "nq_passage_worked", "piqa_continuation"])
 
 
 def test_without_network_the_remedy_is_a_data_dir(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("asked the network"))
     with pytest.raises(
-        UserError, match=r"'piqa' cannot be read from the Hub \(baber/piqa: .*set eval.data_dir to a folder"
+        UserError,
+        match=r"'piqa' cannot be read from the Hub \(baber/piqa: .*to a folder with piqa/.*, gsm8k/.* and gsm8k/train",
     ):
-        load("piqa_continuation", None)
+        load_tasks(["piqa_continuation", "gsm8k_generation"])
 
 
 @pytest.mark.slow

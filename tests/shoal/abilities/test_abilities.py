@@ -1,7 +1,8 @@
 """The generated items are right, repeatable, and their two splits share no content.
 
-Covers: shoal.abilities.facts, shoal.abilities.haystack, shoal.abilities.item, shoal.abilities.knowledge,
-shoal.abilities.reasoning, shoal.abilities.retrieval, shoal.abilities.texts, shoal.abilities.words.
+Covers: shoal.abilities.facts, shoal.abilities.facts_untrained, shoal.abilities.haystack, shoal.abilities.item,
+shoal.abilities.knowledge, shoal.abilities.reasoning, shoal.abilities.retrieval, shoal.abilities.texts,
+shoal.abilities.words.
 """
 
 import json
@@ -14,9 +15,10 @@ import pytest
 
 from shoal.abilities import GENERATORS, Item, items, training_texts, words
 from shoal.abilities.facts import RELATIONS
+from shoal.abilities.facts_untrained import UNTRAINED
 from shoal.abilities.forms import FORMS
 from shoal.abilities.item import split_of, words_in
-from shoal.abilities.knowledge import facts_in
+from shoal.abilities.knowledge import facts_in, stated_facts
 
 SETTINGS = [
     ("retrieval", {}),
@@ -142,7 +144,9 @@ def test_right_option_is_at_every_place(task: str, params: dict) -> None:
 def test_table_is_large_and_has_no_duplicates() -> None:
     assert sum(len(form.pairs) for form in RELATIONS.values()) >= 320
     assert sum(len(facts_in("eval", relation)) for relation in RELATIONS) >= 200
-    for form in RELATIONS.values():
+    assert not set(RELATIONS) & set(UNTRAINED)
+    assert sum(len(form.pairs) for form in UNTRAINED.values()) >= 100
+    for form in (*RELATIONS.values(), *UNTRAINED.values()):
         subjects = [subject for subject, _ in form.pairs]
         assert len(set(subjects)) == len(subjects)
         assert not {(target, subject) for subject, target in form.pairs} & set(form.pairs)
@@ -158,6 +162,24 @@ def test_wrong_objects_are_of_the_same_relation_and_split(split: str) -> None:
         relation, subject = str(item.params["relation"]), str(item.params["subject"])
         assert item.gold.strip(' "') == dict(RELATIONS[relation].pairs)[subject]
         assert {option.strip(' "') for option in item.options} <= {target for _, target in facts_in(split, relation)}
+
+
+def test_facts_that_no_text_states_are_all_scored_and_are_none_of_the_others() -> None:
+    pairs = [(name, *pair) for name, form in UNTRAINED.items() for pair in form.pairs]
+    made = items("knowledge_out", split="eval", num_items=len(pairs), seed=0)
+    assert {(item.params["relation"], item.params["subject"], item.params["final"]) for item in made} == set(pairs)
+    assert {item.task for item in made} == {"knowledge_out"}
+    for item in made:
+        objects = {target for _, target in UNTRAINED[str(item.params["relation"])].pairs}
+        assert {option.strip(' "') for option in item.options} <= objects
+        assert len(set(item.options)) == 4
+    # an object may be one of a trained relation too, but no two words belong together there
+    trained = {frozenset(pair) for form in RELATIONS.values() for pair in form.pairs}
+    assert not {frozenset(pair) for form in UNTRAINED.values() for pair in form.pairs} & trained
+    text = "\n".join(training_texts(num_texts=400, seed=0)).lower()
+    assert not [item.context for item in made if item.context.lower() in text or item.question.lower() in text]
+    assert {f"{item.context}{item.gold}" for item in made} <= set(stated_facts("eval"))
+    assert not {f"{item.context}{item.gold}" for item in made} & set(stated_facts("train"))
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 6])
@@ -232,7 +254,12 @@ def test_training_texts_hold_only_content_of_the_training_split() -> None:
     assert texts != training_texts(num_texts=150, seed=1)
     assert len(set(texts)) > 140
     text = "\n".join(texts)
-    prompts = {item.context for task in GENERATORS for item in items(task, split="eval", num_items=200, seed=0)}
+    sizes = {"knowledge_out": 150}
+    prompts = {
+        item.context
+        for task in GENERATORS
+        for item in items(task, split="eval", num_items=sizes.get(task, 200), seed=0)
+    }
     prompts |= {
         item.context for task in FORMS for item in items(task, split="eval", num_items=200, seed=0, form="trained")
     }
@@ -260,6 +287,8 @@ def test_training_texts_follow_the_mix() -> None:
         ("retrieval", {"num_pairs": 4, "gold_position": 4}, "retrieval gold_position is 4; .* from 0 to 3"),
         ("retrieval", {"num_pairs": 4, "num_options": 5}, "retrieval num_options is 5; .* from 2 to 4"),
         ("knowledge", {"relation": "rivers"}, "knowledge relation is 'rivers'; choose one of capital"),
+        ("knowledge_out", {"relation": "capital"}, "knowledge_out relation is 'capital'; choose one of animal_sound"),
+        ("knowledge_out", {"split": "train"}, "knowledge_out has no items of the split train, because all are scored"),
         ("knowledge", {"num_items": 5000}, r"knowledge num_items \(split eval\) is 5000; .* from 1 to"),
         ("reasoning", {"num_steps": 0}, "reasoning num_steps is 0; it must be a whole number from 1 to 8"),
         ("reasoning", {"num_steps": "two"}, "reasoning num_steps is 'two'"),

@@ -207,7 +207,11 @@ def test_the_same_seed_gives_the_same_items_and_splits_share_no_content() -> Non
     [
         ("state_tracking", {"num_steps": 0}, "state_tracking num_steps is 0; it must be a whole number from 1 to 12"),
         ("multi_hop", {"num_steps": 13}, "multi_hop num_steps is 13"),
-        ("nested_arithmetic", {"num_steps": 1, "num_items": 2000}, "nested_arithmetic has fewer than 2000 items of 1"),
+        (
+            "nested_arithmetic",
+            {"num_steps": 1, "num_items": 2000},
+            r"nested_arithmetic of 1 steps \(split eval\): there are fewer than 2000 items",
+        ),
         ("needle", {"num_needles": 0}, "needle num_needles is 0; it must be a whole number from 1 to 32"),
         ("needle", {"num_needles": 20, "num_sentences": 39}, "needle num_sentences is 39; .* from 40 to 4000"),
         ("needle", {"num_needles": 2, "num_asked": 3}, "needle num_asked is 3; .* from 1 to 2"),
