@@ -23,6 +23,7 @@ from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
 from ..report.sections import difference_table, no_signal_section, score_table
 from ..report.speed import speed_section
+from ..report.wording import by_column, column_words
 from .license import License, base_license, license_file
 
 DEMO_BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -35,6 +36,9 @@ PICTURES = {
     "training": "Training loss and learning rate by step",
 }
 """Figures that a card shows, as far as the run has drawn them."""
+
+
+TRAINED_FORM = "in the form of training text"
 
 
 def model_card(run_dir: Path, *, base_folder: Path | None = None) -> str:
@@ -79,7 +83,8 @@ def base_model(run: Run) -> str | None:
 def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License, datasets: list[str]) -> ModelCardData:
     fields: dict[str, Any] = {"base_model_relation": "finetune"} if base and run.training else {}
     role = _role(run, "pruned")
-    scored = [row for row in comparison.rows if role in row.scores]
+    columns = by_column(row for row in comparison.rows if role in row.scores)
+    scored = [row for rows in columns.values() for row in rows]
     return ModelCardData(
         base_model=base,
         datasets=datasets or None,
@@ -110,8 +115,13 @@ def _role(run: Run, otherwise: str) -> str:
 
 
 def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
-    """One entry of the model-index. The Hub merges what shares a data set, so metrics carry their intervals."""
+    """One entry of the model-index. The Hub merges what shares a data set, so metrics carry their intervals.
+
+    Sites show a metric's name beside its value and little else, so it says where a score is no benchmark's.
+    """
     about: dict[str, Any] = {"num_items": score.n, "higher_is_better": score.higher_is_better}
+    about |= {"column": score.column} if score.column else {}
+    where = f", {column_words(score.column)}" if score.column else ""
     about |= {"chance": score.chance} if score.higher_is_better else {}
     about |= {"ci_low": round(score.ci_low, 6), "ci_high": round(score.ci_high, 6), "confidence": 0.95}
     if teacher := row.scores.get("teacher"):
@@ -122,13 +132,13 @@ def _eval_result(score: TaskScore, row: Row, role: str) -> EvalResult:
         about |= {"retention_low": round(kept.ci_low, 6), "retention_high": round(kept.ci_high, 6)}
     return EvalResult(
         task_type="text-generation",
-        task_name=f"{score.ability} ({score.protocol})",
+        task_name=f"{score.ability} ({score.protocol}{where})",
         dataset_type=score.task,
         dataset_name=score.task,
         dataset_config=score.protocol,
         dataset_args={"protocol": score.protocol, "num_few_shot": score.num_fewshot, "task_version": score.version},
         metric_type="accuracy" if is_share(score) and score.metric == "acc" else score.metric,
-        metric_name=score.metric,
+        metric_name=f"{score.metric} {TRAINED_FORM}" if score.column == "in" else score.metric,
         metric_value=round(score.score, 6),
         metric_args=about,
     )
@@ -186,10 +196,15 @@ def _training_lines(run: Run) -> Bullets:
 
 
 def _results(run: Run, comparison: Comparison) -> list[Block | str]:
-    parts: list[Block | str] = [*_picture(run, "before_after"), score_table(run, comparison.rows)]
+    inside = [row for row in comparison.rows if row.column == "in"]
+    outside = [row for row in comparison.rows if row.column != "in"]
+    parts: list[Block | str] = [*_picture(run, "before_after")]
+    parts += [score_table(run, outside)] if outside else []
+    if inside:
+        parts += [f"### {TRAINED_FORM.capitalize()}", Paragraph(_TRAINED_FORM), score_table(run, inside)]
     if any(("pruned", "distilled") in row.differences for row in comparison.rows):
         caption = "Distilled minus pruned, paired over the same items"
-        parts.append(difference_table(comparison.rows, "pruned", "distilled", caption))
+        parts.append(difference_table([*outside, *inside], "pruned", "distilled", caption))
     parts += _picture(run, "levels")
     silent = no_signal_section(comparison)
     if silent:
@@ -269,6 +284,11 @@ def _paths(recipe: Any) -> set[str]:
     return {recipe} if isinstance(recipe, str) and recipe != _public(recipe) and len(recipe) > 1 else set()
 
 
+_TRAINED_FORM = (
+    "These tasks ask other items, but as texts like those of the training do. What was trained in a form comes back in "
+    "that form first, so they say less about the ability than scores outside it, and “more than the teacher” here is "
+    "more of the form."
+)
 _USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "{path}"  # a Hub id or a local folder

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 LOGGED_FILE = "wandb_logged.json"
 WEIGHTS_WAIT_S = 4 * 3600
 """Seconds that a stage waits at its end for the upload of weights."""
-EVALUATIONS = {role: f"eval/{role}.json" for role in ("teacher", "pruned", "distilled")}
+EVALUATIONS = {role: f"eval/{role}.json" for role in ("teacher", "pruned", "control", "distilled")}
 RESULT_FILES = (
-    *(Importance.FILE, PruningPlan.FILE, Training.FILE),
+    *(Importance.FILE, PruningPlan.FILE, Training.FILE, f"control/{Training.FILE}"),
     *(*EVALUATIONS.values(), Speed.FILE, "report.md", "report.html"),
 )
 
@@ -65,7 +65,7 @@ def log_results(
     """Log on rank 0 what the run directory holds and has not been logged yet.
 
     ``teacher`` is its checkpoint; ``score_rows`` reads the before/after table of a run directory, whose columns are
-    role, task, protocol, metric, score and retention among others.
+    column, role, task, protocol, metric, score, retention and form_gap among others.
     """
     if not is_main() or wandb_mode(track) == "off":
         return
@@ -131,14 +131,15 @@ def _importance(file: Path, plan_file: Path) -> dict[str, Any]:
 
 
 def _scores(run: Run, run_dir: Path, rows: Rows) -> dict[str, Any]:
-    """The before/after table; scores, retention, sizes and speeds go into the summary, by which W&B compares runs."""
+    """The before/after table; scores, retention, form gaps, sizes and speeds go into the summary, by which W&B compares
+    runs."""
     summary: dict[str, Any] = {}
-    for values in rows.rows:
-        row = dict(zip(rows.columns, values, strict=True))
-        name = "/".join(row[key] for key in ("role", "task", "protocol", "metric"))
-        summary[f"score/{name}"] = row["score"]
-        if row["retention"] is not None:
-            summary[f"retention/{name}"] = row["retention"]
+    for cells in rows.rows:
+        row = dict(zip(rows.columns, cells, strict=True))
+        # the column stands first where it is known: nobody takes a score in the trained form for another
+        name = "/".join(row[key] for key in ("column", "role", "task", "protocol", "metric") if row[key])
+        values = {key: row[key] for key in ("score", "retention", "form_gap") if row[key] is not None}
+        summary |= {f"{key}/{name}": value for key, value in values.items()}
     for role, name in EVALUATIONS.items():
         if (file := run_dir / name).is_file():
             summary[f"num_parameters/{role}"] = Evaluation.read(file).num_parameters

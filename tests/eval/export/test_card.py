@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from results import SKILL, evaluation, plan, training, write_quickstart, write_run
+from results import SKILL, evaluation, plan, training, write_formed, write_quickstart, write_run
 
 from shoal.errors import UserError
 from shoal.eval.export.card import model_card
@@ -74,6 +74,35 @@ def test_model_index_says_what_the_base_model_scored_and_what_is_kept(folder: Pa
     assert about["retention"] == pytest.approx(scores["distilled"].score / scores["teacher"].score, abs=1e-6)
     assert about["retention_low"] < about["retention"] < about["retention_high"]
     assert "retention" not in results["python_docs_heldout"].metric_args
+
+
+def test_model_index_tells_a_score_in_the_trained_form_from_others(tmp_path: Path) -> None:
+    results = metadata(model_card(write_formed(tmp_path))).eval_results
+    columns = [result.metric_args.get("column", "") for result in results]
+    assert columns == ["twin"] * 3 + ["out", "public"] + ["in"] * 3 + [""]
+    names = {result.dataset_name: (result.task_name, result.metric_name) for result in results}
+    trained = ("retrieval (generation, trained form)", "match in the form of training text")
+    assert names["retrieval_generation"] == trained
+    assert names["retrieval_twin_generation"] == ("retrieval (generation, twin forms)", "match")
+    assert names["arc_easy_continuation"] == ("knowledge (continuation, public benchmarks)", "acc")
+    assert names["perplexity"] == ("language (rolling)", "nats_per_token")
+
+
+def test_the_trained_form_has_a_table_of_its_own_below_the_others(tmp_path: Path) -> None:
+    card = model_card(write_formed(tmp_path)).replace("\\", "")
+    opening, results = card.split("## Before and after")
+    outside, inside = results.split("Distilled minus pruned")[0].split("### In the form of training text")
+    assert "| retrieval, twin, generated |" in outside
+    assert "| ARC easy, option text |" in outside
+    assert "| retrieval, generated |" not in outside
+    trained = next(line for line in inside.splitlines() if line.startswith("| retrieval, generated |"))
+    assert "more than the teacher" in trained
+    assert "more of the form" in inside
+    assert "Form gap" in opening
+
+
+def test_a_card_of_results_without_columns_has_one_table(folder: Path) -> None:
+    assert "form of training text" not in model_card(folder)
 
 
 def test_metadata_names_base_model_relation_and_training_data(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import pytest
 import yaml
 from offline_wandb import Tracked, read_tracked
 from PIL import Image
-from results import evaluation, importance, speed, training
+from results import evaluation, formed, importance, speed, training, write_formed
 from tiny import tiny_checkpoint
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from wandb_server import WandbServer
@@ -195,6 +195,24 @@ def test_rows_tell_family_level_and_how_texts_went_wrong(tmp_path: Path) -> None
     first, second = (dict(zip(COLUMNS, row, strict=True)) for row in score_rows(tmp_path).rows)
     assert [first[key] for key in ("family", "level", *rates)] == [None] * 6
     assert {key: second[key] for key in ("family", "level", *rates)} == {"family": "chain", "level": 3.0, **rates}
+
+
+def test_summary_values_are_named_by_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary: dict[str, Any] = {}
+    monkeypatch.setattr(wandb_results, "_table", lambda rows: rows)
+    run: Any = SimpleNamespace(summary=summary)
+    write_formed(tmp_path)
+    found = wandb_results._scores(run, tmp_path, score_rows(tmp_path))["before_after"]
+    scores = {task.task: task.score for task in formed("distilled").tasks}
+    for column, task in (("in", "retrieval_generation"), ("twin", "retrieval_twin_generation")):
+        assert summary[f"score/{column}/distilled/{task}/generation/match"] == scores[task]
+        assert f"retention/{column}/control/{task}/generation/match" in summary
+    gap = scores["retrieval_generation"] - scores["retrieval_twin_generation"]
+    assert summary["form_gap/twin/distilled/retrieval_twin_generation/generation/match"] == pytest.approx(gap)
+    assert not [name for name in summary if name.startswith(("form_gap/in", "form_gap/public"))]
+    assert "score/distilled/perplexity/rolling/nats_per_token" in summary, "without a column: as ever"
+    assert summary["num_parameters/control"] == summary["num_parameters/teacher"]
+    assert {"column", "form_gap", "form_gap_low", "form_gap_high"} <= set(found.columns)
 
 
 def test_figures_are_pictures_or_where_there_is_no_other_markup(found: Tracked, run_dir: Path) -> None:
