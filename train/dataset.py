@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shoal.atomic_files import fingerprint, written_folder
-from shoal.data.packing import PackedRows, read_rows
+from shoal.data.packing import SOURCES, PackedRows, read_rows
 from shoal.data.sources import pack, texts_fingerprint
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill
@@ -82,7 +82,8 @@ def training_rows(
     Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
     later, so that a large budget costs no rank memory or a second tokenisation.
     """
-    path = folder / f"rows-{fingerprint([inputs, num_rows, settings.packing, texts_fingerprint(teacher_text)])}"
+    identity = [inputs, num_rows, settings.packing, texts_fingerprint(teacher_text)]
+    path = folder / f"rows-{fingerprint([*identity, SOURCES] if settings.by_source else identity)}"
     if is_main() and not path.exists():
         num_tokens = num_rows * settings.sequence_length
         if num_tokens > 1.1 * settings.num_tokens:
@@ -100,6 +101,7 @@ def training_rows(
                 seed=seed,
                 packing=settings.packing,
                 folder=unfinished,
+                with_sources=settings.by_source,
             )
         for name, count in rows.counts.items():
             if count["repeats"]:

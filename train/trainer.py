@@ -90,15 +90,17 @@ class DistillTrainer(Trainer):
         self._stop = stop
         self._num_items: Tensor | int = 0
         self._step_sums = self._zero_sums()
-        self._window_sums = [0.0] * (len(objective.terms) + 2)
+        self._term_tokens: list[int] = []
+        self._window_sums = [0.0] * (2 * len(objective.terms) + 2)
         self._steps_logged = 0
         self._gradient_norm: Tensor | float | None = None
         self._rate = _Rate()
         self.add_callback(_StepEnds(self))
 
     def _zero_sums(self) -> Tensor:
-        """Every term's mean over the step's supervised tokens, the counts of top-1 agreement, and whether to stop."""
-        return torch.zeros(len(self.objective.terms) + 3, dtype=torch.float64, device=self.args.device)
+        """Every term's sum over the step's supervised tokens, divided by their number, and the counts of top-1
+        agreement."""
+        return torch.zeros(len(self.objective.terms) + 2, dtype=torch.float64, device=self.args.device)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -114,6 +116,8 @@ class DistillTrainer(Trainer):
                 batches = self._on_policy.batches(student, batches, step=step)
             num_items = self._get_num_items_in_batch(batches, device)
         self._batches, self._num_items = batches, 0 if num_items is None else num_items
+        counts = [self.objective.tokens_by_term(on_host(batch)) for batch in batches]
+        self._term_tokens = [sum(of_term) for of_term in zip(*counts, strict=True)]
         return batches, num_items
 
     def compute_loss(
@@ -143,7 +147,7 @@ class DistillTrainer(Trainer):
         num_terms = len(self.objective.terms)
         self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
         # agreement is asked of every so many tokens: counts, no means
-        self._step_sums[num_terms:-1] += sums[num_terms:]
+        self._step_sums[num_terms:] += sums[num_terms:]
         loss = loss_sum * (world_size() / num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
@@ -166,8 +170,10 @@ class DistillTrainer(Trainer):
         into a checkpoint, and what the device could have begun meanwhile is the beginning of the next step. Sums, norm
         and the wish to stop come over together. DeepSpeed and, where it logs, the Trainer have waits of their own.
         """
-        sums, step = self._step_sums, self.state.global_step
-        sums[-1].fill_(self._stop.reason is not None)  # after the sum over ranks: whether anyone was asked to stop
+        step, terms = self.state.global_step, self.objective.terms
+        # the last number is, after the sum over ranks, whether anyone was asked to stop
+        numbers = [*self._term_tokens, float(self._stop.reason is not None)]
+        sums = torch.cat([self._step_sums, *(self._step_sums.new_full((1,), number) for number in numbers)])
         if dist.is_initialized():
             dist.all_reduce(sums)
         gradient_norm = 0.0 if self._gradient_norm is None else self._gradient_norm
@@ -175,8 +181,9 @@ class DistillTrainer(Trainer):
         self._step_sums = self._zero_sums()
         if not num_items:
             raise UserError(f"step {step}: its batch holds no supervised token; raise distill.batch_size")
-        terms = self.objective.terms
         means = counts[: len(terms)]
+        # of the step's supervised tokens those that a term learns from
+        shares = [number / num_items for number in counts[len(terms) + 2 :]]
         loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
         values = {"loss": loss, **dict(zip(term_names(terms), means, strict=True))}
         if self._gradient_norm is not None:
@@ -185,19 +192,22 @@ class DistillTrainer(Trainer):
             values["the norm of the gradient"] = norm if 0 <= norm < math.inf else math.nan
         if problem := self._guard.problem(values):
             raise refuse_step(problem, step, self._batches, Path(str(self.args.output_dir)).parent / "refused")
-        self.objective.end_step(means, step=step, num_steps=self.state.max_steps)
-        self._window_sums = [before + now for before, now in zip(self._window_sums, counts, strict=True)]
+        own_means = [mean / share if share else None for mean, share in zip(means, shares, strict=True)]
+        self.objective.end_step(own_means, step=step, num_steps=self.state.max_steps)
+        now = [*counts[: len(terms) + 2], *shares]
+        self._window_sums = [before + added for before, added in zip(self._window_sums, now, strict=True)]
         if stopped:
             self._stop.ask("another rank was asked to stop")
         return stopped > 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add every loss term, averaged over steps and summed over ranks, to what is logged."""
+        """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
+        logged; one that has learnt from none since the last time is not there."""
         steps = self.state.global_step - self._steps_logged
         if "loss" in logs and steps > 0:
-            *sums, matches, compared = self._window_sums
             names = term_names(self.objective.terms)
-            logs |= {name: value / steps for name, value in zip(names, sums, strict=True)}
+            sums, (matches, compared, *shares) = self._window_sums[: len(names)], self._window_sums[len(names) :]
+            logs |= {name: value / share for name, value, share in zip(names, sums, shares, strict=True) if share}
             if compared:
                 logs[AGREEMENT] = matches / compared
             logs |= self.objective.curves()

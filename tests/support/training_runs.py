@@ -30,6 +30,8 @@ DROP = [2, 3]
 STEPS = 8
 LENGTH = 64
 BATCH = 4
+HOST_PLANES = ("labels", "position_ids", "input_ids", "sources")
+"""Planes of a micro-batch of which the host has a copy."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,8 @@ def note_waits(file: Path) -> None:
     waits, steps, end_step = Waits(), [], DistillTrainer.end_step
 
     def copied(batch: dict[str, Tensor]) -> dict[str, Any]:
-        planes = (batch[name].as_subclass(OnHost) for name in ("labels", "position_ids", "input_ids"))
-        return {**batch, host_batch.ON_HOST: host_batch.OnHost(*planes, rows=originals["tolist"](batch["row"]))}
+        planes = {f"{name}_BS": batch[name].as_subclass(OnHost) for name in HOST_PLANES if name in batch}
+        return {**batch, host_batch.ON_HOST: host_batch.OnHost(**planes, rows=originals["tolist"](batch["row"]))}
 
     def asked(name: str, tensor: Tensor) -> Any:
         waits.note(name, tensor)

@@ -384,3 +384,15 @@ def with_perplexity(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
     """The results, with that part of the scores' identity which the score of running text depends on."""
     scores = results["scores"]
     return {**results, "perplexity": {key: scores[key] for key in TEXT_SETTINGS}}
+
+
+@pytest.mark.usefixtures("folder")
+def test_losses_of_a_source_shape_the_training_and_neither_rows_nor_recordings() -> None:
+    raw = RECIPES["full"]
+    sources = [{"path": "python_docs", "losses": ["jsd"]}, {"path": "teacher_text", "weight": 0.5}]
+    by_source = {**raw, "distill": {**raw["distill"], "data": sources}}
+    before, after = (identities(Run(parse_recipe(each))) for each in (raw, by_source))
+    assert {result for result in after if after[result] != before[result]} == {"training", "control"}
+    differing = {key for key, value in after["training"].items() if value != before["training"][key]}
+    assert differing == {"distill.data"}
+    assert after["training"]["distill.data"][0] == {**before["training"]["distill.data"][0], "losses": ["jsd"]}

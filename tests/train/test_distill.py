@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, Record, Teacher
+from shoal.recipe.distill import Distill, Record, Teacher, TrainingSource
 from shoal.recipe.losses import TAID, ForwardKL, ValueRelation
 from shoal.recipe.recipe import Recipe
 from shoal.stages import distill as stage
@@ -277,3 +277,24 @@ def test_rows_are_packed_once_and_read_back_equal(tmp_path, monkeypatch):
     assert first.fingerprint == second.fingerprint
     assert first.counts == second.counts
     assert len(first) == 10
+
+
+def test_rows_know_their_sources_where_a_source_has_losses_and_do_not_depend_on_which(tmp_path, monkeypatch):
+    def rows(*losses):
+        names = ("python_docs", "python_docs_heldout")
+        data = tuple(TrainingSource(name, losses=own) for name, own in zip(names, losses, strict=True))
+        inputs = {"a": 1}
+        settings = Distill(data=data, num_tokens=640, sequence_length=64)
+        return training_rows(
+            settings, tiny_tokenizer(), num_rows=10, seed=0, teacher_text=[], folder=tmp_path, inputs=inputs
+        )
+
+    plain, by_source = rows(None, None), rows(("forward_kl",), None)
+    assert plain.sources_NS is None
+    assert by_source.sources_NS is not None
+    assert plain.fingerprint == by_source.fingerprint
+    monkeypatch.setattr("shoal.train.dataset.pack", None)  # a third packing would fail
+    again = rows(None, ("cross_entropy",))
+    assert again.sources_NS is not None
+    assert torch.equal(again.sources_NS, by_source.sources_NS)
+    assert rows(None, None).sources_NS is None

@@ -40,9 +40,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shoal.data.packing import IGNORED, read_rows
 from shoal.recipe.distill import Distill, OnPolicy
+from shoal.recipe.losses import TAID
 from shoal.train.assembly import _on_policy as sampler
 from shoal.train.callbacks.loss_spikes import load_batches
 from shoal.train.generated.on_policy import Sampler
+from shoal.train.objective.divergences import TaidState
 
 pytestmark = pytest.mark.slow
 
@@ -262,13 +264,14 @@ def test_a_batch_without_a_supervised_token_is_refused(teacher, cut, tmp_path):
     assert "step 1: its batch holds no supervised token; raise distill.batch_size" in refused.log
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, cut, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "by_source"), [(0, False), (2, True)])
+def test_a_step_waits_for_the_device_once_and_not_within_a_micro_batch(teacher, cut, tmp_path, stage, by_source):
     losses = [term for term in ALL_LOSSES if term["kind"] != "adaptive_kl"]  # whose head is found step by step
-    trainer = {"per_device_train_batch_size": 1, "logging_steps": 4}
-    path = recipe(
-        tmp_path, teacher, cut, losses=losses, trainer=trainer, deepspeed=f"deepspeed/zero{stage}.json", num_tokens=1024
-    )
+    settings: dict[str, Any] = {"losses": losses, "deepspeed": f"deepspeed/zero{stage}.json", "num_tokens": 1024}
+    if by_source:
+        own = (["forward_kl", "value_relation", "taid"], None)
+        settings["data"] = [{"path": alternating(tmp_path, "ab"[n]), "losses": names} for n, names in enumerate(own)]
+    path = recipe(tmp_path, teacher, cut, **settings, trainer={"per_device_train_batch_size": 1, "logging_steps": 4})
     hooks = (partial(note_waits, tmp_path / "waits.json"), partial(note_rates, tmp_path / "rates.json"))
     trial = finished(run(path, before=partial(all_of, *hooks)))
     steps = json.loads((tmp_path / "waits.json").read_text())
@@ -296,6 +299,95 @@ def test_a_spike_ends_the_run_and_a_resume_knows_what_is_usual(teacher, cut, tmp
         )
         assert ("going on from" in refused.log) == (lives == 1)
         assert kept_batches(refused, steps) == dealt_rows(refused, steps)
+
+
+def alternating(folder: Path, letter: str) -> str:
+    """A source of documents of about 300 tokens, more than a step reads, so that some steps read one source alone."""
+    path = folder / f"{letter}.jsonl"
+    words = [f"{letter * (1 + n % 7)}{n}" for n in range(60)]
+    path.write_text("".join(json.dumps({"text": " ".join(words[n:] + words[:n])[:300]}) + "\n" for n in range(40)))
+    return str(path)
+
+
+BY_SOURCE: dict[str, float] = {"forward_kl": 1.0, "cross_entropy": 0.3, "hidden_states": 0.5, "taid": 0.5}
+TARGET = TAID(momentum=0.5, step_size=0.1)
+OWN = {"a": ["forward_kl", "hidden_states"], "b": ["cross_entropy", "taid"]}
+
+
+def of_two_sources(folder: Path) -> dict[str, Any]:
+    return {
+        "data": [{"path": alternating(folder, letter), "losses": names} for letter, names in OWN.items()],
+        "losses": [
+            {"kind": kind, "weight": weight}
+            | ({"momentum": TARGET.momentum, "step_size": TARGET.step_size} if kind == "taid" else {})
+            for kind, weight in BY_SOURCE.items()
+        ],
+        "trainer": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4},
+    }
+
+
+def curves(trial: Trial) -> list[dict[str, float]]:
+    """What every step logged of its loss and terms."""
+    kept = ("loss", "taid_t", *BY_SOURCE)
+    return [{name: row[name] for name in kept if name in row} for row in trial.training.history if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
+    """Two terms learn from one source and two from another, on one rank."""
+    folder = tmp_path_factory.mktemp("two_sources")
+    return finished(run(recipe(folder, teacher, cut, **of_two_sources(folder.parent))))
+
+
+def test_a_curve_is_the_mean_over_the_tokens_that_its_term_learns_from(two_sources):
+    (folder,) = (two_sources.dir / "text").glob("rows-*")
+    rows = read_rows(folder)
+    assert rows.sources_NS is not None
+    alone, target = 0, TaidState(TARGET)
+    for step, values in enumerate(curves(two_sources)):
+        of_step = slice(step * BATCH, (step + 1) * BATCH)
+        learnt = rows.labels_NS[of_step] != IGNORED
+        tokens = [int((learnt & (rows.sources_NS[of_step] == number)).sum()) for number in range(len(OWN))]
+        shares = {name: tokens[number] / sum(tokens) for number, names in enumerate(OWN.values()) for name in names}
+        assert values.keys() == {"loss", "taid_t", *(name for name, share in shares.items() if share)}
+        total = sum(weight * values.get(name, 0.0) * shares[name] for name, weight in BY_SOURCE.items())
+        assert values["loss"] == pytest.approx(total, rel=1e-5)
+        target.update(values.get("taid"), step + 1, STEPS)
+        assert values["taid_t"] == pytest.approx(target.t, rel=1e-9), "TAID looks at what its curve shows"
+        alone += 0 in tokens
+    assert 0 < alone < STEPS, "what this is about"
+
+
+def test_two_ranks_and_accumulation_give_the_curves_of_two_sources(two_sources, teacher, cut, tmp_path):
+    settings = of_two_sources(two_sources.recipe.parent.parent)
+    settings |= {"trainer": {"per_device_train_batch_size": 1}, "deepspeed": "deepspeed/zero3.json"}
+    sharded = finished(run(recipe(tmp_path, teacher, cut, **settings), ranks=2))
+    for ours, theirs in zip(curves(sharded), curves(two_sources), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5, rel=1e-5)
+
+
+def test_a_training_on_two_sources_goes_on_with_the_same_curves(two_sources, tmp_path):
+    path = unfinished(two_sources, tmp_path / "killed", step=4)
+    resumed = finished(run(path))
+    assert "checkpoint-4" in resumed.log
+    assert curves(resumed) == curves(two_sources)
+    ours, theirs = resumed.weights(), two_sources.weights()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_a_recording_made_before_sources_had_losses_serves_them(two_sources, teacher, cut, tmp_path):
+    settings = of_two_sources(two_sources.recipe.parent.parent)
+    settings["losses"] = [{"kind": kind, "weight": BY_SOURCE[kind]} for kind in ("forward_kl", "cross_entropy")]
+    data = [{**source, "losses": [name]} for source, name in zip(settings["data"], BY_SOURCE, strict=False)]
+    plain = {**settings, "data": [{"path": source["path"]} for source in data]}
+    signals = {"folder": str(tmp_path / "signals"), "top_k": 271}
+    finished(run(recipe(tmp_path / "plain", teacher, cut, record=signals, **plain), verb="record"))
+    settings |= {"data": data}
+    live = finished(run(recipe(tmp_path / "live", teacher, cut, **settings)))
+    recorded = {"record": signals, "teacher": {"recorded": signals["folder"]}}
+    read = finished(run(recipe(tmp_path / "read", teacher, cut, **settings, **recorded)))
+    for ours, theirs in zip(curves(read), curves(live), strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-3, rel=2e-3)
 
 
 RECORDED = {"top_k": 271, "states": [1, 3, 4, 5]}

@@ -32,6 +32,7 @@ from shoal.recipe.losses import (
 )
 
 from .divergences import Softmax, softened, temperature_of, token_losses
+from .host_batch import queued
 
 BLOCK = 2**17
 """Logits of one block on CPU for every thread: half a megabyte of fp32 per copy. Smaller ones would have threads wait
@@ -67,6 +68,16 @@ class TopK:
     """Temperature that logits were divided by when they were recorded."""
 
 
+@dataclass(frozen=True)
+class TermInput:
+    """What a term is given of a micro-batch besides its tokens' distributions."""
+
+    share: float = 1.0
+    """t of TAID's terms."""
+    learns_N: Tensor | None = None
+    """Mask, on the host, of the tokens that the term learns from; None = all. To it the others are worth 0."""
+
+
 class HeadLoss(NamedTuple):
     """What the head gives in training."""
 
@@ -87,7 +98,7 @@ def chunked_head_loss(
     student_parameters: Sequence[Tensor],
     terms: Sequence[LogitTerm],
     chunk: int,
-    shares: Sequence[float] | None = None,
+    inputs: Sequence[TermInput] | None = None,
 ) -> HeadLoss:
     """The terms' loss over all tokens, in nats.
 
@@ -95,7 +106,8 @@ def chunked_head_loss(
     over K words and `another`, a lower bound of the whole one. Without any term only agreement is measured.
     ``student_head(hidden, *student_parameters)`` gives logits. The parameters are arguments because gradients flow to
     them: under ZeRO-3 they exist in full only while the head module is being called.
-    ``shares`` has one number per term, of which TAID's terms read theirs as t; None = their start.
+    ``inputs`` has one entry per term; None = all learn from all tokens, and TAID's t is its start. Where a term learns
+    from no token of a chunk (on CPU, of a block), it is not computed.
 
     Raises:
         ValueError: no tokens; an average over nothing would hide a broken label mask.
@@ -105,9 +117,9 @@ def chunked_head_loss(
         raise ValueError("no supervised token in this batch: every label is ignored")
     if isinstance(targets, TopK):
         refuse_for_top_k(terms, temperature=targets.temperature)
-    if shares is None:
-        shares = [term.start if isinstance(term, TAID) else 1.0 for term in terms]
-    objective = _Objective(tuple(terms), tuple(shares), targets, labels_N)
+    if inputs is None:
+        inputs = [TermInput(term.start if isinstance(term, TAID) else 1.0) for term in terms]
+    objective = _Objective(tuple(terms), tuple(inputs), targets, labels_N)
     return HeadLoss(*_ChunkedHeadLoss.apply(hidden_ND, objective, student_head, chunk, *student_parameters))
 
 
@@ -130,12 +142,22 @@ def refuse_for_top_k(terms: Sequence[LogitTerm], *, temperature: float | None = 
             )
 
 
+class _Block(NamedTuple):
+    """Tokens that are worked on at one time."""
+
+    labels_R: Tensor
+    values_TR: Tensor
+    """Values of all terms, to be filled in; 0 where nothing is."""
+    learns: dict[int, Tensor | None]
+    """Terms that are computed, with the mask of the tokens that each learns from; None = all."""
+
+
 @dataclass(frozen=True)
 class _Objective:
     """What a chunk's loss depends on besides the student's logits."""
 
     terms: tuple[LogitTerm, ...]
-    shares: tuple[float, ...]
+    inputs: tuple[TermInput, ...]
     targets: Dense | TopK | None
     labels_N: Tensor
 
@@ -150,50 +172,58 @@ class _Objective:
             if (num_stored := targets.ids_NK.shape[-1]) >= logits_CV.shape[-1]:
                 raise ValueError(f"{num_stored} stored tokens of a vocabulary of {logits_CV.shape[-1]}; store fewer")
             kept = _with_tail(targets, part)
-        values_TC = logits_CV.new_empty(len(self.terms), len(logits_CV), dtype=torch.float64)
+        values_TC = logits_CV.new_zeros(len(self.terms), len(logits_CV), dtype=torch.float64)
         gradient_CV = torch.empty_like(logits_CV) if wanted else None
         rows = _block_rows(logits_CV)
         for start in range(0, len(logits_CV) if self.terms else 0, rows):
-            block = slice(start, start + rows)
+            place = slice(start, start + rows)
+            labels_R = labels_C[place]
+            block = _Block(labels_R, values_TC[:, place], self._learning(part, place, labels_R.device))
             if kept is None:
-                teacher_RV = None if teacher_logits_CV is None else teacher_logits_CV[block]
-                block_gradient_RV = self._whole(logits_CV[block], teacher_RV, labels_C[block], values_TC[:, block])
+                teacher_RV = None if teacher_logits_CV is None else teacher_logits_CV[place]
+                block_gradient_RV = self._whole(logits_CV[place], teacher_RV, block)
             else:
                 ids_CK, p = kept
-                p_block = Softmax(p.log_NV[block], p.prob_NV[block])
-                block_gradient_RV = self._coarsened(
-                    logits_CV[block], ids_CK[block], p_block, labels_C[block], values_TC[:, block]
-                )
+                p_block = Softmax(p.log_NV[place], p.prob_NV[place])
+                block_gradient_RV = self._coarsened(logits_CV[place], ids_CK[place], p_block, block)
             if gradient_CV is not None:
-                gradient_CV[block] = block_gradient_RV
+                gradient_CV[place] = 0 if block_gradient_RV is None else block_gradient_RV
         firsts_C = None if kept is None else kept[0][:, 0]
         return values_TC.sum(-1), _agreement(logits_CV, teacher_logits_CV, firsts_C, part.start), gradient_CV
 
-    def _whole(self, logits_RV: Tensor, teacher_RV: Tensor | None, labels_R: Tensor, values_TR: Tensor) -> Tensor:
-        """Fill in the terms' values of a block against the whole vocabulary; the gradient of its logits comes back."""
+    def _learning(self, part: slice, place: slice, device: torch.device) -> dict[int, Tensor | None]:
+        """The terms to compute at ``place`` in the chunk ``part``, each with the mask of what it learns from."""
+        masks = {i: None if each.learns_N is None else each.learns_N[part][place] for i, each in enumerate(self.inputs)}
+        return {
+            index: None if mask_R is None or mask_R.all() else queued(mask_R, device)
+            for index, mask_R in masks.items()
+            if mask_R is None or mask_R.any()
+        }
+
+    def _whole(self, logits_RV: Tensor, teacher_RV: Tensor | None, block: _Block) -> Tensor | None:
+        """Fill in the terms' values of a block against the whole vocabulary; the gradient of its logits comes back, or
+        None where no term is computed."""
         total_RV = None
         # terms of one temperature share its softmaxes, which are most of a block's work
-        for temperature in dict.fromkeys(map(temperature_of, self.terms)):
-            members = [index for index, term in enumerate(self.terms) if temperature_of(term) == temperature]
+        for temperature in dict.fromkeys(temperature_of(self.terms[index]) for index in block.learns):
+            members = [index for index in block.learns if temperature_of(self.terms[index]) == temperature]
             q, p = softened(logits_RV, temperature), None
             if teacher_RV is not None and needs_teacher([self.terms[index] for index in members]):
                 p = softened(teacher_RV, temperature)
-            total_RV = self._sum(members, p, q, labels_R, values_TR, total_RV)
-        assert total_RV is not None
+            total_RV = self._sum(members, p, q, block, total_RV)
         return total_RV
 
-    def _coarsened(self, logits_RV: Tensor, ids_RK: Tensor, p: Softmax, labels_R: Tensor, values_TR: Tensor) -> Tensor:
+    def _coarsened(self, logits_RV: Tensor, ids_RK: Tensor, p: Softmax, block: _Block) -> Tensor | None:
         """The same against stored words and `another`.
 
         The student's coarsened distribution is a softmax too, of the kept logits and the log-sum-exp of all others. So
         its gradient goes to the kept words as it is, and that of `another` is spread over the others by their share.
         """
         assert isinstance(self.targets, TopK)
-        coarse = [index for index, term in enumerate(self.terms) if not isinstance(term, CrossEntropy)]
-        text = [index for index, term in enumerate(self.terms) if isinstance(term, CrossEntropy)]
-        total_RV = self._sum(text, None, softened(logits_RV, 1.0), labels_R, values_TR, None) if text else None
+        coarse = [index for index in block.learns if not isinstance(self.terms[index], CrossEntropy)]
+        text = [index for index in block.learns if isinstance(self.terms[index], CrossEntropy)]
+        total_RV = self._sum(text, None, softened(logits_RV, 1.0), block, None) if text else None
         if not coarse:
-            assert total_RV is not None
             return total_RV
         tempered_RV = logits_RV.to(p.log_NV.dtype, copy=True)
         if self.targets.temperature != 1.0:
@@ -205,7 +235,7 @@ class _Objective:
         sum_R1 = others_RV.sub_(peak_R1).exp_().sum(-1, keepdim=True)
         # `another` is the last of K + 1 outcomes
         q = softened(torch.cat([kept_RK, peak_R1 + sum_R1.log()], -1), 1.0)
-        coarse_RK = self._sum(coarse, p, q, labels_R, values_TR, None)
+        coarse_RK = self._sum(coarse, p, q, block, None)
         # a word's share of `another` is exp(its logit - peak) / sum, which others_RV holds already but for the sum
         spread_RV = others_RV.mul_(coarse_RK[:, -1:] / sum_R1).scatter_(-1, ids_RK, coarse_RK[:, :-1])
         return spread_RV if total_RV is None else total_RV.add_(spread_RV)
@@ -215,19 +245,25 @@ class _Objective:
         members: list[int],
         p: Softmax | None,
         q: Softmax,
-        labels_R: Tensor,
-        values_TR: Tensor,
+        block: _Block,
         total: Tensor | None,
     ) -> Tensor:
         """Fill in the values of ``members``, terms of one temperature; ``total`` plus their weighted gradients."""
         for index in members:
             term = self.terms[index]
             temperature = temperature_of(term)
-            values_R, gradient = token_losses(term, p, q, labels_R, share=self.shares[index])
-            values_TR[index] = values_R if temperature == 1.0 else values_R * temperature**2
+            values_R, gradient = token_losses(term, p, q, block.labels_R, share=self.inputs[index].share)
+            learns_R = block.learns[index]
+            if learns_R is not None:
+                values_R = values_R.masked_fill(~learns_R, 0.0)
+            block.values_TR[index] = values_R if temperature == 1.0 else values_R * temperature**2
             # the square over the temperature by which the logits were divided
             factor = term.weight * temperature
-            if total is None:
+            if learns_R is not None:
+                # in the pass that weighs the gradient anyway
+                factor_R1 = learns_R[:, None].to(gradient.dtype) * factor
+                total = gradient.mul_(factor_R1) if total is None else total.addcmul_(gradient, factor_R1)
+            elif total is None:
                 total = gradient if factor == 1.0 else gradient.mul_(factor)
             elif factor != 0.0:
                 total.add_(gradient, alpha=factor)

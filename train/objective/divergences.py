@@ -209,14 +209,15 @@ class TaidState:
         self._momentum = 0.0
         self._previous: float | None = None
 
-    def update(self, step_mean_loss: float, step: int, total: int) -> None:
-        """After optimizer step number ``step`` of ``total``, with this term's mean over all tokens of all ranks."""
+    def update(self, step_mean_loss: float | None, step: int, total: int) -> None:
+        """After optimizer step number ``step`` of ``total``, with this term's mean over the tokens of all ranks that it
+        learns from; None = there were none, and t keeps to its line."""
         term, t = self._term, self.t
-        if self._previous is not None:
+        if self._previous is not None and step_mean_loss is not None:
             fall = (self._previous - step_mean_loss) / (self._previous + 1e-15)
             self._momentum = term.momentum * self._momentum + (1 - term.momentum) * fall
             t += term.step_size * (1 - t) / (1 + math.exp(-self._momentum))
-        self._previous = step_mean_loss
+        self._previous = self._previous if step_mean_loss is None else step_mean_loss
         # never behind the straight line, never beyond the end, never back
         line = term.start + (term.end - term.start) * step / total
         self.t = max(self.t, min(term.end, max(line, t)))

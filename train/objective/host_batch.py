@@ -9,7 +9,7 @@ B batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from shoal.data.packing import IGNORED, ROW
+from shoal.data.packing import IGNORED, ROW, SOURCES
 
 ON_HOST = "on_host"
 """Its place in a batch. It has no method `to`, so what moves a batch to the device leaves it where it is."""
@@ -33,6 +33,21 @@ class OnHost:
     input_ids_BS: Tensor | None = None
     rows: Sequence[int] = ()
     """Numbers of the batch's rows in the packed rows; empty for what the student has written."""
+    sources_BS: Tensor | None = None
+    """Number of every token's source; None where that does not matter, or for what the student has written."""
+
+    def labels_from(self, sources: Collection[int] | None) -> Tensor:
+        """The labels of the tokens that are from these sources, IGNORED elsewhere, (B, S); None = from all.
+
+        What the student has written is from none, and is learnt whatever the sources.
+        """
+        if sources is None or (self.sources_BS is None and not self.rows):
+            return self.labels_BS
+        assert self.sources_BS is not None, "rows that are learnt by source were packed without their sources"
+        theirs_BS = torch.zeros_like(self.sources_BS, dtype=torch.bool)
+        for number in sources:
+            theirs_BS |= self.sources_BS == number
+        return self.labels_BS.masked_fill(~theirs_BS, IGNORED)
 
 
 def with_host_copy(batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -45,7 +60,8 @@ def on_host(batch: Mapping[str, Any]) -> OnHost:
     if ON_HOST in batch:
         return batch[ON_HOST]
     labels, positions, ids = (batch[name].cpu() for name in ("labels", "position_ids", "input_ids"))
-    return OnHost(labels, positions, ids, batch[ROW].tolist() if ROW in batch else ())
+    sources = batch[SOURCES].cpu() if SOURCES in batch else None
+    return OnHost(labels, positions, ids, batch[ROW].tolist() if ROW in batch else (), sources)
 
 
 def learnt_places(labels_BS: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class StateLosses:
         self,
         student: Captured,
         teacher: Captured,
-        labels_BS: Tensor,
+        labels: Tensor | Sequence[Tensor],
         position_ids_BS: Tensor,
         *,
         device: torch.device | None = None,
@@ -140,16 +140,20 @@ class StateLosses:
         A token counts if its next one is supervised, as for the head, and if it is not its document's first: that one
         holds attention sinks, states of a hundred times the norm that say nothing. A term is the mean over its pairs.
         What is between states and loss is computed again in backward, so that only the states themselves are kept.
-        ``device`` is where the states are, if labels and positions are still on the host.
+        ``labels`` (B, S) are those of all terms, or of each. ``device`` is where the states are, if labels and
+        positions are still on the host.
 
         Raises:
             UserError: no gradient would reach the student.
         """
-        device = device or labels_BS.device
-        tokens = Tokens.of(labels_BS, position_ids_BS, device)
+        device = device or position_ids_BS.device
+        labels = [labels] * len(self.terms) if isinstance(labels, Tensor) else labels
+        # by identity: terms that learn from the same tokens are given the same tensor
+        tokens_by_labels = {id(each_BS): Tokens.of(each_BS, position_ids_BS, device) for each_BS in labels}
         loss = torch.zeros((), device=device)
         sums: list[Tensor] = []
-        for term, pairs in self._of_terms():
+        for (term, pairs), labels_BS in zip(self._of_terms(), labels, strict=True):
+            tokens = tokens_by_labels[id(labels_BS)]
             # a term of weight 0 is computed for its curve alone
             with torch.set_grad_enabled(torch.is_grad_enabled() and term.weight > 0):
                 total = torch.stack([self._pair_sum(term, *pair, student, teacher, tokens) for pair in pairs]).mean()

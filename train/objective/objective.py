@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_body, decoder_layers, state_of, with_state
 from shoal.models.document_masks import documents_apart
@@ -23,7 +24,7 @@ from shoal.models.load import before_head, logits_from_hidden
 from shoal.recipe.losses import LOGIT_TERMS, TAID, LossTerm, term_names
 
 from .capture import Captured
-from .chunked_loss import Dense, TopK, chunked_head_loss
+from .chunked_loss import Dense, TermInput, TopK, chunked_head_loss
 from .divergences import TaidState
 from .host_batch import OnHost, learnt_places, queued
 from .layer_losses import StateLosses
@@ -78,13 +79,16 @@ class Objective:
         chunk: int,
         states: StateLosses | None = None,
         recorded_temperature: float = 1.0,
+        sources: Sequence[frozenset[int] | None] | None = None,
     ) -> None:
-        """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``)."""
+        """``teacher_to_logits`` is a live teacher's way from final hidden states to logits (see ``to_logits``).
+        ``sources`` are those of the data whose tokens every term learns from; None = all."""
         self.terms = terms
         self.student = student
         self._teacher_to_logits = teacher_to_logits
         self._chunk = chunk
         self._states = states
+        self._sources = tuple(sources or [None] * len(terms))
         self._recorded_temperature = recorded_temperature
         self._at_head = [index for index, term in enumerate(terms) if isinstance(term, LOGIT_TERMS)]
         self._at_layers = [index for index, term in enumerate(terms) if not isinstance(term, LOGIT_TERMS)]
@@ -110,23 +114,50 @@ class Objective:
         on_host: OnHost | None = None,
     ) -> tuple[Tensor, Tensor]:
         states, host = self._states, on_host or OnHost(labels.cpu(), position_ids.cpu())
-        places_N = queued(learnt_places(host.labels_BS), labels.device)
+        learnt_N, own_labels = learnt_places(host.labels_BS), self._own_labels(host)
+        places_N = queued(learnt_N, labels.device)
+        inputs = [
+            TermInput(
+                self._taid[index].t if index in self._taid else 1.0,
+                None if own_labels[index] is host.labels_BS else own_labels[index].flatten()[learnt_N + 1] != IGNORED,
+            )
+            for index in self._at_head
+        ]
         with nullcontext(Captured()) if states is None else states.capturing_student() as seen:
             hidden_BSD = final_hidden(student, input_ids, position_ids)
-        loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, signals)
+        loss, head_sums = output_head(student)(hidden_BSD, labels, places_N, signals, inputs)
         *at_head, matches, compared = head_sums.unbind()
         # one by one: a list of indices would be copied to the device, which waits for it
         sums = dict(zip(self._at_head, at_head, strict=True))
         if states is not None:
+            at_layers = [own_labels[index] for index in self._at_layers]
             state_loss, state_sums = states(
-                seen, signals.captured, host.labels_BS, host.position_ids_BS, device=labels.device
+                seen, signals.captured, at_layers, host.position_ids_BS, device=labels.device
             )
             loss = loss + state_loss
             sums |= zip(self._at_layers, state_sums.unbind(), strict=True)
         return loss, torch.stack([*(sums[index] for index in range(len(self.terms))), matches, compared])
 
+    def _own_labels(self, host: OnHost) -> list[Tensor]:
+        """The labels that every term learns, (B, S): the host's own where it learns all, else IGNORED in other places.
+
+        Terms that learn from the same sources have the same tensor.
+        """
+        by_sources = {sources: host.labels_from(sources) for sources in set(self._sources)}
+        return [by_sources[sources] for sources in self._sources]
+
+    def tokens_by_term(self, host: OnHost) -> list[int]:
+        """Number of supervised tokens of a micro-batch that every term learns from."""
+        return [len(learnt_places(own)) for own in self._own_labels(host)]
+
     def _head_forward(
-        self, head: nn.Linear, hidden_BSD: Tensor, labels_BS: Tensor, places_N: Tensor, signals: Signals
+        self,
+        head: nn.Linear,
+        hidden_BSD: Tensor,
+        labels_BS: Tensor,
+        places_N: Tensor,
+        signals: Signals,
+        inputs: Sequence[TermInput],
     ) -> tuple[Tensor, Tensor]:
         def kept(plane: Tensor) -> Tensor:
             return plane.flatten(0, 1)[places_N]
@@ -150,12 +181,13 @@ class Objective:
             student_parameters=(head.weight,) if head.bias is None else (head.weight, head.bias),
             terms=[self.terms[index] for index in self._at_head],  # pyright: ignore[reportArgumentType]
             chunk=self._chunk,
-            shares=[self._taid[index].t if index in self._taid else 1.0 for index in self._at_head],
+            inputs=inputs,
         )
         return loss, torch.cat([term_sums, agreement])
 
-    def end_step(self, means: Sequence[float], *, step: int, num_steps: int) -> None:
-        """What a term learns from a step: TAID moves its target on. ``means`` are the terms' means over all ranks."""
+    def end_step(self, means: Sequence[float | None], *, step: int, num_steps: int) -> None:
+        """What a term learns from a step: TAID moves its target on. ``means`` are the terms' means over the tokens of
+        all ranks that they learn from; None = there were none."""
         for index, state in self._taid.items():
             state.update(means[index], step, num_steps)
 

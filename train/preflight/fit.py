@@ -28,6 +28,8 @@ MARGIN = 1.1
 """How far an estimate of memory may be off, either way."""
 ROW_BYTES = 9
 """Bytes of one packed token: id, position, whether it is supervised."""
+SOURCE_BYTES = 2
+"""Bytes more where rows say which source a token is from."""
 SIGNAL_BYTES = 150
 """Bytes of one token of recorded signals at k = 32, at most."""
 ADVICE = {
@@ -70,7 +72,7 @@ def disk_bytes(job: Job, *, record: bool = False) -> dict[str, int]:
         "distilled": setting.stored_bytes * student.parameters,
     }
     if not job.spec.is_control:
-        folders["text"] = ROW_BYTES * tokens
+        folders["text"] = (ROW_BYTES + SOURCE_BYTES * settings.by_source) * tokens
     if settings.watch is not None and settings.watch.best is not None:
         # the next best student is complete before the last one is removed
         folders["checkpoints"] += 2 * setting.weight_bytes * student.parameters

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from shoal.recipe.distill import sources_of_terms
 from shoal.recipe.losses import STATE_TERMS
 
 from ..objective.layer_losses import StateLosses
@@ -74,5 +75,6 @@ def wire(spec: TrainSpec, student: PreTrainedModel, live: PreTrainedModel | None
         chunk=settings.head_chunk,
         states=states,
         recorded_temperature=spec.record.temperature,
+        sources=sources_of_terms(settings),
     )
     return Wiring(objective, teacher, None if live is None else output_head(live), prefix)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +27,15 @@ from shoal.errors import UserError
 IGNORED = -100
 ROW = "row"
 """Key under which a row says which one it is."""
+SOURCES = "sources"
+"""Key under which a row says which source every token is from, where that matters."""
 OPEN_ROWS = 16
 """Rows that best_fit keeps open at one time to find a place for the next document; more would waste less padding, but
 hold back more of the sources with short documents."""
 MOST_DISCARDED = 1000
 """Rows in succession without a learnt token after which packing gives up."""
 FIELDS: tuple[str, ...] = ("documents", "tokens", "supervised", "split", "truncated", "padding", "repeats")
-PLANES = {"input_ids": "<i4", "position_ids": "<i4", "supervised": "|b1"}
+PLANES = {"input_ids": "<i4", "position_ids": "<i4", "supervised": "|b1", SOURCES: "<i2"}
 COUNTS = "counts.json"
 
 
@@ -65,8 +67,8 @@ class TokenDocument:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of exactly S tokens. N rows, S sequence. 32-bit, and possibly memory-mapped: a token costs eight or nine
-    bytes."""
+    """Rows of exactly S tokens. N rows, S sequence. 32-bit, and possibly memory-mapped: a token costs eight bytes, and
+    one more for `supervised` and two for `sources` where there are such."""
 
     input_ids_NS: Tensor
     position_ids_NS: Tensor
@@ -75,6 +77,8 @@ class PackedRows:
     """Counts by source: FIELDS, and `dropped` documents."""
     supervised_NS: Tensor | None = None
     """Mask of the tokens that are learnt (bool); None = all. A document's first never is."""
+    sources_NS: Tensor | None = None
+    """Number of the source that every token is from (int16); None = it does not matter. Padding says 0."""
 
     def __len__(self) -> int:
         return len(self.input_ids_NS)
@@ -84,7 +88,8 @@ class PackedRows:
         supervised = None if self.supervised_NS is None else self.supervised_NS[row]
         labels = _labels(input_ids, position_ids, supervised)
         number = torch.tensor(row)
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, ROW: number}
+        sources = {} if self.sources_NS is None else {SOURCES: self.sources_NS[row]}
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, ROW: number, **sources}
 
     @property
     def labels_NS(self) -> Tensor:
@@ -93,6 +98,7 @@ class PackedRows:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the tokens, of where documents begin and of what is learnt; not of where the text is from."""
         digest = hashlib.sha256()
         for plane in (self.input_ids_NS, self.position_ids_NS, self.supervised_NS):
             if plane is not None:
@@ -112,6 +118,7 @@ class Row:
         self.input_ids = np.zeros(length, np.int32)
         self.position_ids = np.zeros(length, np.int32)
         self.supervised = np.zeros(length, bool)
+        self.sources = np.zeros(length, np.int16)
         self.filled = 0
         self.counts: dict[int, dict[str, int]] = {}
         self.last_source = 0
@@ -128,6 +135,7 @@ class Row:
         self.position_ids[place] = np.arange(size)
         self.supervised[place] = document.supervised[start : start + size]
         self.supervised[self.filled] = False
+        self.sources[place] = source
         count = self.counts.setdefault(source, dict.fromkeys(FIELDS, 0))
         count["documents"] += start == 0
         count["tokens"] += size
@@ -220,22 +228,22 @@ def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, d
             )
 
 
-def collect(rows: Iterable[Row], num_rows: int, length: int, *, with_supervised: bool) -> dict[str, np.ndarray]:
-    """The first ``num_rows`` rows in memory, by plane."""
-    names = [name for name in PLANES if with_supervised or name != "supervised"]
-    planes = {name: np.empty((num_rows, length), PLANES[name]) for name in names}
+def collect(rows: Iterable[Row], num_rows: int, length: int, *, without: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """The first ``num_rows`` rows in memory, by plane; those named in ``without`` are left out."""
+    planes = {name: np.empty((num_rows, length), dtype) for name, dtype in PLANES.items() if name not in without}
     for index, row in enumerate(itertools.islice(rows, num_rows)):
         for name, plane in planes.items():
             plane[index] = getattr(row, name)
     return planes
 
 
-def write_rows(folder: Path, rows: Iterable[Row], num_rows: int, length: int, *, with_supervised: bool) -> None:
-    """The first ``num_rows`` rows as one .npy file per plane, appended one by one: memory does not grow."""
+def write_rows(folder: Path, rows: Iterable[Row], num_rows: int, length: int, *, without: Collection[str] = ()) -> None:
+    """The first ``num_rows`` rows as one .npy file per plane, appended one by one: memory does not grow. Planes that
+    ``without`` names are left out."""
     with ExitStack() as stack:
         files = {}
         for name, dtype in PLANES.items():
-            if with_supervised or name != "supervised":
+            if name not in without:
                 files[name] = stack.enter_context((folder / f"{name}.npy").open("wb"))
                 header: dict[str, Any] = {"descr": dtype, "fortran_order": False, "shape": (num_rows, length)}
                 np.lib.format.write_array_header_1_0(files[name], header)
@@ -252,4 +260,10 @@ def read_rows(folder: Path) -> PackedRows:
         if (folder / f"{name}.npy").is_file()
     }
     counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
-    return PackedRows(planes["input_ids"], planes["position_ids"], counts, planes.get("supervised"))
+    return packed_rows(planes, counts)
+
+
+def packed_rows(planes: Mapping[str, Tensor], counts: dict[str, dict[str, int]]) -> PackedRows:
+    """The rows of these planes, by the names in PLANES."""
+    optional = planes.get("supervised"), planes.get(SOURCES)
+    return PackedRows(planes["input_ids"], planes["position_ids"], counts, *optional)

@@ -10,7 +10,6 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,11 +22,13 @@ from shoal.data.general_text import docstrings, instructions, python_docs, readm
 from shoal.data.packing import (
     COUNTS,
     FIELDS,
+    SOURCES,
     PackedRows,
     TokenDocument,
     best_fit_rows,
     collect,
     draw,
+    packed_rows,
     read_rows,
     split_rows,
     teaching_rows,
@@ -272,13 +273,14 @@ def pack(
     seed: int,
     packing: Packing = "split",
     folder: Path | None = None,
+    with_sources: bool = False,
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
 
     A source is read as a stream, or stands for the texts beside it. Its documents are drawn in a seeded order that does
     not depend on ``num_tokens``: the rows of a smaller budget begin those of a larger one. A source that runs out
     starts again in a new order: small data is repeated, never silently shortened. With ``folder`` rows go to files
-    there as they are made, and the result maps them.
+    there as they are made, and the result maps them. ``with_sources``: they say of every token which source it is from.
 
     Raises:
         UserError: a source that gives nothing to learn, or cannot be read.
@@ -302,13 +304,13 @@ def pack(
     with progress("text: rows packed", total=num_rows, unit="rows") as step:
         rows = _counted(teaching_rows(rows, names, counts), step)
         marked = packing == "best_fit" or any(source.assistant_only for source, _ in sources)
+        without = [*(() if marked else ("supervised",)), *(() if with_sources else (SOURCES,))]
         if folder is not None:
-            write_rows(folder, rows, num_rows, sequence_length, with_supervised=marked)
+            write_rows(folder, rows, num_rows, sequence_length, without=without)
             write_json(folder / COUNTS, counts)
             return read_rows(folder)
-        planes = collect(rows, num_rows, sequence_length, with_supervised=marked)
-        tensors = {name: torch.from_numpy(plane) for name, plane in planes.items()}
-        return PackedRows(tensors["input_ids"], tensors["position_ids"], counts, tensors.get("supervised"))
+        planes = collect(rows, num_rows, sequence_length, without=without)
+        return packed_rows({name: torch.from_numpy(plane) for name, plane in planes.items()}, counts)
 
 
 def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
@@ -541,5 +543,5 @@ def sources_fingerprint(sources: Sequence[DataSource]) -> str:
             content = fingerprint(_bundled_rows(source.path))
         elif source.path != TEACHER_TEXT:
             content = [[file.name, file_hash(file)] for file in _local_files(source) or ()]
-        parts.append([*astuple(source), content])
+        parts.append([*source.text_settings.values(), content])
     return fingerprint(parts)

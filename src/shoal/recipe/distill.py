@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from shoal.recipe import losses as terms
-from shoal.recipe.losses import ForwardKL, LossTerm
+from shoal.recipe.losses import ForwardKL, LossTerm, term_names
 from shoal.recipe.section import (
     TEACHER_TEXT,
-    Data,
     DataSource,
     Dtype,
     Packing,
@@ -21,6 +20,7 @@ from shoal.recipe.section import (
     Section,
     Shapes,
     Text,
+    as_sources,
 )
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "replacement", "norm_and_head"]
@@ -29,6 +29,24 @@ Precision = Annotated[
     BeforeValidator(lambda value: "auto" if value is None else value),
 ]
 Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class TrainingSource(DataSource):
+    """Where training text comes from, and which loss terms learn from it."""
+
+    losses: Annotated[
+        Annotated[tuple[Text, ...], Field(min_length=1)] | None, Field(exclude_if=lambda names: names is None)
+    ] = None
+    """Names of the terms of distill.losses that learn from the tokens of this source, as their curves have them
+    (`forward_kl`, of two of a kind `forward_kl_1`); None = all. To every other term these tokens are worth 0, while the
+    loss is still divided by all supervised tokens of the step: a term's weight means the same whichever sources it
+    learns from, and one that learns from few tokens adds little. The student's own samples (distill.on_policy) are no
+    source's, and all terms learn from them."""
+
+
+TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
+"""One source or a list of them."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +189,7 @@ class Record(Section):
 class Distill(Section):
     """How the cut model is trained on the full one."""
 
-    data: Annotated[Data, Shapes.ROWS | Shapes.TRAINING] = (DataSource("python_docs"),)
+    data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource("python_docs"),)
     num_tokens: Annotated[Positive, Shapes.TRAINING] = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
     sequence_length: Annotated[RowLength, Shapes.ROWS | Shapes.TRAINING] = 512
@@ -221,6 +239,11 @@ class Distill(Section):
     timeout_s: Annotated[Positive, Shapes.NOTHING] = 1800
     """Seconds a collective may wait for a late rank before the job ends."""
 
+    @property
+    def by_source(self) -> bool:
+        """Whether a source says which loss terms learn from it, so that rows have to say what their tokens are from."""
+        return any(source.losses is not None for source in self.data)
+
 
 NEUTRAL_TRAINER_KEYS = {
     *("save_steps", "save_strategy", "save_total_limit"),
@@ -250,9 +273,20 @@ REFUSED_TRAINER_KEYS = {
 """Training arguments that would be wrong, ignored or leaked here."""
 
 
+def sources_of_terms(distill: Distill) -> tuple[frozenset[int] | None, ...]:
+    """For every loss term the numbers of the sources whose tokens it learns from; None = all."""
+    every = frozenset(range(len(distill.data)))
+    of_terms = (
+        frozenset(n for n, source in enumerate(distill.data) if source.losses is None or name in source.losses)
+        for name in term_names(distill.losses)
+    )
+    return tuple(None if numbers == every else numbers for numbers in of_terms)
+
+
 def contradictions(distill: Distill) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
     yield from terms.contradictions(distill.losses)
+    yield from _of_sources(distill)
     teacher, watch = distill.teacher, distill.watch
     if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
         name = "offload" if teacher.offload else "dtype"
@@ -278,6 +312,24 @@ def contradictions(distill: Distill) -> Iterator[str]:
         checkpointing = distill.trainer.get(key)
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             yield f"distill.trainer.{key}: use_reentrant: true loses gradients above frozen layers; set it to false"
+
+
+def _of_sources(distill: Distill) -> Iterator[str]:
+    known = term_names(distill.losses)
+    strangers = [
+        f"distill.data.{number}.losses: there is no loss term {name!r}; distill.losses has {', '.join(known)}"
+        for number, source in enumerate(distill.data)
+        for name in source.losses or ()
+        if name not in known
+    ]
+    yield from strangers
+    samples = distill.on_policy is not None and distill.on_policy.share > 0
+    for number, sources in enumerate(sources_of_terms(distill)):
+        if sources is not None and not sources and not samples and not strangers:
+            yield (
+                f"distill.losses.{number}: no source of distill.data learns from {known[number]}; name it in the "
+                "losses of one, or take it out"
+            )
 
 
 def _of_written_text(distill: Distill) -> Iterator[str]:

@@ -183,6 +183,11 @@ class DataSource(Section):
             raise ValueError(f"{setting} needs conversations; set messages, or prompt and completion")
 
     @property
+    def text_settings(self) -> dict[str, Any]:
+        """All that says which text the source gives, and nothing of what is done with it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(DataSource)}
+
+    @property
     def is_chat(self) -> bool:
         """Whether it holds conversations instead of text."""
         return self.messages is not None or self.prompt is not None
@@ -193,13 +198,14 @@ class DataSource(Section):
         return self.is_chat and self.loss_on != "all"
 
 
-def _as_sources(value: Any) -> Any:
+def as_sources(value: Any) -> Any:
+    """One source or a list of them as a list of mappings; a plain string is short for {path: string}."""
     listed = value if isinstance(value, list | tuple) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in listed]
 
 
-Data = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources), Field(min_length=1)]
-"""One source or a list of them; a plain string is short for {path: string}."""
+Data = Annotated[tuple[DataSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
+"""One source or a list of them."""
 
 LEAST_ITEMS = 8
 """Items below which the percentiles of a bootstrap have too few different resamples behind them."""

@@ -283,6 +283,7 @@ def packed(
     seed: int = 0,
     packing: Packing = "split",
     folder: Path | None = None,
+    with_sources: bool = False,
 ) -> PackedRows:
     named = [(DataSource(f"source{n}", weight=weight), texts) for n, (weight, texts) in enumerate(sources)]
     return pack(
@@ -293,6 +294,7 @@ def packed(
         seed=seed,
         packing=packing,
         folder=folder,
+        with_sources=with_sources,
     )
 
 
@@ -575,7 +577,37 @@ def test_rows_go_to_disk_as_they_are_made(tmp_path: Path, packing: Packing) -> N
     assert on_disk.counts == in_memory.counts == read_rows(tmp_path).counts
     assert torch.equal(on_disk.labels_NS, in_memory.labels_NS)
     names = {file.stem for file in tmp_path.glob("*.npy")}
-    assert names == set(PLANES) - ({"supervised"} if packing == "split" else set())
+    assert names == set(PLANES) - ({"sources", "supervised"} if packing == "split" else {"sources"})
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_rows_say_of_every_token_which_source_it_is_from_and_are_the_same_without(
+    tmp_path: Path, packing: Packing
+) -> None:
+    """Three sources of one letter each, whose documents go on over the borders of rows."""
+    sources = [(weight, [letter * n for n in (3, 40, 9)]) for weight, letter in [(1.0, "a"), (2.0, "b"), (1.0, "c")]]
+    rows = packed(*sources, packing=packing, with_sources=True)
+    on_disk = packed(*sources, packing=packing, folder=tmp_path, with_sources=True)
+    assert rows.sources_NS is not None
+    assert on_disk.sources_NS is not None
+    assert torch.equal(rows.sources_NS, on_disk.sources_NS)
+    token = {tiny_tokenizer()(letter)["input_ids"][0]: number for number, letter in enumerate("abc")}
+    mixed = 0
+    for row in range(len(rows)):
+        found = rows[row]
+        letters = [
+            (token[int(i)], int(s))
+            for i, s in zip(found["input_ids"], found["sources"], strict=True)
+            if int(i) in token
+        ]
+        assert all(expected == source for expected, source in letters)
+        mixed += len({source for _, source in letters}) > 1
+    assert mixed, "what this is about"
+    plain = packed(*sources, packing=packing)
+    assert plain.sources_NS is None
+    assert "sources" not in plain[0]
+    assert plain.fingerprint == rows.fingerprint
+    assert plain.counts == rows.counts
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from shoal.errors import UserError
+from shoal.recipe.distill import TrainingSource, sources_of_terms
 from shoal.recipe.losses import KINDS, CrossEntropy, ForwardKL
 from shoal.recipe.recipe import Recipe, load_recipe, parse_recipe
 from shoal.recipe.section import DataSource, as_dict
@@ -322,7 +323,65 @@ def test_data_may_be_a_name_a_mapping_or_a_list(tmp_path: Path, value: str, sour
     recipe = load(
         tmp_path, f"measure: {{data: {value}}}\ndistill: {{data: {value}}}\neval: {{perplexity_data: {value}}}"
     )
-    assert recipe.measure.data == recipe.distill.data == recipe.eval.perplexity_data == sources
+    assert recipe.measure.data == recipe.eval.perplexity_data == sources
+    assert recipe.distill.data == tuple(TrainingSource(**source.text_settings) for source in sources)
+
+
+TWO_TERMS = [{"kind": "forward_kl"}, {"kind": "cross_entropy"}]
+
+
+def by_source(*losses: Any, terms: Any = TWO_TERMS, **distill: Any) -> Recipe:
+    """A recipe whose sources learn from these terms each."""
+    data = [{"path": f"{number}.jsonl", "losses": names} for number, names in enumerate(losses)]
+    return parse_recipe({"model": "m", "run_dir": "r", "distill": {"data": data, "losses": terms, **distill}})
+
+
+def test_a_source_names_the_terms_that_learn_from_it_and_without_names_it_is_all() -> None:
+    recipe = by_source(["forward_kl"], ["cross_entropy"], None)
+    assert sources_of_terms(recipe.distill) == ({0, 2}, {1, 2})
+    assert sources_of_terms(by_source(None, None).distill) == (None, None)
+    assert sources_of_terms(by_source(["forward_kl"], terms=TWO_TERMS[:1]).distill) == (None,)
+    twice = [{"kind": "forward_kl"}, {"kind": "forward_kl", "temperature": 2.0}]
+    assert sources_of_terms(by_source(["forward_kl_2"], None, terms=twice).distill) == ({1}, None)
+
+
+def test_what_a_recipe_without_losses_of_a_source_says_is_what_it_said_before_there_were_any() -> None:
+    assert "losses" not in as_dict(by_source(None))["distill"]["data"][0]
+    recipe = by_source(["forward_kl"], None)
+    assert as_dict(recipe)["distill"]["data"][0]["losses"] == ["forward_kl"]
+    assert parse_recipe(as_dict(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("losses", "problem"),
+    [
+        (
+            [["kl"], None],
+            "distill.data.0.losses: there is no loss term 'kl'; distill.losses has forward_kl, cross_entropy",
+        ),
+        ([[], None], r"distill.data.0.losses: must have at least 1 item \(got \[\]\)"),
+        (
+            [["cross_entropy"], ["cross_entropy"]],
+            "distill.losses.0: no source of distill.data learns from forward_kl; name it in the losses of one, or",
+        ),
+    ],
+)
+def test_losses_of_a_source_that_say_nothing_are_refused_in_one_line(losses: Any, problem: str) -> None:
+    with pytest.raises(UserError, match=problem) as refused:
+        by_source(*losses)
+    assert str(refused.value).count("\n") == 0
+
+
+def test_a_term_of_samples_alone_needs_no_source() -> None:
+    assert sources_of_terms(by_source(["cross_entropy"], on_policy={"share": 0.5}).distill) == (set(), None)
+    with pytest.raises(UserError, match=r"no source of distill.data learns from forward_kl"):
+        by_source(["cross_entropy"], on_policy={"share": 0.0})
+
+
+def test_only_training_text_has_losses() -> None:
+    raw = {"model": "m", "run_dir": "r", "measure": {"data": [{"path": "a", "losses": ["forward_kl"]}]}}
+    with pytest.raises(UserError, match=r"measure.data.0.losses: unknown key"):
+        parse_recipe(raw)
 
 
 def test_unknown_recipe_lists_the_shipped_ones() -> None:

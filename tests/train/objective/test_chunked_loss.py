@@ -31,6 +31,7 @@ from shoal.train.objective import chunked_loss as head_module
 from shoal.train.objective.chunked_loss import (
     Dense,
     HeadLoss,
+    TermInput,
     TopK,
     chunked_head_loss,
     refuse_for_top_k,
@@ -41,6 +42,7 @@ N, V, D = 19, 23, 5
 LABELS = torch.arange(N) * 3 % V
 TERMS = (ForwardKL(weight=0.7, temperature=2.0), CrossEntropy(weight=0.3), JSD(weight=2.0), TAID())
 SHARES = (1.0, 1.0, 1.0, 0.6)
+INPUTS = tuple(TermInput(share) for share in SHARES)
 COARSE: list[LogitTerm] = [ForwardKL(), ReverseKL(), JSD(beta=0.3), SkewedForwardKL(), SkewedReverseKL()]
 COARSE += [TotalVariation()]
 
@@ -105,7 +107,7 @@ def test_chunked_loss_equals_the_whole_in_value_and_every_gradient(
     monkeypatch.setattr(head_module, "BLOCK", block)
     given = leaves(setting(dtype=torch.float64), "hidden", "weight", "bias")
     loss, sums, _ = chunked(
-        given, live(given), student_parameters=(given["weight"], given["bias"]), chunk=chunk, shares=SHARES
+        given, live(given), student_parameters=(given["weight"], given["bias"]), chunk=chunk, inputs=INPUTS
     )
     (3.0 * loss).backward()  # a factor, because the trainer divides by the step's token count
     plain = leaves(setting(dtype=torch.float64), "hidden", "weight", "bias")
@@ -443,3 +445,61 @@ def test_no_divergence_pulls_a_perfect_student(term: LogitTerm, dtype: torch.dty
     assert abs(value) <= 1e-4
     # total variation has a kink there: of stored probabilities rounding decides the direction
     assert norm <= 1e-3 * usual or (top_k is not None and isinstance(term, TotalVariation))
+
+
+MASKS = (torch.arange(N) % 3 > 0, torch.arange(N) < 8, torch.zeros(N, dtype=torch.bool), torch.arange(N) % 2 == 0)
+
+
+@pytest.mark.parametrize("chunk", [4, N])
+@pytest.mark.parametrize("k", [None, 6])
+def test_each_term_learns_from_its_own_tokens(k: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masked tokens, summed one by one: the loss of every token alone, with the terms that learn from it."""
+    monkeypatch.setattr(head_module, "BLOCK", 3 * V)
+    terms = TERMS if k is None else (JSD(weight=0.7), CrossEntropy(weight=0.3), ForwardKL(), ReverseKL())
+    shares = SHARES if k is None else (1.0,) * 4
+    given, single = (leaves(setting(dtype=torch.float64), "hidden", "weight") for _ in range(2))
+    targets = live(given) if k is None else stored(given, k)
+    inputs = [TermInput(share, mask) for share, mask in zip(shares, MASKS, strict=True)]
+    loss, sums, agreement = chunked(given, targets, terms, chunk=chunk, inputs=inputs)
+    loss.backward()
+    expected = torch.zeros(4, dtype=torch.float64)
+    for token in range(N):
+        learning = [index for index in range(4) if MASKS[index][token]]
+        at = slice(token, token + 1)
+        if isinstance(targets, TopK):
+            target = TopK(targets.ids_NK[at], targets.log_probs_NK[at], targets.temperature)
+        else:
+            target = replace(targets, hidden_ND=targets.hidden_ND[at])
+        one = chunked_head_loss(
+            single["hidden"][at],
+            LABELS[at],
+            target,
+            student_head=head,
+            student_parameters=(single["weight"],),
+            terms=[terms[index] for index in learning],
+            chunk=1,
+            inputs=[TermInput(shares[index]) for index in learning],
+        )
+        one.loss.backward()
+        expected[learning] += one.term_sums
+    torch.testing.assert_close(sums, expected)
+    assert sums[2] == 0
+    for name in ("hidden", "weight"):
+        torch.testing.assert_close(given[name].grad, single[name].grad, msg=name)
+    assert torch.equal(agreement, chunked(given, targets, terms, chunk=chunk).agreement)
+
+
+def test_a_term_is_not_computed_where_it_learns_from_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[tuple[str, int]] = []
+
+    def noting(term: LogitTerm, *arguments: Any, **settings: Any) -> Any:
+        computed.append((term.kind, len(arguments[2])))
+        return token_losses(term, *arguments, **settings)
+
+    monkeypatch.setattr(head_module, "token_losses", noting)
+    given = setting()
+    inputs = [TermInput(), TermInput(learns_N=torch.arange(N) < 6), TermInput(learns_N=MASKS[2])]
+    chunked(given, live(given), (ForwardKL(), CrossEntropy(), ReverseKL(temperature=2.0)), chunk=4, inputs=inputs)
+    assert [size for kind, size in computed if kind == "forward_kl"] == [4, 4, 4, 4, 3]
+    assert [size for kind, size in computed if kind == "cross_entropy"] == [4, 4]
+    assert not [size for kind, size in computed if kind == "reverse_kl"]

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model
 from transformers import masking_utils
 
-from shoal.data.packing import IGNORED, ROW
+from shoal.data.packing import IGNORED, ROW, SOURCES
 from shoal.train.objective.host_batch import ON_HOST, OnHost, documents_known, learnt_places, on_host, with_host_copy
 from shoal.train.objective.objective import final_hidden
 
@@ -53,3 +53,12 @@ def test_a_place_is_learnt_whose_next_token_is_and_the_copy_says_so_too() -> Non
     for host in (copied[ON_HOST], on_host(batch)):
         assert torch.equal(host.labels_BS, labels_BS)
         assert list(host.rows) == [8, 9]
+
+
+def test_labels_from_some_sources_are_those_of_their_tokens() -> None:
+    labels_BS, sources_BS = torch.tensor([[3, 4, IGNORED, 5]]), torch.tensor([[0, 1, 1, 2]], dtype=torch.int16)
+    host = on_host({"labels": labels_BS, "position_ids": labels_BS, "input_ids": labels_BS, SOURCES: sources_BS})
+    assert host.labels_from(None) is host.labels_BS
+    assert host.labels_from({0, 2}).tolist() == [[3, IGNORED, IGNORED, 5]]
+    assert host.labels_from({1}).tolist() == [[IGNORED, 4, IGNORED, IGNORED]]
+    assert host.labels_from(()).tolist() == [[IGNORED] * 4]

@@ -612,3 +612,26 @@ def test_the_attention_interface_is_given_back() -> None:
     with pytest.raises(RuntimeError, match="stop"), capturing(tiny_model("llama"), [], [1]):
         raise RuntimeError("stop")
     assert AttentionInterface.get_interface is before
+
+
+def test_every_term_inside_the_layers_learns_from_its_own_tokens() -> None:
+    """Labels of a term's own give what the term alone gives with these labels."""
+    teacher, student = tiny_model("llama"), cut(tiny_model("llama", seed=3), (2, 3))
+    terms = (HiddenStates(weight=0.5), HiddenStates(map="own", multi_scale=True), AttentionRelation(), ValueRelation())
+    first, none = labels().clone(), torch.full_like(labels(), IGNORED)
+    first[1] = IGNORED
+    own = (labels(), first, first, none)
+    losses = StateLosses(terms, plan((2, 3)), student, teacher)
+    with torch.no_grad(), losses.capturing_teacher() as theirs:
+        final_hidden(teacher, ids(), POSITIONS)
+    with losses.capturing_student() as ours:
+        final_hidden(student, ids(), POSITIONS)
+    loss, sums = losses(ours, theirs, own, POSITIONS)
+    assert sums[3] == 0
+    assert (sums[:3] > 0).all()
+    alone = [
+        StateLosses((term,), plan((2, 3)), student, teacher)(ours, theirs, each, POSITIONS)[1][0]
+        for term, each in zip(terms, own, strict=True)
+    ]
+    assert torch.equal(sums, torch.stack(alone))
+    assert loss.item() == pytest.approx(sum(t.weight * s.item() for t, s in zip(terms, alone, strict=True)), rel=1e-6)

@@ -15,6 +15,7 @@ from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.losses import CrossEntropy, ForwardKL
+from shoal.train.objective.host_batch import OnHost
 from shoal.train.objective.objective import Objective, SharedPrefix, Signals, final_hidden, output_head, to_logits
 from shoal.train.student.trainable import train_only, trained_parts
 
@@ -43,15 +44,15 @@ def gradient(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.grad
 
 
-def objective(student, teacher, terms=TERMS):
-    installed = Objective(student, to_logits(teacher), terms=terms, chunk=5)
+def objective(student, teacher, terms=TERMS, *, chunk=5, sources=None, host=None):
+    installed = Objective(student, to_logits(teacher), terms=terms, chunk=chunk, sources=sources)
     installed.install()
     rows = batch()
     with torch.no_grad():
         hidden = final_hidden(teacher, rows["input_ids"], rows["position_ids"])
-    loss, sums = student(**rows, signals=Signals(hidden))
+    loss, sums = student(**rows, signals=Signals(hidden), on_host=host)
     installed.uninstall()
-    return loss, sums[: len(terms)]
+    return loss, sums if host else sums[: len(terms)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3", "gemma3"])
@@ -253,4 +254,88 @@ def test_a_micro_batch_without_a_supervised_token_gives_zero_through_every_param
     installed.uninstall()
     assert loss.item() == 0
     assert not sums.any()
+    assert all(not gradient(parameter).any() for parameter in student.parameters())
+
+
+SOURCES_BS = torch.tensor([[0] * 7 + [1] * 5, [2] * 7 + [0] * 5])
+"""A source for every document of the batch."""
+BY_SOURCE = (frozenset({0, 2}), frozenset({1, 2}))
+"""The first source has the first of two terms, the second the second, the third both."""
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_a_term_learns_from_the_tokens_of_its_sources_and_from_no_others(chunk):
+    """Against a loop over tokens in float64, gradients included."""
+    student, teacher = tiny_model("llama", seed=1).double(), tiny_model("llama", seed=2).double()
+    terms = (ForwardKL(weight=0.7), CrossEntropy(weight=0.3))
+    rows = batch()
+    host = OnHost(rows["labels"], rows["position_ids"], rows=(0, 1), sources_BS=SOURCES_BS)
+    loss, sums = objective(student, teacher, terms, chunk=chunk, sources=BY_SOURCE, host=host)
+    loss.backward()
+    found = {name: gradient(p).clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+
+    inputs = {"input_ids": rows["input_ids"], "position_ids": rows["position_ids"], "use_cache": False}
+    log_q = student(**inputs).logits.log_softmax(-1)
+    log_p = teacher(**inputs).logits.log_softmax(-1).detach()
+    expected = torch.zeros(2, dtype=torch.float64)
+    tokens = [0, 0]
+    for row in range(2):
+        for place in range(11):
+            label, source = int(rows["labels"][row, place + 1]), int(SOURCES_BS[row, place + 1])
+            if label == IGNORED:
+                continue
+            p, q = log_p[row, place], log_q[row, place]
+            values = ((p.exp() * (p - q)).sum(), -q[label])
+            learns = ([1, 0], [0, 1], [1, 1])[source]
+            expected = expected + torch.stack([value * each for value, each in zip(values, learns, strict=True)])
+            tokens = [count + each for count, each in zip(tokens, learns, strict=True)]
+    (0.7 * expected[0] + 0.3 * expected[1]).backward()
+    torch.testing.assert_close(sums[:2], expected.detach())
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=name)
+    plain = Objective(student, to_logits(teacher), terms=terms, chunk=chunk)
+    ours = Objective(student, to_logits(teacher), terms=terms, chunk=chunk, sources=BY_SOURCE)
+    assert ours.tokens_by_term(host) == tokens == [6 + 6 + 4, 4 + 6]
+    assert plain.tokens_by_term(host) == [20, 20]
+    _, everywhere = objective(student, teacher, terms, chunk=chunk, host=host)
+    assert torch.equal(sums[2:], everywhere[2:]), "agreement is that of all tokens"
+
+
+def test_terms_that_learn_from_every_source_that_there_is_give_the_same_bits():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    terms = (ForwardKL(weight=0.7), CrossEntropy(weight=0.3))
+    rows = batch()
+    host = OnHost(rows["labels"], rows["position_ids"], rows=(0, 1), sources_BS=SOURCES_BS)
+    losses, grads = [], []
+    for sources in (None, (frozenset({0, 1, 2}), None)):
+        loss, _ = objective(student, teacher, terms, sources=sources, host=host)
+        loss.backward()
+        losses.append(loss)
+        grads.append([gradient(p).clone() for p in student.parameters()])
+        student.zero_grad()
+    assert torch.equal(*losses)
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_all_terms_learn_from_samples_and_rows_of_no_known_source_are_a_fault():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    terms = (ForwardKL(weight=0.7), CrossEntropy(weight=0.3))
+    rows = batch()
+    plain, _ = objective(student, teacher, terms)
+    samples, _ = objective(student, teacher, terms, sources=BY_SOURCE)
+    assert torch.equal(samples, plain)
+    with pytest.raises(AssertionError, match="packed without their sources"):
+        objective(student, teacher, terms, sources=BY_SOURCE, host=OnHost(rows["labels"], rows["labels"], rows=(0, 1)))
+
+
+def test_a_micro_batch_that_a_term_does_not_learn_from_gives_it_zero_and_every_parameter_a_gradient():
+    student, teacher = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
+    rows = batch()
+    host = OnHost(rows["labels"], rows["position_ids"], rows=(0, 1), sources_BS=torch.full_like(SOURCES_BS, 5))
+    loss, sums = objective(student, teacher, sources=(frozenset({0}),), host=host)
+    loss.backward()
+    assert loss.item() == 0
+    assert sums[0] == 0
+    assert sums[2] > 0, "it is asked for agreement"
     assert all(not gradient(parameter).any() for parameter in student.parameters())

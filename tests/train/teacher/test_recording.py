@@ -25,7 +25,6 @@ from torch.nn import functional
 from shoal.errors import UserError
 from shoal.models.load import Checkpoint, LoadSettings, load_model
 from shoal.recipe.distill import Record
-from shoal.recipe.section import DataSource
 from shoal.runtime import free_port, leave_distributed, set_up_distributed
 from shoal.train import record as stage
 from shoal.train.record import record_signals, top_k_signals
@@ -304,12 +303,12 @@ def test_a_recording_serves_a_run_with_fewer_rows_and_refuses_one_with_more(teac
 
 
 def test_rows_of_a_smaller_budget_are_the_first_rows_of_a_larger_one(tmp_path):
-    from shoal.recipe.distill import Distill
+    from shoal.recipe.distill import Distill, TrainingSource
     from shoal.train.dataset import training_rows
 
     texts = [{"text": "".join(chr(97 + (i * j) % 26) for j in range(20 + i))} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("\n".join(str(text).replace("'", '"') for text in texts))
-    sources = (DataSource(str(tmp_path / "a.jsonl")), DataSource("python_docs_heldout", weight=0.3))
+    sources = (TrainingSource(str(tmp_path / "a.jsonl")), TrainingSource("python_docs_heldout", weight=0.3))
     settings = Distill(data=sources, sequence_length=S)
     made = [
         training_rows(
