@@ -25,7 +25,7 @@ from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.machine import peak_memory, ranks_on_this_node
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Record, Teacher, Watch, TrainingSource
+from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Record, Teacher, TrainingSource, Watch
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train import dry_run as report
 from shoal.train.engine.arguments import DeepSpeed, deepspeed_config
@@ -133,13 +133,13 @@ from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.machine import peak_memory
 from pathlib import Path
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Record, TrainingSource
+from shoal.recipe.distill import Record
 from shoal.train.preflight import throughput as pace
 from shoal.train.preflight.memory import Setting, memory
 from shoal.train.student.control import control_spec
 from shoal.train.student.sizes import student_size, teacher_size
 from shoal.train.student.spec import Ranks, train_spec
-from shoal.recipe.distill import Distill, TrainingSource
+from shoal.recipe.distill import Distill
 
 shape = dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2)
 teacher, student = (LlamaConfig(num_hidden_layers=n, tie_word_embeddings=True, **shape) for n in (6, 5))
