@@ -192,7 +192,7 @@ def _came_back(rows: Sequence[Row]) -> str:
 
 def _still_missing(rows: Sequence[Row]) -> str:
     worse, better, unclear = _sorted_by_verdict(rows, ("teacher", "distilled"))
-    parts = (("still worse on ", worse), ("no clear difference on ", unclear), ("better on ", better))
+    parts = (("still worse on ", worse), ("not clearly different on ", unclear), ("better on ", better))
     first, *others = [f"{how}{named_or_counted(some)}" for how, some in parts if some] or [""]
     learnt = ", which is more than the teacher has: the form of the questions was learnt"
     ending = learnt if better and all(row.column == "in" for row in better) else ""
