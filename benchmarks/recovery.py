@@ -57,7 +57,7 @@ TASKS = (
     ),
     *("reasoning_1step_continuation", "reasoning_1step_twin_continuation", "reasoning_worked", "reasoning_twin_worked"),
     *("needle_20sentences_continuation", "needle_20sentences_generation", "knowledge_out_continuation"),
-    *("knowledge_out_generation", "multi_hop_k1_continuation", "copying_1_continuation"),
+    *("knowledge_out_generation", "multi_hop_k1_continuation", "copying_offset1_continuation"),
 )
 PUBLIC_TASKS = (
     *("arc_easy_continuation", "hellaswag_continuation", "piqa_continuation", "openbookqa_continuation"),
@@ -126,7 +126,11 @@ def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
 
 def folder_of(arguments: argparse.Namespace) -> Path:
     budget = f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
-    return arguments.out / f"{len(arguments.drop)}-layers-{budget}"
+    return arguments.out / f"without-{cut_of(arguments)}-{budget}"
+
+
+def cut_of(arguments: argparse.Namespace) -> str:
+    return "-".join(map(str, sorted(arguments.drop)))
 
 
 def budget(arm: str, arguments: argparse.Namespace) -> int:
@@ -135,7 +139,10 @@ def budget(arm: str, arguments: argparse.Namespace) -> int:
     What the teacher writes is timed as the difference to a second run, which finds it written.
     """
     row_tokens = 2 * 512
-    probes = [arguments.out / "probe" / name for name in ((arm, f"{arm}-again") if writes(arm) else (arm,))]
+    probes = [
+        arguments.out / "probe" / cut_of(arguments) / name
+        for name in ((arm, f"{arm}-again") if writes(arm) else (arm,))
+    ]
     walls = [probe / "wall_s" for probe in probes]
     for probe, wall in zip(probes, walls, strict=True):
         file = recipe(arm, 0, arguments, run_dir=probe, tokens=(PROBE_STEPS + 1) * row_tokens)

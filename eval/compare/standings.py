@@ -13,7 +13,7 @@ import numpy as np
 from shoal.artifacts.artifact import TaskScore
 from shoal.artifacts.search import Interval
 from shoal.stats.intervals import Array
-from shoal.stats.paired import form_gap, no_retention
+from shoal.stats.paired import form_gap, no_retention, share_items
 from shoal.task_words import COLUMNS, PROTOCOLS
 
 from .comparable import CUT_ROLES
@@ -131,6 +131,7 @@ def _change(teacher: Scores, before: Scores, after: Scores, weights: Mapping[str
 def _form(scores: Scores, groups: Groups) -> Interval | None:
     usable = {task.task: task for tasks in groups.tasks.values() for task in tasks}
     twins = [scores[name] for name, task in usable.items() if task.twin_of in usable]
+    twins = [twin for twin in twins if share_items(scores[twin.twin_of], twin)]
     gaps = [form_gap(scores[twin.twin_of], twin) for twin in twins]
     if not gaps:
         return None

@@ -168,7 +168,7 @@ def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
         return
     sources = (run.training.data.get("sources") or {}) if run.training else {}
     bundled = all(row.column == "in" or (not row.column and row.ability in ABILITIES) for row in better)
-    seen = "ability_texts" in sources and bundled
+    seen = bool(sources.keys() & {"ability_texts", "ability_texts_one_form"}) and bundled
     count = "one score" if len(better) == 1 else f"{len(better)} scores"
     yield Caution(
         "Better than its teacher",

@@ -22,6 +22,7 @@ from shoal.artifacts.artifact import (
     Speed,
     TaskScore,
     Training,
+    differences,
 )
 from shoal.artifacts.search import Interval
 from shoal.errors import UserError
@@ -41,6 +42,8 @@ from shoal.stats.paired import (
 from ..harness.rates import NAMES, rate, rate_difference
 from .forms import Form, form_of
 
+OF_THE_STUDENT = ("student", "prune.", "control.", "distill.local")
+"""Beginnings of inputs of a training in which a control differs from the student's."""
 ROLES = ("teacher", "pruned", "control", "distilled")
 PAIRS = (
     ("teacher", "pruned"),
@@ -179,6 +182,7 @@ def read_run(folder: Path) -> Run:
     if all(part is None for part in parts) and not evaluations:
         raise UserError(f"{folder}: holds no result to report; run `shoal measure`, `prune`, `distill` or `eval` first")
     _refuse_mixed_runs(run)
+    _refuse_control_of_other_training(run)
     return run
 
 
@@ -308,6 +312,21 @@ def _refuse_mixed_runs(run: Run) -> None:
                 )
 
 
+def _refuse_control_of_other_training(run: Run) -> None:
+    """Refuse a control that was trained on other text or with other settings than the distilled model beside it."""
+    control = read_result(Training, run.folder / "control" / Training.FILE)
+    if control is None or run.training is None or "control" not in run.evaluations:
+        return
+    own, others = run.training.provenance.inputs, control.provenance.inputs
+    both = {key for key in own.keys() & others.keys() if not key.startswith(OF_THE_STUDENT)}
+    if unlike := differences({key: own[key] for key in both}, {key: others[key] for key in both}):
+        raise UserError(
+            f"{run.folder / 'control' / Training.FILE}: the control was not trained as the distilled model was: "
+            f"{'; '.join(unlike)}. Run `shoal distill` and `shoal eval` with eval.control: true, or delete "
+            f"{run.folder / 'eval' / 'control.json'}"
+        )
+
+
 def _identities(
     run: Run, parts: Sequence[Importance | PruningPlan | Training]
 ) -> dict[str, list[tuple[str, str, Any]]]:
@@ -368,8 +387,8 @@ def _pairs(roles: Collection[str]) -> list[tuple[str, str]]:
 def _adjusted(tasks: Sequence[dict[K, PairedDifference]]) -> list[dict[K, float]]:
     """By task and pair of roles, or role: the p-value after Holm's correction over the tasks."""
     adjusted: list[dict[K, float]] = [{} for _ in tasks]
-    for pair in dict.fromkeys(pair for differences in tasks for pair in differences):
-        holders = [index for index, differences in enumerate(tasks) if pair in differences]
+    for pair in dict.fromkeys(pair for changes in tasks for pair in changes):
+        holders = [index for index, changes in enumerate(tasks) if pair in changes]
         values = holm([tasks[index][pair].p_value for index in holders])
         for index, value in zip(holders, values, strict=True):
             adjusted[index][pair] = value

@@ -110,6 +110,12 @@ def described_tasks(
                 f"data set {part.data.dataset!r}: twin_of is {part.data.twin_of!r}, and no described data set has a "
                 f"task {other!r}; name one before its protocol (retrieval, knowledge ...)"
             )
+        if other and tasks[other][0].column != "in":
+            raise UserError(
+                f"data set {part.data.dataset!r}: twin_of names {part.data.twin_of!r}, whose column is "
+                f"{tasks[other][0].column or 'none'}; a twin asks again what is asked in a trained form, so say "
+                "column: in there"
+            )
     return tasks, tags
 
 

@@ -41,8 +41,10 @@ def _templates(form: Form) -> list[str]:
                 template = template.replace(f"{{{field}}}", text.replace("{}", "{subject}"))
             worded.append(template)
         shown = knowledge.examples_of(name, None)
-        for asked in (None, *(subject for subject, _ in shown)):  # which is left out of its own examples
-            pairs = [{"subject": one, "target": other} for one, other in knowledge.examples_of(name, asked)]
+        # a fact is left out of its own examples, and so are others with its object
+        left_out = [(None, None), *((subject, None) for subject, _ in shown), *((None, target) for _, target in shown)]
+        for asked in left_out:
+            pairs = [{"subject": one, "target": other} for one, other in knowledge.examples_of(name, *asked)]
             examples = "".join(form.example.format(**pair, wanted=wanted) for pair in pairs)
             worded.append(examples.replace("{", "{{").replace("}", "}}"))
     return worded

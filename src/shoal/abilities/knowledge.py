@@ -117,9 +117,9 @@ def stated_facts(split: str) -> list[str]:
     return [fact.context + fact.options[fact.answer] for fact in facts]
 
 
-def examples_of(relation: str, subject: str | None) -> list[tuple[str, str]]:
-    """Two facts of the training split, others than that of ``subject``: what may be shown is no answer."""
-    others = [pair for pair in facts_in("train", relation) if pair[0] != subject]
+def examples_of(relation: str, subject: str | None, target: str | None = None) -> list[tuple[str, str]]:
+    """Two facts of the training split that show no answer: neither that of ``subject`` nor any with ``target``."""
+    others = [pair for pair in facts_in("train", relation) if pair[0] != subject and pair[1] != target]
     return sorted(others, key=lambda pair: digest("example", relation, pair[0]))[:NUM_EXAMPLES]
 
 
@@ -131,7 +131,7 @@ def make_fact(split: str, relation: str, subject: str, target: str, *, form: Fac
     others.sort(key=lambda other: digest("wrong", relation, subject, other))
     item = build_item(
         "knowledge" if trained else "knowledge_out",
-        form.asked(asked, subject, examples_of(relation, subject)),
+        form.asked(asked, subject, examples_of(relation, subject, target)),
         gold=form.answered(asked, target),
         wrong=[form.answered(asked, other) for other in others[: NUM_OPTIONS - 1]],
         position=int(digest("position", relation, subject)[:8], 16),

@@ -260,6 +260,11 @@ def no_retention(teacher: TaskScore) -> str:
     return ""
 
 
+def share_items(own: TaskScore, twin: TaskScore) -> bool:
+    """Whether at least half of the items of the shorter have the same ids, which a form gap is taken over."""
+    return 2 * len({item.id for item in own.items} & {item.id for item in twin.items}) >= min(own.n, twin.n)
+
+
 def form_gap(own: TaskScore, twin: TaskScore) -> PairedDifference:
     """own - twin, item by item: what the form that training text may have adds to the score of the same content.
 
@@ -381,9 +386,8 @@ def _require_same_content(own: TaskScore, twin: TaskScore) -> None:
                 f"tasks {own.task!r} and {twin.task!r}: {field} is {own_value!r} in one and {twin_value!r} in the "
                 "other; a task and its twin differ in form only, correct the description of the twin"
             )
-    fewer = min(own.n, twin.n)
-    if 2 * len({item.id for item in own.items} & {item.id for item in twin.items}) < fewer:
+    if not share_items(own, twin):
         raise UserError(
-            f"tasks {own.task!r} and {twin.task!r}: fewer than half of {fewer} items have the same id; a twin's items "
-            "have the ids of those whose content they ask again"
+            f"tasks {own.task!r} and {twin.task!r}: fewer than half of {min(own.n, twin.n)} items have the same id; a "
+            "twin's items have the ids of those whose content they ask again"
         )

@@ -199,3 +199,16 @@ def test_evaluation_asks_for_one_tokenizer_before_any_model_is_loaded(
     monkeypatch.setattr("shoal.models.load.load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match="number of tokens is 260 in the tokenizer of pruned"):
         evaluate.evaluate(run)
+
+
+def test_a_control_of_another_training_is_refused(folder: Path) -> None:
+    told = {"model": "T", "data": "text", "distill.num_tokens": 5}
+    write(folder, "distill.json", results.training(), student="S", **told)
+    write(folder, "eval/control.json", dataclasses.replace(results.evaluation("teacher"), role="control"), model="C")
+    write(folder, "control/distill.json", results.training(), **told | {"control.norm": True})
+    assert "control" in read_run(folder).evaluations
+    write(folder, "control/distill.json", results.training(), **told | {"data": "other text"})
+    with pytest.raises(
+        UserError, match=r"control/distill.json: the control was not trained as .*data.*delete .*eval/control"
+    ):
+        read_run(folder)

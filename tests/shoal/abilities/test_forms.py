@@ -12,7 +12,7 @@ from shoal.abilities import Item, items, training_texts
 from shoal.abilities.facts import RELATIONS
 from shoal.abilities.forms import FORMS, twin_wordings
 from shoal.abilities.item import Form
-from shoal.abilities.knowledge import FactForm
+from shoal.abilities.knowledge import FactForm, examples_of, facts_in
 from shoal.abilities.reasoning import spelled
 
 NAMES = [(ability, form.name) for ability, forms in FORMS.items() for form in forms]
@@ -63,6 +63,12 @@ def test_twins_take_turns_and_no_trained_form_is_among_them(ability: str) -> Non
     assert all(len(names) == 1 for names in places)
     assert Counter(names[0] for names in places) == dict.fromkeys(twins, 4)
     assert [names[0] for names in places[: len(twins)]] != [names[0] for names in places[len(twins) : 2 * len(twins)]]
+
+
+def test_no_example_of_a_fact_shows_its_answer() -> None:
+    for name in RELATIONS:
+        for subject, target in facts_in("eval", name):
+            assert target not in [other for _, other in examples_of(name, subject, target)]
 
 
 def test_look_ups_hold_every_pair_and_ask_for_the_right_one() -> None:
