@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.artifact import ClosedGap, PruningPlan
 from shoal.atomic_files import fingerprint, write_json
+from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
@@ -27,10 +30,22 @@ from shoal.models.checkpoint_files import (
     json_or_empty,
     read_shards,
 )
-from shoal.models.load import load_config, load_model, load_tokenizer, refuse_incomplete
+from shoal.models.load import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    loaded_dtype,
+    named_dtype,
+    refuse_incomplete,
+)
+from shoal.numerics import fast_dtype
 from shoal.progress import doing
 from shoal.recipe.edits import Replace
+from shoal.recipe.prune import Compensate
+from shoal.runtime import device
 
+from .compensation.fit import Compensation
+from .compensation.fit import compensate as compensate_gaps
 from .edits.apply import NOTHING_MADE, Materials, edited, edited_student, materials, refuse_impossible_edits
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
@@ -93,9 +108,12 @@ def apply_plan(
     donors: Mapping[int, Path] | None = None,
     seed: int = 0,
     proof: Proof = "auto",
+    compensate: Compensate | None = None,
     trust_remote_code: bool = False,
-) -> None:
+) -> tuple[ClosedGap, ...]:
     """Write the student of ``plan`` to the folder ``out``, which appears only when it is complete and proven.
+
+    Returns how the gaps were closed, where ``compensate`` asks for it; then the student is made in memory too.
 
     A plan that only drops layers is carried out by copying bytes, with a few megabytes of memory; a copy that was
     interrupted goes on where it stopped. Edits are carried out in memory; ``donors`` are the folders that swaps take
@@ -114,13 +132,19 @@ def apply_plan(
     keep = kept_layers(plan.num_layers, plan.drop)
     runs = _shall_run(teacher, proof)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
-    skeleton, copy = _route(teacher, plan, keep)
+    skeleton, copy = _route(teacher, plan, keep, changes_kept=bool(plan.edits or compensate))
     key = shards_fingerprint(copy.shards) if copy else fingerprint([str(teacher_folder.resolve()), asdict(plan)])
+    closed: tuple[ClosedGap, ...] = ()
     with only_writer(out), resumable_folder(out, key) as folder:
         if copy:
             expected = _write_copy(copy, folder)
         else:
-            expected = _write_from_memory(teacher, plan, folder, donors=donors or {}, seed=seed, runs=runs)
+            compensation = None if compensate is None else _compensation(teacher, plan, compensate, seed=seed)
+            closed = () if compensation is None else compensation.gaps
+            layers = {} if compensation is None else compensation.layers
+            expected = _write_from_memory(
+                teacher, plan, folder, donors=donors or {}, compensated=layers, seed=seed, runs=runs
+            )
         copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
         with doing("prune: proving the student by its files"):
             prove_by_files(folder, skeleton, keep)
@@ -130,6 +154,7 @@ def apply_plan(
                 expected = expected or _planned_behaviour(teacher.load(), plan, NOTHING_MADE)
             with doing("prune: proving the student by running it"):
                 prove_by_run(folder, expected, reference=f"the teacher after {plan.in_words()}")
+    return closed
 
 
 def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_code: bool) -> Teacher:
@@ -192,14 +217,16 @@ def _shall_run(teacher: Teacher, proof: Proof) -> bool:
     return True
 
 
-def _route(teacher: Teacher, plan: PruningPlan, keep: Sequence[int]) -> tuple[PreTrainedModel, Copy | None]:
+def _route(
+    teacher: Teacher, plan: PruningPlan, keep: Sequence[int], *, changes_kept: bool
+) -> tuple[PreTrainedModel, Copy | None]:
     """The teacher without its weights, and what there is to copy; None where the student must be made in memory."""
     plain, quantisation = without_quantization(teacher.config)
     skeleton, loading = load_without_data(plain, teacher.shapes)
     if not quantisation:
         refuse_incomplete(teacher.folder, plain.model_type, loading.missing, loading.mismatched)
     try:
-        if plan.edits:
+        if changes_kept:
             raise NotByCopy("the plan changes layers that stay")
         return skeleton, _planned_copy(teacher, plain, skeleton, loading, keep)
     except NotByCopy as reason:
@@ -261,8 +288,38 @@ def _write_copy(copy: Copy, folder: Path) -> None:
         ).save_pretrained(folder)
 
 
+def _compensation(teacher: Teacher, plan: PruningPlan, settings: Compensate, *, seed: int) -> Compensation:
+    """Fitted where the model runs fast, in the teacher's own dtype if that is fast there and else in float32."""
+    where, stored = device(), loaded_dtype(teacher.config, shards=teacher.shards)
+    fast = named_dtype(fast_dtype(where).dtype)
+    model = load_model(
+        teacher.folder,
+        dtype="stored" if stored == fast else "float32",
+        attention=None,
+        device=where,
+        trust_remote_code=teacher.trust_remote_code,
+    )
+    tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
+    texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
+    rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
+    with torch.autocast(where.type, fast, enabled=model.dtype == torch.float32 != fast):
+        found = compensate_gaps(model, plan.drop, settings, rows)
+    layers = {
+        layer: {name: tensor.to("cpu", stored) for name, tensor in tensors.items()}
+        for layer, tensors in found.layers.items()
+    }
+    return Compensation(found.gaps, layers)
+
+
 def _write_from_memory(
-    teacher: Teacher, plan: PruningPlan, folder: Path, *, donors: Mapping[int, Path], seed: int, runs: bool
+    teacher: Teacher,
+    plan: PruningPlan,
+    folder: Path,
+    *,
+    donors: Mapping[int, Path],
+    compensated: Mapping[int, Mapping[str, Tensor]],
+    seed: int,
+    runs: bool,
 ) -> Behaviour | None:
     """Returns what the teacher as planned answers where that is asked for, because it is in memory now."""
     model = teacher.load()
@@ -273,6 +330,7 @@ def _write_from_memory(
     reads = any(isinstance(edit, Replace) for edit in plan.edits)
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code) if reads else None
     ingredients = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
+    ingredients = replace(ingredients, layers={**ingredients.layers, **compensated})
     with doing("prune: writing the student"):
         edited_student(model, plan, ingredients).save_pretrained(folder)
     return _planned_behaviour(model, plan, ingredients) if runs else None

@@ -49,12 +49,12 @@ def zero_half(half: Half, model: PreTrainedModel, layers: Collection[int]) -> li
     """
     names: list[str] = []
     for layer in layers:
-        outputs = _output_parameters(model, layer, with_halves(model, layer), half)
+        outputs = output_parameters(model, layer, with_halves(model, layer), half)
         if not outputs:
             raise UserError(
                 f"{where(model, layer)}: shoal does not know which weights write its {half}'s output; drop whole layers"
             )
-        names += outputs
+        names += [f"{_name_of(model, layer)}.{name}" for name in outputs]
     names = list(dict.fromkeys(names))
     _refuse_unzeroable(model, names)
     zeros = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
@@ -121,15 +121,15 @@ def unsaved_parameters(model: PreTrainedModel, edits: Iterable[tuple[int, LayerE
     return sum((shares | whole).values())
 
 
-def _output_parameters(model: PreTrainedModel, layer: int, halves: Sublayers, half: Half) -> list[str]:
-    """Full names of the parameters that write the half's result."""
+def output_parameters(model: PreTrainedModel, layer: int, halves: Sublayers, half: Half) -> list[str]:
+    """Names within the layer of the parameters that write the half's result, by their names alone."""
     names = []
     for path in getattr(halves, half):
         module = decoder_layers(model)[layer].get_submodule(path)
         for name, _ in module.named_parameters():
             parts = {part.removesuffix("_bias") for part in (path.rpartition(".")[2], *name.split("."))}
             if parts & OUTPUT_MAPS or name in OUTPUT_BIASES:
-                names.append(f"{_name_of(model, layer)}.{path}.{name}")
+                names.append(f"{path}.{name}")
     return names
 
 

@@ -26,7 +26,7 @@ LEVELS = (
     ("shoal.figures", "shoal.stats", "shoal.tracking", "compress.surgery", "train.engine"),
     ("compress.edits", "compress.targets", "train.callbacks", "train.objective", "eval.tasks"),
     ("compress.variants", "train.generated", "train.student", "eval.harness"),
-    ("compress.metrics", "compress.depth", "train.teacher", "eval.report"),
+    ("compress.compensation", "compress.metrics", "compress.depth", "train.teacher", "eval.report"),
     ("train.preflight", "eval.compare", "eval.export", "eval"),
     ("compress.sweeps", "train"),
     ("compress",),

@@ -104,7 +104,7 @@ class StateLosses:
     ) -> None:
         _check(terms, plan, student, teacher)
         self.terms = tuple(terms)
-        self._student, self._teacher = student, teacher
+        self._student, self._teacher, self._plan = student, teacher, plan
         self._num_layers = len(plan.keep)
         self._pairs = tuple(layer_pairs(term, plan, num_shared=num_shared) for term in terms)
         states = [pair for term, pairs in self._of_terms() if isinstance(term, HiddenStates) for pair in pairs]
@@ -173,7 +173,13 @@ class StateLosses:
         self, term: StateTerm, layer: int, target: int, student: Captured, teacher: Captured, tokens: Tokens
     ) -> Tensor:
         if isinstance(term, HiddenStates):
-            states_BSD = (student.states[layer], teacher.states[target].detach())
+            # where factors make up for dropped layers, the student's states are smaller than those they stand for
+            ours_BSD = (
+                student.states[layer] * scale
+                if (scale := self._plan.state_scale(target)) != 1
+                else student.states[layer]
+            )
+            states_BSD = (ours_BSD, teacher.states[target].detach())
             # only the upper half of the student looks at coarser targets
             pooled = term.multi_scale and 2 * layer >= self._num_layers
             return _again(_pooled_sum if pooled else _token_sum, *states_BSD, tokens, term.distance)

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def local_stage(spec: TrainSpec, rows: PackedRows, *, folder: Path, inputs: dict
         teacher.requires_grad_(False),
         rows,
         settings,
-        gaps(spec.plan.keep, spec.plan.num_layers),
+        [replace(gap, scale=spec.plan.state_scale(gap.target)) for gap in gaps(spec.plan.keep, spec.plan.num_layers)],
         autocast=autocast,
         folder=folder,
         inputs=identity,
@@ -231,19 +231,19 @@ def _learning(
     with ExitStack() as stack:
         for index, place in enumerate(places):
             layer = layers[place.layer]
-            layer.forward = _learner(layer.forward, targets[place.target], tokens, sums, index)
+            layer.forward = _learner(layer.forward, targets[place.target], place.scale, tokens, sums, index)
             stack.callback(delattr, layer, "forward")
         yield
 
 
 def _learner(
-    forward: Callable[..., Any], target_BSD: Tensor, tokens: Tokens, sums: Tensor, index: int
+    forward: Callable[..., Any], target_BSD: Tensor, scale: float, tokens: Tokens, sums: Tensor, index: int
 ) -> Callable[..., Any]:
     def learn(*args: Any, **kwargs: Any) -> Any:
         with torch.enable_grad():
             output = forward(*args, **kwargs)
             state_BSD = state_of(output)
-            ours_ND, theirs_ND = tokens.of_states(state_BSD).float(), tokens.of_states(target_BSD).float()
+            ours_ND, theirs_ND = tokens.of_states(state_BSD).float() * scale, tokens.of_states(target_BSD).float()
             error = distances(ours_ND, theirs_ND, "mse").sum()
         error.backward()
         sums[index] += error.detach()

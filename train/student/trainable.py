@@ -127,6 +127,8 @@ class Gap:
     """Student layer that is trained to close it: the last before the gap, or the first where nothing is before it."""
     target: int
     """Teacher layer whose output the trained layer shall give."""
+    scale: float = 1.0
+    """How many times larger that output is than what the trained layer shall give: factors of prune.compensate."""
 
 
 def gaps(keep: Sequence[int], num_layers: int) -> tuple[Gap, ...]:

@@ -148,6 +148,39 @@ class Importance(Artifact):
 
 
 @dataclass(frozen=True)
+class ClosedGap:
+    """What makes up for one run of dropped layers without training, and what it does on text that it was not fitted to.
+
+    Errors are means over tokens of ||y - x||^2 / ||y||^2, where x is the student's state behind the gap and y the
+    teacher's; divergences KL(teacher || student) in nats per token, with the gaps below closed and those above open.
+    """
+
+    first: int
+    last: int
+    """The dropped layers are ``first`` to ``last``, of the teacher."""
+    factor: float
+    """The state behind the gap is so many times as large; in the student all layers above write so many times less."""
+    is_corrected: bool
+    """Whether the MLP below the gap writes something else."""
+    error_before: float
+    error_after: float
+    divergence_before: float
+    divergence_after: float
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether anything makes up for the layers."""
+        return self.is_corrected or self.factor != 1
+
+    def in_words(self) -> str:
+        """What was done, for a reader."""
+        how = [f"a factor of {self.factor:.3f}"] if self.factor != 1 else []
+        how += ["a correction"] if self.is_corrected else []
+        gone = f"layers {self.first} to {self.last}" if self.last > self.first else f"layer {self.first}"
+        return f"{' and '.join(how)} for {gone}"
+
+
+@dataclass(frozen=True)
 class PruningPlan(Artifact):
     """plan.json: which of the teacher's layers go. Indices are 0-based and the teacher's."""
 
@@ -161,6 +194,8 @@ class PruningPlan(Artifact):
     """Reason for this choice of layers, for a reader."""
     edits: Edits = ()
     """Changes to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
+    gaps: tuple[ClosedGap, ...] = ()
+    """How prune.compensate closed the gaps that ``drop`` leaves, increasing; empty = they are open."""
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
 
@@ -172,22 +207,34 @@ class PruningPlan(Artifact):
             yield f"drop: names layer {wrong[0]} of a model of {self.num_layers} layers"
         if len(drop) >= self.num_layers:
             yield "drop: leaves no layer"
+        for index, gap in enumerate(self.gaps):
+            if not set(range(gap.first, gap.last + 1)) <= set(drop):
+                yield f"gaps.{index}: is of layers {gap.first} to {gap.last}, which are not all dropped"
+            if not 0 < gap.factor < math.inf:
+                yield f"gaps.{index}.factor: is {gap.factor}"
         if asked and not (set(asked) <= set(drop) if self.edits else set(asked) == set(drop)):
             yield f"drop: is {drop}, and the recipe that made it asked for {asked}"
 
     def sealed(self, student: str) -> str:
         """Value of the field ``student`` for a student of this fingerprint."""
-        return fingerprint([self.num_layers, list(self.drop), [asdict(edit) for edit in self.edits], student])
+        closed = [[asdict(gap) for gap in self.gaps]] if self.gaps else []
+        return fingerprint([self.num_layers, list(self.drop), [asdict(edit) for edit in self.edits], *closed, student])
 
     def in_words(self) -> str:
         """The changes to the teacher in one line."""
         gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
-        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits)])
+        closed = [gap.in_words() for gap in self.gaps if gap.is_closed]
+        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed])
+
+    def state_scale(self, layer: int) -> float:
+        """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""
+        return math.prod(gap.factor for gap in self.gaps if gap.last <= layer)
 
     @property
     def first_change(self) -> int:
         """The lowest layer at which the student is not the teacher any more."""
-        return first_change(self.drop, self.edits)
+        corrected = [gap.first - 1 for gap in self.gaps if gap.is_corrected]
+        return min([first_change(self.drop, self.edits), *corrected])
 
     @property
     def keep(self) -> tuple[int, ...]:

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from shoal.recipe import edits
 from shoal.recipe.edits import Edits
-from shoal.recipe.section import Positive, Section, Shapes, Text
+from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes, Text
 
 Target = Literal["transformers", "vllm", "llama_cpp"]
 """What a student can be asked to load in."""
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "contiguous", "spare")
 """Settings that choose layers, which `drop` names."""
+
+
+@dataclass(frozen=True)
+class Compensate(Section):
+    """What makes up for dropped layers without training, folded into the weights of layers that stay."""
+
+    method: Annotated[Literal["scale", "linear", "both"], Shapes.PLAN] = "both"
+    """scale: a factor per gap, in the output maps of all layers above (after Prune&Comp, arXiv:2507.18212); linear: a
+    correction of what the MLP below the gap writes (after ReplaceMe, arXiv:2505.02819); both: fitted jointly."""
+    data: Annotated[Data, Shapes.BY_CONTENT] = field(
+        default_factory=lambda: tuple(map(DataSource, ("python_docs", "docstrings", "instructions", "ability_texts")))
+    )
+    """Text to fit to. What it is unlike gains little: name some of every kind that the model will read."""
+    num_tokens: Annotated[Positive, Shapes.PLAN] = 49_152
+    """Tokens to fit to, an eighth of them held out; a correction needs four for every feature of an MLP."""
+    sequence_length: Annotated[RowLength, Shapes.PLAN] = 512
+    batch_size: Annotated[Positive, Shapes.NOTHING] = 4
+    """Rows at one time."""
+
+
+def as_compensate(value: Any) -> Any:
+    """A method's name is short for {method: name}."""
+    return {"method": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,9 @@ class Prune(Section):
     there stay, and so does every layer with which the summed loss would become significant."""
     edits: Annotated[Edits, Shapes.BY_CONTENT] = ()
     """Other changes of the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
+    compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.PLAN] = None
+    """What makes up for the dropped layers without training; None = nothing. A method's name alone says the rest by
+    default."""
     proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"
     """Proof of the written student: by running it against the teacher, or by comparing files and layers only,
     which needs no memory; auto = run wherever the model fits into memory and can run here."""

@@ -16,7 +16,7 @@ from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
-from shoal.recipe.edits import Edit, Replace
+from shoal.recipe.edits import Edit, Replace, in_words
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main
 from shoal.stages.measure import measure, measure_inputs
@@ -33,6 +33,9 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
+    if prune.compensate is not None:
+        inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
+        inputs |= shaping(run.recipe, Shapes.PLAN)
     for index, edit in enumerate(prune.edits):
         inputs[f"prune.edits.{index}"] = as_dict(edit)
         if isinstance(edit, Replace):
@@ -62,11 +65,13 @@ def prune(run: Run) -> None:
         refuse_unfit_student(run, plan)
         log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
         if is_main():
-            replace(plan, student=PruningPlan.read(path).student).write(path)
+            last = PruningPlan.read(path)
+            replace(plan, gaps=last.gaps, student=last.student).write(path)
         barrier()
         return
     _refuse_stale_training(run)
     _refuse_unreadable_data(plan.edits)
+    _refuse_compensation(run, plan)
     refuse_unfit_student(run, plan)
     log.info("prune: %s", plan.in_words())
     for line in _sacrifice(run, importance, plan):
@@ -76,15 +81,17 @@ def prune(run: Run) -> None:
         from shoal.compress.targets.check import check_targets, log_verdicts
 
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
-        apply_plan(
+        closed = apply_plan(
             run.teacher,
             plan,
             student,
             donors=run.donors,
             seed=run.recipe.seed,
             proof=run.recipe.prune.proof,
+            compensate=run.recipe.prune.compensate,
             trust_remote_code=run.recipe.trust_remote_code,
         )
+        plan = replace(plan, gaps=closed)
         replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
         log.info("prune: %s", student)
         if not run.recipe.prune.targets:
@@ -104,6 +111,7 @@ def prune_dry_run(run: Run) -> str:
     _refuse_unreadable_data(recipe.prune.edits)
     importance = read_importance(run)
     plan = choose_plan(run, importance, {})
+    _refuse_compensation(run, plan)
     told = dry_run(
         run.teacher,
         plan,
@@ -201,6 +209,24 @@ def refuse_impossible_changes(run: Run) -> None:
     _refuse_unreadable_data(edits)
 
 
+def _refuse_compensation(run: Run, plan: PruningPlan) -> None:
+    """Refuse what cannot be made up for, and data that cannot be read, before a model is loaded."""
+    if (settings := run.recipe.prune.compensate) is None:
+        return
+    if plan.edits:
+        raise UserError(
+            f"prune.compensate: makes up for dropped layers alone, and this plan has {in_words(plan.edits[0])} too; "
+            "leave one of them out"
+        )
+    if 0 in plan.drop:
+        raise UserError(
+            "prune.compensate: layer 0 is dropped, and no layer below it is left whose weights could make up for it; "
+            "keep it, or leave prune.compensate out"
+        )
+    for source in settings.data:
+        load_texts(source, max_characters=1)
+
+
 def _refuse_unreadable_data(edits: Sequence[Edit]) -> None:
     for source in {source for edit in edits if isinstance(edit, Replace) for source in edit.data}:
         load_texts(source, max_characters=1)
@@ -233,7 +259,7 @@ def _is_cut_already(run: Run, plan: PruningPlan) -> bool:
     last = PruningPlan.read(path)
     before, now = ({**made_by.provenance.inputs, "importance": ""} for made_by in (last, plan))
     same = (last.drop, last.edits) == (plan.drop, plan.edits) and not differences(now, before)
-    return same and last.student == plan.sealed(model_fingerprint(student))
+    return same and last.student == last.sealed(model_fingerprint(student))
 
 
 def _refuse_stale_training(run: Run) -> None:

@@ -1,0 +1,177 @@
+"""Fold a factor of the residual stream, or a correction of what an MLP writes, into one layer, proven by running it.
+
+A factor a at a gap multiplies the state there. In a pre-norm model every reader is a norm, to which the size of the
+state is nothing, so the state above may be left a times smaller, if all that is added to it is as well: the output maps
+of every kept layer above a gap times the product of 1/a over the gaps below it. Embeddings, tied heads and everything
+below the cut stay the teacher's. Where a norm follows the output map (Gemma 2, GLM-4) that norm's weights take the
+factor. Exact up to one rounding of the weights and the norms' epsilon, which weighs a^2 times as much.
+
+A correction m + f E of what the MLP m of the layer below a gap writes is folded into its output map: f is that map's
+input where it is one linear map, and m itself where experts have one each. A norm behind the MLP cannot hold it.
+
+Which weights these are is found by trying and proven on a batch, layer by layer: a family for which nothing proves
+right is refused.
+
+B batch, S sequence, D hidden, F features.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers
+from shoal.recipe.edits import LayerEdit
+
+from ..edits.layer_edits import in_force
+from ..edits.masks import with_halves
+from ..edits.merging import refuse_shared_parameters, tensors_in_place
+from ..edits.sublayers import sublayers, where
+from ..edits.zeroing import output_parameters
+from ..variants.layerwise import Call, Layerwise, Prepared
+
+Tensors = dict[str, Tensor]
+"""New tensors of one layer, by name within it."""
+
+PROBE_FACTOR = 2.0
+"""Exact in every number format, and far enough from 1 that a wrong fold shows."""
+TOLERANCE = 0.02
+"""Of the change that a layer makes; a wrong fold is off by all of it."""
+
+
+def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Tensor, call: Call) -> Tensors:
+    """The tensors with which ``layer`` adds ``factor`` times as much to a state that is ``factor`` times as large.
+
+    ``hidden_BSD`` and ``call`` are a state and a call of this layer, on which that is proven.
+
+    Raises:
+        UserError: a family in which no weights do this: one that reads the raw state, or writes by other ways.
+    """
+    model = layerwise.model
+    refuse_shared_parameters(model, layer)
+    after_BSD = layerwise.run(layer, hidden_BSD, call)
+    for scaled in _scalings(model, layer):
+        with tensors_in_place(model, {layer: scaled(1 / PROBE_FACTOR)}):
+            got_BSD = PROBE_FACTOR * layerwise.run(layer, hidden_BSD / PROBE_FACTOR, call)
+        if _same(got_BSD, after_BSD, after_BSD - hidden_BSD):
+            return scaled(factor)
+    raise UserError(
+        f"prune.compensate: {where(model, layer)} does not read the residual stream through norms alone, or adds to it "
+        "in a way that shoal does not know, so that no factor can be folded into its weights; set method: linear, or "
+        "leave prune.compensate out"
+    )
+
+
+class Correction:
+    """How the MLP of one layer can be corrected: what its features are, and which tensors take the correction."""
+
+    def __init__(self, layerwise: Layerwise, layer: int) -> None:
+        model = layerwise.model
+        with_halves(model, layer)
+        refuse_shared_parameters(model, layer)
+        self._layerwise, self._layer = layerwise, layer
+        module = decoder_layers(model)[layer]
+        self._own = dict(module.named_parameters())
+        self._outputs = output_parameters(model, layer, sublayers(model)[layer], "mlp")
+        owners = {name.rpartition(".")[0] for name in self._outputs}
+        only = module.get_submodule(owners.pop()) if len(owners) == 1 else None
+        self._map = only if isinstance(only, nn.Linear | Conv1D) else None
+
+    def features(self, hidden_BSD: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """(B, S, D) The state after the layer, and (B, S, F) the features by which what its MLP writes is corrected."""
+        if self._map is None:
+            after_BSD = self._layerwise.run(self._layer, hidden_BSD, call)
+            with in_force(self._layerwise.model, [(self._layer, LayerEdit("mlp"))]):
+                return after_BSD, after_BSD - self._layerwise.run(self._layer, hidden_BSD, call)
+        seen: list[Tensor] = []
+        with self._map.register_forward_pre_hook(lambda _, args: seen.append(args[0])):
+            after_BSD = self._layerwise.run(self._layer, hidden_BSD, call)
+        return after_BSD, seen[0].reshape(*after_BSD.shape[:2], -1)
+
+    def folded(self, added_FD: Tensor, hidden_BSD: Tensor, call: Call) -> Tensors:
+        """The tensors with which the MLP writes f E more, E = ``added_FD``, proven on a state and a call of this layer.
+
+        Raises:
+            UserError: a family in which no weights do this.
+        """
+        after_BSD, features_BSF = self.features(hidden_BSD, call)
+        generator = torch.Generator().manual_seed(self._layer)
+        probe_FD = torch.randn(added_FD.shape, generator=generator, dtype=torch.float64).to(added_FD.device)
+        # as large as what the MLP writes
+        probe_FD *= float(after_BSD.float().norm() / (features_BSF.float() @ probe_FD.float()).norm())
+        change_BSD = features_BSF.float() @ probe_FD.float()
+        for output_dim in (-2, -1):  # (D, inputs) of linear maps, (inputs, D) of GPT-2's and of some experts
+            scale = 1.0
+            for _ in range(2):  # a family may multiply what is written (Granite): the first run tells by how much
+                if (tensors := self._added(probe_FD / scale, output_dim)) is None:
+                    break
+                with tensors_in_place(self._layerwise.model, {self._layer: tensors}):
+                    got_BSD = self._layerwise.run(self._layer, hidden_BSD, call)
+                if _same(got_BSD, after_BSD + change_BSD, change_BSD):
+                    found = self._added(added_FD / scale, output_dim)
+                    assert found is not None
+                    return found
+                moved_BSD = got_BSD.float() - after_BSD.float()
+                scale = float((moved_BSD * change_BSD).sum() / change_BSD.square().sum()) or 1.0
+        raise UserError(
+            f"prune.compensate: the MLP of {where(self._layerwise.model, self._layer)} does not write to the residual "
+            "stream by linear maps that shoal knows, so that no correction can be folded into them; set method: scale, "
+            "or leave prune.compensate out"
+        )
+
+    def _added(self, added_FD: Tensor, output_dim: int) -> Tensors | None:
+        """The output parameters with the correction in them; None where one has not this form."""
+        if self._map is not None:
+            name = next(name for name in self._outputs if name.endswith("weight"))
+            weight = self._own[name].detach()
+            added = added_FD if output_dim == -1 else added_FD.mT
+            if weight.shape != added.shape:
+                return None
+            return {name: (weight.double() + added.to(weight.device)).to(weight.dtype)}
+        factor_DD = torch.eye(len(added_FD), dtype=torch.float64, device=added_FD.device) + added_FD
+        tensors: Tensors = {}
+        for name in self._outputs:
+            weight = self._own[name].detach()
+            dim = -1 if name.endswith("bias") or weight.dim() == 1 else output_dim
+            if weight.shape[dim] != len(factor_DD):
+                return None
+            mapped = weight.double().movedim(dim, -1) @ factor_DD.to(weight.device)
+            tensors[name] = mapped.movedim(-1, dim).to(weight.dtype).contiguous()
+        return tensors or None
+
+
+def is_blind_to_size(layerwise: Layerwise, prepared: Prepared, hidden_BSD: Tensor) -> bool:
+    """Whether what follows the last layer gives the same for a state that is half as large."""
+    end_BSD = layerwise.finish(hidden_BSD, prepared)
+    return _same(layerwise.finish(hidden_BSD / PROBE_FACTOR, prepared), end_BSD, end_BSD)
+
+
+def _same(got_BSD: Tensor, expected_BSD: Tensor, change_BSD: Tensor) -> bool:
+    """Whether two states are equal but for rounding: of the states, and of the change that was folded."""
+    rounding = 2 * torch.finfo(got_BSD.dtype).eps * expected_BSD.float().norm()
+    return bool((got_BSD - expected_BSD).float().norm() <= TOLERANCE * change_BSD.float().norm() + rounding)
+
+
+def _scalings(model: PreTrainedModel, layer: int) -> Iterator[Callable[[float], Tensors]]:
+    """Ways to let a layer write less, the likeliest first."""
+    own = dict(decoder_layers(model)[layer].named_parameters())
+    halves = sublayers(model)[layer]
+    if not halves.refusal:
+        names = [name for half in ("attention", "mlp") for name in output_parameters(model, layer, halves, half)]
+        yield lambda factor: {name: _times(own[name], factor) for name in names}
+    norms = [name for name in own if name.count(".") == 1 and "norm" in name and name.endswith(".weight")]
+    for pair in itertools.combinations(norms, 2):  # those behind attention and MLP have no common names
+        yield lambda factor, pair=pair: {name: _times(own[name], factor) for name in pair}
+        # Gemma's norms multiply by 1 + weight
+        yield lambda factor, pair=pair: {name: _times(own[name], factor, offset=1) for name in pair}
+
+
+def _times(weight: Tensor, factor: float, *, offset: int = 0) -> Tensor:
+    """factor * (offset + weight) - offset, rounded once."""
+    return ((weight.detach().double() + offset) * factor - offset).to(weight.dtype)

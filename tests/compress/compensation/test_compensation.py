@@ -1,0 +1,223 @@
+"""What makes up for dropped layers: the regression against an independent one, and folded weights against hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import tiny_model
+from packed_rows import packed
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.compress.compensation import fit
+from shoal.compress.compensation.fit import compensate, gaps
+from shoal.compress.compensation.sums import SHRINKAGES, Sums, fit_correction, fit_factor
+from shoal.compress.edits.merging import tensors_in_place, with_layers
+from shoal.compress.surgery.cut_model import skipped
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers, state_of, with_state
+from shoal.recipe.prune import Compensate
+
+FAMILIES = (
+    *("llama", "qwen2", "qwen3", "mistral", "smollm3", "granite", "phi3", "starcoder2", "nemotron", "olmo", "helium"),
+    *("gemma", "gemma2", "gemma3_text", "glm4"),  # the last three norm what the halves write
+    *("gpt2", "gpt_neox", "gptj", "falcon", "cohere", "phi", "stablelm", "bloom", "mpt"),  # parallel ones among them
+    *("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "dbrx"),
+)
+NO_FACTOR = ("olmo2", "openai-gpt")
+"""Families that read the raw residual stream."""
+DROP = (2, 4)
+MANY = packed([[16, 16]] * 24)
+ROWS = replace(MANY, input_ids_NS=MANY.input_ids_NS % 90)  # the tiny models know 96 tokens
+
+
+@pytest.fixture
+def always_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every gap is closed, as if the divergence fell each time: random models gain little."""
+    falling = count(100.0, -1.0)
+    real = fit._Fitting._divergence
+    monkeypatch.setattr(
+        fit._Fitting, "_divergence", lambda self, start: real(self, start) if start == 6 else next(falling)
+    )
+    monkeypatch.setattr(fit, "FACTORS", (1e-3, 1e3))
+    monkeypatch.setattr(fit, "TOKENS_PER_FEATURE", 1)
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ROWS.input_ids_NS[:4], use_cache=False).logits.double()
+
+
+@contextmanager
+def multiplied(teacher: PreTrainedModel, factors: dict[int, float]) -> Iterator[None]:
+    """The state after a layer times a factor, while the block runs."""
+
+    def hook(factor: float) -> Any:
+        return lambda _, __, output: with_state(output, state_of(output) * factor)
+
+    with ExitStack() as stack:
+        for layer, factor in factors.items():
+            stack.enter_context(decoder_layers(teacher)[layer].register_forward_hook(hook(factor)))
+        yield
+
+
+def assert_near(ours: Tensor, theirs: Tensor) -> None:
+    assert float((ours - theirs).norm() / theirs.norm()) < 2e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.usefixtures("always_closed")
+def test_folded_factors_equal_a_hook_that_multiplies(name: str) -> None:
+    teacher = tiny_model(name)
+    before = logits(teacher)
+    found = compensate(teacher, DROP, Compensate("scale", batch_size=4), ROWS)
+    factors = {gap.last: gap.factor for gap in found.gaps}
+    assert [(gap.first, gap.last) for gap in found.gaps] == [(2, 2), (4, 4)]
+    assert all(abs(factor - 1) > 1e-4 for factor in factors.values())
+    with skipped(teacher, DROP), multiplied(teacher, factors):
+        expected = logits(teacher)
+    student = with_layers(teacher, DROP, found.layers)
+    assert_near(logits(student), expected)
+    assert torch.equal(logits(teacher), before)
+    assert not found.layers.keys() & {0, 1, 2}, "what lies below the first gap stays the teacher's"
+    with skipped(teacher, DROP):
+        assert float((logits(teacher) - expected).norm() / expected.norm()) > 1e-3, "the factors change nothing"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", ["linear", "both"])
+@pytest.mark.usefixtures("always_closed")
+def test_a_folded_correction_moves_the_state_towards_the_teachers(name: str, method: Any) -> None:
+    """With the corrected weights in force, a factor's hook and the skips, the teacher gives what the student gives."""
+    teacher = tiny_model(name)
+    if name in ("gemma2", "gemma3_text", "glm4"):
+        with pytest.raises(UserError, match="does not write to the residual stream by linear maps"):
+            compensate(teacher, DROP, Compensate(method, batch_size=4), ROWS)
+        return
+    found = compensate(teacher, DROP, Compensate(method, batch_size=4), ROWS)
+    factors = {gap.last: gap.factor for gap in found.gaps}
+    assert all(gap.error_after < gap.error_before for gap in found.gaps)
+    assert (method == "linear") == all(factor == 1 for factor in factors.values())
+    student = with_layers(teacher, DROP, found.layers)
+    # the teacher with the corrections alone: what the factors below took from layer 3 is given back
+    product = factors[2]
+    own = dict(decoder_layers(teacher)[3].named_parameters())
+    changed = {n: t for n, t in found.layers[3].items() if not torch.allclose(t * product, own[n], rtol=1e-4)}
+    corrected = {1: found.layers[1], 3: {n: t * product for n, t in changed.items()}}
+    with tensors_in_place(teacher, corrected), skipped(teacher, DROP), multiplied(teacher, factors):
+        assert_near(logits(student), logits(teacher))
+
+
+@pytest.mark.parametrize("name", NO_FACTOR)
+def test_a_family_that_reads_the_raw_stream_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"set method: linear|leave prune\.compensate out"):
+        compensate(tiny_model(name), DROP, Compensate("scale"), ROWS)
+
+
+def test_a_gap_where_the_divergence_does_not_fall_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_model("llama")
+    real, asked = fit._Fitting._divergence, count()
+
+    def rises_at_the_first_gap(self: Any, start: int) -> float:
+        return real(self, start) if (number := next(asked)) > 3 else float(10 + (number if number < 2 else -number))
+
+    monkeypatch.setattr(fit._Fitting, "_divergence", rises_at_the_first_gap)
+    found = compensate(teacher, DROP, Compensate("scale"), ROWS)
+    first, second = found.gaps
+    assert not first.is_closed
+    assert first.divergence_after == first.divergence_before == 10
+    assert second.is_closed
+    assert found.layers.keys() == {5}
+
+
+def test_the_last_layers_gap_takes_no_factor() -> None:
+    """Behind it there is a norm alone, to which the size of the state is nothing."""
+    (gap,) = compensate(tiny_model("llama"), (5,), Compensate("scale"), ROWS).gaps
+    assert not gap.is_closed
+
+
+def test_too_few_tokens_for_a_correction_are_refused_with_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "TOKENS_PER_FEATURE", 200)
+    with pytest.raises(UserError, match=r"leaves 672 tokens to fit 48 features .* at least 9,600"):
+        compensate(tiny_model("llama"), DROP, Compensate("both"), ROWS)
+
+
+def test_states_that_are_not_finite_are_refused() -> None:
+    teacher = tiny_model("llama")
+    with torch.no_grad():
+        next(decoder_layers(teacher)[3].mlp.down_proj.parameters()).fill_(3e38)
+    with pytest.raises(UserError, match="not finite"):
+        compensate(teacher, DROP, Compensate("scale"), ROWS)
+
+
+def test_runs_of_dropped_layers() -> None:
+    assert gaps([7, 2, 3, 9, 1]) == [(1, 3), (7, 7), (9, 9)]
+
+
+def reference_correction(x: np.ndarray, f: np.ndarray, y: np.ndarray, shrinkage: float) -> tuple[float, np.ndarray]:
+    """The factor and the matrix of least weighted error, by one system of equations over all unknowns."""
+    w = 1 / (y**2).sum(-1)
+    num_features, size = f.shape[1], x.shape[1]
+    mean_square = (w[:, None] * f**2).sum() / num_features
+    # unknowns: the factor, then the matrix row by row
+    rows = np.concatenate(
+        [x[:, :, None], np.einsum("nf,de->ndfe", f, np.eye(size)).reshape(len(x), size, -1)], axis=2
+    ).reshape(len(x) * size, -1)
+    weights = np.repeat(w, size)
+    normal = rows.T @ (weights[:, None] * rows)
+    normal[1:, 1:] += shrinkage * mean_square * np.eye(num_features * size)
+    found = np.linalg.solve(normal, rows.T @ (weights * y.reshape(-1)))
+    return float(found[0]), found[1:].reshape(num_features, size)
+
+
+@pytest.mark.parametrize("with_factor", [True, False])
+def test_the_regression_is_that_of_an_independent_solver(with_factor: bool) -> None:
+    chance = np.random.default_rng(0)
+    x, f = chance.normal(size=(400, 5)), chance.normal(size=(400, 7))
+    true = chance.normal(size=(7, 5)) * 0.3
+    y = 1.3 * x + f @ true + 0.05 * chance.normal(size=(400, 5))
+    y[::50] *= 100  # sinks
+    x[::50] *= 100
+    train, test = Sums(), Sums()
+    for part in np.array_split(np.arange(300), 4):
+        train.add(*(torch.from_numpy(a[part]) for a in (x, f, y)))
+    test.add(*(torch.from_numpy(a[300:]) for a in (x, f, y)))
+    found = fit_correction(train, test, with_factor=with_factor)
+    assert found.added_FD is not None
+
+    def error_of(factor: float, added: np.ndarray) -> float:
+        rest = y[300:] - factor * x[300:] - f[300:] @ added
+        return float(((rest**2).sum(-1) / (y[300:] ** 2).sum(-1)).mean())
+
+    expected = []
+    for shrinkage in SHRINKAGES:
+        factor, added = reference_correction(x[:300], f[:300], y[:300], shrinkage)
+        if not with_factor:
+            w_y = 1 / (y[:300] ** 2).sum(-1)
+            normal = (f[:300] * w_y[:, None]).T @ f[:300]
+            normal += shrinkage * np.trace(normal) / 7 * np.eye(7)
+            factor, added = 1.0, np.linalg.solve(normal, (f[:300] * w_y[:, None]).T @ (y[:300] - x[:300]))
+        expected.append((error_of(factor, added), factor, added))
+    least = min(error for error, *_ in expected)
+    error, factor, added = next(one for one in expected if one[0] <= 1.02 * least)
+    assert found.error == pytest.approx(error, rel=1e-3)
+    assert found.factor == pytest.approx(factor, rel=1e-3)
+    np.testing.assert_allclose(found.added_FD.numpy(), added, rtol=0.02, atol=2e-3)
+    assert test.error() == pytest.approx(error_of(1.0, np.zeros((7, 5))), rel=1e-4)
+
+
+def test_the_factor_alone_is_the_weighted_least_squares_one() -> None:
+    chance = np.random.default_rng(1)
+    x = chance.normal(size=(100, 4)) * chance.uniform(0.1, 50, size=(100, 1))
+    y = 0.7 * x + 0.1 * chance.normal(size=(100, 4))
+    sums = Sums()
+    sums.add(torch.from_numpy(x), None, torch.from_numpy(y))
+    w = 1 / (y**2).sum(-1, keepdims=True)
+    assert fit_factor(sums, sums).factor == pytest.approx(float((w * x * y).sum() / (w * x * x).sum()), rel=1e-5)
