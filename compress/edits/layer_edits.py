@@ -39,6 +39,7 @@ from .masks import (
     heads_masked,
     heads_of_groups,
     layer_skipped,
+    state_multiplied,
     with_halves,
     with_heads,
 )
@@ -153,6 +154,14 @@ def layer_edits(components: Iterable[Component], model: PreTrainedModel | None) 
     return tuple((layer, LayerEdit(part, tuple(sorted(taken[layer, part])))) for layer, part in sorted(taken))
 
 
+def hooks_of(model: PreTrainedModel, layer: int, edit: LayerEdit, rows: RowsOfBatch | None) -> Hooks:
+    """What puts ``edit`` of ``layer`` in force, in all rows of a batch where ``rows`` is None; nothing for a donor."""
+    if (hooks := KINDS[edit.part].hooks) is not None:
+        yield from hooks(model, layer, edit.indices, rows)
+    if edit.factor != 1:
+        yield state_multiplied(model, layer, edit.factor, rows)
+
+
 @contextmanager
 def in_force(model: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> Iterator[PreTrainedModel]:
     """``model`` with ``edits`` in force until the block ends, but for those that take a donor.
@@ -162,9 +171,8 @@ def in_force(model: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit]]) -> 
     """
     with ExitStack() as stack:
         for layer, edit in edits:
-            if (hooks := KINDS[edit.part].hooks) is not None:
-                for hook in hooks(model, layer, edit.indices, None):
-                    stack.enter_context(hook)
+            for hook in hooks_of(model, layer, edit, None):
+                stack.enter_context(hook)
         yield model
 
 
@@ -187,5 +195,8 @@ def zero_for_good(student: PreTrainedModel, edits: Iterable[tuple[int, LayerEdit
 
 def stored_name(edits: LayerEdits) -> str:
     """How stored answers of sweeps name ``edits``. They are found again by this text, so it stays as it always was."""
-    named = [f"({layer}, {KINDS[edit.part].stored.format(edit.indices)})" for layer, edit in edits]
+    named = [
+        f"({layer}, {KINDS[edit.part].stored.format(edit.indices)}{'' if edit.factor == 1 else f' * {edit.factor!r}'})"
+        for layer, edit in edits
+    ]
     return f"({', '.join(named)}{',' if len(named) == 1 else ''})"

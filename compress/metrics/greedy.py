@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from shoal.artifacts.artifact import TaskScore
 from shoal.artifacts.importance import Removal
 from shoal.errors import UserError
-from shoal.recipe.edits import REMOVED, Component, ComponentPart
+from shoal.recipe.edits import REMOVED, Component, ComponentPart, LayerEdit
 
 from ..edits.layer_edits import KINDS, layer_edits
 from ..variants.variants import Variant, variant
@@ -31,12 +31,14 @@ def greedy_order(
     *,
     num_removals: int | None = None,
     higher_is_better: bool = False,
+    factors: Mapping[int, float] | None = None,
     name: str = "greedy",
 ) -> Order:
     """``num_removals`` of ``components`` in the order in which they go, each with the objective once it is gone.
 
     A round scores the model without those gone so far and without each remaining one, and takes the best for good; of
     equal ones the first in ``components``. None removes all but one. Components that are to stay are not listed.
+    ``factors``: layer -> times which it hands on its input once it is gone, in force at every candidate.
 
     Raises:
         UserError: fewer components than removals, one listed twice, or no removal asked for.
@@ -53,7 +55,7 @@ def greedy_order(
     order: list[Removal] = []
     for number in range(count):
         gone = [removal.unit for removal in order]
-        scores = objective([without_components([*gone, component]) for component in remaining])
+        scores = objective([without_components([*gone, component], factors) for component in remaining])
         best = (max if higher_is_better else min)(scores)
         position = list(scores).index(best)
         order.append(Removal(remaining.pop(position), best))
@@ -73,7 +75,7 @@ def half_components(num_layers: int, *, protected: Collection[int] = ()) -> tupl
     return tuple(Component(layer.layers, part) for layer in layers for part in ("attention", "mlp"))
 
 
-def without_components(components: Sequence[Component]) -> Variant:
+def without_components(components: Sequence[Component], factors: Mapping[int, float] | None = None) -> Variant:
     """The variant without ``components``. A layer both of whose halves are gone is gone, as a plan made of them has it.
 
     Raises:
@@ -94,7 +96,11 @@ def without_components(components: Sequence[Component]) -> Variant:
         for layer, edit in edits
         if layer not in gone and not (edit.part == "head" and "attention" in parts[layer])
     ]
-    return variant(_names(components), [*((layer, REMOVED) for layer in gone), *rest])
+    return variant(_names(components), [*((layer, _removed(layer, factors)) for layer in gone), *rest])
+
+
+def _removed(layer: int, factors: Mapping[int, float] | None) -> LayerEdit:
+    return LayerEdit("layer", factor=factors[layer]) if factors else REMOVED
 
 
 def task_objective(

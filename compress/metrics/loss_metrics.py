@@ -82,7 +82,25 @@ class Sleb(LossMetric):
             layers,
             lambda variants: losses(variants, what="sleb"),
             num_removals=calibration.num_drop,
+            factors=losses.factors,
             name="sleb",
+        )
+
+
+class GreedyDivergence(LossMetric):
+    """Layer after layer: min over l of KL(intact || without gone + {l}) per token, given what is gone. INFERRED."""
+
+    yields: ClassVar[Yields] = "order"
+
+    @classmethod
+    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
+        layers = layer_components(len(decoder_layers(model)), protected=PROTECTED)
+        return greedy_order(
+            layers,
+            lambda variants: losses.divergences(variants, what="greedy_kl"),
+            num_removals=calibration.num_drop,
+            factors=losses.factors,
+            name="greedy_kl",
         )
 
 
@@ -166,6 +184,7 @@ class LocalShapley(LossMetric):
 LOSS_METRICS: dict[str, type[LossMetric]] = {
     "single_drop_perplexity": SingleDropPerplexity,
     "sleb": Sleb,
+    "greedy_kl": GreedyDivergence,
     "blockpruner": BlockPruner,
     "present_absent": PresentAbsent,
     "local_shapley": LocalShapley,

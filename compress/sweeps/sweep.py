@@ -29,7 +29,6 @@ from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Score
 from shoal.models.anatomy import text_config
 from shoal.progress import Work, each
-from shoal.recipe.edits import REMOVED
 from shoal.recipe.measure import Protocol, Sweeps
 from shoal.runtime import world_size
 
@@ -101,7 +100,7 @@ def layer_runs(variants: Sequence[Variant], num_layers: int) -> tuple[int, int]:
     """How many layers a token passes until all variants have its final state: together, and one after the other."""
     shared = apart = 0
     for layer in range(num_layers):
-        removed = [(layer, REMOVED) in variant.edits for variant in variants]
+        removed = [any(at == layer and edit.removes_layer for at, edit in variant.edits) for variant in variants]
         through = [variant.edits for variant, is_gone in zip(variants, removed, strict=True) if not is_gone]
         paths = {tuple(edit for edit in edits if edit[0] <= layer) for edits in through}
         shared += len(paths)

@@ -24,9 +24,9 @@ from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.generation import Texts, generate_greedily, write
 from shoal.inference.prefix_sharing import batches
 from shoal.inference.scoring import Pass
-from shoal.recipe.edits import REMOVED, LayerEdit
+from shoal.recipe.edits import LayerEdit
 
-from ..edits.layer_edits import KINDS
+from ..edits.layer_edits import KINDS, hooks_of
 from ..edits.masks import RowsOfBatch
 from .variants import INTACT, Edited, States, Variant, layerwise_or_none
 
@@ -158,7 +158,7 @@ class _Reading:
         layerwise = layerwise_or_none(edited.model)
         assert layerwise is not None
         self._num_layers = layerwise.num_layers
-        removed = [{layer for layer, edit in variant.edits if edit == REMOVED} for variant in variants]
+        removed = [{layer for layer, edit in variant.edits if edit.removes_layer} for variant in variants]
         if set.intersection(*removed):  # a layer that nobody goes through would leave no slot
             variants = [*variants, INTACT]
         self._states = States(edited, layerwise, decoder, self._passes(read), variants, keep=True)
@@ -274,8 +274,6 @@ class RowEdits:
     def applied(self) -> Iterator[None]:
         with ExitStack() as stack:
             for (layer, edit), rows in self._rows.items():
-                hooks = KINDS[edit.part].hooks
-                assert hooks is not None
-                for hook in hooks(self._model, layer, edit.indices, rows):
+                for hook in hooks_of(self._model, layer, edit, rows):
                     stack.enter_context(hook)
             yield

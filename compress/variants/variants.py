@@ -102,9 +102,9 @@ class Edited:
     def run(
         self, layerwise: Layerwise, layer: int, edits: Sequence[LayerEdit], hidden_BSD: Tensor, call: Call
     ) -> Tensor:
-        """(B, S, D) The state after ``layer`` under ``edits`` of it; ``hidden_BSD`` itself where it is removed."""
-        if REMOVED in edits:
-            return hidden_BSD
+        """(B, S, D) The state after ``layer`` under ``edits`` of it; ``hidden_BSD`` itself where it is just removed."""
+        if removal := next((edit for edit in edits if edit.removes_layer), None):
+            return hidden_BSD if removal.factor == 1 else hidden_BSD * removal.factor
         if any(edit.part == "donor" for edit in edits):
             assert self.donor is not None
             assert len(edits) == 1, "a donor's layer is taken as it is"
@@ -169,7 +169,7 @@ class States:
                 edits = [edit for at, edit in so_far if at == layer]
                 states = before[tuple(edit for edit in so_far if edit[0] < layer)]
                 self._states[so_far], slot = self._through(layer, edits, states)
-                if self.kept is not None and slot is not None and REMOVED not in edits:
+                if self.kept is not None and slot is not None and not any(edit.removes_layer for edit in edits):
                     self.kept[layer][so_far] = slot.keys, slot.values
         self.layer += 1
 

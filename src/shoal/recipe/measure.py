@@ -87,6 +87,9 @@ class Measure(Section):
     metrics: Annotated[tuple[str, ...], Shapes.IMPORTANCE] = ("block_influence", "angular")
     num_drop: Annotated[Positive | None, Shapes.IMPORTANCE] = None
     """Removals that greedy metrics make; None = a quarter of the layers."""
+    scale_removals: Annotated[bool, Shapes.IMPORTANCE] = False
+    """In orders of whole layers (sleb, greedy_kl, task_greedy) one that is gone still scales the state, by as much as
+    it did on average: layers are chosen for a plan with prune.compensate (Prune&Comp, arXiv:2507.18212)."""
     sweep: Sweeps | None = None
     """None = no task is scored."""
     diagnostics: Annotated[bool, Shapes.NOTHING] = False
@@ -103,6 +106,14 @@ class Measure(Section):
 def contradictions(measure: Measure) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
     sweep = measure.sweep
+    ordered = {"sleb", "greedy_kl"} & set(measure.metrics) or (sweep is not None and sweep.greedy is not None)
+    if measure.scale_removals and not ordered:
+        yield (
+            "measure.scale_removals: has no effect without an order of whole layers; name sleb or greedy_kl in "
+            "measure.metrics, set measure.sweep.greedy, or leave it out"
+        )
+    if measure.scale_removals and measure.memory_gb is not None:
+        yield "measure.scale_removals: needs the whole model in memory; leave measure.memory_gb out"
     if sweep is None:
         return
     limits = {"limit": sweep.limit, **{f"limits.{task}": limit for task, limit in sweep.limits.items()}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -215,13 +215,20 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
             scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
         else:
             num_drop = settings.num_drop or max(1, run.num_layers // 4)
-            scores = measure_importance(model, rows, num_drop=num_drop, seed=run.recipe.seed, **common)
+            scores = measure_importance(
+                model,
+                rows,
+                num_drop=num_drop,
+                seed=run.recipe.seed,
+                scale_removals=settings.scale_removals,
+                **common,
+            )
         return Importance(Provenance(inputs), **vars(scores))
 
-    return scored() if settings.sweep is None else _swept(run, model, settings.sweep, scored)
+    return scored() if settings.sweep is None else _swept(run, model, rows, settings.sweep, scored)
 
 
-def _swept(run: Run, model: Any, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:
+def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:
     """What ``scored`` gives, with the atlas and the tables of all operators."""
     from shoal.compress.edits.layer_edits import components_of
     from shoal.compress.sweeps.atlas import build_atlas
@@ -257,13 +264,13 @@ def _swept(run: Run, model: Any, settings: Sweeps, scored: Callable[[], Importan
             table = sweep_table(operator, components, intact, removed)
             importance = replace(importance, sweeps={**importance.sweeps, operator: table})
     if settings.greedy is not None:
-        order = _task_order(run, sweep, settings, settings.greedy, identity)
+        order = _task_order(run, sweep, settings, _removal_factors(run, model, rows), identity)
         importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
     return importance
 
 
 def _task_order(
-    run: Run, sweep: Callable[..., Any], settings: Sweeps, num_removals: int, identity: str
+    run: Run, sweep: Callable[..., Any], settings: Sweeps, factors: Mapping[int, float] | None, identity: str
 ) -> tuple[Removal, ...]:
     """The layers in the order in which the tasks' mean score can best do without them; the first and last one stay."""
     from shoal.compress.metrics.greedy import greedy_order, layer_components, task_objective
@@ -277,10 +284,21 @@ def _task_order(
     return greedy_order(
         layer_components(run.num_layers, protected=(0, run.num_layers - 1)),
         task_objective(evaluate, weights=settings.greedy_weights or None),
-        num_removals=num_removals,
+        num_removals=settings.greedy,
         higher_is_better=True,
+        factors=factors,
         name=TASK_ORDER,
     )
+
+
+def _removal_factors(run: Run, model: Any, rows: PackedRows) -> Mapping[int, float] | None:
+    """Layer -> times which it hands on its input where it is removed; None where it just does."""
+    from shoal.compress.metrics.metric import Calibration
+    from shoal.compress.metrics.variant_losses import removal_factors
+
+    if not run.recipe.measure.scale_removals:
+        return None
+    return removal_factors(model, Calibration(rows, run.recipe.measure.batch_size))
 
 
 def _sweep(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
