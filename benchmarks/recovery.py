@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--drop", type=int, nargs="+", default=DROP)
     parser.add_argument("--data-dir", help="public benchmarks, as eval.data_dir takes them")
     parser.add_argument("--general", nargs="+", help="sources of general text, in equal shares")
+    parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
     parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
     for arm in arguments.arms:
@@ -137,7 +138,8 @@ def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
 
 def folder_of(arguments: argparse.Namespace) -> Path:
     budget = f"{arguments.tokens}-tokens" if arguments.tokens else f"{arguments.seconds:g}-seconds"
-    return arguments.out / f"without-{cut_of(arguments)}-{budget}"
+    closed = f"-{arguments.compensate}" if arguments.compensate else ""
+    return arguments.out / f"without-{cut_of(arguments)}{closed}-{budget}"
 
 
 def cut_of(arguments: argparse.Namespace) -> str:
@@ -214,7 +216,7 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "model": "demo:smollm2-135m",
         "run_dir": str(run_dir),
         "seed": seed,
-        "prune": {"drop": list(arguments.drop)},
+        "prune": {"drop": list(arguments.drop), "compensate": arguments.compensate},
         "distill": distill,
         "eval": {
             "tasks": [*TASKS, *(PUBLIC_TASKS if arguments.data_dir else ())],
@@ -273,21 +275,24 @@ def kept_by_column(teacher: Scores, rows: Rows) -> str:
     columns["twin, out, public"] = even_weights([t for t in usable if t.column in HEADLINE], lambda task: task.column)
     lines = [f"| arm | {' | '.join(columns)} | form gap |", f"|{' --- |' * (len(columns) + 2)}"]
     for title, (own, first) in rows.items():
-        cells = [kept_text(teacher, own, weights, first) for weights in columns.values()]
+        cells = [kept_text(teacher, rows["pruned"][0], own, weights, first) for weights in columns.values()]
         twins = [task for task in own.values() if task.twin_of in own and task.higher_is_better]
         gaps = [form_gap(own[task.twin_of], task).difference for task in twins]
         lines.append(f"| {title} | {' | '.join(cells)} | {fmean(gaps):+.3f} |")
     return "\n".join(lines)
 
 
-def kept_text(teacher: Scores, own: Scores, weights: Mapping[str, float], first: Scores | None) -> str:
-    """Mean share kept with its interval, and its distance to the first arm's."""
+def kept_text(teacher: Scores, pruned: Scores, own: Scores, weights: Mapping[str, float], first: Scores | None) -> str:
+    """Mean share kept with its interval, and its distance to the cut model's and to the first arm's."""
     scales = {name: weight / (teacher[name].score - teacher[name].chance) for name, weight in weights.items()}
     lost = summed_change(scales, teacher, own)
     cell = f"{1 + lost.value:.2f} [{1 + lost.ci_low:.2f}, {1 + lost.ci_high:.2f}]"
+    if own is not pruned:
+        gained = summed_change(scales, pruned, own)
+        cell += f"; over pruned {gained.value:+.2f} [{gained.ci_low:+.2f}, {gained.ci_high:+.2f}]"
     if first is not None:
         change = summed_change(scales, first, own)
-        cell += f"; {change.value:+.2f} [{change.ci_low:+.2f}, {change.ci_high:+.2f}]"
+        cell += f"; over the first {change.value:+.2f} [{change.ci_low:+.2f}, {change.ci_high:+.2f}]"
     return cell
 
 

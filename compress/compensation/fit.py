@@ -42,7 +42,7 @@ from .sums import Fit, Sums, fit_correction, fit_factor
 log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 8
-"""One row in so many is fitted to by nobody."""
+"""The last one in so many rows is not fitted to: rows of other documents, but for the one that is cut in two."""
 TOKENS_PER_FEATURE = 4
 """Fitted tokens for every feature below which a correction is refused: it would follow the noise."""
 FACTORS = (0.5, 4.0)
@@ -160,15 +160,15 @@ class _Fitting:
             )
 
     def _batches(self, rows: PackedRows) -> Iterator[_Batch]:
-        for held_out in (False, True):
-            own = [row for row in range(len(rows)) if (row % HELD_OUT_SHARE == HELD_OUT_SHARE - 1) == held_out]
-            for some in torch.tensor(own, dtype=torch.long).split(self.settings.batch_size) if own else ():
+        num_fitted = len(rows) - max(1, len(rows) // HELD_OUT_SHARE)
+        for held_out, own in enumerate(torch.arange(len(rows)).split([num_fitted, len(rows) - num_fitted])):
+            for some in own.split(self.settings.batch_size) if len(own) else ():
                 inputs = self.decoder.arguments(
                     rows.input_ids_NS[some].long().to(self.model.device),
                     position_ids_BS=rows.position_ids_NS[some].long().to(self.model.device),
                 )
                 prepared = self.layerwise.prepare(inputs)
-                yield _Batch(prepared.without_hidden(), held_out, prepared.hidden_BSD, prepared.hidden_BSD)
+                yield _Batch(prepared.without_hidden(), bool(held_out), prepared.hidden_BSD, prepared.hidden_BSD)
 
     def _run(self, layer: int, batch: _Batch, hidden_BSD: Tensor) -> Tensor:
         """(B, S, D) The state after the teacher's own ``layer``."""
