@@ -9,11 +9,12 @@
 
 Folders:
 
-    depth     who writes, erases and decides along the depth of a model
-    edits     changes of layers besides dropping them
-    metrics   scores of layers from plain text
-    surgery   the student in memory and on disk, proven to be the teacher without the dropped layers
-    sweeps    variants scored on tasks, and what follows from it
-    targets   other programs that load students
-    variants  many edits of one model, what they share computed once
+    compensation  what makes up for dropped layers without training
+    depth         who writes, erases and decides along the depth of a model
+    edits         changes of layers besides dropping them
+    metrics       scores of layers from plain text
+    surgery       the student in memory and on disk, proven to be the teacher without the dropped layers
+    sweeps        variants scored on tasks, and what follows from it
+    targets       other programs that load students
+    variants      many edits of one model, what they share computed once
 """

@@ -1,4 +1,7 @@
-"""What makes up for dropped layers: the regression against an independent one, and folded weights against hooks."""
+"""What makes up for dropped layers: the regression against an independent one, and folded weights against hooks.
+
+Covers: shoal.compress.compensation.fit, shoal.compress.compensation.fold, shoal.compress.compensation.sums.
+"""
 
 from __future__ import annotations
 

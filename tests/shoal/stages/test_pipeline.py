@@ -651,3 +651,71 @@ def test_wording_of_twins_in_training_rows_is_told_with_its_places(
     )
     assert not any(each["found"] for each in search(clean, tiny_tokenizer())["wording"].values())
     assert "wording of twin" not in caplog.text
+
+
+# --- compensation -------------------------------------------------------------------------------------------------
+
+COMPENSATE = {"method": "both", "data": "python_docs", "num_tokens": 2048, "sequence_length": 64}
+
+
+def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run: Any, monkeypatch: Any) -> None:
+    run = make_run(prune={"drop": [1, 3], "compensate": COMPENSATE})
+    pruning.prune(run)
+    plan = PruningPlan.read(run.dir / PruningPlan.FILE)
+    assert [(gap.first, gap.last) for gap in plan.gaps] == [(1, 1), (3, 3)]
+    assert all(gap.divergence_after <= gap.divergence_before for gap in plan.gaps)
+    closed = [gap for gap in plan.gaps if gap.is_closed]
+    assert closed, "random layers, but no gap gained: the test shows nothing"
+    plain = make_run(run_dir=str(run.dir.parent / "plain"))
+    pruning.prune(plain)
+    ours, theirs = (load_file(at.dir / "student/model.safetensors") for at in (run, plain))
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed
+    assert all(name.startswith("model.layers.") for name in changed), "embeddings, norms and head stay"
+    before = contents(run.dir / "student")
+    monkeypatch.setattr("shoal.compress.apply.apply_plan", lambda *_, **__: pytest.fail("made again"))
+    pruning.prune(make_run(prune={"drop": [1, 3], "compensate": COMPENSATE}))
+    assert contents(run.dir / "student") == before
+
+
+def test_other_settings_of_the_compensation_make_another_student(make_run: Any) -> None:
+    run = make_run(prune={"drop": [1, 3], "compensate": COMPENSATE})
+    pruning.prune(run)
+    factors = PruningPlan.read(run.dir / PruningPlan.FILE).gaps
+    other = make_run(prune={"drop": [1, 3], "compensate": {**COMPENSATE, "method": "scale"}})
+    pruning.prune(other)
+    again = PruningPlan.read(run.dir / PruningPlan.FILE).gaps
+    assert again != factors
+    assert not any(gap.is_corrected for gap in again)
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"drop": [0, 3], "compensate": "scale"}, "layer 0 is dropped"),
+        (
+            {"drop": [3], "edits": [{"kind": "skip_mlp", "layers": [2]}], "compensate": "both"},
+            "makes up for dropped layers alone",
+        ),
+        ({"drop": [3], "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"drop": [3], "compensate": {**COMPENSATE, "num_tokens": 64}}, "less than two rows"),
+        ({"drop": [3], "compensate": {**COMPENSATE, "num_tokens": 128}}, "needs at least"),
+    ],
+)
+def test_what_cannot_be_made_up_for_is_refused_and_nothing_is_left(make_run: Any, prune: Any, message: str) -> None:
+    run = make_run(prune=prune)
+    with pytest.raises(UserError, match=message):
+        pruning.prune(run)
+    assert not (run.dir / PruningPlan.FILE).exists()
+    assert not (run.dir / "student").exists()
+
+
+def test_a_changed_plan_of_a_compensated_student_is_refused(make_run: Any) -> None:
+    run = make_run(prune={"drop": [1, 3], "compensate": COMPENSATE})
+    pruning.prune(run)
+    path = run.dir / PruningPlan.FILE
+    told = json.loads(path.read_text())
+    told["gaps"][0]["factor"] *= 2
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="one of them was changed after the cut"):
+        pruning.read_plan(run)

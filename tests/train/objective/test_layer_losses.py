@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers
+from shoal.models.anatomy import decoder_layers, state_of, with_state
 from shoal.recipe.edits import Edits, Merge, Replace, SkipMlp
 from shoal.recipe.losses import AttentionRelation, HiddenStates, StateTerm, ValueRelation
 from shoal.train.objective import layer_losses
@@ -263,6 +263,29 @@ def test_every_term_has_its_weight_and_weight_0_trains_nothing(term: StateTerm) 
     torch.testing.assert_close(loss.double(), 3.5 * sums[0], rtol=1e-6, atol=0)
     loss, _ = run(StateLosses(terms[2:], plan((2, 3)), student, teacher), student, teacher)
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("how", ["own", "gap_closing"])
+@pytest.mark.parametrize("distance", ["mse", "cosine"])
+def test_a_factor_that_is_folded_into_weights_changes_no_loss_on_states(how: Any, distance: Any) -> None:
+    """The student whose upper layers write less, told the factor, against one that multiplies its state at the gap."""
+    teacher, factor = tiny_model("llama"), 1.25
+    folded, hooked = (changed(cut(teacher, (2, 3))) for _ in range(2))
+    with torch.no_grad():
+        for layer in decoder_layers(folded)[2:]:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                for parameter in projection.parameters():
+                    parameter.div_(factor)
+    decoder_layers(hooked)[1].register_forward_hook(lambda _, __, output: with_state(output, state_of(output) * factor))
+    gap = ClosedGap(2, 3, factor, False, 0.0, 0.0, 0.0, 0.0)
+    term = HiddenStates(map=how, distance=distance, layers=(2, 3) if how == "own" else (1, 2, 3))
+    told = dataclasses.replace(plan((2, 3)), gaps=(gap,))
+    _, ours = run(StateLosses((term,), told, folded, teacher), folded, teacher)
+    _, expected = run(StateLosses((term,), plan((2, 3)), hooked, teacher), hooked, teacher)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    if distance == "mse":
+        _, untold = run(StateLosses((term,), plan((2, 3)), folded, teacher), folded, teacher)
+        assert abs(untold - expected) > 0.01 * expected
 
 
 @pytest.mark.parametrize("term", [kind for kind in KINDS if getattr(kind, "map", "own") == "own"], ids=str)
