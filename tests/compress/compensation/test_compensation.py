@@ -38,6 +38,7 @@ NO_FACTOR = ("olmo2", "openai-gpt")
 """Families that read the raw residual stream."""
 DROP = (2, 4)
 MANY = packed([[16, 16]] * 24)
+LONG = packed([[16, 16]] * 96)
 ROWS = replace(MANY, input_ids_NS=MANY.input_ids_NS % 90)  # the tiny models know 96 tokens
 
 
@@ -224,3 +225,18 @@ def test_the_factor_alone_is_the_weighted_least_squares_one() -> None:
     sums.add(torch.from_numpy(x), None, torch.from_numpy(y))
     w = 1 / (y**2).sum(-1, keepdims=True)
     assert fit_factor(sums, sums).factor == pytest.approx(float((w * x * y).sum() / (w * x * x).sum()), rel=1e-5)
+
+
+def test_it_costs_less_than_three_forwards_over_its_text() -> None:
+    teacher, passed = tiny_model("llama"), 0
+    rows = replace(LONG, input_ids_NS=LONG.input_ids_NS % 90)
+
+    def count_rows(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal passed
+        passed += (args[0] if args else kwargs["hidden_states"]).shape[0]
+
+    with ExitStack() as stack:
+        for layer in decoder_layers(teacher):
+            stack.enter_context(layer.register_forward_pre_hook(count_rows, with_kwargs=True))
+        compensate(teacher, DROP, Compensate("both", batch_size=4), rows)
+    assert passed <= 3 * len(rows) * 6
