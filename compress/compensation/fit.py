@@ -185,45 +185,14 @@ class _Fitting:
         """Past ``below``, the last kept layer before the gap ``first`` to ``last``, and past the gap."""
         where = layers_text([*range(first, last + 1)])
         correction = Correction(self.layerwise, below) if self.with_correction else None
-        train, test = Sums(), Sums()
-        features: list[Tensor | None] = []
-        before_BSD = self.held_out[0].student_BSD
-        for batch in self.batches:
-            given_BSD = batch.student_BSD
-            if correction is None:
-                batch.student_BSD, features_BSF = self._run(below, batch, given_BSD), None
-            else:
-                batch.student_BSD, features_BSF = correction.features(given_BSD, batch.prepared.calls[below])
-            features.append(features_BSF)
-            for layer in range(below, last + 1):
-                batch.teacher_BSD = self._run(layer, batch, batch.teacher_BSD)
-            if not bool(batch.student_BSD.isfinite().all() and batch.teacher_BSD.isfinite().all()):
-                raise UserError(
-                    f"prune.compensate: the states at {where} are not finite in {self.model.dtype}; look for damaged "
-                    "weights, or leave prune.compensate out"
-                )
-            (test if batch.held_out else train).add(
-                batch.student_BSD.flatten(0, 1),
-                None if features_BSF is None else features_BSF.flatten(0, 1),
-                batch.teacher_BSD.flatten(0, 1),
-            )
+        before = [batch.student_BSD for batch in self.batches]
+        train, test = self._sums(correction, below, last, where)
         fit = self._fit(train, test, is_last=last == self.num_layers - 1)
-        call = self.held_out[0].prepared.calls[below]
         error, divergence = test.error(), self._divergence(last + 1)
-        open_states = [batch.student_BSD for batch in self.batches]
-        for batch, features_BSF in zip(self.batches, features, strict=True):
-            batch.student_BSD = _closed(batch.student_BSD, features_BSF, fit)
+        states = [batch.student_BSD for batch in self.batches]
+        self._apply(fit, correction, below, before)
         closed = self._divergence(last + 1)
-        if helps := closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]:
-            if correction is not None and fit.added_FD is not None:
-                self.folded[below] = correction.folded(fit.added_FD / fit.factor, before_BSD, call)
-        else:
-            fit = NONE
-            for batch, state_BSD in zip(self.batches, open_states, strict=True):
-                batch.student_BSD = state_BSD
-        if self.product != 1:
-            self._fold_factor(below, before_BSD)
-        self.product *= fit.factor
+        helps = closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]
         log.info(
             "prune: gap of %s: factor %.3f%s; error of the state %.4f -> %.4f, divergence from the teacher %.4f -> "
             "%.4f nats a token%s",
@@ -231,11 +200,19 @@ class _Fitting:
             fit.factor,
             "" if fit.added_FD is None else " and a correction",
             error,
-            fit.error if helps else error,
+            fit.error,
             divergence,
             closed,
             "" if helps else ": it does not fall, so the gap stays as it was",
         )
+        if not helps:
+            fit, closed = NONE, divergence
+            self.folded.pop(below, None)
+            for batch, state_BSD in zip(self.batches, states, strict=True):
+                batch.student_BSD = state_BSD
+        if self.product != 1:
+            self._fold_factor(below, before[-1])
+        self.product *= fit.factor
         return ClosedGap(
             first=first,
             last=last,
@@ -244,8 +221,43 @@ class _Fitting:
             error_before=error,
             error_after=fit.error if helps else error,
             divergence_before=divergence,
-            divergence_after=closed if helps else divergence,
+            divergence_after=closed,
         )
+
+    def _sums(self, correction: Correction | None, below: int, last: int, where: str) -> tuple[Sums, Sums]:
+        """What is fitted to and what is tested on, with the student past ``below`` and the teacher past ``last``."""
+        train, test = Sums(), Sums()
+        for batch in self.batches:
+            features_ND: Tensor | None = None
+            if correction is None:
+                batch.student_BSD = self._run(below, batch, batch.student_BSD)
+            else:
+                call = batch.prepared.calls[below]
+                batch.student_BSD, features_BSF = correction.features(batch.student_BSD, call)
+                features_ND = features_BSF.flatten(0, 1)
+            for layer in range(below, last + 1):
+                batch.teacher_BSD = self._run(layer, batch, batch.teacher_BSD)
+            if not bool(batch.student_BSD.isfinite().all() and batch.teacher_BSD.isfinite().all()):
+                raise UserError(
+                    f"prune.compensate: the states at {where} are not finite in {self.model.dtype}; look for damaged "
+                    "weights, or leave prune.compensate out"
+                )
+            states_ND = batch.student_BSD.flatten(0, 1), features_ND, batch.teacher_BSD.flatten(0, 1)
+            (test if batch.held_out else train).add(*states_ND)
+        return train, test
+
+    def _apply(self, fit: Fit, correction: Correction | None, below: int, before: Sequence[Tensor]) -> None:
+        """Close the gap above ``below`` by ``fit`` in all batches, from the student's states before that layer."""
+        if correction is not None and fit.added_FD is not None:
+            # of several batches the last is held out; features are made again, since all of them would be too much
+            call = self.batches[-1].prepared.calls[below]
+            self.folded[below] = correction.folded(fit.added_FD / fit.factor, before[-1], call)
+            with tensors_in_place(self.model, {below: self.folded[below]}):
+                for batch, before_BSD in zip(self.batches, before, strict=True):
+                    batch.student_BSD = self._run(below, batch, before_BSD)
+        if fit.factor != 1:
+            for batch in self.batches:
+                batch.student_BSD = batch.student_BSD * fit.factor
 
     def _fit(self, train: Sums, test: Sums, *, is_last: bool) -> Fit:
         with_factor = self.with_factor and not is_last  # behind the last gap there is a norm alone
@@ -262,7 +274,7 @@ class _Fitting:
 
     def _fold_factor(self, layer: int, state_BSD: Tensor | None = None) -> None:
         """Let ``layer``, with what is folded into it already, write to a state without the factors of gaps below."""
-        batch = self.held_out[0]
+        batch = self.batches[-1]
         before_BSD = batch.student_BSD if state_BSD is None else state_BSD
         with tensors_in_place(self.model, {layer: self.folded.get(layer, {})}):
             scaled = scaled_layer(self.layerwise, layer, 1 / self.product, before_BSD, batch.prepared.calls[layer])
@@ -303,12 +315,3 @@ class _Fitting:
 
     def _first_state(self, batch: _Batch) -> Tensor:
         return self.layerwise.prepare(batch.prepared.inputs).hidden_BSD
-
-
-def _closed(state_BSD: Tensor, features_BSF: Tensor | None, fit: Fit) -> Tensor:
-    """(B, S, D) The student's state behind a gap."""
-    if fit.added_FD is not None:
-        assert features_BSF is not None
-        added_BSD = features_BSF.float() @ fit.added_FD.float()
-        return (fit.factor * state_BSD.float() + added_BSD).to(state_BSD.dtype)
-    return state_BSD * fit.factor if fit.factor != 1 else state_BSD

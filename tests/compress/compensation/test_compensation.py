@@ -38,7 +38,7 @@ NO_FACTOR = ("olmo2", "openai-gpt")
 """Families that read the raw residual stream."""
 DROP = (2, 4)
 MANY = packed([[16, 16]] * 24)
-LONG = packed([[16, 16]] * 96)
+LONG = packed([[16, 16]] * 160)
 ROWS = replace(MANY, input_ids_NS=MANY.input_ids_NS % 90)  # the tiny models know 96 tokens
 
 
@@ -84,7 +84,7 @@ def test_folded_factors_equal_a_hook_that_multiplies(name: str) -> None:
     found = compensate(teacher, DROP, Compensate("scale", batch_size=4), ROWS)
     factors = {gap.last: gap.factor for gap in found.gaps}
     assert [(gap.first, gap.last) for gap in found.gaps] == [(2, 2), (4, 4)]
-    assert all(abs(factor - 1) > 1e-4 for factor in factors.values())
+    assert all(factor != 1 for factor in factors.values())
     with skipped(teacher, DROP), multiplied(teacher, factors):
         expected = logits(teacher)
     student = with_layers(teacher, DROP, found.layers)
@@ -237,6 +237,6 @@ def test_it_costs_less_than_three_forwards_over_its_text() -> None:
 
     with ExitStack() as stack:
         for layer in decoder_layers(teacher):
-            stack.enter_context(layer.register_forward_pre_hook(count_rows, with_kwargs=True))
+            stack.enter_context(layer.mlp.register_forward_pre_hook(count_rows, with_kwargs=True))
         compensate(teacher, DROP, Compensate("both", batch_size=4), rows)
-    assert passed <= 3 * len(rows) * 6
+    assert len(rows) * 6 < passed <= 2.2 * len(rows) * 6
