@@ -50,6 +50,32 @@ def role_evaluation(
         UserError: as evaluate does, or a checkpoint that cannot be loaded.
     """
     model, tokenizer = checkpoint.model(device=device()), checkpoint.tokenizer()
+    return model_evaluation(
+        role,
+        model,
+        tokenizer,
+        settings,
+        inputs=inputs,
+        seed=seed,
+        num_bytes=checkpoint_bytes(checkpoint.folder),
+        items=items,
+        tasks=tasks,
+    )
+
+
+def model_evaluation(
+    role: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Tasks,
+    *,
+    inputs: dict[str, Json],
+    seed: int,
+    num_bytes: int,
+    items: Path | None = None,
+    tasks: dict[str, Any] | None = None,
+) -> Evaluation:
+    """The same of a model in eval mode, whose weights take ``num_bytes``."""
     started = time.monotonic()
     cache = ItemCache()
     if items is not None:
@@ -66,7 +92,7 @@ def role_evaluation(
         tasks=scores,
         num_parameters=num_parameters(model),
         num_layers=text_config(model.config).num_hidden_layers,
-        num_bytes=checkpoint_bytes(checkpoint.folder),
+        num_bytes=num_bytes,
         seconds=time.monotonic() - started,
         num_requests=int(counts[0]),
         num_kept=int(counts[1]),

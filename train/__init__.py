@@ -4,7 +4,9 @@
     record     writes a recording
     dry_run    all of it for a reader
     assembly   models, teacher, loss and Trainer put together
-    trainer    one optimizer step, its curves, its checkpoint
+    objective_trainer  one optimizer step and its curves in the transformers Trainer
+    trainer    the same in a run directory: whole checkpoints, samples, a clean stop
+    distillation_trainer  the same for a model and a data set in memory
     dataset    the rows that are learnt from
     save       distilled/ and distill.json
 

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -23,7 +22,7 @@ from .engine.sharding import place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
 from .generated.sampling import end_tokens
-from .objective.host_batch import with_host_copy
+from .objective.host_batch import stacked
 from .objective.layer_losses import StateLosses
 from .objective.mixed_documents import warn_of_mixed_documents
 from .objective.objective import SharedPrefix
@@ -79,12 +78,13 @@ def make_trainer(
         model=student,
         args=arguments,
         train_dataset=rows,
-        data_collator=_stack,
+        data_collator=stacked,
         spec=spec,
         wiring=wiring,
         identity=identity.checkpoints,
         stop=stop,
         on_policy=_on_policy(spec.settings, student, tokenizer, seed=arguments.seed),
+        refused=Path(str(arguments.output_dir)).parent / "refused",
         peak_tokens_per_s=peak_tokens_per_s,
         callbacks=[*callbacks],
     )
@@ -148,7 +148,3 @@ def _recorded_teacher(
         },
     )
     return RecordedTeacher(reader, reads_logits=spec.reads_logits, states=states, prefix=prefix)
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-    return with_host_copy({key: torch.stack([row[key] for row in rows]) for key in rows[0]})

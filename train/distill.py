@@ -36,7 +36,7 @@ from .preflight.throughput import most_tokens_per_s
 from .save import write_results
 from .student.local_stage import local_stage
 from .student.lora import refuse_untrainable
-from .student.spec import TrainSpec
+from .student.spec import TrainSpec, require_same_vocabulary
 from .teacher.recording_reader import refuse_unrecorded
 from .trainer import DistillTrainer
 
@@ -100,19 +100,14 @@ def check_distillable(spec: TrainSpec) -> None:
             nothing could be trained of.
     """
     teacher, student, settings = spec.teacher, spec.student, spec.settings
-    sizes = [text_config(checkpoint.config).vocab_size for checkpoint in (teacher, student)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"teacher {teacher.folder} has {sizes[0]:,} vocabulary entries and student {student.folder} has "
-            f"{sizes[1]:,}; distillation compares next-token distributions, so cut the student from this teacher"
-        )
+    require_same_vocabulary(teacher, student)
     if tokenizer_fingerprint(teacher.folder) != tokenizer_fingerprint(student.folder):
         raise UserError(
             f"teacher {teacher.folder} and student {student.folder} have different tokenizers; "
             "distillation compares next-token distributions, so cut the student from this teacher"
         )
     if settings.teacher.recorded is not None:
-        refuse_unrecorded(settings.losses, spec.record, vocab_size=sizes[0])
+        refuse_unrecorded(settings.losses, spec.record, vocab_size=text_config(teacher.config).vocab_size)
     if settings.lora is not None:
         refuse_untrainable(settings.lora, settings.trainable, zero_stage=spec.deepspeed.stage)
 

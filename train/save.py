@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from shoal.redaction import redacted
 from shoal.runtime import barrier, device, is_main, world_size
 
 from .callbacks.validation import Watcher
+from .engine.arguments import resolved_deepspeed
+from .objective_trainer import ObjectiveTrainer
 from .student.frozen import write_student
 from .student.spec import TrainSpec
 from .trainer import DistillTrainer
@@ -41,11 +44,7 @@ def write_results(
     evaluation stands in the training text.
     """
     student = trainer.objective.student
-    settings: dict[str, Any] = {
-        "rows": fingerprint(rows.fingerprint),
-        "shared_layers": spec.shared_layers,
-        "trained_layers": list(spec.trained.layers),
-    }
+    settings: dict[str, Any] = {}
     with doing("bringing the student's weights together"):
         state = trainer.student_state()
     peak = torch.tensor(float(peak_memory()), device=device())
@@ -60,23 +59,34 @@ def write_results(
         student.config.use_cache = True  # the Trainer turned it off
         with doing("writing distilled/"):
             write_student(student, state, spec.student, run_dir / "distilled")
-        history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
-        seconds = [row["seconds"] for row in history if "seconds" in row]
-        Training(
-            provenance=Provenance(inputs),
-            num_steps=trainer.state.global_step,
-            num_tokens=trainer.state.global_step * spec.tokens_per_step,
-            seconds=seconds[-1] if seconds else 0.0,
-            history=tuple({key: float(value) for key, value in row.items()} for row in history),
-            settings={
-                "trainer": redacted(trainer.args.to_sanitized_dict()),
-                "deepspeed": trainer.args.hf_deepspeed_config.config,  # pyright: ignore[reportAttributeAccessIssue]
-                "world_size": world_size(),
-                **settings,
-            },
-            data={"sources": rows.counts, **overlap},
-            peak_memory_bytes=int(peak.item()),
-        ).write(run_dir / Training.FILE)
+        training = training_of(trainer, spec, inputs=inputs, rows=rows, peak_memory_bytes=int(peak.item()))
+        training = replace(training, settings={**training.settings, **settings}, data={**training.data, **overlap})
+        training.write(run_dir / Training.FILE)
         if watcher is not None:
             watcher.forget()
     barrier()
+
+
+def training_of(
+    trainer: ObjectiveTrainer, spec: TrainSpec, *, inputs: dict[str, Any], rows: PackedRows, peak_memory_bytes: int
+) -> Training:
+    """What ``trainer`` has done on ``rows``, so far."""
+    history = [row for row in trainer.state.log_history if "step" in row and "train_runtime" not in row]
+    seconds = [row["seconds"] for row in history if "seconds" in row]
+    return Training(
+        provenance=Provenance(inputs),
+        num_steps=trainer.state.global_step,
+        num_tokens=trainer.state.global_step * spec.tokens_per_step,
+        seconds=seconds[-1] if seconds else 0.0,
+        history=tuple({key: float(value) for key, value in row.items()} for row in history),
+        settings={
+            "trainer": redacted(trainer.args.to_sanitized_dict()),
+            "deepspeed": resolved_deepspeed(trainer.args),
+            "world_size": world_size(),
+            "rows": fingerprint(rows.fingerprint),
+            "shared_layers": spec.shared_layers,
+            "trained_layers": list(spec.trained.layers),
+        },
+        data={"sources": rows.counts},
+        peak_memory_bytes=peak_memory_bytes,
+    )

@@ -1,8 +1,10 @@
 """shoal makes large language models shallower and gets their abilities back.
 
+In Python: measure_importance, choose_layers, cut_model, distill, evaluate, run and DistillationTrainer (docs/api.md).
+
 This folder holds what several stages use; compress/, train/ and eval/ at the top of the repository are the stages' own
-code. `stages` and `cli` alone know recipe, run directory and stages at once; nothing else here imports compress, train
-or eval. tests/system/test_layout.py holds the levels of all folders.
+code. `stages`, `api` and `cli` alone know all of them; nothing else here imports compress, train or eval.
+tests/system/test_layout.py holds the levels of all folders.
 
 Data flows one way, all in one run directory:
 importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.html
@@ -24,6 +26,7 @@ importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.
 Folders:
 
     abilities     seeded items for retrieval, knowledge and reasoning, and how written answers are matched
+    api           what this module offers, for models in memory
     artifacts     what a stage hands on: typed JSON with provenance
     compress      measure what layers are worth, choose which go, and write the student
     data          text to measure and train on: sources, rows, conversations
@@ -38,4 +41,49 @@ Folders:
     train         train the cut model on the full one
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shoal.api.compressing import choose_layers, cut_model, measure_importance
+    from shoal.api.evaluating import evaluate
+    from shoal.api.running import run
+    from shoal.api.training import distill
+    from shoal.errors import UserError
+    from shoal.train.distillation_trainer import DistillationTrainer
+
 __version__ = "0.1.0"
+__all__ = [
+    "DistillationTrainer",
+    "UserError",
+    "choose_layers",
+    "cut_model",
+    "distill",
+    "evaluate",
+    "measure_importance",
+    "run",
+]
+PLACES = {
+    "DistillationTrainer": "shoal.train.distillation_trainer",
+    "UserError": "shoal.errors",
+    "choose_layers": "shoal.api.compressing",
+    "cut_model": "shoal.api.compressing",
+    "distill": "shoal.api.training",
+    "evaluate": "shoal.api.evaluating",
+    "measure_importance": "shoal.api.compressing",
+    "run": "shoal.api.running",
+}
+"""Module of every name above, loaded when the name is first used: torch and transformers take seconds."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(PLACES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PLACES})

@@ -8,9 +8,7 @@ import contextlib
 import importlib
 import logging
 import os
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from shoal import __version__, runtime
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
-from shoal.progress import SPEAKER, doing
+from shoal.progress import doing
 from shoal.redaction import redacted, redacted_arguments
-from shoal.stopping import STOPS, on_stop, run_launcher, stop_at_once, watch_launcher
+from shoal.stages.launch import STARTED, LaunchEnded, launch_distill
+from shoal.stopping import on_stop, stop_at_once, watch_launcher
 
 if TYPE_CHECKING:
     from shoal.recipe.recipe import Recipe
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shoal")
 
-STARTED = "SHOAL_STARTED"
-"""Names the file in the environment of ranks that rank 0 makes once it can speak for itself."""
 STOPPED = "shoal: stopped; what is answered or finished is kept, and the same command goes on from there"
 
 
@@ -88,14 +85,6 @@ COMPARE = "runs side by side: what each kept, at which size, speed and cost, and
 DELTA = "how far a donor's weights are from its base's, layer by layer: |donor - base| / |base|; needs no recipe"
 
 
-class LaunchEnded(Exception):
-    """The launched ranks ended with ``code`` and have said why."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `shoal` and of the scripts under launch/. Exits with 2 on wrong input, 130 on Ctrl-C, 143 on
     SIGTERM."""
@@ -145,6 +134,8 @@ def _exit_code(work: Callable[[], None]) -> int:
         print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except LaunchEnded as ended:
+        if ended.text:
+            print(f"\nshoal: {ended.text}", file=sys.stderr, flush=True)
         return ended.code
     return 0
 
@@ -237,7 +228,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         run = open_run(recipe)
         distill.check_distill(run)
         distill.refuse_other_checkpoints(run)
-        _launch_distill(recipe, config, overrides)
+        launch_distill(recipe, config, overrides)
         return
     if launched or row.needs_group:
         with doing("joining the other ranks"):
@@ -246,7 +237,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     if row.launches:
 
         def launch(own: Recipe = recipe, file: Path | None = None) -> None:
-            _launch_distill(own, *((config, overrides) if file is None else (str(file), ())))
+            launch_distill(own, *((config, overrides) if file is None else (str(file), ())))
 
         if text := stage(run, launch):
             _print(text)
@@ -269,60 +260,6 @@ def _distill(run: Run) -> None:
     except Stopped as stopped:
         log.warning("%s; the same command goes on from there", stopped)
         sys.exit(128 + stopped.number)
-
-
-def _launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
-    """Run the distill verb under the DeepSpeed launcher, on this machine, and wait for it."""
-    import torch
-
-    from shoal.machine import ranks_to_start
-
-    on_gpu = torch.accelerator.is_available()
-    ranks = ranks_to_start(recipe.distill.num_ranks)
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules come from no current folder
-    if not on_gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {runtime.free_port()}".split()
-    command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.cli"]
-    command += ["distill", "--config", config, *overrides]
-    log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
-    with tempfile.TemporaryDirectory() as folder:
-        started = Path(folder) / "started"
-        with doing("distill, launcher and ranks"):
-            with SPEAKER.still(started.exists):
-                code, asked = run_launcher(command, environment | {STARTED: str(started)}, ranks="shoal.cli")
-            if code != 0 or asked is not None:
-                raise _unfinished(code, asked, Path(recipe.run_dir).expanduser())  # in here: nothing is called done
-
-
-def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded:
-    """The end of ranks that have not come to theirs, said unless they have said it; ``asked`` is the signal that
-    stopped them."""
-    number = -code if code < 0 else 256 - code if code > 256 - signal.NSIG else 0  # the launchers pass -9 on as 247
-    goes_on = _where_distill_goes_on(run_dir)
-    if code in (EXIT_USER_ERROR, *(128 + number for number in STOPS)):
-        pass  # the rank has said why, or that it has saved
-    elif asked is not None:
-        done = "the training had just ended, and the same command goes on from there"
-        print(f"\nshoal: stopped; {done if code == 0 else goes_on}", file=sys.stderr, flush=True)
-    elif number:
-        reason = ", most often because memory ran out" if number == signal.SIGKILL else ""
-        log.error("distill: a rank was ended by signal %d, %s%s; %s", number, signal.strsignal(number), reason, goes_on)
-    else:
-        log.error("distill ended with exit code %d; its message is above, and %s", code, goes_on)
-    return LaunchEnded(128 + (asked or number) if asked or number else code)
-
-
-def _where_distill_goes_on(run_dir: Path) -> str:
-    """What the same command does after training was ended before its end."""
-    within = "control/" if (run_dir / "control" / "checkpoints").is_dir() else ""  # which is trained last
-    checkpoints = (run_dir / within / "checkpoints").glob("checkpoint-*/manifest.json")
-    steps = [int(file.parent.name.split("-")[1]) for file in checkpoints]
-    if steps:
-        return f"the same command goes on from {within}checkpoint-{max(steps)}"
-    return "there is no checkpoint yet, so the same command begins this training again"
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

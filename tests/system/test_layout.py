@@ -31,6 +31,7 @@ LEVELS = (
     ("compress.sweeps", "train"),
     ("compress",),
     ("shoal.stages",),
+    ("shoal.api",),
     ("cli",),
 )
 """Folders from the lowest to the highest: a module imports its own folder and folders of lower levels, no others."""
@@ -111,7 +112,9 @@ def test_every_folder_has_one_level() -> None:
 
 
 def test_modules_import_lower_folders_only() -> None:
-    for file in ALL_FILES:
+    for file in set(ALL_FILES) - {
+        MODULES["shoal"]
+    }:  # which names for type checkers what it loads where it is asked for
         own = folder_of(module_of(file))
         for _, module in imports(file):
             if module in MODULES and (folder := folder_of(module)) != own:

@@ -110,9 +110,9 @@ def kept_checkpoints(settings: Distill) -> int:
 
 
 def training_arguments(
-    settings: Distill, deepspeed: DeepSpeed, *, output_dir: Path, seed: int, load_universal: bool = False
+    settings: Distill, deepspeed: DeepSpeed | None, *, output_dir: Path, seed: int, load_universal: bool = False
 ) -> TrainingArguments:
-    """The Trainer's arguments.
+    """The Trainer's arguments; ``deepspeed`` None = it works without, and casts itself to distill.precision.
 
     ``load_universal`` = training goes on from a checkpoint that was made to fit any number of ranks.
 
@@ -121,15 +121,17 @@ def training_arguments(
     """
     check_names(settings)
     values: dict[str, Any] = DEFAULTS | settings.trainer | dict(zip(BATCH_SPLIT, batch_split(settings), strict=True))
-    config = dict(deepspeed.config)
-    if load_universal:
-        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
+    if deepspeed is None:
+        values |= {"bf16": settings.precision == "bfloat16", "fp16": settings.precision == "float16"}
+    else:
+        values["deepspeed"] = dict(deepspeed.config)
+        if load_universal:
+            values["deepspeed"]["checkpoint"] = {**deepspeed.config.get("checkpoint", {}), "load_universal": True}
     # rotation deletes before the new checkpoint is complete; ours runs after the commit instead
     values.pop("save_total_limit", None)
     try:
         return TrainingArguments(
             output_dir=str(output_dir),
-            deepspeed=config,
             seed=seed,
             use_cpu=not torch.accelerator.is_available(),
             remove_unused_columns=False,
@@ -139,6 +141,12 @@ def training_arguments(
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"distill.trainer: {str(error).strip()}") from error
+
+
+def resolved_deepspeed(args: TrainingArguments) -> dict[str, Any] | None:
+    """The DeepSpeed configuration of these arguments, its `auto` filled in; None = they work without."""
+    resolved: Any = getattr(args, "hf_deepspeed_config", None)
+    return None if resolved is None else resolved.config
 
 
 def check_names(settings: Distill) -> None:

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, Trainer
 from shoal.errors import UserError
 from shoal.runtime import device
 
+from .arguments import resolved_deepspeed
+
 REDUCED_AT_ONCE = 2**24
 """Gradients in one buffer that ranks add up without ZeRO; a larger tensor has one of its own."""
 
@@ -57,8 +59,8 @@ def place_teacher(teacher: PreTrainedModel, trainer: Trainer, *, offload: bool) 
     Raises:
         UserError: offload under ZeRO-3.
     """
-    config = trainer.args.hf_deepspeed_config.config  # pyright: ignore[reportAttributeAccessIssue]
-    if config["zero_optimization"]["stage"] == 3:
+    config = resolved_deepspeed(trainer.args) or {}
+    if config.get("zero_optimization", {}).get("stage") == 3:
         if offload:
             raise UserError("distill.teacher.offload: ZeRO 3 shards the teacher over the ranks instead; leave it out")
         from trl.models.utils import prepare_deepspeed

@@ -55,6 +55,11 @@ def with_host_copy(batch: dict[str, Tensor]) -> dict[str, Any]:
     return {**batch, ON_HOST: on_host(batch)}
 
 
+def stacked(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The micro-batch of these rows of shoal.data.packing.PackedRows, with its host copy: a data collator."""
+    return with_host_copy({key: torch.stack([row[key] for row in rows]) for key in rows[0]})
+
+
 def on_host(batch: Mapping[str, Any]) -> OnHost:
     """What the host knows of a batch; without a copy of its own, asked of the device."""
     if ON_HOST in batch:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from shoal.artifacts.artifact import PruningPlan
+from shoal.errors import UserError
 from shoal.machine import ranks_on_this_node
 from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, loaded_dtype
@@ -130,6 +131,20 @@ def train_spec(
     else:
         spared = unhealed(frozen, plan, settings)
     return TrainSpec(teacher, student, plan, settings, record, ranks, deepspeed, trained, frozen, spared)
+
+
+def require_same_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
+    """Refuse a student whose next-token distributions cannot be compared with the teacher's.
+
+    Raises:
+        UserError: they have different numbers of vocabulary entries.
+    """
+    sizes = [text_config(checkpoint.config).vocab_size for checkpoint in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"teacher {teacher.folder} has {sizes[0]:,} vocabulary entries and student {student.folder} has "
+            f"{sizes[1]:,}; distillation compares next-token distributions, so cut the student from this teacher"
+        )
 
 
 def student_parts(student: Checkpoint, plan: PruningPlan, settings: Distill) -> Trained:

@@ -209,9 +209,12 @@ def keep_zeros(student: PreTrainedModel) -> None:
 
     Their gradients are zeroed; moments and weight decay of nothing but zeros move nothing.
     """
-    from deepspeed import zero
+    names = getattr(student.config, ZEROED_WEIGHTS, None)
+    if not names:
+        return
+    from deepspeed import zero  # which takes seconds to load
 
-    for name in getattr(student.config, ZEROED_WEIGHTS, None) or []:
+    for name in names:
         parameter = student.get_parameter(name)
         with zero.GatheredParameters(parameter):
             kept = parameter.detach() != 0

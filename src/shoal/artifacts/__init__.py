@@ -2,6 +2,7 @@
 
 artifact    typed JSON with provenance
 importance  the tables of a sweep, the atlas
+tables      results as tables: pandas, notebooks
 depth       diagnostics and probes
 search      plans, and how they rank before and after they were healed
 """

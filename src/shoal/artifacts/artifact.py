@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, ValidationError
 
 from shoal.artifacts.importance import Atlas, Removal, Sweep, outside
+from shoal.artifacts.tables import Tabular
 from shoal.atomic_files import fingerprint, write_text
 from shoal.errors import UserError
 from shoal.recipe.edits import Edits, first_change, in_words
@@ -101,7 +103,7 @@ class Artifact:
 
 
 @dataclass(frozen=True)
-class Importance(Artifact):
+class Importance(Tabular, Artifact):
     """importance.json: what every layer is worth. Higher = keep."""
 
     FILE: ClassVar[str] = "importance.json"
@@ -122,6 +124,21 @@ class Importance(Artifact):
     """Single layers by task and protocol; None where no task was swept."""
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     """Operator -> its table, for every operator but that of single layers."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per layer: its score by every metric, of metrics of runs that of the layer alone, the standard error
+        of a score that is estimated, and its importance for every swept task."""
+        columns: dict[str, Mapping[int, Any]] = {name: dict(enumerate(scores)) for name, scores in self.layers.items()}
+        columns |= {f"{name}_error": dict(enumerate(errors)) for name, errors in self.errors.items()}
+        columns |= {name: dict(enumerate(scores[0])) for name, scores in self.runs.items()}
+        if self.atlas is not None:
+            sweep = self.atlas.sweep
+            layers = [unit.layers[0] for unit in sweep.units]
+            columns |= {sweep.title(of): dict(zip(layers, of.importances, strict=True)) for of in sweep.columns}
+        return [
+            {"layer": layer, **{name: values.get(layer) for name, values in columns.items()}}
+            for layer in range(self.num_layers)
+        ]
 
     def contradictions(self) -> Iterator[str]:
         count = self.num_layers
@@ -230,6 +247,9 @@ class PruningPlan(Artifact):
         """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""
         return math.prod(gap.factor for gap in self.gaps if gap.last <= layer)
 
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(self.in_words())}</p><p>{escape(self.reason)}</p>"
+
     @property
     def first_change(self) -> int:
         """The lowest layer at which the student is not the teacher any more."""
@@ -324,7 +344,7 @@ class TaskScore:
 
 
 @dataclass(frozen=True)
-class Evaluation(Artifact):
+class Evaluation(Tabular, Artifact):
     """eval/<role>.json: the abilities of one model."""
 
     role: str
@@ -339,6 +359,11 @@ class Evaluation(Artifact):
     """Requests that were asked of the model, each once; 0 = not recorded."""
     num_kept: int = 0
     """Requests whose answers were there before ``seconds`` began."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per task."""
+        names = ("task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance")
+        return [{name: getattr(task, name) for name in names} for task in self.tasks]
 
     def contradictions(self) -> Iterator[str]:
         if not self.tasks:
@@ -408,7 +433,7 @@ CONTROL = "control"
 
 
 @dataclass(frozen=True)
-class Training(Artifact):
+class Training(Tabular, Artifact):
     """distill.json: how the student was trained; written when distilled/ is complete. Of the control: control/."""
 
     FILE: ClassVar[str] = "distill.json"
@@ -425,6 +450,10 @@ class Training(Artifact):
     """Documents, tokens, truncations and drops by source."""
     peak_memory_bytes: int
     """Bytes at the peak of the largest rank."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per logged step."""
+        return list(self.history)
 
 
 def differences(expected: dict[str, Json], actual: dict[str, Json]) -> list[str]:

@@ -2,6 +2,7 @@
 
 sources        sources, tokenised and drawn by weight
 general_text   text that comes with Python and its packages
+in_memory      data sets that a caller has
 packing        rows of one length
 chat           conversations
 contamination  evaluation items in training text

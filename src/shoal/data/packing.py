@@ -169,8 +169,9 @@ def draw(streams: Sequence[Iterator[TokenDocument]], weights: Sequence[float]) -
         yield turn, document
 
 
-def split_rows(documents: Iterable[tuple[int, TokenDocument]], length: int) -> Iterator[Row]:
-    """Rows filled to the last token; what does not fit goes on in the next row."""
+def split_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, padding_id: int) -> Iterator[Row]:
+    """Rows filled to the last token; what does not fit goes on in the next row. The last one, where documents end, is
+    padded."""
     row = Row(length)
     for source, document in documents:
         start = 0
@@ -179,6 +180,8 @@ def split_rows(documents: Iterable[tuple[int, TokenDocument]], length: int) -> I
             if not row.room:
                 yield row
                 row = Row(length)
+    if row.filled:
+        yield row.close(padding_id)
 
 
 def best_fit_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, padding_id: int) -> Iterator[Row]:
@@ -200,6 +203,7 @@ def best_fit_rows(documents: Iterable[tuple[int, TokenDocument]], length: int, p
         if not row.room:
             rows.remove(row)
             yield row.close(padding_id)
+    yield from (row.close(padding_id) for row in rows)
 
 
 def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, dict[str, int]]) -> Iterator[Row]:
@@ -228,8 +232,13 @@ def teaching_rows(rows: Iterable[Row], names: Sequence[str], counts: dict[str, d
             )
 
 
-def collect(rows: Iterable[Row], num_rows: int, length: int, *, without: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """The first ``num_rows`` rows in memory, by plane; those named in ``without`` are left out."""
+def collect(
+    rows: Iterable[Row], num_rows: int | None, length: int, *, without: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """The first ``num_rows`` rows in memory, by plane; those named in ``without`` are left out. None = all rows."""
+    if num_rows is None:
+        rows = list(rows)
+        num_rows = len(rows)
     planes = {name: np.empty((num_rows, length), dtype) for name, dtype in PLANES.items() if name not in without}
     for index, row in enumerate(itertools.islice(rows, num_rows)):
         for name, plane in planes.items():

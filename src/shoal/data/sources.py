@@ -265,11 +265,11 @@ def texts_fingerprint(texts: Sequence[str]) -> str:
 
 
 def pack(
-    sources: Sequence[tuple[DataSource, Sequence[str] | None]],
+    sources: Sequence[tuple[DataSource, Iterable[str | Chat | None] | None]],
     tokenizer: Any,
     *,
     sequence_length: int,
-    num_tokens: int,
+    num_tokens: int | None,
     seed: int,
     packing: Packing = "split",
     folder: Path | None = None,
@@ -277,10 +277,12 @@ def pack(
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
 
-    A source is read as a stream, or stands for the texts beside it. Its documents are drawn in a seeded order that does
-    not depend on ``num_tokens``: the rows of a smaller budget begin those of a larger one. A source that runs out
-    starts again in a new order: small data is repeated, never silently shortened. With ``folder`` rows go to files
-    there as they are made, and the result maps them. ``with_sources``: they say of every token which source it is from.
+    A source is read as a stream, or stands for the documents beside it, which can be gone through more than once. They
+    are drawn in a seeded order that does not depend on ``num_tokens``: the rows of a smaller budget begin those of a
+    larger one. A source that runs out starts again in a new order: small data is repeated, never silently shortened.
+    ``num_tokens`` None = all documents once, until a source has run out; the last rows are padded. With ``folder`` rows
+    go to files there as they are made, and the result maps them. ``with_sources``: they say of every token which source
+    it is from.
 
     Raises:
         UserError: a source that gives nothing to learn, or cannot be read.
@@ -288,24 +290,24 @@ def pack(
     names = source_names([source for source, _ in sources])
     counts = {name: dict.fromkeys((*FIELDS, "dropped"), 0) for name in names}
     limit = sequence_length if packing == "best_fit" else None
-    num_rows = -(-num_tokens // sequence_length)
+    num_rows = None if num_tokens is None else -(-num_tokens // sequence_length)
     # what best_fit leaves out of a document is counted, and of a conversation any part may be the one that teaches
-    enough = None if packing == "best_fit" else num_rows * sequence_length
+    enough = None if packing == "best_fit" or num_rows is None else num_rows * sequence_length
     streams = [
-        _documents(source, texts, tokenizer, seed=seed + index, limit=limit, enough=enough, count=counts[name])
-        for index, (name, (source, texts)) in enumerate(zip(names, sources, strict=True))
+        _documents(source, given, tokenizer, seed=seed + index, limit=limit, enough=enough, count=counts[name])
+        for index, (name, (source, given)) in enumerate(zip(names, sources, strict=True))
     ]
     drawn = draw(streams, [source.weight for source, _ in sources])
-    if packing == "best_fit":
-        padding_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        rows = best_fit_rows(drawn, sequence_length, padding_id)
-    else:
-        rows = split_rows(drawn, sequence_length)
+    if num_rows is None:
+        drawn = itertools.takewhile(lambda document: document[1].epoch == 0, drawn)
+    padding_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    rows = (best_fit_rows if packing == "best_fit" else split_rows)(drawn, sequence_length, padding_id)
     with progress("text: rows packed", total=num_rows, unit="rows") as step:
         rows = _counted(teaching_rows(rows, names, counts), step)
-        marked = packing == "best_fit" or any(source.assistant_only for source, _ in sources)
+        padded = packing == "best_fit" or num_rows is None
+        marked = padded or any(source.assistant_only for source, _ in sources)
         without = [*(() if marked else ("supervised",)), *(() if with_sources else (SOURCES,))]
-        if folder is not None:
+        if folder is not None and num_rows is not None:
             write_rows(folder, rows, num_rows, sequence_length, without=without)
             write_json(folder / COUNTS, counts)
             return read_rows(folder)
@@ -336,7 +338,7 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
             nothing in it is learnt.
     """
     limit = sequence_length if packing == "best_fit" else None
-    _refuse_impossible(source, None, tokenizer)
+    _refuse_impossible(source, tokenizer)
     count, has_items = Counter[str](), False
     items = (item for item in documents(source) if item is not None)
     for item in items:
@@ -347,10 +349,10 @@ def check_source(source: DataSource, tokenizer: Any, *, sequence_length: int, pa
     raise _nothing_learnt(source) if has_items else _nothing_in(source)
 
 
-def _refuse_impossible(source: DataSource, texts: Sequence[str] | None, tokenizer: Any) -> None:
+def _refuse_impossible(source: DataSource, tokenizer: Any) -> None:
     if not source.is_chat:
         return
-    if texts is not None or source.path in (*BUNDLED, TEACHER_TEXT):
+    if source.path in (*BUNDLED, TEACHER_TEXT):
         raise UserError(
             f"data {source.path!r}: holds text, not conversations; leave messages, prompt and completion out"
         )
@@ -368,7 +370,7 @@ def _nothing_learnt(source: DataSource) -> UserError:
 
 def _documents(
     source: DataSource,
-    texts: Sequence[str] | None,
+    given: Iterable[str | Chat | None] | None,
     tokenizer: Any,
     *,
     seed: int,
@@ -377,8 +379,8 @@ def _documents(
     count: dict[str, int],
 ) -> Iterator[TokenDocument]:
     """The source's documents without end, in another order every epoch."""
-    _refuse_impossible(source, texts, tokenizer)
-    for epoch, items in _epochs(source, texts, seed=seed, count=count):
+    _refuse_impossible(source, tokenizer)
+    for epoch, items in _epochs(source, given, seed=seed, count=count):
         nothing = True
         for document in _tokenised(items, source, tokenizer, epoch=epoch, limit=limit, enough=enough, count=count):
             nothing = False
@@ -388,12 +390,12 @@ def _documents(
 
 
 def _epochs(
-    source: DataSource, texts: Sequence[str] | None, *, seed: int, count: dict[str, int]
+    source: DataSource, given: Iterable[str | Chat | None] | None, *, seed: int, count: dict[str, int]
 ) -> Iterator[tuple[int, Iterable[str | Chat]]]:
     """Every epoch's documents in its order: of a small source any order, of a large one as far as the buffer mixes."""
 
     def read(*, counting: bool) -> Iterator[str | Chat]:
-        for item in documents(source) if texts is None else texts:
+        for item in documents(source) if given is None else given:
             if item is not None:
                 yield item
             elif counting:

@@ -1,6 +1,7 @@
 """Load and save causal language models, and know their parts.
 
 load              load and save causal language models
+in_memory         models and tokenizers that a caller has
 anatomy           where their decoder layers live
 families          what single families do otherwise
 checkpoint_files  folders of files: whole or damaged, and what identifies them

@@ -101,12 +101,21 @@ def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bo
             raise UserError(f"{folder}: {problem}")
         log.warning("%s: %s", folder, problem)
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{folder}: the tokenizer has neither a pad nor an end token; set pad_token in tokenizer_config.json"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
+        pad_with_end(tokenizer, str(folder))
     return tokenizer
+
+
+def pad_with_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Let ``tokenizer``, called ``name`` in messages, pad with its end token.
+
+    Raises:
+        UserError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{name}: the tokenizer has neither a pad nor an end token; set pad_token in tokenizer_config.json"
+        )
+    tokenizer.pad_token = tokenizer.eos_token
 
 
 def _embedding_rows(folder: Path, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> int | None:

@@ -6,11 +6,16 @@ import dataclasses
 import difflib
 import re
 import reprlib
-from collections.abc import Sequence
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from shoal.recipe.section import Section
+from pydantic import ValidationError
+
+from shoal.errors import UserError
+from shoal.recipe.section import Section, adapter
 from shoal.redaction import redacted, redacted_arguments
+
+S = TypeVar("S", bound=Section)
 
 WORDS = {
     "int_type": "must be a whole number",
@@ -25,6 +30,31 @@ WORDS = {
     "model_attributes_type": "must be a mapping of settings",
 }
 """What is said instead of pydantic's message, by the problem's type: who writes YAML never heard of a tuple."""
+
+
+def checked(
+    kind: type[S],
+    values: Any,
+    *,
+    source: str,
+    overrides: Sequence[str] = (),
+    contradictions: Callable[[S], Iterable[str]] = lambda section: (),
+) -> S:
+    """The section ``kind`` that a plain mapping describes.
+
+    ``contradictions`` gives `place: what is wrong` of what single fields cannot express; ``overrides`` are already in
+    ``values``.
+
+    Raises:
+        UserError: naming every problem, each after ``source`` or the override that has set its place.
+    """
+    try:
+        section = adapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise UserError(blamed(explained(error.errors(), kind), source, overrides)) from error
+    if problems := list(contradictions(section)):
+        raise UserError(blamed(problems, source, overrides))
+    return section
 
 
 def blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from yaml import YAMLError
 
 from shoal.errors import UserError
@@ -19,10 +19,10 @@ from shoal.recipe import distill, measure, prune, search, track
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure
-from shoal.recipe.messages import blamed, explained, quoted
+from shoal.recipe.messages import checked, quoted
 from shoal.recipe.prune import Prune
 from shoal.recipe.search import Search
-from shoal.recipe.section import Dtype, Section, Shapes, Text, adapter
+from shoal.recipe.section import Dtype, Section, Shapes, Text
 from shoal.recipe.suites import CONFIGS_DIR, with_suite
 from shoal.recipe.track import Export, Track
 from shoal.recipe.yaml import read_yaml
@@ -99,14 +99,12 @@ def parse_recipe(
 ) -> Recipe:
     """The recipe that a plain mapping describes; problems are reported as in load_recipe. ``overrides`` are already in
     it."""
-    try:
-        recipe = adapter(Recipe).validate_python(with_suite(raw))
-    except ValidationError as error:
-        raise UserError(blamed(explained(error.errors(), Recipe), source, overrides)) from error
-    problems = [*_contradictions(recipe), *(further(recipe) if further is not None else ())]
-    if problems:
-        raise UserError(blamed(problems, source, overrides))
-    return recipe
+
+    def contradictions(recipe: Recipe) -> Iterator[str]:
+        yield from _contradictions(recipe)
+        yield from () if further is None else further(recipe)
+
+    return checked(Recipe, with_suite(raw), source=source, overrides=overrides, contradictions=contradictions)
 
 
 def _find_recipe(path: Path) -> Path:

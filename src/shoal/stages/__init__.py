@@ -10,4 +10,5 @@ report     report
 export     GGUF files, the Hub
 preflight  what is refused before a stage begins
 pipeline   all in order
+launch     distill under the DeepSpeed launcher
 """

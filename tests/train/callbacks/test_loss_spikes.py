@@ -29,7 +29,7 @@ def test_what_is_no_number_is_named_whichever_term_it_is(value):
     ("float16", "overflow", "norm"), [(True, True, None), (True, False, math.inf), (False, True, math.inf)]
 )
 def test_a_step_that_float16_skips_to_find_its_scale_has_no_norm_to_judge(float16, overflow, norm):
-    trainer: Any = SimpleNamespace(_autocast_dtype=None)
+    trainer: Any = SimpleNamespace(_autocast_dtype=None, is_deepspeed_enabled=True)
     engine: Any = SimpleNamespace(
         fp16_enabled=lambda: float16,
         optimizer=SimpleNamespace(overflow=overflow),

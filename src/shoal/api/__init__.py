@@ -1,0 +1,7 @@
+"""What `import shoal` offers for models in memory; loaded when a name of it is first used.
+
+compressing  what layers are worth, which go, and the model without them
+training     the cut model trained on the full one
+evaluating   scores of a model
+running      a whole recipe
+"""

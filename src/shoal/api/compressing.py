@@ -1,0 +1,182 @@
+"""What the layers of a model in memory are worth, which of them go, and the model without these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.artifacts.artifact import Importance, Provenance, PruningPlan
+from shoal.compress.edits.apply import NOTHING_MADE, edited_student
+from shoal.compress.measure import measure_importance as scores_of
+from shoal.compress.plan import choose_changes
+from shoal.compress.surgery import cut_model as surgery
+from shoal.data.in_memory import Dataset, documents_of
+from shoal.data.sources import pack
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers, text_config
+from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
+from shoal.recipe import prune
+from shoal.recipe.edits import Merge, Replace, Swap
+from shoal.recipe.measure import Measure
+from shoal.recipe.messages import checked
+from shoal.recipe.prune import Prune
+from shoal.recipe.section import Shapes, shaping
+
+
+def measure_importance(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Dataset,
+    *,
+    metrics: Sequence[str] = Measure.metrics,
+    num_tokens: int = Measure.num_tokens,
+    sequence_length: int = Measure.sequence_length,
+    batch_size: int = Measure.batch_size,
+    num_drop: int | None = None,
+    seed: int = 0,
+) -> Importance:
+    """What every decoder layer of ``model`` is worth on ``texts``. Higher = keep.
+
+    The model computes where it is, in its own precision, and is left as it was.
+
+    Args:
+        model: A causal language model of L layers.
+        tokenizer: Its tokenizer.
+        texts: Calibration texts, or rows as shoal.distill takes them; repeated where they hold fewer tokens than asked.
+        metrics: Names of docs/measuring.md, such as `block_influence` (a share, 0 to 2) or `angular` (0 to 1).
+        num_tokens: Tokens to measure on, rounded up to whole rows.
+        sequence_length: Tokens of one row.
+        batch_size: Rows per forward.
+        num_drop: Removals that greedy metrics make; None = a quarter of the layers.
+        seed: Seed of the order of the texts and of what metrics draw.
+
+    Returns:
+        Scores by metric: `layers[metric][layer]`, L each, and `runs[metric][n - 1][layer]` of the n layers from there
+        on. `to_pandas()` has a row per layer.
+
+    Raises:
+        UserError: an unknown metric, no text, rows longer than the model's positions, or scores that are not finite.
+
+    Example:
+        >>> importance = shoal.measure_importance(model, tokenizer, texts, num_tokens=100_000)
+        >>> importance.layers["block_influence"][3]
+    """
+    require_usable(model)
+    given = {"metrics": metrics, "num_tokens": num_tokens, "sequence_length": sequence_length, "num_drop": num_drop}
+    settings = checked(Measure, {**given, "batch_size": batch_size}, source="shoal.measure_importance")
+    longest = getattr(text_config(model.config), "max_position_embeddings", None)
+    if longest is not None and settings.sequence_length > longest:
+        raise UserError(
+            f"sequence_length: {sequence_length} is more than the {longest} positions of the model; lower it"
+        )
+    documents = documents_of(texts, name="texts", loss_on="all")
+    rows = pack(
+        [(documents.source, documents)],
+        require_tokenizer(tokenizer),
+        sequence_length=settings.sequence_length,
+        num_tokens=settings.num_tokens,
+        seed=seed,
+    )
+    removals = settings.num_drop or max(1, len(decoder_layers(model)) // 4)
+    with left_as_it_was(model):
+        scores = scores_of(
+            model, rows, metrics=settings.metrics, batch_size=settings.batch_size, num_drop=removals, seed=seed
+        )
+    inputs = {
+        "model": name_of(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": seed,
+        "rows": rows.fingerprint,
+        **shaping(settings, Shapes.IMPORTANCE, "measure."),
+    }
+    del inputs["measure.data"]  # `rows` says what it was
+    return Importance(Provenance(inputs), **vars(scores))
+
+
+def choose_layers(
+    importance: Importance,
+    *,
+    num_drop: int | None = None,
+    ratio: float | None = None,
+    metric: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    contiguous: bool = False,
+    protect: Sequence[int | Literal["cornerstone"]] = Prune.protect,
+    spare: Sequence[str] = (),
+) -> PruningPlan:
+    """The layers to drop, the least important ones.
+
+    Args:
+        importance: What measure_importance has given, or Importance.read of an importance.json.
+        num_drop: Layers to drop.
+        ratio: Their share instead, rounded down.
+        metric: Score that chooses; None = block_influence, or angular when contiguous.
+        weights: Several scores instead, each with its weight: the mean of the layers' ranks.
+        contiguous: Drop one run of neighbouring layers.
+        protect: Layers that stay; negative counts from the end.
+        spare: Swept tasks or abilities on which nothing significant may be spent.
+
+    Returns:
+        `drop` (0-based, increasing) and `reason`; a metric that orders halves of layers gives `edits` too.
+
+    Raises:
+        UserError: neither or both of num_drop and ratio, a score that was not measured, or no such choice.
+
+    Example:
+        >>> plan = shoal.choose_layers(importance, num_drop=8)
+        >>> plan.drop
+    """
+    given = {
+        "num_drop": num_drop,
+        "ratio": ratio,
+        "metric": metric,
+        "weights": dict(weights or {}),
+        "contiguous": contiguous,
+        "protect": protect,
+        "spare": spare,
+    }
+    settings = checked(Prune, given, source="shoal.choose_layers", contradictions=prune.contradictions)
+    choice = choose_changes(settings, num_layers=importance.num_layers, importance=importance)
+    inputs = {
+        "model": importance.provenance.inputs.get("model"),
+        "importance": importance.provenance.fingerprint,
+        **shaping(settings, Shapes.PLAN, "prune."),
+    }
+    return PruningPlan(Provenance(inputs), importance.num_layers, choice.drop, choice.reason, choice.edits)
+
+
+def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreTrainedModel:
+    """A new model without the layers ``drop``, in eval mode, in the model's dtypes and on its device.
+
+    ``model`` stays as it is, and nothing is shared with it. The new one computes to the bit what ``model`` computes
+    when it passes by these layers, and save_pretrained makes a plain checkpoint of it.
+
+    Args:
+        model: A causal language model.
+        drop: Layers (0-based, any order), or a plan of choose_layers.
+
+    Raises:
+        UserError: an index that is no layer, all layers, a cut that the architecture cannot express, or a plan of
+            another model or with edits that need more than the model.
+
+    Example:
+        >>> student = shoal.cut_model(model, plan)
+        >>> student.save_pretrained("student")
+    """
+    require_usable(model)
+    if not isinstance(drop, PruningPlan):
+        return surgery.cut_model(model, drop)
+    if (num_layers := len(decoder_layers(model))) != drop.num_layers:
+        raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")
+    if not drop.edits:
+        return surgery.cut_model(model, drop.drop)
+    if needy := [edit.kind for edit in drop.edits if isinstance(edit, Swap | Merge | Replace)]:
+        raise UserError(
+            f"drop: its edit {needy[0]} is made from files; run `shoal prune` with a recipe that asks for it"
+        )
+    student = edited_student(model, drop, NOTHING_MADE)
+    for tensor in (*student.parameters(), *student.buffers()):
+        tensor.data = tensor.data.clone()
+    return student

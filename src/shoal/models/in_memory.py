@@ -1,0 +1,79 @@
+"""Models and tokenizers that a caller has in memory: what is asked of them, and that they are left as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shoal.errors import UserError
+from shoal.models.anatomy import text_config
+from shoal.models.load import Checkpoint, LoadSettings, pad_with_end
+
+ATTENTION = ("sdpa", "eager")
+"""Attention implementations that keep documents of one row apart."""
+
+
+def require_usable(model: PreTrainedModel, name: str = "model") -> None:
+    """Refuse a model, called ``name`` in messages, that nothing here could be done with.
+
+    Raises:
+        UserError: it is no PreTrainedModel, or its attention lets documents of one row see each other.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(
+            f"{name}: is {type(model).__name__}; give a model of transformers (of PEFT: merge_and_unload() first)"
+        )
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention is not None and attention not in ATTENTION:
+        raise UserError(
+            f"{name}: its attention is {attention}, with which documents that share a row see each other; load it with "
+            "attn_implementation='sdpa', or call set_attn_implementation('sdpa')"
+        )
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, or where it has no pad token a copy that pads with its end token.
+
+    Raises:
+        UserError: it is no tokenizer of transformers, or has neither of these tokens.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UserError(f"tokenizer: is {type(tokenizer).__name__}; give a tokenizer of transformers")
+    if tokenizer.pad_token_id is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        pad_with_end(tokenizer, "tokenizer")
+    return tokenizer
+
+
+@contextmanager
+def left_as_it_was(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """``model`` in eval mode; after the block its mode, trained parameters and use of a cache are what they were.
+
+    Its values are not looked at: a model that was trained meanwhile stays so.
+    """
+    mode, cache = model.training, model.config.use_cache
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield model.eval()
+    finally:
+        model.train(mode)
+        model.config.use_cache = cache
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+
+
+def checkpoint_of(model: PreTrainedModel, name: str) -> Checkpoint:
+    """What is known of a model without its weights, as if it lay in a folder: that of its name, or ``name``."""
+    attention: Any = getattr(model.config, "_attn_implementation", None) or "sdpa"
+    load = LoadSettings(str(model.dtype).removeprefix("torch."), attention)
+    return Checkpoint(Path(model.config.name_or_path or name), model.config, load)
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """What the model was loaded as, or its family where it was made in memory."""
+    return model.config.name_or_path or text_config(model.config).model_type

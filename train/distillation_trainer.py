@@ -1,0 +1,318 @@
+"""The distillation loss for a Trainer script: models and data set in memory, TrainingArguments, no recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.data.in_memory import Dataset, documents_of
+from shoal.data.packing import PackedRows
+from shoal.data.sources import pack
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers
+from shoal.models.in_memory import checkpoint_of, name_of, require_tokenizer, require_usable
+from shoal.recipe import distill
+from shoal.recipe.deepspeed_file import precisions_named
+from shoal.recipe.distill import Distill, Record, Trainable
+from shoal.recipe.losses import STATE_TERMS, LossTerm
+from shoal.recipe.messages import checked
+from shoal.recipe.section import Packing, Section
+
+from .engine.arguments import BATCH_SPLIT, resolved_deepspeed
+from .engine.sharding import place_teacher
+from .engine.stop import StopRequest
+from .objective.host_batch import stacked
+from .objective.mixed_documents import warn_of_mixed_documents
+from .objective.objective import output_head
+from .objective_trainer import ObjectiveTrainer
+from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
+from .student.trainable import keep_zeros
+from .teacher.wiring import make_trainable, wire
+
+Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
+"""One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
+dataclass of shoal.recipe.losses; docs/training.md has all kinds."""
+ONLY_DEPTH = ("all", "layers")
+"""Choices of ``trainable`` for which it does not matter which layers are gone."""
+
+
+class DistillationTrainer(ObjectiveTrainer):
+    """Trains ``model`` on ``teacher`` by shoal's objective, and is used as the trainers of TRL are.
+
+    All settings of the work are those of ``args``, DeepSpeed (ZeRO 0 to 3) among them; checkpoints are the Trainer's
+    own, and training goes on from them (`resume_from_checkpoint`). Before ``args`` with ZeRO 3 no model is loaded, so
+    that both are sharded as they load. Documents are packed into rows of ``sequence_length`` tokens in which they do
+    not see each other; a batch is so many rows. The curves have every loss term besides the sum, in nats per supervised
+    token. While it does not train or evaluate, ``model`` is an ordinary model.
+
+    Example:
+        >>> trainer = DistillationTrainer(
+        ...     model=student,
+        ...     teacher=teacher,
+        ...     args=TrainingArguments("healed", learning_rate=1e-4, bf16=True),
+        ...     train_dataset=dataset,
+        ...     processing_class=tokenizer,
+        ...     losses=[{"kind": "forward_kl"}, {"kind": "cross_entropy", "weight": 0.1}],
+        ... )
+        >>> trainer.train()
+        >>> trainer.save_model()
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        args: TrainingArguments | None = None,
+        train_dataset: Dataset | PackedRows | None = None,
+        eval_dataset: Dataset | PackedRows | Mapping[str, Dataset | PackedRows] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        *,
+        losses: Losses = "forward_kl",
+        drop: Collection[int] | None = None,
+        trainable: Trainable | None = None,
+        sequence_length: int = 512,
+        packing: Packing = "split",
+        loss_on: Literal["assistant", "all"] | None = None,
+        head_chunk: int = 256,
+    ) -> None:
+        """Freeze what is not trained, put the teacher on the device and pack the data.
+
+        Args:
+            model: The student, trained in place. Weights in float32, with ``args.bf16`` or ``args.fp16`` for the speed:
+                steps at usual learning rates are lost in the rounding of plain bfloat16 weights.
+            teacher: The model it was cut from, in any precision; frozen. None = the losses ask no teacher.
+            args: Training arguments; None = transformers' own in a folder named after the model.
+            train_dataset: Texts, or rows with `messages`, `prompt` and `completion`, or `text`, read once per epoch;
+                rows that shoal.data.sources.pack has made are taken in their order.
+            eval_dataset: The same, or several by name; gives `eval_loss`, the objective on these.
+            processing_class: The tokenizer of both models.
+            callbacks: Callbacks besides the Trainer's own.
+            optimizers: Optimizer and schedule in place of those of ``args``.
+            losses: Terms of the loss, see Losses.
+            drop: Layers of the teacher that the student lacks (0-based), which losses on states and most choices of
+                ``trainable`` have to know.
+            trainable: Weights that are trained, as distill.trainable; None = those that ask for a gradient.
+            sequence_length: Tokens of one row.
+            packing: How rows are filled, as distill.packing.
+            loss_on: Tokens of conversations that are learnt; None = what the assistant says.
+            head_chunk: Tokens whose full-vocabulary logits exist at one time.
+
+        Raises:
+            UserError: models that do not belong together or share weights, unknown settings, arguments that would be
+                ignored, or data that cannot be read.
+        """
+        models = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
+        for name, one in models.items():
+            require_usable(one, name)
+        if args is None:
+            args = TrainingArguments(f"{Path(name_of(model)).name}-distilled")
+        _refuse_arguments(args)
+        _refuse_replaced(model)
+        settings = _settings(
+            args,
+            losses=losses,
+            trainable=trainable or "all",
+            sequence_length=sequence_length,
+            packing=packing,
+            head_chunk=head_chunk,
+        )
+        self.spec = _spec(model, teacher, settings, drop)
+        if teacher is not None:
+            _refuse_shared(model, teacher)
+            teacher.requires_grad_(False)
+        if trainable is not None:
+            make_trainable(model, self.spec, seed=args.seed)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError("model: none of its weights asks for a gradient; set trainable, or call requires_grad_()")
+        keep_zeros(model)
+        tokenizer = None if processing_class is None else require_tokenizer(processing_class)
+
+        def rows(dataset: Dataset | PackedRows | None, name: str) -> PackedRows | None:
+            if dataset is None or isinstance(dataset, PackedRows):
+                return dataset
+            if tokenizer is None:
+                raise UserError("processing_class: is missing; give the tokenizer of the models")
+            documents = documents_of(dataset, name=name, loss_on=loss_on)
+            seed = args.seed if args.data_seed is None else args.data_seed
+            return pack(
+                [(documents.source, documents)],
+                tokenizer,
+                sequence_length=sequence_length,
+                num_tokens=None,
+                seed=seed,
+                packing=packing,
+            )
+
+        train_rows = rows(train_dataset, "train_dataset")
+        several: Any = eval_dataset if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+        eval_rows = {name: rows(dataset, name) for name, dataset in several.items()}
+        self._in_order = isinstance(train_dataset, PackedRows)
+        self._is_installed = False
+        self._prepared_forward: Any = None
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=stacked,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows if isinstance(eval_dataset, Mapping) else eval_rows["eval_dataset"],
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            spec=self.spec,
+            wiring=wire(self.spec, model, teacher if self.spec.runs_teacher else None, _nothing_recorded),
+            stop=StopRequest(),
+            refused=Path(str(args.output_dir)) / "refused",
+        )
+        if teacher is not None:
+            place_teacher(teacher, self, offload=False)
+            if train_rows is not None:
+                warn_of_mixed_documents(teacher, train_rows, autocast_dtype=self._autocast_dtype)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        with self._objective_in_force():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        with self._objective_in_force():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows) if self._in_order else super()._get_train_sampler(train_dataset)
+
+    @contextmanager
+    def _objective_in_force(self) -> Iterator[None]:
+        """The student's forward is the objective's, with what accelerate has put around it, until the block ends."""
+        if self._is_installed:
+            yield
+            return
+        student: Any = self.objective.student
+        self.objective.install()
+        if self._prepared_forward is not None:
+            student.forward = self._prepared_forward
+        self._is_installed = True
+        try:
+            yield
+        finally:
+            self._is_installed = False
+            self._prepared_forward = student.forward
+            self.objective.uninstall()
+            vars(student).pop("_original_forward", None)  # accelerate's, which would put the objective back
+
+
+def as_terms(losses: Losses) -> list[Any]:
+    """What a recipe's list of loss terms would be."""
+    terms: Any = [losses] if isinstance(losses, str | Mapping | Section) else losses
+    return [{"kind": term} if isinstance(term, str) else term for term in terms]
+
+
+def _settings(args: TrainingArguments, *, losses: Losses, **given: Any) -> Distill:
+    """The section of a recipe that says the same."""
+    config = resolved_deepspeed(args)
+    if config is not None and precisions_named(config):
+        precision = "auto"  # which leaves it to the configuration
+    else:
+        precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    values = {
+        **given,
+        "losses": as_terms(losses),
+        "watch": None,
+        "stop_on_spike": None,
+        "precision": precision,
+        "deepspeed": config,
+        "trainer": {name: getattr(args, name) for name in BATCH_SPLIT},
+    }
+    return checked(Distill, values, source="distillation", contradictions=distill.contradictions)
+
+
+def _spec(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Distill, drop: Collection[int] | None
+) -> TrainSpec:
+    """The training of ``model``, whose teacher's layers ``drop`` are gone."""
+    student = checkpoint_of(model, "student")
+    original = student if teacher is None else checkpoint_of(teacher, "teacher")
+    require_same_vocabulary(original, student)
+    kept = len(decoder_layers(model))
+    num_layers = kept if teacher is None else len(decoder_layers(teacher))
+    reads_drop = settings.trainable not in ONLY_DEPTH or any(isinstance(term, STATE_TERMS) for term in settings.losses)
+    if drop is None:
+        if reads_drop and kept != num_layers:
+            raise UserError(
+                f"drop: trainable {settings.trainable!r} or a loss on states has to know which of the teacher's "
+                f"{num_layers} layers the student lacks; give them, such as drop=plan.drop"
+            )
+        drop = range(kept, num_layers)  # of which nobody reads more than how many there are
+    plan = PruningPlan(Provenance({}), num_layers, tuple(sorted(drop)), reason="given by the caller")
+    if problem := next(plan.contradictions(), None):
+        raise UserError(f"{problem}; give the layers that were cut, such as drop=plan.drop")
+    if len(plan.keep) != kept:
+        raise UserError(
+            f"drop: leaves {len(plan.keep)} of the teacher's {num_layers} layers, and the student has {kept}; give the "
+            "layers that were cut, such as drop=plan.drop"
+        )
+    spec = train_spec(original, student, plan, settings, Record(), Ranks.here())
+    if spec.runs_teacher and teacher is None:
+        raise UserError("teacher: is missing, and the losses compare the student with one; give the uncut model")
+    return spec
+
+
+def _refuse_arguments(args: TrainingArguments) -> None:
+    """Refuse training arguments that would be ignored or be wrong with this loss."""
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    wrong = {
+        "label_smoothing_factor": (args.label_smoothing_factor != 0, "the loss is `losses`; leave it out"),
+        "use_liger_kernel": (args.use_liger_kernel, "would replace the forward that holds the loss; leave it out"),
+        "average_tokens_across_devices": (
+            not args.average_tokens_across_devices,
+            "the loss is always averaged over the tokens of all ranks; leave it out",
+        ),
+        "gradient_checkpointing_kwargs": (
+            args.gradient_checkpointing and checkpointing.get("use_reentrant"),
+            "use_reentrant: True loses gradients above frozen layers; set it to False",
+        ),
+        "fsdp": (bool(args.fsdp), "would shard the head away from the loss; use DeepSpeed's ZeRO instead"),
+        "n_gpu": (
+            args.n_gpu > 1,
+            f"one process would hold {args.n_gpu} GPUs; start one for each (torchrun, accelerate launch), or set "
+            "CUDA_VISIBLE_DEVICES",
+        ),
+    }
+    for name, (is_wrong, reason) in wrong.items():
+        if is_wrong:
+            raise UserError(f"args.{name}: {reason}")
+
+
+def _refuse_replaced(model: PreTrainedModel) -> None:
+    for module in (model, output_head(model)):
+        if getattr(module.forward, "__func__", None) is not type(module).forward:
+            raise UserError(
+                f"model: the forward of its {type(module).__name__} is replaced, and the loss has to take that place; "
+                "load it without device_map, and leave out what patches it"
+            )
+
+
+def _refuse_shared(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Refuse a student that is the teacher, or looks into it: training would move both. Sharded weights are empty."""
+    places = {parameter.data_ptr() for parameter in teacher.parameters() if parameter.numel()}
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and parameter.data_ptr() in places:
+            raise UserError(
+                f"model: shares the weights of {name} with the teacher, which would be trained too; give a copy, such "
+                "as shoal.cut_model makes"
+            )
+
+
+def _nothing_recorded(*_: Any) -> Any:
+    raise AssertionError("nothing here reads a recording")

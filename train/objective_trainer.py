@@ -1,0 +1,297 @@
+"""The transformers Trainer with a distillation loss in place of the model's own, whatever shares the work: one process,
+DistributedDataParallel or DeepSpeed.
+
+Why the Trainer and not a loop of our own: every TrainingArguments setting keeps its meaning, and schedules, W&B,
+logging and gradient checkpointing come with it. What it gets wrong for us is overridden here, one method each.
+
+A loss is summed over supervised tokens and divided once, by the number of them in the whole optimizer step, over all
+its micro-batches and ranks. So the curve does not depend on how a batch is split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from shoal.atomic_files import write_json
+from shoal.errors import UserError
+from shoal.recipe.losses import term_names
+from shoal.runtime import is_main, world_size
+
+from .callbacks.loss_spikes import LossGuard, refuse_step
+from .engine.sharding import gathered, keep_gradient_norm, reduce_in_parts
+from .engine.stop import StopRequest
+from .objective.activation_checkpointing import recompute_selectively
+from .objective.host_batch import documents_known, on_host
+from .student.spec import TrainSpec
+from .teacher.wiring import Wiring
+
+INPUTS = ("input_ids", "position_ids", "labels")
+"""Planes that the student's forward takes of a batch; the teacher may read more."""
+AGREEMENT = "top1_agreement"
+PEAK_SHARE = "peak_share"
+"""Tokens per second against those at the speed of a large matrix product on this machine."""
+OBJECTIVE_FILE = "objective.json"
+"""File of what loss terms keep between steps, inside a checkpoint."""
+
+
+class ObjectiveTrainer(Trainer):
+    """Trains a student whose forward is that of an installed shoal.train.objective.objective.Objective."""
+
+    # the loss below is already divided by the token count of the whole optimizer step
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        spec: TrainSpec,
+        wiring: Wiring,
+        stop: StopRequest,
+        refused: Path,
+        peak_tokens_per_s: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """``refused`` is the folder for the batch of a step that is not sound; ``args`` and ``kwargs`` are the
+        Trainer's."""
+        super().__init__(*args, **kwargs)
+        objective = wiring.objective
+        recompute_selectively(objective.student, self.args)
+        # makes the Trainer count the tokens of a whole step, over micro-batches and ranks, and hand the count over
+        self.model_accepts_loss_kwargs = True
+        self.objective = objective
+        self._wiring = wiring
+        self._tokens_per_step = spec.tokens_per_step
+        self._guard = LossGuard(spec.settings.stop_on_spike)
+        self._autocast_dtype = spec.deepspeed.autocast_dtype
+        self._peak_tokens_per_s = peak_tokens_per_s
+        self._batches: list[dict[str, Tensor]] = []
+        self._stop = stop
+        self._refused = refused
+        self._num_items: Tensor | int = 0
+        self._step_sums = self._zero_sums()
+        self._term_tokens: list[int] = []
+        self._window_sums = [0.0] * (2 * len(objective.terms) + 2)
+        self._steps_logged = 0
+        self._gradient_norm: Tensor | float | None = None
+        self._rate = Rate()
+        self.add_callback(_StepEnds(self))
+
+    def _zero_sums(self) -> Tensor:
+        """Every term's sum over the step's supervised tokens, divided by their number, and the counts of top-1
+        agreement."""
+        return torch.zeros(len(self.objective.terms) + 2, dtype=torch.float64, device=self.args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of one optimizer step, kept until it is known to be sound, and their supervised tokens."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.keep_batches(batches, num_items)
+        return batches, num_items
+
+    def keep_batches(self, batches: list[dict[str, Tensor]], num_items: Tensor | int | None) -> None:
+        """These are the micro-batches of the step that begins, with so many supervised tokens over all ranks."""
+        self._batches, self._num_items = batches, 0 if num_items is None else num_items
+        counts = [self.objective.tokens_by_term(on_host(batch)) for batch in batches]
+        self._term_tokens = [sum(of_term) for of_term in zip(*counts, strict=True)]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's mean loss over all supervised tokens of all ranks.
+
+        Gradients are averaged over ranks, hence the factor world size. ``num_items_in_batch`` is the token count
+        of the whole step; averaging each micro-batch over its own tokens would make the loss depend on the split.
+        """
+        assert num_items_in_batch is not None
+        host = on_host(inputs)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(documents_known(host, self.args.device))
+            with torch.autocast(self.args.device.type, enabled=False):  # a teacher computes in its own precision
+                signals = self._wiring.teacher(inputs)
+            if self._wiring.teacher_head is not None:
+                stack.enter_context(gathered(self._wiring.teacher_head))
+            if self._wiring.prefix is not None:
+                dtype = next(p for p in model.parameters() if p.requires_grad).dtype
+                stack.enter_context(self._wiring.prefix.replaying(dtype))
+            # the student's forward is the objective's: sums over this micro-batch's tokens, no means
+            loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals, on_host=host)
+        if self.objective.student.training:  # else it is evaluated, between the steps
+            num_terms = len(self.objective.terms)
+            self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
+            # agreement is asked of every so many tokens: counts, no means
+            self._step_sums[num_terms:] += sums[num_terms:]
+        loss = loss_sum * (world_size() / num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """DeepSpeed has clipped; it is asked for the norm below."""
+        return None if self.is_deepspeed_enabled else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Kept for ``end_step``: to log it the Trainer would wait for the device here."""
+        if not self.is_deepspeed_enabled:
+            self._gradient_norm = super()._get_grad_norm(model, grad_norm)
+            return
+        engine: Any = model
+        # float16 finds its scale by steps that overflow: those are skipped, and the next one is tried with another
+        scaled = engine.fp16_enabled() or self._autocast_dtype is torch.float16
+        skipped = scaled and getattr(engine.optimizer, "overflow", False)
+        self._gradient_norm = None if skipped else engine.get_global_grad_norm()
+
+    def end_step(self) -> bool:
+        """Sum the step's curves over ranks, and refuse a step that is not sound before anything of it is saved; whether
+        any rank was asked to stop.
+
+        Here the host waits for the device, once per optimizer step: a later look would let a step that is no number
+        into a checkpoint, and what the device could have begun meanwhile is the beginning of the next step. Sums, norm
+        and the wish to stop come over together. DeepSpeed and, where it logs, the Trainer have waits of their own.
+        """
+        step, terms = self.state.global_step, self.objective.terms
+        # the last number is, after the sum over ranks, whether anyone was asked to stop
+        numbers = [*self._term_tokens, float(self._stop.reason is not None)]
+        sums = torch.cat([self._step_sums, *(self._step_sums.new_full((1,), number) for number in numbers)])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        if not self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+            self._gradient_norm = None
+        gradient_norm = 0.0 if self._gradient_norm is None else self._gradient_norm
+        *counts, stopped, num_items, norm = _numbers(sums, self._num_items, gradient_norm)
+        self._step_sums = self._zero_sums()
+        if not num_items:
+            raise UserError(f"step {step}: its batch holds no supervised token; raise distill.batch_size")
+        means = counts[: len(terms)]
+        # of the step's supervised tokens those that a term learns from
+        shares = [number / num_items for number in counts[len(terms) + 2 :]]
+        loss = sum(term.weight * value for term, value in zip(terms, means, strict=True))
+        values = {"loss": loss, **dict(zip(term_names(terms), means, strict=True))}
+        if self._gradient_norm is not None:
+            self._gradient_norm = norm
+            # DeepSpeed calls one that is no number -1 or infinite, depending on the stage, and goes on
+            values["the norm of the gradient"] = norm if 0 <= norm < math.inf else math.nan
+        if problem := self._guard.problem(values):
+            raise refuse_step(problem, step, self._batches, self._refused)
+        own_means = [mean / share if share else None for mean, share in zip(means, shares, strict=True)]
+        self.objective.end_step(own_means, step=step, num_steps=self.state.max_steps)
+        now = [*counts[: len(terms) + 2], *shares]
+        self._window_sums = [before + added for before, added in zip(self._window_sums, now, strict=True)]
+        if stopped:
+            self._stop.ask("another rank was asked to stop")
+        return stopped > 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
+        logged; one that has learnt from none since the last time is not there."""
+        steps = self.state.global_step - self._steps_logged
+        if "loss" in logs and steps > 0:
+            names = term_names(self.objective.terms)
+            sums, (matches, compared, *shares) = self._window_sums[: len(names)], self._window_sums[len(names) :]
+            logs |= {name: value / share for name, value, share in zip(names, sums, shares, strict=True) if share}
+            if compared:
+                logs[AGREEMENT] = matches / compared
+            logs |= self.objective.curves()
+            logs |= self._rate.read(steps * self._tokens_per_step)
+            if self._peak_tokens_per_s is not None:
+                logs[PEAK_SHARE] = logs["tokens_per_s"] / self._peak_tokens_per_s
+            if self._gradient_norm is not None:
+                logs["grad_norm"] = float(self._gradient_norm)  # a number since the step's end
+            self._window_sums = [0.0] * len(self._window_sums)
+            self._steps_logged = self.state.global_step
+        super().log(logs, start_time)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        """Loss and teacher read columns that the student's own forward does not have."""
+        return data_collator
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if is_main():
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            write_json(folder / OBJECTIVE_FILE, self.objective.state())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            file = Path(checkpoint) / OBJECTIVE_FILE
+            if not file.is_file():
+                raise UserError(f"{checkpoint}: holds no {OBJECTIVE_FILE}; go on from a checkpoint of this trainer")
+            self.objective.load_state(json.loads(file.read_text()))
+
+    def _load_callback_state(self) -> None:
+        """After the state was restored: term curves and training time go on from here, not from step 0."""
+        super()._load_callback_state()
+        self._steps_logged = self.state.global_step
+        history = [row for row in self.state.log_history if "loss" in row]
+        self._guard.remember([row["loss"] for row in history])
+        self._rate = Rate(history[-1]["seconds"] if history else 0.0)
+
+
+class Rate:
+    """Seconds of training and tokens per second, without the time for scoring and saving."""
+
+    def __init__(self, seconds_before: float = 0.0) -> None:
+        self._seconds_before = seconds_before
+        self._started = self._read_at = time.monotonic()
+
+    def read(self, num_tokens: int) -> dict[str, float]:
+        """Curves for ``num_tokens`` since the last reading."""
+        now = time.monotonic()
+        values = {
+            "seconds": self._seconds_before + now - self._started,
+            "tokens_per_s": num_tokens / max(now - self._read_at, 1e-9),
+        }
+        self._read_at = now
+        return values
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile is no training."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            away = time.monotonic() - began
+            self._started += away
+            self._read_at += away
+
+
+class _StepEnds(TrainerCallback):
+    """After every step: its curves, and whether any rank was asked to stop: finish it on all ranks, save, return."""
+
+    def __init__(self, trainer: ObjectiveTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.is_deepspeed_enabled:
+            keep_gradient_norm(self._trainer.model_wrapped)
+            reduce_in_parts(self._trainer.model_wrapped)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer.end_step() and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _numbers(values: Tensor, *more: Tensor | float) -> list[float]:
+    """All of them as numbers, for which the host waits once."""
+    on_device = (
+        value.to(values.device, values.dtype, non_blocking=True)
+        if isinstance(value, Tensor)
+        else values.new_full((), value)
+        for value in more
+    )
+    return torch.cat([values, *(value.reshape(1) for value in on_device)]).tolist()
