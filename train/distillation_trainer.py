@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler, SequentialSampler
@@ -36,6 +38,8 @@ from .objective_trainer import ObjectiveTrainer
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
 from .student.trainable import keep_zeros
 from .teacher.wiring import make_trainable, wire
+
+log = logging.getLogger(__name__)
 
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
 """One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
@@ -135,6 +139,7 @@ class DistillationTrainer(ObjectiveTrainer):
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError("model: none of its weights asks for a gradient; set trainable, or call requires_grad_()")
         keep_zeros(model)
+        _warn_of_half_precision(model, args)
         tokenizer = None if processing_class is None else require_tokenizer(processing_class)
 
         def rows(dataset: Dataset | PackedRows | None, name: str) -> PackedRows | None:
@@ -241,8 +246,8 @@ def _spec(
     model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Distill, drop: Collection[int] | None
 ) -> TrainSpec:
     """The training of ``model``, whose teacher's layers ``drop`` are gone."""
-    student = checkpoint_of(model, "student")
-    original = student if teacher is None else checkpoint_of(teacher, "teacher")
+    student = checkpoint_of(model)
+    original = student if teacher is None else checkpoint_of(teacher)
     require_same_vocabulary(original, student)
     kept = len(decoder_layers(model))
     num_layers = kept if teacher is None else len(decoder_layers(teacher))
@@ -292,6 +297,18 @@ def _refuse_arguments(args: TrainingArguments) -> None:
     for name, (is_wrong, reason) in wrong.items():
         if is_wrong:
             raise UserError(f"args.{name}: {reason}")
+
+
+def _warn_of_half_precision(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """DeepSpeed keeps float32 copies of such weights where it is told to train in half precision."""
+    halves = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} - {torch.float32}
+    config = resolved_deepspeed(args) or {}
+    if halves and not any(config.get(section, {}).get("enabled") for section in ("bf16", "fp16")):
+        log.warning(
+            "model: its weights are %s, in whose rounding steps at usual learning rates are lost; load it with "
+            "dtype='float32', and set bf16=True for the speed",
+            str(min(halves, key=str)).removeprefix("torch."),
+        )
 
 
 def _refuse_replaced(model: PreTrainedModel) -> None:

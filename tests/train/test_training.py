@@ -1,6 +1,7 @@
 """The whole training, through the distill verb: what its parts must still do when they are put together.
 
-Covers: shoal.train.assembly, shoal.train.save, shoal.train.teacher.signals, shoal.train.trainer.
+Covers: shoal.train.assembly, shoal.train.objective_trainer, shoal.train.save, shoal.train.teacher.signals,
+shoal.train.trainer.
 """
 
 from __future__ import annotations

@@ -67,11 +67,11 @@ def left_as_it_was(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             parameter.requires_grad_(trained[name])
 
 
-def checkpoint_of(model: PreTrainedModel, name: str) -> Checkpoint:
-    """What is known of a model without its weights, as if it lay in a folder: that of its name, or ``name``."""
+def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
+    """What is known of a model without its weights, as if it lay in a folder of its name."""
     attention: Any = getattr(model.config, "_attn_implementation", None) or "sdpa"
     load = LoadSettings(str(model.dtype).removeprefix("torch."), attention)
-    return Checkpoint(Path(model.config.name_or_path or name), model.config, load)
+    return Checkpoint(Path(name_of(model)), model.config, load)
 
 
 def name_of(model: PreTrainedModel) -> str:

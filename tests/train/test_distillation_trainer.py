@@ -1,0 +1,315 @@
+"""The trainer for models and data sets in memory: its loss, its checkpoints, several processes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import call_on_ranks
+from tiny import tiny_model, tiny_tokenizer
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.data.packing import IGNORED, PackedRows
+from shoal.data.sources import pack
+from shoal.errors import UserError
+from shoal.recipe.losses import ForwardKL
+from shoal.recipe.section import DataSource
+from shoal.runtime import free_port
+from shoal.train.distillation_trainer import DistillationTrainer
+
+DROP = (2, 3)
+LENGTH = 32
+TEXTS = [f"Document {number} says {number * number}, and then some more." for number in range(24)]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {number} + 1?"},
+            {"role": "assistant", "content": f"It is {number + 1}."},
+        ]
+    }
+    for number in range(12)
+]
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    given = {"learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1, "report_to": [], "disable_tqdm": True}
+    given |= {"use_cpu": True, "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
+    return TrainingArguments(str(folder / "out"), **(given | settings))
+
+
+def models() -> tuple[PreTrainedModel, PreTrainedModel]:
+    teacher = tiny_model("llama")
+    return cut_model(teacher, DROP), teacher
+
+
+def trainer_of(
+    folder: Path, *pair: PreTrainedModel, data: Any = TEXTS, trained_by: dict[str, Any] | None = None, **given: Any
+) -> DistillationTrainer:
+    student, teacher = pair or models()
+    given = {"processing_class": tiny_tokenizer(), "sequence_length": LENGTH, "train_dataset": data} | given
+    return DistillationTrainer(student, teacher, arguments(folder, **(trained_by or {})), **given)
+
+
+def curve(trainer: DistillationTrainer, name: str = "loss") -> list[float]:
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+@torch.no_grad()
+def forward_kl(student: PreTrainedModel, teacher: PreTrainedModel, rows: PackedRows) -> float:
+    """KL(teacher || student) per supervised token in nats, document by document in float64."""
+    total, count = 0.0, 0
+    for row in rows:
+        borders = [*(row["position_ids"] == 0).nonzero()[:, 0].tolist(), LENGTH]
+        for start, end in pairwise(borders):
+            ids = row["input_ids"][None, start:end]
+            learnt = row["labels"][start + 1 : end] != IGNORED
+            p, q = (functional.log_softmax(model(ids).logits.double()[0, :-1], -1) for model in (teacher, student))
+            total += (p.exp() * (p - q)).sum(-1)[learnt].sum().item()
+            count += int(learnt.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("data", [TEXTS, CHATS], ids=["texts", "conversations"])
+def test_its_loss_is_the_divergence_per_learnt_token(tmp_path: Path, data: Any) -> None:
+    student, teacher = models()
+    trainer = trainer_of(tmp_path, student, teacher, data=None, eval_dataset=data, trained_by={"eval_strategy": "no"})
+    rows: Any = trainer.eval_dataset
+    learnt = tiny_tokenizer().decode([t for row in rows for t in row["labels"].tolist() if t != IGNORED])
+    if data is CHATS:
+        assert "It is 12." in learnt
+        assert "What" not in learnt
+    else:
+        assert learnt.count("</s>") >= len(TEXTS) - 1  # one may begin a row
+    # of equal batches the Trainer takes the mean of their means, so that one batch holds all
+    trainer.args.per_device_eval_batch_size = len(rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(forward_kl(student, teacher, rows), rel=1e-5)
+
+
+def test_every_document_is_read_once_per_epoch(tmp_path: Path) -> None:
+    rows: Any = trainer_of(tmp_path).train_dataset
+    tokenizer = tiny_tokenizer()
+    expected = sum(len(tokenizer(text)["input_ids"]) + 1 for text in TEXTS)
+    assert rows.counts["train_dataset"]["documents"] == len(TEXTS)
+    assert rows.counts["train_dataset"]["tokens"] == expected
+    assert rows.counts["train_dataset"]["padding"] == -expected % LENGTH
+
+
+def test_the_curve_does_not_depend_on_how_a_batch_is_split(tmp_path: Path) -> None:
+    curves = []
+    for rows, accumulation in ((4, 1), (2, 2), (1, 4)):
+        split = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation, "max_steps": 4}
+        trainer = trainer_of(
+            tmp_path, losses=["forward_kl", {"kind": "cross_entropy", "weight": 0.1}], trained_by=split
+        )
+        trainer.train()
+        curves.append(curve(trainer))
+        assert curve(trainer, "forward_kl")[0] < curve(trainer, "cross_entropy")[0]
+    assert len(curves[0]) == 4
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_packed_rows_are_taken_in_their_order(tmp_path: Path) -> None:
+    rows = pack([(DataSource("x"), TEXTS)], tiny_tokenizer(), sequence_length=LENGTH, num_tokens=LENGTH * 8, seed=3)
+    seen: list[int] = []
+
+    class Watching(DistillationTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.extend(inputs["row"].tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    student, teacher = models()
+    Watching(
+        student, teacher, arguments(tmp_path, num_train_epochs=1), train_dataset=rows, sequence_length=LENGTH
+    ).train()
+    assert seen == list(range(8))
+
+
+def test_training_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path) -> None:
+    steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    losses = [{"kind": "taid", "step_size": 0.1, "momentum": 0.5}]  # which keeps a state of its own
+    whole = trainer_of(tmp_path, losses=losses, trained_by=steps)
+    whole.train()
+    again = trainer_of(tmp_path, losses=losses, trained_by=steps)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
+    assert curve(again) == curve(whole)
+    assert curve(again, "taid_t")[3:] == curve(whole, "taid_t")[3:]
+    for name, weight in again.objective.student.state_dict().items():
+        assert torch.equal(weight, whole.objective.student.state_dict()[name]), name
+    os.remove(tmp_path / "out/checkpoint-3/objective.json")
+    with pytest.raises(UserError, match=r"checkpoint-3: holds no objective.json; go on from a checkpoint of this"):
+        trainer_of(tmp_path, losses=losses, trained_by=steps).train(
+            resume_from_checkpoint=str(tmp_path / "out/checkpoint-3")
+        )
+
+
+def test_afterwards_the_student_is_an_ordinary_model_and_the_teacher_as_before(tmp_path: Path) -> None:
+    student, teacher = models()
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    trainer = trainer_of(tmp_path, student, teacher, trained_by={"bf16": True, "max_steps": 3})
+    trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
+    ids = torch.arange(20)[None]
+    student.eval()
+    logits = student(ids).logits
+    assert not torch.equal(logits, cut_model(teacher, DROP)(ids).logits)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, logits)
+
+
+def test_an_evaluation_after_training_computes_as_one_within(tmp_path: Path) -> None:
+    """Autocast is put around the objective when training begins, and must still be there."""
+    trainer = trainer_of(
+        tmp_path, eval_dataset=TEXTS[:4], trained_by={"bf16": True, "max_steps": 2, "eval_strategy": "steps"}
+    )
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == curve(trainer, "eval_loss")[1]
+
+
+def test_an_evaluation_leaves_the_curve_alone(tmp_path: Path) -> None:
+    evaluated = trainer_of(tmp_path, eval_dataset=TEXTS[:9], trained_by={"max_steps": 3, "eval_strategy": "steps"})
+    alone = trainer_of(tmp_path, trained_by={"max_steps": 3})
+    for trainer in (evaluated, alone):
+        trainer.train()
+    assert curve(evaluated, "forward_kl") == curve(alone, "forward_kl")
+
+
+def test_layers_below_the_cut_are_run_once_and_give_the_same_curve(tmp_path: Path) -> None:
+    shared = trainer_of(tmp_path, trainable="from_first_cut", drop=DROP, trained_by={"max_steps": 3})
+    assert shared.spec.shared_layers == 2
+    student, teacher = models()
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(".layers.2." in name or ".layers.3." in name or "model.norm" in name)
+    plain = trainer_of(tmp_path, student, teacher, trained_by={"max_steps": 3})
+    assert plain.spec.shared_layers == 0
+    for trainer in (shared, plain):
+        trainer.train()
+    assert curve(shared) == pytest.approx(curve(plain), rel=1e-5)
+
+
+def on_rank(rank: int, ranks: int, folder: str, port: int, stage: int | None) -> None:
+    """Train here under DistributedDataParallel, or under DeepSpeed's ``stage``; rank 0 writes its curve."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    from shoal.runtime import leave_distributed, set_up_distributed
+    from shoal.train.engine.sharding import join_deepspeed
+
+    set_up_distributed(300)
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 3, "gradient_accumulation_steps": 1}
+    if stage is not None:
+        join_deepspeed()
+        zero = {"stage": stage, "reduce_bucket_size": 10_000}
+        auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        settings["deepspeed"] = {"zero_optimization": zero, **dict.fromkeys((*auto, "gradient_clipping"), "auto")}
+    args = arguments(Path(folder), **settings)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(Path(folder) / name, dtype=torch.float32)
+        for name in ("student", "teacher")
+    )
+    trainer = DistillationTrainer(
+        student, teacher, args, TEXTS, processing_class=tiny_tokenizer(), sequence_length=LENGTH, losses=ForwardKL()
+    )
+    trainer.train()
+    if rank == 0:
+        (Path(folder) / "curve.json").write_text(json.dumps([curve(trainer), curve(trainer, "grad_norm")]))
+    leave_distributed()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [None, 0, 2, 3], ids=["ddp", "zero0", "zero2", "zero3"])
+def test_two_ranks_give_the_curve_of_one(tmp_path: Path, stage: int | None) -> None:
+    student, teacher = models()
+    student.save_pretrained(tmp_path / "student")
+    teacher.save_pretrained(tmp_path / "teacher")
+    alone = trainer_of(tmp_path, student, teacher, losses=ForwardKL(), trained_by={"max_steps": 3})
+    alone.train()
+    call_on_ranks(on_rank, str(tmp_path), free_port(), stage, ranks=2)
+    losses, norms = json.loads((tmp_path / "curve.json").read_text())
+    assert losses == pytest.approx(curve(alone), rel=1e-4)
+    assert norms == pytest.approx(curve(alone, "grad_norm"), rel=1e-3)
+
+
+def with_flash_attention() -> PreTrainedModel:
+    model = cut_model(tiny_model("llama"), DROP)
+    model.config._attn_implementation_internal = "flash_attention_2"  # pyright: ignore[reportAttributeAccessIssue]
+    return model
+
+
+def with_other_forward() -> PreTrainedModel:
+    model = cut_model(tiny_model("llama"), DROP)
+    model.forward = model.forward.__func__.__get__(model).__call__
+    return model
+
+
+def all_frozen() -> PreTrainedModel:
+    return cut_model(tiny_model("llama"), DROP).requires_grad_(False)  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": torch.nn.Linear(2, 2)}, r"model: is Linear; give a model of transformers"),
+        ({"teacher": None}, r"teacher: is missing, and the losses compare the student with one"),
+        (
+            {"model": tiny_model("llama", vocab_size=300)},
+            r"teacher llama has 272 vocabulary entries and student llama has 300",
+        ),
+        ({"drop": (1,)}, r"drop: leaves 5 of the teacher's 6 layers, and the student has 4; give the layers"),
+        ({"drop": (1, 9)}, r"drop: names layer 9 of a model of 6 layers; give the layers"),
+        ({"losses": "hidden_states"}, r"drop: trainable 'all' or a loss on states has to know which of .* 6 layers"),
+        ({"trainable": "near_gaps"}, r"drop: trainable 'near_gaps' or a loss on states has to know"),
+        ({"losses": "forwards_kl"}, r"distillation: losses.0.kind: must be one of .*did you mean 'forward_kl'"),
+        ({"losses": []}, r"every weight is 0, nothing would be trained"),
+        ({"model": with_flash_attention()}, r"model: its attention is flash_attention_2, with which documents"),
+        ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
+        ({"model": all_frozen()}, r"model: none of its weights asks for a gradient; set trainable"),
+        ({"processing_class": None}, r"processing_class: is missing; give the tokenizer"),
+        ({"args": {"label_smoothing_factor": 0.1}}, r"args.label_smoothing_factor: the loss is `losses`"),
+        ({"args": {"average_tokens_across_devices": False}}, r"args.average_tokens_across_devices: the loss is always"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    student, teacher = models()
+    given = {"model": student, "teacher": teacher, "processing_class": tiny_tokenizer()} | given
+    args = arguments(tmp_path, **given.pop("args", {}))
+    with pytest.raises(UserError, match=message):
+        DistillationTrainer(args=args, train_dataset=TEXTS, **given)
+
+
+def test_a_student_that_looks_into_the_teacher_is_refused(tmp_path: Path) -> None:
+    teacher = tiny_model("llama")
+    for student in (teacher, cut_model(teacher, DROP, share=True)):
+        with pytest.raises(UserError, match=r"model: shares the weights of model.embed_tokens.weight with the teacher"):
+            trainer_of(tmp_path, student, teacher)
+
+
+def test_weights_in_whose_rounding_steps_are_lost_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = models()
+    trainer_of(tmp_path, student, teacher)
+    assert "rounding" not in caplog.text
+    trainer_of(tmp_path, cut_model(tiny_model("llama", dtype=torch.bfloat16), DROP), teacher)
+    assert "model: its weights are bfloat16, in whose rounding steps at usual learning rates are lost" in caplog.text
+
+
+def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:
+    student, _ = models()
+    trainer = DistillationTrainer(
+        student,
+        None,
+        arguments(tmp_path, max_steps=2),
+        TEXTS,
+        processing_class=tiny_tokenizer(),
+        losses="cross_entropy",
+    )
+    trainer.train()
+    assert len(curve(trainer, "cross_entropy")) == 2
