@@ -17,7 +17,7 @@ from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
 from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
-from shoal.recipe import prune
+from shoal.recipe import measure, prune
 from shoal.recipe.edits import Merge, Replace, Swap
 from shoal.recipe.measure import Measure
 from shoal.recipe.messages import checked
@@ -35,6 +35,7 @@ def measure_importance(
     sequence_length: int = Measure.sequence_length,
     batch_size: int = Measure.batch_size,
     num_drop: int | None = None,
+    scale_removals: bool = False,
     seed: int = 0,
 ) -> Importance:
     """What every decoder layer of ``model`` is worth on ``texts``. Higher = keep.
@@ -50,6 +51,7 @@ def measure_importance(
         sequence_length: Tokens of one row.
         batch_size: Rows per forward.
         num_drop: Removals that greedy metrics make; None = a quarter of the layers.
+        scale_removals: In orders of whole layers one that is gone still scales the state, as measure.scale_removals.
         seed: Seed of the order of the texts and of what metrics draw.
 
     Returns:
@@ -64,8 +66,15 @@ def measure_importance(
         >>> importance.layers["block_influence"][3]
     """
     require_usable(model)
-    given = {"metrics": metrics, "num_tokens": num_tokens, "sequence_length": sequence_length, "num_drop": num_drop}
-    settings = checked(Measure, {**given, "batch_size": batch_size}, source="shoal.measure_importance")
+    given = {
+        "metrics": metrics,
+        "num_tokens": num_tokens,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "num_drop": num_drop,
+        "scale_removals": scale_removals,
+    }
+    settings = checked(Measure, given, source="shoal.measure_importance", contradictions=measure.contradictions)
     longest = getattr(text_config(model.config), "max_position_embeddings", None)
     if longest is not None and settings.sequence_length > longest:
         raise UserError(
@@ -82,7 +91,13 @@ def measure_importance(
     removals = settings.num_drop or max(1, len(decoder_layers(model)) // 4)
     with left_as_it_was(model):
         scores = scores_of(
-            model, rows, metrics=settings.metrics, batch_size=settings.batch_size, num_drop=removals, seed=seed
+            model,
+            rows,
+            metrics=settings.metrics,
+            batch_size=settings.batch_size,
+            num_drop=removals,
+            seed=seed,
+            scale_removals=settings.scale_removals,
         )
     inputs = {
         "model": name_of(model),
@@ -170,6 +185,11 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreT
         return surgery.cut_model(model, drop)
     if (num_layers := len(decoder_layers(model))) != drop.num_layers:
         raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")
+    if closed := [gap for gap in drop.gaps if gap.is_closed]:
+        raise UserError(
+            f"drop: makes up for dropped layers ({closed[0].in_words()}), which only `shoal prune` does; load the student "
+            "that it wrote, or give drop=plan.drop"
+        )
     if not drop.edits:
         return surgery.cut_model(model, drop.drop)
     if needy := [edit.kind for edit in drop.edits if isinstance(edit, Swap | Merge | Replace)]:

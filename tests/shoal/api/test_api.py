@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import shoal
 from shoal.api import running
-from shoal.artifacts.artifact import Evaluation, Importance, Provenance, PruningPlan
+from shoal.artifacts.artifact import ClosedGap, Evaluation, Importance, Provenance, PruningPlan
 from shoal.artifacts.importance import Removal
 from shoal.compress.edits.apply import NOTHING_MADE, edited
 from shoal.data.sources import load_texts
@@ -216,6 +216,10 @@ def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
         ),
         (lambda m, t: shoal.cut_model(m, [7]), r"drop: 7 is no layer of this model; its layers are 0..5"),
         (lambda m, t: shoal.cut_model(m, plan_of(num_layers=8)), r"drop: is a plan for 8 layers, and the model has 6"),
+        (
+            lambda m, t: shoal.cut_model(m, replace(plan_of(), gaps=(ClosedGap(2, 3, 1.5, False, 1, 1, 1, 1),))),
+            r"drop: makes up for dropped layers \(a factor of 1.500 for layers 2 to 3\), which only `shoal prune` does",
+        ),
         (lambda m, t: shoal.cut_model(m, plan_of(Merge("merge", (2, 3)))), r"drop: its edit merge is made from files"),
         (lambda m, t: shoal.evaluate(m, t, "knowlege_continuation"), r"knowlege_continuation.*knowledge_continuation"),
         (lambda m, t: shoal.evaluate(m, t, limit=0), r"shoal.evaluate: limit: must be greater than 0 \(got 0\)"),
