@@ -82,7 +82,7 @@ class DistillationTrainer(ObjectiveTrainer):
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         *,
         losses: Losses = "forward_kl",
-        drop: Collection[int] | None = None,
+        drop: Collection[int] | PruningPlan | None = None,
         trainable: Trainable | None = None,
         sequence_length: int = 512,
         packing: Packing = "split",
@@ -103,8 +103,8 @@ class DistillationTrainer(ObjectiveTrainer):
             callbacks: Callbacks besides the Trainer's own.
             optimizers: Optimizer and schedule in place of those of ``args``.
             losses: Terms of the loss, see Losses.
-            drop: Layers of the teacher that the student lacks (0-based), which losses on states and most choices of
-                ``trainable`` have to know.
+            drop: Layers of the teacher that the student lacks (0-based), or the plan that says so, which losses on
+                states and most choices of ``trainable`` have to know.
             trainable: Weights that are trained, as distill.trainable; None = those that ask for a gradient.
             sequence_length: Tokens of one row.
             packing: How rows are filled, as distill.packing.
@@ -243,7 +243,10 @@ def _settings(args: TrainingArguments, *, losses: Losses, **given: Any) -> Disti
 
 
 def _spec(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, settings: Distill, drop: Collection[int] | None
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    settings: Distill,
+    drop: Collection[int] | PruningPlan | None,
 ) -> TrainSpec:
     """The training of ``model``, whose teacher's layers ``drop`` are gone."""
     student = checkpoint_of(model)
@@ -259,13 +262,15 @@ def _spec(
                 f"{num_layers} layers the student lacks; give them, such as drop=plan.drop"
             )
         drop = range(kept, num_layers)  # of which nobody reads more than how many there are
-    plan = PruningPlan(Provenance({}), num_layers, tuple(sorted(drop)), reason="given by the caller")
+    plan = drop
+    if not isinstance(plan, PruningPlan):
+        plan = PruningPlan(Provenance({}), num_layers, tuple(sorted(plan)), reason="given by the caller")
     if problem := next(plan.contradictions(), None):
         raise UserError(f"{problem}; give the layers that were cut, such as drop=plan.drop")
-    if len(plan.keep) != kept:
+    if plan.num_layers != num_layers or len(plan.keep) != kept:
         raise UserError(
-            f"drop: leaves {len(plan.keep)} of the teacher's {num_layers} layers, and the student has {kept}; give the "
-            "layers that were cut, such as drop=plan.drop"
+            f"drop: leaves {len(plan.keep)} of {plan.num_layers} layers, the teacher has {num_layers} and the student "
+            f"{kept}; give the layers that were cut, such as drop=plan.drop"
         )
     spec = train_spec(original, student, plan, settings, Record(), Ranks.here())
     if spec.runs_teacher and teacher is None:

@@ -15,6 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
+from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import IGNORED, PackedRows
 from shoal.data.sources import pack
@@ -262,7 +263,7 @@ def all_frozen() -> PreTrainedModel:
             {"model": tiny_model("llama", vocab_size=300)},
             r"teacher llama has 272 vocabulary entries and student llama has 300",
         ),
-        ({"drop": (1,)}, r"drop: leaves 5 of the teacher's 6 layers, and the student has 4; give the layers"),
+        ({"drop": (1,)}, r"drop: leaves 5 of 6 layers, the teacher has 6 and the student 4; give the layers"),
         ({"drop": (1, 9)}, r"drop: names layer 9 of a model of 6 layers; give the layers"),
         ({"losses": "hidden_states"}, r"drop: trainable 'all' or a loss on states has to know which of .* 6 layers"),
         ({"trainable": "near_gaps"}, r"drop: trainable 'near_gaps' or a loss on states has to know"),
@@ -299,6 +300,16 @@ def test_weights_in_whose_rounding_steps_are_lost_are_warned_of(
     assert "rounding" not in caplog.text
     trainer_of(tmp_path, cut_model(tiny_model("llama", dtype=torch.bfloat16), DROP), teacher)
     assert "model: its weights are bfloat16, in whose rounding steps at usual learning rates are lost" in caplog.text
+
+
+def test_a_plan_says_which_layers_are_gone_and_what_was_made_up_for(tmp_path: Path) -> None:
+    gaps = (ClosedGap(2, 3, 1.5, True, 1, 1, 1, 1),)
+    plan = PruningPlan(Provenance({}), 6, DROP, "", gaps=gaps)
+    trainer = trainer_of(tmp_path, trainable="from_first_cut", drop=plan, losses="hidden_states")
+    assert trainer.spec.plan.gaps == gaps
+    assert trainer.spec.shared_layers == 1  # a correction has changed the layer below the gap
+    with pytest.raises(UserError, match=r"drop: leaves 4 of 6 layers, the teacher has 8 and the student 4"):
+        trainer_of(tmp_path, models()[0], tiny_model("llama", num_hidden_layers=8), drop=plan)
 
 
 def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:

@@ -187,8 +187,8 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreT
         raise UserError(f"drop: is a plan for {drop.num_layers} layers, and the model has {num_layers}; plan again")
     if closed := [gap for gap in drop.gaps if gap.is_closed]:
         raise UserError(
-            f"drop: makes up for dropped layers ({closed[0].in_words()}), which only `shoal prune` does; load the student "
-            "that it wrote, or give drop=plan.drop"
+            f"drop: makes up for dropped layers ({closed[0].in_words()}), which only `shoal prune` does; load the "
+            "student that it wrote, or give drop=plan.drop"
         )
     if not drop.edits:
         return surgery.cut_model(model, drop.drop)

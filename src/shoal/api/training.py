@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.artifacts.artifact import Training
+from shoal.artifacts.artifact import PruningPlan, Training
 from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.sources import pack
 from shoal.errors import UserError
@@ -40,7 +40,7 @@ def distill(
     batch_size: int | None = None,
     learning_rate: float = 1e-4,
     trainable: Trainable = "all",
-    drop: Collection[int] | None = None,
+    drop: Collection[int] | PruningPlan | None = None,
     packing: Packing = "split",
     loss_on: Literal["assistant", "all"] | None = None,
     precision: Precision = "auto",
@@ -65,8 +65,8 @@ def distill(
         batch_size: Rows of one optimizer step over all processes; None = 4 in each.
         learning_rate: Peak of a cosine with a tenth of warm-up.
         trainable: Weights that are trained, as distill.trainable.
-        drop: Layers of the teacher that the student lacks, such as plan.drop: losses on states need them, and every
-            ``trainable`` but `all` and `layers`.
+        drop: Layers of the teacher that the student lacks, or the plan that says so: losses on states need them, and
+            every ``trainable`` but `all` and `layers`.
         packing: How rows are filled, as distill.packing.
         loss_on: Tokens of conversations that are learnt; None = what the assistant says.
         precision: Precision of products, as distill.precision; auto = what the device multiplies fast in.
