@@ -91,15 +91,13 @@ def distill(
     given = dict(trainer or {})
     if lost := [name for name in given if name.startswith("save_")]:
         raise UserError(f"trainer.{lost[0]}: nothing is saved here; use shoal.DistillationTrainer, or leave it out")
-    if precision == "auto":
-        precision = fast_dtype(device()).dtype
     values = {
         "losses": as_terms(losses),
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "trainable": trainable,
         "packing": packing,
-        "precision": precision,
+        "precision": fast_dtype(device()).dtype if precision == "auto" else precision,
         "deepspeed": None,
         "watch": None,
         "trainer": {"learning_rate": learning_rate, **given, "save_strategy": "no"},

@@ -55,7 +55,7 @@ def documents_of(
     columns = ("text",) if isinstance(first, str) else tuple(_mapping(first, f"{name!r} row 0"))
     tools = {"tools": "tools"} if "tools" in columns else {}
     if "messages" in columns:
-        chosen = {"messages": "messages", **tools}
+        chosen: dict[str, Any] = {"messages": "messages", **tools}
     elif "prompt" in columns and "completion" in columns:
         chosen = {"prompt": "prompt", "completion": "completion", **tools}
     elif "text" in columns:

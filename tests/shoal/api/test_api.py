@@ -165,8 +165,9 @@ def test_a_data_set_is_learnt_once_where_no_budget_is_named() -> None:
 
 def test_a_plan_of_halves_is_cut_as_it_was_measured() -> None:
     model = tiny_model("llama")
-    order = tuple(Removal(Component((layer,), part), 1.0) for layer, part in ((2, "mlp"), (3, "mlp"), (3, "attention")))
-    order += (Removal(Component((1,), "attention"), 1.0),)
+    mlps, attentions = ((2, 3), (3, 1))
+    order = tuple(Removal(Component((layer,), "mlp"), 1.0) for layer in mlps)
+    order += tuple(Removal(Component((layer,), "attention"), 1.0) for layer in attentions)
     importance = Importance(Provenance({}), 6, 10, {}, {}, orders={"blockpruner": order})
     plan = shoal.choose_layers(importance, num_drop=2, metric="blockpruner")
     assert plan.drop == (3,)
@@ -207,7 +208,10 @@ def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
             r"shoal.measure_importance: num_tokens: must",
         ),
         (lambda m, t: shoal.measure_importance(m, t, TEXTS, sequence_length=4096), r"4096 is more than the 1024 posit"),
-        (lambda m, t: shoal.measure_importance(m, None, TEXTS), r"tokenizer: is NoneType; give a tokenizer of transf"),
+        (
+            lambda m, t: shoal.measure_importance(m, m, TEXTS),
+            r"tokenizer: is LlamaForCausalLM; give a tokenizer of transf",
+        ),
         (lambda m, t: shoal.measure_importance(m, t, []), r"data 'texts': is empty; give texts"),
         (lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {})), r"says neither what nor how much"),
         (

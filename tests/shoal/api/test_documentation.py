@@ -22,6 +22,7 @@ def blocks() -> list[tuple[int, str]]:
 
 @pytest.mark.slow
 def test_every_example_runs(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # a launched training asks this machine what it multiplies fast in: so does this process
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     assert blocks()[0][1].count(NAME) == 1
