@@ -23,7 +23,7 @@ from shoal import __version__, cli
 from shoal.cli import main, run_verb
 from shoal.errors import UserError
 from shoal.runtime import set_up_logging
-from shoal.stages import prune
+from shoal.stages import launch, prune
 from shoal.stages.run import Run
 
 
@@ -228,7 +228,7 @@ def test_refused_distill_ends_with_code_2_and_adds_nothing_to_what_the_rank_said
     capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher = Launcher(2)
-    monkeypatch.setattr(cli, "run_launcher", launcher)
+    monkeypatch.setattr(launch, "run_launcher", launcher)
     assert run_verb("distill", recipe, ["distill.num_ranks=2"]) == 2
     assert "error" not in capsys.readouterr().err
     (command,) = launcher.commands
@@ -260,7 +260,7 @@ def test_failed_distill_says_how_and_passes_its_exit_code_on(
     exit_code: int,
     said: str,
 ) -> None:
-    monkeypatch.setattr(cli, "run_launcher", launcher)
+    monkeypatch.setattr(launch, "run_launcher", launcher)
     assert run_verb("distill", recipe, []) == exit_code
     _, _, after = capsys.readouterr().err.partition("under the DeepSpeed launcher\n")
     assert said in after if said else not after

@@ -250,7 +250,6 @@ class Waits(TorchDispatchMode):
 
 def note_waits(file: Path) -> None:
     """Write to ``file`` who waits for the device, by step; everything that only the host knows is marked as such."""
-    from shoal.train import assembly
     from shoal.train.objective import host_batch
     from shoal.train.trainer import DistillTrainer
 
@@ -282,7 +281,7 @@ def note_waits(file: Path) -> None:
     originals = {name: getattr(Tensor, name) for name in ("tolist", "cpu", "numpy")}
     for name in originals:
         setattr(Tensor, name, lambda tensor, name=name: asked(name, tensor))
-    assembly.with_host_copy = copied
+    host_batch.with_host_copy = copied
     DistillTrainer.train, DistillTrainer.end_step = watched, ended  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -300,11 +300,12 @@ def pack(
     drawn = draw(streams, [source.weight for source, _ in sources])
     if num_rows is None:
         drawn = itertools.takewhile(lambda document: document[1].epoch == 0, drawn)
-    padding_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    padded = packing == "best_fit" or num_rows is None
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id) if padded else ()
+    padding_id = next((token for token in ends if token is not None), 0)
     rows = (best_fit_rows if packing == "best_fit" else split_rows)(drawn, sequence_length, padding_id)
     with progress("text: rows packed", total=num_rows, unit="rows") as step:
         rows = _counted(teaching_rows(rows, names, counts), step)
-        padded = packing == "best_fit" or num_rows is None
         marked = padded or any(source.assistant_only for source, _ in sources)
         without = [*(() if marked else ("supervised",)), *(() if with_sources else (SOURCES,))]
         if folder is not None and num_rows is not None:
