@@ -20,7 +20,7 @@ from shoal.data.packing import PackedRows
 from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.models.in_memory import checkpoint_of, name_of, require_tokenizer, require_usable
+from shoal.models.in_memory import checkpoint_of, name_of, require_positions, require_tokenizer, require_usable
 from shoal.recipe import distill
 from shoal.recipe.deepspeed_file import precisions_named
 from shoal.recipe.distill import Distill, Record, Trainable
@@ -118,6 +118,7 @@ class DistillationTrainer(ObjectiveTrainer):
         models = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
         for name, one in models.items():
             require_usable(one, name)
+            require_positions(one, sequence_length)
         if args is None:
             args = TrainingArguments(f"{Path(name_of(model)).name}-distilled")
         _refuse_arguments(args)

@@ -76,7 +76,8 @@ class ObjectiveTrainer(Trainer):
         self._peak_tokens_per_s = peak_tokens_per_s
         self._batches: list[dict[str, Tensor]] = []
         self._stop = stop
-        self._refused = refused
+        self.refused: Path | None = refused
+        """None = its batch is not kept."""
         self._num_items: Tensor | int = 0
         self._step_sums = self._zero_sums()
         self._term_tokens: list[int] = []
@@ -184,7 +185,7 @@ class ObjectiveTrainer(Trainer):
             # DeepSpeed calls one that is no number -1 or infinite, depending on the stage, and goes on
             values["the norm of the gradient"] = norm if 0 <= norm < math.inf else math.nan
         if problem := self._guard.problem(values):
-            raise refuse_step(problem, step, self._batches, self._refused)
+            raise refuse_step(problem, step, self._batches, self.refused)
         own_means = [mean / share if share else None for mean, share in zip(means, shares, strict=True)]
         self.objective.end_step(own_means, step=step, num_steps=self.state.max_steps)
         now = [*counts[: len(terms) + 2], *shares]

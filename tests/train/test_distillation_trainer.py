@@ -273,6 +273,7 @@ def all_frozen() -> PreTrainedModel:
         ({"model": with_flash_attention()}, r"model: its attention is flash_attention_2, with which documents"),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
         ({"model": all_frozen()}, r"model: none of its weights asks for a gradient; set trainable"),
+        ({"sequence_length": 2048}, r"sequence_length: 2048 is more than the 1024 positions of the model; lower it"),
         ({"processing_class": None}, r"processing_class: is missing; give the tokenizer"),
         ({"args": {"label_smoothing_factor": 0.1}}, r"args.label_smoothing_factor: the loss is `losses`"),
         ({"args": {"average_tokens_across_devices": False}}, r"args.average_tokens_across_devices: the loss is always"),

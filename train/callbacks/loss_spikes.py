@@ -55,8 +55,10 @@ class LossGuard:
         self._recent.extend(losses)
 
 
-def refuse_step(problem: str, step: int, batches: Sequence[dict[str, Tensor]], folder: Path) -> UserError:
-    """The error that ends the training; every rank calls this and writes its own micro-batches to ``folder``."""
+def refuse_step(problem: str, step: int, batches: Sequence[dict[str, Tensor]], folder: Path | None) -> UserError:
+    """The error that ends the training; every rank calls this and writes its micro-batches to ``folder``, if any."""
+    if folder is None:
+        return UserError(f"step {step}: {problem}; lower the learning rate, or take the text out")
     where = folder / f"step-{step}"
     with explained_disk_errors(where):
         where.mkdir(parents=True, exist_ok=True)

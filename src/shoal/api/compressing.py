@@ -15,8 +15,8 @@ from shoal.compress.surgery import cut_model as surgery
 from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.sources import pack
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers, text_config
-from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
+from shoal.models.anatomy import decoder_layers
+from shoal.models.in_memory import left_as_it_was, name_of, require_positions, require_tokenizer, require_usable
 from shoal.recipe import measure, prune
 from shoal.recipe.edits import Merge, Replace, Swap
 from shoal.recipe.measure import Measure
@@ -75,11 +75,7 @@ def measure_importance(
         "scale_removals": scale_removals,
     }
     settings = checked(Measure, given, source="shoal.measure_importance", contradictions=measure.contradictions)
-    longest = getattr(text_config(model.config), "max_position_embeddings", None)
-    if longest is not None and settings.sequence_length > longest:
-        raise UserError(
-            f"sequence_length: {sequence_length} is more than the {longest} positions of the model; lower it"
-        )
+    require_positions(model, settings.sequence_length)
     documents = documents_of(texts, name="texts", loss_on="all")
     rows = pack(
         [(documents.source, documents)],

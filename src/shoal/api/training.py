@@ -144,6 +144,7 @@ def distill(
                 head_chunk=settings.head_chunk,
             )
             work.remove_callback(PrinterCallback)
+            work.refused = None  # its folder ends with this call
             work.train()
             training = training_of(work, work.spec, inputs=inputs, rows=rows, peak_memory_bytes=peak_memory())
         finally:

@@ -6,6 +6,7 @@ shoal.models.in_memory.
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -148,6 +149,17 @@ def test_healing_changes_the_student_alone_and_keeps_what_it_is_in() -> None:
     assert student.config.use_cache
     assert all(parameter.requires_grad and parameter.grad is None for parameter in student.parameters())
     assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_step_that_is_no_number_ends_the_healing_and_the_student_is_in_its_own_precision() -> None:
+    teacher = tiny_model("llama", dtype=torch.bfloat16)
+    student = shoal.cut_model(teacher, DROP)
+    with torch.no_grad():
+        student.lm_head.weight[3] = math.nan
+    with pytest.raises(shoal.UserError, match=r"step 1: .* is nan; lower the learning rate, or take the text out$"):
+        shoal.distill(student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64)
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+    assert student(torch.arange(9)[None]).logits.shape[1] == 9
 
 
 def test_a_data_set_is_learnt_once_where_no_budget_is_named() -> None:
