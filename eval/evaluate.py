@@ -18,13 +18,15 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes
 from shoal.models.load import Checkpoint, num_parameters
 from shoal.progress import each
-from shoal.recipe.evaluate import Tasks
+from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import device, rank, seed_everything
 
-from .harness.engine import CausalLM, connect_ranks, prompt_room
+from .harness.engine import CausalLM, connect_ranks
 from .harness.item_cache import ItemCache, identity_of
 from .harness.perplexity import perplexity
+from .harness.sampled import sampled
 from .harness.samples import task_score
+from .harness.writing import prompt_room
 from .tasks.load import tasks_of
 from .tasks.names import limit_without_task
 
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 def role_evaluation(
     role: str,
     checkpoint: Checkpoint,
-    settings: Tasks,
+    settings: Eval,
     *,
     inputs: dict[str, Json],
     seed: int,
@@ -102,7 +104,7 @@ def model_evaluation(
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: Tasks,
+    settings: Eval,
     *,
     seed: int,
     items: ItemCache | None = None,
@@ -113,7 +115,8 @@ def evaluate(
 
     ``tasks`` are those of the settings where they are loaded already. The items are the tasks' first ``settings.limit``
     (or ``settings.limits`` of that task), the same for every model and every seed; the seed decides only what lm-eval
-    draws at random, such as few-shot examples. ``called`` is what is being done, for the log.
+    draws at random, such as few-shot examples, and the texts of ``settings.samples``. ``called`` is what is being done,
+    for the log.
 
     Raises:
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
@@ -124,6 +127,8 @@ def evaluate(
         tasks = tasks_of(settings, seed=seed)
     log.info("eval: %s", in_words(tasks, settings))
     scores = scores_of(lm, tasks, settings, seed=seed)
+    if settings.samples is not None:
+        scores = _of_rank_0(lm, sampled(lm, tasks, scores, settings.samples, seed=seed))
     if settings.perplexity_tokens:
         scores = (*scores, perplexity(lm, settings))
     for score in scores:
@@ -131,6 +136,9 @@ def evaluate(
             "eval: %s %s %.3f [%.3f, %.3f], n = %d",
             *(score.task, score.metric, score.score, score.ci_low, score.ci_high, score.n),
         )
+        for passed in score.pass_at:
+            told = (score.task, passed.k, passed.score, passed.ci_low, passed.ci_high, passed.chance)
+            log.info("eval: %s pass@%d %.3f [%.3f, %.3f], chance %.3f", *told)
     return scores
 
 
@@ -141,10 +149,15 @@ def scores_of(lm: CausalLM, tasks: dict[str, Any], settings: Tasks, *, seed: int
     seed_everything(seed)
     for task in tasks.values():
         task.set_fewshot_seed(seed=seed)
-    scores: list[Any] = [_scores(lm, tasks, num_items(tasks, settings))]
+    return _of_rank_0(lm, _scores(lm, tasks, num_items(tasks, settings)))
+
+
+def _of_rank_0(lm: CausalLM, scores: tuple[TaskScore, ...]) -> tuple[TaskScore, ...]:
+    """The scores that rank 0 has, on every rank."""
+    held = [scores]
     if lm.world_size > 1:
-        dist.broadcast_object_list(scores, src=0, device=None if lm.device.type == "cpu" else lm.device)
-    return scores[0]
+        dist.broadcast_object_list(held, src=0, device=None if lm.device.type == "cpu" else lm.device)
+    return held[0]
 
 
 def _scores(lm: CausalLM, tasks: dict[str, Any], counts: dict[str, int]) -> tuple[TaskScore, ...]:

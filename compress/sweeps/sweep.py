@@ -33,9 +33,10 @@ from shoal.recipe.measure import Protocol, Sweeps
 from shoal.runtime import world_size
 
 from ...eval.evaluate import check_runnable, in_words, num_items, scores_of
-from ...eval.harness.engine import CausalLM, Writing, connect_ranks
+from ...eval.harness.engine import CausalLM, connect_ranks
 from ...eval.harness.item_cache import ENGINE, ItemCache, key_of
 from ...eval.harness.perplexity import perplexity, windows
+from ...eval.harness.writing import Writing
 from ...eval.tasks.load import known_tasks, tasks_of
 from ..edits.layer_edits import stored_name
 from ..variants.streamed import Streaming, score_variants_streamed
@@ -267,7 +268,7 @@ class VariantsLM(CausalLM):
         return own
 
     def _write_variants(self, prompts: list[list[int]], keys: list[str], how: Writing) -> list[list[list[int]]]:
-        if self._writes_greedily(how):
+        if self._writes_itself(how):
             limits = Limits(how.max_new_tokens, self._finish(how))
             return generate_variants(
                 self._edited, self._decoder, prompts, self._variants, limits, batch_size=self.batch_size

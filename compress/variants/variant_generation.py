@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shoal.inference.decoder import Decoder, plain_cache
-from shoal.inference.generation import Texts, generate_greedily, write
+from shoal.inference.generation import Texts, write, write_after
 from shoal.inference.prefix_sharing import batches
 from shoal.inference.scoring import Pass
 from shoal.recipe.edits import LayerEdit
@@ -66,7 +66,7 @@ def generate_variants(
     """
 
     def write_alone(chosen: Sequence[Tokens]) -> list[Tokens]:
-        return generate_greedily(decoder, chosen, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished)
+        return write_after(decoder, chosen, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished)
 
     together = _together(edited.model, decoder, variants)
     written: list[list[Tokens]] = [[[] for _ in prompts] for _ in variants]

@@ -21,6 +21,7 @@ from ..report.document import Block, Bullets, Code, Paragraph, block_markdown, i
 from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
 from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
+from ..report.sampled import sampled_section
 from ..report.sections import difference_table, no_signal_section, score_table
 from ..report.speed import speed_section
 from ..report.wording import by_column, column_words
@@ -152,6 +153,8 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
     parts += [first, *([lines] if lines else []), *others]
     if comparison.rows:
         parts += ["## Before and after", *_results(run, comparison)]
+        if sampled := sampled_section(comparison):
+            parts += [f"## {sampled.title}", *sampled.blocks]
         parts += ["## Read with care", *cautions_section(run, comparison).blocks]
     parts += ["## What was cut", *_cut_lines(run, base), *_picture(run, "importance")]
     if run.training:

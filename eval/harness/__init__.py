@@ -4,6 +4,8 @@ engine           lm-eval's interface over a model in memory
 perplexity       running text
 samples          from lm-eval's log to scores per item
 rates            how written text fails
+writing          how texts are asked for, drawn and ended
+sampled          pass@k over drawn texts
 item_cache       answers on disk as they come in
 tokenizer_check  whether roles read the same tokens
 item_texts       what is asked, to look for it in training text

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -24,62 +24,26 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
     has_bos_prefix,
-    normalize_gen_kwargs,
     postprocess_generated_text,
     resolve_max_length,
 )
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
-from shoal.inference.generation import Finish, generate_greedily
+from shoal.inference.drawing import Choose, Drawn, DrawnOnly, likeliest
+from shoal.inference.generation import Finish, write_after
 from shoal.inference.prefix_sharing import Reader, Start, Tokens, batches, batches_by_beginning, common_beginnings
 from shoal.inference.scoring import Score, scored
 from shoal.progress import Work, progress
+from shoal.recipe.evaluate import Samples
 
 from .item_cache import ItemCache, key_of
+from .writing import CHOICE_SETTINGS, GREEDY_SETTINGS, NEUTRAL_SETTINGS, NEW_TOKENS, Draws, Ending, Writing, prompt_room
 
 log = logging.getLogger(__name__)
-
-GREEDY_SETTINGS = {"do_sample", "temperature", "top_p", "top_k"}
-"""Settings of a generation configuration that change nothing about greedy text."""
-NEW_TOKENS = 256
-"""How many a task gets that does not say how many it wants, as in lm-eval."""
-NEUTRAL_SETTINGS = GREEDY_SETTINGS | {
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "max_length",
-    "max_new_tokens",
-    "transformers_version",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict_in_generate",
-    "_from_model_config",
-}
-
-
-@dataclass(frozen=True)
-class Writing:
-    """How a task wants its text written."""
-
-    max_new_tokens: int
-    stop: list[str]
-    settings: dict[str, Any]
-    """All else that the task asks for: sampling, penalties, ..."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a text ended."""
-
-    num_tokens: int
-    """New tokens, the one that ended it included."""
-    finished: bool
-    """False = the limit of new tokens ended it."""
 
 
 class CausalLM(TemplateLM):
@@ -226,33 +190,49 @@ class CausalLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return [text for (text,) in self._texts(requests, "writing")]
+
+    def sample_until(self, requests: Sequence[Any], samples: Samples, *, seed: int) -> list[list[str]]:
+        """``samples.n`` texts for every request of generate_until, drawn as Draws says."""
+        return self._texts(requests, "sampling", Draws(samples, seed, tuple(range(samples.n))))
+
+    def _texts(self, requests: Sequence[Any], what: str, draws: Draws | None = None) -> list[list[str]]:
+        """The texts of every request: one, or the ``draws`` of one prompt for each."""
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_settings.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
-        texts = [""] * len(requests)
-        with progress(f"{self._called}: writing", total=len(requests), unit="texts") as step:
+        texts: list[list[str]] = [[] for _ in requests]
+        total = len(requests) * (1 if draws is None else len(draws.numbers))
+        with progress(f"{self._called}: {what}", total=total, unit="texts") as step:
             for indices in by_settings.values():
                 prompts = [requests[index].args[0] for index in indices]
-                answers = self._generate(prompts, copy.deepcopy(requests[indices[0]].args[1]), step)
-                for index, text in zip(indices, answers, strict=True):
-                    texts[index] = text
+                answers = self._generate(prompts, copy.deepcopy(requests[indices[0]].args[1]), step, draws)
+                for index, own in zip(indices, answers, strict=True):
+                    texts[index] = own
         return texts
 
-    def _generate(self, prompts: list[str], settings: dict[str, Any], step: Work) -> list[str]:
-        """Texts of prompts that share their generation settings."""
+    def _generate(
+        self, prompts: list[str], settings: dict[str, Any], step: Work, draws: Draws | None
+    ) -> list[list[str]]:
+        """Texts of each of the prompts, which share their generation settings."""
         room, wanted = prompt_room(settings, self.max_length)
         stop = handle_stop_sequences(wanted.pop("until", None), eos=self.tokenizer.decode([self.eot_token_id]))
         max_new_tokens = wanted.pop("max_gen_toks")
         encoded = [self._encode_prompt(prompt) for prompt in prompts]
         self._report_truncation(sum(len(ids) > room for ids in encoded), len(encoded), "prompt")
         encoded = [ids[-room:] for ids in encoded]
-        how = Writing(max_new_tokens, stop, wanted)
-        written = self._write(encoded, how, step)
-        finish, key = self._finish(how), json.dumps(settings, sort_keys=True, default=str)
-        for prompt, tokens in zip(prompts, written, strict=True):
-            self.endings[prompt, key] = self._ending(tokens, max_new_tokens, finish)
+        how, copies = Writing(max_new_tokens, stop, wanted), 1
+        if draws is not None:
+            copies = len(draws.numbers)
+            wanted = {key: value for key, value in wanted.items() if key not in CHOICE_SETTINGS}
+            how = replace(how, settings=wanted, draws=replace(draws, numbers=draws.numbers * len(prompts)))
+        written = self._write([ids for ids in encoded for _ in range(copies)], how, step)
+        if draws is None:
+            finish, key = self._finish(how), json.dumps(settings, sort_keys=True, default=str)
+            for prompt, tokens in zip(prompts, written, strict=True):
+                self.endings[prompt, key] = self._ending(tokens, max_new_tokens, finish)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
-        return [postprocess_generated_text(text, stop, None) for text in texts]
+        return [list(own) for own in batches([postprocess_generated_text(text, stop, None) for text in texts], copies)]
 
     def _ending(self, tokens: list[int], max_new_tokens: int, finish: Finish) -> Ending:
         """Of a text that may have been padded, or written on, to the length of others after its end."""
@@ -270,20 +250,23 @@ class CausalLM(TemplateLM):
         missing = items.missing(keys)
         step.known(len(prompts) - len(missing))
         if missing:
-            for batch, texts in self._written([prompts[index] for index in missing], how):
+            for batch, texts in self._written([prompts[index] for index in missing], how.of(missing)):
                 items.add([keys[missing[index]] for index in batch], texts)
                 step(len(batch))
         return [items[key] for key in keys]
 
     def _text_keys(self, prompts: list[list[int]], how: Writing) -> list[str]:
         settings = (how.max_new_tokens, how.stop, sorted(how.settings.items()))
-        return [key_of("write", prompt, *settings) for prompt in prompts]
+        if how.draws is None:
+            return [key_of("write", prompt, *settings) for prompt in prompts]
+        drawn = zip(prompts, how.draws.numbers, strict=True)
+        return [key_of("draw", prompt, number, *how.draws.identity, *settings) for prompt, number in drawn]
 
     def _written(self, prompts: Sequence[list[int]], how: Writing) -> Iterator[tuple[Sequence[int], list[list[int]]]]:
         """Indices of prompts and their texts, batch after batch."""
-        if not self._writes_greedily(how):
+        if not self._writes_itself(how):
             for batch in batches(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])), self.batch_size):
-                yield batch, self._write_batch([prompts[index] for index in batch], how)
+                yield batch, self._write_batch([prompts[index] for index in batch], how.of(batch))
             return
         rows = [tuple(prompt) for prompt in prompts]
         shared = common_beginnings(rows)
@@ -297,18 +280,19 @@ class CausalLM(TemplateLM):
             enough_tokens=sys.maxsize,
         ):
             start = reader.start([rows[index] for index in batch], [shared[index] for index in batch])
-            yield batch, self._write_batch([prompts[index] for index in batch], how, start)
+            yield batch, self._write_batch([prompts[index] for index in batch], how.of(batch), start)
 
     def _write_batch(self, rows: Sequence[list[int]], how: Writing, start: Start | None = None) -> list[list[int]]:
         """The new tokens of ``rows``, whose beginning ``start`` may have been read already."""
-        if not self._writes_greedily(how):
-            return self._generate_with_transformers(rows, how)
         limit, finish = how.max_new_tokens, self._finish(how)
-        return generate_greedily(self._decoder, rows, max_new_tokens=limit, is_finished=finish, start=start)
+        choose = likeliest if how.draws is None else how.draws.choice(rows, limit, self.device)
+        if not self._writes_itself(how):
+            return self._generate_with_transformers(rows, how, choose)
+        return write_after(self._decoder, rows, max_new_tokens=limit, is_finished=finish, start=start, choose=choose)
 
-    def _writes_greedily(self, how: Writing) -> bool:
-        """Whether the text can be written by our own loop; recurrent models, sampling and the like need another."""
-        return self._decoder.can_branch and self._is_plain_greedy(how.settings)
+    def _writes_itself(self, how: Writing) -> bool:
+        """Whether the text can be written by our own loop; recurrent models, penalties and the like need another."""
+        return self._decoder.can_branch and self._is_plain(how.settings)
 
     def _finish(self, how: Writing) -> Finish:
         return Finish(self.tokenizer, self._end_ids(), how.stop)
@@ -322,14 +306,16 @@ class CausalLM(TemplateLM):
         ends = getattr(self._model.generation_config, "eos_token_id", None)
         return {self.eot_token_id, *([ends] if isinstance(ends, int) else ends or [])}
 
-    def _is_plain_greedy(self, wanted: dict[str, Any]) -> bool:
-        """Whether text comes from the first choice alone: nothing sampled, nothing penalised by task or model."""
+    def _is_plain(self, wanted: dict[str, Any]) -> bool:
+        """Whether text comes from the logits alone: nothing sampled by the task, nothing penalised by task or model."""
         config = self._model.generation_config
         model_settings = set() if config is None else config.to_diff_dict().keys() - NEUTRAL_SETTINGS
         return not wanted.get("do_sample") and not wanted.keys() - GREEDY_SETTINGS and not model_settings
 
-    def _generate_with_transformers(self, rows: Sequence[list[int]], how: Writing) -> list[list[int]]:
-        """Sampling, beams, penalties and models with a recurrent state are left to transformers."""
+    def _generate_with_transformers(
+        self, rows: Sequence[list[int]], how: Writing, choose: Choose = likeliest
+    ) -> list[list[int]]:
+        """A task's own sampling, beams, penalties and models with a recurrent state are left to transformers."""
         wanted = how.settings
         if not wanted.get("do_sample"):
             wanted = {key: value for key, value in wanted.items() if key not in GREEDY_SETTINGS} | {"do_sample": False}
@@ -344,6 +330,8 @@ class CausalLM(TemplateLM):
                 pad_token_id=self.tokenizer.pad_token_id,
                 # whole on every rank also where ZeRO 3 trains it, and ranks have unequal numbers of batches
                 synced_gpus=False,
+                # behind the penalties, which hold for drawn texts too
+                logits_processor=LogitsProcessorList([DrawnOnly(choose)] if isinstance(choose, Drawn) else []),
                 **wanted,
             )
         return written[:, ids.shape[1] :].tolist()
@@ -381,21 +369,6 @@ def prefix_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """What text without a context follows: the start token, or the end token where there is none."""
     special: Any = tokenizer
     return special.eos_token_id if special.bos_token_id is None else special.bos_token_id
-
-
-def prompt_room(settings: dict[str, Any], max_length: int) -> tuple[int, dict[str, Any]]:
-    """How many tokens of a prompt ``max_length`` positions leave room for, and a task's settings in lm-eval's names.
-
-    Raises:
-        UserError: for none.
-    """
-    wanted: dict[str, Any] = dict(normalize_gen_kwargs(settings, NEW_TOKENS))
-    if wanted["max_gen_toks"] >= max_length:
-        raise UserError(
-            f"a task asks for {wanted['max_gen_toks']} new tokens (max_gen_toks), but the model has {max_length} "
-            "positions; leave this task out of eval.tasks"
-        )
-    return max_length - wanted["max_gen_toks"], wanted
 
 
 def connect_ranks(device: torch.device) -> None:

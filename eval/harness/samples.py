@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +21,7 @@ from shoal.stats.paired import interval
 from ..tasks.load import Sample, check_answers
 from ..tasks.protocols import letter_match, match_stated
 from .rates import hold_answers, text_rates, with_rates
-
-if TYPE_CHECKING:
-    from .engine import Ending
+from .writing import NEW_TOKENS, Ending
 
 PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 """Which of a task's metrics stands for it, if neither its metadata nor this list says: its first one."""
@@ -72,7 +70,7 @@ def task_score(
     metadata: dict[str, Any] = task.config.metadata or {}
     under_filter = _one_filter(samples)
     check_answers(name, task, under_filter)
-    metric_key = metadata.get("metric") or _main_metric(under_filter[0]["metrics"])
+    metric_key = metric_of(task, under_filter[0]["metrics"])
     metric, items = _item_scores(name, task, under_filter, metric_key, count_tokens)
     higher_is_better = bool(task.higher_is_better().get(metric_key, not metric.startswith(("nats", "bits"))))
     if under_filter[0]["filter"] != "none":
@@ -146,8 +144,10 @@ def _one_filter(samples: Sequence[Sample]) -> list[Sample]:
     return sorted((sample for sample in samples if sample["filter"] == first), key=lambda sample: sample["doc_id"])
 
 
-def _main_metric(available: Sequence[str]) -> str:
-    return next((metric for metric in PREFERRED_METRICS if metric in available), available[0])
+def metric_of(task: Any, available: Sequence[str]) -> str:
+    """Which of the ``available`` metrics stands for the task."""
+    named = (task.config.metadata or {}).get("metric")
+    return named or next((metric for metric in PREFERRED_METRICS if metric in available), available[0])
 
 
 def _item_scores(
@@ -187,8 +187,6 @@ def _with_text_rates(
 ) -> TaskScore:
     """The score with what is known of every text besides its being right."""
     from lm_eval.models.utils import normalize_gen_kwargs
-
-    from .engine import NEW_TOKENS
 
     texts, lengths, cut = [item.prediction for item in score.items], [], []
     for text, sample in zip(texts, samples, strict=True):

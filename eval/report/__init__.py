@@ -10,6 +10,7 @@ cautions    what speaks against the numbers
 sections    what the model can do
 details     how it was done
 flips       items that changed sides
+sampled     drawn texts, answers demoted or gone
 speed       speed and size
 search      what a search found
 wording     how numbers are written

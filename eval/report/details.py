@@ -35,6 +35,8 @@ TERMS = (
         "The angle between what enters a run of layers and what leaves it, from 0 (same) to 1 (opposite).",
     ),
     ("Chance", "The score that guessing reaches."),
+    ("pass@k", "The chance that at least one of k texts is right that the model draws for an item."),
+    ("Demoted, gone", "An answer that greedy text lost: some of the drawn texts still have it, or none has."),
     ("Retention", "The share of the teacher's score above chance that is kept."),
     (
         "Nats and perplexity",

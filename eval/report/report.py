@@ -33,6 +33,7 @@ from .findings import Comparison, Run, compare, read_result, read_run, with_comp
 from .flips import flips_section
 from .headline import board, facts, headline
 from .page import to_html
+from .sampled import sampled_section
 from .search import search_section
 from .sections import form_section, level_section, no_signal_section, protocol_section, scores_section
 from .speed import speed_section
@@ -79,6 +80,7 @@ def build_document(
         level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
         no_signal_section(comparison),
         protocol_section(run, comparison),
+        sampled_section(comparison),
         cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
         training_section(run, drawn("training")),
         search_section(search),

@@ -21,6 +21,7 @@ from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.eval.compare.comparable import TEXT_SETTINGS
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.recipe.distill import Distill, OnPolicy
+from shoal.recipe.evaluate import Samples
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.section import Positive, Section, Shapes, shaped, shaping, shaping_keys
 from shoal.stages import distill as distilling
@@ -357,7 +358,11 @@ def test_a_key_shapes_what_it_says_and_nothing_else(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(module, name, lambda *_: "...", raising=False)
     monkeypatch.setattr(measure, "resolved", lambda *_: Path("teacher"))
     recipe = parse_recipe(RECIPES["full"])
-    recipe = dataclasses.replace(recipe, distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy()))
+    recipe = dataclasses.replace(
+        recipe,
+        distill=dataclasses.replace(recipe.distill, on_policy=OnPolicy()),
+        eval=dataclasses.replace(recipe.eval, samples=Samples()),
+    )
     before = with_perplexity(identities(Run(recipe)))
     for place, shapes, changed in variants(recipe):
         if shapes == Shapes.BY_CONTENT:

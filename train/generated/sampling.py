@@ -1,15 +1,16 @@
-"""Text a model writes, token by token. P prompts, T new tokens, V vocabulary."""
+"""Text a model writes, token by token. P prompts, T new tokens."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from shoal.inference.drawing import Drawn, DrawnOnly
 
 
 def sample(
@@ -40,50 +41,16 @@ def sample(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    choice = _Choice(uniforms_PT.to(device), temperature=temperature, top_p=top_p)
+    drawn = Drawn(uniforms_PT.to(device), temperature, top_p)
     with _writing(model), torch.no_grad():
         written = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([choice]),
+            logits_processor=LogitsProcessorList([DrawnOnly(drawn)]),
             synced_gpus=False,  # the model is whole on every rank: none has to wait for another's longer text
         )
     return [_ended(row, end_ids) for row in written[:, width:].tolist()]
-
-
-def draw(logits_PV: Tensor, uniforms_P: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
-    """One token per row, (P,): the inverse of the row's distribution function at its uniform number.
-
-    In float64, where rounding in a sum over a large vocabulary does not shift what is drawn.
-    """
-    if temperature == 0:
-        return logits_PV.argmax(-1)
-    chances_PV = torch.softmax(logits_PV.double() / temperature, -1)
-    if top_p < 1:
-        sorted_PV, order_PV = chances_PV.sort(-1, descending=True)
-        outside_PV = sorted_PV.cumsum(-1) - sorted_PV >= top_p  # the token that passes the border stays
-        chances_PV = chances_PV.masked_fill(outside_PV.scatter(-1, order_PV, outside_PV), 0.0)
-    cumulative_PV = chances_PV.cumsum(-1)
-    at_P1 = (uniforms_P.double() * cumulative_PV[:, -1])[:, None]
-    return torch.searchsorted(cumulative_PV, at_P1, right=True)[:, 0].clamp(max=logits_PV.shape[-1] - 1)
-
-
-@dataclass
-class _Choice(LogitsProcessor):
-    """Leaves `generate` nothing but the drawn token to take."""
-
-    uniforms_PT: Tensor
-    temperature: float
-    top_p: float
-    done: int = 0
-    """Tokens that were drawn of every text."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        uniforms_P = self.uniforms_PT[:, self.done]
-        self.done += 1
-        chosen_P = draw(scores, uniforms_P, temperature=self.temperature, top_p=self.top_p)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen_P[:, None], 0.0)
 
 
 def end_tokens(configured: GenerationConfig | None, tokenizer_end: Any) -> tuple[int, ...]:

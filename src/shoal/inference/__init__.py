@@ -1,7 +1,8 @@
-"""Likelihoods and greedy text of many prompts, no token computed twice.
+"""Likelihoods and text of many prompts, no token computed twice.
 
 decoder         hidden states, logits, a cache whose rows branch
 prefix_sharing  what prompts begin with alike
 scoring         likelihoods
-generation      greedy text
+generation      text
+drawing         which token comes next
 """

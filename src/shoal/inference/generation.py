@@ -1,4 +1,4 @@
-"""Greedy text for many prompts at once, with as little as possible computed, read and moved.
+"""Text after many prompts at once, with as little as possible computed, read and moved.
 
 What transformers' generate does, as lm-eval's class calls it: every prompt is read whole, examples included, and padded
 to the longest of its batch; every new token copies all keys and values of all rows to put its own behind them; a row
@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from shoal.inference.decoder import Decoder, branched
+from shoal.inference.drawing import Choose, likeliest
 from shoal.inference.prefix_sharing import Reader, Start
 
 ROOM = 64
@@ -46,18 +47,19 @@ class Texts:
     """New tokens of every text, finished ones too."""
 
 
-def generate_greedily(
+def write_after(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     is_finished: Callable[[list[int]], bool],
     start: Start | None = None,
+    choose: Choose = likeliest,
 ) -> list[list[int]]:
     """The new tokens of each prompt, the one that finished it included.
 
     ``is_finished`` sees a row's new tokens after every one of them. ``start`` is the beginning of these prompts, read
-    already.
+    already; ``choose`` gives the next tokens, by index of the prompts.
     """
     if start is None:
         start = Reader(decoder, ()).start([tuple(prompt) for prompt in prompts], [0] * len(prompts))
@@ -69,7 +71,7 @@ def generate_greedily(
         list(range(len(prompts))),
         [[] for _ in prompts],
     )
-    write(decoder, texts, max_new_tokens=max_new_tokens, is_finished=is_finished)
+    write(decoder, texts, max_new_tokens=max_new_tokens, is_finished=is_finished, choose=choose)
     return texts.written
 
 
@@ -79,6 +81,7 @@ def write(
     *,
     max_new_tokens: int,
     is_finished: Callable[[list[int]], bool],
+    choose: Choose = likeliest,
     before_step: Callable[[list[int]], object] = lambda alive: None,
 ) -> None:
     """Go on with every row of ``texts`` until it is finished or has ``max_new_tokens`` in all.
@@ -91,7 +94,8 @@ def write(
         hidden_BSD = decoder.hidden(
             texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache
         )
-        token_B = decoder.logits(hidden_BSD[:, -1]).argmax(dim=-1)  # rows end together
+        logits_BV = decoder.logits(hidden_BSD[:, -1])  # rows end together
+        token_B = choose(logits_BV, texts.alive, len(texts.written[texts.alive[0]]))
         kept = []
         for row, (text, token) in enumerate(zip(texts.alive, token_B.tolist(), strict=True)):
             texts.written[text].append(token)

@@ -12,6 +12,7 @@ from shoal.recipe import losses as terms
 from shoal.recipe.losses import ForwardKL, LossTerm, term_names
 from shoal.recipe.section import (
     TEACHER_TEXT,
+    Above0,
     DataSource,
     Dtype,
     Packing,
@@ -28,7 +29,6 @@ Precision = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     BeforeValidator(lambda value: "auto" if value is None else value),
 ]
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)

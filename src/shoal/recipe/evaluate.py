@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
 
-from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes
+from shoal.recipe.section import Above0, Data, DataSource, Positive, RowLength, Section, Shapes
 from shoal.recipe.suites import SuiteName
 
 
@@ -38,6 +39,20 @@ class Tasks(Section):
 
 
 @dataclass(frozen=True)
+class Samples(Section):
+    """Texts that are drawn for every item of a generated task, beside the greedy one."""
+
+    n: Annotated[Positive, Shapes.SCORES] = 8
+    """Texts per item."""
+    temperature: Annotated[Above0, Shapes.SCORES] = 0.8
+    """Temperature of sampling, above 0; at 0 all texts of an item would be the greedy one."""
+    top_p: Annotated[Annotated[float, Field(gt=0, le=1)], Shapes.SCORES] = 0.95
+    """Share of probability that the likeliest tokens hold of which one is drawn."""
+    k: Annotated[Annotated[tuple[Positive, ...], Field(min_length=1)], Shapes.SCORES] = (1, 4, 8)
+    """Numbers of texts of which pass@k asks for a right one; none above ``n``."""
+
+
+@dataclass(frozen=True)
 class Eval(Tasks):
     """What the models are scored on."""
 
@@ -52,6 +67,9 @@ class Eval(Tasks):
     )
     limit: Annotated[Positive | None, Shapes.SCORES] = 200
     perplexity_tokens: Annotated[Positive, Shapes.PERPLEXITY | Shapes.SCORES] = 10_000
+    samples: Annotated[Samples | None, Shapes.SCORES, Field(exclude_if=lambda samples: samples is None)] = None
+    """Draw further texts for every item of a generated task, for pass@k and for telling answers that a cut demoted from
+    those that are gone; None = greedy text alone. ``n`` texts take about ``n`` times as long to write."""
     control: Annotated[bool, Shapes.NOTHING] = False
     """Train the uncut teacher too, on the same rows with the same settings, and score it as the role `control`, which
     shows what training on this text does to a model that has lost nothing. Takes longer than training the student."""
@@ -60,3 +78,12 @@ class Eval(Tasks):
     distilled, interleaved."""
     speed_batch_sizes: Annotated[Annotated[tuple[Positive, ...], Field(min_length=1)] | None, Shapes.SPEED] = None
     """Sequences at once that speed is measured with; None = 1 and 4 on a CPU, 1, 8 and 32 on an accelerator."""
+
+
+def contradictions(settings: Eval) -> Iterator[str]:
+    """Rules between settings that single fields cannot express."""
+    if settings.samples is not None and (most := max(settings.samples.k)) > settings.samples.n:
+        yield (
+            f"eval.samples.k: {most} texts cannot be taken out of {settings.samples.n}, the n of eval.samples; raise n, "
+            "or lower k"
+        )

@@ -15,7 +15,7 @@ from pydantic import Field
 from yaml import YAMLError
 
 from shoal.errors import UserError
-from shoal.recipe import distill, measure, prune, search, track
+from shoal.recipe import distill, evaluate, measure, prune, search, track
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure
@@ -158,6 +158,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from measure.contradictions(recipe.measure)
     yield from prune.contradictions(recipe.prune)
     yield from distill.contradictions(recipe.distill)
+    yield from evaluate.contradictions(recipe.eval)
     if recipe.eval.control and recipe.distill.trainable == "replacement":
         yield (
             "eval.control: distill.trainable: replacement trains only what an edit has put in, of which the uncut "

@@ -16,6 +16,7 @@ from pydantic_core.core_schema import no_info_before_validator_function
 Positive = Annotated[int, Field(gt=0)]
 RowLength = Annotated[int, Field(ge=2)]
 """Tokens of one row; a row of one token holds nothing to predict."""
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 """Precision of a model that is run: by name, as its checkpoint stores it, or, auto, what the device multiplies fast in
@@ -127,10 +128,11 @@ def shaping_keys(section: Any, result: Shapes, place: str = "") -> list[str]:
 def shaping(section: Section, result: Shapes, place: str = "") -> dict[str, Any]:
     """The settings of ``section`` that shape ``result``, as JSON-ready values by ``place`` and key.
 
-    A section among them is a mapping of its own settings that do.
+    A section among them is a mapping of its own settings that do. A setting that is left out of recipes where it is off
+    (`exclude_if`) is left out here too, so that results made before it existed stand.
     """
     plain, identity = as_dict(section), dict[str, Any]()
-    for key in shaping_keys(type(section), result):
+    for key in filter(plain.__contains__, shaping_keys(type(section), result)):
         value = getattr(section, key)
         identity[place + key] = shaping(value, result) if isinstance(value, Section) else plain[key]
     return identity

@@ -77,8 +77,9 @@ def evaluate(run: Run) -> None:
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
     if due and is_main():
-        items = num_items(tasks, run.recipe.eval)
-        cost = work_of(tasks, items, perplexity_tokens=run.recipe.eval.perplexity_tokens)
+        items, samples = num_items(tasks, run.recipe.eval), run.recipe.eval.samples
+        further = {"perplexity_tokens": run.recipe.eval.perplexity_tokens, "num_samples": samples.n if samples else 0}
+        cost = work_of(tasks, items, **further)
         log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
     for number, (role, inputs) in enumerate(due.items(), 1):
         path = run.dir / "eval" / f"{role}.json"

@@ -3,4 +3,5 @@
 intervals  in closed form
 bootstrap  by bootstrap, for many variants at once
 paired     intervals, paired tests, retention
+pass_at    pass@k, answers that are demoted or gone
 """

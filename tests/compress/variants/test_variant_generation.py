@@ -15,7 +15,7 @@ from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
 from shoal.compress.variants.variants import INTACT, Edited, Variant, variant, without
 from shoal.inference.decoder import Decoder
-from shoal.inference.generation import generate_greedily
+from shoal.inference.generation import write_after
 from shoal.models.anatomy import decoder_layers
 from shoal.recipe.edits import LayerEdit
 
@@ -45,7 +45,7 @@ def prompts(*, shared: int, count: int = 4, seed: int = 0) -> list[list[int]]:
 
 def alone(edited: Edited, asked: Sequence[list[int]], one: Variant) -> list[list[int]]:
     with edited.applied(one.edits):
-        return generate_greedily(
+        return write_after(
             Decoder(edited.model), asked, max_new_tokens=LIMITS.max_new_tokens, is_finished=LIMITS.is_finished
         )
 

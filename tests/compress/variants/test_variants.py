@@ -27,7 +27,7 @@ from shoal.compress.variants.variants import (
 )
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
-from shoal.inference.generation import generate_greedily
+from shoal.inference.generation import write_after
 from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Score, score
 from shoal.models.anatomy import decoder_layers
@@ -98,7 +98,7 @@ def test_variants_of_every_kind_of_family_score_and_write_what_each_alone_does(f
         with edited.applied(one.edits):
             assert scores[number] == score(decoder, asked, batch_size=2)
             if texts and not ARCHITECTURES[family].padding:
-                assert texts[number] == generate_greedily(
+                assert texts[number] == write_after(
                     decoder, prompts, max_new_tokens=limits.max_new_tokens, is_finished=limits.is_finished
                 )
     assert (layerwise_or_none(model) is None) == (family in RUN_AS_A_WHOLE)

@@ -152,7 +152,7 @@ def test_generated_text_equals_lm_evals_own(kind: str) -> None:
         "generate_until", [(prompt, chosen) for chosen in settings for prompt in prompts[:3] + prompts[4:]]
     )
     lm = CausalLM(tiny_model(kind), tiny_tokenizer(), 4)
-    assert lm._is_plain_greedy({"do_sample": False})
+    assert lm._is_plain({"do_sample": False})
     found = lm.generate_until(requests)
     assert found == reference(kind).generate_until(requests, disable_tqdm=True)
     assert any(found)
@@ -250,7 +250,7 @@ def test_penalties_of_the_model_are_left_to_transformers() -> None:
         "generate_until", [("abcabcabc", {"until": [], "max_gen_toks": 16}), ("x", {"until": [], "max_gen_toks": 16})]
     )
     lm = CausalLM(model, tiny_tokenizer(), 2)
-    assert not lm._is_plain_greedy({"do_sample": False, "temperature": 0.0})
+    assert not lm._is_plain({"do_sample": False, "temperature": 0.0})
     assert lm.generate_until(requests) == hf.generate_until(requests, disable_tqdm=True)
 
 
@@ -363,7 +363,7 @@ def test_a_text_that_waited_for_others_ended_where_its_stop_string_is(monkeypatc
     expected = lm.generate_until(instances("generate_until", asked))
     endings = {prompt: ending for (prompt, _), ending in lm.endings.items()}
     other = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
-    monkeypatch.setattr(other, "_writes_greedily", lambda how: False)
+    monkeypatch.setattr(other, "_writes_itself", lambda how: False)
     assert other.generate_until(instances("generate_until", asked)) == expected
     assert len({ending.num_tokens for ending in endings.values()}) > 1
     assert {prompt: ending for (prompt, _), ending in other.endings.items()} == endings

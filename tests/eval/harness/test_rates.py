@@ -17,9 +17,10 @@ from tiny import tiny_model, tiny_tokenizer
 from shoal.artifacts.artifact import ItemScore, TaskScore
 from shoal.errors import UserError
 from shoal.eval.harness import samples as scoring
-from shoal.eval.harness.engine import CausalLM, Ending, Writing
+from shoal.eval.harness.engine import CausalLM
 from shoal.eval.harness.rates import answer_pattern, hold_answers, rate, rate_difference, text_rates, with_rates
 from shoal.eval.harness.samples import ending_key, prompts_fingerprint, task_score
+from shoal.eval.harness.writing import Ending, Writing
 from shoal.eval.tasks.protocols import letter_match, match_start, match_stated
 from shoal.stats.intervals import newcombe_paired
 from shoal.stats.paired import mcnemar, paired

@@ -6,7 +6,6 @@ Covers: shoal.train.generated.sampling.
 from __future__ import annotations
 
 import copy
-import math
 
 import numpy as np
 import pytest
@@ -16,10 +15,11 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from shoal.data.packing import IGNORED
+from shoal.inference.drawing import draw
 from shoal.recipe.distill import OnPolicy
 from shoal.recipe.losses import ForwardKL
 from shoal.train.generated.on_policy import Sampler, lay_out
-from shoal.train.generated.sampling import draw, end_tokens, own_forwards, sample
+from shoal.train.generated.sampling import end_tokens, own_forwards, sample
 from shoal.train.objective.host_batch import ON_HOST
 from shoal.train.objective.objective import Objective, Signals, final_hidden, to_logits
 
@@ -61,35 +61,6 @@ def fail(*_args, **_kwargs):
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one if key != ON_HOST)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_as_often_as_the_distribution_says(temperature):
-    logits = torch.tensor([2.0, -1.0, 0.5, -math.inf, 1.0])
-    count = 40_000
-    uniforms = torch.from_numpy(np.random.default_rng(0).random(count))
-    drawn = draw(logits.expand(count, -1), uniforms, temperature=temperature)
-    expected = torch.softmax(logits.double() / temperature, 0)
-    found = drawn.bincount(minlength=5) / count
-    # five standard errors of a share
-    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
-    assert found[3] == 0
-
-
-def test_temperature_0_takes_the_likeliest_token_and_low_temperatures_come_to_it():
-    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
-    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(1))
-    greedy = draw(logits, uniforms, temperature=0)
-    assert torch.equal(greedy, logits.argmax(-1))
-    assert torch.equal(draw(logits, uniforms, temperature=1e-4), greedy)
-
-
-def test_top_p_keeps_the_fewest_tokens_that_hold_the_share():
-    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
-    uniforms = torch.linspace(0, 1, 1001)[:-1]
-    drawn = draw(logits.expand(1000, -1), uniforms, temperature=1.0, top_p=0.7)
-    assert drawn.unique().tolist() == [1, 3]
-    assert (drawn == 1).double().mean().item() == pytest.approx(2 / 3, abs=2e-3)
 
 
 @pytest.mark.slow
@@ -290,7 +261,8 @@ def test_ranks_do_not_wait_for_each_other_where_text_is_written_under_zero_3(mon
     """As if on two ranks: without a process group any collective of transformers' loop fails."""
     from transformers.generation import utils
 
-    from shoal.eval.harness.engine import CausalLM, Writing
+    from shoal.eval.harness.engine import CausalLM
+    from shoal.eval.harness.writing import Writing
 
     monkeypatch.setattr(utils, "is_deepspeed_zero3_enabled", lambda: True)
     monkeypatch.setattr(utils, "_get_torch_distributed_world_size", lambda: 2)

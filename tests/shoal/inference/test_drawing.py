@@ -1,0 +1,61 @@
+"""Which token is drawn, from a distribution that is known."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from shoal.inference.drawing import Drawn, DrawnOnly, draw, likeliest
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_as_often_as_the_distribution_says(temperature: float) -> None:
+    logits = torch.tensor([2.0, -1.0, 0.5, -math.inf, 1.0])
+    count = 40_000
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(count))
+    drawn = draw(logits.expand(count, -1), uniforms, temperature=temperature)
+    expected = torch.softmax(logits.double() / temperature, 0)
+    found = drawn.bincount(minlength=5) / count
+    # five standard errors of a share
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all()
+    assert found[3] == 0
+
+
+def test_temperature_0_takes_the_likeliest_token_and_low_temperatures_come_to_it() -> None:
+    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    greedy = draw(logits, uniforms, temperature=0)
+    assert torch.equal(greedy, logits.argmax(-1))
+    assert torch.equal(draw(logits, uniforms, temperature=1e-4), greedy)
+
+
+def test_top_p_keeps_the_fewest_tokens_that_hold_the_share() -> None:
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
+    uniforms = torch.linspace(0, 1, 1001)[:-1]
+    drawn = draw(logits.expand(1000, -1), uniforms, temperature=1.0, top_p=0.7)
+    assert drawn.unique().tolist() == [1, 3]
+    assert (drawn == 1).double().mean().item() == pytest.approx(2 / 3, abs=2e-3)
+
+
+def test_texts_draw_by_their_own_numbers_whoever_else_is_left() -> None:
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    drawn = Drawn(torch.rand(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0.7, 0.9)
+    whole = [drawn(logits, range(3), step) for step in range(4)]
+    for texts in ([0], [2, 1], [1]):
+        assert torch.equal(drawn(logits[texts], texts, 2), whole[2][texts])
+    expected = draw(logits, drawn.uniforms_BT[:, 3], temperature=0.7, top_p=0.9)
+    assert torch.equal(whole[3], expected)
+    assert any(not torch.equal(tokens, likeliest(logits, range(3), 0)) for tokens in whole)
+
+
+def test_generate_is_left_nothing_but_what_was_drawn() -> None:
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    drawn, only = Drawn(torch.tensor([[0.1, 0.9], [0.5, 0.3]]), 1.0), None
+    only = DrawnOnly(drawn)
+    for step in range(2):
+        left = only(torch.zeros(2, 1, dtype=torch.long), logits)
+        assert torch.equal(left.argmax(-1), drawn(logits, range(2), step))
+        assert (left.isfinite().sum(-1) == 1).all()
