@@ -58,11 +58,11 @@ def _pass_table(rows: Scores) -> Table:
     body, groups = [], []
     for row, scores in rows:
         first = next(iter(scores.values()))
-        lines = [(role.capitalize(), score_text(score), *_passed(score)) for role, score in scores.items()]
+        lines = [[role.capitalize(), score_text(score), *_passed(score)] for role, score in scores.items()]
         if first.chance:
             chances = (first.chance, *(passed.chance for passed in first.pass_at))
-            lines.append(("By guessing", *(f"{100 * chance:.1f} %" for chance in chances)))
-        body += lines
+            lines.append(["By guessing", *(f"{100 * chance:.1f} %" for chance in chances)])
+        body += map(tuple, lines)
         groups.append((f"{task_name(row)}, {first.n:,} items", len(lines)))
     names = (f"pass@{passed.k}" for passed in next(iter(rows[0][1].values())).pass_at)
     caption = "Greedy text and drawn texts, with 95 % intervals"

@@ -82,8 +82,6 @@ class Eval(Tasks):
 
 def contradictions(settings: Eval) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
-    if settings.samples is not None and (most := max(settings.samples.k)) > settings.samples.n:
-        yield (
-            f"eval.samples.k: {most} texts cannot be taken out of {settings.samples.n}, the n of eval.samples; raise n, "
-            "or lower k"
-        )
+    samples = settings.samples
+    if samples is not None and (most := max(samples.k)) > samples.n:
+        yield f"eval.samples.k: {most} texts cannot be taken out of eval.samples.n, {samples.n}; raise n, or lower k"

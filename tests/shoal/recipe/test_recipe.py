@@ -58,7 +58,7 @@ def refusal(tmp_path: Path, text: str, *overrides: str) -> list[str]:
         ("prune: {num_drop: 0}", "prune.num_drop: must be greater than 0 (got 0)"),
         (
             "eval: {samples: {n: 4}}",
-            "eval.samples.k: 8 texts cannot be taken out of 4, the n of eval.samples; raise n, or lower k",
+            "eval.samples.k: 8 texts cannot be taken out of eval.samples.n, 4; raise n, or lower k",
         ),
         ("eval: {samples: {n: 0}}", "eval.samples.n: must be greater than 0 (got 0)"),
         ("eval: {samples: {temperature: 0}}", "eval.samples.temperature: must be greater than 0 (got 0)"),
