@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shoal.artifacts.artifact import Importance
 from shoal.artifacts.importance import Removal, SweepColumn
@@ -65,8 +65,43 @@ def check_choice(prune: Prune, *, num_layers: int) -> None:
     if prune.drop is not None:
         _explicit(prune, prune.drop, num_layers)
     elif is_automatic(prune):
-        _count(prune, num_layers)
-        _protected(prune.protect, num_layers)
+        counts = drops_by_round(prune, num_layers)
+        free = num_layers - len(_protected(prune.protect, num_layers))
+        if len(counts) > 1 and sum(counts) > free:
+            raise UserError(
+                f"prune: {len(counts)} rounds are to drop {sum(counts)} layers, but only {free} of {num_layers} are "
+                "not protected; drop fewer or shorten prune.protect"
+            )
+
+
+def drops_by_round(prune: Prune, num_layers: int) -> tuple[int, ...]:
+    """How many of the teacher's ``num_layers`` layers go in each of prune.rounds, by no more than one unequal.
+
+    Raises:
+        UserError: an impossible number of layers, or more rounds than that.
+    """
+    count, rounds = _count(prune, num_layers), prune.rounds
+    if rounds > count:
+        raise UserError(
+            f"prune.rounds: {rounds} rounds are more than the {_layers(count, num_layers)} to drop; set at most {count}"
+        )
+    return tuple(count // rounds + (number < count % rounds) for number in range(rounds))
+
+
+def round_of(prune: Prune, number: int, *, num_layers: int, kept: Sequence[int]) -> Prune:
+    """``prune`` as the choice of round ``number``, from 1, in a model that has the layers ``kept`` of the teacher's
+    ``num_layers``: the layers of this round alone, and protected ones by their numbers in that model.
+
+    Raises:
+        UserError: an impossible number of layers, or a protected one that is none of the teacher's.
+    """
+    if prune.rounds == 1:
+        return prune
+    guarded = _protected(prune.protect, num_layers)
+    protect = [place for place, layer in enumerate(kept) if layer in guarded]
+    words = [name for name in prune.protect if isinstance(name, str)]
+    count = drops_by_round(prune, num_layers)[number - 1]
+    return replace(prune, num_drop=count, ratio=None, rounds=1, protect=(*protect, *words))
 
 
 def is_automatic(prune: Prune) -> bool:
@@ -106,7 +141,7 @@ def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tup
     else:
         drop, reason = _lowest(prune, count, protected, spared, importance)
     if protected:
-        reason += f"; {_named(sorted(protected))} protected"
+        reason += f"; {_named(_in_teacher(protected, importance))} protected"
     if spared:
         reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
     return drop, halves, reason
@@ -255,7 +290,8 @@ def _best_run(
     free = [start for start in range(len(scores)) if not protected & set(range(start, start + count))]
     if not free:
         raise UserError(
-            f"prune: no run of {count} neighbouring layers is free of protected layers {sorted(protected)}; "
+            f"prune: no run of {count} neighbouring layers is free of protected layers "
+            f"{_in_teacher(protected, importance)}; "
             f"the longest has {_longest_run(protected, importance.num_layers)}. Drop fewer or shorten prune.protect"
             + (" or prune.spare" if spared else "")
         )
@@ -278,7 +314,7 @@ def _lowest(
     if count > len(candidates):
         raise UserError(
             f"prune: asks to drop {count} layers, but only {len(candidates)} of {importance.num_layers} are not "
-            f"protected ({sorted(protected)}); drop fewer or shorten prune.protect"
+            f"protected ({_in_teacher(protected, importance)}); drop fewer or shorten prune.protect"
             + (" or prune.spare" if spared else "")
         )
     drop = _affordable(sorted(candidates, key=lambda layer: (scores[layer], layer)), count, spared)
@@ -337,7 +373,7 @@ def _first_of_order(
         removed = "halves" if of_halves else "layers"
         raise UserError(
             f"prune.metric={metric}: its order in importance.json has {len(free)} {removed} that are not protected "
-            f"({sorted(protected)}), {wanted} are needed; raise measure.num_drop, or drop fewer"
+            f"({_in_teacher(protected, importance)}), {wanted} are needed; raise measure.num_drop, or drop fewer"
         )
     if of_halves:
         taken, last = free[:wanted], free[wanted - 1]
@@ -363,6 +399,11 @@ def _without_halves(removals: Sequence[Removal]) -> tuple[list[int], Edits]:
     edits: list[Edit] = [SkipAttention("skip_attention", attention)] if attention else []
     edits += [SkipMlp("skip_mlp", mlp)] if mlp else []
     return sorted(both), tuple(edits)
+
+
+def _in_teacher(layers: Iterable[int], importance: Importance) -> list[int]:
+    """The teacher's numbers of these layers of the measured model."""
+    return [importance.teacher_layers[layer] for layer in sorted(layers)]
 
 
 def _longest_run(protected: set[int], num_layers: int) -> int:

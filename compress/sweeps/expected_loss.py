@@ -50,6 +50,7 @@ def expected_sacrifice(importance: Importance, drop: Sequence[int], edits: Edits
     left_out = (f"not counted: {'; '.join(map(in_words, edits))}",) if edits else ()
     if not drop:
         return left_out
+    drop = importance.places(drop)
     measured = _measured(importance, drop)
     if measured:
         head = "measured without exactly these layers, before any distillation:"
@@ -58,14 +59,15 @@ def expected_sacrifice(importance: Importance, drop: Sequence[int], edits: Edits
             "expected sacrifice before any distillation, added up over removals of single layers (a rough guess and "
             "rather too low, since layers that stand in for each other each look free):"
         )
-    lines = (_line(column, drop, measured.get(column.task)) for column in importance.atlas.columns)
+    numbers = importance.teacher_layers
+    lines = (_line(column, drop, measured.get(column.task), numbers) for column in importance.atlas.columns)
     return (head, *lines, *left_out)
 
 
-def _line(column: SweepColumn, drop: Sequence[int], measured: Estimate | None) -> str:
+def _line(column: SweepColumn, drop: Sequence[int], measured: Estimate | None, numbers: Sequence[int]) -> str:
     change = measured or joint_change(column, drop)
     text = f"  {column.task} ({column.protocol}): {_text(column, change)}"
-    critical = sorted(set(column.critical) & set(drop))
+    critical = [numbers[layer] for layer in sorted(set(column.critical) & set(drop))]
     if critical:
         text += f"; critical here: layer{'s' if len(critical) > 1 else ''} {layers_text(critical)}"
     if column.higher_is_better and column.no_retention:

@@ -61,8 +61,8 @@ def _run_data(contender: Contender) -> dict[str, Any]:
         "model": run.model if run.recipe else None,
         "teacher": contender.teacher,
         "cut": run.plan.in_words() if run.plan else None,
-        "training_tokens": run.training.num_tokens if run.training else None,
-        "training_seconds": run.training.seconds if run.training else None,
+        "training_tokens": run.trained_tokens if run.training else None,
+        "training_seconds": run.trained_seconds if run.training else None,
     }
 
 

@@ -17,6 +17,7 @@ from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
 
 from ..report.cautions import cautions_section
+from ..report.details import rounds_table
 from ..report.document import Block, Bullets, Code, Paragraph, block_markdown, inline
 from ..report.findings import Comparison, Row, Run, compare, is_share, read_run
 from ..report.headline import board, headline
@@ -178,19 +179,23 @@ def _cut_lines(run: Run, base: str | None) -> list[Block]:
         lines.append(f"Kept: {layers_text(run.plan.keep)}")
     lines += [f"Edited: {in_words(edit)}" for edit in run.plan.edits]
     lines.append(f"How they were chosen: {run.plan.reason}")
-    return [Bullets(tuple(lines))]
+    return [Bullets(tuple(lines)), *([rounds_table(run)] if run.rounds else [])]
 
 
 def _training_lines(run: Run) -> Bullets:
     assert run.training is not None
     training, distill = run.training, (run.recipe or {}).get("distill") or {}
-    lines = [f"Distilled from the base model on {training.num_tokens:,} tokens in {training.num_steps:,} steps"]
+    steps = sum(own.num_steps for own in run.trainings)
+    lines = [f"Distilled from the base model on {run.trained_tokens:,} tokens in {steps:,} steps"]
+    if run.rounds:
+        lines[0] += f", in {len(run.trainings)} rounds of cutting and healing on the same text"
     if kinds := [str(loss["kind"]).replace("_", " ") for loss in distill.get("losses") or ()]:
         lines.append(f"Objective: {listed(kinds)}")
     if sources := training.data.get("sources"):
         lines.append(f"Text: {listed(map(str, sources))}")
     environment = training.provenance.environment
-    took = f"{duration_text(training.seconds)}, {bytes_text(training.peak_memory_bytes)} in the largest process"
+    peak = bytes_text(max(own.peak_memory_bytes for own in run.trainings))
+    took = f"{duration_text(run.trained_seconds)}, {peak} in the largest process"
     lines.append(f"Took {took}; on {environment.get('world_size', 1)} x {environment.get('device', 'not recorded')}")
     versions = [f"{name} {environment[name]}" for name in ("shoal", "torch", "transformers") if name in environment]
     if versions:

@@ -136,7 +136,8 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
         if role:
             figures.append(_faster(run.speed.roles["teacher"], run.speed.roles[role]))
     if run.training:
-        figures.append((count_text(run.training.num_tokens), "tokens of distillation"))
+        rounds = f" in {len(run.trainings)} rounds" if run.rounds else ""
+        figures.append((count_text(run.trained_tokens), f"tokens of distillation{rounds}"))
     return tuple(figures)
 
 

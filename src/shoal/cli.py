@@ -46,14 +46,17 @@ class Verb:
     """Whether a process that no launcher started joins a process group, too."""
     launches: bool = False
     """Whether it locks the run directory and starts a launcher itself."""
+    takes_round: bool = False
+    """Whether it can be told which of several rounds (prune.rounds) it works on."""
 
 
 VERBS = {
-    "measure": Verb("measure what every layer is worth: importance.json", "measure.measure"),
+    "measure": Verb("measure what every layer is worth: importance.json", "measure.measure", takes_round=True),
     "prune": Verb(
         "choose layers and cut them out: plan.json, student/",
         "prune.prune",
         dry_run=("prune.prune_dry_run", "sizes, expected speed and targets before and after"),
+        takes_round=True,
     ),
     "record": Verb(
         "write down what the teacher says of the training rows, to train from: signals/",
@@ -67,8 +70,9 @@ VERBS = {
             "distill.distill_dry_run",
             "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
         ),
+        takes_round=True,
     ),
-    "eval": Verb("score teacher, pruned, control and distilled: eval/*.json", "evaluate.evaluate"),
+    "eval": Verb("score teacher, pruned, control and distilled: eval/*.json", "evaluate.evaluate", takes_round=True),
     "search": Verb(
         "heal several plans for the same few tokens and rank them: search.json, search.md",
         "search.search",
@@ -78,6 +82,7 @@ VERBS = {
         "report.html, report.md, and the Hub push where the recipe asks for it",
         "report.report",
         check="report.require_results",
+        takes_round=True,
     ),
     "run": Verb("all of it, skipping what is done and unchanged", "pipeline.run_all", launches=True),
 }
@@ -100,26 +105,38 @@ def _main(argv: list[str]) -> int:
     if "work" in arguments:  # of a verb without a recipe
         return _exit_code(lambda: arguments.work(arguments))
     dry = getattr(arguments, "dry_run", False)
-    return run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry)
+    chosen = getattr(arguments, "round", None)
+    return run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry, chosen_round=chosen)
 
 
-def run_verb(verb: str, config: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
-    """Run one verb, or only say what prune or distill would do; returns the exit code."""
+def run_verb(
+    verb: str, config: str, overrides: Sequence[str], *, dry_run: bool = False, chosen_round: int | None = None
+) -> int:
+    """Run one verb, or only say what prune or distill would do; returns the exit code. ``chosen_round`` is the one of
+    prune.rounds to work on; None = the last."""
     from shoal.recipe.recipe import load_recipe  # not for --help and --version
 
     def work() -> None:
         recipe = load_recipe(config, overrides, further=_limits_without_task)
+        after = _rounds_after(recipe, chosen_round)
         if dry_run:
             with doing(f"{verb} --dry-run"):
-                text = _dry_run(verb, recipe)
+                text = _dry_run(verb, recipe, after)
             _print(text)
             return
         label = f"{verb}, in the ranks" if STARTED in os.environ else verb
         # training and its launcher listen themselves
         with on_stop(lambda number: stop_at_once(number, STOPPED)), doing(label):
-            _dispatch(verb, recipe, config, overrides)
+            _dispatch(verb, recipe, config, overrides, rounds_after=after)
 
     return _exit_code(work)
+
+
+def _rounds_after(recipe: Recipe, chosen_round: int | None) -> int:
+    rounds = recipe.prune.rounds
+    if chosen_round is not None and not 1 <= chosen_round <= rounds:
+        raise UserError(f"--round {chosen_round}: the recipe has prune.rounds: {rounds}; name one of 1 to {rounds}")
+    return 0 if chosen_round is None else rounds - chosen_round
 
 
 def _exit_code(work: Callable[[], None]) -> int:
@@ -166,7 +183,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         write_json_file(comparison, Path(arguments.json).expanduser())
 
 
-def _dry_run(verb: str, recipe: Recipe) -> str:
+def _dry_run(verb: str, recipe: Recipe, rounds_after: int) -> str:
     table = VERBS[verb].dry_run
     assert table is not None
     with doing("loading the libraries"):
@@ -174,7 +191,7 @@ def _dry_run(verb: str, recipe: Recipe) -> str:
         from shoal.stages.run import open_run
 
         text_of = _stage(table[0])
-    return text_of(open_run(recipe))
+    return text_of(open_run(recipe, rounds_after))
 
 
 def _stage(name: str) -> Callable[..., Any]:
@@ -200,7 +217,7 @@ def _limits_without_task(recipe: Recipe) -> Iterable[str]:
     return limits_without_task(recipe.eval)
 
 
-def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
+def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str], *, rounds_after: int = 0) -> None:
     if verb in ("eval", "run"):
         from shoal.eval.tasks.names import refuse_unknown
 
@@ -209,6 +226,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
         Path(os.environ[STARTED]).touch()
     with doing("loading the libraries"):
         runtime.turn_down_libraries()
+        from shoal.artifacts.artifact import PruningPlan
         from shoal.stages import distill, pipeline
         from shoal.stages.run import Run, locked, open_run
         from shoal.tracking.wandb_run import wandb_mode
@@ -218,33 +236,41 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str]) 
     from shoal.trust import refuse_links
 
     launched = "LOCAL_RANK" in os.environ
-    run = Run(recipe)  # its precision is settled where all ranks have joined
+    run = Run(recipe, rounds_after=rounds_after)  # its precision is settled where all ranks have joined
     wandb_mode(recipe.track)  # refuses now, not after hours
     if runtime.is_main():
-        refuse_links(run.dir)
+        refuse_links(run.root)
     if row.launches and launched:
         raise UserError(f"`shoal {verb}` starts its own launcher for distill; under one, call distill, measure or eval")
+
+    def launch(own: Run, file: Path | None = None) -> None:
+        launch_distill(own, *((config, overrides) if file is None else (str(file), ())))
+
     if verb == "distill" and not launched:
-        run = open_run(recipe)
+        run = open_run(recipe, rounds_after)
         distill.check_distill(run)
+        pipeline.finish_earlier_rounds(run, launch)
         distill.refuse_other_checkpoints(run)
-        launch_distill(recipe, config, overrides)
+        launch(run)
         return
     if launched or row.needs_group:
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.timeout_s)
-    run = open_run(recipe)
+    run = open_run(recipe, rounds_after)
     if row.launches:
-
-        def launch(own: Recipe = recipe, file: Path | None = None) -> None:
-            launch_distill(own, *((config, overrides) if file is None else (str(file), ())))
-
         if text := stage(run, launch):
             _print(text)
         return
     if row.check:
         _stage(row.check)(run)
+    # what is scored or told rests on the rounds before only where this one has a plan
+    has_plan = (run.dir / PruningPlan.FILE).is_file()
+    rests_on_rounds = verb in ("measure", "prune") or (verb in ("eval", "report") and has_plan)
+    if rests_on_rounds and not launched:
+        pipeline.finish_earlier_rounds(run, launch)
     with locked(run) if runtime.is_main() else contextlib.nullcontext():
+        if rests_on_rounds and launched and run.previous is not None:
+            _distill(run.previous)
         stage(run)
         runtime.leave_distributed()  # before an upload that the other ranks need not wait for
         pipeline.track(run)
@@ -274,6 +300,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
         if row.dry_run:
             sub.add_argument("--dry-run", action="store_true", help=f"print {row.dry_run[1]}; write nothing")
+        if row.takes_round:
+            told = "one of the rounds of prune.rounds, from 1; without it the last, once those before it are done"
+            sub.add_argument("--round", type=int, metavar="N", help=told)
         if verb == "measure":
             sub.add_argument(
                 "--diagnostics",

@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from shoal.artifacts.artifact import Provenance, PruningPlan, Training
-from shoal.recipe.recipe import Recipe, load_recipe
+from shoal.recipe.recipe import load_recipe
 from shoal.stages import distill
-from shoal.stages.run import open_run
+from shoal.stages.run import Run, open_run
 
 MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, "metrics": ["angular"]}
 
@@ -25,7 +25,8 @@ class Healer:
         self.scales = list(scales)
         self.healed: list[str] = []
 
-    def __call__(self, recipe: Recipe, file: Path) -> None:
+    def __call__(self, launched: Run, file: Path) -> None:
+        recipe = launched.recipe
         assert load_recipe(file) == recipe, "the launched ranks read another recipe"
         run = open_run(recipe)
         self.healed.append(run.dir.name)

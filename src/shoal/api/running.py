@@ -73,7 +73,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
         refuse_links(Run(settings).dir)
         opened = open_run(settings)
         try:
-            run_all(opened, partial(launch_distill, settings, config, overrides))
+            run_all(opened, partial(launch_distill, config=config, overrides=overrides))
         except LaunchEnded as ended:
             raise _failure(ended) from ended
         return _results(opened)

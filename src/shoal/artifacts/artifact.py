@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -29,6 +29,8 @@ from shoal.runtime import environment
 
 Json = Any
 ABSENT = "absent"
+ROUND = "round"
+"""Input of a plan that says which of prune.rounds it belongs to, from 1; absent where there is one."""
 Column = Literal["in", "twin", "out", "public"]
 """How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
 that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
@@ -125,6 +127,19 @@ class Importance(Tabular, Artifact):
     """Single layers by task and protocol; None where no task was swept."""
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     """Operator -> its table, for every operator but that of single layers."""
+    kept: tuple[int, ...] = ()
+    """The teacher's layers that the measured model has, where it is the healed student of an earlier round; layers are
+    numbered as in that model everywhere else here. Empty = it is the teacher."""
+
+    @property
+    def teacher_layers(self) -> tuple[int, ...]:
+        """The teacher's number of every layer."""
+        return self.kept or tuple(range(self.num_layers))
+
+    def places(self, teacher_layers: Iterable[int]) -> tuple[int, ...]:
+        """Those of ``teacher_layers`` that the measured model has, by their numbers in it."""
+        wanted = set(teacher_layers)
+        return tuple(place for place, layer in enumerate(self.teacher_layers) if layer in wanted)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer: its score by every metric, of metrics of runs that of the layer alone, the standard error
@@ -137,14 +152,16 @@ class Importance(Tabular, Artifact):
             layers = [unit.layers[0] for unit in sweep.units]
             columns |= {sweep.title(of): dict(zip(layers, of.importances, strict=True)) for of in sweep.columns}
         return [
-            {"layer": layer, **{name: values.get(layer) for name, values in columns.items()}}
-            for layer in range(self.num_layers)
+            {"layer": layer, **{name: values.get(place) for name, values in columns.items()}}
+            for place, layer in enumerate(self.teacher_layers)
         ]
 
     def contradictions(self) -> Iterator[str]:
         count = self.num_layers
         if count < 1:
             yield f"num_layers: is {count}"
+        if self.kept and (len(self.kept) != count or list(self.kept) != sorted(set(self.kept))):
+            yield f"kept: is {list(self.kept)}; it names a layer of the teacher for each of {count}, increasing"
         for field_name in ("layers", "errors"):
             for metric, scores in getattr(self, field_name).items():
                 if len(scores) != count:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from shoal.artifacts.artifact import Importance
 from shoal.artifacts.importance import Agreement, Atlas, Estimate, ProtocolGap, Sweep, SweepColumn
 from shoal.errors import UserError
-from shoal.figures.importance import refuse_foreign
+from shoal.figures.importance import number_layers, refuse_foreign
 from shoal.figures.style import (
     DROPPED,
     FAINT,
@@ -48,7 +48,8 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
         raise UserError(
             "importance.json: holds no swept task to draw; name some in measure.sweep.tasks and measure again"
         )
-    refuse_foreign(drop, importance.num_layers)
+    refuse_foreign(drop, importance)
+    drop, numbers = importance.places(drop), importance.teacher_layers
     metrics = {name: tuple(scores) for name, scores in importance.layers.items()}
     metrics |= {name: runs[0] for name, runs in importance.runs.items()}
     cells = len(metrics) + len(atlas.columns) + bool(metrics)
@@ -57,12 +58,14 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
     heights.append(0.8 + 0.26 * len(atlas.columns))
     figure, axes = panels(heights, width=width)
     with figure_style():
-        _draw_heat(axes[0], metrics, atlas, drop)
+        _draw_heat(axes[0], metrics, atlas, drop, numbers)
         for index, column in enumerate(atlas.columns):
             colour, name = SERIES_COLOURS[index % 5], atlas.sweep.title(column)
             _draw_column(axes[1 + index], column, name, colour, drop, range(importance.num_layers))
         for index, gap in enumerate(atlas.gaps):
             _draw_gap(axes[1 + len(atlas.columns) + index], gap, drop)
+        for ax in axes[1:-1]:
+            number_layers(ax.xaxis, numbers)
         _draw_centroids(axes[-1], atlas)
     return figure
 
@@ -154,7 +157,9 @@ def cumulative_figure(sweep: Sweep) -> Figure:
     return figure
 
 
-def _draw_heat(ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, drop: Sequence[int]) -> None:
+def _draw_heat(
+    ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, drop: Sequence[int], numbers: Sequence[int]
+) -> None:
     num_layers = len(atlas.sweep.units)
     names, shades, texts, frames = [], [], [], []
     for name, scores in metrics.items():
@@ -177,7 +182,7 @@ def _draw_heat(ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, dr
     for place, (column_texts, critical) in enumerate(zip(texts, frames, strict=True)):
         for layer, text in enumerate(column_texts):
             _write_cell(ax, place, layer, text, grid[layer][place], framed=layer in critical)
-    rows = [f"{'× ' if layer in set(drop) else ''}{layer}" for layer in range(num_layers)]
+    rows = [f"{'× ' if layer in set(drop) else ''}{numbers[layer]}" for layer in range(num_layers)]
     _name_cells(ax, names, rows)
     for layer in drop:
         ax.get_yticklabels()[layer].set(color=DROPPED, weight="bold")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.artifact import Importance, PruningPlan
@@ -41,8 +41,11 @@ class DepthColumn:
 
 
 def depth_columns(importance: Importance, plan: PruningPlan | None) -> tuple[DepthColumn, ...]:
-    """Every column of the importance: first those that layers were chosen by, then swept tasks, then metrics."""
-    columns = {column.name: column for column in _all_columns(importance, plan)}
+    """Every column of the importance: first those that layers were chosen by, then swept tasks, then metrics.
+
+    Scores are by the teacher's layers; of those that went in an earlier round nothing is said.
+    """
+    columns = {column.name: _in_teacher(column, importance, plan) for column in _all_columns(importance, plan)}
     return tuple(sorted(columns.values(), key=lambda column: not column.decided))
 
 
@@ -52,7 +55,7 @@ def depth_figure(plan: PruningPlan, importance: Importance | None) -> Figure:
     Raises:
         UserError: the importance is of a model with another number of layers.
     """
-    if importance is not None and importance.num_layers != plan.num_layers:
+    if importance is not None and not importance.kept and importance.num_layers != plan.num_layers:
         raise UserError(
             f"importance.json: has {importance.num_layers} layers, plan.json {plan.num_layers}; measure again"
         )
@@ -77,8 +80,9 @@ def _all_columns(importance: Importance, plan: PruningPlan | None) -> Iterator[D
             yield DepthColumn(atlas.sweep.title(column), every, decided, critical)
     for name, scores in importance.layers.items():
         yield DepthColumn(name, tuple(scores), name in chosen_by)
+    drop = importance.places(plan.drop) if plan else ()
     for name, rows in importance.runs.items():
-        length = len(plan.drop) if plan and name in chosen_by and _is_run(plan) else 1
+        length = len(drop) if plan and name in chosen_by and _is_run(plan, drop) else 1
         scores = (*rows[length - 1], *[None] * (length - 1))
         yield DepthColumn(name if length == 1 else f"{name}, {length} from here", scores, name in chosen_by)
 
@@ -95,9 +99,17 @@ def _chosen_by(plan: PruningPlan | None) -> Iterator[str]:
         yield "angular" if settings.get("prune.contiguous") else "block_influence"
 
 
-def _is_run(plan: PruningPlan) -> bool:
-    drop = plan.drop
-    return bool(plan.provenance.inputs.get("prune.contiguous")) and drop == tuple(range(drop[0], drop[-1] + 1))
+def _in_teacher(column: DepthColumn, importance: Importance, plan: PruningPlan | None) -> DepthColumn:
+    if not importance.kept:
+        return column
+    numbers, scores = importance.kept, dict(zip(importance.kept, column.scores, strict=True))
+    layers = range(plan.num_layers if plan else numbers[-1] + 1)
+    critical = frozenset(numbers[place] for place in column.critical)
+    return replace(column, scores=tuple(map(scores.get, layers)), critical=critical)
+
+
+def _is_run(plan: PruningPlan, drop: Sequence[int]) -> bool:
+    return bool(plan.provenance.inputs.get("prune.contiguous")) and list(drop) == list(range(drop[0], drop[-1] + 1))
 
 
 def _side_by_side(num_layers: int, num_columns: int) -> tuple[Figure, list[Axes]]:

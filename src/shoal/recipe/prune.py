@@ -58,6 +58,9 @@ class Prune(Section):
     """Layers to drop; an order of halves (attention, MLP) takes two halves for each."""
     ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Shapes.PLAN] = None
     """Share of the layers to drop, rounded down; give this or num_drop."""
+    rounds: Annotated[Positive, Shapes.BY_CONTENT] = 1
+    """Rounds of measuring, cutting and healing that share the layers to drop as evenly as possible, the earlier ones
+    taking what is left over. Each cuts the healed student of the round before it, and heals on the first teacher."""
     contiguous: Annotated[bool, Shapes.PLAN] = False
     """Drop one run of neighbouring layers instead of the least important ones wherever they are."""
     protect: Annotated[tuple[int | Literal["cornerstone"], ...], Shapes.PLAN] = (0, -1)
@@ -93,4 +96,22 @@ def contradictions(prune: Prune) -> Iterator[str]:
         yield "prune.weights: prune.metric is given too; give one of them"
     if prune.weights and prune.contiguous:
         yield "prune.weights: mixes scores of single layers; set prune.contiguous: false, or leave it out"
+    if prune.rounds > 1:
+        yield from _of_rounds(prune)
     yield from (f"prune.edits.{problem}" for problem in edits.contradictions(prune.edits, prune.drop or ()))
+
+
+def _of_rounds(prune: Prune) -> Iterator[str]:
+    if prune.drop is not None:
+        yield (
+            "prune.rounds: chooses layers anew on every healed student, and prune.drop names them all; give "
+            "prune.num_drop or prune.ratio instead of it, or leave prune.rounds out"
+        )
+    for name in ("edits", "compensate"):
+        if getattr(prune, name):
+            yield f"prune.rounds: several rounds only drop layers; leave prune.{name} out, or set prune.rounds: 1"
+    if prune.num_drop is not None and prune.rounds > prune.num_drop:
+        yield (
+            f"prune.rounds: {prune.rounds} rounds are more than the layers to drop; set at most {prune.num_drop}, "
+            "prune.num_drop"
+        )

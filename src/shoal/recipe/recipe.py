@@ -166,4 +166,23 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.search is not None:
         yield from search.contradictions(recipe.search, recipe.distill.trainer)
+    if recipe.prune.rounds > 1:
+        yield from _not_in_rounds(recipe)
     yield from track.contradictions(recipe.export)
+
+
+def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
+    """What is made for one cut of one model, or numbers layers as the first teacher alone does."""
+    measure = recipe.measure
+    operators = () if measure.sweep is None else measure.sweep.operators
+    of_one_model = "numbers layers as the model of one round does"
+    refused = (
+        (recipe.search, "search", "compares plans of one cut"),
+        (measure.diagnostics, "measure.diagnostics", of_one_model),
+        (measure.probes, "measure.probes", of_one_model),
+        (set(operators) - {"layer"}, "measure.sweep.operators: any but layer", of_one_model),
+        (recipe.distill.teacher.prefix, "distill.teacher.prefix", "records the state at the first layer of one cut"),
+    )
+    for is_set, place, reason in refused:
+        if is_set:
+            yield f"{place}: {reason}, so it does not go beside prune.rounds: {recipe.prune.rounds}; leave it out"

@@ -17,7 +17,7 @@ from shoal.progress import SPEAKER, doing
 from shoal.stopping import STOPS, run_launcher
 
 if TYPE_CHECKING:
-    from shoal.recipe.recipe import Recipe
+    from shoal.stages.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,10 @@ class LaunchEnded(Exception):
         self.code, self.text = code, text
 
 
-def launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> None:
+def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
     """Run the distill verb of the recipe file ``config`` under the DeepSpeed launcher on this machine; wait for it.
+
+    ``run`` is that of the recipe with these overrides, of the round to be healed.
 
     Raises:
         LaunchEnded: the ranks have not come to their end.
@@ -43,6 +45,7 @@ def launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> Non
 
     from shoal.machine import ranks_to_start
 
+    recipe = run.recipe
     on_gpu = torch.accelerator.is_available()
     ranks = ranks_to_start(recipe.distill.num_ranks)
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # modules come from no current folder
@@ -53,6 +56,8 @@ def launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> Non
     command += f"--num_gpus {ranks} --master_addr 127.0.0.1 --master_port {runtime.free_port()}".split()
     command += ["--no_local_rank", "--log_level", "critical", "--module", "shoal.cli"]
     command += ["distill", "--config", config, *overrides]
+    if run.rounds_after:
+        command += ["--round", str(run.round)]
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
     with tempfile.TemporaryDirectory() as folder:
         started = Path(folder) / "started"
@@ -60,7 +65,7 @@ def launch_distill(recipe: Recipe, config: str, overrides: Sequence[str]) -> Non
             with SPEAKER.still(started.exists):
                 code, asked = run_launcher(command, environment | {STARTED: str(started)}, ranks="shoal.cli")
             if code != 0 or asked is not None:
-                raise _unfinished(code, asked, Path(recipe.run_dir).expanduser())  # in here: nothing is called done
+                raise _unfinished(code, asked, run.dir)  # in here: nothing is called done
 
 
 def _unfinished(code: int, asked: int | None, run_dir: Path) -> LaunchEnded:

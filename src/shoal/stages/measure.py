@@ -75,6 +75,8 @@ def check_measure(run: Run) -> None:
             f"measure.num_tokens: {settings.num_tokens:,} tokens take {bytes_text(needed)} of memory, and "
             f"{bytes_text(available_memory())} are free; lower it"
         )
+    if run.recipe.prune.rounds > 1:
+        _check_removals_in_rounds(run)
     for source in settings.data:
         load_texts(source, max_characters=1)
     for probe in settings.probes:
@@ -87,6 +89,21 @@ def check_measure(run: Run) -> None:
             )
     if settings.sweep is not None:
         _check_sweep(run, settings.sweep)
+
+
+def _check_removals_in_rounds(run: Run) -> None:
+    """Refuse greedy orders of more removals than the model of the last round has layers for."""
+    from shoal.compress.plan import drops_by_round
+
+    measure = run.recipe.measure
+    fewest = run.num_layers - sum(drops_by_round(run.recipe.prune, run.num_layers)[:-1])
+    greedy = None if measure.sweep is None else measure.sweep.greedy
+    for setting, count in (("measure.num_drop", measure.num_drop), ("measure.sweep.greedy", greedy)):
+        if count is not None and count > fewest - 2:
+            raise UserError(
+                f"{setting}: {count} removals are more than the model of the last round allows, which has {fewest} "
+                f"layers of which the first and the last stay; set at most {fewest - 2}"
+            )
 
 
 def _check_sweep(run: Run, settings: Sweeps) -> None:
@@ -153,7 +170,7 @@ def _check_streamed_sweep(settings: Sweeps, kinds: dict[str, str]) -> None:
 def _is_streamed(run: Run) -> bool:
     """Whether the model is larger than what the recipe lets it take, so that it is measured layer by layer."""
     limit = run.recipe.measure.memory_gb
-    return limit is not None and checkpoint_bytes(run.teacher) > limit * 2**30
+    return limit is not None and checkpoint_bytes(run.base) > limit * 2**30
 
 
 def _streaming(run: Run) -> Streaming:
@@ -176,9 +193,10 @@ def measure(run: Run) -> None:
     if done and diagnosed and probed:
         return
     check_measure(run)
+    run.dir.mkdir(parents=True, exist_ok=True)  # layers that are streamed are spilled there
     seed_everything(run.recipe.seed)
     rows = _rows(run)
-    model = None if _is_streamed(run) else load_model(run.teacher, device=device(), **run.load_args())
+    model = None if _is_streamed(run) else load_model(run.base, device=device(), **run.load_args())
     if not done:
         importance = _measured(run, model, rows, inputs)
         if is_main():
@@ -212,9 +230,9 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
 
     def scored() -> Importance:
         if model is None:
-            scores = measure_streamed(run.teacher, rows, streaming=_streaming(run), **common)
+            scores = measure_streamed(run.base, rows, streaming=_streaming(run), **common)
         else:
-            num_drop = settings.num_drop or max(1, run.num_layers // 4)
+            num_drop = settings.num_drop or max(1, len(run.base_layers) // 4)
             scores = measure_importance(
                 model,
                 rows,
@@ -223,7 +241,8 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
                 scale_removals=settings.scale_removals,
                 **common,
             )
-        return Importance(Provenance(inputs), **vars(scores))
+        kept = () if run.previous is None else run.base_layers
+        return Importance(Provenance(inputs), **vars(scores), kept=kept)
 
     return scored() if settings.sweep is None else _swept(run, model, rows, settings.sweep, scored)
 
@@ -236,12 +255,12 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
     from shoal.compress.variants.variants import variant_of
 
     # before anything is measured, so that what these refuse is refused at once
-    skeleton = _streaming(run).open(run.teacher).model if model is None else model
+    skeleton = _streaming(run).open(run.base).model if model is None else model
     sweep = _sweep(run, model, settings)
     known = {operator: components_of(operator, skeleton) for operator in settings.operators if operator != "cumulative"}
     importance = scored()
     donor = measure_inputs(run).get(DONOR_CONTENT)
-    identity = fingerprint([run.teacher_fingerprint, run.recipe.dtype, run.recipe.attention, donor])
+    identity = fingerprint([model_fingerprint(run.base), run.recipe.dtype, run.recipe.attention, donor])
     for operator in settings.operators:
         components = known.get(operator)
         if components is None:
@@ -282,7 +301,7 @@ def _task_order(
         return sweep(variants, settings, seed=run.recipe.seed, folder=folder, identity=identity)[1]
 
     return greedy_order(
-        layer_components(run.num_layers, protected=(0, run.num_layers - 1)),
+        layer_components(len(run.base_layers), protected=(0, -1)),
         task_objective(evaluate, weights=settings.greedy_weights or None),
         num_removals=settings.greedy,
         higher_is_better=True,
@@ -309,7 +328,7 @@ def _sweep(run: Run, model: Any, settings: Sweeps) -> Callable[..., Any]:
     donor = None if settings.donor is None else resolved(settings.donor, settings.donor_revision)
     tokenizer = run.tokenizer()
     if model is None:
-        lm = partial(StreamedVariantsLM, run.teacher, tokenizer, streaming=_streaming(run), donor=donor)
+        lm = partial(StreamedVariantsLM, run.base, tokenizer, streaming=_streaming(run), donor=donor)
         return partial(sweep, lm)
     other = None if donor is None else load_model(donor, device=device(), **run.load_args())
     return partial(sweep, partial(VariantsLM, Edited(model, other), tokenizer))
@@ -402,7 +421,7 @@ def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
 def _inputs(run: Run, result: Shapes, **content: str) -> dict[str, Any]:
     """What identifies ``result``: the model, the ``content`` of text that it is measured on, and settings."""
     settings = {**shaping(run.recipe, result), **shaping(run.recipe.measure, result, "measure.")}
-    return {"model": run.teacher_fingerprint, **content, **settings}
+    return {**run.base_identity, **content, **settings}
 
 
 def _diagnostics_inputs(run: Run) -> dict[str, Any]:

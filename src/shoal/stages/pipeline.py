@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from shoal.recipe.section import as_dict
-from shoal.stages.distill import distill_is_done
+from shoal.stages.distill import distill_is_done, refuse_later_trainings
 from shoal.stages.evaluate import evaluate
 from shoal.stages.measure import measure
 from shoal.stages.preflight import preflight
@@ -14,25 +15,47 @@ from shoal.stages.prune import prune
 from shoal.stages.report import report
 from shoal.stages.run import Run, locked, write_story
 
+log = logging.getLogger(__name__)
 
-def run_all(run: Run, launch_distill: Callable[[], None]) -> None:
-    """Every stage that is not done; ``launch_distill`` runs the distill stage under the DeepSpeed launcher.
+
+def run_all(run: Run, launch: Callable[[Run], None]) -> None:
+    """Every stage that is not done; ``launch`` runs the distill stage of a round under the DeepSpeed launcher.
 
     The run directory is let go while the launched ranks hold it.
     """
     with locked(run):
         preflight(run)
         write_story(run)
-        measure(run)
-        prune(run)
-        track(run)
-        distilled = distill_is_done(run)
-    if not distilled:
-        launch_distill()
+    finish_earlier_rounds(run, launch)
+    _heal(run, launch)
     with locked(run):
         evaluate(run)
         report(run)
         track(run)
+
+
+def finish_earlier_rounds(run: Run, launch: Callable[[Run], None]) -> None:
+    """Measure, cut and heal in the rounds before ``run``, as far as they are not done.
+
+    Raises:
+        UserError: what any stage refuses, and checkpoints of a later round that were trained after another round.
+    """
+    for own in run.rounds_before:
+        log.info("%s comes first: %s", own.called, own.dir)
+        _heal(own, launch)
+
+
+def _heal(run: Run, launch: Callable[[Run], None]) -> None:
+    """The healed student of one round, once those before it are done."""
+    with locked(run):
+        measure(run)
+        prune(run)
+        track(run)
+        is_done = distill_is_done(run)
+        if not is_done:
+            refuse_later_trainings(run)
+    if not is_done:
+        launch(run)
 
 
 def track(run: Run) -> None:
@@ -44,4 +67,4 @@ def track(run: Run) -> None:
 
         return score_rows(folder)
 
-    log_results(run.recipe.track, run.dir, as_dict(run.recipe), teacher=run.teacher, score_rows=score_rows)
+    log_results(run.track, run.dir, as_dict(run.recipe), teacher=run.teacher, score_rows=score_rows)

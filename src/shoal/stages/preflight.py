@@ -35,7 +35,7 @@ def preflight(run: Run) -> None:
         check_export(run.config())
     if not is_automatic(recipe.prune):
         refuse_unfit_student(run, choose_plan(run, None, {}))
-    check_measure(run)
+    check_measure((*run.rounds_before, run)[0])
     check_distill(run)
     check_length(run, recipe.eval.sequence_length, "eval.sequence_length")
     for source in recipe.eval.perplexity_data:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import Importance, Provenance, PruningPlan, differences
+from shoal.artifacts.artifact import ROUND, Importance, Provenance, PruningPlan, differences
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
@@ -30,7 +30,9 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     from shoal.compress.plan import is_automatic
 
     prune = run.recipe.prune
-    inputs = {"model": run.teacher_fingerprint, **shaping(prune, Shapes.PLAN, "prune.")}
+    inputs = {**run.base_identity, **shaping(prune, Shapes.PLAN, "prune.")}
+    if prune.rounds > 1:
+        inputs |= {"prune.rounds": prune.rounds, ROUND: run.round}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
     if prune.compensate is not None:
@@ -82,8 +84,8 @@ def prune(run: Run) -> None:
 
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
         closed = apply_plan(
-            run.teacher,
-            plan,
+            run.base,
+            _in_base(run, plan),
             student,
             donors=run.donors,
             seed=run.recipe.seed,
@@ -102,19 +104,21 @@ def prune(run: Run) -> None:
 def prune_dry_run(run: Run) -> str:
     """What `shoal prune` would do and what would come of it, for a reader. Writes nothing and measures nothing.
 
+    Of several rounds that is the first which is not healed yet.
+
     Raises:
         UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
     """
     from shoal.compress.dry_run import dry_run
 
-    recipe = run.recipe
+    run, recipe = run.first_open, run.recipe
     _refuse_unreadable_data(recipe.prune.edits)
     importance = read_importance(run)
     plan = choose_plan(run, importance, {})
     _refuse_compensation(run, plan)
     told = dry_run(
-        run.teacher,
-        plan,
+        run.base,
+        _in_base(run, plan),
         run.dir / "student",
         donors=run.donors,
         proof=recipe.prune.proof,
@@ -122,7 +126,8 @@ def prune_dry_run(run: Run) -> str:
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
     )
-    return "\n".join([told, *_sacrifice(run, importance, plan)])
+    rounds = [f"rounds: this is {run.called}"] if recipe.prune.rounds > 1 else []
+    return "\n".join([told, *_sacrifice(run, importance, plan), *rounds])
 
 
 def read_plan(run: Run) -> PruningPlan:
@@ -148,7 +153,7 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
     """
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
     plan = PruningPlan.read(path)
-    _refuse_other_depth(run, path, plan.num_layers)
+    _refuse_other_depth(run, path, plan.num_layers, run.num_layers)
     is_there = plan.student and (student / "config.json").is_file()
     if is_there and plan.student != plan.sealed(model_fingerprint(student)):
         raise UserError(
@@ -158,11 +163,11 @@ def _plan_of_its_student(run: Run) -> PruningPlan:
     return plan
 
 
-def _refuse_other_depth(run: Run, path: Path, num_layers: int) -> None:
-    if num_layers != run.num_layers:
+def _refuse_other_depth(run: Run, path: Path, num_layers: int, expected: int) -> None:
+    if num_layers != expected:
+        model = run.recipe.model if expected == run.num_layers else run.base
         raise UserError(
-            f"{path}: num_layers: is {num_layers}, and {run.recipe.model} has {run.num_layers} layers; delete it and "
-            "run its stage again"
+            f"{path}: num_layers: is {num_layers}, and {model} has {expected} layers; delete it and run its stage again"
         )
 
 
@@ -175,16 +180,43 @@ def read_importance(run: Run) -> Importance | None:
         return None
     require(Importance, path, measure_inputs(run), "shoal measure")
     importance = Importance.read(path)
-    _refuse_other_depth(run, path, importance.num_layers)
+    _refuse_other_depth(run, path, importance.num_layers, len(run.base_layers))
     return importance
 
 
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
-    """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written."""
-    from shoal.compress.plan import choose_changes
+    """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written.
 
-    choice = choose_changes(run.recipe.prune, num_layers=run.num_layers, importance=importance)
-    return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits)
+    It leads from the teacher to the student, over all rounds so far.
+
+    Raises:
+        UserError: an impossible choice, and halves of layers where there are several rounds.
+    """
+    from shoal.compress.plan import choose_changes, round_of
+
+    layers, several = run.base_layers, run.recipe.prune.rounds > 1
+    if several and importance is None:
+        raise UserError(
+            f"prune: choosing the layers of {run.called} needs {run.dir / Importance.FILE}; run "
+            f"`shoal measure --round {run.round}` first"
+        )
+    prune = round_of(run.recipe.prune, run.round, num_layers=run.num_layers, kept=layers)
+    choice = choose_changes(prune, num_layers=len(layers), importance=importance)
+    if not several:
+        return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits)
+    if choice.edits:
+        raise UserError(
+            f"prune.metric: {run.recipe.prune.metric} removes halves of layers, and several rounds only drop layers; "
+            "choose a metric of layers, or set prune.rounds: 1"
+        )
+    gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
+    return PruningPlan(Provenance(inputs), run.num_layers, tuple(sorted(gone)), f"in {run.called}, {choice.reason}")
+
+
+def _in_base(run: Run, plan: PruningPlan) -> PruningPlan:
+    """``plan`` as a cut of the model that this round cuts, whose layers have other numbers after an earlier round."""
+    drop = tuple(place for place, layer in enumerate(run.base_layers) if layer in plan.drop)
+    return replace(plan, num_layers=len(run.base_layers), drop=drop)
 
 
 def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Sequence[str]:

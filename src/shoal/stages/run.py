@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import math
@@ -48,12 +49,17 @@ from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
 from shoal.recipe.edits import Swap
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import as_dict
+from shoal.recipe.track import Track
 from shoal.redaction import redacted
 from shoal.runtime import agreed, barrier, device, environment, is_main
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+ROUNDS = "rounds"
+"""Folder of a run directory that holds the rounds before the last, by number."""
+HEALED = "model healed before"
+"""Input of results that were made from the student of the round before."""
 LOCK_WAIT_S = 30
 LEAST_SIZE = 0.2
 """Smallest share of a recipe's sizes, on however slow a device: with less there would be nothing to see."""
@@ -86,15 +92,99 @@ class Run:
     recipe: Recipe
     numerics: Numerics | None = None
     """None = the recipe leaves nothing open, and nobody has asked why."""
+    rounds_after: int = 0
+    """Rounds of prune.rounds that come after this one; the results of the last are the run's."""
+
+    @property
+    def root(self) -> Path:
+        """The run directory."""
+        return Path(self.recipe.run_dir).expanduser()
 
     @property
     def dir(self) -> Path:
-        return Path(self.recipe.run_dir).expanduser()
+        """The folder of this round's results: the run directory, or one in it for a round before the last."""
+        return self.root / ROUNDS / str(self.round) if self.rounds_after else self.root
+
+    @property
+    def round(self) -> int:
+        """Number of this round, from 1."""
+        return self.recipe.prune.rounds - self.rounds_after
+
+    @property
+    def called(self) -> str:
+        """This round in words."""
+        return f"round {self.round} of {self.recipe.prune.rounds}"
+
+    @cached_property
+    def previous(self) -> Run | None:
+        """The round whose healed student this one cuts; None = the first, which cuts the teacher."""
+        return replace(self, rounds_after=self.rounds_after + 1) if self.round > 1 else None
+
+    @property
+    def rounds_before(self) -> tuple[Run, ...]:
+        """The rounds before this one, the first first."""
+        return () if self.previous is None else (*self.previous.rounds_before, self.previous)
+
+    @property
+    def first_open(self) -> Run:
+        """The first round up to this one whose student is not healed, which alone can be told of; else this one."""
+        return next((own for own in self.rounds_before if not own.is_healed), self)
+
+    @property
+    def is_healed(self) -> bool:
+        """Whether there is a healed student, whatever it was made from."""
+        return (self.dir / "distilled" / "config.json").is_file()
+
+    @property
+    def track(self) -> Track:
+        """The recipe's tracking. A round before the last is a run of its own in W&B, as it is a training of its own."""
+        own = self.recipe.track
+        return replace(own, name=f"{own.name or self.root.name}-round-{self.round}") if self.rounds_after else own
 
     @cached_property
     def teacher(self) -> Path:
         """The teacher's local folder."""
         return resolved(self.recipe.model, self.recipe.revision)
+
+    @property
+    def base(self) -> Path:
+        """The local folder of the model that this round measures and cuts.
+
+        Raises:
+            UserError: the round before has not made it yet.
+        """
+        if self.previous is None:
+            return self.teacher
+        healed = self.previous.dir / "distilled"
+        if not self.previous.is_healed:
+            raise UserError(
+                f"{healed}: is not there, and {self.called} cuts it; run `shoal distill --round {self.previous.round}`"
+            )
+        return healed
+
+    @cached_property
+    def base_layers(self) -> tuple[int, ...]:
+        """The teacher's layers that the model to cut has.
+
+        Raises:
+            UserError: as base does.
+        """
+        if self.previous is None:
+            return tuple(range(self.num_layers))
+        plan = PruningPlan.read(self.previous.dir / PruningPlan.FILE)
+        held = text_config(load_config(self.base, trust_remote_code=self.recipe.trust_remote_code)).num_hidden_layers
+        if held != len(plan.keep):
+            raise UserError(
+                f"{self.base}: has {held} layers, and the plan of {self.previous.called} keeps {len(plan.keep)}; "
+                f"run `shoal distill --round {self.previous.round}` again"
+            )
+        return plan.keep
+
+    @property
+    def base_identity(self) -> dict[str, Any]:
+        """What tells the model to cut: the teacher, and where rounds came before, their healed student."""
+        healed = {} if self.previous is None else {HEALED: model_fingerprint(self.base)}
+        return {"model": self.teacher_fingerprint, **healed}
 
     @cached_property
     def donors(self) -> dict[int, Path]:
@@ -112,6 +202,7 @@ class Run:
 
     @property
     def num_layers(self) -> int:
+        """Layers of the teacher."""
         return text_config(self.config()).num_hidden_layers
 
     def config(self) -> PreTrainedConfig:
@@ -131,9 +222,9 @@ class Run:
         }
 
 
-def open_run(recipe: Recipe) -> Run:
+def open_run(recipe: Recipe, rounds_after: int = 0) -> Run:
     """The run of ``recipe`` in which no precision is `auto` any more. In a process group every rank calls this, and all
-    compute in what rank 0 finds.
+    compute in what rank 0 finds. ``rounds_after``: as in Run.
 
     A run directory goes on in what it was begun in, so that a run may move to another machine. Otherwise the device is
     asked. A precision that the recipe names is kept; one that is much slower here than another is warned of.
@@ -148,7 +239,7 @@ def open_run(recipe: Recipe) -> Run:
     if numerics.size < 1:
         log.info("sizes: %s", numerics.size_reason)
         settled = scaled(settled, numerics.size)
-    return Run(settled, numerics)
+    return Run(settled, numerics, rounds_after)
 
 
 def scaled(recipe: Recipe, share: float) -> Recipe:
@@ -228,9 +319,10 @@ def _numerics(recipe: Recipe) -> Numerics:
 
 def _begun_in(folder: Path, key: str) -> tuple[str, str] | None:
     """What the results in a run directory were computed in under ``key``, and which of them says so."""
-    checkpoints = sorted(folder.glob("checkpoints/checkpoint-*/manifest.json"), reverse=True)
-    results = [folder / name for name in ("distill.json", "importance.json", "eval/teacher.json")]
-    for file in (*checkpoints, *results):
+    folders = [folder, *sorted(folder.glob(f"{ROUNDS}/*"))]
+    checkpoints = [file for own in folders for file in own.glob("checkpoints/checkpoint-*/manifest.json")]
+    results = [own / name for own in folders for name in ("distill.json", "importance.json", "eval/teacher.json")]
+    for file in (*sorted(checkpoints, reverse=True), *results):
         value = (_mapping(file, "provenance", "inputs") or _mapping(file, "inputs")).get(key)
         if value in DTYPES:
             return value, f"{file.relative_to(folder)} of this run directory was made in {value}"
@@ -272,7 +364,7 @@ def locked(run: Run) -> Iterator[None]:
     Raises:
         UserError: another living process holds it, or it cannot be created.
     """
-    is_new = not run.dir.exists()
+    is_new = not run.root.exists()
     deadline = time.monotonic() + LOCK_WAIT_S
     while True:
         handle = _lock_file(run)
@@ -284,9 +376,9 @@ def locked(run: Run) -> Iterator[None]:
                 holder = handle.read().strip() or "another process"
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"run_dir {run.dir}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
+                    f"run_dir {run.root}: is in use by {holder}; wait for it, stop it, or choose another run_dir"
                 ) from None
-            log.info("waiting for %s, which holds %s", holder, run.dir)
+            log.info("waiting for %s, which holds %s", holder, run.root)
             time.sleep(5)
             continue
         if os.fstat(handle.fileno()).st_nlink:
@@ -299,20 +391,20 @@ def locked(run: Run) -> Iterator[None]:
         try:
             yield
         finally:
-            _leave_nothing(run.dir, is_new=is_new)
+            _leave_nothing(run.root, is_new=is_new)
 
 
 def _lock_file(run: Run) -> TextIO:
     """Its file, open for reading and writing; never what a link in its place leads to."""
-    path = run.dir / LOCK
+    path = run.root / LOCK
     strange = UserError(f"{path}: is no regular file but a link, pipe or folder; remove it, or choose another run_dir")
     try:
-        run.dir.mkdir(parents=True, exist_ok=True)
+        run.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR):
             raise strange from error
-        raise UserError(f"run_dir {run.dir}: cannot be created ({error.strerror}); choose another folder") from error
+        raise UserError(f"run_dir {run.root}: cannot be created ({error.strerror}); choose another folder") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise strange
@@ -382,10 +474,11 @@ def write_story(run: Run) -> None:
         *((f"eval/{role}.json", Evaluation) for role in ("teacher", "pruned", CONTROL, "distilled")),
         (Speed.FILE, Speed),
     ]
-    for name, kind in kinds:
-        if (run.dir / name).is_file():
-            provenance = kind.read(run.dir / name).provenance
-            stages[name] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
+    for folder, (name, kind) in itertools.product([own.dir for own in (*run.rounds_before, run)], kinds):
+        if (file := folder / name).is_file():
+            provenance = kind.read(file).provenance
+            place = str(file.relative_to(run.root))
+            stages[place] = {"fingerprint": provenance.fingerprint, "created": provenance.created}
     numerics = None if run.numerics is None else asdict(run.numerics)
     story = {
         "recipe": redacted(as_dict(run.recipe)),

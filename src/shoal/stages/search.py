@@ -39,8 +39,8 @@ FOLDER = "search"
 MEASURED, TEXT = "_measured", "_text"
 """Folders beside the plans', which begin with a letter or a digit."""
 
-Launch = Callable[[Recipe, Path], None]
-"""Runs the distill stage of a recipe, which lies at that path, to its end."""
+Launch = Callable[[Run, Path], None]
+"""Runs the distill stage of a run whose recipe lies at that path, to its end."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def _evaluate(candidate: Candidate) -> None:
 def _heal(candidate: Candidate, launch: Launch) -> None:
     if not distilling.distill_is_done(candidate.run):
         free_memory()  # the ranks that are started need what this process still holds
-        launch(candidate.run.recipe, candidate.recipe_file)
+        launch(candidate.run, candidate.recipe_file)
     _evaluate(candidate)
 
 

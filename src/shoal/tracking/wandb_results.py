@@ -90,7 +90,7 @@ def log_results(
 
 def importance_rows(importance: Importance, drop: tuple[int, ...] = ()) -> Rows:
     """A row per layer: whether it was dropped, every metric with its standard error, every swept task."""
-    columns: dict[str, tuple[Any, ...]] = {"layer": tuple(range(importance.num_layers))}
+    columns: dict[str, tuple[Any, ...]] = {"layer": importance.teacher_layers}
     columns["dropped"] = tuple(layer in drop for layer in columns["layer"])
     for metric, scores in importance.layers.items():
         columns[metric] = scores
@@ -120,7 +120,7 @@ def _importance(file: Path, plan_file: Path) -> dict[str, Any]:
     drop = PruningPlan.read(plan_file).drop if plan_file.is_file() else ()
     values = {"importance": _table(importance_rows(importance, drop))}
     runs = [
-        (metric, start, length, score)
+        (metric, importance.teacher_layers[start], length, score)
         for metric, rows in importance.runs.items()
         for length, row in enumerate(rows, 1)
         for start, score in enumerate(row)

@@ -249,7 +249,7 @@ def test_the_verb_heals_plans_of_the_same_layers_once_from_their_own_recipes_and
 ) -> None:
     healer = Healer(0.5, 0.1)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(cli, "launch_distill", lambda recipe, file, overrides: healer(recipe, Path(file)))
+    monkeypatch.setattr(cli, "launch_distill", lambda run, file, overrides: healer(run, Path(file)))
     run = make_run([{"drop": [1, 3]}, {"name": "again", "drop": [3, 1]}, {}])
     cli._dispatch("search", run.recipe, "recipe.yaml", [])
     assert healer.healed == ["drop-1-3", "own"]

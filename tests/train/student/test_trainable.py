@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -17,12 +18,14 @@ from shoal.train.objective.capture import capturing
 from shoal.train.objective.objective import SharedPrefix, final_hidden, output_head
 from shoal.train.student.trainable import (
     Trained,
+    gaps,
     keep_zeros,
     parts_of,
     recorded_layers,
     shares_prefix,
     train_only,
     trained_parts,
+    unhealed,
 )
 
 MERGE = {"kind": "merge", "layers": [2, 3]}
@@ -62,6 +65,29 @@ def test_a_tied_head_is_trained_with_the_embeddings_and_leaves_no_prefix() -> No
     trained = trained_parts("norm_and_head", plan(4), tied=True)
     assert trained == Trained((), norm=True, embeddings=True, head=True)
     assert shares_prefix(trained, plan(4)) == 0
+
+
+@pytest.mark.parametrize("local", [None, LocalHeal()])
+@pytest.mark.parametrize("trainable", ["from_first_cut", "near_gaps", "norm_and_head"])
+def test_what_an_earlier_round_may_have_changed_is_not_shared_in_a_later_one(
+    trainable: str, local: LocalHeal | None
+) -> None:
+    """Over every two cuts of six layers of which the second goes on from the first."""
+    settings, num_shared = Distill(trainable=trainable, local=local), 0  # pyright: ignore[reportArgumentType]
+    for rounds in itertools.product((0, 1, 2), repeat=6):
+        first, last = (
+            plan(*(own for own, number in enumerate(rounds) if 0 < number <= most), num_layers=6) for most in (1, 2)
+        )
+        if not first.drop or not last.keep or (trainable == "from_first_cut" and last.first_change >= len(last.keep)):
+            continue
+        changed = set() if local is None else {first.keep[gap.layer] for gap in gaps(first.keep, 6)}
+        if trainable != "from_first_cut" or first.first_change < len(first.keep):
+            changed |= {first.keep[own] for own in trained_parts(trainable, first).layers}
+        shared = unhealed(shares_prefix(trained_parts(trainable, last), last), last, settings)
+        assert changed.isdisjoint(last.keep[:shared]), rounds
+        assert last.keep[:shared] == tuple(range(shared)), rounds
+        num_shared += shared
+    assert num_shared > 0
 
 
 def test_what_a_plan_does_not_have_is_refused() -> None:
