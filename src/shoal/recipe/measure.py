@@ -87,7 +87,7 @@ class Measure(Section):
     metrics: Annotated[tuple[str, ...], Shapes.IMPORTANCE] = ("block_influence", "angular")
     num_drop: Annotated[Positive | None, Shapes.IMPORTANCE] = None
     """Removals that greedy metrics make; None = a quarter of the layers."""
-    scale_removals: Annotated[bool, Shapes.IMPORTANCE] = False
+    scale_removals: Annotated[bool, Shapes.BY_CONTENT] = False
     """In orders of whole layers (sleb, greedy_kl, task_greedy) one that is gone still scales the state, by as much as
     it did on average: layers are chosen for a plan with prune.compensate (Prune&Comp, arXiv:2507.18212)."""
     sweep: Sweeps | None = None

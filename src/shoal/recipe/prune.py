@@ -71,7 +71,7 @@ class Prune(Section):
     there stay, and so does every layer with which the summed loss would become significant."""
     edits: Annotated[Edits, Shapes.BY_CONTENT] = ()
     """Other changes of the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
-    compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.PLAN] = None
+    compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.BY_CONTENT] = None
     """What makes up for the dropped layers without training; None = nothing. A method's name alone says the rest by
     default."""
     proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"

@@ -48,6 +48,8 @@ def measure_inputs(run: Run) -> dict[str, Any]:
 
     inputs = _inputs(run, Shapes.IMPORTANCE, data=sources_fingerprint(run.recipe.measure.data))
     settings = run.recipe.measure.sweep
+    if run.recipe.measure.scale_removals:  # not named where it is off: there was a time without it
+        inputs["measure.scale_removals"] = True
     if settings is None:
         return inputs
     inputs |= shaping(settings, Shapes.SCORES, "measure.sweep.")

@@ -36,8 +36,8 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
     if prune.compensate is not None:
+        inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
         inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
-        inputs |= shaping(run.recipe, Shapes.PLAN)
     for index, edit in enumerate(prune.edits):
         inputs[f"prune.edits.{index}"] = as_dict(edit)
         if isinstance(edit, Replace):
