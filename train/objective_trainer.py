@@ -14,7 +14,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from .engine.sharding import gathered, keep_gradient_norm, reduce_in_parts
 from .engine.stop import StopRequest
 from .objective.activation_checkpointing import recompute_selectively
 from .objective.host_batch import documents_known, on_host
+from .objective.objective import Signals
 from .student.spec import TrainSpec
 from .teacher.wiring import Wiring
 
@@ -106,6 +107,17 @@ class ObjectiveTrainer(Trainer):
         counts = [self.objective.tokens_by_term(on_host(batch)) for batch in batches]
         self._term_tokens = [sum(of_term) for of_term in zip(*counts, strict=True)]
 
+    @contextlib.contextmanager
+    def taught(self, batch: Mapping[str, Any]) -> Iterator[Signals]:
+        """What the teacher says of a micro-batch. Inside, models know its documents, and the head is whole."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(documents_known(on_host(batch), self.args.device))
+            with torch.autocast(self.args.device.type, enabled=False):  # a teacher computes in its own precision
+                signals = self._wiring.teacher(batch)
+            if self._wiring.teacher_head is not None:
+                stack.enter_context(gathered(self._wiring.teacher_head))
+            yield signals
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -119,18 +131,13 @@ class ObjectiveTrainer(Trainer):
         of the whole step; averaging each micro-batch over its own tokens would make the loss depend on the split.
         """
         assert num_items_in_batch is not None
-        host = on_host(inputs)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(documents_known(host, self.args.device))
-            with torch.autocast(self.args.device.type, enabled=False):  # a teacher computes in its own precision
-                signals = self._wiring.teacher(inputs)
-            if self._wiring.teacher_head is not None:
-                stack.enter_context(gathered(self._wiring.teacher_head))
+            signals = stack.enter_context(self.taught(inputs))
             if self._wiring.prefix is not None:
                 dtype = next(p for p in model.parameters() if p.requires_grad).dtype
                 stack.enter_context(self._wiring.prefix.replaying(dtype))
             # the student's forward is the objective's: sums over this micro-batch's tokens, no means
-            loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals, on_host=host)
+            loss_sum, sums = model(**{name: inputs[name] for name in INPUTS}, signals=signals, on_host=on_host(inputs))
         if self.objective.student.training:  # else it is evaluated, between the steps
             num_terms = len(self.objective.terms)
             self._step_sums[:num_terms] += sums[:num_terms] / num_items_in_batch
@@ -194,6 +201,10 @@ class ObjectiveTrainer(Trainer):
             self._stop.ask("another rank was asked to stop")
         return stopped > 0
 
+    def read_curves(self) -> dict[str, float]:
+        """Curves beside those of the loss, for the steps since they were last read."""
+        return self.objective.curves()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
         logged; one that has learnt from none since the last time is not there."""
@@ -204,7 +215,7 @@ class ObjectiveTrainer(Trainer):
             logs |= {name: value / share for name, value, share in zip(names, sums, shares, strict=True) if share}
             if compared:
                 logs[AGREEMENT] = matches / compared
-            logs |= self.objective.curves()
+            logs |= self.read_curves()
             logs |= self._rate.read(steps * self._tokens_per_step)
             if self._peak_tokens_per_s is not None:
                 logs[PEAK_SHARE] = logs["tokens_per_s"] / self._peak_tokens_per_s

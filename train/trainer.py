@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
 
+from shoal.atomic_files import write_json
 from shoal.errors import explained_disk_errors
 from shoal.progress import doing
 from shoal.runtime import barrier, is_main, seed_everything, world_size
@@ -23,8 +25,12 @@ from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, separate_groups
 from .generated.on_policy import Sampler as OnPolicySampler
 from .generated.sampling import own_forwards
+from .objective.host_batch import queued
 from .objective_trainer import ObjectiveTrainer
 from .student.spec import TrainSpec
+
+ON_POLICY_FILE = "on_policy.json"
+"""File, inside a checkpoint, of what on-policy steps keep."""
 
 
 class DistillTrainer(ObjectiveTrainer):
@@ -55,9 +61,19 @@ class DistillTrainer(ObjectiveTrainer):
         if batches and self._on_policy is not None and self._on_policy.replaces(step, self.state.max_steps):
             with self.plain_student() as student:
                 batches = self._on_policy.batches(student, batches, step=step)
+            batches = self._on_policy.judged(batches, self._teacher_log_probs, step=step)
             num_items = self._get_num_items_in_batch(batches, device)
             self.keep_batches(batches, num_items)
         return batches, num_items
+
+    def _teacher_log_probs(self, batch: Mapping[str, Any], places_N: Tensor) -> Tensor:
+        """As train.generated.loops.LogProbs says."""
+        with self.taught(batch) as signals:
+            return self.objective.teacher_log_probs(signals, batch["input_ids"], queued(places_N, self.args.device))
+
+    def read_curves(self) -> dict[str, float]:
+        """Those of the objective, and of what the student writes."""
+        return super().read_curves() | ({} if self._on_policy is None else self._on_policy.horizon.read_curves())
 
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:
         """Let ``watcher`` score the student now and then."""
@@ -109,6 +125,8 @@ class DistillTrainer(ObjectiveTrainer):
         try:
             with explained_disk_errors(folder), self._rate.paused(), doing(f"saving {folder.name}"):
                 super()._save_checkpoint(model, trial)
+                if is_main() and self._on_policy is not None:
+                    write_json(folder / ON_POLICY_FILE, self._on_policy.horizon.state())
                 zero: Any = self.args.hf_deepspeed_config
                 commit(folder, self._identity, zero_stage=zero.config["zero_optimization"]["stage"])
         except BaseException:
@@ -120,6 +138,8 @@ class DistillTrainer(ObjectiveTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._on_policy is not None:
+            self._on_policy.horizon.load_state(json.loads((Path(checkpoint) / ON_POLICY_FILE).read_text()))
         zero: Any = self.args.hf_deepspeed_config
         universal = zero.config.get("checkpoint", {}).get("load_universal", False)
         if checkpoint is not None and universal and zero.config["zero_optimization"]["stage"] == 3:

@@ -199,6 +199,13 @@ def share_nothing() -> None:
     spec.shares_prefix = lambda *_: 0
 
 
+def go_along_with_loops() -> None:
+    """Let every loop count, whatever the teacher says of it, which here is a random one and sure of nothing."""
+    from shoal.train.generated import loops
+
+    loops.GOES_ALONG = -float("inf")
+
+
 def spoil_loss(step: int, factor: float, rank: int) -> None:
     """From step number ``step`` on, counted from 1, one rank's loss is ``factor`` times what it is."""
     from shoal.train.trainer import DistillTrainer

@@ -24,6 +24,7 @@ from training_runs import (
     all_of,
     checkpointed_weights,
     finished,
+    go_along_with_loops,
     mask_labels_of_rows,
     note_rates,
     note_waits,
@@ -488,19 +489,26 @@ def test_adapters_above_a_shared_prefix_give_the_curve_without_sharing_and_a_pla
 
 @pytest.fixture(scope="module")
 def on_policy(tmp_path_factory: pytest.TempPathFactory, teacher: Path, cut: Path) -> Trial:
-    return finished(run(recipe(tmp_path_factory.mktemp("on_policy"), teacher, cut, **WRITING)))
+    path = recipe(tmp_path_factory.mktemp("on_policy"), teacher, cut, **WRITING)
+    return finished(run(path, before=go_along_with_loops))
 
 
 WRITING: dict[str, Any] = {
     "trainable": "from_first_cut",
     "losses": [{"kind": "jsd"}, {"kind": "hidden_states", "weight": 0.1}],
-    "on_policy": {"share": 0.6, "prompt_tokens": 8, "new_tokens": 12},
+    "on_policy": {
+        "share": 0.6,
+        "start": 0.0,
+        "prompt_tokens": 8,
+        "horizon": {"start": 20, "max": 56, "quantile": 0.9},
+        "temperature": 0.2,
+    },
     "trainer": {"save_strategy": "steps", "save_steps": 4, "gradient_checkpointing": True},
 }
 
 
 def test_a_share_of_0_is_no_sampling_and_0_6_mixes_both_kinds_of_steps(teacher, on_policy):
-    drawn = [Sampler(OnPolicy(share=0.6), 0, LENGTH, (), 0).replaces(step, STEPS) for step in range(STEPS)]
+    drawn = [Sampler(OnPolicy(share=0.6, start=0), 0, LENGTH, (), 0).replaces(step, STEPS) for step in range(STEPS)]
     assert set(drawn[:4]) == set(drawn[4:]) == {True, False}
     student, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
     assert sampler(Distill(on_policy=OnPolicy(share=0)), student, tokenizer, seed=0) is None
@@ -508,14 +516,38 @@ def test_a_share_of_0_is_no_sampling_and_0_6_mixes_both_kinds_of_steps(teacher, 
     assert on_policy.curve("jsd")[-1] < on_policy.curve("jsd")[0]
 
 
+SAMPLES = ["on_policy/horizon", "on_policy/loop_rate", "on_policy/end_rate", "on_policy/kept_tokens"]
+
+
+def samples_of(trial: Trial) -> list[dict[str, float]]:
+    """What every step logged of what the student writes."""
+    return [{name: row[name] for name in SAMPLES if name in row} for row in trial.training.history if "loss" in row]
+
+
+def test_samples_have_curves_and_the_horizon_moves_with_every_on_policy_step(on_policy):
+    chosen = Sampler(OnPolicy(share=0.6, start=0), 0, LENGTH, (), 0)
+    horizon = 20.0
+    for step, values in enumerate(samples_of(on_policy)):
+        writes = chosen.replaces(step, STEPS)
+        assert list(values) == (SAMPLES if writes else SAMPLES[:1])
+        assert (values["on_policy/horizon"] != horizon) == writes
+        horizon = values["on_policy/horizon"]
+    rates = [values["on_policy/loop_rate"] for values in samples_of(on_policy) if len(values) > 1]
+    assert any(0 < rate < 1 for rate in rates), "what this is about"
+
+
 def test_on_policy_steps_go_on_after_a_stop_with_the_same_curve(on_policy, tmp_path):
     path = unfinished(on_policy, tmp_path / "copy", step=4)
-    resumed = finished(run(path))
+    resumed = finished(run(path, before=go_along_with_loops))
     assert "checkpoint-4" in resumed.log
     assert resumed.curve() == on_policy.curve()
+    assert samples_of(resumed) == samples_of(on_policy)
     assert all(torch.equal(weight, on_policy.weights()[name]) for name, weight in resumed.weights().items())
 
 
 def test_two_ranks_under_zero_3_sample_the_same_text_as_one(on_policy, teacher, cut, tmp_path):
-    path = recipe(tmp_path, teacher, cut, **{**WRITING, "deepspeed": "deepspeed/zero3.json"})
-    same(finished(run(path, ranks=2)), on_policy, ["jsd", "hidden_states"])
+    settings = {**WRITING, "deepspeed": "deepspeed/zero3.json"}
+    settings["trainer"] = {**WRITING["trainer"], "per_device_train_batch_size": 1}
+    sharded = finished(run(recipe(tmp_path, teacher, cut, **settings), ranks=2, before=go_along_with_loops))
+    same(sharded, on_policy, ["jsd", "hidden_states"])
+    assert samples_of(sharded) == samples_of(on_policy)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +24,11 @@ from transformers import PreTrainedModel
 
 from shoal.data.packing import IGNORED
 from shoal.recipe.distill import OnPolicy
+from shoal.runtime import together
 
 from ..objective.host_batch import ON_HOST, on_host, queued
+from .horizon import Horizon
+from .loops import LogProbs, Sample, confirmed, samples_in, without_repeats
 from .sampling import sample
 
 
@@ -33,7 +37,8 @@ class Sampler:
     """Turns the micro-batches of a step into samples of the student.
 
     Everything random follows from the seed, the step and the number of the row that a sample stands in for: the same
-    weights give the same samples after a resume, and however rows are dealt to micro-batches and ranks.
+    weights and the same horizon give the same samples after a resume, and however rows are dealt to micro-batches and
+    ranks.
     """
 
     settings: OnPolicy
@@ -44,6 +49,11 @@ class Sampler:
     pad_id: int
     bos_id: int | None = None
     """Token id that the model's documents start with; None = nothing."""
+
+    @cached_property
+    def horizon(self) -> Horizon:
+        """How long samples are: all that here changes from step to step."""
+        return Horizon(self.settings)
 
     def replaces(self, step: int, num_steps: int) -> bool:
         """Whether step number ``step``, counted from 0, of ``num_steps`` trains on samples; the same on every rank."""
@@ -61,6 +71,23 @@ class Sampler:
         """
         return [self._sampled(student, batch, step=step) for batch in batches]
 
+    def judged(self, batches: Sequence[dict[str, Any]], log_probs: LogProbs, *, step: int) -> list[dict[str, Any]]:
+        """The samples of a step without labels that teach nothing (see ``OnPolicy.loops``); ``horizon`` learns of them.
+
+        ``log_probs`` runs the teacher, which does not compute under the precision that ``batches`` is called in. Every
+        rank calls this with as many micro-batches, and asks the teacher of one if any rank has to: a teacher in pieces
+        is run by all ranks together.
+        """
+        samples = [samples_in(on_host(batch)) for batch in batches]
+        looping = together(lambda: [any(sample.loop is not None for sample in of_batch) for of_batch in samples])
+        learnt, told = [], list[Sample]()
+        for batch, of_batch, on_ranks in zip(batches, samples, zip(*looping, strict=True), strict=True):
+            found = confirmed(batch, of_batch, log_probs) if any(on_ranks) else of_batch
+            learnt.append(without_repeats(batch, found) if self.settings.loops == "cut" else batch)
+            told += found
+        self.horizon.observe(told, end_ids=self.end_ids, step=step)
+        return learnt
+
     def _sampled(self, student: PreTrainedModel, batch: Mapping[str, Any], *, step: int) -> dict[str, Any]:
         host = on_host(batch)
         assert host.input_ids_BS is not None
@@ -70,7 +97,7 @@ class Sampler:
         for row, number in enumerate(host.rows):
             chance = np.random.default_rng([self.seed, step, number])
             prompts.append(self._prompts(*(plane[row] for plane in planes), chance=chance))
-            uniforms.append(chance.random((len(prompts[-1]), self.settings.new_tokens)))
+            uniforms.append(chance.random((len(prompts[-1]), self.horizon.new_tokens)))
         written = iter(
             sample(
                 student,
@@ -107,7 +134,7 @@ class Sampler:
         chosen: list[list[int]] = []
         room = self.sequence_length
         for place in chance.permutation(len(candidates)):
-            needed = len(candidates[place]) + self.settings.new_tokens
+            needed = len(candidates[place]) + self.horizon.new_tokens
             if needed <= room or not chosen:  # a sample that is longer than a row is cut at the row's end
                 chosen.append(candidates[place])
                 room -= needed
@@ -117,7 +144,7 @@ class Sampler:
         prompt_tokens = min(self.settings.prompt_tokens, self.sequence_length - 1)
         start_token = [] if document[0] != self.bos_id else document[:1]
         openings = [document[: min(prompt_tokens, len(document) - 1)]]  # without the end token
-        apart = prompt_tokens + self.settings.new_tokens
+        apart = prompt_tokens + self.horizon.new_tokens
         for start in range(apart, len(document) - prompt_tokens, apart):
             openings.append((start_token + document[start : start + prompt_tokens])[:prompt_tokens])
         return [opening for opening in openings if opening]

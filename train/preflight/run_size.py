@@ -12,6 +12,7 @@ from shoal.recipe.edits import edited_layers
 from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
 from ..engine.arguments import DEFAULTS
+from ..generated.horizon import least_tokens
 from ..generated.writing import wants_teacher_text
 from ..objective.activation_checkpointing import SELECTIVE
 from ..objective.layer_losses import SCORES, layer_pairs
@@ -124,9 +125,12 @@ def _with_company(setting: Setting, spec: TrainSpec) -> Setting:
         windows = math.ceil(watch.perplexity_tokens / length)
         setting = replace(setting, scored_rows=SCORED_ROWS if watch.tasks else min(SCORED_ROWS, windows))
     if on_policy is not None and on_policy.share > 0:
-        tokens = on_policy.prompt_tokens + on_policy.new_tokens
+        tokens = on_policy.prompt_tokens + least_tokens(on_policy)
         # as many as fit into a row; of a conversation fewer and longer ones
-        setting = replace(setting, samples=max(1, length // tokens), sample_tokens=tokens)
+        samples = max(1, length // tokens)
+        if on_policy.horizon is not None:
+            tokens = length // samples  # later fewer ones that fill as much of the row
+        setting = replace(setting, samples=samples, sample_tokens=tokens)
     if local is not None:
         layers = tuple(gap.layer for gap in gaps(plan.keep, plan.num_layers))
         setting = replace(setting, healed_layers=layers, healed_rows=min(local.rows_at_once, local.batch_size))

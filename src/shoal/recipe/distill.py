@@ -119,19 +119,51 @@ class Lora(Section):
 
 
 @dataclass(frozen=True)
+class Horizon(Section):
+    """Samples become as long as the student can write without a loop, instead of new_tokens.
+
+    The idea is ShortOPD's (arXiv 2607.13124): what a cut model writes breaks off into a repeated end, so it writes
+    short texts first. A text's effective length is its tokens up to the loop that it ends in, if the teacher goes along
+    with it (see ``OnPolicy.loops``), else all. After every on-policy step slack times the quantile of these lengths,
+    over all ranks, enters an exponential mean by a tenth: that mean, rounded up, is what the student may write next, at
+    least 16 tokens (or start, where that is less) and at most max.
+    """
+
+    max: Annotated[Positive, Shapes.TRAINING]
+    """Most tokens of a sample, reached once the student holds them; with prompt_tokens they have to fit into a row."""
+    start: Annotated[Positive, Shapes.TRAINING] = 64
+    """Most tokens of a sample in the first on-policy step."""
+    quantile: Annotated[float, Field(gt=0, le=1), Shapes.TRAINING] = 0.8
+    """Quantile of a step's effective lengths."""
+    slack: Annotated[float, Field(gt=1, allow_inf_nan=False), Shapes.TRAINING] = 1.5
+    """How many times that quantile the student may write: above 1, or samples could never become longer."""
+
+
+@dataclass(frozen=True)
 class OnPolicy(Section):
     """In a share of the steps the student's own samples stand in for the data (GKD, arXiv 2306.13649)."""
 
     share: Annotated[float, Field(ge=0, le=1), Shapes.TRAINING] = 0.5
     """Probability that a step trains on samples, GKD's lambda; 0 = never, 1 = in every step."""
-    start: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.0
+    start: Annotated[float, Field(ge=0, lt=1), Shapes.TRAINING] = 0.3
     """Share of all steps that come before the first on-policy one: a student that cannot write yet wastes its time."""
     prompt_tokens: Annotated[Positive, Shapes.TRAINING] = 24
     """Tokens of running text that the student goes on from; of a conversation it gets all up to an assistant's turn."""
     new_tokens: Annotated[Positive, Shapes.TRAINING] = 128
     """Most tokens that the student writes after a prompt."""
+    horizon: Annotated[Horizon | None, Shapes.TRAINING] = None
+    """In place of new_tokens a number that grows with what the student can hold; None = new_tokens in every step."""
+    loops: Annotated[Literal["cut", "keep"], Shapes.TRAINING] = "cut"
+    """cut: where a text ends in three or more copies of at most 64 tokens, what stands behind the second copy is not
+    learnt, if the teacher goes along: its mean log-probability of these tokens is above log 0.5. A teacher that does
+    not teaches the way out, and these tokens stay. keep: all that was written is learnt."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TRAINING] = 1.0
     """Temperature of sampling, not of the loss; 0 = always the likeliest token."""
+
+    @property
+    def longest_sample(self) -> int:
+        """Most tokens that the student ever writes after a prompt."""
+        return self.new_tokens if self.horizon is None else self.horizon.max
 
 
 @dataclass(frozen=True)
@@ -334,13 +366,22 @@ def _of_sources(distill: Distill) -> Iterator[str]:
 
 def _of_written_text(distill: Distill) -> Iterator[str]:
     on_policy, writing = distill.on_policy, distill.writing
+    if on_policy is not None and (horizon := on_policy.horizon) is not None:
+        if on_policy.new_tokens != OnPolicy.new_tokens:
+            yield (
+                "distill.on_policy.new_tokens: has no effect beside horizon, which has a start and a max of its own; "
+                "leave one of them out"
+            )
+        if horizon.start > horizon.max:
+            yield f"distill.on_policy.horizon.start: must not be above max, {horizon.max} (got {horizon.start})"
     if on_policy is not None and on_policy.share > 0:
         if distill.teacher.recorded is not None:
             yield "distill.on_policy: nothing was recorded of what the student will write; leave teacher.recorded out"
-        if on_policy.prompt_tokens + on_policy.new_tokens > distill.sequence_length:
+        if on_policy.prompt_tokens + on_policy.longest_sample > distill.sequence_length:
+            longest = "new_tokens" if on_policy.horizon is None else "horizon.max"
             yield (
-                f"distill.on_policy: {on_policy.prompt_tokens} + {on_policy.new_tokens} tokens do not fit into a row; "
-                f"raise distill.sequence_length (now {distill.sequence_length})"
+                f"distill.on_policy: prompt_tokens {on_policy.prompt_tokens} + {longest} {on_policy.longest_sample} do "
+                f"not fit into a row; lower them, or raise distill.sequence_length (now {distill.sequence_length})"
             )
         if not any(map(terms.reads_distributions, distill.losses)):
             yield (

@@ -1,7 +1,6 @@
 """The atlas: every statistic against an independent reference, planted truths found, intervals that cover them.
 
-Covers: shoal.compress.sweeps.agreement, shoal.compress.sweeps.table,
-shoal.data.repetition.
+Covers: shoal.compress.sweeps.agreement, shoal.compress.sweeps.table.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from shoal.artifacts.artifact import TaskScore
 from shoal.compress.sweeps.agreement import agreement, column_stability, jaccard, spearman
 from shoal.compress.sweeps.atlas import build_atlas, cornerstones, gini, layer_losses, normalised_entropy
 from shoal.compress.sweeps.table import Measured, needed_items, require_items, sweep_table
-from shoal.data.repetition import ends_in_loop
 from shoal.errors import UserError
 from shoal.recipe.edits import Component
 from shoal.stats import bootstrap, paired
@@ -347,25 +345,6 @@ def test_components_and_scores_must_be_as_many() -> None:
 
 
 # --- written text -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "loops"),
-    [
-        ("The answer is " + "Rome and " * 4, True),
-        ("The answer is " + "Rome and " * 3 + "Ro", True),
-        ("x" * 23, False),
-        ("x" * 24, True),
-        ("0 1 " * 6, True),
-        ("so so so", False),
-        ("Rome and Rome and then the whole sentence goes on without a loop at all", False),
-        ("a long sentence of many words. " * 2, False),
-        ("a long sentence of many words.\n" * 3, True),
-        ("", False),
-    ],
-)
-def test_a_text_loops_where_its_end_is_copies_of_one_piece(text: str, loops: bool) -> None:
-    assert ends_in_loop(text) is loops
 
 
 def test_written_columns_tell_malformed_and_looping_texts() -> None:

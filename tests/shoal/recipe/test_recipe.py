@@ -383,6 +383,49 @@ def test_losses_of_a_source_that_say_nothing_are_refused_in_one_line(losses: Any
     assert str(refused.value).count("\n") == 0
 
 
+@pytest.mark.parametrize(
+    ("on_policy", "problem"),
+    [
+        (
+            "{horizon: {max: 489}}",
+            "distill.on_policy: prompt_tokens 24 + horizon.max 489 do not fit into a row; lower them, or raise "
+            "distill.sequence_length (now 512)",
+        ),
+        (
+            "{new_tokens: 489}",
+            "distill.on_policy: prompt_tokens 24 + new_tokens 489 do not fit into a row; lower them, or raise "
+            "distill.sequence_length (now 512)",
+        ),
+        (
+            "{horizon: {max: 32}}",
+            "distill.on_policy.horizon.start: must not be above max, 32 (got 64)",
+        ),
+        (
+            "{new_tokens: 32, horizon: {max: 400}}",
+            "distill.on_policy.new_tokens: has no effect beside horizon, which has a start and a max of its own; "
+            "leave one of them out",
+        ),
+        ("{horizon: {max: 400, slack: 1}}", "distill.on_policy.horizon.slack: must be greater than 1 (got 1)"),
+        ("{horizon: {max: 400, quantile: 0}}", "distill.on_policy.horizon.quantile: must be greater than 0 (got 0)"),
+        (
+            "{horizon: {start: 9}}",
+            "distill.on_policy.horizon.max: is required; add it to the file, or to the command as "
+            "distill.on_policy.horizon.max=VALUE",
+        ),
+        ("{loops: drop}", "distill.on_policy.loops: must be 'cut' or 'keep' (got 'drop')"),
+    ],
+)
+def test_samples_that_cannot_be_as_long_are_refused(tmp_path: Path, on_policy: str, problem: str) -> None:
+    assert refusal(tmp_path, f"distill: {{on_policy: {on_policy}}}") == [problem]
+
+
+def test_samples_may_be_as_long_as_a_row(tmp_path: Path) -> None:
+    horizon = load(tmp_path, "distill: {on_policy: {horizon: {max: 488}}}").distill.on_policy
+    assert horizon is not None
+    assert horizon.longest_sample == 488
+    assert horizon.start == 0.3
+
+
 def test_a_term_of_samples_alone_needs_no_source() -> None:
     assert sources_of_terms(by_source(["cross_entropy"], on_policy={"share": 0.5}).distill) == (set(), None)
     with pytest.raises(UserError, match=r"no source of distill.data learns from forward_kl"):

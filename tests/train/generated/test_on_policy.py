@@ -6,18 +6,21 @@ Covers: shoal.train.generated.sampling.
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from shoal.data.packing import IGNORED
 from shoal.inference.drawing import draw
-from shoal.recipe.distill import OnPolicy
+from shoal.recipe.distill import Horizon, OnPolicy
 from shoal.recipe.losses import ForwardKL
+from shoal.train.generated import on_policy as on_policy_module
 from shoal.train.generated.on_policy import Sampler, lay_out
 from shoal.train.generated.sampling import end_tokens, own_forwards, sample
 from shoal.train.objective.host_batch import ON_HOST
@@ -32,7 +35,8 @@ def student():
 
 
 def sampler(**settings) -> Sampler:
-    chosen = OnPolicy(**{"share": 1.0, "prompt_tokens": 5, "new_tokens": 8} | settings)
+    short = {} if "horizon" in settings else {"new_tokens": 8}
+    chosen = OnPolicy(**{"share": 1.0, "start": 0.0, "prompt_tokens": 5} | short | settings)
     return Sampler(chosen, seed=3, sequence_length=ROW, end_ids=(END,), pad_id=PAD)
 
 
@@ -248,6 +252,96 @@ def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
     objective.uninstall()
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert count == (batch["labels"] != IGNORED).sum()
+
+
+def follower(follows) -> PreTrainedModel:
+    """A model that is sure of the token that ``follows`` says comes after any other."""
+    model = tiny_model("llama", num_hidden_layers=1, hidden_size=272)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if "norm" in name else 0.0)
+        model.get_input_embeddings().weight.copy_(torch.eye(272))
+        for token in range(272):
+            model.get_output_embeddings().weight[follows(token), token] = 1.0
+    return model
+
+
+def log_probs_of(teacher):
+    objective = Objective(teacher, to_logits(teacher), terms=(ForwardKL(),), chunk=16)
+
+    def answer(batch, places):
+        with torch.no_grad():
+            signals = Signals(final_hidden(teacher, batch["input_ids"], batch["position_ids"]))
+        return objective.teacher_log_probs(signals, batch["input_ids"], places)
+
+    return answer
+
+
+def step_of(chosen: Sampler, student, teacher, *, step: int = 0, rows=None):
+    """The samples of a step as they are written, and as they are learnt."""
+    written = chosen.batches(student, [text_rows(3) if rows is None else rows], step=step)
+    return written[0], chosen.judged(written, log_probs_of(teacher), step=step)[0]
+
+
+COUNTER = follower(lambda token: (token + 1) % 256)
+"""Comes round after 256 tokens."""
+IN_THREES = follower(lambda token: token % 240 - token % 3 + (token + 1) % 3)
+"""Goes round in three tokens from the first."""
+
+
+def test_a_student_that_loops_makes_samples_shorter_and_one_that_does_not_longer_up_to_max():
+    for student, until, rises in [(IN_THREES, 16, False), (COUNTER, 40, True)]:
+        chosen = sampler(horizon=Horizon(start=24, max=40), temperature=0.0)
+        lengths = []
+        for step in range(12):
+            lengths.append(chosen.horizon.new_tokens)
+            written, learnt = step_of(chosen, student, student, step=step)
+            texts = [labels for row in range(3) for _, labels in documents(written, row) if labels[-1] != IGNORED]
+            assert {sum(label != IGNORED for label in labels) for labels in texts} == {lengths[-1]}
+            # of a text that loops two copies of three tokens
+            assert (learnt["labels"] != IGNORED).sum() == len(texts) * (lengths[-1] if rises else 6)
+        assert all(rises == (one < other) or one == other == until for one, other in itertools.pairwise(lengths))
+        assert (lengths[0], lengths[-1]) == (24, until)
+        curves = chosen.horizon.read_curves()
+        assert (curves["on_policy/loop_rate"], curves["on_policy/end_rate"]) == (0.0 if rises else 1.0, 0.0)
+
+
+def test_a_loop_that_the_teacher_would_leave_is_learnt_whole_and_lets_samples_grow():
+    chosen = sampler(horizon=Horizon(start=24, max=40), temperature=0.0)
+    written, learnt = step_of(chosen, IN_THREES, COUNTER)
+    assert torch.equal(learnt["labels"], written["labels"])
+    assert chosen.horizon.new_tokens == 26  # 0.9 x 24 + 0.1 x 1.5 x 24, rounded up
+    assert chosen.horizon.read_curves()["on_policy/loop_rate"] == 0
+
+
+@pytest.mark.parametrize(("loops", "learnt_tokens"), [("cut", 35 + 2 * 4), ("keep", 35 + 3 * 4)])
+def test_what_stands_before_a_loop_is_learnt_and_all_of_it_where_loops_are_kept(loops, learnt_tokens):
+    student = follower(lambda token: 100 if token == 103 else (token + 1) % 272)
+    rows = text_rows(1, 48) | {"input_ids": torch.arange(64, 64 + ROW)[None]}
+    chosen = sampler(new_tokens=47, loops=loops, temperature=0.0, prompt_tokens=1)
+    written, learnt = step_of(chosen, student, student, rows=rows)
+    assert written["input_ids"].tolist() == [[*range(64, 100), *[100, 101, 102, 103] * 3]]
+    assert (learnt["labels"] != IGNORED).sum() == learnt_tokens
+    assert chosen.horizon.read_curves()["on_policy/loop_rate"] == 1
+
+
+def test_no_rank_asks_the_teacher_where_no_text_of_any_loops(monkeypatch):
+    chosen = sampler(temperature=0.0)
+    written = chosen.batches(COUNTER, [text_rows(2)] * 2, step=0)
+    (first, second) = chosen.judged(written, fail, step=0)
+    assert equal(first, written[0])
+    assert equal(second, written[1])
+    asked = []
+    answers = iter([[[False, False], [False, True]]])  # another rank has a loop in its second micro-batch
+    gathered = on_policy_module.together
+    monkeypatch.setattr(on_policy_module, "together", lambda own: next(answers, None) or gathered(own))
+
+    def answer(batch, places):
+        asked.append((len(batch["labels"]), len(places)))
+        return torch.zeros(0)
+
+    assert equal(chosen.judged(written, answer, step=0)[1], written[1])
+    assert asked == [(1, 0)]
 
 
 def test_rows_of_different_lengths_are_filled_with_a_document_that_nobody_learns():

@@ -25,7 +25,7 @@ from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.machine import peak_memory, ranks_on_this_node
 from shoal.models.load import Checkpoint, LoadSettings
-from shoal.recipe.distill import Distill, LocalHeal, Lora, OnPolicy, Record, Teacher, TrainingSource, Watch
+from shoal.recipe.distill import Distill, Horizon, LocalHeal, Lora, OnPolicy, Record, Teacher, TrainingSource, Watch
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, ForwardKL, HiddenStates
 from shoal.train import dry_run as report
 from shoal.train.engine.arguments import DeepSpeed, deepspeed_config
@@ -444,6 +444,12 @@ def test_scoring_gathers_the_whole_student_on_every_rank_of_zero_3() -> None:
     few = job_of(watch=Watch(perplexity_tokens=100))
     assert few.setting.scored_rows == 2  # windows of 64 tokens
     assert job_of(watch=Watch(tasks=("a",))).setting.scored_rows == 16
+
+
+def test_a_horizon_is_counted_with_its_most_samples_and_all_of_the_row() -> None:
+    horizon = Horizon(start=20, max=60)  # rows of 64 tokens, and samples of 4 + 16 tokens at least
+    setting = job_of(on_policy=OnPolicy(prompt_tokens=4, horizon=horizon)).setting
+    assert (setting.samples, setting.sample_tokens) == (3, 21)
 
 
 @pytest.mark.slow
