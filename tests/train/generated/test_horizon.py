@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from shoal.train.generated.loops import Sample
 END = 257
 
 
-def horizon(*, loops="cut", **settings) -> Horizon:
+def horizon(*, loops: Literal["cut", "keep"] = "cut", **settings) -> Horizon:
     return Horizon(OnPolicy(loops=loops, horizon=recipe.Horizon(**{"start": 64, "max": 200} | settings)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ def student():
     return tiny_model("llama", seed=1)
 
 
-def sampler(**settings) -> Sampler:
-    short = {} if "horizon" in settings else {"new_tokens": 8}
+def sampler(**settings: Any) -> Sampler:
+    short: dict[str, Any] = {} if "horizon" in settings else {"new_tokens": 8}
     chosen = OnPolicy(**{"share": 1.0, "start": 0.0, "prompt_tokens": 5} | short | settings)
     return Sampler(chosen, seed=3, sequence_length=ROW, end_ids=(END,), pad_id=PAD)
 
@@ -256,7 +257,7 @@ def test_the_loss_is_the_objective_on_the_sampled_tokens_in_float64(student):
 
 def follower(follows) -> PreTrainedModel:
     """A model that is sure of the token that ``follows`` says comes after any other."""
-    model = tiny_model("llama", num_hidden_layers=1, hidden_size=272)
+    model: Any = tiny_model("llama", num_hidden_layers=1, hidden_size=272)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.fill_(1.0 if "norm" in name else 0.0)
