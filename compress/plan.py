@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_METRIC = "block_influence"
 DEFAULT_RUN_METRIC = "angular"
+DEFAULT_PART = 8
+"""Number of layers of which one is dropped by default."""
 HALVES = ("attention", "mlp")
 
 
@@ -236,15 +238,17 @@ def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> tuple[tuple
     return tuple(sorted(drop)), reason
 
 
+def default_count(num_layers: int) -> int:
+    """Layers to drop where a recipe says neither which nor how many."""
+    return max(1, num_layers // DEFAULT_PART)
+
+
 def _count(prune: Prune, num_layers: int) -> int:
-    if prune.num_drop is None and prune.ratio is None:
-        raise UserError(
-            "prune: says neither what nor how much to drop; give prune.drop, prune.num_drop, prune.ratio or prune.edits"
-        )
     if prune.num_drop is not None:
         key, count = f"prune.num_drop={prune.num_drop}", prune.num_drop
+    elif prune.ratio is None:
+        key, count = "prune, which says no number of layers", default_count(num_layers)
     else:
-        assert prune.ratio is not None
         # 0.29 * 100 is 28.999999999999996 in floating point
         key, count = f"prune.ratio={prune.ratio}", math.floor(prune.ratio * num_layers + 1e-9)
     if count == 0:

@@ -65,9 +65,13 @@ def limits_without_task(settings: Tasks) -> Iterator[str]:
     """`place: what is wrong` with limits of single tasks, as far as names tell; what lm-eval's mean its index knows."""
     described, tags = described_tasks(task_folders(settings.include_path))
     tasks = [member for name in settings.tasks for member in tags.get(name, (name,))]
-    of_files = {name for text in _texts(HUB_TASKS_DIR) for key, name in _names(text) if key == "task"}
-    if described.keys() | of_files >= set(tasks):
+    if described.keys() | set(tasks_in_files(HUB_TASKS_DIR)) >= set(tasks):
         yield from (f"eval.limits: {limit_without_task(name, tasks)}" for name in settings.limits if name not in tasks)
+
+
+def tasks_in_files(folder: Path) -> list[str]:
+    """The tasks that files below ``folder`` define by themselves, without a described data set."""
+    return [name for text in _texts(folder) for key, name in _names(text) if key == "task"]
 
 
 def task_folders(include_path: str | Path | None) -> tuple[Path, ...]:

@@ -3,13 +3,14 @@
 In Python: measure_importance, choose_layers, cut_model, distill, evaluate, run and DistillationTrainer (docs/api.md).
 
 This folder holds what several stages use; compress/, train/ and eval/ at the top of the repository are the stages' own
-code. `stages`, `api` and `cli` alone know all of them; nothing else here imports compress, train or eval.
+code. `stages`, `api`, `help` and `cli` alone know several of them; nothing else here imports compress, train or eval.
 tests/system/test_layout.py holds the levels of all folders.
 
 Data flows one way, all in one run directory:
 importance.json -> plan.json -> student/ -> distilled/ -> eval/*.json -> report.html
 
-    cli           `shoal measure | prune | record | distill | eval | search | report | run | compare | delta`
+    cli           `shoal measure | prune | record | distill | eval | search | report | run | compare | delta | init
+                  | list | explain | completion`
     errors        what a user can fix, and how it is said
     runtime       ranks, logging, seeding, environment stamp
     machine       memory, disk, speed
@@ -32,6 +33,7 @@ Folders:
     data          text to measure and train on: sources, rows, conversations
     eval          score teacher, pruned and distilled on the same items, and show the differences
     figures       drawings of results, as SVG
+    help          the recipe's keys explained, what it can name, a first recipe
     inference     likelihoods and greedy text of many prompts, no token computed twice
     models        load and save causal language models, and know their parts
     recipe        what a run is told: every setting a frozen dataclass

@@ -1,5 +1,5 @@
 """`shoal measure | prune | record | distill | eval | search | report | run --config RECIPE [section.key=value ...]`,
-`shoal compare RUN_DIR RUN_DIR ...` and `shoal delta BASE DONOR`."""
+`shoal compare RUN_DIR RUN_DIR ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain | completion`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal import __version__, runtime
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
+from shoal.help.verbs import Text, add_help_verbs, add_verb
 from shoal.progress import doing
 from shoal.redaction import redacted, redacted_arguments
 from shoal.stages.launch import STARTED, LaunchEnded, launch_distill
@@ -40,6 +41,8 @@ class Verb:
     """Function of the run; of a verb that ``launches``, of the run and of what launches a training."""
     dry_run: tuple[str, str] | None = None
     """Function of the run that returns the text of --dry-run, and words for it; None = there is no --dry-run."""
+    example: str = "--config my.yaml"
+    """Words after the verb that its help shows."""
     check: str | None = None
     """Function of the run that refuses it before anything is written there."""
     needs_group: bool = False
@@ -51,12 +54,18 @@ class Verb:
 
 
 VERBS = {
-    "measure": Verb("measure what every layer is worth: importance.json", "measure.measure", takes_round=True),
+    "measure": Verb(
+        "measure what every layer is worth: importance.json",
+        "measure.measure",
+        example="--config my.yaml --diagnostics measure.num_tokens=100_000",
+        takes_round=True,
+    ),
     "prune": Verb(
         "choose layers and cut them out: plan.json, student/",
         "prune.prune",
         dry_run=("prune.prune_dry_run", "sizes, expected speed and targets before and after"),
         takes_round=True,
+        example="--config my.yaml prune.num_drop=6 --dry-run",
     ),
     "record": Verb(
         "write down what the teacher says of the training rows, to train from: signals/",
@@ -70,9 +79,15 @@ VERBS = {
             "distill.distill_dry_run",
             "memory by ZeRO stage, time, disk and the cheapest setting that fits this machine; train nothing",
         ),
+        example="--config my.yaml distill.num_tokens=1e6 --dry-run",
         takes_round=True,
     ),
-    "eval": Verb("score teacher, pruned, control and distilled: eval/*.json", "evaluate.evaluate", takes_round=True),
+    "eval": Verb(
+        "score teacher, pruned, control and distilled: eval/*.json",
+        "evaluate.evaluate",
+        example="--config my.yaml eval.suite=quick eval.limit=50",
+        takes_round=True,
+    ),
     "search": Verb(
         "heal several plans for the same few tokens and rank them: search.json, search.md",
         "search.search",
@@ -84,7 +99,12 @@ VERBS = {
         check="report.require_results",
         takes_round=True,
     ),
-    "run": Verb("all of it, skipping what is done and unchanged", "pipeline.run_all", launches=True),
+    "run": Verb(
+        "all of it, skipping what is done and unchanged",
+        "pipeline.run_all",
+        example="--config quickstart run_dir=runs/mine",
+        launches=True,
+    ),
 }
 COMPARE = "runs side by side: what each kept, at which size, speed and cost, and where they differ; needs no recipe"
 DELTA = "how far a donor's weights are from its base's, layer by layer: |donor - base| / |base|; needs no recipe"
@@ -208,6 +228,11 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
 
 
+def _printing(text: Text) -> Callable[[argparse.Namespace], None]:
+    """The work of a verb that only says something."""
+    return lambda arguments: _print(text(arguments))
+
+
 def _limits_without_task(recipe: Recipe) -> Iterable[str]:
     """What task files say of eval.limits, before they are used: perhaps after a training."""
     if set(recipe.eval.limits) <= set(recipe.eval.tasks):
@@ -288,15 +313,15 @@ def _distill(run: Run) -> None:
         sys.exit(128 + stopped.number)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shoal", description="Make large language models shallower and get their abilities back."
     )
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, row in VERBS.items():
-        sub = verbs.add_parser(verb, help=row.help, description=row.help)
-        sub.add_argument("--config", required=True, help="recipe (YAML): a path, or the name of a shipped one")
+        sub = add_verb(verbs, verb, row.help, row.example)
+        sub.add_argument("--config", required=True, help="recipe (YAML): a path, or a name of `shoal list recipes`")
         sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
         if row.dry_run:
             sub.add_argument("--dry-run", action="store_true", help=f"print {row.dry_run[1]}; write nothing")
@@ -309,18 +334,26 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 action="store_true",
                 help="depth diagnostics too: short for measure.diagnostics=true",
             )
-        sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a recipe setting")
-    delta = verbs.add_parser("delta", help=DELTA, description=DELTA)
+        sub.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="override a setting, see `shoal explain`"
+        )
+    delta = add_verb(verbs, "delta", DELTA, "org/base org/fine-tuned")
+    delta.set_defaults(work=_delta)
     for name in ("base", "donor"):
         delta.add_argument(name, help="Hub id, local path or demo:<name>")
     delta.add_argument("--json", metavar="FILE", help="also write every tensor's norms to FILE")
-    delta.set_defaults(work=_delta)
-    compare = verbs.add_parser("compare", help=COMPARE, description=COMPARE)
+    compare = add_verb(verbs, "compare", COMPARE, "runs/a runs/b --out compare")
+    compare.set_defaults(work=_compare)
     compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories with evaluations; two or more")
     compare.add_argument("--out", metavar="DIR", default="compare", help="where pages and figure go (default: compare)")
     compare.add_argument("--json", metavar="FILE", help="also write every number to FILE")
     compare.add_argument("--across-teachers", action="store_true", help="compare runs of different models too")
-    compare.set_defaults(work=_compare)
+    add_help_verbs(verbs, parser, _printing)
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _parser()
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
     words = known.verb == "compare"  # which takes run directories there instead
@@ -328,7 +361,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if "--dry-run" in unknown:
         able = " or ".join(f"`shoal {verb} --dry-run`" for verb, row in VERBS.items() if row.dry_run)
         parser.error(f"`shoal {known.verb}` has no --dry-run; there is {able}")
-    if unknown or (rest and known.verb == "delta"):
+    if unknown or (rest and "work" in known and not words):
         parser.error(f"unrecognized arguments: {' '.join(redacted_arguments(unknown or rest))}")
     if words:
         known.runs += rest

@@ -17,7 +17,7 @@ from sweep_results import importance as swept_importance
 
 from shoal.artifacts.artifact import Importance, Provenance
 from shoal.artifacts.importance import Removal
-from shoal.compress.plan import Choice, check_choice, choose_changes
+from shoal.compress.plan import Choice, check_choice, choose_changes, default_count
 from shoal.compress.sweeps.atlas import build_atlas
 from shoal.compress.sweeps.expected_loss import expected_sacrifice, joint_change
 from shoal.compress.sweeps.table import sweep_table
@@ -76,6 +76,12 @@ def test_ratio_is_rounded_down(ratio: float, count: int) -> None:
     assert len(choose(importance(), ratio=ratio)[0]) == count
 
 
+@pytest.mark.parametrize(("num_layers", "count"), [(30, 3), (36, 4), (16, 2), (6, 1), (3, 1)])
+def test_an_eighth_goes_where_nothing_is_said(num_layers: int, count: int) -> None:
+    assert default_count(num_layers) == count
+    assert choose(importance())[0] == choose(importance(), num_drop=1)[0]
+
+
 def test_ratio_is_not_rounded_down_by_floating_point() -> None:
     scores = Importance(Provenance({}), 100, 1, {"block_influence": tuple(float(i) for i in range(100))}, {})
     drop = choose_changes(Prune(ratio=0.29), num_layers=100, importance=scores).drop
@@ -116,7 +122,6 @@ def test_importance_read_from_disk_gives_the_same_choice(tmp_path: Path) -> None
         ({"drop": tuple(range(6))}, r"prune.drop: names all 6 layers; keep at least one"),
         ({"drop": (1, 2), "protect": (2,)}, r"names layer 2, which prune.protect=\[2\] forbids"),
         ({"protect": (9,), "num_drop": 1}, r"prune.protect: 9 is no layer of this model"),
-        ({}, r"give prune.drop, prune.num_drop, prune.ratio or prune.edits"),
         ({"ratio": 0.1}, r"prune.ratio=0.1: is less than one of 6 layers; give at least 0.167"),
         ({"num_drop": 6}, r"prune.num_drop=6: would drop all 6 layers; drop at most 5"),
         ({"num_drop": 5}, r"asks to drop 5 layers, but only 4 of 6 are not protected \(\[0, 5\]\)"),

@@ -9,12 +9,14 @@ import logging
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_checkpoint
@@ -22,6 +24,8 @@ from tiny import tiny_checkpoint
 from shoal import __version__, cli
 from shoal.cli import main, run_verb
 from shoal.errors import UserError
+from shoal.help.explain import explanation
+from shoal.recipe.recipe import apply_override, parse_recipe
 from shoal.runtime import set_up_logging
 from shoal.stages import launch, prune
 from shoal.stages.run import Run
@@ -95,12 +99,35 @@ def test_every_verb_names_functions_of_stages(verb: str) -> None:
         assert cli._stage(name).__module__ == f"shoal.stages.{name.split('.')[0]}"
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+OTHERS = ("delta", "compare", "init", "list", "explain", "completion")
+"""Verbs that read no recipe."""
+
+
+@pytest.mark.parametrize("verb", [*cli.VERBS, *OTHERS])
+def test_every_verb_has_help_with_an_example_that_can_be_given(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
     assert ended.value.code == 0
-    assert "section.key=value" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("section.key=value" in said) == (verb in cli.VERBS)
+    words = shlex.split(said.partition("example: ")[2])
+    assert words[:2] == ["shoal", verb]
+    known = cli._parse(words[1 : words.index(">")] if ">" in words else words[1:])
+    for override in getattr(known, "overrides", ()):
+        explanation(override.partition("=")[0])
+    if verb in cli.VERBS:
+        raw: dict[str, Any] = {"model": "m"}
+        for override in known.overrides:
+            apply_override(raw, override)
+        parse_recipe(raw)
+
+
+@pytest.mark.parametrize("argv", [["explain", "seed=1"], ["list", "recipes", "a=b"], ["delta", "a", "b", "c=d"]])
+def test_verbs_without_a_recipe_take_no_overrides(capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv)
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

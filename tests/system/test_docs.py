@@ -4,17 +4,20 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 from transformers import TrainingArguments
 
 from shoal.cli import _parse
 from shoal.compress.metrics.registry import METRICS
+from shoal.errors import UserError
 from shoal.eval.tasks.data_sets import read_data_sets
 from shoal.eval.tasks.names import TASKS_DIR, task_names
+from shoal.help.settings import find
 from shoal.recipe.distill import Trainable
 from shoal.recipe.losses import LOGIT_TERMS
+from shoal.recipe.messages import sections_in
 from shoal.recipe.recipe import Recipe, parse_recipe
 from shoal.recipe.yaml import read_yaml
 from shoal.train.engine.arguments import check_names, deepspeed_config
@@ -61,29 +64,17 @@ def test_every_recipe_in_the_documentation_loads(recipe: str) -> None:
     assert deepspeed_config(distill)
 
 
-def sections_in(hint: Any) -> list[Any]:
-    if dataclasses.is_dataclass(hint):
-        return [hint]
-    return [section for argument in get_args(hint) for section in sections_in(argument)]
-
-
 SECTIONS = [name for name, hint in get_type_hints(Recipe, include_extras=True).items() if sections_in(hint)]
 
 
 def is_setting(path: list[str]) -> bool:
     """Whether the recipe has this key; of plain mappings those of the Trainer are known, all others may be anything."""
-    hint: Any = Recipe
-    for place, name in enumerate(path):
-        if hint is dict:
-            return path[:2] != ["distill", "trainer"] or name in {f.name for f in dataclasses.fields(TrainingArguments)}
-        if name.isdecimal() and place:
-            continue
-        fields = [get_type_hints(section, include_extras=True) for section in sections_in(hint)]
-        found = [field[name] for field in fields if name in field]
-        if not found:
-            return False
-        hint = dict if name in ("trainer", "deepspeed", "limits", "weights", "greedy_weights") else found[0]
-    return True
+    try:
+        settings, _, entry = find(".".join(path))
+    except UserError:
+        return False
+    trainer = any(setting.place == "distill.trainer" for setting in settings)
+    return not (trainer and entry) or entry in {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)

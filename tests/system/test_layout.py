@@ -30,7 +30,7 @@ LEVELS = (
     ("train.preflight", "eval.compare", "eval.export", "eval"),
     ("compress.sweeps", "train"),
     ("compress",),
-    ("shoal.stages",),
+    ("shoal.stages", "shoal.help"),
     ("shoal.api",),
     ("cli",),
 )

@@ -13,12 +13,17 @@ SHIPPED_RECIPES = "for file in sorted(CONFIGS_DIR.glob('*.yaml')): load_recipe(f
 MISSPELT_KEY = "assert run_verb('prune', 'quickstart.yaml', ['prune.dorp=1']) == 2"
 MISSPELT_TASK = "assert run_verb('eval', 'quickstart.yaml', ['eval.tasks=[retreival_generation]']) == 2"
 
+EXPLAINED = (
+    "assert _main(['explain', 'distill.losses']) == 0 == _main(['explain']); assert _main(['explain', 'x']) == 2"
+)
+LISTED = "assert not any(_main(['list', what]) for what in ('recipes', 'tasks', 'losses', 'data', 'suites'))"
 
-@pytest.mark.parametrize("work", [SHIPPED_RECIPES, MISSPELT_KEY, MISSPELT_TASK])
+
+@pytest.mark.parametrize("work", [SHIPPED_RECIPES, MISSPELT_KEY, MISSPELT_TASK, EXPLAINED, LISTED])
 def test_a_recipe_is_read_and_refused_before_anything_heavy_is_loaded(work: str) -> None:
     script = f"""
 import sys
-from shoal.cli import run_verb
+from shoal.cli import _main, run_verb
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.suites import CONFIGS_DIR
 {work}

@@ -121,7 +121,7 @@ def choose_layers(
 
     Args:
         importance: What measure_importance has given, or Importance.read of an importance.json.
-        num_drop: Layers to drop.
+        num_drop: Layers to drop; without it and ``ratio`` an eighth of them.
         ratio: Their share instead, rounded down.
         metric: Score that chooses; None = block_influence, or angular when contiguous.
         weights: Several scores instead, each with its weight: the mean of the layers' ranks.
@@ -133,7 +133,7 @@ def choose_layers(
         `drop` (0-based, increasing) and `reason`; a metric that orders halves of layers gives `edits` too.
 
     Raises:
-        UserError: neither or both of num_drop and ratio, a score that was not measured, or no such choice.
+        UserError: both of num_drop and ratio, a score that was not measured, or no such choice.
 
     Example:
         >>> plan = shoal.choose_layers(importance, num_drop=8)

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from shoal.atomic_files import cache_dir, file_hash
 from shoal.errors import UserError
@@ -32,16 +32,27 @@ def resolve_demo(name: str) -> Path:
     Raises:
         UserError: no such demo model, its package is missing or damaged, or the cache cannot be written.
     """
-    if name not in DEMO_MODELS:
-        raise UserError(
-            f"model 'demo:{name}': no such demo model; there is {', '.join('demo:' + n for n in DEMO_MODELS)}"
-        )
+    _refuse_unknown(name)
     folder = cache_dir() / name
     return made_once(
         folder,
         lambda temporary: _convert_gguf(_verified_source(name), temporary),
         action=f"converting demo:{name} to safetensors in {folder}, once (about 20 s)",
     )
+
+
+def demo_config(name: str) -> PreTrainedConfig:
+    """The configuration of demo model ``name``, without converting its weights; raises as resolve_demo does."""
+    _refuse_unknown(name)
+    source = _verified_source(name)
+    return AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+
+
+def _refuse_unknown(name: str) -> None:
+    if name not in DEMO_MODELS:
+        raise UserError(
+            f"model 'demo:{name}': no such demo model; there is {', '.join('demo:' + n for n in DEMO_MODELS)}"
+        )
 
 
 def _verified_source(name: str) -> Path:

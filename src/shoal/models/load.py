@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from shoal.models.checkpoint_files import (
     has_tokenizer,
     json_or_empty,
 )
-from shoal.models.demo import DEMO_PREFIX, resolve_demo
+from shoal.models.demo import DEMO_PREFIX, demo_config, resolve_demo
 from shoal.models.families import family
 from shoal.progress import doing
 
@@ -43,6 +43,11 @@ ALIGNMENT = 64
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Plain floating-point dtypes by their names in safetensors files."""
 MOST_LAYERS = 100_000
+CHECKPOINT_FILES = (
+    *("*.json", "*.safetensors", "*.jinja", "*.txt"),
+    *("tokenizer.model", "*.py", "LICENSE*", "README.md"),
+)
+"""Files of a checkpoint on the Hub that are downloaded."""
 NO_DECODERS = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 """Ends of the names of architectures that read text and write none."""
 NOT_CAUSAL = "is no causal language model of transformers, which writes text from left to right; give one that is"
@@ -73,6 +78,25 @@ def resolve_model(name: str, *, revision: str | None = None) -> Path:
         return merged_adapter(folder)
     check_checkpoint(folder)
     return folder
+
+
+def find_config(name: str, *, revision: str | None = None) -> Any:
+    """The configuration of model ``name``, as resolve_model finds it, without its weights: of a LoRA adapter that of
+    its base.
+
+    Raises:
+        UserError: nothing of that name, no network, or as load_config does.
+    """
+    if name.startswith(DEMO_PREFIX):
+        return demo_config(name.removeprefix(DEMO_PREFIX))
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        folder = _download(name, revision, patterns=["config.json", ADAPTER_CONFIG])
+    adapter = json_or_empty(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
+    base = adapter.get("base_model_name_or_path")
+    if not isinstance(base, str) or base == name:
+        return load_config(folder)
+    return find_config(base, revision=adapter.get("revision"))
 
 
 def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -422,17 +446,19 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
         ) from error
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, *, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"model {name!r}: no such folder; give one that exists, a Hub id or demo:<name>")
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.py", "LICENSE*", "README.md"]
     try:
         with doing(f"downloading {name} from the Hub"):
             return Path(
                 snapshot_download(
-                    name, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
+                    name,
+                    revision=revision,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=["consolidated*", "original/*"],
                 )
             )
     except errors.HFValidationError as error:

@@ -73,7 +73,9 @@ class LocalHeal(Section):
     num_tokens: Annotated[Positive, Shapes.TRAINING] = 50_000
     """Tokens of this stage, of the rows that training starts with; rounded up to whole steps."""
     learning_rate: Annotated[Above0, Shapes.TRAINING] = 2e-4
+    """Largest learning rate of AdamW."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False), Shapes.TRAINING] = 1e-3
+    """Weight decay of AdamW."""
     batch_size: Annotated[Positive, Shapes.TRAINING] = 8
     """Rows per step over all ranks."""
     rows_at_once: Annotated[Positive, Shapes.TRAINING] = 4
@@ -222,6 +224,7 @@ class Distill(Section):
     """How the cut model is trained on the full one."""
 
     data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource("python_docs"),)
+    """Text that the student is trained on."""
     num_tokens: Annotated[Positive, Shapes.TRAINING] = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
     sequence_length: Annotated[RowLength, Shapes.ROWS | Shapes.TRAINING] = 512
@@ -235,6 +238,7 @@ class Distill(Section):
     overlap: Annotated[bool, Shapes.NOTHING] = True
     """Look for evaluation items and for the wording of twin forms in the training text, and report what is there."""
     losses: Annotated[tuple[LossTerm, ...], Shapes.TRAINING] = (ForwardKL(),)
+    """What the student is to match: the sum of these terms, each times its weight."""
     trainable: Annotated[Trainable, Shapes.TRAINING] = "all"
     """Weights that are trained: everything; all but embeddings and head; the layers from the first cut up, with the
     final norm (an edited layer counts as a cut); those next to a gap; only what a replace or merge edit has put in; or

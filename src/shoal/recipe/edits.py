@@ -78,6 +78,7 @@ class SkipAttention(Section):
 
     kind: Literal["skip_attention"]
     layers: Indices
+    """The teacher's layers, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class SkipMlp(Section):
 
     kind: Literal["skip_mlp"]
     layers: Indices
+    """The teacher's layers, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class HeadMask(Section):
 
     kind: Literal["head_mask"]
     layer: Index
+    """The teacher's layer, counted from 0."""
     heads: Indices
+    """Query heads, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,9 @@ class KvGroupMask(Section):
 
     kind: Literal["kv_group_mask"]
     layer: Index
+    """The teacher's layer, counted from 0."""
     groups: Indices
+    """Key-value heads, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,11 @@ class Swap(Section):
 
     kind: Literal["swap"]
     layers: Indices
+    """The teacher's layers, counted from 0."""
     donor: Text
     """Hub id, local path or demo:<name> of a model of the same shape."""
     donor_revision: str | None = None
+    """Hub revision of the donor."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """0 = the model's own weights, 1 = the donor's; both exact."""
     parts: tuple[Literal["embeddings", "norm", "head"], ...] = ()
@@ -142,10 +150,12 @@ class Replace(Section):
     layers: Neighbours
     data: Data = field(default_factory=lambda: (DataSource("python_docs"),))
     num_tokens: Positive = 50_000
+    """Tokens that the new layer is trained on."""
     sequence_length: RowLength = 512
     batch_size: Positive = 4
     """Rows per step."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
+    """Largest learning rate of AdamW."""
 
 
 Edit = Annotated[SkipAttention | SkipMlp | HeadMask | KvGroupMask | Swap | Merge | Replace, Field(discriminator="kind")]

@@ -51,6 +51,7 @@ class JSD(Section):
     kind: Literal["jsd"] = "jsd"
     weight: Weight = 1.0
     beta: Inside = 0.5
+    """Teacher's share of the mixture m."""
     temperature: Temperature = 1.0
 
 
@@ -61,6 +62,7 @@ class SkewedForwardKL(Section):
     kind: Literal["skewed_forward_kl"] = "skewed_forward_kl"
     weight: Weight = 1.0
     alpha: Inside = 0.1
+    """Share of the first distribution that is mixed into the second."""
     temperature: Temperature = 1.0
 
 
@@ -71,6 +73,7 @@ class SkewedReverseKL(Section):
     kind: Literal["skewed_reverse_kl"] = "skewed_reverse_kl"
     weight: Weight = 1.0
     alpha: Inside = 0.1
+    """Share of the first distribution that is mixed into the second."""
     temperature: Temperature = 1.0
 
 
@@ -98,6 +101,7 @@ class TAID(Section):
     end: Share = 1.0
     """The teacher's share t at the last step."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Share of its last value that stays in the mean of how fast the loss falls, by which t grows."""
     step_size: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     """Growth of t in one step beyond its straight line, at most; 0 = keep to the line."""
     temperature: Temperature = 1.0
@@ -110,7 +114,9 @@ class DKD(Section):
     kind: Literal["dkd"] = "dkd"
     weight: Weight = 1.0
     alpha: Weight = 1.0
+    """Factor of the divergence between label and everything else."""
     beta: Weight = 0.5
+    """Factor of the divergence within everything else."""
     temperature: Temperature = 1.0
 
 

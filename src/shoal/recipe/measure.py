@@ -46,6 +46,7 @@ class Sweeps(Tasks):
     donor: Annotated[Text | None, Shapes.SCORES] = None
     """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
     donor_revision: Annotated[str | None, Shapes.SCORES] = None
+    """Hub revision of the donor."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ProbeSet(Section):
     label: str = "label"
     """The column that holds the class: a word, a number, or true and false."""
     split: str = "train"
+    """Split of a Hub data set; of a folder the files that are named after it."""
     name: str | None = None
     """Configuration name of a Hub data set."""
     max_items: Positive = 2000
@@ -79,12 +81,15 @@ class Measure(Section):
     """How layer importance is measured."""
 
     data: Annotated[Data, Shapes.IMPORTANCE] = (DataSource("python_docs"),)
+    """Text that the model reads."""
     num_tokens: Annotated[Positive, Shapes.IMPORTANCE | Shapes.DIAGNOSTICS] = 20_000
+    """Tokens that the model reads."""
     sequence_length: Annotated[RowLength, Shapes.IMPORTANCE | Shapes.DIAGNOSTICS] = 512
     """Tokens of one row."""
     batch_size: Annotated[Positive, Shapes.NOTHING] = 4
     """Sequences per rank and forward."""
     metrics: Annotated[tuple[str, ...], Shapes.IMPORTANCE] = ("block_influence", "angular")
+    """Metrics and orders of removals, by name; `shoal list metrics` has all."""
     num_drop: Annotated[Positive | None, Shapes.IMPORTANCE] = None
     """Removals that greedy metrics make; None = a quarter of the layers."""
     scale_removals: Annotated[bool, Shapes.BY_CONTENT] = False

@@ -145,11 +145,12 @@ def _walk(location: Sequence[int | str], root: type[Section]) -> tuple[list[int 
             sections = tagged
         elif values := [hint[part] for hint in hints if part in hint]:
             keys.append(part)
-            sections = [section for hint in values for section in _sections_in(hint)]
+            sections = [section for hint in values for section in sections_in(hint)]
     return keys, sections
 
 
-def _sections_in(hint: Any) -> list[Any]:
+def sections_in(hint: Any) -> list[Any]:
+    """The classes of sections that a key of type ``hint`` may hold, itself or in a list."""
     if isinstance(hint, type) and issubclass(hint, Section):
         return [hint]
-    return [section for argument in get_args(hint) for section in _sections_in(argument)]
+    return [section for argument in get_args(hint) for section in sections_in(argument)]

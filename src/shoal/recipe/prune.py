@@ -55,7 +55,8 @@ class Prune(Section):
     """Instead of one metric a mix of columns, by name: the weighted mean of each layer's rank under them, since shares,
     nats and cosines have only ranks in common."""
     num_drop: Annotated[Positive | None, Shapes.PLAN] = None
-    """Layers to drop; an order of halves (attention, MLP) takes two halves for each."""
+    """Layers to drop; an order of halves (attention, MLP) takes two halves for each. Where neither drop, ratio nor
+    edits are given either, an eighth of the layers goes, at least one."""
     ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Shapes.PLAN] = None
     """Share of the layers to drop, rounded down; give this or num_drop."""
     rounds: Annotated[Positive, Shapes.BY_CONTENT] = 1
@@ -70,7 +71,7 @@ class Prune(Section):
     """Abilities, swept tasks, or `ability/protocol` on which nothing significant may be spent: layers that are critical
     there stay, and so does every layer with which the summed loss would become significant."""
     edits: Annotated[Edits, Shapes.BY_CONTENT] = ()
-    """Other changes of the teacher's layers, see shoal.recipe.edits; a list may stand beside or instead of a drop."""
+    """Other changes of the teacher's layers; a list may stand beside or instead of a drop."""
     compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.BY_CONTENT] = None
     """What makes up for the dropped layers without training; None = nothing. A method's name alone says the rest by
     default."""

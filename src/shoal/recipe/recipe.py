@@ -6,6 +6,7 @@ section or plain arguments, never the whole recipe.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,9 @@ class Recipe(Section):
 
     model: Annotated[Text, Shapes.BY_CONTENT]
     """Hub id, local path or demo:<name>."""
-    run_dir: Annotated[Text, Shapes.NOTHING]
+    run_dir: Annotated[Text, Shapes.NOTHING] = ""
+    """Folder of all that the run makes; left out = runs/NAME, where NAME is the model's: runs/Qwen3-8B for
+    Qwen/Qwen3-8B."""
     seed: Annotated[int, Field(ge=0, lt=2**32), Shapes.NUMBERS | Shapes.ROWS] = 0
     """Seed of everything that is drawn: data, text, probes, examples."""
     revision: Annotated[str | None, Shapes.BY_CONTENT] = None
@@ -53,6 +56,7 @@ class Recipe(Section):
     """Attention kernels. flash_attention_2 is refused: with several rows in a batch its kernels let packed documents
     see each other."""
     trust_remote_code: Annotated[bool, Shapes.NOTHING] = False
+    """Let code run that comes with the checkpoint; read it first."""
     measure: Measure = field(default_factory=Measure)
     prune: Prune = field(default_factory=Prune)
     record: Record = field(default_factory=Record)
@@ -63,13 +67,23 @@ class Recipe(Section):
     track: Annotated[Track, Shapes.NOTHING] = field(default_factory=Track)
     export: Annotated[Export, Shapes.NOTHING] = field(default_factory=Export)
 
+    def __post_init__(self) -> None:
+        if not self.run_dir:
+            object.__setattr__(self, "run_dir", f"runs/{name_of_model(self.model)}")
+
+
+def name_of_model(model: str) -> str:
+    """A name for folders and files: the end of a Hub id, a path or demo:<name>."""
+    end = re.split(r"[/:]", model.rstrip("/"))[-1]
+    return re.sub(r"[^\w.-]+", "-", end).strip(".-") or "model"
+
 
 def load_recipe(
     path: str | Path, overrides: Sequence[str] = (), *, further: Callable[[Recipe], Iterable[str]] | None = None
 ) -> Recipe:
     """The validated recipe at ``path`` with ``section.key=value`` overrides applied.
 
-    A name that is no file is looked up among the shipped recipes, so that `quickstart.yaml` works from any folder.
+    A name that is no file is looked up among the shipped recipes, so that `quickstart` works from any folder.
     ``further`` gives `place: what is wrong` of what a recipe alone cannot tell, to be reported with the rest.
 
     Raises:
@@ -86,7 +100,7 @@ def load_recipe(
     if not isinstance(raw, dict):
         raise UserError(f"{file}: must be a mapping of settings, got {type(raw).__name__}")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return parse_recipe(raw, source=str(file), overrides=overrides, further=further)
 
 
@@ -112,14 +126,19 @@ def _find_recipe(path: Path) -> Path:
         return path
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a recipe file, {path / 'NAME.yaml'}")
-    shipped = CONFIGS_DIR / path.name
-    if path.parent in (Path(), Path("configs")) and shipped.is_file():
-        return shipped
+    for shipped in (CONFIGS_DIR / path.name, CONFIGS_DIR / f"{path.name}.yaml"):
+        if path.parent in (Path(), Path("configs")) and shipped.is_file():
+            return shipped
     names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
     raise UserError(f"{path}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}")
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set in a recipe's plain mapping what `section.key=value` says.
+
+    Raises:
+        UserError: another form, no YAML, or a place that is within a plain value.
+    """
     key, equals, text = override.partition("=")
     *sections, leaf = key.split(".")
     if not equals or not all([*sections, leaf]):

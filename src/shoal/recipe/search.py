@@ -29,15 +29,23 @@ class SearchPlan(Section):
     name: Annotated[str, Field(pattern=NAME)] | None = None
     """Name of its run directory, RUN_DIR/search/NAME; None = made of its settings."""
     drop: tuple[int, ...] | None = None
+    """As prune.drop."""
     metric: str | None = None
+    """As prune.metric."""
     weights: dict[str, Weight] = field(default_factory=dict)
+    """As prune.weights."""
     num_drop: Positive | None = None
     """Layers to drop; where neither it nor ratio is said and prune.drop names layers, as many as those."""
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """As prune.ratio."""
     contiguous: bool | None = None
+    """As prune.contiguous."""
     protect: tuple[int | Literal["cornerstone"], ...] | None = None
+    """As prune.protect."""
     spare: tuple[Text, ...] | None = None
+    """As prune.spare."""
     edits: Edits | None = None
+    """As prune.edits."""
 
     def __post_init__(self) -> None:
         if self.drop is not None:

@@ -151,9 +151,9 @@ class DataSource(Section):
     """Where text comes from, and how much of it."""
 
     path: Text
-    """A bundled name (see BUNDLED and BUNDLED_ROWS of shoal.data.sources), a local .jsonl, .json, .txt, .csv or
-    .parquet file, a folder of them, or a Hub data set id. A .txt file is one document. Of a folder those files are read
-    that are named after ``split``, else all."""
+    """A bundled name (`shoal list data`), a local .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or a
+    Hub data set id. A .txt file is one document. Of a folder those files are read that are named after ``split``, else
+    all."""
     column: str = "text"
     """The column that holds the text."""
     messages: str | None = None
@@ -162,12 +162,14 @@ class DataSource(Section):
     prompt: str | None = None
     """With ``completion``: columns of a question and its answer, text or lists of turns, rendered as a conversation."""
     completion: str | None = None
+    """The column of answers to ``prompt``."""
     tools: str | None = None
     """A column of tool descriptions for the chat template."""
     loss_on: Literal["assistant", "all"] | None = None
     """The tokens that are learnt: what the assistant says and the end of its turn, or everything. None = assistant for
     conversations, all for text."""
     split: str = "train"
+    """Split of a Hub data set; of a folder the files that are named after it."""
     name: str | None = None
     """Configuration name of a Hub data set."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0

@@ -17,9 +17,11 @@ class Track(Section):
     wandb: Literal["online", "offline", "off"] | None = None
     """None = online where an API key is found, else off."""
     project: str = "shoal"
+    """W&B project."""
     name: str | None = None
     """Name of the W&B run; None = that of the run directory."""
     tags: tuple[str, ...] = ()
+    """Tags of the W&B run."""
     upload_weights: bool = False
     """Upload student/ and distilled/ as artifacts; otherwise artifacts only say where they lie."""
 
@@ -31,6 +33,7 @@ class Export(Section):
     hub_repo: str | None = None
     """`owner/name` on the Hub to push the distilled checkpoint and its model card to."""
     private: bool = True
+    """Make a new repository private."""
     gguf: bool = False
     """Write the result as one GGUF file too, for llama.cpp, in the precision it is stored in."""
 

@@ -227,9 +227,8 @@ def test_zeros_that_a_later_edit_fills_are_no_longer_listed(folder: Path, donor:
     ]
 
 
-def test_a_recipe_that_says_nothing_is_refused_before_measuring(folder: Path, tmp_path: Path) -> None:
+def test_what_no_measurement_could_make_possible_is_refused_before_measuring(folder: Path, tmp_path: Path) -> None:
     for prune, message in (
-        ({}, "says neither what nor how much to drop"),
         ({"num_drop": 1, "edits": [{"kind": "merge", "layers": [1, 2]}]}, "layers 1 and 2 are of different kinds"),
         (
             {"num_drop": 1, "edits": [{"kind": "replace", "layers": [1, 2], "data": "nowhere"}]},

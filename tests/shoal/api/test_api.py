@@ -225,7 +225,6 @@ def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
             r"tokenizer: is LlamaForCausalLM; give a tokenizer of transf",
         ),
         (lambda m, t: shoal.measure_importance(m, t, []), r"data 'texts': is empty; give texts"),
-        (lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {})), r"says neither what nor how much"),
         (
             lambda m, t: shoal.choose_layers(Importance(Provenance({}), 6, 1, {}, {}), num_drop=1, ratio=0.5),
             r"shoal.choose_layers: prune.ratio: prune.num_drop is given too; give one of them",
@@ -251,7 +250,7 @@ def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
             lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer={"learning_rat": 5}),
             r"distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'",
         ),
-        (lambda m, t: shoal.run({"model": "x"}), r"recipe: run_dir: is required"),
+        (lambda m, t: shoal.run({"run_dir": "y"}), r"recipe: model: is required"),
         (lambda m, t: shoal.run({"model": "x", "run_dir": "y"}, "seed=1"), r"overrides: 'seed=1' stands beside a mapp"),
     ],
 )

@@ -140,14 +140,34 @@ def test_wrong_setting_is_refused_with_its_path_and_remedy(tmp_path: Path, text:
     assert refusal(tmp_path, text) == [message]
 
 
-@pytest.mark.parametrize("name", ["model", "run_dir"])
-@pytest.mark.parametrize("value", [None, ""])
-def test_model_and_run_dir_are_required(name: str, value: str | None) -> None:
-    raw = {key: setting for key, setting in BASE.items() if key != name}
-    if value is not None:
-        raw[name] = value
-    with pytest.raises(UserError, match=rf"^recipe: {name}: (is required|must have at least 1 character)"):
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({}, "model: is required"),
+        ({"model": ""}, "model: must have at least 1 character"),
+        ({"model": "m", "run_dir": ""}, "run_dir: must have at least 1 character"),
+        ({"model": "m", "run_dir": None}, "run_dir: must be a string"),
+    ],
+)
+def test_a_model_is_required_and_no_name_is_empty(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^recipe: {message}"):
         parse_recipe(raw)
+
+
+@pytest.mark.parametrize(
+    ("model", "run_dir"),
+    [
+        ("Qwen/Qwen3-8B", "runs/Qwen3-8B"),
+        ("demo:smollm2-135m", "runs/smollm2-135m"),
+        ("../models/my model/", "runs/my-model"),
+        ("..", "runs/model"),
+    ],
+)
+def test_the_smallest_recipe_is_a_model(model: str, run_dir: str) -> None:
+    recipe = parse_recipe({"model": model})
+    assert recipe.run_dir == run_dir
+    assert parse_recipe(as_dict(recipe)) == recipe
+    assert parse_recipe({"model": model, "run_dir": "r"}).run_dir == "r"
 
 
 def test_every_problem_is_reported_at_once_with_the_file(tmp_path: Path) -> None:
