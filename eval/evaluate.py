@@ -104,7 +104,7 @@ def model_evaluation(
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    settings: Eval,
+    settings: Tasks,
     *,
     seed: int,
     items: ItemCache | None = None,
@@ -115,8 +115,8 @@ def evaluate(
 
     ``tasks`` are those of the settings where they are loaded already. The items are the tasks' first ``settings.limit``
     (or ``settings.limits`` of that task), the same for every model and every seed; the seed decides only what lm-eval
-    draws at random, such as few-shot examples, and the texts of ``settings.samples``. ``called`` is what is being done,
-    for the log.
+    draws at random, such as few-shot examples, and the texts of ``samples`` in a section `eval`. ``called`` is what is
+    being done, for the log.
 
     Raises:
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
@@ -127,7 +127,7 @@ def evaluate(
         tasks = tasks_of(settings, seed=seed)
     log.info("eval: %s", in_words(tasks, settings))
     scores = scores_of(lm, tasks, settings, seed=seed)
-    if settings.samples is not None:
+    if isinstance(settings, Eval) and settings.samples is not None:  # a sweep draws nothing
         scores = _of_rank_0(lm, sampled(lm, tasks, scores, settings.samples, seed=seed))
     if settings.perplexity_tokens:
         scores = (*scores, perplexity(lm, settings))

@@ -207,12 +207,10 @@ class VariantLosses:
     def _token_divergences(self, hidden_BSD: Tensor, index: int) -> Tensor:
         """(N,) KL(intact || variant) in nats, float64; as _token_losses."""
         hidden_ND, size = self._predicted(hidden_BSD, index)[0], self._decoder.positions_at_once()
-        divergences = [
-            functional.kl_div(
-                *(self._decoder.logits(some).log_softmax(-1) for some in states), reduction="none", log_target=True
-            ).sum(-1)
-            for states in zip(hidden_ND.split(size), self._intact[index].split(size), strict=True)
-        ]
+        divergences: list[Tensor] = []
+        for ours_ND, theirs_ND in zip(hidden_ND.split(size), self._intact[index].split(size), strict=True):
+            log_q_NV, log_p_NV = (self._decoder.logits(some).log_softmax(-1) for some in (ours_ND, theirs_ND))
+            divergences.append(functional.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1))
         return torch.cat(divergences).double()
 
 

@@ -156,7 +156,7 @@ def test_too_few_tokens_for_a_correction_are_refused_with_the_number(monkeypatch
 def test_states_that_are_not_finite_are_refused() -> None:
     teacher = tiny_model("llama")
     with torch.no_grad():
-        next(decoder_layers(teacher)[3].mlp.down_proj.parameters()).fill_(3e38)
+        decoder_layers(teacher)[3].get_submodule("mlp").get_parameter("down_proj.weight").fill_(3e38)
     with pytest.raises(UserError, match="not finite"):
         compensate(teacher, DROP, Compensate("scale"), ROWS)
 
@@ -237,6 +237,6 @@ def test_it_costs_less_than_three_forwards_over_its_text() -> None:
 
     with ExitStack() as stack:
         for layer in decoder_layers(teacher):
-            stack.enter_context(layer.mlp.register_forward_pre_hook(count_rows, with_kwargs=True))
+            stack.enter_context(layer.get_submodule("mlp").register_forward_pre_hook(count_rows, with_kwargs=True))
         compensate(teacher, DROP, Compensate("both", batch_size=4), rows)
     assert len(rows) * 6 < passed <= 2.2 * len(rows) * 6

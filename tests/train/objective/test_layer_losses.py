@@ -273,8 +273,8 @@ def test_a_factor_that_is_folded_into_weights_changes_no_loss_on_states(how: Any
     folded, hooked = (changed(cut(teacher, (2, 3))) for _ in range(2))
     with torch.no_grad():
         for layer in decoder_layers(folded)[2:]:
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                for parameter in projection.parameters():
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                for parameter in layer.get_submodule(name).parameters():
                     parameter.div_(factor)
     decoder_layers(hooked)[1].register_forward_hook(lambda _, __, output: with_state(output, state_of(output) * factor))
     gap = ClosedGap(2, 3, factor, False, 0.0, 0.0, 0.0, 0.0)
