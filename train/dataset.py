@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from shoal.atomic_files import fingerprint, written_folder
 from shoal.data.packing import SOURCES, PackedRows, read_rows
-from shoal.data.sources import pack, texts_fingerprint
+from shoal.data.sources import pack, sources_fingerprint, texts_fingerprint
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import Recipe
-from shoal.recipe.section import TEACHER_TEXT, Shapes, shaping_keys
+from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping_keys
 from shoal.runtime import barrier, device, is_main
 
 from .engine.arguments import num_rows
@@ -25,46 +25,71 @@ from .teacher.recording_plan import rows_from
 log = logging.getLogger(__name__)
 
 
-def rows_to_train_on(
+def teacher_texts(
     teacher: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     settings: Distill,
     folder: Path,
     *,
     inputs: dict[str, Any],
-) -> PackedRows:
-    """The packed rows of the budget, kept in ``folder``; the teacher writes its own share first where the recipe asks
-    for it."""
+) -> Sequence[str]:
+    """What the teacher writes for the source `teacher_text`, kept in ``folder``; none where the recipe has no such."""
     seed = inputs["seed"]
-    texts: Sequence[str] = ()
-    if wants_teacher_text(settings.data):
-        check_backend(settings.writing)
+    if not wants_teacher_text(settings.data):
+        return ()
+    check_backend(settings.writing)
 
-        def load_writer() -> Writer:
-            if settings.writing.backend == "vllm":
-                return vllm_writer(teacher.folder, tokenizer, settings.writing, seed=seed, dtype=teacher.load.dtype)
-            # a copy of the teacher of its own, freed before training
-            writer = teacher.model(device=device())
-            return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
+    def load_writer() -> Writer:
+        if settings.writing.backend == "vllm":
+            return vllm_writer(teacher.folder, tokenizer, settings.writing, seed=seed, dtype=teacher.load.dtype)
+        # a copy of the teacher of its own, freed before training
+        writer = teacher.model(device=device())
+        return transformers_writer(writer, tokenizer, settings.writing, seed=seed)
 
-        texts = write_texts(
-            settings.writing,
-            tokenizer,
-            data=settings.data,
-            folder=folder,
-            inputs={key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))},
-            seed=seed,
-            load_writer=load_writer,
-        )
+    return write_texts(
+        settings.writing,
+        tokenizer,
+        data=settings.data,
+        folder=folder,
+        inputs={key: inputs[key] for key in ("model", *shaping_keys(Recipe, Shapes.TEXT))},
+        seed=seed,
+        load_writer=load_writer,
+    )
+
+
+def rows_to_train_on(
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Distill,
+    texts: Sequence[str],
+    folder: Path,
+    *,
+    inputs: dict[str, Any],
+    rows: int | None = None,
+    later: tuple[int, Sequence[float]] | None = None,
+) -> PackedRows:
+    """The packed rows of the budget, kept in ``folder``; ``texts`` stand for the source `teacher_text`.
+
+    ``rows`` = so many of them. ``later`` = so many rows, and the weights of the sources once they are full.
+    """
+    identity = inputs_of_rows(settings, inputs)
     return training_rows(
         settings,
         tokenizer,
-        num_rows=num_rows(settings),
-        seed=seed,
+        num_rows=rows or num_rows(settings),
+        seed=inputs["seed"],
         teacher_text=texts,
         folder=folder,
-        inputs={"model": inputs["model"], **rows_from(inputs)},
+        inputs=identity if later is None else {**identity, "later": later},
+        later=later,
     )
+
+
+def inputs_of_rows(settings: Distill, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What shapes packed rows of ``settings``, whose sources and weights may be others than in ``inputs``."""
+    if settings.data_policy == "by_damage":
+        own = {"distill.data": as_dict(settings)["data"], "data": sources_fingerprint(settings.data)}
+        inputs = {**inputs, **own}
+    return {"model": inputs["model"], **rows_from(inputs)}
 
 
 def training_rows(
@@ -76,8 +101,10 @@ def training_rows(
     teacher_text: Sequence[str],
     folder: Path,
     inputs: dict[str, Any],
+    later: tuple[int, Sequence[float]] | None = None,
 ) -> PackedRows:
-    """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name.
+    """Packed rows of all sources in their weights; ``teacher_text`` stands in for the source of that name, ``later`` is
+    that of shoal.data.sources.pack.
 
     Rank 0 tokenises and packs once into ``folder``, row by row; every rank maps those files, also when training goes on
     later, so that a large budget costs no rank memory or a second tokenisation.
@@ -102,6 +129,7 @@ def training_rows(
                 packing=settings.packing,
                 folder=unfinished,
                 with_sources=settings.by_source,
+                later=later,
             )
         for name, count in rows.counts.items():
             if count["repeats"]:

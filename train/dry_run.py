@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from shoal.artifacts.artifact import CONTROL
+from shoal.artifacts.shares import Shares
+from shoal.data.sources import source_names
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text
 from shoal.machine import available_memory, device_memory, free_disk
@@ -13,6 +15,7 @@ from shoal.models.anatomy import text_config
 from shoal.numerics import flops_per_second
 from shoal.progress import doing
 
+from .damage import SAMPLE_ROWS, split_by_ability
 from .engine.arguments import kept_checkpoints
 from .preflight.fit import cheapest, disk_bytes, fits, missing_bytes, overrides, shortages
 from .preflight.memory import Setting, shared_weights
@@ -50,6 +53,7 @@ def dry_run(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None,
     parts: tuple[list[str], ...] = (
         ["dry run: nothing is written and nothing is trained"],
         _about(size),
+        _data(spec, run_dir),
         _memory_table(size, *free),
         _beside(size),
         _time(size, pace),
@@ -75,6 +79,7 @@ def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
         samples=0,
         healed_layers=(),
         writes=False,
+        measures=False,
     )
     return fits(replace(job, setting=alone), device_free=device_free, host_free=host_free)
 
@@ -96,6 +101,29 @@ def _about(job: Job) -> list[str]:
         f"step:    {setting.ranks} rank(s) x {setting.accumulation} micro-batch(es) x {setting.rows} row(s) x "
         f"{setting.sequence_length:,} tokens = {job.spec.tokens_per_step:,} tokens; {job.spec.num_steps:,} steps",
     ]
+
+
+def _data(spec: TrainSpec, run_dir: Path) -> list[str]:
+    """How the sources share the tokens, as far as that is known before damage is measured."""
+    settings = spec.settings
+    split, how = settings, "by the recipe's weights"
+    weights = [source.weight for source in settings.data]
+    if settings.data_policy == "by_damage":
+        split, file = split_by_ability(settings), run_dir / Shares.FILE
+        weights = [source.weight for source in split.data]
+        known = Shares.read(file) if file.is_file() else None
+        if known is not None and known.provenance.inputs["prune.drop"] == list(spec.plan.drop):
+            weights, how = [*known.shares], f"as {Shares.FILE} has it of this cut"
+        else:
+            how += f"; training shares them by damage, which it measures first, on {SAMPLE_ROWS} rows of each"
+    if settings.data_pilot is not None:
+        how += f"; what follows the pilot of {settings.data_pilot:,} tokens is shared by what each regains in it"
+    total, num_tokens = sum(weights), spec.num_steps * spec.tokens_per_step
+    shares = (
+        f"{name} {weight / total:.1%} ({weight / total * num_tokens:,.0f} tokens)"
+        for name, weight in zip(source_names(split.data), weights, strict=True)
+    )
+    return [f"data: {', '.join(shares)}, {how}"]
 
 
 def _rows(now: Setting) -> list[tuple[str, Setting]]:
@@ -177,6 +205,8 @@ def _beside(job: Job) -> list[str]:
         )
     if setting.writes:
         notes.append("teacher_text comes first: the teacher whole on every rank")
+    if setting.measures:
+        notes.append("damage by source is measured first: teacher, then student whole on every rank")
     return notes
 
 

@@ -6,9 +6,10 @@ import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from shoal.errors import explained_disk_errors
 from shoal.progress import doing
 from shoal.runtime import barrier, is_main, seed_everything, world_size
 
-from .callbacks.validation import Score, Scorer, Watcher
+from .callbacks.validation import Scorer, Watcher
 from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, separate_groups
 from .generated.on_policy import Sampler as OnPolicySampler
@@ -31,6 +32,7 @@ from .student.spec import TrainSpec
 
 ON_POLICY_FILE = "on_policy.json"
 """File, inside a checkpoint, of what on-policy steps keep."""
+T = TypeVar("T")
 
 
 class DistillTrainer(ObjectiveTrainer):
@@ -78,17 +80,18 @@ class DistillTrainer(ObjectiveTrainer):
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:
         """Let ``watcher`` score the student now and then."""
 
-        def scored() -> Mapping[str, Score]:
-            with self._rate.paused(), doing("scoring the student"), self.plain_student() as student:
-                return score(student)
-
         def logged(values: dict[str, float]) -> None:
             wanted = self.control.should_log
             self.log(values)
             self.control.should_log = wanted  # the step's own values are still to come
 
-        watcher.score, watcher.log, watcher.state = scored, logged, self.student_state
+        watcher.score, watcher.log, watcher.state = partial(self.looked_at, score), logged, self.student_state
         self.add_callback(watcher)
+
+    def looked_at(self, look: Callable[[PreTrainedModel], T]) -> T:
+        """What ``look`` sees in the student as it is now, in no time of training. Every rank calls this."""
+        with self._rate.paused(), doing("scoring the student"), self.plain_student() as student:
+            return look(student)
 
     @contextlib.contextmanager
     def plain_student(self) -> Iterator[PreTrainedModel]:

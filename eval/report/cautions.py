@@ -9,7 +9,7 @@ from typing import Any
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Provenance
 from shoal.data.sources import BUNDLED, BUNDLED_ROWS
 from shoal.formatting import listed
-from shoal.recipe.section import TEACHER_TEXT
+from shoal.recipe.section import MIXED, TEACHER_TEXT
 from shoal.stats.paired import minimal_detectable_difference
 from shoal.task_words import ABILITIES, task_words
 
@@ -168,7 +168,7 @@ def _learnt_form(run: Run, rows: Sequence[Row]) -> Iterator[Caution]:
         return
     sources = (run.training.data.get("sources") or {}) if run.training else {}
     bundled = all(row.column == "in" or (not row.column and row.ability in ABILITIES) for row in better)
-    seen = bool(sources.keys() & {"ability_texts", "ability_texts_one_form"}) and bundled
+    seen = any(name.startswith(MIXED) for name in sources) and bundled
     count = "one score" if len(better) == 1 else f"{len(better)} scores"
     yield Caution(
         "Better than its teacher",

@@ -23,11 +23,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from shoal.atomic_files import fingerprint, write_json, write_text
 from shoal.data.chat import Chat, check_template
-from shoal.data.sources import documents, load_texts
+from shoal.data.sources import BUNDLED, documents, load_texts
 from shoal.errors import UserError
 from shoal.progress import each
 from shoal.recipe.distill import Writing
-from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
+from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Shapes, shaping
 from shoal.runtime import barrier, is_main, rank, world_size
 
 from .filtering import sifted
@@ -301,7 +301,7 @@ def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
 
 def _openings(data: Sequence[DataSource], tokenizer: Any, *, length: int) -> list[list[int]]:
     # ability prompts make it state facts of the kinds that evaluation asks for
-    unfit = (TEACHER_TEXT, "ability_texts", "ability_texts_one_form")
+    unfit = (TEACHER_TEXT, *(name for name in BUNDLED if name.startswith(MIXED)))
     others = [source for source in data if source.path not in unfit and not source.is_chat]
     if not others:
         raise UserError(

@@ -112,6 +112,8 @@ class Setting:
     """Rows of a forward in that stage."""
     writes: bool = False
     """The teacher writes text first, whole on every rank."""
+    measures: bool = False
+    """Damage by source is measured first, with the teacher and then the student whole on every rank."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ def memory(student: ModelSize, teacher: ModelSize, setting: Setting) -> Memory:
         "saving": always + stays + _saving(student, setting) * (setting.device == "cpu"),
         "the local stage": fixed + _healing(student, teacher, setting),
         "the teacher's writing": fixed + setting.writes * setting.teacher_bytes * teacher.parameters,
+        "measuring damage": fixed
+        + setting.measures * setting.teacher_bytes * max(teacher.parameters, student.parameters),
     }
     peak_at = max(peaks, key=lambda name: peaks[name])
     held = setting.teacher in ("live", "offloaded")

@@ -104,6 +104,7 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
         four_bits=settings.lora is not None and settings.lora.quantization == "nf4",
         stored_bytes=spec.student.stored_dtype.itemsize,
         writes=wants_teacher_text(settings.data) and settings.writing.backend == "transformers",
+        measures=settings.data_policy == "by_damage" and not spec.is_control,
     )
     return _with_states(_with_company(setting, spec), spec, teacher)
 

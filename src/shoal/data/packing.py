@@ -91,6 +91,12 @@ class PackedRows:
         sources = {} if self.sources_NS is None else {SOURCES: self.sources_NS[row]}
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, ROW: number, **sources}
 
+    def first(self, num_rows: int) -> PackedRows:
+        """Its first rows, with the counts of all."""
+        supervised, sources = (x if x is None else x[:num_rows] for x in (self.supervised_NS, self.sources_NS))
+        ids_NS, positions_NS = self.input_ids_NS[:num_rows], self.position_ids_NS[:num_rows]
+        return PackedRows(ids_NS, positions_NS, self.counts, supervised, sources)
+
     @property
     def labels_NS(self) -> Tensor:
         """The token itself where it is to be predicted from the ones before it, else IGNORED."""
@@ -156,13 +162,16 @@ class Row:
         return self
 
 
-def draw(streams: Sequence[Iterator[TokenDocument]], weights: Sequence[float]) -> Iterator[tuple[int, TokenDocument]]:
+def draw(streams: Sequence[Iterator[TokenDocument]], weights: list[float]) -> Iterator[tuple[int, TokenDocument]]:
     """Documents with the number of their source; next is the source that is furthest behind its share of tokens.
 
-    So the weights are exact within a document at every length, without randomness.
+    So the weights are exact within a document at every length, without randomness. Where ``weights`` have changed since
+    the last document, shares are counted from there on.
     """
-    drawn, total = [0] * len(streams), sum(weights)
+    drawn, known, total = [0] * len(streams), [*weights], sum(weights)
     while True:
+        if known != weights:
+            drawn, known, total = [0] * len(streams), [*weights], sum(weights)
         turn = min(range(len(streams)), key=lambda index: drawn[index] * total / weights[index])
         document = next(streams[turn])
         drawn[turn] += len(document)

@@ -24,6 +24,7 @@ from shoal.data.packing import (
     FIELDS,
     SOURCES,
     PackedRows,
+    Row,
     TokenDocument,
     best_fit_rows,
     collect,
@@ -36,16 +37,17 @@ from shoal.data.packing import (
 )
 from shoal.errors import UserError
 from shoal.progress import progress
-from shoal.recipe.section import TEACHER_TEXT, DataSource, Packing
+from shoal.recipe.section import MIXED, TEACHER_TEXT, DataSource, Packing
+from shoal.task_words import ABILITIES
 
 T = TypeVar("T")
 
 
-def ability_texts(*, one_form: bool) -> list[str]:
-    """Prompts with answers of the three abilities, from the items that evaluation never sees."""
+def ability_texts(*abilities: str, one_form: bool) -> list[str]:
+    """Prompts with answers of these abilities in equal parts, from the items that evaluation never sees."""
     from shoal.abilities import training_texts
 
-    return training_texts(num_texts=4000, seed=0, one_form=one_form)
+    return training_texts(num_texts=4000, seed=0, mix=dict.fromkeys(abilities, 1.0), one_form=one_form)
 
 
 def ability_prompts() -> list[dict[str, str]]:
@@ -84,9 +86,11 @@ BUNDLED: dict[str, Callable[[], list[str]]] = {
     "docstrings": docstrings,
     "readmes": readmes,
     "instructions": instructions,
-    "ability_texts": lambda: ability_texts(one_form=False),
-    "ability_texts_one_form": lambda: ability_texts(one_form=True),
 }
+for _name, _one_form in zip(MIXED, (False, True), strict=True):
+    BUNDLED[_name] = functools.partial(ability_texts, *ABILITIES, one_form=_one_form)
+    for _ability in ABILITIES:
+        BUNDLED[f"{_name}_{_ability}"] = functools.partial(ability_texts, _ability, one_form=_one_form)
 BUNDLED_ROWS: dict[str, Callable[[], list[dict[str, str]]]] = {"ability_prompts": ability_prompts}
 """Bundled sources of rows with columns, which are read as those of a file are."""
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv", ".parquet": "parquet"}
@@ -274,6 +278,7 @@ def pack(
     packing: Packing = "split",
     folder: Path | None = None,
     with_sources: bool = False,
+    later: tuple[int, Sequence[float]] | None = None,
 ) -> PackedRows:
     """``num_tokens`` tokens (rounded up to whole rows) of the sources by weight, as rows of ``sequence_length``.
 
@@ -282,7 +287,8 @@ def pack(
     larger one. A source that runs out starts again in a new order: small data is repeated, never silently shortened.
     ``num_tokens`` None = all documents once, until a source has run out; the last rows are padded. With ``folder`` rows
     go to files there as they are made, and the result maps them. ``with_sources``: they say of every token which source
-    it is from.
+    it is from. ``later`` = so many rows, and the weights by which documents are drawn once they are full: these rows
+    are those of a call without it.
 
     Raises:
         UserError: a source that gives nothing to learn, or cannot be read.
@@ -297,7 +303,8 @@ def pack(
         _documents(source, given, tokenizer, seed=seed + index, limit=limit, enough=enough, count=counts[name])
         for index, (name, (source, given)) in enumerate(zip(names, sources, strict=True))
     ]
-    drawn = draw(streams, [source.weight for source, _ in sources])
+    weights = [source.weight for source, _ in sources]
+    drawn = draw(streams, weights)
     if num_rows is None:
         drawn = itertools.takewhile(lambda document: document[1].epoch == 0, drawn)
     padded = packing == "best_fit" or num_rows is None
@@ -306,6 +313,8 @@ def pack(
     rows = (best_fit_rows if packing == "best_fit" else split_rows)(drawn, sequence_length, padding_id)
     with progress("text: rows packed", total=num_rows, unit="rows") as step:
         rows = _counted(teaching_rows(rows, names, counts), step)
+        if later is not None:
+            rows = _reweighted(rows, weights, *later)
         marked = padded or any(source.assistant_only for source, _ in sources)
         without = [*(() if marked else ("supervised",)), *(() if with_sources else (SOURCES,))]
         if folder is not None and num_rows is not None:
@@ -320,6 +329,14 @@ def _counted(items: Iterable[T], step: Callable[[], object]) -> Iterator[T]:
     for item in items:
         step()
         yield item
+
+
+def _reweighted(rows: Iterable[Row], weights: list[float], num_rows: int, later: Sequence[float]) -> Iterator[Row]:
+    """The rows; once ``num_rows`` are full, what draws documents by ``weights`` finds ``later`` in them."""
+    for number, row in enumerate(rows, 1):
+        yield row
+        if number == num_rows:
+            weights[:] = later
 
 
 def source_names(sources: Sequence[DataSource]) -> list[str]:

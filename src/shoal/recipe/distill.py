@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from shoal.recipe import losses as terms
 from shoal.recipe.losses import ForwardKL, LossTerm, term_names
 from shoal.recipe.section import (
+    MIXED,
     TEACHER_TEXT,
     Above0,
     DataSource,
@@ -23,6 +24,7 @@ from shoal.recipe.section import (
     Text,
     as_sources,
 )
+from shoal.task_words import ABILITIES
 
 Trainable = Literal["all", "layers", "from_first_cut", "near_gaps", "replacement", "norm_and_head"]
 Precision = Annotated[
@@ -43,6 +45,14 @@ class TrainingSource(DataSource):
     loss is still divided by all supervised tokens of the step: a term's weight means the same whichever sources it
     learns from, and one that learns from few tokens adds little. The student's own samples (distill.on_policy) are no
     source's, and all terms learn from them."""
+
+    @property
+    def parts(self) -> tuple[TrainingSource, ...]:
+        """Itself; of a source that mixes the abilities one source for each, with equal parts of the weight."""
+        if self.path not in MIXED:
+            return (self,)
+        weight = self.weight / len(ABILITIES)
+        return tuple(replace(self, path=f"{self.path}_{ability}", weight=weight) for ability in ABILITIES)
 
 
 TrainingData = Annotated[tuple[TrainingSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
@@ -225,6 +235,13 @@ class Distill(Section):
 
     data: Annotated[TrainingData, Shapes.ROWS | Shapes.TRAINING] = (TrainingSource("python_docs"),)
     """Text that the student is trained on."""
+    data_policy: Annotated[Literal["fixed", "by_damage"], Shapes.TRAINING] = "fixed"
+    """fixed: sources share the tokens by their weights. by_damage: by weight times what the cut took from each, in nats
+    per token of its own text, measured once on the pruned student; a tenth is shared by the weights alone. Sources that
+    mix the abilities are split into one for each."""
+    data_pilot: Annotated[Positive | None, Shapes.TRAINING] = None
+    """Tokens, rounded up to an even number of optimizer steps, after which by_damage shares what is left by what each
+    source regains per token then; None = the first shares stay."""
     num_tokens: Annotated[Positive, Shapes.TRAINING] = 200_000
     """Training budget over all ranks, in tokens; sets the number of steps unless trainer.max_steps does."""
     sequence_length: Annotated[RowLength, Shapes.ROWS | Shapes.TRAINING] = 512
@@ -323,6 +340,7 @@ def contradictions(distill: Distill) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
     yield from terms.contradictions(distill.losses)
     yield from _of_sources(distill)
+    yield from _of_shares(distill)
     teacher, watch = distill.teacher, distill.watch
     if teacher.recorded is not None and (teacher.offload or teacher.dtype is not None):
         name = "offload" if teacher.offload else "dtype"
@@ -366,6 +384,31 @@ def _of_sources(distill: Distill) -> Iterator[str]:
                 f"distill.losses.{number}: no source of distill.data learns from {known[number]}; name it in the "
                 "losses of one, or take it out"
             )
+
+
+def _of_shares(distill: Distill) -> Iterator[str]:
+    if distill.data_policy == "by_damage" and sum(len(source.parts) for source in distill.data) == 1:
+        yield (
+            f"distill.data_policy: by_damage shares tokens between sources, and there is only {distill.data[0].path}; "
+            "name another one beside it, or set fixed"
+        )
+    if distill.data_pilot is None:
+        return
+    if distill.data_policy == "fixed":
+        yield "distill.data_pilot: has no effect on fixed shares; set distill.data_policy: by_damage, or leave it out"
+    if distill.data_pilot >= distill.num_tokens:
+        yield (
+            f"distill.data_pilot: {distill.data_pilot} leaves nothing to share of {distill.num_tokens} tokens "
+            "(distill.num_tokens); lower it"
+        )
+    if distill.teacher.recorded is not None:
+        yield (
+            "distill.data_pilot: which rows follow the pilot is not known before it, so they cannot be recorded; leave "
+            "it or teacher.recorded out"
+        )
+    for key in ("max_steps", "num_train_epochs"):
+        if key in distill.trainer:
+            yield f"distill.trainer.{key}: distill.data_pilot shares the tokens of distill.num_tokens; leave {key} out"
 
 
 def _of_written_text(distill: Distill) -> Iterator[str]:

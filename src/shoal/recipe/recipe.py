@@ -192,7 +192,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
 
 def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
     """What is made for one cut of one model, or numbers layers as the first teacher alone does."""
-    measure = recipe.measure
+    measure, distill = recipe.measure, recipe.distill
     operators = () if measure.sweep is None else measure.sweep.operators
     of_one_model = "numbers layers as the model of one round does"
     refused = (
@@ -200,7 +200,12 @@ def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
         (measure.diagnostics, "measure.diagnostics", of_one_model),
         (measure.probes, "measure.probes", of_one_model),
         (set(operators) - {"layer"}, "measure.sweep.operators: any but layer", of_one_model),
-        (recipe.distill.teacher.prefix, "distill.teacher.prefix", "records the state at the first layer of one cut"),
+        (distill.teacher.prefix, "distill.teacher.prefix", "records the state at the first layer of one cut"),
+        (
+            distill.data_policy == "by_damage" and distill.teacher.recorded is not None,
+            "distill.teacher.recorded",
+            "holds rows that distill.data_policy: by_damage has shared after one cut",
+        ),
     )
     for is_set, place, reason in refused:
         if is_set:

@@ -25,6 +25,8 @@ Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 
 TEACHER_TEXT = "teacher_text"
 """Name of the source that the teacher writes itself before training starts."""
+MIXED = ("ability_texts", "ability_texts_one_form")
+"""Bundled sources that mix the abilities; the part of each is a source too, named NAME_ABILITY."""
 Packing = Literal["split", "best_fit"]
 """split: rows are filled to the last token, and a document that does not fit goes on in the next row as one of its own.
 best_fit: documents stay whole, and what is longer than a row is cut off; the rest of a row is filled with padding that

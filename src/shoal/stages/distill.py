@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.abilities.forms import twin_wordings
 from shoal.artifacts.artifact import CONTROL, PruningPlan, Training, differences
+from shoal.artifacts.shares import Pilot, Shares
 from shoal.data import contamination, wording
 from shoal.data.packing import PackedRows
 from shoal.data.sources import BUNDLED, check_source, load_texts, row_texts, sources_fingerprint
@@ -46,7 +47,8 @@ PLACES_TOLD = 3
 
 def record(run: Run) -> None:
     """signals/: what the teacher says of the training rows. All ranks take part, in an initialised process group."""
-    from shoal.train.dataset import rows_to_train_on
+    from shoal.train.damage import by_damage, split_by_ability
+    from shoal.train.dataset import rows_to_train_on, teacher_texts
     from shoal.train.record import record_signals
     from shoal.train.student.spec import student_parts
     from shoal.train.student.trainable import recorded_layers
@@ -69,9 +71,25 @@ def record(run: Run) -> None:
         **shaping(recipe, Shapes.TRAINING),
         **shaping(settings, Shapes.ROWS, "distill."),
     }
+    tokenizer, text = teacher.tokenizer(), run.dir / "text"
+    texts = teacher_texts(teacher, tokenizer, settings, text, inputs=inputs)
+    if settings.data_policy == "by_damage":
+        cut = _cut(run, read_plan(run))
+        if "student" not in cut:
+            raise _student_is_gone(run)
+        settings = by_damage(
+            split_by_ability(settings),
+            teacher,
+            Checkpoint.read(run.dir / "student", teacher.load),
+            tokenizer,
+            texts,
+            file=run.dir / Shares.FILE,
+            folder=text,
+            inputs=inputs | cut,
+        )
     record_signals(
         teacher,
-        rows_to_train_on(teacher, teacher.tokenizer(), settings, run.dir / "text", inputs=inputs),
+        rows_to_train_on(tokenizer, settings, texts, text, inputs=inputs),
         run.dir / "signals" if recipe.record.folder is None else Path(recipe.record.folder).expanduser(),
         recipe.record,
         model=run.teacher_fingerprint,
@@ -106,11 +124,11 @@ def distill(run: Run) -> None:
     if not is_trained:
         refuse_later_trainings(run)
     spec = _spec(run, plan, Ranks.here())
-    control = None if due is None else _control_of(run, spec)
-    # every round learns from the same rows, and the teacher writes its text once
-    train = partial(training.distill, text=run.root / "text", make_scorer=_scorer(run))
+    control = _control_of(run, spec) if recipe.eval.control else None
+    # rounds learn from the same rows unless shares follow the cut, and the teacher writes its text once
+    train = partial(training.distill, text=run.root / "text", shares=run.dir, make_scorer=_scorer(run))
     if not is_trained:
-        if control is not None:
+        if control is not None and due is not None:
             with doing("working out what the control takes"):
                 agreed(lambda: check_control(control, run.dir / CONTROL, spec, run.dir))
         seed_everything(recipe.seed)
@@ -123,6 +141,7 @@ def distill(run: Run) -> None:
         )
         log.info("distill: %s", run.dir / "distilled")
         free_memory()
+        due = _control_due(run, plan)  # which rows it reads may be known only now
     if control is not None and due is not None:
         log.info("distill: the control, which is the uncut teacher, on the same rows")
         if recipe.distill.local is not None:
@@ -268,13 +287,13 @@ def _refuse_other_checkpoints(folder: Path, inputs: dict[str, Any], settings: Di
 
 def training_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     """The identity of distilled/; without `student` where that folder is gone."""
+    return _inputs(run, run.recipe.distill, _cut(run, plan))
+
+
+def _cut(run: Run, plan: PruningPlan) -> dict[str, Any]:
     student = run.dir / "student"
     is_there = (student / "config.json").is_file()
-    return _inputs(
-        run,
-        run.recipe.distill,
-        {"prune.drop": list(plan.drop), **({"student": model_fingerprint(student)} if is_there else {})},
-    )
+    return {"prune.drop": list(plan.drop), **({"student": model_fingerprint(student)} if is_there else {})}
 
 
 def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
@@ -285,6 +304,10 @@ def control_inputs(run: Run, plan: PruningPlan) -> dict[str, Any]:
     identity = control_identity(settings, plan)
     if run.previous is not None:
         identity["control.healed before"] = _fingerprint_of_control(run.previous)
+    if settings.data_policy == "by_damage":  # its rows are the student's
+        kinds: tuple[type[Shares | Pilot], ...] = (Shares, Pilot) if settings.data_pilot is not None else (Shares,)
+        shared = [(kind, run.dir / kind.FILE) for kind in kinds]
+        identity["control.shares"] = [kind.read(file).shares if file.is_file() else None for kind, file in shared]
     return _inputs(run, settings, identity)
 
 

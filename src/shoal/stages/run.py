@@ -37,6 +37,7 @@ from shoal.artifacts.artifact import (
     differences,
     require_same_run,
 )
+from shoal.artifacts.shares import Pilot, Shares
 from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
@@ -255,6 +256,7 @@ def scaled(recipe: Recipe, share: float) -> Recipe:
         distill=replace(
             distill,
             num_tokens=fewer(distill.num_tokens),
+            data_pilot=distill.data_pilot and fewer(distill.data_pilot),
             writing=replace(distill.writing, num_tokens=fewer(distill.writing.num_tokens)),
             watch=distill.watch and replace(distill.watch, perplexity_tokens=fewer(distill.watch.perplexity_tokens)),
         ),
@@ -469,6 +471,8 @@ def write_story(run: Run) -> None:
     kinds: list[tuple[str, type[Artifact]]] = [
         (Importance.FILE, Importance),
         (PruningPlan.FILE, PruningPlan),
+        (Shares.FILE, Shares),
+        (Pilot.FILE, Pilot),
         (Training.FILE, Training),
         (f"{CONTROL}/{Training.FILE}", Training),
         *((f"eval/{role}.json", Evaluation) for role in ("teacher", "pruned", CONTROL, "distilled")),

@@ -284,6 +284,7 @@ def packed(
     packing: Packing = "split",
     folder: Path | None = None,
     with_sources: bool = False,
+    later: tuple[int, list[float]] | None = None,
 ) -> PackedRows:
     named = [(DataSource(f"source{n}", weight=weight), texts) for n, (weight, texts) in enumerate(sources)]
     return pack(
@@ -295,6 +296,7 @@ def packed(
         packing=packing,
         folder=folder,
         with_sources=with_sources,
+        later=later,
     )
 
 
@@ -523,6 +525,20 @@ def test_rows_of_a_smaller_budget_begin_those_of_a_larger(packing: Packing, monk
             small = packed(*sources, num_tokens=16 * num_rows, packing=packing)
             for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
                 assert torch.equal(getattr(small, plane), getattr(large, plane)[:num_rows])
+
+
+@pytest.mark.parametrize("packing", ["split", "best_fit"])
+def test_weights_that_change_after_some_rows_change_none_of_them_and_hold_from_there_on(packing: Packing) -> None:
+    size = 14 if packing == "split" else 7  # cut at rows' ends, or two of them fill a row
+    sources = [(weight, [letter * size] * 5) for letter, weight in (("a", 3.0), ("b", 1.0))]
+    first = packed(*sources, num_tokens=16 * 80, packing=packing)
+    both = packed(*sources, num_tokens=16 * 240, packing=packing, with_sources=True, later=(80, [1.0, 4.0]))
+    for plane in ("input_ids_NS", "position_ids_NS", "labels_NS"):
+        assert torch.equal(getattr(first, plane), getattr(both, plane)[:80])
+    assert both.sources_NS is not None
+    shares = [float((part == 1).float().mean()) for part in (both.sources_NS[:80], both.sources_NS[80:])]
+    assert shares == pytest.approx([0.25, 0.8], abs=0.02)
+    assert sum(both.counts[f"source{n}"]["tokens"] for n in (0, 1)) == 16 * 240
 
 
 # --- larger than memory
