@@ -277,5 +277,12 @@ def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message
         parse(**{"data": ["python_docs", "readmes"], **settings})
 
 
+def test_a_recording_of_one_cut_is_refused_for_several_rounds() -> None:
+    settings = {"data": ["python_docs", "readmes"], "data_policy": "by_damage", "teacher": {"recorded": "signals"}}
+    rounds = {"num_drop": 2, "rounds": 2, "metric": "block_influence"}
+    with pytest.raises(UserError, match=r"teacher\.recorded: holds rows that .* shared after one cut"):
+        parse_recipe({"model": "m", "run_dir": "r", "prune": rounds, "distill": settings})
+
+
 def test_abilities_alone_are_sources_enough() -> None:
     assert parse(data="ability_texts").distill.data_policy == "by_damage"
