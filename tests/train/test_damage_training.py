@@ -1,6 +1,6 @@
 """Trainings whose sources share the tokens by damage, and by a pilot, through the distill verb.
 
-Covers: shoal.train.pilot, shoal.train.damage.
+Covers: shoal.train.pilot.
 """
 
 from __future__ import annotations

@@ -5,4 +5,5 @@ importance  the tables of a sweep, the atlas
 tables      results as tables: pandas, notebooks
 depth       diagnostics and probes
 search      plans, and how they rank before and after they were healed
+shares      how training sources share the tokens
 """
