@@ -88,7 +88,10 @@ class Sleb(LossMetric):
 
 
 class GreedyDivergence(LossMetric):
-    """Layer after layer: min over l of KL(intact || without gone + {l}) per token, given what is gone. INFERRED."""
+    """Layer after layer: min over l of KL(intact || without gone + {l}) per token, given what is gone.
+
+    INFERRED from SLEB (arXiv 2402.09025), which takes the loss.
+    """
 
     yields: ClassVar[Yields] = "order"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from shoal.recipe.section import TEACHER_TEXT
+from shoal.recipe.section import MIXED, TEACHER_TEXT
+from shoal.task_words import ABILITIES
 
 ABOUT = {
     "python_docs": "Python's own documentation topics, without any paragraph of python_docs_heldout",
@@ -12,6 +13,7 @@ ABOUT = {
     "instructions": "questions about functions and classes of Python and these libraries, answered by their docstrings",
     "ability_texts": "prompts with answers of the three abilities in all trained forms, from items of no evaluation",
     "ability_texts_one_form": "the same in the forms that the `in` tasks ask alone: to see how much of a score is form",
+    **{f"{name}_{ability}": f"those of `{name}` that are {ability}" for name in MIXED for ability in ABILITIES},
     "ability_prompts": "such questions with final answers (columns question, answer), for distill.writing.prompts",
     TEACHER_TEXT: "documents that the teacher writes itself, see distill.writing (distill.data only)",
 }
