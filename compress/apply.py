@@ -289,12 +289,12 @@ def _write_copy(copy: Copy, folder: Path) -> None:
 
 
 def _compensation(teacher: Teacher, plan: PruningPlan, settings: Compensate, *, seed: int) -> Compensation:
-    """Fitted where the model runs fast, in the teacher's own dtype if that is fast there and else in float32."""
+    """Fitted in float32, under autocast where half precision is fast: a state's rounding to 16 bits hides changes."""
     where, stored = device(), loaded_dtype(teacher.config, shards=teacher.shards)
     fast = named_dtype(fast_dtype(where).dtype)
     model = load_model(
         teacher.folder,
-        dtype="stored" if stored == fast else "float32",
+        dtype="float32",
         attention=None,
         device=where,
         trust_remote_code=teacher.trust_remote_code,
@@ -302,7 +302,14 @@ def _compensation(teacher: Teacher, plan: PruningPlan, settings: Compensate, *, 
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
     texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
     rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
-    with torch.autocast(where.type, fast, enabled=model.dtype == torch.float32 != fast):
+    if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
+        log.warning(
+            "prune.compensate.num_tokens: is more than %s has, which is repeated: what is said of held-out text is "
+            "partly of text that was fitted to; lower it or name more text",
+            ", ".join(repeated),
+        )
+    # its cache of cast weights would keep every tensor that is tried
+    with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
         found = compensate_gaps(model, plan.drop, settings, rows)
     layers = {
         layer: {name: tensor.to("cpu", stored) for name, tensor in tensors.items()}

@@ -122,6 +122,8 @@ class _Fitting:
                 "prune.compensate.num_tokens: makes less than two rows, but some are needed to fit to and some to test "
                 "on; raise it or lower sequence_length"
             )
+        if self.with_correction:
+            self._refuse_few_tokens()
         if self.with_factor:
             self._refuse_unscalable()
         for batch in self.held_out:
@@ -145,6 +147,16 @@ class _Fitting:
         self._refuse_wrong_fold()
         return Compensation(tuple(closed), self.folded)
 
+    def _refuse_few_tokens(self) -> None:
+        fitted = sum(batch.teacher_BSD.shape[:2].numel() for batch in self.batches if not batch.held_out)
+        size = self.held_out[0].teacher_BSD.shape[-1]
+        num_features = max(Correction(self.layerwise, layer).num_features or size for layer in self.gap_above)
+        if fitted < (needed := TOKENS_PER_FEATURE * num_features):
+            raise UserError(
+                f"prune.compensate.num_tokens: leaves {fitted:,} tokens to fit {num_features:,} features of an MLP to, "
+                f"which needs at least {needed:,}; raise it, name more text, or set method: scale"
+            )
+
     def _refuse_unscalable(self) -> None:
         """Refuse a family that no factor can be folded into, before anything is fitted."""
         batch = self.held_out[0]
@@ -163,11 +175,12 @@ class _Fitting:
         num_fitted = len(rows) - max(1, len(rows) // HELD_OUT_SHARE)
         for held_out, own in enumerate(torch.arange(len(rows)).split([num_fitted, len(rows) - num_fitted])):
             for some in own.split(self.settings.batch_size) if len(own) else ():
-                inputs = self.decoder.arguments(
-                    rows.input_ids_NS[some].long().to(self.model.device),
-                    position_ids_BS=rows.position_ids_NS[some].long().to(self.model.device),
+                ids_BS, positions_BS = (
+                    plane_NS[some].long().to(self.model.device)
+                    for plane_NS in (rows.input_ids_NS, rows.position_ids_NS)
                 )
-                prepared = self.layerwise.prepare(inputs)
+                inputs = self.decoder.arguments(ids_BS, position_ids_BS=positions_BS)
+                prepared = self.layerwise.prepare(inputs, positions_BS)
                 yield _Batch(prepared.without_hidden(), bool(held_out), prepared.hidden_BSD, prepared.hidden_BSD)
 
     def _run(self, layer: int, batch: _Batch, hidden_BSD: Tensor) -> Tensor:
@@ -200,7 +213,7 @@ class _Fitting:
             fit.factor,
             "" if fit.added_FD is None else " and a correction",
             error,
-            fit.error,
+            error if fit is NONE else fit.error,
             divergence,
             closed,
             "" if helps else ": it does not fall, so the gap stays as it was",
@@ -263,13 +276,6 @@ class _Fitting:
         with_factor = self.with_factor and not is_last  # behind the last gap there is a norm alone
         if not self.with_correction:
             return fit_factor(train, test) if with_factor else NONE
-        num_features = len(train.ff_FF)
-        if train.num_tokens < TOKENS_PER_FEATURE * num_features:
-            raise UserError(
-                f"prune.compensate.num_tokens: leaves {train.num_tokens:,} tokens to fit {num_features:,} features of "
-                f"an MLP to, which needs at least {TOKENS_PER_FEATURE * num_features:,}; raise it, name more text, or "
-                "set method: scale"
-            )
         return fit_correction(train, test, with_factor=with_factor)
 
     def _fold_factor(self, layer: int, state_BSD: Tensor | None = None) -> None:

@@ -98,8 +98,11 @@ class Layerwise:
         self._learn()
 
     @torch.no_grad()
-    def prepare(self, inputs: Inputs) -> Prepared:
-        """The state that the first layer gets for ``inputs``, and how every layer is called."""
+    def prepare(self, inputs: Inputs, position_ids_BS: Tensor | None = None) -> Prepared:
+        """The state that the first layer gets for ``inputs``, and how every layer is called.
+
+        ``position_ids_BS`` tell documents of a row apart where ``inputs`` have none, as for bodies that take none.
+        """
         calls: list[Call] = []
         given_BSD: list[Tensor] = []
 
@@ -110,7 +113,7 @@ class Layerwise:
             calls.append(Call(args[1:], kwargs, by_name))
             return self._as_output(layer, hidden_BSD)
 
-        with self._replaced(record), documents_apart(self._body, inputs.get("position_ids")):
+        with self._replaced(record), documents_apart(self._body, inputs.get("position_ids", position_ids_BS)):
             self._body(**inputs)
         return Prepared(inputs, tuple(calls), given_BSD[0])
 

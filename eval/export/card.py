@@ -178,6 +178,9 @@ def _cut_lines(run: Run, base: str | None) -> list[Block]:
         lines.append(f"Dropped layers (of the base model, counted from 0): {layers_text(run.plan.drop)}")
         lines.append(f"Kept: {layers_text(run.plan.keep)}")
     lines += [f"Edited: {in_words(edit)}" for edit in run.plan.edits]
+    lines += [
+        f"Made up for without training, in kept layers: {gap.in_words()}" for gap in run.plan.gaps if gap.is_closed
+    ]
     lines.append(f"How they were chosen: {run.plan.reason}")
     return [Bullets(tuple(lines)), *([rounds_table(run)] if run.rounds else [])]
 

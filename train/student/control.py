@@ -38,7 +38,7 @@ def control_spec(spec: TrainSpec) -> TrainSpec:
     return replace(
         spec,
         student=spec.teacher,
-        plan=replace(plan, drop=(), edits=(), reason="the control is not cut", student=""),
+        plan=replace(plan, drop=(), edits=(), gaps=(), reason="the control is not cut", student=""),
         settings=replace(settings, local=None, losses=losses),
         trained=trained,
         frozen_layers=frozen,

@@ -103,6 +103,8 @@ def measure_importance(
         **shaping(settings, Shapes.IMPORTANCE, "measure."),
     }
     del inputs["measure.data"]  # `rows` says what it was
+    if settings.scale_removals:
+        inputs["measure.scale_removals"] = True
     return Importance(Provenance(inputs), **vars(scores))
 
 

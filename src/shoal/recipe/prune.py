@@ -30,8 +30,9 @@ class Compensate(Section):
         default_factory=lambda: tuple(map(DataSource, ("python_docs", "docstrings", "instructions", "ability_texts")))
     )
     """Text to fit to. What it is unlike gains little: name some of every kind that the model will read."""
-    num_tokens: Annotated[Positive, Shapes.PLAN] = 49_152
-    """Tokens to fit to, an eighth of them held out; a correction needs four for every feature of an MLP."""
+    num_tokens: Annotated[Positive, Shapes.PLAN] = 65_536
+    """Tokens to fit to, an eighth of them held out; a correction needs four for every feature of an MLP, and this is
+    enough for 14,336."""
     sequence_length: Annotated[RowLength, Shapes.PLAN] = 512
     batch_size: Annotated[Positive, Shapes.NOTHING] = 4
     """Rows at one time."""
@@ -85,6 +86,8 @@ class Prune(Section):
 
 def contradictions(prune: Prune) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
+    if prune.compensate is not None and prune.edits:
+        yield "prune.compensate: makes up for dropped layers alone, and prune.edits is set; leave one of them out"
     if prune.drop is not None:
         for name in NOT_BESIDE_DROP:
             if getattr(prune, name) not in (None, False, {}, ()):

@@ -20,7 +20,7 @@ from shoal.recipe.edits import Edit, Replace, in_words
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main
 from shoal.stages.measure import measure, measure_inputs
-from shoal.stages.run import Run, is_done, require
+from shoal.stages.run import Run, check_length, is_done, require
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +239,10 @@ def refuse_impossible_changes(run: Run) -> None:
     edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
     refuse_impossible_edits(run.teacher, edits, run.donors, trust_remote_code=trusted)
     _refuse_unreadable_data(edits)
+    if (settings := run.recipe.prune.compensate) is not None:
+        check_length(run, settings.sequence_length, "prune.compensate.sequence_length")
+        for source in settings.data:
+            load_texts(source, max_characters=1)
 
 
 def _refuse_compensation(run: Run, plan: PruningPlan) -> None:
@@ -255,6 +259,7 @@ def _refuse_compensation(run: Run, plan: PruningPlan) -> None:
             "prune.compensate: layer 0 is dropped, and no layer below it is left whose weights could make up for it; "
             "keep it, or leave prune.compensate out"
         )
+    check_length(run, settings.sequence_length, "prune.compensate.sequence_length")
     for source in settings.data:
         load_texts(source, max_characters=1)
 

@@ -445,6 +445,10 @@ def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str
     return True
 
 
+SWITCHES = ("prune.compensate.", "prune.rounds", "measure.scale_removals")
+"""Beginnings of settings that identities have only where they are on: there was a time without them."""
+
+
 def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str) -> None:
     """Refuse the artifact at ``path`` if anything but ``inputs`` made it; ``verb`` is the command that makes it again.
 
@@ -452,6 +456,9 @@ def require(kind: type[Artifact], path: Path, inputs: dict[str, Any], verb: str)
         UserError: naming the first field that differs.
     """
     provenance = kind.read(path).provenance
+    # what is named only where it is on: switched off, it is missed here and not there
+    switched_off = [key for key in provenance.inputs if key.startswith(SWITCHES) and key not in inputs]
+    inputs = {**inputs, **dict.fromkeys(switched_off, "off")}
     remedy = f"Run `{verb}` again, or set run_dir to another folder"
     require_same_run(inputs, provenance, path, remedy=remedy)
 

@@ -19,7 +19,7 @@ from packed_rows import packed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shoal.compress.compensation import fit
+from shoal.compress.compensation import fit, fold
 from shoal.compress.compensation.fit import compensate, gaps
 from shoal.compress.compensation.sums import SHRINKAGES, Sums, fit_correction, fit_factor
 from shoal.compress.edits.merging import tensors_in_place, with_layers
@@ -240,3 +240,12 @@ def test_it_costs_less_than_three_forwards_over_its_text() -> None:
             stack.enter_context(layer.get_submodule("mlp").register_forward_pre_hook(count_rows, with_kwargs=True))
         compensate(teacher, DROP, Compensate("both", batch_size=4), rows)
     assert len(rows) * 6 < passed <= 2.2 * len(rows) * 6
+
+
+def test_one_sink_does_not_prove_a_wrong_fold() -> None:
+    expected = torch.ones(1, 10, 4)
+    expected[0, 0] *= 1e5
+    change, wrong = torch.full_like(expected, 0.05), expected.clone()
+    wrong[0, 1:] += 0.05
+    assert fold._same(expected + 1e-4 * change, expected, change)
+    assert not fold._same(wrong, expected, change)

@@ -17,7 +17,7 @@ from shoal import cli
 from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan
 from shoal.artifacts.search import SearchResult
 from shoal.errors import UserError
-from shoal.recipe.prune import Prune
+from shoal.recipe.prune import Compensate, Prune
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.search import SearchPlan
 from shoal.recipe.section import as_dict
@@ -218,6 +218,7 @@ def test_a_budget_in_steps_would_make_the_tokens_mean_nothing() -> None:
             Prune(metric="m", num_drop=2),
             Prune(metric="r", contiguous=True, num_drop=2),
         ),
+        ({"drop": [3]}, Prune(num_drop=2, compensate=Compensate()), Prune(drop=(3,), compensate=Compensate())),
         ({"protect": []}, Prune(metric="m", num_drop=2), Prune(metric="m", num_drop=2, protect=())),
     ],
 )

@@ -698,16 +698,19 @@ def test_other_settings_of_the_compensation_make_another_student(make_run: Any) 
             "makes up for dropped layers alone",
         ),
         ({"drop": [3], "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"num_drop": 1, "compensate": {"data": "nowhere.jsonl"}}, "nowhere.jsonl"),
+        ({"drop": [3], "compensate": {"sequence_length": 100_000}}, "prune.compensate.sequence_length: 100000 is more"),
         ({"drop": [3], "compensate": {**COMPENSATE, "num_tokens": 64}}, "less than two rows"),
         ({"drop": [3], "compensate": {**COMPENSATE, "num_tokens": 128}}, "needs at least"),
     ],
 )
-def test_what_cannot_be_made_up_for_is_refused_and_nothing_is_left(make_run: Any, prune: Any, message: str) -> None:
-    run = make_run(prune=prune)
+def test_what_cannot_be_made_up_for_is_refused_and_nothing_is_left(
+    make_run: Any, tmp_path: Path, prune: Any, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
-        pruning.prune(run)
-    assert not (run.dir / PruningPlan.FILE).exists()
-    assert not (run.dir / "student").exists()
+        pruning.prune(make_run(prune=prune))
+    assert not (tmp_path / "run" / PruningPlan.FILE).exists()
+    assert not (tmp_path / "run/student").exists()
 
 
 def test_a_changed_plan_of_a_compensated_student_is_refused(make_run: Any) -> None:
@@ -719,3 +722,9 @@ def test_a_changed_plan_of_a_compensated_student_is_refused(make_run: Any) -> No
     path.write_text(json.dumps(told))
     with pytest.raises(UserError, match="one of them was changed after the cut"):
         pruning.read_plan(run)
+
+
+def test_a_compensation_that_is_switched_off_is_missed(make_run: Any) -> None:
+    pruning.prune(make_run(prune={"drop": [1, 3], "compensate": COMPENSATE}))
+    with pytest.raises(UserError, match=r"prune.compensate.* is 'off' in this recipe"):
+        pruning.read_plan(make_run())

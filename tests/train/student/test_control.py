@@ -12,7 +12,7 @@ from cut_students import plan
 from pydantic import TypeAdapter
 from tiny import tiny_config
 
-from shoal.artifacts.artifact import PruningPlan
+from shoal.artifacts.artifact import ClosedGap, PruningPlan
 from shoal.models.load import Checkpoint
 from shoal.recipe.distill import Distill, LocalHeal, Record, Teacher
 from shoal.recipe.losses import AttentionRelation, CrossEntropy, HiddenStates
@@ -58,6 +58,12 @@ def test_what_is_trained_is_known_by_its_number_in_the_teacher(trainable, change
     assert control.shared_layers == spec.shared_layers == shared
     identity = control_identity(spec.settings, changes)
     assert (identity["control.layers"], identity["control.norm"]) == ([*layers], norm)
+
+
+def test_the_controls_states_are_as_large_as_the_teachers() -> None:
+    told = replace(plan(4), gaps=(ClosedGap(4, 4, 1.2, False, 0.0, 0.0, 0.0, 0.0),))
+    assert spec_of(told).plan.state_scale(4) == 1.2
+    assert control_spec(spec_of(told)).plan.state_scale(4) == 1
 
 
 def test_nothing_is_cut_and_no_gap_is_healed() -> None:
