@@ -6,7 +6,8 @@ with hooks would have it: multiplied at every gap. As it passes, what was fitted
 
 Operations: a pass of the teacher and one of the student over the calibration tokens, sums of one F x F and two F x D
 products per token and gap with a correction, and for every gap two passes of the layers above it over the held-out
-eighth of the rows. Memory beside the model: two states of all calibration tokens, and at a gap twice the three sums.
+eighth of the rows. Memory beside the model: two states of all calibration tokens; at a gap four, and twice the three
+sums.
 
 B batch, S sequence, D hidden, F features, N tokens.
 """

@@ -10,6 +10,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 from transformers import PreTrainedModel
@@ -70,41 +71,49 @@ class SingleDropPerplexity(LossMetric):
         return tuple(map(math.exp, drop_losses))
 
 
-class Sleb(LossMetric):
-    """Layer after layer: min over l of L(gone + {l}), given what is gone (SLEB's M3, arXiv 2402.09025)."""
+class GreedyLayers(LossMetric):
+    """Layer after layer, the one without which an objective is least, given what is gone."""
 
     yields: ClassVar[Yields] = "order"
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def objective(cls, losses: VariantLosses, variants: Sequence[Variant]) -> list[float]:
+        """What shall be low, of every variant."""
 
     @classmethod
     def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
-        layers = layer_components(len(decoder_layers(model)), protected=PROTECTED)
         return greedy_order(
-            layers,
-            lambda variants: losses(variants, what="sleb"),
+            layer_components(len(decoder_layers(model)), protected=PROTECTED),
+            partial(cls.objective, losses),
             num_removals=calibration.num_drop,
             factors=losses.factors,
-            name="sleb",
+            name=cls.name,
         )
 
 
-class GreedyDivergence(LossMetric):
+class Sleb(GreedyLayers):
+    """Layer after layer: min over l of L(gone + {l}), given what is gone (SLEB's M3, arXiv 2402.09025)."""
+
+    name = "sleb"
+
+    @classmethod
+    def objective(cls, losses: VariantLosses, variants: Sequence[Variant]) -> list[float]:
+        return losses(variants, what=cls.name)
+
+
+class GreedyDivergence(GreedyLayers):
     """Layer after layer: min over l of KL(intact || without gone + {l}) per token, given what is gone.
 
     INFERRED from SLEB (arXiv 2402.09025), which takes the loss.
     """
 
-    yields: ClassVar[Yields] = "order"
+    name = "greedy_kl"
 
     @classmethod
-    def scores(cls, losses: VariantLosses, model: PreTrainedModel, calibration: Calibration) -> Order:
-        layers = layer_components(len(decoder_layers(model)), protected=PROTECTED)
-        return greedy_order(
-            layers,
-            lambda variants: losses.divergences(variants, what="greedy_kl"),
-            num_removals=calibration.num_drop,
-            factors=losses.factors,
-            name="greedy_kl",
-        )
+    def objective(cls, losses: VariantLosses, variants: Sequence[Variant]) -> list[float]:
+        return losses.divergences(variants, what=cls.name)
 
 
 class BlockPruner(LossMetric):

@@ -249,3 +249,15 @@ def test_one_sink_does_not_prove_a_wrong_fold() -> None:
     wrong[0, 1:] += 0.05
     assert fold._same(expected + 1e-4 * change, expected, change)
     assert not fold._same(wrong, expected, change)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "mpt"])  # the last two take no positions
+def test_documents_of_a_row_do_not_see_each_other(name: str) -> None:
+    teacher = tiny_model(name)
+    fitting = fit._Fitting(teacher, DROP, Compensate("scale", batch_size=4), ROWS)
+    batch = fitting.batches[0]
+    end_BSD = fitting._end(batch, batch.teacher_BSD, 0, frozenset())
+    alone = replace(ROWS, input_ids_NS=ROWS.input_ids_NS[:, 16:], position_ids_NS=ROWS.position_ids_NS[:, 16:])
+    other = fit._Fitting(teacher, DROP, Compensate("scale", batch_size=4), alone)
+    expected_BSD = other._end(other.batches[0], other.batches[0].teacher_BSD, 0, frozenset())
+    torch.testing.assert_close(end_BSD[:, 16:], expected_BSD, rtol=1e-3, atol=1e-4)
