@@ -261,3 +261,30 @@ def test_documents_of_a_row_do_not_see_each_other(name: str) -> None:
     other = fit._Fitting(teacher, DROP, Compensate("scale", batch_size=4), alone)
     expected_BSD = other._end(other.batches[0], other.batches[0].teacher_BSD, 0, frozenset())
     torch.testing.assert_close(end_BSD[:, 16:], expected_BSD, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["linear", "both"])
+@pytest.mark.parametrize("name", ["llama", "granite", "mixtral"])
+@pytest.mark.usefixtures("always_closed")
+def test_the_state_behind_a_gap_is_as_near_to_the_teachers_as_the_regression_says(name: str, method: Any) -> None:
+    teacher, single = tiny_model(name), packed([[32]] * 24)
+    rows = replace(single, input_ids_NS=single.input_ids_NS % 90)
+    found = compensate(teacher, DROP, Compensate(method, batch_size=4), rows)
+    held_out = rows.input_ids_NS[-3:]
+
+    def after(layer: int) -> Tensor:
+        caught: list[Tensor] = []
+        with (
+            torch.no_grad(),
+            decoder_layers(teacher)[layer].register_forward_hook(
+                lambda _, __, output: caught.append(state_of(output).double())
+            ),
+        ):
+            teacher(input_ids=held_out, use_cache=False)
+        return caught[0]
+
+    target = after(2)
+    with tensors_in_place(teacher, {1: found.layers[1]}):
+        ours = after(1) * found.gaps[0].factor
+    error = ((ours - target).square().sum(-1) / target.square().sum(-1)).mean()
+    assert float(error) == pytest.approx(found.gaps[0].error_after, rel=1e-2)
