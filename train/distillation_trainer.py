@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
 """One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
-dataclass of shoal.recipe.losses; docs/training.md has all kinds."""
+dataclass of shoal.recipe.losses; docs/training/losses.md has all kinds."""
 ONLY_DEPTH = ("all", "layers")
 """Choices of ``trainable`` for which it does not matter which layers are gone."""
 

@@ -24,8 +24,8 @@ from shoal.train.engine.arguments import check_names, deepspeed_config
 
 pytestmark = pytest.mark.every_case
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TRAINING = ROOT / "docs/training.md"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TRAINING = ROOT / "docs/training"
 NO_KEYS = ("json", "md", "py", "yaml")
 """`distill.json` is a file."""
 
@@ -51,7 +51,7 @@ def alternatives(block: str) -> list[str]:
 
 
 RECIPES = [
-    pytest.param(recipe, id=f"{file.stem}-{number}")
+    pytest.param(recipe, id=f"{name_of(file)}-{number}")
     for file in DOCUMENTS
     for number, recipe in enumerate(one for block in blocks(file, "yaml") for one in alternatives(block))
 ]
@@ -121,10 +121,9 @@ def test_every_link_leads_somewhere(file: Path) -> None:
         assert not anchor or anchor in anchors(there), target
 
 
-def table(heading: str) -> list[list[str]]:
-    """The cells of the first table under a heading of docs/training.md, without its head."""
-    text = TRAINING.read_text(encoding="utf-8").split(f"\n{heading}\n", 1)[1]
-    rows = re.search(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+def table(file: Path) -> list[list[str]]:
+    """The cells of a document's first table, without its head."""
+    rows = re.search(r"(?:^\|.*\n)+", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert rows
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in rows.group().splitlines()]
     return [[cell.strip() for cell in cells] for cells in lines[2:]]
@@ -132,7 +131,7 @@ def table(heading: str) -> list[list[str]]:
 
 def test_the_table_of_losses_has_every_kind_with_its_keys_and_defaults() -> None:
     told = {}
-    for kind, _, keys, *_ in table("## Losses"):
+    for kind, _, keys, *_ in table(TRAINING / "losses.md"):
         told[kind.strip("`")] = {name: float(value) for name, value in re.findall(r"(\w+) \(([\d.e-]+)\)", keys)}
     settings = [(term().kind, dataclasses.asdict(term())) for term in LOGIT_TERMS]
     assert told == {
@@ -142,7 +141,7 @@ def test_the_table_of_losses_has_every_kind_with_its_keys_and_defaults() -> None
 
 
 def test_the_table_of_trainable_parts_has_every_choice() -> None:
-    assert [cells[0].strip("`") for cells in table("## What is trained")] == list(get_args(Trainable))
+    assert [cells[0].strip("`") for cells in table(TRAINING / "trainable.md")] == list(get_args(Trainable))
 
 
 def patterns_of(file: Path) -> list[str]:
