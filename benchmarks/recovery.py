@@ -25,6 +25,10 @@ mixed_all      mixed with everything trained, at 3e-4
 mixed_lora     mixed, everything through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
 local          shoal's local heal (LLM-Streamline, arXiv:2403.19135) first, then mixed
 self_written   mixed, half of its general text written by the teacher (arXiv:2602.01997)
+by_damage      mixed, its shares by what the cut took from each source
+horizon        mixed_kl, in three tenths of the later steps on what the student writes, of growing length
+rounds         mixed in two rounds, each with half the tokens and half the layers, chosen anew by greedy_kl from the
+               first layer of the cut up
 """
 
 from __future__ import annotations
@@ -91,10 +95,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixed_lora": {"trainable": "all", "lora": {"rank": 64}},
     "local": {"local": {"num_tokens": 16_384}},
     "self_written": {"general": 0.25, "written": 0.24},
+    "by_damage": {"data_policy": "by_damage"},
+    "horizon": {"losses": TEACHER, "on_policy": {"share": 0.3, "horizon": {"max": 256}}},
+    "rounds": {"rounds": 2},
 }
 """What an arm says of section `distill`; `general` and `written` are shares of general text and of the teacher's,
-and `by_source` gives each source a loss of its own."""
-OWN_KEYS = {"general", "written", "by_source"}
+`by_source` gives each source a loss of its own, and `rounds` share layers and tokens."""
+OWN_KEYS = {"general", "written", "by_source", "rounds"}
 PROBE_STEPS = 4
 WRITTEN_SHARE = 1 / 8
 """Tokens that the teacher writes, of those trained on; at least LEAST_WRITTEN."""
@@ -116,6 +123,8 @@ def main() -> None:
     parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
     parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
+    if arguments.compensate and "rounds" in arguments.arms:
+        parser.error("--compensate: several rounds only drop layers; leave it out, or the arm rounds")
     for arm in arguments.arms:
         for seed in arguments.seeds:
             heal(arm, seed, arguments)
@@ -128,7 +137,8 @@ def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
     run_dir = folder_of(arguments) / f"{arm}-{seed}"
     file = recipe(arm, seed, arguments, run_dir=run_dir, tokens=tokens)
     run_shoal("distill", file)
-    for role in ("teacher", "pruned"):  # the same under every arm of one seed; `shoal eval` checks that
+    same = ("teacher",) if "rounds" in ARMS[arm] else ("teacher", "pruned")
+    for role in same:  # under every arm of one seed; `shoal eval` checks that
         done = sorted(folder_of(arguments).glob(f"*-{seed}/eval/{role}.json"))
         if done and not (run_dir / "eval" / f"{role}.json").exists():
             (run_dir / "eval").mkdir(exist_ok=True)
@@ -196,12 +206,17 @@ def mixture(arm: str, general: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path, tokens: int) -> Path:
+    rounds = ARMS[arm].get("rounds", 1)
+    prune: dict[str, Any] = {"drop": list(arguments.drop), "compensate": arguments.compensate}
+    if rounds > 1:
+        below = [*range(min(arguments.drop)), -1]
+        prune = {"metric": "greedy_kl", "num_drop": len(arguments.drop), "rounds": rounds, "protect": below}
     trainer = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
     trainer |= {"warmup_steps": 5, "save_strategy": "no", **ARMS[arm].get("trainer", {})}
     distill: dict[str, Any] = {
         "data": mixture(arm, general_text(arguments)),
         "losses": [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}],
-        "num_tokens": tokens,
+        "num_tokens": tokens // rounds,
         "sequence_length": 512,
         "trainable": "from_first_cut",
         "watch": None,
@@ -216,7 +231,8 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "model": "demo:smollm2-135m",
         "run_dir": str(run_dir),
         "seed": seed,
-        "prune": {"drop": list(arguments.drop), "compensate": arguments.compensate},
+        "measure": {"data": "python_docs", "num_tokens": 8192, "sequence_length": 512, "metrics": ["greedy_kl"]},
+        "prune": prune,
         "distill": distill,
         "eval": {
             "tasks": [*TASKS, *(PUBLIC_TASKS if arguments.data_dir else ())],
@@ -270,9 +286,7 @@ Rows = Mapping[str, tuple[Scores, Scores | None]]
 
 def kept_by_column(teacher: Scores, rows: Rows) -> str:
     """The mean share kept of the teacher's distance to chance, by column and over those outside the trained form."""
-    usable = [task for task in teacher.values() if not no_retention(task)]
-    columns = {name: even_weights(own) for name in COLUMNS if (own := [t for t in usable if t.column == name])}
-    columns["twin, out, public"] = even_weights([t for t in usable if t.column in HEADLINE], lambda task: task.column)
+    columns = column_weights(teacher)
     lines = [f"| arm | {' | '.join(columns)} | form gap |", f"|{' --- |' * (len(columns) + 2)}"]
     for title, (own, first) in rows.items():
         cells = [kept_text(teacher, rows["pruned"][0], own, weights, first) for weights in columns.values()]
@@ -280,6 +294,14 @@ def kept_by_column(teacher: Scores, rows: Rows) -> str:
         gaps = [form_gap(own[task.twin_of], task).difference for task in twins]
         lines.append(f"| {title} | {' | '.join(cells)} | {fmean(gaps):+.3f} |")
     return "\n".join(lines)
+
+
+def column_weights(teacher: Scores) -> dict[str, Mapping[str, float]]:
+    """Weights of the tasks where the teacher is clear of chance: by column, and over all outside the trained form."""
+    usable = [task for task in teacher.values() if not no_retention(task)]
+    columns = {name: even_weights(own) for name in COLUMNS if (own := [t for t in usable if t.column == name])}
+    outside = [task for task in usable if task.column in HEADLINE]
+    return {**columns, "twin, out, public": even_weights(outside, lambda task: task.column)}
 
 
 def kept_text(teacher: Scores, pruned: Scores, own: Scores, weights: Mapping[str, float], first: Scores | None) -> str:
