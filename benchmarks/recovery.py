@@ -27,8 +27,11 @@ local          shoal's local heal (LLM-Streamline, arXiv:2403.19135) first, then
 self_written   mixed, half of its general text written by the teacher (arXiv:2602.01997)
 by_damage      mixed, its shares by what the cut took from each source
 horizon        mixed_kl, in three tenths of the later steps on what the student writes, of growing length
-rounds         mixed in two rounds, each with half the tokens and half the layers, chosen anew by greedy_kl from the
-               first layer of the cut up
+rounds         mixed in two rounds, each with half the tokens and half the layers, chosen anew
+
+Four arms heal as mixed does and choose as many layers themselves, as `rounds` does too: one_shot by the loss of single
+drops, iterative by greedy removal, and both _scaled, which close every gap with a factor (Prune&Comp's ablation); of
+each there is a row for its cut before it is healed.
 """
 
 from __future__ import annotations
@@ -97,11 +100,16 @@ ARMS: dict[str, dict[str, Any]] = {
     "self_written": {"general": 0.25, "written": 0.24},
     "by_damage": {"data_policy": "by_damage"},
     "horizon": {"losses": TEACHER, "on_policy": {"share": 0.3, "horizon": {"max": 256}}},
-    "rounds": {"rounds": 2},
+    "rounds": {"choose": "greedy_kl", "rounds": 2},
+    "one_shot": {"choose": "single_drop_perplexity"},
+    "one_shot_scaled": {"choose": "single_drop_perplexity", "scaled": True},
+    "iterative": {"choose": "sleb"},
+    "iterative_scaled": {"choose": "sleb", "scaled": True},
 }
 """What an arm says of section `distill`; `general` and `written` are shares of general text and of the teacher's,
-`by_source` gives each source a loss of its own, and `rounds` share layers and tokens."""
-OWN_KEYS = {"general", "written", "by_source", "rounds"}
+`by_source` gives each source a loss of its own, `choose` names the metric of an arm with a cut of its own, `scaled`
+closes its gaps, and `rounds` share layers and tokens."""
+OWN_KEYS = {"general", "written", "by_source", "choose", "scaled", "rounds"}
 PROBE_STEPS = 4
 WRITTEN_SHARE = 1 / 8
 """Tokens that the teacher writes, of those trained on; at least LEAST_WRITTEN."""
@@ -123,8 +131,8 @@ def main() -> None:
     parser.add_argument("--compensate", choices=("scale", "linear", "both"), help="prune.compensate of every arm")
     parser.add_argument("--control", action="store_true", help="train the uncut teacher on the same rows too")
     arguments = parser.parse_args()
-    if arguments.compensate and "rounds" in arguments.arms:
-        parser.error("--compensate: several rounds only drop layers; leave it out, or the arm rounds")
+    if arguments.compensate and (own := [arm for arm in arguments.arms if "choose" in ARMS[arm]]):
+        parser.error(f"--compensate: closes the gaps of the common cut; leave it out, or {', '.join(own)}")
     for arm in arguments.arms:
         for seed in arguments.seeds:
             heal(arm, seed, arguments)
@@ -137,7 +145,7 @@ def heal(arm: str, seed: int, arguments: argparse.Namespace) -> None:
     run_dir = folder_of(arguments) / f"{arm}-{seed}"
     file = recipe(arm, seed, arguments, run_dir=run_dir, tokens=tokens)
     run_shoal("distill", file)
-    same = ("teacher",) if "rounds" in ARMS[arm] else ("teacher", "pruned")
+    same = ("teacher",) if "choose" in ARMS[arm] else ("teacher", "pruned")
     for role in same:  # under every arm of one seed; `shoal eval` checks that
         done = sorted(folder_of(arguments).glob(f"*-{seed}/eval/{role}.json"))
         if done and not (run_dir / "eval" / f"{role}.json").exists():
@@ -206,17 +214,12 @@ def mixture(arm: str, general: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path, tokens: int) -> Path:
-    rounds = ARMS[arm].get("rounds", 1)
-    prune: dict[str, Any] = {"drop": list(arguments.drop), "compensate": arguments.compensate}
-    if rounds > 1:
-        below = [*range(min(arguments.drop)), -1]
-        prune = {"metric": "greedy_kl", "num_drop": len(arguments.drop), "rounds": rounds, "protect": below}
     trainer = {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "lr_scheduler_type": "linear"}
     trainer |= {"warmup_steps": 5, "save_strategy": "no", **ARMS[arm].get("trainer", {})}
     distill: dict[str, Any] = {
         "data": mixture(arm, general_text(arguments)),
         "losses": [{"kind": "forward_kl", "weight": 0.5}, {"kind": "cross_entropy", "weight": 0.5}],
-        "num_tokens": tokens // rounds,
+        "num_tokens": tokens // ARMS[arm].get("rounds", 1),
         "sequence_length": 512,
         "trainable": "from_first_cut",
         "watch": None,
@@ -231,8 +234,7 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
         "model": "demo:smollm2-135m",
         "run_dir": str(run_dir),
         "seed": seed,
-        "measure": {"data": "python_docs", "num_tokens": 8192, "sequence_length": 512, "metrics": ["greedy_kl"]},
-        "prune": prune,
+        **cut(arm, arguments),
         "distill": distill,
         "eval": {
             "tasks": [*TASKS, *(PUBLIC_TASKS if arguments.data_dir else ())],
@@ -253,6 +255,17 @@ def recipe(arm: str, seed: int, arguments: argparse.Namespace, *, run_dir: Path,
     return write_recipe(settings)
 
 
+def cut(arm: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Sections `measure` and `prune` of an arm: the cut that all share, or as many layers of its own choice."""
+    if not (metric := ARMS[arm].get("choose")):
+        return {"prune": {"drop": list(arguments.drop), "compensate": arguments.compensate}}
+    text = {"data": "python_docs", "num_tokens": 8192, "sequence_length": 512, "batch_size": 4}
+    scaled, num_drop = ARMS[arm].get("scaled", False), len(arguments.drop)
+    scores = {"metrics": [metric], "num_drop": num_drop, "scale_removals": scaled and metric == "sleb"}
+    chosen = {"metric": metric, "num_drop": num_drop, "rounds": ARMS[arm].get("rounds", 1)}
+    return {"measure": {**text, **scores}, "prune": {**chosen, "compensate": "scale" if scaled else None}}
+
+
 def table(arguments: argparse.Namespace) -> str:
     """Two tables with a row per arm: the mean share kept by column, then every task; means over the seeds."""
     runs = {
@@ -269,6 +282,8 @@ def table(arguments: argparse.Namespace) -> str:
     for arm, own in ((arm, own) for arm, own in runs.items() if own):
         training = [Training.read(run / Training.FILE) for run in own.values()]
         seconds = ", ".join(f"{result.seconds:.0f}" for result in training)
+        if "choose" in ARMS[arm]:
+            rows[f"cut of {arm}"] = (pooled(own.values(), "pruned"), None)
         title = f"{arm} ({training[0].num_tokens:,} tokens; {seconds} s)"
         common = [seed for seed in own if seed in reference and own is not reference]
         rows[title] = (
