@@ -16,7 +16,7 @@ for name, value in {
     "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
-    "WANDB_MODE": "offline",
+    "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)

@@ -148,6 +148,10 @@ def run_verb(
         # training and its launcher listen themselves
         with on_stop(lambda number: stop_at_once(number, STOPPED)), doing(label):
             _dispatch(verb, recipe, config, overrides, rounds_after=after)
+        if STARTED not in os.environ and runtime.is_main():
+            from shoal.tracking.wandb_run import tell_unsent
+
+            tell_unsent(recipe.track, Path(recipe.run_dir).expanduser())
 
     return _exit_code(work)
 

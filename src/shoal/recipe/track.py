@@ -15,7 +15,8 @@ class Track(Section):
     """Where curves, tables, figures and artifacts go: Weights & Biases."""
 
     wandb: Literal["online", "offline", "off"] | None = None
-    """None = online where an API key is found, else off."""
+    """None = online where somebody is logged in to W&B (a key in the environment, of `wandb login` or in its settings),
+    offline after `wandb offline` or WANDB_MODE=offline, else off."""
     project: str = "shoal"
     """W&B project."""
     name: str | None = None

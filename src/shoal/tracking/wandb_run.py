@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from shoal.errors import UserError
 from shoal.recipe.track import Track
 from shoal.redaction import redacted, redacted_arguments
 from shoal.runtime import environment, is_main
+from shoal.tracking.login import has_key, wanted_mode
 
 if TYPE_CHECKING:
     from wandb import Run
@@ -44,7 +46,10 @@ def wandb_mode(track: Track) -> Literal["online", "offline", "off"]:
     """
     if track.wandb in ("off", "offline"):
         return track.wandb
-    if has_key():
+    wanted = wanted_mode() if track.wandb is None else None
+    if wanted in ("offline", "dryrun"):
+        return "offline"
+    if wanted != "disabled" and has_key():
         return "online"
     if track.wandb == "online":
         raise UserError("track.wandb: online needs an API key; run `wandb login`, set WANDB_API_KEY, or use offline")
@@ -108,20 +113,17 @@ def is_tracking() -> bool:
 
 def sync_command(run_dir: Path) -> str:
     """The command that uploads the records of a run directory later."""
-    return f"wandb sync --include-online {run_dir / 'wandb'}"
+    return f"wandb sync --include-online {shlex.quote(str(run_dir / 'wandb'))}"
 
 
-def has_key() -> bool:
-    """Whether there is an API key: in the environment, or in the file that `wandb login` writes."""
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    try:
-        return any("wandb" in host for host in netrc.netrc(file).hosts)
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+def tell_unsent(track: Track, run_dir: Path) -> None:
+    """Say where W&B's records of ``run_dir``, of its rounds and its search lie that no server has, and what uploads
+    them."""
+    if wandb_mode(track) == "off":
+        return
+    runs = (found for place in ("", "rounds/*/", "search/*/") for found in run_dir.glob(f"{place}wandb/offline-run-*"))
+    for folder in sorted({run.parent for run in runs if not any(run.glob("*.synced"))}):
+        log.info("W&B: %s was recorded offline; upload it with: %s", folder, sync_command(folder.parent))
 
 
 def _open(
@@ -159,8 +161,7 @@ def _open(
     # not at the top level: the Trainer puts its arguments and the model's configuration there, under the same names
     run.config.update(redacted({"recipe": recipe, "environment": environment()}), allow_val_change=True)
     where = "offline" if run.offline else str(run.url)
-    later = f"; it is uploaded with: {sync_command(run_dir)}" if run.offline and is_new else ""
-    log.info("W&B: %s %s, %s%s", "run" if is_new else "going on with run", run.id, where, later)
+    log.info("W&B: %s %s, %s", "run" if is_new else "going on with run", run.id, where)
     return run
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,7 @@ def _own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @contextlib.contextmanager
 def fresh_wandb(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    patch.delenv("WANDB_MODE", raising=False)
     patch.setenv("WANDB_API_KEY", KEY)
     patch.setenv("WANDB_CACHE_DIR", str(folder / "cache"))
     patch.setenv("WANDB_CONFIG_DIR", str(folder / "config"))
@@ -263,7 +265,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     found = WandbServer()
     threading.Thread(target=found.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_BASE_URL", found.url)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
     yield found
     end_service()
     found.shutdown()
@@ -341,7 +342,6 @@ def test_a_server_that_cannot_be_reached_is_said_and_the_stage_is_tracked_offlin
 ) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
     caplog.set_level(logging.INFO, "shoal")
     run_dir = tmp_path / "run"
     train(run_dir, Track(wandb="online"), {"model": "x"})
@@ -398,6 +398,26 @@ def test_a_key_is_needed_only_where_online_is_asked_for(monkeypatch: pytest.Monk
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert wandb_run.wandb_mode(Track()) == "online"
     assert wandb_run.wandb_mode(Track(wandb="offline")) == "offline"
+
+
+def test_what_is_offline_is_told_of_until_it_is_uploaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "shoal")
+    for folder in (tmp_path, tmp_path / "rounds" / "1", tmp_path / "my search" / "search" / "a"):
+        (folder / "wandb" / "offline-run-1").mkdir(parents=True)
+    wandb_run.tell_unsent(Track(wandb="off"), tmp_path)
+    assert not caplog.records
+    wandb_run.tell_unsent(OFFLINE, tmp_path)
+    wandb_run.tell_unsent(OFFLINE, tmp_path / "my search")
+    commands = [record.getMessage().partition("upload it with: ")[2] for record in caplog.records]
+    there = [tmp_path / "rounds/1/wandb", tmp_path / "wandb", tmp_path / "my search/search/a/wandb"]
+    assert [shlex.split(command) for command in commands] == [
+        ["wandb", "sync", "--include-online", str(folder)] for folder in there
+    ]
+    (tmp_path / "wandb" / "offline-run-1" / "run-1.wandb.synced").touch()
+    caplog.clear()
+    wandb_run.tell_unsent(OFFLINE, tmp_path)
+    assert "rounds/1/wandb" in caplog.text
+    assert str(tmp_path / "wandb") not in caplog.text
 
 
 def test_without_a_key_and_a_word_in_the_recipe_nothing_is_tracked(
