@@ -63,12 +63,13 @@ def layer_losses(column: SweepColumn) -> tuple[float, ...] | None:
 def cornerstones(sweep: Sweep) -> tuple[int, ...]:
     """Layers whose removal alone takes a task to chance: retention below 0.1 on any column (arXiv 2409.14381).
 
-    That study names the phenomenon; the threshold and `any` are INFERRED.
+    That study names the phenomenon; the threshold and `any` are INFERRED. Items that people dispute do not count.
 
     Raises:
         UserError: no column has a retention.
     """
-    if all(column.no_retention for column in sweep.columns):
+    columns = [column for column in sweep.columns if not column.disputed]
+    if all(column.no_retention for column in columns):
         raise UserError(
             "prune.protect: cornerstone needs a task on which the intact model is clear of chance, but the sweep has "
             "none; add one to measure.sweep.tasks, or name the layers to protect"
@@ -78,7 +79,7 @@ def cornerstones(sweep: Sweep) -> tuple[int, ...]:
         for position in range(len(sweep.units))
         if any(
             (kept := column.effects[position].retention) is not None and kept.value < CORNERSTONE_RETENTION
-            for column in sweep.columns
+            for column in columns
         )
     )
 

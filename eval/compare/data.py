@@ -16,7 +16,7 @@ from .standings import Standing, controls, standings, task_groups
 
 TASK_FIELDS = (
     *("task", "ability", "protocol", "metric", "version", "num_fewshot"),
-    *("matching", "n", "chance", "higher_is_better", "family", "level", "column", "twin_of"),
+    *("matching", "n", "chance", "ceiling", "higher_is_better", "family", "level", "column", "twin_of"),
 )
 
 

@@ -19,8 +19,8 @@ from ..report.findings import FEW_ITEMS, SIGNAL_SIGMAS, is_share
 from ..report.page import to_html
 from ..report.wording import (
     DASH,
-    chance_text,
     difference_text,
+    limits_text,
     p_text,
     retention_text,
     score_text,
@@ -271,11 +271,9 @@ def _task_table(comparison: RunComparison, index: int) -> Table:
     columns = ("Model", "Score", "Kept", f"Against {first.letter}", "p", "p (Holm)", "Won / lost", "Would show from")
     rows = [_task_row(comparison, model, index) for model in comparison.models]
     direction = "" if task.higher_is_better else ", lower is better"
-    chance = f", chance {chance_text(task)}" if task.higher_is_better else ""
-    caption = (
-        f"{_task_title(comparison, index)}: {task.metric}{direction}, {task.n:,} items{chance}, "
-        f"version {task.version}, {task.num_fewshot} shots"
-    )
+    about = f"version {task.version}, {task.num_fewshot} shots"
+    asked = ", ".join(filter(None, (f"{task.metric}{direction}", f"{task.n:,} items", limits_text(task), about)))
+    caption = f"{_task_title(comparison, index)}: {asked}"
     return Table(caption, columns, tuple(rows), folded=len(comparison.tasks) > 12)
 
 

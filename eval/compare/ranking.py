@@ -46,9 +46,12 @@ def check_columns(tasks: Mapping[str, Any], rank_by: Sequence[str]) -> None:
         (name, str(about.get("ability") or name), str(about.get("protocol") or _protocol(tasks[name])))
         for name, about in described.items()
     ]
-    for name in rank_by:
-        _tasks_of(name, [*labels, (PERPLEXITY, "language", "rolling")])
     columns = {name: about.get("column", "public") for name, about in described.items()}
+    labels = [label for label in labels if columns[label[0]] != "disputed"]
+    for name in rank_by:
+        if columns.get(name) == "disputed":
+            raise UserError(f"search.rank_by: {name} asks items on which people do not agree, which rank nothing")
+        _tasks_of(name, [*labels, (PERPLEXITY, "language", "rolling")])
     that_rank = columns_that_rank(columns.values())
     ranking = [(name, protocol) for name, _, protocol in labels if columns[name] in that_rank]
     if not rank_by and not any(protocol == "generation" for _, protocol in ranking):
@@ -67,7 +70,7 @@ def measure_by(teacher: Evaluation, rank_by: Sequence[str]) -> RankedBy:
         UserError: a column of ``rank_by`` that says nothing here, columns without a unit in common, or nothing left.
     """
     scores = by_task(teacher)
-    labels = [(task.task, task.ability, task.protocol) for task in teacher.tasks]
+    labels = [(task.task, task.ability, task.protocol) for task in teacher.tasks if task.column != "disputed"]
     if not rank_by:
         return RankedBy("retention", _by_protocol(scores))
     weights: dict[str, float] = {}

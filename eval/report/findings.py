@@ -323,7 +323,7 @@ def writing(rows: Iterable[Row]) -> tuple[Writing, ...]:
 
 def measured_in_nats(score: TaskScore) -> bool:
     """Whether exp(score) is a perplexity: a mean negative log-likelihood in nats."""
-    return not score.higher_is_better and "bit" not in score.metric
+    return not score.higher_is_better and score.metric.startswith("nats")
 
 
 def is_share(score: TaskScore) -> bool:

@@ -12,7 +12,7 @@ from .findings import compare, read_run
 COLUMNS = (
     *("role", "task", "ability", "protocol", "metric", "score", "ci_low", "ci_high", "n", "chance"),
     *("retention", "retention_low", "retention_high", "higher_is_better", "num_fewshot", "version"),
-    *("family", "level", *NAMES, "column", "form_gap", "form_gap_low", "form_gap_high"),
+    *("family", "level", *NAMES, "column", "form_gap", "form_gap_low", "form_gap_high", "ceiling"),
 )
 
 
@@ -36,7 +36,7 @@ def score_rows(run_dir: Path) -> Rows:
                     *(role, score.task, score.ability, score.protocol, score.metric),
                     *(score.score, score.ci_low, score.ci_high, score.n, score.chance),
                     *(*share, score.higher_is_better, score.num_fewshot, score.version),
-                    *(score.family, score.level, *map(score.rates.get, NAMES), score.column, *form),
+                    *(score.family, score.level, *map(score.rates.get, NAMES), score.column, *form, score.ceiling),
                 )
             )
     return Rows(COLUMNS, tuple(rows))

@@ -22,6 +22,7 @@ from .wording import (
     difference_text,
     gap_text,
     identifier_text,
+    limits_text,
     p_text,
     protocol_text,
     retention_text,
@@ -181,7 +182,7 @@ def score_table(run: Run, rows: Sequence[Row]) -> Table:
     for row in shown:
         first = row.any_score
         cells = [score_text(row.scores[role]) if role in row.scores else DASH for role in roles]
-        cells.append(f"{first.n:,}" + (f", chance {chance_text(first)}" if first.higher_is_better else ""))
+        cells.append(", ".join(filter(None, (f"{first.n:,}", limits_text(first)))))
         cells += [retention_text(row.retained.get(role)) for role in kept]
         body.append((task_name(row) + unit_text(first), *cells))
     titles = [*(role.capitalize() for role in roles), "Items", *(f"Kept, {role}" for role in kept)]

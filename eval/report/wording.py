@@ -123,6 +123,14 @@ def chance_text(score: TaskScore) -> str:
     return f"{100 * score.chance:.1f} %" if is_share(score) else f"{score.chance:g}"
 
 
+def limits_text(score: TaskScore) -> str:
+    """`chance 25.0 %, people agree 81.0 %`: between which scores there is anything to be told."""
+    if not score.higher_is_better:
+        return ""
+    agree = f", people agree {100 * score.ceiling:.1f} %" if score.ceiling < 1 else ""
+    return f"chance {chance_text(score)}{agree}"
+
+
 def p_text(value: float | None) -> str:
     """A p value to two digits, or a bound where it is tiny."""
     if value is None:

@@ -146,7 +146,17 @@ def tasks_fingerprint(tasks: Sequence[str], include_path: str | Path | None) -> 
         for file in sorted(folder.rglob("*"))
         if file.suffix in (".yaml", ".py")
     ]
-    return fingerprint([[asdict(data) for data in data_sets.values()], texts])
+    return fingerprint([[_identity(data) for data in data_sets.values()], texts])
+
+
+def _identity(data: DataSet) -> dict[str, object]:
+    """A description as fingerprints have it: without people's shares where there are none."""
+    settings = asdict(data)
+    return (
+        settings
+        if data.label_distribution
+        else {key: settings[key] for key in settings.keys() - {"label_distribution"}}
+    )
 
 
 def task_names(data: DataSet) -> dict[str, tuple[Part, TaskProtocol]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -16,14 +17,18 @@ from shoal.abilities.item import digest
 from shoal.abilities.matching import LETTERS
 from shoal.errors import UserError
 
-from .data_sets import Part
+from .data_sets import AGREED, Part
 
 log = logging.getLogger(__name__)
+
+SHARES_OFF = 1e-3
+"""How far the sum of shares that were rounded when they were written may be from 1."""
 
 Row = Mapping[str, Any]
 """One row of a data set, as it is stored."""
 Doc = dict[str, Any]
-"""What is asked: id, question, context, options, answer (position of the right one), answers (accepted), worked."""
+"""What is asked: id, question, context, options, answer (position of the right one), answers (accepted), worked, and
+shares of people by option where they do not agree."""
 
 
 def bbh_options(text: str, target: str) -> list[str]:
@@ -56,6 +61,11 @@ def _values_beside(pairs: Sequence[Sequence[str]], position: int) -> list[str]:
     return sorted([gold, *others[:3]], key=digest)
 
 
+def _shares(counts: Sequence[float]) -> list[float]:
+    """Shares of counts by option."""
+    return [count / math.fsum(counts) for count in counts]
+
+
 @cache
 def _jinja() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -65,6 +75,7 @@ def _jinja() -> ImmutableSandboxedEnvironment:
         "bbh_options": bbh_options,
         "as_json": lambda pairs: json.dumps(dict(pairs)),
         "values_beside": _values_beside,
+        "shares": _shares,
     }
     environment.globals["LETTERS"] = LETTERS
     return environment
@@ -74,7 +85,8 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
     """The documents that ``rows`` describe, in their order; ``where`` they are from, in words, is for messages.
 
     Raises:
-        UserError: no rows, one without a field that the description names, or with an answer outside its options.
+        UserError: no rows, one without a field that the description names, with an answer outside its options, or with
+            shares of people that are none.
     """
     data, jinja = part.data, _jinja()
     if not rows:
@@ -90,6 +102,7 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
         del templates["question"]
     compiled = {key: jinja.from_string(text) for key, text in templates.items() if text is not None}
     expressions = {key: getattr(data, key) for key in ("options", "answer", "answers", "beginnings")}
+    expressions["shares"] = data.label_distribution
     values = {key: jinja.compile_expression(text, undefined_to_none=False) for key, text in expressions.items() if text}
     keeps = jinja.compile_expression(data.keep or "true")
     left_out = 0
@@ -101,13 +114,31 @@ def as_docs(part: Part, rows: list[Row], where: str) -> Iterator[Doc]:
                 continue
             doc: Doc = {key: template.render(**row) for key, template in compiled.items()}
             doc |= {key: _defined(expression(**row), key) for key, expression in values.items()}
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise UserError(
                 f"{at} cannot be read ({error}; its fields are {', '.join(row)}); correct the data or its description"
             ) from error
         yield _finished(doc, at)
     if left_out:
         log.info("%s: %d of %d rows are left out, since not (%s)", where, left_out, len(rows), data.keep)
+
+
+def agreed_or_disputed(part: Part, docs: Iterator[Doc], where: str) -> Iterator[Doc]:
+    """Those documents on which people agree, or of a disputed part the others; all, where nothing is known of people.
+
+    Raises:
+        UserError: there are none.
+    """
+    is_empty = True
+    for doc in docs:
+        if "shares" not in doc or (max(doc["shares"]) < AGREED) == part.disputed:
+            is_empty = False
+            yield doc
+    if is_empty:
+        share = f"{'less than' if part.disputed else 'at least'} {AGREED:.0%}"
+        raise UserError(
+            f"eval.tasks: {part.name!r}: {where} has no item on which {share} of the people agree; leave this task out"
+        )
 
 
 def _defined(value: Any, key: str) -> Any:
@@ -123,6 +154,9 @@ def _finished(doc: Doc, at: str) -> Doc:
     doc.setdefault("context", f"Question: {doc['question']}\nAnswer:")
     if "options" in doc:
         doc["options"] = [str(option) for option in doc["options"]]
+        if "shares" in doc:
+            _check_shares(doc["shares"], doc["options"], at)
+            doc.setdefault("answer", doc["shares"].index(max(doc["shares"])))
         doc["answer"] = _position(doc["answer"], doc["options"], at)
         doc["answers"] = [doc["options"][doc["answer"]]]
     else:
@@ -132,6 +166,17 @@ def _finished(doc: Doc, at: str) -> Doc:
             raise UserError(f"{at} has no answer; correct the data")
     doc.setdefault("worked", doc["answers"][0])
     return {"id": digest(doc["context"], *doc.get("options", doc["answers"]))[:16], **doc}
+
+
+def _check_shares(shares: list[Any], options: list[str], at: str) -> None:
+    """Refuse what is no distribution over the options."""
+    numbers = all(isinstance(share, int | float) and 0 <= share <= 1 for share in shares)
+    if not numbers or len(shares) != len(options) or abs(math.fsum(shares) - 1) > SHARES_OFF:
+        raise UserError(
+            f"{at}: the label distribution {shares} of {len(options)} options does not give each a share, 1 in all; "
+            "correct the data, or write `| shares` behind the column in label_distribution if it holds "
+            "counts"
+        )
 
 
 def _position(answer: Any, options: list[str], at: str) -> int:

@@ -10,6 +10,7 @@ PROTOCOLS = {
     "generation": "generated",
     "worked": "worked answers",
     "rolling": "running text",
+    "labels": "shares of answers",
 }
 """Protocol -> its words for a reader."""
 COLUMNS = {
@@ -17,6 +18,7 @@ COLUMNS = {
     "out": "untrained abilities",
     "public": "public benchmarks",
     "in": "trained form",
+    "disputed": "items that people dispute",
 }
 """Column -> its words, in the order in which they stand beside each other; see TaskScore.column."""
 ABILITIES = ("retrieval", "knowledge", "reasoning")

@@ -31,9 +31,10 @@ Json = Any
 ABSENT = "absent"
 ROUND = "round"
 """Input of a plan that says which of prune.rounds it belongs to, from 1; absent where there is one."""
-Column = Literal["in", "twin", "out", "public"]
+Column = Literal["in", "twin", "out", "public", "disputed"]
 """How items relate to training text: `in` = in a form that it may have, `twin` = the content of such items in a form
-that it never has, `out` = an ability that it never shows, `public` = a public benchmark."""
+that it never has, `out` = an ability that it never shows, `public` = a public benchmark; `disputed` = the items of any
+of them on which people do not agree, which choose nothing."""
 
 
 @dataclass(frozen=True)
@@ -354,6 +355,8 @@ class TaskScore:
     """Drawing of the texts that the items' ``num_right`` count; None = none were drawn."""
     pass_at: tuple[PassAt, ...] = ()
     """pass@k by k, increasing."""
+    ceiling: float = 1.0
+    """Best score there is: below 1 where an answer scores the share of people who gave it too."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -368,6 +371,8 @@ class TaskScore:
             yield f"items: has {len(self.items)} items, n says {self.n}"
         if not 0 <= self.chance < 1:
             yield f"chance: is {self.chance}; it is 0 or more and less than 1"
+        if not self.chance <= self.ceiling <= 1:
+            yield f"ceiling: is {self.ceiling}; it is at least chance, {self.chance}, and at most 1"
         for index, item in enumerate(self.items):
             if item.weight <= 0:
                 yield f"items.{index}.weight: is {item.weight}"

@@ -399,10 +399,16 @@ def check_recording(recipe: Recipe) -> None:
 def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTrainedModel], Mapping[str, Any]]] | None:
     """What distill.watch scores a student with, made for a tokenizer; None where nothing is watched."""
     from shoal.eval.quick_eval import QuickScores
+    from shoal.eval.tasks.names import described_tasks, task_folders
 
     watch, settings = run.recipe.distill.watch, run.recipe.eval
     if watch is None:
         return None
+    described, _ = described_tasks(task_folders(settings.include_path))
+    if watch.best in described and described[watch.best][0].column == "disputed":
+        raise UserError(
+            f"distill.watch.best: {watch.best} asks items that people dispute, which choose no state; name another"
+        )
     quick = dataclasses.replace(
         settings,
         tasks=watch.tasks,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Importance, Provenance, TaskScore
@@ -118,6 +119,7 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
     num_removals = max((num_components(operator, text_config(config)) for operator in settings.operators), default=1)
     for task, count in counts.items():
         require_items(task, count, num_removals)
+    _check_disputed(settings, tasks)
     if settings.perplexity_tokens:
         check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
         weights = window_weights(settings, tokenizer)
@@ -130,6 +132,24 @@ def _check_sweep(run: Run, settings: Sweeps) -> None:
         _check_order(settings.order, run.num_layers)
     else:
         _check_order_name(settings.order, settings, run.recipe.measure.metrics, tasks)
+
+
+def _check_disputed(settings: Sweeps, tasks: dict[str, Any]) -> None:
+    """Warn of tasks that people answer in different ways, and refuse to remove layers by what they dispute."""
+    asked = {name: [doc["shares"] for doc in task.eval_docs if "shares" in doc] for name, task in tasks.items()}
+    for name, shares in ((name, shares) for name, shares in asked.items() if shares):
+        log.warning(
+            "measure.sweep.tasks: %s asks what people answer in different ways (the most frequent answer is that of "
+            "%.0f %% of them), so its scores say less of layers than those of questions with one right answer",
+            *(name, 100 * fmean(map(max, shares))),
+        )
+    disputed = [name for name, task in tasks.items() if (task.config.metadata or {}).get("column") == "disputed"]
+    choosing = [name for name in disputed if settings.greedy_weights.get(name, not settings.greedy_weights)]
+    if settings.greedy is not None and choosing:
+        raise UserError(
+            f"measure.sweep.greedy: {', '.join(choosing)} asks items that people dispute, which choose no layers; "
+            "leave it out of measure.sweep.tasks, or give the others weights in measure.sweep.greedy_weights"
+        )
 
 
 def _check_order_name(name: str, settings: Sweeps, metrics: Sequence[str], tasks: dict[str, Any]) -> None:
