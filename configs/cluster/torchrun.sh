@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The same on every node, started by hand or by any scheduler, with this node's number first:
-#   FIRST_NODE=node-a NODES=2 configs/cluster/torchrun.sh 0 RECIPE [section.key=value ...]     # on node-a
-#   FIRST_NODE=node-a NODES=2 configs/cluster/torchrun.sh 1 RECIPE [section.key=value ...]     # on the other
+# torchrun on every node, started by hand or by any scheduler, with this node's number first:
+#   FIRST_NODE=node-a NODES=2 bash torchrun.sh 0 RECIPE [section.key=value ...]     # on node-a
+#   FIRST_NODE=node-a NODES=2 bash torchrun.sh 1 RECIPE [section.key=value ...]     # on the other
 set -euo pipefail
 
 node=$1
 shift
+export PYTHONSAFEPATH=1          # modules come from no current folder
 torchrun \
     --nnodes="${NODES:-2}" --nproc-per-node="${GPUS:-8}" --node-rank="$node" \
     --master-addr="$FIRST_NODE" --master-port="${PORT:-29500}" \
-    launch/distill.py --config "$@"
+    --module shoal.cli distill --config "$@"

@@ -322,11 +322,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="shoal", description="Make large language models shallower and get their abilities back."
     )
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
+    local_rank = {"type": int, "help": argparse.SUPPRESS}  # the DeepSpeed launcher puts it behind script or module
+    parser.add_argument("--local_rank", **local_rank)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, row in VERBS.items():
         sub = add_verb(verbs, verb, row.help, row.example)
         sub.add_argument("--config", required=True, help="recipe (YAML): a path, or a name of `shoal list recipes`")
-        sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher appends it
+        sub.add_argument("--local_rank", **local_rank)
         if row.dry_run:
             sub.add_argument("--dry-run", action="store_true", help=f"print {row.dry_run[1]}; write nothing")
         if row.takes_round:

@@ -100,6 +100,8 @@ def test_every_command_can_be_given(file: Path) -> None:
             words = shlex.split(line, comments=True)
             if words[:1] == ["shoal"]:
                 _parse(words[1:])
+            if "shoal.cli" in words:
+                _parse(words[words.index("shoal.cli") + 1 :])
             scripts = [word for word in words[1:] if word.startswith("launch/")]
             assert all((ROOT / script).is_file() for script in scripts), line
 
@@ -119,6 +121,10 @@ def test_every_link_leads_somewhere(file: Path) -> None:
         there = (file.parent / path).resolve() if path else file
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def test_the_first_page_has_at_most_900_words() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 def table(file: Path) -> list[list[str]]:

@@ -49,7 +49,7 @@ def refuse_untrainable(lora: Lora, trainable: str, *, zero_stage: int) -> None:
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            "distill.lora.quantization: nf4 needs bitsandbytes; run `pip install -e '.[qlora]'` in shoal's folder, "
+            "distill.lora.quantization: nf4 needs bitsandbytes; run `pip install 'bitsandbytes>=0.50'`, "
             "or set it to none"
         )
 

@@ -86,8 +86,17 @@ def suites() -> list[Entry]:
     return found
 
 
+def cluster() -> list[Entry]:
+    """Example files that start ranks on several nodes."""
+    found = []
+    for file in sorted((CONFIGS_DIR / "cluster").iterdir()):
+        about = next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+        found.append({"name": file.name, "about": about.removeprefix("# ").rstrip(":."), "file": str(file)})
+    return found
+
+
 LISTS: dict[str, Callable[[], list[Entry]]] = {
-    function.__name__: function for function in (recipes, tasks, metrics, losses, data, suites)
+    function.__name__: function for function in (recipes, tasks, metrics, losses, data, suites, cluster)
 }
 """Word after `shoal list` -> what gives the list."""
 
@@ -113,6 +122,8 @@ def _with_details(kind: str, entry: Entry) -> str:
             cost: Mapping[str, int] = entry["cost"]
             size = f"{cost['items']:,} items, {cost['tokens']:,} tokens a model"
             return f"{entry['about']}. Needs {entry['needs']} [{size}]"
+        case "cluster":
+            return f"{entry['about']} [{entry['file']}]"
         case _:
             return entry["about"]
 

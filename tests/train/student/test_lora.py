@@ -184,7 +184,7 @@ def test_settings_that_cannot_work_are_refused(monkeypatch) -> None:
         refuse_untrainable(Lora(quantization="nf4"), "all", zero_stage=3)
     refuse_untrainable(RANK_3, "all", zero_stage=3)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match=r"nf4 needs bitsandbytes; run `pip install -e '\.\[qlora\]'`"):
+    with pytest.raises(UserError, match=r"nf4 needs bitsandbytes; run `pip install 'bitsandbytes>=0\.50'`"):
         refuse_untrainable(Lora(quantization="nf4"), "all", zero_stage=2)
 
 
