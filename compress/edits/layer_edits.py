@@ -6,6 +6,7 @@ become edits of single layers, and KINDS says of each part what is done with it:
 | part        | in `prune.edits` | swept by        | in force                      | for good                      |
 | ----------- | ---------------- | --------------- | ----------------------------- | ----------------------------- |
 | `layer`     | `prune.drop`     | layer           | passes its input on           | is cut (surgery/)             |
+| `skip_prompt`, `skip_written` | none | layer     | passes its input on at these positions | cannot be       |
 | `attention` | `skip_attention` | layer           | adds nothing                  | output projection is zero     |
 | `mlp`       | `skip_mlp`       | layer           | adds nothing                  | output projection is zero     |
 | `head`      | `head_mask`      | query head      | its context is zero           | its columns there are zero    |
@@ -39,6 +40,8 @@ from .masks import (
     heads_masked,
     heads_of_groups,
     layer_skipped,
+    positions_skipped,
+    refuse_states_without_positions,
     state_multiplied,
     with_halves,
     with_heads,
@@ -83,6 +86,8 @@ class Kind:
 
 KINDS: dict[ComponentPart, Kind] = {
     "layer": Kind(hooks=layer_skipped, stored="Removed()"),
+    "skip_prompt": Kind(hooks=partial(positions_skipped, "skip_prompt"), stored="Skipped(at='prompt')"),
+    "skip_written": Kind(hooks=partial(positions_skipped, "skip_written"), stored="Skipped(at='written')"),
     "attention": Kind(
         _half,
         hooks=partial(half_silenced, "attention"),
@@ -115,12 +120,14 @@ def components_of(operator: str, model: PreTrainedModel, *, order: Sequence[int]
     """What a sweep with ``operator`` takes out of ``model``, one after the other; ``order`` is for cumulative ones.
 
     Raises:
-        UserError: a model whose halves or heads cannot be taken out one by one.
+        UserError: a model whose halves, heads or positions cannot be taken out one by one.
     """
     if operator == "cumulative":
         return tuple(Component(tuple(order[:count])) for count in range(1, len(order) + 1))
     if operator not in KINDS:
         raise ValueError(f"no operator {operator!r}")
+    if LayerEdit(operator).at_positions:
+        refuse_states_without_positions(model)
     in_layer = KINDS[operator].in_layer or (lambda *_: (None,))
     layers = range(len(decoder_layers(model)))
     return tuple(Component((layer,), operator, index) for layer in layers for index in in_layer(model, layer))

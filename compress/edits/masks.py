@@ -20,13 +20,16 @@ from transformers import PreTrainedModel
 
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, with_state
+from shoal.inference.answer_positions import answer_positions
+from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of, text_config, watched, with_state
 from shoal.models.document_masks import documents_apart
+from shoal.recipe.edits import ComponentPart
 
 from ..surgery.cut_model import skipped
-from .sublayers import Sublayers, probing, silence, silent_output, sublayers, where
+from .sublayers import Sublayers, probe_ids, probing, silence, silent_output, sublayers, where
 
 Half = Literal["attention", "mlp"]
+AtPositions = Literal["skip_prompt", "skip_written"]
 Replacement = Literal["zero", "mean", "resample"]
 Hooks = Iterator[AbstractContextManager[object]]
 """What holds an edit of one layer in force until it is closed."""
@@ -63,6 +66,68 @@ def layer_skipped(model: PreTrainedModel, layer: int, _: Sequence[int], rows: Ro
     module = decoder_layers(model)[layer]
     yield module.register_forward_pre_hook(remember, with_kwargs=True)
     yield module.register_forward_hook(pass_on)
+
+
+def positions_skipped(
+    part: AtPositions, model: PreTrainedModel, layer: int, _: Sequence[int], rows: RowsOfBatch | None
+) -> Hooks:
+    """``layer`` passes its input on before the answer positions (skip_prompt), or at these (skip_written).
+
+    It runs on the states that come in at all positions: what other positions attend to inside it, and what a recurrent
+    layer remembers, is what it was.
+
+    Raises:
+        UserError: in a forward of which nobody has said where its answer positions are.
+    """
+    inputs: list[Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs[:] = [given_state(args, kwargs).clone()]  # some layers write into their input
+
+    def pass_on(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        given_BSD = inputs[0]
+        answer_BS = answer_positions(model, given_BSD.shape[1])
+        passed_BSD = passed_on([part], answer_BS, given_BSD, state_of(output))
+        return with_state(output, passed_BSD) if rows is None else _with_rows(output, rows, passed_BSD[rows.rows_R])
+
+    module = decoder_layers(model)[layer]
+    yield module.register_forward_pre_hook(remember, with_kwargs=True)
+    yield module.register_forward_hook(pass_on)
+
+
+def passed_on(parts: Sequence[ComponentPart], answer_BS: Tensor, given_BSD: Tensor, made_BSD: Tensor) -> Tensor:
+    """(B, S, D) ``given_BSD``, which a layer got, where ``parts`` pass that on, elsewhere ``made_BSD`` of its own."""
+    skipped_BS = torch.zeros_like(answer_BS)
+    if "skip_prompt" in parts:
+        skipped_BS = ~answer_BS
+    if "skip_written" in parts:
+        skipped_BS = skipped_BS | answer_BS
+    # a state may have more than one dimension behind the sequence, as with hyper-connections
+    return torch.where(skipped_BS.view(*skipped_BS.shape, *[1] * (given_BSD.dim() - 2)), given_BSD, made_BSD)
+
+
+def refuse_states_without_positions(model: PreTrainedModel) -> None:
+    """Refuse a family whose layers do not hand on one state per row and position.
+
+    Raises:
+        UserError: naming it.
+    """
+    if model.device.type == "meta":  # streamed layer by layer, which takes families that hand on such a state alone
+        return
+    shapes: list[torch.Size] = []
+    ids_1S = probe_ids(model)
+
+    def note(_: int, args: Any, kwargs: Any) -> None:
+        shapes.append(given_state(args, kwargs).shape)
+
+    with probing(model), watched(decoder_layers(model), before=note):
+        model(input_ids=ids_1S, use_cache=False)
+    if strange := next((shape for shape in shapes if shape[:2] != ids_1S.shape), None):
+        raise UserError(
+            f"{text_config(model.config).model_type}: its layers hand on a state of shape {tuple(strange)} for "
+            f"{ids_1S.shape[1]} tokens of one row, in which single positions cannot be skipped; leave skip_prompt and "
+            "skip_written out of measure.sweep.operators"
+        )
 
 
 def state_multiplied(

@@ -41,7 +41,7 @@ from ...eval.tasks.load import known_tasks, tasks_of
 from ..edits.layer_edits import stored_name
 from ..variants.streamed import Streaming, score_variants_streamed
 from ..variants.variant_generation import Limits, generate_variants
-from ..variants.variants import INTACT, Edited, Variant, score_variants
+from ..variants.variants import INTACT, Edited, Variant, runs_through, score_variants
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def layer_runs(variants: Sequence[Variant], num_layers: int) -> tuple[int, int]:
     for layer in range(num_layers):
         removed = [any(at == layer and edit.removes_layer for at, edit in variant.edits) for variant in variants]
         through = [variant.edits for variant, is_gone in zip(variants, removed, strict=True) if not is_gone]
-        paths = {tuple(edit for edit in edits if edit[0] <= layer) for edits in through}
+        paths = {runs_through(edits, layer) for edits in through}
         shared += len(paths)
         apart += len(variants) - sum(removed)
     return shared, apart

@@ -168,12 +168,15 @@ class _Reading:
     def _passes(self, read: list[Tokens]) -> list[Pass]:
         """The common beginning as one row, and what every prompt goes on with; one pass where nothing is shared."""
         ids_BS = self._decoder.right_padded(read)
+        first_B1 = torch.tensor([[len(prompt) - self._shared - 1] for prompt in self._prompts], device=ids_BS.device)
+        answer_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device) >= first_B1
         if not self._shared:
-            return [Pass(ids_BS)]
+            return [Pass(ids_BS, answer_BS)]
         context = torch.tensor([self._prompts[0][: self._shared]], device=self._decoder.device)
         positions_BS = self._shared + torch.arange(ids_BS.shape[1], device=ids_BS.device).expand(ids_BS.shape)
         rows = torch.zeros(len(read), dtype=torch.long, device=ids_BS.device)
-        return [Pass(context), Pass(ids_BS, None, positions_BS, rows)]
+        shared = Pass(context, torch.zeros_like(context, dtype=torch.bool))
+        return [shared, Pass(ids_BS, answer_BS, None, positions_BS, rows)]
 
     def accepted(self, variant: Variant) -> list[Tokens]:
         """For every prompt the draft's beginning that ``variant`` would have written too, and its own next token."""

@@ -30,9 +30,10 @@ from shoal.inference.decoder import Decoder, plain_cache
 from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Layout, Pass, Score, layouts, settle
 from shoal.models.anatomy import decoder_layers, text_config
-from shoal.recipe.edits import REMOVED, Component, LayerEdit, LayerEdits
+from shoal.recipe.edits import REMOVED, Component, ComponentPart, LayerEdit, LayerEdits
 
 from ..edits.layer_edits import in_force, layer_edits
+from ..edits.masks import passed_on
 from ..edits.swapping import refuse_unswappable, swapped
 from .layerwise import Call, Layerwise
 from .state_store import Kept, StateStore
@@ -56,6 +57,11 @@ class Variant:
 
 
 INTACT = Variant("intact", ())
+
+
+def runs_through(edits: LayerEdits, layer: int) -> LayerEdits:
+    """Those of ``edits`` on which depends what ``layer`` runs on, and how."""
+    return tuple((at, edit) for at, edit in edits if at < layer or (at == layer and not edit.at_positions))
 
 
 def variant(name: str, edits: Iterable[tuple[int, LayerEdit]]) -> Variant:
@@ -163,15 +169,32 @@ class States:
         self._states = {}
         if self.kept is not None:
             self.kept.append({})
+        passed: dict[LayerEdits, tuple[list[Kept], Any]] = {}
         for variant in self._variants:
             so_far = tuple(edit for edit in variant.edits if edit[0] <= layer)
-            if so_far not in self._states:
-                edits = [edit for at, edit in so_far if at == layer]
-                states = before[tuple(edit for edit in so_far if edit[0] < layer)]
-                self._states[so_far], slot = self._through(layer, edits, states)
-                if self.kept is not None and slot is not None and not any(edit.removes_layer for edit in edits):
-                    self.kept[layer][so_far] = slot.keys, slot.values
+            if so_far in self._states:
+                continue
+            here = [edit for at, edit in so_far if at == layer]
+            states = before[tuple(edit for edit in so_far if edit[0] < layer)]
+            # what passes its input on at some positions has run as all others that get these states
+            through = runs_through(so_far, layer)
+            if through not in passed:
+                passed[through] = self._through(layer, [edit for at, edit in through if at == layer], states)
+            after, slot = passed[through]
+            skips: list[ComponentPart] = [edit.part for edit in here if edit.at_positions]
+            if skips:
+                after = self._passed_on(skips, states, after)
+            self._states[so_far] = after
+            if self.kept is not None and slot is not None and not any(edit.removes_layer for edit in here):
+                self.kept[layer][so_far] = slot.keys, slot.values
         self.layer += 1
+
+    def _passed_on(self, skips: Sequence[ComponentPart], before: Sequence[Kept], after: Sequence[Kept]) -> list[Kept]:
+        """``after`` with the states ``before`` the layer at the positions of every pass that it skips."""
+        return [
+            self._store.keep(passed_on(skips, batch.answer_BS, given.load(), made.load()))
+            for batch, given, made in zip(self._passes, before, after, strict=True)
+        ]
 
     def final(self, variant: Variant) -> list[Tensor]:
         """(B, S, D) The final hidden states of every pass, once all layers are behind."""

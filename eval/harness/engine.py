@@ -32,6 +32,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.errors import UserError
+from shoal.inference.answer_positions import answers_at
 from shoal.inference.decoder import Decoder
 from shoal.inference.drawing import Choose, Drawn, DrawnOnly, likeliest
 from shoal.inference.generation import Finish, write_after
@@ -321,7 +322,7 @@ class CausalLM(TemplateLM):
             wanted = {key: value for key, value in wanted.items() if key not in GREEDY_SETTINGS} | {"do_sample": False}
         ids, mask, _ = self._decoder.left_padded(rows)
         model: Any = self._model
-        with torch.no_grad():
+        with torch.no_grad(), answers_at(model, ids.shape[1]):
             written = model.generate(
                 input_ids=ids.masked_fill(mask == 0, self.tokenizer.pad_token_id),
                 attention_mask=mask,

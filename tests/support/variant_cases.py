@@ -33,5 +33,7 @@ VARIANTS = [
     *(variant(f"{half}{layer}", [(layer, LayerEdit(half))]) for layer in (0, 3) for half in ("attention", "mlp")),
     variant("both halves", [(2, LayerEdit("mlp")), (2, LayerEdit("attention"))]),
     variant("heads", [(5, LayerEdit("head", (1, 2))), (3, LayerEdit("head", (0,)))]),
+    variant("prompt", [(2, LayerEdit("skip_prompt"))]),
+    variant("prompt, written", [(1, LayerEdit("skip_prompt")), (4, LayerEdit("skip_written"))]),
     variant("mixed", [(4, REMOVED), (2, LayerEdit("mlp")), (1, LayerEdit("head", (3,)))]),
 ]

@@ -104,7 +104,7 @@ class Sweep:
     """Every component of one operator by every column."""
 
     operator: str
-    """layer, attention, mlp, head, kv_group, cumulative or donor."""
+    """As in measure.sweep.operators."""
     units: tuple[Component, ...]
     columns: tuple[SweepColumn, ...]
 

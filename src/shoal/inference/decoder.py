@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from shoal.errors import UserError
+from shoal.inference.answer_positions import answers_at
 from shoal.models.anatomy import decoder_body, text_config
 from shoal.models.families import family
 from shoal.models.load import logits_from_hidden
@@ -64,10 +65,15 @@ class Decoder:
         mask: Tensor | None = None,
         position_ids_BS: Tensor | None = None,
         cache: DynamicCache | None = None,
+        answer_BS: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states (B, S, D); ``cache`` is extended, ``mask`` covers what it holds and the new tokens."""
+        """Final hidden states (B, S, D); ``cache`` is extended, ``mask`` covers what it holds and the new tokens.
+
+        ``answer_BS`` is True where an answer is predicted (answer_positions.py); only edits that hold there ask for it.
+        """
         arguments = self.arguments(input_ids_BS, mask=mask, position_ids_BS=position_ids_BS, cache=cache)
-        return self._body(**arguments).last_hidden_state
+        with answers_at(self.model, answer_BS):
+            return self._body(**arguments).last_hidden_state
 
     def arguments(
         self,

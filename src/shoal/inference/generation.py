@@ -91,8 +91,9 @@ def write(
     texts.cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in texts.cache.layers]
     while texts.alive:
         before_step(texts.alive)
+        last_1S = torch.arange(texts.ids_BS.shape[1], device=decoder.device).unsqueeze(0) == texts.ids_BS.shape[1] - 1
         hidden_BSD = decoder.hidden(
-            texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache
+            texts.ids_BS, mask=texts.mask_BS, position_ids_BS=texts.positions_BS, cache=texts.cache, answer_BS=last_1S
         )
         logits_BV = decoder.logits(hidden_BSD[:, -1])  # rows end together
         token_B = choose(logits_BV, texts.alive, len(texts.written[texts.alive[0]]))

@@ -84,7 +84,9 @@ class Reader:
             return
         # a sliding layer's own kind would forget what a row that goes on earlier still sees
         cache = plain_cache(len(self._decoder.new_cache().layers))
-        self._decoder.hidden(self._decoder.right_padded(beginnings), cache=cache)
+        ids_BS = self._decoder.right_padded(beginnings)
+        # beginnings end before the last token of any prompt
+        self._decoder.hidden(ids_BS, cache=cache, answer_BS=torch.zeros_like(ids_BS, dtype=torch.bool))
         layers: Any = cache.layers
         for row, beginning in enumerate(beginnings):
             slots = [(layer.keys, layer.values) if layer.is_initialized else None for layer in layers]

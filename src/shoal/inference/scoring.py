@@ -117,6 +117,8 @@ class Pass:
     """One forward through the layers."""
 
     ids_BS: Tensor
+    answer_BS: Tensor
+    """True where an answer is predicted: from a context's last token on. What padding has there is never read."""
     mask: Tensor | None = None
     """Mask over what the cache holds and the new tokens; None = nothing is padded that a token could see."""
     positions_BS: Tensor | None = None
@@ -148,7 +150,11 @@ class Layout:
             pass_cache = cache if forward.rows is None or cache is None else branched(cache, forward.rows)
             states.append(
                 decoder.hidden(
-                    forward.ids_BS, mask=forward.mask, position_ids_BS=forward.positions_BS, cache=pass_cache
+                    forward.ids_BS,
+                    mask=forward.mask,
+                    position_ids_BS=forward.positions_BS,
+                    cache=pass_cache,
+                    answer_BS=forward.answer_BS,
                 )
             )
         return states
@@ -196,16 +202,19 @@ def _whole_layout(decoder: Decoder, reader: Reader, batch: Sequence[tuple[Questi
     rows = [(*question.context, *tail) for question, tail in batch]
     if any(question.shared for question, _ in batch):
         start = reader.start(rows, [question.shared for question, _ in batch])
-        first, begun = Pass(start.ids_BS, start.mask, start.positions_BS), start.cache
-        ends = [start.ids_BS.shape[1]] * len(batch)
+        ids_BS, mask, positions_BS, begun = start.ids_BS, start.mask, start.positions_BS, start.cache
+        ends = [ids_BS.shape[1]] * len(batch)
     else:
-        first, begun, ends = Pass(decoder.right_padded(rows)), None, list(map(len, rows))
+        ids_BS, mask, positions_BS, begun = decoder.right_padded(rows), None, None, None
+        ends = list(map(len, rows))
+    # from the context's last token, whose state predicts the first one of the continuation
+    starts = [end - len(tail) - 1 for end, (_, tail) in zip(ends, batch, strict=True)]
+    first = Pass(ids_BS, _from(starts, ids_BS), mask, positions_BS)
 
     def locate(hidden: Sequence[Tensor]) -> Positions:
         positions = Positions()
         for row, (question, tail) in enumerate(batch):
-            # from the context's last token, whose state predicts the first one of the continuation
-            start = positions.add_hidden(hidden[0][row, ends[row] - len(tail) - 1 : ends[row]])
+            start = positions.add_hidden(hidden[0][row, starts[row] : ends[row]])
             for continuation, owners in question.requests.items():
                 if continuation[:-1] == tail:
                     positions.want(range(start, start + len(continuation)), continuation, owners)
@@ -221,14 +230,16 @@ def _branched_layout(decoder: Decoder, reader: Reader, batch: Sequence[Question]
         ((row, tail) for row, question in enumerate(batch) for tail in question.tails if tail), key=lambda p: -len(p[1])
     )
     chunks = list(even_batches(fed, batch_size, length=lambda p: len(p[1]), enough_tokens=decoder.enough_tokens))
-    passes = [Pass(start.ids_BS, start.mask, start.positions_BS)]
+    last = [start.ids_BS.shape[1] - 1] * len(batch)
+    passes = [Pass(start.ids_BS, _from(last, start.ids_BS), start.mask, start.positions_BS)]
     for chunk in chunks:
         rows = torch.tensor([row for row, _ in chunk], device=decoder.device)
         ids_BT = decoder.right_padded([tail for _, tail in chunk])
         # tails are padded on the right, so their positions count on from the context's length
         offsets = torch.tensor([[len(batch[row].context)] for row, _ in chunk], device=decoder.device)
         mask = torch.cat([start.mask[rows], torch.ones_like(ids_BT)], dim=1)
-        passes.append(Pass(ids_BT, mask, offsets + torch.arange(ids_BT.shape[1], device=decoder.device), rows))
+        positions_BT = offsets + torch.arange(ids_BT.shape[1], device=decoder.device)
+        passes.append(Pass(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), mask, positions_BT, rows))
 
     def locate(hidden: Sequence[Tensor]) -> Positions:
         positions = Positions()
@@ -245,6 +256,12 @@ def _branched_layout(decoder: Decoder, reader: Reader, batch: Sequence[Question]
         return positions
 
     return Layout(tuple(passes), locate, start.cache)
+
+
+def _from(starts: Sequence[int], ids_BS: Tensor) -> Tensor:
+    """(B, S) True from each row's start on."""
+    starts_B1 = torch.tensor(starts, device=ids_BS.device).unsqueeze(1)
+    return torch.arange(ids_BS.shape[1], device=ids_BS.device) >= starts_B1
 
 
 def settle(decoder: Decoder, positions: Positions, answers: list[Score]) -> set[int]:

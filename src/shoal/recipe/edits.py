@@ -26,8 +26,9 @@ Index = Annotated[int, Field(ge=0)]
 Indices = Annotated[tuple[Index, ...], Field(min_length=1)]
 Neighbours = Annotated[tuple[Index, ...], Field(min_length=2)]
 """Neighbouring layers, increasing."""
-ComponentPart = Literal["layer", "attention", "mlp", "head", "kv_group", "donor"]
-"""How much of a layer a component is; donor = the layer as another model has it."""
+ComponentPart = Literal["layer", "skip_prompt", "skip_written", "attention", "mlp", "head", "kv_group", "donor"]
+"""How much of a layer a component is: what it writes at prompt positions, or from the prompt's last token on where the
+answer is predicted; donor = the layer as another model has it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class LayerEdit:
     def removes_layer(self) -> bool:
         """Whether the layer runs no more."""
         return self.part == "layer"
+
+    @property
+    def at_positions(self) -> bool:
+        """Whether the layer runs as it is, and passes its input on at some positions."""
+        return self.part in ("skip_prompt", "skip_written")
 
 
 REMOVED = LayerEdit("layer")

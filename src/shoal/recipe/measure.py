@@ -29,8 +29,9 @@ class Sweeps(Tasks):
     protocols: Annotated[tuple[Protocol, ...], Shapes.SCORES] = ()
     """Every task under each of these, as far as there are tasks called so; none = tasks are named in full."""
     operators: Annotated[tuple[Operator, ...], Shapes.SCORES] = ("layer",)
-    """Changes of the intact model, one unit at a time: a layer, a half of one, a query head or a key-value group
-    taken out, or a donor's layer put in; cumulative = ever more layers taken out, by ``order``."""
+    """Changes of the intact model, one unit at a time: a layer, what it writes before the answer or from there on, a
+    half of one, a query head or a key-value group taken out, or a donor's layer put in; cumulative = ever more layers
+    taken out, by ``order``."""
     order: Annotated[tuple[int, ...] | str, Shapes.SCORES] = "block_influence"
     """Layers that cumulative removals go through, the first to go first, or the metric by which they go through all,
     the least important first."""

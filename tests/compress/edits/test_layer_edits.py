@@ -76,6 +76,8 @@ def test_answers_of_sweeps_are_found_by_the_names_they_were_stored_under() -> No
         ((Component((2,), "mlp"), Component((2,), "head", 1)), "((2, Masked(heads=(1,))), (2, Silenced(half='mlp')))"),
         ((Component((0,), "kv_group", 1),), "((0, Masked(heads=(2, 3))),)"),
         ((Component((4,), "donor"),), "((4, Swapped()),)"),
+        ((Component((1,), "skip_prompt"),), "((1, Skipped(at='prompt')),)"),
+        ((Component((1,), "skip_written"),), "((1, Skipped(at='written')),)"),
     ):
         assert stored_name(layer_edits(taken, model)) == name
     assert LayerEdit("layer") == REMOVED

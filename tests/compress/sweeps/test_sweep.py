@@ -18,10 +18,10 @@ from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps import sweep as module
 from shoal.compress.sweeps.sweep import VariantsLM, layer_runs, sweep, task_names
-from shoal.compress.variants.variants import Edited, Variant, variant_of, without
+from shoal.compress.variants.variants import INTACT, Edited, Variant, variant, variant_of, without
 from shoal.errors import UserError
 from shoal.eval.evaluate import evaluate
-from shoal.recipe.edits import Component
+from shoal.recipe.edits import Component, LayerEdit
 from shoal.recipe.measure import Sweeps
 
 SETTINGS = Sweeps(
@@ -114,7 +114,17 @@ def test_two_ranks_answer_from_each_others_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("operator", "count"),
-    [("layer", 6), ("attention", 6), ("mlp", 6), ("head", 24), ("kv_group", 12), ("donor", 6), ("cumulative", 3)],
+    [
+        ("layer", 6),
+        ("skip_prompt", 6),
+        ("skip_written", 6),
+        ("attention", 6),
+        ("mlp", 6),
+        ("head", 24),
+        ("kv_group", 12),
+        ("donor", 6),
+        ("cumulative", 3),
+    ],
 )
 def test_units_of_an_operator_cover_the_model(operator: str, count: int) -> None:
     made = model()
@@ -166,7 +176,25 @@ def test_a_recurrent_model_is_swept_variant_by_variant() -> None:
     assert_same(intact, evaluate(made, tiny_tokenizer(), settings, seed=0))
 
 
+@pytest.mark.slow
+def test_a_recurrent_model_writes_with_layers_that_write_at_some_positions() -> None:
+    from architectures import tiny_model as tiny_family
+
+    made = tiny_family("mamba2", vocab_size=272, num_hidden_layers=3, initializer_range=0.3)
+    settings = dataclasses.replace(SETTINGS, tasks=("retrieval_generation",), limit=2, perplexity_tokens=0)
+    prompt, written = LayerEdit("skip_prompt"), LayerEdit("skip_written")
+    layer = [variant("both", [(1, prompt), (1, written)]), without([1])]
+    parts = [variant("prompt", [(1, prompt)]), variant("written", [(1, written)])]
+    intact, found = sweep(partial(VariantsLM, Edited(made), tiny_tokenizer()), [*layer, *parts], settings, seed=0)
+    assert_same(found[0], found[1])
+    texts = [str([item.prediction for item in scores[0].items]) for scores in (intact, *found[1:])]
+    assert len(set(texts)) == 4
+
+
 def test_how_many_layers_a_sweep_runs_is_told_as_it_is() -> None:
     singles = [without([layer]) for layer in range(NUM_LAYERS)]
     assert layer_runs(singles, NUM_LAYERS) == (NUM_LAYERS - 1 + 15, NUM_LAYERS * (NUM_LAYERS - 1))
+    written = [variant(str(layer), [(layer, LayerEdit("skip_written"))]) for layer in range(NUM_LAYERS)]
+    # below and in its layer a variant runs as the intact model does
+    assert layer_runs([INTACT, *written], NUM_LAYERS) == (NUM_LAYERS + 15, NUM_LAYERS * (NUM_LAYERS + 1))
     assert layer_runs([without([5]), without([4, 5]), without([3, 4, 5])], NUM_LAYERS) == (5, 5 + 4 + 3)

@@ -1,0 +1,298 @@
+"""Layers that write nothing before the answer, or nothing from there on, against whole sequences run with plain hooks.
+
+The reference knows no cache, no padding, no batch and none of shoal's edits: it runs every sequence alone in float64.
+
+Covers: shoal.inference.answer_positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from architectures import tiny_model as tiny_family
+from tiny import NUM_LAYERS, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+from variant_cases import requests
+
+from shoal.compress.edits.layer_edits import components_of, in_force
+from shoal.compress.edits.masks import AtPositions
+from shoal.compress.surgery.cut_model import skipped
+from shoal.compress.variants import variant_generation
+from shoal.compress.variants.variant_generation import Limits, generate_variants
+from shoal.compress.variants.variants import INTACT, Edited, Variant, score_variants, variant, without
+from shoal.errors import UserError
+from shoal.inference.answer_positions import answers_at
+from shoal.inference.decoder import Decoder
+from shoal.inference.generation import write_after
+from shoal.inference.prefix_sharing import Reader, Tokens
+from shoal.inference.scoring import score
+from shoal.models.anatomy import decoder_body, decoder_layers
+from shoal.models.document_masks import documents_apart
+from shoal.recipe.edits import REMOVED, LayerEdit
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "full attention, grouped queries": lambda: tiny_model("llama", initializer_range=0.3),
+    "sliding and full attention": lambda: tiny_model("gemma3", initializer_range=0.3),
+    "experts": lambda: tiny_family("mixtral", initializer_range=0.3),
+    "parallel attention": lambda: tiny_family("cohere", initializer_range=0.3),
+    "parallel attention, positions partly rotated": lambda: tiny_family("gptj", initializer_range=0.3),
+}
+RECURRENT = ("falcon_h1", "mamba2", "qwen3_next", "zamba2")
+WHOLE = ("gemma4_text", "glm_moe_dsa")
+"""Families whose layers share more than their state, so that every variant runs through the whole model."""
+PARTS: tuple[AtPositions, ...] = ("skip_prompt", "skip_written")
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, whose experts run in a plain loop: torch multiplies groups of matrices in single precision only."""
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model.double()
+
+
+def variants_of(num_layers: int) -> list[Variant]:
+    singles = [variant(f"{part} {layer}", [(layer, LayerEdit(part))]) for part in PARTS for layer in range(num_layers)]
+    last = num_layers - 1
+    return [
+        *singles,
+        INTACT,
+        variant("both", [(1, LayerEdit("skip_prompt")), (1, LayerEdit("skip_written"))]),
+        variant("two layers", [(0, LayerEdit("skip_prompt")), (last, LayerEdit("skip_written"))]),
+        variant("one removed", [(0, REMOVED), (1, LayerEdit("skip_prompt")), (last, LayerEdit("skip_written"))]),
+    ]
+
+
+@contextmanager
+def plainly(model: PreTrainedModel, one: Variant, first: int) -> Iterator[None]:
+    """The layers of ``one`` pass their input on before position ``first``, from it on, or everywhere."""
+    spans = {"skip_prompt": slice(0, first), "skip_written": slice(first, None), "layer": slice(None)}
+    given: dict[int, Tensor] = {}
+
+    def before(layer: int, args: Any, kwargs: Any) -> None:
+        given[layer] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+    def after(layer: int, span: slice, output: Any) -> Any:
+        state = (output if isinstance(output, Tensor) else output[0]).clone()
+        state[:, span] = given[layer][:, span]
+        return state if isinstance(output, Tensor) else (state, *output[1:])
+
+    with ExitStack() as stack:
+        for layer, edit in one.edits:
+            module = decoder_layers(model)[layer]
+            stack.enter_context(
+                module.register_forward_pre_hook(lambda _, a, k, layer=layer: before(layer, a, k), with_kwargs=True)
+            )
+            stack.enter_context(
+                module.register_forward_hook(lambda _, __, o, at=layer, part=edit.part: after(at, spans[part], o))
+            )
+        yield
+
+
+@torch.no_grad()
+def plain_score(model: PreTrainedModel, one: Variant, context: Tokens, continuation: Tokens) -> float:
+    with plainly(model, one, len(context) - 1):
+        logits = model(input_ids=torch.tensor([[*context, *continuation[:-1]]]), use_cache=False).logits.double()
+    log_probs = logits[0, len(context) - 1 :].log_softmax(dim=-1)
+    return float(log_probs.gather(1, torch.tensor(continuation).unsqueeze(1)).sum())
+
+
+@torch.no_grad()
+def plain_text(model: PreTrainedModel, one: Variant, prompt: Sequence[int], count: int) -> list[int]:
+    text: list[int] = []
+    with plainly(model, one, len(prompt) - 1):
+        for _ in range(count):
+            logits = model(input_ids=torch.tensor([[*prompt, *text]]), use_cache=False).logits
+            text.append(int(logits[0, -1].argmax()))
+    return text
+
+
+def asked(vocabulary: int = 90) -> list[tuple[Tokens, Tokens]]:
+    """Contexts within and beyond the window, with options of several lengths, one token too; and running text."""
+    some = [*requests(num_questions=4)[4:], ((7,), (3, 4, 5))]
+    return [(tuple(t % vocabulary for t in context), tuple(t % vocabulary for t in tail)) for context, tail in some]
+
+
+def prompts(shared: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    beginning, *ends = (torch.randint(0, 90, (n,), generator=generator).tolist() for n in (shared, 2, 11, 5))
+    return [[*beginning, *end] for end in ends]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_are_those_of_whole_sequences_run_with_plain_hooks(name: str) -> None:
+    model = in_float64(FAMILIES[name]())
+    variants = variants_of(len(decoder_layers(model)))
+    found = score_variants(Edited(model), Decoder(model), asked(), variants, batch_size=3)
+    for one, scores in zip(variants, found, strict=True):
+        expected = [plain_score(model, one, *pair) for pair in asked()]
+        # logits become float32 before the softmax
+        assert [value for value, _ in scores] == pytest.approx(expected, abs=3e-5), one.name
+    # what the last layer writes at prompt positions is read by nobody
+    assert found[len(decoder_layers(model)) - 1] == found[variants.index(INTACT)]
+    assert len({tuple(scores) for scores in found}) == len(variants) - 1
+
+
+@pytest.mark.parametrize("whole_drafts", [False, True])
+@pytest.mark.parametrize("shared", [0, 12])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_are_those_of_whole_sequences_run_with_plain_hooks(
+    name: str, shared: int, whole_drafts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if whole_drafts:
+        monkeypatch.setattr(variant_generation, "DRAFT_TOKENS", {})
+    model = in_float64(FAMILIES[name]())
+    variants, limits = variants_of(len(decoder_layers(model))), Limits(6, lambda _: False)
+    edited, decoder = Edited(model), Decoder(model)
+    found = generate_variants(edited, decoder, prompts(shared), variants, limits, batch_size=3)
+    for one, texts in zip(variants, found, strict=True):
+        assert texts == [plain_text(model, one, prompt, 6) for prompt in prompts(shared)], one.name
+    assert len({str(texts) for texts in found}) > len(variants) // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*RECURRENT, *WHOLE])
+def test_a_layer_that_remembers_still_remembers_what_it_does_not_write(name: str) -> None:
+    model = in_float64(tiny_family(name, initializer_range=0.3))
+    num_layers = len(decoder_layers(model))
+    variants, edited, decoder = variants_of(num_layers), Edited(model), Decoder(model)
+    found = score_variants(edited, decoder, asked()[:6], variants, batch_size=2)
+    for one, scores in zip(variants, found, strict=True):
+        expected = [plain_score(model, one, *pair) for pair in asked()[:6]]
+        assert [value for value, _ in scores] == pytest.approx(expected, abs=3e-5), one.name
+    one = variants[num_layers - 2]
+    prompt = prompts(9)[0]
+    with edited.applied(one.edits), answers_at(model, len(prompt)):  # as sweeps let transformers write
+        written: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+    assert written[0, len(prompt) :].tolist() == plain_text(model, one, prompt, 4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_each_variant_alone_gives_the_same_bits_and_tokens(kind: str) -> None:
+    model = tiny_model(kind, initializer_range=0.3)
+    edited, decoder, variants = Edited(model), Decoder(model), variants_of(NUM_LAYERS)
+    scores = score_variants(edited, decoder, asked(), variants, batch_size=3)
+    limits = Limits(5, lambda tokens: tokens[-1] % 17 == 0)
+    texts = generate_variants(edited, decoder, prompts(12), variants, limits, batch_size=3)
+    for number, one in enumerate(variants):
+        with edited.applied(one.edits):
+            assert scores[number] == score(decoder, asked(), batch_size=3), one.name
+            alone = write_after(decoder, prompts(12), max_new_tokens=5, is_finished=limits.is_finished)
+        assert texts[number] == alone, one.name
+
+
+def test_both_parts_at_once_are_the_layer_left_out_bit_for_bit() -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    edited, decoder = Edited(model), Decoder(model)
+    both = [variant(str(layer), [(layer, LayerEdit(part)) for part in PARTS]) for layer in range(NUM_LAYERS)]
+    gone = [without([layer]) for layer in range(NUM_LAYERS)]
+    limits = Limits(5, lambda _: False)
+    for answers in (
+        lambda variants: score_variants(edited, decoder, asked(), variants, batch_size=3),
+        lambda variants: generate_variants(edited, decoder, prompts(12), variants, limits, batch_size=3),
+    ):
+        assert answers(both) == answers(gone)
+
+
+@torch.no_grad()
+def test_a_prompt_of_all_positions_leaves_the_layer_out_and_one_of_none_leaves_it_as_it_is() -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(20).unsqueeze(0)
+    with skipped(model, [2]):
+        gone = model(input_ids=ids).logits
+    intact = model(input_ids=ids).logits
+    for part in PARTS:
+        with in_force(model, [(2, LayerEdit(part))]):
+            for is_skipped, expected in ((True, gone), (False, intact)):
+                with answers_at(model, torch.full((1, 20), is_skipped == (part == "skip_written"))):
+                    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_a_prompt_of_one_token_is_all_answer() -> None:
+    model = tiny_model("llama", initializer_range=0.3)
+    texts = [((256,), tuple(range(40, 60))), ((3,), (9,))]
+    variants = [INTACT, without([2]), *(variant(part, [(2, LayerEdit(part))]) for part in PARTS)]
+    intact, gone, prompt, written = score_variants(Edited(model), Decoder(model), texts, variants, batch_size=2)
+    assert prompt == intact
+    assert written == gone
+
+
+def test_beginnings_that_are_read_once_for_all_are_prompts() -> None:
+    model = tiny_model("gemma3", initializer_range=0.3)
+    decoder = Decoder(model)
+    rows = [tuple(prompt) for prompt in prompts(12)]
+    for part in PARTS:
+        with in_force(model, [(1, LayerEdit(part)), (3, LayerEdit(part))]):
+            start = Reader(decoder, [row[:12] for row in rows]).start(rows, [12] * len(rows))
+            shared = write_after(decoder, rows, max_new_tokens=5, is_finished=lambda _: False, start=start)
+            assert shared == write_after(decoder, rows, max_new_tokens=5, is_finished=lambda _: False)
+
+
+@torch.no_grad()
+def test_documents_of_one_row_are_skipped_each_by_its_own_prompt() -> None:
+    model = tiny_model("llama", dtype=torch.float64)
+    documents, firsts = [list(range(20, 31)), list(range(60, 67))], [6, 2]
+    answer = [[place >= first for place in range(len(ids))] for ids, first in zip(documents, firsts, strict=True)]
+    positions = torch.tensor([[*range(11), *range(7)]])
+    for part in PARTS:
+        one = variant(part, [(3, LayerEdit(part))])
+        with (
+            in_force(model, one.edits),
+            answers_at(model, torch.tensor([[*answer[0], *answer[1]]])),
+            documents_apart(decoder_body(model), positions),
+        ):
+            ids = torch.tensor([[*documents[0], *documents[1]]])
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        alone = []
+        for document, first in zip(documents, firsts, strict=True):
+            with plainly(model, one, first):
+                alone.append(model(input_ids=torch.tensor([document]), use_cache=False).logits[0])
+        torch.testing.assert_close(packed, torch.cat(alone))
+
+
+def test_a_forward_of_which_nobody_says_where_its_answer_is_is_refused() -> None:
+    model = tiny_model("llama")
+    ids = torch.arange(8).unsqueeze(0)
+    with in_force(model, [(2, LayerEdit("skip_prompt"))]), pytest.raises(UserError, match="nothing says where"):
+        model(input_ids=ids)
+    with (
+        in_force(model, [(2, LayerEdit("skip_prompt"))]),
+        answers_at(model, torch.ones(1, 7, dtype=torch.bool)),
+        pytest.raises(UserError, match="of these 8 positions"),
+    ):
+        model(input_ids=ids)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_family_whose_states_hold_more_than_one_position_each_is_refused_by_name(part: str) -> None:
+    with pytest.raises(UserError, match=r"gemma3n_text: its layers hand on a state of shape .* skip_prompt"):
+        components_of(part, tiny_family("gemma3n_text"))
+
+
+def test_skipping_positions_costs_no_more_layers_than_leaving_layers_out() -> None:
+    model = tiny_model("llama")
+    edited, decoder = Edited(model), Decoder(model)
+    count = 0
+
+    def add(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    def cost(variants: list[Variant]) -> int:
+        nonlocal count
+        count = 0
+        score_variants(edited, decoder, asked()[:1], [INTACT, *variants], batch_size=1)
+        return count
+
+    score_variants(edited, decoder, asked()[:1], [INTACT], batch_size=1)
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(add)
+    removed = cost([without([layer]) for layer in range(NUM_LAYERS)])
+    for part in PARTS:
+        assert cost([variant(str(layer), [(layer, LayerEdit(part))]) for layer in range(NUM_LAYERS)]) == removed
