@@ -26,7 +26,7 @@ pytestmark = pytest.mark.every_case
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TRAINING = ROOT / "docs/training"
-NO_KEYS = ("json", "md", "py", "yaml")
+NO_KEYS = ("json", "md", "py", "yaml", "yml")
 """`distill.json` is a file."""
 
 
