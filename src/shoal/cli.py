@@ -1,4 +1,4 @@
-"""`shoal measure | prune | record | distill | eval | search | report | run --config RECIPE [section.key=value ...]`,
+"""`shoal measure | prune | record | distill | eval | search | report | run RECIPE_OR_RUN_DIR [section.key=value ...]`,
 `shoal compare RUN_DIR RUN_DIR ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain | completion`."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
 from shoal.help.verbs import Text, add_help_verbs, add_verb
 from shoal.progress import doing
 from shoal.redaction import redacted, redacted_arguments
+from shoal.runtime import Loudness
 from shoal.stages.launch import STARTED, LaunchEnded, launch_distill
 from shoal.stopping import on_stop, stop_at_once, watch_launcher
 
@@ -96,6 +97,7 @@ VERBS = {
     "report": Verb(
         "report.html, report.md, and the Hub push where the recipe asks for it",
         "report.report",
+        example="runs/mine",
         check="report.require_results",
         takes_round=True,
     ),
@@ -123,37 +125,56 @@ def _main(argv: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parse(argv)
     if "work" in arguments:  # of a verb without a recipe
-        return _exit_code(lambda: arguments.work(arguments))
-    dry = getattr(arguments, "dry_run", False)
-    chosen = getattr(arguments, "round", None)
-    return run_verb(arguments.verb, arguments.config, arguments.overrides, dry_run=dry, chosen_round=chosen)
+        return _exit_code(lambda: arguments.work(arguments), arguments.loudness)
+    return run_verb(
+        arguments.verb,
+        arguments.config,
+        arguments.overrides,
+        dry_run=getattr(arguments, "dry_run", False),
+        chosen_round=getattr(arguments, "round", None),
+        loudness=arguments.loudness,
+    )
 
 
 def run_verb(
-    verb: str, config: str, overrides: Sequence[str], *, dry_run: bool = False, chosen_round: int | None = None
+    verb: str,
+    config: str,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool = False,
+    chosen_round: int | None = None,
+    loudness: Loudness = "usual",
 ) -> int:
-    """Run one verb, or only say what prune or distill would do; returns the exit code. ``chosen_round`` is the one of
-    prune.rounds to work on; None = the last."""
-    from shoal.recipe.recipe import load_recipe  # not for --help and --version
+    """Run one verb of a recipe or run directory, or only say what it would do; returns the exit code. ``chosen_round``
+    is the one of prune.rounds to work on; None = the last."""
+    from shoal.recipe.recipe import read_settings, settled  # not for --help and --version
 
     def work() -> None:
-        recipe = load_recipe(config, overrides, further=_limits_without_task)
+        said, file = read_settings(config, overrides)
+        recipe = settled(said, file, overrides, further=_limits_without_task)
         after = _rounds_after(recipe, chosen_round)
         if dry_run:
             with doing(f"{verb} --dry-run"):
                 text = _dry_run(verb, recipe, after)
             _print(text)
             return
+        from shoal.stages.memory import remembering
+
         label = f"{verb}, in the ranks" if STARTED in os.environ else verb
         # training and its launcher listen themselves
-        with on_stop(lambda number: stop_at_once(number, STOPPED)), doing(label):
-            _dispatch(verb, recipe, config, overrides, rounds_after=after)
+        run_dir = Path(recipe.run_dir).expanduser()
+        with (
+            on_stop(lambda number: stop_at_once(number, STOPPED)),
+            doing(label),
+            remembering(run_dir, said) as memory,
+        ):
+            _dispatch(verb, recipe, config, overrides, rounds_after=after, memory=memory)
         if STARTED not in os.environ and runtime.is_main():
             from shoal.tracking.wandb_run import tell_unsent
 
-            tell_unsent(recipe.track, Path(recipe.run_dir).expanduser())
+            tell_unsent(recipe.track, run_dir)
 
-    return _exit_code(work)
+    return _exit_code(work, loudness)
 
 
 def _rounds_after(recipe: Recipe, chosen_round: int | None) -> int:
@@ -163,13 +184,14 @@ def _rounds_after(recipe: Recipe, chosen_round: int | None) -> int:
     return 0 if chosen_round is None else rounds - chosen_round
 
 
-def _exit_code(work: Callable[[], None]) -> int:
+def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
     """Do ``work``; the exit code, after the message of what a user can fix."""
-    runtime.set_up_logging()
+    runtime.set_up_logging(loudness)
     try:
         with explained_paths():
             work()
     except UserError as error:
+        log.debug("refused here:", exc_info=error)
         if not runtime.is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
         print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
@@ -246,7 +268,15 @@ def _limits_without_task(recipe: Recipe) -> Iterable[str]:
     return limits_without_task(recipe.eval)
 
 
-def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str], *, rounds_after: int = 0) -> None:
+def _dispatch(
+    verb: str,
+    recipe: Recipe,
+    config: str,
+    overrides: Sequence[str],
+    *,
+    rounds_after: int = 0,
+    memory: str | None = None,
+) -> None:
     if verb in ("eval", "run"):
         from shoal.eval.tasks.names import refuse_unknown
 
@@ -276,7 +306,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str], 
         launch_distill(own, *((config, overrides) if file is None else (str(file), ())))
 
     if verb == "distill" and not launched:
-        run = open_run(recipe, rounds_after)
+        run = open_run(recipe, rounds_after, memory=memory)
         distill.check_distill(run)
         pipeline.finish_earlier_rounds(run, launch)
         distill.refuse_other_checkpoints(run)
@@ -285,7 +315,7 @@ def _dispatch(verb: str, recipe: Recipe, config: str, overrides: Sequence[str], 
     if launched or row.needs_group:
         with doing("joining the other ranks"):
             runtime.set_up_distributed(recipe.distill.timeout_s)
-    run = open_run(recipe, rounds_after)
+    run = open_run(recipe, rounds_after, memory=memory)
     if row.launches:
         if text := stage(run, launch):
             _print(text)
@@ -327,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, row in VERBS.items():
         sub = add_verb(verbs, verb, row.help, row.example)
-        sub.add_argument("--config", required=True, help="recipe (YAML): a path, or a name of `shoal list recipes`")
+        sub.add_argument("--config", metavar="RECIPE", help="the same as RECIPE, for a path that holds a `=`")
         sub.add_argument("--local_rank", **local_rank)
         if row.dry_run:
             sub.add_argument("--dry-run", action="store_true", help=f"print {row.dry_run[1]}; write nothing")
@@ -340,6 +370,12 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="depth diagnostics too: short for measure.diagnostics=true",
             )
+        sub.add_argument(
+            "recipe",
+            nargs="?",
+            metavar="RECIPE",
+            help="recipe (YAML), by path or by a name of `shoal list recipes`; or a run directory, which knows its own",
+        )
         sub.add_argument(
             "overrides", nargs="*", metavar="section.key=value", help="override a setting, see `shoal explain`"
         )
@@ -363,7 +399,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
     words = known.verb == "compare"  # which takes run directories there instead
-    unknown = [word for word in rest if word.startswith("-") or ("=" not in word and not words)]
+    unknown = [word for word in rest if word.startswith("-")]
     if "--dry-run" in unknown:
         able = " or ".join(f"`shoal {verb} --dry-run`" for verb, row in VERBS.items() if row.dry_run)
         parser.error(f"`shoal {known.verb}` has no --dry-run; there is {able}")
@@ -372,10 +408,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if words:
         known.runs += rest
         return known
-    known.overrides = [*getattr(known, "overrides", ()), *rest]
+    if "work" not in known:
+        _name_recipe(parser, known, rest)
     if getattr(known, "diagnostics", False):
         known.overrides.append("measure.diagnostics=true")
     return known
+
+
+def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Tell the recipe from the overrides: the first word that is none, unless --config names it."""
+    words = [*([] if known.recipe is None else [known.recipe]), *known.overrides, *rest]
+    if known.config is None:
+        known.config = next((word for word in words if "=" not in word), None)
+        if known.config is None:
+            parser.error(f"name a recipe or a run directory, such as `shoal {known.verb} runs/mine`")
+        words.remove(known.config)
+    known.overrides = words
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from shoal.errors import UserError
 from shoal.progress import Lines
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Loudness = Literal["quiet", "usual", "verbose"]
+"""What is told beside results: warnings alone; what goes on; that of libraries, of other ranks and of refusals too."""
 NOISY = (
     *("httpx", "httpcore", "filelock", "fsspec", "matplotlib", "datasets"),
     *("lm_eval", "urllib3", "absl", "DeepSpeed", "accelerate"),
@@ -66,22 +68,38 @@ class _WithoutSecrets(logging.Formatter):
         return redacted(super().format(record))
 
 
-def set_up_logging() -> None:
-    """Rank 0 logs to stderr what goes on, the others only what went wrong."""
+_loudness: Loudness = "usual"
+
+
+def loudness() -> Loudness:
+    """What set_up_logging was last told in this process."""
+    return _loudness
+
+
+def set_up_logging(chosen: Loudness = "usual") -> None:
+    """Log to stderr: rank 0 what goes on, the others only what went wrong."""
+    global _loudness
+    _loudness = chosen
     prefix = f"[rank {rank()}] " if world_size() > 1 else ""
     handler = Lines(sys.stderr)
     handler.setFormatter(_WithoutSecrets(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=logging.INFO if is_main() else logging.ERROR, handlers=[handler], force=True)
+    level = logging.WARNING if chosen == "quiet" else logging.INFO
+    is_told = is_main() or chosen == "verbose"
+    logging.basicConfig(level=level if is_told else logging.ERROR, handlers=[handler], force=True)
+    logging.getLogger("shoal").setLevel(logging.DEBUG if chosen == "verbose" else logging.NOTSET)
 
 
 def turn_down_libraries() -> None:
-    """Turn down the chatter of libraries: the quickstart's reader should see shoal's lines, not those of six others."""
+    """Turn down the chatter of libraries, unless all is to be told: the quickstart's reader should see shoal's lines,
+    not those of six others."""
     import torch
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns at import where it has to guess
+    if _loudness == "verbose":
+        return
+    transformers_logging.disable_progress_bar()
     for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # libraries that call each other by old names: nothing that a reader of a run could do about it

@@ -1,9 +1,9 @@
 """What of a run directory is believed, since it may have come from somebody else.
 
-Results are data, and reading them runs nothing. Two things are more: DeepSpeed unpickles checkpoints, which runs what
-they hold, and a link leads what is written to another place. So checkpoints carry a signature made with a key that no
-run directory holds, and links that lead out are refused; who knows better says so in the environment, not in a recipe,
-which may have come along.
+Results are data, and reading them runs nothing. Three things are more: DeepSpeed unpickles checkpoints, which runs what
+they hold, recipe.yaml can name code to run, and a link leads what is written to another place. So checkpoints and
+recipe.yaml carry a signature made with a key that no run directory holds, and links that lead out are refused; who
+knows better says so in the environment, not in a recipe, which may have come along.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _key_at(folder: Path) -> bytes | None:
     except OSError as error:
         problem = error.strerror or str(error)
     log.warning(
-        "%s: %s; checkpoints are written without a signature, and going on from them will need %s. Set SHOAL_CACHE to "
-        "a folder of yours",
+        "%s: %s; checkpoints and recipe.yaml are written without a signature, and going on from them will need %s. Set "
+        "SHOAL_CACHE to a folder of yours",
         file,
         problem,
         CONSENT,

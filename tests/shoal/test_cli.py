@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from tiny import tiny_checkpoint
 
-from shoal import __version__, cli
+from shoal import __version__, cli, runtime
 from shoal.cli import main, run_verb
 from shoal.errors import UserError
 from shoal.help.explain import explanation
@@ -64,6 +64,15 @@ def test_overrides_may_stand_anywhere() -> None:
     assert parsed("prune", "seed=1", "a.b=-2", "--config=r.yaml") == expected
 
 
+def test_the_recipe_is_the_first_word_that_is_no_override() -> None:
+    expected = ("prune", "r.yaml", ["seed=1", "a.b=-2"])
+    assert parsed("prune", "r.yaml", "seed=1", "a.b=-2") == expected
+    assert parsed("prune", "seed=1", "r.yaml", "a.b=-2") == expected
+    assert parsed("prune", "--dry-run", "seed=1", "--quiet", "r.yaml", "a.b=-2") == expected
+    assert parsed("prune", "--config", "a=b", "seed=1") == ("prune", "a=b", ["seed=1"])
+    assert parsed("prune", "r.yaml", "more") == ("prune", "r.yaml", ["more"])
+
+
 def test_local_rank_of_the_launcher_is_accepted() -> None:
     assert parsed("distill", "--local_rank=1", "--config", "r", "seed=1") == ("distill", "r", ["seed=1"])
 
@@ -73,7 +82,7 @@ def test_local_rank_of_the_launcher_is_accepted() -> None:
     [
         ([], "the following arguments are required: VERB"),
         (["prun", "--config", "r"], "argument VERB: invalid choice: 'prun'"),
-        (["prune"], "the following arguments are required: --config"),
+        (["prune"], "name a recipe or a run directory, such as `shoal prune runs/mine`"),
         (["prune", "--config", "r", "--sed", "1"], "unrecognized arguments: --sed"),
     ],
 )
@@ -291,6 +300,69 @@ def test_failed_distill_says_how_and_passes_its_exit_code_on(
     assert run_verb("distill", recipe, []) == exit_code
     _, _, after = capsys.readouterr().err.partition("under the DeepSpeed launcher\n")
     assert said in after if said else not after
+
+
+@pytest.mark.parametrize("verb", [*cli.VERBS, *OTHERS])
+def test_every_verb_can_be_quiet_or_verbose_and_not_both(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    words = {"delta": ["a", "b"], "compare": ["a", "b"], "list": ["tasks"], "completion": ["bash"]}.get(verb, ["r"])
+    assert cli._parse([verb, *words]).loudness == "usual"
+    assert cli._parse([verb, "--quiet", *words]).loudness == "quiet"
+    assert cli._parse([verb, *words, "--verbose"]).loudness == "verbose"
+    with pytest.raises(SystemExit):
+        cli._parse([verb, *words, "--verbose", "--quiet"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_quiet_leaves_results_warnings_and_errors(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(run: Run) -> None:
+        logging.getLogger("shoal.stages.prune").info("going on")
+        logging.getLogger("shoal.stages.prune").warning("take care of %s", run.recipe.seed)
+
+    monkeypatch.setattr(prune, "prune", work)
+    assert cli._main(["prune", recipe, "--quiet"]) == 0
+    said = capsys.readouterr().err
+    assert said[said.index(" ") :] == " take care of 0\n"
+    assert cli._main(["explain", "seed", "--quiet"]) == 0
+    assert "Seed of everything" in capsys.readouterr().out
+    assert cli._main(["prune", recipe, "--quiet", "seed=x"]) == 2
+    assert capsys.readouterr().err.startswith("shoal: error: override 'seed=x'")
+    assert cli._main(["prune", recipe]) == 0
+    assert "going on" in capsys.readouterr().err
+
+
+def test_verbose_adds_what_libraries_say_and_where_a_refusal_comes_from(
+    capsys: pytest.CaptureFixture[str], recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(_: Run) -> None:
+        logging.getLogger("httpx").info("GET")
+        logging.getLogger("shoal.stages.prune").debug("in detail")
+        raise UserError("no, by hf_" + "s" * 34)
+
+    monkeypatch.setattr(prune, "prune", work)
+    loggers = [logging.getLogger(name) for name in (*runtime.NOISY, "transformers")]
+    for logger in loggers:
+        monkeypatch.setattr(logger, "level", logging.NOTSET)
+    for logger in loggers:
+        logger.manager._clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
+    assert cli._main(["prune", recipe, "--verbose"]) == 2
+    said = capsys.readouterr().err
+    assert [text for text in ("GET\n", "in detail\n", "Traceback", "in work\n") if text not in said] == []
+    assert said.endswith("shoal: error: no, by (hidden)\n")
+    assert "s" * 34 not in said
+    assert cli._main(["prune", recipe]) == 2
+    said = capsys.readouterr().err
+    assert [text for text in ("GET\n", "in detail\n", "Traceback") if text in said] == []
+
+
+@pytest.mark.parametrize("loudness", ["quiet", "verbose"])
+def test_launched_ranks_are_as_loud(recipe: str, monkeypatch: pytest.MonkeyPatch, loudness: str) -> None:
+    launcher = Launcher(2)
+    monkeypatch.setattr(launch, "run_launcher", launcher)
+    assert cli._main(["distill", recipe, f"--{loudness}", "seed=1"]) == 2
+    (command,) = launcher.commands
+    assert command[-5:] == ["distill", "--config", recipe, "seed=1", f"--{loudness}"]
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def test_a_key_that_cannot_be_had_is_said_and_nothing_is_signed(
         assert not is_signed(signed({"a": 1}))
         assert "signature" not in signed({"a": 1})
     (warning,) = caplog.messages
-    assert "checkpoints are written without a signature" in warning
+    assert "checkpoints and recipe.yaml are written without a signature" in warning
 
 
 def test_a_run_is_trusted_where_it_or_a_folder_above_it_is_named(

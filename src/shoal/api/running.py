@@ -14,9 +14,10 @@ from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan, Traini
 from shoal.artifacts.tables import Tabular
 from shoal.atomic_files import write_json
 from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
-from shoal.recipe.recipe import load_recipe, parse_recipe
+from shoal.recipe.recipe import parse_recipe, read_settings, settled
 from shoal.stages.evaluate import roles
 from shoal.stages.launch import LaunchEnded, launch_distill
+from shoal.stages.memory import remembering
 from shoal.stages.pipeline import run_all
 from shoal.stages.run import Run, open_run
 from shoal.trust import refuse_links
@@ -50,7 +51,7 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
     Training runs in processes of its own under the DeepSpeed launcher, one per GPU.
 
     Args:
-        recipe: A recipe file, the name of a shipped one, or the same as a mapping.
+        recipe: A recipe file, the name of a shipped one, a run directory, or a recipe as a mapping.
         overrides: `section.key=value` for a recipe in a file, as on the command line.
 
     Raises:
@@ -62,18 +63,21 @@ def run(recipe: str | Path | Mapping[str, Any], *overrides: str) -> RunResults:
         >>> results = shoal.run("quickstart.yaml", "run_dir=runs/quickstart")
         >>> results.to_pandas()
     """
-    with TemporaryDirectory() as folder, explained_paths():
-        config = str(recipe) if isinstance(recipe, str | Path) else str(Path(folder) / "recipe.yaml")
+    with TemporaryDirectory() as temporary, explained_paths():
+        config = str(recipe) if isinstance(recipe, str | Path) else str(Path(temporary) / "recipe.yaml")
         if isinstance(recipe, Mapping):
             if overrides:
                 raise UserError(f"overrides: {overrides[0]!r} stands beside a mapping; change the mapping instead")
             parse_recipe(dict(recipe))  # whose messages say `recipe`, and not a file that nobody has written
             write_json(Path(config), dict(recipe))  # JSON is YAML
-        settings = load_recipe(config, overrides)
-        refuse_links(Run(settings).dir)
-        opened = open_run(settings)
+        said, file = read_settings(config, overrides)
+        settings = settled(said, file, overrides)
+        folder = Run(settings).root
+        refuse_links(folder)
         try:
-            run_all(opened, partial(launch_distill, config=config, overrides=overrides))
+            with remembering(folder, said) as memory:
+                opened = open_run(settings, memory=memory)
+                run_all(opened, partial(launch_distill, config=config, overrides=overrides))
         except LaunchEnded as ended:
             raise _failure(ended) from ended
         return _results(opened)

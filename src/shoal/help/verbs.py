@@ -28,7 +28,16 @@ Text = Callable[[argparse.Namespace], str]
 
 def add_verb(verbs: Any, name: str, about: str, example: str) -> argparse.ArgumentParser:
     """The parser of one more verb of ``verbs``; ``example`` is what its help shows after the verb."""
-    return verbs.add_parser(name, help=about, description=about, epilog=f"example: shoal {name} {example}")
+    parser = verbs.add_parser(name, help=about, description=about, epilog=f"example: shoal {name} {example}")
+    loudness = parser.add_mutually_exclusive_group()
+    for option, said in (
+        ("quiet", "say results, warnings and errors only"),
+        ("verbose", "also say what libraries and all ranks log, and where a refusal comes from"),
+    ):
+        loudness.add_argument(
+            f"--{option}", dest="loudness", action="store_const", const=option, default="usual", help=said
+        )
+    return parser
 
 
 def add_help_verbs(verbs: Any, parser: argparse.ArgumentParser, run: Callable[[Text], Any]) -> None:

@@ -15,8 +15,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from yaml import YAMLError
 
+from shoal import __version__
 from shoal.errors import UserError
-from shoal.recipe import distill, evaluate, measure, prune, search, track
+from shoal.recipe import distill, evaluate, measure, prune, remembered, search, track
 from shoal.recipe.distill import Distill, Record
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.measure import Measure
@@ -83,12 +84,23 @@ def load_recipe(
 ) -> Recipe:
     """The validated recipe at ``path`` with ``section.key=value`` overrides applied.
 
-    A name that is no file is looked up among the shipped recipes, so that `quickstart` works from any folder.
+    A name that is no file is looked up among the shipped recipes, so that `quickstart` works from any folder; a run
+    directory holds the recipe that it is made with, and is then the run_dir.
     ``further`` gives `place: what is wrong` of what a recipe alone cannot tell, to be reported with the rest.
 
     Raises:
         UserError: naming every problem at once as ``file: key.path: message (got value)``, or with the override that
             has set it instead of the file.
+    """
+    said, source = read_settings(path, overrides)
+    return settled(said, source, overrides, further=further)
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Path]:
+    """What the recipe, or the run directory, at ``path`` says with ``overrides`` applied; and the file that says it.
+
+    Raises:
+        UserError: there is none, it is no mapping, or an override is none.
     """
     file = _find_recipe(Path(path))
     try:
@@ -99,9 +111,36 @@ def load_recipe(
         raise UserError(f"{file}: cannot be read ({error.strerror}); choose a file you may read") from error
     if not isinstance(raw, dict):
         raise UserError(f"{file}: must be a mapping of settings, got {type(raw).__name__}")
+    if Path(path).is_dir():
+        raw["run_dir"] = str(path)
     for override in overrides:
         apply_override(raw, override)
-    return parse_recipe(raw, source=str(file), overrides=overrides, further=further)
+    return raw, file
+
+
+def settled(
+    said: dict[str, Any],
+    file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    further: Callable[[Recipe], Iterable[str]] | None = None,
+) -> Recipe:
+    """The recipe of what read_settings gives.
+
+    Raises:
+        UserError: as load_recipe; a secret that a run directory has not kept; and what another version of shoal has
+            kept there and this one does not take.
+    """
+    if hidden := list(remembered.hidden_settings(said)):
+        raise UserError(f"{file}: {hidden[0]} was a secret and is not kept; say it again: {hidden[0]}=...")
+    try:
+        return parse_recipe(said, source=str(file), overrides=overrides, further=further)
+    except UserError as error:
+        version = remembered.written_by_another(file)
+        problem = str(error).partition("\n")[0]
+        if version is None or not problem.startswith(f"{file}: "):
+            raise
+        raise UserError(f"{problem}; shoal {version} has written this file, and this is {__version__}") from error
 
 
 def parse_recipe(
@@ -125,7 +164,7 @@ def _find_recipe(path: Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; name a recipe file, {path / 'NAME.yaml'}")
+        return remembered.recipe_in(path)
     for shipped in (CONFIGS_DIR / path.name, CONFIGS_DIR / f"{path.name}.yaml"):
         if path.parent in (Path(), Path("configs")) and shipped.is_file():
             return shipped

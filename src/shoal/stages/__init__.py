@@ -1,6 +1,7 @@
 """The verbs of the command, each in its run directory.
 
 run       one recipe in its run directory: precision, done, stale, locked
+memory    what a run directory remembers of recipe and overrides
 measure   measure
 prune     prune
 distill   record, distill

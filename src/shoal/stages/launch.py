@@ -34,7 +34,8 @@ class LaunchEnded(Exception):
 
 
 def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
-    """Run the distill verb of the recipe file ``config`` under the DeepSpeed launcher on this machine; wait for it.
+    """Run the distill verb of ``config``, a recipe or run directory, under the DeepSpeed launcher on this machine; wait
+    for it.
 
     ``run`` is that of the recipe with these overrides, of the round to be healed.
 
@@ -58,6 +59,8 @@ def launch_distill(run: Run, config: str, overrides: Sequence[str]) -> None:
     command += ["distill", "--config", config, *overrides]
     if run.rounds_after:
         command += ["--round", str(run.round)]
+    if runtime.loudness() != "usual":
+        command.append(f"--{runtime.loudness()}")
     log.info("distill: starting %d rank(s) under the DeepSpeed launcher", ranks)
     with tempfile.TemporaryDirectory() as folder:
         started = Path(folder) / "started"

@@ -49,6 +49,8 @@ from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
 from shoal.recipe.edits import Swap
 from shoal.recipe.recipe import Recipe
+from shoal.recipe.remembered import FILE as RECIPE
+from shoal.recipe.remembered import memory_in, remember
 from shoal.recipe.section import as_dict
 from shoal.recipe.track import Track
 from shoal.redaction import redacted
@@ -95,6 +97,8 @@ class Run:
     """None = the recipe leaves nothing open, and nobody has asked why."""
     rounds_after: int = 0
     """Rounds of prune.rounds that come after this one; the results of the last are the run's."""
+    memory: str | None = None
+    """Text of recipe.yaml that the run directory keeps from now on (shoal.recipe.remembered); None = nothing is."""
 
     @property
     def root(self) -> Path:
@@ -223,9 +227,9 @@ class Run:
         }
 
 
-def open_run(recipe: Recipe, rounds_after: int = 0) -> Run:
+def open_run(recipe: Recipe, rounds_after: int = 0, *, memory: str | None = None) -> Run:
     """The run of ``recipe`` in which no precision is `auto` any more. In a process group every rank calls this, and all
-    compute in what rank 0 finds. ``rounds_after``: as in Run.
+    compute in what rank 0 finds. ``rounds_after`` and ``memory``: as in Run.
 
     A run directory goes on in what it was begun in, so that a run may move to another machine. Otherwise the device is
     asked. A precision that the recipe names is kept; one that is much slower here than another is warned of.
@@ -240,7 +244,7 @@ def open_run(recipe: Recipe, rounds_after: int = 0) -> Run:
     if numerics.size < 1:
         log.info("sizes: %s", numerics.size_reason)
         settled = scaled(settled, numerics.size)
-    return Run(settled, numerics, rounds_after)
+    return Run(settled, numerics, rounds_after, memory)
 
 
 def scaled(recipe: Recipe, share: float) -> Recipe:
@@ -363,8 +367,10 @@ def resolved(model: str, revision: str | None) -> Path:
 def locked(run: Run) -> Iterator[None]:
     """Keep every other process out of the run directory; the operating system lets go when this one dies.
 
+    What the run is made with is remembered there.
+
     Raises:
-        UserError: another living process holds it, or it cannot be created.
+        UserError: another living process holds it, it cannot be created, or as remember does.
     """
     is_new = not run.root.exists()
     deadline = time.monotonic() + LOCK_WAIT_S
@@ -391,9 +397,11 @@ def locked(run: Run) -> Iterator[None]:
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
         try:
+            if run.memory is not None:
+                remember(run.root, run.memory)
             yield
         finally:
-            _leave_nothing(run.root, is_new=is_new)
+            _leave_nothing(run, is_new=is_new)
 
 
 def _lock_file(run: Run) -> TextIO:
@@ -413,10 +421,15 @@ def _lock_file(run: Run) -> TextIO:
     return open(descriptor, "r+")
 
 
-def _leave_nothing(folder: Path, *, is_new: bool) -> None:
+def _leave_nothing(run: Run, *, is_new: bool) -> None:
     """Remove our traces where nothing was made, such as a folder for a refused run with a misspelt run_dir."""
-    if folder.is_dir() and [file.name for file in folder.iterdir()] == [LOCK]:
-        (folder / LOCK).unlink()
+    folder = run.root
+    if not folder.is_dir():
+        return
+    traces = {LOCK} if memory_in(folder) != run.memory else {LOCK, RECIPE}
+    if {file.name for file in folder.iterdir()} <= traces:
+        for name in traces:
+            (folder / name).unlink(missing_ok=True)
         if is_new:
             with contextlib.suppress(OSError):  # somebody may be writing into it by now
                 folder.rmdir()

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shoal.artifacts.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences
 from shoal.artifacts.search import HealedPlan, SearchResult
 from shoal.atomic_files import write_text
@@ -23,6 +21,8 @@ from shoal.errors import UserError
 from shoal.progress import each
 from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import Recipe, parse_recipe
+from shoal.recipe.remembered import FILE as RECIPE
+from shoal.recipe.remembered import memory_of
 from shoal.recipe.search import Search, SearchPlan
 from shoal.recipe.section import TEACHER_TEXT, Shapes, as_dict, shaping
 from shoal.recipe.track import Export
@@ -53,7 +53,7 @@ class Candidate:
     @property
     def recipe_file(self) -> Path:
         """The candidate's recipe, which every verb and the launcher take."""
-        return self.run.dir / "recipe.yaml"
+        return self.run.dir / RECIPE
 
     @property
     def plan(self) -> PruningPlan:
@@ -205,8 +205,7 @@ def _cut(candidate: Candidate) -> None:
         except UserError as error:
             raise UserError(f"search plan {candidate.name}: {error}") from error
         _refuse_another_heal(candidate)
-        recipe = as_dict(candidate.run.recipe)
-        write_text(candidate.recipe_file, yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True))
+        write_text(candidate.recipe_file, memory_of(as_dict(candidate.run.recipe)))
 
 
 def _refuse_another_heal(candidate: Candidate) -> None:

@@ -1,0 +1,111 @@
+"""recipe.yaml in a run directory: the recipe and every override that the run was made with, so that none is repeated.
+
+It holds what was said and no defaults, as one recipe file with all overrides would. It is signed as checkpoints are
+(shoal.trust): a recipe can name code to run and places to send results to, and a run directory may come from anybody.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shoal import __version__
+from shoal.atomic_files import write_text
+from shoal.errors import UserError
+from shoal.recipe.yaml import read_yaml
+from shoal.redaction import HIDDEN, redacted
+from shoal.trust import CONSENT, is_signed, is_trusted, signed
+
+FILE = "recipe.yaml"
+_HEAD = "# kept by shoal {}: what this run is made with, overrides included; `shoal VERB RUN_DIR` reads it\n"
+_OURS = re.compile(re.escape(_HEAD).replace(r"\{\}", r"(?P<version>\S+)") + r"(# signature (?P<signature>\w+)\n)?")
+
+
+def memory_of(said: dict[str, Any]) -> str:
+    """The text of recipe.yaml for what a recipe and overrides say."""
+    body = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+    signature = signed({"recipe": body}).get("signature")
+    return _HEAD.format(__version__) + (f"# signature {signature}\n" if signature else "") + body
+
+
+def memory_in(run_dir: Path) -> str | None:
+    """The text of the recipe.yaml that is there now; None where there is none."""
+    file = run_dir / FILE
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+def written_by_another(file: Path) -> str | None:
+    """The version of shoal that keeps this file, if it is another one."""
+    ours = _OURS.match(file.read_text(encoding="utf-8", errors="replace"))
+    return None if ours is None or ours["version"] == __version__ else ours["version"]
+
+
+def recipe_in(run_dir: Path) -> Path:
+    """The recipe.yaml of a run directory.
+
+    Raises:
+        UserError: there is none, or none that this user's shoal keeps there, which nobody has vouched for.
+    """
+    file, text = run_dir / FILE, memory_in(run_dir)
+    if text is None:
+        raise UserError(
+            f"{run_dir}: is a folder without {FILE}, so no run directory whose recipe is known; name a recipe (with "
+            f"run_dir={run_dir} for results that lie there)"
+        )
+    if not _is_signed(text) and not is_trusted(run_dir):
+        raise UserError(
+            f"{file}: has no signature of yours, and a recipe of somebody else can run code; read it, then name the "
+            f"file itself with --config {file} run_dir={run_dir}, or set the environment variable {CONSENT}={run_dir}"
+        )
+    return file
+
+
+def remember(run_dir: Path, memory: str) -> None:
+    """Keep ``memory``, a text of memory_of, as its recipe.yaml.
+
+    Raises:
+        UserError: a recipe.yaml is there that somebody else has written, and says something else.
+    """
+    there = memory_in(run_dir)
+    is_own = there is not None and _OURS.match(there) is None
+    if there is not None and redacted(_said(there)) == _said(memory) and (is_own or _is_signed(there)):
+        return
+    if is_own:
+        raise UserError(
+            f"{run_dir / FILE}: is a recipe of your own, and shoal keeps there what a run is made with, which is "
+            "something else now; move it to another folder, or choose another run_dir"
+        )
+    write_text(run_dir / FILE, memory)
+
+
+def take_back(run_dir: Path, memory: str, before: str | None) -> None:
+    """Forget ``memory``, with which nothing was made: recipe.yaml is what it was ``before``, a text of memory_in."""
+    if before == memory or memory_in(run_dir) != memory:
+        return
+    if before is None:
+        (run_dir / FILE).unlink()
+    else:
+        write_text(run_dir / FILE, before)
+
+
+def hidden_settings(said: Any, place: str = "") -> Iterator[str]:
+    """The settings of which recipe.yaml keeps no value, because it was a secret."""
+    if isinstance(said, dict | list):
+        for key, value in said.items() if isinstance(said, dict) else enumerate(said):
+            yield from hidden_settings(value, f"{place}.{key}".removeprefix("."))
+    elif isinstance(said, str) and HIDDEN in said:
+        yield place
+
+
+def _is_signed(text: str) -> bool:
+    ours = _OURS.match(text)
+    return ours is not None and is_signed({"recipe": text[ours.end() :], "signature": ours["signature"]})
+
+
+def _said(text: str) -> Any:
+    said = read_yaml(text)
+    return {key: value for key, value in said.items() if key != "run_dir"} if isinstance(said, dict) else said

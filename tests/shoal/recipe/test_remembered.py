@@ -1,0 +1,209 @@
+"""A run directory remembers its recipe and every override; what is refused it forgets, and strangers are not believed.
+
+Covers: shoal.stages.memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal import __version__
+from shoal.cli import _main
+from shoal.errors import UserError
+from shoal.recipe.recipe import load_recipe, read_settings
+from shoal.recipe.remembered import FILE, memory_in, memory_of, remember, take_back
+from shoal.stages import prune, report
+from shoal.stages.launch import LaunchEnded
+from shoal.stages.memory import remembering
+from shoal.stages.run import Run
+
+
+@pytest.fixture(autouse=True)
+def _own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "mine"
+
+
+@pytest.fixture
+def recipe(teacher: Path, run_dir: Path, tmp_path: Path) -> str:
+    """A recipe that drops two layers of the tiny model."""
+    file = tmp_path / "my.yaml"
+    file.write_text(f"model: {teacher}\nrun_dir: {run_dir}\nprune: {{drop: [1, 3]}}  # why\n")
+    return str(file)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """The runs that prune and report were given, which make a file instead; seed 13 is refused."""
+    runs: list[Run] = []
+
+    def work(run: Run) -> None:
+        runs.append(run)
+        if run.recipe.seed == 13:
+            raise UserError("seed: 13")
+        (run.dir / "made").touch()
+
+    monkeypatch.setattr(prune, "prune", work)
+    monkeypatch.setattr(report, "report", work)
+    monkeypatch.setattr(report, "require_results", lambda _: None)
+    return runs
+
+
+def test_a_run_directory_alone_is_enough_and_later_overrides_are_added(
+    recipe: str, run_dir: Path, seen: list[Run]
+) -> None:
+    assert _main(["prune", "--config", recipe, "eval.limit=5", "seed=7"]) == 0
+    assert _main(["report", str(run_dir)]) == 0
+    assert _main(["prune", str(run_dir), "eval.limit=6", "distill.trainer.learning_rate=1e-3"]) == 0
+    assert _main(["report", "--config", str(run_dir)]) == 0
+    assert [(run.recipe.seed, run.recipe.eval.limit) for run in seen] == [(7, 5), (7, 5), (7, 6), (7, 6)]
+    assert all(run.recipe.prune.drop == (1, 3) and run.root == run_dir for run in seen)
+    assert seen[-1].recipe.distill.trainer == {"learning_rate": 1e-3}
+    said, _ = read_settings(run_dir)
+    assert said["eval"] == {"limit": 6}, "what was said, and no defaults"
+
+
+def test_a_run_directory_that_was_moved_is_the_run_dir(recipe: str, run_dir: Path, seen: list[Run]) -> None:
+    assert _main(["prune", recipe]) == 0
+    moved = run_dir.rename(run_dir.parent / "moved")
+    assert _main(["report", str(moved)]) == 0
+    assert _main(["report", str(moved), f"run_dir={run_dir}"]) == 0
+    assert [run.root for run in seen] == [run_dir, moved, run_dir]
+
+
+def test_what_is_refused_is_not_remembered(recipe: str, run_dir: Path, seen: list[Run]) -> None:
+    assert _main(["prune", recipe, "seed=13"]) == 2
+    assert not run_dir.exists(), "nothing was made"
+    assert _main(["prune", recipe, "seed=7"]) == 0
+    before = memory_in(run_dir)
+    assert _main(["prune", str(run_dir), "seed=13"]) == 2
+    assert memory_in(run_dir) == before
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(("code", "is_kept"), [(2, False), (137, True)])
+def test_launched_ranks_that_refuse_are_forgotten_and_killed_ones_are_not(
+    run_dir: Path, code: int, is_kept: bool
+) -> None:
+    with pytest.raises(LaunchEnded), remembering(run_dir, {"model": "m"}) as memory:  # noqa: PT012
+        assert memory is not None
+        remember(run_dir, memory)
+        raise LaunchEnded(code)
+    assert (run_dir / FILE).is_file() == is_kept
+
+
+def test_a_dry_run_remembers_nothing(recipe: str, run_dir: Path) -> None:
+    assert _main(["prune", recipe, "--dry-run"]) == 0
+    assert not run_dir.exists()
+
+
+def test_a_newer_text_is_not_taken_back(run_dir: Path) -> None:
+    mine, other = memory_of({"model": "a"}), memory_of({"model": "b"})
+    remember(run_dir, other)
+    take_back(run_dir, mine, None)
+    assert memory_in(run_dir) == other
+    take_back(run_dir, other, mine)
+    assert memory_in(run_dir) == mine
+
+
+def test_a_recipe_of_the_users_own_in_that_place_is_left_alone(recipe: str, run_dir: Path, seen: list[Run]) -> None:
+    run_dir.mkdir(parents=True)
+    own = Path(recipe).rename(run_dir / FILE)
+    text = own.read_text()
+    assert _main(["prune", str(own)]) == 0
+    assert _main(["prune", str(own), f"run_dir={run_dir}"]) == 0
+    assert own.read_text() == text
+    assert len(seen) == 2
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert _main(list(argv)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+def test_a_recipe_of_the_users_own_is_not_overwritten(
+    capsys: pytest.CaptureFixture[str], recipe: str, run_dir: Path, seen: list[Run]
+) -> None:
+    run_dir.mkdir(parents=True)
+    (run_dir / FILE).write_text("model: mine  # a note\n")
+    assert _main(["prune", "--quiet", recipe]) == 2
+    assert "is a recipe of your own" in capsys.readouterr().err
+    assert (run_dir / FILE).read_text() == "model: mine  # a note\n"
+    assert not seen
+
+
+def test_strangers_are_not_believed(
+    capsys: pytest.CaptureFixture[str], recipe: str, run_dir: Path, seen: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _main(["prune", recipe]) == 0
+    file = run_dir / FILE
+    signed = file.read_text()
+    for text in (signed.replace("drop:", "spare:"), signed.replace("# signature ", "# sig "), "model: m\n"):
+        file.write_text(text)
+        assert "has no signature of yours, and a recipe of somebody else can run code" in refusal(
+            capsys, "report", str(run_dir)
+        )
+    file.write_text(signed.replace("- 3", "- 2"))
+    monkeypatch.setenv("SHOAL_TRUSTED_RUNS", str(run_dir.parent))
+    assert _main(["report", str(run_dir)]) == 0
+    assert seen[-1].recipe.prune.drop == (1, 2)
+
+
+def test_the_given_recipe_signs_again_what_a_stranger_has_written(recipe: str, run_dir: Path, seen: list[Run]) -> None:
+    assert _main(["prune", recipe]) == 0
+    signed = (run_dir / FILE).read_text()
+    (run_dir / FILE).write_text("".join(line for line in signed.splitlines(True) if "# signature" not in line))
+    assert _main(["prune", recipe]) == 0
+    assert (run_dir / FILE).read_text() == signed
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("make", [lambda folder: None, lambda folder: (folder / "plan.json").write_text("{}")])
+def test_a_folder_without_a_recipe_is_no_run_directory(
+    capsys: pytest.CaptureFixture[str], run_dir: Path, make: Any
+) -> None:
+    run_dir.mkdir(parents=True)
+    make(run_dir)
+    assert f"{run_dir}: is a folder without recipe.yaml, so no run directory" in refusal(capsys, "report", str(run_dir))
+
+
+def test_another_version_is_named_where_its_recipe_is_not_taken(
+    capsys: pytest.CaptureFixture[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shoal.recipe.remembered.__version__", "99.1")
+        remember(run_dir, memory_of({"model": "m", "prune": {"gone": 1}, "distill": {"also": 2}}))
+    said = refusal(capsys, "report", str(run_dir))
+    assert f"{run_dir / FILE}: prune.gone: unknown key" in said
+    assert f"; shoal 99.1 has written this file, and this is {__version__}" in said
+    said = refusal(capsys, "report", str(run_dir), "prune={}", "distill={}", "seed=x")
+    assert "99.1" not in said, "the override is wrong, and not the file"
+
+
+def test_secrets_are_not_kept_and_asked_for_again(
+    capsys: pytest.CaptureFixture[str], recipe: str, run_dir: Path, seen: list[Run]
+) -> None:
+    secret = "hf_" + "s" * 34
+    assert _main(["prune", recipe, f"track.tags=[a, {secret}]"]) == 0
+    assert secret not in (run_dir / FILE).read_text()
+    assert "track.tags.1 was a secret and is not kept; say it again: track.tags.1=..." in refusal(
+        capsys, "report", str(run_dir)
+    )
+    assert _main(["report", str(run_dir), f"track.tags.1={secret}"]) == 0
+    assert seen[-1].recipe.track.tags == ("a", secret)
+
+
+def test_shipped_recipes_survive_being_remembered(run_dir: Path) -> None:
+    said, _ = read_settings("study", [f"run_dir={run_dir}", "eval.suite=quick"])
+    remember(run_dir, memory_of(said))
+    assert load_recipe(run_dir) == load_recipe("study", [f"run_dir={run_dir}", "eval.suite=quick"])
