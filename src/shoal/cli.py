@@ -423,6 +423,8 @@ def _name_recipe(parser: argparse.ArgumentParser, known: argparse.Namespace, res
         if known.config is None:
             parser.error(f"name a recipe or a run directory, such as `shoal {known.verb} runs/mine`")
         words.remove(known.config)
+    for other in (word for word in redacted_arguments(words) if "=" not in word):
+        parser.error(f"override {other!r}: must have the form section.key=value")
     known.overrides = words
 
 

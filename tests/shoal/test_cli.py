@@ -70,7 +70,6 @@ def test_the_recipe_is_the_first_word_that_is_no_override() -> None:
     assert parsed("prune", "seed=1", "r.yaml", "a.b=-2") == expected
     assert parsed("prune", "--dry-run", "seed=1", "--quiet", "r.yaml", "a.b=-2") == expected
     assert parsed("prune", "--config", "a=b", "seed=1") == ("prune", "a=b", ["seed=1"])
-    assert parsed("prune", "r.yaml", "more") == ("prune", "r.yaml", ["more"])
 
 
 def test_local_rank_of_the_launcher_is_accepted() -> None:
