@@ -200,3 +200,20 @@ def test_diffs_for_contributors_begin_at_lines_that_are_there() -> None:
                 assert file.parent.is_dir(), name
                 assert not before or "\n".join(before) in file.read_text(encoding="utf-8"), hunk
     assert hunks > 20
+
+
+PAPERS = ROOT / "docs/papers.md"
+ARXIV = re.compile(r"(?<![\d.])(?:1[5-9]|2\d)(?:0[1-9]|1[0-2])\.\d{5}(?!\d)")
+"""Year, month and number as arXiv has given them since 2015; months keep most decimals out."""
+
+
+def test_every_paper_with_a_number_has_its_place_on_the_page_of_papers_and_no_other_has() -> None:
+    folders = ("src", "compress", "train", "eval", "launch", "benchmarks", "configs", "docs")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
+    read = [file for file in files if file.suffix in (".py", ".md", ".yaml", ".yml", ".cff") and file != PAPERS]
+    named = {number for file in read for number in ARXIV.findall(file.read_text(encoding="utf-8"))}
+    links = re.findall(r"\[([\d.]+)\]\(https://arxiv\.org/abs/([\d.]+)\)", PAPERS.read_text(encoding="utf-8"))
+    assert len(named) > 30
+    assert sorted(shown for shown, _ in links) == sorted(named)
+    assert all(shown == target for shown, target in links)
+    assert set(ARXIV.findall(PAPERS.read_text(encoding="utf-8"))) == named
