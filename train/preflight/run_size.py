@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 
-from shoal.recipe.edits import edited_layers
 from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
 from ..engine.arguments import DEFAULTS
@@ -66,9 +65,7 @@ def job(spec: TrainSpec) -> Job:
         dtype=torch.float32 if setting.weight_bytes == 4 else torch.bfloat16,
         autocast=setting.autocast,
         attention=spec.student.load.attention,
-        edited=[
-            layer for layer, index in enumerate(plan.keep) if any(index in edited_layers(edit) for edit in plan.edits)
-        ],
+        changed=[plan.keep.index(layer) for layer in plan.changed_layers],
     )
     return Job(spec, student, teacher, setting)
 

@@ -125,12 +125,12 @@ def student_size(
     dtype: torch.dtype = torch.float32,
     autocast: bool = True,
     attention: str = "sdpa",
-    edited: Collection[int] = (),
+    changed: Collection[int] = (),
 ) -> ModelSize:
     """Sizes of the student, and what autograd keeps of one row of ``sequence_length`` tokens per layer.
 
     ``prepare`` freezes what is not trained and adds what else is. The row holds several documents, as packed rows do:
-    masks then are tensors. ``edited`` layers are not the teacher's, trained or not.
+    masks then are tensors. ``changed`` layers are not the teacher's, trained or not.
 
     Raises:
         RuntimeError: the family looks at numbers while it runs, as mixtures of experts may.
@@ -142,7 +142,7 @@ def student_size(
         of_one_row, state_bytes = _kept(model, 1, sequence_length, autocast=autocast)
         of_two_rows, _ = _kept(model, 2, sequence_length, autocast=autocast)
         *layers, outside = (Kept(2 * a - b, b - a) for a, b in zip(of_one_row, of_two_rows, strict=True))
-        sizes = _sizes(model, edited)
+        sizes = _sizes(model, changed)
     counted = tuple(replace(layer, kept=kept) for layer, kept in zip(sizes.layers, layers, strict=True))
     return replace(sizes, layers=counted, outside=outside, state_bytes=state_bytes)
 
@@ -174,11 +174,11 @@ def _kept(model: PreTrainedModel, rows: int, length: int, *, autocast: bool) -> 
     return totals, hidden_BSD.element_size()
 
 
-def _sizes(model: PreTrainedModel, edited: Collection[int] = ()) -> ModelSize:
+def _sizes(model: PreTrainedModel, changed: Collection[int] = ()) -> ModelSize:
     config, head = text_config(model.config), output_head(model)
     heads = getattr(config, "num_attention_heads", 0)
     width = getattr(config, "head_dim", None) or config.hidden_size // max(1, heads)
-    layers = tuple(_layer_size(layer, index in edited) for index, layer in enumerate(decoder_layers(model)))
+    layers = tuple(_layer_size(layer, index in changed) for index, layer in enumerate(decoder_layers(model)))
     outside = _outside(model)
     return ModelSize(
         parameters=num_parameters(model),
@@ -197,7 +197,7 @@ def _sizes(model: PreTrainedModel, edited: Collection[int] = ()) -> ModelSize:
     )
 
 
-def _layer_size(layer: nn.Module, is_edited: bool) -> LayerSize:
+def _layer_size(layer: nn.Module, is_changed: bool) -> LayerSize:
     matrices = [p for p in layer.parameters() if p.dim() > 1]
     linear = {p for module in layer.modules() if type(module) in LINEAR for p in module.parameters(recurse=False)}
     return LayerSize(
@@ -205,8 +205,8 @@ def _layer_size(layer: nn.Module, is_edited: bool) -> LayerSize:
         _trained(layer.parameters()),
         sum(p.numel() for p in matrices),
         trained_matrices=_trained(matrices),
-        frozen=0 if is_edited else sum(p.numel() for p in layer.parameters() if not p.requires_grad),
-        frozen_linear=0 if is_edited else sum(p.numel() for p in linear if not p.requires_grad),
+        frozen=0 if is_changed else sum(p.numel() for p in layer.parameters() if not p.requires_grad),
+        frozen_linear=0 if is_changed else sum(p.numel() for p in linear if not p.requires_grad),
     )
 
 

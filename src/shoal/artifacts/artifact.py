@@ -22,7 +22,7 @@ from shoal.artifacts.importance import Atlas, Removal, Sweep, outside
 from shoal.artifacts.tables import Tabular
 from shoal.atomic_files import fingerprint, write_text
 from shoal.errors import UserError
-from shoal.recipe.edits import Edits, first_change, in_words
+from shoal.recipe.edits import Edits, edited_layers, first_change, in_words
 from shoal.recipe.evaluate import Samples
 from shoal.recipe.section import adapter
 from shoal.runtime import environment
@@ -272,8 +272,18 @@ class PruningPlan(Artifact):
     @property
     def first_change(self) -> int:
         """The lowest layer at which the student is not the teacher any more."""
-        corrected = [gap.first - 1 for gap in self.gaps if gap.is_corrected]
-        return min([first_change(self.drop, self.edits), *corrected])
+        return min([first_change(self.drop, self.edits), *self._corrected])
+
+    @property
+    def changed_layers(self) -> tuple[int, ...]:
+        """The teacher's layers that stay with other weights, before any training, increasing."""
+        edited = {layer for edit in self.edits for layer in edited_layers(edit)}
+        changed = {layer for layer in self.keep if self.state_scale(layer) != 1}
+        return tuple(sorted((edited | changed | {*self._corrected}) - {*self.drop}))
+
+    @property
+    def _corrected(self) -> tuple[int, ...]:
+        return tuple(gap.first - 1 for gap in self.gaps if gap.is_corrected)
 
     @property
     def keep(self) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ import torch
 from tiny import NUM_LAYERS, VOCAB_SIZE, tiny_checkpoint, tiny_config, tiny_model
 from torch.autograd.graph import saved_tensors_hooks
 
-from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
 from shoal.cli import run_verb
 from shoal.errors import UserError
 from shoal.machine import peak_memory, ranks_on_this_node
@@ -191,8 +191,8 @@ def job_of(**settings: Any) -> Job:
         "watch": None,
         "precision": "bfloat16",
     }
-    ranks = Ranks(4, 2, torch.device("cuda"))
-    return job(spec_of(Distill(**given | settings), CUT, student_layers=4, dtype="bfloat16", ranks=ranks))
+    ranks, plan = Ranks(4, 2, torch.device("cuda")), settings.pop("plan", CUT)
+    return job(spec_of(Distill(**given | settings), plan, student_layers=4, dtype="bfloat16", ranks=ranks))
 
 
 @pytest.fixture(scope="module")
@@ -398,6 +398,20 @@ def test_frozen_weights_are_counted_once_where_they_are_shared() -> None:
     assert shared_weights(found.student, same) == sum(frozen.values())
     assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float32")).setting.sharing == "all"
     assert job_of(trainable="from_first_cut", teacher=Teacher(dtype="float16")).setting.sharing == "none"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("factor", "is_corrected", "num_changed"), [(1.0, True, 1), (1.2, False, 2), (1.2, True, 3), (1.0, False, 0)]
+)
+def test_layers_that_make_up_for_dropped_ones_are_not_shared(
+    factor: float, is_corrected: bool, num_changed: int
+) -> None:
+    """Of the layers 0, 1, 3 and 5 the correction changes layer 1, and a factor layers 3 and 5."""
+    closed = ClosedGap(2, 2, factor, is_corrected, 1, 1, 1, 1)
+    plain, changed = (job_of(trainable="norm_and_head", plan=replace(CUT, gaps=gaps)) for gaps in ((), (closed,)))
+    one_layer = plain.student.layers[0].frozen_linear
+    assert plain.student.frozen_linear - changed.student.frozen_linear == num_changed * one_layer
 
 
 @pytest.mark.slow
