@@ -22,15 +22,18 @@ from shoal.atomic_files import fingerprint, write_json
 from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
+from shoal.machine import available_memory
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
 from shoal.models.checkpoint_files import (
     Shard,
+    StoredTensor,
     copy_beside,
     has_tokenizer,
     json_or_empty,
     read_shards,
 )
 from shoal.models.load import (
+    align_weights,
     load_config,
     load_model,
     load_tokenizer,
@@ -44,9 +47,13 @@ from shoal.recipe.edits import Replace
 from shoal.recipe.prune import Compensate
 from shoal.runtime import device
 
+from .compensation.check import refuse_quantised
 from .compensation.fit import Compensation
 from .compensation.fit import compensate as compensate_gaps
-from .edits.apply import NOTHING_MADE, Materials, edited, edited_student, materials, refuse_impossible_edits
+from .compensation.size import COMPENSATE, fits_by_layers, fitting_size, output_names
+from .compensation.source import Source, from_files, in_memory, streaming_of
+from .edits.apply import Materials, edited, edited_student, materials, refuse_impossible_edits
+from .surgery.changed_tensors import ChangedTensors, changed_tensors, stored_places
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
@@ -61,6 +68,7 @@ from .surgery.stored_names import (
     other_towers,
     student_names,
 )
+from .variants.streamed_model import as_a_whole
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +89,12 @@ class Teacher:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored name -> shape, of all tensors."""
-        return {name: tensor.shape for shard in self.shards for name, tensor in shard.tensors.items()}
+        return {name: tensor.shape for name, tensor in self.stored.items()}
+
+    @property
+    def stored(self) -> dict[str, StoredTensor]:
+        """All tensors by their stored names."""
+        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
 
     def load(self) -> PreTrainedModel:
         """The model itself."""
@@ -113,11 +126,12 @@ def apply_plan(
 ) -> tuple[ClosedGap, ...]:
     """Write the student of ``plan`` to the folder ``out``, which appears only when it is complete and proven.
 
-    Returns how the gaps were closed, where ``compensate`` asks for it; then the student is made in memory too.
+    Returns how the gaps were closed, where ``compensate`` asks for it.
 
     A plan that only drops layers is carried out by copying bytes, with a few megabytes of memory; a copy that was
-    interrupted goes on where it stopped. Edits are carried out in memory; ``donors`` are the folders that swaps take
-    from, by index of the edit, and ``seed`` is for replacements. ``proof``:
+    interrupted goes on where it stopped. What makes up for the layers is written over the copy. Edits are carried out
+    in memory; ``donors`` are the folders that swaps take from, by index of the edit, and ``seed`` is for replacements
+    and calibration text. ``proof``:
 
     - `run`: the saved folder is loaded and gives, bit for bit, the logits and greedy text of the teacher with the
       layers skipped and the edits in force. One of the two is in memory at a time.
@@ -132,28 +146,29 @@ def apply_plan(
     keep = kept_layers(plan.num_layers, plan.drop)
     runs = _shall_run(teacher, proof)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
-    skeleton, copy = _route(teacher, plan, keep, changes_kept=bool(plan.edits or compensate))
-    key = shards_fingerprint(copy.shards) if copy else fingerprint([str(teacher_folder.resolve()), asdict(plan)])
-    closed: tuple[ClosedGap, ...] = ()
-    with only_writer(out), resumable_folder(out, key) as folder:
-        if copy:
-            expected = _write_copy(copy, folder)
-        else:
-            compensation = None if compensate is None else _compensation(teacher, plan, compensate, seed=seed)
-            closed = () if compensation is None else compensation.gaps
-            layers = {} if compensation is None else compensation.layers
-            expected = _write_from_memory(
-                teacher, plan, folder, donors=donors or {}, compensated=layers, seed=seed, runs=runs
-            )
-        copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
-        with doing("prune: proving the student by its files"):
-            prove_by_files(folder, skeleton, keep)
-        if runs:
-            log.info("prune: running the teacher after %s, then the student", plan.in_words())
-            with doing("prune: running the teacher as planned"):
-                expected = expected or _planned_behaviour(teacher.load(), plan, NOTHING_MADE)
-            with doing("prune: proving the student by running it"):
-                prove_by_run(folder, expected, reference=f"the teacher after {plan.in_words()}")
+    skeleton, copy = _route(teacher, plan, keep, compensate)
+    with only_writer(out):
+        found = None if compensate is None else _compensation(teacher, plan, compensate, skeleton, out, seed=seed)
+        closed = () if found is None else found.gaps
+        source = [shards_fingerprint(copy.shards)] if copy else [str(teacher_folder.resolve()), asdict(plan)]
+        # gaps that were closed to the last digit as before have the same tensors
+        with resumable_folder(out, fingerprint([*source, *map(asdict, closed)])) as folder:
+            new_layers = _as_loaded(teacher, found) if found and (runs or not copy) else {}
+            if copy:
+                expected = _write_copy(copy, folder, None if found is None else _changed(copy, skeleton, found))
+            else:
+                expected = _write_from_memory(
+                    teacher, plan, folder, donors=donors or {}, compensated=new_layers, seed=seed, runs=runs
+                )
+            copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
+            with doing("prune: proving the student by its files"):
+                prove_by_files(folder, skeleton, keep)
+            if runs:
+                log.info("prune: running the teacher after %s, then the student", plan.in_words())
+                with doing("prune: running the teacher as planned"):
+                    expected = expected or _planned_behaviour(teacher.load(), plan, Materials({}, new_layers))
+                with doing("prune: proving the student by running it"):
+                    prove_by_run(folder, expected, reference=f"the teacher after {plan.in_words()}")
     return closed
 
 
@@ -218,22 +233,32 @@ def _shall_run(teacher: Teacher, proof: Proof) -> bool:
 
 
 def _route(
-    teacher: Teacher, plan: PruningPlan, keep: Sequence[int], *, changes_kept: bool
+    teacher: Teacher, plan: PruningPlan, keep: Sequence[int], settings: Compensate | None
 ) -> tuple[PreTrainedModel, Copy | None]:
     """The teacher without its weights, and what there is to copy; None where the student must be made in memory."""
     plain, quantisation = without_quantization(teacher.config)
+    if settings is not None:
+        refuse_quantised(teacher.folder, teacher.config)
     skeleton, loading = load_without_data(plain, teacher.shapes)
     if not quantisation:
         refuse_incomplete(teacher.folder, plain.model_type, loading.missing, loading.mismatched)
     try:
-        if changes_kept:
+        if plan.edits:
             raise NotByCopy("the plan changes layers that stay")
-        return skeleton, _planned_copy(teacher, plain, skeleton, loading, keep)
+        copy = _planned_copy(teacher, plain, skeleton, loading, keep)
+        if settings is not None:
+            for layer in keep[keep.index(min(plan.drop) - 1) :]:
+                stored_places(skeleton, layer, output_names(skeleton, layer), teacher.stored)
+        return skeleton, copy
     except NotByCopy as reason:
         if quantisation:
             raise UserError(
                 f"{teacher.folder}: is quantised, and its tensors cannot be copied as they are: {reason}; "
                 "give the full-precision model"
+            ) from reason
+        if settings is not None and fits_by_layers(skeleton, plan.drop, settings):
+            raise UserError(
+                f"{teacher.folder}: its student cannot be written layer by layer: {reason}; {as_a_whole(COMPENSATE)}"
             ) from reason
         log.info("prune: making the student in memory: %s", reason)
         return skeleton, None
@@ -272,10 +297,11 @@ def _planned_copy(
     return Copy(teacher, config, shards, side_files)
 
 
-def _write_copy(copy: Copy, folder: Path) -> None:
-    write_shards(copy.shards, folder)
+def _write_copy(copy: Copy, folder: Path, changed: ChangedTensors | None) -> None:
+    given = () if changed is None else (changed,)
+    write_shards(copy.shards, folder, *given)
     with doing("prune: reading back what was copied"):
-        compare_shards(copy.shards, folder)
+        compare_shards(copy.shards, folder, *given)
     copy.config.save_pretrained(folder)
     for name, content in copy.side_files.items():
         write_json(folder / name, content)
@@ -288,17 +314,27 @@ def _write_copy(copy: Copy, folder: Path) -> None:
         ).save_pretrained(folder)
 
 
-def _compensation(teacher: Teacher, plan: PruningPlan, settings: Compensate, *, seed: int) -> Compensation:
+def _changed(copy: Copy, skeleton: PreTrainedModel, found: Compensation) -> ChangedTensors:
+    names = {old: new for shard in copy.shards for old, new in shard.tensors.items()}
+    layers = {layer: tuple(tensors) for layer, tensors in found.kept.items()}
+    return changed_tensors(skeleton, layers, found.layer, copy.teacher.stored, names)
+
+
+def _as_loaded(teacher: Teacher, found: Compensation) -> dict[int, dict[str, Tensor]]:
+    """The new tensors of all layers, in memory, in the precision in which the teacher is loaded."""
+    dtype = loaded_dtype(teacher.config, shards=teacher.shards)
+    return {
+        layer: {name: tensor.to("cpu", dtype) for name, tensor in found.layer(layer).items()} for layer in found.kept
+    }
+
+
+def _compensation(
+    teacher: Teacher, plan: PruningPlan, settings: Compensate, skeleton: PreTrainedModel, out: Path, *, seed: int
+) -> Compensation:
     """Fitted in float32, under autocast where half precision is fast: a state's rounding to 16 bits hides changes."""
-    where, stored = device(), loaded_dtype(teacher.config, shards=teacher.shards)
+    where = device()
     fast = named_dtype(fast_dtype(where).dtype)
-    model = load_model(
-        teacher.folder,
-        dtype="float32",
-        attention=None,
-        device=where,
-        trust_remote_code=teacher.trust_remote_code,
-    )
+    source = _source(teacher, plan, settings, skeleton, out)
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
     texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
     rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
@@ -310,12 +346,35 @@ def _compensation(teacher: Teacher, plan: PruningPlan, settings: Compensate, *, 
         )
     # its cache of cast weights would keep every tensor that is tried
     with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
-        found = compensate_gaps(model, plan.drop, settings, rows)
-    layers = {
-        layer: {name: tensor.to("cpu", stored) for name, tensor in tensors.items()}
-        for layer, tensors in found.layers.items()
-    }
-    return Compensation(found.gaps, layers)
+        return compensate_gaps(source, plan.drop, settings, rows)
+
+
+def _source(teacher: Teacher, plan: PruningPlan, settings: Compensate, skeleton: PreTrainedModel, out: Path) -> Source:
+    """The teacher in float32, in memory or from its files, as ``settings`` allow."""
+    size = fitting_size(skeleton, plan.drop, settings)
+    if not fits_by_layers(skeleton, plan.drop, settings):
+        if device().type == "cpu" and settings.memory_gb is None and size.in_memory > available_memory():
+            log.warning(
+                "prune.compensate: takes %s of memory, and %s are free; memory_gb fits it layer by layer",
+                bytes_text(size.in_memory),
+                bytes_text(available_memory()),
+            )
+        model = load_model(
+            teacher.folder,
+            dtype="float32",
+            attention=None,
+            device=device(),
+            trust_remote_code=teacher.trust_remote_code,
+        )
+        align_weights(model)  # so that from its files, where they are aligned, all is the same bit for bit
+        return in_memory(model)
+    log.info("prune: compensating layer by layer from %s", teacher.folder)
+    streaming = streaming_of(settings, out.parent, trust_remote_code=teacher.trust_remote_code)
+    streamed = streaming.open(teacher.folder)
+    return from_files(
+        streamed,
+        streaming.store([streamed], tokens_at_once=size.tokens_at_once, fixed=size.fixed, states=size.waiting),
+    )
 
 
 def _write_from_memory(

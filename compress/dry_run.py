@@ -12,15 +12,19 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import PruningPlan
 from shoal.formatting import aligned, bytes_text, layers_text
-from shoal.machine import free_disk
+from shoal.machine import available_memory, free_disk
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
 from shoal.models.load import load_config, loaded_dtype, without_data
 from shoal.recipe.edits import in_words, removed_layers
-from shoal.recipe.prune import Target
+from shoal.recipe.prune import Compensate, Target
+from shoal.runtime import device
 
 from .apply import refuse_own_code
+from .compensation.check import refuse_quantised
+from .compensation.size import fits_by_layers, fitting_size
+from .compensation.source import streaming_of
 from .edits.apply import refuse_impossible_edits
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.proof import memory_shortage, why_not_run
@@ -53,6 +57,7 @@ def dry_run(
     proof: str = "auto",
     targets: Sequence[Target] = (),
     dtype: str = "stored",
+    compensate: Compensate | None = None,
     trust_remote_code: bool = False,
 ) -> str:
     """A report of what apply_plan would write to ``out``: lines of text. Nothing is written and no weight is read.
@@ -66,6 +71,8 @@ def dry_run(
     config = load_config(teacher_folder, trust_remote_code=trust_remote_code)
     refuse_own_code(teacher_folder, config, trust_remote_code=trust_remote_code)
     shards = read_shards(teacher_folder)
+    if compensate is not None:
+        refuse_quantised(teacher_folder, config)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop)
     student = student_config(config, keep)
@@ -90,7 +97,11 @@ def dry_run(
         _table(sides, length),
         _expectation(sides, length),
         [verdict.in_words() for verdict in verdicts],
-        [_space(out, sides[1].stored_bytes), f"proof: {_proof(config, shards, proof)}"],
+        [
+            _space(out, sides[1].stored_bytes),
+            *(_compensation(teacher_folder, before, plan, out, compensate, trust_remote_code) if compensate else ()),
+            f"proof: {_proof(config, shards, proof)}",
+        ],
     )
     return "\n\n".join("\n".join(part) for part in parts)
 
@@ -181,6 +192,27 @@ def _space(out: Path, needed: int) -> str:
     free = free_disk(out)
     line = f"disk: {bytes_text(needed)} needed for {out}, {bytes_text(free)} free there"
     return line if needed <= free else f"{line}: NOT ENOUGH, free some space or set run_dir to another disk"
+
+
+def _compensation(
+    folder: Path, skeleton: PreTrainedModel, plan: PruningPlan, out: Path, settings: Compensate, trusted: bool
+) -> list[str]:
+    """What fitting takes; refuses what does not fit."""
+    size, limit = fitting_size(skeleton, plan.drop, settings), settings.memory_gb
+    about = f"compensation: {settings.method}, {settings.num_tokens:,} tokens"
+    if not fits_by_layers(skeleton, plan.drop, settings):
+        line = f"{about}, takes about {bytes_text(size.in_memory)} of memory"
+        if limit is None and device().type == "cpu" and size.in_memory > (free := available_memory()):
+            line += f", and {bytes_text(free)} are free: set prune.compensate.memory_gb to fit it layer by layer"
+        return [line]
+    streaming = streaming_of(settings, out.parent, trust_remote_code=trusted)
+    needed = streaming.needed([streaming.open(folder)], tokens_at_once=size.tokens_at_once, fixed=size.fixed)
+    file_folder = streaming.file_folder(needed, size.waiting)
+    waiting = f"{bytes_text(size.waiting)} of states and new tensors"
+    return [
+        f"{about}, layer by layer from the files, takes about {bytes_text(needed)} of memory and {waiting}"
+        + (", in memory too" if file_folder is None else f", in a file in {file_folder}")
+    ]
 
 
 def _proof(config: Any, shards: Sequence[Shard], proof: str) -> str:

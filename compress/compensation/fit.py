@@ -1,43 +1,42 @@
 """Fit what makes up for dropped layers, one gap after the other, on the student's own states.
 
-Teacher and student advance side by side through the layers, batch by batch. The student's state is kept as a teacher
-with hooks would have it: multiplied at every gap. As it passes, what was fitted goes into weights of kept layers
-(fold.py), and in the end these are compared with the hooks.
+Teacher and student advance side by side through the layers, one layer for all batches, so that a model may be larger
+than memory. The student's state is kept as a teacher with hooks would have it: multiplied at every gap. As it passes,
+what was fitted goes into weights of kept layers (fold.py), and in the end these are compared with the hooks.
 
 Operations: a pass of the teacher and one of the student over the calibration tokens, sums of one F x F and two F x D
-products per token and gap with a correction, and for every gap two passes of the layers above it over the held-out
-eighth of the rows. Memory beside the model: two states of all calibration tokens; at a gap four, and twice the three
-sums.
+products per token and gap with a correction, and over the held-out eighth of the rows two passes of the teacher and
+student, and for every gap two of the layers above it. From files, layers are read once for every such pass, two passes
+of a gap together. Memory beside the model: size.py.
 
-B batch, S sequence, D hidden, F features, N tokens.
+B batch, S sequence, D hidden, F features.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import ClosedGap
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.formatting import layers_text
-from shoal.inference.decoder import Decoder
-from shoal.models.anatomy import decoder_layers
 from shoal.progress import each
 from shoal.recipe.prune import Compensate
 
 from ..edits.merging import tensors_in_place
 from ..surgery.cut_model import kept_layers
-from ..variants.layerwise import Layerwise, Prepared
-from .fold import Correction, Tensors, is_blind_to_size, scaled_layer
+from ..variants.layerwise import Prepared
+from ..variants.state_store import Kept
+from .fold import Correction, NotFoldable, Tensors, is_blind_to_size, num_features, scaled_layer
+from .source import Source
 from .sums import Fit, Sums, fit_correction, fit_factor
 
 log = logging.getLogger(__name__)
@@ -50,8 +49,12 @@ FACTORS = (0.5, 4.0)
 """Least and largest factor; what lies outside comes of states that are not alike at all."""
 TOLERANCE = 0.02
 """Of the divergence between folded weights and hooks, relative to that between teacher and student."""
+LEAVE_OUT = "leave prune.compensate out"
 
 NONE = Fit()
+
+_Attempt = Callable[[int, Kept], object]
+"""Tries something on a layer and a state before it; raises NotFoldable."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,17 @@ class Compensation:
     """What makes up for the dropped layers of a plan."""
 
     gaps: tuple[ClosedGap, ...]
-    layers: Mapping[int, Tensors]
-    """New tensors of kept layers, by the teacher's index and the name within the layer."""
+    kept: Mapping[int, Mapping[str, Kept]]
+    """New tensors of kept layers in float32, by the teacher's index and the name within the layer; maybe in a file."""
+
+    def layer(self, index: int) -> Tensors:
+        """The new tensors of one layer; none where it stays as it is."""
+        return {name: tensor.load() for name, tensor in self.kept.get(index, {}).items()}
+
+    @property
+    def layers(self) -> dict[int, Tensors]:
+        """Those of all layers, in memory."""
+        return {index: self.layer(index) for index in self.kept}
 
 
 def gaps(drop: Sequence[int]) -> list[tuple[int, int]]:
@@ -70,8 +82,8 @@ def gaps(drop: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def compensate(teacher: PreTrainedModel, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Compensation:
-    """Factors and corrections for every gap that ``drop`` leaves in ``teacher``, which stays as it is.
+def compensate(source: Source, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> Compensation:
+    """Factors and corrections for every gap that ``drop`` leaves in the model of ``source``, which stays as it is.
 
     ``drop`` is without layer 0: nothing below it could make up for it.
 
@@ -79,41 +91,60 @@ def compensate(teacher: PreTrainedModel, drop: Sequence[int], settings: Compensa
     rows stays as it was.
 
     Raises:
-        UserError: a family into whose weights nothing can be folded exactly or whose layers
-            cannot be run one by one, too few tokens, states that are not finite.
+        UserError: a family into whose weights nothing can be folded exactly, too few tokens, states that are not
+            finite.
     """
-    kept_layers(len(decoder_layers(teacher)), drop)
-    was_training = teacher.training
-    teacher.eval()
+    kept_layers(source.layerwise.num_layers, drop)
+    was_training = source.model.training
+    source.model.eval()
     try:
-        return _Fitting(teacher, drop, settings, rows).run()
+        return _Fitting(source, drop, settings, rows).run()
+    except NotFoldable as error:
+        raise UserError(f"{error}; {LEAVE_OUT}") from error
     finally:
-        teacher.train(was_training)
+        source.model.train(was_training)
+
+
+@torch.no_grad()
+def refuse_unfoldable(source: Source, settings: Compensate, rows: PackedRows) -> None:
+    """Try on the lowest two layers what would be folded into others; ``rows`` are two that are long enough to run.
+
+    Raises:
+        UserError: a family into which it cannot be folded.
+    """
+    fitting = _Fitting(source, (1,), settings, rows)
+    generator = torch.Generator().manual_seed(0)
+    # as large as states above the cut, where what norms add to it does not count; those of embeddings are small
+    state_BSD = torch.randn(fitting.held_out[0].teacher.load().shape, generator=generator)
+    state = source.store.keep(state_BSD.to(source.model.device, source.model.dtype))
+    for layer in (0, 1):
+        with source.loaded(layer):
+            fitting.refuse_unfoldable(layer, state, corrected=layer == 0, scaled=layer == 1, is_last=layer == 1)
 
 
 @dataclass
 class _Batch:
-    """Some rows on their way through the layers."""
+    """Some rows on their way through the layers; states are (B, S, D)."""
 
     prepared: Prepared
     held_out: bool
-    teacher_BSD: Tensor
-    student_BSD: Tensor
-    end_BSD: Tensor | None = None
+    teacher: Kept
+    student: Kept
+    end: Kept | None = None
     """The teacher's final state, of held-out rows."""
 
 
 class _Fitting:
-    def __init__(self, teacher: PreTrainedModel, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> None:
-        self.model, self.settings = teacher, settings
-        self.decoder, self.layerwise = Decoder(teacher), Layerwise(teacher)
-        self.num_layers = self.layerwise.num_layers
+    def __init__(self, source: Source, drop: Sequence[int], settings: Compensate, rows: PackedRows) -> None:
+        self.model, self.layerwise, self.decoder = source.model, source.layerwise, source.decoder
+        self.loaded, self.store = source.loaded, source.store
+        self.settings, self.num_layers = settings, self.layerwise.num_layers
         self.dropped = set(drop)
         self.gap_above = {first - 1: (first, last) for first, last in gaps(drop)}
         self.with_correction, self.with_factor = settings.method != "scale", settings.method != "linear"
         self.batches = list(self._batches(rows))
         self.held_out = [batch for batch in self.batches if batch.held_out]
-        self.folded: dict[int, Tensors] = {}
+        self.folded: dict[int, dict[str, Kept]] = {}
         self.product = 1.0
         """Product of the factors of all gaps below."""
 
@@ -125,51 +156,93 @@ class _Fitting:
             )
         if self.with_correction:
             self._refuse_few_tokens()
-        if self.with_factor:
-            self._refuse_unscalable()
-        for batch in self.held_out:
-            batch.end_BSD = self._end(batch, batch.teacher_BSD, 0, frozenset())
+        self._see_teacher()
         top = max(last for _, last in self.gap_above.values())
         closed: list[ClosedGap] = []
         for layer in each(range(self.num_layers), "prune: compensating", unit="layers"):
             if layer in self.dropped:
                 continue  # passed with its gap
-            moving = self.batches if layer <= top else self.held_out
             gap = self.gap_above.get(layer)
             if gap is not None:
                 closed.append(self._close(layer, *gap))
                 continue
-            if self.product != 1:
-                self._fold_factor(layer)
-            for batch in moving:
-                shared = batch.student_BSD is batch.teacher_BSD  # below the first gap
-                batch.teacher_BSD = self._run(layer, batch, batch.teacher_BSD)
-                batch.student_BSD = batch.teacher_BSD if shared else self._run(layer, batch, batch.student_BSD)
+            with self.loaded(layer):
+                if self.product != 1:
+                    self._fold_factor(layer, self.batches[-1].student)
+                for batch in self.batches if layer < top else self.held_out:
+                    shared = batch.student is batch.teacher  # below the first gap
+                    batch.student = self._run(layer, batch, batch.student)
+                    if layer < top:
+                        batch.teacher = batch.student if shared else self._run(layer, batch, batch.teacher)
         self._refuse_wrong_fold()
         return Compensation(tuple(closed), self.folded)
 
     def _refuse_few_tokens(self) -> None:
-        fitted = sum(batch.teacher_BSD.shape[:2].numel() for batch in self.batches if not batch.held_out)
-        size = self.held_out[0].teacher_BSD.shape[-1]
-        num_features = max(Correction(self.layerwise, layer).num_features or size for layer in self.gap_above)
-        if fitted < (needed := TOKENS_PER_FEATURE * num_features):
+        fitted = sum(batch.teacher.load().shape[:2].numel() for batch in self.batches if not batch.held_out)
+        most = max(num_features(self.model, layer) for layer in self.gap_above)
+        if fitted < (needed := TOKENS_PER_FEATURE * most):
             raise UserError(
-                f"prune.compensate.num_tokens: leaves {fitted:,} tokens to fit {num_features:,} features of an MLP to, "
+                f"prune.compensate.num_tokens: leaves {fitted:,} tokens to fit {most:,} features of an MLP to, "
                 f"which needs at least {needed:,}; raise it, name more text, or set method: scale"
             )
 
-    def _refuse_unscalable(self) -> None:
-        """Refuse a family that no factor can be folded into, before anything is fitted."""
-        batch = self.held_out[0]
-        hidden_BSD, first_gap = batch.teacher_BSD, min(self.dropped)
+    def _see_teacher(self) -> None:
+        """Run the teacher over held-out rows; refuse on the way what cannot be folded, before anything is fitted."""
+        states = [batch.teacher for batch in self.held_out]
         for layer in range(self.num_layers):
-            if layer > first_gap and layer not in self.dropped:
-                scaled_layer(self.layerwise, layer, 1.0, hidden_BSD, batch.prepared.calls[layer])
-            hidden_BSD = self._run(layer, batch, hidden_BSD)
-        if not is_blind_to_size(self.layerwise, batch.prepared, hidden_BSD):
-            raise UserError(
+            with self.loaded(layer):
+                before, states = states[0], self._past(layer, states)
+                self._refuse_not_finite(f"layer {layer}", *(state.load() for state in states))
+                self.refuse_unfoldable(
+                    layer,
+                    before,
+                    corrected=layer in self.gap_above,
+                    scaled=layer > min(self.dropped) and layer not in self.dropped,
+                    is_last=layer == self.num_layers - 1,
+                )
+        for batch, state in zip(self.held_out, states, strict=True):
+            batch.end = self._finish(batch, state)
+
+    def refuse_unfoldable(self, layer: int, before: Kept, *, corrected: bool, scaled: bool, is_last: bool) -> None:
+        """Refuse a layer, whose weights are there, into which what the method says cannot be folded.
+
+        ``before`` is a state before it; ``is_last``: what follows the layers is tried, too.
+        """
+        if self.with_correction and corrected:
+            self._refuse_unless(self._try_correction, layer, before, other="scale", instead=self._try_factor)
+        if self.with_factor and scaled:
+            self._refuse_unless(self._try_factor, layer, before, other="linear", instead=self._try_correction)
+        if self.with_factor and is_last:
+            self._refuse_unless(self._try_end, layer, before, other="linear", instead=self._try_correction)
+
+    def _refuse_unless(self, attempt: _Attempt, layer: int, before: Kept, *, other: str, instead: _Attempt) -> None:
+        """Refuse what the ``attempt`` refuses, and propose the method ``other`` where ``instead`` goes."""
+        try:
+            attempt(layer, before)
+        except NotFoldable as error:
+            raise UserError(f"{error}; {self._remedy(other, instead, layer, before)}") from error
+
+    def _remedy(self, method: str, attempt: _Attempt, layer: int, before: Kept) -> str:
+        try:
+            attempt(layer, before)
+        except UserError:
+            return LEAVE_OUT
+        return f"set method: {method}, or {LEAVE_OUT}"
+
+    def _try_correction(self, layer: int, before: Kept) -> None:
+        call = self.held_out[0].prepared.calls[layer]
+        Correction(self.layerwise, layer).form(before.load(), call)
+
+    def _try_factor(self, layer: int, before: Kept) -> None:
+        scaled_layer(self.layerwise, layer, 1.0, before.load(), self.held_out[0].prepared.calls[layer])
+
+    def _try_end(self, layer: int, before: Kept) -> None:
+        prepared = self.held_out[0].prepared
+        after_BSD = self.layerwise.run(layer, before.load(), prepared.calls[layer])
+        if not is_blind_to_size(self.layerwise, prepared, after_BSD):
+            raise NotFoldable(
                 f"prune.compensate: {self.model.config.model_type} reads its last layer's state otherwise than through "
-                "a norm, so that no factor can be folded into weights; set method: linear"
+                "a norm, so that no factor can be folded into its weights"
             )
 
     def _batches(self, rows: PackedRows) -> Iterator[_Batch]:
@@ -182,30 +255,35 @@ class _Fitting:
                 )
                 inputs = self.decoder.arguments(ids_BS, position_ids_BS=positions_BS)
                 prepared = self.layerwise.prepare(inputs, positions_BS)
-                yield _Batch(prepared.without_hidden(), bool(held_out), prepared.hidden_BSD, prepared.hidden_BSD)
+                state = self.store.keep(prepared.hidden_BSD)
+                yield _Batch(prepared.without_hidden(), bool(held_out), state, state)
 
-    def _run(self, layer: int, batch: _Batch, hidden_BSD: Tensor) -> Tensor:
-        """(B, S, D) The state after the teacher's own ``layer``."""
-        return self.layerwise.run(layer, hidden_BSD, batch.prepared.calls[layer])
+    def _run(self, layer: int, batch: _Batch, state: Kept) -> Kept:
+        """The state after ``layer``, with whatever weights are in place."""
+        return self.store.keep(self.layerwise.run(layer, state.load(), batch.prepared.calls[layer]))
 
-    def _end(self, batch: _Batch, hidden_BSD: Tensor, start: int, without: frozenset[int] | set[int]) -> Tensor:
-        """(B, S, D) The final state from that before layer ``start``."""
-        for layer in range(start, self.num_layers):
-            if layer not in without:
-                hidden_BSD = self._run(layer, batch, hidden_BSD)
-        return self.layerwise.finish(hidden_BSD, batch.prepared)
+    def _finish(self, batch: _Batch, state: Kept) -> Kept:
+        """The final state from that after the last layer."""
+        return self.store.keep(self.layerwise.finish(state.load(), batch.prepared))
 
     def _close(self, below: int, first: int, last: int) -> ClosedGap:
         """Past ``below``, the last kept layer before the gap ``first`` to ``last``, and past the gap."""
         where = layers_text([*range(first, last + 1)])
-        correction = Correction(self.layerwise, below) if self.with_correction else None
-        before = [batch.student_BSD for batch in self.batches]
-        train, test = self._sums(correction, below, last, where)
-        fit = self._fit(train, test, is_last=last == self.num_layers - 1)
-        error, divergence = test.error(), self._divergence(last + 1)
-        states = [batch.student_BSD for batch in self.batches]
-        self._apply(fit, correction, below, before)
-        closed = self._divergence(last + 1)
+        before = [batch.student for batch in self.batches]
+        for layer in range(below, last + 1):
+            with self.loaded(layer):
+                for batch in self.batches:
+                    batch.teacher = self._run(layer, batch, batch.teacher)
+        with self.loaded(below):
+            correction = Correction(self.layerwise, below) if self.with_correction else None
+            train, test = self._sums(correction, below, where)
+            fit = self._fit(train, test, is_last=last == self.num_layers - 1)
+            error = test.error()
+            del train, test  # which are large
+            still_open = [batch.student for batch in self.batches]
+            self._apply(fit, correction, below, before)
+        states = [[state for state, batch in zip(still_open, self.batches, strict=True) if batch.held_out]]
+        divergence, closed = self._divergences(last + 1, *states, [batch.student for batch in self.held_out])
         helps = closed < divergence and FACTORS[0] <= fit.factor <= FACTORS[1]
         log.info(
             "prune: gap of %s: factor %.3f%s; error of the state %.4f -> %.4f, divergence from the teacher %.4f -> "
@@ -222,10 +300,11 @@ class _Fitting:
         if not helps:
             fit, closed = NONE, divergence
             self.folded.pop(below, None)
-            for batch, state_BSD in zip(self.batches, states, strict=True):
-                batch.student_BSD = state_BSD
+            for batch, state in zip(self.batches, still_open, strict=True):
+                batch.student = state
         if self.product != 1:
-            self._fold_factor(below, before[-1])
+            with self.loaded(below):
+                self._fold_factor(below, before[-1])
         self.product *= fit.factor
         return ClosedGap(
             first=first,
@@ -238,40 +317,42 @@ class _Fitting:
             divergence_after=closed,
         )
 
-    def _sums(self, correction: Correction | None, below: int, last: int, where: str) -> tuple[Sums, Sums]:
-        """What is fitted to and what is tested on, with the student past ``below`` and the teacher past ``last``."""
+    def _sums(self, correction: Correction | None, below: int, where: str) -> tuple[Sums, Sums]:
+        """What is fitted to and what is tested on, with the teacher past the gap; the student goes past ``below``."""
         train, test = Sums(), Sums()
         for batch in self.batches:
             features_ND: Tensor | None = None
+            call, before_BSD, teacher_BSD = batch.prepared.calls[below], batch.student.load(), batch.teacher.load()
             if correction is None:
-                batch.student_BSD = self._run(below, batch, batch.student_BSD)
+                student_BSD = self.layerwise.run(below, before_BSD, call)
             else:
-                call = batch.prepared.calls[below]
-                batch.student_BSD, features_BSF = correction.features(batch.student_BSD, call)
+                student_BSD, features_BSF = correction.features(before_BSD, call)
                 features_ND = features_BSF.flatten(0, 1)
-            for layer in range(below, last + 1):
-                batch.teacher_BSD = self._run(layer, batch, batch.teacher_BSD)
-            if not bool(batch.student_BSD.isfinite().all() and batch.teacher_BSD.isfinite().all()):
-                raise UserError(
-                    f"prune.compensate: the states at {where} are not finite in {self.model.dtype}; look for damaged "
-                    "weights, or leave prune.compensate out"
-                )
-            states_ND = batch.student_BSD.flatten(0, 1), features_ND, batch.teacher_BSD.flatten(0, 1)
-            (test if batch.held_out else train).add(*states_ND)
+            self._refuse_not_finite(where, student_BSD, teacher_BSD)
+            batch.student = self.store.keep(student_BSD)
+            (test if batch.held_out else train).add(student_BSD.flatten(0, 1), features_ND, teacher_BSD.flatten(0, 1))
         return train, test
 
-    def _apply(self, fit: Fit, correction: Correction | None, below: int, before: Sequence[Tensor]) -> None:
+    def _refuse_not_finite(self, where: str, *states: Tensor) -> None:
+        if not all(bool(state_BSD.isfinite().all()) for state_BSD in states):
+            raise UserError(
+                f"prune.compensate: the states at {where} are not finite in {self.model.dtype}; look for damaged "
+                f"weights, or {LEAVE_OUT}"
+            )
+
+    def _apply(self, fit: Fit, correction: Correction | None, below: int, before: Sequence[Kept]) -> None:
         """Close the gap above ``below`` by ``fit`` in all batches, from the student's states before that layer."""
         if correction is not None and fit.added_FD is not None:
             # of several batches the last is held out; features are made again, since all of them would be too much
             call = self.batches[-1].prepared.calls[below]
-            self.folded[below] = correction.folded(fit.added_FD / fit.factor, before[-1], call)
-            with tensors_in_place(self.model, {below: self.folded[below]}):
-                for batch, before_BSD in zip(self.batches, before, strict=True):
-                    batch.student_BSD = self._run(below, batch, before_BSD)
+            tensors = correction.folded(fit.added_FD / fit.factor, before[-1].load(), call)
+            self._keep(below, tensors)
+            with tensors_in_place(self.model, {below: tensors}):
+                for batch, state in zip(self.batches, before, strict=True):
+                    batch.student = self._run(below, batch, state)
         if fit.factor != 1:
             for batch in self.batches:
-                batch.student_BSD = batch.student_BSD * fit.factor
+                batch.student = self.store.keep(batch.student.load() * fit.factor)
 
     def _fit(self, train: Sums, test: Sums, *, is_last: bool) -> Fit:
         with_factor = self.with_factor and not is_last  # behind the last gap there is a norm alone
@@ -279,23 +360,41 @@ class _Fitting:
             return fit_factor(train, test) if with_factor else NONE
         return fit_correction(train, test, with_factor=with_factor)
 
-    def _fold_factor(self, layer: int, state_BSD: Tensor | None = None) -> None:
+    def _fold_factor(self, layer: int, before: Kept) -> None:
         """Let ``layer``, with what is folded into it already, write to a state without the factors of gaps below."""
-        batch = self.batches[-1]
-        before_BSD = batch.student_BSD if state_BSD is None else state_BSD
-        with tensors_in_place(self.model, {layer: self.folded.get(layer, {})}):
-            scaled = scaled_layer(self.layerwise, layer, 1 / self.product, before_BSD, batch.prepared.calls[layer])
-        self.folded[layer] = {**self.folded.get(layer, {}), **scaled}
+        with tensors_in_place(self.model, {layer: self._tensors(layer)}):
+            call = self.batches[-1].prepared.calls[layer]
+            self._keep(layer, scaled_layer(self.layerwise, layer, 1 / self.product, before.load(), call))
 
-    def _divergence(self, start: int) -> float:
-        """KL(teacher || student) in nats per held-out token, with gaps above ``start`` open."""
-        return self._divergence_of(self._end(batch, batch.student_BSD, start, self.dropped) for batch in self.held_out)
+    def _keep(self, layer: int, tensors: Tensors) -> None:
+        kept = {name: self.store.keep(tensor) for name, tensor in tensors.items()}
+        self.folded[layer] = {**self.folded.get(layer, {}), **kept}
 
-    def _divergence_of(self, ends: Iterator[Tensor]) -> float:
+    def _tensors(self, layer: int) -> Tensors:
+        return {name: tensor.load() for name, tensor in self.folded.get(layer, {}).items()}
+
+    def _divergences(self, start: int, *variants: Sequence[Kept]) -> list[float]:
+        """KL(teacher || student) in nats per held-out token, with gaps above ``start`` open.
+
+        Of each variant, given by the states before layer ``start`` of all held-out batches.
+        """
+        states = [list(variant) for variant in variants]
+        for layer in range(start, self.num_layers):
+            if layer not in self.dropped:
+                with self.loaded(layer):
+                    states = [self._past(layer, variant) for variant in states]
+        return [self._divergence(variant) for variant in states]
+
+    def _past(self, layer: int, states: Sequence[Kept]) -> list[Kept]:
+        """The states of held-out batches after ``layer``."""
+        return [self._run(layer, batch, state) for batch, state in zip(self.held_out, states, strict=True)]
+
+    def _divergence(self, states: Sequence[Kept]) -> float:
+        """Of the states of held-out batches after the last layer."""
         total, num_tokens, size = 0.0, 0, self.decoder.positions_at_once()
-        for batch, end_BSD in zip(self.held_out, ends, strict=True):
-            assert batch.end_BSD is not None
-            ours_ND, theirs_ND = end_BSD.flatten(0, 1), batch.end_BSD.flatten(0, 1)
+        for batch, state in zip(self.held_out, states, strict=True):
+            assert batch.end is not None
+            ours_ND, theirs_ND = (end.load().flatten(0, 1) for end in (self._finish(batch, state), batch.end))
             for ours, theirs in zip(ours_ND.split(size), theirs_ND.split(size), strict=True):
                 log_q, log_p = (self.decoder.logits(some).log_softmax(-1) for some in (ours, theirs))
                 total += float(functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
@@ -308,17 +407,17 @@ class _Fitting:
         Raises:
             UserError: the divergence from the teacher is another one.
         """
-        hooked = self._divergence(self.num_layers)
-        with tensors_in_place(self.model, self.folded):
-            folded = self._divergence_of(
-                self._end(batch, self._first_state(batch), 0, self.dropped) for batch in self.held_out
-            )
+        hooked = self._divergence([batch.student for batch in self.held_out])
+        states = [self.store.keep(self.layerwise.prepare(batch.prepared.inputs).hidden_BSD) for batch in self.held_out]
+        for layer in range(self.num_layers):
+            if layer not in self.dropped:
+                with self.loaded(layer), tensors_in_place(self.model, {layer: self._tensors(layer)}):
+                    states = self._past(layer, states)
+                self._refuse_not_finite(f"layer {layer}", *(state.load() for state in states))
+        folded = self._divergence(states)
         if not math.isclose(hooked, folded, rel_tol=TOLERANCE, abs_tol=1e-4):
             raise UserError(
                 f"prune.compensate: {self.model.config.model_type}: with the folded weights the divergence from the "
                 f"teacher is {folded:.5f} nats a token, and with factors in force {hooked:.5f}; shoal cannot fold into "
-                "this family: leave prune.compensate out"
+                f"this family: {LEAVE_OUT}"
             )
-
-    def _first_state(self, batch: _Batch) -> Tensor:
-        return self.layerwise.prepare(batch.prepared.inputs).hidden_BSD

@@ -18,7 +18,7 @@ B batch, S sequence, D hidden, F features.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +26,23 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers
+from shoal.models.anatomy import decoder_layers, text_config
 from shoal.recipe.edits import LayerEdit
 
 from ..edits.layer_edits import in_force
 from ..edits.masks import with_halves
 from ..edits.merging import refuse_shared_parameters, tensors_in_place
-from ..edits.sublayers import sublayers, where
+from ..edits.sublayers import named_halves, sublayers, where
 from ..edits.zeroing import output_parameters
 from ..variants.layerwise import Call, Layerwise, Prepared
 
 Tensors = dict[str, Tensor]
 """New tensors of one layer, by name within it."""
+
+
+class NotFoldable(UserError):
+    """Why nothing can be folded into a layer, without a remedy."""
+
 
 PROBE_FACTOR = 2.0
 """Exact in every number format, and far enough from 1 that a wrong fold shows."""
@@ -52,7 +57,7 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
     ``hidden_BSD`` and ``call`` are a state and a call of this layer, on which that is proven.
 
     Raises:
-        UserError: a family in which no weights do this: one that reads the raw state, or writes by other ways.
+        NotFoldable: a family in which no weights do this: one that reads the raw state, or writes by other ways.
     """
     model = layerwise.model
     refuse_shared_parameters(model, layer)
@@ -62,11 +67,19 @@ def scaled_layer(layerwise: Layerwise, layer: int, factor: float, hidden_BSD: Te
             got_BSD = PROBE_FACTOR * layerwise.run(layer, hidden_BSD / PROBE_FACTOR, call)
         if _same(got_BSD, after_BSD, after_BSD - hidden_BSD):
             return scaled(factor)
-    raise UserError(
+    raise NotFoldable(
         f"prune.compensate: {where(model, layer)} does not read the residual stream through norms alone, or adds to it "
-        "in a way that shoal does not know, so that no factor can be folded into its weights; set method: linear, or "
-        "leave prune.compensate out"
+        "in a way that shoal does not know, so that no factor can be folded into its weights"
     )
+
+
+def num_features(model: PreTrainedModel, layer: int) -> int:
+    """F of the layer's MLP, by the names of its modules: the inputs of its one output map, else the hidden size."""
+    named = named_halves(decoder_layers(model)[layer])
+    found = _output_map(model, layer, output_parameters(model, layer, named, "mlp"))
+    if found is None:
+        return text_config(model.config).hidden_size
+    return found.in_features if isinstance(found, nn.Linear) else found.nx
 
 
 class Correction:
@@ -77,19 +90,9 @@ class Correction:
         with_halves(model, layer)
         refuse_shared_parameters(model, layer)
         self._layerwise, self._layer = layerwise, layer
-        module = decoder_layers(model)[layer]
-        self._own = dict(module.named_parameters())
+        self._own = dict(decoder_layers(model)[layer].named_parameters())
         self._outputs = output_parameters(model, layer, sublayers(model)[layer], "mlp")
-        owners = {name.rpartition(".")[0] for name in self._outputs}
-        only = module.get_submodule(owners.pop()) if len(owners) == 1 else None
-        self._map = only if isinstance(only, nn.Linear | Conv1D) else None
-
-    @property
-    def num_features(self) -> int | None:
-        """F, where it is that of one linear map; None = the hidden size."""
-        if self._map is None:
-            return None
-        return self._map.in_features if isinstance(self._map, nn.Linear) else self._map.nx
+        self._map = _output_map(model, layer, self._outputs)
 
     def features(self, hidden_BSD: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """(B, S, D) The state after the layer, and (B, S, F) the features by which what its MLP writes is corrected."""
@@ -106,14 +109,29 @@ class Correction:
         """The tensors with which the MLP writes f E more, E = ``added_FD``, proven on a state and a call of this layer.
 
         Raises:
-            UserError: a family in which no weights do this.
+            NotFoldable: a family in which no weights do this.
+        """
+        output_dim, scale = self.form(hidden_BSD, call)
+        found = self._added(added_FD / scale, output_dim)
+        assert found is not None
+        return found
+
+    def form(self, hidden_BSD: Tensor, call: Call) -> tuple[int, float]:
+        """The dimension of the output parameters along which they write, and times which what they write is multiplied.
+
+        Found by trying a correction of random numbers on a state and a call of this layer.
+
+        Raises:
+            NotFoldable: a family in which no weights do this.
         """
         after_BSD, features_BSF = self.features(hidden_BSD, call)
         generator = torch.Generator().manual_seed(self._layer)
-        probe_FD = torch.randn(added_FD.shape, generator=generator, dtype=torch.float64).to(added_FD.device)
-        # as large as what the MLP writes
-        probe_FD *= float(after_BSD.float().norm() / (features_BSF.float() @ probe_FD.float()).norm())
-        change_BSD = features_BSF.float() @ probe_FD.float()
+        shape = features_BSF.shape[-1], after_BSD.shape[-1]
+        probe_FD = torch.randn(shape, generator=generator, dtype=torch.float64).to(after_BSD.device)
+        with torch.autocast(after_BSD.device.type, enabled=False):
+            change_BSD = features_BSF.float() @ probe_FD.float()
+        size = float(after_BSD.float().norm() / change_BSD.norm())  # as large as what the MLP writes
+        probe_FD, change_BSD = probe_FD * size, change_BSD * size
         for output_dim in (-2, -1):  # (D, inputs) of linear maps, (inputs, D) of GPT-2's and of some experts
             scale = 1.0
             for _ in range(2):  # a family may multiply what is written (Granite): the first run tells by how much
@@ -122,15 +140,12 @@ class Correction:
                 with tensors_in_place(self._layerwise.model, {self._layer: tensors}):
                     got_BSD = self._layerwise.run(self._layer, hidden_BSD, call)
                 if _same(got_BSD, after_BSD + change_BSD, change_BSD):
-                    found = self._added(added_FD / scale, output_dim)
-                    assert found is not None
-                    return found
+                    return output_dim, scale
                 moved_BSD = got_BSD.float() - after_BSD.float()
                 scale = float((moved_BSD * change_BSD).sum() / change_BSD.square().sum()) or 1.0
-        raise UserError(
+        raise NotFoldable(
             f"prune.compensate: the MLP of {where(self._layerwise.model, self._layer)} does not write to the residual "
-            "stream by linear maps that shoal knows, so that no correction can be folded into them; set method: scale, "
-            "or leave prune.compensate out"
+            "stream by linear maps that shoal knows, so that no correction can be folded into them"
         )
 
     def _added(self, added_FD: Tensor, output_dim: int) -> Tensors | None:
@@ -152,6 +167,13 @@ class Correction:
             mapped = weight.double().movedim(dim, -1) @ factor_DD.to(weight.device)
             tensors[name] = mapped.movedim(-1, dim).to(weight.dtype).contiguous()
         return tensors or None
+
+
+def _output_map(model: PreTrainedModel, layer: int, outputs: Sequence[str]) -> nn.Linear | Conv1D | None:
+    """The one linear map that the parameters ``outputs`` of the layer belong to; None where there are several."""
+    owners = {name.rpartition(".")[0] for name in outputs}
+    only = decoder_layers(model)[layer].get_submodule(owners.pop()) if len(owners) == 1 else None
+    return only if isinstance(only, nn.Linear | Conv1D) else None
 
 
 def is_blind_to_size(layerwise: Layerwise, prepared: Prepared, hidden_BSD: Tensor) -> bool:

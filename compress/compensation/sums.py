@@ -58,9 +58,13 @@ class Sums:
         self.xy += float((x_ND * y_ND).sum(dtype=torch.float64))
         if features_NF is not None:
             f_FN = (features_NF.float() * scale_N1).mT
-            self.ff_FF = self.ff_FF.to(x_ND.device) + (f_FN @ f_FN.mT).double()
-            self.fx_FD = self.fx_FD.to(x_ND.device) + (f_FN @ x_ND).double()
-            self.fy_FD = self.fy_FD.to(x_ND.device) + (f_FN @ y_ND).double()
+            with torch.autocast(x_ND.device.type, enabled=False):  # a model's own half precision ends here
+                products = f_FN @ f_FN.mT, f_FN @ x_ND, f_FN @ y_ND
+            if self.ff_FF.dim() == 0:
+                self.ff_FF, self.fx_FD, self.fy_FD = (product.double() for product in products)
+            else:  # in place, since these are the largest tensors of all
+                for total, product in zip((self.ff_FF, self.fx_FD, self.fy_FD), products, strict=True):
+                    total += product
 
     def error(self, factor: float = 1.0, added_FD: Tensor | None = None) -> float:
         """Mean over the tokens of ||y - a x - f E||^2 / ||y||^2 for a = ``factor`` and E = ``added_FD``."""
@@ -84,17 +88,19 @@ def fit_correction(train: Sums, held_out: Sums, *, with_factor: bool) -> Fit:
     With E at its best for a, E(a) = (ff + s I)^-1 (fy - a fx), the error that is minimised is quadratic in a, so that
     both are found at once.
     """
-    identity_FF = torch.eye(len(train.ff_FF), dtype=torch.float64, device=train.ff_FF.device)
     mean_square = float(train.ff_FF.diagonal().mean())
-    fits: list[Fit] = []
-    for shrinkage in SHRINKAGES:
-        root_FF = torch.linalg.cholesky(train.ff_FF + shrinkage * mean_square * identity_FF)
+
+    def fit(shrinkage: float) -> Fit:
+        shrunk_FF = train.ff_FF.clone()
+        shrunk_FF.diagonal().add_(shrinkage * mean_square)
+        root_FF = torch.linalg.cholesky(shrunk_FF)
         x_FD, y_FD = (torch.cholesky_solve(sums_FD, root_FF) for sums_FD in (train.fx_FD, train.fy_FD))
         factor = 1.0
         if with_factor:
             explained_xy, explained_xx = (float((train.fx_FD * own_FD).sum()) for own_FD in (y_FD, x_FD))
             factor = (train.xy - explained_xy) / (train.xx - explained_xx)
         added_FD = y_FD - factor * x_FD
-        fits.append(Fit(factor, added_FD, held_out.error(factor, added_FD)))
-    least = min(fit.error for fit in fits)
-    return next(fit for fit in fits if fit.error <= (1 + NEGLIGIBLE) * least)
+        return Fit(factor, added_FD, held_out.error(factor, added_FD))
+
+    errors = [fit(shrinkage).error for shrinkage in SHRINKAGES]  # one solution at a time, since each is large
+    return fit(SHRINKAGES[next(i for i, error in enumerate(errors) if error <= (1 + NEGLIGIBLE) * min(errors))])

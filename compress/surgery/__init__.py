@@ -4,6 +4,7 @@ cut_model         in memory
 config_cut        its configuration
 special_cuts      families with rules of their own
 shards            by copying stored bytes
+changed_tensors   with new numbers in places of stored ones
 stored_names      which tensors those are
 quantised         settings that name layers
 resumable_folder  a folder that is complete or absent

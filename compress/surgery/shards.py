@@ -2,7 +2,8 @@
 
 One new file per source file that keeps anything. Neighbouring tensors move in one call inside the kernel, so memory
 stays at a header whatever the size of a shard, and a disk that can share blocks shares them. Numbers, dtypes and
-quantised layouts cannot change, because nobody looks at them.
+quantised layouts cannot change, because nobody looks at them. Tensors that shall be others are written over their
+copies.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 from shoal.atomic_files import fingerprint, flush, write_json
 from shoal.errors import DISK_FULL, UserError
@@ -92,7 +95,14 @@ def shards_fingerprint(shards: Sequence[NewShard]) -> str:
     return fingerprint([[shard.name, shard.header.hex(), shard.runs, _identity(shard.source.file)] for shard in shards])
 
 
-def write_shards(shards: Sequence[NewShard], folder: Path) -> None:
+class Changed(Protocol):
+    """Bytes of tensors that are not those of the source, by their names in the new files; of the same size."""
+
+    def __contains__(self, name: object) -> bool: ...
+    def __getitem__(self, name: str) -> memoryview: ...
+
+
+def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = MappingProxyType({})) -> None:
     """Write ``shards`` and their index to ``folder``; files that an interrupted call completed there are kept.
 
     A file gets its name when its bytes are on the disk, so that a name means a complete file even after a power cut.
@@ -115,6 +125,7 @@ def write_shards(shards: Sequence[NewShard], folder: Path) -> None:
         try:
             for shard in missing:
                 _write(shard, folder / (shard.name + PART), step)
+                _write_over(shard, folder / (shard.name + PART), changed)
                 flushes.append(flusher.submit(_complete, folder / shard.name))
             for flush in flushes:
                 flush.result()
@@ -126,7 +137,7 @@ def write_shards(shards: Sequence[NewShard], folder: Path) -> None:
         write_json(folder / INDEX_FILE, _index(shards))
 
 
-def compare_shards(shards: Sequence[NewShard], folder: Path) -> None:
+def compare_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = MappingProxyType({})) -> None:
     """Read the written files back: headers whole, and of every tensor the bytes that a fingerprint samples.
 
     Raises:
@@ -137,7 +148,11 @@ def compare_shards(shards: Sequence[NewShard], folder: Path) -> None:
         with shard.source.file.open("rb") as source, written.file.open("rb") as target:
             for old_name, new_name in shard.tensors.items():
                 old, new = shard.source.tensors[old_name], written.tensors.get(new_name)
-                if new is None or not _same(old, new, source.fileno(), target.fileno()):
+                if new is None or not (
+                    _holds(new, changed[new_name], target.fileno())
+                    if new_name in changed
+                    else _same(old, new, source.fileno(), target.fileno())
+                ):
                     raise UserError(
                         f"{written.file}: {new_name} is not what {old_name} is in {shard.source.file}; the disk lost "
                         "bytes, or the source changed while it was copied: run the same command again"
@@ -217,6 +232,19 @@ def _write(shard: NewShard, target: Path, advance: Callable[[int], object]) -> N
                 )
 
 
+def _write_over(shard: NewShard, target: Path, changed: Changed) -> None:
+    """Put the changed tensors in the places of their copies."""
+    if not any(name in changed for name in shard.tensors.values()):
+        return
+    with target.open("r+b") as handle:
+        for name, place in read_header(target).tensors.items():
+            if name in changed:
+                data = changed[name]
+                assert len(data) == place.end - place.start, f"{name}: has another size than its place"
+                handle.seek(place.start)
+                handle.write(data)
+
+
 def _move(source: int, target: int, start: int, end: int) -> Iterator[int]:
     """Append the bytes ``start`` to ``end`` of ``source`` to ``target``; yields how many each step moved."""
     in_kernel = hasattr(os, "copy_file_range")
@@ -257,6 +285,13 @@ def _same(old: StoredTensor, new: StoredTensor, source: int, target: int) -> boo
     return all(
         os.pread(source, size, offset) == os.pread(target, size, offset + shift)
         for offset, size in sampled_ranges(old.start, old.end)
+    )
+
+
+def _holds(place: StoredTensor, data: memoryview, file: int) -> bool:
+    return len(data) == place.end - place.start and all(
+        os.pread(file, size, offset) == data[offset - place.start : offset - place.start + size]
+        for offset, size in sampled_ranges(place.start, place.end)
     )
 
 

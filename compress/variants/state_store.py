@@ -14,6 +14,8 @@ from torch import Tensor
 
 from shoal.errors import DISK_FULL, UserError
 
+from ..surgery.changed_tensors import as_bytes
+
 
 class Kept(Protocol):
     """A tensor that was put away."""
@@ -21,11 +23,6 @@ class Kept(Protocol):
     def load(self) -> Tensor:
         """The tensor, on its device."""
         ...
-
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_into(file: int, data: memoryview, start: int) -> bool:
@@ -88,7 +85,7 @@ class FileStore(StateStore):
                 raise
             raise UserError(
                 f"{self.folder}: the disk is full after {self.num_bytes:,} bytes of hidden states; free some space, "
-                "point TMPDIR to a larger disk, or measure on fewer tokens or items"
+                "point TMPDIR to a larger disk, or take fewer tokens or items"
             ) from error
         return _InFile(self, start, stored.shape, stored.dtype, tensor.device)
 

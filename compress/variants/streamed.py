@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from shoal.formatting import bytes_text
 from shoal.inference.decoder import LOGIT_ELEMENTS, Decoder
 from shoal.inference.prefix_sharing import Tokens
 from shoal.inference.scoring import Layout, Score, layouts, settle
+from shoal.machine import free_disk
 from shoal.models.anatomy import text_config
 from shoal.progress import each
 from shoal.recipe.edits import ComponentPart
@@ -55,6 +55,8 @@ class Streaming:
     trust_remote_code: bool = False
     spill_folder: Path | None = None
     """Where that file lies, which has no name and vanishes with the process; None = the system's temporary folder."""
+    section: str = "measure"
+    """Of the recipe; its memory_gb, batch_size and sequence_length are what messages name."""
 
     def open(self, folder: Path) -> StreamedModel:
         return StreamedModel(
@@ -63,7 +65,45 @@ class Streaming:
             device=self.device,
             attention=self.attention,
             trust_remote_code=self.trust_remote_code,
+            section=self.section,
         )
+
+    def needed(self, models: Sequence[StreamedModel], *, tokens_at_once: int, fixed: int) -> int:
+        """Bytes that one layer of every model takes beside what stays loaded and ``fixed`` bytes of other things.
+
+        Raises:
+            UserError: more than the limit.
+        """
+        layer, rest = sum(model.layer_bytes for model in models), sum(model.rest_bytes for model in models)
+        width = text_config(models[0].model.config).hidden_size
+        at_work = tokens_at_once * bytes_per_token(width, models[0].widest)
+        needed = layer + rest + at_work + fixed
+        if self.memory_bytes is not None and needed > self.memory_bytes:
+            raise UserError(
+                f"{self.section}.memory_gb: {bytes_text(self.memory_bytes)} is too little to run one layer of "
+                f"{models[0].folder}, which takes {bytes_text(needed)}: {bytes_text(layer)} the largest layer, "
+                f"{bytes_text(rest)} embeddings and head, {bytes_text(at_work)} a batch at work, {bytes_text(fixed)} "
+                f"masks, sums and numbers; raise it, or lower {self.section}.batch_size or "
+                f"{self.section}.sequence_length"
+            )
+        return needed
+
+    def file_folder(self, needed: int, states: int) -> Path | None:
+        """Where ``states`` bytes of hidden states go beside what is ``needed``; None = they stay in memory.
+
+        Raises:
+            UserError: a disk without room for them.
+        """
+        if self.memory_bytes is None or needed + states <= self.memory_bytes:
+            return None
+        folder = self.spill_folder or Path(tempfile.gettempdir())
+        if states > (free := free_disk(folder)):
+            raise UserError(
+                f"{folder}: {bytes_text(states)} of hidden states do not fit into {bytes_text(self.memory_bytes)} of "
+                f"memory, and only {bytes_text(free)} are free there; point TMPDIR to a larger disk, or take fewer "
+                "tokens or items"
+            )
+        return folder
 
     def store(self, models: Sequence[StreamedModel], *, tokens_at_once: int, fixed: int, states: int) -> StateStore:
         """Where ``states`` bytes of hidden states are kept, beside ``models`` and ``fixed`` bytes of other things.
@@ -71,28 +111,10 @@ class Streaming:
         Raises:
             UserError: the limit is too small for one layer, or the disk for the states.
         """
-        if self.memory_bytes is None:
+        folder = self.file_folder(self.needed(models, tokens_at_once=tokens_at_once, fixed=fixed), states)
+        if folder is None:
             return StateStore()
-        layer, rest = sum(model.layer_bytes for model in models), sum(model.rest_bytes for model in models)
-        at_work = sum(tokens_at_once * _bytes_per_token(model) for model in models[:1])
-        needed = layer + rest + at_work + fixed
-        if needed > self.memory_bytes:
-            raise UserError(
-                f"measure.memory_gb: {bytes_text(self.memory_bytes)} is too little to run one layer of "
-                f"{models[0].folder}, which takes {bytes_text(needed)}: {bytes_text(layer)} the largest layer, "
-                f"{bytes_text(rest)} embeddings and head, {bytes_text(at_work)} a batch at work, {bytes_text(fixed)} "
-                "masks and numbers; raise it, or lower measure.batch_size or measure.sequence_length"
-            )
-        if needed + states <= self.memory_bytes:
-            return StateStore()
-        folder = self.spill_folder or Path(tempfile.gettempdir())
-        if states > (free := shutil.disk_usage(folder).free):
-            raise UserError(
-                f"{folder}: {bytes_text(states)} of hidden states do not fit into {bytes_text(self.memory_bytes)} of "
-                f"memory, and only {bytes_text(free)} are free there; point TMPDIR to a larger disk, or measure on "
-                "fewer tokens or items"
-            )
-        log.info("measure: %s of hidden states go to a file in %s", bytes_text(states), folder)
+        log.info("%s: %s of hidden states go to a file in %s", self.section, bytes_text(states), folder)
         return FileStore(folder)
 
 
@@ -150,10 +172,12 @@ def score_variants_streamed(
     return answers
 
 
-def _bytes_per_token(model: StreamedModel) -> int:
-    """Of what a layer makes of a token on its way, in float32 at most, about."""
-    width = text_config(model.model.config).hidden_size
-    return 4 * (STATES_AT_WORK * width + WIDE_STATES_AT_WORK * model.widest)
+def bytes_per_token(width: int, widest: int) -> int:
+    """Of what a layer makes of a token on its way, in float32 at most, about.
+
+    ``width`` is the hidden size, and ``widest`` the largest extent of a tensor in a layer.
+    """
+    return 4 * (STATES_AT_WORK * width + WIDE_STATES_AT_WORK * widest)
 
 
 def _state_bytes(model: StreamedModel, layout: Layout) -> int:

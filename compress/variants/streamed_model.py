@@ -31,10 +31,11 @@ from shoal.models.anatomy import anatomy, decoder_layers, given_state
 from shoal.models.checkpoint_files import DOWNLOAD_AGAIN, Shard, StoredTensor, read_shards
 from shoal.models.load import FLOATS, load_config, loaded_dtype, refuse_incomplete
 
+from ..surgery.changed_tensors import as_bytes
 from ..surgery.quantised import without_quantization
 from ..surgery.stored_names import NotByCopy, find_layers, is_mtp, load_without_data, quiet_transformers
 from .layerwise import Call, Layerwise
-from .state_store import as_bytes, read_into
+from .state_store import read_into
 
 DTYPES = FLOATS | {
     "I64": torch.int64,
@@ -45,7 +46,11 @@ DTYPES = FLOATS | {
     "BOOL": torch.bool,
 }
 """Of stored tensors that can be computed with as they are."""
-WHOLE = "measure it as a whole: unset measure.memory_gb, on a machine with more memory"
+
+
+def as_a_whole(section: str) -> str:
+    """The remedy of what cannot be done layer by layer, for the section of the recipe whose limit asked for that."""
+    return f"take it as a whole: unset {section}.memory_gb, on a machine with more memory"
 
 
 def read_tensor(file: Path, stored: StoredTensor) -> Tensor:
@@ -77,6 +82,8 @@ class _Waiting:
 class StreamedModel:
     """The causal language model at ``folder`` in eval mode, its layers without weights.
 
+    ``section``: of the recipe, whose memory_gb asks for this.
+
     Raises:
         UserError: what load_model refuses, quantised weights, layers that share weights with each other or whose
             tensors cannot be told from others by their names.
@@ -90,18 +97,20 @@ class StreamedModel:
         device: torch.device | str = "cpu",
         attention: str | None = "sdpa",
         trust_remote_code: bool = False,
+        section: str = "measure",
     ) -> None:
-        self.folder, self._device = folder, torch.device(device)
+        self.folder, self._device, self.section = folder, torch.device(device), section
+        self._whole = as_a_whole(section)
         shards = read_shards(folder)
         config = load_config(folder, trust_remote_code=trust_remote_code)
-        _refuse_what_is_not_plain(folder, config, shards)
+        _refuse_what_is_not_plain(folder, config, shards, section)
         shapes = {name: tensor.shape for shard in shards for name, tensor in shard.tensors.items()}
         try:
             skeleton, loading = load_without_data(config, shapes)
             refuse_incomplete(folder, config.model_type, loading.missing, loading.mismatched)
             prefix = find_layers(shapes, skeleton, config)
         except NotByCopy as error:
-            raise UserError(f"{folder}: cannot be loaded layer by layer: {error}; {WHOLE}") from error
+            raise UserError(f"{folder}: cannot be loaded layer by layer: {error}; {self._whole}") from error
         self._files = {name: _Waiting(shard.file, tensor) for shard in shards for name, tensor in shard.tensors.items()}
         self._dtype = loaded_dtype(config, dtype, shards)
         self.model = _with_buffers(type(skeleton), config, self._dtype, attention)
@@ -158,7 +167,7 @@ class StreamedModel:
             )
         if loading.conversion_errors or loading.mismatched_keys:
             wrong = min([*loading.conversion_errors, *(name for name, *_ in loading.mismatched_keys)])
-            raise UserError(f"{self.folder}: {wrong} cannot be loaded without the other layers; {WHOLE}")
+            raise UserError(f"{self.folder}: {wrong} cannot be loaded without the other layers; {self._whole}")
         return loading.missing_keys
 
     def _loading_bytes(self, index: int) -> int:
@@ -177,7 +186,7 @@ class StreamedModel:
 
     def _refuse_lacking(self, tensors: dict[str, Tensor]) -> None:
         if lacking := sorted(name for name, tensor in tensors.items() if tensor.is_meta):
-            raise UserError(f"{self.folder}: {lacking[0]} is not among the tensors of its layer; {WHOLE}")
+            raise UserError(f"{self.folder}: {lacking[0]} is not among the tensors of its layer; {self._whole}")
 
     def _refuse_shared_weights(self) -> None:
         """Layers that use weights of other layers, or of what lies outside, would lose them with their owner."""
@@ -185,10 +194,10 @@ class StreamedModel:
         for name, tensor in self.model.named_parameters(remove_duplicate=False):
             owner = name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else ""
             if owners.setdefault(id(tensor), owner) != owner:
-                raise UserError(f"{self.folder}: {name} is shared between layers; {WHOLE}")
+                raise UserError(f"{self.folder}: {name} is shared between layers; {self._whole}")
         tied: dict[str, str] = self.model.all_tied_weights_keys  # pyright: ignore[reportAssignmentType]
         if shared := sorted(name for pair in tied.items() for name in pair if name.startswith(prefix)):
-            raise UserError(f"{self.folder}: {shared[0]} is shared between layers; {WHOLE}")
+            raise UserError(f"{self.folder}: {shared[0]} is shared between layers; {self._whole}")
 
 
 class StreamedLayerwise(Layerwise):
@@ -202,12 +211,16 @@ class StreamedLayerwise(Layerwise):
         UserError: an architecture of which this is not so.
     """
 
+    def __init__(self, model: PreTrainedModel, *, section: str = "measure") -> None:
+        self._whole = as_a_whole(section)
+        super().__init__(model)
+
     def _study(self) -> None:
         self._adds_in_place = True  # not known before a layer runs; a copy of the state is cheap
         family = self.model.config.model_type
         problem = self._problem()
         if problem:
-            raise UserError(f"{family}: its layers cannot be run one by one ({problem}); {WHOLE}")
+            raise UserError(f"{family}: its layers cannot be run one by one ({problem}); {self._whole}")
         for layer in self.layers:
             layer.register_forward_hook(lambda _, __, output: self._refuse_more(output))
 
@@ -281,7 +294,7 @@ class StreamedLayerwise(Layerwise):
         """A layer that returns more than its state may hand it to others."""
         if not isinstance(output, tuple | list) or all(value is None for value in output[1:]):
             return
-        raise UserError(f"{self.model.config.model_type}: its layers return more than the hidden state; {WHOLE}")
+        raise UserError(f"{self.model.config.model_type}: its layers return more than the hidden state; {self._whole}")
 
 
 @dataclass(frozen=True)
@@ -312,17 +325,17 @@ def _is_same(first: Call, second: Call) -> bool:
     )
 
 
-def _refuse_what_is_not_plain(folder: Path, config: Any, shards: Sequence[Shard]) -> None:
+def _refuse_what_is_not_plain(folder: Path, config: Any, shards: Sequence[Shard], section: str) -> None:
     if without_quantization(config)[1]:
         raise UserError(
-            f"{folder}: is quantised; only plain weights are measured layer by layer: unset measure.memory_gb"
+            f"{folder}: is quantised; only plain weights are taken layer by layer: unset {section}.memory_gb"
         )
     for shard in shards:
         for name, tensor in shard.tensors.items():
             if tensor.dtype not in DTYPES:
                 raise UserError(
                     f"{shard.file}: {name} is stored as {tensor.dtype}, which cannot be computed with layer by layer; "
-                    "unset measure.memory_gb"
+                    f"unset {section}.memory_gb"
                 )
 
 

@@ -123,6 +123,7 @@ def prune_dry_run(run: Run) -> str:
         donors=run.donors,
         proof=recipe.prune.proof,
         targets=recipe.prune.targets,
+        compensate=recipe.prune.compensate,
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
     )
@@ -233,7 +234,8 @@ def _sacrifice(run: Run, importance: Importance | None, plan: PruningPlan) -> Se
 
 
 def refuse_impossible_changes(run: Run) -> None:
-    """Refuse edits that apply_plan would refuse before it loads a model, and data that cannot be read."""
+    """Refuse changes that apply_plan would refuse, as far as that shows without the model, and unreadable data."""
+    from shoal.compress.compensation.check import refuse_impossible_compensation
     from shoal.compress.edits.apply import refuse_impossible_edits
 
     edits, trusted = run.recipe.prune.edits, run.recipe.trust_remote_code
@@ -243,6 +245,7 @@ def refuse_impossible_changes(run: Run) -> None:
         check_length(run, settings.sequence_length, "prune.compensate.sequence_length")
         for source in settings.data:
             load_texts(source, max_characters=1)
+        refuse_impossible_compensation(run.teacher, settings, trust_remote_code=trusted)
 
 
 def _refuse_compensation(run: Run, plan: PruningPlan) -> None:

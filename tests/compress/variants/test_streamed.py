@@ -231,7 +231,7 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"llama: is quantised; only plain weights are measured layer by layer"):
+    with pytest.raises(UserError, match=r"llama: is quantised; only plain weights are taken layer by layer"):
         StreamedModel(folder)
 
 

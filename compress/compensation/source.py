@@ -1,0 +1,82 @@
+"""Where the weights of layers are while compensation is fitted: in memory, or in files, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from shoal.inference.decoder import Decoder
+from shoal.recipe.prune import Compensate
+from shoal.runtime import device
+
+from ..edits.sublayers import prove_alone
+from ..variants.layerwise import Layerwise
+from ..variants.state_store import StateStore
+from ..variants.streamed import Streaming
+from ..variants.streamed_model import StreamedLayerwise, StreamedModel
+from .size import COMPENSATE
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, taken apart, and where what is made of it waits."""
+
+    model: PreTrainedModel
+    layerwise: Layerwise
+    decoder: Decoder
+    loaded: Callable[[int], AbstractContextManager[object]]
+    """A block in which the weights of one layer are there, and its halves are known."""
+    store: StateStore
+    """For states of all calibration tokens, and for folded tensors."""
+
+
+def streaming_of(settings: Compensate, spill_folder: Path, *, trust_remote_code: bool = False) -> Streaming:
+    """How a checkpoint is read layer by layer, and what that may take."""
+    assert settings.memory_gb is not None
+    return Streaming(
+        memory_bytes=int(settings.memory_gb * 2**30),
+        dtype="float32",
+        device=device(),
+        attention=None,
+        trust_remote_code=trust_remote_code,
+        spill_folder=spill_folder,
+        section=COMPENSATE,
+    )
+
+
+def in_memory(model: PreTrainedModel) -> Source:
+    """A model with all its weights.
+
+    Raises:
+        UserError: layers that cannot be run one by one.
+    """
+    decoder = Decoder(model)  # whose word on weights that are damaged is clearer
+    return Source(model, Layerwise(model), decoder, lambda _: nullcontext(), StateStore())
+
+
+def from_files(model: StreamedModel, store: StateStore) -> Source:
+    """A model of which one layer's weights are there at a time.
+
+    Raises:
+        UserError: layers that cannot be run one by one.
+    """
+    model.load_rest()
+    layerwise = StreamedLayerwise(model.model, section=model.section)
+    with layerwise.stand_ins():
+        decoder = Decoder(model.model)
+    proven: set[int] = set()
+
+    @contextmanager
+    def loaded(layer: int) -> Iterator[None]:
+        with model.layer(layer):
+            if layer not in proven:
+                with layerwise.stand_ins(but=layer):
+                    prove_alone(model.model, layer)
+                proven.add(layer)
+            yield
+
+    return Source(model.model, layerwise, decoder, loaded, store)
