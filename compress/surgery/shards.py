@@ -98,11 +98,14 @@ def shards_fingerprint(shards: Sequence[NewShard]) -> str:
 class Changed(Protocol):
     """Bytes of tensors that are not those of the source, by their names in the new files; of the same size."""
 
-    def __contains__(self, name: object) -> bool: ...
-    def __getitem__(self, name: str) -> memoryview: ...
+    def __contains__(self, name: object, /) -> bool: ...
+    def __getitem__(self, name: str, /) -> memoryview: ...
 
 
-def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = MappingProxyType({})) -> None:
+UNCHANGED: Changed = MappingProxyType[str, memoryview]({})
+
+
+def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = UNCHANGED) -> None:
     """Write ``shards`` and their index to ``folder``; files that an interrupted call completed there are kept.
 
     A file gets its name when its bytes are on the disk, so that a name means a complete file even after a power cut.
@@ -137,7 +140,7 @@ def write_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = Ma
         write_json(folder / INDEX_FILE, _index(shards))
 
 
-def compare_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = MappingProxyType({})) -> None:
+def compare_shards(shards: Sequence[NewShard], folder: Path, changed: Changed = UNCHANGED) -> None:
     """Read the written files back: headers whole, and of every tensor the bytes that a fingerprint samples.
 
     Raises:
