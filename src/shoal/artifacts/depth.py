@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from shoal.artifacts.artifact import Artifact
+from shoal.artifacts.importance import Estimate
 
 
 @dataclass(frozen=True)
@@ -159,3 +160,95 @@ class Probes(Artifact):
 
     num_layers: int
     sets: tuple[ConceptDepth, ...]
+
+
+@dataclass(frozen=True)
+class RoleUse:
+    """How one model uses its layers for one task; one number per layer that it has."""
+
+    intact: Estimate
+    left: tuple[Estimate, ...]
+    """Share of the score above chance that is left without each layer, or nats per token that this adds; empty where
+    there is no share."""
+    centroid: Estimate | None
+    """Mean relative depth of what is lost without each layer, in the teacher's numbers: 0 = its first layer, 1 = its
+    last. None where no layer costs anything or there is no share."""
+    num_critical: int
+    """Layers without which the task is significantly worse."""
+    reason: str = ""
+    """Reason why there is no share; empty = there is."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What moved from one model to another, over the same items: after - before."""
+
+    before: str
+    after: str
+    """Role of the later model."""
+    layers: tuple[int, ...]
+    """Layers that both have, by the teacher's numbers."""
+    left: tuple[Estimate, ...]
+    """Change of what is left without each of ``layers``; above 0 (of nats: below) = less depends on it than before."""
+    centroid: Estimate | None
+    """Change of the centroid; above 0 = deeper. Includes that layers are gone."""
+    rank_correlation: float | None
+    """Spearman correlation of the two models' values of ``layers``; None where one of them tells no layers apart."""
+
+
+@dataclass(frozen=True)
+class TaskUse:
+    """One task under one protocol, over all models."""
+
+    task: str
+    ability: str
+    protocol: str
+    metric: str
+    higher_is_better: bool
+    n: int
+    roles: dict[str, RoleUse]
+    moved: tuple[Moved, ...]
+
+
+@dataclass(frozen=True)
+class DepthUse(Artifact):
+    """depth_use.json: how models that descend from each other use their layers, aligned by the teacher's numbers."""
+
+    FILE: ClassVar[str] = "depth_use.json"
+
+    num_layers: int
+    """Layers of the teacher."""
+    kept: dict[str, tuple[int, ...]]
+    """Role -> the teacher's numbers of its layers."""
+    tasks: tuple[TaskUse, ...]
+    effective_depth: dict[str, dict[str, EffectiveDepth]]
+    """Role -> rule -> effective depth, in the model's own numbers; roles that were not diagnosed are absent."""
+
+    def depth_in_words(self, role: str, rule: str) -> str:
+        """`layer 14 (50 %)` by the teacher's numbers, or why there is none."""
+        found = self.effective_depth[role][rule]
+        if found.layer is None or found.ratio is None:
+            return found.reason
+        return f"layer {self.kept[role][found.layer]} ({found.ratio:.0%})"
+
+    def in_words(self) -> str:
+        """A few lines for the log: centroids and critical layers by model, and what moved."""
+        lines = [f"{len(self.tasks)} tasks over {', '.join(self.kept)}, by the teacher's {self.num_layers} layers"]
+        for task in self.tasks:
+            for role, own in task.roles.items():
+                centroid = "no centroid" if own.centroid is None else f"centroid {_told(own.centroid)}"
+                lines.append(f"  {task.task}: {role}: {own.reason or centroid}, {own.num_critical} critical layers")
+            for moved in task.moved:
+                clear = [layer for layer, change in zip(moved.layers, moved.left, strict=True) if change.is_clear]
+                centroid = "" if moved.centroid is None else f"centroid {_told(moved.centroid, '+')}, "
+                told = f"{centroid}{len(clear)} of {len(moved.layers)} layers with an interval off 0"
+                lines.append(f"  {task.task}: {moved.before} to {moved.after}: {told}")
+        for role, rules in self.effective_depth.items():
+            told = ", ".join(f"{rule}: {self.depth_in_words(role, rule)}" for rule in rules)
+            lines.append(f"  effective depth of {role}: {told}")
+        return "\n".join(lines)
+
+
+def _told(estimate: Estimate, sign: str = "") -> str:
+    value, low, high = (format(end, f"{sign}.2f") for end in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"

@@ -31,6 +31,11 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval lies to one side of 0."""
+        return not self.low <= 0 <= self.high
+
 
 @dataclass(frozen=True)
 class Effect:

@@ -104,6 +104,9 @@ class Measure(Section):
     """Prompts over which diagnostics take integrated gradients, by far their most expensive part; 0 = none."""
     probes: Annotated[tuple[ProbeSet, ...], Shapes.PROBES] = ()
     """Labelled texts whose classes are looked for after every layer: probes.json."""
+    beside: Annotated[Text | None, Shapes.NOTHING] = None
+    """A model with as many layers, local or on the Hub, that `shoal depth` measures beside the teacher: its base, say,
+    or a model that was distilled into its shape; None = only what is made from the teacher."""
     memory_gb: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, Shapes.NOTHING] = None
     """GiB of memory for the weights; where they need more, the model is measured layer by layer from its files. None =
     hold it in memory."""

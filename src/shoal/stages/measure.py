@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import Importance, Provenance, TaskScore
+from shoal.artifacts.artifact import Importance, Provenance
 from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.importance import Removal
-from shoal.atomic_files import fingerprint, write_json
+from shoal.atomic_files import fingerprint
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_labelled, load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
@@ -263,7 +261,7 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
                 scale_removals=settings.scale_removals,
                 **common,
             )
-        kept = () if run.previous is None else run.base_layers
+        kept = () if run.base_layers == tuple(range(run.num_layers)) else run.base_layers
         return Importance(Provenance(inputs), **vars(scores), kept=kept)
 
     return scored() if settings.sweep is None else _swept(run, model, rows, settings.sweep, scored)
@@ -273,6 +271,7 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
     """What ``scored`` gives, with the atlas and the tables of all operators."""
     from shoal.compress.edits.layer_edits import components_of
     from shoal.compress.sweeps.atlas import build_atlas
+    from shoal.compress.sweeps.items import write_items
     from shoal.compress.sweeps.table import sweep_table
     from shoal.compress.variants.variants import variant_of
 
@@ -297,7 +296,7 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
             identity=identity,
         )
         if is_main():
-            _write_items(run.dir / "sweep" / operator, [component.name for component in components], intact, removed)
+            write_items(run.dir / "sweep" / operator, [component.name for component in components], intact, removed)
         if operator == "layer":
             with doing("measure: intervals of the atlas"):
                 importance = replace(importance, atlas=build_atlas(intact, removed, metrics=_rankings(importance)))
@@ -386,27 +385,6 @@ def _rankings(importance: Importance) -> dict[str, tuple[float, ...]]:
     ]
     names = (*importance.layers, *importance.runs, *of_layers)
     return {name: layer_scores(name, importance, setting="measure.metrics") for name in names}
-
-
-def _write_items(
-    folder: Path, names: Sequence[str], intact: Sequence[TaskScore], removed: Sequence[Sequence[TaskScore]]
-) -> None:
-    """<task>.json for every task: the score of every item without each unit, in the order of the ids."""
-    for index, task in enumerate(intact):
-        name = re.sub(r"[^\w.-]+", "-", task.task)
-        write_json(
-            folder / f"{name}.json",
-            {
-                "task": task.task,
-                "metric": task.metric,
-                "ids": [item.id for item in task.items],
-                "intact": [item.score for item in task.items],
-                "without": {
-                    unit: [item.score for item in scores[index].items]
-                    for unit, scores in zip(names, removed, strict=True)
-                },
-            },
-        )
 
 
 def _write(run: Run, importance: Importance) -> None:

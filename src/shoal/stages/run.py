@@ -62,6 +62,10 @@ LOCK = ".lock"
 ROUNDS = "rounds"
 """Folder of a run directory that holds the rounds before the last, by number."""
 HEALED = "model healed before"
+DEPTH, BESIDE = "depth", "beside"
+"""Folder of what `shoal depth` measures, and the role of measure.beside in it."""
+MEASURED = {"pruned": "student", "distilled": "distilled"}
+"""Role -> folder of the run directory, of the models made from the teacher that `shoal depth` measures."""
 """Input of results that were made from the student of the round before."""
 LOCK_WAIT_S = 30
 LEAST_SIZE = 0.2
@@ -99,6 +103,9 @@ class Run:
     """Rounds of prune.rounds that come after this one; the results of the last are the run's."""
     memory: str | None = None
     """Text of recipe.yaml that the run directory keeps from now on (shoal.recipe.remembered); None = nothing is."""
+    measured: str = ""
+    """Role of the model that is measured in place of the one to cut, in a folder of its own (see stages/depth.py):
+    pruned, distilled or beside; empty = the one to cut."""
 
     @property
     def root(self) -> Path:
@@ -108,6 +115,8 @@ class Run:
     @property
     def dir(self) -> Path:
         """The folder of this round's results: the run directory, or one in it for a round before the last."""
+        if self.measured:
+            return self.root / DEPTH / self.measured
         return self.root / ROUNDS / str(self.round) if self.rounds_after else self.root
 
     @property
@@ -123,7 +132,7 @@ class Run:
     @cached_property
     def previous(self) -> Run | None:
         """The round whose healed student this one cuts; None = the first, which cuts the teacher."""
-        return replace(self, rounds_after=self.rounds_after + 1) if self.round > 1 else None
+        return replace(self, rounds_after=self.rounds_after + 1) if self.round > 1 and not self.measured else None
 
     @property
     def rounds_before(self) -> tuple[Run, ...]:
@@ -158,6 +167,10 @@ class Run:
         Raises:
             UserError: the round before has not made it yet.
         """
+        if self.measured == BESIDE:
+            return resolved(str(self.recipe.measure.beside), None)
+        if self.measured:
+            return self.root / MEASURED[self.measured]
         if self.previous is None:
             return self.teacher
         healed = self.previous.dir / "distilled"
@@ -169,11 +182,13 @@ class Run:
 
     @cached_property
     def base_layers(self) -> tuple[int, ...]:
-        """The teacher's layers that the model to cut has.
+        """The teacher's layers that the model to cut, or to measure, has.
 
         Raises:
             UserError: as base does.
         """
+        if self.measured in MEASURED:
+            return PruningPlan.read(self.root / PruningPlan.FILE).keep
         if self.previous is None:
             return tuple(range(self.num_layers))
         plan = PruningPlan.read(self.previous.dir / PruningPlan.FILE)
@@ -188,8 +203,9 @@ class Run:
     @property
     def base_identity(self) -> dict[str, Any]:
         """What tells the model to cut: the teacher, and where rounds came before, their healed student."""
+        other = {"model measured": model_fingerprint(self.base)} if self.measured else {}
         healed = {} if self.previous is None else {HEALED: model_fingerprint(self.base)}
-        return {"model": self.teacher_fingerprint, **healed}
+        return {"model": self.teacher_fingerprint, **healed, **other}
 
     @cached_property
     def donors(self) -> dict[int, Path]:

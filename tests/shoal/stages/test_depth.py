@@ -1,0 +1,80 @@
+"""The depth stage: every model that is there swept over the same columns, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import NUM_LAYERS, tiny_checkpoint
+
+from shoal.artifacts.artifact import Importance
+from shoal.artifacts.depth import DepthUse, Diagnostics
+from shoal.errors import UserError
+from shoal.recipe.recipe import parse_recipe
+from shoal.stages.depth import depth
+from shoal.stages.prune import prune
+from shoal.stages.run import Run, open_run
+
+SWEEP = {"tasks": ["knowledge_continuation"], "limit": 10, "perplexity_tokens": 800, "sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama", max_position_embeddings=4096)
+
+
+def opened(teacher: Path, folder: Path, measure: dict[str, Any] | None = None) -> Run:
+    few = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2, "sweep": SWEEP, **(measure or {})}
+    raw = {"model": str(teacher), "run_dir": str(folder / "run"), "measure": few, "prune": {"drop": [2]}}
+    return open_run(parse_recipe(raw))
+
+
+@pytest.mark.slow
+def test_the_cut_model_and_one_beside_are_swept_as_the_teacher_was(
+    teacher: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    beside = tiny_checkpoint(tmp_path_factory.mktemp("beside"), "llama", max_position_embeddings=4096, seed=1)
+    run = opened(teacher, tmp_path, {"beside": str(beside)})
+    prune(run)
+    depth(run)
+    use = DepthUse.read(run.dir / DepthUse.FILE)
+    whole, cut = tuple(range(NUM_LAYERS)), tuple(layer for layer in range(NUM_LAYERS) if layer != 2)
+    assert use.kept == {"teacher": whole, "pruned": cut, "beside": whole}
+    assert set(use.effective_depth) == {"teacher", "pruned", "beside"}
+    text = next(task for task in use.tasks if task.task == "perplexity")
+    assert [(moved.before, moved.after) for moved in text.moved] == [
+        ("teacher", "pruned"),
+        ("teacher", "beside"),
+        ("pruned", "beside"),
+    ]
+    assert text.moved[0].layers == cut
+    assert text.moved[1].centroid is not None
+    assert text.moved[1].centroid.value != 0, "another model"
+    folders = {role: run.root / "depth" / role for role in ("pruned", "beside")}
+    measured = {role: Importance.read(folder / Importance.FILE) for role, folder in folders.items()}
+    assert measured["pruned"].num_layers == NUM_LAYERS - 1
+    assert all((folder / Diagnostics.FILE).is_file() for folder in folders.values())
+    assert (run.root / "figures/depth_use.svg").is_file()
+    times = {role: (folder / Importance.FILE).stat().st_mtime_ns for role, folder in folders.items()}
+    depth(run)
+    assert times == {role: (folder / Importance.FILE).stat().st_mtime_ns for role, folder in folders.items()}
+    other = opened(teacher, tmp_path, {"beside": str(teacher)})
+    depth(other)
+    again = DepthUse.read(run.dir / DepthUse.FILE)
+    moved = next(task for task in again.tasks if task.task == "perplexity").moved[1]
+    assert moved.after == "beside"
+    assert all(change.value == 0 for change in moved.left), "the teacher itself"
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_measured(
+    teacher: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.raises(UserError, match=r"holds no cut model yet, and measure\.beside names none"):
+        depth(opened(teacher, tmp_path))
+    with pytest.raises(UserError, match=r"name some in measure\.sweep\.tasks"):
+        depth(opened(teacher, tmp_path, {"sweep": None}))
+    short = tiny_checkpoint(tmp_path_factory.mktemp("short"), "llama", num_hidden_layers=2)
+    with pytest.raises(UserError, match=rf"measure\.beside: .* has 2 layers and the teacher {NUM_LAYERS}"):
+        depth(opened(teacher, tmp_path, {"beside": str(short)}))
+    assert not (tmp_path / "run").exists()
