@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from shoal.artifacts.artifact import Importance, Provenance
 from shoal.artifacts.depth import DepthUse, Diagnostics, Moved, RoleUse, TaskUse
@@ -25,6 +24,7 @@ from shoal.errors import UserError
 from shoal.stats.bootstrap import bias_corrected, effective_n, expanded_percentiles, resampled_means
 from shoal.stats.intervals import Array
 
+from .agreement import spearman
 from .items import read_items
 
 SAME = ("ability", "protocol", "metric", "chance", "higher_is_better", "n", "version", "num_fewshot")
@@ -202,14 +202,13 @@ def _moved(
     if centroids[0] is not None and centroids[1] is not None:
         (first, first_R), (second, second_R) = centroids[0], centroids[1]
         moved = _clipped(second - first, second_R - first_R)
-    tells_apart = all(np.ptp(value_L) > 0 for value_L in values) and len(layers) > 1
     return Moved(
         before=pair[0],
         after=pair[1],
         layers=tuple(layers),
         left=tuple(_estimates(values[1] - values[0], change_RL, n)),
         centroid=moved,
-        rank_correlation=float(stats.spearmanr(*values).statistic) if tells_apart else None,
+        rank_correlation=spearman(*values),
     )
 
 

@@ -13,6 +13,7 @@ from shoal.artifacts.search import SearchResult
 from shoal.atomic_files import write_text
 from shoal.figures.atlas import atlas_figure
 from shoal.figures.depth import depth_figure
+from shoal.figures.depth_use import depth_use_figure
 from shoal.figures.importance import importance_figure
 from shoal.figures.levels import Ladder, ladders, level_figure
 from shoal.figures.scores import MAX_TASKS, before_after_figure
@@ -35,7 +36,14 @@ from .headline import board, facts, headline
 from .page import to_html
 from .sampled import sampled_section
 from .search import search_section
-from .sections import form_section, level_section, no_signal_section, protocol_section, scores_section
+from .sections import (
+    depth_section,
+    form_section,
+    level_section,
+    no_signal_section,
+    protocol_section,
+    scores_section,
+)
 from .speed import speed_section
 
 if TYPE_CHECKING:
@@ -83,6 +91,7 @@ def build_document(
         sampled_section(comparison),
         cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
         training_section(run, drawn("training")),
+        depth_section(run, pictures.get("depth_use")),
         search_section(search),
         flips_section(comparison),
         speed_section(run),
@@ -178,6 +187,15 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
             "Each row is a layer, each column a metric or a task under one protocol; the panels below show what is "
             "left of every task without each layer, with 95 % intervals. Layers without which a task is "
             "significantly worse are framed." + of_last,
+        )
+
+    if run.depth_use:
+        yield (
+            "depth_use",
+            depth_use_figure(run.depth_use),
+            "What each model uses its layers for",
+            "What is left of each task without each layer, by the teacher's numbers, with 95 % intervals; a mark on "
+            "the upper edge is the centroid of what is lost. A model has no mark where its layer is gone.",
         )
 
 

@@ -1,4 +1,4 @@
-"""`shoal measure | prune | record | distill | eval | search | report | run RECIPE_OR_RUN_DIR [section.key=value ...]`,
+"""`shoal measure | prune | record | distill | eval | depth | search | report | run RECIPE_OR_RUN_DIR [key=value ...]`,
 `shoal compare RUN_DIR RUN_DIR ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain | completion`."""
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ VERBS = {
         "evaluate.evaluate",
         example="--config my.yaml eval.suite=quick eval.limit=50",
         takes_round=True,
+    ),
+    "depth": Verb(
+        "sweep the layers of teacher, cut and healed model over the same tasks, and say what moved: depth_use.json",
+        "depth.depth",
+        example="--config atlas.yaml",
     ),
     "search": Verb(
         "heal several plans for the same few tokens and rank them: search.json, search.md",

@@ -229,7 +229,7 @@ class DepthUse(Artifact):
         found = self.effective_depth[role][rule]
         if found.layer is None or found.ratio is None:
             return found.reason
-        return f"layer {self.kept[role][found.layer]} ({found.ratio:.0%})"
+        return f"layer {self.kept[role][found.layer]} ({100 * found.ratio:.0f} %)"
 
     def in_words(self) -> str:
         """A few lines for the log: centroids and critical layers by model, and what moved."""

@@ -6,6 +6,7 @@ scores       before and after
 training     curves of a training
 atlas        sweeps
 depth        the stack of layers
+depth_use    what models use their layers for
 diagnostics  depth diagnostics and probes
 levels       score against level
 pareto       what is kept against what it costs

@@ -7,6 +7,7 @@ prune     prune
 distill   record, distill
 search    search
 evaluate   eval
+depth     depth
 report     report
 export     GGUF files, the Hub
 preflight  what is refused before a stage begins

@@ -12,6 +12,7 @@ from shoal.artifacts.artifact import Provenance
 from shoal.artifacts.depth import DepthUse
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
+from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
 from shoal.progress import doing
 from shoal.runtime import barrier, is_main
@@ -42,7 +43,8 @@ def depth(run: Run) -> None:
         measure(own)
     if is_main():
         swept = [SweptRole(role, own.dir) for role, own in models.items()]
-        inputs = {own.role: own.importance.provenance.fingerprint for own in swept}
+        inputs = {role: model_fingerprint(own.base) for role, own in models.items()}
+        inputs |= {f"{own.role}, importance": own.importance.provenance.fingerprint for own in swept}
         with doing("depth: what moved"):
             use = depth_use(swept, num_layers=run.num_layers, provenance=Provenance(inputs))
             use.write(run.dir / DepthUse.FILE)

@@ -1,6 +1,6 @@
 """What models use their layers for, side by side: against plain loops, with planted differences, over aligned layers.
 
-Covers: shoal.compress.sweeps.items.
+Covers: shoal.compress.sweeps.items, shoal.figures.depth_use.
 """
 
 from __future__ import annotations
