@@ -43,7 +43,16 @@ from unittest.mock import patch
 
 import psutil
 import torch
-from side_by_side import in_a_process, print_table, rotated, run_shoal, timed, write_recipe, write_tiny
+from side_by_side import (
+    BENCHMARK_RECIPE,
+    in_a_process,
+    print_table,
+    rotated,
+    run_shoal,
+    timed,
+    write_recipe,
+    write_tiny,
+)
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, trainer
@@ -220,7 +229,7 @@ def shoal_turn(folder: Path, *, tokens: int) -> dict[str, Any]:
     os.environ["LOCAL_RANK"] = "0"
     clock = Clock()
     with patch.object(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, clock]):
-        if code := run_verb("distill", str(folder / "recipe.yaml"), []):
+        if code := run_verb("distill", str(folder / BENCHMARK_RECIPE), []):
             raise SystemExit(code)
     history = [row for row in Training.read(folder / Training.FILE).history if "loss" in row]
     return clock.figures(tokens) | {"loss": history[0]["loss"]}

@@ -26,6 +26,7 @@ from shoal.models.checkpoint_files import INDEX_FILE
 from shoal.models.load import load_model, load_tokenizer, resolve_model, without_data
 from shoal.runtime import device, environment
 
+BENCHMARK_RECIPE = "benchmark.yaml"
 T = TypeVar("T")
 B = TypeVar("B", bound="Bench")
 
@@ -112,8 +113,8 @@ def in_a_process(*options: object) -> dict[str, Any]:
 
 
 def write_recipe(settings: dict[str, Any]) -> Path:
-    """The file of a recipe, in its run directory."""
-    file = Path(settings["run_dir"]) / "recipe.yaml"
+    """The file of a recipe, in its run directory, beside the recipe.yaml that shoal keeps there."""
+    file = Path(settings["run_dir"]) / BENCHMARK_RECIPE
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump({**settings, "track": {"wandb": "off"}}, sort_keys=False))
     return file
