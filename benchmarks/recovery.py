@@ -20,6 +20,7 @@ mixed_kl       the teacher's distributions; 49 % general text, 21 % instructions
 mixed_ce       cross-entropy on the same text
 mixed          half of each on the same text: the quickstart's recipe
 by_source      on the same text, the teacher's distributions of general text and cross-entropy on the rest
+half           as by_source, half of the text abilities: 35 % general text, 15 % instructions
 mixed_slow     mixed at 5e-4
 mixed_all      mixed with everything trained, at 3e-4
 mixed_lora     mixed, everything through LoRA adapters (Gromov et al. 2024, arXiv:2403.17887)
@@ -93,6 +94,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixed_ce": {"losses": CROSS_ENTROPY},
     "mixed": {},
     "by_source": {"losses": [*TEACHER, *CROSS_ENTROPY], "by_source": True},
+    "half": {"general": 0.35, "abilities": 0.5, "losses": [*TEACHER, *CROSS_ENTROPY], "by_source": True},
     "mixed_slow": {"trainer": {"learning_rate": 5e-4}},
     "mixed_all": {"trainable": "all", "trainer": {"learning_rate": 3e-4}},
     "mixed_lora": {"trainable": "all", "lora": {"rank": 64}},
@@ -106,10 +108,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "iterative": {"choose": "sleb"},
     "iterative_scaled": {"choose": "sleb", "scaled": True},
 }
-"""What an arm says of section `distill`; `general` and `written` are shares of general text and of the teacher's,
-`by_source` gives each source a loss of its own, `choose` names the metric of an arm with a cut of its own, `scaled`
+"""What an arm says of section `distill`; `general`, `written` and `abilities` are shares of general text, of the teacher's
+and of prompts with answers, `by_source` gives each source a loss of its own, `choose` names the metric of an arm with a cut of its own, `scaled`
 closes its gaps, and `rounds` share layers and tokens."""
-OWN_KEYS = {"general", "written", "by_source", "choose", "scaled", "rounds"}
+OWN_KEYS = {"general", "written", "abilities", "by_source", "choose", "scaled", "rounds"}
 PROBE_STEPS = 4
 WRITTEN_SHARE = 1 / 8
 """Tokens that the teacher writes, of those trained on; at least LEAST_WRITTEN."""
@@ -203,8 +205,9 @@ def mixture(arm: str, general: Mapping[str, float]) -> list[dict[str, Any]]:
     """Sources of an arm that names none of its own."""
     shares = {"general": 0.49, "written": 0.0, **ARMS[arm]}
     rest = 1.0 - shares["general"] - shares["written"]
+    abilities = shares.get("abilities", rest * 10 / 17)
     weights = {path: shares["general"] * share for path, share in general.items()}
-    weights |= {"teacher_text": shares["written"], "instructions": rest * 7 / 17, "ability_texts": rest * 10 / 17}
+    weights |= {"teacher_text": shares["written"], "instructions": rest - abilities, "ability_texts": abilities}
     loss_of = {path: "forward_kl" if path in general else "cross_entropy" for path in weights}
     return [
         {"path": path, "weight": round(weight, 4), **({"losses": [loss_of[path]]} if "by_source" in ARMS[arm] else {})}
