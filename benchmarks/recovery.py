@@ -108,9 +108,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "iterative": {"choose": "sleb"},
     "iterative_scaled": {"choose": "sleb", "scaled": True},
 }
-"""What an arm says of section `distill`; `general`, `written` and `abilities` are shares of general text, of the teacher's
-and of prompts with answers, `by_source` gives each source a loss of its own, `choose` names the metric of an arm with a cut of its own, `scaled`
-closes its gaps, and `rounds` share layers and tokens."""
+"""What an arm says of section `distill`, and of its own: `general`, `written` and `abilities` are shares of general
+text, of the teacher's and of prompts with answers, `by_source` gives each source one loss, `choose` names the metric of
+an arm with a cut of its own, `scaled` closes its gaps, and `rounds` share layers and tokens."""
 OWN_KEYS = {"general", "written", "abilities", "by_source", "choose", "scaled", "rounds"}
 PROBE_STEPS = 4
 WRITTEN_SHARE = 1 / 8
