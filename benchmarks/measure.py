@@ -1,11 +1,12 @@
 """What measuring costs beside doing it one cut model at a time, interleaved in one process.
 
-    python benchmarks/measure.py [hidden text choices generation sleb] [--model demo:smollm2-135m] [--repeats 3]
+    python benchmarks/measure.py [hidden text choices generation parts sleb] [--model demo:smollm2-135m] [--repeats 3]
 
 hidden      all hidden-state metrics together beside one plain forward of the decoder over the same tokens
 text        log-likelihoods of running text without each layer, beside a loop over the cut models, same batches
 choices     questions with options without each layer, beside lm-eval's own model over each cut model
 generation  greedy text without each layer, beside transformers' generate with each cut model
+parts       choices and text where each layer writes nothing at some positions, beside the same without each layer
 sleb        greedy removal of k layers, beside the loop over all cut models of every round
 
 Ratios are medians over repeats of pairs that ran next to each other; values are compared too.
@@ -32,13 +33,22 @@ from shoal.compress.surgery.cut_model import cut_model
 from shoal.compress.sweeps.sweep import VariantsLM
 from shoal.compress.variants import variant_generation
 from shoal.compress.variants.variant_generation import Limits, generate_variants
-from shoal.compress.variants.variants import INTACT, Edited, layerwise_or_none, score_variants, without
+from shoal.compress.variants.variants import (
+    INTACT,
+    Edited,
+    Variant,
+    layerwise_or_none,
+    score_variants,
+    variant,
+    without,
+)
 from shoal.data.packing import PackedRows
 from shoal.data.sources import pack
 from shoal.eval.tasks.load import load_tasks
 from shoal.inference.decoder import Decoder
 from shoal.inference.scoring import score
 from shoal.models.anatomy import decoder_layers
+from shoal.recipe.edits import ComponentPart, LayerEdit
 from shoal.recipe.section import DataSource
 
 
@@ -147,6 +157,29 @@ def generation_of(bench: BesideLoop, task: str, count: int, new_tokens: int) -> 
     }
 
 
+def parts(bench: BesideLoop) -> dict[str, Any]:
+    parts: tuple[ComponentPart, ...] = ("skip_prompt", "skip_written")
+    return {part: {task: parts_of(bench, part, task) for task in ("continuation", "generation")} for part in parts}
+
+
+def parts_of(bench: BesideLoop, part: ComponentPart, protocol: str) -> dict[str, Any]:
+    asked = instances(f"retrieval_{protocol}", bench.arguments.questions)
+    lm = VariantsLM(bench.edited, bench.tokenizer, bench.without_each, 8)
+    limits = Limits(16, lambda tokens: tokens[-1] == bench.tokenizer.eos_token_id)
+
+    def swept(variants: Sequence[Variant]) -> Any:
+        if protocol == "generation":
+            prompts = [bench.tokenizer(request.args[0])["input_ids"] for request in asked]
+            return generate_variants(bench.edited, bench.decoder, prompts, variants, limits, batch_size=8)
+        pairs = [lm._encode_pair(*request.args) for request in asked]
+        encoded = [(tuple(context), tuple(option)) for context, option in pairs]
+        return score_variants(bench.edited, bench.decoder, encoded, variants, batch_size=8)
+
+    skips = [variant(f"{part} {layer}", [(layer, LayerEdit(part))]) for layer in bench.layers]
+    figures, _, _ = bench.pairs(lambda: swept([INTACT, *skips]), lambda: swept([INTACT, *bench.without_each]))
+    return {"questions": bench.arguments.questions, **figures, "target": 1.0}
+
+
 def drafted(intact: Sequence[list[int]], texts: Sequence[Sequence[list[int]]]) -> float:
     """Share of all variants' tokens that were read in the intact model's text and not written one by one."""
     pairs = [(text, draft) for variant in texts for text, draft in zip(variant, intact, strict=True)]
@@ -200,7 +233,7 @@ def difference(ours: Sequence[Sequence[Any]], loop: Sequence[Sequence[Any]]) -> 
     return max(map(largest_difference, ours, loop))
 
 
-PARTS = {"hidden": hidden, "text": text, "choices": choices, "generation": generation, "sleb": sleb}
+PARTS = {"hidden": hidden, "text": text, "choices": choices, "generation": generation, "parts": parts, "sleb": sleb}
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ table          units by columns, with intervals and tests
 atlas          what follows from single-layer removals
 agreement      how far columns rank alike
 columns        scores by name
+read_write     reading against writing
 expected_loss  what a plan is expected to cost on tasks
 items          scores of every item, on disk
 depth_use      what models that descend from each other use their layers for

@@ -38,11 +38,21 @@ def build_atlas(
     Raises:
         UserError: no task, too few items, a layer without the scores of a task, or scores of other items or settings.
     """
-    if not intact:
-        raise UserError("sweep: no task was scored, so there is no atlas; name some in measure.sweep.tasks")
     units = tuple(Component((layer,)) for layer in range(len(removed)))
-    sweep, columns = table_of("layer", units, intact, removed)
-    gaps, notes = _gaps(columns)
+    return atlas_of(*table_of("layer", units, intact, removed), metrics=metrics)
+
+
+def atlas_of(
+    sweep: Sweep, columns: Sequence[Measured], *, metrics: Mapping[str, Sequence[float]] | None = None
+) -> Atlas:
+    """The atlas from the table of single layers and what that was computed from (table_of).
+
+    Raises:
+        UserError: no task.
+    """
+    if not columns:
+        raise UserError("sweep: no task was scored, so there is no atlas; name some in measure.sweep.tasks")
+    gaps, notes = protocol_gaps(columns)
     return Atlas(
         sweep=sweep,
         gaps=gaps,
@@ -84,7 +94,7 @@ def cornerstones(sweep: Sweep) -> tuple[int, ...]:
     )
 
 
-def _gaps(columns: Sequence[Measured]) -> tuple[tuple[ProtocolGap, ...], list[str]]:
+def protocol_gaps(columns: Sequence[Measured]) -> tuple[tuple[ProtocolGap, ...], list[str]]:
     """For every pair of a likelihood and a generation column of one ability; and why a pair has none."""
     gaps, notes = [], []
     for likely in (column for column in columns if column.task.protocol in LIKELIHOOD_PROTOCOLS):

@@ -21,6 +21,8 @@ from shoal.stats.intervals import Array, newcombe_paired, paired_ratio, wilson
 from shoal.stats.paired import holm, is_binary, mcnemar, paired_table, require_same_measurement, z_above_chance
 
 ALPHA = 0.05
+OF_LAYERS = ("layer", "skip_prompt", "skip_written")
+"""Operators that have one component for every layer, in their order."""
 SIGNAL_SIGMAS = 3.0
 """Standard errors above chance that the intact model needs before a share of its score can be kept or lost."""
 
@@ -36,7 +38,7 @@ class Measured:
     weights_N: Array
     is_binary: bool
     means_RK: Array | None
-    """Resampled means; None for 0/1 scores of components that are no single layers, which need none."""
+    """Resampled means; None for 0/1 scores of operators that are not among OF_LAYERS, which need none."""
 
     @property
     def effective_n(self) -> float:
@@ -112,7 +114,7 @@ def table_of(
         variants = [scores[task.key] for scores in by_key]
         for variant in variants:
             require_same_measurement(task, variant)
-        columns.append((_measured(task, variants, operator == "layer"), variants))
+        columns.append((_measured(task, variants, operator in OF_LAYERS), variants))
     swept = tuple(_column(column, variants, keep=operator == "layer") for column, variants in columns)
     return Sweep(operator, tuple(components), swept), tuple(column for column, _ in columns)
 

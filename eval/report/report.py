@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shoal.artifacts.artifact import Evaluation
 from shoal.artifacts.search import SearchResult
 from shoal.atomic_files import write_text
-from shoal.figures.atlas import atlas_figure
+from shoal.figures.atlas import atlas_figure, read_write_figure
 from shoal.figures.depth import depth_figure
 from shoal.figures.depth_use import depth_use_figure
 from shoal.figures.importance import importance_figure
@@ -42,6 +42,7 @@ from .sections import (
     level_section,
     no_signal_section,
     protocol_section,
+    read_write_section,
     scores_section,
 )
 from .speed import speed_section
@@ -89,6 +90,7 @@ def build_document(
         no_signal_section(comparison),
         protocol_section(run, comparison),
         sampled_section(comparison),
+        read_write_section(run, [replace(figure, folded=True) for figure in drawn("read_write")]),
         cut_section(run, [*drawn("depth" if run.plan else "importance"), *folded]),
         training_section(run, drawn("training")),
         depth_section(run, pictures.get("depth_use")),
@@ -188,6 +190,15 @@ def _layer_figures(run: Run) -> Iterator[NamedFigure]:
             "left of every task without each layer, with 95 % intervals. Layers without which a task is "
             "significantly worse are framed." + of_last,
         )
+        if importance.atlas.read_write:
+            yield (
+                "read_write",
+                read_write_figure(importance, drop),
+                "Reading against writing",
+                "What every task loses, with 95 % intervals, where a layer writes nothing before the prompt's last "
+                "token (reading) and nothing from there on (writing); a dash is the loss without the layer, a diamond "
+                "one that is not their sum. Below, what likelihood hides of both." + of_last,
+            )
 
     if run.depth_use:
         yield (

@@ -10,8 +10,10 @@ import numpy as np
 from results import provenance
 
 from shoal.artifacts.artifact import Importance, ItemScore, TaskScore
-from shoal.artifacts.importance import Atlas, Removal
+from shoal.artifacts.importance import Atlas, Removal, Sweep
 from shoal.compress.sweeps.atlas import build_atlas
+from shoal.compress.sweeps.read_write import read_write_of
+from shoal.compress.sweeps.table import Measured, table_of
 from shoal.eval.harness.rates import hold_answers, text_rates, with_rates
 from shoal.recipe.edits import Component, ComponentPart
 from shoal.stats.paired import interval
@@ -87,6 +89,48 @@ def scores() -> tuple[list[TaskScore], list[list[TaskScore]]]:
     for layer, increase in enumerate((4.0, 0.0, 0.2, 0.02, 0.1, 0.3)):
         removed[layer].append(nats(base + increase + (wave if increase else 0.0)))
     return intact, removed
+
+
+READ = {
+    "retrieval_continuation": (40, 0, 30, 0, 0, 0),
+    "retrieval_generation": (56, 0, 30, 0, 1, 0),
+    "knowledge_continuation": (56, 0, 0, 0, 0, 0),
+}
+WROTE = {
+    "retrieval_continuation": (40, 0, 0, 0, 1, 0),
+    "retrieval_generation": (56, 1, 2, 0, 24, 0),
+    "knowledge_continuation": (56, 1, 0, 0, 0, 30),
+}
+"""As LOST, without each layer's reading and without its writing: 2 reads, 4 writes text, 5 writes facts, 0 does both
+and loses the same items by either."""
+
+
+def tables() -> dict[str, tuple[Sweep, tuple[Measured, ...]]]:
+    """What table_of gives for layers, their reading and their writing."""
+    intact, removed = scores()
+    found = {"layer": table_of("layer", [Component((layer,)) for layer in range(NUM_LAYERS)], intact, removed)}
+    base = [item.score for item in intact[3].items]
+    parts: tuple[tuple[ComponentPart, dict[str, tuple[int, ...]], float], ...]
+    parts = ("skip_prompt", READ, 0.25), ("skip_written", WROTE, 0.75)
+    for operator, lost, share in parts:
+        units = [Component((layer,), operator) for layer in range(NUM_LAYERS)]
+        variants = [
+            [
+                *(task(right(0.8, lost[name][layer]), name) for name in LOST),
+                nats([s + share * (item.score - s) for s, item in zip(base, removed[layer][3].items, strict=True)]),
+            ]
+            for layer in range(NUM_LAYERS)
+        ]
+        found[operator] = table_of(operator, units, intact, variants)
+    return found
+
+
+def importance_with_parts() -> Importance:
+    """The same as importance(), with reading and writing told apart."""
+    found, made = tables(), importance()
+    assert made.atlas is not None
+    sweeps = {operator: found[operator][0] for operator in ("skip_prompt", "skip_written")}
+    return replace(made, atlas=replace(made.atlas, read_write=read_write_of(found)), sweeps=sweeps)
 
 
 def atlas() -> Atlas:

@@ -152,10 +152,26 @@ class Importance(Tabular, Artifact):
             sweep = self.atlas.sweep
             layers = [unit.layers[0] for unit in sweep.units]
             columns |= {sweep.title(of): dict(zip(layers, of.importances, strict=True)) for of in sweep.columns}
+            columns |= self._read_write_by_layer(self.atlas)
         return [
             {"layer": layer, **{name: values.get(place) for name, values in columns.items()}}
             for place, layer in enumerate(self.teacher_layers)
         ]
+
+    def _read_write_by_layer(self, atlas: Atlas) -> Iterator[tuple[str, Mapping[int, float]]]:
+        """`ability/protocol/reading`, `/writing` and `/interaction`; `task/task/hidden_writing` of two protocols."""
+        parts = atlas.read_write
+        if parts is None:
+            return
+        for column, own in zip(parts.columns, atlas.columns, strict=True):
+            for part in ("reading", "writing", "interaction"):
+                estimates = enumerate(getattr(column, part))
+                yield f"{atlas.sweep.title(own)}/{part}", {layer: one.value for layer, one in estimates}
+        for gap in parts.hidden_writing:
+            yield (
+                f"{gap.likelihood}/{gap.generation}/hidden_writing",
+                {layer: one.value for layer, one in enumerate(gap.gaps)},
+            )
 
     def contradictions(self) -> Iterator[str]:
         count = self.num_layers
@@ -181,6 +197,8 @@ class Importance(Tabular, Artifact):
             sweeps["atlas.sweep"] = self.atlas.sweep
         for place, sweep in sweeps.items():
             yield from sweep.contradictions(place, num_layers=count)
+        if self.atlas is not None and self.atlas.read_write is not None:
+            yield from self.atlas.read_write.contradictions(self.atlas.sweep)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from shoal.formatting import interval_text, layers_text
 from shoal.recipe.edits import Component
 
 
@@ -99,6 +100,14 @@ class SweepColumn:
         return tuple(sign * effect.change.value + 0.0 for effect in self.effects)  # + 0.0: no minus before a zero
 
     @property
+    def losses(self) -> tuple[Estimate, ...]:
+        """The same with its intervals."""
+        changes = [effect.change for effect in self.effects]
+        if self.higher_is_better:
+            changes = [Estimate(0.0 - change.value, 0.0 - change.high, 0.0 - change.low) for change in changes]
+        return tuple(changes)
+
+    @property
     def critical(self) -> tuple[int, ...]:
         """Positions of the components without which the score is significantly worse."""
         return tuple(position for position, effect in enumerate(self.effects) if effect.critical)
@@ -152,6 +161,83 @@ class ProtocolGap:
     """Over all layers."""
     thirds: tuple[Estimate, Estimate, Estimate]
     """Over the first, the middle and the last third of the layers."""
+
+
+@dataclass(frozen=True)
+class ColumnReadWrite:
+    """How much of what each layer's removal costs a column is reading, and how much is writing; one entry per layer.
+
+    Losses are intact score - score, or nats added: in the metric's unit, above 0 = worse, never clipped.
+    """
+
+    task: str
+    reading: tuple[Estimate, ...]
+    """Loss where the layer writes nothing before the prompt's last token (skip_prompt)."""
+    writing: tuple[Estimate, ...]
+    """Loss where it writes nothing from there on (skip_written)."""
+    interaction: tuple[Estimate, ...]
+    """Loss without the layer - (reading + writing). Above 0: either can make up for the other; below 0: both lose the
+    same items."""
+    reads: tuple[int, ...]
+    """Layers whose reading is needed: significantly worse without it, after Holm's correction over the layers."""
+    writes: tuple[int, ...]
+    """Layers whose writing is needed."""
+    interacts: tuple[int, ...]
+    """Layers whose interaction is not 0."""
+
+
+@dataclass(frozen=True)
+class ReadWrite:
+    """Reading against writing: what layers do for other tokens of the prompt, and what they do where an answer is
+    predicted."""
+
+    columns: tuple[ColumnReadWrite, ...]
+    """In the order of the atlas."""
+    hidden_writing: tuple[ProtocolGap, ...]
+    """Protocol gaps of skip_written: what likelihood hides of the writing that generation needs, one number per
+    layer."""
+    hidden_reading: tuple[ProtocolGap, ...]
+    """Protocol gaps of skip_prompt."""
+
+    def contradictions(self, atlas: Sweep) -> Iterator[str]:
+        """`place: what is wrong` with it as a table over the columns and layers of ``atlas``."""
+        if [column.task for column in self.columns] != [column.task for column in atlas.columns]:
+            yield "atlas.read_write.columns: are not those of atlas.sweep"
+        of_columns = [
+            getattr(column, part) for column in self.columns for part in ("reading", "writing", "interaction")
+        ]
+        of_gaps = [gap.gaps for gap in (*self.hidden_writing, *self.hidden_reading)]
+        if any(len(values) != len(atlas.units) for values in (*of_columns, *of_gaps)):
+            yield f"atlas.read_write: does not have an entry for each of {len(atlas.units)} layers"
+        pairs = [
+            [(gap.likelihood, gap.generation) for gap in gaps] for gaps in (self.hidden_writing, self.hidden_reading)
+        ]
+        if pairs[0] != pairs[1]:
+            yield "atlas.read_write.hidden_reading: is not of the tasks of hidden_writing"
+
+    def in_words(self, atlas: Sweep, numbers: Sequence[int]) -> Iterator[str]:
+        """Sentences on every column of ``atlas`` and every pair with hidden writing; layer l is called numbers[l]."""
+
+        def named(layers: Sequence[int]) -> str:
+            return f"in layer{'s' if len(layers) > 1 else ''} {layers_text([numbers[layer] for layer in layers])}"
+
+        for column, own in zip(self.columns, atlas.columns, strict=True):
+            text = f"{atlas.title(own)}: reading is needed {named(column.reads) if column.reads else 'in no layer'}, "
+            text += f"writing {named(column.writes) if column.writes else 'in no layer'}"
+            if column.interacts:
+                text += f"; without the layer more or less is lost than by both together {named(column.interacts)}"
+            yield text
+        for gap, reading in zip(self.hidden_writing, self.hidden_reading, strict=True):
+            most = max(range(len(gap.gaps)), key=lambda layer: gap.gaps[layer].value)
+            yield (
+                f"hidden writing, {gap.likelihood} against {gap.generation}: {_share(gap.mean)} of the score above "
+                f"chance in the mean of all layers, most in layer {numbers[most]}: {_share(gap.gaps[most])}; hidden "
+                f"reading {_share(reading.mean)}"
+            )
+
+
+def _share(estimate: Estimate) -> str:
+    return interval_text((estimate.value, estimate.low, estimate.high), "+.2f")
 
 
 @dataclass(frozen=True)
@@ -210,6 +296,8 @@ class Atlas:
     agreement: Agreement
     notes: tuple[str, ...] = ()
     """What could not be computed, and why."""
+    read_write: ReadWrite | None = None
+    """None where skip_prompt and skip_written were not both swept."""
 
     @property
     def columns(self) -> tuple[SweepColumn, ...]:

@@ -7,7 +7,7 @@ a mark beside their name. Intervals are drawn wherever there is one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from shoal.artifacts.artifact import Importance
@@ -23,6 +23,7 @@ from shoal.figures.style import (
     WIDTH_INCHES,
     clean,
     figure_style,
+    legend_above,
     panels,
 )
 
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 CELL_INCHES = (0.56, 0.2)
 COLOURS = "cividis_r"
 """Dark = costly. Even in lightness and equal for every kind of colour blindness."""
+CURVES_OVER = {
+    "donor": "layer of the donor",
+    "skip_prompt": "layer that writes nothing before the answer",
+    "skip_written": "layer that writes nothing where the answer is predicted",
+}
+"""Operator -> what its curves run over."""
 DARK_TEXT, LIGHT_TEXT = "#101418", "#ffffff"
 """On cells. Not INK, which becomes the page's text colour in inline SVG while cells keep theirs."""
 
@@ -52,13 +59,14 @@ def atlas_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
     drop, numbers = importance.places(drop), importance.teacher_layers
     metrics = {name: tuple(scores) for name, scores in importance.layers.items()}
     metrics |= {name: runs[0] for name, runs in importance.runs.items()}
-    cells = len(metrics) + len(atlas.columns) + bool(metrics)
+    columns = _with_parts(importance, atlas)
+    cells = len(metrics) + len(columns) + bool(metrics)
     width = max(WIDTH_INCHES, 1.1 + CELL_INCHES[0] * cells)
     heights = [1.9 + CELL_INCHES[1] * importance.num_layers, *[1.45] * len(atlas.columns), *[1.45] * len(atlas.gaps)]
     heights.append(0.8 + 0.26 * len(atlas.columns))
     figure, axes = panels(heights, width=width)
     with figure_style():
-        _draw_heat(axes[0], metrics, atlas, drop, numbers)
+        _draw_heat(axes[0], metrics, columns, drop, numbers)
         for index, column in enumerate(atlas.columns):
             colour, name = SERIES_COLOURS[index % 5], atlas.sweep.title(column)
             _draw_column(axes[1 + index], column, name, colour, drop, range(importance.num_layers))
@@ -127,7 +135,7 @@ def curves_figure(sweep: Sweep) -> Figure:
     with figure_style():
         for index, (ax, column) in enumerate(zip(axes, sweep.columns, strict=True)):
             _draw_column(ax, column, sweep.title(column), SERIES_COLOURS[index % 5], (), places)
-        axes[-1].set_xlabel({"donor": "layer of the donor"}.get(sweep.operator, f"{sweep.operator} of layer"))
+        axes[-1].set_xlabel(CURVES_OVER.get(sweep.operator, f"{sweep.operator} of layer"))
     return figure
 
 
@@ -157,10 +165,75 @@ def cumulative_figure(sweep: Sweep) -> Figure:
     return figure
 
 
+def read_write_figure(importance: Importance, drop: Sequence[int] = ()) -> Figure:
+    """What every column loses by reading and by writing, layer by layer, and what likelihood hides of both.
+
+    Raises:
+        UserError: reading and writing were not swept, or a dropped layer is none of the model's.
+    """
+    atlas = importance.atlas
+    if atlas is None or atlas.read_write is None:
+        raise UserError(
+            "importance.json: does not tell reading from writing; name layer, skip_prompt and skip_written in "
+            "measure.sweep.operators and measure again"
+        )
+    refuse_foreign(drop, importance)
+    parts, layers = atlas.read_write, range(importance.num_layers)
+    drop, numbers = importance.places(drop), importance.teacher_layers
+    hidden = list(zip(parts.hidden_writing, parts.hidden_reading, strict=True))
+    figure, axes = panels([1.7] * (len(parts.columns) + len(hidden)))
+    with figure_style():
+        for ax, column, own in zip(axes, parts.columns, atlas.columns, strict=False):
+            unit = own.metric if own.higher_is_better else f"{own.metric} added"
+            _draw_parts(ax, {"reading": column.reading, "writing": column.writing}, layers)
+            ax.plot(layers, [loss.value for loss in own.losses], "_", color=INK, ms=9, label="without the layer")
+            unequal = [(layer, own.losses[layer].value) for layer in column.interacts]
+            if unequal:
+                ax.plot(*zip(*unequal, strict=True), "D", color=DROPPED, ms=4, label="not their sum")
+            what = "lost" if own.higher_is_better else ""
+            ax.set_title(f"{_name(atlas.sweep.title(own))}: {_name(unit)} {what} (n = {own.n})".replace("  ", " "))
+        for ax, (writing, reading) in zip(axes[len(parts.columns) :], hidden, strict=True):
+            _draw_parts(ax, {"hidden reading": reading.gaps, "hidden writing": writing.gaps}, layers)
+            names = f"{_name(writing.likelihood)} − {_name(writing.generation)}"
+            ax.set_title(f"Share kept, likelihood less generation\n{names} (n = {writing.n})", fontsize=9)
+        for ax in axes:
+            ax.axhline(0, color=INK, lw=1)
+            ax.grid(axis="y")
+            _mark_dropped(ax, drop)
+            number_layers(ax.xaxis, numbers)
+        legend_above(figure, axes)
+        axes[-1].set_xlabel("layer")
+    return figure
+
+
+def _draw_parts(ax: Axes, parts: Mapping[str, Sequence[Estimate]], layers: Sequence[int]) -> None:
+    for index, (name, values) in enumerate(parts.items()):
+        place = index + 2 * name.startswith("hidden")
+        _band(ax, layers, values, SERIES_COLOURS[place], SERIES_STYLE[place], label=name)
+
+
+def _with_parts(importance: Importance, atlas: Atlas) -> list[tuple[str, SweepColumn]]:
+    """The columns of the atlas by their titles, each with those of reading and writing behind it."""
+    parts = [
+        (name, importance.sweeps[operator])
+        for name, operator in (("reading", "skip_prompt"), ("writing", "skip_written"))
+        if atlas.read_write is not None and operator in importance.sweeps
+    ]
+    named = []
+    for index, column in enumerate(atlas.columns):
+        title = atlas.sweep.title(column)
+        named += [(title, column), *((f"{title}/{name}", sweep.columns[index]) for name, sweep in parts)]
+    return named
+
+
 def _draw_heat(
-    ax: Axes, metrics: dict[str, tuple[float, ...]], atlas: Atlas, drop: Sequence[int], numbers: Sequence[int]
+    ax: Axes,
+    metrics: dict[str, tuple[float, ...]],
+    columns: Sequence[tuple[str, SweepColumn]],
+    drop: Sequence[int],
+    numbers: Sequence[int],
 ) -> None:
-    num_layers = len(atlas.sweep.units)
+    num_layers = len(numbers)
     names, shades, texts, frames = [], [], [], []
     for name, scores in metrics.items():
         names.append(_name(name))
@@ -172,8 +245,8 @@ def _draw_heat(
         shades.append([math.nan] * num_layers)
         texts.append([""] * num_layers)
         frames.append(())
-    for column in atlas.columns:
-        names.append(_name(atlas.sweep.title(column).replace("/", "\n")))
+    for name, column in columns:
+        names.append(_name(name.replace("/", "\n")))
         shades.append([_loss_shade(column, layer) for layer in range(num_layers)])
         texts.append([_cell_text(column, layer) for layer in range(num_layers)])
         frames.append(column.critical)
@@ -282,10 +355,13 @@ def _draw_head_map(figure: Figure, ax: Axes, sweep: Sweep, column: SweepColumn, 
     ax.set_title(_title(column, f"{column.metric} lost; framed: critical"))
 
 
-def _band(ax: Axes, places: Sequence[int], values: Sequence[Estimate], colour: str, style: tuple[str, str]) -> None:
+def _band(
+    ax: Axes, places: Sequence[int], values: Sequence[Estimate], colour: str, style: tuple[str, str], label: str = ""
+) -> None:
     lows, highs = [value.low for value in values], [value.high for value in values]
     ax.fill_between(places, lows, highs, color=colour, alpha=0.25, lw=0)
-    ax.plot(places, [value.value for value in values], style[0], marker=style[1], color=colour, lw=1.5, ms=4)
+    heights = [value.value for value in values]
+    ax.plot(places, heights, style[0], marker=style[1], color=colour, lw=1.5, ms=4, label=label or None)
     ax.set_xlim(min(places) - 0.5, max(places) + 0.5)
 
 

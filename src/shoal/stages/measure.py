@@ -270,9 +270,10 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
 def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:
     """What ``scored`` gives, with the atlas and the tables of all operators."""
     from shoal.compress.edits.layer_edits import components_of
-    from shoal.compress.sweeps.atlas import build_atlas
+    from shoal.compress.sweeps.atlas import atlas_of
     from shoal.compress.sweeps.items import write_items
-    from shoal.compress.sweeps.table import sweep_table
+    from shoal.compress.sweeps.read_write import read_write_of
+    from shoal.compress.sweeps.table import OF_LAYERS, table_of
     from shoal.compress.variants.variants import variant_of
 
     # before anything is measured, so that what these refuse is refused at once
@@ -282,6 +283,7 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
     importance = scored()
     donor = measure_inputs(run).get(DONOR_CONTENT)
     identity = fingerprint([model_fingerprint(run.base), run.recipe.dtype, run.recipe.attention, donor])
+    tables: dict[str, Any] = {}
     for operator in settings.operators:
         components = known.get(operator)
         if components is None:
@@ -297,12 +299,14 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
         )
         if is_main():
             write_items(run.dir / "sweep" / operator, [component.name for component in components], intact, removed)
+        table = tables[operator] = table_of(operator, components, intact, removed)
         if operator == "layer":
             with doing("measure: intervals of the atlas"):
-                importance = replace(importance, atlas=build_atlas(intact, removed, metrics=_rankings(importance)))
+                importance = replace(importance, atlas=atlas_of(*table, metrics=_rankings(importance)))
         else:
-            table = sweep_table(operator, components, intact, removed)
-            importance = replace(importance, sweeps={**importance.sweeps, operator: table})
+            importance = replace(importance, sweeps={**importance.sweeps, operator: table[0]})
+    if importance.atlas is not None and tables.keys() >= set(OF_LAYERS):
+        importance = replace(importance, atlas=replace(importance.atlas, read_write=read_write_of(tables)))
     if settings.greedy is not None:
         order = _task_order(run, sweep, settings, _removal_factors(run, model, rows), identity)
         importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
@@ -397,11 +401,21 @@ def _write(run: Run, importance: Importance) -> None:
     if importance.atlas is not None:
         for note in importance.atlas.notes:
             log.info("measure: %s", note)
+        if importance.atlas.read_write is not None:
+            for line in importance.atlas.read_write.in_words(importance.atlas.sweep, importance.teacher_layers):
+                log.info("measure: %s", line)
     log.info("measure: %s", run.dir / Importance.FILE)
 
 
 def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
-    from shoal.figures.atlas import agreement_figure, atlas_figure, cumulative_figure, curves_figure, head_map_figure
+    from shoal.figures.atlas import (
+        agreement_figure,
+        atlas_figure,
+        cumulative_figure,
+        curves_figure,
+        head_map_figure,
+        read_write_figure,
+    )
     from shoal.figures.importance import importance_figure
 
     if importance.layers or importance.runs:
@@ -409,6 +423,8 @@ def _figures(importance: Importance) -> Iterator[tuple[str, Figure]]:
     if importance.atlas is not None:
         yield "atlas", atlas_figure(importance)
         yield "agreement", agreement_figure(importance.atlas.agreement)
+        if importance.atlas.read_write is not None:
+            yield "read_write", read_write_figure(importance)
     for operator, table in importance.sweeps.items():
         if any(component.index is not None for component in table.units):
             yield operator, head_map_figure(table)

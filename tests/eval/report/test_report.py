@@ -34,6 +34,7 @@ from results import (
     write_quickstart,
     write_run,
 )
+from sweep_results import importance_with_parts
 
 from shoal.artifacts.artifact import Evaluation, ItemScore, Provenance, TaskScore
 from shoal.artifacts.depth import DepthUse, EffectiveDepth, Moved, RoleUse, TaskUse
@@ -195,6 +196,18 @@ def test_a_swept_run_shows_its_atlas(tmp_path: Path) -> None:
     assert (folder / "figures/atlas.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_a_run_that_tells_reading_from_writing_says_so(tmp_path: Path) -> None:
+    importance_with_parts().write(tmp_path / "importance.json")
+    text = write_report(tmp_path).read_text()
+    markdown = (tmp_path / "report.md").read_text()
+    assert "What layers read and what they write" in text
+    assert "reading is needed in layers 0 and 2" in markdown or "reading is needed in layers 0, 2" in markdown
+    assert "| retrieval/generation | 4 | +31.2 points" in markdown
+    assert "| +30 points" in markdown
+    assert (tmp_path / "figures/read_write.png").stat().st_size > 1000
+
+
 def test_headline_claims_only_what_the_tests_show(report: tuple[Page, str, Path]) -> None:
     run = read_run(report[2])
     text = " ".join(headline(run, compare(run)))
@@ -211,7 +224,7 @@ def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, s
         role: replace(run.speed.roles[role], decode_tokens_per_s=median, samples={"decode": samples})
         for role, median, samples in (("teacher", 10.0, (8.0, 10.0, 16.0)), ("distilled", 12.0, (12.0, 14.0, 8.0)))
     }
-    glance = facts(replace(run, speed=replace(run.speed, roles=noisy)))
+    glance = facts(replace(run, speed=replace(run.speed, read_write=noisy)))
     assert ("1.20 ×", "decoding speed (single rounds: 0.50 to 1.50 ×)") in glance
 
 

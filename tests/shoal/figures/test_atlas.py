@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import pytest
-from sweep_results import NUM_LAYERS, right, scores, task
+from sweep_results import LOST, NUM_LAYERS, READ, WROTE, importance_with_parts, right, scores, task
 from sweep_results import importance as swept_importance
 
 from shoal.artifacts.artifact import Importance
@@ -27,6 +27,7 @@ from shoal.figures.atlas import (
     cumulative_figure,
     curves_figure,
     head_map_figure,
+    read_write_figure,
 )
 from shoal.figures.style import save_figure
 from shoal.recipe.edits import Component
@@ -88,6 +89,42 @@ def test_every_cell_of_the_map_holds_its_number() -> None:
     assert texts[3, 0] == "−36"
     assert texts[4, 3] == "100"
     assert texts[6, 5].startswith("+0.30")
+
+
+@pytest.mark.slow
+def test_reading_and_writing_stand_beside_every_column_and_have_a_figure_of_their_own(tmp_path: Path) -> None:
+    made = importance_with_parts()
+    heat = atlas_figure(made).axes[0]
+    names = [label.get_text() for label in heat.get_xticklabels()]
+    assert names[3:6] == [
+        "retrieval\ncontinuation",
+        "retrieval\ncontinuation\nreading",
+        "retrieval\ncontinuation\nwriting",
+    ]
+    # without its writing layer 4 keeps 40 of 64 right texts
+    assert cells(heat)[names.index("retrieval\ngeneration\nwriting"), 4].get_text() == "62"
+    figure = read_write_figure(made, DROP)
+    assert [ax.get_title(loc="left").split("\n")[0] for ax in figure.axes] == [
+        "retrieval/continuation: acc lost (n = 80)",
+        "retrieval/generation: acc lost (n = 80)",
+        "knowledge/continuation: acc lost (n = 80)",
+        "language/rolling: nats per token added (n = 80)",
+        "Share kept, likelihood less generation",
+    ]
+    lines = {line.get_label(): line for line in figure.axes[1].lines}
+    assert list(lines["reading"].get_ydata()) == pytest.approx([n / 80 for n in READ["retrieval_generation"]])  # pyright: ignore
+    assert list(lines["writing"].get_ydata()) == pytest.approx([n / 80 for n in WROTE["retrieval_generation"]])  # pyright: ignore
+    assert list(lines["without the layer"].get_ydata()) == pytest.approx(  # pyright: ignore
+        [n / 80 for n in LOST["retrieval_generation"]]
+    )
+    assert list(lines["not their sum"].get_xdata()) == [0]  # pyright: ignore
+    shown = saved_texts(figure, tmp_path / "read_write.svg")
+    assert {"reading", "writing", "hidden reading", "hidden writing", "without the layer"} <= set(shown)
+
+
+def test_what_tells_no_reading_from_writing_has_no_figure_of_it() -> None:
+    with pytest.raises(UserError, match=r"name layer, skip_prompt and skip_written in measure\.sweep"):
+        read_write_figure(swept())
 
 
 def test_critical_layers_have_a_frame_and_bold_numbers() -> None:

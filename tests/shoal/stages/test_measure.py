@@ -86,6 +86,38 @@ def test_a_sweep_becomes_an_atlas_its_figures_and_scores_per_item(
 
 
 @pytest.mark.slow
+def test_reading_is_told_from_writing_where_both_are_swept(make_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    operators = ["skip_prompt", "layer", "skip_written"]
+    run = make_run({"sweep": {**SWEEP, "operators": operators}})
+    measuring.measure(run)
+    atlas = Importance.read(run.dir / "importance.json").atlas
+    assert atlas is not None
+    assert atlas.read_write is not None
+    assert [column.task for column in atlas.read_write.columns] == [column.task for column in atlas.columns]
+    for column, own in zip(atlas.read_write.columns, atlas.columns, strict=True):
+        assert column.reading[-1].value == 0.0  # nobody reads what the last layer adds to a prompt
+        assert column.writing[-1].value == own.losses[-1].value
+    assert len({one.value for one in atlas.read_write.columns[2].writing}) == NUM_LAYERS
+    for line in atlas.read_write.in_words(atlas.sweep, range(NUM_LAYERS)):
+        assert line in caplog.text
+    for name in ("atlas", "read_write", "skip_prompt", "skip_written"):
+        assert (run.dir / "figures" / f"{name}.svg").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_family_whose_positions_cannot_be_skipped_is_refused_before_anything_is_measured(
+    make_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "gemma3n"
+    tiny_family("gemma3n_text", vocab_size=272, vocab_size_per_layer_input=272).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    monkeypatch.setattr(hidden_measure, "measure_importance", lambda *_, **__: pytest.fail("measured"))
+    settings = {**SWEEP, "protocols": ["continuation"], "perplexity_tokens": 0, "operators": ["layer", "skip_written"]}
+    with pytest.raises(UserError, match="gemma3n_text: its layers hand on a state of shape"):
+        measuring.measure(make_run({"sweep": settings}, model=str(folder)))
+
+
+@pytest.mark.slow
 def test_what_is_measured_already_is_not_measured_again(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     measuring.measure(make_run({"sweep": SWEEP}))
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
