@@ -60,7 +60,32 @@ def dry_run(
     compensate: Compensate | None = None,
     trust_remote_code: bool = False,
 ) -> str:
-    """A report of what apply_plan would write to ``out``: lines of text. Nothing is written and no weight is read.
+    """A report of what apply_plan would write to ``out``: lines of text. Arguments as of `estimate`."""
+    return estimate(
+        teacher_folder,
+        plan,
+        out,
+        donors=donors,
+        proof=proof,
+        targets=targets,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )[0]
+
+
+def estimate(
+    teacher_folder: Path,
+    plan: PruningPlan,
+    out: Path,
+    *,
+    donors: Mapping[int, Path] | None = None,
+    proof: str = "auto",
+    targets: Sequence[Target] = (),
+    dtype: str = "stored",
+    trust_remote_code: bool = False,
+) -> tuple[str, int]:
+    """What apply_plan would write to ``out``, for a reader, and the bytes of it. Nothing is written and no weight is
+    read.
 
     ``donors`` are the folders that swaps take from, by index of the edit.
 
@@ -103,7 +128,7 @@ def dry_run(
             f"proof: {_proof(config, shards, proof)}",
         ],
     )
-    return "\n\n".join("\n".join(part) for part in parts)
+    return "\n\n".join("\n".join(part) for part in parts), written
 
 
 def _num_bytes(shards: Sequence[Shard]) -> int:

@@ -57,6 +57,19 @@ def choose_changes(prune: Prune, *, num_layers: int, importance: Importance | No
     return Choice(tuple(sorted({*drop, *removed})), edits, "; ".join(filter(None, [reason, *map(in_words, edits)])))
 
 
+def stand_in(prune: Prune, *, num_layers: int) -> Choice:
+    """As many layers as will be chosen by scores, the last that may go, to tell sizes before there are scores.
+
+    Raises:
+        UserError: an impossible number of layers.
+    """
+    count = _count(prune, num_layers)
+    taken = _protected(prune.protect, num_layers) | {layer for edit in prune.edits for layer in edited_layers(edit)}
+    drop = [layer for layer in range(num_layers) if layer not in taken][-count:]
+    reason = f"a stand-in: {_layers(count, num_layers)}, chosen once they are measured"
+    return Choice(tuple(sorted({*drop, *removed_layers(prune.edits)})), prune.edits, reason)
+
+
 def check_choice(prune: Prune, *, num_layers: int) -> None:
     """Refuse what no measurement could make possible, before anything is measured.
 

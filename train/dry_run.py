@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shoal.artifacts.artifact import CONTROL
@@ -28,7 +28,30 @@ ASSUMED_SHARE = 0.4
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "head", "teacher", "buffers", "fixed", "peak", "host")
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What training will take."""
+
+    text: str
+    """All of it, for a reader."""
+    num_tokens: int
+    """Tokens of all steps of one of them."""
+    seconds: float
+    """Time of the steps, a control's included."""
+    num_bytes: int
+    """Bytes that are still to be written at the worst moment."""
+
+
+class NotEstimated(UserError):
+    """A family whose memory cannot be told without running it."""
+
+
 def dry_run(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None, try_it: bool = True) -> str:
+    """The text of `estimate`, which has the same arguments."""
+    return estimate(spec, run_dir, control=control, try_it=try_it).text
+
+
+def estimate(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None, try_it: bool = True) -> Estimate:
     """What training will take: memory by ZeRO stage, time, disk, and the cheapest setting that fits.
 
     ``control`` is the training of the uncut teacher that comes after it; None = there is none. ``try_it`` runs a few
@@ -36,7 +59,7 @@ def dry_run(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None,
     worked out from operations and a measured matrix product.
 
     Raises:
-        UserError: what the configuration contradicts, and a family whose memory cannot be told without running it.
+        UserError: what the configuration contradicts; NotEstimated, a family whose memory cannot be told so.
     """
     try:
         with doing("working out memory"):
@@ -44,24 +67,29 @@ def dry_run(spec: TrainSpec, run_dir: Path, *, control: TrainSpec | None = None,
             uncut = None if control is None else job(control)
     except RuntimeError as error:  # torch's, of operations that need numbers
         reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(
+        raise NotEstimated(
             f"{text_config(spec.student.config).model_type}: cannot be run without data, so its memory cannot be told "
             f"beforehand ({reason}); try a few steps with distill.trainer.max_steps"
         ) from error
     free = device_memory(spec.ranks.device), available_memory()
     pace = probe(spec, size.setting) if try_it and _can_be_tried(size, *free) else None
+    time, seconds = _time(size, pace)
+    disk, num_bytes = _disk(size, uncut, run_dir)
     parts: tuple[list[str], ...] = (
         ["dry run: nothing is written and nothing is trained"],
         _about(size),
         _data(spec, run_dir),
         _memory_table(size, *free),
         _beside(size),
-        _time(size, pace),
+        time,
         [] if uncut is None else _control(size, uncut, *free),
-        _disk(size, uncut, run_dir),
+        disk,
         _proposal(size, *free),
     )
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    if uncut is not None:
+        seconds *= 1 + uncut.flops_per_token / size.flops_per_token
+    text = "\n\n".join("\n".join(part) for part in parts if part)
+    return Estimate(text, spec.num_steps * spec.tokens_per_step, seconds, num_bytes)
 
 
 def _can_be_tried(job: Job, device_free: int, host_free: int) -> bool:
@@ -210,7 +238,8 @@ def _beside(job: Job) -> list[str]:
     return notes
 
 
-def _time(job: Job, pace: Pace | None) -> list[str]:
+def _time(job: Job, pace: Pace | None) -> tuple[list[str], float]:
+    """Lines on the time of all steps, and its seconds."""
     setting, spec, flops = job.setting, job.spec, job.flops_per_token
     with doing("timing a matrix product"):
         peak = flops_per_second(spec.ranks.device, spec.deepspeed.product_dtype)
@@ -225,12 +254,13 @@ def _time(job: Job, pace: Pace | None) -> list[str]:
         )
     # ranks on one CPU share its cores, which a probe has had to itself
     step = spec.tokens_per_step // spec.ranks.machines / rate + optimizer_s
-    return [
+    lines = [
         f"time: {spec.tokens_per_step / step:,.0f} tokens/s, {step:.3g} s a step, "
         f"{_duration(spec.num_steps * step)} for {spec.settings.num_tokens:,} tokens ({flops / 1e9:.3g} GFLOP a token)",
         f"  {how}",
         "  communication between ranks, scoring, sampling, a local stage and checkpoints come on top",
     ]
+    return lines, spec.num_steps * step
 
 
 def _tried(pace: Pace, setting: Setting) -> str:
@@ -248,7 +278,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
 
 
-def _disk(job: Job, control: Job | None, run_dir: Path) -> list[str]:
+def _disk(job: Job, control: Job | None, run_dir: Path) -> tuple[list[str], int]:
+    """Lines on the disk, and the bytes that are still to be written."""
     folders, needed, free = disk_bytes(job), missing_bytes(job, run_dir), free_disk(run_dir)
     if control is not None:
         folders |= {f"{CONTROL}/{name}": size for name, size in disk_bytes(control).items()}
@@ -257,11 +288,12 @@ def _disk(job: Job, control: Job | None, run_dir: Path) -> list[str]:
     verdict = "" if needed <= free else ": NOT ENOUGH, free some space or set run_dir to another disk"
     signals = bytes_text(disk_bytes(job, record=True)["signals"])
     recorded = f"  recorded signals of these tokens would take {signals} at k = 32{_state_at_cut(job)}"
-    return [
+    lines = [
         f"disk: {parts} ({kept_checkpoints(job.spec.settings)} checkpoints kept, one more while it is written); "
         f"{bytes_text(free)} free{verdict}",
         *([] if job.setting.teacher == "none" else [recorded]),
     ]
+    return lines, needed
 
 
 def _state_at_cut(job: Job) -> str:

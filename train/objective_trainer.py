@@ -241,7 +241,7 @@ class ObjectiveTrainer(Trainer):
             file = Path(checkpoint) / OBJECTIVE_FILE
             if not file.is_file():
                 raise UserError(f"{checkpoint}: holds no {OBJECTIVE_FILE}; go on from a checkpoint of this trainer")
-            self.objective.load_state(json.loads(file.read_text()))
+            self.objective.load_state(json.loads(file.read_bytes()))
 
     def _load_callback_state(self) -> None:
         """After the state was restored: term curves and training time go on from here, not from step 0."""

@@ -142,7 +142,7 @@ class DistillTrainer(ObjectiveTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._on_policy is not None:
-            self._on_policy.horizon.load_state(json.loads((Path(checkpoint) / ON_POLICY_FILE).read_text()))
+            self._on_policy.horizon.load_state(json.loads((Path(checkpoint) / ON_POLICY_FILE).read_bytes()))
         zero: Any = self.args.hf_deepspeed_config
         universal = zero.config.get("checkpoint", {}).get("load_universal", False)
         if checkpoint is not None and universal and zero.config["zero_optimization"]["stage"] == 3:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -161,6 +162,13 @@ def fingerprint(value: object) -> str:
 
 
 def cache_dir() -> Path:
-    """Folder of what shoal keeps between runs: $SHOAL_CACHE, else shoal's folder in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SHOAL_CACHE") or Path(base) / "shoal")
+    """Folder of what shoal keeps between runs: $SHOAL_CACHE, else shoal's folder in the user's cache; of a user without
+    a home, one for temporary files."""
+    if named := os.environ.get("SHOAL_CACHE"):
+        return Path(named)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "shoal"
+    try:
+        return Path.home() / ".cache" / "shoal"
+    except RuntimeError:  # no $HOME, and the system knows no such user
+        return Path(tempfile.gettempdir()) / f"shoal-{os.geteuid()}"

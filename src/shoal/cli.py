@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal import __version__, runtime
-from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths
+from shoal.errors import EXIT_USER_ERROR, UserError, explained_paths, not_encoded
 from shoal.help.verbs import Text, add_help_verbs, add_verb
 from shoal.progress import doing
 from shoal.redaction import redacted, redacted_arguments
@@ -109,7 +110,8 @@ VERBS = {
     "run": Verb(
         "all of it, skipping what is done and unchanged",
         "pipeline.run_all",
-        example="--config quickstart run_dir=runs/mine",
+        dry_run=("dry_run.run_dry_run", "stage by stage what would be done, how long it takes here, how much disk"),
+        example="quickstart run_dir=runs/mine --dry-run",
         launches=True,
     ),
 }
@@ -120,9 +122,20 @@ DELTA = "how far a donor's weights are from its base's, layer by layer: |donor -
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `shoal` and of the scripts under launch/. Exits with 2 on wrong input, 130 on Ctrl-C, 143 on
     SIGTERM."""
+    _accept_streams()
     watch_launcher()
     with on_stop(lambda number: stop_at_once(number, "shoal: stopped")):
         sys.exit(_main(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _accept_streams() -> None:
+    """Say what can be said: a stream that is closed takes all, and one that lacks a character shows its number."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _main(argv: list[str]) -> int:
@@ -199,7 +212,8 @@ def _exit_code(work: Callable[[], None], loudness: Loudness = "usual") -> int:
         log.debug("refused here:", exc_info=error)
         if not runtime.is_main():
             time.sleep(3)  # rank 0 most likely says the same, and the launcher then ends this one
-        print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a full disk, where that is what is wrong
+            print(f"shoal: error: {redacted(str(error))}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except LaunchEnded as ended:
         if ended.text:
@@ -252,11 +266,17 @@ def _stage(name: str) -> Callable[..., Any]:
 
 
 def _print(text: str) -> None:
-    """Print a result. Whoever reads it may leave before its end, as `head` does; what is written to files goes on."""
+    """Print a result. Whoever reads it may leave before its end, as `head` does; what is written to files goes on.
+
+    Raises:
+        UserError: what is printed to takes no more.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"standard output: takes no more ({error.strerror}); print to another place") from error
 
 
 def _printing(text: Text) -> Callable[[argparse.Namespace], None]:
@@ -401,6 +421,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser()
+    for word in argv:
+        if not word.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in word):
+            parser.error(not_encoded(repr(os.fsencode(word))))
     # overrides may stand before, between and after options; argparse alone takes them in one block only
     known, rest = parser.parse_known_args(argv)
     words = known.verb == "compare"  # which takes run directories there instead

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,15 +30,26 @@ _FULL_TEXTS = (
 )
 
 
+def not_encoded(what: str) -> str:
+    """The message for a name or an argument that is no text in the encoding of the locale."""
+    return (
+        f"{what}: is no text in the encoding of this locale ({sys.getfilesystemencoding()}); set LC_ALL=C.UTF-8 or "
+        "PYTHONUTF8=1, or use other letters"
+    )
+
+
 @contextmanager
 def explained_paths() -> Iterator[None]:
-    """Turn a path that the system can have nowhere into a UserError; what reads or writes it need not look for that."""
+    """Turn a path that the system can have nowhere, or not in this locale, into a UserError; what reads or writes it
+    need not look for that."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         raise UserError(f"{error.filename}: cannot be a path ({error.strerror}); choose another name") from error
+    except UnicodeEncodeError as error:
+        raise UserError(not_encoded(repr(error.object))) from error
 
 
 @contextmanager

@@ -33,6 +33,11 @@ BYTES = "bytes"
 """The unit that is told as a size."""
 
 
+def draws(stream: TextIO) -> bool:
+    """Whether bars can be drawn there: a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
 class Work:
     """A piece of work while it is done. Calling it counts steps."""
 
@@ -146,7 +151,7 @@ class Speaker:
             if not self._works:
                 return
             stream, now = self._stream or sys.stderr, self._clock()
-            if stream.isatty():
+            if draws(stream):
                 for work in self._works:
                     self._draw(work, stream, now)
                 return

@@ -102,7 +102,7 @@ class Watcher(TrainerCallback):
         file = self._folder / "best.json"
         if not file.is_file():
             return None
-        best = json.loads(file.read_text())
+        best = json.loads(file.read_bytes())
         return None if differences(self._inputs, best["inputs"]) else best
 
     def best_state(self) -> dict[str, Tensor]:

@@ -178,7 +178,7 @@ class _Damaged(Exception):
 def _manifest(checkpoint: Path) -> dict[str, Any]:
     """Raises: _Damaged."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise _Damaged("was not finished") from None
     except ValueError:

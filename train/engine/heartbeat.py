@@ -119,7 +119,7 @@ def read_signs(folder: Path) -> dict[int, dict[str, Any]]:
     signs = {}
     for number in range(world_size()):
         file = folder / f"{number}.json"
-        signs[number] = json.loads(file.read_text()) if file.is_file() else {}
+        signs[number] = json.loads(file.read_bytes()) if file.is_file() else {}
     return signs
 
 

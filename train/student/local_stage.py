@@ -83,7 +83,7 @@ def local_stage(spec: TrainSpec, rows: PackedRows, *, folder: Path, inputs: dict
     autocast = spec.deepspeed.autocast_dtype == torch.bfloat16
     identity = {key: inputs[key] for key in ("model", "student", "prune.drop", *settings_keys)}
     identity |= {"rows": rows.fingerprint, "autocast": autocast}
-    if story.is_file() and not differences(identity, json.loads(story.read_text())["inputs"]):
+    if story.is_file() and not differences(identity, json.loads(story.read_bytes())["inputs"]):
         log.info("local: done already, %s", healed)
         return healed
     student = spec.student.model(dtype="float32", device=device())

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.atomic_files import written_folder
+from shoal.atomic_files import make_folder, written_folder
 from shoal.errors import UserError, explained_disk_errors
 from shoal.models.checkpoint_files import check_checkpoint
 from shoal.progress import doing
@@ -25,8 +25,8 @@ def made_once(folder: Path, make: Callable[[Path], None], *, action: str) -> Pat
     """
     if _is_whole(folder):
         return folder
+    make_folder(folder.parent, setting="SHOAL_CACHE")
     with explained_disk_errors(folder, setting="SHOAL_CACHE"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
         lock = (folder.parent / f".{folder.name}.lock").open("w")
     with lock:
         log.info(action)

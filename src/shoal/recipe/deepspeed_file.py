@@ -26,7 +26,7 @@ def read_deepspeed(source: str | dict[str, Any] | None) -> dict[str, Any]:
     for file in candidates:
         if file.is_file():
             try:
-                config = json.loads(file.read_text())
+                config = json.loads(file.read_bytes())
             except json.JSONDecodeError as error:
                 raise UserError(f"{file}: is not valid JSON ({error}); mend it, or name a shipped one") from error
             if not isinstance(config, dict):

@@ -12,5 +12,6 @@ report     report
 export     GGUF files, the Hub
 preflight  what is refused before a stage begins
 pipeline   all in order
+dry_run    what all in order would do, how long, how much disk
 launch     distill under the DeepSpeed launcher
 """

@@ -30,10 +30,11 @@ from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.stages.prune import choose_plan, read_importance, read_plan
-from shoal.stages.run import Run, check_length, is_done
+from shoal.stages.run import Run, check_length, is_done, out_of_date
 from shoal.tracking import wandb_run
 
 if TYPE_CHECKING:
+    from shoal.train.dry_run import Estimate
     from shoal.train.student.spec import Ranks, TrainSpec
 
 log = logging.getLogger(__name__)
@@ -186,22 +187,33 @@ def distill_dry_run(run: Run) -> str:
         UserError: what pruning would refuse if it has still to choose layers, what training would, and a family whose
             memory cannot be told without running it.
     """
-    from shoal.train.dry_run import dry_run
-    from shoal.train.student.spec import Ranks
-
     run, recipe = run.first_open, run.recipe
     check_training_settings(recipe)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     has_plan = (run.dir / PruningPlan.FILE).is_file()
     plan = read_plan(run) if has_plan else choose_plan(run, read_importance(run), {})
-    count = ranks_to_start(recipe.distill.num_ranks)
+    estimate = training_estimate(run, plan)
+    if recipe.prune.rounds == 1:
+        return estimate.text
+    tokens, rounds = estimate.num_tokens, recipe.prune.rounds
+    return (
+        f"{estimate.text}\n\nrounds: this is {run.called}; each trains on {tokens:,} tokens, {rounds * tokens:,} in all"
+    )
+
+
+def training_estimate(run: Run, plan: PruningPlan) -> Estimate:
+    """What training the student of ``plan`` takes on this machine, with its control.
+
+    Raises:
+        UserError: what training would refuse; NotEstimated, as estimate.
+    """
+    from shoal.train.dry_run import estimate
+    from shoal.train.student.spec import Ranks
+
+    count = ranks_to_start(run.recipe.distill.num_ranks)
     ranks = Ranks(count, min(count, ranks_to_start(None)) if device().type != "cpu" else count, device())
     spec = _spec(run, plan, ranks)
-    told = dry_run(spec, run.dir, control=_control_of(run, spec) if recipe.eval.control else None)
-    if recipe.prune.rounds == 1:
-        return told
-    tokens, rounds = spec.num_steps * spec.tokens_per_step, recipe.prune.rounds
-    return f"{told}\n\nrounds: this is {run.called}; each trains on {tokens:,} tokens, {rounds * tokens:,} in all"
+    return estimate(spec, run.dir, control=_control_of(run, spec) if run.recipe.eval.control else None)
 
 
 def distill_is_done(run: Run) -> bool:
@@ -233,6 +245,25 @@ def _control_due(run: Run, plan: PruningPlan) -> dict[str, Any] | None:
     inputs = control_inputs(run, plan)
     there = _has_distilled(folder) and is_done(Training, folder / Training.FILE, inputs, "distill, control")
     return None if there else inputs
+
+
+def what_is_trained(run: Run) -> list[str] | None:
+    """What is out of date of distill.json and what it tells of, in words: nothing where it stays; None where a model is
+    missing. The student is there.
+
+    Raises:
+        UserError: checkpoints of other settings, with which training would be refused.
+    """
+    refuse_other_checkpoints(run)
+    plan = read_plan(run)
+    changed = out_of_date(Training, run.dir / Training.FILE, training_inputs(run, plan))
+    if changed is None or not _has_distilled(run.dir):
+        return None
+    if changed or not run.recipe.eval.control:
+        return changed
+    folder = run.dir / CONTROL
+    control = out_of_date(Training, folder / Training.FILE, control_inputs(run, plan))
+    return control if _has_distilled(folder) else None
 
 
 def _student_is_gone(run: Run) -> UserError:

@@ -201,30 +201,35 @@ def _streaming(run: Run) -> Streaming:
     return Streaming(memory_bytes=int(limit * 2**30), device=device(), spill_folder=run.dir, **run.load_args())
 
 
+def measured(run: Run) -> dict[str, tuple[type[Importance | Diagnostics | Probes], dict[str, Any]]]:
+    """What the recipe wants measured, by name: the kind of the result, and what identifies it."""
+    settings = run.recipe.measure
+    return {
+        "measure": (Importance, measure_inputs(run)),
+        **({"diagnostics": (Diagnostics, _diagnostics_inputs(run))} if settings.diagnostics else {}),
+        **({"probes": (Probes, _probes_inputs(run))} if settings.probes else {}),
+    }
+
+
 def measure(run: Run) -> None:
     """importance.json and its figures, and diagnostics.json where it is asked for. All ranks take part."""
-    inputs = measure_inputs(run)
-    path = run.dir / Importance.FILE
-    done = is_done(Importance, path, inputs, "measure")
-    diagnosed = not run.recipe.measure.diagnostics or is_done(
-        Diagnostics, run.dir / Diagnostics.FILE, _diagnostics_inputs(run), "diagnostics"
-    )
-    probed = not run.recipe.measure.probes or is_done(Probes, run.dir / Probes.FILE, _probes_inputs(run), "probes")
-    if done and diagnosed and probed:
+    wanted = measured(run)
+    due = {name for name, (kind, inputs) in wanted.items() if not is_done(kind, run.dir / kind.FILE, inputs, name)}
+    if not due:
         return
     check_measure(run)
     run.dir.mkdir(parents=True, exist_ok=True)  # layers that are streamed are spilled there
     seed_everything(run.recipe.seed)
     rows = _rows(run)
     model = None if _is_streamed(run) else load_model(run.base, device=device(), **run.load_args())
-    if not done:
-        importance = _measured(run, model, rows, inputs)
+    if "measure" in due:
+        importance = _measured(run, model, rows, wanted["measure"][1])
         if is_main():
             _write(run, importance)
         barrier()
-    if not diagnosed and is_main():
+    if "diagnostics" in due and is_main():
         _diagnose(run, model, rows)
-    if not probed and is_main():
+    if "probes" in due and is_main():
         _probe(run, model)
     barrier()
 

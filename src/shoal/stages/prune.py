@@ -20,7 +20,7 @@ from shoal.recipe.edits import Edit, Replace, in_words
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main
 from shoal.stages.measure import measure, measure_inputs
-from shoal.stages.run import Run, check_length, is_done, require
+from shoal.stages.run import Run, check_length, is_done, out_of_date, require
 
 log = logging.getLogger(__name__)
 
@@ -109,14 +109,26 @@ def prune_dry_run(run: Run) -> str:
     Raises:
         UserError: what pruning would refuse, and importance.json missing where layers are chosen by it.
     """
-    from shoal.compress.dry_run import dry_run
-
-    run, recipe = run.first_open, run.recipe
-    _refuse_unreadable_data(recipe.prune.edits)
+    run = run.first_open
+    _refuse_unreadable_data(run.recipe.prune.edits)
     importance = read_importance(run)
     plan = choose_plan(run, importance, {})
+    told, _ = student_estimate(run, plan)
+    rounds = [f"rounds: this is {run.called}"] if run.recipe.prune.rounds > 1 else []
+    return "\n".join([told, *_sacrifice(run, importance, plan), *rounds])
+
+
+def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
+    """What would come of ``plan``, for a reader, and the bytes of student/.
+
+    Raises:
+        UserError: what pruning would refuse.
+    """
+    from shoal.compress.dry_run import estimate
+
+    recipe = run.recipe
     _refuse_compensation(run, plan)
-    told = dry_run(
+    return estimate(
         run.base,
         _in_base(run, plan),
         run.dir / "student",
@@ -127,8 +139,53 @@ def prune_dry_run(run: Run) -> str:
         dtype=recipe.dtype,
         trust_remote_code=recipe.trust_remote_code,
     )
-    rounds = [f"rounds: this is {run.called}"] if recipe.prune.rounds > 1 else []
-    return "\n".join([told, *_sacrifice(run, importance, plan), *rounds])
+
+
+def expected_plan(run: Run) -> PruningPlan:
+    """The plan that this run will make; before layers are measured, one that drops as many, whose reason says so.
+
+    Raises:
+        UserError: an impossible choice.
+    """
+    from shoal.compress.plan import round_of, stand_in
+
+    if _is_settled(run):
+        return choose_plan(run, read_importance(run), {})
+    layers = run.base_layers
+    prune = round_of(run.recipe.prune, run.round, num_layers=run.num_layers, kept=layers)
+    choice = stand_in(prune, num_layers=len(layers))
+    gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
+    return PruningPlan(Provenance({}), run.num_layers, tuple(sorted(gone)), choice.reason, choice.edits)
+
+
+def _is_settled(run: Run) -> bool:
+    """Whether all is there that layers are chosen by."""
+    from shoal.compress.plan import is_automatic
+
+    is_measured = out_of_date(Importance, run.dir / Importance.FILE, measure_inputs(run)) == []
+    return is_measured or not is_automatic(run.recipe.prune)
+
+
+def what_is_cut(run: Run) -> list[str] | None:
+    """What is out of date of plan.json and student/, in words: nothing where they stay; None where one is missing.
+
+    Raises:
+        UserError: a training of another cut lies there, which pruning would refuse.
+    """
+    path, student = run.dir / PruningPlan.FILE, run.dir / "student"
+    inputs = plan_inputs(run)
+    changed = out_of_date(PruningPlan, path, inputs)
+    if changed is None or not (student / "config.json").is_file():
+        return None
+    if (
+        changed
+        and _is_settled(run)
+        and _is_cut_already(run, replace(expected_plan(run), provenance=Provenance(inputs)))
+    ):
+        return []
+    if changed:
+        _refuse_stale_training(run)
+    return changed
 
 
 def read_plan(run: Run) -> PruningPlan:

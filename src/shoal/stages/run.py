@@ -460,13 +460,18 @@ def check_length(run: Run, sequence_length: int, setting: str) -> None:
         )
 
 
-def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str) -> bool:
-    """Whether ``path`` holds exactly this result; what changed is logged where it does not."""
+def out_of_date(kind: type[Artifact], path: Path, inputs: dict[str, Any]) -> list[str] | None:
+    """What is not as ``inputs`` say in what made the result at ``path``, in words; None where there is no result."""
     if path.is_dir():
         raise UserError(f"{path}: a folder is in the way; delete it, or set run_dir to another folder")
-    if not path.is_file():
+    return differences(inputs, kind.read(path).provenance.inputs) if path.is_file() else None
+
+
+def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str) -> bool:
+    """Whether ``path`` holds exactly this result; what changed is logged where it does not."""
+    changed = out_of_date(kind, path, inputs)
+    if changed is None:
         return False
-    changed = differences(inputs, kind.read(path).provenance.inputs)
     if changed:
         log.info("%s: %s is out of date (%s), making it again", stage, path.name, "; ".join(changed))
         return False
