@@ -48,6 +48,10 @@ def explained_paths() -> Iterator[None]:
         if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         raise UserError(f"{error.filename}: cannot be a path ({error.strerror}); choose another name") from error
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # pathlib's, of a path that begins with ~
+            raise
+        raise UserError("~: this user has no home folder; set HOME, or name the whole path") from error
     except UnicodeEncodeError as error:
         raise UserError(not_encoded(repr(error.object))) from error
 

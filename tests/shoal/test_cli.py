@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tiny import tiny_checkpoint
 
 from shoal import __version__, cli, runtime
 from shoal.cli import main, run_verb
-from shoal.errors import UserError
+from shoal.errors import UserError, explained_paths
 from shoal.help.explain import explanation
 from shoal.recipe.recipe import apply_override, parse_recipe
 from shoal.runtime import set_up_logging
@@ -377,6 +378,65 @@ def test_shoal_as_a_user_types_it(recipe: str, tmp_path: Path) -> None:
     refused = subprocess.run([*command, "prune.dorp=1"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr == "shoal: error: override 'prune.dorp=1': prune.dorp: unknown key; did you mean 'drop'?\n"
+
+
+SAID = "shoal: error: r.yaml: track.wandb: must be 'online', 'offline' or 'off' (got 'modèle')"
+SHOAL = f"{shlex.quote(sys.executable)} -m shoal.cli"
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "code", "said"),
+    [
+        (f"{SHOAL} prune r.yaml", {}, 2, SAID),
+        (f"{SHOAL} prune r.yaml", ASCII, 2, SAID.replace("è", r"\xe8")),
+        (f"{SHOAL} prune r.yaml 2>&-", {}, 2, ""),
+        (f"{SHOAL} prune r.yaml 2>/dev/full", {}, 2, ""),
+        (f"{SHOAL} prune modèle.yaml", ASCII, 2, "is no text in the encoding of this locale ("),
+        (f"{SHOAL} explain seed >/dev/full", {}, 2, "shoal: error: standard output: takes no more (No space left on"),
+        (f"{SHOAL} explain seed >&-", {}, 0, ""),
+        (f"{SHOAL} explain seed | head -c 1 >&2", {"COLUMNS": "", "TERM": "dumb"}, 0, "s"),
+    ],
+)
+def test_streams_and_locales_of_all_kinds(
+    tmp_path: Path, command: str, environment: dict[str, str], code: int, said: str
+) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\ntrack: {wandb: modèle}\n", encoding="utf-8")
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert (done.stderr == "") == (said == "")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_paths_that_no_locale_and_no_home_can_be_made_of_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = partial(pytest.raises, UserError)
+    with refused(match=r"'modèle': is no text in the encoding of this locale .* LC_ALL=C.UTF-8"), explained_paths():
+        "modèle".encode("ascii")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])
+    with refused(match=r"^~: this user has no home folder; set HOME, or name the whole path"), explained_paths():
+        Path("~/runs").expanduser()
+    with pytest.raises(RuntimeError, match="another"), explained_paths():
+        raise RuntimeError("another")
+
+
+def test_a_machine_that_cannot_reach_itself_is_told_before_ranks_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    assert runtime.free_port() > 0
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    with pytest.raises(UserError, match=r"cannot reach itself there \(Network is unreachable\), over which the ranks"):
+        runtime.free_port()
 
 
 def test_user_errors_are_value_errors() -> None:

@@ -54,6 +54,11 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def _a_terminal_that_can_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -63,6 +68,25 @@ def clock() -> Clock:
 def speaker(clock: Clock, caplog: pytest.LogCaptureFixture) -> Iterator[Speaker]:
     with caplog.at_level("INFO"):
         yield Speaker(clock=clock, stream=io.StringIO())
+
+
+@pytest.mark.parametrize("term", ["dumb", None])
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(monkeypatch, clock, caplog, term):
+    if term is None:
+        monkeypatch.delenv("TERM")
+    else:
+        monkeypatch.setenv("TERM", term)
+    stream = Terminal()
+    with caplog.at_level("INFO"):
+        speaker = Speaker(clock=clock, stream=stream)
+        with speaker.telling("measure", 100, "rows"):
+            clock.run(speaker, 4.5)
+    assert caplog.messages == ["measure: 0 of 100 rows, 0:04 so far", "measure: 0 of 100 rows in 0:05"]
+    assert stream.getvalue() == ""
+    monkeypatch.setenv("TERM", "xterm")
+    with caplog.at_level("INFO"), speaker.telling("measure", 100, "rows"):
+        clock.run(speaker, 4.5)
+    assert "measure" in stream.getvalue()
 
 
 def test_the_first_line_comes_within_five_seconds_and_tells_rate_and_time_left(speaker, clock, caplog):

