@@ -48,29 +48,9 @@ class _Side:
     """In memory when it runs; of quantised weights as they are stored, on average."""
 
 
-def dry_run(
-    teacher_folder: Path,
-    plan: PruningPlan,
-    out: Path,
-    *,
-    donors: Mapping[int, Path] | None = None,
-    proof: str = "auto",
-    targets: Sequence[Target] = (),
-    dtype: str = "stored",
-    compensate: Compensate | None = None,
-    trust_remote_code: bool = False,
-) -> str:
-    """A report of what apply_plan would write to ``out``: lines of text. Arguments as of `estimate`."""
-    return estimate(
-        teacher_folder,
-        plan,
-        out,
-        donors=donors,
-        proof=proof,
-        targets=targets,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )[0]
+def dry_run(teacher_folder: Path, plan: PruningPlan, out: Path, **settings: Any) -> str:
+    """The text of `estimate`, which has the same arguments."""
+    return estimate(teacher_folder, plan, out, **settings)[0]
 
 
 def estimate(
@@ -82,6 +62,7 @@ def estimate(
     proof: str = "auto",
     targets: Sequence[Target] = (),
     dtype: str = "stored",
+    compensate: Compensate | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[str, int]:
     """What apply_plan would write to ``out``, for a reader, and the bytes of it. Nothing is written and no weight is

@@ -6,6 +6,7 @@ Covers: shoal.models.cache, shoal.models.checkpoint_files, shoal.models.demo.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import struct
 import time
