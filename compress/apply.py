@@ -15,10 +15,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import ClosedGap, PruningPlan
 from shoal.atomic_files import fingerprint, write_json
+from shoal.data.packing import PackedRows
 from shoal.data.sources import load_texts, pack
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
@@ -336,6 +337,14 @@ def _compensation(
     fast = named_dtype(fast_dtype(where).dtype)
     source = _source(teacher, plan, settings, skeleton, out)
     tokenizer = load_tokenizer(teacher.folder, trust_remote_code=teacher.trust_remote_code)
+    rows = calibration_rows(settings, tokenizer, seed=seed)
+    # its cache of cast weights would keep every tensor that is tried
+    with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
+        return compensate_gaps(source, plan.drop, settings, rows)
+
+
+def calibration_rows(settings: Compensate, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PackedRows:
+    """The text that is fitted to and tested on."""
     texts = [(source, load_texts(source, max_characters=16 * settings.num_tokens)) for source in settings.data]
     rows = pack(texts, tokenizer, sequence_length=settings.sequence_length, num_tokens=settings.num_tokens, seed=seed)
     if repeated := [name for name, counts in rows.counts.items() if counts.get("repeats")]:
@@ -344,9 +353,7 @@ def _compensation(
             "partly of text that was fitted to; lower it or name more text",
             ", ".join(repeated),
         )
-    # its cache of cast weights would keep every tensor that is tried
-    with torch.autocast(where.type, fast, enabled=fast != torch.float32, cache_enabled=False):
-        return compensate_gaps(source, plan.drop, settings, rows)
+    return rows
 
 
 def _source(teacher: Teacher, plan: PruningPlan, settings: Compensate, skeleton: PreTrainedModel, out: Path) -> Source:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Provenance
@@ -87,49 +88,87 @@ def _made_with(provenance: Provenance) -> dict[str, Any]:
     return {key: provenance.inputs[key] for key in ("dtype",) if key in provenance.inputs} | provenance.environment
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Text that the student comes from."""
+
+    data: Mapping[str, Any]
+    """What is known of it, as in Training.data."""
+    use: str
+    called: str
+    reader: str
+
+    @property
+    def searched(self) -> str:
+        """As much of it as was looked through."""
+        searched = self.data.get("tokens_searched_for_overlap")
+        return self.called if searched is None else f"the first {searched:,} tokens of {self.called}"
+
+
+def _training_text(run: Run) -> list[_Text]:
+    """The text of all rounds, which is one text unless shares follow what a round took."""
+    texts: list[_Text] = []
+    for training in run.trainings:
+        text = _Text(training.data, "training", "the training text", "Training read")
+        texts += [text] if text not in texts else []
+    return texts
+
+
+def _compensation_text(run: Run) -> list[_Text]:
+    if run.plan is None or not any(gap.is_closed for gap in run.plan.gaps):
+        return []
+    settings = ((run.recipe or {}).get("prune") or {}).get("compensate") or {}
+    named = {"sources": {source["path"]: {} for source in settings.get("data", ())}}  # plans of before say no more
+    return [_Text(run.plan.text or named, "compensation", "the text of prune.compensate", "Compensation was fitted to")]
+
+
 def _overlap(run: Run) -> Iterator[Caution]:
-    """Whether training text and evaluation items can share content: known for shoal's own, not for others'."""
-    if run.training is None:
-        return
-    data, about = run.training.data, "Overlap of training and evaluation"
-    if HELD_OUT in (data.get("sources") or {}):
-        told = f"Training read {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
+    """Whether text and evaluation items can share content: known for shoal's own, not for others'."""
+    for text in (*_training_text(run), *_compensation_text(run)):
+        yield from _overlap_of(run, text)
+
+
+def _overlap_of(run: Run, text: _Text) -> Iterator[Caution]:
+    about = f"Overlap of {text.use} and evaluation"
+    if HELD_OUT in (text.data.get("sources") or {}):
+        told = f"{text.reader} {HELD_OUT}, which is evaluation text: perplexity on it shows nothing here."
         yield Caution(about, told)
-    elif overlap := data.get("overlap"):
+    elif overlap := text.data.get("overlap"):
         if num_found := {task: counts["found"] for task, counts in overlap.items() if counts["found"]}:
             told = "; ".join(
                 f"{count} of {overlap[task]['compared']} of {', '.join(task_words(task))}"
                 for task, count in num_found.items()
             )
-            yield Caution(about, f"Evaluation items were found in {_searched(run)}, by 13 words in succession: {told}.")
-    elif foreign := _foreign(run):
+            yield Caution(about, f"Evaluation items were found in {text.searched}, by 13 words in succession: {told}.")
+    elif foreign := _foreign(run, text):
         told = "; ".join(foreign)
-        yield Caution(about, f"It was not checked whether training text and evaluation items overlap for: {told}.")
+        yield Caution(about, f"It was not checked whether {text.use} text and evaluation items overlap for: {told}.")
 
 
 def _twin_wording(run: Run) -> Iterator[Caution]:
     """Forms that no training text may have, and this one has."""
-    wording = (run.training.data.get("wording") or {}) if run.training else {}
-    if found := {form: told for form, told in wording.items() if told["found"]}:
-        yield Caution(
-            "Wording of twins in training text",
-            f"The wording of {listed(found)} stands in {_searched(run)}: scores in such a form may flatter.",
-            (
-                *(
-                    f"{form}: found in documents: {told['found']:,}, one with “{told['places'][0]['excerpt']}”."
-                    for form, told in found.items()
+    for text in (*_training_text(run), *_compensation_text(run)):
+        if found := {form: told for form, told in (text.data.get("wording") or {}).items() if told["found"]}:
+            yield Caution(
+                f"Wording of twins in {text.use} text",
+                f"The wording of {listed(found)} stands in {text.searched}: scores in such a form may flatter.",
+                (
+                    *(
+                        f"{form}: found in documents: {told['found']:,}, one with “{told['places'][0]['excerpt']}”."
+                        for form, told in found.items()
+                    ),
+                    "A twin tells the ability from its form only where no training text has that form.",
                 ),
-                "A twin tells the ability from its form only where no training text has that form.",
-            ),
-        )
+            )
 
 
 def disjointness(run: Run) -> str | None:
     """Why training and evaluation share no items, where that is known; None where it is not, which is a caution."""
     if run.training is None or any(_overlap(run)):
         return None
-    if overlap := run.training.data.get("overlap"):
-        return f"No evaluation item of {len(overlap)} tasks was found in {_searched(run)}, by 13 words in succession."
+    (*_, text) = _training_text(run)
+    if overlap := text.data.get("overlap"):
+        return f"No evaluation item of {len(overlap)} tasks was found in {text.searched}, by 13 words in succession."
     return (
         "Training and evaluation items are disjoint: a hash of its content puts every fact, word and documentation "
         "topic into one of two splits; training draws from the one, evaluation from the other. What the teacher wrote "
@@ -137,20 +176,13 @@ def disjointness(run: Run) -> str | None:
     )
 
 
-def _searched(run: Run) -> str:
-    assert run.training is not None
-    searched = run.training.data.get("tokens_searched_for_overlap")
-    return "the training text" if searched is None else f"the first {searched:,} tokens of the training text"
-
-
-def _foreign(run: Run) -> list[str]:
+def _foreign(run: Run, text: _Text) -> list[str]:
     """Sources and tasks that are not shoal's own, so that nothing keeps them apart."""
-    assert run.training is not None
     tasks = {task.task: task for evaluation in run.evaluations.values() for task in evaluation.tasks}
     perplexity = [source.get("path") for source in (run.recipe or {}).get("eval", {}).get("perplexity_data", [])]
     held_out = bool(perplexity) and set(perplexity) == {HELD_OUT}
     own = (*BUNDLED, *BUNDLED_ROWS, TEACHER_TEXT)
-    foreign = [name for name in run.training.data.get("sources") or {} if name not in own]
+    foreign = [name for name in text.data.get("sources") or {} if name not in own]
     described, _ = described_tasks(task_folders(None))
     bundled = {name for name, (part, _) in described.items() if part.data.bundled}
     return foreign + [

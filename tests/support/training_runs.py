@@ -76,6 +76,22 @@ def recipe(folder: Path, model: Path, cut: Path, /, **settings: Any) -> Path:
     return write_recipe(folder, model, **settings)
 
 
+def small_training(*, steps: int = STEPS, **distill: Any) -> dict[str, Any]:
+    """The section `distill` of a training that is small and exact; ``distill`` are further settings of it."""
+    return {
+        "data": "python_docs",
+        "num_tokens": LENGTH * BATCH * steps,
+        "sequence_length": LENGTH,
+        "precision": "float32",
+        "deepspeed": "deepspeed/zero0.json",
+        "batch_size": BATCH,
+        "watch": None,
+        "overlap": False,
+        **distill,
+        "trainer": {"learning_rate": 1e-3, "save_strategy": "no", **distill.get("trainer", {})},
+    }
+
+
 def write_recipe(folder: Path, model: Path, /, *, track: str = "off", record: Any = None, **distill: Any) -> Path:
     """A recipe whose training is small and exact."""
     settings = {
@@ -86,18 +102,7 @@ def write_recipe(folder: Path, model: Path, /, *, track: str = "off", record: An
         "record": record or {},
         "eval": {"tasks": ["knowledge_continuation"], "limit": 4},
         "track": {"wandb": track},
-        "distill": {
-            "data": "python_docs",
-            "num_tokens": LENGTH * BATCH * STEPS,
-            "sequence_length": LENGTH,
-            "precision": "float32",
-            "deepspeed": "deepspeed/zero0.json",
-            "batch_size": BATCH,
-            "watch": None,
-            "overlap": False,
-            **distill,
-            "trainer": {"learning_rate": 1e-3, "save_strategy": "no", **distill.get("trainer", {})},
-        },
+        "distill": small_training(**distill),
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"

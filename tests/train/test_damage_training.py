@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import NUM_LAYERS, tiny_checkpoint, tiny_model
+from tiny import NUM_LAYERS, tiny_model
 from training_runs import (
     BATCH,
     DROP,
@@ -22,7 +22,6 @@ from training_runs import (
     Trial,
     checkpointed_weights,
     finished,
-    prepare,
     recipe,
     run,
     terminate,
@@ -47,16 +46,6 @@ LETTERS = ("abc", "defghijk", "lmn")
 WEIGHTS = (3.0, 1.0, 1.0)
 TERMS = ("loss", "forward_kl", "cross_entropy")
 CONTROL = "eval.control=true"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
-
-
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    return prepare(tmp_path_factory.mktemp("cut"), teacher)
 
 
 @pytest.fixture(scope="module")

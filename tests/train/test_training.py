@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from offline_wandb import read_tracked
-from tiny import tiny_checkpoint
 from training_runs import (
     BATCH,
     LENGTH,
@@ -28,7 +27,6 @@ from training_runs import (
     mask_labels_of_rows,
     note_rates,
     note_waits,
-    prepare,
     recipe,
     run,
     script_scores,
@@ -90,16 +88,6 @@ WATCHED: dict[str, Any] = {
     },
     "trainer": {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 4},
 }
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
-
-
-@pytest.fixture(scope="module")
-def cut(tmp_path_factory: pytest.TempPathFactory, teacher: Path) -> Path:
-    return prepare(tmp_path_factory.mktemp("cut"), teacher)
 
 
 def same(one: Trial, other: Trial, names: list[str], *, within: float = 1e-5) -> None:

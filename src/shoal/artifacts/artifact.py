@@ -250,6 +250,9 @@ class PruningPlan(Artifact):
     """Changes to layers that stay; ``drop`` holds the layers that merges and replacements took in."""
     gaps: tuple[ClosedGap, ...] = ()
     """How prune.compensate closed the gaps that ``drop`` leaves, increasing; empty = they are open."""
+    text: dict[str, Json] = field(default_factory=dict)
+    """What prune.compensate was fitted to, as Training.data: documents and tokens by source, and what of evaluation
+    items and forms stands in it."""
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
 

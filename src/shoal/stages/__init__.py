@@ -5,6 +5,7 @@ memory    what a run directory remembers of recipe and overrides
 measure   measure
 prune     prune
 distill   record, distill
+overlap   evaluation items and wording of twins in text that a student learns from
 search    search
 evaluate   eval
 depth     depth

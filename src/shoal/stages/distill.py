@@ -17,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.abilities.forms import twin_wordings
 from shoal.artifacts.artifact import CONTROL, PruningPlan, Training, differences
 from shoal.artifacts.shares import Pilot, Shares
-from shoal.data import contamination, wording
-from shoal.data.packing import PackedRows
-from shoal.data.sources import BUNDLED, check_source, load_texts, row_texts, sources_fingerprint
+from shoal.data import wording
+from shoal.data.sources import BUNDLED, check_source, load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.machine import ranks_to_start
 from shoal.models.checkpoint_files import model_fingerprint
@@ -29,6 +28,7 @@ from shoal.recipe.distill import Distill
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything
+from shoal.stages.overlap import search_of_rows
 from shoal.stages.prune import choose_plan, read_importance, read_plan
 from shoal.stages.run import Run, check_length, is_done, out_of_date
 from shoal.tracking import wandb_run
@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECORDING = "recording.json"
-OVERLAP_TOKENS = 50_000_000
-"""So much of the training text is searched for evaluation items and wording at most: minutes, not hours."""
-PLACES_TOLD = 3
-"""Places of one form's wording that the log tells; distill.json has more."""
 
 
 def record(run: Run) -> None:
@@ -137,7 +133,7 @@ def distill(run: Run) -> None:
             spec,
             run_dir=run.dir,
             inputs=inputs,
-            search_rows=_search_rows(run),
+            search_rows=search_of_rows(run),
             start_tracking=partial(wandb_run.start, run.track, run.dir, as_dict(recipe)),
         )
         log.info("distill: %s", run.dir / "distilled")
@@ -449,47 +445,3 @@ def _scorer(run: Run) -> Callable[[PreTrainedTokenizerBase], Callable[[PreTraine
         sequence_length=min(settings.sequence_length, run.recipe.distill.sequence_length),
     )
     return partial(QuickScores, settings=quick, seed=run.recipe.seed)
-
-
-def _search_rows(run: Run) -> Callable[[PackedRows, PreTrainedTokenizerBase], dict[str, Any]] | None:
-    """What looks for evaluation items, by task, and for the wording of twins in training rows; None where the recipe
-    does not want it."""
-    from shoal.eval.evaluate import num_items
-    from shoal.eval.harness.item_texts import item_texts
-    from shoal.eval.tasks.load import tasks_of
-
-    settings = run.recipe.eval
-    if not run.recipe.distill.overlap:
-        return None
-
-    def search(rows: PackedRows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        tasks = tasks_of(settings)
-        items = item_texts(tasks, num_items(tasks, settings))
-        twins = {name for name, task in tasks.items() if (task.config.metadata or {}).get("column") == "twin"}
-        own = {name: wording.shared_wording(items[name]) for name in twins}  # nothing where items have several forms
-        looked_for = wording.WordingSearch(twin_wordings() | own)
-        texts = looked_for.passing(row_texts(rows, tokenizer, max_tokens=OVERLAP_TOKENS))
-        overlaps = contamination.find_overlap(items, texts)
-        if some := [f"{each.found} of {each.compared} of {task}" for task, each in overlaps.items() if each.found]:
-            log.warning("evaluation items stand in the training text: %s; their scores may flatter", ", ".join(some))
-        if found := [_told(form, each) for form, each in looked_for.result.items() if each.found]:
-            sources = [name for name in rows.counts if name not in BUNDLED] or rows.counts
-            log.warning(
-                "the wording of twin forms stands in the training text of %s: %s; scores in these forms may flatter, "
-                "as twins tell what is learnt only where no training text has their form; take such text out",
-                ", ".join(sources),
-                "; ".join(found),
-            )
-        return {
-            "overlap": contamination.as_data(overlaps),
-            "wording": wording.as_data(looked_for.result),
-            "tokens_searched_for_overlap": min(rows.input_ids_NS.numel(), OVERLAP_TOKENS),
-        }
-
-    return search
-
-
-def _told(form: str, found: wording.Wording) -> str:
-    """How often and where a form's wording was found."""
-    places = ", ".join(f"row {place.number}: {place.excerpt!r}" for place in found.places[:PLACES_TOLD])
-    return f"{form} (documents: {found.found}; {places}{', ...' * (found.found > PLACES_TOLD)})"

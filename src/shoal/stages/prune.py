@@ -20,6 +20,7 @@ from shoal.recipe.edits import Edit, Replace, in_words
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main
 from shoal.stages.measure import measure, measure_inputs
+from shoal.stages.overlap import search_of_rows
 from shoal.stages.run import Run, check_length, is_done, out_of_date, require
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def prune(run: Run) -> None:
         log.info("prune: %s still says %s, so student/ and its training stay", Importance.FILE, plan.in_words())
         if is_main():
             last = PruningPlan.read(path)
-            replace(plan, gaps=last.gaps, student=last.student).write(path)
+            replace(plan, gaps=last.gaps, text=last.text, student=last.student).write(path)
         barrier()
         return
     _refuse_stale_training(run)
@@ -82,6 +83,7 @@ def prune(run: Run) -> None:
         from shoal.compress.apply import apply_plan
         from shoal.compress.targets.check import check_targets, log_verdicts
 
+        text = _compensation_text(run)
         path.unlink(missing_ok=True)  # the plan is written last: a plan without its student is never seen
         closed = apply_plan(
             run.base,
@@ -93,7 +95,7 @@ def prune(run: Run) -> None:
             compensate=run.recipe.prune.compensate,
             trust_remote_code=run.recipe.trust_remote_code,
         )
-        plan = replace(plan, gaps=closed)
+        plan = replace(plan, gaps=closed, text=text)
         replace(plan, student=plan.sealed(model_fingerprint(student))).write(path)
         log.info("prune: %s", student)
         if not run.recipe.prune.targets:
@@ -322,6 +324,18 @@ def _refuse_compensation(run: Run, plan: PruningPlan) -> None:
     check_length(run, settings.sequence_length, "prune.compensate.sequence_length")
     for source in settings.data:
         load_texts(source, max_characters=1)
+
+
+def _compensation_text(run: Run) -> dict[str, Any]:
+    """What prune.compensate is fitted to, and what of evaluation items and forms stands in it."""
+    from shoal.compress.apply import calibration_rows
+
+    if (settings := run.recipe.prune.compensate) is None:
+        return {}
+    tokenizer = run.tokenizer()
+    rows = calibration_rows(settings, tokenizer, seed=run.recipe.seed)
+    search = search_of_rows(run, "the text of prune.compensate")
+    return {"sources": rows.counts, **({} if search is None else search(rows, tokenizer))}
 
 
 def _refuse_unreadable_data(edits: Sequence[Edit]) -> None:

@@ -36,7 +36,7 @@ from results import (
 )
 from sweep_results import importance_with_parts
 
-from shoal.artifacts.artifact import Evaluation, ItemScore, Provenance, TaskScore
+from shoal.artifacts.artifact import ClosedGap, Evaluation, ItemScore, Provenance, PruningPlan, TaskScore
 from shoal.artifacts.depth import DepthUse, EffectiveDepth, Moved, RoleUse, TaskUse
 from shoal.artifacts.importance import Estimate
 from shoal.artifacts.search import (
@@ -447,6 +447,44 @@ def test_overlap_of_training_and_evaluation_is_stated(
         own = (choice("teacher", tasks, "knowledge", "continuation"),)
         evaluation("teacher", tasks=own).write(tmp_path / "eval" / "teacher.json")
     assert said in told(tmp_path)
+
+
+def compensated(text: dict) -> PruningPlan:
+    """A plan whose gap was closed after ``text``."""
+    return replace(plan(), gaps=(ClosedGap(DROP[0], DROP[-1], 1.2, False, 1, 1, 1, 1),), text=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (read("python_docs"), None),
+        (read("my.jsonl"), "It was not checked whether compensation text and evaluation items overlap for: my.jsonl"),
+        (read("python_docs_heldout"), "Compensation was fitted to python_docs_heldout, which is evaluation text"),
+        (read("my.jsonl", mmlu=0), None),
+        (read("my.jsonl", mmlu=2), "in the first 5,000 tokens of the text of prune.compensate, by 13 words in"),
+        (
+            {**read("my.jsonl", mmlu=0), "wording": {"a/b": {"found": 2, "places": [{"number": 0, "excerpt": "x"}]}}},
+            "The wording of a/b stands in the first 5,000 tokens of the text of prune.compensate",
+        ),
+    ],
+)
+def test_overlap_of_compensation_and_evaluation_is_a_caution(tmp_path: Path, text: dict, said: str | None) -> None:
+    write_run(tmp_path)
+    replace(training(), data=read("python_docs")).write(tmp_path / "distill.json")
+    before = told(tmp_path)
+    compensated(text).write(tmp_path / "plan.json")
+    after = told(tmp_path)
+    assert said is None or said in after
+    assert said is None or said not in before
+    assert ("of compensation and evaluation" in after or "twins in compensation text" in after) == (said is not None)
+    replace(compensated(text), gaps=()).write(tmp_path / "plan.json")
+    assert said is None or said not in told(tmp_path), "what stayed open was not fitted to any text"
+
+
+def test_a_plan_without_a_word_on_its_compensations_text_is_not_trusted(tmp_path: Path) -> None:
+    write_run(tmp_path, recipe={"prune": {"drop": list(DROP), "compensate": {"data": "my.jsonl"}}})
+    compensated({}).write(tmp_path / "plan.json")
+    assert "compensation text and evaluation items overlap for: my.jsonl" in told(tmp_path)
 
 
 def test_wording_of_twins_in_training_text_is_a_caution_with_a_place(tmp_path: Path) -> None:

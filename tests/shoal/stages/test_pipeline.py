@@ -1,6 +1,7 @@
 """The stages: each made once, made again when its settings change, never mixed up, never by two at a time.
 
-Covers: shoal.stages.distill, shoal.stages.evaluate, shoal.stages.preflight, shoal.stages.prune, shoal.stages.run.
+Covers: shoal.stages.distill, shoal.stages.evaluate, shoal.stages.overlap, shoal.stages.preflight, shoal.stages.prune,
+shoal.stages.run.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from transformers import AutoModelForCausalLM
 from shoal.artifacts.artifact import Importance, Provenance, PruningPlan, Training
 from shoal.data.sources import BUNDLED, pack
 from shoal.errors import UserError
+from shoal.eval.harness.item_texts import item_texts
+from shoal.eval.tasks.load import tasks_of
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import DataSource
-from shoal.stages import distill, evaluate, measure, preflight
+from shoal.stages import distill, evaluate, measure, overlap, preflight
 from shoal.stages import prune as pruning
 from shoal.stages.run import Run, locked, open_run, write_story
 from shoal.train.distill import checkpoint_inputs
@@ -618,7 +621,7 @@ def test_wording_of_twins_in_training_rows_is_told_with_its_places(
     (tmp_path / "mine" / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     tasks = ["mine_generation", "knowledge_continuation", "retrieval_twin_generation"]
     settings = {"tasks": tasks, "limit": 20, "include_path": str(tmp_path), "data_dir": str(tmp_path)}
-    search = distill._search_rows(make_run(eval=settings))
+    search = overlap.search_of_rows(make_run(eval=settings))
     assert search is not None
     own = "A STRANGER whispers hello\nand waits for your reply: no"
     documents = ["All is well. " * 40, PLANTED, own, "All is well.", PLANTED.upper()]
@@ -676,6 +679,34 @@ def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run:
     monkeypatch.setattr("shoal.compress.apply.apply_plan", lambda *_, **__: pytest.fail("made again"))
     pruning.prune(make_run(prune={"drop": [1, 3], "compensate": COMPENSATE}))
     assert contents(run.dir / "student") == before
+
+
+def test_what_of_evaluation_items_stands_in_the_compensations_text_is_in_the_plan(
+    make_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tasks = {"tasks": ["knowledge_continuation"], "limit": 5}
+    found = make_run(eval=tasks)
+    items = item_texts(tasks_of(found.recipe.eval), {"knowledge_continuation": 5})["knowledge_continuation"]
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in [*items, PLANTED]))
+    text = {"sequence_length": 64, "num_tokens": 4096, "method": "scale"}
+    for number, (data, overlap_wanted) in enumerate((("python_docs", True), ("mine", True), ("mine", False))):
+        run = make_run(
+            run_dir=str(tmp_path / f"run{number}"),
+            prune={"drop": [1, 3], "compensate": {**text, "data": data.replace("mine", str(tmp_path / "mine.jsonl"))}},
+            eval=tasks,
+            distill={"overlap": overlap_wanted},
+        )
+        caplog.clear()
+        pruning.prune(run)
+        told = PruningPlan.read(run.dir / PruningPlan.FILE).text
+        assert len(told["sources"]) == 1
+        if not overlap_wanted:
+            assert told.keys() == {"sources"}
+            continue
+        counts = told["overlap"]["knowledge_continuation"]
+        assert (counts["found"] > 0) == (data == "mine")
+        assert ("stand in the text of prune.compensate" in caplog.text) == (data == "mine")
+        assert (told["wording"]["retrieval/letter"]["found"] > 0) == (data == "mine")
 
 
 def test_other_settings_of_the_compensation_make_another_student(make_run: Any) -> None:

@@ -14,6 +14,7 @@ import yaml
 from ranks import environment, run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
+from training_runs import BATCH, LENGTH, small_training
 from transformers import AutoConfig
 
 from shoal import cli
@@ -26,7 +27,7 @@ from shoal.stages import launch, preflight
 from shoal.stages.run import open_run
 
 pytestmark = pytest.mark.slow
-STEPS, BATCH, LENGTH = 4, 4, 64
+STEPS = 4
 TOKENS = STEPS * BATCH * LENGTH
 
 
@@ -38,19 +39,12 @@ def settings(teacher: Path, folder: Path, **sections: Any) -> dict[str, Any]:
         "dtype": "float32",
         "measure": {"num_tokens": 256, "sequence_length": 64, "batch_size": 2},
         "prune": {"num_drop": 3, "rounds": 2},
-        "distill": {
-            "data": "python_docs",
-            "num_tokens": TOKENS,
-            "sequence_length": LENGTH,
-            "precision": "float32",
-            "deepspeed": "deepspeed/zero0.json",
-            "batch_size": BATCH,
-            "watch": None,
-            "overlap": False,
-            "trainable": "from_first_cut",
-            "losses": [{"kind": "forward_kl"}, {"kind": "cross_entropy"}],
-            "trainer": {"learning_rate": 5e-3, "save_strategy": "steps", "save_steps": STEPS},
-        },
+        "distill": small_training(
+            steps=STEPS,
+            trainable="from_first_cut",
+            losses=[{"kind": "forward_kl"}, {"kind": "cross_entropy"}],
+            trainer={"learning_rate": 5e-3, "save_strategy": "steps", "save_steps": STEPS},
+        ),
         "eval": {"tasks": ["knowledge_continuation"], "limit": 2, "perplexity_tokens": 100, "sequence_length": 64},
         "track": {"wandb": "off"},
     }

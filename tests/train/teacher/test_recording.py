@@ -64,11 +64,6 @@ def rows(num: int = 8, *, seed: int = 0) -> Rows:
     return Rows(ids[:num], positions[:num])
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("teacher"), "llama")
-
-
 def record(teacher: Path, folder: Path, data: Rows | None = None, settings: Record = SETTINGS, **changes: Any) -> None:
     recorded, rest = loaded(teacher, changes)
     values = {"model": "teacher", "rows_from": ROWS_FROM, **rest}
