@@ -44,7 +44,7 @@ from shoal.models.load import (
 )
 from shoal.numerics import fast_dtype
 from shoal.progress import doing
-from shoal.recipe.edits import Replace
+from shoal.recipe.edits import CLOSED_GAPS, Replace
 from shoal.recipe.prune import Compensate
 from shoal.runtime import device
 
@@ -55,6 +55,7 @@ from .compensation.size import COMPENSATE, fits_by_layers, fitting_size, output_
 from .compensation.source import Source, from_files, in_memory, streaming_of
 from .edits.apply import Materials, edited, edited_student, materials, refuse_impossible_edits
 from .surgery.changed_tensors import ChangedTensors, changed_tensors, stored_places
+from .surgery.config_cut import uncut_layers
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.proof import Behaviour, behaviour, memory_shortage, prove_by_files, prove_by_run, why_not_run
 from .surgery.quantised import SIDE_FILES, LayerNames, cut_stored_config, renumbered, without_quantization
@@ -156,10 +157,17 @@ def apply_plan(
         with resumable_folder(out, fingerprint([*source, *map(asdict, closed)])) as folder:
             new_layers = _as_loaded(teacher, found) if found and (runs or not copy) else {}
             if copy:
+                _name_closed_gaps(copy.config, teacher, closed)
                 expected = _write_copy(copy, folder, None if found is None else _changed(copy, skeleton, found))
             else:
                 expected = _write_from_memory(
-                    teacher, plan, folder, donors=donors or {}, compensated=new_layers, seed=seed, runs=runs
+                    teacher,
+                    replace(plan, gaps=closed),
+                    folder,
+                    donors=donors or {},
+                    compensated=new_layers,
+                    seed=seed,
+                    runs=runs,
                 )
             copy_beside(teacher_folder, folder)  # a cut changes no token and no licence
             with doing("prune: proving the student by its files"):
@@ -405,8 +413,18 @@ def _write_from_memory(
     ingredients = materials(model, plan, {index: loaded[path] for index, path in donors.items()}, tokenizer, seed=seed)
     ingredients = replace(ingredients, layers={**ingredients.layers, **compensated})
     with doing("prune: writing the student"):
-        edited_student(model, plan, ingredients).save_pretrained(folder)
+        student = edited_student(model, plan, ingredients)
+        _name_closed_gaps(student.config, teacher, plan.gaps)
+        student.save_pretrained(folder)
     return _planned_behaviour(model, plan, ingredients) if runs else None
+
+
+def _name_closed_gaps(config: PreTrainedConfig, teacher: Teacher, gaps: Sequence[ClosedGap]) -> None:
+    """Let the student's configuration say what its weights make up for, beside what the teacher's do already."""
+    uncut = uncut_layers(teacher.config, text_config(teacher.config).num_hidden_layers)
+    closed = [asdict(replace(gap, first=uncut[gap.first], last=uncut[gap.last])) for gap in gaps if gap.is_closed]
+    if closed:
+        setattr(config, CLOSED_GAPS, [*(getattr(config, CLOSED_GAPS, None) or ()), *closed])
 
 
 def _planned_behaviour(model: PreTrainedModel, plan: PruningPlan, ingredients: Materials) -> Behaviour:

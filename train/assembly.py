@@ -14,14 +14,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from shoal.data.packing import PackedRows
 from shoal.models.load import align_weights
-from shoal.recipe.distill import Distill
 from shoal.recipe.losses import LOGIT_TERMS, CrossEntropy
 from shoal.runtime import device
 
 from .engine.sharding import place_teacher
 from .engine.stop import StopRequest
 from .generated.on_policy import Sampler
-from .generated.sampling import end_tokens
 from .objective.host_batch import stacked
 from .objective.layer_losses import StateLosses
 from .objective.mixed_documents import warn_of_mixed_documents
@@ -83,7 +81,7 @@ def make_trainer(
         wiring=wiring,
         identity=identity.checkpoints,
         stop=stop,
-        on_policy=_on_policy(spec.settings, student, tokenizer, seed=arguments.seed),
+        on_policy=Sampler.of(spec.settings, student, tokenizer, seed=arguments.seed),
         refused=Path(str(arguments.output_dir)).parent / "refused",
         peak_tokens_per_s=peak_tokens_per_s,
         callbacks=[*callbacks],
@@ -96,19 +94,6 @@ def make_trainer(
     if teacher is not None or spec.deepspeed.stage < 3:  # a student in pieces cannot run before training has begun
         warn_of_mixed_documents(teacher or student, rows, autocast_dtype=spec.deepspeed.autocast_dtype)
     return trainer
-
-
-def _on_policy(
-    settings: Distill, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
-) -> Sampler | None:
-    if settings.on_policy is None or settings.on_policy.share == 0:
-        return None
-    ends = end_tokens(student.generation_config, tokenizer.eos_token_id)
-    special: Any = tokenizer
-    start = special.bos_token_id
-    begins = start is not None and special("a")["input_ids"][:1] == [start]
-    padding = special.pad_token_id if special.pad_token_id is not None else (*ends, 0)[0]
-    return Sampler(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None)
 
 
 def _share_weights(spec: TrainSpec, student: PreTrainedModel, teacher: PreTrainedModel, stored: set[str]) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import Sampler as RowSampler
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from shoal.artifacts.artifact import Provenance, PruningPlan
@@ -25,16 +27,19 @@ from shoal.recipe import distill
 from shoal.recipe.deepspeed_file import precisions_named
 from shoal.recipe.distill import Distill, Record, Trainable
 from shoal.recipe.losses import STATE_TERMS, LossTerm
-from shoal.recipe.messages import checked
-from shoal.recipe.section import Packing, Section
+from shoal.recipe.messages import of_arguments
+from shoal.recipe.section import Section
 
 from .engine.arguments import BATCH_SPLIT, resolved_deepspeed
 from .engine.sharding import place_teacher
 from .engine.stop import StopRequest
+from .generated.on_policy import Sampler
 from .objective.host_batch import stacked
 from .objective.mixed_documents import warn_of_mixed_documents
 from .objective.objective import output_head
 from .objective_trainer import ObjectiveTrainer
+from .student.known_cut import Drop, known_plan, refuse_other_layers
+from .student.lora import adapted_modules, merge_adapters, refuse_untrainable
 from .student.spec import Ranks, TrainSpec, require_same_vocabulary, train_spec
 from .student.trainable import keep_zeros
 from .teacher.wiring import make_trainable, wire
@@ -44,6 +49,8 @@ log = logging.getLogger(__name__)
 Losses = str | Mapping[str, Any] | LossTerm | Sequence[str | Mapping[str, Any] | LossTerm]
 """One loss term or several, each as its kind (`"forward_kl"`), as a mapping (`{"kind": "jsd", "beta": 0.1}`) or as a
 dataclass of shoal.recipe.losses; docs/training/losses.md has all kinds."""
+SAME_AS_IN_RECIPE = ("sequence_length", "packing", "head_chunk", "on_policy", "lora", "stop_on_spike")
+"""Keys of the recipe's section `distill` that mean the same here."""
 ONLY_DEPTH = ("all", "layers")
 """Choices of ``trainable`` for which it does not matter which layers are gone."""
 
@@ -82,12 +89,10 @@ class DistillationTrainer(ObjectiveTrainer):
         optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
         *,
         losses: Losses = "forward_kl",
-        drop: Collection[int] | PruningPlan | None = None,
+        drop: Drop | None = None,
         trainable: Trainable | None = None,
-        sequence_length: int = 512,
-        packing: Packing = "split",
         loss_on: Literal["assistant", "all"] | None = None,
-        head_chunk: int = 256,
+        **settings: Any,
     ) -> None:
         """Freeze what is not trained, put the teacher on the device and pack the data.
 
@@ -104,12 +109,14 @@ class DistillationTrainer(ObjectiveTrainer):
             optimizers: Optimizer and schedule in place of those of ``args``.
             losses: Terms of the loss, see Losses.
             drop: Layers of the teacher that the student lacks (0-based), or the plan that says so, which losses on
-                states and most choices of ``trainable`` have to know.
-            trainable: Weights that are trained, as distill.trainable; None = those that ask for a gradient.
-            sequence_length: Tokens of one row.
-            packing: How rows are filled, as distill.packing.
+                states and most choices of ``trainable`` have to know; None = as the student's configuration says, where
+                shoal has cut it.
+            trainable: Weights that are trained, as distill.trainable; None = those that ask for a gradient, and with
+                lora all.
             loss_on: Tokens of conversations that are learnt; None = what the assistant says.
-            head_chunk: Tokens whose full-vocabulary logits exist at one time.
+            settings: Keys of the recipe's section `distill`, with its defaults: sequence_length (tokens of one row),
+                packing (how rows are filled), head_chunk, on_policy, and lora, whose adapters merge_adapters() makes
+                plain weights of. stop_on_spike is off by default.
 
         Raises:
             UserError: models that do not belong together or share weights, unknown settings, arguments that would be
@@ -118,30 +125,27 @@ class DistillationTrainer(ObjectiveTrainer):
         models = {"model": model} if teacher is None else {"model": model, "teacher": teacher}
         for name, one in models.items():
             require_usable(one, name)
-            require_positions(one, sequence_length)
         if args is None:
             args = TrainingArguments(f"{Path(name_of(model)).name}-distilled")
         _refuse_arguments(args)
         _refuse_replaced(model)
-        settings = _settings(
-            args,
-            losses=losses,
-            trainable=trainable or "all",
-            sequence_length=sequence_length,
-            packing=packing,
-            head_chunk=head_chunk,
-        )
-        self.spec = _spec(model, teacher, settings, drop)
+        section = _section(args, losses=losses, trainable=trainable or "all", **settings)
+        for one in models.values():
+            require_positions(one, section.sequence_length)
+        self.spec = _spec(model, teacher, section, drop)
         if teacher is not None:
             _refuse_shared(model, teacher)
+            refuse_other_layers(model, teacher, self.spec.frozen_layers)
             teacher.requires_grad_(False)
-        if trainable is not None:
+        tokenizer = None if processing_class is None else require_tokenizer(processing_class)
+        if section.on_policy is not None and tokenizer is None:
+            raise UserError("processing_class: is missing, and on-policy steps write text; give the tokenizer")
+        if trainable is not None or section.lora is not None:
             make_trainable(model, self.spec, seed=args.seed)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise UserError("model: none of its weights asks for a gradient; set trainable, or call requires_grad_()")
         keep_zeros(model)
         _warn_of_half_precision(model, args)
-        tokenizer = None if processing_class is None else require_tokenizer(processing_class)
 
         def rows(dataset: Dataset | PackedRows | None, name: str) -> PackedRows | None:
             if dataset is None or isinstance(dataset, PackedRows):
@@ -153,10 +157,10 @@ class DistillationTrainer(ObjectiveTrainer):
             return pack(
                 [(documents.source, documents)],
                 tokenizer,
-                sequence_length=sequence_length,
+                sequence_length=section.sequence_length,
                 num_tokens=None,
                 seed=seed,
-                packing=packing,
+                packing=section.packing,
             )
 
         train_rows = rows(train_dataset, "train_dataset")
@@ -178,6 +182,7 @@ class DistillationTrainer(ObjectiveTrainer):
             wiring=wire(self.spec, model, teacher if self.spec.runs_teacher else None, _nothing_recorded),
             stop=StopRequest(),
             refused=Path(str(args.output_dir)) / "refused",
+            on_policy=None if tokenizer is None else Sampler.of(section, model, tokenizer, seed=args.seed),
         )
         if teacher is not None:
             place_teacher(teacher, self, offload=False)
@@ -194,7 +199,21 @@ class DistillationTrainer(ObjectiveTrainer):
         with self._objective_in_force():
             return super().evaluation_loop(*args, **kwargs)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+    def merge_adapters(self) -> None:
+        """Make plain weights of what adapters have learnt, so that the model is what it was before, trained."""
+        merge_adapters(self.objective.student)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's.
+
+        Raises:
+            UserError: the model has adapters, which no plain checkpoint holds.
+        """
+        if not _internal_call and adapted_modules(self.objective.student):
+            raise UserError("save_model: the model has adapters; call merge_adapters() first")
+        super().save_model(output_dir, _internal_call)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RowSampler | None:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(rows) if self._in_order else super()._get_train_sampler(train_dataset)
 
@@ -224,58 +243,51 @@ def as_terms(losses: Losses) -> list[Any]:
     return [{"kind": term} if isinstance(term, str) else term for term in terms]
 
 
-def _settings(args: TrainingArguments, *, losses: Losses, **given: Any) -> Distill:
+def _section(args: TrainingArguments, *, losses: Losses, trainable: str, **given: Any) -> Distill:
     """The section of a recipe that says the same."""
+    named = {"losses": as_terms(losses), "trainable": trainable}
+    section = of_arguments(
+        Distill,
+        {"stop_on_spike": None, **named, **given},
+        taken=(*named, *SAME_AS_IN_RECIPE),
+        source="shoal.DistillationTrainer",
+        contradictions=distill.contradictions,
+    )
     config = resolved_deepspeed(args)
     if config is not None and precisions_named(config):
         precision = "auto"  # which leaves it to the configuration
     else:
         precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    values = {
-        **given,
-        "losses": as_terms(losses),
-        "watch": None,
-        "stop_on_spike": None,
-        "precision": precision,
-        "deepspeed": config,
-        "trainer": {name: getattr(args, name) for name in BATCH_SPLIT},
-    }
-    return checked(Distill, values, source="distillation", contradictions=distill.contradictions)
+    trainer = {name: getattr(args, name) for name in BATCH_SPLIT}
+    return replace(section, precision=precision, deepspeed=config, watch=None, trainer=trainer)
 
 
-def _spec(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    settings: Distill,
-    drop: Collection[int] | PruningPlan | None,
-) -> TrainSpec:
+def _spec(model: PreTrainedModel, teacher: PreTrainedModel | None, section: Distill, drop: Drop | None) -> TrainSpec:
     """The training of ``model``, whose teacher's layers ``drop`` are gone."""
     student = checkpoint_of(model)
     original = student if teacher is None else checkpoint_of(teacher)
     require_same_vocabulary(original, student)
-    kept = len(decoder_layers(model))
-    num_layers = kept if teacher is None else len(decoder_layers(teacher))
-    reads_drop = settings.trainable not in ONLY_DEPTH or any(isinstance(term, STATE_TERMS) for term in settings.losses)
-    if drop is None:
+    plan = known_plan(model, teacher or model, drop)
+    if plan is None:
+        kept, num_layers = len(decoder_layers(model)), len(decoder_layers(teacher or model))
+        reads_drop = section.trainable not in ONLY_DEPTH or any(isinstance(t, STATE_TERMS) for t in section.losses)
         if reads_drop and kept != num_layers:
             raise UserError(
-                f"drop: trainable {settings.trainable!r} or a loss on states has to know which of the teacher's "
+                f"drop: trainable {section.trainable!r} or a loss on states has to know which of the teacher's "
                 f"{num_layers} layers the student lacks; give them, such as drop=plan.drop"
             )
-        drop = range(kept, num_layers)  # of which nobody reads more than how many there are
-    plan = drop
-    if not isinstance(plan, PruningPlan):
-        plan = PruningPlan(Provenance({}), num_layers, tuple(sorted(plan)), reason="given by the caller")
-    if problem := next(plan.contradictions(), None):
-        raise UserError(f"{problem}; give the layers that were cut, such as drop=plan.drop")
-    if plan.num_layers != num_layers or len(plan.keep) != kept:
-        raise UserError(
-            f"drop: leaves {len(plan.keep)} of {plan.num_layers} layers, the teacher has {num_layers} and the student "
-            f"{kept}; give the layers that were cut, such as drop=plan.drop"
-        )
-    spec = train_spec(original, student, plan, settings, Record(), Ranks.here())
+        # nobody reads more of them than how many there are
+        plan = PruningPlan(Provenance({}), num_layers, tuple(range(kept, num_layers)), reason="not known")
+    spec = train_spec(original, student, plan, section, Record(), Ranks.here())
     if spec.runs_teacher and teacher is None:
         raise UserError("teacher: is missing, and the losses compare the student with one; give the uncut model")
+    if (lora := section.lora) is not None:
+        refuse_untrainable(lora, section.trainable, zero_stage=spec.deepspeed.stage)
+        if lora.quantization != "none" or spec.deepspeed.stage == 3:
+            raise UserError(
+                "lora: 4-bit weights and ZeRO 3 need the student's files to make plain weights of adapters; set "
+                "quantization: none and ZeRO 0 to 2, or give a whole recipe to shoal.run"
+            )
     return spec
 
 

@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from shoal.atomic_files import write_json
 from shoal.errors import UserError
@@ -31,8 +32,10 @@ from shoal.runtime import is_main, world_size
 from .callbacks.loss_spikes import LossGuard, refuse_step
 from .engine.sharding import gathered, keep_gradient_norm, reduce_in_parts
 from .engine.stop import StopRequest
+from .generated.on_policy import Sampler as OnPolicySampler
+from .generated.sampling import own_forwards
 from .objective.activation_checkpointing import recompute_selectively
-from .objective.host_batch import documents_known, on_host
+from .objective.host_batch import documents_known, on_host, queued
 from .objective.objective import Signals
 from .student.spec import TrainSpec
 from .teacher.wiring import Wiring
@@ -44,6 +47,8 @@ PEAK_SHARE = "peak_share"
 """Tokens per second against those at the speed of a large matrix product on this machine."""
 OBJECTIVE_FILE = "objective.json"
 """File of what loss terms keep between steps, inside a checkpoint."""
+ON_POLICY_FILE = "on_policy.json"
+"""File, inside a checkpoint, of what on-policy steps keep."""
 
 
 class ObjectiveTrainer(Trainer):
@@ -59,6 +64,7 @@ class ObjectiveTrainer(Trainer):
         wiring: Wiring,
         stop: StopRequest,
         refused: Path,
+        on_policy: OnPolicySampler | None = None,
         peak_tokens_per_s: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -71,6 +77,7 @@ class ObjectiveTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.objective = objective
         self._wiring = wiring
+        self._on_policy = on_policy
         self._tokens_per_step = spec.tokens_per_step
         self._guard = LossGuard(spec.settings.stop_on_spike)
         self._autocast_dtype = spec.deepspeed.autocast_dtype
@@ -96,16 +103,46 @@ class ObjectiveTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of one optimizer step, kept until it is known to be sound, and their supervised tokens."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.keep_batches(batches, num_items)
-        return batches, num_items
+        """The micro-batches of one optimizer step, kept until it is known to be sound, and their supervised tokens.
 
-    def keep_batches(self, batches: list[dict[str, Tensor]], num_items: Tensor | int | None) -> None:
-        """These are the micro-batches of the step that begins, with so many supervised tokens over all ranks."""
+        In on-policy steps they are what the student writes now; samples hold other numbers of learnt tokens.
+        """
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        if batches and self._on_policy is not None and self._on_policy.replaces(step, self.state.max_steps):
+            with self.plain_student() as student:
+                batches = self._on_policy.batches(student, batches, step=step)
+            batches = self._on_policy.judged(batches, self._teacher_log_probs, step=step)
+            num_items = self._get_num_items_in_batch(batches, device)
         self._batches, self._num_items = batches, 0 if num_items is None else num_items
         counts = [self.objective.tokens_by_term(on_host(batch)) for batch in batches]
         self._term_tokens = [sum(of_term) for of_term in zip(*counts, strict=True)]
+        return batches, num_items
+
+    def _teacher_log_probs(self, batch: Mapping[str, Any], places_N: Tensor) -> Tensor:
+        """As train.generated.loops.LogProbs says."""
+        with self.taught(batch) as signals:
+            return self.objective.teacher_log_probs(signals, batch["input_ids"], queued(places_N, self.args.device))
+
+    @contextlib.contextmanager
+    def plain_student(self) -> Iterator[PreTrainedModel]:
+        """The student as an ordinary model, whole on every rank, under the precision that it is trained in."""
+        from trl.models.utils import unwrap_model_for_generation
+
+        wrapped: Any = self.model_wrapped
+        dtype = self._autocast_dtype
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs
+        with (
+            # TRL asks transformers by old names
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
+            unwrap_model_for_generation(
+                wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+            ) as model,
+            own_forwards(self.objective.student),
+            # DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through
+            torch.autocast(self.args.device.type, dtype, enabled=dtype is not None),
+        ):
+            yield model  # pyright: ignore[reportReturnType]
 
     @contextlib.contextmanager
     def taught(self, batch: Mapping[str, Any]) -> Iterator[Signals]:
@@ -202,8 +239,9 @@ class ObjectiveTrainer(Trainer):
         return stopped > 0
 
     def read_curves(self) -> dict[str, float]:
-        """Curves beside those of the loss, for the steps since they were last read."""
-        return self.objective.curves()
+        """Curves beside those of the loss, of the objective and of what the student writes, for the steps since they
+        were last read."""
+        return self.objective.curves() | ({} if self._on_policy is None else self._on_policy.horizon.read_curves())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add every loss term, averaged over steps and over the tokens of all ranks that it learns from, to what is
@@ -233,15 +271,23 @@ class ObjectiveTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if is_main():
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / OBJECTIVE_FILE, self.objective.state())
+            for name, kept in self._kept().items():
+                write_json(folder / name, kept.state())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            file = Path(checkpoint) / OBJECTIVE_FILE
+        if checkpoint is None:
+            return
+        for name, kept in self._kept().items():
+            file = Path(checkpoint) / name
             if not file.is_file():
-                raise UserError(f"{checkpoint}: holds no {OBJECTIVE_FILE}; go on from a checkpoint of this trainer")
-            self.objective.load_state(json.loads(file.read_bytes()))
+                raise UserError(f"{checkpoint}: holds no {name}; go on from a checkpoint of this trainer")
+            kept.load_state(json.loads(file.read_bytes()))
+
+    def _kept(self) -> dict[str, Any]:
+        """What keeps a state between steps, by its file inside a checkpoint."""
+        horizon = {} if self._on_policy is None else {ON_POLICY_FILE: self._on_policy.horizon}
+        return {OBJECTIVE_FILE: self.objective, **horizon}
 
     def _load_callback_state(self) -> None:
         """After the state was restored: term curves and training time go on from here, not from step 0."""

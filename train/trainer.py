@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedModel
 
-from shoal.atomic_files import write_json
 from shoal.errors import explained_disk_errors
 from shoal.progress import doing
 from shoal.runtime import barrier, is_main, seed_everything, world_size
@@ -24,14 +19,9 @@ from shoal.runtime import barrier, is_main, seed_everything, world_size
 from .callbacks.validation import Scorer, Watcher
 from .engine.arguments import kept_checkpoints
 from .engine.checkpoint import commit, layout, remove_older, separate_groups
-from .generated.on_policy import Sampler as OnPolicySampler
-from .generated.sampling import own_forwards
-from .objective.host_batch import queued
 from .objective_trainer import ObjectiveTrainer
 from .student.spec import TrainSpec
 
-ON_POLICY_FILE = "on_policy.json"
-"""File, inside a checkpoint, of what on-policy steps keep."""
 T = TypeVar("T")
 
 
@@ -43,7 +33,6 @@ class DistillTrainer(ObjectiveTrainer):
         *args: Any,
         spec: TrainSpec,
         identity: dict[str, Any],
-        on_policy: OnPolicySampler | None = None,
         **kwargs: Any,
     ) -> None:
         """``identity`` is what a checkpoint must have in common with the run that goes on from it; ``args`` and
@@ -51,31 +40,6 @@ class DistillTrainer(ObjectiveTrainer):
         super().__init__(*args, spec=spec, **kwargs)
         self._identity = identity
         self._keep_checkpoints = kept_checkpoints(spec.settings)
-        self._on_policy = on_policy
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """In on-policy steps the batches are what the student writes now; samples hold other numbers of learnt
-        tokens."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        step = self.state.global_step
-        if batches and self._on_policy is not None and self._on_policy.replaces(step, self.state.max_steps):
-            with self.plain_student() as student:
-                batches = self._on_policy.batches(student, batches, step=step)
-            batches = self._on_policy.judged(batches, self._teacher_log_probs, step=step)
-            num_items = self._get_num_items_in_batch(batches, device)
-            self.keep_batches(batches, num_items)
-        return batches, num_items
-
-    def _teacher_log_probs(self, batch: Mapping[str, Any], places_N: Tensor) -> Tensor:
-        """As train.generated.loops.LogProbs says."""
-        with self.taught(batch) as signals:
-            return self.objective.teacher_log_probs(signals, batch["input_ids"], queued(places_N, self.args.device))
-
-    def read_curves(self) -> dict[str, float]:
-        """Those of the objective, and of what the student writes."""
-        return super().read_curves() | ({} if self._on_policy is None else self._on_policy.horizon.read_curves())
 
     def watch_with(self, watcher: Watcher, score: Scorer) -> None:
         """Let ``watcher`` score the student now and then."""
@@ -93,26 +57,6 @@ class DistillTrainer(ObjectiveTrainer):
         with self._rate.paused(), doing("scoring the student"), self.plain_student() as student:
             return look(student)
 
-    @contextlib.contextmanager
-    def plain_student(self) -> Iterator[PreTrainedModel]:
-        """The student as an ordinary model, whole on every rank, under the precision that it is trained in."""
-        from trl.models.utils import unwrap_model_for_generation
-
-        wrapped: Any = self.model_wrapped
-        dtype = self._autocast_dtype
-        checkpointing: Any = self.args.gradient_checkpointing_kwargs
-        with (
-            # TRL asks transformers by old names
-            warnings.catch_warnings(action="ignore", category=FutureWarning),
-            unwrap_model_for_generation(
-                wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
-            ) as model,
-            own_forwards(self.objective.student),
-            # DeepSpeed's engine enters autocast in its own forward, which a plain student does not pass through
-            torch.autocast(self.args.device.type, dtype, enabled=dtype is not None),
-        ):
-            yield model  # pyright: ignore[reportReturnType]
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         # packing has drawn the order already; the same global batches for every number of ranks follow from it
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)  # pyright: ignore[reportArgumentType]
@@ -128,8 +72,6 @@ class DistillTrainer(ObjectiveTrainer):
         try:
             with explained_disk_errors(folder), self._rate.paused(), doing(f"saving {folder.name}"):
                 super()._save_checkpoint(model, trial)
-                if is_main() and self._on_policy is not None:
-                    write_json(folder / ON_POLICY_FILE, self._on_policy.horizon.state())
                 zero: Any = self.args.hf_deepspeed_config
                 commit(folder, self._identity, zero_stage=zero.config["zero_optimization"]["stage"])
         except BaseException:
@@ -141,8 +83,6 @@ class DistillTrainer(ObjectiveTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._on_policy is not None:
-            self._on_policy.horizon.load_state(json.loads((Path(checkpoint) / ON_POLICY_FILE).read_bytes()))
         zero: Any = self.args.hf_deepspeed_config
         universal = zero.config.get("checkpoint", {}).get("load_universal", False)
         if checkpoint is not None and universal and zero.config["zero_optimization"]["stage"] == 3:

@@ -18,14 +18,11 @@ from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
 from shoal.models.families import family
-from shoal.recipe.edits import ZEROED_WEIGHTS
+from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS
 
 from .special_cuts import GROUP_RULES, refuse_moved_layers
 
 log = logging.getLogger(__name__)
-
-KEPT_LAYERS = "shoal_kept_layers"
-"""Configuration key that names, for every layer, the layer of the uncut model it was."""
 
 Rule = Callable[[str, Any, Sequence[int]], Any]
 """(field, the teacher's value, kept teacher indices in order) -> the student's value."""
@@ -170,7 +167,7 @@ WITHOUT_KV_CACHE = {"linear_attention", "conv", "mamba", "mlp", "moe", "dense", 
 NOT_PER_LAYER = {
     *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "keys_to_ignore_at_inference", "id2label"),
     *("mtp_layers_block_type", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_local_layer_ids"),
-    *(KEPT_LAYERS, ZEROED_WEIGHTS),
+    *(CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS),
 }
 """Lists that are not about the decoder layers, whatever their length and name."""
 
@@ -203,7 +200,7 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
                 setattr(student, name, rebuilt)
             elif indexes := getattr(part, "deepstack_visual_indexes", None):  # fed into the first text layers
                 refuse(f"{name}.deepstack_visual_indexes", indexes, keep)
-    setattr(student, KEPT_LAYERS, [_origin(config, num_layers)[layer] for layer in keep])
+    setattr(student, KEPT_LAYERS, [uncut_layers(config, num_layers)[layer] for layer in keep])
     vars(student).pop("auto_map", None)  # names code that lies beside the teacher only
     if zeroed := getattr(config, ZEROED_WEIGHTS, None):
         setattr(student, ZEROED_WEIGHTS, _renumbered_names(zeroed, keep))
@@ -256,8 +253,12 @@ def _rebuild(text: PreTrainedConfig, values: dict[str, Any], *, without: set[str
     return rebuilt
 
 
-def _origin(config: PreTrainedConfig, num_layers: int) -> list[int]:
-    """Indices in the uncut model, so that a second cut still names the first teacher's layers."""
+def uncut_layers(config: PreTrainedConfig, num_layers: int) -> list[int]:
+    """The uncut model's index of every layer, so that a second cut still names the first teacher's layers.
+
+    Raises:
+        UserError: the configuration names another number of layers.
+    """
     recorded = getattr(config, KEPT_LAYERS, None)
     if recorded is None:
         return list(range(num_layers))

@@ -18,9 +18,9 @@ from shoal.machine import available_memory
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.load import align_weights, load_config, load_model
-from shoal.recipe.edits import ZEROED_WEIGHTS
+from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS
 
-from .config_cut import KEPT_LAYERS, RULES, SPELT_OUT_BY, refuse_wrong_entries
+from .config_cut import RULES, SPELT_OUT_BY, refuse_wrong_entries
 from .cut_model import refuse_changed_layers
 from .quantised import without_quantization
 from .special_cuts import GROUP_RULES
@@ -37,7 +37,7 @@ RUNNABLE = {"F64", "F32", "F16", "BF16"}
 
 NOT_COMPARED = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "model_type", "transformers_version"),
-    *(KEPT_LAYERS, ZEROED_WEIGHTS),
+    *(CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS),
 }
 """Settings that change no number, or that a cut or an edit writes."""
 

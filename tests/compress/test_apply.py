@@ -38,14 +38,13 @@ from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.surgery import proof
-from shoal.compress.surgery.config_cut import KEPT_LAYERS
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.compress.surgery.resumable_folder import only_writer
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import INDEX_FILE, checkpoint_bytes, read_shards, tokenizer_fingerprint
 from shoal.models.load import load_model, resolve_model
-from shoal.recipe.edits import SkipMlp
+from shoal.recipe.edits import KEPT_LAYERS, SkipMlp
 
 Change = Callable[[Path], object]
 

@@ -21,11 +21,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from shoal.compress.surgery.config_cut import KEPT_LAYERS
 from shoal.compress.surgery.cut_model import cut_model, kept_layers, skipped
 from shoal.compress.surgery.proof import prove_by_files
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
+from shoal.recipe.edits import KEPT_LAYERS
 
 LENGTH = 3 * SLIDING_WINDOW
 PROMPT = SLIDING_WINDOW + 3

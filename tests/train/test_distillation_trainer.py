@@ -1,9 +1,13 @@
-"""The trainer for models and data sets in memory: its loss, its checkpoints, several processes, what it refuses."""
+"""The trainer for models and data sets in memory: its loss, its checkpoints, several processes, what it refuses.
+
+Covers: shoal.train.student.known_cut.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +25,7 @@ from shoal.compress.surgery.cut_model import cut_model
 from shoal.data.packing import IGNORED, PackedRows
 from shoal.data.sources import pack
 from shoal.errors import UserError
+from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS
 from shoal.recipe.losses import ForwardKL
 from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
@@ -251,6 +256,19 @@ def with_other_forward() -> PreTrainedModel:
     return model
 
 
+def of_unknown_cut(drop: tuple[int, ...] = DROP) -> PreTrainedModel:
+    model = cut_model(tiny_model("llama"), drop)
+    delattr(model.config, KEPT_LAYERS)
+    return model
+
+
+def with_other_embeddings() -> PreTrainedModel:
+    model = cut_model(tiny_model("llama"), DROP)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] += 1e-3  # pyright: ignore[reportIndexIssue]
+    return model
+
+
 def all_frozen() -> PreTrainedModel:
     return cut_model(tiny_model("llama"), DROP).requires_grad_(False)  # pyright: ignore[reportReturnType]
 
@@ -266,9 +284,31 @@ def all_frozen() -> PreTrainedModel:
         ),
         ({"drop": (1,)}, r"drop: leaves 5 of 6 layers, the teacher has 6 and the student 4; give the layers"),
         ({"drop": (1, 9)}, r"drop: names layer 9 of a model of 6 layers; give the layers"),
-        ({"losses": "hidden_states"}, r"drop: trainable 'all' or a loss on states has to know which of .* 6 layers"),
-        ({"trainable": "near_gaps"}, r"drop: trainable 'near_gaps' or a loss on states has to know"),
-        ({"losses": "forwards_kl"}, r"distillation: losses.0.kind: must be one of .*did you mean 'forward_kl'"),
+        (
+            {"losses": "hidden_states", "model": of_unknown_cut()},
+            r"drop: trainable 'all' or a loss on states has to know which of .* 6 layers",
+        ),
+        (
+            {"trainable": "near_gaps", "model": of_unknown_cut()},
+            r"drop: trainable 'near_gaps' or a loss on states has to",
+        ),
+        ({"drop": (1, 3)}, r"drop: is \[1, 3\], and by its configuration the student lacks \[2, 3\]; leave drop out"),
+        (
+            {"trainable": "from_first_cut", "drop": (2, 3), "model": of_unknown_cut((1, 2))},
+            r"model: its layer 1 should be the teacher's, .* give drop=PruningPlan.read",
+        ),
+        (
+            {"trainable": "from_first_cut", "model": with_other_embeddings()},
+            r"model: the embeddings should be the teacher's, .* set trainable to 'layers' or 'all'",
+        ),
+        ({"sequence_lenght": 64}, r"shoal.DistillationTrainer: sequence_lenght: unknown key; did you mean 'sequence_l"),
+        ({"watch": None}, r"DistillationTrainer: watch: is for run directories, and has no use for a model in memory"),
+        ({"on_policy": {}, "processing_class": None}, r"processing_class: is missing, and on-policy steps write text"),
+        ({"lora": {"quantization": "nf4"}}, r"lora.quantization: nf4 needs bitsandbytes|lora: 4-bit weights and ZeRO"),
+        (
+            {"losses": "forwards_kl"},
+            r"shoal.DistillationTrainer: losses.0.kind: must be one of .*did you mean 'forward_kl'",
+        ),
         ({"losses": []}, r"every weight is 0, nothing would be trained"),
         ({"model": with_flash_attention()}, r"model: its attention is flash_attention_2, with which documents"),
         ({"model": with_other_forward()}, r"model: the forward of its LlamaForCausalLM is replaced"),
@@ -312,6 +352,97 @@ def test_a_plan_says_which_layers_are_gone_and_what_was_made_up_for(tmp_path: Pa
     assert trainer.spec.shared_layers == 1  # a correction has changed the layer below the gap
     with pytest.raises(UserError, match=r"drop: leaves 4 of 6 layers, the teacher has 8 and the student 4"):
         trainer_of(tmp_path, models()[0], tiny_model("llama", num_hidden_layers=8), drop=plan)
+
+
+def test_a_student_says_itself_which_layers_are_gone_and_what_makes_up_for_them(tmp_path: Path) -> None:
+    student, teacher = models()
+    assert trainer_of(tmp_path, student, teacher, trainable="near_gaps").spec.plan.drop == DROP
+    gap = ClosedGap(2, 3, 1.5, True, 1, 1, 1, 1)
+    setattr(student.config, CLOSED_GAPS, [asdict(gap)])
+    for drop in (None, DROP, PruningPlan(Provenance({}), 6, DROP, "")):
+        spec = trainer_of(tmp_path, student, teacher, trainable="from_first_cut", drop=drop).spec
+        assert spec.plan.gaps == (gap,)
+        assert spec.shared_layers == 1  # as above
+
+
+def test_of_a_model_cut_twice_the_layers_are_the_teachers(tmp_path: Path) -> None:
+    """Both name the layers of the model that nobody has cut; a gap that the teacher has too is none of the student."""
+    uncut = tiny_model("llama")
+    teacher = cut_model(uncut, (1,))
+    gaps = [asdict(ClosedGap(first, first, 1.5, False, 1, 1, 1, 1)) for first in (1, 4)]
+    student = cut_model(teacher, (3,))
+    setattr(student.config, CLOSED_GAPS, gaps)
+    plan = trainer_of(tmp_path, student, teacher).spec.plan
+    assert (plan.drop, [(gap.first, gap.last) for gap in plan.gaps]) == ((3,), [(3, 3)])
+    plan = trainer_of(tmp_path, student, uncut).spec.plan
+    assert (plan.drop, [gap.first for gap in plan.gaps]) == ((1, 4), [1, 4])
+
+
+def test_the_teachers_layers_are_known_again_in_fewer_bits(tmp_path: Path) -> None:
+    half = torch.bfloat16
+    for own, other in ((torch.float32, half), (half, torch.float32), (torch.float16, half)):
+        student, teacher = models()
+        stored: Any = student.to(half) if other is half else student  # pyright: ignore[reportArgumentType]
+        pair: Any = stored.to(own), teacher.to(other)  # pyright: ignore[reportArgumentType]
+        assert trainer_of(tmp_path, *pair, trainable="from_first_cut").spec.shared_layers == 2, (own, other)
+
+
+def test_adapters_become_plain_weights_and_training_with_them_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    student, teacher = models()
+    ids = torch.arange(20)[None]
+    steps = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    given: dict[str, Any] = {"lora": {"rank": 4, "target_modules": ["q_proj", "down_proj"]}, "trainable": "near_gaps"}
+    trainer = trainer_of(tmp_path, student, teacher, trained_by=steps, **given)
+    trainer.train()
+    with pytest.raises(UserError, match=r"save_model: the model has adapters; call merge_adapters\(\) first"):
+        trainer.save_model(str(tmp_path / "saved"))
+    with torch.no_grad():
+        adapted = student(ids).logits
+    trainer.merge_adapters()
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    plain = cut_model(teacher, DROP).state_dict()
+    assert {name for name, weight in saved.state_dict().items() if not torch.equal(weight, plain[name])} == {
+        f"model.layers.{layer}.{name}.weight" for layer in (1, 2) for name in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    with torch.no_grad():
+        assert torch.allclose(saved(ids).logits, adapted, atol=1e-5)
+    again = trainer_of(tmp_path, *models(), trained_by=steps, **given)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-3"))
+    again.merge_adapters()
+    for name, weight in again.objective.student.state_dict().items():
+        assert torch.equal(weight, saved.state_dict()[name]), name
+
+
+def test_steps_on_the_students_own_text(tmp_path: Path) -> None:
+    """Whose rows are judged: with every step on-policy the data only give prompts, and training goes on from a save."""
+    on_policy = {"share": 1, "start": 0.5, "prompt_tokens": 4, "horizon": {"start": 8, "max": 16}}
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3}
+    learnt: list[int] = []
+
+    class Watching(DistillationTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            learnt.append(int((inputs["labels"] != IGNORED).sum()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def trained(checkpoint: str | None = None) -> DistillationTrainer:
+        trainer = Watching(
+            *models(),
+            arguments(tmp_path, **steps),
+            TEXTS,
+            processing_class=tiny_tokenizer(),
+            sequence_length=LENGTH,
+            on_policy=on_policy,
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    whole = trained()
+    assert min(learnt[:2]) > 100
+    assert [numbers // 8 for numbers in learnt[2:]] == curve(whole, "on_policy/horizon")[1:3]
+    again = trained(str(tmp_path / "out/checkpoint-3"))
+    assert curve(again) == curve(whole)
+    assert curve(again, "on_policy/horizon") == curve(whole, "on_policy/horizon")
 
 
 def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shoal.data.packing import IGNORED, read_rows
 from shoal.recipe.distill import Distill, OnPolicy
 from shoal.recipe.losses import TAID
-from shoal.train.assembly import _on_policy as sampler
 from shoal.train.callbacks.loss_spikes import load_batches
 from shoal.train.generated.on_policy import Sampler
 from shoal.train.objective.divergences import TaidState
@@ -499,8 +498,8 @@ def test_a_share_of_0_is_no_sampling_and_0_6_mixes_both_kinds_of_steps(teacher, 
     drawn = [Sampler(OnPolicy(share=0.6, start=0), 0, LENGTH, (), 0).replaces(step, STEPS) for step in range(STEPS)]
     assert set(drawn[:4]) == set(drawn[4:]) == {True, False}
     student, tokenizer = AutoModelForCausalLM.from_pretrained(teacher), AutoTokenizer.from_pretrained(teacher)
-    assert sampler(Distill(on_policy=OnPolicy(share=0)), student, tokenizer, seed=0) is None
-    assert sampler(Distill(on_policy=OnPolicy(share=0.1)), student, tokenizer, seed=0) is not None
+    assert Sampler.of(Distill(on_policy=OnPolicy(share=0)), student, tokenizer, seed=0) is None
+    assert Sampler.of(Distill(on_policy=OnPolicy(share=0.1)), student, tokenizer, seed=0) is not None
     assert on_policy.curve("jsd")[-1] < on_policy.curve("jsd")[0]
 
 

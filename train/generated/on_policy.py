@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.data.packing import IGNORED
-from shoal.recipe.distill import OnPolicy
+from shoal.recipe.distill import Distill, OnPolicy
 from shoal.runtime import together
 
 from ..objective.host_batch import ON_HOST, on_host, queued
 from .horizon import Horizon
 from .loops import LogProbs, Sample, confirmed, samples_in, without_repeats
-from .sampling import sample
+from .sampling import end_tokens, sample
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,20 @@ class Sampler:
     pad_id: int
     bos_id: int | None = None
     """Token id that the model's documents start with; None = nothing."""
+
+    @classmethod
+    def of(
+        cls, settings: Distill, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    ) -> Sampler | None:
+        """That of a training; None = it has no on-policy step."""
+        if settings.on_policy is None or settings.on_policy.share == 0:
+            return None
+        ends = end_tokens(student.generation_config, tokenizer.eos_token_id)
+        special: Any = tokenizer
+        start = special.bos_token_id
+        begins = start is not None and special("a")["input_ids"][:1] == [start]
+        padding = special.pad_token_id if special.pad_token_id is not None else (*ends, 0)[0]
+        return cls(settings.on_policy, seed, settings.sequence_length, ends, padding, start if begins else None)
 
     @cached_property
     def horizon(self) -> Horizon:

@@ -1,6 +1,7 @@
 """Which weights are trained.
 
 spec         one training, described once
+known_cut    what a student in memory was cut by
 control      that of the uncut teacher beside it
 trainable    which parts
 lora         adapters beside them

@@ -167,6 +167,16 @@ def weight_change(module: Any, state: Mapping[str, Tensor], name: str) -> Tensor
     return change.T if module.fan_in_fan_out else change
 
 
+@torch.no_grad()
+def merge_adapters(student: PreTrainedModel) -> None:
+    """Add what adapters have learnt to the weights beside them, which are rounded once, and take the adapters out."""
+    state = student.state_dict()
+    for name, module in adapted_modules(student).items():
+        weight = module.base_layer.weight
+        weight.data = (weight.float() + weight_change(module, state, name)).to(weight.dtype)
+    remove_adapters(student)
+
+
 def remove_adapters(student: PreTrainedModel) -> None:
     """Put the modules that have adapters back as they were, so that the model is a plain one again."""
     for name, module in adapted_modules(student).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,27 +16,20 @@ from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.models.in_memory import left_as_it_was, name_of, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import left_as_it_was, measured_with, require_positions, require_tokenizer, require_usable
 from shoal.recipe import measure, prune
 from shoal.recipe.edits import Merge, Replace, Swap
 from shoal.recipe.measure import Measure
-from shoal.recipe.messages import checked
+from shoal.recipe.messages import checked, of_arguments
 from shoal.recipe.prune import Prune
 from shoal.recipe.section import Shapes, shaping
 
+MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "scale_removals")
+"""Keys of the recipe's section `measure` that mean the same here."""
+
 
 def measure_importance(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Dataset,
-    *,
-    metrics: Sequence[str] = Measure.metrics,
-    num_tokens: int = Measure.num_tokens,
-    sequence_length: int = Measure.sequence_length,
-    batch_size: int = Measure.batch_size,
-    num_drop: int | None = None,
-    scale_removals: bool = False,
-    seed: int = 0,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Dataset, *, seed: int = 0, **settings: Any
 ) -> Importance:
     """What every decoder layer of ``model`` is worth on ``texts``. Higher = keep.
 
@@ -46,13 +39,11 @@ def measure_importance(
         model: A causal language model of L layers.
         tokenizer: Its tokenizer.
         texts: Calibration texts, or rows as shoal.distill takes them; repeated where they hold fewer tokens than asked.
-        metrics: Names of docs/measuring.md, such as `block_influence` (a share, 0 to 2) or `angular` (0 to 1).
-        num_tokens: Tokens to measure on, rounded up to whole rows.
-        sequence_length: Tokens of one row.
-        batch_size: Rows per forward.
-        num_drop: Removals that greedy metrics make; None = a quarter of the layers.
-        scale_removals: In orders of whole layers one that is gone still scales the state, as measure.scale_removals.
         seed: Seed of the order of the texts and of what metrics draw.
+        settings: Keys of the recipe's section `measure`, with its defaults: metrics (names of docs/measuring.md, such
+            as `block_influence`, a share of 0 to 2, or `angular`, 0 to 1), num_tokens (rounded up to whole rows),
+            sequence_length (tokens of one row), batch_size (rows per forward), num_drop (removals of greedy metrics;
+            None = a quarter of the layers) and scale_removals.
 
     Returns:
         Scores by metric: `layers[metric][layer]`, L each, and `runs[metric][n - 1][layer]` of the n layers from there
@@ -66,44 +57,35 @@ def measure_importance(
         >>> importance.layers["block_influence"][3]
     """
     require_usable(model)
-    given = {
-        "metrics": metrics,
-        "num_tokens": num_tokens,
-        "sequence_length": sequence_length,
-        "batch_size": batch_size,
-        "num_drop": num_drop,
-        "scale_removals": scale_removals,
-    }
-    settings = checked(Measure, given, source="shoal.measure_importance", contradictions=measure.contradictions)
-    require_positions(model, settings.sequence_length)
+    section = of_arguments(
+        Measure,
+        settings,
+        taken=MEASURED,
+        source="shoal.measure_importance",
+        contradictions=measure.contradictions,
+    )
+    require_positions(model, section.sequence_length)
     documents = documents_of(texts, name="texts", loss_on="all")
     rows = pack(
         [(documents.source, documents)],
         require_tokenizer(tokenizer),
-        sequence_length=settings.sequence_length,
-        num_tokens=settings.num_tokens,
+        sequence_length=section.sequence_length,
+        num_tokens=section.num_tokens,
         seed=seed,
     )
-    removals = settings.num_drop or max(1, len(decoder_layers(model)) // 4)
     with left_as_it_was(model):
         scores = scores_of(
             model,
             rows,
-            metrics=settings.metrics,
-            batch_size=settings.batch_size,
-            num_drop=removals,
+            metrics=section.metrics,
+            batch_size=section.batch_size,
+            num_drop=section.num_drop or max(1, len(decoder_layers(model)) // 4),
             seed=seed,
-            scale_removals=settings.scale_removals,
+            scale_removals=section.scale_removals,
         )
-    inputs = {
-        "model": name_of(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seed": seed,
-        "rows": rows.fingerprint,
-        **shaping(settings, Shapes.IMPORTANCE, "measure."),
-    }
+    inputs = measured_with(model, section, Shapes.IMPORTANCE, "measure.", seed=seed, rows=rows.fingerprint)
     del inputs["measure.data"]  # `rows` says what it was
-    if settings.scale_removals:
+    if section.scale_removals:
         inputs["measure.scale_removals"] = True
     return Importance(Provenance(inputs), **vars(scores))
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Evaluation
 from shoal.eval.evaluate import model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
-from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
+from shoal.models.in_memory import left_as_it_was, measured_with, require_positions, require_tokenizer, require_usable
 from shoal.recipe.evaluate import Eval, Tasks
-from shoal.recipe.messages import checked
-from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.messages import of_arguments
+from shoal.recipe.section import Shapes
+
+TAKEN = ("limits", "num_fewshot", "batch_size", "include_path", "data_dir", "perplexity_tokens", "sequence_length")
+"""Keys of the recipe's section `eval` that mean the same here, besides those that are named."""
 
 
 def evaluate(
@@ -21,13 +25,8 @@ def evaluate(
     tasks: str | Sequence[str] = Eval.tasks,
     *,
     limit: int | None = Eval.limit,
-    limits: Mapping[str, int] | None = None,
-    num_fewshot: int | None = None,
-    batch_size: int = Tasks.batch_size,
-    include_path: str | None = None,
-    data_dir: str | None = None,
-    perplexity_tokens: int = 0,
     seed: int = 0,
+    **settings: Any,
 ) -> Evaluation:
     """The scores of ``model`` on ``tasks``, each with its 95 % interval and its items.
 
@@ -39,13 +38,12 @@ def evaluate(
         tokenizer: Its tokenizer.
         tasks: Names of docs/evaluating.md, or of any task of lm-eval.
         limit: Items per task; None = all.
-        limits: Items of single tasks that get another number.
-        num_fewshot: Examples before each item; None = each task's own number.
-        batch_size: Prompts at one time.
-        include_path: A further folder of task YAMLs.
-        data_dir: A folder of data sets in place of the Hub.
-        perplexity_tokens: Tokens of held-out Python documentation whose nats per token are scored too; 0 = none.
         seed: Seed of what lm-eval draws at random.
+        settings: Keys of the recipe's section `eval`: limits (items of single tasks), num_fewshot (examples before each
+            item; each task's own number if not given), batch_size (prompts at one time, 16), include_path (a further
+            folder of task YAMLs), data_dir (a folder of data sets in place of the Hub), perplexity_tokens (tokens of
+            held-out Python documentation whose nats per token are scored too; none if not given) and sequence_length
+            (their window, 512).
 
     Returns:
         `tasks`, a score each; `to_pandas()` has a row per task.
@@ -58,30 +56,15 @@ def evaluate(
         >>> evaluation.to_pandas()[["task", "score", "ci_low", "ci_high"]]
     """
     require_usable(model)
-    settings = checked(
-        Tasks,
-        {
-            "tasks": [tasks] if isinstance(tasks, str) else tasks,
-            "limit": limit,
-            "limits": dict(limits or {}),
-            "num_fewshot": num_fewshot,
-            "batch_size": batch_size,
-            "include_path": include_path,
-            "data_dir": data_dir,
-            "perplexity_tokens": perplexity_tokens,
-        },
-        source="shoal.evaluate",
-    )
-    refuse_unknown(settings.tasks, settings.include_path)
-    inputs = {
-        "model": name_of(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seed": seed,
-        "tasks": tasks_fingerprint(settings.tasks, settings.include_path),
-        **shaping(settings, Shapes.SCORES, "eval."),
-    }
+    named = {"tasks": [tasks] if isinstance(tasks, str) else tasks, "limit": limit}
+    section = of_arguments(Tasks, named | settings, taken=(*named, *TAKEN), source="shoal.evaluate")
+    refuse_unknown(section.tasks, section.include_path)
+    if section.perplexity_tokens:
+        require_positions(model, section.sequence_length)
+    asked = tasks_fingerprint(section.tasks, section.include_path)
+    inputs = measured_with(model, section, Shapes.SCORES, "eval.", seed=seed, tasks=asked)
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with left_as_it_was(model):
         return model_evaluation(
-            "model", model, require_tokenizer(tokenizer), settings, inputs=inputs, seed=seed, num_bytes=num_bytes
+            "model", model, require_tokenizer(tokenizer), section, inputs=inputs, seed=seed, num_bytes=num_bytes
         )

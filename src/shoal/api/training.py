@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from shoal.artifacts.artifact import PruningPlan, Training
+from shoal.artifacts.artifact import Training
 from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.sources import pack
 from shoal.errors import UserError
@@ -19,13 +20,18 @@ from shoal.machine import peak_memory
 from shoal.models.in_memory import left_as_it_was, name_of, require_tokenizer, require_usable
 from shoal.numerics import fast_dtype
 from shoal.recipe import distill as recipe
-from shoal.recipe.distill import Distill, Precision, Trainable
-from shoal.recipe.messages import checked
-from shoal.recipe.section import Packing, Shapes, shaping
+from shoal.recipe.distill import Distill
+from shoal.recipe.messages import of_arguments
+from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import device
-from shoal.train.distillation_trainer import DistillationTrainer, Losses, as_terms
+from shoal.train.distillation_trainer import SAME_AS_IN_RECIPE, DistillationTrainer, Losses, as_terms
 from shoal.train.engine.arguments import num_rows, training_arguments
 from shoal.train.save import training_of
+from shoal.train.student.known_cut import Drop
+from shoal.train.student.lora import remove_adapters
+
+TAKEN = (*SAME_AS_IN_RECIPE, "batch_size", "trainable", "precision", "trainer")
+"""Keys of the recipe's section `distill` that mean the same here, besides those that are named."""
 
 
 def distill(
@@ -36,16 +42,11 @@ def distill(
     tokenizer: PreTrainedTokenizerBase,
     losses: Losses = "forward_kl",
     num_tokens: int | None = None,
-    sequence_length: int = Distill.sequence_length,
-    batch_size: int | None = None,
     learning_rate: float = 1e-4,
-    trainable: Trainable = "all",
-    drop: Collection[int] | PruningPlan | None = None,
-    packing: Packing = "split",
+    drop: Drop | None = None,
     loss_on: Literal["assistant", "all"] | None = None,
-    precision: Precision = "auto",
-    trainer: Mapping[str, Any] | None = None,
     seed: int = 0,
+    **settings: Any,
 ) -> tuple[PreTrainedModel, Training]:
     """``student``, trained in place to match ``teacher``, and how that went.
 
@@ -61,17 +62,16 @@ def distill(
         tokenizer: The tokenizer of both.
         losses: Terms of the loss, by kind or with their settings, see shoal.train.distillation_trainer.Losses.
         num_tokens: Tokens to train on, rounded up to whole steps; a smaller data set is repeated. None = all data once.
-        sequence_length: Tokens of one row.
-        batch_size: Rows of one optimizer step over all processes; None = 4 in each.
         learning_rate: Peak of a cosine with a tenth of warm-up.
-        trainable: Weights that are trained, as distill.trainable.
-        drop: Layers of the teacher that the student lacks, or the plan that says so: losses on states need them, and
-            every ``trainable`` but `all` and `layers`.
-        packing: How rows are filled, as distill.packing.
+        drop: Layers of the teacher that the student lacks, or the plan that says so; None = as the student's
+            configuration says, where shoal has cut it. A student with edits needs the plan where layers are shared.
         loss_on: Tokens of conversations that are learnt; None = what the assistant says.
-        precision: Precision of products, as distill.precision; auto = what the device multiplies fast in.
-        trainer: Further arguments of transformers.TrainingArguments, as distill.trainer.
         seed: Seed of the order of the data and of all else that is drawn.
+        settings: Keys of the recipe's section `distill`, with its defaults: sequence_length (tokens of one row),
+            batch_size (rows of one optimizer step over all processes; None = 4 in each), packing (how rows are filled),
+            trainable (weights that are trained), lora (adapters that are merged in the end), on_policy (steps on the
+            student's own text), stop_on_spike, precision (auto = what the device multiplies fast in), head_chunk, and
+            trainer (further arguments of transformers.TrainingArguments).
 
     Returns:
         The student itself, and a Training: `history` has loss (nats per supervised token) and every term by step,
@@ -88,67 +88,81 @@ def distill(
     require_usable(student, "student")
     require_usable(teacher, "teacher")
     tokenizer = require_tokenizer(tokenizer)
-    given = dict(trainer or {})
-    if lost := [name for name in given if name.startswith("save_")]:
-        raise UserError(f"trainer.{lost[0]}: nothing is saved here; use shoal.DistillationTrainer, or leave it out")
-    values = {
-        "losses": as_terms(losses),
-        "sequence_length": sequence_length,
-        "batch_size": batch_size,
-        "trainable": trainable,
-        "packing": packing,
-        "precision": fast_dtype(device()).dtype if precision == "auto" else precision,
-        "deepspeed": None,
-        "watch": None,
-        "trainer": {"learning_rate": learning_rate, **given, "save_strategy": "no"},
-        **({} if num_tokens is None else {"num_tokens": num_tokens}),
-    }
-    settings = checked(Distill, values, source="shoal.distill", contradictions=recipe.contradictions)
+    budget = {} if num_tokens is None else {"num_tokens": num_tokens}
+    section = _section({"losses": as_terms(losses), **budget}, settings, learning_rate=learning_rate)
     documents = documents_of(dataset, loss_on=loss_on)
     rows = pack(
         [(documents.source, documents)],
         tokenizer,
-        sequence_length=settings.sequence_length,
-        num_tokens=None if num_tokens is None else num_rows(settings) * settings.sequence_length,
+        sequence_length=section.sequence_length,
+        num_tokens=None if num_tokens is None else num_rows(section) * section.sequence_length,
         seed=seed,
-        packing=settings.packing,
+        packing=section.packing,
     )
+    with TemporaryDirectory() as folder, left_as_it_was(teacher), left_as_it_was(student), _in_float32(student):
+        work = DistillationTrainer(
+            student,
+            teacher,
+            training_arguments(section, None, output_dir=Path(folder), seed=seed),
+            train_dataset=rows,
+            processing_class=tokenizer,
+            losses=section.losses,
+            drop=drop,
+            trainable=section.trainable,
+            **{name: getattr(section, name) for name in SAME_AS_IN_RECIPE},
+        )
+        work.remove_callback(PrinterCallback)
+        work.refused = None  # its folder ends with this call
+        work.train()
+        work.merge_adapters()
+        inputs = _inputs(student, teacher, section, seed=seed, rows=rows.fingerprint, has_budget=bool(budget))
+        training = training_of(work, work.spec, inputs=inputs, rows=rows, peak_memory_bytes=peak_memory())
+    return student.eval(), training
+
+
+def _section(named: dict[str, Any], settings: Mapping[str, Any], *, learning_rate: float) -> Distill:
+    trainer = settings.get("trainer", {})
+    if isinstance(trainer, Mapping):
+        if lost := [name for name in trainer if name.startswith("save_")]:
+            raise UserError(f"trainer.{lost[0]}: nothing is saved here; use shoal.DistillationTrainer, or leave it out")
+        trainer = {"learning_rate": learning_rate, **trainer, "save_strategy": "no"}
+    section = of_arguments(
+        Distill,
+        {**named, **settings, "trainer": trainer},
+        taken=(*named, *TAKEN),
+        source="shoal.distill",
+        contradictions=recipe.contradictions,
+    )
+    precision = fast_dtype(device()).dtype if section.precision == "auto" else section.precision
+    return replace(section, precision=precision, deepspeed=None, watch=None)
+
+
+def _inputs(
+    student: PreTrainedModel, teacher: PreTrainedModel, section: Distill, *, has_budget: bool, **content: Any
+) -> dict[str, Any]:
+    """What identifies the training; ``content`` says what the data were."""
     inputs = {
         "model": name_of(teacher),
         "student": name_of(student),
-        "seed": seed,
-        "rows": rows.fingerprint,
-        **shaping(settings, Shapes.TRAINING, "distill."),
-        **{f"distill.trainer.{name}": value for name, value in settings.trainer.items()},
+        **content,
+        **shaping(section, Shapes.TRAINING, "distill."),
+        **{f"distill.trainer.{name}": value for name, value in section.trainer.items()},
     }
-    for name in ("distill.data", *(["distill.num_tokens"] if num_tokens is None else [])):
-        del inputs[name]  # `rows` says what it was
+    for name in ("distill.data", *(() if has_budget else ("distill.num_tokens",))):
+        del inputs[name]
+    return inputs
+
+
+@contextmanager
+def _in_float32(student: PreTrainedModel) -> Iterator[None]:
+    """The student's weights in float32; after the block in their own precision, without gradients and adapters."""
     dtypes = {parameter: parameter.dtype for parameter in student.parameters()}
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-        stack.enter_context(left_as_it_was(teacher))
-        stack.enter_context(left_as_it_was(student))
-        for parameter in dtypes:
-            parameter.data = parameter.data.float()
-        try:
-            arguments = training_arguments(settings, None, output_dir=Path(folder), seed=seed)
-            work = DistillationTrainer(
-                student,
-                teacher,
-                arguments,
-                train_dataset=rows,
-                processing_class=tokenizer,
-                losses=settings.losses,
-                drop=drop,
-                trainable=settings.trainable,
-                sequence_length=settings.sequence_length,
-                head_chunk=settings.head_chunk,
-            )
-            work.remove_callback(PrinterCallback)
-            work.refused = None  # its folder ends with this call
-            work.train()
-            training = training_of(work, work.spec, inputs=inputs, rows=rows, peak_memory_bytes=peak_memory())
-        finally:
-            for parameter, dtype in dtypes.items():
-                parameter.data = parameter.data.to(dtype)
-                parameter.grad = None
-    return student.eval(), training
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        remove_adapters(student)
+        for parameter, dtype in dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+            parameter.grad = None

@@ -19,6 +19,11 @@ from pydantic import ConfigDict, Field
 
 from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Text
 
+KEPT_LAYERS = "shoal_kept_layers"
+"""Configuration key that names, for every layer of a student, the layer of the uncut model it was."""
+CLOSED_GAPS = "shoal_closed_gaps"
+"""Configuration key that says how a student makes up for dropped layers: fields of ClosedGap, layers of the uncut
+model."""
 ZEROED_WEIGHTS = "shoal_zeroed_weights"
 """Configuration key that names the student's parameters in which an edit zeroed entries."""
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import ValidationError
@@ -55,6 +55,30 @@ def checked(
     if problems := list(contradictions(section)):
         raise UserError(blamed(problems, source, overrides))
     return section
+
+
+def of_arguments(
+    kind: type[S],
+    given: Mapping[str, Any],
+    *,
+    taken: Collection[str],
+    source: str,
+    contradictions: Callable[[S], Iterable[str]] = lambda section: (),
+) -> S:
+    """The section ``kind`` that the arguments ``given`` of the function ``source`` describe, which has a use for the
+    keys ``taken``.
+
+    Raises:
+        UserError: as checked does; a key that only a run directory has a use for.
+    """
+    section: Any = kind
+    known = {field.name for field in dataclasses.fields(section)}
+    if useless := [name for name in given if name in known and name not in taken]:
+        raise UserError(
+            f"{source}: {useless[0]}: is for run directories, and has no use for a model in memory; leave it out, or "
+            "give a whole recipe to shoal.run"
+        )
+    return checked(kind, given, source=source, contradictions=contradictions)
 
 
 def blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> str:

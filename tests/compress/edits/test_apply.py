@@ -19,9 +19,8 @@ from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import dry_run
 from shoal.compress.edits import apply as edit_module
-from shoal.compress.surgery.config_cut import KEPT_LAYERS
 from shoal.errors import UserError
-from shoal.recipe.edits import ZEROED_WEIGHTS, removed_layers
+from shoal.recipe.edits import KEPT_LAYERS, ZEROED_WEIGHTS, removed_layers
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import prune as pruning
 from shoal.stages.run import Run, open_run

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BambaConfig, PreTrainedModel
 
 from shoal.compress.edits.merging import layer_tensors, merged_layer, tensors_in_place, with_layers
-from shoal.compress.surgery.config_cut import KEPT_LAYERS
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.recipe.edits import KEPT_LAYERS
 
 ALIKE = {
     "llama": (0, 4),

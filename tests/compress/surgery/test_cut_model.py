@@ -14,10 +14,11 @@ from tiny import KINDS, NUM_LAYERS, tiny_config, tiny_model
 from torch import nn
 from transformers import Cohere2Config, LlamaConfig
 
-from shoal.compress.surgery.config_cut import KEPT_LAYERS, cut_config
+from shoal.compress.surgery.config_cut import cut_config
 from shoal.compress.surgery.cut_model import cut_model, skipped
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
+from shoal.recipe.edits import KEPT_LAYERS
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ import math
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import shoal
 from shoal.api import running
+from shoal.api.training import TAKEN
 from shoal.artifacts.artifact import ClosedGap, Evaluation, Importance, Provenance, PruningPlan
 from shoal.artifacts.importance import Removal
 from shoal.compress.edits.apply import NOTHING_MADE, edited
 from shoal.data.sources import load_texts
+from shoal.recipe.distill import Distill
 from shoal.recipe.edits import Component, Edit, Merge, SkipMlp
 from shoal.recipe.recipe import load_recipe
 from shoal.recipe.section import DataSource
@@ -151,13 +153,32 @@ def test_healing_changes_the_student_alone_and_keeps_what_it_is_in() -> None:
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_adapters_and_the_students_own_text_heal_in_memory() -> None:
+    teacher = tiny_model("llama", dtype=torch.bfloat16)
+    student = shoal.cut_model(teacher, DROP)
+    names = [name for name, _ in student.named_parameters()]
+    untrained = {name: weight.clone() for name, weight in student.state_dict().items()}
+    _, training = shoal.distill(
+        student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, learning_rate=1e-2,
+        trainable="near_gaps", lora={"rank": 2, "target_modules": ["v_proj"]}, trainer={"max_steps": 3},
+        on_policy={"share": 1, "start": 0.3, "prompt_tokens": 8, "new_tokens": 8},
+    )  # fmt: skip
+    assert ["on_policy/kept_tokens" in row for row in training.history] == [False, True, True]
+    assert [name for name, _ in student.named_parameters()] == names
+    moved = {name for name, weight in student.state_dict().items() if not torch.equal(weight, untrained[name])}
+    assert moved == {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (1, 2)}
+    assert all(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in student.parameters())
+    assert training.provenance.inputs["distill.lora"]["rank"] == 2
+
+
 def test_a_step_that_is_no_number_ends_the_healing_and_the_student_is_in_its_own_precision() -> None:
     teacher = tiny_model("llama", dtype=torch.bfloat16)
     student = shoal.cut_model(teacher, DROP)
     with torch.no_grad():
         student.lm_head.weight[3] = math.nan
     with pytest.raises(shoal.UserError, match=r"step 1: .* is nan; lower the learning rate, or take the text out$"):
-        shoal.distill(student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64)
+        shoal.distill(student, teacher, TEXTS, tokenizer=tiny_tokenizer(), sequence_length=64, lora={"rank": 2})
+    assert len(list(student.parameters())) == len(list(shoal.cut_model(teacher, DROP).parameters()))
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
     assert student(torch.arange(9)[None]).logits.shape[1] == 9
 
@@ -247,6 +268,22 @@ def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
             r"shoal.distill: losses.0.kind: must be one of .*did you mean 'forward_kl'",
         ),
         (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, teacher_text=1),
+            r"shoal.distill: teacher_text: unknown key; did you mean 'teacher'",
+        ),
+        (
+            lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer=5),
+            r"trainer: must be a m",
+        ),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["knowledge_continuation"]}),
+            r"measure_importance: sweep: is for run directories, and has no use for a model in memory; leave it",
+        ),
+        (
+            lambda m, t: shoal.evaluate(m, t, perplexity_tokens=9, sequence_length=2048),
+            r"sequence_length: 2048 is more than the 1024 positions of the model",
+        ),
+        (
             lambda m, t: shoal.distill(shoal.cut_model(m, [1]), m, TEXTS, tokenizer=t, trainer={"learning_rat": 5}),
             r"distill.trainer.learning_rat: no such training argument; did you mean 'learning_rate'",
         ),
@@ -257,6 +294,20 @@ def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
 def test_what_cannot_work_is_refused(call: Any, message: str) -> None:
     with pytest.raises(shoal.UserError, match=message):
         call(tiny_model("llama"), tiny_tokenizer())
+
+
+def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> None:
+    """Every key of the section is taken, or refused: none is read and forgotten."""
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    useless = {field.name for field in fields(Distill)} - {*TAKEN, "losses", "num_tokens", "teacher"}
+    assert {"data", "local", "writing", "deepspeed", "watch", "num_ranks"} < useless
+    for key in useless:
+        with pytest.raises(shoal.UserError) as refused:
+            shoal.distill(model, model, TEXTS, tokenizer=tokenizer, **{key: None})
+        assert str(refused.value) == (
+            f"shoal.distill: {key}: is for run directories, and has no use for a model in memory; leave it out, or "
+            "give a whole recipe to shoal.run"
+        )
 
 
 @pytest.mark.parametrize(

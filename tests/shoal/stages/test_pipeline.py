@@ -21,13 +21,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_checkpoint, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from shoal.artifacts.artifact import Importance, Provenance, PruningPlan, Training
+from shoal.artifacts.artifact import ClosedGap, Importance, Provenance, PruningPlan, Training
 from shoal.data.sources import BUNDLED, pack
 from shoal.errors import UserError
 from shoal.eval.harness.item_texts import item_texts
 from shoal.eval.tasks.load import tasks_of
+from shoal.recipe.edits import CLOSED_GAPS
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.section import DataSource
 from shoal.stages import distill, evaluate, measure, overlap, preflight
@@ -669,6 +670,8 @@ def test_a_compensated_student_is_made_once_and_remembered_in_its_plan(make_run:
     assert all(gap.divergence_after <= gap.divergence_before for gap in plan.gaps)
     closed = [gap for gap in plan.gaps if gap.is_closed]
     assert closed, "random layers, but no gap gained: the test shows nothing"
+    config = AutoConfig.from_pretrained(run.dir / "student")
+    assert [ClosedGap(**gap) for gap in getattr(config, CLOSED_GAPS)] == closed
     plain = make_run(run_dir=str(run.dir.parent / "plain"))
     pruning.prune(plain)
     ours, theirs = (load_file(at.dir / "student/model.safetensors") for at in (run, plain))

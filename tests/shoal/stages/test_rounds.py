@@ -19,9 +19,9 @@ from transformers import AutoConfig
 
 from shoal import cli
 from shoal.artifacts.artifact import Importance, PruningPlan, Training
-from shoal.compress.surgery.config_cut import KEPT_LAYERS
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
+from shoal.recipe.edits import KEPT_LAYERS
 from shoal.recipe.recipe import load_recipe, parse_recipe
 from shoal.stages import launch, preflight
 from shoal.stages.run import open_run

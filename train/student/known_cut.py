@@ -1,0 +1,108 @@
+"""What is known of how a student in memory was cut from its teacher: its own configuration says most of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
+from shoal.errors import UserError
+from shoal.models.anatomy import anatomy, decoder_layers
+from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS
+
+Drop = Collection[int] | PruningPlan
+
+
+def known_plan(student: PreTrainedModel, teacher: PreTrainedModel, drop: Drop | None) -> PruningPlan | None:
+    """The plan that leads from ``teacher`` to ``student``: ``drop``, or what the student's configuration says.
+
+    What makes up for dropped layers is that of a plan that says so, else what the configuration says. None = neither
+    tells which layers are gone.
+
+    Raises:
+        UserError: layers that are none, or do not lead to the student.
+    """
+    num_layers, kept = len(decoder_layers(teacher)), len(decoder_layers(student))
+    known = _dropped(student, teacher, num_layers)
+    given = known if drop is None else drop
+    if given is None:
+        return None
+    plan = given
+    if not isinstance(plan, PruningPlan):
+        plan = PruningPlan(Provenance({}), num_layers, tuple(sorted(plan)), reason="given by the caller")
+    if problem := next(plan.contradictions(), None):
+        raise UserError(f"{problem}; give the layers that were cut, such as drop=plan.drop")
+    if plan.num_layers != num_layers or len(plan.keep) != kept:
+        raise UserError(
+            f"drop: leaves {len(plan.keep)} of {plan.num_layers} layers, the teacher has {num_layers} and the student "
+            f"{kept}; give the layers that were cut, such as drop=plan.drop"
+        )
+    if known is not None and plan.drop != known:
+        raise UserError(
+            f"drop: is {list(plan.drop)}, and by its configuration the student lacks {list(known)}; leave drop out, or "
+            "give the student that was cut so"
+        )
+    return plan if plan.gaps else replace(plan, gaps=_closed_gaps(student, teacher, plan.drop))
+
+
+def refuse_other_layers(student: PreTrainedModel, teacher: PreTrainedModel, num_layers: int) -> None:
+    """Refuse a student whose lowest ``num_layers`` layers, which the plan says to be the teacher's, are not. Sharded
+    weights are empty, and not looked at.
+
+    Raises:
+        UserError: there is one.
+    """
+    if not num_layers:
+        return
+    ours, theirs = anatomy(student), anatomy(teacher)
+    parts = [(f"its layer {layer}", ours.layers[layer], theirs.layers[layer]) for layer in range(num_layers)]
+    for name, own, other in [("the embeddings", ours.embeddings, theirs.embeddings), *parts]:
+        twins = {} if other is None else dict(other.named_parameters())
+        for leaf, weight in () if own is None else own.named_parameters():
+            if leaf not in twins or not _holds_the_same(weight.data, twins[leaf].data):
+                raise UserError(
+                    f"model: {name} should be the teacher's, as nothing so far down is said to have changed, and is "
+                    "not; give drop=PruningPlan.read(...) of the plan.json that it was cut by, which names all "
+                    "changes, or, where it has been trained, set trainable to 'layers' or 'all'"
+                )
+
+
+def _dropped(student: PreTrainedModel, teacher: PreTrainedModel, num_layers: int) -> tuple[int, ...] | None:
+    """The teacher's layers that the student lacks by its configuration; None = that says nothing of this teacher."""
+    kept = getattr(student.config, KEPT_LAYERS, None)
+    if kept is None or len(kept) != len(decoder_layers(student)):
+        return None
+    uncut = _uncut(teacher, num_layers)
+    if not set(kept) <= set(uncut):
+        return None
+    return tuple(layer for layer, number in enumerate(uncut) if number not in kept)
+
+
+def _uncut(teacher: PreTrainedModel, num_layers: int) -> list[int]:
+    """The uncut model's number of every layer of the teacher."""
+    return list(getattr(teacher.config, KEPT_LAYERS, None) or range(num_layers))
+
+
+def _closed_gaps(student: PreTrainedModel, teacher: PreTrainedModel, drop: Collection[int]) -> tuple[ClosedGap, ...]:
+    """What the student makes up for of the layers that the teacher still has, in the teacher's numbers."""
+    place = {number: layer for layer, number in enumerate(_uncut(teacher, len(decoder_layers(teacher))))}
+    gaps = [ClosedGap(**gap) for gap in getattr(student.config, CLOSED_GAPS, None) or ()]
+    gaps = [
+        replace(gap, first=place[gap.first], last=place[gap.last])
+        for gap in gaps
+        if gap.first in place and gap.last in place
+    ]
+    return tuple(sorted((gap for gap in gaps if gap.last in drop), key=lambda gap: gap.first))
+
+
+def _holds_the_same(own: Tensor, other: Tensor) -> bool:
+    """Whether two weights are equal, as far as the one of fewer bits can tell."""
+    if not (own.numel() and other.numel()):
+        return True
+    other = other.to(own.device)
+    same = own.shape == other.shape
+    return same and (torch.equal(own, other.to(own.dtype)) or torch.equal(own.to(other.dtype), other))
