@@ -128,6 +128,7 @@ class DistillationTrainer(ObjectiveTrainer):
         if args is None:
             args = TrainingArguments(f"{Path(name_of(model)).name}-distilled")
         _refuse_arguments(args)
+        _complete_deepspeed(args)
         _refuse_replaced(model)
         section = _section(args, losses=losses, trainable=trainable or "all", **settings)
         for one in models.values():
@@ -315,6 +316,15 @@ def _refuse_arguments(args: TrainingArguments) -> None:
     for name, (is_wrong, reason) in wrong.items():
         if is_wrong:
             raise UserError(f"args.{name}: {reason}")
+
+
+def _complete_deepspeed(args: TrainingArguments) -> None:
+    """What a DeepSpeed configuration does not say is as in the arguments: DeepSpeed would refuse a batch that it does
+    not know, and clip no gradient."""
+    if (config := resolved_deepspeed(args)) is not None:
+        config.setdefault("train_micro_batch_size_per_gpu", args.per_device_train_batch_size)
+        config.setdefault("gradient_accumulation_steps", args.gradient_accumulation_steps)
+        config.setdefault("gradient_clipping", args.max_grad_norm)
 
 
 def _warn_of_half_precision(model: PreTrainedModel, args: TrainingArguments) -> None:

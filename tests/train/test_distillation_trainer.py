@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -15,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import call_on_ranks
+from datasets import Dataset as HubDataset
+from ranks import call_on_ranks, environment
 from tiny import tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
@@ -31,6 +35,7 @@ from shoal.recipe.section import DataSource
 from shoal.runtime import free_port
 from shoal.train.distillation_trainer import DistillationTrainer
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 DROP = (2, 3)
 LENGTH = 32
 TEXTS = [f"Document {number} says {number * number}, and then some more." for number in range(24)]
@@ -457,3 +462,53 @@ def test_cross_entropy_alone_needs_no_teacher(tmp_path: Path) -> None:
     )
     trainer.train()
     assert len(curve(trainer, "cross_entropy")) == 2
+
+
+SCRIPT = """
+import json
+
+import shoal
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+args = TrainingArguments(
+    "healed", learning_rate=1e-3, lr_scheduler_type="constant", max_steps=3, per_device_train_batch_size=4,
+    logging_steps=1, save_strategy="no", report_to=[], max_grad_norm=0.1, use_cpu=True, deepspeed="zero2.json",
+)
+student, teacher = (AutoModelForCausalLM.from_pretrained(name, dtype="float32") for name in ("student", "teacher"))
+trainer = shoal.DistillationTrainer(
+    student, teacher, args, Dataset.from_list(json.load(open("chats.json"))),
+    processing_class=AutoTokenizer.from_pretrained("teacher"), sequence_length=32,
+    losses=[{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.5}],
+)
+trainer.train()
+assert trainer.model_wrapped.gradient_clipping() == 0.1
+trainer.save_model()
+json.dump([row["loss"] for row in trainer.state.log_history if "loss" in row], open("curve.json", "w"))
+"""
+
+
+@pytest.mark.slow
+def test_conversations_in_a_script_under_the_deepspeed_program(tmp_path: Path) -> None:
+    """As a user of TRL has it: a script with TrainingArguments and a data set of messages, started on one rank."""
+    student, teacher = models()
+    student.save_pretrained(tmp_path / "student")
+    teacher.save_pretrained(tmp_path / "teacher")
+    tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    shutil.copy(CONFIGS / "deepspeed/zero2.json", tmp_path)
+    (tmp_path / "chats.json").write_text(json.dumps(CHATS))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    command = [program, "--num_gpus", "1", "--master_port", str(free_port()), "script.py"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    losses = [{"kind": "forward_kl"}, {"kind": "hidden_states", "weight": 0.5}]
+    data = HubDataset.from_list(CHATS)
+    alone = trainer_of(
+        tmp_path, student, teacher, data=data, losses=losses, trained_by={"max_steps": 3, "max_grad_norm": 0.1}
+    )
+    alone.train()
+    assert json.loads((tmp_path / "curve.json").read_text()) == pytest.approx(curve(alone), rel=1e-4)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "healed").state_dict()
+    for name, weight in student.state_dict().items():
+        assert torch.allclose(saved[name], weight, atol=1e-4), name
