@@ -37,6 +37,15 @@ def layer_scores(name: str, importance: Importance, *, setting: str) -> tuple[fl
     return columns[0].importances
 
 
+def rankings(importance: Importance) -> dict[str, tuple[float, ...]]:
+    """Every metric and order that ranks layers, higher = keep."""
+    of_layers = [
+        name for name, order in importance.orders.items() if all(removal.unit.part == "layer" for removal in order)
+    ]
+    names = (*importance.layers, *importance.runs, *of_layers)
+    return {name: layer_scores(name, importance, setting="measure.metrics") for name in names}
+
+
 def swept_columns(name: str, importance: Importance) -> tuple[SweepColumn, ...]:
     """All columns of the atlas that belong to a task, an ability, or `ability/protocol`; a task's name goes first.
 

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from ..edits.layer_edits import stored_name
 from ..variants.streamed import Streaming, score_variants_streamed
 from ..variants.variant_generation import Limits, generate_variants
 from ..variants.variants import INTACT, Edited, Variant, runs_through, score_variants
+from .table import require_items
 
 log = logging.getLogger(__name__)
 
@@ -155,14 +156,20 @@ def checked_tasks(
     return tasks, counts
 
 
-def window_weights(settings: Sweeps, tokenizer: PreTrainedTokenizerBase) -> list[float]:
-    """The weights of the items of the column of running text: how many tokens each window scores.
+def refuse_few_items(
+    settings: Sweeps, counts: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, *, num_removals: int
+) -> None:
+    """Refuse columns on which none of so many removals could be seen; ``counts`` are the items of the tasks.
 
     Raises:
-        UserError: text that cannot be read, or that holds no token.
+        UserError: there is one, or running text cannot be read or holds no token.
     """
-    with _named_as_in_sweeps():
-        return [float(len(scored)) for _, _, scored in windows(tokenizer, settings)]
+    for task, count in counts.items():
+        require_items(task, count, num_removals)
+    if settings.perplexity_tokens:
+        with _named_as_in_sweeps():
+            weights = [float(len(scored)) for _, _, scored in windows(tokenizer, settings)]
+        require_items("perplexity", len(weights), num_removals, weights=weights)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """shoal makes large language models shallower and gets their abilities back.
 
-In Python: measure_importance, choose_layers, cut_model, distill, evaluate, run and DistillationTrainer (docs/api.md).
+In Python: measure_importance, choose_layers, cut_model, distill, evaluate, compare, run and DistillationTrainer
+(docs/api.md).
 
 This folder holds what several stages use; compress/, train/ and eval/ at the top of the repository are the stages' own
 code. `stages`, `api`, `help` and `cli` alone know several of them; nothing else here imports compress, train or eval.
@@ -50,7 +51,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shoal.api.compressing import choose_layers, cut_model, measure_importance
-    from shoal.api.evaluating import evaluate
+    from shoal.api.evaluating import compare, evaluate
     from shoal.api.running import run
     from shoal.api.training import distill
     from shoal.errors import UserError
@@ -61,6 +62,7 @@ __all__ = [
     "DistillationTrainer",
     "UserError",
     "choose_layers",
+    "compare",
     "cut_model",
     "distill",
     "evaluate",
@@ -71,6 +73,7 @@ PLACES = {
     "DistillationTrainer": "shoal.train.distillation_trainer",
     "UserError": "shoal.errors",
     "choose_layers": "shoal.api.compressing",
+    "compare": "shoal.api.evaluating",
     "cut_model": "shoal.api.compressing",
     "distill": "shoal.api.training",
     "evaluate": "shoal.api.evaluating",

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Importance, Provenance, PruningPlan
 from shoal.compress.edits.apply import NOTHING_MADE, edited_student
+from shoal.compress.edits.layer_edits import components_of
 from shoal.compress.measure import measure_importance as scores_of
 from shoal.compress.plan import choose_changes
 from shoal.compress.surgery import cut_model as surgery
+from shoal.compress.sweeps.atlas import build_atlas
+from shoal.compress.sweeps.columns import rankings
+from shoal.compress.sweeps.sweep import VariantsLM, checked_tasks, refuse_few_items, sweep, task_names
+from shoal.compress.variants.variants import Edited, variant_of
 from shoal.data.in_memory import Dataset, documents_of
 from shoal.data.sources import pack
 from shoal.errors import UserError
+from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import left_as_it_was, measured_with, require_positions, require_tokenizer, require_usable
 from shoal.recipe import measure, prune
 from shoal.recipe.edits import Merge, Replace, Swap
-from shoal.recipe.measure import Measure
+from shoal.recipe.measure import Measure, Sweeps
 from shoal.recipe.messages import checked, of_arguments
 from shoal.recipe.prune import Prune
 from shoal.recipe.section import Shapes, shaping
 
-MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "scale_removals")
+MEASURED = ("metrics", "num_tokens", "sequence_length", "batch_size", "num_drop", "scale_removals", "sweep")
 """Keys of the recipe's section `measure` that mean the same here."""
 
 
@@ -43,14 +51,16 @@ def measure_importance(
         settings: Keys of the recipe's section `measure`, with its defaults: metrics (names of docs/measuring.md, such
             as `block_influence`, a share of 0 to 2, or `angular`, 0 to 1), num_tokens (rounded up to whole rows),
             sequence_length (tokens of one row), batch_size (rows per forward), num_drop (removals of greedy metrics;
-            None = a quarter of the layers) and scale_removals.
+            None = a quarter of the layers), scale_removals, and sweep (a mapping: tasks, limit, ...), which scores the
+            model without each of its layers on tasks.
 
     Returns:
         Scores by metric: `layers[metric][layer]`, L each, and `runs[metric][n - 1][layer]` of the n layers from there
-        on. `to_pandas()` has a row per layer.
+        on; `atlas` of what was swept. `to_pandas()` has a row per layer.
 
     Raises:
-        UserError: an unknown metric, no text, rows longer than the model's positions, or scores that are not finite.
+        UserError: an unknown metric or task, too few items, no text, rows longer than the model's positions, or scores
+            that are not finite.
 
     Example:
         >>> importance = shoal.measure_importance(model, tokenizer, texts, num_tokens=100_000)
@@ -64,11 +74,14 @@ def measure_importance(
         source="shoal.measure_importance",
         contradictions=measure.contradictions,
     )
+    tokenizer = require_tokenizer(tokenizer)
     require_positions(model, section.sequence_length)
+    if section.sweep is not None:
+        _refuse_sweep(section.sweep, model, tokenizer)
     documents = documents_of(texts, name="texts", loss_on="all")
     rows = pack(
         [(documents.source, documents)],
-        require_tokenizer(tokenizer),
+        tokenizer,
         sequence_length=section.sequence_length,
         num_tokens=section.num_tokens,
         seed=seed,
@@ -83,11 +96,40 @@ def measure_importance(
             seed=seed,
             scale_removals=section.scale_removals,
         )
-    inputs = measured_with(model, section, Shapes.IMPORTANCE, "measure.", seed=seed, rows=rows.fingerprint)
-    del inputs["measure.data"]  # `rows` says what it was
-    if section.scale_removals:
-        inputs["measure.scale_removals"] = True
-    return Importance(Provenance(inputs), **vars(scores))
+        inputs = measured_with(model, section, Shapes.IMPORTANCE, "measure.", seed=seed, rows=rows.fingerprint)
+        del inputs["measure.data"]  # `rows` says what it was
+        if section.scale_removals:
+            inputs["measure.scale_removals"] = True
+        importance = Importance(Provenance(inputs), **vars(scores))
+        return importance if section.sweep is None else _swept(importance, model, tokenizer, section.sweep, seed=seed)
+
+
+def _refuse_sweep(settings: Sweeps, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if settings.operators != ("layer",) or settings.greedy is not None:
+        raise UserError(
+            "shoal.measure_importance: sweep: of a model in memory single layers are swept; leave operators and greedy "
+            "out, or give a whole recipe to shoal.run"
+        )
+    if settings.perplexity_tokens:
+        require_positions(model, settings.sequence_length)
+    _, counts = checked_tasks(settings, model.config, tokenizer)
+    refuse_few_items(settings, counts, tokenizer, num_removals=len(decoder_layers(model)))
+
+
+def _swept(
+    importance: Importance, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sweeps, *, seed: int
+) -> Importance:
+    """``importance`` with the atlas of single layers."""
+    variants = [variant_of(component, model) for component in components_of("layer", model)]
+    intact, removed = sweep(partial(VariantsLM, Edited(model, None), tokenizer), variants, settings, seed=seed)
+    asked = tasks_fingerprint(task_names(settings), settings.include_path)
+    inputs = {
+        **importance.provenance.inputs,
+        **shaping(settings, Shapes.SCORES, "measure.sweep."),
+        "measure.sweep.tasks (files)": asked,
+    }
+    atlas = build_atlas(intact, removed, metrics=rankings(importance))
+    return replace(importance, provenance=Provenance(inputs), atlas=atlas)
 
 
 def choose_layers(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import Evaluation
+from shoal.artifacts.tables import Tabular
+from shoal.errors import UserError
+from shoal.eval.compare.means import by_task
 from shoal.eval.evaluate import model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
 from shoal.models.in_memory import left_as_it_was, measured_with, require_positions, require_tokenizer, require_usable
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes
+from shoal.stats.paired import PairedDifference, holm, paired, verdict
 
 TAKEN = ("limits", "num_fewshot", "batch_size", "include_path", "data_dir", "perplexity_tokens", "sequence_length")
 """Keys of the recipe's section `eval` that mean the same here, besides those that are named."""
@@ -25,6 +30,7 @@ def evaluate(
     tasks: str | Sequence[str] = Eval.tasks,
     *,
     limit: int | None = Eval.limit,
+    role: str = "model",
     seed: int = 0,
     **settings: Any,
 ) -> Evaluation:
@@ -38,6 +44,7 @@ def evaluate(
         tokenizer: Its tokenizer.
         tasks: Names of docs/evaluating.md, or of any task of lm-eval.
         limit: Items per task; None = all.
+        role: What figures call the model; teacher, pruned, control and distilled have colours of their own.
         seed: Seed of what lm-eval draws at random.
         settings: Keys of the recipe's section `eval`: limits (items of single tasks), num_fewshot (examples before each
             item; each task's own number if not given), batch_size (prompts at one time, 16), include_path (a further
@@ -66,5 +73,59 @@ def evaluate(
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     with left_as_it_was(model):
         return model_evaluation(
-            "model", model, require_tokenizer(tokenizer), section, inputs=inputs, seed=seed, num_bytes=num_bytes
+            role, model, require_tokenizer(tokenizer), section, inputs=inputs, seed=seed, num_bytes=num_bytes
         )
+
+
+@dataclass(frozen=True)
+class ScoreChanges(Tabular):
+    """What changed from one evaluation to another, item by item."""
+
+    before: Evaluation
+    after: Evaluation
+    changes: dict[str, PairedDifference]
+    """Changes by task, after - before, of the tasks that both have."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per task. `adjusted_p` is corrected for the number of tasks (Holm); `verdict` says better or worse
+        where it is below 0.05, else unclear."""
+        adjusted = holm([change.p_value for change in self.changes.values()])
+        first, second = (by_task(evaluation) for evaluation in (self.before, self.after))
+        return [
+            {
+                "task": task,
+                "metric": first[task].metric,
+                "before": first[task].score,
+                "after": second[task].score,
+                "change": change.difference,
+                "ci_low": change.ci_low,
+                "ci_high": change.ci_high,
+                "adjusted_p": p_value,
+                "verdict": verdict(change, p_value, higher_is_better=first[task].higher_is_better),
+                "won": change.won,
+                "lost": change.lost,
+                "n": change.n,
+            }
+            for (task, change), p_value in zip(self.changes.items(), adjusted, strict=True)
+        ]
+
+
+def compare(before: Evaluation, after: Evaluation) -> ScoreChanges:
+    """The change from ``before`` to ``after`` on every task that both have, with its 95 % interval over the items.
+
+    Both models have answered the same items, so the luck of which items were drawn cancels (shoal.stats.paired).
+
+    Raises:
+        UserError: no common task, or one that was asked in another way or of other items.
+
+    Example:
+        >>> shoal.compare(shoal.evaluate(pruned, tokenizer), shoal.evaluate(healed, tokenizer)).to_pandas()
+    """
+    first, second = by_task(before), by_task(after)
+    shared = [task for task in first if task in second]
+    if not shared:
+        raise UserError(
+            f"compare: the evaluations have no task in common ({', '.join(first)}; {', '.join(second)}); evaluate both "
+            "models on the same ones"
+        )
+    return ScoreChanges(before, after, {task: paired(first[task], second[task]) for task in shared})

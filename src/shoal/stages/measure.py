@@ -109,19 +109,15 @@ def _check_removals_in_rounds(run: Run) -> None:
 
 def _check_sweep(run: Run, settings: Sweeps) -> None:
     from shoal.compress.edits.layer_edits import num_components
-    from shoal.compress.sweeps.sweep import checked_tasks, window_weights
-    from shoal.compress.sweeps.table import require_items
+    from shoal.compress.sweeps.sweep import checked_tasks, refuse_few_items
 
     config, tokenizer = run.config(), run.tokenizer()
     tasks, counts = checked_tasks(settings, config, tokenizer)
     num_removals = max((num_components(operator, text_config(config)) for operator in settings.operators), default=1)
-    for task, count in counts.items():
-        require_items(task, count, num_removals)
     _check_disputed(settings, tasks)
     if settings.perplexity_tokens:
         check_length(run, settings.sequence_length, "measure.sweep.sequence_length")
-        weights = window_weights(settings, tokenizer)
-        require_items("perplexity", len(weights), num_removals, weights=weights)
+    refuse_few_items(settings, counts, tokenizer, num_removals=num_removals)
     if _is_streamed(run):
         _check_streamed_sweep(settings, {name: task.OUTPUT_TYPE for name, task in tasks.items()})
     if "cumulative" not in settings.operators:
@@ -276,6 +272,7 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
     """What ``scored`` gives, with the atlas and the tables of all operators."""
     from shoal.compress.edits.layer_edits import components_of
     from shoal.compress.sweeps.atlas import atlas_of
+    from shoal.compress.sweeps.columns import rankings
     from shoal.compress.sweeps.items import write_items
     from shoal.compress.sweeps.read_write import read_write_of
     from shoal.compress.sweeps.table import OF_LAYERS, table_of
@@ -307,7 +304,7 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
         table = tables[operator] = table_of(operator, components, intact, removed)
         if operator == "layer":
             with doing("measure: intervals of the atlas"):
-                importance = replace(importance, atlas=atlas_of(*table, metrics=_rankings(importance)))
+                importance = replace(importance, atlas=atlas_of(*table, metrics=rankings(importance)))
         else:
             importance = replace(importance, sweeps={**importance.sweeps, operator: table[0]})
     if importance.atlas is not None and tables.keys() >= set(OF_LAYERS):
@@ -383,17 +380,6 @@ def _check_order(order: tuple[int, ...], num_layers: int) -> None:
             f"measure.sweep.order: must name some of the layers 0..{num_layers - 1}, each once and not all "
             f"(got {list(order)})"
         )
-
-
-def _rankings(importance: Importance) -> dict[str, tuple[float, ...]]:
-    """Every metric that ranks layers, higher = keep."""
-    from shoal.compress.sweeps.columns import layer_scores
-
-    of_layers = [
-        name for name, order in importance.orders.items() if all(removal.unit.part == "layer" for removal in order)
-    ]
-    names = (*importance.layers, *importance.runs, *of_layers)
-    return {name: layer_scores(name, importance, setting="measure.metrics") for name in names}
 
 
 def _write(run: Run, importance: Importance) -> None:

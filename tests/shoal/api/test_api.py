@@ -75,7 +75,8 @@ def test_import_loads_no_library_and_every_name_is_there() -> None:
 
 
 def test_importance_and_cut_are_those_of_the_stages(tmp_path: Path, teacher: Path) -> None:
-    settings = {"num_tokens": 512, "sequence_length": 64, "metrics": METRICS}
+    sweep = {"tasks": ["knowledge_continuation", "retrieval_generation"], "limit": 8}
+    settings = {"num_tokens": 512, "sequence_length": 64, "metrics": METRICS, "sweep": sweep}
     own = run_of(tmp_path, teacher, measure=settings, prune={"num_drop": 2, "metric": "angular", "contiguous": True})
     measure_stage(own)
     prune_stage(own)
@@ -83,7 +84,7 @@ def test_importance_and_cut_are_those_of_the_stages(tmp_path: Path, teacher: Pat
     model, tokenizer = loaded(teacher)
     read = load_texts(DataSource("python_docs"), max_characters=16 * 512)  # so much of it the stage reads
     importance = shoal.measure_importance(model, tokenizer, read, **settings)
-    for field in ("num_layers", "num_tokens", "layers", "runs", "errors", "orders"):
+    for field in ("num_layers", "num_tokens", "layers", "runs", "errors", "orders", "atlas"):
         assert getattr(importance, field) == getattr(expected, field), field
     plan = shoal.choose_layers(importance, num_drop=2, metric="angular", contiguous=True)
     assert plan.drop == PruningPlan.read(own.dir / "plan.json").drop
@@ -276,8 +277,20 @@ def plan_of(*edits: Edit, num_layers: int = 6) -> PruningPlan:
             r"trainer: must be a m",
         ),
         (
-            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["knowledge_continuation"]}),
-            r"measure_importance: sweep: is for run directories, and has no use for a model in memory; leave it",
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, memory_gb=1),
+            r"measure_importance: memory_gb: is for run directories, and has no use for a model in memory; leave it",
+        ),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["brackets"], "operators": ["mlp"]}),
+            r"sweep: of a model in memory single layers are swept; leave operators and greedy out",
+        ),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"tasks": ["knowlege_continuation"]}),
+            r"measure.sweep.tasks: .*knowlege_continuation.*knowledge_continuation",
+        ),
+        (
+            lambda m, t: shoal.measure_importance(m, t, TEXTS, sweep={"perplexity_tokens": 500}),
+            r"'perplexity': has 1 items, but over 6 removals no interval",
         ),
         (
             lambda m, t: shoal.evaluate(m, t, perplexity_tokens=9, sequence_length=2048),
