@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.api.identity import measured_with
 from shoal.artifacts.artifact import Importance, Provenance, PruningPlan
 from shoal.compress.edits.apply import NOTHING_MADE, edited_student
 from shoal.compress.edits.layer_edits import components_of
@@ -24,7 +25,7 @@ from shoal.data.sources import pack
 from shoal.errors import UserError
 from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
-from shoal.models.in_memory import left_as_it_was, measured_with, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
 from shoal.recipe import measure, prune
 from shoal.recipe.edits import Merge, Replace, Swap
 from shoal.recipe.measure import Measure, Sweeps

@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shoal.api.identity import measured_with
 from shoal.artifacts.artifact import Evaluation
 from shoal.artifacts.tables import Tabular
 from shoal.errors import UserError
 from shoal.eval.compare.means import by_task
 from shoal.eval.evaluate import model_evaluation
 from shoal.eval.tasks.names import refuse_unknown, tasks_fingerprint
-from shoal.models.in_memory import left_as_it_was, measured_with, require_positions, require_tokenizer, require_usable
+from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.recipe.messages import of_arguments
 from shoal.recipe.section import Shapes

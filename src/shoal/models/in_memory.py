@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.load import Checkpoint, LoadSettings, pad_with_end
-from shoal.recipe.section import Section, Shapes, shaping
 
 ATTENTION = ("sdpa", "eager")
 """Attention implementations that keep documents of one row apart."""
@@ -91,11 +90,3 @@ def checkpoint_of(model: PreTrainedModel) -> Checkpoint:
 def name_of(model: PreTrainedModel) -> str:
     """What the model was loaded as, or its family where it was made in memory."""
     return model.config.name_or_path or text_config(model.config).model_type
-
-
-def measured_with(
-    model: PreTrainedModel, section: Section, result: Shapes, place: str, *, seed: int, **content: Any
-) -> dict[str, Any]:
-    """What identifies ``result`` of ``model``: it, settings of ``section`` after ``place``, and ``content``."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"model": name_of(model), "dtype": dtype, "seed": seed, **content, **shaping(section, result, place)}

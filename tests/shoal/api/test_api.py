@@ -1,7 +1,7 @@
 """The functions of `import shoal`: what they give is what the command's stages give, and models are left as they were.
 
-Covers: shoal.api.compressing, shoal.api.evaluating, shoal.api.running, shoal.api.training, shoal.artifacts.tables,
-shoal.models.in_memory.
+Covers: shoal.api.compressing, shoal.api.evaluating, shoal.api.identity, shoal.api.running, shoal.api.training,
+shoal.artifacts.tables, shoal.models.in_memory.
 """
 
 from __future__ import annotations
@@ -129,6 +129,29 @@ def test_healing_is_that_of_the_stage(tmp_path: Path, teacher: Path, docs: list[
     assert (training.num_steps, training.num_tokens) == (STEPS, told.training.num_tokens)
     for name, weight in told.weights().items():
         assert torch.allclose(weight, student.state_dict()[name], rtol=near, atol=0.1 * near), name
+
+
+def test_a_comparison_is_that_of_the_report_item_by_item() -> None:
+    one, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    tasks = ["knowledge_continuation", "retrieval_continuation"]
+    before = shoal.evaluate(one, tiny_tokenizer(), tasks, limit=12, perplexity_tokens=1024)
+    after = shoal.evaluate(other, tiny_tokenizer(), tasks[:1], limit=12, perplexity_tokens=1024, role="pruned")
+    assert after.role == "pruned"
+    rows = shoal.compare(before, after).rows()
+    assert [row["task"] for row in rows] == [tasks[0], "perplexity"]
+    for row in rows:
+        first, second = (next(t for t in e.tasks if t.task == row["task"]) for e in (before, after))
+        gained = [b.score - a.score for a, b in zip(first.items, second.items, strict=True)]
+        weights = [item.weight for item in first.items]
+        assert row["change"] == pytest.approx(sum(map(math.prod, zip(gained, weights, strict=True))) / sum(weights))
+        assert row["change"] == pytest.approx(row["after"] - row["before"])
+        assert row["ci_low"] <= row["change"] <= row["ci_high"]
+        better = [change > 0 if first.higher_is_better else change < 0 for change in gained if change]
+        assert (row["won"], row["lost"], row["n"]) == (sum(better), len(better) - sum(better), first.n)
+    with pytest.raises(shoal.UserError, match=r"compare: the evaluations have no task in common"):
+        shoal.compare(replace(before, tasks=before.tasks[1:2]), after)
+    with pytest.raises(shoal.UserError, match=r"task 'knowledge_continuation': n is 12 in one evaluation and 4"):
+        shoal.compare(before, shoal.evaluate(other, tiny_tokenizer(), tasks[0], limit=4))
 
 
 def test_healing_changes_the_student_alone_and_keeps_what_it_is_in() -> None:
@@ -314,9 +337,10 @@ def test_what_only_a_run_directory_has_a_use_for_is_refused_in_a_sentence() -> N
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     useless = {field.name for field in fields(Distill)} - {*TAKEN, "losses", "num_tokens", "teacher"}
     assert {"data", "local", "writing", "deepspeed", "watch", "num_ranks"} < useless
+    heal: Any = shoal.distill
     for key in useless:
         with pytest.raises(shoal.UserError) as refused:
-            shoal.distill(model, model, TEXTS, tokenizer=tokenizer, **{key: None})
+            heal(model, model, TEXTS, tokenizer=tokenizer, **{key: None})
         assert str(refused.value) == (
             f"shoal.distill: {key}: is for run directories, and has no use for a model in memory; leave it out, or "
             "give a whole recipe to shoal.run"
