@@ -12,6 +12,7 @@ Folders:
     compensation  what makes up for dropped layers without training
     depth         who writes, erases and decides along the depth of a model
     edits         changes of layers besides dropping them
+    heads         heads that copy, and states that carry an answer
     metrics       scores of layers from plain text
     surgery       the student in memory and on disk, proven to be the teacher without the dropped layers
     sweeps        variants scored on tasks, and what follows from it

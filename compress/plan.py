@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from shoal.artifacts.artifact import Importance
+from shoal.artifacts.heads import Heads
 from shoal.artifacts.importance import Removal, SweepColumn
 from shoal.errors import UserError
 from shoal.recipe.edits import Edit, Edits, SkipAttention, SkipMlp, edited_layers, in_words, removed_layers
@@ -39,8 +40,12 @@ class Choice:
     """Reason in words."""
 
 
-def choose_changes(prune: Prune, *, num_layers: int, importance: Importance | None) -> Choice:
+def choose_changes(
+    prune: Prune, *, num_layers: int, importance: Importance | None, heads: Heads | None = None
+) -> Choice:
     """The layers to drop and the edits to make. Layers that edits name are never chosen automatically.
+
+    ``heads`` are those of this model, for ``prune.protect_heads``.
 
     An explicit ``prune.drop`` is the user's wish and overrides the default of ``prune.protect``, which guards automatic
     choices; it may not contradict a protect list that differs from the default, since then the user has said both.
@@ -49,7 +54,7 @@ def choose_changes(prune: Prune, *, num_layers: int, importance: Importance | No
         UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
     """
     _check_edits(prune.edits, num_layers)
-    drop, halves, reason = _choose(prune, num_layers, importance)
+    drop, halves, reason = _choose(prune, num_layers, importance, heads)
     removed = removed_layers(prune.edits)
     if len(drop) + len(removed) == num_layers:
         raise UserError(f"prune: drop and edits together remove all {num_layers} layers; keep at least one")
@@ -125,7 +130,9 @@ def is_automatic(prune: Prune) -> bool:
     return prune.drop is None and not edits_only
 
 
-def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tuple[tuple[int, ...], Edits, str]:
+def _choose(
+    prune: Prune, num_layers: int, importance: Importance | None, heads: Heads | None
+) -> tuple[tuple[int, ...], Edits, str]:
     """Layers that go beside those that edits remove, edits that skip halves, and the reason."""
     if prune.drop is not None:
         drop, reason = _explicit(prune, prune.drop, num_layers)
@@ -146,6 +153,8 @@ def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tup
     protected |= {layer for edit in prune.edits for layer in edited_layers(edit)}
     if "cornerstone" in prune.protect:
         protected |= set(_cornerstones(importance))
+    copying = _copying(prune.protect_heads, heads, num_layers)
+    protected |= set(copying)
     spared = _spared(prune, importance)
     protected |= {layer for column in spared for layer in column.critical}
     halves: Edits = ()
@@ -157,9 +166,28 @@ def _choose(prune: Prune, num_layers: int, importance: Importance | None) -> tup
         drop, reason = _lowest(prune, count, protected, spared, importance)
     if protected:
         reason += f"; {_named(_in_teacher(protected, importance))} protected"
+    if copying:
+        reason += f", {_named(copying)} for {prune.protect_heads:.0%} of the retrieval score"
     if spared:
         reason += f"; nothing significant spent on {', '.join(column.task for column in spared)}"
     return drop, halves, reason
+
+
+def _copying(share: float | None, heads: Heads | None, num_layers: int) -> tuple[int, ...]:
+    """The fewest layers that hold ``share`` of the retrieval score."""
+    if share is None:
+        return ()
+    if heads is None:
+        raise UserError(
+            f"prune.protect_heads: needs {Heads.FILE}, which is not there; set measure.heads and run `shoal measure`, "
+            "or leave it out"
+        )
+    if heads.num_layers != num_layers:
+        raise UserError(
+            f"{Heads.FILE}: was measured on a model of {heads.num_layers} layers, this one has {num_layers}; run "
+            "`shoal measure` again for this model"
+        )
+    return heads.layers_holding(share)
 
 
 def _cornerstones(importance: Importance) -> tuple[int, ...]:

@@ -60,6 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "diagnostics": True,
             "gradient_prompts": 5,
             "probes": [{"path": "probe.jsonl", "max_items": 9, "name": None}],
+            "heads": {"tasks": ["needle"], "num_each": 2, "twins": 1},
             "memory_gb": 3.5,
             "sweep": {
                 "tasks": ["knowledge"],
@@ -207,6 +208,7 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
         "importance": measure.measure_inputs(run),
         "diagnostics": measure._diagnostics_inputs(run),
         "probes": measure._probes_inputs(run),
+        "heads": {} if recipe.measure.heads is None else measure.heads_inputs(run),
         "plan": prune.plan_inputs(run),
         "training": training,
         "control": distilling.control_inputs(run, plan),

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, text_config
+from shoal.models.attention_calls import AttentionInputs
 from shoal.recipe.edits import Merge, Replace
 from shoal.recipe.losses import AttentionRelation, HiddenStates, StateTerm
 
-from .capture import AttentionInputs, Captured, capturing
+from .capture import Captured, capturing
 from .host_batch import document_starts, learnt_places, queued
 
 WINDOW = 4

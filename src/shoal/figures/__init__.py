@@ -8,6 +8,7 @@ atlas        sweeps
 depth        the stack of layers
 depth_use    what models use their layers for
 diagnostics  depth diagnostics and probes
+heads        retrieval heads and patching
 levels       score against level
 pareto       what is kept against what it costs
 """

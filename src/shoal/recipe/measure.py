@@ -14,6 +14,7 @@ from shoal.recipe.section import LEAST_ITEMS, Data, DataSource, Positive, RowLen
 
 Protocol = Literal["loglikelihood", "continuation", "generation"]
 Operator = Literal[ComponentPart, "cumulative"]
+HeadTask = Literal["retrieval", "needle"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,9 @@ class Sweeps(Tasks):
         default_factory=dict
     )
     """Weights of tasks in that mean; none = all tasks count the same."""
+    spare_heads: Annotated[bool, Shapes.BY_CONTENT] = False
+    """The operators head and kv_group take no head out that copies what is asked for, by measure.heads (a retrieval
+    score of 0.1 or more), and no group that serves one."""
     donor: Annotated[Text | None, Shapes.SCORES] = None
     """Model of the same shape whose layers are put in, one at a time: Hub id, local path or demo:<name>."""
     donor_revision: Annotated[str | None, Shapes.SCORES] = None
@@ -78,6 +82,19 @@ class ProbeSet(Section):
 
 
 @dataclass(frozen=True)
+class Heads(Section):
+    """Which heads copy what is asked for (arXiv:2404.15574), and what brings the answer back (arXiv:2504.07898)."""
+
+    tasks: Annotated[tuple[HeadTask, ...], Field(min_length=1), Shapes.HEADS] = ("retrieval", "needle")
+    """Bundled look-ups of 8, 16 and 32 pairs; needles in 20, 40 and 80 sentences."""
+    num_each: Annotated[Positive, Shapes.HEADS] = 3
+    """Prompts of every task, each of these lengths and five places of the needle: 15 times as many of a task."""
+    twins: Annotated[int, Field(ge=0), Shapes.HEADS] = 0
+    """Look-ups of four pairs, each with three twins (another value, two keys exchanged, another key asked for), over
+    which every layer, half and head is patched: by far the most expensive part. 0 = none."""
+
+
+@dataclass(frozen=True)
 class Measure(Section):
     """How layer importance is measured."""
 
@@ -104,6 +121,8 @@ class Measure(Section):
     """Prompts over which diagnostics take integrated gradients, by far their most expensive part; 0 = none."""
     probes: Annotated[tuple[ProbeSet, ...], Shapes.PROBES] = ()
     """Labelled texts whose classes are looked for after every layer: probes.json."""
+    heads: Heads | None = None
+    """Scores of retrieval heads: heads.json. None = they are not measured."""
     beside: Annotated[Text | None, Shapes.NOTHING] = None
     """A model with as many layers, local or on the Hub, that `shoal depth` measures beside the teacher: its base, say,
     or a model that was distilled into its shape; None = only what is made from the teacher."""
@@ -125,6 +144,11 @@ def contradictions(measure: Measure) -> Iterator[str]:
         yield "measure.scale_removals: needs the whole model in memory; leave measure.memory_gb out"
     if sweep is None:
         return
+    if sweep.spare_heads and (measure.heads is None or not {"head", "kv_group"} & set(sweep.operators)):
+        yield (
+            "measure.sweep.spare_heads: needs measured heads and an operator that takes heads out; set measure.heads "
+            "and the operator head or kv_group, or leave it out"
+        )
     limits = {"limit": sweep.limit, **{f"limits.{task}": limit for task, limit in sweep.limits.items()}}
     for place, limit in limits.items():
         if limit is not None and limit < LEAST_ITEMS and sweep.tasks:

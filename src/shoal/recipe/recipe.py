@@ -215,6 +215,11 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """Rules between settings that single fields cannot express."""
     yield from measure.contradictions(recipe.measure)
     yield from prune.contradictions(recipe.prune)
+    plans = () if recipe.search is None else recipe.search.plans
+    named = [("prune", recipe.prune), *((f"search.plans.{index}", plan) for index, plan in enumerate(plans))]
+    for place, own in named:
+        if own.protect_heads is not None and recipe.measure.heads is None:
+            yield f"{place}.protect_heads: needs measured heads; set measure.heads ({{}} will do), or leave it out"
     yield from distill.contradictions(recipe.distill)
     yield from evaluate.contradictions(recipe.eval)
     if recipe.eval.control and recipe.distill.trainable == "replacement":
@@ -238,6 +243,7 @@ def _not_in_rounds(recipe: Recipe) -> Iterator[str]:
         (recipe.search, "search", "compares plans of one cut"),
         (measure.diagnostics, "measure.diagnostics", of_one_model),
         (measure.probes, "measure.probes", of_one_model),
+        (measure.heads, "measure.heads", of_one_model),
         (set(operators) - {"layer"}, "measure.sweep.operators: any but layer", of_one_model),
         (distill.teacher.prefix, "distill.teacher.prefix", "records the state at the first layer of one cut"),
         (

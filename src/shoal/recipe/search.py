@@ -42,6 +42,8 @@ class SearchPlan(Section):
     """As prune.contiguous."""
     protect: tuple[int | Literal["cornerstone"], ...] | None = None
     """As prune.protect."""
+    protect_heads: Annotated[float, Field(gt=0, le=1)] | None = None
+    """As prune.protect_heads."""
     spare: tuple[Text, ...] | None = None
     """As prune.spare."""
     edits: Edits | None = None

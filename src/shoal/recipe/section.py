@@ -90,6 +90,8 @@ class Shapes(Flag):
     """diagnostics.json."""
     PROBES = auto()
     """probes.json."""
+    HEADS = auto()
+    """heads.json."""
     PLAN = auto()
     """plan.json and student/."""
     SIGNALS = auto()
@@ -110,7 +112,7 @@ class Shapes(Flag):
     """eval/speed.json."""
     SEARCH = auto()
     """search.json, besides the plans and scores it is made from."""
-    NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | PLAN | TEXT | TRAINING | SCORES
+    NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | HEADS | PLAN | TEXT | TRAINING | SCORES
     """What comes of running a model."""
 
 

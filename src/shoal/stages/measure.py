@@ -1,4 +1,4 @@
-"""The measure stage: importance.json, diagnostics.json and their figures."""
+"""The measure stage: importance.json, heads.json, diagnostics.json, probes.json and their figures."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import Importance, Provenance
 from shoal.artifacts.depth import Diagnostics, Probes
+from shoal.artifacts.heads import Heads, TaskHeads
 from shoal.artifacts.importance import Removal
 from shoal.atomic_files import fingerprint
 from shoal.data.packing import PackedRows
@@ -23,14 +24,16 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, model_fingerprint
 from shoal.models.load import load_model
 from shoal.progress import doing
-from shoal.recipe.measure import Sweeps
+from shoal.recipe.edits import Component
+from shoal.recipe.measure import HeadTask, Sweeps
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
-from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, resolved
+from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require, resolved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from shoal.compress.heads.prompts import CopyPrompt
     from shoal.compress.variants.streamed import Streaming
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,8 @@ def measure_inputs(run: Run) -> dict[str, Any]:
     if settings is None:
         return inputs
     inputs |= shaping(settings, Shapes.SCORES, "measure.sweep.")
+    if settings.spare_heads:
+        inputs["measure.sweep.spare_heads"] = Provenance(heads_inputs(run)).fingerprint
     forms = [f"{task}_{protocol}" for task in settings.tasks for protocol in settings.protocols]
     inputs["measure.sweep.tasks (files)"] = tasks_fingerprint(forms or settings.tasks, settings.include_path)
     if settings.data_dir is not None:
@@ -82,7 +87,9 @@ def check_measure(run: Run) -> None:
         load_texts(source, max_characters=1)
     for probe in settings.probes:
         load_labelled(probe.source, probe.label)
-    for name, wanted in (("diagnostics", settings.diagnostics), ("probes", settings.probes)):
+    if settings.heads is not None:
+        _head_prompts(run)
+    for name, wanted in (("diagnostics", settings.diagnostics), ("probes", settings.probes), ("heads", settings.heads)):
         if wanted and _is_streamed(run):
             raise UserError(
                 f"measure.{name}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
@@ -197,18 +204,22 @@ def _streaming(run: Run) -> Streaming:
     return Streaming(memory_bytes=int(limit * 2**30), device=device(), spill_folder=run.dir, **run.load_args())
 
 
-def measured(run: Run) -> dict[str, tuple[type[Importance | Diagnostics | Probes], dict[str, Any]]]:
+def measured(run: Run) -> dict[str, tuple[type[Importance | Heads | Diagnostics | Probes], dict[str, Any]]]:
     """What the recipe wants measured, by name: the kind of the result, and what identifies it."""
     settings = run.recipe.measure
     return {
         "measure": (Importance, measure_inputs(run)),
+        **({"heads": (Heads, heads_inputs(run))} if settings.heads else {}),
         **({"diagnostics": (Diagnostics, _diagnostics_inputs(run))} if settings.diagnostics else {}),
         **({"probes": (Probes, _probes_inputs(run))} if settings.probes else {}),
     }
 
 
 def measure(run: Run) -> None:
-    """importance.json and its figures, and diagnostics.json where it is asked for. All ranks take part."""
+    """importance.json and its figures, and heads.json, diagnostics.json and probes.json where they are asked for.
+
+    All ranks take part.
+    """
     wanted = measured(run)
     due = {name for name, (kind, inputs) in wanted.items() if not is_done(kind, run.dir / kind.FILE, inputs, name)}
     if not due:
@@ -218,6 +229,10 @@ def measure(run: Run) -> None:
     seed_everything(run.recipe.seed)
     rows = _rows(run)
     model = None if _is_streamed(run) else load_model(run.base, device=device(), **run.load_args())
+    if "heads" in due:
+        if is_main():
+            _measure_heads(run, model)
+        barrier()
     if "measure" in due:
         importance = _measured(run, model, rows, wanted["measure"][1])
         if is_main():
@@ -282,6 +297,8 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
     skeleton = _streaming(run).open(run.base).model if model is None else model
     sweep = _sweep(run, model, settings)
     known = {operator: components_of(operator, skeleton) for operator in settings.operators if operator != "cumulative"}
+    if settings.spare_heads:
+        known = _without_retrieval_heads(known, read_heads(run), skeleton)
     importance = scored()
     donor = measure_inputs(run).get(DONOR_CONTENT)
     identity = fingerprint([model_fingerprint(run.base), run.recipe.dtype, run.recipe.attention, donor])
@@ -313,6 +330,30 @@ def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Cal
         order = _task_order(run, sweep, settings, _removal_factors(run, model, rows), identity)
         importance = replace(importance, orders={**importance.orders, TASK_ORDER: order})
     return importance
+
+
+def _without_retrieval_heads(
+    known: Mapping[str, tuple[Component, ...]], heads: Heads, model: Any
+) -> dict[str, tuple[Component, ...]]:
+    """Components by operator, but for heads that copy what is asked for and key-value groups that serve one.
+
+    Raises:
+        UserError: no component is left of an operator.
+    """
+    from shoal.compress.edits.layer_edits import layer_edits
+
+    spared = set(heads.retrieval_heads)
+
+    def copies(component: Component) -> bool:
+        return component.index is not None and any(
+            (layer, head) in spared for layer, edit in layer_edits([component], model) for head in edit.indices
+        )
+
+    left = {operator: tuple(one for one in components if not copies(one)) for operator, components in known.items()}
+    if (empty := next((operator for operator, components in left.items() if not components), None)) is not None:
+        raise UserError(f"measure.sweep.spare_heads: every {empty} copies what is asked for; leave it out")
+    log.info("measure: %d retrieval heads are spared", len(spared))
+    return left
 
 
 def _task_order(
@@ -429,6 +470,62 @@ def _inputs(run: Run, result: Shapes, **content: str) -> dict[str, Any]:
     """What identifies ``result``: the model, the ``content`` of text that it is measured on, and settings."""
     settings = {**shaping(run.recipe, result), **shaping(run.recipe.measure, result, "measure.")}
     return {**run.base_identity, **content, **settings}
+
+
+def heads_inputs(run: Run) -> dict[str, Any]:
+    """What identifies heads.json."""
+    settings = run.recipe.measure.heads
+    assert settings is not None
+    return {**_inputs(run, Shapes.HEADS), **shaping(settings, Shapes.HEADS, "measure.heads.")}
+
+
+def read_heads(run: Run) -> Heads:
+    """heads.json, as the recipe asks for it.
+
+    Raises:
+        UserError: it is not there, or was made by other settings.
+    """
+    path = run.dir / Heads.FILE
+    require(Heads, path, heads_inputs(run), "shoal measure")
+    return Heads.read(path)
+
+
+def _head_prompts(run: Run) -> dict[HeadTask, list[CopyPrompt]]:
+    """The prompts by task.
+
+    Raises:
+        UserError: prompts that the model has no positions for, or that its tokenizer cannot make.
+    """
+    from shoal.compress.heads.prompts import copy_prompts
+
+    settings = run.recipe.measure.heads
+    assert settings is not None
+    prompts = copy_prompts(settings.tasks, settings.num_each, run.tokenizer(), seed=run.recipe.seed)
+    for task, own in prompts.items():
+        check_length(run, max(len(prompt.input_ids) for prompt in own), f"measure.heads.tasks: {task}")
+    return prompts
+
+
+def _measure_heads(run: Run, model: Any) -> None:
+    from shoal.compress.heads.patching import patch_effects
+    from shoal.compress.heads.prompts import copy_twins
+    from shoal.compress.heads.scores import score_heads
+    from shoal.figures.heads import heads_figure
+    from shoal.figures.style import save_figure
+
+    settings = run.recipe.measure.heads
+    assert settings is not None
+    tasks = []
+    for task, prompts in _head_prompts(run).items():
+        found = score_heads(model, prompts, batch_size=run.recipe.measure.batch_size)
+        tasks.append(TaskHeads(task, len(prompts), found.num_right, found.scores))
+    num_twins, patched = {}, ()
+    if settings.twins:
+        num_twins, patched = patch_effects(model, copy_twins(settings.twins, run.tokenizer(), seed=run.recipe.seed))
+    heads = Heads(Provenance(heads_inputs(run)), run.num_layers, tuple(tasks), num_twins, patched)
+    heads.write(run.dir / Heads.FILE)
+    save_figure(heads_figure(heads), run.dir / "figures" / "heads.svg")
+    log.info("measure: %s", heads.in_words())
 
 
 def _diagnostics_inputs(run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import ROUND, Importance, Provenance, PruningPlan, differences
+from shoal.artifacts.heads import Heads
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
@@ -19,7 +20,7 @@ from shoal.models.load import load_config
 from shoal.recipe.edits import Edit, Replace, in_words
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main
-from shoal.stages.measure import measure, measure_inputs
+from shoal.stages.measure import heads_inputs, measure, measure_inputs, read_heads
 from shoal.stages.overlap import search_of_rows
 from shoal.stages.run import Run, check_length, is_done, out_of_date, require
 
@@ -36,6 +37,9 @@ def plan_inputs(run: Run) -> dict[str, Any]:
         inputs |= {"prune.rounds": prune.rounds, ROUND: run.round}
     if is_automatic(prune):
         inputs["importance"] = Provenance(measure_inputs(run)).fingerprint
+    if prune.protect_heads is not None:
+        inputs["prune.protect_heads"] = prune.protect_heads
+        inputs["prune.protect_heads (heads)"] = Provenance(heads_inputs(run)).fingerprint
     if prune.compensate is not None:
         inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
         inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
@@ -52,10 +56,11 @@ def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
     from shoal.compress.plan import check_choice, is_automatic
 
-    if is_automatic(run.recipe.prune) and not (run.dir / Importance.FILE).is_file():
+    measured = [Importance.FILE, *([Heads.FILE] if run.recipe.prune.protect_heads is not None else [])]
+    if is_automatic(run.recipe.prune) and not all((run.dir / name).is_file() for name in measured):
         check_choice(run.recipe.prune, num_layers=run.num_layers)
         refuse_impossible_changes(run)
-        log.info("prune: needs %s, measuring first", Importance.FILE)
+        log.info("prune: needs %s, measuring first", " and ".join(measured))
         measure(run)
     importance = read_importance(run)
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
@@ -261,7 +266,8 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
             f"`shoal measure --round {run.round}` first"
         )
     prune = round_of(run.recipe.prune, run.round, num_layers=run.num_layers, kept=layers)
-    choice = choose_changes(prune, num_layers=len(layers), importance=importance)
+    heads = None if prune.protect_heads is None else read_heads(run)
+    choice = choose_changes(prune, num_layers=len(layers), importance=importance, heads=heads)
     if not several:
         return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits)
     if choice.edits:

@@ -37,6 +37,7 @@ from shoal.artifacts.artifact import (
     differences,
     require_same_run,
 )
+from shoal.artifacts.heads import Heads
 from shoal.artifacts.shares import Pilot, Shares
 from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
@@ -479,7 +480,13 @@ def is_done(kind: type[Artifact], path: Path, inputs: dict[str, Any], stage: str
     return True
 
 
-SWITCHES = ("prune.compensate.", "prune.rounds", "measure.scale_removals")
+SWITCHES = (
+    "prune.compensate.",
+    "prune.rounds",
+    "prune.protect_heads",
+    "measure.scale_removals",
+    "measure.sweep.spare_heads",
+)
 """Beginnings of settings that identities have only where they are on: there was a time without them."""
 
 
@@ -511,6 +518,7 @@ def write_story(run: Run) -> None:
     stages = {}
     kinds: list[tuple[str, type[Artifact]]] = [
         (Importance.FILE, Importance),
+        (Heads.FILE, Heads),
         (PruningPlan.FILE, PruningPlan),
         (Shares.FILE, Shares),
         (Pilot.FILE, Pilot),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.artifacts.artifact import Artifact, Evaluation, Importance, Provenance, PruningPlan, Training, differences
+from shoal.artifacts.heads import Heads
 from shoal.artifacts.search import HealedPlan, SearchResult
 from shoal.atomic_files import write_text
 from shoal.errors import UserError
@@ -30,7 +31,7 @@ from shoal.runtime import free_memory
 from shoal.stages import distill as distilling
 from shoal.stages import evaluate, preflight
 from shoal.stages import prune as pruning
-from shoal.stages.measure import measure, measure_inputs
+from shoal.stages.measure import heads_inputs, measure, measure_inputs
 from shoal.stages.run import Run, is_done, locked
 
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def _metrics(recipe: Recipe, prunes: Sequence[Prune]) -> tuple[str, ...]:
 
 
 def _share_importance(run: Run, candidates: Sequence[Candidate]) -> None:
-    """One importance.json for all plans, that of the run itself where it measures all that they need."""
+    """One importance.json (and heads.json) for all plans, those of the run itself where it measures all they need."""
     from shoal.compress.plan import is_automatic
 
     automatic = [candidate for candidate in candidates if is_automatic(candidate.run.recipe.prune)]
@@ -196,6 +197,8 @@ def _share_importance(run: Run, candidates: Sequence[Candidate]) -> None:
     measure(source)
     for candidate in automatic:
         _adopt(Importance, source.dir, candidate.run.dir, Importance.FILE, inputs)
+        if measured.heads is not None:
+            _adopt(Heads, source.dir, candidate.run.dir, Heads.FILE, heads_inputs(wider))
 
 
 def _cut(candidate: Candidate) -> None:

@@ -12,7 +12,10 @@ from architectures import tiny_model as tiny_family
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_tokenizer
 
 from shoal.artifacts.artifact import Importance, PruningPlan
+from shoal.artifacts.heads import Heads
 from shoal.compress import measure as hidden_measure
+from shoal.compress.heads import scores as head_scores
+from shoal.compress.heads.scores import HeadScores
 from shoal.errors import UserError
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import measure as measuring
@@ -304,3 +307,98 @@ def test_what_needs_the_whole_model_is_refused_where_it_does_not_fit(
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(UserError, match=message):
         measuring.measure(make_run({**SMALL, **measure}, model=wide))
+
+
+COPYING = ((0.0,) * 4, (0.0,) * 4, (0.2, 0.0, 0.0, 0.0), (0.0, 0.9, 0.5, 0.0), (0.0,) * 4, (0.05, 0.0, 0.0, 0.0))
+"""Scores of the heads of a tiny llama, which in truth answers nothing right."""
+
+
+@pytest.mark.slow
+def test_heads_are_measured_once_and_protect_the_layers_that_copy(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+
+    def scored(model: Any, prompts: Any, *, batch_size: int) -> HeadScores:
+        asked.append(len(prompts))
+        return HeadScores(7, COPYING)
+
+    monkeypatch.setattr(head_scores, "score_heads", scored)
+    heads = {"heads": {"tasks": ["retrieval"], "num_each": 1}}
+    run = make_run(heads, prune={"num_drop": 2, "protect_heads": 0.9})
+    prune.prune(run)
+    found = Heads.read(run.dir / "heads.json")
+    assert asked == [15]
+    assert (found.tasks[0].num_prompts, found.tasks[0].num_right, found.scores) == (15, 7, COPYING)
+    assert (run.dir / "figures/heads.svg").stat().st_size > 1000
+    assert "3 of 24 heads copy" in caplog.text
+    plan = PruningPlan.read(run.dir / "plan.json")
+    assert not {2, 3} & set(plan.drop)
+    assert "layers 2, 3 for 90% of the retrieval score" in plan.reason
+    measuring.measure(run)
+    prune.prune(run)
+    assert asked == [15]
+    less = make_run(heads, prune={"num_drop": 2, "protect_heads": 0.5})
+    assert prune.plan_inputs(less) != prune.plan_inputs(run)
+    other = make_run({"heads": {"tasks": ["retrieval"], "num_each": 2}}, prune={"num_drop": 2, "protect_heads": 0.9})
+    with pytest.raises(UserError, match=r"heads.json.*measure.heads.num_each"):
+        prune.choose_plan(other, prune.read_importance(other), {})
+
+
+@pytest.mark.slow
+def test_a_sweep_of_heads_spares_those_that_copy(make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_scores, "score_heads", lambda *_, **__: HeadScores(7, COPYING))
+    sweep = {"tasks": ["knowledge"], "protocols": ["continuation"], "limit": 16, "operators": ["head", "kv_group"]}
+    heads = {"tasks": ["retrieval"], "num_each": 1}
+    run = make_run({"heads": heads, "sweep": {**sweep, "spare_heads": True}})
+    measuring.measure(run)
+    tables = Importance.read(run.dir / "importance.json").sweeps
+    every = {(layer, head) for layer in range(NUM_LAYERS) for head in range(4)}
+    assert {(unit.layers[0], unit.index) for unit in tables["head"].units} == every - {(2, 0), (3, 1), (3, 2)}
+    groups = {(layer, group) for layer in range(NUM_LAYERS) for group in range(2)}
+    assert {(unit.layers[0], unit.index) for unit in tables["kv_group"].units} == groups - {(2, 0), (3, 0), (3, 1)}
+    inputs = measuring.measure_inputs
+    assert inputs(run) != inputs(make_run({"heads": heads, "sweep": sweep}))
+    assert inputs(make_run({"heads": heads, "sweep": sweep})) == inputs(make_run({"sweep": sweep}))
+
+
+@pytest.mark.slow
+def test_a_model_that_answers_nothing_right_has_no_heads_to_find(make_run: Any) -> None:
+    run = make_run({"heads": {"tasks": ["retrieval"], "num_each": 1}})
+    with pytest.raises(UserError, match="answers none of 15 prompts right"):
+        measuring.measure(run)
+    assert not (run.dir / "importance.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("measure", "prune_settings", "message"),
+    [
+        ({}, {"protect_heads": 0.9}, "prune.protect_heads: needs measured heads"),
+        ({"heads": {}}, {"protect_heads": 0.9, "drop": [1]}, "prune.protect_heads: has no effect beside prune.drop"),
+        ({"heads": {}}, {"protect_heads": 0.0}, "prune.protect_heads"),
+        ({"heads": {}}, {"protect_heads": 1.5}, "prune.protect_heads"),
+        ({"heads": {}}, {"rounds": 2, "num_drop": 2}, "measure.heads: numbers layers as the model of one round does"),
+        ({"heads": {}, "sweep": {**SWEEP, "spare_heads": True}}, {}, "measure.sweep.spare_heads: needs measured heads"),
+        ({"sweep": {**SWEEP, "operators": ["head"], "spare_heads": True}}, {}, "spare_heads: needs measured heads"),
+        ({"heads": {"tasks": []}}, {}, "measure.heads.tasks"),
+        ({"heads": {"tasks": ["knowledge"]}}, {}, "measure.heads.tasks"),
+    ],
+)
+def test_settings_of_heads_that_contradict_others_are_refused(
+    make_run: Any, measure: dict[str, Any], prune_settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        make_run(measure, prune=prune_settings)
+
+
+def test_plans_of_a_search_need_measured_heads_too(make_run: Any) -> None:
+    plans = [{"num_drop": 1}, {"num_drop": 1, "protect_heads": 0.9}]
+    with pytest.raises(UserError, match=r"search.plans.1.protect_heads: needs measured heads"):
+        make_run(search={"plans": plans})
+
+
+def test_prompts_longer_than_the_model_reads_are_refused(tmp_path: Path, make_run: Any) -> None:
+    short = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=256)
+    run = make_run({"heads": {"tasks": ["retrieval"], "num_each": 1}}, model=str(short))
+    with pytest.raises(UserError, match=r"measure.heads.tasks: retrieval: \d+ is more than the 256 positions"):
+        measuring.measure(run)

@@ -22,10 +22,11 @@ from shoal.artifacts.artifact import ClosedGap, Provenance, PruningPlan
 from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of, with_state
+from shoal.models.attention_calls import AttentionInputs
 from shoal.recipe.edits import Edits, Merge, Replace, SkipMlp
 from shoal.recipe.losses import AttentionRelation, HiddenStates, StateTerm, ValueRelation
 from shoal.train.objective import layer_losses
-from shoal.train.objective.capture import AttentionInputs, Captured, capturing
+from shoal.train.objective.capture import Captured, capturing
 from shoal.train.objective.layer_losses import StateLosses, layer_map, layer_pairs
 from shoal.train.objective.objective import SharedPrefix, final_hidden
 
