@@ -87,6 +87,7 @@ def _measure(run: Run) -> Stage:
     what = f"{', '.join(settings.metrics)} over {settings.num_tokens:,} tokens"
     if settings.sweep is not None:
         what += f", sweeps of {', '.join(settings.sweep.operators)}"
+    what += ", retrieval heads" if settings.heads is not None else ""
     return Stage("measure", due[0][0], "; ".join(filter(None, [*(why for _, why in due), what])), UNKNOWN, UNKNOWN)
 
 

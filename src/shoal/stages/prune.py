@@ -54,13 +54,12 @@ def plan_inputs(run: Run) -> dict[str, Any]:
 
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
-    from shoal.compress.plan import check_choice, is_automatic
+    from shoal.compress.plan import check_choice
 
-    measured = [Importance.FILE, *([Heads.FILE] if run.recipe.prune.protect_heads is not None else [])]
-    if is_automatic(run.recipe.prune) and not all((run.dir / name).is_file() for name in measured):
+    if missing := [kind.FILE for kind, _ in _chosen_by(run) if not (run.dir / kind.FILE).is_file()]:
         check_choice(run.recipe.prune, num_layers=run.num_layers)
         refuse_impossible_changes(run)
-        log.info("prune: needs %s, measuring first", " and ".join(measured))
+        log.info("prune: needs %s, measuring first", " and ".join(missing))
         measure(run)
     importance = read_importance(run)
     path, student = run.dir / PruningPlan.FILE, run.dir / "student"
@@ -167,10 +166,17 @@ def expected_plan(run: Run) -> PruningPlan:
 
 def _is_settled(run: Run) -> bool:
     """Whether all is there that layers are chosen by."""
+    return all(out_of_date(kind, run.dir / kind.FILE, inputs) == [] for kind, inputs in _chosen_by(run))
+
+
+def _chosen_by(run: Run) -> list[tuple[type[Importance | Heads], dict[str, Any]]]:
+    """What layers are chosen by: the kind of each result, and what identifies it; nothing where they are named."""
     from shoal.compress.plan import is_automatic
 
-    is_measured = out_of_date(Importance, run.dir / Importance.FILE, measure_inputs(run)) == []
-    return is_measured or not is_automatic(run.recipe.prune)
+    if not is_automatic(run.recipe.prune):
+        return []
+    heads = [] if run.recipe.prune.protect_heads is None else [(Heads, heads_inputs(run))]
+    return [(Importance, measure_inputs(run)), *heads]
 
 
 def what_is_cut(run: Run) -> list[str] | None:
