@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from shoal.artifacts.artifact import ROUND
 from shoal.recipe.losses import STATE_TERMS, HiddenStates
 
 from ..engine.arguments import DEFAULTS
@@ -57,7 +58,6 @@ def job(spec: TrainSpec) -> Job:
     """
     teacher = teacher_size(spec.teacher.config, attention=spec.teacher.load.attention)
     setting = _setting(spec, teacher)
-    plan = spec.plan
     student = student_size(
         spec.student.config,
         sequence_length=spec.settings.sequence_length,
@@ -65,9 +65,18 @@ def job(spec: TrainSpec) -> Job:
         dtype=torch.float32 if setting.weight_bytes == 4 else torch.bfloat16,
         autocast=setting.autocast,
         attention=spec.student.load.attention,
-        changed=[plan.keep.index(layer) for layer in plan.changed_layers],
+        changed=_not_the_teachers(spec),
     )
     return Job(spec, student, teacher, setting)
+
+
+def _not_the_teachers(spec: TrainSpec) -> set[int]:
+    """Layers of the student whose weights are others than the teacher's before they are trained, frozen or not."""
+    plan = spec.plan
+    changed = {plan.keep.index(layer) for layer in plan.changed_layers}
+    # adapters of an earlier round went into weights that are frozen now; else what was trained once is trained again
+    had_adapters = spec.settings.lora is not None and plan.provenance.inputs.get(ROUND, 1) != 1
+    return changed | {*spec.trained.layers} if had_adapters else changed
 
 
 def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:

@@ -282,7 +282,8 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
             "choose a metric of layers, or set prune.rounds: 1"
         )
     gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
-    return PruningPlan(Provenance(inputs), run.num_layers, tuple(sorted(gone)), f"in {run.called}, {choice.reason}")
+    provenance = Provenance({**inputs, ROUND: run.round})  # training reads it of a plan that is only told of, too
+    return PruningPlan(provenance, run.num_layers, tuple(sorted(gone)), f"in {run.called}, {choice.reason}")
 
 
 def _in_base(run: Run, plan: PruningPlan) -> PruningPlan:

@@ -202,6 +202,43 @@ def test_a_run_that_was_killed_after_the_first_round_goes_on_to_the_same_bits(
     assert PruningPlan.read(run / "plan.json").drop == PruningPlan.read(whole / "plan.json").drop
 
 
+@pytest.fixture(scope="module")
+def stepwise(teacher: Path, tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch) -> Path:
+    """`shoal distill` in two rounds with a checkpoint after every step, never interrupted."""
+    folder = tmp_path_factory.mktemp("stepwise")
+    often = {"trainer": {"learning_rate": 5e-3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": STEPS}}
+    distill = settings(teacher, folder)["distill"]
+    recipe = written(teacher, folder, distill={**distill, **often})
+    assert call(patched, "distill", recipe) == 0
+    return recipe.parent
+
+
+@pytest.mark.parametrize("killed", [1, 2])
+def test_a_round_that_was_killed_in_its_training_goes_on_to_the_same_bits(
+    stepwise: Path, tmp_path: Path, patched: pytest.MonkeyPatch, killed: int
+) -> None:
+    """As if the process had died after the second step of round ``killed``."""
+    copy = tmp_path / "copy"
+    shutil.copytree(stepwise, copy)
+    run = copy / "run"
+    if killed == 1:
+        for path in [own for own in run.iterdir() if own.name not in ("rounds", "text")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder = run / "rounds" / "1" if killed == 1 else run
+    shutil.rmtree(folder / "distilled")
+    (folder / "distill.json").unlink()
+    for step in (3, 4):
+        shutil.rmtree(folder / "checkpoints" / f"checkpoint-{step}")
+    launcher = Launcher()
+    assert call(patched, "distill", copy / "recipe.yaml", f"run_dir={run}", launcher=launcher) == 0, launcher.log
+    assert len(launcher.arguments) == (2 if killed == 1 else 1)
+    assert "going on from" in launcher.log, "it began anew"
+    for name in ("rounds/1/distilled", "student", "distilled"):
+        assert same_weights(run / name, stepwise / "run" / name), name
+    rows = Training.read(folder / "distill.json").rows()
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(("ranks", "zero"), [(1, "zero0"), (2, "zero3")])
 def test_ranks_without_our_launcher_do_every_round_themselves(
     whole: Path, teacher: Path, tmp_path: Path, ranks: int, zero: str
