@@ -181,9 +181,9 @@ def parts(bench: BesideLoop) -> dict[str, Any]:
 
 
 def parts_of(bench: BesideLoop, part: ComponentPart, protocol: str) -> dict[str, Any]:
-    asked = instances(f"retrieval_{protocol}", bench.arguments.questions)
+    asked = instances(f"knowledge_{protocol}", bench.arguments.questions)
     lm = VariantsLM(bench.edited, bench.tokenizer, bench.without_each, 8)
-    limits = Limits(16, lambda tokens: tokens[-1] == bench.tokenizer.eos_token_id)
+    limits = Limits(8, lambda tokens: tokens[-1] == bench.tokenizer.eos_token_id)
 
     def swept(variants: Sequence[Variant]) -> Any:
         if protocol == "generation":
