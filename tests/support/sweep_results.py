@@ -111,7 +111,7 @@ def tables() -> dict[str, tuple[Sweep, tuple[Measured, ...]]]:
     found = {"layer": table_of("layer", [Component((layer,)) for layer in range(NUM_LAYERS)], intact, removed)}
     base = [item.score for item in intact[3].items]
     parts: tuple[tuple[ComponentPart, dict[str, tuple[int, ...]], float], ...]
-    parts = ("skip_prompt", READ, 0.25), ("skip_written", WROTE, 0.75)
+    parts = ("skip_prompt", READ, 0.25), ("skip_written", WROTE, 0.5)
     for operator, lost, share in parts:
         units = [Component((layer,), operator) for layer in range(NUM_LAYERS)]
         variants = [

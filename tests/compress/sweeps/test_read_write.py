@@ -42,8 +42,8 @@ def test_nats_that_are_added_are_losses() -> None:
     (whole,) = (own for own in tables()["layer"][0].columns if own.task == found.task)
     for layer, effect in enumerate(whole.effects):
         assert found.reading[layer].value == pytest.approx(0.25 * effect.change.value)
-        assert found.writing[layer].value == pytest.approx(0.75 * effect.change.value)
-        assert found.interaction[layer].value == pytest.approx(0.0, abs=1e-12)
+        assert found.writing[layer].value == pytest.approx(0.5 * effect.change.value)
+        assert found.interaction[layer].value == pytest.approx(0.25 * effect.change.value)
 
 
 def test_the_interval_of_an_interaction_is_a_bootstrap_of_the_items_own_interactions() -> None:

@@ -276,7 +276,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_model_that_does_not_fit_is_measured_from_its_files_with_the_same_numbers(
     make_run: Any, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    swept = {**SWEEP, "protocols": ["continuation"], "batch_size": 1}
+    operators = ["layer", "skip_prompt", "skip_written"]
+    swept = {**SWEEP, "protocols": ["continuation"], "batch_size": 1, "operators": operators}
     whole = make_run({"sweep": swept}, model=wide, run_dir=str(tmp_path / "whole"))
     measuring.measure(whole)
     monkeypatch.setattr(measuring, "load_model", lambda *_, **__: pytest.fail("loaded"))
