@@ -26,14 +26,12 @@ from .compensation.check import refuse_quantised
 from .compensation.size import fits_by_layers, fitting_size
 from .compensation.source import streaming_of
 from .edits.apply import refuse_impossible_edits
+from .layer_sizes import stored_bytes, usual_length
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
-from .surgery.stored_names import NotByCopy, find_layers, student_names
 from .targets.check import TARGETS, check_targets, refuse, student_config
 
-NUM_TOKENS = 2048
-"""Length at which caches and speeds are given, or the model's positions where those are fewer."""
 CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
 
 
@@ -89,14 +87,16 @@ def estimate(
     runs_in = loaded_dtype(config, dtype, shards)
     before, after = (without_data(part, dtype=runs_in) for part in (plain, student))
     refuse_changed_layers(before, after, keep)
-    written = _written_bytes(shards, before, keep)
+    by_layer = stored_bytes(shards, before)
     stored = _num_bytes(shards)
     costs = model_cost(before), model_cost(after)
-    if written is None:  # then the student is saved as transformers names and merges its tensors
+    if by_layer is None:  # then the student is saved as transformers names and merges its tensors
         written = stored * costs[1].num_parameters // costs[0].num_parameters
+    else:
+        written = by_layer.of(keep)
     width = stored / costs[0].num_parameters if quantisation else runs_in.itemsize
     sides = _Side(costs[0], stored, width), _Side(costs[1], written, width)
-    length = min(NUM_TOKENS, getattr(text_config(config), "max_position_embeddings", None) or NUM_TOKENS)
+    length = usual_length(config)
     parts = (
         ["dry run: nothing is written"],
         _about(teacher_folder, config, plan, keep, runs_in),
@@ -114,17 +114,6 @@ def estimate(
 
 def _num_bytes(shards: Sequence[Shard]) -> int:
     return sum(tensor.end - tensor.start for shard in shards for tensor in shard.tensors.values())
-
-
-def _written_bytes(shards: Sequence[Shard], teacher: PreTrainedModel, keep: Sequence[int]) -> int | None:
-    """Of the student's tensors; None where names alone do not tell which those are."""
-    stored = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
-    try:
-        prefix = find_layers({name: tensor.shape for name, tensor in stored.items()}, teacher, teacher.config)
-    except NotByCopy:
-        return None
-    names = student_names(stored, prefix=prefix, num_layers=text_config(teacher.config).num_hidden_layers, keep=keep)
-    return sum(stored[name].end - stored[name].start for name in names)
 
 
 def _about(folder: Path, config: Any, plan: PruningPlan, keep: Sequence[int], dtype: torch.dtype) -> list[str]:

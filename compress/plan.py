@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shoal.artifacts.artifact import Importance
 from shoal.artifacts.heads import Heads
-from shoal.artifacts.importance import Removal, SweepColumn
+from shoal.artifacts.importance import SweepColumn
 from shoal.errors import UserError
-from shoal.recipe.edits import Edit, Edits, SkipAttention, SkipMlp, edited_layers, in_words, removed_layers
+from shoal.recipe.edits import Edit, Edits, edited_layers, in_words, removed_layers
 from shoal.recipe.prune import Prune
 
+from .goals import Goals
+from .orders import first_of_order, in_teacher, is_of_halves, layers_of, prefixes_of
+from .sparing import affordable, costs, require_affordable, spared_columns, warn_without_signal
 from .sweeps.atlas import cornerstones
 from .sweeps.columns import layer_scores, ranks, swept_columns, unknown
-from .sweeps.expected_loss import is_loss, joint_change
+from .to_target import ALL_FREE, Cut, best_cuts, cheapest_layers, cheapest_run, free_cuts, runs_of, unbeaten
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +28,6 @@ DEFAULT_METRIC = "block_influence"
 DEFAULT_RUN_METRIC = "angular"
 DEFAULT_PART = 8
 """Number of layers of which one is dropped by default."""
-HALVES = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,17 @@ class Choice:
 
 
 def choose_changes(
-    prune: Prune, *, num_layers: int, importance: Importance | None, heads: Heads | None = None
+    prune: Prune,
+    *,
+    num_layers: int,
+    importance: Importance | None,
+    heads: Heads | None = None,
+    goals: Goals | None = None,
 ) -> Choice:
     """The layers to drop and the edits to make. Layers that edits name are never chosen automatically.
 
-    ``heads`` are those of this model, for ``prune.protect_heads``.
+    ``heads`` are those of this model, for ``prune.protect_heads``. ``goals``: what prune.target asks of it; given where
+    that is set, and only there.
 
     An explicit ``prune.drop`` is the user's wish and overrides the default of ``prune.protect``, which guards automatic
     choices; it may not contradict a protect list that differs from the default, since then the user has said both.
@@ -54,7 +62,7 @@ def choose_changes(
         UserError: a choice that is impossible or contradicts itself, or importance that is missing or another model's.
     """
     _check_edits(prune.edits, num_layers)
-    drop, halves, reason = _choose(prune, num_layers, importance, heads)
+    drop, halves, reason = _choose(prune, num_layers, importance, heads, goals)
     removed = removed_layers(prune.edits)
     if len(drop) + len(removed) == num_layers:
         raise UserError(f"prune: drop and edits together remove all {num_layers} layers; keep at least one")
@@ -62,21 +70,27 @@ def choose_changes(
     return Choice(tuple(sorted({*drop, *removed})), edits, "; ".join(filter(None, [reason, *map(in_words, edits)])))
 
 
-def stand_in(prune: Prune, *, num_layers: int) -> Choice:
-    """As many layers as will be chosen by scores, the last that may go, to tell sizes before there are scores.
+def stand_in(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> Choice:
+    """As many layers as will be chosen by scores, the last that may go, to tell sizes before there are scores; with
+    ``goals`` as many as reach them.
 
     Raises:
         UserError: an impossible number of layers.
     """
-    count = _count(prune, num_layers)
-    taken = _protected(prune.protect, num_layers) | {layer for edit in prune.edits for layer in edited_layers(edit)}
-    drop = [layer for layer in range(num_layers) if layer not in taken][-count:]
-    reason = f"a stand-in: {_layers(count, num_layers)}, chosen once they are measured"
+    taken = _protected(prune.protect, num_layers) | _edited(prune)
+    free = [layer for layer in range(num_layers) if layer not in taken]
+    if goals is not None:
+        lasts = [free[-count:] for count in range(1, min(len(free), num_layers - 1) + 1)]
+        goals.refuse_unreachable(lasts, ALL_FREE)
+        drop = next(cut for cut in lasts if goals.reached(cut))
+    else:
+        drop = free[-_count(prune, num_layers) :]
+    reason = f"a stand-in: {layers_of(len(drop), num_layers)}, chosen once they are measured"
     return Choice(tuple(sorted({*drop, *removed_layers(prune.edits)})), prune.edits, reason)
 
 
-def check_choice(prune: Prune, *, num_layers: int) -> None:
-    """Refuse what no measurement could make possible, before anything is measured.
+def check_choice(prune: Prune, *, num_layers: int, goals: Goals | None = None) -> None:
+    """Refuse what no measurement could make possible, before anything is measured. ``goals``: as in choose_changes.
 
     Raises:
         UserError: as choose_changes does, as far as it needs no scores.
@@ -84,6 +98,10 @@ def check_choice(prune: Prune, *, num_layers: int) -> None:
     _check_edits(prune.edits, num_layers)
     if prune.drop is not None:
         _explicit(prune, prune.drop, num_layers)
+    elif goals is not None:
+        protected = _protected(prune.protect, num_layers) | _edited(prune)
+        free = [layer for layer in range(num_layers) if layer not in protected]
+        goals.refuse_unreachable(free_cuts(free, num_layers), ALL_FREE)
     elif is_automatic(prune):
         counts = drops_by_round(prune, num_layers)
         free = num_layers - len(_protected(prune.protect, num_layers))
@@ -103,7 +121,8 @@ def drops_by_round(prune: Prune, num_layers: int) -> tuple[int, ...]:
     count, rounds = _count(prune, num_layers), prune.rounds
     if rounds > count:
         raise UserError(
-            f"prune.rounds: {rounds} rounds are more than the {_layers(count, num_layers)} to drop; set at most {count}"
+            f"prune.rounds: {rounds} rounds are more than the {layers_of(count, num_layers)} to drop; set at most "
+            f"{count}"
         )
     return tuple(count // rounds + (number < count % rounds) for number in range(rounds))
 
@@ -126,12 +145,12 @@ def round_of(prune: Prune, number: int, *, num_layers: int, kept: Sequence[int])
 
 def is_automatic(prune: Prune) -> bool:
     """Whether layers are to be chosen by scores, so that importance.json is needed."""
-    edits_only = prune.edits and prune.num_drop is None and prune.ratio is None
+    edits_only = prune.edits and prune.num_drop is None and prune.ratio is None and prune.target is None
     return prune.drop is None and not edits_only
 
 
 def _choose(
-    prune: Prune, num_layers: int, importance: Importance | None, heads: Heads | None
+    prune: Prune, num_layers: int, importance: Importance | None, heads: Heads | None, goals: Goals | None
 ) -> tuple[tuple[int, ...], Edits, str]:
     """Layers that go beside those that edits remove, edits that skip halves, and the reason."""
     if prune.drop is not None:
@@ -139,8 +158,7 @@ def _choose(
         return drop, (), reason
     if not is_automatic(prune):
         return (), (), ""
-    count = _count(prune, num_layers)
-    protected = _protected(prune.protect, num_layers)
+    wanted = goals or _count(prune, num_layers)
     if importance is None:
         raise UserError(
             "prune: choosing layers needs importance.json; run `shoal measure` first, or name layers in prune.drop"
@@ -150,22 +168,18 @@ def _choose(
             f"importance.json: was measured on a model of {importance.num_layers} layers, this one has {num_layers}; "
             "run `shoal measure` again for this model"
         )
-    protected |= {layer for edit in prune.edits for layer in edited_layers(edit)}
-    if "cornerstone" in prune.protect:
-        protected |= set(_cornerstones(importance))
-    copying = _copying(prune.protect_heads, heads, num_layers)
-    protected |= set(copying)
-    spared = _spared(prune, importance)
-    protected |= {layer for column in spared for layer in column.critical}
+    protected, copying, spared = _guarded(prune, importance, heads)
     halves: Edits = ()
     if prune.contiguous:
-        drop, reason = _best_run(prune, count, protected, spared, importance)
+        drop, reason = _best_run(prune, wanted, protected, spared, importance)
     elif prune.metric in importance.orders and prune.metric not in importance.layers:
-        drop, halves, reason = _first_of_order(prune.metric, count, protected, spared, importance)
+        drop, halves, reason = first_of_order(prune.metric, wanted, protected, spared, importance)
     else:
-        drop, reason = _lowest(prune, count, protected, spared, importance)
+        drop, reason = _lowest(prune, wanted, protected, spared, importance)
+    if goals is not None:
+        reason += f", for {goals.in_words(drop)}"
     if protected:
-        reason += f"; {_named(_in_teacher(protected, importance))} protected"
+        reason += f"; {_named(in_teacher(protected, importance))} protected"
     if copying:
         reason += f", {_named(copying)} for {prune.protect_heads:.0%} of the retrieval score"
     if spared:
@@ -190,6 +204,55 @@ def _copying(share: float | None, heads: Heads | None, num_layers: int) -> tuple
     return heads.layers_holding(share)
 
 
+def _guarded(
+    prune: Prune, importance: Importance, heads: Heads | None
+) -> tuple[set[int], tuple[int, ...], tuple[SweepColumn, ...]]:
+    """The layers that may not go, those among them that stay for their heads, and the columns on which nothing
+    significant may be spent."""
+    protected = _protected(prune.protect, importance.num_layers) | _edited(prune)
+    if "cornerstone" in prune.protect:
+        protected |= set(_cornerstones(importance))
+    copying = _copying(prune.protect_heads, heads, importance.num_layers)
+    spared = spared_columns(prune, importance)
+    return protected | {*copying} | {layer for column in spared for layer in column.critical}, copying, spared
+
+
+def cuts_by_size(
+    prune: Prune, importance: Importance, num_bytes: Sequence[int], heads: Heads | None = None
+) -> tuple[str, list[Cut]]:
+    """What is told of cuts in words, and the cuts that the metric of ``prune`` finds best, one per size, the whole
+    model first.
+
+    Of layers and of runs those that no other one beats in both score and ``num_bytes``, the bytes that go with each
+    layer; of an order its prefixes. Nothing significant is spent where that is to be spared.
+
+    Raises:
+        UserError: as choose_changes, for a column or heads that are not there.
+    """
+    protected, _, spared = _guarded(prune, importance, heads)
+    free, whole = _free(protected, importance), Cut((), 0.0)
+    if prune.contiguous:
+        metric = prune.metric or DEFAULT_RUN_METRIC
+        runs = runs_of(_rows(metric, importance), free, importance.num_layers)
+        told, cuts = metric, unbeaten(runs, num_bytes)
+    elif prune.metric in importance.orders and prune.metric not in importance.layers:
+        metric = prune.metric
+        removals = [removal for removal in importance.orders[metric] if not protected & set(removal.unit.layers)]
+        prefixes = prefixes_of(removals, spared, of_halves=is_of_halves(metric, importance))
+        told = f"{metric} without them"
+        by_layers = {tuple(sorted(layers)): removals[at].score for at, layers in reversed(prefixes) if layers}
+        cuts = [Cut(*cut) for cut in reversed(by_layers.items())]
+    else:
+        told, scores = _scores(prune, importance)
+        told = f"sum of {told}"
+        cuts = best_cuts(scores, free, num_bytes)
+    return told, [whole, *(cut for cut in cuts if not costs(cut.layers, spared))]
+
+
+def _edited(prune: Prune) -> set[int]:
+    return {layer for edit in prune.edits for layer in edited_layers(edit)}
+
+
 def _cornerstones(importance: Importance) -> tuple[int, ...]:
     if importance.atlas is None:
         raise UserError(
@@ -197,46 +260,6 @@ def _cornerstones(importance: Importance) -> tuple[int, ...]:
             "measure.sweep.tasks and measure again, or name the layers to protect"
         )
     return cornerstones(importance.atlas.sweep)
-
-
-def _spared(prune: Prune, importance: Importance) -> tuple[SweepColumn, ...]:
-    """The columns on which nothing significant may be spent."""
-    columns_by_task: dict[str, SweepColumn] = {}
-    for name in prune.spare:
-        columns = swept_columns(name, importance)
-        if not columns:
-            raise unknown(name, importance, f"prune.spare: {name}", swept_only=True)
-        columns_by_task |= {column.task: column for column in columns}
-        _warn_without_signal(name, importance)
-    return tuple(columns_by_task.values())
-
-
-def _affordable(layers: Iterable[int], count: int, spared: Sequence[SweepColumn]) -> list[int]:
-    """The first ``count`` of ``layers`` whose summed loss is significant on no spared column; fewer if there are not.
-
-    A layer with which the sum would become significant is passed over, and the next one tried.
-    """
-    taken: list[int] = []
-    for layer in layers:
-        if len(taken) == count:
-            break
-        if not _costs([*taken, layer], spared):
-            taken.append(layer)
-    return taken
-
-
-def _costs(layers: Sequence[int], spared: Sequence[SweepColumn]) -> bool:
-    """Whether the summed loss is significant on a spared column."""
-    return any(is_loss(column, joint_change(column, layers)) for column in spared)
-
-
-def _require_affordable(num_affordable: int, count: int, spared: Sequence[SweepColumn]) -> None:
-    if num_affordable < count:
-        names = ", ".join(column.task for column in spared)
-        raise UserError(
-            f"prune.spare: only {num_affordable} of the {count} layers asked for can go without a significant loss on "
-            f"{names}, by the sum of their single removals; drop fewer or spare less"
-        )
 
 
 def _check_edits(edits: Sequence[Edit], num_layers: int) -> None:
@@ -272,7 +295,7 @@ def _explicit(prune: Prune, drop: Sequence[int], num_layers: int) -> tuple[tuple
             f"prune.drop: names layer {guarded[0]}, which prune.protect={list(prune.protect)} forbids; "
             "change one of them"
         )
-    reason = f"{_layers(len(drop), num_layers)} named in the recipe"
+    reason = f"{layers_of(len(drop), num_layers)} named in the recipe"
     if guarded:
         log.warning("prune.drop names %s, which an automatic choice would protect", _named(guarded))
         reason += f", among them {_named(guarded)}, which an automatic choice would protect"
@@ -311,11 +334,8 @@ def _protected(protect: Sequence[int | str], num_layers: int) -> set[int]:
     return {layer % num_layers for layer in named}
 
 
-def _best_run(
-    prune: Prune, count: int, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
-) -> tuple[tuple[int, ...], str]:
-    """The cheapest run of ``count`` neighbours without a protected layer (Gromov et al. 2024, arXiv:2403.17887)."""
-    metric = prune.metric or DEFAULT_RUN_METRIC
+def _rows(metric: str, importance: Importance) -> tuple[tuple[float, ...], ...]:
+    """The scores of runs under ``metric``, by length - 1 and first layer."""
     if metric not in importance.runs and (
         metric in (*importance.layers, *importance.orders) or swept_columns(metric, importance)
     ):
@@ -325,7 +345,22 @@ def _best_run(
         )
     if metric not in importance.runs:
         raise unknown(metric, importance, f"prune.metric={metric}")
-    rows = importance.runs[metric]
+    return importance.runs[metric]
+
+
+def _best_run(
+    prune: Prune, wanted: int | Goals, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
+) -> tuple[tuple[int, ...], str]:
+    """The cheapest run of ``wanted`` neighbours, or of as many as reach the goals, without a protected layer (Gromov et
+    al. 2024, arXiv:2403.17887)."""
+    metric = prune.metric or DEFAULT_RUN_METRIC
+    rows = _rows(metric, importance)
+    if isinstance(wanted, Goals):
+        runs = tuple(runs_of(rows, _free(protected, importance), importance.num_layers))
+        run = cheapest_run(runs, wanted, lambda layers: costs(layers, spared))
+        lowest = f"the run of neighbours with the lowest {metric} ({run.score:.4g}) that reaches the target"
+        return run.layers, f"{layers_of(len(run.layers), importance.num_layers)}: {lowest}"
+    count = wanted
     if count > len(rows):
         raise UserError(
             f"prune.metric={metric}: was measured for runs of up to {len(rows)} layers, but {count} are to go; set "
@@ -336,50 +371,63 @@ def _best_run(
     if not free:
         raise UserError(
             f"prune: no run of {count} neighbouring layers is free of protected layers "
-            f"{_in_teacher(protected, importance)}; "
+            f"{in_teacher(protected, importance)}; "
             f"the longest has {_longest_run(protected, importance.num_layers)}. Drop fewer or shorten prune.protect"
             + (" or prune.spare" if spared else "")
         )
-    starts = [start for start in free if not _costs(range(start, start + count), spared)]
-    _require_affordable(count if starts else 0, count, spared)
+    starts = [start for start in free if not costs(range(start, start + count), spared)]
+    require_affordable(count if starts else 0, count, spared)
     best = min(starts, key=lambda start: (scores[start], start))
     reason = (
-        f"the run of {_layers(count, importance.num_layers)} with the lowest {metric} ({scores[best]:.4g}) "
+        f"the run of {layers_of(count, importance.num_layers)} with the lowest {metric} ({scores[best]:.4g}) "
         f"of {len(starts)} possible"
     )
     return tuple(range(best, best + count)), reason
 
 
 def _lowest(
-    prune: Prune, count: int, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
+    prune: Prune, wanted: int | Goals, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
 ) -> tuple[tuple[int, ...], str]:
-    """The ``count`` layers of lowest score wherever they are; equal scores go by lower index."""
+    """The ``wanted`` layers of lowest score wherever they are, or those of lowest sum that reach the goals; equal
+    scores go by lower index."""
     metric, scores = _scores(prune, importance)
-    candidates = [layer for layer in range(importance.num_layers) if layer not in protected]
+    candidates = _free(protected, importance)
+    if isinstance(wanted, Goals):
+        chosen = cheapest_layers(scores, candidates, wanted, lambda layers: costs(layers, spared))
+        total = sum(scores[layer] for layer in chosen)
+        return chosen, (
+            f"{layers_of(len(chosen), importance.num_layers)}: of all that reach the target the lowest sum of {metric} "
+            f"({total:.4g})"
+        )
+    count = wanted
     if count > len(candidates):
         raise UserError(
             f"prune: asks to drop {count} layers, but only {len(candidates)} of {importance.num_layers} are not "
-            f"protected ({_in_teacher(protected, importance)}); drop fewer or shorten prune.protect"
+            f"protected ({in_teacher(protected, importance)}); drop fewer or shorten prune.protect"
             + (" or prune.spare" if spared else "")
         )
-    drop = _affordable(sorted(candidates, key=lambda layer: (scores[layer], layer)), count, spared)
-    _require_affordable(len(drop), count, spared)
+    drop = affordable(sorted(candidates, key=lambda layer: (scores[layer], layer)), count, spared)
+    require_affordable(len(drop), count, spared)
     reason = (
-        f"the {_layers(count, importance.num_layers)} with the lowest {metric} "
+        f"the {layers_of(count, importance.num_layers)} with the lowest {metric} "
         f"({scores[drop[0]]:.4g} to {scores[drop[-1]]:.4g})"
     )
     return tuple(sorted(drop)), reason
+
+
+def _free(protected: set[int], importance: Importance) -> list[int]:
+    return [layer for layer in range(importance.num_layers) if layer not in protected]
 
 
 def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...]]:
     """Name of the scores in words, and one score per layer."""
     if not prune.weights:
         metric = prune.metric or DEFAULT_METRIC
-        _warn_without_signal(metric, importance)
+        warn_without_signal(metric, importance)
         return metric, layer_scores(metric, importance, setting=f"prune.metric={metric}")
     total, mix = sum(prune.weights.values()), [0.0] * importance.num_layers
     for name, weight in prune.weights.items():
-        _warn_without_signal(name, importance)
+        warn_without_signal(name, importance)
         for layer, rank in enumerate(ranks(layer_scores(name, importance, setting=f"prune.weights.{name}"))):
             mix[layer] += weight / total * rank
     parts = " + ".join(f"{weight / total:.2g} {name}" for name, weight in prune.weights.items())
@@ -387,77 +435,9 @@ def _scores(prune: Prune, importance: Importance) -> tuple[str, tuple[float, ...
     return f"mean rank of {parts}", tuple(round(value, 12) for value in mix)
 
 
-def _warn_without_signal(name: str, importance: Importance) -> None:
-    if name in (*importance.layers, *importance.runs, *importance.orders):
-        return
-    for column in swept_columns(name, importance):
-        if column.higher_is_better and column.no_retention:
-            log.warning("prune: %s says little about layers: %s", column.task, column.no_retention)
-
-
-def _first_of_order(
-    metric: str, count: int, protected: set[int], spared: Sequence[SweepColumn], importance: Importance
-) -> tuple[tuple[int, ...], Edits, str]:
-    """The first removals of a greedy order that touch no protected layer.
-
-    Of halves twice as many are taken, so that ``count`` layers' worth goes under every metric; a layer both of whose
-    halves go is dropped. The sums that prune.spare looks at are known of whole layers only: where halves go, the
-    halves of critical layers stay.
-    """
-    order = importance.orders[metric]
-    parts = {removal.unit.part for removal in order}
-    of_halves = parts <= set(HALVES)
-    if not (of_halves or parts == {"layer"}) or any(len(removal.unit.layers) != 1 for removal in order):
-        raise UserError(
-            f"prune.metric={metric}: is an order of {', '.join(sorted(parts))} units, of which no plan can be made; "
-            "choose an order of layers or of their halves"
-        )
-    free = [removal for removal in order if not protected & set(removal.unit.layers)]
-    wanted = 2 * count if of_halves else count
-    if len(free) < wanted:
-        removed = "halves" if of_halves else "layers"
-        raise UserError(
-            f"prune.metric={metric}: its order in importance.json has {len(free)} {removed} that are not protected "
-            f"({_in_teacher(protected, importance)}), {wanted} are needed; raise measure.num_drop, or drop fewer"
-        )
-    if of_halves:
-        taken, last = free[:wanted], free[wanted - 1]
-        layers, halves = _without_halves(taken)
-        removed = f"the first {wanted} halves"
-    else:
-        layers = _affordable((removal.unit.layers[0] for removal in free), count, spared)
-        _require_affordable(len(layers), count, spared)
-        taken = [removal for removal in free if removal.unit.layers[0] in layers]
-        last, halves, removed = taken[-1], (), f"the first {_layers(count, importance.num_layers)}"
-    skipped = order.index(last) + 1 - len(taken)
-    reason = f"{removed} of the order of {metric} ({last.score:.4g} without them)"
-    if skipped:
-        reason = f"{removed} of the order of {metric} that may go ({skipped} passed over)"
-    return tuple(sorted(layers)), halves, reason
-
-
-def _without_halves(removals: Sequence[Removal]) -> tuple[list[int], Edits]:
-    """Layers both of whose halves go, and the edits that skip the other halves."""
-    gone = {part: {r.unit.layers[0] for r in removals if r.unit.part == part} for part in HALVES}
-    both = gone["attention"] & gone["mlp"]
-    attention, mlp = (tuple(sorted(gone[part] - both)) for part in HALVES)
-    edits: list[Edit] = [SkipAttention("skip_attention", attention)] if attention else []
-    edits += [SkipMlp("skip_mlp", mlp)] if mlp else []
-    return sorted(both), tuple(edits)
-
-
-def _in_teacher(layers: Iterable[int], importance: Importance) -> list[int]:
-    """The teacher's numbers of these layers of the measured model."""
-    return [importance.teacher_layers[layer] for layer in sorted(layers)]
-
-
 def _longest_run(protected: set[int], num_layers: int) -> int:
     borders = [-1, *sorted(protected), num_layers]
     return max(right - left - 1 for left, right in itertools.pairwise(borders))
-
-
-def _layers(count: int, num_layers: int) -> str:
-    return f"{count} of {num_layers} layers"
 
 
 def _named(layers: Sequence[int]) -> str:

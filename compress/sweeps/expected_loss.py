@@ -34,6 +34,12 @@ def summed(parts: Sequence[Estimate], correlation: Array) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
+def expected_change(importance: Importance, column: SweepColumn, drop: Sequence[int]) -> Estimate:
+    """The change of one column without these layers of the measured model: as measured where the sweep of cumulative
+    removals has a step with exactly them gone, else as joint_change."""
+    return _measured(importance, drop).get(column.task) or joint_change(column, drop)
+
+
 def is_loss(column: SweepColumn, change: Estimate) -> bool:
     """Whether the change is for the worse with its whole interval."""
     return change.high < 0 if column.higher_is_better else change.low > 0

@@ -149,6 +149,7 @@ def _main(argv: list[str]) -> int:
         arguments.config,
         arguments.overrides,
         dry_run=getattr(arguments, "dry_run", False),
+        figure=getattr(arguments, "figure", None),
         chosen_round=getattr(arguments, "round", None),
         loudness=arguments.loudness,
     )
@@ -160,11 +161,12 @@ def run_verb(
     overrides: Sequence[str],
     *,
     dry_run: bool = False,
+    figure: Path | None = None,
     chosen_round: int | None = None,
     loudness: Loudness = "usual",
 ) -> int:
     """Run one verb of a recipe or run directory, or only say what it would do; returns the exit code. ``chosen_round``
-    is the one of prune.rounds to work on; None = the last."""
+    is the one of prune.rounds to work on; None = the last. ``figure``: file that `shoal prune --dry-run` draws to."""
     from shoal.recipe.recipe import read_settings, settled  # not for --help and --version
 
     def work() -> None:
@@ -173,7 +175,7 @@ def run_verb(
         after = _rounds_after(recipe, chosen_round)
         if dry_run:
             with doing(f"{verb} --dry-run"):
-                text = _dry_run(verb, recipe, after)
+                text = _dry_run(verb, recipe, after, {} if figure is None else {"figure": figure.expanduser()})
             _print(text)
             return
         from shoal.stages.memory import remembering
@@ -248,7 +250,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         write_json_file(comparison, Path(arguments.json).expanduser())
 
 
-def _dry_run(verb: str, recipe: Recipe, rounds_after: int) -> str:
+def _dry_run(verb: str, recipe: Recipe, rounds_after: int, options: dict[str, Any]) -> str:
     table = VERBS[verb].dry_run
     assert table is not None
     with doing("loading the libraries"):
@@ -256,7 +258,7 @@ def _dry_run(verb: str, recipe: Recipe, rounds_after: int) -> str:
         from shoal.stages.run import open_run
 
         text_of = _stage(table[0])
-    return text_of(open_run(recipe, rounds_after))
+    return text_of(open_run(recipe, rounds_after), **options)
 
 
 def _stage(name: str) -> Callable[..., Any]:
@@ -386,6 +388,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--local_rank", **local_rank)
         if row.dry_run:
             sub.add_argument("--dry-run", action="store_true", help=f"print {row.dry_run[1]}; write nothing")
+        if verb == "prune":
+            told = "with --dry-run: draw what the metric's cuts keep against size and speed to FILE (.svg, .png)"
+            sub.add_argument("--figure", metavar="FILE", type=Path, help=told)
         if row.takes_round:
             told = "one of the rounds of prune.rounds, from 1; without it the last, once those before it are done"
             sub.add_argument("--round", type=int, metavar="N", help=told)
@@ -436,6 +441,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if words:
         known.runs += rest
         return known
+    if getattr(known, "figure", None) is not None and not known.dry_run:
+        parser.error("--figure draws what --dry-run tells; give both")
     if "work" not in known:
         _name_recipe(parser, known, rest)
     if getattr(known, "diagnostics", False):

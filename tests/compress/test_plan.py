@@ -1,6 +1,7 @@
 """How layers are chosen, and which choices are refused.
 
-Covers: shoal.compress.sweeps.columns, shoal.compress.sweeps.expected_loss.
+Covers: shoal.compress.orders, shoal.compress.sparing, shoal.compress.sweeps.columns,
+shoal.compress.sweeps.expected_loss.
 """
 
 from __future__ import annotations

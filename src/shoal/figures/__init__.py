@@ -11,4 +11,5 @@ diagnostics  depth diagnostics and probes
 heads        retrieval heads and patching
 levels       score against level
 pareto       what is kept against what it costs
+frontier     what cuts would keep against the size and speed they leave
 """

@@ -37,6 +37,10 @@ class LayerCache:
     pair_flops: int
     """Floating point operations of attention for one token and one token that it sees, all heads."""
 
+    def num_bytes(self, num_tokens: int) -> int:
+        """Bytes for one sequence of ``num_tokens``."""
+        return self.state_bytes + self.token_bytes * min(num_tokens, self.max_tokens or num_tokens)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -59,9 +63,7 @@ class Cost:
     def cache_bytes(self, num_tokens: int) -> int:
         """Bytes that the cache of one sequence of ``num_tokens`` takes."""
         assert self.cache is not None
-        return sum(
-            slot.state_bytes + slot.token_bytes * min(num_tokens, slot.max_tokens or num_tokens) for slot in self.cache
-        )
+        return sum(slot.num_bytes(num_tokens) for slot in self.cache)
 
     def at_depth(self, num_layers: int) -> Cost:
         """This cost with another number of layers, all like the average one; of the cache, evenly spaced slots."""
@@ -93,10 +95,10 @@ def model_cost(model: PreTrainedModel) -> Cost:
     return Cost(
         num_layers=text_config(model.config).num_hidden_layers,
         num_parameters=num_parameters(model),
-        active_parameters=_active_parameters(decoder) + head_parameters,
+        active_parameters=active_parameters(decoder) + head_parameters,
         head_parameters=head_parameters,
         layer_parameters=num_parameters(parts.layers),
-        active_layer_parameters=_active_parameters(parts.layers),
+        active_layer_parameters=active_parameters(parts.layers),
         cache=_cache(decoder, text_config(model.config)),
     )
 
@@ -127,7 +129,12 @@ def _num_pairs(num_tokens: int, most_kept: int | None) -> int:
     return window * (window + 1) // 2 + (num_tokens - window) * window
 
 
-def _active_parameters(decoder: nn.Module) -> int:
+def active_parameters(decoder: nn.Module) -> int:
+    """Parameters of a layer, or of all and what is around them but the head, that are read to write one token.
+
+    Raises:
+        UserError: as model_cost.
+    """
     # by module and with repetition: what several layers share is read by each of them
     modules = dict(decoder.named_modules(remove_duplicate=False))
     return sum(

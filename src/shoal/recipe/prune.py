@@ -10,12 +10,12 @@ from pydantic import BeforeValidator, Field
 
 from shoal.recipe import edits
 from shoal.recipe.edits import Edits
-from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Shapes, Text
+from shoal.recipe.section import Above0, Data, DataSource, Positive, RowLength, Section, Shapes, Text
 
 Target = Literal["transformers", "vllm", "llama_cpp"]
 """What a student can be asked to load in."""
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "contiguous", "spare", "protect_heads")
+NOT_BESIDE_DROP = ("metric", "weights", "num_drop", "ratio", "target", "contiguous", "spare", "protect_heads")
 """Settings that choose layers, which `drop` names."""
 
 
@@ -47,6 +47,72 @@ def as_compensate(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Serving(Section):
+    """How many sequences the student serves at once, and how long they are."""
+
+    batch: Annotated[Positive, Shapes.PLAN] = 1
+    """Sequences at once."""
+    length: Annotated[Positive | None, Shapes.PLAN] = None
+    """Tokens of each; None = 2,048, or the model's positions where those are fewer."""
+
+
+@dataclass(frozen=True)
+class MemoryTarget(Serving):
+    """Memory of the weights, as they are stored, and of the cache of all sequences. A number alone is its limit."""
+
+    limit: Annotated[Above0, Shapes.PLAN] = field(kw_only=True)
+    """GiB at most."""
+
+
+@dataclass(frozen=True)
+class TimeTarget(Serving):
+    """Time between two written tokens of a sequence, predicted from the teacher's. A number alone is its limit."""
+
+    limit: Annotated[Above0, Shapes.PLAN] = field(kw_only=True)
+    """Milliseconds at most."""
+    teacher: Annotated[Above0 | None, Shapes.PLAN] = None
+    """Milliseconds that the teacher takes at this batch and length where the student is to serve; None = as measured
+    in eval/speed.json of the run directory, which `shoal eval` writes."""
+
+
+@dataclass(frozen=True)
+class SpeedupTarget(Serving):
+    """Speed of writing, predicted, as a multiple of the teacher's. A number alone is its factor."""
+
+    factor: Annotated[Annotated[float, Field(gt=1, allow_inf_nan=False)], Shapes.PLAN] = field(kw_only=True)
+    """Times the teacher's speed, at least."""
+
+
+def as_limit(value: Any) -> Any:
+    """A number is short for {limit: number}."""
+    return {"limit": value} if isinstance(value, int | float) else value
+
+
+def as_factor(value: Any) -> Any:
+    """A number is short for {factor: number}."""
+    return {"factor": value} if isinstance(value, int | float) else value
+
+
+@dataclass(frozen=True)
+class PlanTarget(Section):
+    """What the student must reach, all of it at once; the layers that cost least by the metric go."""
+
+    params: Annotated[Above0 | None, Shapes.PLAN] = None
+    """Parameters at most, tied ones counted once."""
+    memory_gb: Annotated[Annotated[MemoryTarget | None, BeforeValidator(as_limit)], Shapes.PLAN] = None
+    """Memory of weights and cache; a number alone is a limit in GiB for one sequence."""
+    ms_per_token: Annotated[Annotated[TimeTarget | None, BeforeValidator(as_limit)], Shapes.PLAN] = None
+    """Time per written token; a number alone is a limit in milliseconds for one sequence. A prediction: the time is
+    taken to be that of reading weights and cache from memory."""
+    speedup: Annotated[Annotated[SpeedupTarget | None, BeforeValidator(as_factor)], Shapes.PLAN] = None
+    """Speed of writing over the teacher's, by the same prediction; a number alone is a factor for one sequence."""
+
+    def __post_init__(self) -> None:
+        if not any((self.params, self.memory_gb, self.ms_per_token, self.speedup)):
+            raise ValueError("names nothing to reach; give params, memory_gb, ms_per_token or speedup")
+
+
+@dataclass(frozen=True)
 class Prune(Section):
     """Which layers go: an explicit list, or how many by which metric."""
 
@@ -63,6 +129,10 @@ class Prune(Section):
     edits are given either, an eighth of the layers goes, at least one."""
     ratio: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, Shapes.PLAN] = None
     """Share of the layers to drop, rounded down; give this or num_drop."""
+    target: Annotated[PlanTarget | None, Shapes.PLAN, Field(exclude_if=lambda target: target is None)] = None
+    """Instead of a number of layers, what the student must reach: parameters, memory, time per token, speed-up. Layers
+    may be of unequal size. Of all cuts that reach everything named, the one with the lowest sum of scores is taken; of
+    an order the shortest prefix, of runs the lowest one."""
     rounds: Annotated[Positive, Shapes.BY_CONTENT] = 1
     """Rounds of measuring, cutting and healing that share the layers to drop as evenly as possible, the earlier ones
     taking what is left over. Each cuts the healed student of the round before it, and heals on the first teacher."""
@@ -106,6 +176,9 @@ def contradictions(prune: Prune) -> Iterator[str]:
         yield "prune.weights: prune.metric is given too; give one of them"
     if prune.weights and prune.contiguous:
         yield "prune.weights: mixes scores of single layers; set prune.contiguous: false, or leave it out"
+    if prune.target is not None and (prune.num_drop is not None or prune.ratio is not None):
+        other = "ratio" if prune.num_drop is None else "num_drop"
+        yield f"prune.target: says how much goes, and so does prune.{other}; give one of them"
     if prune.rounds > 1:
         yield from _of_rounds(prune)
     yield from (f"prune.edits.{problem}" for problem in edits.contradictions(prune.edits, prune.drop or ()))
@@ -116,6 +189,11 @@ def _of_rounds(prune: Prune) -> Iterator[str]:
         yield (
             "prune.rounds: chooses layers anew on every healed student, and prune.drop names them all; give "
             "prune.num_drop or prune.ratio instead of it, or leave prune.rounds out"
+        )
+    if prune.target is not None:
+        yield (
+            "prune.rounds: share a number of layers, and prune.target leaves it open; give prune.num_drop or "
+            "prune.ratio instead of it, or set prune.rounds: 1"
         )
     for name in ("edits", "compensate"):
         if getattr(prune, name):

@@ -52,7 +52,7 @@ class SearchPlan(Section):
     def __post_init__(self) -> None:
         if self.drop is not None:
             for name in NOT_BESIDE_DROP:
-                if getattr(self, name):
+                if self.says.get(name):
                     raise ValueError(f"{name} has no effect beside drop; give one of them")
         if self.num_drop is not None and self.ratio is not None:
             raise ValueError("num_drop and ratio are both given; give one of them")

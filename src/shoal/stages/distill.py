@@ -29,7 +29,7 @@ from shoal.recipe.recipe import Recipe
 from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, as_dict, shaping
 from shoal.runtime import agreed, device, free_memory, seed_everything
 from shoal.stages.overlap import search_of_rows
-from shoal.stages.prune import choose_plan, read_importance, read_plan
+from shoal.stages.prune import choose_plan, read_goals, read_importance, read_plan
 from shoal.stages.run import Run, check_length, is_done, out_of_date
 from shoal.tracking import wandb_run
 
@@ -367,7 +367,7 @@ def check_distill(run: Run) -> None:
     check_recording(recipe)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / PruningPlan.FILE).is_file():
-        check_choice(recipe.prune, num_layers=run.num_layers)
+        check_choice(recipe.prune, num_layers=run.num_layers, goals=read_goals(run))
     tokenizer = run.tokenizer()
     for source in recipe.distill.data:
         if source.path != TEACHER_TEXT:

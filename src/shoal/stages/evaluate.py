@@ -66,7 +66,7 @@ def evaluate(run: Run) -> None:
     require_models_of_this_run(run, folders)
     require_same_tokenizer(folders, trust_remote_code=run.recipe.trust_remote_code)
     prune = run.recipe.prune
-    if list(folders) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.edits):
+    if list(folders) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.target or prune.edits):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
         log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)

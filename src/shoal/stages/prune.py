@@ -9,20 +9,23 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import ROUND, Importance, Provenance, PruningPlan, differences
+from shoal.artifacts.artifact import ROUND, Importance, Provenance, PruningPlan, Speed, differences
 from shoal.artifacts.heads import Heads
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
-from shoal.recipe.edits import Edit, Replace, in_words
+from shoal.recipe.edits import Edit, Replace, in_words, removed_layers
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main
 from shoal.stages.measure import heads_inputs, measure, measure_inputs, read_heads
 from shoal.stages.overlap import search_of_rows
 from shoal.stages.run import Run, check_length, is_done, out_of_date, require
+
+if TYPE_CHECKING:
+    from shoal.compress.goals import Goals, TeacherTime
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +55,55 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     return {**inputs, **{f"prune.edits.{index}.donor": found for index, found in donors}}
 
 
+def read_goals(run: Run) -> Goals | None:
+    """What prune.target asks of this run's teacher; None where it is not set.
+
+    Raises:
+        UserError: targets that say nothing about this model, or lack what they need.
+    """
+    from shoal.compress.goals import goals_of
+    from shoal.compress.layer_sizes import layer_sizes
+
+    target = run.recipe.prune.target
+    if target is None:
+        return None
+    for name in ("memory_gb", "ms_per_token", "speedup"):
+        if (serving := getattr(target, name)) is not None and serving.length is not None:
+            check_length(run, serving.length, f"prune.target.{name}.length")
+    sizes = layer_sizes(run.base, trust_remote_code=run.recipe.trust_remote_code)
+    time = target.ms_per_token
+    measured = _teacher_time(run, time.batch) if time is not None and time.teacher is None else None
+    return goals_of(target, sizes, removed=removed_layers(run.recipe.prune.edits), teacher_time=measured)
+
+
+def _teacher_time(run: Run, batch_size: int) -> TeacherTime | None:
+    """The teacher's time per token as the run directory has it, at the batch size measured that is nearest."""
+    from shoal.compress.goals import TeacherTime
+
+    path = run.dir / Speed.FILE
+    if not path.is_file():
+        return None
+    speed = Speed.read(path)
+    if speed.provenance.inputs.get("teacher") != run.teacher_fingerprint:
+        raise UserError(
+            f"{path}: was measured with another teacher; delete it and run `shoal eval` again, or set "
+            "prune.target.ms_per_token.teacher"
+        )
+    nearest = min(speed.roles["teacher"].batches, key=lambda one: abs(one.batch_size - batch_size))
+    return TeacherTime(
+        1000 * nearest.batch_size / nearest.decode_tokens_per_s,
+        nearest.batch_size,
+        speed.prompt_tokens + speed.new_tokens // 2,
+        f"{Speed.FILE} (batch size {nearest.batch_size})",
+    )
+
+
 def prune(run: Run) -> None:
     """plan.json and student/. Measures first where the layers are chosen by a metric."""
     from shoal.compress.plan import check_choice
 
     if missing := [kind.FILE for kind, _ in _chosen_by(run) if not (run.dir / kind.FILE).is_file()]:
-        check_choice(run.recipe.prune, num_layers=run.num_layers)
+        check_choice(run.recipe.prune, num_layers=run.num_layers, goals=read_goals(run))
         refuse_impossible_changes(run)
         log.info("prune: needs %s, measuring first", " and ".join(missing))
         measure(run)
@@ -107,8 +153,9 @@ def prune(run: Run) -> None:
     barrier()
 
 
-def prune_dry_run(run: Run) -> str:
-    """What `shoal prune` would do and what would come of it, for a reader. Writes nothing and measures nothing.
+def prune_dry_run(run: Run, figure: Path | None = None) -> str:
+    """What `shoal prune` would do and what would come of it, for a reader. Measures nothing and writes nothing but
+    ``figure``, where that is given: the frontier of the metric.
 
     Of several rounds that is the first which is not healed yet.
 
@@ -121,7 +168,7 @@ def prune_dry_run(run: Run) -> str:
     plan = choose_plan(run, importance, {})
     told, _ = student_estimate(run, plan)
     rounds = [f"rounds: this is {run.called}"] if run.recipe.prune.rounds > 1 else []
-    return "\n".join([told, *_sacrifice(run, importance, plan), *rounds])
+    return "\n".join([told, *_sacrifice(run, importance, plan), *rounds, *_frontier(run, importance, plan, figure)])
 
 
 def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
@@ -147,6 +194,39 @@ def student_estimate(run: Run, plan: PruningPlan) -> tuple[str, int]:
     )
 
 
+def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure: Path | None) -> Sequence[str]:
+    """The cuts that the metric would make, where layers are chosen by one; several rounds have one for each."""
+    from shoal.compress.frontier import frontier, frontier_lines
+    from shoal.compress.layer_sizes import layer_sizes
+
+    if importance is None or run.recipe.prune.rounds > 1:
+        if figure is not None:
+            raise UserError(
+                f"--figure {figure}: draws what a metric would drop, and this recipe names layers or cuts in rounds; "
+                "leave it out"
+            )
+        return ()
+    sizes = layer_sizes(run.base, trust_remote_code=run.recipe.trust_remote_code)
+    heads = None if run.recipe.prune.protect_heads is None else read_heads(run)
+    found = frontier(run.recipe.prune, importance, sizes, heads)
+    if figure is not None:
+        from shoal.figures.frontier import frontier_figure
+        from shoal.figures.style import save_figure
+
+        points = found.points
+        kept = {name: [point.kept[name] for point in points] for name in points[0].kept}
+        chosen = next(((point.num_bytes, point.speedup) for point in points if point.drop == plan.drop), None)
+        own = frontier_figure(
+            [point.num_bytes for point in points],
+            [point.speedup for point in points],
+            kept or {found.metric: [point.score for point in points]},
+            kept=bool(kept),
+            chosen=chosen,
+        )
+        save_figure(own, figure)
+    return ("", *frontier_lines(found, plan.drop))
+
+
 def expected_plan(run: Run) -> PruningPlan:
     """The plan that this run will make; before layers are measured, one that drops as many, whose reason says so.
 
@@ -159,7 +239,7 @@ def expected_plan(run: Run) -> PruningPlan:
         return choose_plan(run, read_importance(run), {})
     layers = run.base_layers
     prune = round_of(run.recipe.prune, run.round, num_layers=run.num_layers, kept=layers)
-    choice = stand_in(prune, num_layers=len(layers))
+    choice = stand_in(prune, num_layers=len(layers), goals=read_goals(run))
     gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
     return PruningPlan(Provenance({}), run.num_layers, tuple(sorted(gone)), choice.reason, choice.edits)
 
@@ -273,7 +353,7 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         )
     prune = round_of(run.recipe.prune, run.round, num_layers=run.num_layers, kept=layers)
     heads = None if prune.protect_heads is None else read_heads(run)
-    choice = choose_changes(prune, num_layers=len(layers), importance=importance, heads=heads)
+    choice = choose_changes(prune, num_layers=len(layers), importance=importance, heads=heads, goals=read_goals(run))
     if not several:
         return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits)
     if choice.edits:

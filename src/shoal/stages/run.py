@@ -484,6 +484,7 @@ SWITCHES = (
     "prune.compensate.",
     "prune.rounds",
     "prune.protect_heads",
+    "prune.target",
     "measure.scale_removals",
     "measure.sweep.spare_heads",
 )

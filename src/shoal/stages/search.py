@@ -129,8 +129,9 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
             export=Export(gguf=recipe.export.gguf),
         )
         candidate = parse_recipe(as_dict(candidate), source=f"search.plans.{index} ({plan.called})")
-        check_choice(candidate.prune, num_layers=num_layers)
-        candidates.append(Candidate(plan.called, Run(candidate)))
+        own = Run(candidate)
+        check_choice(candidate.prune, num_layers=num_layers, goals=pruning.read_goals(own))
+        candidates.append(Candidate(plan.called, own))
     return candidates
 
 
@@ -153,6 +154,8 @@ def prune_of(plan: SearchPlan, prune: Prune) -> Prune:
         pushed["ratio"] = None
     if "ratio" in settings:
         pushed["num_drop"] = None
+    if settings.keys() & {"num_drop", "ratio"}:
+        pushed["target"] = None
     if "metric" in settings or "weights" in settings:
         pushed |= {"metric": None, "weights": {}}
     if "weights" in settings:

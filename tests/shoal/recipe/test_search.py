@@ -17,7 +17,7 @@ from shoal import cli
 from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan
 from shoal.artifacts.search import SearchResult
 from shoal.errors import UserError
-from shoal.recipe.prune import Compensate, Prune
+from shoal.recipe.prune import Compensate, PlanTarget, Prune
 from shoal.recipe.recipe import parse_recipe
 from shoal.recipe.search import SearchPlan
 from shoal.recipe.section import as_dict
@@ -201,6 +201,13 @@ def test_a_budget_in_steps_would_make_the_tokens_mean_nothing() -> None:
 @pytest.mark.parametrize(
     ("plan", "own", "meant"),
     [
+        ({"num_drop": 2}, Prune(target=PlanTarget(params=3)), Prune(num_drop=2)),
+        ({"drop": [2]}, Prune(target=PlanTarget(params=3)), Prune(drop=(2,))),
+        (
+            {"metric": "angular"},
+            Prune(target=PlanTarget(params=3)),
+            Prune(metric="angular", target=PlanTarget(params=3)),
+        ),
         ({}, Prune(drop=(1,)), Prune(drop=(1,))),
         ({"drop": [2]}, Prune(metric="m", num_drop=3, spare=("x",)), Prune(drop=(2,))),
         ({"drop": [2]}, Prune(protect=("cornerstone", 0)), Prune(drop=(2,), protect=(0,))),

@@ -1,0 +1,157 @@
+"""What every layer of a model takes: parameters, bytes in files, bytes read per written token, and cache.
+
+Told from the configuration and the headers of the files; no weight is read. The sizes of a cut model follow by
+subtraction, exactly: what layers share with each other or with the rest of the model stays until the last of it goes,
+and is counted as staying.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from shoal.models.anatomy import anatomy, text_config
+from shoal.models.checkpoint_files import Shard, read_shards
+from shoal.models.cost import Cost, active_parameters, decode_bytes, model_cost
+from shoal.models.load import load_config, loaded_dtype, without_data
+
+from .surgery.quantised import without_quantization
+from .surgery.stored_names import NotByCopy, find_layers, split_layer, student_names
+
+NUM_TOKENS = 2048
+"""Length at which caches and speeds are given, or the model's positions where those are fewer."""
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes of the tensors that a cut copies."""
+
+    outside: int
+    """Of tensors that are in no layer and stay."""
+    layers: tuple[int, ...]
+
+    def of(self, keep: Collection[int]) -> int:
+        """Of a student that keeps these layers."""
+        return self.outside + sum(self.layers[layer] for layer in keep)
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """A whole model, and what goes with each of its layers."""
+
+    cost: Cost
+    stored: StoredBytes
+    layer_parameters: tuple[int, ...]
+    """Parameters that no other part of the model shares."""
+    layer_active: tuple[int, ...]
+    """Parameters of each layer that are read to write one token."""
+    bytes_per_parameter: float
+    """Bytes of one weight as it is stored; of quantised ones on average."""
+    length: int
+    """Tokens at which caches are told where nobody says how many."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_parameters)
+
+    def layer_cache(self, layer: int, num_tokens: int) -> int:
+        """Bytes of cache of one sequence that go with a layer. 0 where the model has not one slot for every layer:
+        then some layers read what others wrote, and all of the cache is counted as staying."""
+        cache = self.cost.cache
+        return cache[layer].num_bytes(num_tokens) if cache and len(cache) == self.num_layers else 0
+
+    def cache(self, batch_size: int, num_tokens: int) -> int:
+        """Bytes of cache of all sequences before the cut; 0 where it cannot be told."""
+        return batch_size * self.cost.cache_bytes(num_tokens) if self.cost.cache else 0
+
+    def read(self, batch_size: int, num_tokens: int) -> int:
+        """Bytes read for one token of each of ``batch_size`` sequences before the cut, as decode_bytes tells."""
+        width = self.bytes_per_parameter
+        return round(decode_bytes(self.cost, bytes_per_parameter=width, num_tokens=num_tokens, batch_size=batch_size))
+
+    def layer_read(self, layer: int, batch_size: int, num_tokens: int) -> int:
+        """What of it goes with a layer."""
+        weights = round(self.layer_active[layer] * self.bytes_per_parameter)
+        return weights + batch_size * self.layer_cache(layer, num_tokens)
+
+
+def layer_sizes(folder: Path, *, trust_remote_code: bool = False) -> LayerSizes:
+    """The sizes of the checkpoint in ``folder``, in the precision that it is stored in.
+
+    Raises:
+        UserError: what load_config, without_data and model_cost refuse.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    shards = read_shards(folder)
+    plain, quantisation = without_quantization(config)
+    dtype = loaded_dtype(config, "stored", shards)
+    model = without_data(plain, dtype=dtype)
+    cost, parts = model_cost(model), anatomy(model)
+    own = _own_parameters(model)
+    stored = stored_bytes(shards, model)
+    if stored is None:  # then the student is saved as transformers names and merges its tensors
+        layers = tuple(count * dtype.itemsize for count in own)
+        stored = StoredBytes(cost.num_parameters * dtype.itemsize - sum(layers), layers)
+    whole = stored.of(range(len(own)))
+    return LayerSizes(
+        cost=cost,
+        stored=stored,
+        layer_parameters=own,
+        layer_active=tuple(map(active_parameters, parts.layers)),
+        bytes_per_parameter=whole / cost.num_parameters if quantisation else dtype.itemsize,
+        length=usual_length(config),
+    )
+
+
+def usual_length(config: object) -> int:
+    """NUM_TOKENS, or the positions of the model where those are fewer."""
+    return min(NUM_TOKENS, getattr(text_config(config), "max_position_embeddings", None) or NUM_TOKENS)
+
+
+def stored_bytes(shards: Sequence[Shard], model: PreTrainedModel) -> StoredBytes | None:
+    """Of the tensors that a cut of ``model`` copies; None where names alone do not tell which those are."""
+    stored = {name: tensor.end - tensor.start for shard in shards for name, tensor in shard.tensors.items()}
+    shapes = {name: tensor.shape for shard in shards for name, tensor in shard.tensors.items()}
+    try:
+        prefix = find_layers(shapes, model, model.config)
+    except NotByCopy:
+        return None
+    num_layers = text_config(model.config).num_hidden_layers
+    return _by_layer(
+        {
+            name: stored[name]
+            for name in student_names(stored, prefix=prefix, num_layers=num_layers, keep=range(num_layers))
+        },
+        prefix,
+        num_layers,
+    )
+
+
+def _by_layer(stored: Mapping[str, int], prefix: str, num_layers: int) -> StoredBytes:
+    layers, outside = [0] * num_layers, 0
+    for name, size in stored.items():
+        layer, _ = split_layer(name, prefix)
+        if layer is None:
+            outside += size
+        else:
+            layers[layer] += size
+    return StoredBytes(outside, tuple(layers))
+
+
+def _own_parameters(model: PreTrainedModel) -> tuple[int, ...]:
+    parts = anatomy(model)
+    inside = f"{parts.layers_name}."
+    every = model.named_parameters(remove_duplicate=False)
+    holders = Counter({id(parameter): 1 for name, parameter in every if not name.startswith(inside)})
+    for layer in parts.layers:
+        holders.update(map(id, layer.parameters()))
+    return tuple(_unshared(layer, holders) for layer in parts.layers)
+
+
+def _unshared(layer: nn.Module, holders: Mapping[int, int]) -> int:
+    return sum(parameter.numel() for parameter in layer.parameters() if holders[id(parameter)] == 1)

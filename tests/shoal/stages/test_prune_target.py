@@ -1,0 +1,116 @@
+"""A run whose recipe says what the student must reach.
+
+Covers: shoal.stages.prune.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from results import speed
+
+from shoal.artifacts.artifact import Provenance, PruningPlan, Speed
+from shoal.cli import main, run_verb
+from shoal.errors import UserError
+from shoal.models.checkpoint_files import read_shards
+from shoal.recipe.recipe import parse_recipe
+from shoal.stages import prune as pruning
+from shoal.stages.run import Run, open_run
+
+LAYER = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32
+WHOLE = 6 * LAYER + 2 * 272 * 32 + 32
+"""Parameters of the tiny llama."""
+MEASURE = {"num_tokens": 64, "sequence_length": 32, "batch_size": 2}
+
+
+def settings(teacher: Path, folder: Path, target: dict[str, Any], **prune: Any) -> dict[str, Any]:
+    return {
+        "model": str(teacher),
+        "run_dir": str(folder / "run"),
+        "measure": MEASURE,
+        "prune": {"target": target, **prune},
+    }
+
+
+def run_of(teacher: Path, folder: Path, target: dict[str, Any], **prune: Any) -> Run:
+    return open_run(parse_recipe(settings(teacher, folder, target, **prune)))
+
+
+@pytest.mark.slow
+def test_a_student_has_the_size_that_was_asked_for_and_is_made_once(teacher: Path, tmp_path: Path) -> None:
+    target = {"params": WHOLE - 1.5 * LAYER, "memory_gb": {"limit": (4 * WHOLE + 50_000) / 2**30, "length": 100}}
+    run = run_of(teacher, tmp_path, target)
+    pruning.prune(run)
+    plan, student = PruningPlan.read(run.dir / "plan.json"), run.dir / "student"
+    num_bytes = sum(tensor.end - tensor.start for shard in read_shards(student) for tensor in shard.tensors.values())
+    assert (len(plan.drop), num_bytes) == (2, 4 * (WHOLE - 2 * LAYER))
+    assert f"params {WHOLE - 2 * LAYER:,} (at most " in plan.reason
+    # keys and values: two heads of 8 in float32, four layers
+    memory = (num_bytes + 4 * 100 * 2 * 2 * 8 * 4) / 2**30
+    assert f"memory_gb {memory:.4g} GiB for 1 sequence of 100 tokens" in plan.reason
+    assert plan.provenance.inputs["prune.target"]["params"] == target["params"]
+    written = (student / "config.json").stat().st_mtime_ns
+    pruning.prune(run_of(teacher, tmp_path, target))
+    assert (student / "config.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_what_cannot_be_reached_is_refused_before_anything_is_measured(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"params: 100 is not reached .* the nearest is {WHOLE - 4 * LAYER:,}\."):
+        pruning.prune(run_of(teacher, tmp_path, {"params": 100}))
+    with pytest.raises(UserError, match=r"prune.target.speedup.length: 5000 is more than the 1024 positions"):
+        pruning.prune(run_of(teacher, tmp_path, {"speedup": {"factor": 1.1, "length": 5000}}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_time_is_scaled_from_the_teachers_speed_in_the_run_directory(teacher: Path, tmp_path: Path) -> None:
+    target = {"ms_per_token": {"limit": 1e-6, "batch": 3}}
+    run = run_of(teacher, tmp_path, target)
+    with pytest.raises(UserError, match="needs the teacher's own time to scale; run `shoal eval` first"):
+        pruning.read_goals(run)
+    measured = speed()
+    replace(measured, provenance=Provenance({"teacher": "another"})).write(run.dir / Speed.FILE)
+    with pytest.raises(UserError, match="was measured with another teacher"):
+        pruning.read_goals(run)
+    own = Provenance({"teacher": run.teacher_fingerprint})
+    replace(measured, provenance=own).write(run.dir / Speed.FILE)
+    goals = pruning.read_goals(run)
+    assert goals is not None
+    (batch,) = [one for one in measured.roles["teacher"].batches if one.batch_size == 4]  # 3 is nearer to 4 than to 1
+    milliseconds = 1000 * 4 / batch.decode_tokens_per_s
+    assert f"predicted from the teacher's {milliseconds:.4g} ms in eval/speed.json (batch size 4)" in goals.in_words(())
+
+
+@pytest.mark.slow
+def test_the_dry_run_shows_the_frontier_and_draws_it(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(teacher, tmp_path, {"speedup": 1.2})
+    pruning.prune(run)
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(settings(teacher, tmp_path, {"speedup": 1.2})))
+    before = {str(path): path.stat().st_mtime_ns for path in run.dir.rglob("*")}
+    assert run_verb("prune", str(file), [], dry_run=True, figure=tmp_path / "frontier.svg") == 0
+    told = capsys.readouterr().out
+    assert before == {str(path): path.stat().st_mtime_ns for path in run.dir.rglob("*")}
+    drop = PruningPlan.read(run.dir / "plan.json").drop
+    (marked,) = [line for line in told.splitlines() if line.endswith("<- this plan")]
+    assert marked.split()[0] == str(len(drop))
+    assert "sum of block_influence" in told
+    assert "this plan" in (tmp_path / "frontier.svg").read_text()
+    named = ["prune.target=null", "prune.drop=[1]"]
+    assert run_verb("prune", str(file), named, dry_run=True, figure=tmp_path / "other.svg") == 2
+    assert "draws what a metric would drop" in capsys.readouterr().err
+    assert not (tmp_path / "other.svg").exists()
+
+
+def test_a_figure_without_a_dry_run_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prune", "recipe.yaml", "--figure", "frontier.svg"])
+    assert ended.value.code == 2
+    assert "--figure draws what --dry-run tells; give both" in capsys.readouterr().err
