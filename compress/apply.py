@@ -44,7 +44,7 @@ from shoal.models.load import (
 )
 from shoal.numerics import fast_dtype
 from shoal.progress import doing
-from shoal.recipe.edits import CLOSED_GAPS, Replace
+from shoal.recipe.edits import CLOSED_GAPS, Replace, insertions
 from shoal.recipe.prune import Compensate
 from shoal.runtime import device
 
@@ -53,7 +53,14 @@ from .compensation.fit import Compensation
 from .compensation.fit import compensate as compensate_gaps
 from .compensation.size import COMPENSATE, fits_by_layers, fitting_size, output_names
 from .compensation.source import Source, from_files, in_memory, streaming_of
-from .edits.apply import Materials, edited, edited_student, materials, refuse_impossible_edits
+from .edits.apply import (
+    Materials,
+    edited,
+    edited_student,
+    materials,
+    refuse_impossible_edits,
+    runs_with_a_cache,
+)
 from .surgery.changed_tensors import ChangedTensors, changed_tensors, stored_places
 from .surgery.config_cut import uncut_layers
 from .surgery.cut_model import kept_layers, refuse_changed_layers
@@ -145,7 +152,7 @@ def apply_plan(
             architecture or a quantisation that cannot be cut, a damaged checkpoint, a full disk.
     """
     teacher = _read_teacher(teacher_folder, out, plan, trust_remote_code=trust_remote_code)
-    keep = kept_layers(plan.num_layers, plan.drop)
+    keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
     runs = _shall_run(teacher, proof)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
     skeleton, copy = _route(teacher, plan, keep, compensate)
@@ -429,4 +436,4 @@ def _name_closed_gaps(config: PreTrainedConfig, teacher: Teacher, gaps: Sequence
 
 def _planned_behaviour(model: PreTrainedModel, plan: PruningPlan, ingredients: Materials) -> Behaviour:
     with edited(model, plan, ingredients):
-        return behaviour(model)
+        return behaviour(model, use_cache=runs_with_a_cache(plan))

@@ -17,7 +17,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import Shard, read_shards
 from shoal.models.cost import Cost, decode_bytes, model_cost, prefill_flops
 from shoal.models.load import load_config, loaded_dtype, without_data
-from shoal.recipe.edits import in_words, removed_layers
+from shoal.recipe.edits import Insert, in_words, insertions, removed_layers
 from shoal.recipe.prune import Compensate, Target
 from shoal.runtime import device
 
@@ -78,7 +78,7 @@ def estimate(
     if compensate is not None:
         refuse_quantised(teacher_folder, config)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
-    keep = kept_layers(plan.num_layers, plan.drop)
+    keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
     student = student_config(config, keep)
     verdicts = check_targets(student, targets=targets or TARGETS)
     if targets:
@@ -87,10 +87,10 @@ def estimate(
     runs_in = loaded_dtype(config, dtype, shards)
     before, after = (without_data(part, dtype=runs_in) for part in (plain, student))
     refuse_changed_layers(before, after, keep)
-    by_layer = stored_bytes(shards, before)
+    by_layer = None if insertions(plan.edits) else stored_bytes(shards, before)
     stored = _num_bytes(shards)
     costs = model_cost(before), model_cost(after)
-    if by_layer is None:  # then the student is saved as transformers names and merges its tensors
+    if by_layer is None:  # then the student is saved as transformers names and merges its tensors, new ones among them
         written = stored * costs[1].num_parameters // costs[0].num_parameters
     else:
         written = by_layer.of(keep)
@@ -125,7 +125,7 @@ def _about(folder: Path, config: Any, plan: PruningPlan, keep: Sequence[int], dt
         f"why:     {plan.reason}",
     ]
     for edit in plan.edits:
-        note = "" if removed_layers([edit]) else f" ({CHANGES_WEIGHTS_ONLY})"
+        note = "" if removed_layers([edit]) or isinstance(edit, Insert) else f" ({CHANGES_WEIGHTS_ONLY})"
         lines.append(f"edit:    {in_words(edit)}{note}")
     return lines
 

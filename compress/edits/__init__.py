@@ -7,5 +7,7 @@ masks        reversible: skips, masks
 swapping     a donor's layers
 zeroing      skips and masks for good
 merging      neighbours into one
+lesa         a layer predicted from those on both sides
 replacement  one trained layer for a run
+growing      new layers between others
 """

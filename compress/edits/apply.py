@@ -1,6 +1,6 @@
 """Carry out a plan's edits: on the teacher while a block runs, and for good in a student.
 
-Both keep the order that shoal.recipe.edits names: swaps, then merges and replacements, then skips and masks. What is
+Both keep the order that shoal.recipe.edits names: swaps, then what makes layers, then skips and masks. What is
 saved is proven against the teacher with the edits in force, so that neither way can be wrong alone.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,23 @@ from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import read_shards
 from shoal.models.load import load_config, loaded_dtype, num_parameters, without_data
-from shoal.recipe.edits import ZEROED_WEIGHTS, Edit, Merge, Replace, Swap, components, edited_layers
+from shoal.recipe.edits import (
+    ZEROED_WEIGHTS,
+    Edit,
+    Insert,
+    LayerEdit,
+    Merge,
+    Replace,
+    Swap,
+    components,
+    edited_layers,
+    insertions,
+)
 from shoal.runtime import device
 
 from ..surgery.cut_model import cut_model, skipped
 from ..surgery.quantised import without_quantization
+from .growing import inserted_in_place, new_layers, refuse_impossible_insertion
 from .layer_edits import in_force, layer_edits, zero_for_good
 from .merging import (
     check_run,
@@ -36,7 +48,7 @@ from .merging import (
     tensors_in_place,
     with_layers,
 )
-from .replacement import train_replacement
+from .replacement import refuse_impossible_start, train_replacement
 from .swapping import refuse_unswappable, swapped
 from .zeroing import unsaved_parameters
 
@@ -51,6 +63,8 @@ class Materials:
     """The models that swaps take from, by index of the edit."""
     layers: Mapping[int, Mapping[str, Tensor]]
     """Tensors of merged and replaced layers, by the teacher's index."""
+    inserted: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    """Tensors of new layers, by the teacher's layer that each comes after."""
 
 
 NOTHING_MADE = Materials({}, {})
@@ -83,11 +97,14 @@ def refuse_impossible_edits(
                     refuse_shared_parameters(teacher, layer)
             case Replace():
                 refuse_shared_parameters(teacher, edit.layers[0])
+                refuse_impossible_start(teacher, edit)
                 if positions is not None and edit.sequence_length > positions:
                     raise UserError(
                         f"prune.edits.{index}.sequence_length: {edit.sequence_length} is more than the {positions} "
                         f"positions of {teacher_folder}; lower it"
                     )
+            case Insert():
+                refuse_impossible_insertion(teacher, edit)
 
 
 def _without_weights(folder: Path, *, trust_remote_code: bool) -> PreTrainedModel:
@@ -105,9 +122,11 @@ def materials(
     Raises:
         UserError: donors, runs or data that do not fit.
     """
-    if any(isinstance(edit, Replace) for edit in plan.edits):
-        cut_model(teacher, plan.drop, share=True)  # a cut that is impossible is refused before anything is trained
+    if any(isinstance(edit, Replace | Insert) for edit in plan.edits):
+        # what is impossible is refused before anything is trained
+        cut_model(teacher, plan.drop, insert=insertions(plan.edits), share=True)
     layers: dict[int, Mapping[str, Tensor]] = {}
+    inserted: dict[int, Mapping[str, Tensor]] = {}
     with _swaps(teacher, plan, donors):
         for edit in plan.edits:
             first = edited_layers(edit)[0]
@@ -115,7 +134,9 @@ def materials(
                 layers[first] = merged_layer(teacher, first, len(edit.layers), method=edit.method, weights=edit.weights)
             elif isinstance(edit, Replace):
                 layers[first] = _trained(teacher, edit, tokenizer, seed=seed)
-    return Materials(donors, layers)
+            elif isinstance(edit, Insert):
+                inserted |= new_layers(teacher, edit, seed=seed)
+    return Materials(donors, layers, inserted)
 
 
 def _trained(teacher: Any, edit: Replace, tokenizer: Any, *, seed: int) -> dict[str, Tensor]:
@@ -130,10 +151,15 @@ def _trained(teacher: Any, edit: Replace, tokenizer: Any, *, seed: int) -> dict[
 
 @contextmanager
 def edited(teacher: PreTrainedModel, plan: PruningPlan, new_weights: Materials) -> Iterator[PreTrainedModel]:
-    """``teacher`` with everything that ``plan`` does to it in force, until the block ends."""
+    """``teacher`` with everything that ``plan`` does to it in force, until the block ends.
+
+    Where new layers write something, it runs without a cache only, which has no slots for them.
+    """
+    writing = {layer: tensors for layer, tensors in new_weights.inserted.items() if layer not in _silent(plan)}
     with ExitStack() as stack:
         stack.enter_context(_swaps(teacher, plan, new_weights.donors))
         stack.enter_context(tensors_in_place(teacher, new_weights.layers))
+        stack.enter_context(inserted_in_place(teacher, writing))
         stack.enter_context(in_force(teacher, layer_edits(components(plan.edits), teacher)))
         stack.enter_context(skipped(teacher, plan.drop))
         yield teacher
@@ -146,14 +172,17 @@ def edited_student(teacher: PreTrainedModel, plan: PruningPlan, new_weights: Mat
         UserError: a cut or an edit that the architecture cannot express.
     """
     with _swaps(teacher, plan, new_weights.donors):
-        student = with_layers(teacher, plan.drop, new_weights.layers, share=True)
-    place = {old: new for new, old in enumerate(plan.keep)}
+        student = with_layers(teacher, plan.drop, new_weights.layers, inserted=new_weights.inserted, share=True)
+    place = {layer: plan.keep.index(layer) for layer in plan.keep}
     # of an edited teacher's zeros those are left that no swap, merge or training has filled
     zeroed = [
         name for name in getattr(student.config, ZEROED_WEIGHTS, None) or () if not student.get_parameter(name).all()
     ]
     edits = layer_edits(components(plan.edits), teacher)
     zeroed += zero_for_good(student, [(place[layer], edit) for layer, edit in edits])
+    # these zeros are where training starts from, so it is not told to keep them
+    silent = [(place[layer] + 1, LayerEdit(half)) for layer in _silent(plan) for half in ("attention", "mlp")]
+    zero_for_good(student, silent)
     if zeroed or hasattr(student.config, ZEROED_WEIGHTS):
         setattr(student.config, ZEROED_WEIGHTS, sorted(set(zeroed)))
     if unsaved := unsaved_parameters(teacher, edits):
@@ -164,6 +193,16 @@ def edited_student(teacher: PreTrainedModel, plan: PruningPlan, new_weights: Mat
             100 * unsaved / num_parameters(student),
         )
     return student
+
+
+def runs_with_a_cache(plan: PruningPlan) -> bool:
+    """Whether the teacher does with the plan's edits in force: new layers that write something have no slot in it."""
+    return set(insertions(plan.edits)) <= _silent(plan)
+
+
+def _silent(plan: PruningPlan) -> set[int]:
+    """The layers after which a new one comes that writes nothing."""
+    return {layer for edit in plan.edits if isinstance(edit, Insert) and edit.init == "zero" for layer in edit.after}
 
 
 @contextmanager

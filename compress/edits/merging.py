@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
 
-from ..surgery.cut_model import cut_model, layer_traits
+from ..surgery.cut_model import cut_model, kept_layers, layer_traits
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def merged_layer(
     refuse_different_kinds(model, run)
     tensors = [layer_tensors(model, layer) for layer in run]
     merged = {
-        name: _combined([own[name] for own in tensors], factors, where=f"{name} of layers {start}..{run[-1]}")
+        name: combined([own[name] for own in tensors], factors, where=f"merge: {name} of layers {start}..{run[-1]}")
         for name in tensors[0]
     }
     if overflown := [name for name, tensor in merged.items() if not tensor.isfinite().all()]:
@@ -75,12 +76,13 @@ def with_layers(
     drop: Sequence[int],
     layers: Mapping[int, Mapping[str, Tensor]],
     *,
+    inserted: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
     share: bool = False,
 ) -> PreTrainedModel:
     """A new model without the layers ``drop``, in which the named ``layers`` have the given tensors.
 
-    All indices are those of ``model``, which stays as it is; ``share`` is that of cut_model, and the given tensors are
-    never copied.
+    After each layer that ``inserted`` names comes a new one of its kind, with the tensors given there. All indices are
+    those of ``model``, which stays as it is; ``share`` is that of cut_model, and the given tensors are never copied.
 
     Raises:
         UserError: a cut that cut_model refuses; a layer that is dropped as well; tensors that have no place in it.
@@ -88,13 +90,15 @@ def with_layers(
     dropped = set(drop)
     if gone := sorted(layers.keys() & dropped):
         raise UserError(f"layer {gone[0]}: is dropped and given new tensors at once; do one of them")
-    for layer in layers:
+    for layer in (*layers, *inserted):
         check_run(model, layer, 1)
         refuse_shared_parameters(model, layer)
-    student = cut_model(model, drop, share=share)
-    keep = [layer for layer in range(len(decoder_layers(model))) if layer not in dropped]
+    student = cut_model(model, drop, insert=inserted.keys(), share=share)
+    keep = kept_layers(len(decoder_layers(model)), drop, inserted.keys())
     for layer, tensors in layers.items():
         put_tensors(decoder_layers(student)[keep.index(layer)], tensors, where=f"layer {layer}")
+    for layer, tensors in inserted.items():
+        put_tensors(decoder_layers(student)[keep.index(layer) + 1], tensors, where=f"new layer after {layer}")
     return student
 
 
@@ -153,6 +157,42 @@ def check_run(model: PreTrainedModel, start: int, length: int) -> range:
     return range(start, start + length)
 
 
+def mean_of_layers(model: PreTrainedModel, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Every parameter and every stored buffer of a layer that is the mean of ``layers``, whatever attention they have.
+
+    Raises:
+        UserError: as refuse_different_shapes; tensors that are shared with other layers, or that differ and are not of
+            floating point.
+    """
+    refuse_different_shapes(model, layers)
+    tensors = [layer_tensors(model, layer) for layer in layers]
+    where = " and ".join(map(str, layers))
+    factors = (1 / len(layers),) * len(layers)
+    return {
+        name: combined([own[name] for own in tensors], factors, where=f"mean: {name} of layers {where}")
+        for name in tensors[0]
+    }
+
+
+def refuse_different_shapes(model: PreTrainedModel, layers: Sequence[int]) -> None:
+    """Refuse layers of which no tensors can be calculated together.
+
+    Raises:
+        UserError: naming the first tensor that one of them lacks or has in another shape.
+    """
+    first, *others = layers
+    expected = _shapes(model, first)
+    for layer in others:
+        own = _shapes(model, layer)
+        if differing := sorted(name for name in expected.keys() | own.keys() if expected.get(name) != own.get(name)):
+            name = differing[0]
+            shapes = f"{expected.get(name)} in one and {own.get(name)} in the other"
+            raise UserError(
+                f"layers {first} and {layer} hold different tensors: the shape of {name} is {shapes}, so that no "
+                "weights can be calculated from both; choose another init"
+            )
+
+
 def refuse_different_kinds(model: PreTrainedModel, layers: Sequence[int]) -> None:
     """Compare classes and plain attributes (attention kind, window, experts or not, ...) of layers, and their shapes.
 
@@ -207,8 +247,12 @@ def refuse_shared_parameters(model: PreTrainedModel, layer: int) -> None:
 
 def _kind(model: PreTrainedModel, layer: int) -> dict[str, object]:
     module = decoder_layers(model)[layer]
-    shapes = {f"shape of {name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = {f"shape of {name}": shape for name, shape in _shapes(model, layer).items()}
     return {**layer_traits(module, layer), **shapes}
+
+
+def _shapes(model: PreTrainedModel, layer: int) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in decoder_layers(model)[layer].state_dict().items()}
 
 
 def buffers(module: nn.Module, *, stored: bool) -> dict[str, Tensor]:
@@ -241,11 +285,16 @@ def _size(tensors: Mapping[str, Tensor]) -> float:
     return math.hypot(*(tensor.float().norm().item() for tensor in tensors.values() if tensor.ndim > 1))
 
 
-def _combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str) -> Tensor:
+def combined(tensors: Sequence[Tensor], factors: Sequence[float], *, where: str) -> Tensor:
+    """The weighted sum of ``tensors``, added up in float64; equal ones that are not of floating point as they are.
+
+    Raises:
+        UserError: others that are not of floating point; the message begins with ``where``.
+    """
     if not tensors[0].is_floating_point():  # a table of the routing, for instance, or quantised weights
         if all(torch.equal(tensors[0], other) for other in tensors[1:]):
             return tensors[0].clone()
-        raise UserError(f"merge: {where} is {tensors[0].dtype} and differs; only floating-point numbers can be merged")
+        raise UserError(f"{where} is {tensors[0].dtype} and differs; only floating-point numbers can be merged")
     # a factor of 0 is left out rather than multiplied: the merge of two by LaCo is then the second bit by bit
     (factor, tensor), *others = [pair for pair in zip(factors, tensors, strict=True) if pair[0] != 0]
     total = factor * tensor.double()

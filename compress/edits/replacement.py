@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
 from shoal.lr_schedule import warmup_cosine
-from shoal.models.anatomy import decoder_body, decoder_layers, given_state, state_of
+from shoal.models.anatomy import called_on, decoder_body, decoder_layers, given_state, state_of
 from shoal.models.document_masks import documents_apart
 from shoal.progress import each
 from shoal.recipe.edits import Replace
 
-from .merging import check_run, layer_tensors
+from .lesa import predicted_layers, refuse_without_examples
+from .merging import check_run, layer_tensors, mean_of_layers, refuse_different_shapes
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class TrainedLayer:
     tensors: dict[str, Tensor]
     """Its parameters and stored buffers by their names in the layer, in the dtypes of the run's first layer."""
     initial_error: float
-    """Of the run's first layer as it is, alone."""
+    """Of what training started from: by default the run's first layer as it is."""
     error: float
     """Of the trained layer, rounded to the dtypes it is saved in."""
 
@@ -52,10 +53,11 @@ class TrainedLayer:
 def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedRows, *, seed: int) -> TrainedLayer:
     """One layer in the place of the first of ``settings.layers``, trained to give the state after the last of them.
 
-    The objective is that of LLM-Streamline (Chen et al. 2024, arXiv:2403.19135): min E |f(h) - h'|^2 over all tokens,
-    h before the run and h' after it as the layers have them, never behind the final norm. The layer starts as the run's
-    first, as theirs does: it gets that layer's input, kind and place in the student, and of the whole run only that
-    layer's weights were made for this input. The mean is divided by what dropping the run costs on the held-out rows:
+    The objective is that of LLM-Streamline (Chen et al. 2024, arXiv:2403.19135): min E |f(h) - h'|^2 over all tokens, h
+    before the run and h' after it as the layers have them, never behind the final norm. The layer gets the input, kind
+    and place of the run's first, and by default starts as it, as theirs does: of the whole run only that layer's
+    weights were made for this input. Other starts are the mean of the run's layers, and what LESA predicts from the
+    layers beside the run (``settings.init``). The mean is divided by what dropping the run costs on the held-out rows:
     a constant, so that errors of different runs compare and their gradients are clipped alike.
 
     Every batch runs through the teacher up to the end of the run, without gradient, then forward and backward through
@@ -74,6 +76,7 @@ def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedR
     check_run(teacher, first, last - first + 1)
     stored = layer_tensors(teacher, first)
     _refuse_quantised(teacher, first)
+    refuse_impossible_start(teacher, settings)
     train, held_out = _split(rows, settings.batch_size, seed=seed)
     run = _Run(teacher, rows, first, last)
     run.refuse_first_with_memory(held_out[0])
@@ -84,9 +87,12 @@ def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedR
         raise UserError(
             f"{run}: their states overflow in {teacher.dtype}; set dtype: bfloat16 or dtype: float32 in the recipe"
         )
+    start = _start(teacher, settings, seed=seed)
     layer = copy.deepcopy(decoder_layers(teacher)[first]).float().requires_grad_(True).eval()
+    layer.load_state_dict(start)
     initial_error = run.mean_squared_error(layer, held_out) / unit
-    log.info("%s by one: error of %d alone %.4f, of none 1", run, first, initial_error)
+    began = f"{first} alone" if settings.init == "first" else f"its start, {settings.init},"
+    log.info("%s by one: error of %s %.4f, of none 1", run, began, initial_error)
     _fit(layer, run, train, learning_rate=settings.learning_rate, unit=unit)
     tensors = {name: tensor.to(stored[name].dtype) for name, tensor in layer.state_dict().items()}
     layer.load_state_dict(tensors)
@@ -98,9 +104,37 @@ def train_replacement(teacher: PreTrainedModel, settings: Replace, rows: PackedR
         log.warning(
             "%s: the trained layer is no better than %s; raise num_tokens or change learning_rate",
             run,
-            "none" if initial_error >= 1 else f"layer {first} as it is",
+            "none" if initial_error >= 1 else f"layer {first} as it is" if settings.init == "first" else "its start",
         )
     return TrainedLayer(tensors, initial_error, error)
+
+
+def refuse_impossible_start(teacher: PreTrainedModel, settings: Replace) -> None:
+    """Refuse what a trained layer cannot start from; ``teacher`` may be without weights.
+
+    Raises:
+        UserError: layers that hold other tensors than the run's first, or that do not exist.
+    """
+    first, last = settings.layers[0], settings.layers[-1]
+    if settings.init == "mean":
+        refuse_different_shapes(teacher, settings.layers)
+    elif settings.init == "lesa":
+        if first == 0 or last + 1 == len(decoder_layers(teacher)):
+            raise UserError(
+                f"replace: layers {first}..{last}: lesa predicts from the layers on both sides, and there is none "
+                f"{'below' if first == 0 else 'above'}; choose init: first or mean"
+            )
+        refuse_different_shapes(teacher, (first, first - 1, last + 1))
+        refuse_without_examples(teacher, first)
+
+
+def _start(teacher: PreTrainedModel, settings: Replace, *, seed: int) -> Mapping[str, Tensor]:
+    first, last = settings.layers[0], settings.layers[-1]
+    if settings.init == "mean":
+        return mean_of_layers(teacher, settings.layers)
+    if settings.init == "lesa":
+        return predicted_layers(teacher, [(first - 1, last + 1)], seed=seed)[0]
+    return layer_tensors(teacher, first)
 
 
 def _refuse_quantised(teacher: PreTrainedModel, layer: int) -> None:
@@ -123,9 +157,7 @@ class _Call:
 
     def again(self, layer: nn.Module, hidden_BSD: Tensor) -> Tensor:
         """The state after ``layer`` in the place of the first, with mask, positions and all else as they were."""
-        if self.args:
-            return state_of(layer(hidden_BSD, *self.args[1:], **self.kwargs))
-        return state_of(layer(**{**self.kwargs, "hidden_states": hidden_BSD}))
+        return state_of(called_on(layer, self.args, self.kwargs, hidden_BSD))
 
 
 @dataclass(frozen=True)

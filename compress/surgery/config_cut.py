@@ -1,4 +1,5 @@
-"""The student's configuration, made from the teacher's. ``keep`` is everywhere the kept teacher indices, in order.
+"""The student's configuration, made from the teacher's. ``keep`` is everywhere the kept teacher indices, in order; a
+new layer, which is of the kind of the one below it, repeats that one's.
 
 A depth cut touches more of a configuration than `num_hidden_layers`: lists with one entry per layer, thresholds, lists
 of layer indices, and rules such as "every sixth layer". RULES knows the fields that transformers 5.24 uses. What a cut
@@ -20,7 +21,7 @@ from shoal.errors import UserError
 from shoal.models.families import family
 from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS
 
-from .special_cuts import GROUP_RULES, refuse_moved_layers
+from .special_cuts import GROUP_RULES, instead, refuse_moved_layers
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,7 @@ def count(_: str, value: Any, keep: Sequence[int]) -> int:
 
 def renumber(_: str, value: Any, keep: Sequence[int]) -> list[int]:
     """A list of layer indices: those kept, under their new numbers."""
-    new_index = {old: new for new, old in enumerate(keep)}
-    return [new_index[layer] for layer in value if layer in new_index]
+    return [new for layer in value for new, old in enumerate(keep) if old == layer]
 
 
 def renumber_cross_attention(field: str, value: Any, keep: Sequence[int]) -> list[int]:
@@ -107,8 +107,8 @@ def keep_step(field: str, value: Any, keep: Sequence[int]) -> Any:
     if value in (0, 1) or all((old - new) % value == 0 for new, old in enumerate(keep)):
         return value
     raise UserError(
-        f"config.{field}={value}: says that one layer in {value} is special, and these cuts would shift which one; "
-        f"drop layers in aligned groups of {value}"
+        f"config.{field}={value}: says that one layer in {value} is special, and this plan would shift which one; "
+        + instead(keep, f"drop layers in aligned groups of {value}")
     )
 
 

@@ -48,17 +48,18 @@ class Behaviour:
 
     logits_1SV: Tensor
     text_1S: Tensor
-    """Tokens of the input and a few greedy ones, written with the KV cache."""
+    """Tokens of the input and a few greedy ones, of a saved student written with the KV cache."""
 
 
 @torch.inference_mode()
-def behaviour(model: PreTrainedModel) -> Behaviour:
-    """The answers of ``model``; compare them with another's by prove_by_run."""
+def behaviour(model: PreTrainedModel, *, use_cache: bool = True) -> Behaviour:
+    """The answers of ``model``; compare them with another's by prove_by_run. Without ``use_cache`` its text is written
+    without one, which a model that runs more layers than its cache has slots cannot use."""
     align_weights(model)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, text_config(model.config).vocab_size, (1, PROOF_TOKENS), generator=generator)
     input_ids = input_ids.to(model.device)
-    return Behaviour(model(input_ids=input_ids, use_cache=False).logits, _greedy(model, input_ids))
+    return Behaviour(model(input_ids=input_ids, use_cache=False).logits, _greedy(model, input_ids, use_cache=use_cache))
 
 
 def prove_by_run(student_folder: Path, expected: Behaviour, *, reference: str) -> None:
@@ -173,13 +174,13 @@ def memory_shortage(shards: Sequence[Shard]) -> str:
     return f"running the model takes {bytes_text(needed)} of memory and {bytes_text(available)} are free"
 
 
-def _greedy(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """With the KV cache, whose slots follow the layers' indices."""
+def _greedy(model: PreTrainedModel, input_ids: Tensor, *, use_cache: bool) -> Tensor:
+    """With the KV cache its slots show too, which follow the layers' indices."""
     generate: Any = model.generate
     return generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         do_sample=False,
-        use_cache=True,
+        use_cache=use_cache,
         max_new_tokens=PROOF_NEW_TOKENS,
     )

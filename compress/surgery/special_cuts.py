@@ -24,6 +24,11 @@ GroupRule = Callable[[dict[str, Any], Sequence[int]], dict[str, Any]]
 """(the teacher's configuration as a dictionary, kept teacher indices in order) -> values of fields of the student."""
 
 
+def instead(keep: Sequence[int], cuts: str) -> str:
+    """What to ask for in place of a plan that keeps ``keep``: other ``cuts``, or new layers in other places."""
+    return "insert new layers in other places, or none" if len(set(keep)) < len(keep) else cuts
+
+
 def _refit_period(period_field: str, offset_field: str, values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
     """Jamba: layer i is special where i % period == offset. Another pair may say so of the kept layers."""
     period, offset = values[period_field], values[offset_field]
@@ -36,7 +41,8 @@ def _refit_period(period_field: str, offset_field: str, values: dict[str, Any], 
             return {period_field: candidate, offset_field: start}
     raise UserError(
         f"config.{period_field}={period}, {offset_field}={offset}: says that one layer in {period} is special, but of "
-        f"the kept ones these would be: {special}; drop layers at either end, or {period} neighbouring ones at a time"
+        f"the kept ones these would be: {special}; "
+        + instead(keep, f"drop layers at either end, or {period} neighbouring ones at a time")
     )
 
 
@@ -56,7 +62,8 @@ def _refit_interval(values: dict[str, Any], keep: Sequence[int]) -> dict[str, An
             return dict(zip(fields, (candidate, start, end), strict=True))
     raise UserError(
         f"config.moe_layer_interval={interval}: says that one layer in {interval} is a mixture of experts, but of the "
-        f"kept ones these would be: {wanted}; drop the last layers, or {interval} neighbouring ones at a time"
+        f"kept ones these would be: {wanted}; "
+        + instead(keep, f"drop the last layers, or {interval} neighbouring ones at a time")
     )
 
 
@@ -76,6 +83,11 @@ def _recount_shared_layers(values: dict[str, Any], keep: Sequence[int]) -> dict[
     donors = {kind: layer for layer, kind in enumerate(kinds[:first_shared])}
     for kind, donor in donors.items():
         users = [layer for layer in keep if layer >= first_shared and kinds[layer] == kind]
+        if users and keep.count(donor) > 1:
+            raise UserError(
+                f"config.num_kv_shared_layers={values['num_kv_shared_layers']}: layers {users} use the keys and values "
+                f"of layer {donor} ({kind}), and would use those of a new layer after it; insert it elsewhere"
+            )
         if users and donor not in keep:
             raise UserError(
                 f"config.num_kv_shared_layers={values['num_kv_shared_layers']}: layers {users} have no keys and values "
@@ -90,8 +102,13 @@ def _keep_indexers(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any
     kinds: list[str] = values["indexer_types"]
     for layer in keep:
         chooser = max(index for index in range(layer + 1) if kinds[index] == "full" or index == 0)
+        users = [user for user in keep if user > chooser and "full" not in kinds[chooser + 1 : user + 1]]
+        if kinds[layer] == "shared" and keep.count(chooser) > 1:
+            raise UserError(
+                f"config.indexer_types: layers {users} attend to the tokens that layer {chooser} chooses, and would to "
+                "those that a new layer after it chooses; insert it elsewhere"
+            )
         if kinds[layer] == "shared" and chooser not in keep:
-            users = [user for user in keep if user > chooser and "full" not in kinds[chooser + 1 : user + 1]]
             raise UserError(
                 f"config.indexer_types: layers {users} attend to the tokens that layer {chooser} chooses, which these "
                 f"cuts drop; keep layer {chooser}, or drop those layers too"
@@ -119,14 +136,15 @@ def _recount_shared_blocks(values: dict[str, Any], keep: Sequence[int]) -> dict[
     hybrid = [layer for layer in keep if values["layers_block_type"][layer] == "hybrid"]
     raise UserError(
         f"config.num_mem_blocks={num_blocks}: the hybrid layers share blocks in turn, but the kept ones {hybrid} would "
-        f"use blocks {blocks}; drop {num_blocks} neighbouring hybrid layers at a time, or those at either end"
+        f"use blocks {blocks}; "
+        + instead(keep, f"drop {num_blocks} neighbouring hybrid layers at a time, or those at either end")
     )
 
 
 def _kept_ranks(kinds: Sequence[str], keep: Sequence[int]) -> list[int]:
-    """Which of the teacher's hybrid layers, counted among themselves, stay."""
+    """Which of the teacher's hybrid layers, counted among themselves, the kept ones are."""
     hybrid = [layer for layer, kind in enumerate(kinds) if kind == "hybrid"]
-    return [rank for rank, layer in enumerate(hybrid) if layer in keep]
+    return [hybrid.index(layer) for layer in keep if layer in hybrid]
 
 
 def _rescale_depth(values: dict[str, Any], keep: Sequence[int]) -> dict[str, Any]:
@@ -174,12 +192,19 @@ def refuse_moved_layers(model_type: str, values: dict[str, Any], keep: Sequence[
     num_layers, special = values["num_hidden_layers"], family(model_type)
     kinds = values.get("layer_types") or [""] * num_layers
     first, last = keep[0], keep[-1]
-    for name, alone, is_gone in (
-        ("layer 0", special.first_alone, first != 0),
-        ("the last layer", special.last_alone, last != num_layers - 1),
+    for name, alone, layer in (
+        ("layer 0", special.first_alone, 0),
+        ("the last layer", special.last_alone, num_layers - 1),
     ):
-        if alone and is_gone:
+        if alone and layer not in keep:
             raise UserError(f"drop: {name} of {model_type} alone {alone}, which no other can become; keep it")
+        if alone and keep.count(layer) > 1:
+            raise UserError(f"insert: {name} of {model_type} alone {alone}, which no other can; insert after another")
+    if special.counts_from_zero and len(set(keep)) < len(keep):
+        raise UserError(
+            f"insert: {model_type} {special.counts_from_zero} from a layer's index, so that no layer may move; this "
+            "model cannot be made deeper"
+        )
     if special.counts_from_zero and last != len(keep) - 1:
         raise UserError(
             f"drop: {model_type} {special.counts_from_zero} from a layer's index, so that no kept layer may move; "

@@ -56,7 +56,8 @@ def listed(words: Iterable[str], last: str = "and") -> str:
 
 
 def layers_text(layers: Sequence[int]) -> str:
-    """Indices with runs of three or more joined: `3, 13 to 15`."""
+    """Indices with runs of three or more joined, each once: `3, 13 to 15`."""
+    layers = tuple(dict.fromkeys(layers))
     parts: list[str] = []
     start = 0
     for end in range(1, len(layers) + 1):

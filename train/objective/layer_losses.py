@@ -46,7 +46,9 @@ def layer_map(plan: PruningPlan, kind: Literal["gap_closing", "own"]) -> tuple[i
     LLM-Streamline's target (arXiv:2403.19135) for every gap.
     """
     if kind == "gap_closing":
-        return (*(after - 1 for after in plan.keep[1:]), plan.num_layers - 1)
+        ends = (*(after - 1 for after in plan.keep[1:]), plan.num_layers - 1)
+        # a layer below a new one has its own state: what comes after is the new one's work
+        return tuple(map(max, plan.keep, ends))
     ends = {edit.layers[0]: edit.layers[-1] for edit in plan.edits if isinstance(edit, Merge | Replace)}
     return tuple(ends.get(layer, layer) for layer in plan.keep)
 
@@ -56,13 +58,14 @@ def layer_pairs(term: StateTerm, plan: PruningPlan, *, num_shared: int = 0) -> t
 
     Layers that a term does not name are: for hidden states all from the first whose pair is not equal from the start;
     for relations, which are compared with the same layer in the teacher, the last one, as MiniLM does
-    (arXiv:2002.10957). Below ``num_shared`` the student is the teacher and frozen: nothing there could be learnt.
+    (arXiv:2002.10957). New layers stand for none of the teacher's and are passed over, unless they are named. Below
+    ``num_shared`` the student is the teacher and frozen: nothing there could be learnt.
 
     Raises:
         UserError: a layer that the student does not have, or no layer left.
     """
     num_layers = len(plan.keep)
-    named = term.layers
+    named, own = term.layers, [layer for layer in range(num_layers) if layer not in plan.new_layers]
     if named and max(named) >= num_layers:
         raise UserError(
             f"{term.kind}: layers: the student has {num_layers} layers, 0 to {num_layers - 1} (got {max(named)}); name "
@@ -71,10 +74,10 @@ def layer_pairs(term: StateTerm, plan: PruningPlan, *, num_shared: int = 0) -> t
     if isinstance(term, HiddenStates):
         targets = layer_map(plan, term.map)
         changed = plan.first_change if plan.drop or plan.edits else 0
-        chosen = [s for s, t in enumerate(targets) if s != t or s >= changed] if named is None else sorted(named)
+        chosen = [s for s in own if s != targets[s] or s >= changed] if named is None else sorted(named)
     else:
         targets = plan.keep
-        chosen = [num_layers - 1] if named is None else sorted(named)
+        chosen = [own[-1]] if named is None else sorted(named)
     pairs = tuple((layer, targets[layer]) for layer in chosen if layer >= num_shared)
     if not pairs:
         raise UserError(

@@ -73,7 +73,7 @@ def job(spec: TrainSpec) -> Job:
 def _not_the_teachers(spec: TrainSpec) -> set[int]:
     """Layers of the student whose weights are others than the teacher's before they are trained, frozen or not."""
     plan = spec.plan
-    changed = {plan.keep.index(layer) for layer in plan.changed_layers}
+    changed = {*map(plan.keep.index, plan.changed_layers), *plan.new_layers}
     # adapters of an earlier round went into weights that are frozen now; else what was trained once is trained again
     had_adapters = spec.settings.lora is not None and plan.provenance.inputs.get(ROUND, 1) != 1
     return changed | {*spec.trained.layers} if had_adapters else changed

@@ -62,7 +62,7 @@ def control_identity(settings: Distill, plan: PruningPlan) -> dict[str, Any]:
 def _in_teacher(trained: Trained, trainable: str, plan: PruningPlan) -> Trained:
     """``trained`` of the student of ``plan`` in the teacher's numbers; what a cut has removed inside it is trained."""
     if trainable == "near_gaps":
-        return replace(trained, layers=tuple(plan.keep[layer] for layer in trained.layers))
+        return replace(trained, layers=tuple(sorted({plan.keep[layer] for layer in trained.layers})))
     # all others are one run up to the last layer, or none; below it the student's numbers are the teacher's
     return replace(trained, layers=tuple(range(trained.layers[0], plan.num_layers)) if trained.layers else ())
 

@@ -18,7 +18,7 @@ from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, text_config
 from shoal.recipe.distill import Distill
-from shoal.recipe.edits import ZEROED_WEIGHTS, Merge, Replace, Swap, edited_layers
+from shoal.recipe.edits import ZEROED_WEIGHTS, Insert, Merge, Replace, Swap, edited_layers
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def trained_parts(trainable: str, plan: PruningPlan, *, tied: bool = False, keys
     """The parts that ``distill.trainable`` means for the student of ``plan``.
 
     A layer is next to a gap if a teacher's layer right below or above it is gone. An edited layer counts as one, since
-    what reads or writes it has changed; the final norm does if the last layer is gone, or if it was swapped.
+    what reads or writes it has changed, and a new layer is itself a gap; the final norm does if the last layer is gone,
+    or if it was swapped.
     ``tied``: input embeddings and head are one table, so that training one is training both.
 
     Raises:
@@ -82,12 +83,13 @@ def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
             return Trained(_near_gaps(plan), norm=keep[-1] != plan.num_layers - 1 or swapped)
         case "replacement":
             first = [edit.layers[0] for edit in plan.edits if isinstance(edit, Merge | Replace)]
-            if not first:
+            put_in = sorted({*map(keep.index, first), *plan.new_layers})
+            if not put_in:
                 raise UserError(
-                    "distill.trainable: replacement trains the layer that a replace or merge edit has put in, and "
-                    "this plan has none; add one to prune.edits, or choose near_gaps"
+                    "distill.trainable: replacement trains the layer that a replace, merge or insert edit has put in, "
+                    "and this plan has none; add one to prune.edits, or choose near_gaps"
                 )
-            return Trained(tuple(sorted(keep.index(layer) for layer in first)), norm=False)
+            return Trained(tuple(put_in), norm=False)
         case "norm_and_head":
             return Trained((), norm=True, embeddings=tied, head=True)
     raise AssertionError(trainable)
@@ -95,9 +97,11 @@ def _named(trainable: str, plan: PruningPlan, *, tied: bool) -> Trained:
 
 def _near_gaps(plan: PruningPlan) -> tuple[int, ...]:
     kept = list(enumerate(plan.keep))
-    near = {layer for layer, index in kept for edit in plan.edits if index in edited_layers(edit)}
+    edits = [edit for edit in plan.edits if not isinstance(edit, Insert)]
+    near = {layer for layer, index in kept for edit in edits if index in edited_layers(edit)} - {*plan.new_layers}
+    near |= {place for new in plan.new_layers for place in (new - 1, new, new + 1) if place < len(kept)}
     for (below, lower), (above, upper) in itertools.pairwise(kept):
-        if upper != lower + 1:
+        if upper > lower + 1:
             near |= {below, above}
     if plan.keep[0] != 0:
         near.add(0)

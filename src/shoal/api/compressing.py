@@ -27,7 +27,7 @@ from shoal.eval.tasks.names import tasks_fingerprint
 from shoal.models.anatomy import decoder_layers
 from shoal.models.in_memory import left_as_it_was, require_positions, require_tokenizer, require_usable
 from shoal.recipe import measure, prune
-from shoal.recipe.edits import Merge, Replace, Swap
+from shoal.recipe.edits import Insert, Merge, Replace, Swap
 from shoal.recipe.measure import Measure, Sweeps
 from shoal.recipe.messages import checked, of_arguments
 from shoal.recipe.prune import Prune
@@ -215,7 +215,7 @@ def cut_model(model: PreTrainedModel, drop: Sequence[int] | PruningPlan) -> PreT
         )
     if not drop.edits:
         return surgery.cut_model(model, drop.drop)
-    if needy := [edit.kind for edit in drop.edits if isinstance(edit, Swap | Merge | Replace)]:
+    if needy := [edit.kind for edit in drop.edits if isinstance(edit, Swap | Merge | Replace | Insert)]:
         raise UserError(
             f"drop: its edit {needy[0]} is made from files; run `shoal prune` with a recipe that asks for it"
         )

@@ -6,6 +6,7 @@ runs are the same run exactly when these mappings are equal, and a refusal can n
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import reprlib
@@ -22,9 +23,9 @@ from shoal.artifacts.importance import Atlas, Removal, Sweep, outside
 from shoal.artifacts.tables import Tabular
 from shoal.atomic_files import fingerprint, write_text
 from shoal.errors import UserError
-from shoal.recipe.edits import Edits, edited_layers, first_change, in_words
+from shoal.recipe.edits import Edits, Insert, edited_layers, first_change, in_words, insertions
 from shoal.recipe.evaluate import Samples
-from shoal.recipe.section import adapter
+from shoal.recipe.section import adapter, as_dict
 from shoal.runtime import environment
 
 Json = Any
@@ -275,7 +276,7 @@ class PruningPlan(Artifact):
     def sealed(self, student: str) -> str:
         """Value of the field ``student`` for a student of this fingerprint."""
         closed = [[asdict(gap) for gap in self.gaps]] if self.gaps else []
-        return fingerprint([self.num_layers, list(self.drop), [asdict(edit) for edit in self.edits], *closed, student])
+        return fingerprint([self.num_layers, list(self.drop), [as_dict(edit) for edit in self.edits], *closed, student])
 
     def in_words(self) -> str:
         """The changes to the teacher in one line."""
@@ -298,7 +299,7 @@ class PruningPlan(Artifact):
     @property
     def changed_layers(self) -> tuple[int, ...]:
         """The teacher's layers that stay with other weights, before any training, increasing."""
-        edited = {layer for edit in self.edits for layer in edited_layers(edit)}
+        edited = {layer for edit in self.edits if not isinstance(edit, Insert) for layer in edited_layers(edit)}
         changed = {layer for layer in self.keep if self.state_scale(layer) != 1}
         return tuple(sorted((edited | changed | {*self._corrected}) - {*self.drop}))
 
@@ -308,9 +309,18 @@ class PruningPlan(Artifact):
 
     @property
     def keep(self) -> tuple[int, ...]:
-        """The teacher's layers that stay, increasing."""
-        dropped = set(self.drop)
-        return tuple(layer for layer in range(self.num_layers) if layer not in dropped)
+        """For every layer of the student the teacher's layer that it is, in order. A new layer has the number of the
+        one below it, whose kind it has: of a number that is there twice the first is the teacher's layer."""
+        dropped, followed = set(self.drop), set(insertions(self.edits))
+        own = (layer for layer in range(self.num_layers) if layer not in dropped)
+        return tuple(number for layer in own for number in (layer,) * (2 if layer in followed else 1))
+
+    @property
+    def new_layers(self) -> tuple[int, ...]:
+        """The student's layers that edits insert, by their numbers in it."""
+        return tuple(
+            place for place, (lower, upper) in enumerate(itertools.pairwise(self.keep), start=1) if lower == upper
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ said in components too, but for those that give layers other weights. A LayerEdi
 compress/edits/layer_edits.py has the table of what is done then.
 
 Indices are 0-based and the teacher's. Edits act on the intact teacher in one order, whatever the order in the recipe:
-swaps first, then merges and replacements, then masks and skips.
+swaps first, then merges, replacements and insertions, then masks and skips.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pydantic import ConfigDict, Field
 from shoal.recipe.section import Data, DataSource, Positive, RowLength, Section, Text
 
 KEPT_LAYERS = "shoal_kept_layers"
-"""Configuration key that names, for every layer of a student, the layer of the uncut model it was."""
+"""Configuration key that names, for every layer of a student, the layer of the uncut model it was; of a new
+layer that below it."""
 CLOSED_GAPS = "shoal_closed_gaps"
 """Configuration key that says how a student makes up for dropped layers: fields of ClosedGap, layers of the uncut
 model."""
@@ -167,14 +168,32 @@ class Replace(Section):
     """Rows per step."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2e-4
     """Largest learning rate of AdamW."""
+    init: Annotated[Literal["first", "mean", "lesa"], Field(exclude_if=lambda init: init == "first")] = "first"
+    """What training starts from: the run's first layer, the mean of its layers, or what LESA (arXiv:2502.13794)
+    predicts from the layers right below and right above the run."""
 
 
-Edit = Annotated[SkipAttention | SkipMlp | HeadMask | KvGroupMask | Swap | Merge | Replace, Field(discriminator="kind")]
+@dataclass(frozen=True)
+class Insert(Section):
+    """After each named layer comes a new one of its kind, which makes the model deeper."""
+
+    kind: Literal["insert"]
+    after: Indices
+    """The teacher's layers, counted from 0."""
+    init: Literal["zero", "copy", "mean", "lesa"] = "zero"
+    """Weights of a new layer. zero: those of the layer below it, with attention and MLP writing nothing, so that the
+    student is the teacher bit for bit until it is trained; copy: those of the layer below; mean: of the layers on both
+    sides; lesa: what LESA (arXiv:2502.13794) predicts from the layers on both sides."""
+
+
+Edit = Annotated[
+    SkipAttention | SkipMlp | HeadMask | KvGroupMask | Swap | Merge | Replace | Insert, Field(discriminator="kind")
+]
 Edits = tuple[Edit, ...]
 
 
 def components(edits: Sequence[Edit]) -> tuple[Component, ...]:
-    """What skips and masks take out. Swaps, merges and replacements give layers other weights and take nothing out."""
+    """What skips and masks take out. All other edits give weights and take nothing out."""
     taken: list[Component] = []
     for edit in edits:
         match edit:
@@ -186,13 +205,15 @@ def components(edits: Sequence[Edit]) -> tuple[Component, ...]:
                 taken += [Component((edit.layer,), "head", head) for head in edit.heads]
             case KvGroupMask():
                 taken += [Component((edit.layer,), "kv_group", group) for group in edit.groups]
-            case Swap() | Merge() | Replace():
+            case Swap() | Merge() | Replace() | Insert():
                 pass
     return tuple(taken)
 
 
 def edited_layers(edit: Edit) -> tuple[int, ...]:
-    """The layers of the teacher that ``edit`` changes or removes."""
+    """The layers of the teacher that ``edit`` changes or removes, or after which it inserts new ones."""
+    if isinstance(edit, Insert):
+        return edit.after
     return (edit.layer,) if isinstance(edit, HeadMask | KvGroupMask) else edit.layers
 
 
@@ -201,11 +222,17 @@ def removed_layers(edits: Sequence[Edit]) -> tuple[int, ...]:
     return tuple(sorted(layer for edit in edits if isinstance(edit, Merge | Replace) for layer in edit.layers[1:]))
 
 
+def insertions(edits: Sequence[Edit]) -> tuple[int, ...]:
+    """The layers after which a new one comes, increasing."""
+    return tuple(sorted(layer for edit in edits if isinstance(edit, Insert) for layer in edit.after))
+
+
 def first_change(drop: Sequence[int], edits: Sequence[Edit]) -> int:
     """The lowest layer at which the student is not the teacher any more; 0 where its embeddings are others."""
     if any(isinstance(edit, Swap) and "embeddings" in edit.parts for edit in edits):
         return 0
-    return min([*drop, *(layer for edit in edits for layer in edited_layers(edit))])
+    changed = (layer + isinstance(edit, Insert) for edit in edits for layer in edited_layers(edit))
+    return min([*drop, *changed])
 
 
 def contradictions(edits: Sequence[Edit], drop: Sequence[int]) -> Iterator[str]:
@@ -213,10 +240,10 @@ def contradictions(edits: Sequence[Edit], drop: Sequence[int]) -> Iterator[str]:
     owners: dict[int, list[int]] = {}
     swapped: dict[str, int] = {}
     for index, edit in enumerate(edits):
-        named = edited_layers(edit)
+        named, key = edited_layers(edit), "after" if isinstance(edit, Insert) else "layers"
         yield from (f"{index}.{problem}" for problem in _own_problems(edit))
         if dropped := sorted(set(named) & set(drop)):
-            yield f"{index}.layers: names layer {dropped[0]}, which prune.drop removes; take it out of one of them"
+            yield f"{index}.{key}: names layer {dropped[0]}, which prune.drop removes; take it out of one of them"
         clashes = (
             (layer, other)
             for layer in sorted(set(named))
@@ -224,7 +251,7 @@ def contradictions(edits: Sequence[Edit], drop: Sequence[int]) -> Iterator[str]:
             if removed_layers([edit, edits[other]]) or type(edit) is type(edits[other])
         )
         for layer, other in itertools.islice(clashes, 1):
-            yield f"{index}.layers: names layer {layer}, as {edits[other].kind} at {other} does; name it once"
+            yield f"{index}.{key}: names layer {layer}, as {edits[other].kind} at {other} does; name it once"
         for layer in set(named):
             owners.setdefault(layer, []).append(index)
         for part in edit.parts if isinstance(edit, Swap) else ():
@@ -233,10 +260,15 @@ def contradictions(edits: Sequence[Edit], drop: Sequence[int]) -> Iterator[str]:
 
 
 def _own_problems(edit: Edit) -> Iterator[str]:
-    indices = (
-        edit.heads if isinstance(edit, HeadMask) else edit.groups if isinstance(edit, KvGroupMask) else edit.layers
-    )
-    key = "heads" if isinstance(edit, HeadMask) else "groups" if isinstance(edit, KvGroupMask) else "layers"
+    match edit:
+        case HeadMask():
+            key, indices = "heads", edit.heads
+        case KvGroupMask():
+            key, indices = "groups", edit.groups
+        case Insert():
+            key, indices = "after", edit.after
+        case _:
+            key, indices = "layers", edit.layers
     if twice := sorted({value for value in indices if list(indices).count(value) > 1}):
         yield f"{key}: names {twice[0]} twice; name everything once"
     elif isinstance(edit, Merge | Replace) and list(indices) != list(range(indices[0], indices[0] + len(indices))):
@@ -271,4 +303,7 @@ def in_words(edit: Edit) -> str:
         case Merge():
             return f"{layers} merged into one ({edit.method})"
         case Replace():
-            return f"{layers} replaced by one trained layer"
+            start = "" if edit.init == "first" else f" (started from {edit.init})"
+            return f"{layers} replaced by one trained layer{start}"
+        case Insert():
+            return f"{len(edit.after)} new after {layers} ({edit.init})"

@@ -15,6 +15,7 @@ from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
 from shoal.progress import doing
+from shoal.recipe.edits import insertions
 from shoal.runtime import barrier, is_main
 from shoal.stages.evaluate import require_models_of_this_run
 from shoal.stages.measure import measure
@@ -56,6 +57,11 @@ def depth(run: Run) -> None:
 def _models(run: Run) -> dict[str, Run]:
     """What is measured, by role: the teacher as always, the others over its sweep of layers alone."""
     settings = run.recipe.measure
+    if insertions(run.recipe.prune.edits):
+        raise UserError(
+            "depth: compares layers by the teacher's numbers, and those that prune.edits inserts have none; leave "
+            "depth out for a model that grows"
+        )
     if settings.sweep is None or not settings.sweep.tasks or "layer" not in settings.sweep.operators:
         raise UserError("depth: needs tasks to sweep the layers over; name some in measure.sweep.tasks")
     folders = {role: run.root / name for role, name in MEASURED.items()}

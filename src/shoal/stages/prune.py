@@ -17,7 +17,7 @@ from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
-from shoal.recipe.edits import Edit, Replace, in_words, removed_layers
+from shoal.recipe.edits import Edit, Insert, Replace, in_words, removed_layers
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.runtime import barrier, is_main
 from shoal.stages.measure import heads_inputs, measure, measure_inputs, read_heads
@@ -50,6 +50,8 @@ def plan_inputs(run: Run) -> dict[str, Any]:
         inputs[f"prune.edits.{index}"] = as_dict(edit)
         if isinstance(edit, Replace):
             inputs[f"prune.edits.{index}.data"] = sources_fingerprint(edit.data)
+            inputs |= shaping(run.recipe, Shapes.PLAN)
+        elif isinstance(edit, Insert) and edit.init == "lesa":
             inputs |= shaping(run.recipe, Shapes.PLAN)
     donors = run.donor_fingerprints.items()
     return {**inputs, **{f"prune.edits.{index}.donor": found for index, found in donors}}

@@ -323,6 +323,4 @@ def _identity(candidate: Candidate, same_as: dict[str, str]) -> Iterator[tuple[s
 def _healed(candidate: Candidate, same_as: str | None) -> HealedPlan:
     plan, usual = candidate.plan, as_dict(Prune())
     section = {key: value for key, value in as_dict(candidate.run.recipe.prune).items() if value != usual[key]}
-    return HealedPlan(
-        candidate.name, section, plan.drop, plan.edits, plan.reason, plan.num_layers - len(plan.drop), same_as
-    )
+    return HealedPlan(candidate.name, section, plan.drop, plan.edits, plan.reason, len(plan.keep), same_as)

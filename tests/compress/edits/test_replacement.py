@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model as architectures_model
 from model_outputs import logits
 from tiny import KINDS, SHAPE, VOCAB_SIZE, tiny_model, tiny_moe
 from torch import Tensor, nn
@@ -125,6 +126,31 @@ def test_a_run_of_other_kinds_is_replaced_by_a_layer_of_the_firsts_kind() -> Non
     student = with_layers(model, (2, 3), {1: trained.tensors})
     assert [layer_type == "full_attention" for layer_type in student.config.layer_types] == [False, False, False, True]
     assert decoder_layers(student)[1].get_submodule("self_attn").is_sliding
+
+
+@pytest.mark.parametrize("init", ["first", "mean", "lesa"])
+def test_training_starts_from_what_is_asked_for(init: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers that are affine in depth the mean of 2..3 and what 1 and 4 predict are one layer, half between them."""
+    model, starts = tiny_model("llama"), []
+    layers = decoder_layers(model)
+    for depth, layer in enumerate(layers):
+        for name, parameter in layer.named_parameters():
+            parameter.data.copy_(layers[0].get_parameter(name).data * (1 + 0.1 * depth))
+    monkeypatch.setattr(replacement, "_fit", lambda layer, *_, **__: starts.append(copy.deepcopy(layer)))
+    train_replacement(model, settings(2, 3, init=init), some_rows(12), seed=0)
+    for name, parameter in starts[0].named_parameters():
+        expected = layers[0].get_parameter(name).double() * (1.2 if init == "first" else 1.25)
+        torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_start_that_has_no_layers_to_come_from_is_refused() -> None:
+    model = tiny_model("llama")
+    for layers, where in (((0, 1), "below"), ((4, 5), "above")):
+        with pytest.raises(UserError, match=rf"lesa predicts from the layers on both sides, and there is none {where}"):
+            train_replacement(model, settings(*layers, init="lesa"), some_rows(4), seed=0)
+    mixed = architectures_model("qwen3_moe")
+    with pytest.raises(UserError, match=r"layers 2 and 3 hold different tensors: the shape of mlp\."):
+        train_replacement(mixed, settings(2, 3, init="mean"), some_rows(4), seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

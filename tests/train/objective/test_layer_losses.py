@@ -23,7 +23,7 @@ from shoal.data.packing import IGNORED
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers, state_of, with_state
 from shoal.models.attention_calls import AttentionInputs
-from shoal.recipe.edits import Edits, Merge, Replace, SkipMlp
+from shoal.recipe.edits import Edits, Insert, Merge, Replace, SkipMlp
 from shoal.recipe.losses import AttentionRelation, HiddenStates, StateTerm, ValueRelation
 from shoal.train.objective import layer_losses
 from shoal.train.objective.capture import Captured, capturing
@@ -108,6 +108,7 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 MERGED = Merge("merge", (1, 2, 3))
 REPLACED = Replace("replace", (3, 4))
+INSERTED = Insert("insert", (1, 3))
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,8 @@ REPLACED = Replace("replace", (3, 4))
         (plan((0,)), (1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),
         (plan((2, 3), (MERGED,)), (0, 3, 4, 5), (0, 3, 4, 5)),
         (plan((4, 5), (REPLACED,)), (0, 1, 2, 4), (0, 1, 2, 5)),
+        (plan((), (INSERTED,)), (0, 1, 1, 2, 3, 3, 4, 5), (0, 1, 1, 2, 3, 3, 4, 5)),
+        (plan((2, 4), (INSERTED,)), (0, 1, 1, 3, 3, 5), (0, 1, 2, 3, 4, 5)),
         (plan((2,), (SkipMlp("skip_mlp", (4,)),)), (0, 1, 3, 4, 5), (0, 2, 3, 4, 5)),
     ],
 )
@@ -138,6 +141,14 @@ def test_layers_that_are_not_named_are_those_that_differ_and_for_relations_the_l
     assert layer_pairs(HiddenStates(layers=(3, 0)), dropped) == ((0, 0), (3, 5))
     assert layer_pairs(AttentionRelation(), dropped) == ((3, 5),)
     assert layer_pairs(ValueRelation(layers=(1, 2)), dropped) == ((1, 1), (2, 4))
+
+
+def test_new_layers_stand_for_none_of_the_teachers_unless_they_are_named() -> None:
+    grown, last = plan((), (INSERTED,)), plan((), (Insert("insert", (5,)),))
+    assert layer_pairs(HiddenStates(), grown) == ((3, 2), (4, 3), (6, 4), (7, 5))
+    assert layer_pairs(HiddenStates(layers=(2, 3)), grown) == ((2, 1), (3, 2))
+    assert layer_pairs(AttentionRelation(), grown) == ((7, 5),)
+    assert layer_pairs(AttentionRelation(), last) == ((5, 5),)
 
 
 def test_pairs_below_the_shared_prefix_are_left_out_and_none_left_is_refused() -> None:

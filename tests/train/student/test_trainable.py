@@ -31,6 +31,7 @@ from shoal.train.student.trainable import (
 MERGE = {"kind": "merge", "layers": [2, 3]}
 REPLACE = {"kind": "replace", "layers": [6, 7, 8]}
 SKIP = {"kind": "skip_attention", "layers": [1]}
+INSERT = {"kind": "insert", "after": [3, 5]}
 SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "norm"]}
 
 
@@ -52,6 +53,14 @@ SWAP = {"kind": "swap", "layers": [4], "donor": "d", "parts": ["embeddings", "no
         ("replacement", plan(7, 8, edits=(REPLACE,)), (6,), False, 6),
         ("replacement", plan(3, 7, 8, edits=(REPLACE, MERGE)), (2, 5), False, 2),
         ("replacement", plan(1, 7, 8, edits=(REPLACE,)), (5,), False, 1),  # from layer 1 on the student is another
+        ("replacement", plan(edits=(INSERT,)), (4, 7), False, 4),
+        ("replacement", plan(1, 7, 8, edits=(REPLACE, INSERT)), (3, 6, 7), False, 1),
+        ("near_gaps", plan(edits=(INSERT,)), (3, 4, 5, 6, 7, 8), False, 3),
+        ("near_gaps", plan(8, edits=({**INSERT, "after": [9]},)), (7, 8, 9), False, 7),
+        ("near_gaps", plan(edits=({**INSERT, "after": [3]}, {**SKIP, "layers": [3]})), (3, 4, 5), False, 3),
+        ("from_first_cut", plan(edits=(INSERT,)), range(4, 12), True, 4),
+        ("from_first_cut", plan(edits=({**INSERT, "after": [9]},)), (10,), True, 10),
+        ("norm_and_head", plan(edits=(INSERT,)), (), True, 4),
         ("norm_and_head", plan(4), (), True, 4),
     ],
 )

@@ -1,0 +1,198 @@
+"""Predict a layer from the layers below and above it (LESA, Yang et al. 2025, arXiv:2502.13794).
+
+L layers, E matrices of a type in one layer (experts; else 1), m x n their shape.
+
+The matrices W_1 ... W_L of one type (one name and shape) stand side by side, C = [W_1 | ... | W_L] = U S V^T, so that
+W_i = U S V_i with coefficients V_i (m x n). A network of two hidden layers learns V_i from V_{i-1} and V_{i+1}, row by
+row, on every three neighbours that the model has; the new matrix between two neighbours a and b is U S G(V_a, V_b).
+Norms, biases and all else that has less than two dimensions are the mean of the two.
+
+Other than the authors' code:
+
+- The network gives the difference to the mean of both sides, and starts at none. One sample in sixteen is held out, and
+  a network that does not lower the loss there is left out, which leaves the mean. So the prediction is exact where
+  coefficients are affine in depth.
+- U and S come from C C^T = U S^2 U^T, which needs no (m x L n) decomposition. U is orthogonal whatever S was rounded
+  to, so that U S V_i is W_i; S only scales what is learnt from, and is held above 1e-4 of its largest value.
+- Norms are means; there they are those of the first layer.
+- Experts of one layer are samples of one network, each beside the experts of the same number in the layers around it.
+- It is applied to the layers right beside a new one, as there, though it has learnt from layers two apart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shoal.errors import UserError
+from shoal.models.anatomy import decoder_layers
+from shoal.progress import each
+from shoal.runtime import device
+
+from .merging import combined, layer_tensors, refuse_different_shapes
+
+log = logging.getLogger(__name__)
+
+WIDTH = 256
+"""Of both hidden layers."""
+EPOCHS = 5
+BATCH_SIZE = 64
+LEARNING_RATE = 1e-3
+"""Of AdamW."""
+NORM_WEIGHT = 5e-5
+"""lambda in (1 - lambda) MSE + lambda (|prediction| - |target|)^2, against predictions that shrink; norms are over a
+batch."""
+HELD_OUT_SHARE = 16
+SMALLEST_SCALE = 1e-4
+
+
+def predicted_layers(model: PreTrainedModel, pairs: Sequence[tuple[int, int]], *, seed: int) -> list[dict[str, Tensor]]:
+    """For each pair of layers every parameter and stored buffer of a layer between them, in the dtypes of the first.
+
+    Calculated in float32, on the accelerator where there is one. On a CPU equal seeds give equal bits.
+
+    Raises:
+        UserError: a pair whose tensors differ in name or shape, are shared with other layers, or differ and are not of
+            floating point; one without three neighbours to learn from.
+    """
+    stored = [dict(layer.state_dict()) for layer in decoder_layers(model)]
+    found: list[dict[str, Tensor]] = [{} for _ in pairs]
+    wanted: dict[tuple[str, torch.Size], list[int]] = defaultdict(list)
+    for number, (below, above) in enumerate(pairs):
+        refuse_different_shapes(model, (below, above))
+        refuse_without_examples(model, below)
+        for name, tensor in layer_tensors(model, below).items():
+            if _is_matrix(tensor):
+                wanted[name, tensor.shape].append(number)
+            else:
+                where = f"lesa: {name} of layers {below} and {above}"
+                found[number][name] = combined([tensor, stored[above][name]], (0.5, 0.5), where=where)
+    generator = torch.Generator().manual_seed(seed)
+    for (name, shape), numbers in each(list(wanted.items()), "lesa: learning from the layers", unit="matrix types"):
+        alike = {layer: own[name] for layer, own in enumerate(stored) if _has(own, name, shape)}
+        matrices = _predicted(name, alike, [pairs[number] for number in numbers], generator)
+        for number, matrix in zip(numbers, matrices, strict=True):
+            found[number][name] = matrix
+    return found
+
+
+def refuse_without_examples(model: PreTrainedModel, layer: int) -> None:
+    """Refuse a layer that holds a matrix of a type which no three neighbours have; ``model`` may be without weights.
+
+    Raises:
+        UserError: naming the first such matrix.
+    """
+    stored = [dict(own.state_dict()) for own in decoder_layers(model)]
+    for name, tensor in stored[layer].items():
+        alike = [place for place, own in enumerate(stored) if _has(own, name, tensor.shape)]
+        if _is_matrix(tensor) and not _middles(alike):
+            raise UserError(
+                f"lesa: no three neighbouring layers have {name} of layer {layer} in its shape {tuple(tensor.shape)}, "
+                "so that there is nothing to learn from; choose another init"
+            )
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim > 1
+
+
+def _has(stored: Mapping[str, Tensor], name: str, shape: torch.Size) -> bool:
+    return name in stored and stored[name].shape == shape
+
+
+def _middles(layers: Sequence[int]) -> list[int]:
+    """Places in ``layers``, which increase, of those between two neighbours that are there too."""
+    return [place for place in range(1, len(layers) - 1) if layers[place + 1] == layers[place - 1] + 2]
+
+
+def _predicted(
+    name: str, alike: Mapping[int, Tensor], pairs: Sequence[tuple[int, int]], generator: torch.Generator
+) -> list[Tensor]:
+    """The matrices of one type between the layers of ``pairs``; ``alike`` are those that layers have."""
+    layers, first = list(alike), next(iter(alike.values()))
+    weights_LEmn = torch.stack(
+        [weight.detach().reshape(-1, *weight.shape[-2:]).to(device(), torch.float32) for weight in alike.values()]
+    )
+    directions_mm, scale_m = _basis(weights_LEmn)
+    (_, num_matrices, num_rows, num_columns), to_coefficients = weights_LEmn.shape, directions_mm / scale_m
+    coefficients_LRn = (to_coefficients.T @ weights_LEmn).flatten(1, 2)
+    del weights_LEmn
+    network = _learnt(name, coefficients_LRn, _middles(layers), generator)
+    found = []
+    for below, above in pairs:
+        sides = coefficients_LRn[layers.index(below)], coefficients_LRn[layers.index(above)]
+        coefficients_Emn = _between(network, *sides).view(num_matrices, num_rows, num_columns)
+        matrices_Emn = (directions_mm * scale_m) @ coefficients_Emn
+        found.append(matrices_Emn.view(first.shape).to(first.device, first.dtype))
+    return found
+
+
+def _basis(weights_LEmn: Tensor) -> tuple[Tensor, Tensor]:
+    """U (m x m) and the diagonal of S (m)."""
+    gram_mm = sum((own_Emn @ own_Emn.mT).sum(0) for own_Emn in weights_LEmn)
+    assert isinstance(gram_mm, Tensor)
+    squares_m, directions_mm = torch.linalg.eigh(gram_mm)
+    scale_m = squares_m.clamp_min(0).sqrt()
+    largest = scale_m.max()
+    return directions_mm, scale_m.clamp_min(SMALLEST_SCALE * largest) if largest > 0 else torch.ones_like(scale_m)
+
+
+@torch.no_grad()
+def _between(network: nn.Module | None, below_Rn: Tensor, above_Rn: Tensor) -> Tensor:
+    mean_Rn = (below_Rn + above_Rn) / 2
+    return mean_Rn if network is None else mean_Rn + network(torch.cat([below_Rn, above_Rn], -1))
+
+
+def _learnt(
+    name: str, coefficients_LRn: Tensor, middles: Sequence[int], generator: torch.Generator
+) -> nn.Module | None:
+    """The network of one type; None where the mean of both sides is no worse on what was held out."""
+    _, num_rows, num_columns = coefficients_LRn.shape
+    where = coefficients_LRn.device
+    samples = torch.randperm(len(middles) * num_rows, generator=generator)
+    held_out, samples = samples.tensor_split([max(1, len(samples) // HELD_OUT_SHARE)])
+    if not len(samples):
+        return None
+    network = _network(num_columns, generator).to(where)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+    places = torch.tensor(middles)
+
+    def loss(batch: Tensor, *, use_network: bool = True) -> Tensor:
+        middle_B, row_B = places[batch // num_rows].to(where), (batch % num_rows).to(where)
+        below_Bn, target_Bn, above_Bn = (coefficients_LRn[middle_B + step, row_B] for step in (-1, 0, 1))
+        predicted_Bn = (below_Bn + above_Bn) / 2
+        if use_network:
+            predicted_Bn = predicted_Bn + network(torch.cat([below_Bn, above_Bn], -1))
+        shrunk = (predicted_Bn.norm() - target_Bn.norm()).square()
+        return (1 - NORM_WEIGHT) * (predicted_Bn - target_Bn).square().mean() + NORM_WEIGHT * shrunk
+
+    for _ in range(EPOCHS):
+        for batch in samples[torch.randperm(len(samples), generator=generator)].split(BATCH_SIZE):
+            optimizer.zero_grad()
+            loss(batch).backward()
+            optimizer.step()
+    with torch.no_grad():
+        of_mean, of_network = (
+            sum(loss(batch, use_network=how).item() for batch in held_out.split(BATCH_SIZE)) for how in (False, True)
+        )
+    is_better = of_network < of_mean
+    log.info(
+        "lesa: %s: held-out loss %.3g, of the mean %.3g%s",
+        *(name, of_network, of_mean, "" if is_better else "; the mean is taken"),
+    )
+    return network if is_better else None
+
+
+def _network(num_columns: int, generator: torch.Generator) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        last = nn.Linear(WIDTH, num_columns)
+        network = nn.Sequential(nn.Linear(2 * num_columns, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), last)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return network
