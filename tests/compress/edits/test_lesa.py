@@ -63,8 +63,8 @@ def test_directions_that_no_matrix_has_are_no_hindrance() -> None:
     generator = torch.Generator().manual_seed(0)
     column, row = torch.randn(48, 1, generator=generator), torch.randn(1, 32, generator=generator)
     for depth, layer in enumerate(decoder_layers(model)):
-        layer.get_submodule("self_attn.o_proj").weight.data.zero_()
-        layer.get_submodule("mlp.up_proj").weight.data.copy_((1 + depth) * column @ row)
+        layer.get_parameter("self_attn.o_proj.weight").data.zero_()
+        layer.get_parameter("mlp.up_proj.weight").data.copy_((1 + depth) * column @ row)
     (found,) = predicted_layers(model, [(1, 2)], seed=0)
     assert not found["self_attn.o_proj.weight"].any()
     torch.testing.assert_close(found["mlp.up_proj.weight"], 2.5 * column @ row, rtol=1e-4, atol=1e-4)
