@@ -297,11 +297,16 @@ class PruningPlan(Artifact):
         return min([first_change(self.drop, self.edits), *self._corrected])
 
     @property
+    def edited_layers(self) -> set[int]:
+        """The teacher's layers that stay and that edits change; new ones are beside them."""
+        changing = [edit for edit in self.edits if not isinstance(edit, Insert)]
+        return {layer for edit in changing for layer in edited_layers(edit)} - {*self.drop}
+
+    @property
     def changed_layers(self) -> tuple[int, ...]:
         """The teacher's layers that stay with other weights, before any training, increasing."""
-        edited = {layer for edit in self.edits if not isinstance(edit, Insert) for layer in edited_layers(edit)}
         changed = {layer for layer in self.keep if self.state_scale(layer) != 1}
-        return tuple(sorted((edited | changed | {*self._corrected}) - {*self.drop}))
+        return tuple(sorted((self.edited_layers | changed | {*self._corrected}) - {*self.drop}))
 
     @property
     def _corrected(self) -> tuple[int, ...]:

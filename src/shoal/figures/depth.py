@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shoal.artifacts.artifact import Importance, PruningPlan
 from shoal.errors import UserError
 from shoal.figures.style import DROPPED, FAINT, INK, KEPT, WIDTH_INCHES, clean, figure_style, panel_grid
-from shoal.recipe.edits import edited_layers
+from shoal.recipe.edits import insertions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,7 +123,7 @@ def _side_by_side(num_layers: int, num_columns: int) -> tuple[Figure, list[Axes]
 def _draw_stack(ax: Axes, plan: PruningPlan) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    edited = {layer for edit in plan.edits for layer in edited_layers(edit)} - set(plan.drop)
+    edited, followed = plan.edited_layers, insertions(plan.edits)
     for layer in range(plan.num_layers):
         out = layer in plan.drop
         brick = FancyBboxPatch(
@@ -140,6 +140,8 @@ def _draw_stack(ax: Axes, plan: PruningPlan) -> None:
         ax.add_patch(brick)
         if layer in edited:
             ax.text(1.08, layer, "◆", color=INK, fontsize=8, va="center")
+        if layer in followed:
+            ax.text(1.08, layer + 0.5, "+", color=INK, fontsize=8, va="center")
     every = 1 if plan.num_layers <= 40 else 5
     ax.set_yticks(range(0, plan.num_layers, every))
     ax.tick_params(axis="y", length=0, labelsize=8, pad=2)
@@ -148,7 +150,12 @@ def _draw_stack(ax: Axes, plan: PruningPlan) -> None:
     ax.set_xticks([])
     ax.spines[:].set_visible(False)
     ax.set_title("text in ↓", fontsize=8, loc="center")
-    legend = ["■ kept", *(["▨ cut"] if plan.drop else []), *(["◆ edited"] if edited else [])]
+    legend = [
+        "■ kept",
+        *(["▨ cut"] if plan.drop else []),
+        *(["◆ edited"] if edited else []),
+        *(["+ new"] if followed else []),
+    ]
     ax.set_xlabel("\n".join(["↓ next word out", "  ".join(legend)]), fontsize=8)
 
 

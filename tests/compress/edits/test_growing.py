@@ -16,6 +16,7 @@ from model_outputs import logits
 from safetensors.torch import load_file
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_model, tiny_tokenizer
 from torch import Tensor
+from training_runs import finished, run, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from shoal.artifacts.artifact import Provenance, PruningPlan
@@ -230,18 +231,40 @@ def test_an_inserted_layer_that_was_not_saved_is_seen(tmp_path: Path, monkeypatc
 def test_a_run_grows_a_model_and_tells_so(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "qwen3")
     raw = {"model": str(folder), "run_dir": str(tmp_path / "run"), "prune": {"edits": [insert(1, 4, init="lesa")]}}
-    run = open_run(parse_recipe(raw))
-    told = prune.prune_dry_run(run)
+    growing = open_run(parse_recipe(raw))
+    told = prune.prune_dry_run(growing)
     assert "edit:    2 new after layers 1, 4 (lesa)\n" in told
     assert "saves neither" not in told
     assert ["layers", "6", "8", "1.333"] in [line.split() for line in told.splitlines()]
-    prune.prune(run)
+    prune.prune(growing)
     made = PruningPlan.read(tmp_path / "run/plan.json")
     assert (made.keep, made.new_layers) == ((0, 1, 1, 2, 3, 4, 4, 5), (2, 6))
     assert (made.first_change, made.changed_layers) == (2, ())
     assert "seed" in made.provenance.inputs
     stored = (tmp_path / "run/student").stat().st_ino
-    prune.prune(run)
+    prune.prune(growing)
     assert (tmp_path / "run/student").stat().st_ino == stored
     with pytest.raises(UserError, match=r"those that prune\.edits inserts have none; leave depth out"):
         depth._models(open_run(parse_recipe({**raw, "measure": {"sweep": {"tasks": ["knowledge_continuation"]}}})))
+
+
+@pytest.mark.slow
+def test_new_layers_are_trained_alone_evaluated_and_reported(tmp_path: Path) -> None:
+    """All that is not new is stored as the teacher has it, the layers above the new one included."""
+    folder = tiny_checkpoint(tmp_path, "llama")
+    losses = [{"kind": "cross_entropy"}, {"kind": "hidden_states"}]
+    path = write_recipe(tmp_path / "trial", folder, trainable="replacement", losses=losses)
+    edits = "[{kind: insert, after: [2], init: copy}]"
+    trial = finished(run(path, "prune.drop=null", f"prune.edits={edits}", "eval.speed=false", verb="run"))
+    healed, whole = trial.weights(), load_file(folder / "model.safetensors")
+    place = {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 5: 4, 6: 5}
+    for name, tensor in healed.items():
+        number = int(name.split(".")[2]) if ".layers." in name else None
+        own = name if number is None else name.replace(f".{number}.", f".{place[number]}.", 1)
+        assert torch.equal(tensor, whole[own]) == (number != 3), name
+    assert AutoModelForCausalLM.from_pretrained(trial.dir / "distilled").config.num_hidden_layers == NUM_LAYERS + 1
+    report = (trial.dir / "report.html").read_text()
+    assert "1 new after layer 2 (copy)" in report
+    for role in ("teacher", "pruned", "distilled"):
+        told = json.loads((trial.dir / "eval" / f"{role}.json").read_text())["num_layers"]
+        assert told == NUM_LAYERS + (role != "teacher")
