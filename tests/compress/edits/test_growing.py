@@ -255,7 +255,10 @@ def test_new_layers_are_trained_alone_evaluated_and_reported(tmp_path: Path) -> 
     losses = [{"kind": "cross_entropy"}, {"kind": "hidden_states"}]
     path = write_recipe(tmp_path / "trial", folder, trainable="replacement", losses=losses)
     edits = "[{kind: insert, after: [2], init: copy}]"
-    trial = finished(run(path, "prune.drop=null", f"prune.edits={edits}", "eval.speed=false", verb="run"))
+    changes = ("prune.drop=null", f"prune.edits={edits}", "eval.speed=false")
+    trial = finished(run(path, *changes))
+    for verb in ("eval", "report"):
+        finished(run(path, *changes, verb=verb))
     healed, whole = trial.weights(), load_file(folder / "model.safetensors")
     place = {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 5: 4, 6: 5}
     for name, tensor in healed.items():
