@@ -24,11 +24,10 @@ from shoal.compress import apply
 from shoal.compress.apply import apply_plan
 from shoal.compress.dry_run import dry_run
 from shoal.compress.edits.growing import inserted_in_place, new_layers
-from shoal.compress.surgery.config_cut import KEPT_LAYERS
 from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.models.anatomy import decoder_layers
-from shoal.recipe.edits import ZEROED_WEIGHTS, Insert, removed_layers
+from shoal.recipe.edits import KEPT_LAYERS, ZEROED_WEIGHTS, Insert, removed_layers
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages import depth, prune
 from shoal.stages.run import open_run
