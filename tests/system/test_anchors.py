@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_checkpoint
@@ -34,7 +35,7 @@ def test_the_budget_is_the_published_one(name: str) -> None:
 @pytest.mark.parametrize("name", ["anchor_qwen3_8b_drop8", "anchor_llama3_1_8b_drop5"])
 def test_a_rehearsal_runs_from_the_cut_to_the_scores(name: str, tmp_path: Path) -> None:
     family, layers, num_drop = ANCHORS[name]
-    sizes = {"num_hidden_layers": layers, "max_position_embeddings": 4096}
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "max_position_embeddings": 4096}
     if family == "qwen3":
         sizes |= {"layer_types": ["full_attention"] * layers}
     model = tiny_checkpoint(tmp_path, family, **sizes)
