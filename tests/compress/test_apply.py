@@ -293,7 +293,9 @@ def test_files_that_do_not_make_the_planned_student_are_refused_without_running_
 ) -> None:
     folder = tiny_checkpoint(tmp_path, "qwen2")
     write = apply._write_copy
-    monkeypatch.setattr(apply, "_write_copy", lambda copy, target: (write(copy, target), change(target))[0])
+    monkeypatch.setattr(
+        apply, "_write_copy", lambda copy, target, changed: (write(copy, target, changed), change(target))[0]
+    )
     with pytest.raises(UserError, match=message):
         apply_plan(folder, plan((1,)), tmp_path / "student", proof="files")
     assert [file.name for file in tmp_path.iterdir()] == ["qwen2"]

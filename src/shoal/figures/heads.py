@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from shoal.artifacts.heads import GROUPS, RETRIEVAL, Heads, Patched
+from shoal.artifacts.heads import GROUPS, RETRIEVAL, Corruption, Heads, Patched
 from shoal.figures.style import (
     INK,
     KEPT,
@@ -31,7 +31,7 @@ SITES = {"residual": "the layer's input", "attention": "the attention's output",
 
 def heads_figure(heads: Heads) -> Figure:
     """Retrieval scores by layer and by head, then what patching of every site brings back by layer and by head."""
-    sites = [(twin, site) for twin in heads.num_twins for site in SITES]
+    sites: list[tuple[Corruption, str]] = [(twin, site) for twin in heads.num_twins for site in SITES]
     curves = [own for own in sites if any((one.twin, one.site) == own for one in heads.patched)]
     maps = [one for one in heads.patched if (one.site, one.group) == ("head", "all") and any(one.effects)]
     most = max(len(row) for row in heads.scores)
