@@ -75,7 +75,8 @@ VERBS = {
         needs_group=True,
     ),
     "distill": Verb(
-        "train the cut model on the full one: distilled/; with eval.control the full one too: control/",
+        "train the cut model, made first where there is none, on the full one: distilled/; with eval.control the full "
+        "one too: control/",
         "distill.distill",
         dry_run=(
             "distill.distill_dry_run",

@@ -80,7 +80,7 @@ BOMB = "\n".join(
     ["a: &a [x, x]", *(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]" for i in range(20))]
 )
 RECIPES: list[tuple[str | bytes, str]] = [
-    (b"", "recipe.yaml: must be a mapping of settings, got NoneType"),
+    (b"", "recipe.yaml: must be a mapping of settings, got nothing"),
     (b"- a", "recipe.yaml: must be a mapping of settings, got list"),
     (b"\x00\x01\xff", YAML),
     ("model: a\nrun_dir: b".encode("utf-16"), YAML),

@@ -43,12 +43,12 @@ def add_verb(verbs: Any, name: str, about: str, example: str) -> argparse.Argume
 def add_help_verbs(verbs: Any, parser: argparse.ArgumentParser, run: Callable[[Text], Any]) -> None:
     """Add them to ``verbs``, the subparsers of ``parser``. What ``run`` makes of a text is each one's `work`."""
     init = add_verb(verbs, "init", INIT, "Qwen/Qwen3-8B --out qwen.yaml")
-    init.add_argument("model", help="Hub id, local path or demo:<name>")
+    init.add_argument("model", metavar="MODEL", help="Hub id, local path or demo:<name>")
     init.add_argument("--revision", help="Hub revision of the model")
     init.add_argument("--out", metavar="FILE", help="where the recipe goes (default: NAME.yaml, after the model)")
     init.set_defaults(work=run(_init))
     names = add_verb(verbs, "list", LIST, "tasks --json")
-    names.add_argument("what", choices=LISTS, help="kind of names")
+    names.add_argument("what", metavar="WHAT", choices=LISTS, help=f"kind of names: {', '.join(LISTS)}")
     names.set_defaults(work=run(_list))
     explain = add_verb(verbs, "explain", EXPLAIN, "distill.losses.forward_kl.temperature")
     explain.add_argument("key", nargs="?", metavar="KEY", help="section, section.key, or one below a kind")

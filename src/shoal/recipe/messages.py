@@ -86,9 +86,20 @@ def blamed(problems: Sequence[str], source: str, overrides: Sequence[str]) -> st
     lines = []
     for problem in problems:
         place = problem.partition(":")[0]
-        setters = [override for override in overrides if f"{place}.".startswith(f"{override.partition('=')[0]}.")]
+        keys = [override.partition("=")[0] for override in overrides]
+        # a section that nobody knows is there because an override has named a key in it, or because the file has
+        sets = _is_in if ": unknown key" not in problem else _is_in_either
+        setters = [override for override, key in zip(overrides, keys, strict=True) if sets(place, key)]
         lines.append(f"{quoted(setters[-1])}: {problem}" if setters else f"{source}: {problem}")
     return "\n".join(lines)
+
+
+def _is_in(place: str, key: str) -> bool:
+    return f"{place}.".startswith(f"{key}.")
+
+
+def _is_in_either(place: str, key: str) -> bool:
+    return _is_in(place, key) or _is_in(key, place)
 
 
 def quoted(override: str) -> str:
@@ -138,7 +149,8 @@ def _told(problem: Any, root: type[Section]) -> tuple[str, str, str]:
             return f"{place}.kind", f"must be one of {expected}", f" (got {tag!r}{hint})"
         case kind:
             value = reprlib.repr(redacted({last: problem["input"]})[last])
-            return place, WORDS.get(kind) or _as_demand(problem["msg"]), f" (got {value})"
+            form = ", as in '[13, 14]'" if kind == "tuple_type" and isinstance(problem["input"], str) else ""
+            return place, (WORDS.get(kind) or _as_demand(problem["msg"])) + form, f" (got {value})"
 
 
 def _as_demand(message: str) -> str:

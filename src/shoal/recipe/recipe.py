@@ -6,6 +6,7 @@ section or plain arguments, never the whole recipe.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,8 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); choose a file you may read") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{file}: must be a mapping of settings, got {type(raw).__name__}")
+        kind = "nothing" if raw is None else type(raw).__name__
+        raise UserError(f"{file}: must be a mapping of settings, got {kind}")
     if Path(path).is_dir():
         raw["run_dir"] = str(path)
     for override in overrides:
@@ -169,7 +171,12 @@ def _find_recipe(path: Path) -> Path:
         if path.parent in (Path(), Path("configs")) and shipped.is_file():
             return shipped
     names = sorted(p.name for p in CONFIGS_DIR.glob("*.yaml"))
-    raise UserError(f"{path}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}")
+    close = difflib.get_close_matches(path.stem, [Path(name).stem for name in names], n=1, cutoff=0.7)
+    meant = f"; did you mean {close[0]}?" if close else "."
+    raise UserError(
+        f"{path}: no such recipe file; shipped recipes are {', '.join(names) or 'none'}{meant} It is no run directory "
+        "either; for a model `shoal init MODEL` writes a recipe"
+    )
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -181,7 +188,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     *sections, leaf = key.split(".")
     if not equals or not all([*sections, leaf]):
-        raise UserError(f"{quoted(override)}: must have the form section.key=value")
+        raise UserError(f"{quoted(override)}: must have the form section.key=value, without blanks around the =")
+    if key != key.strip():
+        raise UserError(f"{quoted(override)}: has a blank before the =; write {key.strip()}={text.strip()}")
     try:
         value = read_yaml(text)
     except YAMLError as error:

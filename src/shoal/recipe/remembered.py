@@ -51,6 +51,11 @@ def recipe_in(run_dir: Path) -> Path:
         UserError: there is none, or none that this user's shoal keeps there, which nobody has vouched for.
     """
     file, text = run_dir / FILE, memory_in(run_dir)
+    if text is None and (run_dir / "config.json").is_file():
+        raise UserError(
+            f"{run_dir}: is a model and no run directory; `shoal init {run_dir}` writes a recipe for it, or name a "
+            f"recipe with model={run_dir}"
+        )
     if text is None:
         raise UserError(
             f"{run_dir}: is a folder without {FILE}, so no run directory whose recipe is known; name a recipe (with "

@@ -109,7 +109,21 @@ def _due(run: Run, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """Role -> what identifies its evaluation, of the models whose evaluation is not there."""
     inputs = {role: eval_inputs(run, folder) for role, folder in folders.items()}
     files = {role: run.dir / "eval" / f"{role}.json" for role in folders}
+    _warn_of_fewer_items(run, files)
     return {role: own for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
+
+
+def _warn_of_fewer_items(run: Run, files: dict[str, Path]) -> None:
+    """A quick look at few items takes the place of scores of many: say how these come back."""
+    limit, key = run.recipe.eval.limit, "eval.limit"
+    before = [Evaluation.read(file).provenance.inputs.get(key, 0) for file in files.values() if file.is_file()]
+    if limit is not None and any(more is None or more > limit for more in before):
+        most = None if None in before else max(before)
+        log.warning(
+            "eval: scores of %s items a task take the place of those of %s; %s=%s brings them back from the answers in "
+            "eval/items. For a look beside them choose another run_dir",
+            *(limit, "all" if most is None else most, key, "null" if most is None else most),
+        )
 
 
 def _tell_of_left_out(path: Path, result: Evaluation) -> None:

@@ -10,7 +10,13 @@ import logging
 from shoal.data.sources import load_texts
 from shoal.stages.distill import check_distill
 from shoal.stages.measure import check_measure
-from shoal.stages.prune import choose_plan, read_goals, refuse_impossible_changes, refuse_unfit_student
+from shoal.stages.prune import (
+    choose_plan,
+    read_goals,
+    refuse_impossible_changes,
+    refuse_unfit_student,
+    refuse_unmeasured,
+)
 from shoal.stages.run import Run, check_length
 
 log = logging.getLogger(__name__)
@@ -28,6 +34,7 @@ def preflight(run: Run) -> None:
 
     recipe = run.recipe
     check_choice(recipe.prune, num_layers=run.num_layers, goals=read_goals(run))
+    refuse_unmeasured(run)
     refuse_impossible_changes(run)
     if recipe.export.gguf:
         from shoal.compress.targets.gguf import check_export

@@ -5,6 +5,7 @@ Room code is imported where it is used, so that a verb loads only what it runs.
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -107,6 +108,7 @@ def prune(run: Run) -> None:
     if missing := [kind.FILE for kind, _ in _chosen_by(run) if not (run.dir / kind.FILE).is_file()]:
         check_choice(run.recipe.prune, num_layers=run.num_layers, goals=read_goals(run))
         refuse_impossible_changes(run)
+        refuse_unmeasured(run)
         log.info("prune: needs %s, measuring first", " and ".join(missing))
         measure(run)
     importance = read_importance(run)
@@ -337,6 +339,32 @@ def read_importance(run: Run) -> Importance | None:
     return importance
 
 
+def refuse_unmeasured(run: Run) -> None:
+    """Refuse a metric to choose by that nothing in the recipe measures, before hours are spent on others.
+
+    Where tasks are swept a name may be one of theirs, and where importance.json is there it tells.
+    """
+    from shoal.compress.metrics.registry import METRICS
+    from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
+
+    prune, measure = run.recipe.prune, run.recipe.measure
+    if not is_automatic(prune) or measure.sweep is not None or (run.dir / Importance.FILE).is_file():
+        return
+    named = {f"prune.weights.{name}": name for name in prune.weights}
+    default = DEFAULT_RUN_METRIC if prune.contiguous else DEFAULT_METRIC
+    for setting, name in (named or {"prune.metric": prune.metric or default}).items():
+        if name in measure.metrics:
+            continue
+        if name in METRICS:
+            there = ", ".join(measure.metrics)
+            raise UserError(f"{setting}: {name} is not measured; add it to measure.metrics ({there})")
+        close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "`shoal list metrics` has all."
+        raise UserError(
+            f"{setting}: {name} is no metric; {hint} To choose by a task, name it in measure.sweep.tasks too"
+        )
+
+
 def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any]) -> PruningPlan:
     """The plan that the recipe asks for, with ``inputs`` as its provenance; nothing is written.
 
@@ -347,6 +375,8 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
     """
     from shoal.compress.plan import choose_changes, round_of
 
+    if importance is None:
+        refuse_unmeasured(run)
     layers, several = run.base_layers, run.recipe.prune.rounds > 1
     if several and importance is None:
         raise UserError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,9 @@ def test_override_may_hold_an_equals_sign(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["seed", "=4", "a..b=1", ".seed=1", "seed.=1"])
 def test_override_of_bad_form_is_refused(tmp_path: Path, override: str) -> None:
-    assert refusal(tmp_path, "", override) == [f"override {override!r}: must have the form section.key=value"]
+    assert refusal(tmp_path, "", override) == [
+        f"override {override!r}: must have the form section.key=value, without blanks around the ="
+    ]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +330,7 @@ def test_merge_keys_work(tmp_path: Path) -> None:
     assert load(tmp_path, text).distill.losses == (ForwardKL(weight=2.0), ForwardKL(weight=3.0, temperature=2.0))
 
 
-@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a", "list"), ("abc", "str")])
+@pytest.mark.parametrize(("text", "kind"), [("", "nothing"), ("- a", "list"), ("abc", "str")])
 def test_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, kind: str) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
@@ -494,6 +497,25 @@ def test_commands_in_a_shipped_recipe_can_be_given(file: Path) -> None:
         words = shlex.split(command, comments=True)
         assert words[words.index("--config") + 1] == f"configs/{file.name}"
         load_recipe(file, [word for word in words if "=" in word])
+
+
+def test_what_a_newcomer_types_is_told_what_to_type(tmp_path: Path) -> None:
+    """Misspelt sections that only an override names, blanks, lists without brackets, models in place of recipes."""
+    quickstart = partial(load_recipe, "quickstart")
+    with pytest.raises(UserError, match=r"^override 'distil.num_tokens=5': distil: unknown key; did you mean"):
+        quickstart(["distil.num_tokens=5"])
+    with pytest.raises(UserError, match=r"has a blank before the =; write distill\.num_tokens=4096"):
+        quickstart(["distill.num_tokens = 4096"])
+    with pytest.raises(UserError, match=r"prune\.drop: must be a list, as in '\[13, 14\]' \(got '13,14'\)"):
+        quickstart(["prune.drop=13,14"])
+    with pytest.raises(UserError, match=r"did you mean quickstart\? It is no run directory .*`shoal init MODEL`"):
+        load_recipe("quikstart")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is a model and no run directory; `shoal init .*` writes a recipe for it"):
+        load_recipe(tmp_path)
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match="must be a mapping of settings, got nothing"):
+        load_recipe(tmp_path / "empty.yaml")
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/measuring.md"])

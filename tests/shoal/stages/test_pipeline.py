@@ -1,6 +1,6 @@
 """The stages: each made once, made again when its settings change, never mixed up, never by two at a time.
 
-Covers: shoal.stages.distill, shoal.stages.evaluate, shoal.stages.overlap, shoal.stages.preflight, shoal.stages.prune,
+Covers: shoal.stages.distill, shoal.stages.evaluate, shoal.stages.overlap, shoal.stages.prune,
 shoal.stages.run.
 """
 
