@@ -259,7 +259,7 @@ def test_weights_that_lie_at_other_offsets_in_the_students_file_change_no_bit(la
 def test_student_whose_cached_text_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = iter([torch.tensor([[1, 2]]), torch.tensor([[1, 2, 3]])])
     folder = tiny_checkpoint(tmp_path, "llama")
-    monkeypatch.setattr(proof, "_greedy", lambda *_: next(texts))
+    monkeypatch.setattr(proof, "_greedy", lambda *_, **__: next(texts))
     with pytest.raises(UserError, match=r"writes other text with a KV cache than the teacher after dropping 1 of 6"):
         apply_plan(folder, plan((1,)), tmp_path / "student")
 

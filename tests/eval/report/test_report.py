@@ -224,7 +224,7 @@ def test_the_speed_at_a_glance_has_the_range_of_its_rounds(report: tuple[Page, s
         role: replace(run.speed.roles[role], decode_tokens_per_s=median, samples={"decode": samples})
         for role, median, samples in (("teacher", 10.0, (8.0, 10.0, 16.0)), ("distilled", 12.0, (12.0, 14.0, 8.0)))
     }
-    glance = facts(replace(run, speed=replace(run.speed, read_write=noisy)))
+    glance = facts(replace(run, speed=replace(run.speed, roles=noisy)))
     assert ("1.20 ×", "decoding speed (single rounds: 0.50 to 1.50 ×)") in glance
 
 
