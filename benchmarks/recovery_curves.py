@@ -9,8 +9,8 @@ column (twin, out, public, in) a table has the mean share kept of the teacher's 
 interval, means over the seeds that are there, and the figure the same as curves.
 
 Against tokens a straight line over the logarithm of tokens is laid through what up to 100 thousand tokens kept, and
-what it says of larger budgets stands beside what they kept. With two points or more in reach, and as a warning: how far
-short runs tell what long ones bring.
+what it says of larger budgets stands beside what they kept: how far short runs tell what long ones bring. That takes
+two budgets below, and one above.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from shoal.stages.run import Run, out_of_date
 UNKNOWN = "no estimate"
 READING_SHARE = 0.8
 """Of a CPU's rate of matrix products that evaluation and measuring get by the tokens of work_of, which are more than
-there are: the demo model's 27 tasks took 1.07 to 1.3 of it on a core of an EPYC."""
+there are: the demo model's 27 tasks took 1.07 to 1.15 of it on a core of an EPYC."""
 LOSS_FORWARDS = {
     "single_drop_perplexity": lambda num_layers, num_drop: num_layers / 2,
     "sleb": lambda num_layers, num_drop: num_drop * num_layers / 2,

@@ -12,6 +12,7 @@ from results import evaluation
 
 from shoal.artifacts.artifact import Provenance
 from shoal.cli import _main
+from shoal.compress.metrics.registry import METRICS
 from shoal.models.cost import model_cost
 from shoal.models.load import without_data
 from shoal.recipe.recipe import parse_recipe
@@ -119,6 +120,7 @@ def test_the_time_of_measuring_is_that_of_its_forwards(make_run: Any, monkeypatc
             run_dry_run(make_run(measure={"metrics": metrics, "num_drop": 2}, prune={"num_drop": None, "drop": [2]}))
         )
         assert f"about {forwards * forward_s:.6g} s" in told["measure"], metrics
+    assert {name for name, metric in METRICS.items() if metric.needs == "loss"} == dry_run.LOSS_FORWARDS.keys()
     swept = {"tasks": ["knowledge_continuation"], "limit": 10, "perplexity_tokens": 0}
     assert "no estimate no estimate" in rows(run_dry_run(make_run(measure={"sweep": swept})))["measure"]
 
