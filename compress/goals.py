@@ -9,7 +9,7 @@ from functools import cached_property
 
 from shoal.errors import UserError
 from shoal.formatting import count_text, listed
-from shoal.recipe.prune import PlanTarget, Serving
+from shoal.recipe.prune import PlanTarget, Serving, TimeTarget
 
 from .knapsack import Saving
 from .layer_sizes import LayerSizes
@@ -27,6 +27,8 @@ class TeacherTime:
     """Tokens behind the one that is written."""
     source: str
     """Where the number is from, in words."""
+    shallower: tuple[int, float] | None = None
+    """Layers and milliseconds of a shallower model that was measured beside it, in turns."""
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,14 @@ def _goals(target: PlanTarget, sizes: LayerSizes, teacher_time: TeacherTime | No
         )
     if (time := target.ms_per_token) is not None:
         batch, length, whole, own = _read(time, sizes)
-        per_byte, source = _time_per_byte(time.teacher, whole, sizes, teacher_time)
+        fixed, per_byte, source = _time_line(time, whole, sizes, teacher_time)
         yield Goal(
             "prune.target.ms_per_token",
             time.limit,
             whole,
-            math.floor(time.limit / per_byte),
+            math.floor((time.limit - fixed) / per_byte),
             own,
-            lambda amount: amount * per_byte,
+            lambda amount: fixed + amount * per_byte,
             lambda value: f"{value:.4g} ms",
             f" for {_served(batch, length)}, predicted from {source}",
         )
@@ -207,19 +209,38 @@ def _read(serving: Serving, sizes: LayerSizes) -> tuple[int, int, int, tuple[int
     return batch, length, sizes.read(batch, length), own
 
 
-def _time_per_byte(
-    given: float | None, whole: int, sizes: LayerSizes, measured: TeacherTime | None
-) -> tuple[float, str]:
-    """Milliseconds per byte read, and what that rests on in words."""
-    if given is not None:
-        return given / whole, f"the teacher's {given:.4g} ms in the recipe"
+def _time_line(
+    asked: TimeTarget, whole: int, sizes: LayerSizes, measured: TeacherTime | None
+) -> tuple[float, float, str]:
+    """Milliseconds whatever is read, those per byte read, and what both rest on in words.
+
+    Two depths measured in turns tell them apart: what does not shrink with the layers (calls of kernels, the head's
+    softmax) is as long at half the depth. One time alone is taken to be all reading.
+    """
+    if asked.teacher is not None:
+        fixed, source = asked.fixed or 0.0, f"the teacher's {asked.teacher:.4g} ms in the recipe"
+        return fixed, (asked.teacher - fixed) / whole, source + (f", {fixed:.4g} of them fixed" if fixed else "")
     if measured is None:
         raise UserError(
             "prune.target.ms_per_token: needs the teacher's own time to scale; run `shoal eval` first, which measures "
             "it (eval.speed), or set prune.target.ms_per_token.teacher"
         )
     source = f"the teacher's {measured.milliseconds:.4g} ms in {measured.source}"
-    return measured.milliseconds / sizes.read(measured.batch_size, measured.num_tokens), source
+    read = sizes.read(measured.batch_size, measured.num_tokens)
+    if measured.shallower is None:
+        return 0.0, measured.milliseconds / read, source
+    num_layers, milliseconds = measured.shallower
+    less = sizes.at_depth(num_layers).read(measured.batch_size, measured.num_tokens)
+    per_byte = (measured.milliseconds - milliseconds) / (read - less)
+    if per_byte <= 0:
+        raise UserError(
+            f"prune.target.ms_per_token: {source}, and {num_layers} of its {sizes.num_layers} layers take "
+            f"{milliseconds:.4g} ms, no less; measure again on a quiet machine (delete {measured.source.split()[0]}), "
+            "or set prune.target.ms_per_token.teacher"
+        )
+    # a line through noise may begin below 0: then reading is all of it
+    fixed = max(0.0, measured.milliseconds - per_byte * read)
+    return fixed, (measured.milliseconds - fixed) / read, f"{source} and {milliseconds:.4g} ms of {num_layers} layers"
 
 
 def _served(batch: int, length: int) -> str:

@@ -37,6 +37,8 @@ OTHER_BATCH_SIZES = (1, 8, 32)
 FEWER_REPEATS = 3
 """Rounds of the batch sizes after the first, which take longer and vary less."""
 KINDS = ("prefill", "decode", "first_token")
+HALF_DEPTH = "half of the teacher's layers"
+"""Name in the log of what is measured where no role is a cut of the teacher."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def measure_speed(
     *,
     provenance: Provenance,
     batch_sizes: Sequence[int] | None = None,
+    cut_half: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
     prompt_tokens: int = 256,
     new_tokens: int = 32,
     repeats: int = 5,
@@ -64,12 +67,15 @@ def measure_speed(
     Checkpoints are loaded here and kept in memory together: reloading between turns would measure a cold model. The
     first round of a batch size warms up, measures memory and is not timed; the order of the roles turns from round to
     round. Random tokens: speed does not depend on what is read. ``batch_sizes`` None = BATCH_SIZES; a size for which
-    the memory will not do is left out, and the result says so.
+    the memory will not do is left out, and the result says so. ``cut_half`` gives the teacher without half of its
+    layers, in the same storage: that model takes its turns too where no role has fewer layers than the teacher.
 
     Raises:
         UserError: a prompt that does not fit the model's positions, or a model that keeps no cache of keys and values.
     """
     entries = {role: _entry(role, model, prompt_tokens + new_tokens) for role, model in models.items()}
+    if cut_half and (half := _half_depth(entries, cut_half)):
+        entries[HALF_DEPTH] = half
     first = next(iter(entries.values())).decoder
     sizes = sorted(set(batch_sizes or BATCH_SIZES.get(first.device.type, OTHER_BATCH_SIZES)))
     batches: dict[str, list[BatchSpeed]] = {role: [] for role in entries}
@@ -87,8 +93,10 @@ def measure_speed(
                 *(role, size, speed.prefill_tokens_per_s, speed.decode_tokens_per_s, speed.first_token_s),
             )
     roles = {role: _score(entry, batches[role]) for role, entry in entries.items()}
+    half_depth = roles.pop(HALF_DEPTH, None)
     return Speed(
         provenance=provenance,
+        half_depth=half_depth,
         roles=_with_expectations(roles, entries, prompt_tokens, new_tokens),
         batch_size=sizes[0],
         prompt_tokens=prompt_tokens,
@@ -131,6 +139,19 @@ def _entry(role: str, source: Checkpoint | PreTrainedModel, num_tokens: int) -> 
             f"speed: {role} keeps no cache of keys and values to measure decoding with; set eval.speed: false"
         )
     return _Entry(decoder, _weight_bytes(model), checkpoint_bytes(source.folder) if is_stored else None)
+
+
+def _half_depth(entries: Mapping[str, _Entry], cut_half: Callable[[PreTrainedModel], PreTrainedModel]) -> _Entry | None:
+    """The teacher at half its depth; None where a role is shallower already, or the teacher cannot be cut so."""
+    depths = {role: text_config(entry.decoder.model.config).num_hidden_layers for role, entry in entries.items()}
+    if "teacher" not in entries or depths["teacher"] < 2 or min(depths.values()) < depths["teacher"]:
+        return None
+    try:
+        model = cut_half(entries["teacher"].decoder.model)
+    except UserError as error:
+        log.info("speed: nothing is measured at half the teacher's depth: %s", error)
+        return None
+    return _Entry(Decoder(model), _weight_bytes(model), None)
 
 
 def _measured(entries: Mapping[str, _Entry], work: tuple[int, int, int], rounds: int) -> dict[str, BatchSpeed]:

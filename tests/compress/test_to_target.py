@@ -17,7 +17,7 @@ from unequal_layers import LENGTH, OUTSIDE, PARAMETERS, SCORES, TOKEN_BYTES, siz
 
 from shoal.artifacts.artifact import Importance, Provenance
 from shoal.artifacts.importance import Removal
-from shoal.compress.goals import Goals, TeacherTime, goals_of
+from shoal.compress.goals import Goal, Goals, TeacherTime, goals_of
 from shoal.compress.plan import check_choice, choose_changes
 from shoal.compress.sweeps.expected_loss import is_loss, joint_change
 from shoal.compress.to_target import cheapest_layers
@@ -162,6 +162,41 @@ def test_a_measured_time_is_scaled_by_the_bytes_read_at_its_own_batch_and_length
     whole, at_once = sizes().read(4, 30), sizes().read(1, LENGTH)
     assert goals.goals[0].value(whole) == pytest.approx(2.0 * whole / at_once, rel=1e-12)
     assert "predicted from the teacher's 2 ms in eval/speed.json" in goals.in_words(())
+
+
+def line(asked: dict[str, Any], measured: TeacherTime | None = None) -> Goal:
+    target = prune_to({"ms_per_token": {"length": LENGTH, **asked}}).target
+    assert target is not None
+    return goals_of(target, sizes(), teacher_time=measured).goals[0]
+
+
+def test_two_measured_depths_tell_apart_what_does_not_shrink_with_the_layers() -> None:
+    whole, third = sizes().read(1, LENGTH), sizes().at_depth(2).read(1, LENGTH)
+    assert whole > third
+    per_byte, fixed = 0.004, 1.5
+    measured = TeacherTime(
+        fixed + per_byte * whole, 1, LENGTH, "eval/speed.json (batch size 1)", (2, fixed + per_byte * third)
+    )
+    goal = line({"limit": fixed + per_byte * (whole - 300)}, measured)
+    assert goal.value(whole) == pytest.approx(measured.milliseconds)
+    assert goal.value(0) == pytest.approx(fixed)
+    assert whole - 301 <= goal.limit <= whole - 300
+    assert "ms in eval/speed.json (batch size 1) and " in goal.conditions
+    # noise that puts the line's beginning below 0 leaves the whole model's time as it is
+    steep = line({"limit": 1}, replace(measured, shallower=(2, 1e-6)))
+    assert (steep.value(0), steep.value(whole)) == (0, pytest.approx(measured.milliseconds))
+    with pytest.raises(UserError, match=r"2 of its 6 layers take .* no less; measure again on a quiet machine"):
+        line({"limit": 1}, replace(measured, shallower=(2, measured.milliseconds)))
+
+
+def test_a_given_time_may_say_what_no_layer_takes() -> None:
+    whole = sizes().read(1, LENGTH)
+    goal = line({"limit": 6, "teacher": 8, "fixed": 2})
+    assert (goal.value(whole), goal.value(0), goal.value(whole // 2)) == (8, 2, pytest.approx(5, rel=0.01))
+    assert "the teacher's 8 ms in the recipe, 2 of them fixed" in goal.conditions
+    for wrong in ({"fixed": 2}, {"teacher": 2, "fixed": 2}):
+        with pytest.raises(UserError, match=r"fixed: 2\.0 ms are part of the teacher's"):
+            prune_to({"ms_per_token": {"limit": 6, **wrong}})
 
 
 def test_what_is_out_of_reach_is_refused_before_anything_is_measured() -> None:

@@ -11,6 +11,7 @@ import torch
 from tiny import NUM_LAYERS, tiny_checkpoint, tiny_config, tiny_model
 
 from shoal.artifacts.artifact import Provenance, Speed
+from shoal.compress.surgery.cut_model import cut_model
 from shoal.errors import UserError
 from shoal.eval import speed
 from shoal.eval.speed import expectation, measure_speed, peak_growth
@@ -132,6 +133,35 @@ def test_roles_take_turns_and_none_is_always_first(monkeypatch: pytest.MonkeyPat
     found = measure_speed(models, provenance=Provenance({}), batch_sizes=(1,), repeats=3, **SHORT)
     assert "".join(turns) == "LG" + "LGGLLG"
     assert found.roles["pruned"].num_bytes is None  # a model in memory has no files
+
+
+def cut_half(model: Any) -> Any:
+    return cut_model(model, range(1, NUM_LAYERS, 2), share=True)
+
+
+@pytest.mark.slow
+def test_a_teacher_alone_is_measured_at_half_its_depth_too() -> None:
+    teacher = tiny_model("llama")
+    found = measure_speed({"teacher": teacher}, provenance=Provenance({}), repeats=1, cut_half=cut_half, **SHORT)
+    assert list(found.roles) == ["teacher"]
+    assert found.half_depth is not None
+    assert found.half_depth.num_layers == NUM_LAYERS // 2
+    assert [batch.batch_size for batch in found.half_depth.batches] == [1, 4]
+
+
+@pytest.mark.slow
+def test_half_the_depth_is_not_measured_beside_a_cut_or_where_it_cannot_be_cut(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    models = {"teacher": tiny_model("llama"), "pruned": tiny_model("llama", num_hidden_layers=4)}
+    beside = measure_speed(models, provenance=Provenance({}), batch_sizes=(1,), repeats=1, cut_half=cut_half, **SHORT)
+    assert beside.half_depth is None
+    refused: Any = lambda model: (_ for _ in ()).throw(UserError("cannot be cut"))  # noqa: E731
+    del models["pruned"]
+    with caplog.at_level(logging.INFO):
+        found = measure_speed(models, provenance=Provenance({}), batch_sizes=(1,), repeats=1, cut_half=refused, **SHORT)
+    assert found.half_depth is None
+    assert "nothing is measured at half the teacher's depth: cannot be cut" in caplog.text
 
 
 @pytest.mark.slow

@@ -481,6 +481,11 @@ class BatchSpeed:
     expected: dict[str, float] = field(default_factory=dict)
     """Name of a field above -> the teacher's value, scaled by what the layer count says; empty for the teacher."""
 
+    @property
+    def step_ms(self) -> float:
+        """Milliseconds between two written tokens of a sequence."""
+        return 1000 * self.batch_size / self.decode_tokens_per_s
+
 
 @dataclass(frozen=True)
 class SpeedScore:
@@ -516,6 +521,9 @@ class Speed(Artifact):
     dtype: str
     left_out: tuple[str, ...] = ()
     """Reasons why a batch size that was asked for is missing, a sentence each."""
+    half_depth: SpeedScore | None = None
+    """The teacher without every second layer, where no role has fewer layers than it: what time does not shrink with
+    the layers is told by two depths."""
 
 
 CONTROL = "control"

@@ -73,6 +73,13 @@ class TimeTarget(Serving):
     teacher: Annotated[Above0 | None, Shapes.PLAN] = None
     """Milliseconds that the teacher takes at this batch and length where the student is to serve; None = as measured
     in eval/speed.json of the run directory, which `shoal eval` writes."""
+    fixed: Annotated[Above0 | None, Shapes.PLAN, Field(exclude_if=lambda fixed: fixed is None)] = None
+    """Milliseconds of `teacher` that do not depend on its layers; None = none of them. eval/speed.json tells it by two
+    depths."""
+
+    def __post_init__(self) -> None:
+        if self.fixed is not None and (self.teacher is None or self.fixed >= self.teacher):
+            raise ValueError(f"fixed: {self.fixed} ms are part of the teacher's; give teacher, and more than that")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.artifacts.artifact import CONTROL, Evaluation, Provenance, Speed, Training
 from shoal.data.sources import sources_fingerprint
@@ -19,6 +19,9 @@ from shoal.runtime import barrier, is_main, seed_everything
 from shoal.stages.distill import control_inputs, training_inputs
 from shoal.stages.prune import read_plan
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +156,12 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
 
 
 def _speed(run: Run, folders: dict[str, Path], checkpoints: dict[str, Checkpoint]) -> None:
+    from shoal.compress.surgery.cut_model import cut_model
     from shoal.eval.speed import measure_speed
+    from shoal.models.anatomy import decoder_layers
+
+    def cut_half(teacher: PreTrainedModel) -> PreTrainedModel:
+        return cut_model(teacher, range(1, len(decoder_layers(teacher)), 2), share=True)
 
     path = run.dir / Speed.FILE
     folders = {role: folder for role, folder in folders.items() if role != CONTROL}  # which is as fast as the teacher
@@ -163,4 +171,4 @@ def _speed(run: Run, folders: dict[str, Path], checkpoints: dict[str, Checkpoint
     log.info("eval: speed of %s, interleaved", ", ".join(folders))
     batch_sizes = run.recipe.eval.speed_batch_sizes
     measured = {role: checkpoints[role] for role in folders}
-    measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes).write(path)
+    measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes, cut_half=cut_half).write(path)

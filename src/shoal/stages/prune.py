@@ -93,11 +93,19 @@ def _teacher_time(run: Run, batch_size: int) -> TeacherTime | None:
             "prune.target.ms_per_token.teacher"
         )
     nearest = min(speed.roles["teacher"].batches, key=lambda one: abs(one.batch_size - batch_size))
+    shallower = [
+        (score.num_layers, batch.step_ms)
+        for score in (*speed.roles.values(), *([speed.half_depth] if speed.half_depth else []))
+        if score.num_layers is not None and score.num_layers < run.num_layers
+        for batch in score.batches
+        if batch.batch_size == nearest.batch_size
+    ]
     return TeacherTime(
-        1000 * nearest.batch_size / nearest.decode_tokens_per_s,
+        nearest.step_ms,
         nearest.batch_size,
         speed.prompt_tokens + speed.new_tokens // 2,
         f"{Speed.FILE} (batch size {nearest.batch_size})",
+        min(shallower, default=None),
     )
 
 

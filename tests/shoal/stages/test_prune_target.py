@@ -84,6 +84,11 @@ def test_time_is_scaled_from_the_teachers_speed_in_the_run_directory(teacher: Pa
     (batch,) = [one for one in measured.roles["teacher"].batches if one.batch_size == 4]  # 3 is nearer to 4 than to 1
     milliseconds = 1000 * 4 / batch.decode_tokens_per_s
     assert f"predicted from the teacher's {milliseconds:.4g} ms in eval/speed.json (batch size 4)" in goals.in_words(())
+    half = replace(measured.roles["teacher"], num_layers=2, batches=(replace(batch, decode_tokens_per_s=1e9),))
+    replace(measured, provenance=own, half_depth=half).write(run.dir / Speed.FILE)
+    again = pruning.read_goals(run)
+    assert again is not None
+    assert "(batch size 4) and 4e-06 ms of 2 layers" in again.in_words(())
 
 
 @pytest.mark.slow
