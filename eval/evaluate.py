@@ -42,11 +42,13 @@ def role_evaluation(
     seed: int,
     items: Path | None = None,
     tasks: dict[str, Any] | None = None,
+    cut_by: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """The artifact of one role: its scores, parameters, layers and the size of its weights in ``checkpoint``.
 
     All ranks take part and all get it; ``inputs`` is its provenance. Answers are kept in the folder ``items``, and what
-    this model (``inputs["model"]``) has answered there already is not asked again. ``tasks``: see evaluate.
+    this model (``inputs["model"]``) has answered there already is not asked again. ``tasks``: see evaluate, ``cut_by``:
+    see perplexity.
 
     Raises:
         UserError: as evaluate does, or a checkpoint that cannot be loaded.
@@ -62,6 +64,7 @@ def role_evaluation(
         num_bytes=checkpoint_bytes(checkpoint.folder),
         items=items,
         tasks=tasks,
+        cut_by=cut_by,
     )
 
 
@@ -76,6 +79,7 @@ def model_evaluation(
     num_bytes: int,
     items: Path | None = None,
     tasks: dict[str, Any] | None = None,
+    cut_by: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """The same of a model in eval mode, whose weights take ``num_bytes``."""
     started = time.monotonic()
@@ -84,7 +88,9 @@ def model_evaluation(
         cache = ItemCache(items, identity_of(inputs["model"], model), rank=rank())
         if len(cache):
             log.info("eval: %s: %d requests are answered already in %s", role, len(cache), items)
-    scores = evaluate(model, tokenizer, settings, seed=seed, items=cache, tasks=tasks, called=f"eval {role}")
+    scores = evaluate(
+        model, tokenizer, settings, seed=seed, items=cache, tasks=tasks, called=f"eval {role}", cut_by=cut_by
+    )
     counts = torch.tensor([cache.num_asked, cache.num_kept], device=model.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
@@ -110,13 +116,14 @@ def evaluate(
     items: ItemCache | None = None,
     tasks: dict[str, Any] | None = None,
     called: str = "eval",
+    cut_by: PreTrainedTokenizerBase | None = None,
 ) -> tuple[TaskScore, ...]:
     """The scores of ``settings.tasks`` and of running text, on every rank; answers in ``items`` are not asked again.
 
     ``tasks`` are those of the settings where they are loaded already. The items are the tasks' first ``settings.limit``
     (or ``settings.limits`` of that task), the same for every model and every seed; the seed decides only what lm-eval
     draws at random, such as few-shot examples, and the texts of ``samples`` in a section `eval`. ``called`` is what is
-    being done, for the log.
+    being done, for the log; ``cut_by``: see perplexity.
 
     Raises:
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
@@ -130,7 +137,7 @@ def evaluate(
     if isinstance(settings, Eval) and settings.samples is not None:  # a sweep draws nothing
         scores = _of_rank_0(lm, sampled(lm, tasks, scores, settings.samples, seed=seed))
     if settings.perplexity_tokens:
-        scores = (*scores, perplexity(lm, settings))
+        scores = (*scores, perplexity(lm, settings, cut_by=cut_by))
     for score in scores:
         log.info(
             "eval: %s %s %.3f [%.3f, %.3f], n = %d",

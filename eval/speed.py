@@ -17,7 +17,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from shoal.artifacts.artifact import BatchSpeed, Provenance, Speed, SpeedScore
+from shoal.artifacts.artifact import MODEL, BatchSpeed, Provenance, Speed, SpeedScore
 from shoal.errors import UserError
 from shoal.inference.decoder import Decoder
 from shoal.machine import device_memory, now
@@ -277,7 +277,7 @@ def _with_expectations(
     width = sum(parameter.nbytes for parameter in model.parameters()) / num_parameters(model)
     expected = dict(roles)
     for role, score in roles.items():
-        if role != "teacher" and score.num_layers is not None:
+        if role not in ("teacher", MODEL) and score.num_layers is not None:
             expected[role] = _expected(score, teacher, cost, width, prompt_tokens, new_tokens)
     return expected
 

@@ -168,7 +168,7 @@ def refuse_few_items(
         require_items(task, count, num_removals)
     if settings.perplexity_tokens:
         with _named_as_in_sweeps():
-            weights = [float(len(scored)) for _, _, scored in windows(tokenizer, settings)]
+            weights = [window.weight for window in windows(tokenizer, settings)]
         require_items("perplexity", len(weights), num_removals, weights=weights)
 
 

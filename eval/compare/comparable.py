@@ -6,17 +6,20 @@ A run is read from its directory alone: which recipe made it may be gone, its ar
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import Evaluation, TaskScore
+import numpy as np
+
+from shoal.artifacts.artifact import BITS_PER_BYTE, MODEL, NATS_PER_TOKEN, Evaluation, TaskScore
 from shoal.artifacts.search import PERPLEXITY
 from shoal.errors import UserError
 from shoal.recipe.evaluate import Eval
 from shoal.recipe.section import Shapes, shaping_keys
-from shoal.stats.paired import SAME_MEASUREMENT, paired, require_same_measurement
+from shoal.stats.paired import SAME_MEASUREMENT, interval, paired, require_same_measurement
 from shoal.task_words import COLUMNS
 
 from ..report.findings import Run, read_run
@@ -33,17 +36,22 @@ ABSENT = "absent"
 
 @dataclass(frozen=True)
 class Contender:
-    """One of the runs that are compared."""
+    """One of the runs that are compared, or a checkpoint beside them."""
 
     letter: str
     """Letter of the run: A, B, ... in the order given."""
     name: str
-    """Last parts of the path, as many as tell the runs apart."""
+    """Last parts of the path, as many as tell the runs apart; of a checkpoint the name it was given by."""
     run: Run
 
     @property
+    def is_model(self) -> bool:
+        """Whether it is a checkpoint that no run has made."""
+        return MODEL in self.run.evaluations
+
+    @property
     def teacher(self) -> str | None:
-        """Fingerprint of the teacher's content; None = the run does not record it."""
+        """Fingerprint of the teacher's content; None = the run does not record it, or it is a checkpoint."""
         if "teacher" in self.run.evaluations:
             return self.run.evaluations["teacher"].provenance.inputs.get("model")
         return self.run.plan.provenance.inputs.get("model") if self.run.plan else None
@@ -66,11 +74,11 @@ class Common:
 
 
 def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
-    """The runs, in the order given.
+    """The runs, and folders with the scores of a checkpoint, in the order given.
 
     Raises:
-        UserError: fewer than two, one of them twice, a folder that is no run's or holds no score of a cut model, or
-            files of one run that do not belong together.
+        UserError: fewer than two, one of them twice, no run, a folder that is no run's or holds no score of a cut
+            model, or files of one run that do not belong together.
     """
     if len(folders) < 2:
         instead = f"there is {folders[0]} alone" if folders else "there is none"
@@ -80,11 +88,13 @@ def read_contenders(folders: Sequence[Path]) -> tuple[Contender, ...]:
         if folder in resolved[:index]:
             raise UserError(f"compare: {folders[index]} is given twice; give every run once")
     named_folders = zip(folders, distinct_names(resolved), strict=True)
-    contenders = tuple(Contender(_letter(i), name, _read(folder)) for i, (folder, name) in enumerate(named_folders))
+    contenders = tuple(_contender(i, name, read_scored(folder)) for i, (folder, name) in enumerate(named_folders))
+    if all(contender.is_model for contender in contenders):
+        raise UserError("compare: there is no run among these; a checkpoint is scored with the settings of one")
     problems = [problem for contender in contenders for problem in _own_problems(contender)]
     if problems:
         raise UserError("\n".join(problems[:MOST_PROBLEMS]))
-    return contenders
+    return _in_one_unit(contenders)
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -109,7 +119,7 @@ def find_common(contenders: Sequence[Contender], *, across_teachers: bool = Fals
     """
     problems = [] if across_teachers else list(_teacher_problems(contenders))
     tasks, left_out = _shared_tasks(contenders)
-    if across_teachers:
+    if across_teachers or any(contender.is_model for contender in contenders):
         tasks, other_tokens = _without_token_counts(contenders, tasks)
         left_out += other_tokens
     first = contenders[0]
@@ -141,19 +151,64 @@ def score_of(evaluation: Evaluation, task: str) -> TaskScore:
     return next(score for score in evaluation.tasks if score.task == task)
 
 
-def _read(folder: Path) -> Run:
+def read_scored(folder: Path) -> Run:
+    """The run at ``folder``, which has scores that can be compared.
+
+    Raises:
+        UserError: it has none, or cannot be read.
+    """
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give the run directory, which holds eval/")
     try:
         run = read_run(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
-    if not any(role in run.evaluations for role in CUT_ROLES):
+    if not any(role in run.evaluations for role in (*CUT_ROLES, MODEL)):
         only = "only the teacher was evaluated" if run.evaluations else "holds no evaluation"
         is_cut = any((folder / name).is_dir() for name in ("student", "distilled"))
         remedy = "run `shoal eval` with its recipe first" if is_cut else "run `shoal prune`, then `shoal eval` first"
         raise UserError(f"{folder}: {only}, so there is no score of a cut model in eval/ to compare; {remedy}")
     return run
+
+
+def _contender(index: int, name: str, run: Run) -> Contender:
+    return Contender(_letter(index), run.model if MODEL in run.evaluations else name, run)
+
+
+def _in_one_unit(contenders: Sequence[Contender]) -> tuple[Contender, ...]:
+    """The same, running text in bits per byte everywhere if some checkpoint reads it in tokens of its own.
+
+    Its windows tell how many bytes those have that runs count in tokens. A run that was scored on other text keeps its
+    unit, and is refused for that text.
+    """
+    scores = [score for c in contenders for e in c.run.evaluations.values() for score in e.tasks]
+    in_bytes = next((score for score in scores if score.task == PERPLEXITY and score.metric == BITS_PER_BYTE), None)
+    if in_bytes is None:
+        return tuple(contenders)
+    num_bytes = {item.id: item.weight for item in in_bytes.items}
+
+    def in_bits(evaluation: Evaluation) -> Evaluation:
+        return replace(evaluation, tasks=tuple(_in_bits_per_byte(score, num_bytes) for score in evaluation.tasks))
+
+    return tuple(
+        replace(c, run=replace(c.run, evaluations={role: in_bits(e) for role, e in c.run.evaluations.items()}))
+        for c in contenders
+    )
+
+
+def _in_bits_per_byte(score: TaskScore, num_bytes: Mapping[str, float]) -> TaskScore:
+    """A perplexity over windows of ``num_bytes`` by id in bits per byte; anything else as it is."""
+    if score.metric != NATS_PER_TOKEN or {item.id for item in score.items} != num_bytes.keys():
+        return score
+    items = tuple(
+        replace(item, score=item.score * item.weight / size / math.log(2), weight=size)
+        for item in score.items
+        for size in [num_bytes[item.id]]
+    )
+    mean = float(np.average([item.score for item in items], weights=[item.weight for item in items]))
+    draft = replace(score, metric=BITS_PER_BYTE, score=mean, items=items)
+    low, high = interval(draft)
+    return replace(draft, ci_low=low, ci_high=high)
 
 
 def _letter(index: int) -> str:
@@ -175,6 +230,7 @@ def _own_problems(contender: Contender) -> Iterator[str]:
 
 
 def _teacher_problems(contenders: Sequence[Contender]) -> Iterator[str]:
+    contenders = [contender for contender in contenders if not contender.is_model]
     first = contenders[0]
     for contender in contenders:
         if contender.teacher is None:
@@ -232,12 +288,14 @@ def _without_token_counts(contenders: Sequence[Contender], tasks: list[str]) -> 
     """Between tokenizers a token is not the same unit: scores per token stay out unless the text has equal tokens."""
     evaluations = [evaluation for c in contenders for evaluation in c.run.evaluations.values()]
     if PERPLEXITY in tasks:
-        windows = [{item.id for item in score_of(evaluation, PERPLEXITY).items} for evaluation in evaluations]
-        if all(window == windows[0] for window in windows):  # windows are named after the tokens in them
+        texts = [score_of(evaluation, PERPLEXITY) for evaluation in evaluations]
+        windows = [{item.id for item in score.items} for score in texts]
+        in_tokens = all(score.metric == NATS_PER_TOKEN for score in texts)
+        if in_tokens and all(window == windows[0] for window in windows):  # which are named after the tokens in them
             return tasks, []
-    per_token = [task for task in tasks if "per_token" in score_of(evaluations[0], task).metric]
+    per_token = [task for task in tasks if any("per_token" in score_of(own, task).metric for own in evaluations)]
     reasons = [
-        f"{task} is left out: it counts tokens, and the teachers' tokenizers cut text into other ones."
+        f"{task} is left out: it counts tokens, and the models' tokenizers cut text into other ones."
         for task in per_token
     ]
     return [task for task in tasks if task not in per_token], reasons

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import Evaluation, Speed, SpeedScore, TaskScore
+from shoal.artifacts.artifact import BITS_PER_BYTE, MODEL, Evaluation, Speed, SpeedScore, TaskScore
+from shoal.artifacts.search import PERPLEXITY
+from shoal.formatting import listed
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 
 from ..report.findings import ROLES, SIGNAL_SIGMAS
@@ -17,6 +19,8 @@ from .comparable import CUT_ROLES, Common, Contender, find_common, read_contende
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
 SPEED_MACHINE = ("device", "cpu_threads")
 HARMLESS_INPUTS = ("attention", "eval.batch_size")
+COMPARED = (*CUT_ROLES, MODEL)
+"""Roles whose models are compared with one of the first run, or with the checkpoint that stands first."""
 HARMLESS_VERSIONS = ("torch", "transformers", "device")
 
 
@@ -28,7 +32,7 @@ class Cell:
     kept: Retention | None
     """Share kept of the teacher's score above chance; None for a teacher, and where no teacher was evaluated."""
     difference: PairedDifference | None
-    """Difference to the first run's cut model of the same role; None = there is no other such model."""
+    """Difference to the first one's model (see rival_of); None = there is no other such model."""
     adjusted_p: float | None = None
     """p-value of the difference after Holm's correction over all differences of the table."""
 
@@ -51,6 +55,8 @@ class Model:
     speed: SpeedScore | None
     speed_ratio: SpeedRatio | None
     """Decoding speed over that of the teacher measured in turns with it."""
+    rival: str | None = None
+    """Role of the first run's model, or checkpoint, that it is compared with; None = there is none."""
 
     @property
     def content(self) -> str | None:
@@ -91,7 +97,8 @@ def compare_runs(folders: Sequence[Path], *, across_teachers: bool = False) -> R
     common = find_common(contenders, across_teachers=across_teachers)
     speeds, no_speed = _speeds(contenders)
     shown = [(contender, "teacher") for contender in _first_of_each_teacher(contenders)]
-    shown += [(contender, role) for contender in contenders for role in ROLES[1:] if role in contender.run.evaluations]
+    roles = (*ROLES[1:], MODEL)
+    shown += [(contender, role) for contender in contenders for role in roles if role in contender.run.evaluations]
     models = [_model(contender, role, contenders, common, speeds) for contender, role in shown]
     first = models[0]
     return RunComparison(
@@ -123,7 +130,8 @@ def _model(
 ) -> Model:
     evaluation, first = contender.run.evaluations[role], contenders[0]
     teacher = teacher_of(contender, contenders) if role != "teacher" else None
-    other = first.run.evaluations.get(role) if role in CUT_ROLES and contender is not first else None
+    rival = rival_of(contender, role, first)
+    other = first.run.evaluations[rival] if rival else None
     if other and evaluation.provenance.inputs.get("model") == other.provenance.inputs.get("model") is not None:
         other = None  # the same weights: nothing to compare
     cells = []
@@ -132,11 +140,31 @@ def _model(
         kept = retention(score_of(teacher, task), score) if teacher else None
         cells.append(Cell(score, kept, paired(score_of(other, task), score) if other else None))
     speed, ratio = speeds.get((contender.letter, role), (None, None))
-    return Model(contender, role, evaluation, tuple(cells), speed, ratio)
+    return Model(contender, role, evaluation, tuple(cells), speed, ratio, rival)
+
+
+def rival_of(contender: Contender, role: str, first: Contender) -> str | None:
+    """The role of ``first`` that a model is compared with: its own; of a run beside a checkpoint its last model.
+
+    None where ``first`` has no such model, or is the model's own run.
+    """
+    if contender is first or role not in COMPARED:
+        return None
+    if role in first.run.evaluations:
+        return role
+    last = next(own for own in reversed(COMPARED) if own in first.run.evaluations)
+    return last if contender.is_model or first.is_model else None
+
+
+def run_beside(contenders: Sequence[Contender]) -> Contender:
+    """The run with whose settings checkpoints are scored, and by whose teacher they are measured."""
+    return next(contender for contender in contenders if not contender.is_model)
 
 
 def teacher_of(contender: Contender, contenders: Sequence[Contender]) -> Evaluation | None:
-    """The run's own evaluation of its teacher, else another run's of the same one."""
+    """The run's own evaluation of its teacher, else another run's of the same one; of a checkpoint see run_beside."""
+    if contender.is_model:
+        contender = run_beside(contenders)
     own = contender.run.evaluations.get("teacher")
     if own or contender.teacher is None:
         return own
@@ -232,6 +260,8 @@ def _timing(speed: Speed) -> dict[str, Any]:
 def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
     """Gaps, and differences between the runs that are no reason to refuse them."""
     for contender in contenders:
+        if contender.is_model:
+            continue
         for role in CUT_ROLES:
             if role not in contender.run.evaluations:
                 yield f"{contender.letter} has no {role} model here: {contender.file(role)} does not exist."
@@ -239,6 +269,19 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
             same = teacher_of(contender, contenders)
             said = "that of another run is used, of the same model" if same else "so nothing is known of what it kept"
             yield f"{contender.letter} has no evaluation of its teacher; {said}."
+    if models := [contender for contender in contenders if contender.is_model]:
+        beside = run_beside(contenders).letter
+        names = listed(f"{contender.letter} ({contender.name})" for contender in models)
+        yield (
+            f"{names}: no run but a model as it is, which was asked what {beside} was asked; what it “keeps” is its "
+            f"score above chance as a share of that of the teacher of {beside}."
+        )
+    texts = [score_of(e, PERPLEXITY) for e in contenders[0].run.evaluations.values() if PERPLEXITY in common.tasks]
+    if any(score.metric == BITS_PER_BYTE for score in texts):
+        yield (
+            "Running text counts in bits per byte, since not all models cut it into the same tokens; the windows are "
+            "the same text for all of them."
+        )
     judged = [contender for contender in contenders if "teacher" in contender.run.evaluations]
     for contender in judged[1:]:
         if contender.teacher == judged[0].teacher and contender.teacher is not None:

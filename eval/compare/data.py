@@ -59,6 +59,7 @@ def _run_data(contender: Contender) -> dict[str, Any]:
         "letter": contender.letter,
         "name": contender.name,
         "model": run.model if run.recipe else None,
+        "is_checkpoint": contender.is_model,
         "teacher": contender.teacher,
         "cut": run.plan.in_words() if run.plan else None,
         "training_tokens": run.trained_tokens if run.training else None,
@@ -79,6 +80,7 @@ def _model_data(model: Model) -> dict[str, Any]:
         "decode_tokens_per_s": model.speed.decode_tokens_per_s if model.speed else None,
         "decode_ratio": ratio.value if ratio else None,
         "decode_ratio_of_rounds": ratio.limits if ratio else None,
+        "compared_with": model.rival,
         "cells": [_cell_data(cell) for cell in model.cells],
     }
 

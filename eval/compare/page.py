@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
+from shoal.artifacts.artifact import MODEL
 from shoal.artifacts.search import Interval
 from shoal.atomic_files import make_folder, write_text
 from shoal.figures.style import clean
@@ -27,8 +28,8 @@ from ..report.wording import (
     score_words,
     tasks_text,
 )
-from .comparable import CUT_ROLES, dtype_of
-from .compare import Cell, Model, RunComparison, same_models
+from .comparable import dtype_of
+from .compare import COMPARED, Cell, Model, RunComparison, same_models
 from .data import write_json_file
 from .figure import draw, no_figure
 from .standings import CONTROLLED, Groups, controls, standings, task_groups
@@ -75,8 +76,9 @@ def build_document(comparison: RunComparison, figure: Picture | None) -> Documen
         sections.insert(4, Section("What to know before reading on", (Bullets(tuple(known)),)))
     sections.append(Section("Versions and settings", (_versions_table(comparison),)))
     names = listed(f"{c.letter} ({c.name})" for c in comparison.contenders)
+    what = "runs and models" if any(contender.is_model for contender in comparison.contenders) else "runs"
     return Document(
-        f"{len(comparison.contenders)} runs compared: {names}", tuple(verdicts(comparison)), tuple(sections)
+        f"{len(comparison.contenders)} {what} compared: {names}", tuple(verdicts(comparison)), tuple(sections)
     )
 
 
@@ -104,8 +106,9 @@ def verdicts(comparison: RunComparison) -> Iterator[str]:
     first = comparison.contenders[0].letter
     compared = [model for model in comparison.models if any(cell.difference for cell in model.cells)]
     for model in sorted(compared, key=lambda model: model.role != "distilled"):
-        dtypes = {dtype_of(contender, model.role) for contender in (model.contender, comparison.contenders[0])}
-        against = f"{model.contender.letter} {model.role} against {first} {model.role}"
+        assert model.rival is not None
+        dtypes = {dtype_of(model.contender, model.role), dtype_of(comparison.contenders[0], model.rival)}
+        against = f"{model.contender.letter} {model.role} against {first} {model.rival}"
         against += ", in another precision" if len(dtypes) > 1 else ""
         cells = [cell for cell in model.cells if cell.score.task not in comparison.silent]
         trained = [cell for cell in cells if cell.score.column == "in"]
@@ -138,9 +141,14 @@ def _first(comparison: RunComparison) -> Iterator[str]:
             if len(groups.that_rank) > 1
             else f"in {_inside(groups.that_rank)}"
         )
-        yield f"{_model_name(found[0].model)} keeps the most of its teacher: {retention_text(found[0].mean)} {in_mean}."
+        most = "reaches the most of the" if found[0].model.role == MODEL else "keeps the most of its"
+        yield f"{_model_name(found[0].model)} {most} teacher: {retention_text(found[0].mean)} {in_mean}."
     above = {
-        title: [_model_name(one.model) for one in found if (kept := one.kept[title]) and kept.ci_low > 1]
+        title: [
+            _model_name(one.model)
+            for one in found
+            if one.model.role != MODEL and (kept := one.kept[title]) and kept.ci_low > 1
+        ]
         for title in groups.tasks
     }
     if told := "; ".join(f"in {_inside([title])} {listed(names)}" for title, names in above.items() if names):
@@ -154,7 +162,7 @@ def _runs_table(comparison: RunComparison) -> Table:
     rows = []
     for contender in comparison.contenders:
         run = contender.run
-        cut = run.plan.in_words() if run.plan else "plan.json is not there"
+        cut = run.plan.in_words() if run.plan else "none" if contender.is_model else "plan.json is not there"
         how = run.plan.reason if run.plan else DASH
         rows.append((contender.letter, contender.name, run.model if run.recipe else DASH, cut, how))
     columns = ("Run", "Name", "Model", "Cut", "How it was chosen")
@@ -163,7 +171,7 @@ def _runs_table(comparison: RunComparison) -> Table:
 
 def _run_lines(comparison: RunComparison) -> Iterator[str]:
     for contender in comparison.contenders:
-        cut = f": {contender.run.plan.in_words()}" if contender.run.plan else ""
+        cut = f": {contender.run.plan.in_words()}" if contender.run.plan else ": a checkpoint" * contender.is_model
         yield f"{contender.letter} = {contender.name}{cut}"
 
 
@@ -285,7 +293,7 @@ def _task_row(comparison: RunComparison, model: Model, index: int) -> tuple[str,
     first = next(
         other
         for other in comparison.models
-        if other.role == model.role and other.contender.letter == comparison.contenders[0].letter
+        if other.role == model.rival and other.contender.letter == comparison.contenders[0].letter
     )
     least = minimal_detectable_difference(first.cells[index].score, cell.score)
     share = is_share(cell.score)
@@ -308,9 +316,9 @@ def _least_text(least: float, *, share: bool) -> str:
 
 def _no_difference(comparison: RunComparison, model: Model) -> str:
     first = comparison.contenders[0]
-    if model.role not in CUT_ROLES or model.contender.letter == first.letter:
+    if model.role not in COMPARED or model.contender.letter == first.letter:
         return DASH
-    return "the same model" if model.role in first.run.evaluations else f"{first.letter} has none"
+    return "the same model" if model.rival else f"{first.letter} has none"
 
 
 def _task_title(comparison: RunComparison, index: int) -> str:
@@ -319,11 +327,16 @@ def _task_title(comparison: RunComparison, index: int) -> str:
 
 def _legend(comparison: RunComparison) -> str:
     first = comparison.contenders[0].letter
+    beside = (
+        "; a checkpoint stands against the last model of a run"
+        if any(contender.is_model for contender in comparison.contenders)
+        else ""
+    )
     return (
         "Each score has its 95 % interval in brackets. “Kept” is the share of the teacher's score above chance: 100 % "
         "is the teacher, 0 % guessing. Then the difference to the model of the same role in run "
-        f"{first}, over the same items, in points or in the metric's own unit, with its p-value corrected over the "
-        "whole table; intervals and tests are in “Task by task”, and what true difference so many items would show "
+        f"{first}{beside}, over the same items, in points or in the metric's own unit, with its p-value corrected over "
+        "the whole table; intervals and tests are in “Task by task”, and what true difference so many items would show "
         "four times out of five. Decoding in brackets is relative to the teacher that took turns with it; "
         "then the smallest and largest ratio of one round."
     )

@@ -16,7 +16,6 @@ from shoal.stats.intervals import Array
 from shoal.stats.paired import form_gap, no_retention, share_items
 from shoal.task_words import COLUMNS, PROTOCOLS
 
-from .comparable import CUT_ROLES
 from .compare import Cell, Model, RunComparison, teacher_of
 from .means import HEADLINE, Scores, by_task, columns_that_rank, even_weights, summed_change, weighted_sum
 
@@ -79,7 +78,7 @@ def group_title(task: TaskScore) -> str:
 def standings(comparison: RunComparison, groups: Groups) -> list[Standing]:
     """The teachers, then every cut model, those that keep the most first."""
     found = [_standing(comparison, model, groups) for model in comparison.models if model.role != "control"]
-    return sorted(found, key=lambda one: (one.model.role in CUT_ROLES, -one.mean.value if one.mean else np.inf))
+    return sorted(found, key=lambda one: (one.model.role != "teacher", -one.mean.value if one.mean else np.inf))
 
 
 def controls(comparison: RunComparison, groups: Groups) -> dict[tuple[str, str], dict[str, Interval | None]]:
@@ -112,9 +111,10 @@ def mean_kept(cells: Sequence[Cell], weights: Mapping[str, float]) -> Interval |
 
 def _standing(comparison: RunComparison, model: Model, groups: Groups) -> Standing:
     scores, against, first = by_task(model.evaluation), None, comparison.contenders[0]
-    teacher = teacher_of(model.contender, comparison.contenders)
-    if teacher and model.contender.teacher == first.teacher and any(cell.difference for cell in model.cells):
-        before = by_task(first.run.evaluations[model.role])
+    teacher, of_first = (teacher_of(own, comparison.contenders) for own in (model.contender, first))
+    same = teacher and of_first and teacher.provenance.inputs.get("model") == of_first.provenance.inputs.get("model")
+    if teacher and same and model.rival and any(cell.difference for cell in model.cells):
+        before = by_task(first.run.evaluations[model.rival])
         against = _change(by_task(teacher), before, scores, groups.weights)
     kept = {title: mean_kept(model.cells, even_weights(tasks)) for title, tasks in groups.tasks.items()}
     return Standing(model, mean_kept(model.cells, groups.weights), against, kept, _form(scores, groups))

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from shoal.artifacts.artifact import TaskScore
 from shoal.errors import UserError
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
-from shoal.models.demo import DEMO_PREFIX
+from shoal.models.checkpoint_files import DEMO_PREFIX
 from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from shoal.models.demo import DEMO_PREFIX
+from shoal.models.checkpoint_files import DEMO_PREFIX
 
 DEMO_LICENSES = {"smollm2-135m": "apache-2.0"}
 TEXTS = (

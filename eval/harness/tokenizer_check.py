@@ -23,18 +23,24 @@ def require_same_tokenizer(folders: Mapping[str, Path], *, trust_remote_code: bo
         UserError: naming the folder, what differs, and both values.
     """
     (first, reference), *others = folders.items()
-    expected = tokenizer_fingerprint(reference)
     for role, folder in others:
-        if tokenizer_fingerprint(folder) == expected:
-            continue
-        loaded = [load_tokenizer(one, trust_remote_code=trust_remote_code) for one in (folder, reference)]
-        if difference := next(_differences(*loaded), None):
+        if difference := tokenizer_difference(folder, reference, trust_remote_code=trust_remote_code):
             field, here, there = difference
             raise UserError(
                 f"{folder}: {field} is {here!r} in the tokenizer of {role}, but {there!r} in that of {first} "
                 f"({reference}); scores of the two would be of different prompts. Copy the tokenizer files of {first} "
                 "there, or make it again with `shoal run`"
             )
+
+
+def tokenizer_difference(
+    folder: Path, reference: Path, *, trust_remote_code: bool = False
+) -> tuple[str, Any, Any] | None:
+    """(field, value, value of ``reference``) of the most telling difference; None where text becomes equal tokens."""
+    if tokenizer_fingerprint(folder) == tokenizer_fingerprint(reference):
+        return None
+    loaded = [load_tokenizer(one, trust_remote_code=trust_remote_code) for one in (folder, reference)]
+    return next(_differences(*loaded), None)
 
 
 def _differences(tokenizer: Any, reference: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from shoal.artifacts.artifact import (
     LIKELIHOOD_PROTOCOLS,
+    MODEL,
     ROUND,
     Artifact,
     Evaluation,
@@ -197,7 +198,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: no such run directory; run a stage of the recipe first")
     evaluations = {
         role: evaluation
-        for role in ROLES
+        for role in (*ROLES, MODEL)
         if (evaluation := read_result(Evaluation, folder / "eval" / f"{role}.json")) is not None
     }
     run_file, plan = _read_json(folder / "run.json"), read_result(PruningPlan, folder / PruningPlan.FILE)

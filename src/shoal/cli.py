@@ -1,5 +1,5 @@
 """`shoal measure | prune | record | distill | eval | depth | search | report | run RECIPE_OR_RUN_DIR [key=value ...]`,
-`shoal compare RUN_DIR RUN_DIR ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain | completion`."""
+`shoal compare RUN_DIR RUN_OR_MODEL ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain | completion`."""
 
 from __future__ import annotations
 
@@ -116,7 +116,10 @@ VERBS = {
         launches=True,
     ),
 }
-COMPARE = "runs side by side: what each kept, at which size, speed and cost, and where they differ; needs no recipe"
+COMPARE = (
+    "runs, and any other models, side by side: what each kept, at which size, speed and cost, and where they differ; "
+    "needs no recipe"
+)
 DELTA = "how far a donor's weights are from its base's, layer by layer: |donor - base| / |base|; needs no recipe"
 
 
@@ -243,10 +246,17 @@ def _compare(arguments: argparse.Namespace) -> None:
     from shoal.eval.compare.compare import compare_runs
     from shoal.eval.compare.data import write_json_file
     from shoal.eval.compare.page import comparison_text, write_comparison
+    from shoal.models.checkpoint_files import names_model
 
-    comparison = compare_runs([Path(run) for run in arguments.runs], across_teachers=arguments.across_teachers)
+    out, folders = Path(arguments.out).expanduser(), [Path(run) for run in arguments.runs]
+    if any(map(names_model, arguments.runs)):
+        with doing("loading the libraries"):
+            runtime.turn_down_libraries()
+            from shoal.stages.evaluate import scored_beside_runs
+        folders = scored_beside_runs(arguments.runs, out, across_teachers=arguments.across_teachers)
+    comparison = compare_runs(folders, across_teachers=arguments.across_teachers)
     _print(comparison_text(comparison))
-    write_comparison(comparison, Path(arguments.out).expanduser())
+    write_comparison(comparison, out)
     if arguments.json is not None:
         write_json_file(comparison, Path(arguments.json).expanduser())
 
@@ -417,7 +427,10 @@ def _parser() -> argparse.ArgumentParser:
     delta.add_argument("--json", metavar="FILE", help="also write every tensor's norms to FILE")
     compare = add_verb(verbs, "compare", COMPARE, "runs/a runs/b --out compare")
     compare.set_defaults(work=_compare)
-    compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run directories with evaluations; two or more")
+    told = (
+        "run directories with evaluations, and checkpoints (folder, Hub id or demo:<name>) that are scored as they were"
+    )
+    compare.add_argument("runs", nargs="+", metavar="RUN_DIR", help=f"{told}; two or more")
     compare.add_argument("--out", metavar="DIR", default="compare", help="where pages and figure go (default: compare)")
     compare.add_argument("--json", metavar="FILE", help="also write every number to FILE")
     compare.add_argument("--across-teachers", action="store_true", help="compare runs of different models too")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,17 @@ def tiny_model(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
 
 def tiny_tokenizer(*, pad_token: bool = True) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer: ids 0-255 are bytes, 256 <s>, 257 </s>, 258 <pad>; no text is unknown to it."""
-    alphabet = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    return _byte_tokenizer(merges=(), pad_token=pad_token)
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a few tokens of several bytes, so that other text becomes other tokens; ids of bytes stay."""
+    return _byte_tokenizer(merges=(("t", "h"), ("th", "e"), ("Ġ", "t"), ("Ġ", "the"), ("i", "n")), pad_token=True)
+
+
+def _byte_tokenizer(*, merges: Sequence[tuple[str, str]], pad_token: bool) -> PreTrainedTokenizerFast:
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(first + second for first, second in merges)]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))

@@ -528,6 +528,10 @@ class Speed(Artifact):
 
 CONTROL = "control"
 """Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
+MODEL = "model"
+"""Role of a model that is no run's: a checkpoint as it is, which `shoal compare` takes beside runs."""
+NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
+"""Metrics of running text; of models with unequal tokenizers the second alone can be compared."""
 
 
 @dataclass(frozen=True)

@@ -491,7 +491,7 @@ def _chats(items: Iterable[str | Chat], source: DataSource, tokenizer: Any) -> I
         yield tokenised(item, tokenizer, assistant_only=source.assistant_only)
 
 
-def first_tokens(text: str, encode: Callable[[str], list[int]], count: int) -> list[int]:
+def first_tokens(text: str, encode: Callable[[str], list[T]], count: int) -> list[T]:
     """The first ``count`` tokens of ``text``, or all of them, from little more of it than they take.
 
     A single line can have millions of characters. A tokenizer joins letters within words, so a text that ends early

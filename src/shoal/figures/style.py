@@ -28,6 +28,7 @@ ROLE_STYLE = {
     "pruned": ("#d55e00", "v"),
     "control": ("#b08900", "D"),
     "distilled": ("#1f86c8", "o"),
+    "model": ("#0f9d75", "^"),
 }
 """Role -> colour and marker."""
 SERIES_COLOURS = ("#1f86c8", "#d55e00", "#0f9d75", "#b4699a", "#b08900")

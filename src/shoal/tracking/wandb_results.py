@@ -21,8 +21,7 @@ import yaml
 
 from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan, Speed, Training
 from shoal.atomic_files import write_json
-from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.demo import DEMO_PREFIX
+from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.recipe.track import Track
 from shoal.redaction import redacted
 from shoal.runtime import is_main

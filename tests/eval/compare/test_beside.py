@@ -1,0 +1,190 @@
+"""A checkpoint beside runs: asked what they were asked, once, and paired with them whatever its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import merging_tokenizer, set_json, tiny_checkpoint, tiny_model
+
+from shoal.artifacts.artifact import Evaluation, Speed, TaskScore
+from shoal.cli import main, run_verb
+from shoal.eval.compare.compare import RunComparison, compare_runs
+from shoal.eval.compare.page import comparison_text, write_comparison
+from shoal.eval.harness.perplexity import windows
+from shoal.models.checkpoint_files import names_model
+from shoal.models.load import load_tokenizer
+from shoal.recipe.evaluate import Eval
+
+EVAL: dict[str, Any] = {
+    "tasks": ["knowledge_continuation", "reasoning_worked"],
+    "limit": 5,
+    "perplexity_tokens": 900,
+    "sequence_length": 128,
+    "speed_batch_sizes": [1],
+}
+
+
+@pytest.fixture(scope="module")
+def run_dir(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two layers fewer that was cut and scored. Read only."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "recipe.yaml"
+    settings = {"model": str(teacher), "run_dir": str(folder / "run"), "prune": {"drop": [1, 3]}, "eval": EVAL}
+    recipe.write_text(yaml.safe_dump(settings))
+    assert [run_verb(verb, str(recipe), []) for verb in ("prune", "eval")] == [0, 0]
+    return folder / "run"
+
+
+def compared(*words: object, out: Path) -> Path:
+    """The folder of the scores of the one checkpoint among ``words``, after `shoal compare`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *map(str, words), "--out", str(out)])
+    assert ended.value.code == 0
+    (folder,) = (out / "models").iterdir()
+    return folder
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *map(str, words)])
+    told = capsys.readouterr().err
+    assert (ended.value.code, told.count("shoal: error: ")) == (2, 1)
+    return told.partition("shoal: error: ")[2]
+
+
+def score(evaluation: Evaluation, name: str) -> TaskScore:
+    return next(task for task in evaluation.tasks if task.task == name)
+
+
+def rows(comparison: RunComparison) -> list[tuple[str, str, str | None]]:
+    return [(model.contender.letter, model.role, model.rival) for model in comparison.models]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_scored_as_the_run_was_and_once(
+    run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run's own student, given as a checkpoint, must get the run's own numbers."""
+    caplog.set_level(logging.INFO, logger="shoal")
+    student = shutil.copytree(run_dir / "student", tmp_path / "as_it_is")
+    scores = compared(run_dir, student, out=tmp_path / "out")
+    own, of_run = Evaluation.read(scores / "eval/model.json"), Evaluation.read(run_dir / "eval/pruned.json")
+    assert own.tasks == of_run.tasks
+    assert own.provenance.inputs == of_run.provenance.inputs
+    assert (own.num_layers, own.num_bytes) == (4, of_run.num_bytes)
+    assert Speed.read(scores / "eval/speed.json").roles.keys() == {"teacher", "model"}
+    comparison = compare_runs([run_dir, scores])
+    assert rows(comparison) == [("A", "teacher", None), ("A", "pruned", None), ("B", "model", "pruned")]
+    assert comparison.models[-1].speed_ratio is not None
+    assert "the same model" in comparison_text(comparison)
+    written = (scores / "eval/model.json").stat().st_mtime_ns
+    compared(run_dir, student, out=tmp_path / "out")
+    assert "eval model: done already" in caplog.text
+    assert (scores / "eval/model.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_a_model_of_another_tokenizer_is_paired_on_the_same_text_in_bits_per_byte(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    other = tiny_checkpoint(tmp_path, "qwen2", seed=3, max_position_embeddings=512)
+    for file in other.glob("tokenizer*"):
+        file.unlink()
+    merging_tokenizer().save_pretrained(other)
+    scores = compared(run_dir, other, out=tmp_path / "out")
+    found = score(Evaluation.read(scores / "eval/model.json"), "perplexity")
+    assert found.metric == "bits_per_byte"
+
+    # by the definition: float64 log-probabilities of the same text in its own tokens
+    model = tiny_model("qwen2", seed=3, max_position_embeddings=512).double()
+    settings = Eval(perplexity_tokens=900, sequence_length=128)
+    own_windows = windows(load_tokenizer(run_dir / "student"), settings, reader=load_tokenizer(other))
+    for window, item in zip(own_windows, found.items, strict=True):
+        ids = torch.tensor([[*window.context, *window.scored]])
+        with torch.no_grad():
+            log_probs = model(ids[:, :-1]).logits.log_softmax(-1).gather(-1, ids[:, 1:, None])
+        bits = -log_probs[0, len(window.context) - 1 :].sum().item() / math.log(2) / window.weight
+        assert (item.id, item.weight) == (window.id, window.weight)
+        assert item.score == pytest.approx(bits, rel=1e-5)
+
+    comparison = compare_runs([run_dir, scores])
+    of_run = score(Evaluation.read(run_dir / "eval/pruned.json"), "perplexity")
+    cell = next(c for c in comparison.models[1].cells if c.score.task == "perplexity")
+    assert cell.score.metric == "bits_per_byte"
+    # a byte is a token of the run's tokenizer, so one unit is the other's
+    assert cell.score.score == pytest.approx(of_run.score / math.log(2))
+    beside = next(c for c in comparison.models[2].cells if c.score.task == "perplexity")
+    assert beside.difference is not None
+    assert beside.difference.difference == pytest.approx(found.score - cell.score.score)
+    assert [task.task for task in comparison.tasks] == ["knowledge_continuation", "perplexity"]
+    assert any("reasoning_worked is left out: it counts tokens" in reason for reason in comparison.left_out)
+    page = write_comparison(comparison, tmp_path / "out").read_text()
+    assert "bits per byte" in page
+    assert "B (" in page
+    assert json.loads((tmp_path / "out/compare.json").read_text())["runs"][1]["is_checkpoint"] is True
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_stands_first_is_what_runs_are_compared_with(run_dir: Path, tmp_path: Path) -> None:
+    other = tiny_checkpoint(tmp_path, "llama", seed=5, num_hidden_layers=3)
+    scores = compared(other, run_dir, out=tmp_path / "out")
+    comparison = compare_runs([scores, run_dir])
+    assert rows(comparison) == [("B", "teacher", None), ("A", "model", None), ("B", "pruned", "model")]
+    assert "B pruned against A model" in comparison_text(comparison)
+    (pruned,) = [model for model in comparison.models if model.role == "pruned"]
+    assert all(cell.difference for cell in pruned.cells)
+
+
+def test_windows_of_another_tokenizer_hold_every_byte_once() -> None:
+    from tiny import tiny_tokenizer
+
+    settings = Eval(perplexity_tokens=1500, sequence_length=256)
+    cutter, reader = tiny_tokenizer(), merging_tokenizer()
+    whole, same = windows(cutter, settings), windows(cutter, settings, reader=cutter)
+    assert [window[:3] for window in same] == [window[:3] for window in whole]
+    read = windows(cutter, settings, reader=reader)
+    assert [window.id for window in read] == [window.id for window in whole]
+    text = cutter.decode([token for window in whole for token in window.scored])
+    assert reader.decode([token for window in read for token in window.scored]) == text
+    assert sum(window.weight for window in read) == len(text.encode()) == 1500
+    assert sum(len(window.scored) for window in read) < 1450
+    ends = [len(reader.decode(window.context).encode()) for window in read[1:5]]
+    assert max(ends) <= 4  # one token
+
+
+def test_what_names_a_model_is_told_from_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine/eval").mkdir(parents=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/config.json").write_text("{}")
+    names = ("cut", "demo:smollm2-135m", "Qwen/Qwen2.5-0.5B", "runs/mine", "runs/misspelt", "gpt2", "./no/where")
+    assert [names_model(name) for name in names] == [True, True, True, False, False, False, False]
+
+
+def test_what_cannot_stand_beside_is_refused_before_anything_is_scored(
+    run_dir: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.eval.evaluate.role_evaluation", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.chdir(tmp_path)
+    assert "no run directory among them" in refusal(capsys, teacher, run_dir / "student")
+    assert "no such run directory" in refusal(capsys, "misspelt", teacher)
+    moved = shutil.copytree(run_dir, tmp_path / "moved")
+    (moved / "recipe.yaml").unlink()
+    assert "a checkpoint is scored as moved was, but" in refusal(capsys, "moved", teacher)
+    shutil.copy(run_dir / "recipe.yaml", moved)
+    scored = json.loads((moved / "eval/pruned.json").read_text())
+    scored["provenance"]["inputs"]["eval.limit"] = 7
+    set_json(moved / "eval/pruned.json", **scored)
+    told = refusal(capsys, "moved", teacher)
+    assert "eval.limit is 5 in this recipe but 7 there" in told
+    assert "run `shoal eval moved` first" in told
+    short = tiny_checkpoint(tmp_path, "llama", max_position_embeddings=64)
+    assert "eval.sequence_length: 128 is more than the 64 positions" in refusal(capsys, run_dir, short)
