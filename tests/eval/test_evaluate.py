@@ -103,7 +103,7 @@ def test_perplexity_equals_a_plain_forward_over_each_window() -> None:
     settings = Eval(perplexity_tokens=500, sequence_length=64)
     found = perplexity(lm, settings)
     total, count = 0.0, 0
-    for _, context, scored in windows(lm.tokenizer, settings):
+    for _, context, scored, _ in windows(lm.tokenizer, settings):
         ids = torch.tensor([context + scored])
         with torch.no_grad():
             log_probs = model(ids).logits[0, :-1].double().log_softmax(-1)
@@ -119,8 +119,8 @@ def test_perplexity_shares_its_tokens_by_weight(tmp_path: Path) -> None:
     sources = (DataSource(str(tmp_path / "a.txt"), weight=3.0), DataSource("python_docs_heldout"))
     lm = CausalLM(tiny_model("llama"), tiny_tokenizer(), 4)
     found = windows(lm.tokenizer, Eval(perplexity_data=sources, perplexity_tokens=400, sequence_length=64))
-    ours = sum(len(scored) for identity, _, scored in found if identity.startswith(str(tmp_path)))
-    assert (ours, sum(len(scored) for _, _, scored in found)) == (300, 400)
+    ours = sum(len(window.scored) for window in found if window.id.startswith(str(tmp_path)))
+    assert (ours, sum(window.weight for window in found)) == (300, 400)
 
 
 def test_a_window_longer_than_the_model_is_refused() -> None:
