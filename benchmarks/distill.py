@@ -29,13 +29,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -45,17 +43,19 @@ import psutil
 import torch
 from side_by_side import (
     BENCHMARK_RECIPE,
+    Clock,
     in_a_process,
     print_table,
     rotated,
     run_shoal,
+    step_figures,
     timed,
     write_recipe,
     write_tiny,
 )
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments, trainer
 from transformers.trainer_callback import PrinterCallback
 
 from shoal.artifacts.artifact import Training
@@ -235,36 +235,6 @@ def shoal_turn(folder: Path, *, tokens: int) -> dict[str, Any]:
     return clock.figures(tokens) | {"loss": history[0]["loss"]}
 
 
-class Clock(TrainerCallback):
-    """Wall and processor seconds at the end of every step, and the peak until the last one."""
-
-    def __init__(self) -> None:
-        self.wall: list[float] = []
-        self.busy: list[float] = []
-        self.peak = 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.wall.append(time.perf_counter())
-        self.busy.append(time.process_time())
-        self.peak = peak_memory()
-
-    def figures(self, tokens: int) -> dict[str, Any]:
-        """Of the steps but the first, each of so many tokens."""
-        wall, busy = ([b - a for a, b in itertools.pairwise(times)] for times in (self.wall, self.busy))
-        return step_figures(wall, busy, tokens) | {"peak": self.peak}
-
-
-def step_figures(wall: list[float], busy: list[float], tokens: int) -> dict[str, Any]:
-    """Medians over steps of so many tokens."""
-    return {
-        "seconds": statistics.median(wall),
-        "cpu_seconds": statistics.median(busy),
-        "tokens_per_s": tokens / statistics.median(wall),
-        "steps": [round(value, 4) for value in wall],
-        "cpu_steps": [round(value, 4) for value in busy],
-    }
-
-
 def rows_of(arguments: argparse.Namespace) -> PackedRows:
     """The rows that `shoal distill` makes of the same recipe."""
     return pack(
@@ -412,24 +382,11 @@ def plain_turn(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def trl_turn(arguments: argparse.Namespace) -> dict[str, Any]:
-    from datasets import Dataset
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-    def with_mask(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "labels")}
-        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+    from trl_trainers import gkd
 
     teacher, student = models_of(arguments)
-    rows = rows_of(arguments)
-    gkd = GKDTrainer(
-        student,
-        teacher,
-        GKDConfig(**other_settings(arguments), lmbda=0.0, beta=0.0, temperature=1.0, max_length=arguments.sequence),
-        data_collator=with_mask,
-        train_dataset=Dataset.from_dict({"input_ids": rows.input_ids_NS.numpy(), "labels": rows.labels_NS.numpy()}),
-        processing_class=load_tokenizer(resolve_model(arguments.model)),
-    )
-    return train(gkd, arguments)
+    tokenizer = load_tokenizer(resolve_model(arguments.model))
+    return train(gkd(student, teacher, rows_of(arguments), tokenizer, other_settings(arguments)), arguments)
 
 
 GOALS: dict[str, tuple[str, str, str, str, float]] = {

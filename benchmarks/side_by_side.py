@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -17,11 +19,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from shoal.atomic_files import write_json
 from shoal.formatting import aligned
-from shoal.machine import now
+from shoal.machine import now, peak_memory
 from shoal.models.checkpoint_files import INDEX_FILE
 from shoal.models.load import load_model, load_tokenizer, resolve_model, without_data
 from shoal.runtime import device, environment
@@ -90,6 +92,42 @@ def timed(run: Callable[[], T]) -> tuple[float, float, T]:
     wall, processor = now(device()), time.process_time()
     result = run()
     return now(device()) - wall, time.process_time() - processor, result
+
+
+class Clock(TrainerCallback):
+    """Wall and processor seconds at the end of every step, and the peak until the last one.
+
+    With ``seconds`` training stops once the steps but the first have taken as long, and at least ``least`` were done.
+    """
+
+    def __init__(self, *, seconds: float = math.inf, least: int = 3) -> None:
+        self._seconds, self._least = seconds, least
+        self.wall: list[float] = []
+        self.busy: list[float] = []
+        self.peak = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.wall.append(now(device()))
+        self.busy.append(time.process_time())
+        self.peak = peak_memory()
+        if len(self.wall) >= self._least and self.wall[-1] - self.wall[0] > self._seconds:
+            control.should_training_stop = True
+
+    def figures(self, tokens: int) -> dict[str, Any]:
+        """Of the steps but the first, each of so many tokens."""
+        wall, busy = ([b - a for a, b in itertools.pairwise(times)] for times in (self.wall, self.busy))
+        return step_figures(wall, busy, tokens) | {"peak": self.peak}
+
+
+def step_figures(wall: list[float], busy: list[float], tokens: int) -> dict[str, Any]:
+    """Medians over steps of so many tokens."""
+    return {
+        "seconds": statistics.median(wall),
+        "cpu_seconds": statistics.median(busy),
+        "tokens_per_s": tokens / statistics.median(wall),
+        "steps": [round(value, 4) for value in wall],
+        "cpu_steps": [round(value, 4) for value in busy],
+    }
 
 
 def rotated(ways: Sequence[T], turn: int) -> list[T]:

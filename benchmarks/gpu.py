@@ -1,0 +1,256 @@
+"""`make gpu`: how fast training is on this card and what it takes, beside TRL and beside what the preflight tells.
+
+    python benchmarks/gpu.py OUT [--budget 600] [--only WORD ...] [--device cpu --tiny]
+
+Models are of Qwen3's shapes with random weights, made on the device; nothing is downloaded and no file is needed
+beside the repository. Every case is a process of its own, so that memory is its own, and running out of memory is a
+result. Cases come in the order of their importance; those that the budget has no time for are named as left out.
+OUT/gpu.json holds every figure with card, driver, versions and commit, OUT/gpu.md the table for docs/benchmarks.md,
+OUT/logs what the processes said.
+
+Without a GPU it prints what it would do, with the sizes that are expected. `--device cpu --tiny` does all of it with
+models of a few thousand weights, which shows that it works and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import trl_trainers  # noqa: F401  a process that waits for its case has loaded everything
+from gpu_cases import SIZES, TINY, Case, Size, cases
+from gpu_table import goals, markdown, outcome
+from gpu_work import ROOT, flops, measured, rows_of, spec_of
+
+from shoal.atomic_files import write_json
+from shoal.errors import UserError
+from shoal.formatting import aligned
+from shoal.runtime import set_up_logging, turn_down_libraries
+from shoal.train.preflight.run_size import job
+from shoal.train.student.spec import Ranks
+
+BUDGET_S = 600
+LEAST_S = 12
+"""Seconds below which no further case is begun."""
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder of the results")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help=f"seconds of all cases together ({BUDGET_S})")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="cases whose group, size or name holds one of these")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
+    parser.add_argument(
+        "--tiny", action="store_true", help="models of a few thousand weights, to try the command itself"
+    )
+    arguments = parser.parse_args(words)
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    if arguments.device == "cpu" and not arguments.tiny:
+        parser.error("--device cpu: a step of these sizes takes minutes there; add --tiny")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; leave it out to see what would be done")
+    sizes = TINY if arguments.tiny else SIZES
+    chosen = list(wanted(cases(), arguments.only))
+    if not chosen:
+        parser.error(f"--only: no case has {' or '.join(map(repr, arguments.only))} in its group, size or name")
+    if arguments.device is None and not torch.cuda.is_available():
+        print_plan(chosen, sizes)
+        return 0
+    result = measure(chosen, sizes, arguments)
+    print(markdown(result))
+    print(f"\n{arguments.out / 'gpu.json'} holds every figure, {arguments.out / 'gpu.md'} this table.")
+    return 1 if any("failed" in row for row in result["results"]) else 0
+
+
+def wanted(known: Sequence[Case], words: Sequence[str] | None) -> Iterator[Case]:
+    """Cases of which one of ``words`` tells, and the card, which all figures are read by."""
+    for case in known:
+        if (
+            words is None
+            or case.kind == "card"
+            or any(word in (case.group, case.size) or word in case.name for word in words)
+        ):
+            yield case
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that has loaded its libraries and waits for its case."""
+
+    def __init__(self, *, on_cpu: bool) -> None:
+        self.on_cpu = on_cpu
+        # a process that has seen a GPU cannot be forked; without one forking spares seconds of loading
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        self._pipe, theirs = context.Pipe()
+        with _hidden_gpus(on_cpu):
+            self._process = context.Process(target=_serve, args=(theirs,))
+            self._process.start()
+        theirs.close()
+
+    def take(self, case: Case, size: Size, log: Path) -> None:
+        self._pipe.send((case, size, log))
+
+    def result(self, seconds: float) -> dict[str, Any]:
+        """What the process found; why there is nothing if it died, or was ended after so many seconds."""
+        try:
+            if not self._pipe.poll(seconds):
+                return {"not_measured": f"was not done after {seconds:.0f} s"}
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            return {"failed": f"its process ended with exit code {self._process.exitcode}"}
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+@contextmanager
+def _hidden_gpus(hidden: bool) -> Iterator[None]:
+    """Processes that are started inside see no accelerator, where ``hidden``."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        if hidden:
+            os.environ.pop("CUDA_VISIBLE_DEVICES")
+            os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
+
+
+def _serve(pipe: Connection) -> None:
+    """Measure the case that comes, send what was found, and end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that waits for it ends it
+    try:
+        case, size, log = pipe.recv()
+    except EOFError:
+        return
+    with log.open("w") as file, TemporaryDirectory() as folder:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        set_up_logging()
+        try:
+            found = measured(case, size, Path(folder))
+        except Exception as error:
+            found = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+            pipe.send(found)
+            raise
+        pipe.send(found)
+
+
+def measure(chosen: Sequence[Case], sizes: dict[str, Size], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every figure of ``chosen``; written after each of them, so that what was measured survives what comes after."""
+    begun, out = time.monotonic(), arguments.out
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv[1:]),
+        "tiny": arguments.tiny,
+        "budget_s": arguments.budget,
+        "commit": commit(),
+        "results": [],
+    }
+    waiting: Worker | None = None
+    try:
+        for number, case in enumerate(chosen):
+            left = arguments.budget - (time.monotonic() - begun)
+            about = {"name": case.name, "group": case.group, "size": case.size, "kind": case.kind}
+            started = time.monotonic()
+            if left < LEAST_S:
+                found: dict[str, Any] = {"left_out": f"the budget of {arguments.budget:.0f} s was used up"}
+            else:
+                if waiting is not None and waiting.on_cpu != case.on_cpu:
+                    waiting.end()
+                    waiting = None
+                worker = waiting or Worker(on_cpu=case.on_cpu)
+                limit_s = min(case.limit_s, left)
+                worker.take(replace(case, limit_s=limit_s), sizes[case.size], out / "logs" / f"{number:02d}.txt")
+                # the next one loads its libraries meanwhile
+                following = next(iter(chosen[number + 1 :]), None)
+                waiting = None if following is None else Worker(on_cpu=following.on_cpu)
+                found = worker.result(limit_s)
+            row = about | {"wall_s": round(time.monotonic() - started, 1)} | found
+            result["results"].append(row)
+            result["seconds"] = round(time.monotonic() - begun, 1)
+            result["goals"] = goals(result)
+            write_json(out / "gpu.json", result)
+            (out / "gpu.md").write_text(markdown(result) + "\n", encoding="utf-8")
+            print(f"{result['seconds']:6.0f} s  {case.size:5} {case.name}: {outcome(row)}", file=sys.stderr, flush=True)
+    finally:
+        if waiting is not None:
+            waiting.end()
+    return result
+
+
+def commit() -> str | None:
+    """The commit that is measured, and whether files differ from it; None outside of a repository."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+    )
+    return described.stdout.strip() or None
+
+
+# --- without a GPU ------------------------------------------------------------------------------------------------
+
+
+def print_plan(chosen: Sequence[Case], sizes: dict[str, Size]) -> None:
+    """What would be measured, and the sizes that are expected on one GPU."""
+    turn_down_libraries()
+    print("No GPU is seen here: nothing is measured. On one, these cases would be, each in a process of its own:\n")
+    rows = [["size", "case", "GB at the peak", "GFLOP a token", "what it is"]]
+    with TemporaryDirectory() as folder:
+        for case in chosen:
+            rows.append(
+                [
+                    case.size if case.kind not in ("card", "tests") else "",
+                    case.name,
+                    *expected(case, sizes[case.size], Path(folder)),
+                ]
+            )
+    print("\n".join(aligned(rows, left=(0, 1, 4))))
+
+
+def expected(case: Case, size: Size, folder: Path) -> tuple[str, str, str]:
+    """Peak, operations of a token without what is computed again, and a word on what is measured."""
+    if case.kind != "shoal":
+        words = {
+            "card": "card, driver, versions, speed of a matrix product",
+            "gkd": "TRL's GKDTrainer",
+            "distillation": "TRL's DistillationTrainer",
+            "sweep": "all layers at once, beside cut models one after the other",
+            "tests": "tests of this repository",
+        }
+        return "", "", words[case.kind]
+    where = torch.device("cpu" if case.on_cpu else "cuda:0")
+    try:
+        _, spec = spec_of(case, size, folder, Ranks(1, 1, where))
+        told = job(spec)
+    except UserError as error:
+        return "", "", f"not here: {error}"
+    operations = flops(told, rows_of(case, size), again=False)
+    split = f"{size.accumulation} x {size.rows} x {size.length} tokens a step"
+    return f"{told.memory.peak / 1e9:.1f}", f"{operations / 1e9:.3g}", split
+
+
+if __name__ == "__main__":
+    sys.exit(main())

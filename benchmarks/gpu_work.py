@@ -1,0 +1,394 @@
+"""How a case of `make gpu` is measured, in a process of its own: shoal's trainer as `shoal distill` puts it together,
+TRL's trainers, the generation sweep, and the tests marked gpu."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_cases import Case, Size, recipe_of
+from safetensors.torch import save_file
+from side_by_side import Clock, timed, write_byte_tokenizer
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import import_utils
+
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.compress.surgery.cut_model import cut_model
+from shoal.compress.targets.check import student_config
+from shoal.compress.variants.variant_generation import Limits, generate_variants
+from shoal.compress.variants.variants import Edited, layerwise_or_none, without
+from shoal.data.packing import PackedRows
+from shoal.errors import UserError
+from shoal.inference.decoder import Decoder
+from shoal.machine import available_memory, device_memory, device_name, peak_memory
+from shoal.models.anatomy import decoder_layers
+from shoal.models.load import Checkpoint, LoadSettings, load_tokenizer, named_dtype, without_data
+from shoal.numerics import flops_per_second
+from shoal.recipe.recipe import parse_recipe
+from shoal.runtime import device, environment, leave_distributed, set_up_distributed, turn_down_libraries
+from shoal.stages.run import Run, open_run
+from shoal.train.assembly import Identity, make_trainer
+from shoal.train.distill import check_distillable
+from shoal.train.engine.arguments import training_arguments
+from shoal.train.engine.sharding import gathered, join_deepspeed, leave_deepspeed
+from shoal.train.engine.stop import StopRequest
+from shoal.train.preflight.fit import shortages
+from shoal.train.preflight.run_size import Job, job
+from shoal.train.preflight.throughput import flops_per_token
+from shoal.train.student.sizes import built
+from shoal.train.student.spec import Ranks, TrainSpec, train_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = 512
+"""Mean length of a document in rows that hold several, in tokens."""
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 4, 128, 24
+"""Of the generation sweep."""
+OPTIONAL = ("triton", "flash_attn", "flash_attn_3", "kernels", "liger_kernel", "bitsandbytes", "vllm")
+"""Packages that make something faster or possible."""
+
+
+class NotMeasured(Exception):
+    """A case that gives no figures, for a reason that is told."""
+
+
+@dataclass(frozen=True)
+class RandomCheckpoint(Checkpoint):
+    """A model of random weights, made on the device. The student's layers are the teacher's of the numbers ``keep``."""
+
+    keep: tuple[int, ...] = ()
+    on_host: bool = False
+    """Draw the weights on the host, so that all devices have the same."""
+
+    def model(self, *, dtype: str | None = None, device: torch.device | str = "cpu") -> PreTrainedModel:
+        """The model in eval mode, on the accelerator if there is one, whatever ``device`` says."""
+        width = named_dtype(dtype or self.load.dtype) or torch.bfloat16
+        with no_init_weights(), torch.device(here()):
+            model = built(self.config, dtype=width, attention=self.load.attention)
+        self._fill(model)
+        return model.eval()
+
+    @torch.no_grad()
+    def _fill(self, model: PreTrainedModel) -> None:
+        """Every weight is drawn in bfloat16 from a seed that is its name in the teacher."""
+        for name, module in model.named_modules():
+            with gathered(module):
+                for leaf, weight in module.named_parameters(recurse=False):
+                    if weight.ndim == 1:
+                        weight.fill_(1)
+                        continue
+                    in_teacher = re.sub(
+                        r"(?<=layers\.)\d+", lambda layer: str(self.keep[int(layer[0])]), f"{name}.{leaf}"
+                    )
+                    where = torch.device("cpu") if self.on_host else weight.device
+                    generator = torch.Generator(where).manual_seed(zlib.crc32(in_teacher.encode()))
+                    drawn = torch.randn(weight.shape, generator=generator, device=where, dtype=torch.bfloat16)
+                    weight.copy_(drawn.mul_(0.02))
+
+
+def here() -> torch.device:
+    """The device of this process."""
+    return device()
+
+
+# --- what is trained ----------------------------------------------------------------------------------------------
+
+
+def write_config(config: PreTrainedConfig, folder: Path) -> Path:
+    """A folder with configuration and tokenizer, and a file that names the weights and holds none of them."""
+    config.save_pretrained(folder)
+    write_byte_tokenizer(folder)
+    names = without_data(config).state_dict()
+    save_file({name: torch.empty(0) for name in names}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def spec_of(case: Case, size: Size, folder: Path, ranks: Ranks) -> tuple[Run, TrainSpec]:
+    """The training of ``case``, as the stage of a run tells it from the recipe.
+
+    Raises:
+        UserError: settings that are not there, that contradict each other or that lack a package.
+    """
+    config = size.config
+    recipe = parse_recipe(recipe_of(case, size, write_config(config, folder / "teacher")))
+    run = open_run(recipe)
+    load, keep = LoadSettings(**run.load_args()), tuple(sorted({*range(size.layers)} - {*size.drop}))
+    plan = PruningPlan(Provenance({}), size.layers, size.drop, "the benchmark's")
+    student = student_config(config, plan.keep)
+    own = {"on_host": size.same_everywhere}
+    spec = train_spec(
+        RandomCheckpoint(folder / "teacher", config, load, tuple(range(size.layers)), **own),
+        RandomCheckpoint(write_config(student, folder / "student"), student, load, keep, **own),
+        plan,
+        run.recipe.distill,
+        run.recipe.record,
+        ranks,
+    )
+    check_distillable(spec)
+    return run, spec
+
+
+def rows_of(case: Case, size: Size) -> PackedRows:
+    """Random tokens; the same for every case of a size. Documents are of 64 to 960 tokens, or a row each."""
+    generator = torch.Generator().manual_seed(0)
+    count = case.steps * size.rows * size.accumulation
+    ids_NS = torch.randint(257, size.vocabulary, (count, size.length), generator=generator, dtype=torch.int32)
+    positions_NS = torch.arange(size.length, dtype=torch.int32).repeat(count, 1)
+    if not case.whole_rows:
+        mean = min(DOCUMENT, size.length // 2)
+        for row in positions_NS:
+            start = 0
+            while start < size.length:
+                length = int(torch.randint(mean // 8, 2 * mean - mean // 8, (1,), generator=generator))
+                end = min(size.length, start + length)
+                row[start:end] = torch.arange(end - start, dtype=torch.int32)
+                start = end
+    return PackedRows(ids_NS, positions_NS)
+
+
+def flops(size: Job, rows: PackedRows, *, again: bool) -> float:
+    """Floating point operations of a token of a step: every weight's products, and attention over the tokens that a
+    token sees in its document. ``again``: what checkpointing computes a second time counts too."""
+    seen = (rows.position_ids_NS.double() + 1).mean().item()
+    counted = replace(size.setting, checkpointing=size.setting.checkpointing and again)
+    shared = size.spec.shared_layers > 0
+    whole, none = (
+        flops_per_token(size.student, size.teacher, replace(counted, sequence_length=length), shared=shared)
+        for length in (1, 0)
+    )
+    return none + seen * (whole - none)
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+def shoal_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
+    """Steps of the training of ``case``."""
+    set_up_distributed(timeout_s=600)
+    _, spec = spec_of(case, size, folder, Ranks.here())
+    told = job(spec)
+    if problems := shortages(told, device_free=device_memory(here()), host_free=available_memory()):
+        raise NotMeasured(f"does not fit by the estimate: {problems[0]}")
+    join_deepspeed()
+    arguments = training_arguments(spec.settings, spec.deepspeed, output_dir=folder / "checkpoints", seed=0)
+    clock, rows = Clock(seconds=case.steps_s), rows_of(case, size)
+    trainer = make_trainer(
+        spec,
+        rows,
+        load_tokenizer(spec.teacher.folder),
+        arguments,
+        Identity({}, {}),
+        stop=StopRequest(),
+        callbacks=[clock],
+        peak_tokens_per_s=None,
+    )
+    trainer.objective.install()
+    trainer.train()
+    student: Any = trainer.objective.student
+    found = {
+        **clock.figures(spec.tokens_per_step),
+        **memory_figures(),
+        "estimate": told.memory.peak,
+        "estimate_at": told.memory.peak_at,
+        "attention": student.config._attn_implementation,
+        "flops_per_token": flops(told, rows, again=False),
+        "flops_per_token_again": flops(told, rows, again=True),
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+    }
+    leave_deepspeed(trainer)
+    leave_distributed()
+    return found
+
+
+def trl_step(case: Case, size: Size, folder: Path) -> dict[str, Any]:
+    """Steps of one of TRL's trainers on the same rows, models and optimizer, without DeepSpeed."""
+    import trl_trainers
+
+    if case.trl.get("liger") and importlib.util.find_spec("liger_kernel") is None:
+        raise UserError("liger-kernel is not installed")
+    attention = flash_name()
+    keep = tuple(layer for layer in range(size.layers) if layer not in size.drop)
+    load = LoadSettings("bfloat16", attention)
+    write_config(size.config, folder / "teacher")
+    own = {"on_host": size.same_everywhere}
+    teacher = RandomCheckpoint(folder / "teacher", size.config, load, tuple(range(size.layers)), **own).model()
+    config = student_config(size.config, keep)
+    student = RandomCheckpoint(folder, config, load, keep, **own).model(dtype=case.trl.get("weights", "float32"))
+    rows_at_once = 1 if case.trl.get("one_row") else size.rows
+    settings = {
+        "output_dir": str(folder / "trainer"),
+        "max_steps": case.steps,
+        "per_device_train_batch_size": rows_at_once,
+        "gradient_accumulation_steps": size.rows * size.accumulation // rows_at_once,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "bf16": True,
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": here().type == "cpu",
+        "seed": 0,
+    }
+    if case.trl.get("liger"):
+        settings |= {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": False}}
+    make = getattr(trl_trainers, case.kind)
+    trainer = make(
+        student, teacher.requires_grad_(False), rows_of(case, size), load_tokenizer(folder / "teacher"), settings
+    )
+    clock = Clock(seconds=case.steps_s)
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return {
+        **clock.figures(size.rows * size.accumulation * size.length),
+        **memory_figures(),
+        "attention": attention,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+    }
+
+
+def flash_name() -> str:
+    """The fastest attention that transformers finds installed here, for TRL's trainers."""
+    for version in (3, 2):
+        if getattr(import_utils, f"is_flash_attn_{version}_available")():
+            return f"flash_attention_{version}"
+    return "sdpa"
+
+
+def memory_figures() -> dict[str, int]:
+    """Bytes at the peak of this process: tensors, and on a GPU what the driver and libraries hold beside them. What the
+    allocator holds, ``reserved``, is more: freed blocks that it kept."""
+    where = here()
+    if where.type != "cuda":
+        return {"peak": peak_memory()}
+    free, total = torch.cuda.mem_get_info(where)
+    beside = total - free - torch.cuda.memory_reserved(where)
+    return {
+        "peak": torch.cuda.max_memory_allocated(where) + beside,
+        "reserved": torch.cuda.max_memory_reserved(where) + beside,
+        "beside": beside,
+    }
+
+
+# --- the rest -----------------------------------------------------------------------------------------------------
+
+
+def sweep(case: Case, size: Size, folder: Path) -> dict[str, Any]:
+    """Greedy text without each layer, all together and one cut model after the other with transformers' generate."""
+    load = LoadSettings("bfloat16", "sdpa")
+    layers = tuple(range(size.layers))
+    model = RandomCheckpoint(folder, size.config, load, layers, on_host=size.same_everywhere).model()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(257, size.vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator)
+    edited, decoder, prompts = Edited(model), Decoder(model), drawn.tolist()
+    limits = Limits(NEW_TOKENS, lambda tokens: False)
+    numbers = range(len(decoder_layers(model)))
+    layerwise_or_none(model)  # proven once, before anything is timed
+
+    def together(chosen: Iterable[int] = numbers) -> Any:
+        variants = [without([layer]) for layer in chosen]
+        return generate_variants(edited, decoder, prompts, variants, limits, batch_size=PROMPTS)
+
+    @torch.no_grad()
+    def one_by_one(chosen: Iterable[int] = numbers) -> Any:
+        ids = drawn.to(model.device)
+        return [
+            cut_model(model, (layer,), share=True).generate(  # pyright: ignore[reportCallIssue]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+            )[:, PROMPT_TOKENS:]
+            for layer in chosen
+        ]
+
+    together([0]), one_by_one([0])  # libraries choose their kernels
+    own_s, _, own = timed(together)
+    loop_s, _, loop = timed(one_by_one)
+    equal = sum(
+        a == b for texts, others in zip(own, loop, strict=True) for a, b in zip(texts, others.tolist(), strict=True)
+    )
+    return {
+        "seconds": own_s,
+        "loop_seconds": loop_s,
+        "times_faster": loop_s / own_s,
+        "equal_texts": f"{equal} of {PROMPTS * len(numbers)}",
+        **memory_figures(),
+    }
+
+
+def run_tests(case: Case, _size: Size, _folder: Path) -> dict[str, Any]:
+    """The tests of the repository that need an accelerator."""
+    # reading all files of tests takes longer than these tests
+    files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=case.limit_s)
+    lines = done.stdout.strip().splitlines()
+    print(done.stdout, done.stderr, sep="\n")
+    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
+    return {"exit_code": done.returncode, "summary": lines[-1] if lines else "", "told": told}
+
+
+def card(_case: Case, _size: Size, _folder: Path) -> dict[str, Any]:
+    """What is measured on."""
+    where, facts = here(), dict(environment())
+    for package in OPTIONAL:
+        if importlib.util.find_spec(package) is not None:
+            facts[package] = importlib.metadata.version(package.replace("_", "-"))
+    facts |= {
+        "card": device_name(where),
+        "cuda": torch.version.cuda,
+        "driver": driver(),
+        "system": platform.platform(),
+        "memory": torch.cuda.mem_get_info(where)[1] if where.type == "cuda" else available_memory(),
+        "product_flops_per_s": flops_per_second(where, torch.bfloat16),
+    }
+    return facts
+
+
+def driver() -> str | None:
+    """Version of NVIDIA's driver; None where its tool is not there."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip().partition("\n")[0] or None
+
+
+KINDS: dict[str, Callable[[Case, Size, Path], dict[str, Any]]] = {
+    "card": card,
+    "shoal": shoal_step,
+    "gkd": trl_step,
+    "distillation": trl_step,
+    "sweep": sweep,
+    "tests": run_tests,
+}
+
+
+def measured(case: Case, size: Size, folder: Path) -> dict[str, Any]:
+    """The figures of ``case``; where there are none, the reason: `not_here`, `out_of_memory` or `not_measured`."""
+    turn_down_libraries()
+    try:
+        return KINDS[case.kind](case, size, folder)
+    except UserError as error:
+        return {"not_here": str(error)}
+    except NotMeasured as error:
+        return {"not_measured": str(error)}
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).partition(". ")[0]}

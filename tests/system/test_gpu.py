@@ -1,0 +1,149 @@
+"""`make gpu`, tried with tiny models on a CPU; and what can be seen on a GPU alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_checkpoint
+
+from shoal.errors import UserError
+from shoal.models.load import Checkpoint, LoadSettings
+from shoal.recipe.recipe import parse_recipe
+from shoal.stages.run import open_run
+from shoal.train.objective.objective import final_hidden
+
+ROOT = Path(__file__).parents[2]
+NO_GPU = not torch.cuda.is_available()
+REASONS = {"not_here", "out_of_memory", "not_measured", "left_out", "failed"}
+
+
+def command(*words: object) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, str(ROOT / "benchmarks/gpu.py"), *map(str, words)]
+    return subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+
+
+def measured(out: Path, *words: object) -> dict[str, dict[str, Any]]:
+    """What the command found, by the names of cases."""
+    done = command(out, *words)
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
+    return {row["name"]: row for row in json.loads((out / "gpu.json").read_text())["results"]}
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    out = tmp_path_factory.mktemp("gpu")
+    groups = ("speed", "losses", "attention", "kernels", "sweep", "ZeRO 0", "ZeRO 3")
+    return out, measured(out, "--device", "cpu", "--tiny", "--only", *groups)
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_kind_of_case(tried: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    _, rows = tried
+    assert {row["kind"] for row in rows.values()} == {"card", "shoal", "gkd", "distillation", "sweep"}
+    steps = [row for row in rows.values() if "tokens_per_s" in row]
+    assert {row["kind"] for row in steps} == {"shoal", "gkd", "distillation"}
+    for row in steps:
+        assert len(row["losses"]) >= 3
+        assert all(loss > 0 for loss in row["losses"])
+        assert row["peak"] > 0
+    assert rows["ZeRO 0"]["estimate"] > 0
+    assert rows["generation sweep, each layer left out"]["equal_texts"]
+    without = {name: row for name, row in rows.items() if REASONS & row.keys()}
+    told = {name for name, row in without.items() if "not_here" in row}
+    assert set(without) == told, "nothing failed, was too large or took too long"
+
+
+@pytest.mark.slow
+def test_all_trainers_see_the_same_models_and_rows(tried: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    """Else a comparison of their speed would say little: the first losses are the same."""
+    _, rows = tried
+    own = rows["one document a row"]["losses"][0]
+    for name in ("TRL Distillation", "TRL GKD, one row at a time"):
+        assert rows[name]["losses"][0] == pytest.approx(own, rel=0.03), name
+    assert rows["losses, float32"]["losses"] == rows["losses, CPU, float32"]["losses"]
+    assert rows["losses, bf16 autocast"]["losses"] != rows["losses, CPU, float32"]["losses"]
+    assert rows["as shipped"]["losses"][0] != own, "its rows hold several documents"
+
+
+@pytest.mark.slow
+def test_the_table_names_every_case(tried: tuple[Path, dict[str, dict[str, Any]]]) -> None:
+    out, rows = tried
+    page = (out / "gpu.md").read_text()
+    assert page.startswith("TINY MODELS")
+    for name, row in rows.items():
+        assert name in page or row["kind"] in ("card", "sweep"), name
+    for name in ("attention flash", "TRL GKD, Liger, one row at a time"):
+        assert f"{name}: not here: " in page
+
+
+@pytest.mark.slow
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    rows = measured(tmp_path, "--device", "cpu", "--tiny", "--only", "sweep", "--budget", "1")
+    assert all(row["left_out"] == "the budget of 1 s was used up" for row in rows.values())
+    assert "left out: the budget of 1 s was used up" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU, on which it would measure")
+def test_without_a_gpu_the_command_says_what_it_would_do(tmp_path: Path) -> None:
+    done = command(tmp_path / "none", "--tiny", "--only", "ZeRO 2", "attention flash")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "No GPU is seen here: nothing is measured" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if "ZeRO 2  " in line)
+    assert "2 x 2 x 64 tokens a step" in line
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "cpu"], "--device cpu: a step of these sizes takes minutes there; add --tiny"),
+        (["--tiny", "--only", "nothing"], "--only: no case has 'nothing' in its group, size or name"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, words: list[str], message: str) -> None:
+    done = command(tmp_path, *words)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("attention", ["flash", "flex", "sdpa", "eager"])
+def test_documents_of_a_row_stay_apart_on_a_gpu(attention: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+    folder = tiny_checkpoint(tmp_path / "model", "qwen3", **sizes)
+    settings = {"model": str(folder), "run_dir": str(tmp_path / "run"), "dtype": "bfloat16", "attention": attention}
+    try:
+        run = open_run(parse_recipe({**settings, "distill": {"precision": "bfloat16"}}))
+    except UserError as error:
+        pytest.skip(str(error))
+    model = Checkpoint.read(folder, LoadSettings(**run.load_args())).model(device="cuda")
+    lengths = (75, 53, 128)
+    positions_1S = torch.cat([torch.arange(length) for length in lengths])[None].cuda()
+    ids_1S = torch.randint(0, 256, positions_1S.shape, generator=torch.Generator().manual_seed(0)).cuda()
+    with torch.no_grad():
+        together_1SD = final_hidden(model, ids_1S, positions_1S).float()
+        start = 0
+        for length in lengths:
+            part = slice(start, start + length)
+            alone_1SD = final_hidden(model, ids_1S[:, part], positions_1S[:, part]).float()
+            off = (together_1SD[:, part] - alone_1SD).norm() / alone_1SD.norm()
+            assert off < 0.02, f"document of {length} tokens"
+            start += length
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU, reason="needs a GPU")
+def test_memory_on_a_gpu_is_what_the_preflight_tells(tmp_path: Path) -> None:
+    rows = measured(tmp_path, "--only", "ZeRO 2", "ZeRO 0, LoRA", "ZeRO 0, checkpointing")
+    found = {name: row["estimate"] / row["peak"] for name, row in rows.items() if "estimate" in row}
+    assert len(found) >= 3
+    assert found == {name: pytest.approx(1, abs=0.15) for name in found}
