@@ -70,6 +70,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.device is None and not torch.cuda.is_available():
         print_plan(chosen, sizes)
         return 0
+    # of several GPUs the first: trainers would split a batch over all that they see
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     result = measure(chosen, sizes, arguments)
     print(markdown(result))
     print(f"\n{arguments.out / 'gpu.json'} holds every figure, {arguments.out / 'gpu.md'} this table.")
@@ -99,7 +101,7 @@ class Worker:
         context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         self._pipe, theirs = context.Pipe()
         with _hidden_gpus(on_cpu):
-            self._process = context.Process(target=_serve, args=(theirs,))
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
         theirs.close()
 
@@ -128,15 +130,12 @@ class Worker:
 @contextmanager
 def _hidden_gpus(hidden: bool) -> Iterator[None]:
     """Processes that are started inside see no accelerator, where ``hidden``."""
-    before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    before = os.environ["CUDA_VISIBLE_DEVICES"]
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if hidden else before
     try:
         yield
     finally:
-        if hidden:
-            os.environ.pop("CUDA_VISIBLE_DEVICES")
-            os.environ.update({} if before is None else {"CUDA_VISIBLE_DEVICES": before})
+        os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _serve(pipe: Connection) -> None:

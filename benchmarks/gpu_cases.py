@@ -115,7 +115,7 @@ def cases() -> list[Case]:
 
 
 def _speed() -> Iterator[Case]:
-    large = FROM_THE_CUT | CHECKPOINTING
+    large = {"deepspeed": "deepspeed/zero0.json"} | FROM_THE_CUT | CHECKPOINTING
     yield Case("as shipped", size="1.7B", group="speed")
     yield Case("from the first cut up, checkpointing", size="8B", group="speed", distill=large)
     yield Case("one document a row", size="1.7B", group="speed", whole_rows=True)

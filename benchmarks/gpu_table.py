@@ -260,6 +260,9 @@ def goals(result: Row) -> list[dict[str, str]]:
                 (9 if off is None else off) <= most,
             )
         )
+    tests = next((row for row in rows if row["kind"] == "tests"), None)
+    text = None if tests is None else f"exit code {tests['exit_code']}"
+    found.append(("tests marked gpu", "exit code 0", text, text == "exit code 0"))
     return [
         {
             "what": what,

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from gpu_cases import Case, Size, recipe_of
 from safetensors.torch import save_file
 from side_by_side import Clock, timed, write_byte_tokenizer
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.trainer_callback import PrinterCallback
@@ -43,7 +45,7 @@ from shoal.stages.run import Run, open_run
 from shoal.train.assembly import Identity, make_trainer
 from shoal.train.distill import check_distillable
 from shoal.train.engine.arguments import training_arguments
-from shoal.train.engine.sharding import gathered, join_deepspeed, leave_deepspeed
+from shoal.train.engine.sharding import join_deepspeed, leave_deepspeed
 from shoal.train.engine.stop import StopRequest
 from shoal.train.preflight.fit import shortages
 from shoal.train.preflight.run_size import Job, job
@@ -84,7 +86,7 @@ class RandomCheckpoint(Checkpoint):
     def _fill(self, model: PreTrainedModel) -> None:
         """Every weight is drawn in bfloat16 from a seed that is its name in the teacher."""
         for name, module in model.named_modules():
-            with gathered(module):
+            with writable(module):
                 for leaf, weight in module.named_parameters(recurse=False):
                     if weight.ndim == 1:
                         weight.fill_(1)
@@ -96,6 +98,19 @@ class RandomCheckpoint(Checkpoint):
                     generator = torch.Generator(where).manual_seed(zlib.crc32(in_teacher.encode()))
                     drawn = torch.randn(weight.shape, generator=generator, device=where, dtype=torch.bfloat16)
                     weight.copy_(drawn.mul_(0.02))
+
+
+@contextmanager
+def writable(module: nn.Module) -> Iterator[None]:
+    """The module's own parameters in full where ZeRO 3 has sharded them; what is written there stays."""
+    sharded = [weight for weight in module.parameters(recurse=False) if hasattr(weight, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded, modifier_rank=0):
+        yield
 
 
 def here() -> torch.device:
@@ -338,7 +353,10 @@ def run_tests(case: Case, _size: Size, _folder: Path) -> dict[str, Any]:
     # reading all files of tests takes longer than these tests
     files = [str(file) for file in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in file.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=case.limit_s)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=case.limit_s - 5)
+    except subprocess.TimeoutExpired as late:
+        raise NotMeasured(f"the tests were not done after {late.timeout:.0f} s") from late
     lines = done.stdout.strip().splitlines()
     print(done.stdout, done.stderr, sep="\n")
     told = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]

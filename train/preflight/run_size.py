@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -90,7 +92,7 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
         sequence_length=settings.sequence_length,
         head_chunk=settings.head_chunk,
         accumulation=accumulation,
-        checkpointing=bool(trainer.get("gradient_checkpointing")),
+        checkpointing=_checkpoints(trainer),
         selective=any((trainer.get(key) or {}).get(SELECTIVE) for key in CHECKPOINTING_KEYS),
         stage=deepspeed.stage,
         ranks=spec.ranks.count,
@@ -113,6 +115,12 @@ def _setting(spec: TrainSpec, teacher: ModelSize) -> Setting:
         measures=settings.data_policy == "by_damage" and not spec.is_control,
     )
     return _with_states(_with_company(setting, spec), spec, teacher)
+
+
+def _checkpoints(trainer: Mapping[str, Any]) -> bool:
+    """Whether the Trainer checkpoints, by its name of today or, where that is not said, of before."""
+    said = trainer.get("activation_checkpointing")
+    return bool(trainer.get("gradient_checkpointing") if said is None else said)
 
 
 def _sharing(spec: TrainSpec) -> Sharing:

@@ -327,6 +327,19 @@ def test_checkpointing_keeps_one_state_per_layer_and_one_layer_whole(tiny_job: J
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "expected"),
+    [
+        ({"gradient_checkpointing": True}, True),
+        ({"activation_checkpointing": True}, True),
+        ({"activation_checkpointing": False, "gradient_checkpointing": True}, False),
+    ],
+)
+def test_checkpointing_counts_under_either_name(trainer: dict[str, bool], expected: bool) -> None:
+    assert job_of(trainer=trainer).setting.checkpointing is expected
+
+
+@pytest.mark.slow
 def test_selective_checkpointing_lies_between() -> None:
     kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
     found = job_of(trainer=kwargs)
