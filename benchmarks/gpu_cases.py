@@ -147,9 +147,7 @@ def _weights_and_kernels() -> Iterator[Case]:
     yield Case("weights bfloat16", distill={"weights": "bfloat16"}, **where)
     yield Case("fused", distill={"fused": True}, **where)
     yield Case("compile", distill={"compile": True}, **where)
-    yield Case(
-        "weights bfloat16, fused, compile", distill={"weights": "bfloat16", "fused": True, "compile": True}, **where
-    )
+    yield Case("all of these", distill={"weights": "bfloat16", "fused": True, "compile": True}, **where)
 
 
 def _memory() -> Iterator[Case]:

@@ -50,6 +50,9 @@ REASONS = {
 }
 """Keys under which a case without figures says why, and what they are called."""
 
+LONGEST = 160
+"""Characters of a reason that tables show; gpu.json has all of it."""
+
 Row = Mapping[str, Any]
 
 
@@ -87,7 +90,12 @@ def outcome(row: Row) -> str:
 
 def reason(row: Row) -> str | None:
     """Why a case has no figures; None where it has."""
-    return next((f"{called}: {row[key]}" for key, called in REASONS.items() if key in row), None)
+    return next((f"{called}: {_short(row[key])}" for key, called in REASONS.items() if key in row), None)
+
+
+def _short(reason: str) -> str:
+    line = reason.partition("\n")[0]
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 def peak_flops(result: Row) -> tuple[float | None, str]:
