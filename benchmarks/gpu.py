@@ -65,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: torch sees no GPU here; leave it out to see what would be done")
     sizes = TINY if arguments.tiny else SIZES
     chosen = list(wanted(cases(), arguments.only))
-    if not chosen:
+    if all(case.kind == "card" for case in chosen):
         parser.error(f"--only: no case has {' or '.join(map(repr, arguments.only))} in its group, size or name")
     if arguments.device is None and not torch.cuda.is_available():
         print_plan(chosen, sizes)
@@ -98,7 +98,7 @@ class Worker:
     def __init__(self, *, on_cpu: bool) -> None:
         self.on_cpu = on_cpu
         # a process that has seen a GPU cannot be forked; without one forking spares seconds of loading
-        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+        context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
         self._pipe, theirs = context.Pipe()
         with _hidden_gpus(on_cpu):
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -333,7 +333,8 @@ def sweep(case: Case, size: Size, folder: Path) -> dict[str, Any]:
             for layer in chosen
         ]
 
-    together([0]), one_by_one([0])  # libraries choose their kernels
+    for way in (together, one_by_one):  # libraries choose their kernels
+        way([0])
     own_s, _, own = timed(together)
     loop_s, _, loop = timed(one_by_one)
     equal = sum(

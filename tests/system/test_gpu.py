@@ -118,7 +118,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, words: list[str], me
 @pytest.mark.skipif(NO_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("attention", ["flash", "flex", "sdpa", "eager"])
 def test_documents_of_a_row_stay_apart_on_a_gpu(attention: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
     folder = tiny_checkpoint(tmp_path / "model", "qwen3", **sizes)
     settings = {"model": str(folder), "run_dir": str(tmp_path / "run"), "dtype": "bfloat16", "attention": attention}
     try:
