@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shoal.artifacts.artifact import Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
-from shoal.models.checkpoint_files import checkpoint_bytes
-from shoal.models.load import Checkpoint, num_parameters
+from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in
+from shoal.models.load import Checkpoint, num_parameters, without_data
 from shoal.progress import each
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import device, rank, seed_everything
 
 from .harness.engine import CausalLM, connect_ranks
 from .harness.item_cache import ItemCache, identity_of
+from .harness.llama_cpp import GgufModel, LlamaCppLM
 from .harness.perplexity import perplexity
 from .harness.sampled import sampled
 from .harness.samples import task_score
@@ -53,7 +55,8 @@ def role_evaluation(
     Raises:
         UserError: as evaluate does, or a checkpoint that cannot be loaded.
     """
-    model, tokenizer = checkpoint.model(device=device()), checkpoint.tokenizer()
+    gguf, tokenizer = gguf_in(checkpoint.folder), checkpoint.tokenizer()
+    model = checkpoint.model(device=device()) if gguf is None else GgufModel(gguf, checkpoint.config)
     return model_evaluation(
         role,
         model,
@@ -70,7 +73,7 @@ def role_evaluation(
 
 def model_evaluation(
     role: str,
-    model: PreTrainedModel,
+    model: PreTrainedModel | GgufModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Tasks,
     *,
@@ -98,7 +101,7 @@ def model_evaluation(
         provenance=Provenance(inputs),
         role=role,
         tasks=scores,
-        num_parameters=num_parameters(model),
+        num_parameters=_num_parameters(model),
         num_layers=text_config(model.config).num_hidden_layers,
         num_bytes=num_bytes,
         seconds=time.monotonic() - started,
@@ -107,8 +110,15 @@ def model_evaluation(
     )
 
 
+def _num_parameters(model: PreTrainedModel | GgufModel) -> int:
+    """Of a quantised model those it was made of: what is stored of them is packed."""
+    if isinstance(model, GgufModel) or getattr(model.config, "quantization_config", None) is not None:
+        return num_parameters(without_data(model.config))
+    return num_parameters(model)
+
+
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | GgufModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: Tasks,
     *,
@@ -129,7 +139,8 @@ def evaluate(
         UserError: an unknown task, data that cannot be had, or text longer than the model's positions.
     """
     connect_ranks(model.device)
-    lm = CausalLM(model, tokenizer, settings.batch_size, items=items, called=called)
+    engine = LlamaCppLM if isinstance(model, GgufModel) else CausalLM
+    lm = engine(model, tokenizer, settings.batch_size, items=items, called=called)  # pyright: ignore[reportArgumentType]
     if tasks is None:
         tasks = tasks_of(settings, seed=seed)
     log.info("eval: %s", in_words(tasks, settings))
@@ -138,6 +149,7 @@ def evaluate(
         scores = _of_rank_0(lm, sampled(lm, tasks, scores, settings.samples, seed=seed))
     if settings.perplexity_tokens:
         scores = (*scores, perplexity(lm, settings, cut_by=cut_by))
+    scores = tuple(replace(score, engine=lm.engine) for score in scores)
     for score in scores:
         log.info(
             "eval: %s %s %.3f [%.3f, %.3f], n = %d",

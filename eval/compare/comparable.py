@@ -163,6 +163,9 @@ def read_scored(folder: Path) -> Run:
         run = read_run(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); make it readable") from error
+    engine = next((evaluation.engine for evaluation in run.evaluations.values()), "")
+    kept = {role: evaluation for role, evaluation in run.evaluations.items() if evaluation.engine == engine}
+    run = replace(run, evaluations=kept)
     if not any(role in run.evaluations for role in (*CUT_ROLES, MODEL)):
         only = "only the teacher was evaluated" if run.evaluations else "holds no evaluation"
         is_cut = any((folder / name).is_dir() for name in ("student", "distilled"))
@@ -419,7 +422,7 @@ def dtype_of(contender: Contender, role: str) -> str:
         UserError: the checkpoint's config.json is not valid JSON.
     """
     asked = str(contender.run.evaluations[role].provenance.inputs.get("dtype", ABSENT))
-    folder = {"control": "control/distilled", "distilled": "distilled"}.get(role, "student")
+    folder = {"control": "control/distilled", "pruned": "student", "teacher": "student"}.get(role, role)
     config = contender.run.folder / folder / "config.json"
     if asked not in ("stored", "auto") or not config.is_file():
         return asked

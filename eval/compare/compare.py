@@ -7,20 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.artifacts.artifact import BITS_PER_BYTE, MODEL, Evaluation, Speed, SpeedScore, TaskScore
+from shoal.artifacts.artifact import BITS_PER_BYTE, MODEL, QUANTIZED, ROLES, Evaluation, Speed, SpeedScore, TaskScore
 from shoal.artifacts.search import PERPLEXITY
 from shoal.formatting import listed
 from shoal.stats.paired import PairedDifference, Retention, holm, paired, retention, verdict, z_above_chance
 
-from ..report.findings import ROLES, SIGNAL_SIGMAS
+from ..report.findings import SIGNAL_SIGMAS
 from ..report.speed import SpeedRatio, speed_ratio
 from .comparable import CUT_ROLES, Common, Contender, find_common, read_contenders, score_of
 
 SPEED_SETTINGS = ("batch_size", "prompt_tokens", "new_tokens", "dtype")
 SPEED_MACHINE = ("device", "cpu_threads")
 HARMLESS_INPUTS = ("attention", "eval.batch_size")
-COMPARED = (*CUT_ROLES, MODEL)
-"""Roles whose models are compared with one of the first run, or with the checkpoint that stands first."""
+COMPARED = (*QUANTIZED, *CUT_ROLES, MODEL)
+"""Roles whose models are compared with one of the first run, or with the checkpoint that stands first; of a run beside
+a checkpoint the last of them is."""
 HARMLESS_VERSIONS = ("torch", "transformers", "device")
 
 
@@ -265,6 +266,9 @@ def _notes(contenders: Sequence[Contender], common: Common) -> Iterator[str]:
         for role in CUT_ROLES:
             if role not in contender.run.evaluations:
                 yield f"{contender.letter} has no {role} model here: {contender.file(role)} does not exist."
+        for role in QUANTIZED:
+            if role not in contender.run.evaluations and contender.file(role).is_file():
+                yield f"{contender.letter}'s {role} is left out: another engine scored it, with which nothing pairs."
         if "teacher" not in contender.run.evaluations:
             same = teacher_of(contender, contenders)
             said = "that of another run is used, of the same model" if same else "so nothing is known of what it kept"

@@ -24,7 +24,7 @@ from ..report.headline import board, headline
 from ..report.report import FIGURES_DIR
 from ..report.sampled import sampled_section
 from ..report.sections import difference_table, no_signal_section, score_table
-from ..report.speed import speed_section
+from ..report.speed import quantized_section, speed_section
 from ..report.wording import by_column, column_words
 from .license import License, base_license, license_file
 
@@ -156,6 +156,8 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
         parts += ["## Before and after", *_results(run, comparison)]
         if sampled := sampled_section(comparison):
             parts += [f"## {sampled.title}", *sampled.blocks]
+        if quantized := quantized_section(run, comparison):
+            parts += [f"## {quantized.title}", *quantized.blocks]
         parts += ["## Read with care", *cautions_section(run, comparison).blocks]
     parts += ["## What was cut", *_cut_lines(run, base), *_picture(run, "importance")]
     if run.training:

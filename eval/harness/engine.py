@@ -50,6 +50,9 @@ log = logging.getLogger(__name__)
 class CausalLM(TemplateLM):
     """A transformers model as lm-eval asks for it; lm-eval deals its documents out by `rank` and `world_size`."""
 
+    engine = "transformers"
+    """What runs the model."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -137,11 +140,15 @@ class CausalLM(TemplateLM):
         step.known(len(pairs) - len(missing))
         if missing:
             asked = [pairs[index] for index in missing]
-            for scores in scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch):
+            for scores in self._scored(asked):
                 self._refuse_nan(scores.values())
                 self.items.add([keys[missing[index]] for index in scores], list(scores.values()))
                 step(len(scores))
         return [(log_prob, is_greedy) for log_prob, is_greedy in map(self.items.__getitem__, keys)]
+
+    def _scored(self, asked: Sequence[tuple[Tokens, Tokens]]) -> Iterator[dict[int, Score]]:
+        """The scores of ``asked`` by their index, batch after batch."""
+        return scored(self._decoder, asked, batch_size=self.batch_size, branch=self._branch)
 
     def _refuse_nan(self, scores: Iterable[Score]) -> None:
         """Among options that are all NaN lm-eval would choose the first and go on."""

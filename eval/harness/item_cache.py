@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from shoal.artifacts.artifact import Json
 from shoal.atomic_files import fingerprint
 from shoal.errors import explained_disk_errors
@@ -109,7 +107,7 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def identity_of(content: str, model: PreTrainedModel) -> str:
+def identity_of(content: str, model: Any) -> str:
     """What the answers of ``model`` are known by: everything that shapes them and is no part of a request.
 
     ``content`` is the fingerprint of its configuration, tokenizer and weights. How many requests run together is left

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, Provenance
+from shoal.artifacts.artifact import LIKELIHOOD_PROTOCOLS, ROLES, Provenance
 from shoal.data.sources import BUNDLED, BUNDLED_ROWS
 from shoal.formatting import listed
 from shoal.recipe.section import MIXED, TEACHER_TEXT
@@ -16,7 +16,7 @@ from shoal.task_words import ABILITIES, task_words
 
 from ..tasks.names import described_tasks, task_folders
 from .document import Caution, Cautions, Paragraph, Section
-from .findings import FEW_ITEMS, PAIRS, ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
+from .findings import FEW_ITEMS, PAIRS, SIGNAL_SIGMAS, Comparison, Row, Run, is_share
 from .sections import fair_gaps
 from .wording import kept_words, named_or_counted, score_words, task_names
 

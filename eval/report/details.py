@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from shoal.artifacts.artifact import Artifact, Json
+from shoal.artifacts.artifact import ROLES, Artifact, Json
 from shoal.artifacts.search import SearchResult
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
 from shoal.recipe.edits import in_words
@@ -16,7 +16,7 @@ from shoal.task_words import task_words
 
 from .cautions import disjointness
 from .document import Block, Bullets, Code, Paragraph, Picture, Section, Table, Terms
-from .findings import ROLES, Run
+from .findings import Run
 from .wording import DASH, score_words
 
 TERMS = (

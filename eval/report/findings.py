@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,12 +15,15 @@ from typing import Any, TypeVar
 from shoal.artifacts.artifact import (
     LIKELIHOOD_PROTOCOLS,
     MODEL,
+    QUANTIZED,
+    ROLES,
     ROUND,
     Artifact,
     Evaluation,
     Importance,
     ItemScore,
     PruningPlan,
+    Quantized,
     Speed,
     TaskScore,
     Training,
@@ -47,15 +50,19 @@ from .forms import Form, form_of
 
 OF_THE_STUDENT = ("student", "prune.", "control.", "distill.local")
 """Beginnings of inputs of a training in which a control differs from the student's."""
-ROLES = ("teacher", "pruned", "control", "distilled")
 PAIRS = (
     ("teacher", "pruned"),
     ("pruned", "distilled"),
     ("teacher", "distilled"),
     ("teacher", "control"),
     ("control", "distilled"),
+    ("pruned", "quantized"),
+    ("distilled", "quantized"),
+    ("teacher", "teacher_quantized"),
+    ("teacher_quantized", "quantized"),
 )
-"""(before, after) of the roles that are compared. The control is the uncut teacher, trained as the cut model was."""
+"""(before, after) of the roles that are compared. The control is the uncut teacher, trained as the cut model was; the
+quantised teacher is what a quantised student has to beat."""
 SIGNAL_SIGMAS = 3.0
 """A task on which the intact teacher is not this many standard errors above chance says nothing about damage."""
 FEW_ITEMS = 50
@@ -93,6 +100,8 @@ class Run:
     """Rounds before the last, the first first; empty where there is one cut."""
     depth_use: DepthUse | None = None
     """How the models use their layers, side by side; of `shoal depth`."""
+    quantized: dict[str, Quantized] = dataclasses.field(default_factory=dict)
+    """What quantised copies were made of, by role."""
 
     @property
     def model(self) -> str:
@@ -185,6 +194,8 @@ class Comparison:
     rows: tuple[Row, ...]
     refused: tuple[str, ...]
     """Reasons why a role's score was left out of a row: it was measured with other settings."""
+    elsewhere: tuple[Row, ...] = ()
+    """Rows of the roles that another engine ran than the one that ran the teacher; nothing pairs the two."""
 
 
 def read_run(folder: Path) -> Run:
@@ -214,6 +225,11 @@ def read_run(folder: Path) -> Run:
         numerics=run_file.get("numerics") or {},
         rounds=_earlier_rounds(folder, plan),
         depth_use=read_result(DepthUse, folder / DepthUse.FILE),
+        quantized={
+            role: made
+            for role in QUANTIZED
+            if (made := read_result(Quantized, folder / role / Quantized.FILE)) is not None
+        },
     )
     parts = (run.importance, run.plan, run.training, run.speed)
     if all(part is None for part in parts) and not evaluations:
@@ -242,11 +258,18 @@ def read_result(kind: type[A], path: Path) -> A | None:
 def compare(run: Run) -> Comparison:
     """Every task with its paired differences; a role measured with other settings is refused, never shown beside."""
     refused: list[str] = []
+    engine = next((evaluation.engine for evaluation in run.evaluations.values()), "")
+    own = {role: evaluation for role, evaluation in run.evaluations.items() if evaluation.engine == engine}
+    others = {role: evaluation for role, evaluation in run.evaluations.items() if role not in own}
+    rows = _with_forms(_rows(own, refused), refused)
+    return Comparison(tuple(rows), tuple(refused), tuple(_rows(others, refused)))
+
+
+def _rows(evaluations: Mapping[str, Evaluation], refused: list[str]) -> list[Row]:
     rows = []
-    keys = dict.fromkeys(task.key for evaluation in run.evaluations.values() for task in evaluation.tasks)
-    for key in keys:
+    for key in dict.fromkeys(task.key for evaluation in evaluations.values() for task in evaluation.tasks):
         scores: dict[str, TaskScore] = {}
-        for role, evaluation in run.evaluations.items():
+        for role, evaluation in evaluations.items():
             task = next((task for task in evaluation.tasks if task.key == key), None)
             if task is None:
                 continue
@@ -259,16 +282,17 @@ def compare(run: Run) -> Comparison:
                 scores[role] = task
         rows.append(_row(key, scores))
     adjusted = _adjusted([row.differences for row in rows])
-    rows = [replace(row, adjusted_p=p_values) for row, p_values in zip(rows, adjusted, strict=True)]
-    return Comparison(tuple(_with_forms(rows, refused)), tuple(refused))
+    return [replace(row, adjusted_p=p_values) for row, p_values in zip(rows, adjusted, strict=True)]
 
 
 def with_comparable_scores(run: Run, comparison: Comparison) -> Run:
-    """The run without the scores that were refused a place beside the others, for figures and curves."""
+    """The run without the scores that were refused a place beside the others, and without quantised copies, which have
+    a section of their own: for figures and curves."""
     scores = {row.key: row.scores for row in comparison.rows}
     evaluations = {
         role: replace(evaluation, tasks=tuple(task for task in evaluation.tasks if role in scores.get(task.key, {})))
         for role, evaluation in run.evaluations.items()
+        if role not in QUANTIZED
     }
     return replace(run, evaluations={role: evaluation for role, evaluation in evaluations.items() if evaluation.tasks})
 

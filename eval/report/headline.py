@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.artifacts.artifact import SpeedScore
+from shoal.artifacts.artifact import QUANTIZED, ROLES, SpeedScore
 from shoal.figures.style import heading
 from shoal.formatting import count_text, layers_text, listed, signed
 from shoal.recipe.edits import in_words
 
 from ..tasks.names import described_tasks, task_folders
 from .document import Board, BoardLine, Place
-from .findings import ROLES, Comparison, Row, Run, is_share
+from .findings import Comparison, Row, Run, is_share
 from .speed import speed_ratio
 from .wording import (
     MAX_NAMES,
@@ -67,7 +67,7 @@ def headline(run: Run, comparison: Comparison) -> tuple[str, ...]:
 
 def board(run: Run, comparison: Comparison) -> Board | None:
     """What was lost and came back by ability, as it is asked worst and best; None where nothing can be compared."""
-    roles = tuple(role for role in ROLES if role in run.evaluations)
+    roles = tuple(role for role in ROLES if role in run.evaluations and role not in QUANTIZED)
     left_out = ("teacher", "distilled") if "control" in roles else None
     pairs = [pair for pair in CHANGES if set(pair) <= set(roles) and pair != left_out]
     rows = [row for row in comparison.rows if row.has_signal and len(row.scores) > 1]
@@ -107,7 +107,8 @@ def _board_line(row: Row, roles: Sequence[str], pairs: Sequence[tuple[str, str]]
     first = row.any_score
     places, chance = (), None
     if is_share(first):
-        places = tuple(Place(role, s.score, s.ci_low, s.ci_high) for role, s in row.scores.items())
+        shown = [(role, row.scores[role]) for role in roles if role in row.scores]
+        places = tuple(Place(role, s.score, s.ci_low, s.ci_high) for role, s in shown)
         chance = first.chance
     return BoardLine(
         task_name(row),

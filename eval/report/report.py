@@ -45,7 +45,7 @@ from .sections import (
     read_write_section,
     scores_section,
 )
-from .speed import speed_section
+from .speed import quantized_section, speed_section
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -87,6 +87,7 @@ def build_document(
         form_section(comparison),
         scores_section(run, comparison, pictures.get("before_after")),
         level_section(with_comparable_scores(run, comparison), pictures.get("levels")),
+        quantized_section(run, comparison),
         no_signal_section(comparison),
         protocol_section(run, comparison),
         sampled_section(comparison),

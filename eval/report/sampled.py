@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.artifact import ROLES, TaskScore
 from shoal.formatting import interval_text, listed
 from shoal.recipe.evaluate import Samples
 from shoal.stats.paired import is_binary
 from shoal.stats.pass_at import LostAnswers, lost_answers, pass_at_chance
 
 from .document import Block, Paragraph, Section, Table
-from .findings import ROLES, Comparison, Row
+from .findings import Comparison, Row
 from .wording import DASH, score_text, task_name
 
 Scores = Sequence[tuple[Row, dict[str, TaskScore]]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from shoal.artifacts.artifact import TaskScore
+from shoal.artifacts.artifact import ROLES, TaskScore
 from shoal.artifacts.search import Interval
 from shoal.figures.levels import Ladder, ladders
 from shoal.figures.style import heading
@@ -14,7 +14,7 @@ from shoal.stats.paired import SIGNIFICANT, PairedDifference, z_above_chance
 from shoal.task_words import task_words
 
 from .document import Block, Bullets, Paragraph, Picture, Section, Table
-from .findings import ROLES, SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, is_share, protocol_gaps, writing
+from .findings import SIGNAL_SIGMAS, Comparison, Row, Run, gap_limits, is_share, protocol_gaps, writing
 from .wording import (
     DASH,
     by_column,
@@ -200,7 +200,8 @@ def read_write_section(run: Run, pictures: Sequence[Picture]) -> Section | None:
 
 def score_table(run: Run, rows: Sequence[Row]) -> Table:
     """Every task's scores by ability, with what is kept of them; in this order a phone sets what is kept below."""
-    roles = [role for role in ROLES if role in run.evaluations]
+    engine = next((row.any_score.engine for row in rows), "")
+    roles = [role for role in ROLES if role in run.evaluations and run.evaluations[role].engine == engine]
     kept = [role for role in roles if role != "control" and any(role in row.retained for row in rows)]
     told_apart = any(row.column for row in rows)
     groups: dict[str, list[Row]] = {}

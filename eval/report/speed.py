@@ -1,21 +1,26 @@
-"""The report's section on speed and size: what was measured, and beside it what the layer count lets expect."""
+"""The report's sections on speed and size, and on quantised copies: what was measured, and beside it what the layer
+count lets expect."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shoal.artifacts.artifact import BatchSpeed, Speed, SpeedScore
-from shoal.formatting import bytes_text, count_text, duration_text
+from shoal.artifacts.artifact import CONTROL, QUANTIZED, ROLES, BatchSpeed, Speed, SpeedScore
+from shoal.formatting import bytes_text, count_text, duration_text, listed
 
 from .document import Block, Bullets, Paragraph, Section, Table
-from .findings import ROLES, Run
-from .wording import DASH
+from .findings import Comparison, Row, Run
+from .sections import difference_table, score_table
+from .wording import DASH, named_or_counted
 
 SIZES = ("Model", "Layers", "Parameters", "Of the teacher", "Weights on disk", "Cache per token", "Evaluated in")
 AGAINST = "Against the teacher"
 SPEEDS = ("Model", "At once", "Reading", AGAINST, "First token", "Writing", AGAINST, "Peak memory")
+RIVALS = ("teacher_quantized", "quantized")
+EQUAL_BYTES = 0.1
+"""Share by which bytes may differ that are called about equal."""
 Kind = Literal["prefill", "decode"]
 Words = Callable[[float], str]
 
@@ -56,6 +61,73 @@ def speed_section(run: Run) -> Section:
     if run.speed.left_out:
         blocks.append(Bullets(tuple(f"{reason[0].upper()}{reason[1:]}." for reason in run.speed.left_out)))
     return Section("Speed and size", tuple(blocks))
+
+
+def quantized_section(run: Run, comparison: Comparison) -> Section | None:
+    """What quantising cost, and student against teacher at their bytes; None where nothing is quantised."""
+    roles = [role for role in QUANTIZED if role in run.evaluations]
+    if not roles:
+        return None
+    body = [_quantized_row(run, role) for role in ROLES if role in run.evaluations and role != CONTROL]
+    columns = ("Model", "Made of", "Format", "Weights on disk", "Of the teacher", "Made by", "Scored by")
+    blocks: list[Block] = [Table("Bytes", columns, tuple(body))]
+    elsewhere = [role for role in roles if role in {role for row in comparison.elsewhere for role in row.scores}]
+    rows = comparison.elsewhere if "quantized" in elsewhere else comparison.rows
+    silent = {row.key for row in comparison.rows if not row.has_signal}
+    pairs = {
+        (_source(run), "quantized"): f"What quantising cost the student: quantized minus {_source(run)}",
+        ("teacher", "teacher_quantized"): "What quantising cost the teacher: teacher_quantized minus teacher",
+        RIVALS: "The quantised student against the quantised teacher: quantized minus teacher_quantized",
+    }
+    blocks += [Paragraph(sentence) for sentence in _at_their_bytes(run, [row for row in rows if row.key not in silent])]
+    if elsewhere:
+        engine = run.evaluations[elsewhere[0]].engine
+        told = f"{listed(elsewhere)} {'was' if len(elsewhere) == 1 else 'were'} scored by {engine}, all else by "
+        blocks += [
+            Paragraph(f"{told}transformers. Scores of two engines are not paired: kernels differ, and not only bits."),
+            score_table(run, comparison.elsewhere),
+        ]
+    blocks += [
+        difference_table(rows, *pair, caption)
+        for pair, caption in pairs.items()
+        if any(pair in r.differences for r in rows)
+    ]
+    return Section("Quantised", tuple(blocks))
+
+
+def _source(run: Run) -> str:
+    """The role that the quantised student was made of."""
+    return run.quantized["quantized"].source if "quantized" in run.quantized else "distilled"
+
+
+def _quantized_row(run: Run, role: str) -> tuple[str, ...]:
+    evaluation, made, teacher = run.evaluations[role], run.quantized.get(role), run.evaluations.get("teacher")
+    told = (made.source, made.format) if made else (DASH, DASH)
+    share = f"{100 * evaluation.num_bytes / teacher.num_bytes:.1f} %" if teacher else DASH
+    return (role, *told, bytes_text(evaluation.num_bytes), share, made.library if made else DASH, evaluation.engine)
+
+
+def _at_their_bytes(run: Run, rows: Sequence[Row]) -> Iterator[str]:
+    """Whether the quantised teacher is better than the quantised student, and at which bytes."""
+    if not all(role in run.evaluations for role in QUANTIZED):
+        return
+    student, teacher = (run.evaluations[role].num_bytes for role in QUANTIZED)
+    ratio = student / teacher
+    formats = {role: f" ({run.quantized[role].format})" if role in run.quantized else "" for role in QUANTIZED}
+    by_verdict = {
+        verdict: [row for row in rows if row.verdict(*RIVALS) == verdict] for verdict in ("better", "worse", "unclear")
+    }
+    words = {"better": "better on ", "worse": "worse on ", "unclear": "not clearly different on "}
+    told = "; ".join(words[verdict] + named_or_counted(own) for verdict, own in by_verdict.items() if own)
+    told = told or "compared on no task that has a signal"
+    is_even = abs(ratio - 1) <= EQUAL_BYTES
+    at = "At about equal bytes" if is_even else f"At {ratio:.2f} times the bytes"
+    yield (
+        f"{at} ({bytes_text(student)} and {bytes_text(teacher)}), the quantised student{formats['quantized']} is, "
+        f"against the quantised teacher{formats['teacher_quantized']}, {told}."
+    )
+    if not is_even:
+        yield "These are not equal bytes; quantize.teacher_format chooses a format that brings them nearer together."
 
 
 def _size_row(run: Run, role: str, score: SpeedScore | None) -> tuple[str, ...]:

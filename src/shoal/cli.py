@@ -1,5 +1,6 @@
-"""`shoal measure | prune | record | distill | eval | depth | search | report | run RECIPE_OR_RUN_DIR [key=value ...]`,
-`shoal compare RUN_DIR RUN_OR_MODEL ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain | completion`."""
+"""`shoal measure | prune | record | distill | quantize | eval | depth | search | report | run RECIPE_OR_RUN_DIR
+[key=value ...]`, `shoal compare RUN_DIR RUN_OR_MODEL ...`, `shoal delta BASE DONOR`, and `shoal init | list | explain |
+completion`."""
 
 from __future__ import annotations
 
@@ -85,8 +86,15 @@ VERBS = {
         example="--config my.yaml distill.num_tokens=1e6 --dry-run",
         takes_round=True,
     ),
+    "quantize": Verb(
+        "quantised copies of the student, healed before, and of its teacher: quantized/, teacher_quantized/",
+        "export.quantize",
+        example="--config my.yaml quantize.format=int8 quantize.teacher_format=int4",
+        check="export.check_quantize",
+        takes_round=True,
+    ),
     "eval": Verb(
-        "score teacher, pruned, control and distilled: eval/*.json",
+        "score teacher, pruned, control, distilled and quantised copies: eval/*.json",
         "evaluate.evaluate",
         example="--config my.yaml eval.suite=quick eval.limit=50",
         takes_round=True,
@@ -362,7 +370,7 @@ def _dispatch(
         _stage(row.check)(run)
     # what is scored or told rests on the rounds before only where this one has a plan
     has_plan = (run.dir / PruningPlan.FILE).is_file()
-    rests_on_rounds = verb in ("measure", "prune") or (verb in ("eval", "report") and has_plan)
+    rests_on_rounds = verb in ("measure", "prune") or (verb in ("quantize", "eval", "report") and has_plan)
     if rests_on_rounds and not launched:
         pipeline.finish_earlier_rounds(run, launch)
     with locked(run) if runtime.is_main() else contextlib.nullcontext():

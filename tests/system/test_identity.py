@@ -173,6 +173,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "speed": False,
             "speed_batch_sizes": [1, 2],
         },
+        "quantize": {"format": "int8", "teacher_format": "nf4", "group_size": 64, "num_tokens": 900},
         "track": {"wandb": "off", "tags": ["a"]},
         "export": {"gguf": True},
     },
@@ -223,6 +224,7 @@ def identities(run: Run) -> dict[str, dict[str, Any]]:
         ),
         "speed": evaluate.speed_inputs(run, {}),
         "search": {} if recipe.search is None else shaping(recipe.search, Shapes.SEARCH, "search."),
+        "quantized": {} if recipe.quantize is None else shaping(recipe.quantize, Shapes.QUANTIZED, "quantize."),
     }
 
 

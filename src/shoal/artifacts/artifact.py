@@ -403,6 +403,8 @@ class TaskScore:
     """pass@k by k, increasing."""
     ceiling: float = 1.0
     """Best score there is: below 1 where an answer scores the share of people who gave it too."""
+    engine: str = "transformers"
+    """What ran the model: transformers or llama.cpp. Scores of two engines are never paired."""
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -438,7 +440,7 @@ class Evaluation(Tabular, Artifact):
     """eval/<role>.json: the abilities of one model."""
 
     role: str
-    """Role of the model: teacher, pruned, control or distilled."""
+    """Role of the model: teacher, pruned, control, distilled, quantized or teacher_quantized."""
     tasks: tuple[TaskScore, ...]
     num_parameters: int
     num_layers: int
@@ -449,6 +451,11 @@ class Evaluation(Tabular, Artifact):
     """Requests that were asked of the model, each once; 0 = not recorded."""
     num_kept: int = 0
     """Requests whose answers were there before ``seconds`` began."""
+
+    @property
+    def engine(self) -> str:
+        """What ran the model."""
+        return self.tasks[0].engine
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per task."""
@@ -526,12 +533,38 @@ class Speed(Artifact):
     the layers is told by two depths."""
 
 
+QUANTIZED = ("quantized", "teacher_quantized")
+"""Roles of the quantised copies of the student and of the teacher, and their folders in a run directory."""
+
+
+@dataclass(frozen=True)
+class Quantized(Artifact):
+    """quantize.json in quantized/ and teacher_quantized/: what the copy beside it was made of, and how."""
+
+    FILE: ClassVar[str] = "quantize.json"
+
+    source: str
+    """Role of the model that was quantised."""
+    format: str
+    library: str
+    """Library that did it, with its version."""
+    num_bytes: int
+    """Bytes of the copy's weights on disk."""
+    source_bytes: int
+    """The same of what it was made of."""
+    num_tokens: int
+    """Tokens it was calibrated on; 0 = the format takes none."""
+    seconds: float
+
+
 CONTROL = "control"
 """Role of the uncut teacher that was trained as the student, and the folder of its training in a run directory."""
 MODEL = "model"
 """Role of a model that is no run's: a checkpoint as it is, which `shoal compare` takes beside runs."""
 NATS_PER_TOKEN, BITS_PER_BYTE = "nats_per_token", "bits_per_byte"
 """Metrics of running text; of models with unequal tokenizers the second alone can be compared."""
+ROLES = ("teacher", "pruned", CONTROL, "distilled", *QUANTIZED)
+"""Roles that an evaluation may have, in the order in which they are shown."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.atomic_files import file_hash
 from shoal.errors import UserError
 
 DEMO_PREFIX = "demo:"
@@ -82,7 +83,14 @@ def names_model(name: str) -> bool:
 
 def checkpoint_bytes(folder: Path) -> int:
     """Size of the weights on disk."""
-    return sum(file.stat().st_size for file in weight_files(folder))
+    gguf = gguf_in(folder)
+    return sum(file.stat().st_size for file in (weight_files(folder) if gguf is None else [gguf]))
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF file that holds the weights of a folder, as `shoal quantize` leaves it; None = there is none."""
+    has_tensors = (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file()
+    return None if has_tensors else next(folder.glob("*.gguf"), None)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -183,6 +191,9 @@ def model_fingerprint(folder: Path) -> str:
         config.pop(volatile, None)
     digest.update(json.dumps(config, sort_keys=True).encode())
     digest.update(tokenizer_fingerprint(folder).encode())
+    if (gguf := gguf_in(folder)) is not None:
+        digest.update(file_hash(gguf).encode())
+        return digest.hexdigest()[:16]
     samples = {name: sample for file in weight_files(folder) for name, sample in _samples(file)}
     for name in sorted(samples):
         digest.update(name.encode() + samples[name])

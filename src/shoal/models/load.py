@@ -230,7 +230,17 @@ def load_model(
         log.warning(
             "%s: %d tensors have no place in the model and are ignored (%s, ...)", folder, len(unused), unused[0]
         )
+    _leave_unpacked(model)
     return model.to(device).eval()
+
+
+def _leave_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for a CPU where they do not divide into its blocks: its first
+    forward would fail on an assertion."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            linear: Any = module
+            linear.support_avx512bf16_for_cpu &= not (linear.out_features % 32 or linear.in_features % 64)
 
 
 def named_dtype(name: str) -> torch.dtype | None:

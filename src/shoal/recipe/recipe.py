@@ -27,7 +27,7 @@ from shoal.recipe.prune import Prune
 from shoal.recipe.search import Search
 from shoal.recipe.section import Dtype, Section, Shapes, Text
 from shoal.recipe.suites import CONFIGS_DIR, with_suite
-from shoal.recipe.track import Export, Track
+from shoal.recipe.track import Export, Quantize, Track
 from shoal.recipe.yaml import read_yaml
 from shoal.redaction import redacted
 
@@ -65,6 +65,8 @@ class Recipe(Section):
     distill: Distill = field(default_factory=Distill)
     search: Search | None = None
     """Plans that `shoal search` compares; no other verb looks at it."""
+    quantize: Quantize | None = None
+    """Quantised copies of the student and of its teacher; None = there are none."""
     eval: Eval = field(default_factory=Eval)
     track: Annotated[Track, Shapes.NOTHING] = field(default_factory=Track)
     export: Annotated[Export, Shapes.NOTHING] = field(default_factory=Export)
@@ -240,7 +242,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
         yield from search.contradictions(recipe.search, recipe.distill.trainer)
     if recipe.prune.rounds > 1:
         yield from _not_in_rounds(recipe)
-    yield from track.contradictions(recipe.export)
+    yield from track.contradictions(recipe.quantize, recipe.export)
 
 
 def _not_in_rounds(recipe: Recipe) -> Iterator[str]:

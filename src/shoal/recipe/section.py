@@ -110,6 +110,8 @@ class Shapes(Flag):
     """The score of running text among them."""
     SPEED = auto()
     """eval/speed.json."""
+    QUANTIZED = auto()
+    """quantized/ and teacher_quantized/."""
     SEARCH = auto()
     """search.json, besides the plans and scores it is made from."""
     NUMBERS = IMPORTANCE | DIAGNOSTICS | PROBES | HEADS | PLAN | TEXT | TRAINING | SCORES

@@ -10,7 +10,7 @@ search    search
 evaluate   eval
 depth     depth
 report     report
-export     GGUF files, the Hub
+export     quantize; GGUF files, the Hub
 preflight  what is refused before a stage begins
 pipeline   all in order
 dry_run    what all in order would do, how long, how much disk

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.artifacts.artifact import CONTROL, Evaluation
+from shoal.artifacts.artifact import CONTROL, Evaluation, Quantized
 from shoal.errors import UserError
 from shoal.formatting import aligned, bytes_text, duration_text
 from shoal.machine import free_disk
@@ -21,7 +21,8 @@ from shoal.numerics import DTYPES, flops_per_second
 from shoal.progress import doing
 from shoal.runtime import device
 from shoal.stages.distill import training_estimate, what_is_trained
-from shoal.stages.evaluate import eval_inputs, roles
+from shoal.stages.evaluate import eval_inputs, quantized_inputs, roles
+from shoal.stages.export import formats
 from shoal.stages.measure import measured
 from shoal.stages.preflight import preflight
 from shoal.stages.prune import expected_plan, student_estimate, what_is_cut
@@ -78,6 +79,8 @@ def run_dry_run(run: Run) -> str:
         stages.append(cut := _prune(own))
     with doing("distill --dry-run"):
         stages.append(healed := _distill(own, cut=cut))
+    if run.recipe.quantize is not None:
+        stages.append(_quantize(run, healed=healed, is_last=own is run))
     if own is run:
         stages.append(_eval(run, cut=cut, healed=healed))
     else:
@@ -167,15 +170,30 @@ def _distill(run: Run, *, cut: Stage) -> Stage:
     return Stage("distill", state, why, time, bytes_text(size.num_bytes), size.num_bytes, size.text)
 
 
+def _quantize(run: Run, *, healed: Stage, is_last: bool) -> Stage:
+    wanted = formats(run)
+    if is_last and healed.is_done and all(_is_up_to_date(run, role) for role in wanted):
+        return Stage("quantize", "done")
+    what = ", ".join(f"{role}: {format}" for role, format in wanted.items())
+    return Stage("quantize", "to do", what, UNKNOWN, UNKNOWN)
+
+
+def _is_up_to_date(run: Run, role: str) -> bool:
+    """Whether the quantised copy ``role`` is there, of the models that are there now."""
+    return out_of_date(Quantized, run.dir / role / Quantized.FILE, quantized_inputs(run, role)) == []
+
+
 def _eval(run: Run, *, cut: Stage, healed: Stage) -> Stage:
     from shoal.eval.evaluate import num_items
     from shoal.eval.suites import in_words, rest_in_words, work_of
     from shoal.eval.tasks.load import tasks_of
 
     settings = run.recipe.eval
-    wanted = ["teacher", "pruned", *([CONTROL] if settings.control else []), "distilled"]
+    copies = formats(run)
+    wanted = ["teacher", "pruned", *([CONTROL] if settings.control else []), "distilled", *copies]
     there = roles(run)
     final = {"teacher": True, "pruned": cut.is_done, CONTROL: healed.is_done, "distilled": healed.is_done}
+    final |= {role: healed.is_done and role in there and _is_up_to_date(run, role) for role in copies}
     files = {role: run.dir / "eval" / f"{role}.json" for role in wanted}
     scored = {
         role

@@ -1,4 +1,5 @@
-"""The stage `eval`: teacher, pruned, control and distilled model on the same items, and how fast they are.
+"""The stage `eval`: teacher, pruned, control and distilled model and quantised copies on the same items, and how fast
+they are.
 
 Code of a stage is imported where it is used, so that a verb loads only what it runs.
 """
@@ -11,7 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.artifacts.artifact import CONTROL, MODEL, Evaluation, Provenance, Speed, Training, differences
+from shoal.artifacts.artifact import (
+    CONTROL,
+    MODEL,
+    QUANTIZED,
+    Evaluation,
+    Provenance,
+    Quantized,
+    Speed,
+    Training,
+    differences,
+)
 from shoal.atomic_files import fingerprint
 from shoal.data.sources import sources_fingerprint
 from shoal.errors import UserError
@@ -20,7 +31,7 @@ from shoal.models.checkpoint_files import model_fingerprint, names_model, tokeni
 from shoal.models.load import Checkpoint, LoadSettings
 from shoal.progress import doing
 from shoal.recipe.recipe import Recipe, load_recipe, name_of_model
-from shoal.recipe.section import Shapes, shaping
+from shoal.recipe.section import TEACHER_TEXT, DataSource, Shapes, shaping
 from shoal.runtime import barrier, is_main, seed_everything
 from shoal.stages.distill import control_inputs, training_inputs
 from shoal.stages.prune import read_plan
@@ -46,12 +57,47 @@ MODELS = "models"
 
 
 def roles(run: Run) -> dict[str, Path]:
-    """The models that exist now, by role; the control only where the recipe asks for it."""
+    """The models that exist now, by role; control and quantised copies only where the recipe asks for them."""
     folders = {"teacher": run.teacher, "pruned": run.dir / "student"}
     if run.recipe.eval.control:
         folders[CONTROL] = run.dir / CONTROL / "distilled"
     folders["distilled"] = run.dir / "distilled"
+    folders |= {
+        role: run.dir / role for role in QUANTIZED if run.recipe.quantize and run.recipe.quantize.format_of(role)
+    }
     return {role: folder for role, folder in folders.items() if (folder / "config.json").is_file()}
+
+
+def quantized_from(run: Run, role: str) -> tuple[str, Path] | None:
+    """Role and folder of the model that a quantised copy is made of: cut and healed before it is quantised, as far as
+    the run is; None = there is no student yet."""
+    folders = {name: folder for name, folder in roles(run).items() if name not in QUANTIZED}
+    sources = ("teacher",) if role == "teacher_quantized" else ("distilled", "pruned")
+    return next(((source, folders[source]) for source in sources if source in folders), None)
+
+
+def quantized_inputs(run: Run, role: str) -> dict[str, Any]:
+    """What identifies the quantised copy ``role``; without the model where that is gone."""
+    from shoal.compress.quantize.formats import CALIBRATED, GROUPED
+
+    settings, source = run.recipe.quantize, quantized_from(run, role)
+    assert settings is not None
+    format = settings.format_of(role)
+    inputs: dict[str, Any] = {"quantize.format": format}
+    if source is not None:
+        inputs["model"] = model_fingerprint(source[1])
+    if format in GROUPED:
+        inputs["quantize.group_size"] = settings.group_size
+    if format in CALIBRATED:
+        own = run.recipe.distill
+        inputs |= {"quantize.num_tokens": settings.num_tokens, "distill.sequence_length": own.sequence_length}
+        inputs |= {"data": sources_fingerprint(calibration_sources(run)), "seed": run.recipe.seed}
+    return inputs
+
+
+def calibration_sources(run: Run) -> list[DataSource]:
+    """The training text, as far as it is there before the teacher writes any."""
+    return [source for source in run.recipe.distill.data if source.path != TEACHER_TEXT]
 
 
 def eval_inputs(run: Run, folder: Path) -> dict[str, Any]:
@@ -87,6 +133,8 @@ def evaluate(run: Run) -> None:
     prune = run.recipe.prune
     if list(folders) == ["teacher"] and (prune.drop or prune.num_drop or prune.ratio or prune.target or prune.edits):
         log.warning("eval: %s does not exist: only the teacher is scored; `shoal prune` makes it", run.dir / "student")
+    if run.recipe.quantize and not folders.keys() & set(QUANTIZED):
+        log.warning("eval: there are no quantised copies (quantize) in %s yet; `shoal quantize` makes them", run.dir)
     if run.recipe.eval.control and "distilled" in folders and CONTROL not in folders:
         log.warning("eval: there is no control (eval.control) in %s yet; `shoal distill` trains it", run.dir / CONTROL)
     checkpoints = _checkpoints(run, folders)
@@ -280,14 +328,16 @@ def _tell_of_left_out(path: Path, result: Evaluation) -> None:
 
 
 def require_models_of_this_run(run: Run, folders: dict[str, Path]) -> None:
-    """Refuse a student/, distilled/ or control/ that other settings made: scores of different runs would share a
-    table."""
+    """Refuse a student/, distilled/, control/ or quantised copy that other settings made: scores of different runs
+    would share a table."""
     if folders.keys() & {"pruned", CONTROL, "distilled"}:
         plan = read_plan(run)
         if CONTROL in folders:
             require(Training, run.dir / CONTROL / Training.FILE, control_inputs(run, plan), "shoal distill")
         if "distilled" in folders:
             require(Training, run.dir / Training.FILE, training_inputs(run, plan), "shoal distill")
+    for role in folders.keys() & set(QUANTIZED):
+        require(Quantized, run.dir / role / Quantized.FILE, quantized_inputs(run, role), "shoal quantize")
 
 
 def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
@@ -299,7 +349,8 @@ def _speed(run: Run, checkpoints: dict[str, Checkpoint]) -> None:
         return cut_model(teacher, range(1, len(decoder_layers(teacher)), 2), share=True)
 
     path = run.dir / Speed.FILE
-    measured = {role: own for role, own in checkpoints.items() if role != CONTROL}  # which is as fast as the teacher
+    # a control is as fast as the teacher, and quantised copies are served by other programs
+    measured = {role: own for role, own in checkpoints.items() if role not in (CONTROL, *QUANTIZED)}
     inputs = speed_inputs(run, {role: own.folder for role, own in measured.items()})
     if is_done(Speed, path, inputs, "speed"):
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 from shoal.recipe.section import as_dict
 from shoal.stages.distill import distill_is_done, refuse_later_trainings
 from shoal.stages.evaluate import evaluate
+from shoal.stages.export import quantize
 from shoal.stages.measure import measure
 from shoal.stages.preflight import preflight
 from shoal.stages.prune import prune
@@ -29,6 +30,8 @@ def run_all(run: Run, launch: Callable[[Run], None]) -> None:
     finish_earlier_rounds(run, launch)
     _heal(run, launch)
     with locked(run):
+        if run.recipe.quantize is not None:
+            quantize(run)
         evaluate(run)
         report(run)
         track(run)

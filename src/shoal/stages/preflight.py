@@ -9,6 +9,7 @@ import logging
 
 from shoal.data.sources import load_texts
 from shoal.stages.distill import check_distill
+from shoal.stages.export import check_quantize
 from shoal.stages.measure import check_measure
 from shoal.stages.prune import (
     choose_plan,
@@ -40,6 +41,8 @@ def preflight(run: Run) -> None:
         from shoal.compress.targets.gguf import check_export
 
         check_export(run.config())
+    if recipe.quantize is not None:
+        check_quantize(run)
     if not is_automatic(recipe.prune):
         refuse_unfit_student(run, choose_plan(run, None, {}))
     check_measure((*run.rounds_before, run)[0])

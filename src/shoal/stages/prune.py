@@ -20,6 +20,7 @@ from shoal.models.checkpoint_files import model_fingerprint
 from shoal.models.load import load_config
 from shoal.recipe.edits import Edit, Insert, Replace, in_words, removed_layers
 from shoal.recipe.section import Shapes, as_dict, shaping
+from shoal.recipe.track import is_gguf
 from shoal.runtime import barrier, is_main
 from shoal.stages.measure import heads_inputs, measure, measure_inputs, read_heads
 from shoal.stages.overlap import search_of_rows
@@ -477,10 +478,11 @@ def _refuse_unreadable_data(edits: Sequence[Edit]) -> None:
 
 
 def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
-    """Refuse a plan whose student a target or the GGUF export would not take, or would take for another model."""
+    """Refuse a plan whose student a target or llama.cpp would not take as a GGUF file, or would take for another model."""
     from shoal.compress.targets.check import refuse_for_targets, student_config
 
-    targets, gguf = run.recipe.prune.targets, run.recipe.export.gguf
+    targets, copies = run.recipe.prune.targets, run.recipe.quantize
+    gguf = run.recipe.export.gguf or (copies is not None and is_gguf(copies.format))
     if not targets and not gguf:
         return
     student = student_config(run.config(), plan.keep)

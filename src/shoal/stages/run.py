@@ -29,10 +29,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from shoal.artifacts.artifact import (
     CONTROL,
     MODEL,
+    QUANTIZED,
+    ROLES,
     Artifact,
     Evaluation,
     Importance,
     PruningPlan,
+    Quantized,
     Speed,
     Training,
     differences,
@@ -525,7 +528,8 @@ def write_story(run: Run) -> None:
         (Pilot.FILE, Pilot),
         (Training.FILE, Training),
         (f"{CONTROL}/{Training.FILE}", Training),
-        *((f"eval/{role}.json", Evaluation) for role in ("teacher", "pruned", CONTROL, "distilled", MODEL)),
+        *((f"{role}/{Quantized.FILE}", Quantized) for role in QUANTIZED),
+        *((f"eval/{role}.json", Evaluation) for role in (*ROLES, MODEL)),
         (Speed.FILE, Speed),
     ]
     for folder, (name, kind) in itertools.product([own.dir for own in (*run.rounds_before, run)], kinds):

@@ -22,6 +22,7 @@ from shoal.stats.intervals import Z95, Array, combined, newcombe_paired, paired_
 
 SAME_MEASUREMENT = (
     *("task", "ability", "protocol", "metric", "chance", "higher_is_better", "version", "matching", "num_fewshot", "n"),
+    "engine",
 )
 """Fields that must agree before two scores are compared."""
 SAME_ASKING = ("protocol", "metric", "chance", "higher_is_better", "num_fewshot")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from shoal.artifacts.artifact import Evaluation, Importance, PruningPlan, Speed, Training
+from shoal.artifacts.artifact import ROLES, Evaluation, Importance, PruningPlan, Speed, Training
 from shoal.atomic_files import write_json
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
 from shoal.recipe.track import Track
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LOGGED_FILE = "wandb_logged.json"
 WEIGHTS_WAIT_S = 4 * 3600
 """Seconds that a stage waits at its end for the upload of weights."""
-EVALUATIONS = {role: f"eval/{role}.json" for role in ("teacher", "pruned", "control", "distilled")}
+EVALUATIONS = {role: f"eval/{role}.json" for role in ROLES}
 RESULT_FILES = (
     *(Importance.FILE, PruningPlan.FILE, Training.FILE, f"control/{Training.FILE}"),
     *(*EVALUATIONS.values(), Speed.FILE, "report.md", "report.html"),

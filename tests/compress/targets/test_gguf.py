@@ -296,9 +296,9 @@ def test_quantised_weights_and_unknown_families_are_refused(tmp_path: Path, monk
     fake_converter(tmp_path / "never", monkeypatch, "")
     config: Any = CONFIG_MAPPING["llama"]()
     config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(UserError, match=r"export.gguf: the weights are quantised already"):
+    with pytest.raises(UserError, match=r"GGUF: the weights are quantised already"):
         check_export(config)
-    with pytest.raises(UserError, match=r"export.gguf: llama.cpp has no converter for OPTForCausalLM"):
+    with pytest.raises(UserError, match=r"GGUF: llama.cpp has no converter for OPTForCausalLM"):
         check_export(CONFIG_MAPPING["opt"]())
 
 
@@ -346,7 +346,7 @@ def test_a_cut_that_llama_cpp_would_misread_is_refused_before_it_is_made(tmp_pat
     run = run_of(teacher, tmp_path / "run")
     config = load_config(teacher)
     assert llama_cpp_refusal(config) is None
-    with pytest.raises(UserError, match=r"export.gguf: Gemma3ForCausalLM: llama.cpp takes layer 3 of this student"):
+    with pytest.raises(UserError, match=r"GGUF: Gemma3ForCausalLM: llama.cpp takes layer 3 of this student"):
         prune.prune(run)
     assert not (tmp_path / "run" / "student").exists()
 
