@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shoal.artifacts.artifact import Evaluation, Json, Provenance, TaskScore
+from shoal.artifacts.artifact import QUANTIZED, Evaluation, Json, Provenance, TaskScore
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in
-from shoal.models.load import Checkpoint, num_parameters, without_data
+from shoal.models.load import Checkpoint, num_parameters, with_plain_weights, without_data
 from shoal.progress import each
 from shoal.recipe.evaluate import Eval, Tasks
 from shoal.runtime import device, rank, seed_everything
@@ -57,6 +57,8 @@ def role_evaluation(
     """
     gguf, tokenizer = gguf_in(checkpoint.folder), checkpoint.tokenizer()
     model = checkpoint.model(device=device()) if gguf is None else GgufModel(gguf, checkpoint.config)
+    if role in QUANTIZED and not isinstance(model, GgufModel):
+        model = with_plain_weights(model)
     return model_evaluation(
         role,
         model,

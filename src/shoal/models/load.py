@@ -230,17 +230,34 @@ def load_model(
         log.warning(
             "%s: %d tensors have no place in the model and are ignored (%s, ...)", folder, len(unused), unused[0]
         )
-    _leave_unpacked(model)
     return model.to(device).eval()
 
 
-def _leave_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for a CPU where they do not divide into its blocks: its first
-    forward would fail on an assertion."""
-    for module in model.modules():
+def with_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """``model``, with the weights that torchao or bitsandbytes hold in fewer bits as the numbers that those stand for.
+
+    That is what formats of weights alone compute with. Multiplied as such they take as long as any, where a CPU would
+    unpack them in every forward, and in the precision of the others, where some refuse another than they were made in.
+    Formats that round activations too stay as they are.
+    """
+    dtype = model.dtype
+    for name, module in list(model.named_modules()):
+        linear: Any = module
         if type(module).__name__ == "Linear4bit":
-            linear: Any = module
-            linear.support_avx512bf16_for_cpu &= not (linear.out_features % 32 or linear.in_features % 64)
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        elif isinstance(module, nn.Linear) and type(getattr(linear, "weight", None)).__module__.startswith("torchao."):
+            weight = linear.weight.dequantize()
+        else:
+            continue
+        plain = nn.Linear(1, 1, bias=False, device="meta")
+        plain.in_features, plain.out_features = linear.in_features, linear.out_features
+        plain.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        if linear.bias is not None:
+            plain.bias = nn.Parameter(linear.bias.data.to(dtype), requires_grad=False)
+        model.set_submodule(name, plain)
+    return model
 
 
 def named_dtype(name: str) -> torch.dtype | None:

@@ -478,7 +478,7 @@ def _refuse_unreadable_data(edits: Sequence[Edit]) -> None:
 
 
 def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
-    """Refuse a plan whose student a target or llama.cpp would not take as a GGUF file, or would take for another model."""
+    """Refuse a plan whose student a target or, as a GGUF file, llama.cpp would not take, or takes for another model."""
     from shoal.compress.targets.check import refuse_for_targets, student_config
 
     targets, copies = run.recipe.prune.targets, run.recipe.quantize

@@ -24,7 +24,7 @@ from shoal.compress.quantize.copy import check_quantisable, quantised_copy
 from shoal.compress.quantize.formats import CALIBRATED, GROUPED, check_format, library_of
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import checkpoint_bytes, gguf_in, model_fingerprint
-from shoal.models.load import Checkpoint, LoadSettings
+from shoal.models.load import Checkpoint, LoadSettings, with_plain_weights
 from shoal.recipe.track import Format
 
 ROWS = torch.arange(256).reshape(4, 64)
@@ -55,22 +55,27 @@ def copy_of(source: Checkpoint, folder: Path, format: Any, **settings: Any) -> Q
 
 
 def logits(folder: Path) -> Tensor:
-    """In float32, of the model that shoal loads for an evaluation."""
+    """In float32, of the model that an evaluation runs."""
     with torch.no_grad():
-        return Checkpoint.read(folder, LoadSettings(dtype="float32")).model()(ROWS).logits.float()
+        return with_plain_weights(Checkpoint.read(folder, LoadSettings(dtype="float32")).model())(ROWS).logits
 
 
 @pytest.mark.parametrize(
-    ("format", "bits"),
-    [pytest.param(f, bits, marks=needs(f)) for f, bits in (("int8", 8), ("float8", 8), ("nf4", 4), ("bnb_int8", 8))],
+    ("format", "bits", "most"),
+    [
+        pytest.param(format, bits, most, marks=needs(format))
+        for format, bits, most in (("int8", 8, 0.1), ("float8", 8, 0.3), ("nf4", 4, 0.7), ("bnb_int8", 8, 0.1))
+    ],
 )
-def test_a_copy_takes_its_bits_and_answers_nearly_as_its_source(tmp_path: Path, format: str, bits: int) -> None:
+def test_a_copy_takes_its_bits_and_answers_nearly_as_its_source(
+    tmp_path: Path, format: str, bits: int, most: float
+) -> None:
     source = source_of(tmp_path, dtype=torch.bfloat16)
     made = copy_of(source, tmp_path / "copy", format)
     weights = load_file(source.folder / "model.safetensors")
     inner = sum(w.numel() for name, w in weights.items() if "layers" in name and w.ndim == 2)
     rest = 2 * (sum(w.numel() for w in weights.values()) - inner)
-    scales = inner * bits // 8 / 8  # at most: names, scales, and what bitsandbytes says of every tensor
+    scales = 42 * 2500  # at most: of every matrix its scales, its names, and what bitsandbytes says of it
     assert rest + inner * bits // 8 < made.num_bytes < rest + inner * bits // 8 + scales
     assert made.num_bytes == checkpoint_bytes(tmp_path / "copy")
     assert made.source_bytes == checkpoint_bytes(source.folder)
@@ -79,7 +84,7 @@ def test_a_copy_takes_its_bits_and_answers_nearly_as_its_source(tmp_path: Path, 
     assert Quantized.read(tmp_path / "copy" / Quantized.FILE) == made
     before, after = logits(source.folder), logits(tmp_path / "copy")
     error = float((after - before).norm() / before.norm())
-    assert 0 < error < (0.15 if bits == 8 else 0.6)
+    assert 0 < error < most
     assert model_fingerprint(tmp_path / "copy") != model_fingerprint(source.folder)
 
 
@@ -96,13 +101,27 @@ def test_a_copy_is_reopened_as_it_was_made(tmp_path: Path) -> None:
     assert float((reopened.dequantize().double() - weight).abs().max()) > 0
 
 
+@pytest.mark.parametrize("format", [pytest.param(format, marks=needs(format)) for format in ("int8", "float8", "nf4")])
+def test_an_evaluation_computes_what_the_library_does(tmp_path: Path, format: str) -> None:
+    source = source_of(tmp_path, attention_bias=True)
+    copy_of(source, tmp_path / "copy", format)
+    with torch.no_grad():
+        model: Any = Checkpoint.read(tmp_path / "copy", LoadSettings()).model()
+        for module in model.modules():
+            module.support_avx512bf16_for_cpu = False  # where bitsandbytes rounds to bfloat16
+        theirs = model(ROWS).logits
+        plain: Any = with_plain_weights(model)
+        torch.testing.assert_close(plain(ROWS).logits, theirs, atol=2e-4, rtol=1e-3)
+    layers = [module for name, module in plain.named_modules() if "layers" in name and hasattr(module, "in_features")]
+    assert {type(module) for module in layers} == {torch.nn.Linear}
+    assert {type(module.weight.data) for module in layers} == {Tensor}
+
+
 @needs("nf4")
-def test_4_bit_weights_that_do_not_divide_into_the_blocks_of_a_cpu_still_run(tmp_path: Path) -> None:
+def test_4_bit_weights_that_do_not_divide_into_the_blocks_of_a_cpu_are_scored(tmp_path: Path) -> None:
     source = source_of(tmp_path, hidden_size=64, intermediate_size=96)  # a key projection of 16 rows
     copy_of(source, tmp_path / "copy", "nf4")
-    with torch.no_grad():
-        model = Checkpoint.read(tmp_path / "copy", LoadSettings(dtype="bfloat16")).model()
-        assert model(ROWS).logits.isfinite().all()
+    assert logits(tmp_path / "copy").isfinite().all()
 
 
 @pytest.mark.parametrize("format", [pytest.param(format, marks=needs(format)) for format in ("w4a16_gptq", "fp8")])
