@@ -23,7 +23,7 @@ Format = Literal[TorchaoFormat, BitsandbytesFormat, CompressorFormat, GgufFormat
 class Quantize(Section):
     """Quantised copies that are made after healing, and scored beside the models they are made of."""
 
-    format: Annotated[Format, Shapes.QUANTIZED]
+    format: Annotated[Format, Shapes.QUANTIZED] = "int8"
     """Format of the student: int8, int4, float8 (torchao, weights alone), nf4, bnb_int8 (bitsandbytes), w4a16_gptq,
     w4a16_awq, fp8 (llm-compressor), or q8_0, q4_k_m and the like (a GGUF file, by llama.cpp)."""
     teacher_format: Annotated[Literal["same", "none", Format], Shapes.QUANTIZED] = "same"
