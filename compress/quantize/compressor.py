@@ -18,7 +18,7 @@ def save_compressed(
     source: Checkpoint, folder: Path, format: Format, *, group_size: int, rows_BS: Tensor | None, device: Any
 ) -> None:
     """The model of ``source`` in ``format``, saved in ``folder``; it is calibrated on token ids ``rows_BS``."""
-    from llmcompressor import oneshot
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
 
     model: Any = source.model(dtype="stored", device=device)
     if rows_BS is None:
@@ -41,7 +41,10 @@ def save_compressed(
 
 
 def _recipe(format: Format, group_size: int) -> Any:
-    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    from llmcompressor.modifiers.quantization import (  # pyright: ignore[reportMissingImports]
+        GPTQModifier,
+        QuantizationModifier,
+    )
 
     if format == "fp8":
         return QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=KEPT)
@@ -49,6 +52,6 @@ def _recipe(format: Format, group_size: int) -> Any:
     group: dict[str, Any] = {"targets": ["Linear"], "weights": {**weights, "symmetric": format == "w4a16_gptq"}}
     if format == "w4a16_gptq":
         return GPTQModifier(config_groups={"group_0": group}, ignore=KEPT)
-    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier  # pyright: ignore[reportMissingImports]
 
     return [AWQModifier(), QuantizationModifier(config_groups={"group_0": group}, ignore=KEPT)]

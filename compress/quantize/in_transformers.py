@@ -38,7 +38,7 @@ def _config(source: Checkpoint, format: Format, group_size: int) -> Any:
         )
     if format == "bnb_int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    from torchao import quantization as torchao
+    from torchao import quantization as torchao  # pyright: ignore[reportMissingImports]
 
     configs = {
         "int8": torchao.Int8WeightOnlyConfig,

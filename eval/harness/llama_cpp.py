@@ -102,7 +102,7 @@ class LlamaCppLM(CausalLM):
         """A context of ``num_tokens``; memory for logits and cache grows with it, so it is no longer than asked."""
         if num_tokens <= self._room:
             return
-        from llama_cpp import Llama
+        from llama_cpp import Llama  # pyright: ignore[reportAttributeAccessIssue]
 
         self._read, self._room = (), num_tokens
         try:

@@ -74,7 +74,7 @@ def quantized_section(run: Run, comparison: Comparison) -> Section | None:
     elsewhere = [role for role in roles if role in {role for row in comparison.elsewhere for role in row.scores}]
     rows = comparison.elsewhere if "quantized" in elsewhere else comparison.rows
     silent = {row.key for row in comparison.rows if not row.has_signal}
-    pairs = {
+    pairs: dict[tuple[str, str], str] = {
         (_source(run), "quantized"): f"What quantising cost the student: quantized minus {_source(run)}",
         ("teacher", "teacher_quantized"): "What quantising cost the teacher: teacher_quantized minus teacher",
         RIVALS: "The quantised student against the quantised teacher: quantized minus teacher_quantized",

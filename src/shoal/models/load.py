@@ -244,7 +244,7 @@ def with_plain_weights(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         linear: Any = module
         if type(module).__name__ == "Linear4bit":
-            from bitsandbytes.functional import dequantize_4bit
+            from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
 
             weight = dequantize_4bit(linear.weight.data, linear.weight.quant_state)
         elif isinstance(module, nn.Linear) and type(getattr(linear, "weight", None)).__module__.startswith("torchao."):

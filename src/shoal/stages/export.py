@@ -78,7 +78,7 @@ def check_quantize(run: Run) -> None:
 def formats(run: Run) -> dict[str, Format]:
     """The quantised roles that the recipe asks for, and their formats."""
     settings = run.recipe.quantize
-    wanted = {role: settings and settings.format_of(role) for role in QUANTIZED}
+    wanted = {} if settings is None else {role: settings.format_of(role) for role in QUANTIZED}
     return {role: format for role, format in wanted.items() if format is not None}
 
 

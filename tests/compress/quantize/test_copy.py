@@ -145,7 +145,8 @@ def test_a_gguf_file_takes_the_place_of_the_weights(tmp_path: Path) -> None:
     save_tokenizer(source.folder)
     made = copy_of(source, tmp_path / "copy", "q8_0")
     found = gguf_in(tmp_path / "copy")
-    assert found == tmp_path / "copy" / "model-q8_0.gguf"
+    assert found is not None
+    assert found.name == "model-q8_0.gguf"
     assert made.num_bytes == checkpoint_bytes(tmp_path / "copy") == found.stat().st_size < 0.7 * made.source_bytes
     assert not (tmp_path / "copy" / "whole.gguf").exists()
     assert Checkpoint.read(tmp_path / "copy", LoadSettings()).config.num_hidden_layers == 6
