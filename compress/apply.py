@@ -77,6 +77,7 @@ from .surgery.stored_names import (
     other_towers,
     student_names,
 )
+from .surgery.vision_tower import is_above, without_unread_blocks
 from .variants.streamed_model import as_a_whole
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class Teacher:
     config: PreTrainedConfig
     shards: list[Shard]
     trust_remote_code: bool
+    vision_blocks: int | None = None
+    """Blocks of the vision tower that the plan leaves, as the configuration says already; None = all."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -102,8 +105,11 @@ class Teacher:
 
     @property
     def stored(self) -> dict[str, StoredTensor]:
-        """All tensors by their stored names."""
-        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+        """All tensors by their stored names, but for those of blocks of the vision tower that go."""
+        stored = {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+        if (blocks := self.vision_blocks) is None:
+            return stored
+        return {name: tensor for name, tensor in stored.items() if not is_above(name, blocks)}
 
     def load(self) -> PreTrainedModel:
         """The model itself."""
@@ -206,7 +212,9 @@ def _read_teacher(folder: Path, out: Path, plan: PruningPlan, *, trust_remote_co
     shards = read_shards(folder)
     if inside := [shard.file for shard in shards if shard.file.resolve().is_relative_to(out.resolve())]:
         raise UserError(f"{out}: holds {inside[0].name} of the teacher; choose another folder for the student")
-    return Teacher(folder, config, shards, trust_remote_code)
+    if plan.vision_blocks is None:
+        return Teacher(folder, config, shards, trust_remote_code)
+    return Teacher(folder, without_unread_blocks(config), shards, trust_remote_code, plan.vision_blocks)
 
 
 def refuse_own_code(folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> None:
@@ -275,6 +283,10 @@ def _route(
         if settings is not None and fits_by_layers(skeleton, plan.drop, settings):
             raise UserError(
                 f"{teacher.folder}: its student cannot be written layer by layer: {reason}; {as_a_whole(COMPENSATE)}"
+            ) from reason
+        if plan.vision_blocks is not None:
+            raise UserError(
+                f"{teacher.folder}: its vision tower cannot be cut: {reason}; set prune.vision_tower: whole"
             ) from reason
         log.info("prune: making the student in memory: %s", reason)
         return skeleton, None

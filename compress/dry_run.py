@@ -30,6 +30,7 @@ from .layer_sizes import stored_bytes, usual_length
 from .surgery.cut_model import kept_layers, refuse_changed_layers
 from .surgery.proof import memory_shortage, why_not_run
 from .surgery.quantised import without_quantization
+from .surgery.vision_tower import is_above, without_unread_blocks
 from .targets.check import TARGETS, check_targets, refuse, student_config
 
 CHANGES_WEIGHTS_ONLY = "saves neither memory nor time"
@@ -79,13 +80,16 @@ def estimate(
         refuse_quantised(teacher_folder, config)
     refuse_impossible_edits(teacher_folder, plan.edits, donors or {}, trust_remote_code=trust_remote_code)
     keep = kept_layers(plan.num_layers, plan.drop, insertions(plan.edits))
+    whole, tower = config, plan.vision_blocks
+    if tower is not None:
+        config = without_unread_blocks(config)
     student = student_config(config, keep)
     verdicts = check_targets(student, targets=targets or TARGETS)
     if targets:
         refuse(verdicts)
-    plain, quantisation = without_quantization(config)
+    quantisation = without_quantization(config)[1]
     runs_in = loaded_dtype(config, dtype, shards)
-    before, after = (without_data(part, dtype=runs_in) for part in (plain, student))
+    before, after = (without_data(part, dtype=runs_in) for part in (without_quantization(whole)[0], student))
     refuse_changed_layers(before, after, keep)
     by_layer = None if insertions(plan.edits) else stored_bytes(shards, before)
     stored = _num_bytes(shards)
@@ -94,6 +98,9 @@ def estimate(
         written = stored * costs[1].num_parameters // costs[0].num_parameters
     else:
         written = by_layer.of(keep)
+    if tower is not None:
+        gone = (part for shard in shards for name, part in shard.tensors.items() if is_above(name, tower))
+        written -= sum(part.end - part.start for part in gone)
     width = stored / costs[0].num_parameters if quantisation else runs_in.itemsize
     sides = _Side(costs[0], stored, width), _Side(costs[1], written, width)
     length = usual_length(config)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
+from shoal.models.anatomy import deepstack_layers
 from shoal.models.families import family
 from shoal.recipe.edits import CLOSED_GAPS, KEPT_LAYERS, ZEROED_WEIGHTS
 
@@ -194,12 +195,8 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     if student is text:
         student = rebuilt
     else:
-        for name in student.sub_configs:
-            part = getattr(student, name)
-            if part is text:
-                setattr(student, name, rebuilt)
-            elif indexes := getattr(part, "deepstack_visual_indexes", None):  # fed into the first text layers
-                refuse(f"{name}.deepstack_visual_indexes", indexes, keep)
+        _refuse_moved_features(config, keep)
+        setattr(student, next(name for name in student.sub_configs if getattr(student, name) is text), rebuilt)
     setattr(student, KEPT_LAYERS, [uncut_layers(config, num_layers)[layer] for layer in keep])
     vars(student).pop("auto_map", None)  # names code that lies beside the teacher only
     if zeroed := getattr(config, ZEROED_WEIGHTS, None):
@@ -207,6 +204,26 @@ def cut_config(config: PreTrainedConfig, keep: Sequence[int]) -> PreTrainedConfi
     _check_round_trip(config, student, keep)
     _refuse_without_attention(config, student)
     return student
+
+
+def _refuse_moved_features(config: PreTrainedConfig, keep: Sequence[int]) -> None:
+    """Refuse cuts that move a text layer behind which features of the image are added, and lists of an outer
+    configuration that may name text layers."""
+    fed = deepstack_layers(config)
+    if tuple(keep[: len(fed)]) != fed:
+        gone = [layer for layer in fed if layer not in keep]
+        named = f"drop: names {gone[0]}, one" if gone else "insert: puts a new layer among those"
+        raise UserError(
+            f"{named} of the layers 0 to {fed[-1]} of {config.model_type} behind which features of the image are added "
+            f"(deepstack_visual_indexes); keep these {len(fed)} layers as they are"
+        )
+    for field, value in config.to_dict().items():
+        about_layers = "layer" in field and isinstance(value, list | dict) and not field.startswith("vision_")
+        if about_layers and field not in (*NOT_PER_LAYER, *config.sub_configs):
+            raise UserError(
+                f"config.{field}: may name layers of the text decoder, which shoal does not know to renumber for "
+                f"{config.model_type}; choose another model"
+            )
 
 
 def _explicit_values(text: PreTrainedConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 from transformers import PreTrainedConfig
 
 from shoal.errors import UserError
+from shoal.models.load import has_no_text_model
 from shoal.recipe.prune import Target
 
 from ..surgery.config_cut import cut_config
@@ -98,7 +99,9 @@ def log_verdicts(verdicts: Sequence[Verdict]) -> None:
 
 def _verdict(target: Target, student: PreTrainedConfig) -> Verdict:
     loads, reason = "yes", "these are its own layers; shoal proves it on the written files"
-    if target == "vllm":
+    if target != "transformers" and has_no_text_model(student):
+        loads, reason = "unknown", f"shoal has not compared how it reads {student.model_type}, which takes images"
+    elif target == "vllm":
         loads, reason = vllm.vllm_loads(student)
     elif target == "llama_cpp":
         refusal, caveat = llama_cpp.llama_cpp_refusal(student), llama_cpp.llama_cpp_caveat(student)

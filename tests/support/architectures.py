@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 SLIDING_WINDOW = 8
@@ -82,6 +88,8 @@ class Architecture:
     """Cuts to examine besides single layers and random sets: those that are exact where most are refused."""
     padding: str = ""
     """Why padded batches are not compared: the teacher itself gives other text for a padded row; empty = compared."""
+    images: dict[str, Any] = field(default_factory=dict)
+    """Arguments that hold one random image: name -> shape of random numbers (a tuple), or what they are (a list)."""
     cache: str = ""
     """Why text with a KV cache is not compared with text without: the teacher itself differs; empty = compared."""
 
@@ -113,6 +121,30 @@ QWEN4: dict[str, Any] = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+CLIP, SIGLIP, PIXTRAL = (
+    {**VISION, "model_type": kind} for kind in ("clip_vision_model", "siglip_vision_model", "pixtral")
+)
+LLAMA, QWEN2 = {"model_type": "llama"}, {"model_type": "qwen2", "head_dim": None}
+QWEN2_VISION: dict[str, Any] = {
+    "depth": 2,
+    "embed_dim": 16,
+    "hidden_size": 32,
+    "mlp_ratio": 2,
+    "num_heads": 2,
+    "patch_size": 4,
+}
+PICTURE = {"pixel_values": (1, 3, 32, 32)}
+PATCHES = {"pixel_values": (16, 96), "image_grid_thw": [[1, 4, 4]]}
+"""4 x 4 patches of 3 channels, 2 times and 4 x 4 pixels, of which the model makes 2 x 2 tokens."""
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -233,8 +265,12 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "num_attention_heads": 2,
                 "image_size": 32,
                 "patch_size": 16,
+                "vision_use_head": False,
             },
-        }
+            "mm_tokens_per_image": 4,
+            "image_token_index": 95,
+        },
+        images=PICTURE,
     ),
     "gemma3_text": Architecture({"sliding_window_pattern": 3, "query_pre_attn_scalar": 8}),
     "gemma3n_text": Architecture(
@@ -368,6 +404,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "hy_v3": Architecture(),
     "hy_v4": Architecture(refuses="attend to the tokens that layer"),
     "hyperclovax": Architecture(),
+    "idefics3": Architecture(
+        {"image_token_id": 95, "text_config": LLAMA, "vision_config": VISION},
+        images={"pixel_values": (1, 1, 3, 32, 32)},
+    ),
     "inkling2_loop_text": Architecture(
         {
             "swa_num_attention_heads": 4,
@@ -408,6 +448,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         }
     ),
     "internlm3": Architecture(),
+    "internvl": Architecture(
+        {
+            "image_token_id": 95,
+            "text_config": QWEN2,
+            "vision_config": {**VISION, "image_size": [32, 32], "patch_size": [16, 16]},
+        },
+        images=PICTURE,
+    ),
     "iquestcoder": Architecture(),
     "jais2": Architecture(),
     "jamba": Architecture(
@@ -456,6 +504,37 @@ ARCHITECTURES: dict[str, Architecture] = {
             "floor_scale": 4,
         }
     ),
+    "llava": Architecture({"image_token_index": 95, "text_config": LLAMA, "vision_config": CLIP}, images=PICTURE),
+    "llava_next": Architecture(
+        {
+            "image_token_index": 95,
+            "image_grid_pinpoints": [[32, 64]],
+            "text_config": {"model_type": "mistral"},
+            "vision_config": CLIP,
+        },
+        images={"pixel_values": (1, 3, 3, 32, 32), "image_sizes": [[30, 60]]},
+    ),
+    "llava_onevision": Architecture(
+        {
+            "image_token_index": 95,
+            "video_token_index": 94,
+            "image_grid_pinpoints": [[32, 64]],
+            "text_config": QWEN2,
+            "vision_config": {**SIGLIP, "vision_use_head": False},
+        },
+        images={"pixel_values": (1, 3, 3, 32, 32), "image_sizes": [[30, 60]]},
+    ),
+    "llava_pixtral": Architecture(
+        {
+            "image_token_index": 95,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "text_config": {"model_type": "mistral"},
+            "vision_config": PIXTRAL,
+        },
+        "llava",
+        images={**PICTURE, "image_sizes": [[32, 32]]},
+    ),
     "longcat_flash": Architecture(
         {
             "num_layers": 6,
@@ -480,7 +559,39 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ministral": Architecture({"head_dim": 8}),
     "ministral3": Architecture(),
     "mistral": Architecture(),
+    "mistral3": Architecture(
+        {
+            "image_token_index": 95,
+            "text_config": {"model_type": "mistral"},
+            "vision_config": {**PIXTRAL, "image_size": 64},
+        },
+        images={"pixel_values": (1, 3, 64, 64), "image_sizes": [[64, 64]]},
+    ),
     "mixtral": Architecture(),
+    "mllama": Architecture(
+        {
+            "image_token_index": 95,
+            "text_config": {"cross_attention_layers": [1, 4]},
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_global_layers": 1,
+                "attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 16,
+                "intermediate_layers_indices": [0],
+                "vision_output_dim": 32,
+            },
+        },
+        refuses="would begin with layer",
+        images={
+            "pixel_values": (1, 1, 4, 3, 32, 32),
+            "aspect_ratio_ids": [[1]],
+            "aspect_ratio_mask": [[[1, 1, 0, 0]]],
+            "cross_attention_mask": (),
+        },
+    ),
     "modernbert-decoder": Architecture(refuses="layer 0 of modernbert-decoder alone has no attention norm"),
     "mpt": Architecture({"expansion_ratio": 2}),
     "nanochat": Architecture(),
@@ -516,6 +627,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "olmoe": Architecture(),
     "openai-gpt": Architecture(),
     "opt": Architecture(),
+    "paligemma": Architecture(
+        {
+            "image_token_index": 95,
+            "projection_dim": 32,
+            "text_config": {"model_type": "gemma"},
+            "vision_config": {**SIGLIP, "vision_use_head": False},
+        },
+        images=PICTURE,
+    ),
     "persimmon": Architecture(),
     "phi": Architecture(),
     "phi3": Architecture(),
@@ -543,7 +663,27 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "phimoe": Architecture(),
     "qwen2": Architecture({"use_sliding_window": True, "max_window_layers": 3, "head_dim": None}),
+    "qwen2_5_vl": Architecture(
+        {
+            "image_token_id": 95,
+            "text_config": MROPE,
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "patch_size": 4,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+        },
+        images=PATCHES,
+    ),
     "qwen2_moe": Architecture({"use_sliding_window": True, "max_window_layers": 3, "mlp_only_layers": [1, 4]}),
+    "qwen2_vl": Architecture(
+        {"image_token_id": 95, "text_config": MROPE, "vision_config": QWEN2_VISION}, images=PATCHES
+    ),
     "qwen3": Architecture({"use_sliding_window": True, "max_window_layers": 3}),
     "qwen3_5": Architecture(
         {"text_config": {"layer_types": MOSTLY_LINEAR}, "vision_config": QWEN_VISION},
@@ -568,16 +708,39 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"text_config": QWEN4, "vision_config": QWEN_VISION}, refuses="ngram_embedding.weight: has shape"
     ),
     "qwen4_exp_text": Architecture(QWEN4, refuses="leaves only|ngram_embedding.weight: has shape"),
+    "qwen3_vl": Architecture(
+        {
+            "image_token_id": 95,
+            "text_config": MROPE,
+            "vision_config": {**QWEN_VISION, "depth": 3, "deepstack_visual_indexes": [0, 1]},
+        },
+        refuses="behind which features of the image are added",
+        drops=((2, 3), (3, 5), (2, 4, 5), (2, 3, 4)),
+        images=PATCHES,
+    ),
     "recurrent_gemma": Architecture({"attention_window_size": SLIDING_WINDOW}, refuses="leaves only", drops=((2, 5),)),
     "rwkv": Architecture(refuses="rescale_every=6: ties layers"),
     "sarvam_mla": Architecture({"first_k_dense_replace": 2}),
     "sarvam_moe": Architecture({"first_k_dense_replace": 2}),
     "seed_oss": Architecture(),
     "smollm3": Architecture(),
+    "smolvlm": Architecture(
+        {"image_token_id": 95, "text_config": LLAMA, "vision_config": VISION},
+        images={"pixel_values": (1, 1, 3, 32, 32)},
+    ),
     "solar_open": Architecture(),
     "stablelm": Architecture(),
     "starcoder2": Architecture(),
     "vaultgemma": Architecture(),
+    "vipllava": Architecture(
+        {
+            "image_token_index": 95,
+            "vision_feature_layer": [-2, 0],
+            "text_config": LLAMA,
+            "vision_config": CLIP,
+        },
+        images=PICTURE,
+    ),
     "xglm": Architecture(),
     "xlstm": Architecture({"hidden_size": 64, "num_heads": 4, "qk_dim_factor": 1.0}),
     "youtu": Architecture(),
@@ -620,7 +783,6 @@ NOT_CUT: dict[str, str] = {
     "marian": "the decoder of an encoder-decoder model",
     "mbart": "the decoder of an encoder-decoder model",
     "megatron-bert": "an encoder",
-    "mllama": "transformers saves its text model under a type that it cannot load again",
     "moshi": "speech: an audio decoder with a second, depthwise decoder inside",
     "moss_transcribe_diarize": "transcribes speech; its text part is qwen3",
     "musicgen": "the decoder of an encoder-decoder model",
@@ -673,7 +835,9 @@ def tiny_model(name: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides))
+        with_images = bool(ARCHITECTURES[name].images)
+        automatic = AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+        model = automatic.from_config(tiny_config(name, **overrides))
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

@@ -10,6 +10,7 @@ import random
 import re
 import sys
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,18 +20,20 @@ import transformers
 from architectures import ARCHITECTURES, NOT_CUT, SLIDING_WINDOW, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from shoal.compress.surgery.cut_model import cut_model, kept_layers, skipped
 from shoal.compress.surgery.proof import prove_by_files
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
+from shoal.models.load import align_weights, load_model
 from shoal.recipe.edits import KEPT_LAYERS
 
 LENGTH = 3 * SLIDING_WINDOW
 PROMPT = SLIDING_WINDOW + 3
 NEW_TOKENS = 3
 NUM_MULTI_DROPS = 4
+NUM_MULTI_DROPS_WITH_IMAGES = 10
 PLAIN, LEFT, RIGHT = range(3)
 """Rows of every batch: without padding, padded on the left, padded on the right."""
 
@@ -40,10 +43,11 @@ HEADER = """\
 # Which architectures shoal cuts
 
 Found by the tests with transformers {version}. For every family a tiny random model is cut in every single layer and
-in {num_multi} random sets of layers. A cut counts as exact when logits are equal bit for bit, and greedy text token for
-token (with and without a KV cache, padded on either side, longer than the sliding window), between the cut model in
-memory, the saved and reloaded one, and the uncut one with these layers skipped. Everything else is refused with its
-reason before anything is written. `exact` means every cut that was tried, `no` means none.
+in {num_multi} random sets of layers ({num_with_images} where it reads images). A cut counts as exact when logits are
+equal bit for bit, and greedy text token for token (with and without a KV cache, padded on either side, longer than the
+sliding window), between the cut model in memory, the saved and reloaded one, and the uncut one with these layers
+skipped. Models that read images are asked with and without one, and one cut of each is copied file by file. Everything
+else is refused with its reason before anything is written. `exact` means every cut that was tried, `no` means none.
 
 A family that is not listed goes through the same generic rule, and `shoal prune` proves the result on the saved student
 or refuses it. `python tests/support/exactness.py` writes this file. The tests do the same, but save and reload half of
@@ -79,25 +83,58 @@ def batch(length: int, seed: int) -> tuple[Tensor, Tensor]:
     return input_ids, mask
 
 
+def batch_with_image(name: str, model: PreTrainedModel) -> dict[str, Tensor]:
+    """Text of row ``name`` around one random image, as its processor would hand it to ``model``."""
+    generator = torch.Generator().manual_seed(3)
+    row, ids = ARCHITECTURES[name], torch.randint(0, 90, (1, PROMPT), generator=generator)
+    found = {
+        key: torch.rand(given, generator=generator) if isinstance(given, tuple) else torch.tensor(given)
+        for key, given in row.images.items()
+    }
+    if "aspect_ratio_ids" in found:  # the image stands beside the text, seen from the third token on
+        seen = torch.zeros(1, PROMPT, 1, 4, dtype=torch.long)
+        seen[:, 2:, :, :2] = 1
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **found, "cross_attention_mask": seen}
+    with torch.inference_mode():
+        features: Any = model.get_image_features(**found)  # pyright: ignore[reportCallIssue]
+    count = sum(part.flatten(0, -2).shape[0] for part in features.pooler_output)
+    image = torch.full((1, count), model.config.image_token_id)
+    ids = torch.cat([ids[:, :2], image, ids[:, 2:]], dim=1)
+    kinds = (ids == model.config.image_token_id).long()
+    if "image_grid_thw" in found:
+        found["mm_token_type_ids"] = kinds
+    elif model.config.model_type in ("gemma3", "paligemma"):  # of PaliGemma what is not 0 is the answer
+        found["token_type_ids"] = kinds if model.config.model_type == "gemma3" else torch.zeros_like(kinds)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **found}
+
+
+def inputs(name: str, model: PreTrainedModel, length: int, seed: int) -> list[dict[str, Tensor]]:
+    """What a model of row ``name`` is asked: the rows of `batch`, and text around an image where it reads images."""
+    input_ids, mask = batch(length, seed)
+    text = {"input_ids": input_ids, "attention_mask": mask}
+    return [text, batch_with_image(name, model)] if ARCHITECTURES[name].images else [text]
+
+
 @torch.inference_mode()
-def logits(model: PreTrainedModel) -> Tensor:
+def logits(name: str, model: PreTrainedModel) -> Tensor:
     """Logits of all tokens that are no padding."""
-    input_ids, mask = batch(LENGTH, seed=1)
-    return model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    asked = inputs(name, model, LENGTH, seed=1)
+    return torch.cat([model(**one, use_cache=False).logits[one["attention_mask"].bool()] for one in asked])
 
 
-def greedy_text(model: PreTrainedModel, *, use_cache: bool) -> list[list[int]]:
-    input_ids, mask = batch(PROMPT, seed=2)
-    text: Any = model.generate(  # pyright: ignore[reportCallIssue]
-        input_ids=input_ids,
-        attention_mask=mask,
-        use_cache=use_cache,
-        do_sample=False,
-        max_new_tokens=NEW_TOKENS,
-        eos_token_id=-1,
-        no_repeat_ngram_size=1,  # random weights like to repeat one token; equal dull texts mean little
-    )
-    return text[:, PROMPT:].tolist()
+def greedy_text(name: str, model: PreTrainedModel, *, use_cache: bool) -> list[list[int]]:
+    def text(one: dict[str, Tensor]) -> list[list[int]]:
+        written: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            **one,
+            use_cache=use_cache,
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            eos_token_id=-1,
+            no_repeat_ngram_size=1,  # random weights like to repeat one token; equal dull texts mean little
+        )
+        return written[:, one["input_ids"].shape[1] :].tolist()
+
+    return [row for one in inputs(name, model, PROMPT, seed=2) for row in text(one)]
 
 
 @dataclass(frozen=True)
@@ -106,32 +143,35 @@ class Outputs:
 
     logits: Tensor
     cached: list[list[int]]
-    """Greedy text with a KV cache, one list per row of the batch."""
+    """Greedy text with a KV cache, one list per row of the batch, that around an image last."""
 
     def assert_equal(self, other: Outputs) -> None:
         assert torch.equal(self.logits, other.logits), (self.logits - other.logits).abs().max()
         assert self.cached == other.cached
 
 
-def outputs(model: PreTrainedModel) -> Outputs:
-    return Outputs(logits(model), greedy_text(model, use_cache=True))
+def outputs(name: str, model: PreTrainedModel) -> Outputs:
+    return Outputs(logits(name, model), greedy_text(name, model, use_cache=True))
 
 
 def drops(name: str, num_layers: int) -> list[tuple[int, ...]]:
     """Every single layer, a few random sets of layers, and those the row asks for."""
-    generator = random.Random(name)
+    generator, row = random.Random(name), ARCHITECTURES[name]
     multi = [
         tuple(sorted(generator.sample(range(num_layers), generator.randint(2, num_layers - 2))))
         for _ in range(NUM_MULTI_DROPS)
     ]
-    return list(dict.fromkeys([*((layer,) for layer in range(num_layers)), *multi, *ARCHITECTURES[name].drops]))
+    if row.images:
+        several = [drop for size in range(2, num_layers - 1) for drop in combinations(range(num_layers), size)]
+        multi = generator.sample(several, NUM_MULTI_DROPS_WITH_IMAGES)
+    return list(dict.fromkeys([*((layer,) for layer in range(num_layers)), *multi, *row.drops]))
 
 
 def examine(name: str, *, save_all: bool = False) -> Finding:
     """Cut the tiny model of row ``name`` in many ways and assert contract 1 for each.
 
-    Without a cache all compute logits, and the first writes text. The first and those of several layers are saved and
-    reloaded; of the others the configuration is. With ``save_all`` every cut is treated as the first.
+    Without a cache all compute logits, and the first writes text. The first and those of several layers, of many some,
+    are saved and reloaded; of the others the configuration is. With ``save_all`` every cut is treated as the first.
 
     Raises:
         AssertionError: a cut that is not exact, or is refused though the row does not say so, or the other way round.
@@ -141,6 +181,7 @@ def examine(name: str, *, save_all: bool = False) -> Finding:
     before, config = {key: value.clone() for key, value in teacher.state_dict().items()}, teacher.config.to_dict()
     exact: dict[tuple[int, ...], Outputs] = {}
     refusals: list[str] = []
+    num_saved = 0
     fields: set[str] = set()
     for drop in drops(name, text_config(teacher.config).num_hidden_layers):
         try:
@@ -149,16 +190,17 @@ def examine(name: str, *, save_all: bool = False) -> Finding:
             refusals.append(f"{drop}: {error}")
             continue
         with skipped(teacher, drop):
-            expected = outputs(teacher)
-        outputs(student).assert_equal(expected)
+            expected = outputs(name, teacher)
+        outputs(name, student).assert_equal(expected)
         if save_all or not exact:
             uncached = expected.cached
             if row.padding or row.cache:
                 with skipped(teacher, drop):
-                    uncached = greedy_text(teacher, use_cache=False)
-            assert greedy_text(student, use_cache=False) == uncached
-        if save_all or len(drop) > 1 or not exact:
-            _assert_survives_disk(teacher, drop, student, expected)
+                    uncached = greedy_text(name, teacher, use_cache=False)
+            assert greedy_text(name, student, use_cache=False) == uncached
+        if save_all or not exact or (len(drop) > 1 and num_saved <= NUM_MULTI_DROPS + len(row.drops)):
+            num_saved += 1
+            _assert_survives_disk(name, teacher, drop, student, expected)
         else:
             _assert_config_survives_disk(student)
         exact[drop] = expected
@@ -186,13 +228,14 @@ def _assert_different(found: list[Outputs]) -> None:
 
 
 def _assert_survives_disk(
-    teacher: PreTrainedModel, drop: tuple[int, ...], student: PreTrainedModel, expected: Outputs
+    name: str, teacher: PreTrainedModel, drop: tuple[int, ...], student: PreTrainedModel, expected: Outputs
 ) -> None:
     with TemporaryDirectory() as folder:
         student.save_pretrained(folder)
         prove_by_files(Path(folder), teacher, kept_layers(len(decoder_layers(teacher)), drop))
-        reloaded = AutoModelForCausalLM.from_pretrained(folder)
-        outputs(reloaded).assert_equal(expected)
+        reloaded = load_model(Path(folder), attention=None)
+        align_weights(reloaded)
+        outputs(name, reloaded).assert_equal(expected)
         saved = Path(folder, "config.json").read_text()
         reloaded.config.save_pretrained(folder)
         assert Path(folder, "config.json").read_text() == saved
@@ -218,10 +261,10 @@ def _examine_heads(name: str, teacher: PreTrainedModel, drop: tuple[int, ...]) -
         return (names[is_tied(teacher)],)
     student = cut_model(other, drop)
     with skipped(other, drop):
-        expected = outputs(other)
+        expected = outputs(name, other)
     assert is_tied(student) == is_tied(other)
-    outputs(student).assert_equal(expected)
-    _assert_survives_disk(other, drop, student, expected)
+    outputs(name, student).assert_equal(expected)
+    _assert_survives_disk(name, other, drop, student, expected)
     return tuple(sorted(names.values()))
 
 
@@ -258,6 +301,7 @@ def document_row(name: str, found: Finding) -> str:
     status = "exact" if not found.num_refused else f"{found.num_exact} of {num_cuts} exact" if found.num_exact else "no"
     row = ARCHITECTURES[name]
     remarks = [
+        "with and without an image" if row.images else "",
         f"refused, for example: {found.refusal}" if found.refusal else "",
         f"padded rows are not compared with and without cache: {row.padding}" if row.padding else "",
         f"text is not compared with and without cache: {row.cache}" if row.cache else "",
@@ -275,7 +319,9 @@ def document_row(name: str, found: Finding) -> str:
 
 def document(rows: dict[str, str]) -> str:
     """The text of docs/architectures.md; ``rows`` are the lines of the families."""
-    return HEADER.format(version=transformers.__version__, num_multi=NUM_MULTI_DROPS) + "\n".join(
+    return HEADER.format(
+        version=transformers.__version__, num_multi=NUM_MULTI_DROPS, num_with_images=NUM_MULTI_DROPS_WITH_IMAGES
+    ) + "\n".join(
         [
             *(rows[name] for name in sorted(ARCHITECTURES)),
             "",

@@ -6,6 +6,7 @@ Covers: shoal.compress.surgery.proof, shoal.models.anatomy, shoal.models.familie
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,23 @@ from typing import Any
 import pytest
 import transformers
 from architectures import ARCHITECTURES, NOT_CUT, tiny_config, tiny_model
-from exactness import DOCUMENT, document, document_row, documented_rows, examine, logits
+from exactness import DOCUMENT, document, document_row, documented_rows, examine, logits, outputs
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from shoal.artifacts.artifact import Provenance, PruningPlan
+from shoal.compress.apply import apply_plan
 from shoal.compress.surgery import config_cut
 from shoal.compress.surgery.cut_model import cut_model, refuse_changed_layers, skipped
 from shoal.compress.surgery.proof import behaviour, prove_by_files, prove_by_run
 from shoal.errors import UserError
 from shoal.models.anatomy import anatomy, decoder_layers
+from shoal.models.checkpoint_files import read_shards
+from shoal.models.load import align_weights, load_model
 
 WITHOUT_FINAL_NORM = ("git", "openai-gpt", "qwen4_exp", "qwen4_exp_text")
 """Families whose layers end with a norm, or that mix several residual streams before the head."""
+LANGUAGE_LAYER = re.compile(r"(model\.|language_model\.|text_model\.)*layers\.")
+"""Stored names of layers of a language model, and none of a vision tower's."""
 UPDATE = "run `python tests/support/exactness.py`, or give it the names that changed"
 
 
@@ -33,6 +40,32 @@ def test_cuts_of_a_family_are_exact_or_refused_as_documented(name: str) -> None:
     assert documented_rows().get(name) == document_row(name, found), UPDATE
 
 
+@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.images])
+def test_a_model_that_reads_images_is_cut_file_by_file(name: str, tmp_path: Path) -> None:
+    teacher, drop = tiny_model(name), (2, 4)
+    teacher.save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
+    plan = PruningPlan(Provenance({}), 6, drop, "as the test wants")
+    apply_plan(tmp_path / "teacher", plan, tmp_path / "student", proof="files")
+    student = load_model(tmp_path / "student")
+    align_weights(student)
+    assert student.config.architectures == [type(teacher).__name__]
+    with skipped(teacher, drop):
+        outputs(name, student).assert_equal(outputs(name, teacher))
+
+    def stored(folder: str) -> dict[str, bytes]:
+        shards = read_shards(tmp_path / folder)
+        assert len(shards) > 1
+        data = {shard.file: shard.file.read_bytes() for shard in shards}
+        return {
+            tensor: data[shard.file][place.start : place.end]
+            for shard in shards
+            for tensor, place in shard.tensors.items()
+            if not LANGUAGE_LAYER.match(tensor)
+        }
+
+    assert stored("student") == stored("teacher")
+
+
 def test_document_has_every_family_and_this_version() -> None:
     assert documented_rows().keys() == ARCHITECTURES.keys(), UPDATE
     assert DOCUMENT.read_text() == document(documented_rows()), UPDATE
@@ -40,12 +73,13 @@ def test_document_has_every_family_and_this_version() -> None:
 
 def test_every_causal_model_type_of_transformers_has_a_row_or_a_reason() -> None:
     rows = {row.model_type or name for name, row in ARCHITECTURES.items()}
+    with_images = {row.model_type or name for name, row in ARCHITECTURES.items() if row.images}
     missing = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - NOT_CUT.keys() - rows)
     assert not missing, (
         f"add a row to ARCHITECTURES in tests/support/architectures.py for {missing}, or a reason to NOT_CUT"
     )
     assert not NOT_CUT.keys() & rows
-    gone = sorted((NOT_CUT.keys() | rows) - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
+    gone = sorted((NOT_CUT.keys() | rows) - with_images - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
     assert not gone, f"transformers {transformers.__version__} has no causal language model {gone}: delete the rows"
 
 
@@ -66,7 +100,7 @@ def test_parts_of_a_model_are_found(name: str) -> None:
     for name_, part in (("layer", parts.layers[-1]), ("norm", parts.final_norm), ("head", parts.head)):
         assert part is not None
         part.register_forward_hook(lambda *_, called=name_: calls.append(called))
-    logits(model)
+    logits(name, model)
     assert calls[-3:] == ["layer", "norm", "head"]  # NanoChat and Dory norm the embeddings with it too
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from shoal.artifacts.artifact import PruningPlan
 from shoal.errors import UserError
-from shoal.models.anatomy import anatomy, text_config
+from shoal.models.anatomy import anatomy, decoder_body, text_config
+from shoal.models.load import reads_images
 from shoal.recipe.distill import Distill
 from shoal.recipe.edits import ZEROED_WEIGHTS, Insert, Merge, Replace, Swap, edited_layers
 
@@ -186,9 +187,11 @@ def parts_of(student: PreTrainedModel, trainable: str, plan: PruningPlan) -> Tra
 
 
 def train_only(student: PreTrainedModel, trained: Trained) -> None:
-    """Freeze what ``trained`` does not name."""
+    """Freeze what ``trained`` does not name, and what turns an image into tokens, which text gives no gradient."""
     parts = anatomy(student)
-    student.requires_grad_(trained.rest)
+    student.requires_grad_(False)
+    inside = decoder_body(student) if reads_images(student.config) else student
+    inside.requires_grad_(trained.rest)
     for layer, module in enumerate(parts.layers):
         module.requires_grad_(layer in trained.layers)
     # where head and embeddings are one table, their flags are equal

@@ -254,6 +254,8 @@ class PruningPlan(Artifact):
     text: dict[str, Json] = field(default_factory=dict)
     """What prune.compensate was fitted to, as Training.data: documents and tokens by source, and what of evaluation
     items and forms stands in it."""
+    vision_blocks: int | None = None
+    """Blocks of the vision tower that stay, where those above them go because nothing reads them; None = all stay."""
     student: str = ""
     """Fingerprint of this plan together with the student that was made by it; empty = not recorded."""
 
@@ -276,13 +278,16 @@ class PruningPlan(Artifact):
     def sealed(self, student: str) -> str:
         """Value of the field ``student`` for a student of this fingerprint."""
         closed = [[asdict(gap) for gap in self.gaps]] if self.gaps else []
-        return fingerprint([self.num_layers, list(self.drop), [as_dict(edit) for edit in self.edits], *closed, student])
+        tower = [] if self.vision_blocks is None else [self.vision_blocks]
+        edits = [as_dict(edit) for edit in self.edits]
+        return fingerprint([self.num_layers, list(self.drop), edits, *closed, *tower, student])
 
     def in_words(self) -> str:
         """The changes to the teacher in one line."""
         gone = f"dropping {len(self.drop)} of {self.num_layers} layers: {', '.join(map(str, self.drop))}"
         closed = [gap.in_words() for gap in self.gaps if gap.is_closed]
-        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed])
+        tower = [] if self.vision_blocks is None else [f"ending the vision tower with block {self.vision_blocks - 1}"]
+        return "; ".join([*([gone] if self.drop else []), *map(in_words, self.edits), *closed, *tower])
 
     def state_scale(self, layer: int) -> float:
         """How many times larger the teacher's state after ``layer`` is than the student's that stands for it."""

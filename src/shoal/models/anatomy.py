@@ -138,6 +138,37 @@ def layer_config(config: Any, layer: int) -> Any:
     return config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
 
 
+def deepstack_layers(config: Any) -> tuple[int, ...]:
+    """Layers of the text decoder behind which features of the image are added to the states, by place.
+
+    Qwen3-VL adds those of its n-th named vision block behind the n-th text layer (DeepStack, arXiv:2406.04334).
+    """
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    count = max((len(getattr(part, "deepstack_visual_indexes", None) or ()) for part in parts), default=0)
+    return tuple(range(count))
+
+
+def image_layers(config: Any) -> tuple[int, ...]:
+    """Layers of the text decoder that read the image past the tokens that stand for it.
+
+    Those of `deepstack_layers`, and Llama 3.2 Vision's layers of cross-attention, which rows without an image pass by.
+    """
+    return (*deepstack_layers(config), *(getattr(text_config(config), "cross_attention_layers", None) or ()))
+
+
+def refuse_text_alone(config: Any) -> None:
+    """Refuse to measure a model with text where text passes some of its layers by.
+
+    Raises:
+        UserError: naming these layers.
+    """
+    if unread := getattr(text_config(config), "cross_attention_layers", None):
+        raise UserError(
+            f"measure: {config.model_type} passes its layers {list(unread)} by where there is no image, so text says "
+            "nothing of them; measure nothing, and name the layers to drop in prune.drop"
+        )
+
+
 def _layers(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList]:
     """The module that owns the list of decoder layers, and the list."""
     config = text_config(model.config)

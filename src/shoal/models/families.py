@@ -17,6 +17,8 @@ class Family:
     """Path of the list of decoder layers in the whole model, where the decoder is not where transformers says."""
     head_prepares: bool = False
     """Final hidden states pass through the module `lm_head` on their way to the linear head."""
+    with_images: bool = False
+    """The text model alone is saved under a type that transformers cannot load; it comes with its vision tower."""
     no_branch: str = ""
     """Reason why rows of a cache that looks as if they could be copied would then give other values."""
     no_cut: str = ""
@@ -64,6 +66,7 @@ FAMILIES: dict[str, Family] = {
         measured_by_first=True,
         changed_residual="norms and scales the residual stream in every layer",
     ),
+    "mllama_text_model": Family(with_images=True),
     "modernbert-decoder": Family(head_prepares=True, first_alone="has no attention norm"),
     "openai-gpt": Family(changed_residual="norms the residual stream after every half"),
     "opt": Family(changed_residual="norms the residual stream after every half (the 350m shape)"),

@@ -15,12 +15,18 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from shoal.errors import UserError
 from shoal.models.anatomy import text_config
@@ -130,6 +136,27 @@ def load_tokenizer(folder: Path, *, must_fit: bool = True, trust_remote_code: bo
     return tokenizer
 
 
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """What makes a model's inputs of images and text, from the files at ``folder``.
+
+    Raises:
+        UserError: none there, one that reads no images, or one that needs a package that is not installed.
+    """
+    try:
+        processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (*IMPOSSIBLE_SETTINGS, ValueError, ImportError, OSError, AttributeError) as error:
+        raise UserError(
+            f"{folder}: no usable processor of images ({_first_line(error)}); copy processor_config.json or "
+            "preprocessor_config.json of the base model there, or install what is missing"
+        ) from error
+    if not hasattr(processor, "image_processor"):
+        raise UserError(
+            f"{folder}: holds no processor of images; copy processor_config.json or preprocessor_config.json of the "
+            "base model there"
+        )
+    return processor
+
+
 def pad_with_end(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Let ``tokenizer``, called ``name`` in messages, pad with its end token.
 
@@ -186,7 +213,8 @@ def load_model(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The causal language model at ``folder`` in eval mode, from safetensors only.
+    """The causal language model at ``folder`` in eval mode, from safetensors only; with the tower that reads images
+    where `reads_images` says so.
 
     ``dtype``: a name of torch's, or stored = that of the checkpoint. ``attention``: None = SDPA where the family has
     it, else eager.
@@ -196,10 +224,10 @@ def load_model(
             that do not fit the configuration or are missing: transformers would fill those with random numbers.
     """
     check_checkpoint(folder)
-    load_config(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     try:
         with doing(f"loading {folder}"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _automatic_class(config).from_pretrained(
                 folder,
                 dtype=named_dtype(dtype) or "auto",
                 attn_implementation=attention,
@@ -391,6 +419,26 @@ def _refuse_no_decoder(folder: Path) -> None:
         raise UserError(f"{folder}: {names[0]} {NOT_CAUSAL}")
 
 
+def reads_images(config: PreTrainedConfig) -> bool:
+    """Whether a model of ``config`` is loaded with the tower through which it reads images."""
+    text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    with_tower = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return has_no_text_model(config) or (text is not None and text == with_tower)
+
+
+def has_no_text_model(config: PreTrainedConfig) -> bool:
+    """Whether transformers has models of this type that read images, and no text model, or one that cannot be loaded
+    again once saved."""
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or config.is_encoder_decoder:
+        return False
+    alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return not alone or family(text_config(config).model_type).with_images
+
+
+def _automatic_class(config: PreTrainedConfig) -> Any:
+    return AutoModelForImageTextToText if has_no_text_model(config) else AutoModelForCausalLM
+
+
 def before_head(model: PreTrainedModel) -> nn.Module | None:
     """The module that final hidden states pass through before the linear head; None = none, as nearly everywhere."""
     prepares = family(text_config(model.config).model_type).head_prepares
@@ -451,7 +499,7 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, **settings)
+            model = _automatic_class(config).from_config(config, **settings)
         model.tie_weights()  # is part of the initialisation that was left out
         return model.eval()
     except IMPOSSIBLE_SETTINGS as error:

@@ -159,6 +159,9 @@ class Prune(Section):
     compensate: Annotated[Annotated[Compensate | None, BeforeValidator(as_compensate)], Shapes.BY_CONTENT] = None
     """What makes up for the dropped layers without training; None = nothing. A method's name alone says the rest by
     default."""
+    vision_tower: Annotated[Literal["whole", "auto"], Shapes.BY_CONTENT] = "whole"
+    """Of a model that reads images: auto = the blocks of its vision tower above the deepest state that is read go too,
+    which changes no bit of any answer."""
     proof: Annotated[Literal["auto", "run", "files"], Shapes.NOTHING] = "auto"
     """Proof of the written student: by running it against the teacher, or by comparing files and layers only,
     which needs no memory; auto = run wherever the model fits into memory and can run here."""
@@ -171,6 +174,8 @@ def contradictions(prune: Prune) -> Iterator[str]:
     """`place: what is wrong`, for everything that single fields cannot express."""
     if prune.compensate is not None and prune.edits:
         yield "prune.compensate: makes up for dropped layers alone, and prune.edits is set; leave one of them out"
+    if prune.vision_tower != "whole" and prune.edits:
+        yield "prune.vision_tower: is cut where layers are dropped alone, and prune.edits is set; leave one of them out"
     if prune.drop is not None:
         for name in NOT_BESIDE_DROP:
             if getattr(prune, name) not in (None, False, {}, ()):

@@ -367,7 +367,7 @@ def check_distill(run: Run) -> None:
     check_recording(recipe)
     check_length(run, recipe.distill.sequence_length, "distill.sequence_length")
     if not (run.dir / PruningPlan.FILE).is_file():
-        check_choice(recipe.prune, num_layers=run.num_layers, goals=read_goals(run))
+        check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     tokenizer = run.tokenizer()
     for source in recipe.distill.data:
         if source.path != TEACHER_TEXT:

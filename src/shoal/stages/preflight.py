@@ -34,7 +34,7 @@ def preflight(run: Run) -> None:
     from shoal.eval.tasks.load import tasks_of
 
     recipe = run.recipe
-    check_choice(recipe.prune, num_layers=run.num_layers, goals=read_goals(run))
+    check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
     refuse_unmeasured(run)
     refuse_impossible_changes(run)
     if recipe.export.gguf:

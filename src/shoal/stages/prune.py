@@ -17,7 +17,7 @@ from shoal.artifacts.heads import Heads
 from shoal.data.sources import load_texts, sources_fingerprint
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import model_fingerprint
-from shoal.models.load import load_config
+from shoal.models.load import load_config, reads_images
 from shoal.recipe.edits import Edit, Insert, Replace, in_words, removed_layers
 from shoal.recipe.section import Shapes, as_dict, shaping
 from shoal.recipe.track import is_gguf
@@ -45,6 +45,8 @@ def plan_inputs(run: Run) -> dict[str, Any]:
     if prune.protect_heads is not None:
         inputs["prune.protect_heads"] = prune.protect_heads
         inputs["prune.protect_heads (heads)"] = Provenance(heads_inputs(run)).fingerprint
+    if prune.vision_tower != "whole":
+        inputs["prune.vision_tower"] = prune.vision_tower
     if prune.compensate is not None:
         inputs |= shaping(prune.compensate, Shapes.PLAN, "prune.compensate.") | shaping(run.recipe, Shapes.PLAN)
         inputs["prune.compensate.data"] = sources_fingerprint(prune.compensate.data)
@@ -115,7 +117,7 @@ def prune(run: Run) -> None:
     from shoal.compress.plan import check_choice
 
     if missing := [kind.FILE for kind, _ in _chosen_by(run) if not (run.dir / kind.FILE).is_file()]:
-        check_choice(run.recipe.prune, num_layers=run.num_layers, goals=read_goals(run))
+        check_choice(run.prune, num_layers=run.num_layers, goals=read_goals(run))
         refuse_impossible_changes(run)
         refuse_unmeasured(run)
         log.info("prune: needs %s, measuring first", " and ".join(missing))
@@ -221,7 +223,7 @@ def _frontier(run: Run, importance: Importance | None, plan: PruningPlan, figure
         return ()
     sizes = layer_sizes(run.base, trust_remote_code=run.recipe.trust_remote_code)
     heads = None if run.recipe.prune.protect_heads is None else read_heads(run)
-    found = frontier(run.recipe.prune, importance, sizes, heads)
+    found = frontier(run.prune, importance, sizes, heads)
     if figure is not None:
         from shoal.figures.frontier import frontier_figure
         from shoal.figures.style import save_figure
@@ -251,10 +253,11 @@ def expected_plan(run: Run) -> PruningPlan:
     if _is_settled(run):
         return choose_plan(run, read_importance(run), {})
     layers = run.base_layers
-    prune = round_of(run.recipe.prune, run.round, num_layers=run.num_layers, kept=layers)
+    prune = round_of(run.prune, run.round, num_layers=run.num_layers, kept=layers)
     choice = stand_in(prune, num_layers=len(layers), goals=read_goals(run))
     gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
-    return PruningPlan(Provenance({}), run.num_layers, tuple(sorted(gone)), choice.reason, choice.edits)
+    drop, tower = tuple(sorted(gone)), _vision_blocks(run)
+    return PruningPlan(Provenance({}), run.num_layers, drop, choice.reason, choice.edits, vision_blocks=tower)
 
 
 def _is_settled(run: Run) -> bool:
@@ -392,11 +395,18 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
             f"prune: choosing the layers of {run.called} needs {run.dir / Importance.FILE}; run "
             f"`shoal measure --round {run.round}` first"
         )
-    prune = round_of(run.recipe.prune, run.round, num_layers=run.num_layers, kept=layers)
+    prune = round_of(run.prune, run.round, num_layers=run.num_layers, kept=layers)
     heads = None if prune.protect_heads is None else read_heads(run)
     choice = choose_changes(prune, num_layers=len(layers), importance=importance, heads=heads, goals=read_goals(run))
+    tower = _vision_blocks(run)
+    if not choice.drop and not choice.edits and tower is None:
+        raise UserError(
+            "prune.drop: is empty, and prune.vision_tower finds nothing to cut, so nothing would go; name layers"
+        )
     if not several:
-        return PruningPlan(Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits)
+        return PruningPlan(
+            Provenance(inputs), run.num_layers, choice.drop, choice.reason, choice.edits, vision_blocks=tower
+        )
     if choice.edits:
         raise UserError(
             f"prune.metric: {run.recipe.prune.metric} removes halves of layers, and several rounds only drop layers; "
@@ -404,7 +414,20 @@ def choose_plan(run: Run, importance: Importance | None, inputs: dict[str, Any])
         )
     gone = {*range(run.num_layers)} - {*layers} | {layers[place] for place in choice.drop}
     provenance = Provenance({**inputs, ROUND: run.round})  # training reads it of a plan that is only told of, too
-    return PruningPlan(provenance, run.num_layers, tuple(sorted(gone)), f"in {run.called}, {choice.reason}")
+    reason = f"in {run.called}, {choice.reason}"
+    return PruningPlan(provenance, run.num_layers, tuple(sorted(gone)), reason, vision_blocks=tower)
+
+
+def _vision_blocks(run: Run) -> int | None:
+    """Blocks of the vision tower that the plan leaves; None = all."""
+    from shoal.compress.surgery.vision_tower import blocks_read
+
+    if run.recipe.prune.vision_tower == "whole":
+        return None
+    blocks = blocks_read(run.config()) if reads_images(run.config()) else None
+    if blocks is None:
+        log.warning("prune.vision_tower: auto finds nothing to cut: no tower, or its last state is read")
+    return blocks
 
 
 def _in_base(run: Run, plan: PruningPlan) -> PruningPlan:
@@ -478,15 +501,13 @@ def _refuse_unreadable_data(edits: Sequence[Edit]) -> None:
 
 
 def refuse_unfit_student(run: Run, plan: PruningPlan) -> None:
-    """Refuse a plan whose student a target or, as a GGUF file, llama.cpp would not take, or takes for another model."""
+    """Refuse a plan that no configuration can express, and one whose student a target or, as a GGUF file, llama.cpp
+    would not take, or takes for another model."""
     from shoal.compress.targets.check import refuse_for_targets, student_config
 
-    targets, copies = run.recipe.prune.targets, run.recipe.quantize
+    student, copies = student_config(run.config(), plan.keep), run.recipe.quantize
     gguf = run.recipe.export.gguf or (copies is not None and is_gguf(copies.format))
-    if not targets and not gguf:
-        return
-    student = student_config(run.config(), plan.keep)
-    if targets:
+    if targets := run.recipe.prune.targets:
         refuse_for_targets(student, targets)
     if gguf:
         from shoal.compress.targets.gguf import refuse_gguf

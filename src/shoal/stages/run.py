@@ -46,12 +46,13 @@ from shoal.artifacts.shares import Pilot, Shares
 from shoal.atomic_files import file_hash, fingerprint, write_json
 from shoal.errors import UserError
 from shoal.machine import device_name, num_cores
-from shoal.models.anatomy import text_config
+from shoal.models.anatomy import image_layers, text_config
 from shoal.models.checkpoint_files import DEMO_PREFIX, model_fingerprint
-from shoal.models.load import load_config, load_tokenizer, resolve_model
+from shoal.models.load import load_config, load_tokenizer, reads_images, resolve_model
 from shoal.numerics import DTYPES, SLOW, fast_dtype, product_rates, slowness
 from shoal.recipe.deepspeed_file import precisions_named, read_deepspeed
 from shoal.recipe.edits import Swap
+from shoal.recipe.prune import Prune
 from shoal.recipe.recipe import Recipe
 from shoal.recipe.remembered import FILE as RECIPE
 from shoal.recipe.remembered import memory_in, remember
@@ -224,6 +225,15 @@ class Run:
     @cached_property
     def teacher_fingerprint(self) -> str:
         return model_fingerprint(self.teacher)
+
+    @property
+    def prune(self) -> Prune:
+        """What is cut: an automatic choice never takes a layer that reads the image, of which text says nothing."""
+        from shoal.compress.plan import is_automatic
+
+        prune, config = self.recipe.prune, self.config()
+        fed = image_layers(config) if reads_images(config) else ()
+        return replace(prune, protect=(*prune.protect, *fed)) if fed and is_automatic(prune) else prune
 
     @property
     def num_layers(self) -> int:
@@ -488,6 +498,7 @@ SWITCHES = (
     "prune.rounds",
     "prune.protect_heads",
     "prune.target",
+    "prune.vision_tower",
     "measure.scale_removals",
     "measure.sweep.spare_heads",
 )

@@ -130,7 +130,7 @@ def _candidates(run: Run, settings: Search) -> list[Candidate]:
         )
         candidate = parse_recipe(as_dict(candidate), source=f"search.plans.{index} ({plan.called})")
         own = Run(candidate)
-        check_choice(candidate.prune, num_layers=num_layers, goals=pruning.read_goals(own))
+        check_choice(own.prune, num_layers=num_layers, goals=pruning.read_goals(own))
         candidates.append(Candidate(plan.called, own))
     return candidates
 

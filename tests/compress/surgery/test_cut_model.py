@@ -192,13 +192,30 @@ def test_family_whose_layers_read_each_other_is_refused() -> None:
         cut_config(ZayaConfig(num_hidden_layers=2, num_experts_per_tok=1), (0,))
 
 
-def test_deepstack_vision_features_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("keep", "problem"),
+    [
+        ((1, 2, 3), r"drop: names 0, one of the layers 0 to 1 of gemma3 behind which features of the image are added"),
+        ((0, 0, 1, 2), r"insert: puts a new layer among those of the layers 0 to 1 .* keep these 2 layers as they are"),
+    ],
+)
+def test_layers_behind_which_the_image_is_added_stay_where_they_are(keep: tuple[int, ...], problem: str) -> None:
     from transformers import Gemma3Config
 
     config = Gemma3Config(text_config=tiny_config("gemma3").to_dict())
-    assert cut_config(config, (0, 1)).get_text_config().num_hidden_layers == 2
+    assert cut_config(config, keep).get_text_config().num_hidden_layers == len(keep)
     setattr(config.vision_config, "deepstack_visual_indexes", [1, 2])  # noqa: B010
-    with pytest.raises(UserError, match=r"vision_config.deepstack_visual_indexes"):
+    assert cut_config(config, (0, 1, 4)).get_text_config().num_hidden_layers == 3
+    with pytest.raises(UserError, match=problem):
+        cut_config(config, keep)
+
+
+def test_lists_of_layers_outside_the_text_decoder_are_refused() -> None:
+    from transformers import Gemma3Config
+
+    config = Gemma3Config(text_config=tiny_config("gemma3").to_dict())
+    setattr(config, "deepstack_layer_map", [[3, 1]])  # noqa: B010
+    with pytest.raises(UserError, match=r"config.deepstack_layer_map: may name layers of the text decoder"):
         cut_config(config, (0, 1))
 
 

@@ -5,13 +5,15 @@ import copy
 import itertools
 from dataclasses import replace
 
+import architectures
 import pytest
 import torch
 from cut_students import names, plan
 from tiny import tiny_model
 
+from shoal.artifacts.artifact import Provenance, PruningPlan
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers
+from shoal.models.anatomy import anatomy, decoder_layers
 from shoal.recipe.distill import Distill, LocalHeal, Teacher, contradictions
 from shoal.recipe.edits import ZEROED_WEIGHTS
 from shoal.train.objective.capture import capturing
@@ -74,6 +76,20 @@ def test_a_tied_head_is_trained_with_the_embeddings_and_leaves_no_prefix() -> No
     trained = trained_parts("norm_and_head", plan(4), tied=True)
     assert trained == Trained((), norm=True, embeddings=True, head=True)
     assert shares_prefix(trained, plan(4)) == 0
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "qwen3_vl", "idefics3", "mllama"])
+@pytest.mark.parametrize("trainable", ["all", "layers"])
+def test_what_turns_an_image_into_tokens_stays_as_it_is(name: str, trainable: str) -> None:
+    student = architectures.tiny_model(name)
+    train_only(student, parts_of(student, trainable, PruningPlan(Provenance({}), 7, (3,), "as the test wants")))
+    moving = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    parts = anatomy(student)
+    outside = {name for name in moving if not name.startswith(parts.layers_name.removesuffix("layers"))}
+    assert outside == ({f"{parts.head_name}.weight"} if trainable == "all" else set())
+    assert (f"{parts.embeddings_name}.weight" in moving) == (trainable == "all")
+    assert f"{parts.final_norm_name}.weight" in moving
+    assert sum(name.startswith(parts.layers_name) for name in moving) == len([*parts.layers.parameters()])
 
 
 @pytest.mark.parametrize("local", [None, LocalHeal()])
