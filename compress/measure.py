@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from shoal.data.packing import PackedRows
 from shoal.errors import UserError
-from shoal.models.anatomy import decoder_layers
+from shoal.models.anatomy import decoder_layers, refuse_text_alone
 
 from .metrics.metric import Calibration, Estimates, Layers, Need, Order, Pass, Runs
 from .metrics.registry import METRICS, PASSES
@@ -34,6 +34,18 @@ class Scores:
     errors: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     """Standard errors of layer scores that are estimated from samples; None where one draw tells nothing of its own."""
     orders: dict[str, Order] = field(default_factory=dict)
+
+    def beside(self, more: Mapping[str, Layers | Estimates]) -> Scores:
+        """These scores with ``more`` of single layers."""
+        estimates = {name: result for name, result in more.items() if isinstance(result, Estimates)}
+        values = {name: estimates[name].values if name in estimates else result for name, result in more.items()}
+        errors = {name: finite_errors(estimate) for name, estimate in estimates.items()}
+        return replace(self, layers={**self.layers, **values}, errors={**self.errors, **errors})
+
+
+def finite_errors(estimates: Estimates) -> tuple[float | None, ...]:
+    """Standard errors, None where one draw alone tells nothing."""
+    return tuple(None if math.isnan(error) else error for error in estimates.standard_errors)
 
 
 def measure_importance(
@@ -57,8 +69,10 @@ def measure_importance(
     of PASSES where a model has to be measured in another way.
 
     Raises:
-        UserError: an unknown metric, no rows, numbers that are not finite, and what the passes refuse.
+        UserError: an unknown metric, a model with layers that text passes by, no rows, numbers that are not finite, and
+            what the passes refuse.
     """
+    refuse_text_alone(model.config)
     by_need = _by_need(metrics)
     calibration = Calibration(rows, batch_size, attention_mask_NS, num_drop, seed, scale_removals)
     num_tokens = int(calibration.mask_NS.sum())
@@ -73,7 +87,7 @@ def measure_importance(
     for name in metrics:
         result = results[name]
         if isinstance(result, Estimates):
-            scores.errors[name] = tuple(None if math.isnan(error) else error for error in result.standard_errors)
+            scores.errors[name] = finite_errors(result)
             result = result.values
         places[METRICS[name].yields][name] = result
     return scores

@@ -1,4 +1,4 @@
-"""Scores of layers from plain text.
+"""Scores of layers from plain text, and from images.
 
 registry        all metrics by name, and the pass for each need
 metric          what a metric says of itself, and what a pass is given
@@ -12,4 +12,5 @@ loss_metrics    metrics of the loss under variants
 variant_losses  that loss, each variant measured once
 greedy          orders, one removal after the other
 shapley         means over subnetworks
+images          what layers are worth for answers about images
 """

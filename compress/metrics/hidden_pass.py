@@ -8,7 +8,8 @@ the batch where a metric compares every layer with every other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +190,18 @@ def _run(
     *,
     writes: bool,
 ) -> None:
-    body, copies = decoder_body(model), dict[int, Tensor]()
+    body = decoder_body(model)
+    with watching(layers, batch, observe, writes=writes), documents_apart(body, batch.position_ids_BS):
+        body(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+
+
+@contextmanager
+def watching(
+    layers: nn.ModuleList, batch: Batch, observe: Callable[[int, Tensor, Tensor], None], *, writes: bool
+) -> Iterator[None]:
+    """Let ``observe`` see the flat input and output of every layer that runs on ``batch`` inside the block; ``writes``:
+    layers change their input."""
+    copies = dict[int, Tensor]()
 
     def before(layer: int, args: Any, kwargs: Any) -> None:
         copies[layer] = given_state(args, kwargs).clone()  # the layer will have changed it when `after` runs
@@ -201,11 +213,8 @@ def _run(
             refuse_other_shape(layer, state, batch.input_ids_BS.shape)
         observe(layer, before_BSD.flatten(0, 1), after_BSD.flatten(0, 1))
 
-    with (
-        watched(layers, before=before if writes else None, after=after),
-        documents_apart(body, batch.position_ids_BS),
-    ):
-        body(input_ids=batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False)
+    with watched(layers, before=before if writes else None, after=after):
+        yield
 
 
 def _last_tokens(position_ids_BS: Tensor, mask_BS: Tensor) -> Tensor:

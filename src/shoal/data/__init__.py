@@ -5,6 +5,7 @@ bundled        what bundled ones hold
 general_text   text that comes with Python and its packages
 in_memory      data sets that a caller has
 packing        rows of one length
+image_rows     rows of an image, a question and its answer
 chat           conversations
 contamination  evaluation items in training text
 wording        wording of evaluation forms in training text

@@ -150,7 +150,7 @@ def documents(source: DataSource) -> Iterator[str | Chat | None]:
         raise UserError(
             f"data {TEACHER_TEXT!r}: is written while distilling, for distill.data only; name another source"
         )
-    for number, (where, row) in enumerate(_records(source)):
+    for number, (where, row) in enumerate(records(source)):
         if source.is_chat:
             yield chat_of(row, source, f"{where!r} row {number}")
         else:
@@ -165,7 +165,7 @@ def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]
         UserError: nothing there, a missing column, or a row without text or label.
     """
     labelled: list[tuple[str, Any]] = []
-    for number, (where, row) in enumerate(_records(source)):
+    for number, (where, row) in enumerate(records(source)):
         text, label = _text(row, source.column, where), column_of(row, label_column, repr(where))
         if not text.strip() or label is None:
             empty = source.column if not text.strip() else label_column
@@ -174,8 +174,12 @@ def load_labelled(source: DataSource, label_column: str) -> list[tuple[str, Any]
     return labelled
 
 
-def _records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row, with the file or data set that it comes from."""
+def records(source: DataSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row of a file, folder or Hub data set, with the file or data set that it comes from.
+
+    Raises:
+        UserError: nothing there, or what cannot be read.
+    """
     if source.path in BUNDLED_ROWS:
         yield from ((source.path, row) for row in _bundled_rows(source.path))
         return

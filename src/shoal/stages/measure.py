@@ -15,17 +15,18 @@ from shoal.artifacts.depth import Diagnostics, Probes
 from shoal.artifacts.heads import Heads, TaskHeads
 from shoal.artifacts.importance import Removal
 from shoal.atomic_files import fingerprint
+from shoal.data.image_rows import asked, image_rows_fingerprint, load_image_rows, refuse_other_reading
 from shoal.data.packing import PackedRows
 from shoal.data.sources import load_labelled, load_texts, pack, sources_fingerprint
 from shoal.errors import UserError
 from shoal.formatting import bytes_text
 from shoal.machine import available_memory
-from shoal.models.anatomy import text_config
+from shoal.models.anatomy import refuse_text_alone, text_config
 from shoal.models.checkpoint_files import checkpoint_bytes, model_fingerprint
-from shoal.models.load import load_model
+from shoal.models.load import load_model, load_processor, reads_images
 from shoal.progress import doing
 from shoal.recipe.edits import Component
-from shoal.recipe.measure import HeadTask, Sweeps
+from shoal.recipe.measure import HeadTask, ImageRows, Sweeps
 from shoal.recipe.section import Shapes, shaping
 from shoal.runtime import barrier, device, is_main, seed_everything
 from shoal.stages.run import Run, check_length, is_done, local_data_fingerprint, require, resolved
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from shoal.compress.heads.prompts import CopyPrompt
+    from shoal.compress.measure import Scores
     from shoal.compress.variants.streamed import Streaming
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ def measure_inputs(run: Run) -> dict[str, Any]:
     settings = run.recipe.measure.sweep
     if run.recipe.measure.scale_removals:  # not named where it is off: there was a time without it
         inputs["measure.scale_removals"] = True
+    if run.recipe.measure.images is not None:
+        inputs["measure.images"] = image_rows_fingerprint(load_image_rows(run.recipe.measure.images))
     if settings is None:
         return inputs
     inputs |= shaping(settings, Shapes.SCORES, "measure.sweep.")
@@ -75,6 +79,7 @@ def check_measure(run: Run) -> None:
         UserError: rows longer than the model's positions, contradicting settings, unknown tasks or unreadable data.
     """
     settings = run.recipe.measure
+    refuse_text_alone(run.config())
     check_length(run, settings.sequence_length, "measure.sequence_length")
     if (needed := TOKEN_BYTES * settings.num_tokens) > available_memory():
         raise UserError(
@@ -95,8 +100,27 @@ def check_measure(run: Run) -> None:
                 f"measure.{name}: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
                 "checkpoint's size"
             )
+    if settings.images is not None:
+        _check_images(run, settings.images)
     if settings.sweep is not None:
         _check_sweep(run, settings.sweep)
+
+
+def _check_images(run: Run, settings: ImageRows) -> None:
+    config = run.config()
+    if not reads_images(config):
+        raise UserError(f"measure.images: {run.recipe.model} reads no images; leave it out")
+    if _is_streamed(run):
+        raise UserError(
+            "measure.images: takes the whole model in memory; leave it out, or raise measure.memory_gb above the "
+            "checkpoint's size"
+        )
+    refuse_other_reading(config)
+    next(asked(load_image_rows(settings)[:1], _processor(run), config))
+
+
+def _processor(run: Run) -> Any:
+    return load_processor(run.teacher, trust_remote_code=run.recipe.trust_remote_code)
 
 
 def _check_removals_in_rounds(run: Run) -> None:
@@ -225,6 +249,11 @@ def measure(run: Run) -> None:
     if not due:
         return
     check_measure(run)
+    if reads_images(run.config()) and run.recipe.measure.images is None:
+        log.warning(
+            "measure: %s reads images and is measured with text alone, which says nothing of what layers do for images",
+            run.recipe.model,
+        )
     run.dir.mkdir(parents=True, exist_ok=True)  # layers that are streamed are spilled there
     seed_everything(run.recipe.seed)
     rows = _rows(run)
@@ -277,10 +306,22 @@ def _measured(run: Run, model: Any, rows: PackedRows, inputs: dict[str, Any]) ->
                 scale_removals=settings.scale_removals,
                 **common,
             )
+            if settings.images is not None:
+                scores = _with_images(run, model, settings.images, scores)
         kept = () if run.base_layers == tuple(range(run.num_layers)) else run.base_layers
         return Importance(Provenance(inputs), **vars(scores), kept=kept)
 
     return scored() if settings.sweep is None else _swept(run, model, rows, settings.sweep, scored)
+
+
+def _with_images(run: Run, model: Any, settings: ImageRows, scores: Scores) -> Scores:
+    """``scores`` and the columns of images."""
+    from shoal.compress.metrics.images import image_scores
+    from shoal.compress.metrics.metric import rank, world_size
+
+    rows = load_image_rows(settings)
+    own = asked(rows[rank() :: world_size()], _processor(run), run.config())
+    return scores.beside(image_scores(model, own, len(rows)))
 
 
 def _swept(run: Run, model: Any, rows: PackedRows, settings: Sweeps, scored: Callable[[], Importance]) -> Importance:

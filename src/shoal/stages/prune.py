@@ -356,6 +356,7 @@ def refuse_unmeasured(run: Run) -> None:
 
     Where tasks are swept a name may be one of theirs, and where importance.json is there it tells.
     """
+    from shoal.compress.metrics.images import COLUMNS
     from shoal.compress.metrics.registry import METRICS
     from shoal.compress.plan import DEFAULT_METRIC, DEFAULT_RUN_METRIC, is_automatic
 
@@ -365,7 +366,7 @@ def refuse_unmeasured(run: Run) -> None:
     named = {f"prune.weights.{name}": name for name in prune.weights}
     default = DEFAULT_RUN_METRIC if prune.contiguous else DEFAULT_METRIC
     for setting, name in (named or {"prune.metric": prune.metric or default}).items():
-        if name in measure.metrics:
+        if name in measure.metrics or (measure.images is not None and name in COLUMNS):
             continue
         if name in METRICS:
             there = ", ".join(measure.metrics)

@@ -500,6 +500,7 @@ SWITCHES = (
     "prune.target",
     "prune.vision_tower",
     "measure.scale_removals",
+    "measure.images",
     "measure.sweep.spare_heads",
 )
 """Beginnings of settings that identities have only where they are on: there was a time without them."""
