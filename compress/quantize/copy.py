@@ -12,7 +12,7 @@ from torch import Tensor
 from shoal.artifacts.artifact import Json, Provenance, Quantized
 from shoal.errors import UserError
 from shoal.models.checkpoint_files import checkpoint_bytes, copy_beside
-from shoal.models.load import Checkpoint
+from shoal.models.load import Checkpoint, has_no_text_model
 from shoal.progress import doing
 from shoal.recipe.track import CompressorFormat, Format, is_gguf
 from shoal.runtime import device
@@ -29,8 +29,14 @@ def check_quantisable(source: Checkpoint, format: Format, setting: str) -> None:
     """Refuse, before any work, what could not be put into ``format``; ``setting`` is what names it.
 
     Raises:
-        UserError: no library for it here, weights that are quantised already, or a model llama.cpp cannot run.
+        UserError: no library for it here, weights that are quantised already, a model that reads images, or one that
+            llama.cpp cannot run.
     """
+    if has_no_text_model(source.config):
+        raise UserError(
+            f"{setting}: {source.folder} reads images ({source.config.model_type}), and shoal makes no quantised "
+            "copies of such models; leave it out"
+        )
     check_format(format, setting)
     if without_quantization(source.config)[1]:
         raise UserError(

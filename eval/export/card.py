@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from shoal.artifacts.artifact import TaskScore
 from shoal.errors import UserError
 from shoal.formatting import bytes_text, duration_text, layers_text, listed
-from shoal.models.checkpoint_files import DEMO_PREFIX
+from shoal.models.checkpoint_files import DEMO_PREFIX, json_or_empty
 from shoal.recipe.edits import in_words
 from shoal.redaction import redacted
 
@@ -94,7 +94,7 @@ def _metadata(run: Run, comparison: Comparison, base: str | None, terms: License
         license=terms.identifier or "other",
         license_name=terms.name if terms.identifier else "see-base-model",
         license_link=_license_link(run, terms, base),
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if _reads_images(run) else "text-generation",
         tags=["shoal", "layer-pruning", "knowledge-distillation", "arxiv:2510.02091"],
         model_name=_name(run, base),
         eval_results=[_eval_result(row.scores[role], row, role) for row in scored] or None,
@@ -164,7 +164,9 @@ def _body(run: Run, comparison: Comparison, base: str | None, terms: License) ->
         parts += ["## How it was trained", _training_lines(run), *_picture(run, "training")]
     if run.speed:
         parts += ["## Speed and size", *speed_section(run).blocks]
-    parts += ["## How to use it", Code(_USAGE.format(path=_repo(run) or "."), "python")]
+    automatic = "AutoModelForImageTextToText" if _reads_images(run) else "AutoModelForCausalLM"
+    usage = _USAGE.format(path=_repo(run) or ".", automatic=automatic)
+    parts += ["## How to use it", Code(usage, "python")]
     parts += ["## Intended use", Paragraph(_INTENDED), "## Limits", _limits(run, comparison)]
     parts += ["## License", Paragraph(_license_sentence(run, terms, base))]
     if run.recipe:
@@ -223,6 +225,12 @@ def _results(run: Run, comparison: Comparison) -> list[Block | str]:
     if silent:
         parts += ["### No signal here", *silent.blocks]
     return parts
+
+
+def _reads_images(run: Run) -> bool:
+    """Whether another class of transformers loads the student than that of plain language models."""
+    names = json_or_empty(run.folder / "student/config.json").get("architectures") or [""]
+    return str(names[0]).endswith("ForConditionalGeneration")
 
 
 def _picture(run: Run, name: str) -> list[str]:
@@ -302,11 +310,11 @@ _TRAINED_FORM = (
     "that form first, so they say less about the ability than scores outside it, and “more than the teacher” here is "
     "more of the form."
 )
-_USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_USAGE = """from transformers import {automatic}, AutoTokenizer
 
 path = "{path}"  # a Hub id or a local folder
 tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
+model = {automatic}.from_pretrained(path)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
 _INTENDED = (

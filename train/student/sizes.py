@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from shoal.models.anatomy import anatomy, decoder_layers, text_config
-from shoal.models.load import num_parameters
+from shoal.models.load import automatic_class, num_parameters
 
 from ..objective.objective import final_hidden, output_head
 from .lora import LINEAR
@@ -105,7 +105,7 @@ def shapes_only() -> Iterator[None]:
 
 def built(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
     """The causal language model of ``config``, its weights whatever the surrounding context makes of them."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    model = automatic_class(config).from_config(config, attn_implementation=attention, dtype=dtype)
     model.tie_weights()  # is part of the initialisation that shapes_only leaves out
     return model
 

@@ -227,7 +227,7 @@ def load_model(
     config = load_config(folder, trust_remote_code=trust_remote_code)
     try:
         with doing(f"loading {folder}"):
-            loaded: Any = _automatic_class(config).from_pretrained(
+            loaded: Any = automatic_class(config).from_pretrained(
                 folder,
                 dtype=named_dtype(dtype) or "auto",
                 attn_implementation=attention,
@@ -435,7 +435,8 @@ def has_no_text_model(config: PreTrainedConfig) -> bool:
     return not alone or family(text_config(config).model_type).with_images
 
 
-def _automatic_class(config: PreTrainedConfig) -> Any:
+def automatic_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that builds and loads models of ``config``."""
     return AutoModelForImageTextToText if has_no_text_model(config) else AutoModelForCausalLM
 
 
@@ -499,7 +500,7 @@ def without_data(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"), no_init_weights():
-            model = _automatic_class(config).from_config(config, **settings)
+            model = automatic_class(config).from_config(config, **settings)
         model.tie_weights()  # is part of the initialisation that was left out
         return model.eval()
     except IMPOSSIBLE_SETTINGS as error:

@@ -39,6 +39,8 @@ DONOR = LayerEdit("donor")
 METRICS = tuple(HIDDEN_METRICS)
 MERGED = ("mixtral", "qwen3_moe")
 """Families whose experts are stored one by one and merged by loading."""
+WITH_IMAGES = ("llava", "qwen3_vl")
+"""Models that read images, which are given text alone."""
 SMALL_SHARDS = "40KB"
 
 
@@ -57,7 +59,7 @@ def whole(folder: Path, *, dtype: str = "stored") -> PreTrainedModel:
 
 def few_ids(kind: str) -> Any:
     """Calibration rows and requests in the family's vocabulary."""
-    size = 90 if kind in MERGED else 256
+    size = 256 if kind in KINDS else 90
     rows = packed([[20], [7, 13], [1, 9, 10], [20], [19, 1]])
     rows.input_ids_NS.remainder_(size)
     asked = [(tuple(t % size for t in context), tuple(t % size for t in tail)) for context, tail in requests()]
@@ -71,7 +73,7 @@ class _AlwaysFile(Streaming):
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
-@pytest.mark.parametrize("kind", ["llama_tied", "qwen3", "gemma3", *MERGED])
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen3", "gemma3", *WITH_IMAGES, *MERGED])
 def test_scores_are_those_of_the_model_in_memory(kind: str, shards: bool, tmp_path: Path) -> None:
     folder = saved(tmp_path, kind, shards=shards)
     rows, _ = few_ids(kind)

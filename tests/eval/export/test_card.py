@@ -38,6 +38,15 @@ def test_metadata_is_what_the_hub_parses(folder: Path) -> None:
     assert data.model_name == "shallow-model"
 
 
+def test_a_student_that_reads_images_is_loaded_as_one(folder: Path) -> None:
+    assert "model = AutoModelForCausalLM.from_pretrained(path)" in model_card(folder)
+    (folder / "student").mkdir(exist_ok=True)
+    (folder / "student/config.json").write_text('{"architectures": ["LlavaForConditionalGeneration"]}')
+    card = model_card(folder)
+    assert metadata(card).pipeline_tag == "image-text-to-text"
+    assert "from transformers import AutoModelForImageTextToText, AutoTokenizer" in card
+
+
 def test_model_index_holds_the_distilled_scores(folder: Path) -> None:
     results = metadata(model_card(folder)).eval_results
     tasks = evaluation("distilled").tasks

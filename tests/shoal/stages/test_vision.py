@@ -12,8 +12,9 @@ from architectures import CLIP, LLAMA, MROPE, QWEN_VISION, tiny_model
 from tiny import VOCAB_SIZE, tiny_tokenizer
 
 from shoal.artifacts.artifact import PruningPlan
+from shoal.compress.quantize.copy import check_quantisable
 from shoal.errors import UserError
-from shoal.models.load import load_config
+from shoal.models.load import Checkpoint, LoadSettings, load_config
 from shoal.recipe.recipe import parse_recipe
 from shoal.stages.measure import measure
 from shoal.stages.preflight import preflight
@@ -107,3 +108,11 @@ def test_layers_that_text_passes_by_are_not_measured_with_text(models: Path, tmp
     assert named.prune.protect == (0, -1)
     prune(named)
     assert load_config(named.dir / "student").text_config.cross_attention_layers == [2]
+
+
+def test_quantised_copies_are_refused(models: Path) -> None:
+    source = Checkpoint.read(models / "llava", LoadSettings())
+    with pytest.raises(
+        UserError, match=r"quantize.format: .*llava reads images \(llava\), and shoal makes no quantised"
+    ):
+        check_quantisable(source, "q4_k_m", "quantize.format")
